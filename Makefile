@@ -1,0 +1,61 @@
+# Every target makes its own virtual environment on first use; a second run starts at once.
+#
+#   PYTHON     the interpreter that makes the environment              (default: python3)
+#   VENV       where the environment lives                             (default: .venv)
+#   PIP_FLAGS  more flags for pip, such as an index of CPU-only builds of torch
+#   ARGS       passed on: make demo ARGS="--steps 100", make test ARGS="-k reduction"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+REQUIREMENTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed ## train, distil, generate and measure, in about four minutes
+	$(BIN)/gramian demo $(ARGS)
+
+test: $(VENV)/installed-dev ## the tests, but for the slow ones
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-all: $(VENV)/installed-dev ## every test
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/installed-dev ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed-dev ## every benchmark; each measures both sides and writes JSON
+	@for script in benchmarks/[a-z]*.py; do \
+		echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; \
+	done
+
+clean: ## remove the environment and everything that tools left behind
+	rm -rf $(VENV) demo-output .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first, by itself, so that nothing else decides which build of it is taken.
+$(VENV)/torch: constraints.txt
+	@echo "Installing PyTorch into $(VENV) (once; it takes a minute or so)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch $(REQUIREMENTS)
+	@echo "Installing gramian into $(VENV)"
+	@$(PIP) --editable ".[all]"
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@echo "Installing the development tools into $(VENV)"
+	@$(PIP) --editable ".[dev]"
+	@touch $@
