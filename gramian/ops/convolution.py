@@ -1,0 +1,398 @@
+"""Causal convolution by FFT, `y_t = gate_t (Σ_{j≤t} h_j u_{t−j} + s u_t)`: the library's hot path.
+
+With `T_h` the lower-triangular Toeplitz operator of a kernel, two operators are closed under
+differentiation of any order:
+
+    forward    (u, h) -> T_h u
+    backward   (g, u, h) -> (T_hᵀ g,  k_j = Σ_{batch, t} g_t u_{t−j})
+
+Both walk over blocks of rows small enough to stay in the processor's cache: a strided block of
+either memory layout is copied into a contiguous scratch padded with zeros, transformed, multiplied
+in place, transformed back and written straight to its place in the output. The backward operator
+transforms the gradient, the input and the kernel once each and sums the kernel's gradient over the
+batch as a spectrum, so that it costs one inverse transform per kernel row.
+"""
+
+import math
+from bisect import bisect_left
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, register_autograd, register_fake, register_vmap
+
+from gramian.ops._blocks import block_rows, shared_blocks
+
+# Numbers in one padded block: it and its spectrum must stay in the second-level cache. 16 rows of
+# (batch, length, channels) in float32 fill a cache line.
+_CPU_BLOCK = 2**17
+_CPU_MIN_ROWS = 16
+
+
+def causal_convolution(
+    u: Tensor,
+    kernel: Tensor,
+    *,
+    skip: Tensor | None = None,
+    gate: Tensor | None = None,
+    dim: int = -1,
+    save_spectra: bool = False,
+) -> Tensor:
+    """Causal convolution of `u` with `kernel` along `dim`, in O(L log L).
+
+    `y_t = gate_t (Σ_{j≤t} kernel_j u_{t−j} + skip u_t)`, differentiable to any order. Kernels
+    longer than the input are cut to it; shorter ones are taken as zero past their end.
+
+    Args:
+        u: (*S with the length L at `dim`), real; with `dim=-1` (batch, channels, length), with
+            `dim=-2` (batch, length, channels). No layout is copied as a whole.
+        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right.
+        skip: real, shape broadcasting against S; added to tap 0 of the kernel.
+        gate: real, the shape of `u`; multiplies the result.
+        dim: the axis of `u` that is time.
+        save_spectra: keep the spectrum of `u` for the backward pass (about twice the memory of
+            `u` in float32) instead of transforming `u` again.
+
+    Returns:
+        The shape, dtype and memory layout of `u` (a `kernel` or `skip` with more channels than `u`
+        enlarges S as in broadcasting). float64 inputs are convolved in float64, all others in
+        float32.
+
+    Raises:
+        TypeError: an argument is complex or not floating point.
+        ValueError: an empty length or kernel, or shapes that do not broadcast.
+    """
+    _check(u, kernel, skip, gate, dim)
+    compute_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    dim = dim % u.ndim
+    signal = u.movedim(dim, -1)  # (*S, L)
+    shape = torch.broadcast_shapes(
+        signal.shape[:-1], kernel.shape[:-1], () if skip is None else skip.shape
+    )
+    if shape != signal.shape[:-1]:
+        signal = signal.expand(*shape, signal.shape[-1])
+    length = signal.shape[-1]
+    kernel = kernel[..., :length].to(compute_dtype)
+    if skip is not None and torch.broadcast_shapes(kernel.shape[:-1], skip.shape) == tuple(
+        kernel.shape[:-1]
+    ):
+        tap = skip.to(compute_dtype).expand(kernel.shape[:-1]).unsqueeze(-1)
+        kernel = torch.cat((kernel[..., :1] + tap, kernel[..., 1:]), dim=-1)
+        skip = None
+
+    kernel = kernel.reshape(*(1,) * (signal.ndim - kernel.ndim), *kernel.shape)
+    fused_gate = None
+    if gate is not None and skip is None:
+        fused_gate = gate.movedim(dim, -1).expand_as(signal)
+    y, _ = _forward(signal, kernel, fused_gate, save_spectra)
+    if skip is not None:
+        y = y + skip.unsqueeze(-1) * signal
+        if gate is not None:
+            y = gate.movedim(dim, -1) * y
+        y = y.to(u.dtype)
+    return y.movedim(-1, dim)
+
+
+def _check(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, dim: int) -> None:
+    for name, tensor in (("u", u), ("kernel", kernel), ("skip", skip), ("gate", gate)):
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(
+                f"causal_convolution: {name} must be real floating point, not {tensor.dtype}."
+            )
+    if u.ndim == 0 or kernel.ndim == 0:
+        raise ValueError("causal_convolution: u and kernel need at least one dimension, time.")
+    if not -u.ndim <= dim < u.ndim:
+        raise ValueError(
+            f"causal_convolution: dim={dim} is not an axis of u, which has {u.ndim} dimensions."
+        )
+    if u.shape[dim] == 0:
+        raise ValueError(f"causal_convolution: u {tuple(u.shape)} is empty along dim={dim}.")
+    if kernel.shape[-1] == 0:
+        raise ValueError(f"causal_convolution: kernel {tuple(kernel.shape)} has no taps.")
+    channels = list(u.shape)
+    del channels[dim % u.ndim]
+    skip_shape = () if skip is None else skip.shape
+    for name, given in (("kernel", kernel.shape[:-1]), ("skip", skip_shape)):
+        for size, available in zip(reversed(given), reversed(channels), strict=False):
+            if size != available and size != 1 and available != 1:
+                raise ValueError(
+                    f"causal_convolution: the {name}'s channels {tuple(given)} do not broadcast "
+                    f"against those of u, {tuple(channels)} (length axis {dim} of "
+                    f"{tuple(u.shape)} left out)."
+                )
+    if gate is not None and gate.shape != u.shape:
+        raise ValueError(
+            f"causal_convolution: gate {tuple(gate.shape)} must have the shape of u, "
+            f"{tuple(u.shape)}."
+        )
+
+
+def _smooth_even_numbers(limit: int) -> list[int]:
+    """Even numbers below `limit` with no prime factor above 5: lengths that transform fast."""
+    numbers = {2}
+    for factor in (2, 3, 5):
+        frontier = numbers
+        while frontier:
+            frontier = {factor * n for n in frontier if factor * n < limit}
+            numbers = numbers | frontier
+    return sorted(numbers)
+
+
+_FAST_LENGTHS = _smooth_even_numbers(2**40)
+
+
+def _fft_length(length: int, taps: int) -> int:
+    """The fast length from which a circular convolution has no wrap-around."""
+    return _FAST_LENGTHS[bisect_left(_FAST_LENGTHS, length + taps - 1)]
+
+
+class _Blocks:
+    """Cuts u (*S, L) into blocks of rows and owns the padded scratch that they pass through."""
+
+    def __init__(self, u: Tensor, kernel: Tensor) -> None:
+        self.length = u.shape[-1]
+        self.points = _fft_length(self.length, kernel.shape[-1])
+        rows = block_rows(u.device, self.points, _CPU_BLOCK, _CPU_MIN_ROWS)
+        largest, self.pairs = shared_blocks(u.shape[:-1], kernel.shape[:-1], rows, u.stride)
+        self.scratch = kernel.new_zeros(math.prod(largest) * self.points)
+
+    def spectrum(self, signal: Tensor, factor: Tensor | None = None) -> Tensor:
+        """Spectrum of a block (*b, L), times `factor`, padded with zeros: (*b, F)."""
+        *rows, length = signal.shape
+        padded = self.scratch[: math.prod(rows) * self.points].view(*rows, self.points)
+        inside = padded[..., :length]
+        if factor is not None:
+            torch.mul(signal, factor, out=inside)
+        elif signal.stride(-1) == 1:
+            inside.copy_(signal)
+        else:  # gathering whole cache lines first makes the transposition twice as fast
+            inside.copy_(signal.clone())
+        return torch.fft.rfft(padded)
+
+    def signal(self, spectrum: Tensor) -> Tensor:
+        """Inverse of `spectrum`, (*b, F) to (*b, L)."""
+        return torch.fft.irfft(spectrum, n=self.points)[..., : self.length]
+
+
+@custom_op("gramian::causal_convolution", mutates_args=())
+def _forward(
+    u: Tensor, kernel: Tensor, gate: Tensor | None, save_spectra: bool
+) -> tuple[Tensor, Tensor]:
+    """gate (T_h u) for u and gate (*S, L) and kernel (*S or 1, K), in the kernel's dtype.
+
+    The second result is u's spectrum (*S, F), empty unless `save_spectra`.
+    """
+    blocks = _Blocks(u, kernel)
+    y = torch.empty_like(u)
+    spectra = _empty_spectra(u, kernel, save_spectra)
+    for kernel_block, signal_blocks in blocks.pairs:
+        transfer = torch.fft.rfft(kernel[kernel_block], n=blocks.points)
+        for block in signal_blocks:
+            spectrum = blocks.spectrum(u[block])
+            if save_spectra:
+                spectra[block] = spectrum
+            result = blocks.signal(spectrum.mul_(transfer))
+            if gate is None:
+                y[block] = result
+            else:
+                torch.mul(result, gate[block], out=y[block])
+    return y, spectra
+
+
+@custom_op("gramian::causal_convolution_backward", mutates_args=())
+def _backward(
+    g: Tensor,
+    u: Tensor,
+    kernel: Tensor,
+    gate: Tensor | None,
+    spectra: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_forward` for its output's gradient g: of u, kernel and gate.
+
+    `needs` says which are wanted; the others come back empty.
+    """
+    needs_u, needs_kernel, needs_gate = needs
+    blocks = _Blocks(u, kernel)
+    grad_u, grad_kernel, grad_gate = _empty_gradients(u, kernel, gate, needs)
+    shared = [axis for axis, size in enumerate(kernel.shape[:-1]) if size == 1]
+    for kernel_block, signal_blocks in blocks.pairs:
+        transfer = torch.fft.rfft(kernel[kernel_block], n=blocks.points)
+        adjoint = transfer.conj_physical()
+        total = torch.zeros_like(transfer)  # spectrum of the kernel's gradient
+        for block in signal_blocks:
+            if needs_kernel or needs_gate:
+                signal = spectra[block].clone() if spectra.numel() else blocks.spectrum(u[block])
+            if needs_gate:
+                torch.mul(blocks.signal(signal * transfer), g[block], out=grad_gate[block])
+            if needs_u or needs_kernel:
+                incoming = blocks.spectrum(g[block], None if gate is None else gate[block])
+            if needs_u:
+                grad_u[block] = blocks.signal(incoming * adjoint)
+            if needs_kernel:
+                incoming.mul_(signal.conj_physical_())
+                total += incoming.sum(shared, keepdim=True) if shared else incoming
+        if needs_kernel:
+            correlation = torch.fft.irfft(total, n=blocks.points)
+            grad_kernel[kernel_block] = correlation[..., : kernel.shape[-1]]
+    return grad_u, grad_kernel, grad_gate
+
+
+def _empty_gradients(
+    u: Tensor, kernel: Tensor, gate: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs_u, needs_kernel, needs_gate = needs
+    return (
+        torch.empty_like(u) if needs_u else u.new_empty(0),
+        torch.empty_like(kernel) if needs_kernel else kernel.new_empty(0),
+        torch.empty_like(gate) if needs_gate and gate is not None else u.new_empty(0),
+    )
+
+
+def _empty_spectra(u: Tensor, kernel: Tensor, save_spectra: bool) -> Tensor:
+    dtype = torch.complex128 if kernel.dtype == torch.float64 else torch.complex64
+    if not save_spectra:
+        return u.new_empty(0, dtype=dtype)
+    bins = _fft_length(u.shape[-1], kernel.shape[-1]) // 2 + 1
+    return u.new_empty(*u.shape[:-1], bins, dtype=dtype)
+
+
+@register_fake(_forward)
+def _forward_fake(
+    u: Tensor, kernel: Tensor, gate: Tensor | None, save_spectra: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u), _empty_spectra(u, kernel, save_spectra)
+
+
+@register_fake(_backward)
+def _backward_fake(
+    g: Tensor,
+    u: Tensor,
+    kernel: Tensor,
+    gate: Tensor | None,
+    spectra: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(u, kernel, gate, needs)
+
+
+def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    u, kernel, gate, _ = inputs
+    _, spectra = output
+    ctx.mark_non_differentiable(spectra)
+    ctx.save_for_backward(u, kernel, gate, spectra)
+
+
+def _forward_backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    u, kernel, gate, spectra = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    grads = _backward(g, u, kernel, gate, spectra, needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
+
+
+def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    g, u, kernel, gate, _, needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.needs = needs
+    ctx.save_for_backward(g, u, kernel, gate)
+
+
+def _backward_backward(
+    ctx: Any, v_u: Tensor | None, v_kernel: Tensor | None, v_gate: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ⟨v_u, T_hᵀ p⟩ + ⟨v_h, k(p, u)⟩ + ⟨v_gate, g (T_h u)⟩, p = gate g.
+
+    With ⟨v_h, k(p, u)⟩ = ⟨p, T_{v_h} u⟩ each term is a forward or backward operator again.
+    """
+    g, u, kernel, gate = ctx.saved_tensors
+    v_u, v_kernel, v_gate = (
+        v if need else None for v, need in zip((v_u, v_kernel, v_gate), ctx.needs, strict=True)
+    )
+    wants_u, wants_kernel = ctx.needs_input_grad[1:3]
+    grads: list[Tensor | None] = [None, None, None, None]  # of g, u, kernel, gate
+
+    def add(position: int, value: Tensor) -> None:
+        total = grads[position]
+        grads[position] = value if total is None else total + value
+
+    for v, h in ((v_u, kernel), (u, v_kernel)):
+        if v is not None and h is not None:
+            result, _ = _forward(v, h, None, False)
+            add(0, result if gate is None else gate * result)
+            if gate is not None:
+                add(3, g * result)
+    if v_gate is not None:
+        add(0, v_gate * _forward(u, kernel, None, False)[0])
+
+    first = (g if gate is None else gate * g, v_u, v_kernel)
+    second = (None if v_gate is None else v_gate * g, u, kernel)
+    for p, v, h in (first, second):
+        needs = [wants_u and h is not None, wants_kernel and v is not None, False]
+        if p is not None and any(needs):
+            v, h = u if v is None else v, kernel if h is None else h
+            of_u, of_kernel, _ = _backward(p, v, h, None, _empty_spectra(v, h, False), needs)
+            if needs[0]:
+                add(1, of_u)
+            if needs[1]:
+                add(2, of_kernel)
+    return *(
+        None if grad is None else grad.to(like.dtype)
+        for grad, like in zip(grads, (g, u, kernel, gate), strict=True)
+    ), None, None
+
+
+register_autograd(_forward, _forward_backward, setup_context=_forward_setup)
+register_autograd(_backward, _backward_backward, setup_context=_backward_setup)
+
+
+def _batch_first(tensor: Tensor | None, axis: int | None, size: int = 1) -> Tensor | None:
+    """The mapped axis to the front; a tensor that is not mapped gets one of `size`."""
+    if tensor is None:
+        return None
+    if axis is None:
+        return tensor.expand(size, *tensor.shape)
+    return tensor.movedim(axis, 0)
+
+
+@register_vmap(_forward)
+def _forward_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    u: Tensor,
+    kernel: Tensor,
+    gate: Tensor | None,
+    save_spectra: bool,
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    size = info.batch_size
+    y, spectra = _forward(
+        _batch_first(u, in_dims[0], size),
+        _batch_first(kernel, in_dims[1]),
+        _batch_first(gate, in_dims[2], size),
+        save_spectra,
+    )
+    return (y, spectra), (0, 0 if save_spectra else None)
+
+
+@register_vmap(_backward)
+def _backward_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    g: Tensor,
+    u: Tensor,
+    kernel: Tensor,
+    gate: Tensor | None,
+    spectra: Tensor,
+    needs: list[bool],
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    size = info.batch_size
+    if spectra.numel():
+        spectra = _batch_first(spectra, in_dims[4], size)
+    grads = _backward(
+        _batch_first(g, in_dims[0], size),
+        _batch_first(u, in_dims[1], size),
+        _batch_first(kernel, in_dims[2], size),
+        _batch_first(gate, in_dims[3], size),
+        spectra,
+        needs,
+    )
+    return grads, tuple(0 if need else None for need in needs)

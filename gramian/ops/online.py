@@ -1,0 +1,125 @@
+r"""Online convolution: an exact FIR filter one sample at a time in amortised O(log² L).
+
+At every multiple ``c`` of the smallest block, the last ``U`` inputs, ``U`` the largest power of two
+that divides ``c``, meet the taps ``1 … 2U - 1`` by one cyclic FFT of ``2U`` points; the result is
+what these inputs owe to the outputs ``c … c + U - 1``. Inside the smallest block the taps are
+applied directly. Every pair (input, output) is met exactly once, so the result is the convolution
+itself, not an approximation (van der Hoeven's relaxed multiplication with one known factor;
+FutureFill, Agarwal et al. 2024; Flash Inference, Oncescu et al. 2024).
+
+Let P be the smallest power of two with at least K - 1 samples for K taps. The state holds the last
+inputs (the previous and the current window of P) and what is owed to the rest of the current
+window, ``3P`` numbers per stream, whatever the number of samples seen.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.ops.convolution import causal_convolution
+
+__all__ = ["OnlineBuffers", "OnlineConvolution"]
+
+_BLOCK = 32  # below this many samples a dot product beats an FFT
+
+
+class OnlineBuffers(NamedTuple):
+    """What an online convolution carries from sample to sample."""
+
+    inputs: Tensor  # (*B, 2P): previous window, then the current one up to `position`
+    owed: Tensor  # (*B, P): contributions to the current window from inputs already tiled
+    position: Tensor  # (), int64 on the CPU: samples seen
+
+
+class OnlineConvolution:
+    """Convolution with a known kernel, one sample or one chunk at a time.
+
+    Args:
+        kernel: (*C, K), real floating point, K ≥ 1.
+    """
+
+    def __init__(self, kernel: Tensor) -> None:
+        self.kernel = kernel
+        taps = kernel.shape[-1]
+        self.window = 1 << max(taps - 2, 0).bit_length()  # P ≥ K - 1
+        self.block = min(_BLOCK, self.window)
+        first = kernel[..., : self.block]
+        self._reversed = torch.nn.functional.pad(first, (0, self.block - first.shape[-1])).flip(-1)
+        self._spectra: dict[int, Tensor] = {}
+
+    def buffers(
+        self, batch_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> OnlineBuffers:
+        """Buffers of a silent past for streams of shape ``batch_shape``."""
+        return OnlineBuffers(
+            torch.zeros(*batch_shape, 2 * self.window, dtype=dtype, device=device),
+            torch.zeros(*batch_shape, self.window, dtype=dtype, device=device),
+            torch.zeros((), dtype=torch.int64),
+        )
+
+    def step(self, sample: Tensor, buffers: OnlineBuffers) -> tuple[Tensor, OnlineBuffers]:
+        """Take one sample (*B) and return its output (*B). Writes into ``buffers``."""
+        inputs, owed, position = buffers
+        window, block = self.window, self.block
+        at = int(position) % window
+        inputs[..., window + at] = sample
+        inside = at % block + 1  # samples of the current block, this one included
+        recent = inputs[..., window + at + 1 - inside : window + at + 1]
+        taps = self._reversed[..., -inside:]
+        output = torch.einsum("...t,...t->...", recent, taps) + owed[..., at]
+
+        at += 1
+        if at % block == 0:
+            if at == window:
+                owed.copy_(self._tile(inputs[..., window:]))
+                inputs[..., :window] = inputs[..., window:].clone()
+            else:
+                size = at & -at
+                owed[..., at : at + size] += self._tile(
+                    inputs[..., window + at - size : window + at]
+                )
+        return output, OnlineBuffers(inputs, owed, position + 1)
+
+    def extend(self, signal: Tensor, buffers: OnlineBuffers) -> tuple[Tensor, OnlineBuffers]:
+        """Take T samples (*B, T) at once by FFT. Differentiable; ``buffers`` stay as they were."""
+        inputs, _, position = buffers
+        window = self.window
+        at = int(position) % window
+        length = signal.shape[-1]
+        if int(position) == 0:
+            output = causal_convolution(signal, self.kernel)
+        else:
+            past = torch.cat([inputs[..., at : window + at], signal], dim=-1)
+            output = causal_convolution(past, self.kernel)[..., window:]
+
+        end = (int(position) + length) % window
+        known = torch.cat([inputs[..., : window + at], signal], dim=-1)[..., -(window + end) :]
+        inputs = torch.nn.functional.pad(known, (0, window - end))
+        return output, OnlineBuffers(inputs, self._owed(inputs, end), position + length)
+
+    def _owed(self, inputs: Tensor, end: int) -> Tensor:
+        """What the tiles up to ``end`` owe to the current window, rebuilt from the inputs."""
+        window = self.window
+        owed = self._tile(inputs[..., :window])
+        at = 0
+        size = window // 2
+        while size >= self.block:
+            if end & size:
+                at += size
+                tile = self._tile(inputs[..., window + at - size : window + at])
+                owed = owed + torch.nn.functional.pad(tile, (at, window - at - size))
+            size //= 2
+        return owed
+
+    def _tile(self, inputs: Tensor) -> Tensor:
+        """What U inputs owe to the next U outputs: taps 1 … 2U - 1, one cyclic FFT of 2U points."""
+        size = inputs.shape[-1]
+        spectrum = self._spectra.get(size)
+        if spectrum is None:
+            spectrum = torch.fft.rfft(self.kernel[..., : 2 * size], n=2 * size)
+            self._spectra[size] = spectrum
+        product = torch.fft.rfft(inputs, n=2 * size) * spectrum
+        return torch.fft.irfft(product, n=2 * size)[..., size:]
