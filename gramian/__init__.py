@@ -1,0 +1,46 @@
+"""Gramian: the memory of causal sequence models.
+
+Every causal mixer applies a lower-triangular operator ``y = T u``; the rank of its Hankel blocks is
+the memory that it needs. Parametrise that operator (filters, mixers), measure it (Hankel spectra),
+shrink it (:func:`reduce`, :func:`distill`) and run it (convolution and recurrence).
+
+``import gramian`` does not import transformers; ``import gramian.models`` does, and registers its
+classes with transformers' Auto classes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gramian import filters, mixers, ops, systems
+from gramian.ops import causal_convolution
+from gramian.systems import FIR, Modal, TransferFunction
+
+if TYPE_CHECKING:
+    from gramian.distillation import DistillationReport, distill
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FIR",
+    "DistillationReport",
+    "Modal",
+    "Reduction",
+    "TransferFunction",
+    "causal_convolution",
+    "distill",
+    "filters",
+    "mixers",
+    "ops",
+    "reduce",
+    "reduction",
+    "systems",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("distill", "DistillationReport"):  # whole-model jobs need transformers
+        from gramian import distillation
+
+        return getattr(distillation, name)
+    raise AttributeError(f"module 'gramian' has no attribute {name!r}")

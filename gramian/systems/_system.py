@@ -1,0 +1,223 @@
+"""The contract of every system: a causal operator, held as an immutable batch of channels."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, Protocol, overload
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from typing_extensions import Self
+
+from gramian.ops import causal_convolution
+from gramian.systems._state import State
+
+__all__ = ["Recurrence", "System"]
+
+
+class Recurrence(Protocol):
+    """A system made ready to be stepped: a frozen snapshot, through which no gradient flows."""
+
+    form: str
+    """How it steps: "modal", "companion" or "online"."""
+
+    def initial_state(
+        self,
+        batch_shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> State:
+        """The state of a silent past, for samples of shape ``batch_shape`` = (*B, *C')."""
+
+    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Take the chunk ``u`` (*B, *C', T) at once; returns y (*B, *C', T) and the new state."""
+
+    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Take one sample (*B, *C'). Consumes ``state``: use only the one returned."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class System(abc.ABC):
+    """A causal operator ``y = T u`` on every channel of a batch.
+
+    Fields are tensors whose leading dimensions ``(*C)`` are the channels. A system is immutable and
+    a pytree; gradients flow through it to whatever its fields were made of. Constructors check
+    shapes and dtypes, never values.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        pytree.register_pytree_node(
+            cls,
+            lambda system: (system._fields(), None),
+            lambda fields, _: cls._from_fields(fields),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        )
+
+    def _fields(self) -> list[Any]:
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+    @classmethod
+    def _from_fields(cls, values: Any) -> Self:
+        system = object.__new__(cls)
+        for field, value in zip(dataclasses.fields(cls), values, strict=True):
+            object.__setattr__(system, field.name, value)
+        return system
+
+    def _map(self, function: Any) -> Self:
+        return self._from_fields(
+            [function(value) if value is not None else None for value in self._fields()]
+        )
+
+    @property
+    @abc.abstractmethod
+    def channel_shape(self) -> torch.Size:
+        """The channel dimensions ``(*C)``."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The real floating-point dtype of the impulse response."""
+
+    @property
+    @abc.abstractmethod
+    def device(self) -> torch.device:
+        """Where the fields are."""
+
+    @property
+    @abc.abstractmethod
+    def order(self) -> int:
+        """State dimension over the reals, of the largest channel."""
+
+    @abc.abstractmethod
+    def impulse_response(self, length: int) -> Tensor:
+        """The Markov parameters ``h_0, …, h_{length-1}``, (*C, length)."""
+
+    @abc.abstractmethod
+    def recurrence(self, form: str | None = None) -> Recurrence:
+        """The system as a recurrence; ``form=None`` picks the one that is safe."""
+
+    @abc.abstractmethod
+    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        """Outputs and final state of a chunk that starts in ``state``."""
+
+    @abc.abstractmethod
+    def _infinite_hankel_singular_values(self) -> Tensor:
+        """Hankel singular values over the infinite horizon, float64, descending."""
+
+    def __getitem__(self, index: Any) -> Self:
+        """Index the channel dimensions, as with a tensor: ``system[::2]``, ``system[:, None]``."""
+        index = index if isinstance(index, tuple) else (index,)
+        if Ellipsis in index:
+            raise IndexError("a system is indexed along its channels; `...` is not accepted.")
+        return self._map(lambda value: value[index])
+
+    def reshape_channels(self, *shape: int) -> Self:
+        """The same channels in another shape."""
+        skip = len(self.channel_shape)
+        return self._map(lambda value: value.reshape(*shape, *value.shape[skip:]))
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """The system on another device, or in another real floating-point dtype."""
+
+        def move(value: Tensor) -> Tensor:
+            kind = dtype.to_complex() if dtype is not None and value.is_complex() else dtype
+            return value.to(device=device, dtype=kind)
+
+        return self._map(move)
+
+    def detach(self) -> Self:
+        """The same values, cut off from the graph."""
+        return self._map(Tensor.detach)
+
+    def frozen(self) -> Self:
+        """A copy of the values, cut off from the graph and from later changes of parameters."""
+        return self._map(lambda value: value.detach().clone())
+
+    @overload
+    def __call__(self, u: Tensor) -> Tensor: ...
+
+    @overload
+    def __call__(self, u: Tensor, state: State) -> tuple[Tensor, State]: ...
+
+    def __call__(self, u: Tensor, state: State | None = None) -> Tensor | tuple[Tensor, State]:
+        """Apply the system to ``u`` (*B, *C', L), C' broadcasting against the channels C.
+
+        Args:
+            u: Real input. Half precision is computed in float32 and cast back.
+            state: Where the past left off: a state of ``recurrence()``, or what an earlier call
+                returned. None: a silent past.
+
+        Returns:
+            y of the shape of ``u``; with a state, ``(y, new state)``.
+
+        Raises:
+            ValueError: if the channels of ``u`` do not broadcast against the system's.
+        """
+        self._check_input(u, u.shape[:-1])
+        if state is None:
+            return causal_convolution(u, self.kernel_for(u, u.shape[-1]))
+        return self._apply_from(u, state)
+
+    def kernel_for(self, u: Tensor, length: int) -> Tensor:
+        """``impulse_response(length)`` in the precision in which ``u`` is convolved: float64 for
+        a float64 input, float32 otherwise."""
+        return self.impulse_response(length).to(working_dtype(u))
+
+    def matrix(self, length: int) -> Tensor:
+        """The operator on ``length`` samples, (*C, length, length), lower triangular."""
+        taps = torch.nn.functional.pad(self.impulse_response(length), (length - 1, 0))
+        return taps.unfold(-1, length, 1).flip(-1)
+
+    def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
+        """Singular values of the Hankel block, through which the past reaches the future.
+
+        Args:
+            length: Horizon L: the values of ``T[at:L, :at]``. None: the infinite horizon.
+            at: Where past and future part, 1 … L - 1; by default L // 2.
+
+        Returns:
+            (*C, k), descending, decided in float64 and returned in the system's dtype.
+
+        Raises:
+            ValueError: if the horizon is infinite and a pole is not inside the unit circle, or
+                ``at`` is out of range.
+        """
+        if length is None:
+            if at is not None:
+                raise ValueError("`at` needs a finite horizon: give `length` too.")
+            return self._infinite_hankel_singular_values().to(self.dtype)
+        at = length // 2 if at is None else at
+        if not 0 < at < length:
+            raise ValueError(f"`at` must lie in 1 … {length - 1} for length {length}, got {at}.")
+        double = self.to(dtype=torch.float64)
+        taps = double.impulse_response(length)[..., 1:]  # h_1 … h_{L-1}
+        return torch.linalg.svdvals(taps.unfold(-1, at, 1)).to(self.dtype)
+
+    def _check_input(self, u: Tensor, shape: torch.Size) -> None:
+        try:
+            fits = torch.broadcast_shapes(shape, self.channel_shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"the input's channels {tuple(shape)} do not broadcast against the system's "
+                f"{tuple(self.channel_shape)}."
+            )
+        if not u.dtype.is_floating_point:
+            raise TypeError(f"the input must be real floating point, got {u.dtype}.")
+
+
+def working_dtype(u: Tensor) -> torch.dtype:
+    """The dtype in which a signal is convolved: float64 stays, all else is float32."""
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raise a TypeError unless ``value`` is a tensor (or a stand-in that a transform put there)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
