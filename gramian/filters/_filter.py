@@ -1,0 +1,122 @@
+"""The contract of every filter, and the registry that builds filters from their configuration."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from gramian.systems import System
+
+__all__ = ["Filter", "build", "register"]
+
+_REGISTRY: dict[str, type[Filter]] = {}
+_FilterType = TypeVar("_FilterType", bound="type[Filter]")
+
+
+class Filter(nn.Module, abc.ABC):
+    """A module whose parameters make a time-invariant system, one channel for each filter.
+
+    ``filter(length)`` goes through ``forward``, so that hooks and sharding see it; the system is
+    made anew at every call and gradients flow through it. The parameters describe dynamics, where a
+    pole of 0.999 must not become 1.0: they stay in float32 when the model is cast to half
+    precision.
+
+    Args:
+        channels: Number of filters.
+        max_length: Taps that training sees.
+    """
+
+    name: ClassVar[str]
+    """The name under which the class is registered."""
+
+    def __init__(self, channels: int, max_length: int) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("max_length", max_length)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        self.channels = channels
+        self.max_length = max_length
+
+    @abc.abstractmethod
+    def forward(self, length: int | None = None) -> System:
+        """The system of all channels.
+
+        Args:
+            length: How many taps will be asked for; None: as many as there are.
+        """
+
+    @abc.abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the initial parameters, and fill the buffers, in place."""
+
+    def reset_buffers(self) -> None:
+        """Fill the buffers that follow from the configuration, in place."""
+
+    def config(self) -> dict[str, Any]:
+        """What :func:`build` needs to make this filter again, ready for JSON."""
+        return {"type": self.name, "channels": self.channels, "max_length": self.max_length}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.config().items() if k != "type")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32:
+                return tensor.to(device=moved.device, dtype=torch.float32)
+            return moved
+
+        return super()._apply(keep_precision, recurse)
+
+
+def register(name: str) -> Callable[[_FilterType], _FilterType]:
+    """Class decorator: make a filter known to configurations as ``{"type": name, …}``.
+
+    Raises:
+        ValueError: if the name is taken by another class.
+    """
+
+    def add(cls: _FilterType) -> _FilterType:
+        if _REGISTRY.get(name, cls) is not cls:
+            raise ValueError(f"the filter type {name!r} is already registered.")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def build(config: dict[str, Any] | Filter, **defaults: Any) -> Filter:
+    """A filter from its configuration.
+
+    Args:
+        config: ``{"type": name, …}`` with the constructor's arguments, or a filter, returned as is.
+        defaults: Arguments that ``config`` may leave out, such as ``channels`` and ``max_length``.
+
+    Raises:
+        ValueError: for an unknown type or arguments that the filter does not take, or where
+            ``config`` contradicts the number of channels asked for.
+    """
+    if isinstance(config, Filter):
+        built = config
+    else:
+        arguments = {**defaults, **config}
+        kind = arguments.pop("type", None)
+        if kind not in _REGISTRY:
+            raise ValueError(
+                f"unknown filter type {kind!r}; known are {', '.join(sorted(_REGISTRY))}."
+            )
+        try:
+            built = _REGISTRY[kind](**arguments)
+        except TypeError as error:
+            raise ValueError(f"the filter {kind!r} cannot be built: {error}.") from None
+    if built.channels != defaults.get("channels", built.channels):
+        raise ValueError(
+            f"a filter of {defaults['channels']} channels is needed, got one of {built.channels}."
+        )
+    return built

@@ -1,0 +1,170 @@
+r"""Hyena's implicit filter: a sine MLP of time, under an exponential window.
+
+``h_t = MLP(z_t) · (exp(-|α| t) + shift)`` with features ``z_t`` of time (Hyena, Poli et al. 2023,
+section 3.3 and appendix D.3), plus ``bias`` at tap 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.filters._filter import Filter, register
+from gramian.systems import FIR
+
+__all__ = ["ImplicitFilter"]
+
+
+@register("implicit")
+class ImplicitFilter(Filter):
+    """A kernel given by a small network of time, as long as ``max_length``; zero past it.
+
+    Args:
+        channels: Number of filters.
+        max_length: Taps; time runs from 0 to 1 over them.
+        embedding_features: Odd, at least 3: time itself and pairs of cosine and sine.
+        hidden: Width of the MLP.
+        inner_layers: Hidden layers between the first and the last.
+        frequency: Initial frequency ω of the sine activations ``sin(ω x)``, trained with the rest.
+        train_frequency: Whether it is.
+        fast_decay, slow_decay: Fractions of the kernel after which the quickest and the slowest
+            window have fallen to ``decay_target``; the channels are spread evenly between.
+        decay_target: See above.
+        shift: Added to the window, so that it does not fall to zero.
+        modulate: Whether to apply the window at all.
+        normalized: Divide by the l1 norm over the *channels* at every tap, as the published code
+            does.
+        bias: Whether to add a trainable direct term at tap 0.
+        trainable_time: Whether the time features are parameters (published with a learning rate of
+            1e-5) or fixed.
+
+    Raises:
+        ValueError: if ``embedding_features`` is even or below 3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        max_length: int,
+        embedding_features: int = 33,
+        hidden: int = 64,
+        inner_layers: int = 2,
+        frequency: float = 10.0,
+        train_frequency: bool = True,
+        fast_decay: float = 0.3,
+        slow_decay: float = 1.5,
+        decay_target: float = 1e-2,
+        shift: float = 0.0,
+        modulate: bool = True,
+        normalized: bool = False,
+        bias: bool = True,
+        trainable_time: bool = False,
+    ) -> None:
+        super().__init__(channels, max_length)
+        if embedding_features < 3 or embedding_features % 2 == 0:
+            raise ValueError(
+                f"embedding_features must be odd and at least 3, got {embedding_features}."
+            )
+        if inner_layers < 0 or hidden < 1:
+            raise ValueError(
+                "hidden must be at least 1 and inner_layers at least 0, got "
+                f"{hidden} and {inner_layers}."
+            )
+        self.embedding_features = embedding_features
+        self.hidden = hidden
+        self.inner_layers = inner_layers
+        self.initial_frequency = float(frequency)
+        self.train_frequency = train_frequency
+        self.fast_decay = fast_decay
+        self.slow_decay = slow_decay
+        self.decay_target = decay_target
+        self.shift = shift
+        self.modulate = modulate
+        self.normalized = normalized
+        self.trainable_time = trainable_time
+
+        widths = [embedding_features] + [hidden] * (inner_layers + 1)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
+        self.output = nn.Linear(hidden, channels, bias=False)
+        frequency_value = torch.empty(hidden)
+        if train_frequency:
+            self.frequency = nn.Parameter(frequency_value)
+        else:
+            self.register_buffer("frequency", frequency_value)
+        features = torch.empty(max_length, embedding_features)
+        if trainable_time:
+            self.features = nn.Parameter(features)
+        else:
+            self.register_buffer("features", features, persistent=False)
+        self.register_buffer("decay", torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    features: Tensor
+    frequency: Tensor
+    decay: Tensor
+
+    def reset_parameters(self) -> None:
+        """Linear layers as in torch, ω constant, bias standard normal; see also
+        :meth:`reset_buffers`."""
+        for layer in [*self.layers, self.output]:
+            assert isinstance(layer, nn.Linear)
+            layer.reset_parameters()
+        nn.init.constant_(self.frequency, self.initial_frequency)
+        if self.bias is not None:
+            nn.init.normal_(self.bias)
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """The features of time and the decay rates, from the configuration."""
+        like: dict[str, Any] = {"dtype": torch.float64, "device": self.features.device}
+        length = self.max_length
+        bands = (self.embedding_features - 1) // 2
+        time = torch.linspace(0, 1, length, **like).unsqueeze(-1)
+        bands_f = torch.linspace(1e-4, bands - 1, bands, **like)
+        angle = 2 * math.pi / length * torch.arange(length, **like).unsqueeze(-1) * bands_f
+        self.features.copy_(torch.cat([time, angle.cos(), -angle.sin()], dim=-1))
+        quick = math.log(self.decay_target) / self.fast_decay
+        slow = math.log(self.decay_target) / self.slow_decay
+        self.decay.copy_(torch.linspace(slow, quick, self.channels, **like).abs())
+
+    def forward(self, length: int | None = None) -> FIR:
+        count = self.max_length if length is None else min(length, self.max_length)
+        hidden = self.features[:count]
+        for layer in self.layers:
+            hidden = torch.sin(self.frequency * layer(hidden))
+        taps = self.output(hidden)  # (length, channels)
+        if self.modulate:
+            time = torch.linspace(0, 1, self.max_length, dtype=taps.dtype, device=taps.device)
+            window = torch.exp(-time[:count].unsqueeze(-1) * self.decay.to(taps.dtype))
+            taps = taps * (window + self.shift)
+        if self.normalized:
+            taps = taps / taps.abs().sum(-1, keepdim=True)
+        kernel = taps.mT
+        if self.bias is not None:
+            first = kernel[:, :1] + self.bias.unsqueeze(-1)
+            kernel = torch.cat([first, kernel[:, 1:]], dim=-1)
+        return FIR(kernel)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            **super().config(),
+            "embedding_features": self.embedding_features,
+            "hidden": self.hidden,
+            "inner_layers": self.inner_layers,
+            "frequency": self.initial_frequency,
+            "train_frequency": self.train_frequency,
+            "fast_decay": self.fast_decay,
+            "slow_decay": self.slow_decay,
+            "decay_target": self.decay_target,
+            "shift": self.shift,
+            "modulate": self.modulate,
+            "normalized": self.normalized,
+            "bias": self.bias is not None,
+            "trainable_time": self.trainable_time,
+        }

@@ -1,0 +1,125 @@
+r"""Modal filters: poles and residues as parameters, with an order for every channel.
+
+``λ_k = exp(-exp(log_decay_k) + iπ angle_k)`` lies inside the unit circle whatever the parameters,
+and an angle of exactly 0 or 1 is a real pole. Residues are pairs of real numbers: no complex tensor
+is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from gramian.filters._filter import Filter, register
+from gramian.systems import Modal
+
+__all__ = ["ModalFilter"]
+
+_MAX_LOG_DECAY = 4.0  # |λ| = exp(-exp(4)) ≈ 2e-24: a pole at zero, for all purposes
+_MIN_LOG_DECAY = -30.0  # |λ| = 1 - 1e-13: the slowest decay that a parameter can hold
+
+
+@register("modal")
+class ModalFilter(Filter):
+    """``h_0 = d``, ``h_t = Re Σ_k residues_k λ_k^(t-1)``: what distillation makes of a filter.
+
+    Args:
+        channels: Number of filters.
+        orders: Modes of every channel (a mode is a real pole or a conjugate pair), or one number
+            for all. Parameters are stored without padding, channel after channel.
+        max_length: Taps over which the filter was trained or fitted; it goes on past them.
+
+    Raises:
+        ValueError: if ``orders`` does not name one non-negative number for every channel.
+    """
+
+    def __init__(self, channels: int, orders: int | Sequence[int], max_length: int) -> None:
+        super().__init__(channels, max_length)
+        listed = [orders] * channels if isinstance(orders, int) else [int(o) for o in orders]
+        if len(listed) != channels or min(listed) < 0:
+            raise ValueError(
+                f"orders must be one non-negative integer for each of {channels} channels, got "
+                f"{orders!r}."
+            )
+        self.orders = tuple(listed)
+        modes = sum(self.orders)
+        self.log_decay = nn.Parameter(torch.empty(modes))
+        self.angle = nn.Parameter(torch.empty(modes))
+        self.residues = nn.Parameter(torch.empty(modes, 2))
+        self.d = nn.Parameter(torch.empty(channels))
+        self.register_buffer("_slot", torch.empty(modes, dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    _slot: Tensor
+
+    @classmethod
+    def from_system(cls, system: Modal, max_length: int) -> Self:
+        """A filter that makes ``system``, without its padding.
+
+        Args:
+            system: channels (*C) of one dimension, poles inside the unit circle.
+            max_length: See the class.
+
+        Raises:
+            ValueError: if a pole that matters is not inside the unit circle.
+        """
+        radius = system.spectral_radius()
+        if bool((radius >= 1).any()):
+            raise ValueError(
+                "a modal filter holds poles inside the unit circle only, got spectral radius "
+                f"{float(radius.max()):.9g}."
+            )
+        kept = system.residues != 0
+        built = cls(len(kept), kept.sum(-1).tolist(), max_length)
+        poles = system.poles[kept].to(torch.complex128)
+        decay = -poles.abs().clamp_min(torch.finfo(torch.float64).tiny).log()
+        with torch.no_grad():
+            built.log_decay.copy_(decay.log().clamp(_MIN_LOG_DECAY, _MAX_LOG_DECAY))
+            built.angle.copy_(poles.angle() / math.pi)
+            built.residues.copy_(torch.view_as_real(system.residues[kept].resolve_conj()))
+            built.d.copy_(system.d)
+        return built.to(system.device)
+
+    def reset_parameters(self) -> None:
+        """Decay times spread logarithmically over ``max_length``, angles uniformly over the half
+        circle, residues with unit energy a channel."""
+        slowest = -math.log(max(self.max_length, 2))
+        nn.init.uniform_(self.log_decay, slowest, 0.0)
+        nn.init.uniform_(self.angle, 0.0, 1.0)
+        nn.init.normal_(self.residues, std=1 / max(1.0, sum(self.orders) / self.channels))
+        nn.init.normal_(self.d)
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Where each stored mode stands in the padded (channels, modes) array."""
+        width = max(self.orders)
+        slots = [c * width + k for c, order in enumerate(self.orders) for k in range(order)]
+        self._slot.copy_(torch.tensor(slots, dtype=torch.int64))
+
+    def forward(self, length: int | None = None) -> Modal:
+        # Double precision for exp and the circle, so that a parameter of float32 loses nothing.
+        radius = torch.exp(-torch.exp(self.log_decay.double()))
+        angle = math.pi * self.angle.double()
+        poles = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
+        shape = (self.channels, max(self.orders), 2)
+
+        def pad(pairs: Tensor) -> Tensor:
+            flat = pairs.new_zeros(shape[0] * shape[1], 2)
+            return torch.view_as_complex(flat.index_copy(0, self._slot, pairs).reshape(shape))
+
+        return Modal(pad(poles.to(self.residues.dtype)), pad(self.residues), self.d)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "orders": list(self.orders)}
+
+    def extra_repr(self) -> str:
+        return (
+            f"channels={self.channels}, modes={min(self.orders)}…{max(self.orders)}, "
+            f"max_length={self.max_length}"
+        )

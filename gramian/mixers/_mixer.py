@@ -1,0 +1,217 @@
+"""The contract of every mixer, and the short convolution that most of them share."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from gramian.filters import Filter
+from gramian.systems import State, System
+
+__all__ = ["Mixer", "MixerRecurrence", "ShortConvolution", "apply_mask", "check_divides"]
+
+
+class Mixer(nn.Module, abc.ABC):
+    """A causal map of a sequence (batch, length, width) that carries a state.
+
+    ``mixer(x, mask=None) -> y`` takes a whole sequence from a silent past; ``mixer(x, state,
+    mask=None) -> (y, state)`` continues from a state, through which gradients flow;
+    ``recurrence()`` makes a frozen snapshot for generation. All of them compute the same map.
+
+    The mask, (batch, length), is 1 where a token is real. It zeroes the input of every causal
+    operator, so that padding, on the left or anywhere else, leaves no trace in later outputs.
+    """
+
+    filter: Filter
+    width: int
+
+    @overload
+    def __call__(self, x: Tensor, state: None = None, mask: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, x: Tensor, state: State, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self, x: Tensor, state: State | None = None, mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, State]:
+        """See the class.
+
+        Args:
+            x: (batch, length, width), length at least 1.
+            state: From ``recurrence().initial_state(batch)`` or an earlier call.
+            mask: (batch, length), boolean or numeric, nonzero for real tokens.
+
+        Raises:
+            ValueError: for a shape other than these.
+        """
+        self.check_input(x, mask)
+        if state is None:
+            return self._parallel(x, mask)
+        return self._chunk(x, state, mask, self._systems())
+
+    def recurrence(self) -> MixerRecurrence:
+        """A frozen snapshot for generation; filters are evaluated once, here."""
+        return MixerRecurrence(self)
+
+    @abc.abstractmethod
+    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The whole sequence from a silent past."""
+
+    @abc.abstractmethod
+    def _systems(self, length: int | None = None) -> tuple[System, ...]:
+        """The long convolutions in the order of their application, each broadcasting against
+        :attr:`_long_shape`."""
+
+    @property
+    @abc.abstractmethod
+    def _long_shape(self) -> tuple[int, ...]:
+        """Streams of a long convolution, without the batch."""
+
+    @abc.abstractmethod
+    def _chunk(
+        self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
+    ) -> tuple[Tensor, State]:
+        """A chunk from ``state``; each of ``operators`` maps (u, state) to (y, state)."""
+
+    @abc.abstractmethod
+    def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
+        """One token (batch, width) from ``state``; each of ``steps`` maps (u_t, state) likewise."""
+
+    @abc.abstractmethod
+    def _make_state(
+        self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
+    ) -> State:
+        """The state of a silent past around the states of the long convolutions."""
+
+    def check_input(self, x: Tensor, mask: Tensor | None) -> None:
+        """Raise a ValueError unless x is (batch, length ≥ 1, width) and the mask fits."""
+        if x.ndim != 3 or x.shape[-1] != self.width or x.shape[1] == 0:
+            raise ValueError(
+                f"a mixer of width {self.width} takes (batch, length, {self.width}) with a length "
+                f"of at least 1, got {tuple(x.shape)}."
+            )
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"the mask must be (batch, length) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}."
+            )
+
+
+class MixerRecurrence:
+    """A mixer made ready to be stepped: its filters evaluated, its other weights shared with it."""
+
+    def __init__(self, mixer: Mixer) -> None:
+        self.mixer = mixer
+        with torch.no_grad():
+            self.long = tuple(system.recurrence() for system in mixer._systems())
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The form that each long convolution steps in."""
+        return tuple(recurrence.form for recurrence in self.long)
+
+    def initial_state(
+        self,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> State:
+        """The state of a silent past.
+
+        Args:
+            batch_size: Number of sequences.
+            dtype: Of the short convolution's past; default: the mixer's. Dynamic states keep the
+                dtype that their form needs.
+            device: Default: the mixer's.
+        """
+        parameter = next(self.mixer.parameters())
+        place = torch.device(device) if device is not None else parameter.device
+        shape = (batch_size, *self.mixer._long_shape)
+        long = tuple(recurrence.initial_state(shape, device=place) for recurrence in self.long)
+        return self.mixer._make_state(batch_size, long, dtype or parameter.dtype, place)
+
+    @torch.no_grad()
+    def prefill(
+        self, x: Tensor, state: State | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Take (batch, T, width) at once; returns y and the state after it."""
+        self.mixer.check_input(x, mask)
+        if state is None:
+            state = self.initial_state(x.shape[0], dtype=x.dtype, device=x.device)
+        operators = tuple(recurrence.prefill for recurrence in self.long)
+        return self.mixer._chunk(x, state, mask, operators)
+
+    @torch.no_grad()
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Take one token (batch, width). Consumes ``state``: use only the one returned."""
+        return self.mixer._step(x_t, state, tuple(recurrence.step for recurrence in self.long))
+
+    def state_bytes(self, batch_size: int, dtype: torch.dtype | None = None) -> int:
+        """Bytes of the state for ``batch_size`` sequences, at any context; nothing is allocated."""
+        return self.initial_state(batch_size, dtype=dtype, device="meta").nbytes
+
+
+class ShortConvolution(nn.Module):
+    """A depthwise causal convolution of a few explicit taps, with bias.
+
+    Args:
+        channels: Number of channels.
+        taps: K ≥ 1; tap 0 acts on the present.
+    """
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        if taps < 1:
+            raise ValueError(f"a short convolution needs at least one tap, got {taps}.")
+        self.taps = taps
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within ±1/√K, as in torch's depthwise convolutions."""
+        bound = 1 / math.sqrt(self.taps)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (batch, length, channels) after the K - 1 inputs ``past``; returns y and the new past."""
+        length = x.shape[1]
+        if past is None:
+            extended = nn.functional.pad(x, (0, 0, self.taps - 1, 0))
+        else:
+            extended = torch.cat([past.to(x.dtype), x], dim=1)
+        weight = self.weight.flip(-1).to(x.dtype)
+        y = self.bias.to(x.dtype)
+        for j in range(self.taps):
+            y = torch.addcmul(y, extended[:, j : j + length], weight[:, j])
+        return y, extended[:, length:]
+
+    def step(self, x_t: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """One token (batch, channels)."""
+        y, past = self(x_t.unsqueeze(1), past)
+        return y.squeeze(1), past
+
+    def extra_repr(self) -> str:
+        return f"channels={self.weight.shape[0]}, taps={self.taps}"
+
+
+def apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero the positions (batch, length) of x (batch, length, …) where the mask is zero."""
+    if mask is None:
+        return x
+    return x * (mask != 0).to(x.dtype).reshape(*mask.shape, *(1,) * (x.ndim - 2))
+
+
+def check_divides(name: str, parts: int, width: int) -> None:
+    """Raise a ValueError unless ``parts`` is positive and divides ``width``."""
+    if parts < 1 or width % parts:
+        raise ValueError(f"{name} must divide the width {width}, got {parts}.")

@@ -1,0 +1,124 @@
+r"""Hyena: long convolutions interleaved with gates.
+
+With projections ``x^0, …, x^{N-1}, v`` after a short convolution, ``v ← h^n * (x^n v)`` for n from
+N - 1 down to 1, then ``y = x^0 v`` (Hyena, Poli et al. 2023, definition 3.1; order N ≥ 2).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gramian.filters import Filter, build
+from gramian.mixers._mixer import Mixer, ShortConvolution, apply_mask
+from gramian.ops import causal_convolution
+from gramian.systems import State, System
+
+__all__ = ["Hyena", "HyenaState"]
+
+
+class _Fields(NamedTuple):
+    short: Tensor
+    long: tuple[State, ...]
+
+
+class HyenaState(_Fields, State):
+    """The last inputs of the short convolution, (batch, taps - 1, (order + 1) width), and the
+    states of the long ones."""
+
+    __slots__ = ()
+
+
+class Hyena(Mixer):
+    """The Hyena operator of any order.
+
+    Args:
+        width: Channels of input and output.
+        filter: A filter of ``(order - 1) width`` channels, or its configuration; channel
+            ``c (order - 1) + n`` belongs to gate n of channel c, as in the published code.
+        max_length: For a configuration that does not name it.
+        order: N ≥ 2: long convolutions and gates plus one.
+        short_kernel: Taps of the short convolution.
+
+    Raises:
+        ValueError: if the order is below 2 or the filter does not fit.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        filter: dict[str, Any] | Filter,
+        max_length: int | None = None,
+        order: int = 2,
+        short_kernel: int = 3,
+    ) -> None:
+        super().__init__()
+        if order < 2:
+            raise ValueError(f"the order of a Hyena must be at least 2, got {order}.")
+        defaults = {} if max_length is None else {"max_length": max_length}
+        self.width = width
+        self.order = order
+        self.in_proj = nn.Linear(width, (order + 1) * width)
+        self.short = ShortConvolution((order + 1) * width, short_kernel)
+        self.filter = build(filter, channels=(order - 1) * width, **defaults)
+        self.out_proj = nn.Linear(width, width)
+
+    @property
+    def _long_shape(self) -> tuple[int, ...]:
+        return (self.width,)
+
+    def _systems(self, length: int | None = None) -> tuple[System, ...]:
+        system = self.filter(length)
+        count = self.order - 1
+        return tuple(system[n::count] for n in range(count))
+
+    def _project(
+        self, x: Tensor, mask: Tensor | None, past: Tensor | None
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Gates from the outermost in, the value, and the new past of the short convolution."""
+        z, past = self.short(apply_mask(self.in_proj(x), mask), past)
+        *gates, value = z.split(self.width, dim=-1)
+        return gates, value, past
+
+    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        length = x.shape[1]
+        (last, *gates), value, _ = self._project(x, mask, None)
+        systems = self._systems(length)
+        for n, (gate, system) in enumerate(zip(reversed(gates), systems, strict=True)):
+            value = causal_convolution(
+                apply_mask(gate * value, mask),
+                system.kernel_for(value, length),
+                gate=last if n == len(gates) - 1 else None,
+                dim=-2,
+            )
+        return self.out_proj(value)
+
+    def _make_state(
+        self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
+    ) -> State:
+        shape = (batch, self.short.taps - 1, (self.order + 1) * self.width)
+        return HyenaState(torch.zeros(shape, dtype=dtype, device=device), long)
+
+    def _chunk(
+        self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
+    ) -> tuple[Tensor, State]:
+        assert isinstance(state, HyenaState)
+        (last, *gates), value, past = self._project(x, mask, state.short)
+        long = []
+        for gate, operator, inner in zip(reversed(gates), operators, state.long, strict=True):
+            y, inner = operator(apply_mask(gate * value, mask).mT, inner)
+            value = y.mT
+            long.append(inner)
+        return self.out_proj(last * value), HyenaState(past, tuple(long))
+
+    def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
+        assert isinstance(state, HyenaState)
+        z, past = self.short.step(self.in_proj(x_t), state.short)
+        last, *gates, value = z.split(self.width, dim=-1)
+        long = []
+        for gate, step, inner in zip(reversed(gates), steps, state.long, strict=True):
+            value, inner = step(gate * value, inner)
+            long.append(inner)
+        return self.out_proj(last * value), HyenaState(past, tuple(long))

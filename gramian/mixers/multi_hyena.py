@@ -1,0 +1,185 @@
+r"""MultiHyena: Hyena with heads, ``y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s`` in every head.
+
+Laughing Hyena, Massaroli et al. 2023, section 4: the long convolution acts on the outer products
+``k_s v_sᵀ`` of each head, all of them sharing one filter.
+
+The same map has two forms. ``(Q Kᵀ ∘ T_h) V`` is attention with a Toeplitz mask in place of the
+softmax, O(L²) in time; the convolution of the outer products by FFT is O(N² L log L) with heads of
+width N. The cheaper one for the size at hand is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gramian.filters import Filter, build
+from gramian.mixers._mixer import Mixer, ShortConvolution, apply_mask, check_divides
+from gramian.ops import causal_convolution
+from gramian.systems import State, System
+
+__all__ = ["MultiHyena", "MultiHyenaState"]
+
+_ROWS = 256  # rows of the masked attention computed at once
+_CHUNK_ELEMENTS = 2**24  # outer products (batch, heads, N, N, T) held at once while prefilling
+_SAVED_ELEMENTS = 2**26  # scores above which the masked attention recomputes them backward
+_FFT_COST = 10.0
+"""Cost of the FFT form's N L log2(2L) relative to the attention form's L²; measured on a CPU by
+benchmarks/multi_hyena_forms.py."""
+
+
+class _Fields(NamedTuple):
+    short: Tensor
+    long: State
+
+
+class MultiHyenaState(_Fields, State):
+    """The last inputs of the short convolution, (batch, taps - 1, 3 width), and the state of the
+    filter on the outer products, (batch, heads, N, N, …): width × N numbers for each of its own."""
+
+    __slots__ = ()
+
+
+class MultiHyena(Mixer):
+    """Hyena with heads, and one filter a head.
+
+    Args:
+        width: Channels of input and output.
+        heads: Divides the width.
+        filter: A filter of ``heads`` channels, or its configuration.
+        max_length: For a configuration that does not name it.
+        short_kernel: Taps of the short convolution.
+
+    Raises:
+        ValueError: if the heads do not divide the width or the filter does not fit.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        filter: dict[str, Any] | Filter,
+        max_length: int | None = None,
+        short_kernel: int = 3,
+    ) -> None:
+        super().__init__()
+        check_divides("heads", heads, width)
+        defaults = {} if max_length is None else {"max_length": max_length}
+        self.width = width
+        self.heads = heads
+        self.head_width = width // heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.short = ShortConvolution(3 * width, short_kernel)
+        self.filter = build(filter, channels=heads, **defaults)
+        self.out_proj = nn.Linear(width, width)
+
+    @property
+    def _long_shape(self) -> tuple[int, ...]:
+        return (self.heads, self.head_width, self.head_width)
+
+    def _systems(self, length: int | None = None) -> tuple[System, ...]:
+        return (self.filter(length)[:, None, None],)
+
+    def _project(
+        self, x: Tensor, mask: Tensor | None, past: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, (batch, heads, length, N), keys masked; and the short convolution's past."""
+        z, past = self.short(apply_mask(self.in_proj(x), mask), past)
+        q, k, v = z.unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)
+        if mask is not None:
+            k = k * (mask != 0).to(k.dtype)[:, None, :, None]
+        return q, k, v, past
+
+    def _merge(self, y: Tensor) -> Tensor:
+        """(batch, heads, length, N) to the output."""
+        return self.out_proj(y.transpose(1, 2).flatten(-2))
+
+    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        length = x.shape[1]
+        q, k, v, _ = self._project(x, mask, None)
+        kernel = self.filter(length).kernel_for(q, length)
+        if self.head_width * _FFT_COST * math.log2(2 * length) < length:
+            return self._merge(convolved_outer_products(q, k, v, kernel))
+        return self._merge(toeplitz_masked_attention(q, k, v, kernel))
+
+    def _make_state(
+        self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
+    ) -> State:
+        shape = (batch, self.short.taps - 1, 3 * self.width)
+        return MultiHyenaState(torch.zeros(shape, dtype=dtype, device=device), *long)
+
+    def _chunk(
+        self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
+    ) -> tuple[Tensor, State]:
+        assert isinstance(state, MultiHyenaState)
+        q, k, v, past = self._project(x, mask, state.short)
+        long = state.long
+        per_sample = q.shape[0] * self.width * self.head_width
+        size = max(64, _CHUNK_ELEMENTS // per_sample)
+        outputs = []
+        for begin in range(0, x.shape[1], size):
+            part = slice(begin, begin + size)
+            keys, values = k[:, :, part].mT, v[:, :, part].mT  # (B, H, N, T)
+            outer = keys.unsqueeze(3) * values.unsqueeze(2)  # (B, H, N, N, T)
+            carried, long = operators[0](outer, long)
+            outputs.append(torch.einsum("bhtn,bhnmt->bhtm", q[:, :, part], carried))
+        return self._merge(torch.cat(outputs, dim=2)), MultiHyenaState(past, long)
+
+    def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
+        assert isinstance(state, MultiHyenaState)
+        z, past = self.short.step(self.in_proj(x_t), state.short)
+        q, k, v = z.unflatten(-1, (3, self.heads, self.head_width)).unbind(1)  # (B, H, N)
+        carried, long = steps[0](k.unsqueeze(-1) * v.unsqueeze(-2), state.long)
+        y = torch.einsum("bhn,bhnm->bhm", q, carried).flatten(1)
+        return self.out_proj(y), MultiHyenaState(past, long)
+
+
+def toeplitz_masked_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
+    """``(Q Kᵀ ∘ T_h) V`` in blocks of rows, of which only the causal part is computed.
+
+    Args:
+        q, k, v: (batch, heads, length, N).
+        kernel: (heads, K); zero past its end.
+
+    Returns:
+        (batch, heads, length, N).
+    """
+    length = q.shape[2]
+    taps = nn.functional.pad(kernel.to(q.dtype), (0, max(0, length - kernel.shape[-1])))
+    recompute = torch.is_grad_enabled() and math.prod(q.shape[:3]) * length > _SAVED_ELEMENTS
+
+    def rows(q: Tensor, k: Tensor, v: Tensor, taps: Tensor) -> Tensor:
+        count, end = q.shape[2], k.shape[2]
+        reversed_taps = nn.functional.pad(taps[:, :end].flip(-1), (0, count - 1))
+        mask = reversed_taps.unfold(-1, end, 1).flip(-2)  # (heads, count, end)
+        return ((q @ k.mT) * mask) @ v
+
+    outputs = []
+    for begin in range(0, length, _ROWS):
+        end = min(begin + _ROWS, length)
+        part = (q[:, :, begin:end], k[:, :, :end], v[:, :, :end], taps)
+        outputs.append(checkpoint(rows, *part, use_reentrant=False) if recompute else rows(*part))
+    return torch.cat(outputs, dim=2)
+
+
+def convolved_outer_products(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
+    """The same map by FFT convolution of ``k_n v`` for one n after the other, each recomputed
+    backward, so that N rather than N² sequences a head are in memory.
+
+    Args and returns: as for :func:`toeplitz_masked_attention`.
+    """
+
+    def one(q_n: Tensor, k_n: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
+        carried = causal_convolution((k_n * v).mT, kernel.unsqueeze(1))  # (B, H, N, L)
+        return q_n * carried.mT
+
+    recompute = torch.is_grad_enabled()
+    y = torch.zeros_like(v)
+    for n in range(q.shape[-1]):
+        part = (q[..., n : n + 1], k[..., n : n + 1], v, kernel)
+        y = y + (checkpoint(one, *part, use_reentrant=False) if recompute else one(*part))
+    return y

@@ -1,0 +1,303 @@
+"""One suite over every filter × mixer: parallel, chunked, recurrent and padded are one map."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gramian.filters import ModalFilter, build
+from gramian.mixers import Hyena, LongConvolution, Mixer, MultiHyena, ShortConvolution
+from gramian.mixers.multi_hyena import convolved_outer_products, toeplitz_masked_attention
+
+WIDTH, MAX_LENGTH = 12, 70
+FILTERS = {
+    "rtf": {"type": "rtf", "state_size": 4, "initialization": "montel"},
+    "implicit": {"type": "implicit", "hidden": 16},
+    "modal": {"type": "modal", "orders": 3},
+}
+MIXERS = ["long_convolution", "hyena2", "hyena3", "multi_hyena"]
+
+
+def make(mixer: str, filter_name: str) -> Mixer:
+    torch.manual_seed(0)
+    config = FILTERS[filter_name]
+    if mixer == "long_convolution":
+        return LongConvolution(build(config, channels=WIDTH, max_length=MAX_LENGTH))
+    if mixer == "multi_hyena":
+        return MultiHyena(WIDTH, 3, config, max_length=MAX_LENGTH)
+    return Hyena(WIDTH, config, max_length=MAX_LENGTH, order=int(mixer[-1]))
+
+
+every = pytest.mark.parametrize("filter_name", FILTERS)
+every_mixer = pytest.mark.parametrize("name", MIXERS)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    error = float((actual - expected).detach().norm() / expected.detach().norm())
+    assert error < tolerance, error
+
+
+def naive(mixer: Mixer, x: torch.Tensor) -> torch.Tensor:
+    """Each mixer's definition, with dense Toeplitz matrices and loops over time."""
+    length = x.shape[1]
+    if isinstance(mixer, LongConvolution):
+        return (mixer.filter().matrix(length).to(x.dtype) @ x.mT.unsqueeze(-1)).squeeze(-1).mT
+    z = mixer.in_proj(x)
+    short = torch.zeros_like(z) + mixer.short.bias
+    for j in range(mixer.short.taps):
+        shifted = F.pad(z, (0, 0, j, 0))[:, :length]
+        short = short + shifted * mixer.short.weight[:, j]
+    if isinstance(mixer, MultiHyena):
+        q, k, v = short.unflatten(-1, (3, mixer.heads, mixer.head_width)).unbind(2)
+        h = mixer.filter().impulse_response(length).to(x.dtype)
+        y = torch.zeros_like(v)
+        for t in range(length):
+            for s in range(t + 1):
+                score = (q[:, t] * k[:, s]).sum(-1, keepdim=True)  # (batch, heads, 1)
+                y[:, t] += h[:, t - s, None] * score * v[:, s]
+        return mixer.out_proj(y.flatten(-2))
+    assert isinstance(mixer, Hyena)
+    *gates, value = short.chunk(mixer.order + 1, dim=-1)
+    matrices = mixer.filter().matrix(length).to(x.dtype)
+    for n, gate in enumerate(reversed(gates[1:])):
+        # channel c (order - 1) + n belongs to gate n of channel c
+        matrix = matrices[n :: mixer.order - 1]
+        value = (matrix @ (gate * value).mT.unsqueeze(-1)).squeeze(-1).mT
+    return mixer.out_proj(gates[0] * value)
+
+
+@every
+@every_mixer
+@pytest.mark.parametrize("length", [1, 2, 3, 33])
+def test_parallel_is_the_definition(name, filter_name, length):
+    mixer = make(name, filter_name)
+    x = torch.randn(2, length, WIDTH)
+    with torch.no_grad():
+        close(mixer(x), naive(mixer, x))
+
+
+@every
+@every_mixer
+@pytest.mark.parametrize("length", [1, 2, 3, 63, MAX_LENGTH])
+def test_chunked_and_recurrent(name, filter_name, length):
+    mixer = make(name, filter_name)
+    x = torch.randn(2, length, WIDTH)
+    expected = mixer(x)
+    recurrence = mixer.recurrence()
+
+    state = recurrence.initial_state(2)
+    assert recurrence.state_bytes(2) == state.nbytes
+    outputs = []
+    for t in range(length):
+        y, state = recurrence.step(x[:, t], state)
+        outputs.append(y)
+    close(torch.stack(outputs, 1), expected)
+
+    cuts = sorted({0, length // 3, length // 2, length})
+    state = recurrence.initial_state(2)
+    outputs = []
+    for n, (begin, end) in enumerate(itertools.pairwise(cuts)):
+        chunk = x[:, begin:end]
+        y, state = mixer(chunk, state) if n % 2 else recurrence.prefill(chunk, state)
+        outputs.append(y)
+    close(torch.cat(outputs, 1), expected)
+
+
+@every
+@every_mixer
+def test_padding_leaves_no_trace(name, filter_name):
+    """Left padding, right padding and a hole, in the parallel, chunked and recurrent modes."""
+    mixer = make(name, filter_name)
+    x = torch.randn(2, 40, WIDTH)
+    pad, expected = 9, mixer(x)
+    junk = 10 * torch.randn(2, pad, WIDTH)
+
+    left = torch.cat([junk, x], 1)
+    mask = torch.ones(2, pad + 40)
+    mask[:, :pad] = 0
+    for m in (mask, mask.bool(), mask.long()):
+        close(mixer(left, mask=m)[:, pad:], expected)
+
+    recurrence = mixer.recurrence()
+    y, state = recurrence.prefill(left[:, :30], mask=mask[:, :30])
+    close(y[:, pad:], expected[:, : 30 - pad])
+    y, state = mixer(left[:, 30:40], state, mask=mask[:, 30:40])
+    outputs = [y]
+    for t in range(40, pad + 40):
+        y, state = recurrence.step(left[:, t], state)
+        outputs.append(y.unsqueeze(1))
+    close(torch.cat(outputs, 1), expected[:, 30 - pad :])
+
+    right = torch.cat([x, junk], 1)
+    close(mixer(right, mask=mask.flip(1))[:, :40], expected)
+
+    # rows of one batch padded differently
+    mask[1] = 1
+    both = torch.stack([left[0], torch.cat([junk, x], 1)[1]])
+    y = mixer(both, mask=mask)
+    close(y[:1, pad:], expected[:1])
+    close(y[1:], mixer(both[1:]))
+
+
+@every
+@every_mixer
+def test_gradients_through_the_state(name, filter_name):
+    """Backpropagation through chunks equals backpropagation through the whole."""
+    mixer = make(name, filter_name).double()
+    x = torch.randn(2, 20, WIDTH, dtype=torch.float64)
+    weight = torch.randn(2, 20, WIDTH, dtype=torch.float64)
+    (mixer(x) * weight).sum().backward()
+    expected = {n: p.grad.clone() for n, p in mixer.named_parameters()}
+    mixer.zero_grad()
+    state = mixer.recurrence().initial_state(2)
+    outputs = []
+    for begin, end in ((0, 7), (7, 8), (8, 20)):
+        y, state = mixer(x[:, begin:end], state)
+        outputs.append(y)
+    (torch.cat(outputs, 1) * weight).sum().backward()
+    for n, p in mixer.named_parameters():
+        torch.testing.assert_close(p.grad, expected[n], rtol=1e-6, atol=1e-9)
+
+
+@every_mixer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(name, dtype):
+    mixer = make(name, "implicit")
+    x = torch.randn(2, 30, WIDTH)
+    expected = mixer(x)
+    mixer.to(dtype)
+    y = mixer(x.to(dtype))
+    assert y.dtype == dtype
+    close(y.float(), expected, 5e-2)
+    recurrence = mixer.recurrence()
+    z, state = recurrence.prefill(x[:, :20].to(dtype))
+    last, _ = recurrence.step(x[:, 20].to(dtype), state)
+    assert z.dtype == last.dtype == dtype
+    close(last.float(), expected[:, 20], 1e-1)
+
+
+@every_mixer
+def test_autocast(name):
+    mixer = make(name, "rtf")
+    x = torch.randn(2, 30, WIDTH, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = mixer(x)
+    close(y.float(), mixer(x), 5e-2)
+    y.float().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+@every_mixer
+def test_a_recurrence_is_a_snapshot(name):
+    mixer = make(name, "modal")
+    recurrence = mixer.recurrence()
+    x = torch.randn(1, 20, WIDTH)
+    before, _ = recurrence.prefill(x)
+    assert not before.requires_grad
+    with torch.no_grad():
+        for parameter in mixer.filter.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(recurrence.prefill(x)[0], before)
+
+
+def test_past_max_length_a_rational_filter_goes_on_and_an_fir_is_zero():
+    x = torch.randn(1, 3 * MAX_LENGTH, WIDTH)
+    for filter_name in FILTERS:
+        mixer = make("multi_hyena", filter_name)
+        recurrence = mixer.recurrence()
+        y, _ = recurrence.prefill(x)
+        close(mixer(x), y)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 255, 257, 600])
+@pytest.mark.parametrize("taps", [1, 5, 1000])
+def test_the_two_forms_of_multi_hyena(length, taps):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, 4, dtype=torch.float64) for _ in range(3))
+    kernel = torch.randn(3, taps, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v, kernel)]
+    results = []
+    for form in (toeplitz_masked_attention, convolved_outer_products):
+        y = form(*inputs)
+        results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    for a, b in zip(*results, strict=True):
+        close(a, b, 1e-10)
+
+
+def test_masked_attention_recomputed_backward(monkeypatch):
+    monkeypatch.setattr("gramian.mixers.multi_hyena._SAVED_ELEMENTS", 1)
+    test_the_two_forms_of_multi_hyena(300, 50)
+
+
+def test_long_inputs_take_the_cheaper_form(monkeypatch):
+    """Heads of width 1 at length 600: the FFT form, with the same result."""
+    taken = []
+
+    def spy(*args):
+        taken.append(True)
+        return convolved_outer_products(*args)
+
+    monkeypatch.setattr("gramian.mixers.multi_hyena.convolved_outer_products", spy)
+    torch.manual_seed(0)
+    mixer = MultiHyena(3, 3, FILTERS["implicit"], max_length=600)
+    x = torch.randn(1, 600, 3)
+    y = mixer(x)
+    assert taken
+    close(y, mixer.recurrence().prefill(x)[0])
+
+
+def test_prefill_in_parts_bounds_memory(monkeypatch):
+    monkeypatch.setattr("gramian.mixers.multi_hyena._CHUNK_ELEMENTS", 1)
+    mixer = make("multi_hyena", "modal")
+    x = torch.randn(2, 200, WIDTH)
+    close(mixer.recurrence().prefill(x)[0], mixer(x))
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3, 5])
+def test_short_convolution(taps):
+    torch.manual_seed(0)
+    short = ShortConvolution(4, taps)
+    x = torch.randn(2, 11, 4)
+    weight = short.weight.flip(-1).unsqueeze(1)
+    expected = F.conv1d(F.pad(x.mT, (taps - 1, 0)), weight, short.bias, groups=4).mT
+    y, past = short(x)
+    torch.testing.assert_close(y, expected)
+    first, past = short(x[:, :4])
+    one, past = short.step(x[:, 4], past)
+    rest, _ = short(x[:, 5:], past)
+    torch.testing.assert_close(torch.cat([first, one[:, None], rest], 1), expected)
+
+
+@pytest.mark.parametrize("name", ["hyena2", "multi_hyena"])
+def test_filters_are_replaceable(name):
+    mixer = make(name, "rtf")
+    channels = mixer.filter.channels
+    mixer.filter = ModalFilter(channels, 2, MAX_LENGTH)
+    x = torch.randn(1, 10, WIDTH)
+    y, _ = mixer.recurrence().prefill(x)
+    close(mixer(x), y)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: make("hyena2", "rtf")(torch.zeros(2, 5, 3)), ValueError, "width 12"),
+        (lambda: make("hyena2", "rtf")(torch.zeros(2, 0, 12)), ValueError, "at least 1"),
+        (lambda: make("hyena2", "rtf")(torch.zeros(5, 12)), ValueError, r"\(batch, length"),
+        (
+            lambda: make("multi_hyena", "rtf")(torch.zeros(2, 5, 12), mask=torch.ones(2, 4)),
+            ValueError,
+            "mask",
+        ),
+        (lambda: Hyena(12, FILTERS["rtf"], 32, order=1), ValueError, "at least 2"),
+        (lambda: MultiHyena(12, 5, FILTERS["rtf"], 32), ValueError, "heads"),
+        (lambda: Hyena(12, FILTERS["rtf"]), ValueError, "max_length"),
+        (lambda: LongConvolution(torch.nn.Linear(2, 2)), TypeError, "Filter"),
+        (lambda: ShortConvolution(3, 0), ValueError, "tap"),
+    ],
+)
+def test_bad_input_gets_one_sentence(call, error, match):
+    with pytest.raises(error, match=match) as caught:
+        call()
+    assert "\n" not in str(caught.value)
