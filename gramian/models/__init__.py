@@ -1,0 +1,38 @@
+"""Hugging Face models: importing this package registers them with transformers' Auto classes."""
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(
+        "gramian.models needs transformers 5: install it with `pip install gramian[models]`."
+    ) from error
+
+from gramian.models.cache import GramianCache, GramianCacheLayer
+from gramian.models.configuration import MIXERS, GramianConfig
+from gramian.models.loading import load
+from gramian.models.modeling import (
+    GramianBlock,
+    GramianForCausalLM,
+    GramianMLP,
+    GramianModel,
+    GramianPreTrainedModel,
+)
+from gramian.models.tokenizer import ByteTokenizer
+
+__all__ = [
+    "MIXERS",
+    "ByteTokenizer",
+    "GramianBlock",
+    "GramianCache",
+    "GramianCacheLayer",
+    "GramianConfig",
+    "GramianForCausalLM",
+    "GramianMLP",
+    "GramianModel",
+    "GramianPreTrainedModel",
+    "load",
+]
+
+transformers.AutoConfig.register(GramianConfig.model_type, GramianConfig, exist_ok=True)
+transformers.AutoModel.register(GramianConfig, GramianModel, exist_ok=True)
+transformers.AutoModelForCausalLM.register(GramianConfig, GramianForCausalLM, exist_ok=True)

@@ -1,0 +1,172 @@
+"""What a Gramian model remembers while it generates: one recurrence and its state per layer.
+
+A layer of the cache holds the frozen recurrence of its mixer, made by the block inside its own
+forward at first use, where sharded parameters are whole; the recurrence's state; and the number of
+tokens it has seen. The state is replaced at every update: a recurrence consumes what it is given.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+
+if TYPE_CHECKING:
+    from gramian.models.configuration import GramianConfig
+
+
+class GramianCacheLayer(LinearAttentionCacheLayerMixin):
+    """The recurrence of one mixer, its state, and how many tokens it has seen.
+
+    transformers' own linear-attention layer keeps a convolution state and a single tensor, counts
+    no tokens and cannot be repeated; a mixer's state is a `State` of several tensors.
+    """
+
+    is_compileable = False  # an online convolution branches on its step counter
+
+    def __init__(self) -> None:
+        super().__init__(number_of_states=1)
+        self.recurrence: Any = None
+        self.tokens = 0
+        self.batch_size = -1
+
+    @property
+    def state(self) -> Any:
+        """The state after the last update, or None before the first one and after a reset."""
+        return self.recurrent_states[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return 0 if self.state is None else self.state.nbytes
+
+    def lazy_initialization(
+        self, conv_states: Any = None, recurrent_states: Any = None, state_idx: int = 0
+    ) -> None:
+        """Note that a state is held from now on, and where."""
+        leaves = tree_leaves(recurrent_states)  # a tensor without dimensions may be elsewhere
+        self.device = next(leaf.device for leaf in leaves if leaf.ndim)
+        self.is_recurrent_states_initialized[0] = True
+
+    def update_recurrent_state(
+        self, recurrent_states: Any, state_idx: int = 0, *, batch_size: int = -1, tokens: int = 0
+    ) -> Any:
+        """Replace the state by the one after `tokens` more tokens of `batch_size` sequences."""
+        if not self.is_recurrent_states_initialized[0]:
+            self.lazy_initialization(recurrent_states=recurrent_states)
+        self.recurrent_states[0] = recurrent_states
+        self.has_previous_state[0] = True
+        self.batch_size = batch_size
+        self.tokens += tokens
+        return recurrent_states
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0) -> Tensor:
+        """Refused: the short convolution's samples are part of the mixer's one state."""
+        raise TypeError("a Gramian cache layer holds one recurrent state and no convolution state.")
+
+    def get_seq_length(self) -> int:
+        """Number of tokens seen."""
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over everything seen and `query_length` tokens more."""
+        return self.tokens + query_length, 0
+
+    def reset(self) -> None:
+        """Forget the sequence; the recurrence stays."""
+        self.recurrent_states[0] = None
+        self.is_recurrent_states_initialized[0] = False
+        self.has_previous_state[0] = False
+        self.batch_size = -1
+        self.tokens = 0
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices` (integers, or a boolean mask over the batch)."""
+        if self.state is None:
+            return
+        indices = indices.to(self.device)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(-1)
+        self.recurrent_states[0] = self.state.select(indices)
+        self.batch_size = len(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams that survive."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        if self.state is None:
+            return
+        self.recurrent_states[0] = self.state.repeat(repeats)
+        self.batch_size *= repeats
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GramianCacheLayer:
+        """A copy with a state of its own: the recurrence is shared, as it holds the mixer."""
+        copied = copy.copy(self)
+        copied.recurrent_states = {0: None if self.state is None else self.state.clone()}
+        copied.is_recurrent_states_initialized = dict(self.is_recurrent_states_initialized)
+        copied.has_previous_state = dict(self.has_previous_state)
+        return copied
+
+    def offload(self) -> None:
+        """Move the state to the CPU."""
+        if self.state is not None:
+            self.recurrent_states[0] = self.state.to("cpu")
+
+    def prefetch(self) -> None:
+        """Move the state back to where it was made."""
+        if self.state is not None:
+            self.recurrent_states[0] = self.state.to(self.device)
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: a recurrence does not run backwards."""
+        return False
+
+    def activate_past_recording(self) -> None:
+        """Refused, as `crop` is."""
+        raise ValueError("a Gramian cache cannot record its past: a recurrence keeps one state.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: the tokens to take back are no longer there."""
+        raise ValueError("a Gramian cache cannot be cropped: a recurrence keeps one state.")
+
+
+class GramianCache(Cache):
+    """The generation state of a Gramian model: `past_key_values` of its forward.
+
+    Args:
+        config: the model's configuration.
+
+    Its size is fixed by the model and the batch, whatever the length generated. `reset` keeps the
+    recurrences, so that a cache used again need not make them anew; they are snapshots, so a cache
+    must not outlive a change of the weights.
+    """
+
+    layers: list[GramianCacheLayer]
+
+    def __init__(self, config: GramianConfig) -> None:
+        super().__init__(layers=[GramianCacheLayer() for _ in range(config.num_hidden_layers)])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens seen."""
+        return self.layers[layer_idx].get_seq_length()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset of a mask over everything seen and `query_length` tokens more."""
+        return self.layers[layer_idx].get_mask_sizes(query_length)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences, -1 while the cache is empty."""
+        return self.layers[0].batch_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' states."""
+        return sum(layer.nbytes for layer in self.layers)

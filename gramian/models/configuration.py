@@ -1,0 +1,160 @@
+"""The configuration of a Gramian model: blocks of (norm, mixer, norm, MLP) around any filters.
+
+What mixes the sequence is named in `mixers` and what each mixer convolves with in `filter`, either
+once for all layers or once per layer: after distillation every layer has filters of its own orders,
+and the shapes of its parameters are read from here before any weight is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+MIXERS = ("multi_hyena", "hyena", "long_convolution")
+
+
+class GramianConfig(PreTrainedConfig):
+    """Configuration of `GramianModel` and `GramianForCausalLM`.
+
+    Args:
+        vocab_size: number of token ids. The default, 259, is `ByteTokenizer`'s: 256 bytes and three
+            special tokens.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of blocks.
+        num_heads: heads of `multi_hyena` mixers; must divide `hidden_size`.
+        mixers: `"multi_hyena"`, `"hyena"` or `"long_convolution"`, or a list with one of them per
+            layer.
+        filter: configuration of the mixers' filters: `{"type": name, ...}` as for
+            `gramian.filters.build`, or a list with one per layer.
+        max_position_embeddings: `max_length` of the filters. It is no limit on the input: past it
+            an FIR filter is zero and a rational one goes on. There is no positional embedding.
+        hyena_order: number of projections of `hyena` mixers less one.
+        short_kernel: taps of the mixers' short convolutions.
+        intermediate_size: inner width of the MLP. By default 4 × `hidden_size`, and 8/3 of it when
+            gated, rounded up to a multiple of 16.
+        gated_mlp: `act(W₁ x) ∘ W₂ x` if true, `act(W₁ x)` if not, each followed by a projection.
+        hidden_act: the activation in the MLP.
+        rms_norm_eps: added to the mean square in the norms.
+        initializer_range: standard deviation of the initial embeddings and projections.
+        use_cache: whether a forward without gradients returns its cache.
+        tie_word_embeddings: whether the output projection is the embedding matrix.
+        pad_token_id, bos_token_id, eos_token_id: special tokens, none by default.
+
+    Raises:
+        ValueError: on an unknown mixer or filter, a list that is not one per layer, a size below 1,
+            heads that do not divide the width.
+    """
+
+    model_type = "gramian"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the Trainer wants a list)
+    attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012
+
+    vocab_size: int = 259
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_heads: int = 8
+    mixers: str | list[str] = "multi_hyena"
+    filter: dict[str, Any] | list[dict[str, Any]] | None = None
+    max_position_embeddings: int = 2048
+    hyena_order: int = 2
+    short_kernel: int = 3
+    intermediate_size: int | None = None
+    gated_mlp: bool = True
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.filter is None:
+            self.filter = {"type": "implicit"}
+        if isinstance(self.mixers, tuple):
+            self.mixers = list(self.mixers)
+        if isinstance(self.filter, tuple):
+            self.filter = list(self.filter)
+        self._validate()
+        if self.intermediate_size is None:
+            inner = 8 * self.hidden_size / 3 if self.gated_mlp else 4 * self.hidden_size
+            self.intermediate_size = 16 * -int(-inner // 16)
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers calls every one of our mixers; their names are in `mixers`."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    def mixer_of(self, layer: int) -> str:
+        """Name of the mixer of layer `layer`."""
+        return self.mixers if isinstance(self.mixers, str) else self.mixers[layer]
+
+    def filter_of(self, layer: int) -> dict[str, Any]:
+        """Configuration of the filter of layer `layer`, a copy."""
+        assert self.filter is not None
+        return dict(self.filter if isinstance(self.filter, Mapping) else self.filter[layer])
+
+    def _validate(self) -> None:
+        sizes = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_heads": self.num_heads,
+            "max_position_embeddings": self.max_position_embeddings,
+            "short_kernel": self.short_kernel,
+        }
+        if self.intermediate_size is not None:
+            sizes["intermediate_size"] = self.intermediate_size
+        for name, value in sizes.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+        if not isinstance(self.hyena_order, int) or self.hyena_order < 2:
+            raise ValueError(
+                f"hyena_order must be an integer of at least 2; got {self.hyena_order!r}."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act must be among {', '.join(sorted(ACT2FN))}; got {self.hidden_act!r}."
+            )
+        _validate_mixers(self.mixers, self.num_hidden_layers)
+        _validate_filter(self.filter, self.num_hidden_layers)
+        heads_matter = "multi_hyena" in map(self.mixer_of, range(self.num_hidden_layers))
+        if heads_matter and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads must divide hidden_size for multi_hyena mixers; got {self.num_heads} "
+                f"heads and width {self.hidden_size}."
+            )
+
+
+def _validate_mixers(mixers: Any, layers: int) -> None:
+    accepted = ", ".join(map(repr, MIXERS))
+    if not isinstance(mixers, str | list):
+        raise ValueError(
+            f"mixers must be one of {accepted} or a list of them; got {type(mixers).__name__}."
+        )
+    if isinstance(mixers, list) and len(mixers) != layers:
+        raise ValueError(
+            f"mixers must name one mixer for each of the {layers} layers; got {len(mixers)}."
+        )
+    for name in [mixers] if isinstance(mixers, str) else mixers:
+        if name not in MIXERS:
+            raise ValueError(f"mixers must be among {accepted}; got {name!r}.")
+
+
+def _validate_filter(filter_config: Any, layers: int) -> None:
+    if isinstance(filter_config, list) and len(filter_config) != layers:
+        raise ValueError(
+            f"filter must have one configuration for each of the {layers} layers; got "
+            f"{len(filter_config)}."
+        )
+    for one in filter_config if isinstance(filter_config, list) else [filter_config]:
+        if not isinstance(one, Mapping) or not isinstance(one.get("type"), str):
+            raise ValueError(
+                "filter must be a dict such as {'type': 'implicit'}, or a list with one per layer; "
+                f"got {one!r}."
+            )

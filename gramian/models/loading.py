@@ -1,0 +1,142 @@
+"""Reading a saved model, whole or not at all, with one sentence on what is wrong with a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from gramian.models.configuration import GramianConfig
+from gramian.models.modeling import GramianForCausalLM
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCausalLM:
+    """The model that `GramianForCausalLM.save_pretrained` wrote into a folder, in evaluation mode.
+
+    The names and shapes in the files are compared with those the configuration asks for before any
+    tensor is read, so a model is never loaded in part.
+
+    Args:
+        path: the folder.
+        dtype: of the weights; by default the one they were saved in. Filters stay float32.
+
+    Raises:
+        FileNotFoundError: no such folder, or no `config.json` or weights in it.
+        ValueError: a model of another kind, a configuration that is not valid, files that cannot be
+            read, weights that are missing, left over or of other shapes.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    found = _read_shapes(folder)
+    _compare(folder, *_expected_shapes(folder, config), found)
+    return GramianForCausalLM.from_pretrained(
+        folder, config=config, dtype="auto" if dtype is None else dtype, local_files_only=True
+    )
+
+
+def _read_config(folder: Path) -> GramianConfig:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no model folder {folder}.")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json.")
+    values = _read_json(file)
+    kind = values.get("model_type")
+    if kind != GramianConfig.model_type:
+        raise ValueError(
+            f"{folder} holds a model of type {kind!r}; {GramianConfig.model_type!r} is needed."
+        )
+    classes = values.get("architectures") or [GramianForCausalLM.__name__]
+    if GramianForCausalLM.__name__ not in classes:
+        raise ValueError(
+            f"{folder} holds a {', '.join(map(str, classes))}; a GramianForCausalLM is needed."
+        )
+    try:
+        return GramianConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a valid configuration: {_sentence(error)}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as JSON: {_sentence(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a JSON object; it holds a {type(values).__name__}.")
+    return values
+
+
+def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in the folder's safetensors files."""
+    if (folder / WEIGHTS).is_file():
+        files = [folder / WEIGHTS]
+    elif (folder / INDEX).is_file():
+        shards = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{folder / INDEX} has no weight_map.")
+        files = [folder / name for name in sorted(set(shards.values()))]
+    else:
+        raise FileNotFoundError(f"{folder} has no weights: neither {WEIGHTS} nor {INDEX}.")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} lacks the weights file {file.name}.")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (a file, not a dict)
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read: {_sentence(error)}") from error
+    return shapes
+
+
+def _expected_shapes(
+    folder: Path, config: GramianConfig
+) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Names and shapes of the tensors that must be there, and names tied to them that may be."""
+    try:
+        with torch.device("meta"):
+            model = GramianForCausalLM(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} describes no model: {_sentence(error)}"
+        ) from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    return {name: shape for name, shape in shapes.items() if name not in tied}, tied
+
+
+def _compare(
+    folder: Path,
+    expected: dict[str, tuple[int, ...]],
+    tied: set[str],
+    found: dict[str, tuple[int, ...]],
+) -> None:
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys() - tied)
+    if missing or unexpected:
+        kinds = (("missing", missing), ("not of this model", unexpected))
+        parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in kinds if names]
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {', '.join(parts)}.")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(
+                f"the weights in {folder} do not fit its config.json: {name} is {found[name]}, and "
+                f"{shape} is needed."
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of an error's message, ended by one full stop."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."

@@ -1,0 +1,386 @@
+"""Gramian models for Hugging Face: pre-norm blocks of a causal mixer and an MLP.
+
+A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`; a model is an embedding, the blocks and
+a last norm. Order in time enters through the mixers alone, so there is no positional embedding.
+
+Training and scoring convolve. With a cache the mixers' recurrences run: a prompt is prefilled, then
+each token costs one step, and what is remembered has a size of its own (`state_bytes`) whatever the
+length written.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from gramian.filters import Filter, build
+from gramian.mixers import Hyena, LongConvolution, Mixer, MultiHyena, ShortConvolution
+from gramian.models.cache import GramianCache, GramianCacheLayer
+from gramian.models.configuration import GramianConfig
+
+
+def build_mixer(config: GramianConfig, layer: int) -> Mixer:
+    """The mixer of layer `layer`: (batch, length, hidden_size) to the same."""
+    name, width = config.mixer_of(layer), config.hidden_size
+    filter_config, max_length = config.filter_of(layer), config.max_position_embeddings
+    mixer: Mixer
+    if name == "long_convolution":
+        mixer = LongConvolution(build(filter_config, channels=width, max_length=max_length))
+    elif name == "hyena":
+        order = config.hyena_order
+        mixer = Hyena(width, filter_config, max_length, order, config.short_kernel)
+    else:
+        mixer = MultiHyena(width, config.num_heads, filter_config, max_length, config.short_kernel)
+    return mixer
+
+
+class GramianMLP(nn.Module):
+    """`W₃ (act(W₁ x) ∘ W₂ x)` when gated, `W₃ act(W₁ x)` when not, without biases."""
+
+    def __init__(self, config: GramianConfig) -> None:
+        super().__init__()
+        assert config.intermediate_size is not None
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False) if config.gated_mlp else None
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(batch, length, hidden_size) to the same."""
+        inner = self.up_proj(hidden_states)
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(inner))
+        return self.down_proj(self.activation(self.gate_proj(hidden_states)) * inner)
+
+
+class GramianBlock(GradientCheckpointingLayer):
+    """One layer: a mixer and an MLP, each after a norm and beside a residual connection."""
+
+    def __init__(self, config: GramianConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = build_mixer(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = GramianMLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        past_key_values: GramianCache | None = None,
+    ) -> Tensor:
+        """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
+        normed = self.mixer_norm(hidden_states)
+        if past_key_values is None:
+            mixed = self.mixer(normed, mask=mask)
+        else:
+            mixed = self._mix_on(normed, mask, past_key_values.layers[self.layer])
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+    def _mix_on(self, x: Tensor, mask: Tensor | None, memory: GramianCacheLayer) -> Tensor:
+        batch, length = x.shape[:2]
+        if memory.recurrence is None:
+            memory.recurrence = self.mixer.recurrence()
+        if torch.is_grad_enabled():  # a frozen snapshot would cut the filters off from the loss
+            state = memory.state
+            if state is None:
+                state = memory.recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
+            mixed, state = self.mixer(x, state, mask=mask)
+        elif length == 1 and mask is None and memory.state is not None:
+            mixed, state = memory.recurrence.step(x[:, 0], memory.state)
+            mixed = mixed[:, None]
+        else:
+            mixed, state = memory.recurrence.prefill(x, memory.state, mask=mask)
+        memory.update_recurrent_state(state, batch_size=batch, tokens=length)
+        return mixed
+
+
+class GramianPreTrainedModel(PreTrainedModel):
+    """Initialisation, saving, loading and the size of the generation state."""
+
+    config: GramianConfig
+    config_class = GramianConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GramianBlock"]  # noqa: RUF012 (transformers' own convention, below too)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _is_stateful = True
+    _supports_context_parallel = False
+    # Filters keep themselves in float32; this tells quantizers to keep out of them too.
+    _keep_in_fp32_modules = [r".*\.mixer\.filter"]  # noqa: RUF012
+
+    def state_bytes(self, batch: int = 1, context: int = 1) -> int:
+        """Bytes that `batch` sequences keep between two tokens after `context` tokens.
+
+        The sum over layers of the bytes of the state of the mixer's recurrence, asked of the
+        recurrence itself and equal to `GramianCache.nbytes`; nothing is run. No mixer's state grows
+        with the context: a modal filter's has one complex number per mode and stream, an FIR
+        filter's its last inputs, bounded by `max_position_embeddings` from the first token on. The
+        snapshot of the filters is not counted: it belongs to the model and is shared by the batch.
+
+        Raises:
+            ValueError: if `batch` or `context` is below 1.
+        """
+        if batch < 1 or context < 1:
+            raise ValueError(
+                f"state_bytes takes a batch and a context of at least 1; got {batch} and {context}."
+            )
+        with torch.no_grad():
+            return sum(
+                block.mixer.recurrence().state_bytes(batch, dtype=self.dtype)
+                for block in self.base_model.layers
+            )
+
+    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
+        # Asked to, transformers passes over modules of other packages that own no tensor
+        # themselves, as a filter made of submodules may. `_init_weights` spares what is loaded.
+        super()._initialize_weights(module)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Projections onto the residual stream start smaller, as 2 × layers of them add up there.
+        small = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+        if isinstance(module, Filter | ShortConvolution):
+            _reset(module)
+        elif isinstance(module, Hyena | MultiHyena):
+            nn.init.normal_(module.out_proj.weight, std=small)
+        elif isinstance(module, GramianMLP):
+            nn.init.normal_(module.down_proj.weight, std=small)
+        else:
+            super()._init_weights(module)
+
+
+def _reset(module: Filter | ShortConvolution) -> None:
+    """Give a module its own initialisation, keeping what has been read from a file.
+
+    Buffers that are not saved are filled on the way. Filters write their parameters and buffers as
+    they like, not only through `torch.nn.init`, which transformers guards while it loads.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    loaded = [tensor for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]
+    values = [tensor.clone() for tensor in loaded]
+    module.reset_parameters()
+    for tensor, value in zip(loaded, values, strict=True):
+        tensor.copy_(value)
+
+
+class GramianModel(GramianPreTrainedModel):
+    """Embedding, blocks and last norm: token ids to hidden states."""
+
+    def __init__(self, config: GramianConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            GramianBlock(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: GramianCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a batch of sequences, or of their continuation.
+
+        Args:
+            input_ids: (batch, length) token ids; exactly one of it and `inputs_embeds`.
+            attention_mask: (batch, length or more), 1 for a real token, 0 for padding; of more
+                columns (`generate` passes the past's too) the last `length` count.
+            past_key_values: the cache of what came before; moved on in place.
+            inputs_embeds: (batch, length, hidden_size).
+            use_cache: whether to return a cache. By default `config.use_cache`, and never in
+                training or with gradients on, where it would be made for nothing.
+            output_hidden_states: whether to return the embeddings and every block's output, the
+                last one after the last norm.
+            kwargs: ignored; Hugging Face passes positions and the like.
+
+        Returns:
+            `last_hidden_state` (batch, length, hidden_size), `past_key_values`, `hidden_states`.
+
+        Raises:
+            ValueError: on both or neither of `input_ids` and `inputs_embeds`, an empty sequence, a
+                mask that is not (batch, ≥ length), a cache of another batch, a cache together with
+                gradient checkpointing.
+            TypeError: on a cache that is not a `GramianCache`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds.")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, length = hidden_states.shape[:2]
+        if length == 0:
+            raise ValueError("the model needs at least one token; got sequences of length 0.")
+        mask = _recent_mask(attention_mask, batch, length)
+        cache = self._cache_for(past_key_values, use_cache, batch)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        seen = [hidden_states] if output_hidden_states else []
+        for block in self.layers:
+            hidden_states = block(hidden_states, mask=mask, past_key_values=cache)
+            if output_hidden_states:
+                seen.append(hidden_states)
+        hidden_states = self.norm(hidden_states)
+        if output_hidden_states:
+            seen[-1] = hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=cache,
+            hidden_states=tuple(seen) if output_hidden_states else None,
+        )
+
+    def _cache_for(
+        self, cache: GramianCache | None, use_cache: bool | None, batch: int
+    ) -> GramianCache | None:
+        checkpointing = self.gradient_checkpointing and self.training
+        if cache is None:
+            if use_cache is None:
+                graded = self.training or torch.is_grad_enabled()
+                use_cache = self.config.use_cache and not graded
+            return GramianCache(self.config) if use_cache and not checkpointing else None
+        if not isinstance(cache, GramianCache):
+            raise TypeError(
+                "past_key_values must be a GramianCache, such as an earlier forward returned; got "
+                f"{type(cache).__name__}."
+            )
+        if checkpointing:
+            raise ValueError("past_key_values cannot be used in training with checkpointing.")
+        if cache.batch_size not in (-1, batch):
+            raise ValueError(
+                f"past_key_values holds {cache.batch_size} sequences, the input {batch}."
+            )
+        return cache
+
+
+def _recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """The last `length` columns as booleans, or None if they hide nothing."""
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+        raise ValueError(
+            "attention_mask must be (batch, length) with 1 for real tokens, here "
+            f"({batch}, {length}) or longer; got {tuple(mask.shape)}."
+        )
+    recent = mask[:, -length:].bool()
+    return None if recent.all() else recent
+
+
+class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
+    """A `GramianModel` with an output projection: next-token logits, loss and `generate`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: GramianConfig) -> None:
+        super().__init__(config)
+        self.model = GramianModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: GramianCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and their loss when `labels` are given.
+
+        Args:
+            labels: (batch, length) token ids, -100 to ignore; shifted here, so `labels=input_ids`.
+            logits_to_keep: compute the logits of the last so many positions, or of these positions
+                (a 1-D tensor); 0 means all.
+            kwargs: passed to the loss function (`num_items_in_batch`).
+
+        The other arguments and the errors are those of `GramianModel.forward`.
+
+        Returns:
+            `loss`, `logits` (batch, kept, vocab_size), `past_key_values`, `hidden_states`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: GramianCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of the next forward; padding concerns the prompt alone when there is a cache."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        tokens = inputs["input_ids"]
+        written = tokens is not None and tokens.shape[1] == 1 and not is_first_iteration
+        if past_key_values is not None and written:
+            inputs["attention_mask"] = None  # what was written is real; looking would stall a GPU
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise ValueError(
+                "a Gramian model makes its own cache: leave cache_implementation out; got "
+                f"{implementation!r}."
+            )
+        if getattr(generation_config, "is_assistant", False):
+            raise ValueError("a Gramian model cannot assist another: its state cannot be cropped.")
+        if model_kwargs.get("past_key_values") is not None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = GramianCache(self.config)

@@ -1,0 +1,57 @@
+"""A tokenizer over bytes: the id of a byte is its value, and any text comes back exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+
+
+class ByteTokenizer(PreTrainedTokenizerFast):
+    """UTF-8 bytes as ids 0–255, then `<|bos|>` 256, `<|eos|>` 257 and `<|pad|>` 258.
+
+    It pads on the left, adds no special token, and takes the names of the special tokens in a text
+    for the text they are. What it saves is read by `AutoTokenizer` without this package.
+
+    Args:
+        kwargs: as for any fast tokenizer of transformers.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        if kwargs.get("tokenizer_object") is None and kwargs.get("tokenizer_file") is None:
+            kwargs["tokenizer_object"] = _byte_level()
+        settings = {
+            **SPECIAL_TOKENS,
+            "padding_side": "left",
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+        }
+        super().__init__(**(settings | kwargs))
+
+
+def _byte_level() -> Tokenizer:
+    """Byte-level pair encoding without a single merge."""
+    vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    return tokenizer
+
+
+def _byte_symbols() -> list[str]:
+    """The characters that stand for the 256 bytes in byte-level encoders.
+
+    A byte that is a visible Latin-1 character stands for itself; the others, in order, are written
+    as the characters from U+0100 on.
+    """
+    symbols: list[str] = []
+    hidden = 0
+    for byte in range(256):
+        visible = 33 <= byte <= 126 or (161 <= byte <= 255 and byte != 173)
+        symbols.append(chr(byte if visible else 256 + hidden))
+        hidden += not visible
+    return symbols

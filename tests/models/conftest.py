@@ -1,0 +1,85 @@
+"""Small models of every mixer and filter, seeded, their weights large enough to matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from gramian.models import MIXERS, GramianConfig, GramianForCausalLM
+
+FILTERS: dict[str, dict[str, Any]] = {
+    "implicit": {"type": "implicit", "hidden": 16, "embedding_features": 5},
+    "modal": {"type": "modal", "orders": 3},
+    "rtf": {"type": "rtf", "state_size": 4, "initialization": "montel"},
+}
+MAX_LENGTH = 40
+VOCABULARY = 50
+
+MakeModel = Callable[..., GramianForCausalLM]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_and_quiet() -> Iterator[None]:
+    """One thread: on models this small, more of them wait for each other and nothing else."""
+    transformers.utils.logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=MIXERS)
+def mixer(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=FILTERS)
+def filter_config(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return FILTERS[request.param]
+
+
+@pytest.fixture
+def make_config() -> Callable[..., GramianConfig]:
+    def make(**kwargs: Any) -> GramianConfig:
+        defaults = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 12,
+            "num_hidden_layers": 2,
+            "num_heads": 3,
+            "filter": FILTERS["implicit"],
+            "max_position_embeddings": MAX_LENGTH,
+            "initializer_range": 0.4,
+        }
+        return GramianConfig(**(defaults | kwargs))
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_config: Callable[..., GramianConfig]) -> MakeModel:
+    """Makes a float64 model in evaluation mode."""
+
+    def make(**kwargs: Any) -> GramianForCausalLM:
+        torch.manual_seed(7)
+        return GramianForCausalLM(make_config(**kwargs)).double().eval()
+
+    return make
+
+
+@pytest.fixture
+def model(make_model: MakeModel) -> GramianForCausalLM:
+    return make_model()
+
+
+@pytest.fixture
+def make_tokens() -> Callable[[int, int], torch.Tensor]:
+    generator = torch.Generator().manual_seed(11)
+
+    def make(batch: int, length: int) -> torch.Tensor:
+        return torch.randint(VOCABULARY, (batch, length), generator=generator)
+
+    return make

@@ -1,0 +1,124 @@
+"""The configuration: defaults, round trips, and one clear sentence for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from gramian.models import GramianConfig, GramianForCausalLM, GramianModel
+
+
+def test_defaults_describe_a_model_of_the_byte_tokenizer() -> None:
+    config = GramianConfig()
+    assert config.vocab_size == 259
+    assert config.mixer_of(3) == "multi_hyena"
+    assert config.filter_of(3)["type"] == "implicit"
+    assert config.intermediate_size % 16 == 0
+    assert 8 * config.hidden_size <= 3 * config.intermediate_size
+
+
+def test_a_plain_mlp_is_four_times_as_wide() -> None:
+    assert GramianConfig(hidden_size=48, gated_mlp=False).intermediate_size == 192
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"mixers": ["hyena", "multi_hyena"], "num_hidden_layers": 2, "hyena_order": 3},
+        {"filter": [{"type": "modal", "orders": [1, 2]}, {"type": "rtf", "state_size": 3}]},
+        {"tie_word_embeddings": False, "eos_token_id": 5, "intermediate_size": 7},
+    ],
+)
+def test_json_round_trip(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    config = GramianConfig(**({"num_hidden_layers": 2} | kwargs))
+    config.save_pretrained(tmp_path)
+    json.loads((tmp_path / "config.json").read_text())
+    for reader in (GramianConfig, transformers.AutoConfig):
+        read = reader.from_pretrained(tmp_path)
+        assert type(read) is GramianConfig
+        assert read.to_diff_dict() == config.to_diff_dict()
+        assert (read.mixers, read.filter) == (config.mixers, config.filter)
+
+
+def test_per_layer_lists_are_read_by_layer() -> None:
+    filters = [{"type": "modal", "orders": 2}, {"type": "implicit"}]
+    config = GramianConfig(
+        num_hidden_layers=2, mixers=["hyena", "long_convolution"], filter=filters
+    )
+    assert [config.mixer_of(i) for i in range(2)] == ["hyena", "long_convolution"]
+    assert [config.filter_of(i) for i in range(2)] == filters
+    assert config.layer_types == ["linear_attention"] * 2
+
+
+def test_reading_a_filter_gives_a_copy() -> None:
+    config = GramianConfig()
+    config.filter_of(0)["type"] = "other"
+    assert config.filter_of(0)["type"] == "implicit"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        ({"mixers": "attention"}, "mixers must be among 'multi_hyena', .*; got 'attention'"),
+        ({"mixers": ["hyena"] * 3}, "one mixer for each of the 4 layers; got 3"),
+        ({"mixers": 5}, "mixers must be .*; got int"),
+        ({"filter": "implicit"}, "filter must be a dict .*; got 'implicit'"),
+        ({"filter": {"state_size": 4}}, "filter must be a dict .*'type'"),
+        ({"filter": [{"type": "implicit"}] * 3}, "each of the 4 layers; got 3"),
+        ({"hidden_size": 0}, "hidden_size must be an integer of at least 1; got 0"),
+        ({"vocab_size": "many"}, "vocab_size must be an integer of at least 1; got 'many'"),
+        ({"max_position_embeddings": 2.5}, "max_position_embeddings must be an integer"),
+        ({"intermediate_size": -1}, "intermediate_size must be an integer"),
+        ({"hyena_order": 1}, "hyena_order must be an integer of at least 2; got 1"),
+        ({"num_heads": 7}, "num_heads must divide hidden_size .* 7 heads and width 256"),
+        ({"hidden_act": "loud"}, "hidden_act must be among .*; got 'loud'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(kwargs: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as caught:
+        GramianConfig(**kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_matter_to_multi_hyena_only() -> None:
+    assert GramianConfig(num_heads=7, mixers="hyena").num_attention_heads == 7
+
+
+@pytest.mark.parametrize(
+    ("filter_config", "sentence"),
+    [
+        ({"type": "unheard"}, "unheard"),
+        ({"type": "rtf", "state_size": 4, "colour": 1}, "colour"),
+        ({"type": "modal", "orders": [1, 2]}, "orders"),
+    ],
+)
+def test_a_filter_that_cannot_be_built_is_named(
+    make_config: Callable[..., GramianConfig], filter_config: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        GramianForCausalLM(make_config(filter=filter_config))
+
+
+def test_auto_classes_make_our_models(make_config: Callable[..., GramianConfig]) -> None:
+    config = make_config()
+    assert type(transformers.AutoModel.from_config(config)) is GramianModel
+    assert type(transformers.AutoModelForCausalLM.from_config(config)) is GramianForCausalLM
+
+
+def test_importing_registers_once_and_again() -> None:
+    code = (
+        "import sys, gramian; assert 'transformers' not in sys.modules;"
+        "import gramian.models, importlib, transformers;"
+        "importlib.reload(gramian.models);"
+        "print(type(transformers.AutoConfig.for_model('gramian')).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "GramianConfig", done.stderr

@@ -1,0 +1,261 @@
+"""Saving and loading: exact to the bit, whole or not at all, and clear about what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from gramian.models import GramianConfig, GramianForCausalLM, GramianModel, load
+
+MakeConfig = Callable[..., GramianConfig]
+MakeTokens = Callable[[int, int], torch.Tensor]
+
+
+def make(make_config: MakeConfig, **kwargs: Any) -> GramianForCausalLM:
+    torch.manual_seed(5)
+    return GramianForCausalLM(make_config(**kwargs)).eval()
+
+
+@torch.no_grad()
+def assert_same(one: GramianForCausalLM, other: GramianForCausalLM, tokens: torch.Tensor) -> None:
+    """The same to the bit: parameters, saved and computed buffers, outputs."""
+    tensors = dict([*other.named_parameters(), *other.named_buffers()])
+    for name, tensor in [*one.named_parameters(), *one.named_buffers()]:
+        assert tensor.dtype == tensors[name].dtype, name
+        assert torch.equal(tensor, tensors.pop(name)), name
+    assert not tensors
+    assert torch.equal(one(tokens).logits, other(tokens).logits)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip(
+    make_config: MakeConfig,
+    make_tokens: MakeTokens,
+    tmp_path: Path,
+    mixer: str,
+    filter_config: dict[str, Any],
+    tied: bool,
+) -> None:
+    model = make(make_config, mixers=mixer, filter=filter_config, tie_word_embeddings=tied)
+    for tensor in model.state_dict().values():  # away from what an initialisation could restore
+        tensor.add_(0.01 * torch.randn_like(tensor))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    tokens = make_tokens(2, 30)
+    for read in (
+        load(tmp_path),
+        load(str(tmp_path)),
+        GramianForCausalLM.from_pretrained(tmp_path),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path),
+    ):
+        assert not read.training
+        assert (read.lm_head.weight is read.model.embed_tokens.weight) is tied
+        assert_same(model, read, tokens)
+
+
+def test_ragged_modal_orders(
+    make_config: MakeConfig, make_tokens: MakeTokens, tmp_path: Path
+) -> None:
+    filters = [{"type": "modal", "orders": [1, 4, 2]}, {"type": "modal", "orders": [3, 0, 5]}]
+    model = make(make_config, filter=filters)
+    model.save_pretrained(tmp_path)
+    assert_same(model, load(tmp_path), make_tokens(2, 30))
+
+
+def test_shards(make_config: MakeConfig, make_tokens: MakeTokens, tmp_path: Path) -> None:
+    model = make(make_config, hidden_size=48)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert_same(model, load(tmp_path), make_tokens(1, 9))
+
+
+def test_half_precision(
+    make_config: MakeConfig,
+    make_tokens: MakeTokens,
+    tmp_path: Path,
+    mixer: str,
+    filter_config: dict[str, Any],
+) -> None:
+    model = make(make_config, mixers=mixer, filter=filter_config)
+    model.save_pretrained(tmp_path / "single")
+    half = GramianForCausalLM.from_pretrained(tmp_path / "single", dtype=torch.bfloat16)
+    for ours, theirs in zip(model.model.layers, half.model.layers, strict=True):
+        assert theirs.mlp.up_proj.weight.dtype == torch.bfloat16
+        pairs = zip(
+            [*ours.mixer.filter.parameters(), *ours.mixer.filter.buffers()],
+            [*theirs.mixer.filter.parameters(), *theirs.mixer.filter.buffers()],
+            strict=True,
+        )
+        assert all(torch.equal(one, other) for one, other in pairs)
+    half.save_pretrained(tmp_path / "half")
+    assert_same(half, load(tmp_path / "half"), make_tokens(2, 12))
+    assert load(tmp_path / "single", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_base_model(make_config: MakeConfig, make_tokens: MakeTokens, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    model = GramianModel(make_config()).eval()
+    model.save_pretrained(tmp_path)
+    tokens = make_tokens(1, 7)
+    read = transformers.AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(read(tokens).last_hidden_state, model(tokens).last_hidden_state)
+    with pytest.raises(ValueError, match="holds a GramianModel; a GramianForCausalLM is needed"):
+        load(tmp_path)
+
+
+def test_with_accelerate(make_config: MakeConfig, make_tokens: MakeTokens, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = make(make_config)
+    model.save_pretrained(tmp_path)
+    read = GramianForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert_same(model, read, make_tokens(1, 9))
+
+
+def test_what_is_missing_is_drawn_and_what_is_there_is_kept(
+    make_config: MakeConfig, tmp_path: Path, filter_config: dict[str, Any]
+) -> None:
+    """transformers' own loading may find a part: a filter must not draw over what was read."""
+    model = make(make_config, filter=filter_config)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    inside = [n for n in weights if "layers.0.mixer.filter." in n or "layers.0.mixer.short." in n]
+    dropped = [inside[0], "model.layers.1.mixer.short.weight", "model.layers.1.mlp.up_proj.weight"]
+    kept = {name: tensor for name, tensor in weights.items() if name not in dropped}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    read = GramianForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in kept.items():
+        assert torch.equal(read[name], tensor), name
+    for name in dropped:
+        assert read[name].isfinite().all()
+        assert read[name].abs().max() < 20  # drawn, not left as the memory was found
+
+
+def test_quantizers_are_told_to_keep_out_of_filters(make_config: MakeConfig) -> None:
+    model = make(make_config)
+    skipped = model._keep_in_fp32_modules
+    linear = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    inside = [name for name in linear if not should_convert_module(name, skipped)]
+    assert inside == [name for name in linear if ".filter." in name]
+    assert 0 < len(inside) < len(linear)
+
+
+def test_a_model_built_on_meta_has_the_shapes(make_config: MakeConfig, mixer: str) -> None:
+    config = make_config(mixers=mixer)
+    with torch.device("meta"):
+        hollow = GramianForCausalLM(config)
+    real = GramianForCausalLM(config)
+    assert all(tensor.is_meta for tensor in hollow.state_dict().values())
+    assert {n: t.shape for n, t in hollow.state_dict().items()} == {
+        n: t.shape for n, t in real.state_dict().items()
+    }
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def drop_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["stray"] = torch.ones(2)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "sentence"),
+    [
+        (shutil.rmtree, FileNotFoundError, "there is no model folder"),
+        (lambda f: (f / "config.json").unlink(), FileNotFoundError, "has no config.json"),
+        (
+            lambda f: (f / "config.json").write_text("{"),
+            ValueError,
+            "config.json cannot be read as JSON",
+        ),
+        (lambda f: (f / "config.json").write_text("[1]"), ValueError, "JSON object.*list"),
+        (
+            lambda f: edit(f / "config.json", model_type="llama"),
+            ValueError,
+            "a model of type 'llama'; 'gramian' is needed",
+        ),
+        (
+            lambda f: edit(f / "config.json", mixers="unheard"),
+            ValueError,
+            "not a valid configuration: mixers must be among .*'unheard'",
+        ),
+        (
+            lambda f: edit(f / "config.json", filter={"type": "unheard"}),
+            ValueError,
+            "describes no model: .*'unheard'",
+        ),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            FileNotFoundError,
+            "has no weights: neither model.safetensors nor",
+        ),
+        (lambda f: cut(f / "model.safetensors"), ValueError, "model.safetensors cannot be read"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b""),
+            ValueError,
+            "model.safetensors cannot be read",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"\0" * 500),
+            ValueError,
+            "model.safetensors cannot be read",
+        ),
+        (drop_tensor, ValueError, r"1 missing \(model.norm.weight\)"),
+        (add_tensor, ValueError, r"1 not of this model \(stray\)"),
+        (
+            lambda f: edit(f / "config.json", hidden_size=24),
+            ValueError,
+            r"is \(.*\), and \(.*\) is needed",
+        ),
+        (
+            lambda f: edit(f / "config.json", num_hidden_layers=3),
+            ValueError,
+            r"missing \(model.layers.2.mixer.filter.*, …\)",
+        ),
+    ],
+)
+def test_damaged_folders_are_refused_in_one_sentence(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    error: type[Exception],
+    sentence: str,
+) -> None:
+    folder = tmp_path / "model"
+    make(make_config).save_pretrained(folder)
+    damage(folder)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(error, match=sentence) as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+def test_a_missing_shard_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    make(make_config, hidden_size=48).save_pretrained(tmp_path, max_shard_size="40KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        load(tmp_path)
