@@ -115,6 +115,8 @@ def build(config: dict[str, Any] | Filter, **defaults: Any) -> Filter:
             built = _REGISTRY[kind](**arguments)
         except TypeError as error:
             raise ValueError(f"the filter {kind!r} cannot be built: {error}.") from None
+        if torch.finfo(torch.get_default_dtype()).bits < 32:  # as when loading in half precision
+            built.float()
     if built.channels != defaults.get("channels", built.channels):
         raise ValueError(
             f"a filter of {defaults['channels']} channels is needed, got one of {built.channels}."

@@ -27,7 +27,7 @@ __all__ = ["MultiHyena", "MultiHyenaState"]
 _ROWS = 256  # rows of the masked attention computed at once
 _CHUNK_ELEMENTS = 2**24  # outer products (batch, heads, N, N, T) held at once while prefilling
 _SAVED_ELEMENTS = 2**26  # scores above which the masked attention recomputes them backward
-_FFT_COST = 10.0
+_FFT_COST = 24.0
 """Cost of the FFT form's N L log2(2L) relative to the attention form's L²; measured on a CPU by
 benchmarks/multi_hyena_forms.py."""
 
@@ -102,7 +102,7 @@ class MultiHyena(Mixer):
         length = x.shape[1]
         q, k, v, _ = self._project(x, mask, None)
         kernel = self.filter(length).kernel_for(q, length)
-        if self.head_width * _FFT_COST * math.log2(2 * length) < length:
+        if prefers_convolution(length, self.head_width):
             return self._merge(convolved_outer_products(q, k, v, kernel))
         return self._merge(toeplitz_masked_attention(q, k, v, kernel))
 
@@ -136,6 +136,11 @@ class MultiHyena(Mixer):
         carried, long = steps[0](k.unsqueeze(-1) * v.unsqueeze(-2), state.long)
         y = torch.einsum("bhn,bhnm->bhm", q, carried).flatten(1)
         return self.out_proj(y), MultiHyenaState(past, long)
+
+
+def prefers_convolution(length: int, head_width: int) -> bool:
+    """Whether the FFT form is expected to be cheaper than the masked attention."""
+    return head_width * _FFT_COST * math.log2(2 * length) < length
 
 
 def toeplitz_masked_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
