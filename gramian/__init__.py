@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gramian import filters, mixers, ops, systems
+from gramian import filters, mixers, ops, reduction, systems
 from gramian.ops import causal_convolution
+from gramian.reduction import Reduction, reduce
 from gramian.systems import FIR, Modal, TransferFunction
 
 if TYPE_CHECKING:

@@ -112,8 +112,8 @@ def vandermonde_transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
     outer = outer.flip(-1).reshape(groups, modes, rows).mT.to(dtype)  # (G, I, m)
     basis = torch.cat([inner.real, inner.imag], dim=-1)  # (G, J, 2m)
     partial = grouped.reshape(groups, repeats * rows, columns) @ basis
-    real, imag = partial.reshape(groups, repeats, rows, 2 * modes).split(modes, dim=-1)
-    state = (torch.complex(real, imag) * outer.unsqueeze(1)).sum(-2)  # (G, R, m)
+    partial = partial.reshape(groups, repeats, rows, 2 * modes)
+    state = (torch.complex(partial[..., :modes], partial[..., modes:]) * outer.unsqueeze(1)).sum(-2)  # (G, R, m)
     return restore(state)
 
 

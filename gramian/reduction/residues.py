@@ -1,0 +1,164 @@
+r"""Residues of given poles: linear least squares on the taps behind the direct term.
+
+``min_r Σ_{t≥1} (h_t - Re Σ_k r_k λ_k^{t-1})²`` over the real basis ``Re λ^t, Im λ^t``. The poles are
+rounded to the dtype of the result before and the residues after, so that what is fitted and what is
+measured is the system that is returned, not one that its rounding would change.
+
+The normal equations, scaled to a unit diagonal and refined, are enough unless poles nearly
+coincide; those channels are solved by QR and a truncated SVD. A ridge of the rounding error of the
+residues keeps them from cancelling more digits than they carry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from gramian.ops.vandermonde import geometric_powers
+
+__all__ = ["ModalFit", "fit_residues", "real_basis", "stabilised"]
+
+_SAFE_PIVOT = 1e-10
+"""Smallest squared Cholesky pivot with which the refined normal equations are trusted."""
+
+
+@dataclasses.dataclass
+class ModalFit:
+    """Poles and residues (B, m), complex128 with the values that the result's dtype will hold.
+
+    ``l2_error`` and ``l1_error`` (B) are norms of ``h - ĥ`` over the taps, float64.
+    """
+
+    poles: Tensor
+    residues: Tensor
+    l2_error: Tensor
+    l1_error: Tensor
+
+    def put(self, where: Tensor, other: ModalFit) -> None:
+        """Replace the channels ``where`` (mask or indices) by the channels of ``other``."""
+        width = max(self.poles.shape[-1], other.poles.shape[-1])
+        for name in ("poles", "residues"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            mine = torch.nn.functional.pad(mine, (0, width - mine.shape[-1]))
+            mine[where] = torch.nn.functional.pad(theirs, (0, width - theirs.shape[-1]))
+            setattr(self, name, mine)
+        self.l2_error[where] = other.l2_error
+        self.l1_error[where] = other.l1_error
+
+    def orders(self) -> Tensor:
+        """(B): state dimension over the reals; an entry without residue counts nothing."""
+        return torch.where(self.residues != 0, 1 + (self.poles.imag != 0).long(), 0).sum(-1)
+
+    def __getitem__(self, index: Tensor) -> ModalFit:
+        return ModalFit(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+
+
+def stabilised(poles: Tensor, dtype: torch.dtype, *, reflect: bool) -> Tensor:
+    """Poles inside the unit circle, also once they are rounded to ``dtype``.
+
+    Those outside are reflected, ``1 / λ̄``, or moved radially to the circle; then all are kept a
+    few rounding errors away from it.
+    """
+    radius = poles.abs()
+    if reflect:
+        poles = torch.where(radius > 1, poles / radius.square(), poles)
+        radius = torch.where(radius > 1, 1 / radius, radius)
+    limit = 1 - max(1.5 * torch.finfo(dtype).eps, 1e-9)
+    return torch.where(radius > limit, poles * (limit / radius), poles)
+
+
+def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
+    """Least-squares residues, and the errors that are left.
+
+    Args:
+        taps: (B, T), float64: h_1 … h_T.
+        poles: (B, n), complex128, in conjugate pairs, NaN where absent.
+        dtype: Real dtype of the result, float32 or float64.
+    """
+    poles = _one_of_each_pair(poles.to(dtype.to_complex()).to(torch.complex128), dtype)
+    modes = poles.shape[-1]
+    if modes == 0:
+        return ModalFit(poles, poles, taps.norm(dim=-1), taps.abs().sum(-1))
+    present = ~poles.isnan()
+    poles = torch.where(present, poles, 0)
+    basis = real_basis(poles, taps.shape[-1])  # (B, 2m, padded T)
+    used = torch.cat([present, present & (poles.imag != 0)], dim=-1).double()
+    signal = torch.nn.functional.pad(taps, (0, basis.shape[-1] - taps.shape[-1])).unsqueeze(-1)
+    weights = _least_squares(basis, used, signal, torch.finfo(dtype).eps)  # (B, 2m, 1)
+    weights = weights.to(dtype).double()
+    error = (signal - torch.bmm(basis.mT, weights)).squeeze(-1)[:, : taps.shape[-1]]
+    weights = weights.squeeze(-1)
+    residues = torch.complex(weights[:, :modes], -weights[:, modes:])
+    residues = torch.where(present, residues, 0)
+    fit = ModalFit(poles, residues, error.norm(dim=-1), error.abs().sum(-1))
+    failed = ~fit.l2_error.isfinite()
+    if bool(failed.any()):
+        fit.l2_error[failed] = torch.inf
+        fit.l1_error[failed] = torch.inf
+    return fit
+
+
+def _one_of_each_pair(poles: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, n) in conjugate pairs to (B, m): real poles, and those of the upper half-plane.
+
+    A pair that ``dtype`` cannot tell from the real axis becomes two equal real poles.
+    """
+    real = poles.imag.abs() <= torch.finfo(dtype).eps * poles.abs()
+    poles = torch.where(real, poles.real.to(poles.dtype), poles)
+    dropped = poles.isnan() | (poles.imag < 0)
+    modes = int((~dropped).sum(-1).max()) if poles.numel() else 0
+    place = dropped.to(torch.uint8).argsort(dim=-1, stable=True)[:, :modes]
+    return poles.masked_fill(dropped, torch.nan).gather(-1, place)
+
+
+def real_basis(poles: Tensor, length: int) -> Tensor:
+    """``Re λ^t`` above ``Im λ^t``, (B, 2m, T), T ≥ length, zero from ``length`` on."""
+    columns = max(1, math.isqrt(length))
+    rows = -(-length // columns)
+    inner = geometric_powers(poles, columns).unsqueeze(-2)  # (B, m, 1, J)
+    outer = geometric_powers(inner[..., 0, -1] * poles, rows).unsqueeze(-1)  # (B, m, I, 1)
+    # Products of denormal numbers are slow and count for nothing.
+    outer = torch.where(outer.abs() < 1e-150, 0, outer)
+    basis = poles.real.new_empty(len(poles), 2, poles.shape[-1], rows, columns)
+    torch.mul(outer.real, inner.real, out=basis[:, 0])
+    torch.mul(outer.real, inner.imag, out=basis[:, 1])
+    basis[:, 0].addcmul_(outer.imag, inner.imag, value=-1)
+    basis[:, 1].addcmul_(outer.imag, inner.real)
+    basis = basis.flatten(3).flatten(1, 2)
+    basis[..., length:] = 0
+    return basis
+
+
+def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, eps: float) -> Tensor:
+    """``argmin ‖signal - basisᵀ x‖² + eps² ‖x‖²`` with the rows of the basis at unit length."""
+    gram = torch.bmm(basis, basis.mT)
+    scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    scale = torch.where(scale > 0, 1 / scale, 0) * used
+    scale = torch.nan_to_num(scale, posinf=0.0).unsqueeze(-1)  # (B, 2m, 1)
+    gram = gram * scale * scale.mT
+    ridge = torch.where(scale.squeeze(-1) > 0, eps**2, 1.0)
+    gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(torch.nan_to_num(gram))
+    target = scale * torch.bmm(basis, signal)
+    x = torch.cholesky_solve(target, factor)
+    for _ in range(2):
+        left = scale * torch.bmm(basis, signal - torch.bmm(basis.mT, scale * x))
+        x = x + torch.cholesky_solve(left - ridge.unsqueeze(-1) * x, factor)
+    pivot = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    unsafe = (failed != 0) | ~(pivot > _SAFE_PIVOT)
+    if bool(unsafe.any()):
+        x[unsafe] = _truncated(basis[unsafe] * scale[unsafe], signal[unsafe], eps)
+    return scale * x
+
+
+def _truncated(basis: Tensor, signal: Tensor, eps: float) -> Tensor:
+    basis = torch.nan_to_num(basis, posinf=0.0, neginf=0.0)
+    q, r = torch.linalg.qr(basis.mT)
+    left, values, right = torch.linalg.svd(r, full_matrices=False)
+    floor = max(eps, 1e-13)
+    damped = values / (values.square() + (floor * values[..., :1]) ** 2)
+    damped = torch.where(values > 0, damped, 0)
+    return right.mT @ (damped.unsqueeze(-1) * (left.mT @ (q.mT @ signal)))
