@@ -20,7 +20,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/installed ## train, distil, generate and measure, in about four minutes
+demo: $(VENV)/installed ## train, distil, generate and measure, in a few minutes
 	$(BIN)/gramian demo $(ARGS)
 
 test: $(VENV)/installed-dev ## the tests, but for the slow ones

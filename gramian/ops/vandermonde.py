@@ -113,7 +113,8 @@ def vandermonde_transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
     basis = torch.cat([inner.real, inner.imag], dim=-1)  # (G, J, 2m)
     partial = grouped.reshape(groups, repeats * rows, columns) @ basis
     partial = partial.reshape(groups, repeats, rows, 2 * modes)
-    state = (torch.complex(partial[..., :modes], partial[..., modes:]) * outer.unsqueeze(1)).sum(-2)  # (G, R, m)
+    inner_sums = torch.complex(partial[..., :modes], partial[..., modes:])  # (G, R, I, m)
+    state = (inner_sums * outer.unsqueeze(1)).sum(-2)  # (G, R, m)
     return restore(state)
 
 

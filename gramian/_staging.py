@@ -1,0 +1,67 @@
+"""Outputs that are complete or absent: write beside the target, then rename.
+
+A rename within one folder is atomic, so whoever looks at the target sees the old state of the
+disk or the finished output, whatever happens while it is being written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["staged_directory", "staged_file"]
+
+
+@contextmanager
+def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that becomes `target` when the block succeeds.
+
+    With `replace`, an existing `target` gives way at the end; without it, an existing one is a
+    `FileExistsError` at the start. An exception removes what was written, and any parent folders
+    that had to be made, and leaves `target` as it was.
+    """
+    target = Path(os.path.abspath(target))
+    if not replace and (target.exists() or target.is_symlink()):
+        raise FileExistsError(f"{target} exists already.")
+    made = [parent for parent in target.parents if not parent.exists()]  # innermost first
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        stage.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner may read
+        yield stage
+        if replace and target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            target.rename(old / target.name)
+            stage.rename(target)
+            shutil.rmtree(old)
+        else:
+            stage.rename(target)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        with suppress(OSError):  # a parent that someone else has used meanwhile stays
+            for parent in made:
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """Yield the name of a new file beside `target` that replaces it when the block succeeds."""
+    target = Path(os.path.abspath(target))
+    stage = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
+    try:
+        yield stage
+        stage.replace(target)
+    except BaseException:
+        stage.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

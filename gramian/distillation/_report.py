@@ -1,0 +1,183 @@
+"""What distilling reached: orders and errors of every filter, and the state before and after."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["DistillationReport", "LayerReport"]
+
+_COLUMNS = (
+    "layer",
+    "filters",
+    "order min/mean/max",
+    "l2 error mean/max",
+    "bound",
+    "missed",
+)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's filters; every tuple has one entry for each filter.
+
+    Attributes:
+        layer: index of the layer in the model.
+        mixer: class of the mixer that the filters belong to.
+        taps: length of the kernels that were reduced.
+        orders: real state dimension of each reduced filter.
+        relative_errors: `‖h − ĥ‖₂ / ‖h‖₂` over the taps, of the filter as the new model holds it.
+        lower_bounds: what no recurrence of that order, stable or not, can go below (relative too).
+        l1_errors: `‖h − ĥ‖₁` over the taps: bounds `‖y − ŷ‖∞ / ‖u‖∞` for inputs up to that length.
+        tail_energies: energy of ĥ past the taps.
+        unconverged: indices of the filters whose relative error stayed above the tolerance; empty
+            if an order was asked for.
+    """
+
+    layer: int
+    mixer: str
+    taps: int
+    orders: tuple[int, ...]
+    relative_errors: tuple[float, ...]
+    lower_bounds: tuple[float, ...]
+    l1_errors: tuple[float, ...]
+    tail_energies: tuple[float, ...]
+    unconverged: tuple[int, ...]
+
+    @property
+    def mean_order(self) -> float:
+        """Mean of `orders`."""
+        return sum(self.orders) / len(self.orders)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can hold."""
+        return {
+            "layer": self.layer,
+            "mixer": self.mixer,
+            "filters": len(self.orders),
+            "taps": self.taps,
+            "order": _spread(self.orders),
+            "relative_error": _spread(self.relative_errors),
+            "lower_bound": _spread(self.lower_bounds),
+            "l1_error": _spread(self.l1_errors),
+            "tail_energy": _spread(self.tail_energies),
+            "orders": list(self.orders),
+            "relative_errors": list(self.relative_errors),
+            "lower_bounds": list(self.lower_bounds),
+            "l1_errors": list(self.l1_errors),
+            "tail_energies": list(self.tail_energies),
+            "unconverged": list(self.unconverged),
+        }
+
+    def _row(self) -> tuple[str, ...]:
+        order, error = _spread(self.orders), _spread(self.relative_errors)
+        return (
+            str(self.layer),
+            str(len(self.orders)),
+            f"{order['min']} / {order['mean']:.1f} / {order['max']}",
+            f"{error['mean']:.1e} / {error['max']:.1e}",
+            f"{max(self.lower_bounds):.1e}",
+            str(len(self.unconverged)),
+        )
+
+
+@dataclass(frozen=True)
+class DistillationReport:
+    """What `distill` reached. Printing it gives a table: of every layer the orders, the relative l2
+    errors, the largest lower bound of them, and how many filters missed the tolerance.
+
+    Attributes:
+        tol: the relative l2 error asked of every filter, or None if an order was asked for.
+        order: the order asked of every filter, or None if a tolerance was.
+        layers: one report for every layer that had long filters.
+        context: the context length of the two figures that follow: the original's filter length.
+        original_state_bytes: what one sequence of that length carries in the original (exact online
+            convolution).
+        distilled_state_bytes: the same in the distilled model, at any length.
+        seconds: how long it took.
+    """
+
+    tol: float | None
+    order: int | None
+    layers: tuple[LayerReport, ...]
+    context: int
+    original_state_bytes: int
+    distilled_state_bytes: int
+    seconds: float
+
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """Orders of all filters, layer by layer."""
+        return tuple(order for layer in self.layers for order in layer.orders)
+
+    @property
+    def mean_order(self) -> float:
+        """Mean order over all filters."""
+        return sum(self.orders) / len(self.orders)
+
+    @property
+    def max_relative_error(self) -> float:
+        """The largest relative l2 error of any filter."""
+        return max(error for layer in self.layers for error in layer.relative_errors)
+
+    @property
+    def converged(self) -> bool:
+        """Whether every filter reached the tolerance; True if an order was asked for."""
+        return not any(layer.unconverged for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can hold."""
+        return {
+            "tol": self.tol,
+            "order": self.order,
+            "filters": len(self.orders),
+            "mean_order": self.mean_order,
+            "max_order": max(self.orders),
+            "max_relative_error": self.max_relative_error,
+            "converged": self.converged,
+            "context": self.context,
+            "original_state_bytes": self.original_state_bytes,
+            "distilled_state_bytes": self.distilled_state_bytes,
+            "seconds": self.seconds,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        rows = [_COLUMNS, *(layer._row() for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+        lines = [
+            "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
+        ]
+        return "\n".join([*lines, self._summary()])
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(caption=self._summary(), caption_justify="left", caption_style="")
+        for column in _COLUMNS:
+            table.add_column(column, justify="right")
+        for layer in self.layers:
+            table.add_row(*layer._row())
+        return table
+
+    def _summary(self) -> str:
+        goal = f"tolerance {self.tol:g}" if self.tol is not None else f"order {self.order}"
+        missed = sum(len(layer.unconverged) for layer in self.layers)
+        outcome = f"; {missed} filters stayed above it" if missed else ""
+        return (
+            f"{len(self.orders)} filters to {goal} in {self.seconds:.1f} s: mean order "
+            f"{self.mean_order:.1f}{outcome}. State of one sequence at context {self.context:,}: "
+            f"{self.original_state_bytes:,} bytes before, {self.distilled_state_bytes:,} after."
+        )
+
+
+def _spread(values: tuple[Any, ...]) -> dict[str, Any]:
+    return {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}

@@ -1,0 +1,136 @@
+"""The figures themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gramian._staging import staged_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_bits_per_byte", "plot_decoding_cost", "plot_hankel_spectra", "save_figure"]
+
+# Colours that people with any kind of colour vision tell apart (Okabe and Ito).
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
+_CYCLE = (_BLUE, _ORANGE, _GREEN, _GREY)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'Figures need matplotlib: pip install "gramian[plots]".', name="matplotlib"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _finish(axes: Any, *, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, alpha=0.25, linewidth=0.5)
+
+
+def plot_hankel_spectra(
+    spectra: Mapping[str, Any], orders: Mapping[str, Sequence[int]] | None = None
+) -> Figure:
+    """Hankel singular values of every filter, relative to its largest, one panel for each group.
+
+    Args:
+        spectra: for every group (a layer, say) an array (filters, values), each row descending.
+        orders: for every group the orders its filters were reduced to; their mean is marked.
+    """
+    if not spectra:
+        raise ValueError("plot_hankel_spectra was given no spectra; give at least one group.")
+    figure = _new_figure(3.1 * len(spectra) + 0.6, 3.2)
+    panels = figure.subplots(1, len(spectra), sharey=True, squeeze=False)[0]
+    for axes, (name, values) in zip(panels, spectra.items(), strict=True):
+        rows = np.asarray(values, dtype=float)  # (filters, values)
+        largest = rows[:, :1]
+        relative = np.divide(rows, largest, out=np.zeros_like(rows), where=largest > 0)
+        visible = np.where(relative > 1e-9, relative, np.nan)
+        axes.semilogy(np.arange(1, rows.shape[1] + 1), visible.T, color=_BLUE, alpha=0.45, lw=0.9)
+        if orders is not None and len(orders[name]):
+            mean = float(np.mean(orders[name]))
+            axes.axvline(mean, color=_ORANGE, lw=1.2)
+            axes.annotate(
+                f"mean order {mean:.1f}",
+                (mean, 1.0),
+                xytext=(4, -2),
+                textcoords="offset points",
+                color=_ORANGE,
+                fontsize=8,
+            )
+        _finish(axes, title=name, x="index k", y=r"$\sigma_k / \sigma_1$")
+        axes.label_outer()
+    return figure
+
+
+def plot_bits_per_byte(values: Mapping[str, float]) -> Figure:
+    """Horizontal bars of bits per byte, one for each model, in the order given."""
+    if not values:
+        raise ValueError("plot_bits_per_byte was given no values; give at least one.")
+    figure = _new_figure(6.4, 0.55 + 0.42 * len(values))
+    axes = figure.subplots()
+    names = list(values)
+    bars = axes.barh(names, [values[name] for name in names], color=_BLUE, height=0.62)
+    axes.bar_label(bars, labels=[f"{values[name]:.4f}" for name in names], padding=4, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    _finish(axes, title="", x="bits per held-out byte (less is better)", y="")
+    axes.grid(False)
+    return figure
+
+
+def plot_decoding_cost(
+    milliseconds: Mapping[str, Mapping[int, float]], state_bytes: Mapping[str, Mapping[int, float]]
+) -> Figure:
+    """Time per generated token and state bytes against context length, side by side.
+
+    Args:
+        milliseconds: for every way to generate, time per token at each context length.
+        state_bytes: likewise, what is carried from token to token.
+    """
+    if not milliseconds or not state_bytes:
+        raise ValueError("plot_decoding_cost needs at least one curve of times and one of bytes.")
+    figure = _new_figure(9.2, 3.5)
+    names = list(dict.fromkeys([*milliseconds, *state_bytes]))
+    colours = {name: _CYCLE[i % len(_CYCLE)] for i, name in enumerate(names)}
+    panels = figure.subplots(1, 2)
+    for axes, curves, unit in (
+        (panels[0], milliseconds, 1.0),
+        (panels[1], state_bytes, 2.0**20),
+    ):
+        for name, curve in curves.items():
+            contexts = sorted(curve)
+            axes.loglog(
+                contexts,
+                [curve[context] / unit for context in contexts],
+                marker="o",
+                ms=4,
+                lw=1.6,
+                color=colours[name],
+                label=name,
+            )
+        ticks = sorted({context for curve in curves.values() for context in curve})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        axes.minorticks_off()
+        axes.legend(frameon=False, fontsize=8)
+    _finish(panels[0], title="time per token", x="context (tokens)", y="milliseconds")
+    _finish(panels[1], title="carried state", x="context (tokens)", y="MiB")
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write `figure` in the format of the suffix of `path`, complete or not at all."""
+    path = Path(path)
+    with staged_file(path) as stage:
+        figure.savefig(stage, dpi=150)
+    return path
