@@ -1,0 +1,205 @@
+"""What the demo measures: quality, spectra, agreement of two ways to generate, and cost."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.filters import ModalFilter
+from gramian.models import GramianForCausalLM
+from gramian.systems import Modal
+
+__all__ = [
+    "Agreement",
+    "Decoder",
+    "bits_per_byte",
+    "compare_greedy",
+    "cut_to_tap_zero",
+    "hankel_spectra",
+    "interleaved_seconds",
+    "median_ratio",
+    "recomputation_seconds",
+]
+
+
+@torch.no_grad()
+def bits_per_byte(model: GramianForCausalLM, windows: Tensor) -> float:
+    """Mean bits of every byte of windows (count, length) but each window's first."""
+    total = 0.0
+    for part in windows.long().split(8):
+        logits = model(part[:, :-1], use_cache=False).logits
+        total += nn.functional.cross_entropy(
+            logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
+        ).item()
+    return total / windows[:, 1:].numel() / math.log(2)
+
+
+@torch.no_grad()
+def cut_to_tap_zero(model: GramianForCausalLM) -> GramianForCausalLM:
+    """A copy whose long filters keep tap 0 only: what is left if the long memory goes."""
+    cut = copy.deepcopy(model)
+    for block in cut.model.layers:
+        mixer: Any = block.mixer
+        first = mixer.filter().impulse_response(1)[:, 0]  # (channels,)
+        nothing = torch.zeros(len(first), 0, dtype=torch.complex64)
+        direct = Modal(nothing, nothing, first)
+        mixer.filter = ModalFilter.from_system(direct, max_length=mixer.filter.max_length)
+    return cut
+
+
+@torch.no_grad()
+def hankel_spectra(model: GramianForCausalLM, taps: int) -> dict[str, Tensor]:
+    """Singular values of `T[taps/2:, :taps/2]` of every filter of every layer, float64."""
+    spectra = {}
+    for index, block in enumerate(model.model.layers):
+        mixer: Any = block.mixer
+        values = mixer.filter(taps).to(dtype=torch.float64).hankel_singular_values(length=taps)
+        spectra[f"layer {index}"] = values  # (filters, values)
+    return spectra
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far greedy generation by recurrence and by full recomputation agree.
+
+    Attributes:
+        tokens: tokens generated.
+        first_difference: index of the first token that differs, or None.
+        gap: at that token, how far the two best logits of the recomputation lie apart.
+        max_logit_difference: largest difference of any logit while the texts were the same.
+    """
+
+    tokens: int
+    first_difference: int | None
+    gap: float | None
+    max_logit_difference: float
+
+    def holds(self, tie: float = 1e-4) -> bool:
+        """Whether all tokens are the same, or the first different one was a tie within `tie`."""
+        return self.gap is None or self.gap <= tie
+
+
+@torch.no_grad()
+def compare_greedy(
+    model: GramianForCausalLM,
+    prompt: Tensor,
+    tokens: int,
+    on_token: Callable[[int], None] | None = None,
+) -> Agreement:
+    """Generate greedily with the model's cache; repeat by recomputing everything at every token.
+
+    Args:
+        prompt: (1, length) token ids.
+    """
+    generated = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    written = generated.sequences[0, prompt.shape[1] :].tolist()
+    sequence, worst = prompt, 0.0
+    for index, token in enumerate(written):
+        logits = model(sequence, use_cache=False, logits_to_keep=1).logits[0, -1]
+        best = logits.topk(2)
+        if best.indices[0].item() != token:
+            gap = (best.values[0] - best.values[1]).item()
+            return Agreement(len(written), index, gap, worst)
+        worst = max(worst, (logits - generated.logits[index][0]).abs().max().item())
+        sequence = torch.cat([sequence, sequence.new_tensor([[token]])], dim=1)
+        if on_token is not None:
+            on_token(index + 1)
+    return Agreement(len(written), None, None, worst)
+
+
+class Decoder:
+    """A model that has read a context and writes on, one token at a time.
+
+    Args:
+        context: (1, length) token ids.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: GramianForCausalLM, context: Tensor) -> None:
+        self.model = model
+        output = model(context, use_cache=True, logits_to_keep=1)
+        self.cache = output.past_key_values
+        self.token = output.logits[:, -1].argmax(-1, keepdim=True)  # (1, 1)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what it remembers."""
+        return self.cache.nbytes
+
+    @torch.no_grad()
+    def seconds_per_token(self, tokens: int) -> float:
+        """Write `tokens` tokens greedily; returns the mean time of one."""
+        started = time.perf_counter()
+        for _ in range(tokens):
+            logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits
+            self.token = logits[:, -1].argmax(-1, keepdim=True)
+        return (time.perf_counter() - started) / tokens
+
+
+def interleaved_seconds(
+    decoders: dict[int, Decoder],
+    *,
+    tokens: int,
+    rounds: int,
+    on_round: Callable[[int], None] | None = None,
+) -> dict[int, list[float]]:
+    """Seconds per token of each decoder, in each of `rounds` runs of `tokens` tokens.
+
+    The decoders take turns, in alternating order, so that whatever else the machine does meets all
+    of them alike.
+    """
+    samples: dict[int, list[float]] = {key: [] for key in decoders}
+    for decoder in decoders.values():
+        decoder.seconds_per_token(2)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            for key in list(decoders)[:: 1 if index % 2 else -1]:
+                samples[key].append(decoders[key].seconds_per_token(tokens))
+            if on_round is not None:
+                on_round(index + 1)
+    finally:
+        if enabled:
+            gc.enable()
+    return samples
+
+
+def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
+    """Median of `first / second` over rounds: both of a round met the same machine."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
+
+
+@torch.no_grad()
+def recomputation_seconds(
+    model: GramianForCausalLM, context: Tensor, lengths: Sequence[int]
+) -> dict[int, float]:
+    """Seconds that a token costs without a cache: one pass over the whole context.
+
+    The least of three passes.
+    """
+    costs = {}
+    for length in lengths:
+        passes = []
+        for _ in range(3):
+            started = time.perf_counter()
+            model(context[:, :length], use_cache=False, logits_to_keep=1)
+            passes.append(time.perf_counter() - started)
+        costs[length] = min(passes)
+    return costs

@@ -1,0 +1,74 @@
+"""Real English that every Python carries, and the bigram model that a network must beat on it.
+
+The text is the reference documentation behind `help()`, in `pydoc_data.topics`. It quotes itself
+at length, so every paragraph is kept at its first occurrence only: otherwise a good part of the
+held-out bytes would stand word for word in the training part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+__all__ = ["BigramModel", "Corpus", "python_documentation"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Bytes to train on and bytes held out, both uint8 of one dimension; the latter come last."""
+
+    train: Tensor
+    held_out: Tensor
+
+
+def python_documentation(held_out_fraction: float = 0.1) -> Corpus:
+    """The text behind Python's `help()`, each paragraph once, its last part held out.
+
+    Raises:
+        RuntimeError: this Python was installed without `pydoc_data`.
+    """
+    try:
+        topics: dict[str, str] = import_module("pydoc_data.topics").topics
+    except ImportError as error:
+        raise RuntimeError(
+            "This Python was installed without the text behind help() (pydoc_data), which the "
+            "demo trains on."
+        ) from error
+    first_occurrences: dict[str, str] = {}
+    for topic in topics.values():
+        for paragraph in topic.strip("\n").split("\n\n"):
+            first_occurrences.setdefault(" ".join(paragraph.split()), paragraph)
+    text = "\n\n".join(first_occurrences.values()).encode()
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    cut = round(len(data) * (1 - held_out_fraction))
+    return Corpus(train=data[:cut], held_out=data[cut:])
+
+
+class BigramModel:
+    """`P(next | previous)` from counts, smoothed towards `P(next)` as Witten and Bell do.
+
+    A context seen c times with t different successors trusts its counts with weight c / (c + t);
+    `P(next)` itself has one added to every count, so no byte is impossible.
+    """
+
+    def __init__(self, train: Tensor) -> None:
+        data = train.long()  # (bytes,)
+        pairs = torch.bincount(data[:-1] * 256 + data[1:], minlength=256 * 256)
+        counts = pairs.view(256, 256).double()  # (previous, next)
+        unigram = torch.bincount(data, minlength=256).double() + 1
+        unigram /= unigram.sum()
+        seen = counts.sum(-1, keepdim=True)
+        successors = (counts > 0).sum(-1, keepdim=True)
+        smoothed = counts + successors * unigram
+        self.probabilities = torch.where(
+            seen > 0, smoothed / (seen + successors).clamp(min=1), unigram
+        )  # (previous, next), rows sum to 1
+
+    def bits_per_byte(self, windows: Tensor) -> float:
+        """Mean `-log2 P` over all bytes of windows (count, length) but each window's first."""
+        windows = windows.long()
+        chosen = self.probabilities[windows[:, :-1], windows[:, 1:]]
+        return -chosen.log2().mean().item()

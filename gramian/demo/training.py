@@ -1,0 +1,95 @@
+"""Training a small byte-level language model in a couple of minutes on two cores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gramian.filters import Filter
+from gramian.models import GramianForCausalLM
+
+__all__ = ["TrainingSettings", "train"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How to train: AdamW, linear warm-up, then a cosine down to a twentieth of the peak rate."""
+
+    steps: int = 600
+    batch_size: int = 4
+    length: int = 512
+    learning_rate: float = 5e-3
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of step 0, 1, …, `steps` - 1."""
+        warmup = max(1, round(self.steps * self.warmup_fraction))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        return self.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(
+    model: GramianForCausalLM,
+    data: Tensor,
+    settings: TrainingSettings,
+    on_step: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train `model` in place on random windows of `data`; torch's global seed decides which.
+
+    Args:
+        data: (bytes,), uint8, longer than a window.
+        on_step: called as `on_step(steps done, loss in bits per byte)` after every step.
+
+    Returns:
+        The loss of every step, in bits per byte.
+    """
+    data = data.long()
+    optimizer = torch.optim.AdamW(_parameter_groups(model, settings), betas=(0.9, 0.98))
+    offsets = torch.arange(settings.length + 1)
+    losses = []
+    model.train()
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate_at(step)
+        starts = torch.randint(len(data) - settings.length, (settings.batch_size, 1))
+        windows = data[starts + offsets]  # (batch, length + 1)
+        logits = model(windows[:, :-1], use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        optimizer.step()
+        losses.append(loss.item() / math.log(2))
+        if on_step is not None:
+            on_step(step + 1, losses[-1])
+    model.eval()
+    return losses
+
+
+def _parameter_groups(
+    model: nn.Module, settings: TrainingSettings
+) -> list[dict[str, list[nn.Parameter] | float]]:
+    """Weight decay for matrices only, and for none of a filter's: they shape dynamics."""
+    dynamics = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Filter)
+        for parameter in module.parameters()
+    }
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        kept = id(parameter) in dynamics or parameter.ndim < 2
+        (free if kept else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
