@@ -183,7 +183,7 @@ class ShortConvolution(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (batch, length, channels) after the K - 1 inputs ``past``; returns y and the new past."""
+        """x (batch, length, channels) after the K - 1 inputs ``past``; returns y and new past."""
         length = x.shape[1]
         if past is None:
             extended = nn.functional.pad(x, (0, 0, self.taps - 1, 0))

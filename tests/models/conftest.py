@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,13 +23,8 @@ MakeModel = Callable[..., GramianForCausalLM]
 
 
 @pytest.fixture(autouse=True, scope="session")
-def small_and_quiet() -> Iterator[None]:
-    """One thread: on models this small, more of them wait for each other and nothing else."""
+def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=MIXERS)
