@@ -149,7 +149,7 @@ def reduce(
     settings = _Settings(method, _TAILS[tail], stable, dtype)
     if orders is not None:
         orders = orders.reshape(-1).to(work_device)
-        size = _block_size(flat, int(orders.max()) if orders.numel() else 1)
+        size = _block_size(flat, int(orders.max()))
         blocks = list(zip(flat.split(size), orders.split(size), strict=True))
         parts = work(lambda block: _reduce_to_order(*block, settings), blocks, flat)
     else:
@@ -167,12 +167,12 @@ def _kernel_of(source: Tensor | System, length: int | None) -> Tensor:
     if isinstance(source, Tensor):
         if length is not None:
             raise ValueError(
-                f"length goes with a system; a kernel has its own {source.shape[-1:]}, got {length}."
+                f"length goes with a system; a kernel ends where it ends, got {length=}."
             )
-        if not source.dtype.is_floating_point or source.ndim == 0 or source.shape[-1] == 0:
+        if not source.dtype.is_floating_point or source.ndim == 0 or source.numel() == 0:
             raise TypeError(
-                "a kernel is a real floating-point tensor (*channels, taps) with at least one tap, "
-                f"got {source.dtype} of shape {tuple(source.shape)}."
+                "a kernel is a real floating-point tensor (*channels, taps) that is not empty, got "
+                f"{source.dtype} of shape {tuple(source.shape)}."
             )
         return source
     if not isinstance(source, System):
@@ -204,7 +204,7 @@ def _orders(order: int | Tensor, shape: torch.Size, taps: int) -> Tensor:
         orders = orders.broadcast_to(shape)
     except RuntimeError:
         raise ValueError(
-            f"orders of shape {tuple(orders.shape)} do not broadcast to the channels {tuple(shape)}."
+            f"orders {tuple(orders.shape)} do not broadcast to the channels {tuple(shape)}."
         ) from None
     highest = max(1, taps - 1)  # a kernel of one tap is all direct term, whatever the order
     wrong = orders[(orders < 1) | (orders > highest)]
@@ -233,10 +233,11 @@ def _returned(figure: Tensor, device: torch.device) -> Tensor:
 
 
 def _block_size(taps: Tensor, order: int) -> int:
-    """How many channels to reduce at once, so that a CPU's cache holds their bases."""
-    if taps.device.type != "cpu":
-        return 4096
-    return max(1, 2**23 // (taps.shape[-1] * (4 * order + 36)))
+    """How many channels to reduce at once, so that a CPU's cache or a GPU's memory holds their
+    bases: vectors that are used, and vectors that are allocated."""
+    if taps.device.type == "cpu":
+        return max(1, 2**23 // (taps.shape[-1] * (4 * order + 36)))
+    return max(1, 2**29 // (taps.shape[-1] * (8 * order + 136)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,15 +264,19 @@ class _Candidates:
     def __init__(self, taps: Tensor, count: int, settings: _Settings) -> None:
         self.taps = taps  # (B, T)
         self.settings = settings
-        self.spectra = {
-            tail: leading_spectrum(hankel_matrices(taps, tail), count)
-            for tail in dict.fromkeys(("zero", *settings.tails))
-        }
+        self.spectra: dict[str, Spectrum] = {}
+        guess = None
+        if "free" in settings.tails:
+            self.spectra["free"] = leading_spectrum(hankel_matrices(taps, "free"), count)
+            guess = self.spectra["free"].vectors.sum(1)
+        self.spectra["zero"] = leading_spectrum(hankel_matrices(taps, "zero"), count, guess)
 
     def fit(self, order: Tensor, rows: Tensor | slice) -> ModalFit:
         """The best fits of the given orders to the channels ``rows`` (indices)."""
         taps, settings = self.taps[rows], self.settings
-        best = fit_residues(taps, taps.new_zeros(len(taps), 0, dtype=torch.complex128), torch.float64)
+        best = fit_residues(
+            taps, taps.new_zeros(len(taps), 0, dtype=torch.complex128), torch.float64
+        )
 
         def offer(poles: Tensor, where: Tensor) -> None:
             fit = fit_residues(taps[where], poles[where], settings.dtype)
@@ -281,13 +286,9 @@ class _Candidates:
         everywhere = torch.arange(len(taps), device=taps.device)
         for tail in settings.tails:
             poles = _METHODS[settings.method](self.spectra[tail][rows], order)
-            if not settings.stable:
-                offer(poles, everywhere)
-                continue
-            offer(stabilised(poles, settings.dtype, reflect=True), everywhere)
-            outside = torch.nonzero((poles.abs() > 1).any(-1)).flatten()
-            if len(outside):
-                offer(stabilised(poles, settings.dtype, reflect=False), outside)
+            if settings.stable:
+                poles = stabilised(poles, settings.dtype)
+            offer(poles, everywhere)
         complete = torch.nonzero(order >= taps.shape[-1]).flatten()
         if len(complete):
             offer(_ring(taps), complete)
@@ -315,7 +316,7 @@ def _ring(taps: Tensor) -> Tensor:
 
 def _reduce_to_order(kernel: Tensor, order: Tensor, settings: _Settings) -> _Part:
     everything = slice(None)
-    largest = int(order.max()) if order.numel() else 1
+    largest = int(order.max())
     candidates = _Candidates(kernel[:, 1:], largest + 1, settings)
     fit = candidates.fit(order, everything)
     return _Part(
@@ -326,9 +327,7 @@ def _reduce_to_order(kernel: Tensor, order: Tensor, settings: _Settings) -> _Par
     )
 
 
-def _reduce_to_tolerance(
-    kernel: Tensor, tol: float, largest: int, settings: _Settings
-) -> _Part:
+def _reduce_to_tolerance(kernel: Tensor, tol: float, largest: int, settings: _Settings) -> _Part:
     """Double the order until the error is small enough, then bisect, every channel for itself."""
     taps, allowed = kernel[:, 1:], tol * kernel.norm(dim=-1)
     everywhere = torch.arange(len(kernel), device=kernel.device)
@@ -396,9 +395,7 @@ def _assembled(parts: list[_Part], kernel: Tensor, dtype: torch.dtype) -> Reduct
         lower_bound=figure([torch.cat([part.bound for part in parts]).sqrt() / safe]),
         l1_error=figure([part.fit.l1_error for part in parts]),
         hankel_singular_values=values.reshape(*shape, -1),
-        tail_energy=figure(
-            [errors.tail_energy(poles, residues, kernel.shape[-1]) / safe.square()]
-        ),
+        tail_energy=figure([errors.tail_energy(poles, residues, kernel.shape[-1]) / safe.square()]),
         converged=torch.cat([part.converged for part in parts]).to(device).reshape(shape),
         _kernel=kernel,
     )

@@ -1,10 +1,10 @@
-r"""Balanced truncation of a kernel: Kung's method, also known as the eigensystem realisation algorithm.
+r"""Balanced truncation of kernels: Kung's method, or the eigensystem realisation algorithm (ERA).
 
 The leading n left singular vectors U of a Hankel matrix span the outputs that n states can leave
 behind. The span of an observability matrix ``[C; CA; CA²; …]`` is invariant under a shift of its
-rows, so ``A = U[:-1]⁺ U[1:]``, and the poles are its eigenvalues (S. Kung, "A new identification and
-model reduction algorithm via singular value decomposition", 1978). U has orthonormal columns, so
-with l its last row ``U[:-1]ᵀ U[:-1] = I - l lᵀ``, whose inverse is ``I + l lᵀ / (1 - lᵀl)``.
+rows, so ``A = U[:-1]⁺ U[1:]``, and the poles are its eigenvalues (S. Kung, "A new identification
+and model reduction algorithm via singular value decomposition", 1978). U has orthonormal columns,
+so with l its last row ``U[:-1]ᵀ U[:-1] = I - l lᵀ``, whose inverse is ``I + l lᵀ / (1 - lᵀl)``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def balanced_poles(spectrum: Spectrum, order: Tensor) -> Tensor:
     floor = size * torch.finfo(values.dtype).eps * values[:, :1]
     rank = (values > floor).sum(-1)
     order = torch.minimum(order.clamp(max=values.shape[-1]), rank)
-    width = int(order.max()) if order.numel() else 0
+    width = int(order.max())
     poles = torch.full(
         (len(values), width), torch.nan, dtype=torch.complex128, device=values.device
     )

@@ -117,7 +117,7 @@ def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
         matrix = operator @ unit.expand(len(taps), -1, -1)
         norm = torch.linalg.eigvalsh(matrix).abs().amax(-1)
     else:
-        norm = lanczos_spectrum(operator, 1, _RESIDUAL).values[:, 0]
+        norm = lanczos_spectrum(operator, 1, residual=_RESIDUAL).values[:, 0]
     return torch.where(outside, torch.inf, norm)
 
 

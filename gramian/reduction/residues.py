@@ -1,11 +1,11 @@
 r"""Residues of given poles: linear least squares on the taps behind the direct term.
 
-``min_r Σ_{t≥1} (h_t - Re Σ_k r_k λ_k^{t-1})²`` over the real basis ``Re λ^t, Im λ^t``. The poles are
-rounded to the dtype of the result before and the residues after, so that what is fitted and what is
-measured is the system that is returned, not one that its rounding would change.
+``min_r Σ_{t≥1} (h_t - Re Σ_k r_k λ_k^{t-1})²`` over the real basis ``Re λ^t, Im λ^t``. The poles
+are rounded to the dtype of the result before and the residues after, so that what is fitted and
+what is measured is the system that is returned, not one that its rounding would change.
 
 The normal equations, scaled to a unit diagonal and refined, are enough unless poles nearly
-coincide; those channels are solved by QR and a truncated SVD. A ridge of the rounding error of the
+coincide; those channels are solved by QR and a damped SVD. A ridge of the rounding error of the
 residues keeps them from cancelling more digits than they carry.
 """
 
@@ -23,6 +23,9 @@ __all__ = ["ModalFit", "fit_residues", "real_basis", "stabilised"]
 
 _SAFE_PIVOT = 1e-10
 """Smallest squared Cholesky pivot with which the refined normal equations are trusted."""
+
+_SMALLEST_DIRECTION = 1e-9
+"""Relative singular value from which a direction of the basis counts; weaker ones are damped."""
 
 
 @dataclasses.dataclass
@@ -56,16 +59,14 @@ class ModalFit:
         return ModalFit(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
 
 
-def stabilised(poles: Tensor, dtype: torch.dtype, *, reflect: bool) -> Tensor:
+def stabilised(poles: Tensor, dtype: torch.dtype) -> Tensor:
     """Poles inside the unit circle, also once they are rounded to ``dtype``.
 
-    Those outside are reflected, ``1 / λ̄``, or moved radially to the circle; then all are kept a
-    few rounding errors away from it.
+    Those outside are reflected, ``1 / λ̄``; then all are kept a rounding error away from it.
     """
     radius = poles.abs()
-    if reflect:
-        poles = torch.where(radius > 1, poles / radius.square(), poles)
-        radius = torch.where(radius > 1, 1 / radius, radius)
+    poles = torch.where(radius > 1, poles / radius.square(), poles)
+    radius = torch.where(radius > 1, 1 / radius, radius)
     limit = 1 - max(1.5 * torch.finfo(dtype).eps, 1e-9)
     return torch.where(radius > limit, poles * (limit / radius), poles)
 
@@ -144,21 +145,21 @@ def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, eps: float) -> T
     factor, failed = torch.linalg.cholesky_ex(torch.nan_to_num(gram))
     target = scale * torch.bmm(basis, signal)
     x = torch.cholesky_solve(target, factor)
-    for _ in range(2):
-        left = scale * torch.bmm(basis, signal - torch.bmm(basis.mT, scale * x))
-        x = x + torch.cholesky_solve(left - ridge.unsqueeze(-1) * x, factor)
+    left = scale * torch.bmm(basis, signal - torch.bmm(basis.mT, scale * x))
+    x = x + torch.cholesky_solve(left - ridge.unsqueeze(-1) * x, factor)  # refined
     pivot = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
     unsafe = (failed != 0) | ~(pivot > _SAFE_PIVOT)
     if bool(unsafe.any()):
-        x[unsafe] = _truncated(basis[unsafe] * scale[unsafe], signal[unsafe], eps)
+        x[unsafe] = _damped(basis[unsafe] * scale[unsafe], signal[unsafe], eps)
     return scale * x
 
 
-def _truncated(basis: Tensor, signal: Tensor, eps: float) -> Tensor:
+def _damped(basis: Tensor, signal: Tensor, eps: float) -> Tensor:
+    """The same by QR and a singular value decomposition, for poles that nearly coincide."""
     basis = torch.nan_to_num(basis, posinf=0.0, neginf=0.0)
     q, r = torch.linalg.qr(basis.mT)
     left, values, right = torch.linalg.svd(r, full_matrices=False)
-    floor = max(eps, 1e-13)
+    floor = max(eps, _SMALLEST_DIRECTION)
     damped = values / (values.square() + (floor * values[..., :1]) ** 2)
     damped = torch.where(values > 0, damped, 0)
     return right.mT @ (damped.unsqueeze(-1) * (left.mT @ (q.mT @ signal)))

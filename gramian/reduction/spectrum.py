@@ -64,7 +64,7 @@ class Spectrum:
         return Spectrum(self.values[index], self.vectors[index], self.ritz[index])
 
     def replace(self, where: Tensor, other: Spectrum) -> Spectrum:
-        """This spectrum with the matrices that the mask ``where`` (B) picks taken from ``other``."""
+        """This spectrum, but that of ``other`` where the mask ``where`` (B) is true."""
         width = max(self.ritz.shape[-1], other.ritz.shape[-1])
         pad = torch.nn.functional.pad
         ritz = pad(self.ritz, (0, width - self.ritz.shape[-1]))
@@ -92,12 +92,14 @@ def _is_large(size: int) -> bool:
     return size > _DENSE_SIZE
 
 
-def leading_spectrum(hankel: Hankel, count: int) -> Spectrum:
+def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) -> Spectrum:
     """The ``count`` leading singular values and left singular vectors, or all if there are fewer.
 
     Args:
         hankel: (B, rows, columns) Hankel matrices of float64 sequences; square where large.
         count: Number of singular values, at least 1.
+        guess: (B, at most rows): vectors near the span that is sought; the iteration from them
+            takes about half the steps.
     """
     count = min(count, hankel.rows, hankel.columns)
     if not _is_large(hankel.rows) or 4 * count > hankel.rows:
@@ -105,12 +107,16 @@ def leading_spectrum(hankel: Hankel, count: int) -> Spectrum:
         eps = torch.finfo(values.dtype).eps
         ritz = (values - 16 * eps * values[:, :1]).clamp(min=0)
         return Spectrum(values[:, :count], left.mT[:, :count].contiguous(), ritz)
-    rough = lanczos_spectrum(hankel.to(torch.float32), count)
-    steep = rough.values[:, -1] <= _SINGLE_RANGE * rough.values[:, 0]
+    height = hankel.sequence.abs().amax(-1, keepdim=True)
+    height = torch.where(height > 0, height, 1)
+    # The range of float32 is short.
+    unit = Hankel(hankel.sequence / height, hankel.rows, hankel.columns)
+    spectrum = lanczos_spectrum(unit.to(torch.float32), count, guess=guess)
+    steep = spectrum.values[:, -1] <= _SINGLE_RANGE * spectrum.values[:, 0]
     if bool(steep.any()):
-        fine = lanczos_spectrum(hankel[steep], count)
-        rough = rough.replace(steep, fine)
-    return rough
+        some = None if guess is None else guess[steep]
+        spectrum = spectrum.replace(steep, lanczos_spectrum(unit[steep], count, guess=some))
+    return Spectrum(spectrum.values * height, spectrum.vectors, spectrum.ritz * height)
 
 
 class Symmetric(Protocol):
@@ -128,7 +134,9 @@ class Symmetric(Protocol):
     def __getitem__(self, index: Tensor) -> Symmetric: ...
 
 
-def lanczos_spectrum(matrices: Symmetric, count: int, residual: float = _RESIDUAL) -> Spectrum:
+def lanczos_spectrum(
+    matrices: Symmetric, count: int, *, residual: float = _RESIDUAL, guess: Tensor | None = None
+) -> Spectrum:
     """As `leading_spectrum`, for symmetric matrices, in their own precision throughout.
 
     A Ritz pair is accepted when ‖H u - θ u‖ is at most ``residual`` times the smallest |θ|. The
@@ -140,8 +148,8 @@ def lanczos_spectrum(matrices: Symmetric, count: int, residual: float = _RESIDUA
     values, vectors = new(batch, count), new(batch, count, size)
     ritz = new(batch, 0)
     limit = min(size, 8 * count + 128)
-    lanczos = _Lanczos(matrices, limit)
-    steps = min(limit, 2 * count + 12)
+    lanczos = _Lanczos(matrices, limit, guess)
+    steps = min(limit, 2 * count + (12 if guess is None else 2))
     while True:
         lanczos.extend(steps)
         found, weights, misfit = lanczos.ritz_pairs()
@@ -160,23 +168,26 @@ def lanczos_spectrum(matrices: Symmetric, count: int, residual: float = _RESIDUA
                 return Spectrum(values, _orthonormal(vectors), ritz)
             pending = pending[~done]
             lanczos = lanczos[~done]
-        steps = min(limit, steps + steps // 3)
+        steps = min(limit, steps + max(16, steps // 3))
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
     """Rows that are orthonormal to single precision, (B, k, size), made so to double precision."""
     factor = torch.linalg.cholesky(torch.bmm(vectors, vectors.mT))
-    return torch.linalg.solve_triangular(factor, vectors, upper=False)
+    unit = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.bmm(torch.linalg.solve_triangular(factor, unit, upper=False), vectors)
 
 
 class _Lanczos:
     """Lanczos bases of a batch of symmetric matrices, extended on demand."""
 
-    def __init__(self, matrices: Symmetric, limit: int) -> None:
+    def __init__(self, matrices: Symmetric, limit: int, guess: Tensor | None) -> None:
         batch, size = len(matrices.like), matrices.rows
         new = matrices.like.new_zeros
         self.eps = torch.finfo(matrices.like.dtype).eps
-        self.lost = self.eps**0.6  # overlap of two vectors from which they are orthogonalised anew
+        # The overlap of two vectors from which they are orthogonalised anew. Half the digits are
+        # enough for the span of a flat spectrum; float64 is here for steep ones.
+        self.lost = self.eps ** (0.7 if matrices.like.dtype == torch.float64 else 0.5)
         self.matrices = matrices
         self.steps = 0
         # Untouched memory costs nothing, so that there is no need to grow the basis.
@@ -188,7 +199,13 @@ class _Lanczos:
         self.next_overlaps = new(batch, 1) + 1  # of vector j against all up to itself
         self.again = False  # vectors are orthogonalised in pairs
         self.generator = torch.Generator().manual_seed(0)
-        self.next = torch.nn.functional.normalize(self._noise(batch, size), dim=-1)
+        start = self._noise(batch, size)
+        if guess is not None:  # a little noise, so that what the guess lacks is found all the same
+            start = 1e-3 * torch.nn.functional.normalize(start, dim=-1)
+            guess = torch.nn.functional.pad(guess.to(start), (0, size - guess.shape[-1]))
+            image = (matrices @ guess.unsqueeze(1)).squeeze(1)
+            start = start + torch.nn.functional.normalize(image, dim=-1)
+        self.next = torch.nn.functional.normalize(start, dim=-1)
 
     def _noise(self, *shape: int) -> Tensor:
         # The same numbers in every batch: what is found for a kernel does not depend on the others.
@@ -200,7 +217,15 @@ class _Lanczos:
         picked.__dict__.update(self.__dict__)
         picked.basis = torch.empty_like(self.basis[: int(index.sum())])
         picked.basis[:, : self.steps] = self.basis[index, : self.steps]
-        for name in ("matrices", "diagonal", "coupling", "scale", "overlaps", "next_overlaps", "next"):
+        for name in (
+            "matrices",
+            "diagonal",
+            "coupling",
+            "scale",
+            "overlaps",
+            "next_overlaps",
+            "next",
+        ):
             setattr(picked, name, getattr(self, name)[index])
         return picked
 
@@ -224,11 +249,11 @@ class _Lanczos:
         """Make the normalised ``image``, of length ``beta``, vector j + 1."""
         if j + 1 == self.matrices.rows:
             return  # the basis is complete, and the coupling to the next vector stays zero
-        ended = beta <= 64 * self.eps * self.scale  # the basis spans an invariant subspace
         overlaps = self._estimated_overlaps(j, beta)
-        lost = bool((ended | (overlaps.abs() > self.lost)).any())
+        lost = float(overlaps.abs().amax()) > self.lost
         coupling = beta
         if lost or self.again:
+            ended = beta <= 64 * self.eps * self.scale  # the basis spans an invariant subspace
             if bool(ended.any()):  # go on from a fresh direction
                 image = torch.where(ended, self._noise(*image.shape), image)
                 beta = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
@@ -250,9 +275,10 @@ class _Lanczos:
         change.addcmul_(coupling[:, j : j + 1], old, value=-1)
         if j > 1:
             change[:, 1:].addcmul_(coupling[:, 1:j], last[:, : j - 1])
-        noise = self.eps * self.scale
-        change = change + noise * torch.where(change < 0, -1.0, 1.0)
-        return torch.cat([change, noise], dim=-1) / beta.clamp(min=self.eps * noise)
+        tiny = torch.finfo(beta.dtype).tiny
+        noise = self.eps * self.scale + tiny  # so that an image of zero counts as lost
+        change += torch.copysign(noise, change)
+        return torch.cat([change, noise], dim=-1) / beta.clamp(min=tiny)
 
     def ritz_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
         """|θ| (B, K) descending, coordinates of the Ritz vectors (B, K, K), residuals (B, K)."""
@@ -297,7 +323,25 @@ def hankel_singular_values(
         (*C, count), or fewer if the matrices are smaller; float64, descending. Values below 1e-4
         of the largest, or of short kernels, or all of them, are accurate to rounding in float64;
         others to about 1e-6 of the largest.
+
+    Raises:
+        TypeError: if the kernel is not real floating point.
+        ValueError: if it is too short or not finite, or another argument is out of range.
     """
+    if not kernel.dtype.is_floating_point:
+        raise TypeError(f"a kernel must be real floating point, got {kernel.dtype}.")
+    if kernel.ndim == 0 or kernel.shape[-1] < 2 or kernel.numel() == 0:
+        raise ValueError(
+            f"a kernel has shape (*channels, at least 2 taps), got {tuple(kernel.shape)}."
+        )
+    if tail not in ("zero", "free"):
+        raise ValueError(f"tail must be 'zero' or 'free', got {tail!r}.")
+    if count is not None and count < 1:
+        raise ValueError(f"count must be at least 1, got {count}.")
+    bad = torch.nonzero(~kernel.isfinite().all(-1))
+    if len(bad):
+        where = f"channel {tuple(bad[0].tolist())}" if kernel.ndim > 1 else "the kernel"
+        raise ValueError(f"{where} holds NaN or infinite taps; a spectrum needs finite ones.")
     taps = kernel.detach().double()[..., 1:]
     hankel = hankel_matrices(taps.reshape(-1, taps.shape[-1]), tail)
     if count is None:
