@@ -26,12 +26,11 @@ __all__ = ["Modal", "ModalRecurrence", "ModalState"]
 
 
 class _Fields(NamedTuple):
-    real: Tensor
-    imag: Tensor
+    modes: Tensor
 
 
 class ModalState(_Fields, State):
-    """``x_{t+1} = λ x_t + u_t`` for every mode: real and imaginary parts, each (*B, *C', m)."""
+    """``x_{t+1} = λ x_t + u_t`` for every mode: (*B, *C', m, 2), real and imaginary part."""
 
     __slots__ = ()
 
@@ -124,13 +123,13 @@ class Modal(System):
                 f"a modal system continues from a ModalState, got {type(state).__name__}."
             )
         length = u.shape[-1]
-        signal = u.to(state.real.dtype)
-        past = torch.complex(state.real, state.imag)
+        signal = u.to(state.modes.dtype)
+        past = torch.view_as_complex(state.modes)
         y = causal_convolution(signal, self.impulse_response(length).to(signal.dtype))
         y = y + vandermonde_product(self.poles, self.residues.to(past.dtype) * past, length)
         step = integer_power(self.poles.to(torch.complex128), length)
         new = step.to(past.dtype) * past + vandermonde_transpose_product(self.poles, signal)
-        return y.to(u.dtype), ModalState(new.real, new.imag)
+        return y.to(u.dtype), ModalState(torch.view_as_real(new))
 
     def _infinite_hankel_singular_values(self) -> Tensor:
         """By the Takenaka–Malmquist basis of {λ, λ̄}, the QR factorisation of their Vandermonde
@@ -157,16 +156,17 @@ class Modal(System):
 
 
 class ModalRecurrence:
-    """``y_t = Re Σ_k residues_k x_k + d u_t``, ``x ← λ x + u_t``, in real arithmetic."""
+    """``y_t = Re Σ_k residues_k x_k + d u_t``, ``x ← λ x + u_t``."""
 
     form = "modal"
 
     def __init__(self, system: Modal) -> None:
         self.system = system.frozen()
         dtype = working_dtype(system.d)
-        poles, residues = self.system.poles, self.system.residues
-        self._pole = (poles.real.to(dtype).contiguous(), poles.imag.to(dtype).contiguous())
-        self._residue = (residues.real.to(dtype).contiguous(), -residues.imag.to(dtype))
+        self._poles = self.system.poles.to(dtype.to_complex())
+        # Re (r x) = (Re r)(Re x) - (Im r)(Im x): an inner product of real pairs.
+        self._readout = torch.view_as_real(self.system.residues.conj().resolve_conj())
+        self._readout = self._readout.flatten(-2).to(dtype)
         self._d = self.system.d.to(dtype)
 
     def initial_state(
@@ -178,8 +178,7 @@ class ModalRecurrence:
         """Zeros for samples of shape ``batch_shape`` = (*B, *C')."""
         shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
         modes = self.system.poles.shape[-1]
-        zeros = self._d.new_zeros(*shape, modes, dtype=dtype, device=device)
-        return ModalState(zeros, zeros.clone())
+        return ModalState(self._d.new_zeros(*shape, modes, 2, dtype=dtype, device=device))
 
     @torch.no_grad()
     def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -192,12 +191,8 @@ class ModalRecurrence:
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Take one sample (*B, *C'). Consumes ``state``: use only the one returned."""
         assert isinstance(state, ModalState)
-        real, imag = state
-        sample = u_t.to(real.dtype)
-        y = torch.addcmul(self._residue[0] * real, self._residue[1], imag).sum(-1)
-        y = torch.addcmul(y, self._d, sample)
-        cross = self._pole[1] * real
-        real.mul_(self._pole[0]).addcmul_(self._pole[1], imag, value=-1)
-        real.add_(sample.unsqueeze(-1))
-        imag.mul_(self._pole[0]).add_(cross)
-        return y.to(u_t.dtype), ModalState(real, imag)
+        (modes,) = state
+        sample = u_t.to(modes.dtype)
+        y = torch.addcmul((modes.flatten(-2) * self._readout).sum(-1), self._d, sample)
+        torch.view_as_complex(modes).mul_(self._poles).add_(sample.unsqueeze(-1))
+        return y.to(u_t.dtype), state
