@@ -16,3 +16,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For a test of what runs on several threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)

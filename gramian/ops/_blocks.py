@@ -1,54 +1,134 @@
-"""Blocks of rows that share an operand, cut so that a block's work stays in cache."""
+"""Blocks of rows that share an operand, cut to stay in cache and worked on by several threads."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 Block = tuple[slice, ...]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-def block_rows(device: torch.device, elements: int, cpu_elements: int, cpu_rows: int) -> int:
-    """How many rows of `elements` numbers to work on at once.
+class Task(NamedTuple):
+    """A block of the shared operand's rows and blocks of rows to which it applies."""
 
-    On a processor as many as `cpu_elements` numbers hold, at least `cpu_rows`; on other devices
-    the block only bounds the memory taken.
-    """
-    if device.type == "cpu":
-        return max(cpu_elements // elements, cpu_rows)
-    return max(2**27 // elements, 1)
+    shared: Block
+    blocks: list[Block]
 
 
-def shared_blocks(
-    shape: Sequence[int], shared: Sequence[int], rows: int, nearness: Callable[[int], int]
-) -> tuple[list[int], Iterator[tuple[Block, Iterator[Block]]]]:
-    """Cuts rows of `shape` into blocks of about `rows`, grouped by the shared operand's blocks.
+def cut(
+    rows: Tensor, shared: Tensor, points: int, cpu_elements: int, cpu_rows: int
+) -> tuple[int, list[Task]]:
+    """Cuts the rows of a tensor (*S, …) whose operand is `shared` (*S or 1, …).
 
-    Args:
-        shape: of the rows.
-        shared: the same number of dimensions, 1 wherever the operand is shared.
-        rows: wanted per block; dimensions with the smallest `nearness` (stride) are filled first,
-            so that neighbours in memory fall into one block.
+    On a processor a block has as many rows as `cpu_elements` numbers hold, at `points` a row, and
+    at least `cpu_rows`; on other devices it only bounds the memory taken. Neighbours in memory
+    fall into one block, so that whole cache lines are used; where they are interleaved (the last
+    dimension is not contiguous), `cpu_rows` of them, for more would evict each other. Where there
+    are fewer blocks of the operand than would keep the threads busy, several tasks share one.
 
     Returns:
-        The largest block's shape, and pairs of a block of the shared operand and the blocks of
-        rows to which it applies.
+        The largest number of rows in a block, and the tasks.
     """
+    shape, own = rows.shape[:-1], shared.shape[:-1]
+    on_cpu = rows.device.type == "cpu"
+    wanted = max(cpu_elements // points, cpu_rows) if on_cpu else max(2**27 // points, 1)
     steps = [1] * len(shape)
-    for axis in sorted(range(len(shape)), key=nearness):
-        steps[axis] = max(min(shape[axis], rows), 1)
-        rows //= steps[axis]
+    most = cpu_rows if on_cpu and rows.stride(-1) != 1 else wanted
+    for axis in sorted(range(len(shape)), key=rows.stride):
+        steps[axis] = max(min(shape[axis], wanted, most), 1)
+        wanted //= steps[axis]
+        if steps[axis] > 1:
+            most = wanted
 
-    def cuts(axis: int) -> list[slice]:
-        size, step = shape[axis], steps[axis]
-        return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    cuts = [
+        [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        for size, step in zip(shape, steps, strict=True)
+    ]
+    everything = [slice(None)]
+    own_cuts = [c if size != 1 else everything for c, size in zip(cuts, own, strict=True)]
+    other_cuts = [c if size == 1 else everything for c, size in zip(cuts, own, strict=True)]
+    parts = 1
+    if on_cpu:
+        parts = math.ceil(2 * torch.get_num_threads() / max(math.prod(map(len, own_cuts)), 1))
+    tasks = []
+    for outer in itertools.product(*own_cuts):
+        blocks = [
+            tuple(i if size == 1 else o for i, o, size in zip(inner, outer, own, strict=True))
+            for inner in itertools.product(*other_cuts)
+        ]
+        size = max(math.ceil(len(blocks) / parts), 1)
+        tasks += [Task(outer, blocks[i : i + size]) for i in range(0, len(blocks), size)]
+    return math.prod(steps), tasks
 
-    axes = range(len(shape))
 
-    def pairs() -> Iterator[tuple[Block, Iterator[Block]]]:
-        own = [cuts(axis) if shared[axis] != 1 else [slice(None)] for axis in axes]
-        for outer in itertools.product(*own):
-            inner = [[outer[axis]] if shared[axis] != 1 else cuts(axis) for axis in axes]
-            yield outer, itertools.product(*inner)
+def work(function: Callable[[Item], Result], tasks: Sequence[Item], like: Tensor) -> list[Result]:
+    """The function's results for all tasks, in order; on a processor by several threads.
 
-    return steps, pairs()
+    Each thread runs the tensor operations of its tasks alone: many small operations that each wake
+    and await all threads cost more, and on a busy machine many times more.
+    """
+    threads = torch.get_num_threads()
+    if like.device.type != "cpu" or min(threads, len(tasks)) == 1 or not _OPENMP:
+        return [function(task) for task in tasks]
+    inference = torch.is_inference_mode_enabled()
+
+    def run(task: Item) -> Result:
+        with torch.inference_mode(inference), torch.no_grad():
+            return function(task)
+
+    with _pool.lock:
+        executor = _pool.of(threads)
+        futures = [executor.submit(run, task) for task in tasks]
+    return [future.result() for future in futures]
+
+
+# With OpenMP the number of threads that an operation uses belongs to the thread that calls it.
+_OPENMP = torch.backends.openmp.is_available()
+
+
+class _Pool:
+    """Threads that run tensor operations single-threaded, started when first needed."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._size = 0
+
+    def of(self, threads: int) -> ThreadPoolExecutor:
+        if self._executor is None or self._size != threads:
+            if self._executor is not None:
+                self._executor.shutdown(wait=False)
+            started = threading.Barrier(threads + 1)
+
+            def start() -> None:
+                torch.set_num_threads(1)
+                started.wait()
+
+            self._size = threads
+            self._executor = ThreadPoolExecutor(threads, "gramian", initializer=start)
+            for _ in range(threads):
+                self._executor.submit(int)  # a thread starts with each of the first tasks
+            started.wait()
+            torch.set_num_threads(threads)  # new threads would inherit 1 otherwise
+        return self._executor
+
+
+_pool = _Pool()
+
+
+def _renew_pool() -> None:
+    """Threads do not survive a fork."""
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_pool)

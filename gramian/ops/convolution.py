@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd, register_fake, register_vmap
+from torch.library import register_autograd, register_fake, register_vmap
 
-from gramian.ops._blocks import block_rows, shared_blocks
+from gramian.ops._blocks import Task, cut, work
+from gramian.ops._operator import operator
 
 # Numbers in one padded block: it and its spectrum must stay in the second-level cache. 16 rows of
 # (batch, length, channels) in float32 fill a cache line.
-_CPU_BLOCK = 2**17
+_CPU_BLOCK = 2**18
 _CPU_MIN_ROWS = 16
 
 
@@ -66,17 +67,13 @@ def causal_convolution(
     compute_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     dim = dim % u.ndim
     signal = u.movedim(dim, -1)  # (*S, L)
-    shape = torch.broadcast_shapes(
-        signal.shape[:-1], kernel.shape[:-1], () if skip is None else skip.shape
-    )
-    if shape != signal.shape[:-1]:
-        signal = signal.expand(*shape, signal.shape[-1])
-    length = signal.shape[-1]
-    kernel = kernel[..., :length].to(compute_dtype)
-    if skip is not None and torch.broadcast_shapes(kernel.shape[:-1], skip.shape) == tuple(
-        kernel.shape[:-1]
-    ):
-        tap = skip.to(compute_dtype).expand(kernel.shape[:-1]).unsqueeze(-1)
+    channels = _channels(signal, kernel, skip)
+    if channels != signal.shape[:-1]:
+        signal = signal.expand(*channels, -1)
+    kernel = kernel[..., : signal.shape[-1]].to(compute_dtype)
+    own = kernel.shape[:-1]
+    if skip is not None and _fits(skip.shape, own):
+        tap = skip.to(compute_dtype).expand(own).unsqueeze(-1)
         kernel = torch.cat((kernel[..., :1] + tap, kernel[..., 1:]), dim=-1)
         skip = None
 
@@ -109,22 +106,31 @@ def _check(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, 
         raise ValueError(f"causal_convolution: u {tuple(u.shape)} is empty along dim={dim}.")
     if kernel.shape[-1] == 0:
         raise ValueError(f"causal_convolution: kernel {tuple(kernel.shape)} has no taps.")
-    channels = list(u.shape)
-    del channels[dim % u.ndim]
-    skip_shape = () if skip is None else skip.shape
-    for name, given in (("kernel", kernel.shape[:-1]), ("skip", skip_shape)):
-        for size, available in zip(reversed(given), reversed(channels), strict=False):
-            if size != available and size != 1 and available != 1:
-                raise ValueError(
-                    f"causal_convolution: the {name}'s channels {tuple(given)} do not broadcast "
-                    f"against those of u, {tuple(channels)} (length axis {dim} of "
-                    f"{tuple(u.shape)} left out)."
-                )
     if gate is not None and gate.shape != u.shape:
         raise ValueError(
             f"causal_convolution: gate {tuple(gate.shape)} must have the shape of u, "
             f"{tuple(u.shape)}."
         )
+
+
+def _channels(signal: Tensor, kernel: Tensor, skip: Tensor | None) -> torch.Size:
+    """What the channels of all arguments broadcast to."""
+    operands = {"u": signal[..., 0], "kernel": kernel[..., 0]}
+    if skip is not None:
+        operands["skip"] = skip
+    try:
+        return torch.broadcast_tensors(*operands.values())[0].shape
+    except RuntimeError as error:
+        given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in operands.items())
+        raise ValueError(
+            f"causal_convolution: the dimensions other than time do not broadcast: {given}."
+        ) from error
+
+
+def _fits(shape: torch.Size, into: torch.Size) -> bool:
+    """Whether broadcasting `shape` against `into` leaves `into` as it is."""
+    pairs = zip(reversed(shape), reversed(into), strict=False)
+    return len(shape) <= len(into) and all(size in (1, own) for size, own in pairs)
 
 
 def _smooth_even_numbers(limit: int) -> list[int]:
@@ -146,20 +152,18 @@ def _fft_length(length: int, taps: int) -> int:
     return _FAST_LENGTHS[bisect_left(_FAST_LENGTHS, length + taps - 1)]
 
 
-class _Blocks:
-    """Cuts u (*S, L) into blocks of rows and owns the padded scratch that they pass through."""
+class _PaddedTransform:
+    """Transforms of blocks of rows, through a scratch padded with zeros."""
 
-    def __init__(self, u: Tensor, kernel: Tensor) -> None:
-        self.length = u.shape[-1]
-        self.points = _fft_length(self.length, kernel.shape[-1])
-        rows = block_rows(u.device, self.points, _CPU_BLOCK, _CPU_MIN_ROWS)
-        largest, self.pairs = shared_blocks(u.shape[:-1], kernel.shape[:-1], rows, u.stride)
-        self.scratch = kernel.new_zeros(math.prod(largest) * self.points)
+    def __init__(self, like: Tensor, rows: int, length: int, points: int) -> None:
+        self.length, self.points = length, points
+        self.scratch = like.new_empty(rows, points)
+        self.scratch[:, length:] = 0
 
     def spectrum(self, signal: Tensor, factor: Tensor | None = None) -> Tensor:
         """Spectrum of a block (*b, L), times `factor`, padded with zeros: (*b, F)."""
         *rows, length = signal.shape
-        padded = self.scratch[: math.prod(rows) * self.points].view(*rows, self.points)
+        padded = self.scratch[: math.prod(rows)].view(*rows, self.points)
         inside = padded[..., :length]
         if factor is not None:
             torch.mul(signal, factor, out=inside)
@@ -174,7 +178,7 @@ class _Blocks:
         return torch.fft.irfft(spectrum, n=self.points)[..., : self.length]
 
 
-@custom_op("gramian::causal_convolution", mutates_args=())
+@operator("causal_convolution")
 def _forward(
     u: Tensor, kernel: Tensor, gate: Tensor | None, save_spectra: bool
 ) -> tuple[Tensor, Tensor]:
@@ -182,24 +186,29 @@ def _forward(
 
     The second result is u's spectrum (*S, F), empty unless `save_spectra`.
     """
-    blocks = _Blocks(u, kernel)
+    points = _fft_length(u.shape[-1], kernel.shape[-1])
+    rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
     y = torch.empty_like(u)
     spectra = _empty_spectra(u, kernel, save_spectra)
-    for kernel_block, signal_blocks in blocks.pairs:
-        transfer = torch.fft.rfft(kernel[kernel_block], n=blocks.points)
-        for block in signal_blocks:
-            spectrum = blocks.spectrum(u[block])
+
+    def convolve(task: Task) -> None:
+        transform = _PaddedTransform(kernel, rows, u.shape[-1], points)
+        transfer = torch.fft.rfft(kernel[task.shared], n=points)
+        for block in task.blocks:
+            spectrum = transform.spectrum(u[block])
             if save_spectra:
                 spectra[block] = spectrum
-            result = blocks.signal(spectrum.mul_(transfer))
+            result = transform.signal(spectrum.mul_(transfer))
             if gate is None:
                 y[block] = result
             else:
                 torch.mul(result, gate[block], out=y[block])
+
+    work(convolve, tasks, u)
     return y, spectra
 
 
-@custom_op("gramian::causal_convolution_backward", mutates_args=())
+@operator("causal_convolution_backward")
 def _backward(
     g: Tensor,
     u: Tensor,
@@ -213,28 +222,38 @@ def _backward(
     `needs` says which are wanted; the others come back empty.
     """
     needs_u, needs_kernel, needs_gate = needs
-    blocks = _Blocks(u, kernel)
+    points = _fft_length(u.shape[-1], kernel.shape[-1])
+    rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
     grad_u, grad_kernel, grad_gate = _empty_gradients(u, kernel, gate, needs)
-    shared = [axis for axis, size in enumerate(kernel.shape[:-1]) if size == 1]
-    for kernel_block, signal_blocks in blocks.pairs:
-        transfer = torch.fft.rfft(kernel[kernel_block], n=blocks.points)
+    summed = [axis for axis, size in enumerate(kernel.shape[:-1]) if size == 1]
+
+    def differentiate(task: Task) -> Tensor | None:
+        transform = _PaddedTransform(kernel, rows, u.shape[-1], points)
+        transfer = torch.fft.rfft(kernel[task.shared], n=points)
         adjoint = transfer.conj_physical()
         total = torch.zeros_like(transfer)  # spectrum of the kernel's gradient
-        for block in signal_blocks:
+        for block in task.blocks:
             if needs_kernel or needs_gate:
-                signal = spectra[block].clone() if spectra.numel() else blocks.spectrum(u[block])
+                saved = spectra.numel() > 0
+                signal = spectra[block].clone() if saved else transform.spectrum(u[block])
             if needs_gate:
-                torch.mul(blocks.signal(signal * transfer), g[block], out=grad_gate[block])
+                torch.mul(transform.signal(signal * transfer), g[block], out=grad_gate[block])
             if needs_u or needs_kernel:
-                incoming = blocks.spectrum(g[block], None if gate is None else gate[block])
+                incoming = transform.spectrum(g[block], None if gate is None else gate[block])
             if needs_u:
-                grad_u[block] = blocks.signal(incoming * adjoint)
+                grad_u[block] = transform.signal(incoming * adjoint)
             if needs_kernel:
                 incoming.mul_(signal.conj_physical_())
-                total += incoming.sum(shared, keepdim=True) if shared else incoming
-        if needs_kernel:
-            correlation = torch.fft.irfft(total, n=blocks.points)
-            grad_kernel[kernel_block] = correlation[..., : kernel.shape[-1]]
+                total += incoming.sum(summed, keepdim=True) if summed else incoming
+        if not needs_kernel:
+            return None
+        return torch.fft.irfft(total, n=points)[..., : kernel.shape[-1]].clone()
+
+    if needs_kernel:
+        grad_kernel.zero_()
+    for task, part in zip(tasks, work(differentiate, tasks, u), strict=True):
+        if part is not None:  # several tasks may share a block of the kernel
+            grad_kernel[task.shared] += part
     return grad_u, grad_kernel, grad_gate
 
 
@@ -335,10 +354,14 @@ def _backward_backward(
                 add(1, of_u)
             if needs[1]:
                 add(2, of_kernel)
-    return *(
-        None if grad is None else grad.to(like.dtype)
-        for grad, like in zip(grads, (g, u, kernel, gate), strict=True)
-    ), None, None
+    return (
+        *(
+            None if grad is None else grad.to(like.dtype)
+            for grad, like in zip(grads, (g, u, kernel, gate), strict=True)
+        ),
+        None,
+        None,
+    )
 
 
 register_autograd(_forward, _forward_backward, setup_context=_forward_setup)
@@ -385,14 +408,13 @@ def _backward_vmap(
     needs: list[bool],
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     size = info.batch_size
-    if spectra.numel():
-        spectra = _batch_first(spectra, in_dims[4], size)
+    mapped = _batch_first(spectra, in_dims[4], size) if spectra.numel() else spectra
     grads = _backward(
         _batch_first(g, in_dims[0], size),
         _batch_first(u, in_dims[1], size),
         _batch_first(kernel, in_dims[2], size),
         _batch_first(gate, in_dims[3], size),
-        spectra,
+        mapped,
         needs,
     )
     return grads, tuple(0 if need else None for need in needs)

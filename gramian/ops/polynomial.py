@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd, register_fake
+from torch.library import register_autograd, register_fake
 
-from gramian.ops._blocks import block_rows, shared_blocks
+from gramian.ops._blocks import Task, cut, work
+from gramian.ops._operator import operator
 
-# Grid points of one block: its spectra should stay in the second-level cache.
-_CPU_BLOCK = 2**15
+# Grid points of one block, and the fewest rows that are worth a call to the FFT.
+_CPU_BLOCK = 2**16
+_CPU_MIN_ROWS = 8
 
 
 def evaluate_on_roots_of_unity(coefficients: Tensor, points: int) -> Tensor:
@@ -59,7 +61,8 @@ def rational_kernel(
 
     Tap t is `Σ_p radius^(−p grid) h_{t + p grid}`, h the impulse response: on the unit circle the
     inverse FFT of the sampled spectrum, and on a larger circle, whose weights are undone, aliasing
-    is damped. Differentiable to any order; only the coefficients are kept for the backward pass.
+    is damped (while the rounding errors of tap t grow by radius^t). Differentiable to any order;
+    only the coefficients are kept for the backward pass.
 
     Args:
         b: (*C, n), real.
@@ -91,7 +94,7 @@ def rational_kernel(
     if not radius > 0:
         raise ValueError(f"rational_kernel: radius={radius} is not positive.")
     try:
-        channels = torch.broadcast_shapes(b.shape[:-1], a.shape[:-1], d.shape)
+        channels = torch.broadcast_tensors(b[..., 0], a[..., 0], d)[0].shape
     except RuntimeError as error:
         raise ValueError(
             f"rational_kernel: the channels of b {tuple(b.shape)}, a {tuple(a.shape)} (without "
@@ -145,50 +148,56 @@ def _kernel(numerator: Tensor, reciprocal: Tensor, grid: int, radius: float, len
 def _gradients(
     g: Tensor, numerator: Tensor, reciprocal: Tensor, grid: int, radius: float
 ) -> tuple[Tensor, Tensor]:
-    """Spectra of the gradients of the numerator's and of the denominator's coefficients.
+    """Spectra of the numerator's gradient and, but for its sign, of the denominator's.
 
-    With K = B / A and G the spectrum of the taps' gradient: G / Ā and −G K̄ / Ā.
+    With K = B / A and G the spectrum of the taps' gradient: G / Ā and G K̄ / Ā.
     """
     if radius != 1.0:
         g = g * _weights(g, 0, g.shape[-1], radius)
-    of_numerator = torch.fft.rfft(g, n=grid) * reciprocal.conj()
-    return of_numerator, -of_numerator * (numerator * reciprocal).conj()
+    # conj_physical, for in the first call of a compiled function PyTorch ignores a lazy conj here
+    of_numerator = torch.fft.rfft(g, n=grid) * reciprocal.conj_physical()
+    return of_numerator, of_numerator * (numerator * reciprocal).conj_physical()
 
 
-@custom_op("gramian::rational_kernel", mutates_args=())
+@operator("rational_kernel")
 def _rational_kernel(
     b: Tensor, a: Tensor, d: Tensor, grid: int, radius: float, length: int
 ) -> Tensor:
     """Taps for b (*C, n), a (*C or 1, m), d (*C)."""
     taps = b.new_empty(*b.shape[:-1], length)
-    rows = block_rows(b.device, grid, _CPU_BLOCK, 1)
-    _, pairs = shared_blocks(d.shape, a.shape[:-1], rows, taps.stride)
-    for shared, blocks in pairs:
-        reciprocal = _spectrum(a[shared], 1.0, grid, radius).reciprocal_()
-        for block in blocks:
+    _, tasks = cut(taps, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
+
+    def evaluate(task: Task) -> None:
+        reciprocal = _spectrum(a[task.shared], 1.0, grid, radius).reciprocal_()
+        for block in task.blocks:
             numerator = _spectrum(b[block], 0.0, grid, radius)
             taps[block] = _kernel(numerator, reciprocal, grid, radius, length)
+
+    work(evaluate, tasks, taps)
     taps[..., 0] += d
     return taps
 
 
-@custom_op("gramian::rational_kernel_backward", mutates_args=())
+@operator("rational_kernel_backward")
 def _rational_kernel_backward(
     g: Tensor, b: Tensor, a: Tensor, grid: int, radius: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of b and a for the taps' gradient g (*C, length)."""
-    of_b, of_a = torch.empty_like(b), torch.empty_like(a)
-    rows = block_rows(b.device, grid, _CPU_BLOCK, 1)
-    _, pairs = shared_blocks(b.shape[:-1], a.shape[:-1], rows, of_b.stride)
-    for shared, blocks in pairs:
-        reciprocal = _spectrum(a[shared], 1.0, grid, radius).reciprocal_()
+    of_b, of_a = torch.empty_like(b), torch.zeros_like(a)
+    _, tasks = cut(g, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
+
+    def differentiate(task: Task) -> Tensor:
+        reciprocal = _spectrum(a[task.shared], 1.0, grid, radius).reciprocal_()
         total = torch.zeros_like(reciprocal)
-        for block in blocks:
+        for block in task.blocks:
             numerator = _spectrum(b[block], 0.0, grid, radius)
             spectra = _gradients(g[block], numerator, reciprocal, grid, radius)
             of_b[block] = _coefficient_gradient(spectra[0], b.shape[-1], grid, radius)
             total += spectra[1].sum_to_size(total.shape)
-        of_a[shared] = _coefficient_gradient(total, a.shape[-1], grid, radius)
+        return _coefficient_gradient(total, a.shape[-1], grid, radius).clone()
+
+    for task, part in zip(tasks, work(differentiate, tasks, g), strict=True):
+        of_a[task.shared] -= part  # several tasks may have the same denominators
     return of_b, of_a
 
 
@@ -219,7 +228,7 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         spectra = _gradients(g, numerator, reciprocal, ctx.grid, ctx.radius)
         of_b = _coefficient_gradient(spectra[0], b.shape[-1], ctx.grid, ctx.radius)
         total = spectra[1].sum_to_size(reciprocal.shape)
-        of_a = _coefficient_gradient(total, a.shape[-1], ctx.grid, ctx.radius)
+        of_a = -_coefficient_gradient(total, a.shape[-1], ctx.grid, ctx.radius)
     else:
         of_b, of_a = _rational_kernel_backward(g, b, a, ctx.grid, ctx.radius)
     return of_b, of_a, g[..., 0], None, None, None

@@ -1,0 +1,175 @@
+"""Rational kernels against numpy and scipy in float64."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import signal
+from torch import Tensor
+
+from gramian.ops import evaluate_on_roots_of_unity, rational_kernel
+
+SHARED = [(6,), (1,), (), (2, 1), (3,), (1, 3), (2, 3)]  # shapes of a's channels
+
+
+def coefficients(
+    order: int, shared: tuple[int, ...], seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """b and d for six channels, and denominators with poles well inside the unit disc."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = (6,) if shared in ((6,), (1,), ()) else (2, 3)
+    b = torch.randn(*channels, order, generator=generator, dtype=torch.float64)
+    a = torch.rand(*shared, order, generator=generator, dtype=torch.float64) - 0.5
+    a = a * 0.9 ** torch.arange(1, order + 1) / order**0.5
+    return b, a, torch.randn(channels, generator=generator, dtype=torch.float64)
+
+
+def spectrum_kernel(b: Tensor, a: Tensor, d: Tensor, grid: int) -> np.ndarray:
+    """The definition, on all roots of unity."""
+    z = np.exp(2j * np.pi * np.arange(grid) / grid)
+    powers = z[:, None] ** -np.arange(1, b.shape[-1] + 1)
+    b, a, d = (t.detach().numpy() for t in (b, a, d))
+    ratio = (b @ powers.T) / (1 + a @ powers.T) + d[..., None]
+    return (ratio @ (z[:, None] ** np.arange(grid)) / grid).real
+
+
+@pytest.mark.parametrize("order, grid", [(1, 2), (1, 3), (2, 3), (3, 63), (5, 64), (17, 257)])
+@pytest.mark.parametrize("shared", SHARED)
+def test_kernel_is_the_inverse_transform_of_the_ratio(
+    order: int, grid: int, shared: tuple[int, ...]
+) -> None:
+    b, a, d = coefficients(order, shared)
+    kernel = rational_kernel(b, a, d, grid).numpy()
+    np.testing.assert_allclose(kernel, spectrum_kernel(b, a, d, grid), atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [1, 4, 64])
+@pytest.mark.parametrize(
+    "radius, length, grid", [(1.0, 300, 1000), (1.01, 999, 1000), (1.01, 257, 257)]
+)
+def test_kernel_is_the_impulse_response_where_nothing_aliases(
+    order: int, radius: float, length: int, grid: int
+) -> None:
+    b, a, d = coefficients(order, (6,))
+    kernel = rational_kernel(b, a, d, grid, radius=radius, length=length).numpy()
+    impulse = np.eye(1, length)[0]
+    for row, b_i, a_i, d_i in zip(kernel, b.numpy(), a.numpy(), d.numpy(), strict=True):
+        expected = signal.lfilter(np.r_[d_i, b_i + d_i * a_i], np.r_[1, a_i], impulse)
+        np.testing.assert_allclose(row, expected, atol=1e-8)
+
+
+def test_a_larger_circle_damps_aliasing_by_its_power() -> None:
+    """h_t = 0.99^(t-1): tap 0 aliases to radius^-grid 0.99^(grid-1), the next to its square."""
+    b, a, d = torch.ones(1).double(), -0.99 * torch.ones(1).double(), torch.tensor(0.0).double()
+    for radius in (1.0, 1.005, 1.02):
+        tap = rational_kernel(b, a, d, 200, radius=radius)[0]
+        ratio = (0.99 / radius) ** 200
+        assert float(tap) == pytest.approx(ratio / 0.99 / (1 - ratio), rel=1e-9)
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("options", [{}, {"radius": 1.3, "length": 8}])
+@pytest.mark.parametrize("grid", [9, 10])
+def test_gradcheck_and_gradgradcheck(
+    shared: tuple[int, ...], options: dict[str, float], grid: int
+) -> None:
+    inputs = [t.requires_grad_() for t in coefficients(3, shared)]
+
+    def kernel(b: Tensor, a: Tensor, d: Tensor) -> Tensor:
+        return rational_kernel(b, a, d, grid, **options)
+
+    assert torch.autograd.gradcheck(kernel, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(kernel, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("denominators", [1, 3, 33])
+def test_many_blocks(denominators: int) -> None:
+    """Grids that are cut into several blocks of channels, and denominators shared across them."""
+    generator = torch.Generator().manual_seed(0)
+    b = torch.randn(denominators, 99 // denominators, 5, generator=generator).double()
+    a = (torch.rand(denominators, 1, 5, generator=generator).double() - 0.5) / 5
+    d = torch.randn(denominators, 99 // denominators, generator=generator).double()
+    inputs = [t.requires_grad_() for t in (b, a, d)]
+    kernel = rational_kernel(b, a, d, 16385)
+    numerator = torch.nn.functional.pad(b, (1, 0))
+    denominator = torch.nn.functional.pad(a, (1, 0), value=1.0)
+    ratio = torch.fft.rfft(numerator, n=16385) / torch.fft.rfft(denominator, n=16385)
+    expected = torch.fft.irfft(ratio + d[..., None], n=16385)
+    torch.testing.assert_close(kernel, expected)
+    g = torch.randn(kernel.shape, generator=generator).double()
+    torch.testing.assert_close(
+        torch.autograd.grad(kernel, inputs, g), torch.autograd.grad(expected, inputs, g)
+    )
+
+
+def test_numerator_and_denominator_may_differ_in_order() -> None:
+    b, a, d = coefficients(5, (6,))
+    padded = torch.nn.functional.pad(a[..., :2], (0, 3))
+    torch.testing.assert_close(
+        rational_kernel(b, a[..., :2], d, 64), rational_kernel(b, padded, d, 64)
+    )
+
+
+def test_dtype_is_that_of_the_coefficients() -> None:
+    b, a, d = coefficients(4, (6,))
+    single = rational_kernel(b.float(), a.float(), d.float(), 64)
+    assert single.dtype == torch.float32
+    assert rational_kernel(b, a.float(), d.float(), 64).dtype == torch.float64
+    torch.testing.assert_close(single, rational_kernel(b, a, d, 64).float(), atol=1e-5, rtol=0)
+
+
+def test_opcheck_and_compile() -> None:
+    b, a, d = (t.requires_grad_() for t in coefficients(4, (2, 1)))
+    operators = torch.ops.gramian
+    torch.library.opcheck(operators.rational_kernel.default, (b, a, d, 63, 1.1, 60))
+    g = torch.ones(2, 3, 60, dtype=torch.float64)
+    arguments = tuple(t.detach() for t in (g, b, a))
+    torch.library.opcheck(operators.rational_kernel_backward.default, (*arguments, 63, 1.1))
+
+    def loss(b: Tensor, a: Tensor, d: Tensor) -> Tensor:
+        return rational_kernel(b, a, d, 64).square().sum()
+
+    value = torch.compile(loss, fullgraph=True, backend="aot_eager")(b, a, d)
+    torch.testing.assert_close(
+        torch.autograd.grad(value, (b, a, d)), torch.autograd.grad(loss(b, a, d), (b, a, d))
+    )
+
+
+@pytest.mark.parametrize("count, points", [(1, 1), (1, 8), (3, 3), (5, 64), (63, 257)])
+def test_evaluation_on_roots_of_unity(count: int, points: int) -> None:
+    c = torch.randn(4, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = np.exp(2j * np.pi * np.arange(points // 2 + 1) / points)
+    expected = np.stack([np.polynomial.polynomial.polyval(1 / z, row) for row in c.numpy()])
+    values = evaluate_on_roots_of_unity(c, points)
+    assert values.dtype == torch.complex128
+    np.testing.assert_allclose(values.numpy(), expected, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"grid": 4}, ValueError, "grid of 4"),
+        ({"b": torch.zeros(6, 0)}, ValueError, "b has shape"),
+        ({"a": torch.zeros(5, 4)}, ValueError, "do not broadcast"),
+        ({"d": torch.zeros(7)}, ValueError, "do not broadcast"),
+        ({"length": 0}, ValueError, "length=0"),
+        ({"length": 65}, ValueError, "length=65"),
+        ({"radius": 0.0}, ValueError, "radius=0.0"),
+        ({"a": torch.zeros(6, 4, dtype=torch.complex64)}, TypeError, "a must be real"),
+        ({"b": torch.zeros(6, 4, dtype=torch.long)}, TypeError, "b must be real"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(
+    change: dict[str, object], error: type[Exception], message: str
+) -> None:
+    b, a, d = coefficients(4, (6,))
+    arguments = {"b": b, "a": a, "d": d, "grid": 64, **change}
+    with pytest.raises(error, match=message) as caught:
+        rational_kernel(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_many_coefficients_for_the_points() -> None:
+    with pytest.raises(ValueError, match="3 points"):
+        evaluate_on_roots_of_unity(torch.zeros(4), 3)
+    with pytest.raises(TypeError, match="real"):
+        evaluate_on_roots_of_unity(torch.zeros(4, dtype=torch.complex64), 8)
