@@ -5,9 +5,10 @@ channels): `LongConvolution(RTF(…))` against the published computation (Parnic
 arXiv 2405.06147), formulated here in a few lines of autograd: the spectra of the padded
 coefficients are divided and transformed back, and the kernel is applied by padded FFTs along the
 length axis. With `--rtf PATH` the published `rtf.py` in that folder (it needs einops) is measured
-too. The sides take turns in one process, and the fastest of the repetitions counts, for their noise
-only ever adds. Peak memory is that of a fresh process per side, above one that imports
-the same modules and makes the input but does not run the layer.
+too. The sides take turns in one process, a few steps in a row, and the fastest step of each counts,
+since noise only ever adds (the medians are kept beside it). Peak memory is that of a fresh process
+for each side, above one that imports the same modules and makes the input but does not run the
+layer.
 
     python benchmarks/convolution_layer.py [--rtf PATH] [--output PATH]
 """
@@ -32,6 +33,7 @@ from gramian.mixers import LongConvolution
 
 CHANNELS, STATES = 128, 64
 SIZES = {1024: 8, 4096: 8, 16384: 2}  # length: batch
+STEPS_IN_A_ROW = 3
 
 
 class PublishedComputation(nn.Module):
@@ -112,16 +114,17 @@ def disagreement(sides: dict[str, nn.Module], u: Tensor) -> float:
     return max(float((y - outputs[0]).abs().max() / scale) for y in outputs[1:])
 
 
-def times(sides: dict[str, nn.Module], u: Tensor, g: Tensor, repeats: int) -> dict[str, float]:
-    """Milliseconds of the fastest step, the sides taking turns."""
-    best = dict.fromkeys(sides, float("inf"))
-    for repeat in range(repeats + 1):  # the first round warms up
-        for name, layer in sides.items():
-            start = time.perf_counter()
-            step(layer, u, g)
-            if repeat:
-                best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return best
+def times(sides: dict[str, nn.Module], u: Tensor, g: Tensor, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every step, sorted; in each round every side takes a few steps in a row."""
+    taken: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, layer in sides.items():
+            step(layer, u, g)  # the caches hold what the side before has left
+            for _ in range(STEPS_IN_A_ROW):
+                start = time.perf_counter()
+                step(layer, u, g)
+                taken[side].append(1e3 * (time.perf_counter() - start))
+    return {side: sorted(milliseconds) for side, milliseconds in taken.items()}
 
 
 def peak_memory(length: int, side: str, rtf: Path | None) -> float:
@@ -159,7 +162,8 @@ def measure(length: int, memory: dict[str, float], arguments: argparse.Namespace
     u, g = data(length)
     sides = layers(length, arguments.rtf)
     error = disagreement(sides, u)
-    milliseconds = times(sides, u, g, arguments.repeats)
+    taken = times(sides, u, g, arguments.rounds)
+    milliseconds = {side: taken[side][0] for side in sides}
     ours, *others = sides
     speed_up = {side: milliseconds[side] / milliseconds[ours] for side in others}
     memory_ratio = {side: memory[ours] / memory[side] for side in others}
@@ -175,6 +179,7 @@ def measure(length: int, memory: dict[str, float], arguments: argparse.Namespace
         "batch": SIZES[length],
         "disagreement": error,
         "milliseconds": milliseconds,
+        "median milliseconds": {side: taken[side][len(taken[side]) // 2] for side in sides},
         "peak MiB": memory,
         "speed-up": speed_up,
         "memory ratio": memory_ratio,
@@ -186,7 +191,7 @@ def main() -> None:
     default = Path(__file__).parent / "results" / "convolution_layer.json"
     parser.add_argument("--rtf", type=Path, help="folder of the published rtf.py")
     parser.add_argument("--output", type=Path, default=default)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -14,7 +14,6 @@ batch as a spectrum, so that it costs one inverse transform per kernel row.
 """
 
 import math
-from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
 from gramian.ops._blocks import Task, cut, work
+from gramian.ops._lengths import fft_length
 from gramian.ops._operator import operator
 
 # Numbers in one padded block: it and its spectrum must stay in the second-level cache. 16 rows of
@@ -133,25 +133,6 @@ def _fits(shape: torch.Size, into: torch.Size) -> bool:
     return len(shape) <= len(into) and all(size in (1, own) for size, own in pairs)
 
 
-def _smooth_even_numbers(limit: int) -> list[int]:
-    """Even numbers below `limit` with no prime factor above 5: lengths that transform fast."""
-    numbers = {2}
-    for factor in (2, 3, 5):
-        frontier = numbers
-        while frontier:
-            frontier = {factor * n for n in frontier if factor * n < limit}
-            numbers = numbers | frontier
-    return sorted(numbers)
-
-
-_FAST_LENGTHS = _smooth_even_numbers(2**40)
-
-
-def _fft_length(length: int, taps: int) -> int:
-    """The fast length from which a circular convolution has no wrap-around."""
-    return _FAST_LENGTHS[bisect_left(_FAST_LENGTHS, length + taps - 1)]
-
-
 class _PaddedTransform:
     """Transforms of blocks of rows, through a scratch padded with zeros."""
 
@@ -186,7 +167,7 @@ def _forward(
 
     The second result is u's spectrum (*S, F), empty unless `save_spectra`.
     """
-    points = _fft_length(u.shape[-1], kernel.shape[-1])
+    points = fft_length(u.shape[-1], kernel.shape[-1])
     rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
     y = torch.empty_like(u)
     spectra = _empty_spectra(u, kernel, save_spectra)
@@ -222,7 +203,7 @@ def _backward(
     `needs` says which are wanted; the others come back empty.
     """
     needs_u, needs_kernel, needs_gate = needs
-    points = _fft_length(u.shape[-1], kernel.shape[-1])
+    points = fft_length(u.shape[-1], kernel.shape[-1])
     rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
     grad_u, grad_kernel, grad_gate = _empty_gradients(u, kernel, gate, needs)
     summed = [axis for axis, size in enumerate(kernel.shape[:-1]) if size == 1]
@@ -272,7 +253,7 @@ def _empty_spectra(u: Tensor, kernel: Tensor, save_spectra: bool) -> Tensor:
     dtype = torch.complex128 if kernel.dtype == torch.float64 else torch.complex64
     if not save_spectra:
         return u.new_empty(0, dtype=dtype)
-    bins = _fft_length(u.shape[-1], kernel.shape[-1]) // 2 + 1
+    bins = fft_length(u.shape[-1], kernel.shape[-1]) // 2 + 1
     return u.new_empty(*u.shape[:-1], bins, dtype=dtype)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gramian.ops.convolution import _fft_length
+from gramian.ops._lengths import fft_length
 
 __all__ = ["Hankel"]
 
@@ -31,7 +31,7 @@ class Hankel:
         self.sequence = sequence[..., :used]  # (*B, at most rows + columns - 1)
         self.rows = rows
         self.columns = columns
-        self._points = _fft_length(used, 1)
+        self._points = fft_length(used, 1)
         self._spectrum = torch.fft.rfft(self.sequence, n=self._points).unsqueeze(-2)
 
     @property

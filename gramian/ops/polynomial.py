@@ -21,8 +21,8 @@ from gramian.ops._blocks import Task, cut, work
 from gramian.ops._operator import operator
 
 # Grid points of one block, and the fewest rows that are worth a call to the FFT.
-_CPU_BLOCK = 2**16
-_CPU_MIN_ROWS = 8
+_CPU_BLOCK = 2**15
+_CPU_MIN_ROWS = 16
 
 
 def evaluate_on_roots_of_unity(coefficients: Tensor, points: int) -> Tensor:
