@@ -24,9 +24,10 @@ from gramian.ops._blocks import Task, cut, work
 from gramian.ops._lengths import fft_length
 from gramian.ops._operator import operator
 
-# Numbers in one padded block: it and its spectrum must stay in the second-level cache. 16 rows of
-# (batch, length, channels) in float32 fill a cache line.
-_CPU_BLOCK = 2**18
+# Numbers in one padded block, a compromise: every call of the FFT sets itself up anew, which asks
+# for many rows, and a block with its spectrum should stay in cache. 16 rows of (batch, length,
+# channels) in float32 fill a cache line.
+_CPU_BLOCK = 2**19
 _CPU_MIN_ROWS = 16
 
 

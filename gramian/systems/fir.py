@@ -73,7 +73,8 @@ class FIR(System):
         return torch.nn.functional.pad(taps, (0, length - taps.shape[-1]))
 
     def kernel_for(self, u: Tensor, length: int) -> Tensor:
-        return self.kernel[..., :length].to(working_dtype(u))
+        kernel = self.kernel if length > self.order else self.kernel[..., :length]
+        return kernel.to(working_dtype(u))
 
     def recurrence(self, form: str | None = None) -> FIRRecurrence:
         """Online convolution: exact, amortised O(log² K) a sample; the only form of an FIR.

@@ -30,6 +30,9 @@ __all__ = ["CompanionRecurrence", "CompanionState", "TransferFunction"]
 _TOLERANCE = 1e-5
 """Relative l2 error up to which a companion recurrence counts as the kernel it came from."""
 
+_DENSE_ELEMENTS = 2**20
+"""Elements up to which a product with a Toeplitz matrix is taken without an FFT."""
+
 
 class _Fields(NamedTuple):
     past: Tensor
@@ -103,10 +106,8 @@ class TransferFunction(System):
             raise ValueError(f"the grid must be larger than the order {order}, got {grid}.")
         length = grid if length is None else min(length, grid)
         kernel = rational_kernel(b, a, d, grid, length=max(length, order + 1))
-        a = a.expand(b.shape)
-        monic = torch.cat([torch.ones_like(a[..., :1]), a[..., :-1]], dim=-1)[..., :order]
-        exact = causal_convolution(kernel[..., 1 : order + 1], monic) if order else b
-        return cls(exact, a, kernel[..., 0], taps=kernel)
+        exact = _exact_numerator(a, kernel[..., 1 : order + 1]) if order else b
+        return cls(exact, a.expand(b.shape), kernel[..., 0], taps=kernel)
 
     @classmethod
     def from_scipy(
@@ -164,7 +165,9 @@ class TransferFunction(System):
 
     def impulse_response(self, length: int) -> Tensor:
         if self.taps is not None and length <= self.taps.shape[-1]:
-            return self.taps[..., :length]
+            # A slice of everything is not free: its gradient is copied.
+            whole = length == self.taps.shape[-1]
+            return self.taps if whole else self.taps[..., :length]
         if length == 1 or self.order == 0:
             return torch.nn.functional.pad(self.d.unsqueeze(-1), (0, length - 1))
         series = power_series_reciprocal(self.a.double(), length - 1)
@@ -252,6 +255,16 @@ class TransferFunction(System):
         reach = reachability_factor(A, first)
         observe = reachability_factor(A.mT, self.b.double())
         return torch.linalg.svdvals(observe @ reach.mT)
+
+
+def _exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
+    """``b_j = Σ_{i<j} a_i h_{j-i}``, a_0 = 1, from the taps h_1 … h_n (*C, n)."""
+    order = taps.shape[-1]
+    monic = torch.cat([torch.ones_like(a[..., :1]), a[..., :-1]], dim=-1)  # a_0 … a_{n-1}
+    if a.numel() * order > _DENSE_ELEMENTS:
+        return causal_convolution(taps, monic)
+    shifted = torch.nn.functional.pad(monic, (order - 1, 0)).unfold(-1, order, 1)  # (*C, n, n)
+    return (shifted @ taps.flip(-1).unsqueeze(-1)).squeeze(-1)
 
 
 class CompanionRecurrence:
