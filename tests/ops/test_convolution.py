@@ -281,6 +281,7 @@ def test_number_of_threads_is_left_alone(two_threads: None) -> None:
 
 
 def _convolve_in_child(u: Tensor, kernel: Tensor, queue: "multiprocessing.Queue[float]") -> None:
+    torch.set_num_threads(1)  # as data loaders do: OpenMP's threads do not survive a fork either
     queue.put(float(causal_convolution(u, kernel, dim=-2)[-1, -1, -1]))
 
 
