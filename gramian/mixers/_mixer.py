@@ -127,11 +127,15 @@ class MixerRecurrence:
         """The state of a silent past.
 
         Args:
-            batch_size: Number of sequences.
+            batch_size: Number of sequences, an integer.
             dtype: Of the short convolution's past; default: the mixer's. Dynamic states keep the
                 dtype that their form needs.
             device: Default: the mixer's.
         """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(
+                f"batch_size must be a positive number of sequences, got {batch_size!r}."
+            )
         parameter = next(self.mixer.parameters())
         place = torch.device(device) if device is not None else parameter.device
         shape = (batch_size, *self.mixer._long_shape)

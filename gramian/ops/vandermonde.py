@@ -73,7 +73,7 @@ def vandermonde_product(poles: Tensor, coefficients: Tensor, length: int) -> Ten
     stride = right[..., -1] * wide  # poles^J
     left = geometric_powers(stride, rows)  # (*C, m, I)
 
-    grouped, restore = _group(coefficients, poles.shape[:-1])  # (G, R, m)
+    grouped, restore = group_channels(coefficients, poles.shape[:-1])  # (G, R, m)
     groups, repeats, modes = grouped.shape
     dtype = coefficients.dtype
     left = left.reshape(groups, modes, rows).mT.to(dtype)  # (G, I, m)
@@ -104,7 +104,7 @@ def vandermonde_transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
 
     # The signal is padded in front, so that its last sample meets the power zero.
     padded = torch.nn.functional.pad(signal, (rows * columns - length, 0))
-    grouped, restore = _group(padded, poles.shape[:-1])  # (G, R, I J)
+    grouped, restore = group_channels(padded, poles.shape[:-1])  # (G, R, I J)
     groups, repeats = grouped.shape[:2]
     dtype = signal.dtype.to_complex()
     modes = poles.shape[-1]
@@ -118,7 +118,7 @@ def vandermonde_transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
     return restore(state)
 
 
-def _group(tensor: Tensor, shape: torch.Size) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def group_channels(tensor: Tensor, shape: torch.Size) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Bring ``tensor`` (*B, k) to (G, R, k): G runs over the axes where ``shape`` varies.
 
     Returns the grouped tensor and the function that brings a (G, R, k') result back to (*B, k').

@@ -177,7 +177,8 @@ def _kernel_of(source: Tensor | System, length: int | None) -> Tensor:
         return source
     if not isinstance(source, System):
         raise TypeError(
-            f"reduce takes a kernel or a time-invariant system, got {type(source).__name__}."
+            "reduce takes a kernel (a torch tensor) or a time-invariant system, got "
+            f"{type(source).__name__}."
         )
     if length is None:
         if not isinstance(source, FIR):

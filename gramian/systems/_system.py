@@ -120,9 +120,14 @@ class System(abc.ABC):
         return self._map(lambda value: value.reshape(*shape, *value.shape[skip:]))
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """The system on another device, or in another real floating-point dtype."""
+
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
 
         def move(value: Tensor) -> Tensor:
             kind = dtype.to_complex() if dtype is not None and value.is_complex() else dtype

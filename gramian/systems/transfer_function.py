@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gramian.ops import causal_convolution, rational_kernel
-from gramian.ops.power_series import power_series_reciprocal
+from gramian.ops.recursion import all_pole_filter
 from gramian.systems._hankel import reachability_factor
 from gramian.systems._state import State
 from gramian.systems._system import System, check_tensor
@@ -170,7 +170,9 @@ class TransferFunction(System):
             return self.taps if whole else self.taps[..., :length]
         if length == 1 or self.order == 0:
             return torch.nn.functional.pad(self.d.unsqueeze(-1), (0, length - 1))
-        series = power_series_reciprocal(self.a.double(), length - 1)
+        impulse = torch.zeros(*self.channel_shape, length - 1, dtype=torch.float64)
+        impulse[..., 0] = 1
+        series = all_pole_filter(self.a.double(), impulse.to(self.device))
         tail = causal_convolution(series, self.b.double()).to(self.dtype)
         return torch.cat([self.d.unsqueeze(-1), tail], dim=-1)
 
@@ -208,7 +210,6 @@ class TransferFunction(System):
         return companion
 
     def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        r"""``w = g * (u + γ)`` with g = 1/a and ``γ_t = -Σ_{j>t} a_j w_{t-j}`` for t < n."""
         if isinstance(state, FIRState) and self.taps is not None:
             return FIR(self.taps)(u, state)
         if not isinstance(state, CompanionState):
@@ -216,24 +217,14 @@ class TransferFunction(System):
                 f"a transfer function continues from a CompanionState, got {type(state).__name__}."
             )
         (past,) = state
-        order, length = self.order, u.shape[-1]
-        if order == 0:
+        if self.order == 0:
             return u * self.d.unsqueeze(-1).to(u.dtype), state
         a, b, d = self.a.double(), self.b.double(), self.d.double()
-        # a * (w_{-n}, …, w_{-1}, 0, …, 0) past its first n samples is -γ.
-        before = torch.nn.functional.pad(past.flip(-1), (0, order))
-        monic = torch.nn.functional.pad(a, (1, 0))
-        response = causal_convolution(before, monic)[..., order:]
-        signal = u.double()
-        count = min(order, length)
-        signal = torch.cat(
-            [signal[..., :count] - response[..., :count], signal[..., count:]], dim=-1
-        )
-        w = causal_convolution(signal, power_series_reciprocal(a, length))
+        w = all_pole_filter(a, u.double(), past.double())
         history = torch.cat([past.flip(-1), w], dim=-1)
-        y = causal_convolution(history, torch.nn.functional.pad(b, (1, 0)))[..., order:]
+        y = causal_convolution(history, torch.nn.functional.pad(b, (1, 0)))[..., self.order :]
         y = y + d.unsqueeze(-1) * u.double()
-        return y.to(u.dtype), CompanionState(history[..., -order:].flip(-1))
+        return y.to(u.dtype), CompanionState(history[..., -self.order :].flip(-1))
 
     def _companion(self) -> Tensor:
         shift = torch.eye(self.order, dtype=torch.float64, device=self.device)[:-1]
@@ -307,7 +298,7 @@ class CompanionRecurrence:
 
     @torch.no_grad()
     def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Take the chunk ``u`` (*B, *C', T) at once, O(T log T) in double precision."""
+        """Take the chunk ``u`` (*B, *C', T) at once, block by block, in double precision."""
         if state is None:
             state = self.initial_state(u.shape[:-1], device=u.device)
         return self.system._apply_from(u, state)

@@ -295,6 +295,11 @@ def test_filters_are_replaceable(name):
         (lambda: Hyena(12, FILTERS["rtf"]), ValueError, "max_length"),
         (lambda: LongConvolution(torch.nn.Linear(2, 2)), TypeError, "Filter"),
         (lambda: ShortConvolution(3, 0), ValueError, "tap"),
+        (
+            lambda: make("hyena2", "rtf").recurrence().initial_state((4,)),
+            ValueError,
+            "number of sequences",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(call, error, match):

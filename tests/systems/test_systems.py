@@ -181,6 +181,7 @@ def test_pytree_and_indexing(name):
     assert part.channel_shape == (2,)
     torch.testing.assert_close(part.impulse_response(20), system.impulse_response(20)[1:])
     assert system.reshape_channels(3, 1).channel_shape == (3, 1)
+    assert system.to(torch.float32).dtype == system.to(dtype=torch.float32).dtype == torch.float32
     with pytest.raises(AttributeError):
         system.order = 3
     with pytest.raises(IndexError, match=r"\.\.\."):
@@ -257,6 +258,19 @@ def test_against_scipy(name):
     u = torch.randn(3, 500, dtype=torch.float64)
     expected = np.stack([scipy.signal.lfilter(b[c], a[c], u[c].numpy()) for c in range(3)])
     np.testing.assert_allclose(system(u), expected, rtol=0, atol=1e-8 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("order", "edge"), [(4, 0.1), (4, 0.01), (6, 0.05), (8, 0.1)])
+def test_poles_that_crowd_near_the_circle(order, edge):
+    b, a = scipy.signal.butter(order, edge)
+    system = TransferFunction.from_scipy(b, a)
+    u = torch.randn(2000, dtype=torch.float64)
+    expected = torch.from_numpy(scipy.signal.lfilter(b, a, u.numpy()))
+    recurrence = system.recurrence()
+    chunk, state = recurrence.prefill(u[:1500])
+    rest, _ = system(u[1500:], state)
+    for y in (system(u), torch.cat([chunk, rest])):
+        torch.testing.assert_close(y, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_from_scipy_and_back():

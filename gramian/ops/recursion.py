@@ -1,0 +1,59 @@
+r"""All-pole filters by blocks: ``w_t = u_t - Σ_{j=1}^n a_j w_{t-j}``.
+
+A block of J samples solves a triangular Toeplitz system whose right-hand side is the input less
+what the n samples before it contribute. That is the recursion itself, a matrix product and a
+triangular solve at a time: as accurate as stepping, and, unlike the reciprocal of the polynomial as
+a power series, no less so for poles that crowd near the unit circle.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gramian.ops.vandermonde import group_channels
+
+__all__ = ["all_pole_filter"]
+
+_BLOCK = 128
+
+
+def all_pole_filter(a: Tensor, signal: Tensor, past: Tensor | None = None) -> Tensor:
+    """The signal divided by ``1 + a_1 z^-1 + … + a_n z^-n``; no pole has to be stable.
+
+    Args:
+        a: (*C, n), real; the leading 1 is implied.
+        signal: (*B, L), of the dtype of ``a``; ``C`` broadcasts against ``B``.
+        past: (*B, n), the outputs before the first, newest first; None: zeros.
+
+    Returns:
+        (*B, L); gradients flow to all arguments.
+    """
+    order, length = a.shape[-1], signal.shape[-1]
+    if order == 0:
+        return signal
+    size = min(length, _BLOCK)
+    grouped, restore = group_channels(signal, a.shape[:-1])  # (G, R, L)
+    groups, repeats = grouped.shape[:2]
+    blocks = grouped.mT.split(size, dim=1)  # (G, J, R)
+    if past is None:
+        before = grouped.new_zeros(groups, order, repeats)
+    else:
+        before = group_channels(past, a.shape[:-1])[0].flip(-1).mT  # oldest first
+
+    # Row i of the extended Toeplitz matrix holds a_n, …, a_1, 1 on columns i … i + n: what sample i
+    # of a block takes from the n samples before it and from the block.
+    monic = torch.cat([a.flip(-1), torch.ones_like(a[..., :1])], dim=-1).reshape(groups, order + 1)
+    rows = torch.nn.functional.pad(monic, (0, size)).unsqueeze(1).expand(-1, size, -1)
+    band = rows.reshape(groups, -1)[:, : size * (order + size)].reshape(groups, size, order + size)
+    history, triangle = band[..., :order], band[..., order:]
+    outputs = []
+    for block in blocks:
+        count = block.shape[1]
+        target = block - history[:, :count] @ before
+        solved = torch.linalg.solve_triangular(
+            triangle[:, :count, :count], target, upper=False, unitriangular=True
+        )
+        before = torch.cat([before, solved], dim=1)[:, -order:]
+        outputs.append(solved)
+    return restore(torch.cat(outputs, dim=1).mT)
