@@ -104,11 +104,12 @@ class RTF(Filter):
     def forward(self, length: int | None = None) -> TransferFunction:
         shared = (self.num_denominators, self.channels // self.num_denominators)
         system = TransferFunction.from_truncated(
-            self.b.double().reshape(*shared, -1),
-            self.a.double().unsqueeze(1),
-            self.d.double().reshape(shared),
+            self.b.reshape(*shared, -1),
+            self.a.unsqueeze(1),
+            self.d.reshape(shared),
             self.grid,
             length=min(self.max_length, length or self.max_length),
+            dtype=torch.float64,
         )
         return system.reshape_channels(self.channels)
 

@@ -30,6 +30,10 @@ from gramian.ops._operator import operator
 _CPU_BLOCK = 2**19
 _CPU_MIN_ROWS = 16
 
+# Rows at a distance of a power of two fall into few sets of the cache, so that reading across them
+# evicts each line before its neighbours are read; this many more numbers a row set them apart.
+_PITCH = 16
+
 
 def causal_convolution(
     u: Tensor,
@@ -141,6 +145,7 @@ class _PaddedTransform:
         self.length, self.points = length, points
         self.scratch = like.new_empty(rows, points)
         self.scratch[:, length:] = 0
+        self.pitched = like.new_empty(rows, length + _PITCH) if like.device.type == "cpu" else None
 
     def spectrum(self, signal: Tensor, factor: Tensor | None = None) -> Tensor:
         """Spectrum of a block (*b, L), times `factor`, padded with zeros: (*b, F)."""
@@ -155,9 +160,16 @@ class _PaddedTransform:
             inside.copy_(signal.clone())
         return torch.fft.rfft(padded)
 
-    def signal(self, spectrum: Tensor) -> Tensor:
-        """Inverse of `spectrum`, (*b, F) to (*b, L)."""
-        return torch.fft.irfft(spectrum, n=self.points)[..., : self.length]
+    def signal(self, spectrum: Tensor, interleaved: bool = False) -> Tensor:
+        """Inverse of `spectrum`, (*b, F) to (*b, L), valid until the next call.
+
+        Where it will be written to `interleaved` rows, at a distance that is no power of two.
+        """
+        result = torch.fft.irfft(spectrum, n=self.points)[..., : self.length]
+        if not interleaved or self.pitched is None:
+            return result
+        *rows, length = result.shape
+        return self.pitched[: math.prod(rows), :length].view(*rows, length).copy_(result)
 
 
 @operator("causal_convolution")
@@ -180,7 +192,7 @@ def _forward(
             spectrum = transform.spectrum(u[block])
             if save_spectra:
                 spectra[block] = spectrum
-            result = transform.signal(spectrum.mul_(transfer))
+            result = transform.signal(spectrum.mul_(transfer), y.stride(-1) != 1)
             if gate is None:
                 y[block] = result
             else:
@@ -223,7 +235,7 @@ def _backward(
             if needs_u or needs_kernel:
                 incoming = transform.spectrum(g[block], None if gate is None else gate[block])
             if needs_u:
-                grad_u[block] = transform.signal(incoming * adjoint)
+                grad_u[block] = transform.signal(incoming * adjoint, grad_u.stride(-1) != 1)
             if needs_kernel:
                 incoming.mul_(signal.conj_physical_())
                 total += incoming.sum(summed, keepdim=True) if summed else incoming

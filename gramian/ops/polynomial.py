@@ -54,15 +54,13 @@ def rational_kernel(
     d: Tensor,
     grid: int,
     *,
-    radius: float = 1.0,
     length: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Kernel of d + (Σ_{j≥1} b_j z⁻ʲ) / (1 + Σ_{j≥1} a_j z⁻ʲ), sampled on `grid` points.
 
-    Tap t is `Σ_p radius^(−p grid) h_{t + p grid}`, h the impulse response: on the unit circle the
-    inverse FFT of the sampled spectrum, and on a larger circle, whose weights are undone, aliasing
-    is damped (while the rounding errors of tap t grow by radius^t). Differentiable to any order;
-    only the coefficients are kept for the backward pass.
+    Tap t is `Σ_p h_{t + p grid}`, h the impulse response: the inverse FFT of the sampled spectrum.
+    Differentiable to any order; only the coefficients are kept for the backward pass.
 
     Args:
         b: (*C, n), real.
@@ -70,16 +68,18 @@ def rational_kernel(
             share is computed once.
         d: (*C or broadcasting against it), real.
         grid: number of points, larger than n and m; even or odd.
-        radius: of the circle on which the points lie.
         length: taps to return, at most `grid`; all by default.
+        dtype: of the taps; the (promoted) dtype of b, a and d by default. With float64 taps of
+            float32 coefficients everything that cancels (both polynomials and their ratio) is
+            evaluated in float64, and gradients are propagated in float32.
 
     Returns:
-        (*C, length), in the (promoted) dtype of b, a and d.
+        (*C, length), in `dtype`.
 
     Raises:
-        TypeError: an argument is not real floating point.
-        ValueError: no coefficients, `grid` not above n and m, `length` not in 1 … grid, `radius`
-            not positive, or shapes that do not broadcast.
+        TypeError: an argument is not real floating point, or is in half precision.
+        ValueError: no coefficients, `grid` not above n and m, `length` not in 1 … grid, or shapes
+            that do not broadcast.
     """
     _check_real("rational_kernel", b=b, a=a, d=d)
     for name, coefficients in (("b", b), ("a", a)):
@@ -91,8 +91,6 @@ def rational_kernel(
     length = grid if length is None else length
     if not 1 <= length <= grid:
         raise ValueError(f"rational_kernel: length={length} is not between 1 and grid={grid}.")
-    if not radius > 0:
-        raise ValueError(f"rational_kernel: radius={radius} is not positive.")
     try:
         channels = torch.broadcast_tensors(b[..., 0], a[..., 0], d)[0].shape
     except RuntimeError as error:
@@ -100,16 +98,18 @@ def rational_kernel(
             f"rational_kernel: the channels of b {tuple(b.shape)}, a {tuple(a.shape)} (without "
             f"their last dimensions) and d {tuple(d.shape)} do not broadcast."
         ) from error
-    dtype = torch.promote_types(torch.promote_types(b.dtype, a.dtype), d.dtype)
-    if dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(f"rational_kernel: needs float32 or float64 coefficients, not {dtype}.")
+    own = torch.promote_types(torch.promote_types(b.dtype, a.dtype), d.dtype)
+    dtype = torch.promote_types(own, dtype or own)
+    for given in (own, dtype):
+        if given not in (torch.float32, torch.float64):
+            raise TypeError(f"rational_kernel: needs float32 or float64 coefficients, not {given}.")
     return _rational_kernel(
-        b.to(dtype).expand(*channels, -1),
-        a.to(dtype).reshape(*(1,) * (len(channels) + 1 - a.ndim), *a.shape),
-        d.to(dtype).expand(channels),
+        b.to(own).expand(*channels, -1),
+        a.to(own).reshape(*(1,) * (len(channels) + 1 - a.ndim), *a.shape),
+        d.to(own).expand(channels),
         grid,
-        float(radius),
         length,
+        dtype,
     )
 
 
@@ -119,59 +119,30 @@ def _check_real(function: str, **tensors: Tensor) -> None:
             raise TypeError(f"{function}: {name} must be real floating point, not {tensor.dtype}.")
 
 
-def _weights(like: Tensor, first: int, count: int, radius: float) -> Tensor:
-    """radius^first, radius^(first + 1), …"""
-    exponents = torch.arange(first, first + count, dtype=torch.float64, device=like.device)
-    return torch.pow(radius, exponents).to(like.dtype)
-
-
-def _spectrum(coefficients: Tensor, constant: float, grid: int, radius: float) -> Tensor:
-    """constant + Σ_{j≥1} c_j z⁻ʲ on the circle of `radius`: (*C, grid // 2 + 1)."""
-    if radius != 1.0:
-        coefficients = coefficients / _weights(coefficients, 1, coefficients.shape[-1], radius)
+def _spectrum(coefficients: Tensor, constant: float, grid: int, dtype: torch.dtype) -> Tensor:
+    """constant + Σ_{j≥1} c_j z⁻ʲ, evaluated in `dtype`: (*C, grid // 2 + 1)."""
     leading = coefficients.new_full((*coefficients.shape[:-1], 1), constant)
-    return torch.fft.rfft(torch.cat((leading, coefficients), dim=-1), n=grid)
+    return torch.fft.rfft(torch.cat((leading, coefficients), dim=-1).to(dtype), n=grid)
 
 
-def _coefficient_gradient(spectrum: Tensor, count: int, grid: int, radius: float) -> Tensor:
+def _coefficient_gradient(spectrum: Tensor, count: int, grid: int) -> Tensor:
     """Adjoint of `_spectrum` but for the constant, of a spectrum whose inverse FFT is real."""
-    gradient = torch.fft.irfft(spectrum, n=grid)[..., 1 : count + 1]
-    return gradient if radius == 1.0 else gradient / _weights(gradient, 1, count, radius)
-
-
-def _kernel(numerator: Tensor, reciprocal: Tensor, grid: int, radius: float, length: int) -> Tensor:
-    """Taps of the product of two spectra, weights undone: (*C, length)."""
-    taps = torch.fft.irfft(numerator * reciprocal, n=grid)[..., :length]
-    return taps if radius == 1.0 else taps * _weights(taps, 0, length, radius)
-
-
-def _gradients(
-    g: Tensor, numerator: Tensor, reciprocal: Tensor, grid: int, radius: float
-) -> tuple[Tensor, Tensor]:
-    """Spectra of the numerator's gradient and, but for its sign, of the denominator's.
-
-    With K = B / A and G the spectrum of the taps' gradient: G / Ā and G K̄ / Ā.
-    """
-    if radius != 1.0:
-        g = g * _weights(g, 0, g.shape[-1], radius)
-    # conj_physical, for in the first call of a compiled function PyTorch ignores a lazy conj here
-    of_numerator = torch.fft.rfft(g, n=grid) * reciprocal.conj_physical()
-    return of_numerator, of_numerator * (numerator * reciprocal).conj_physical()
+    return torch.fft.irfft(spectrum, n=grid)[..., 1 : count + 1]
 
 
 @operator("rational_kernel")
 def _rational_kernel(
-    b: Tensor, a: Tensor, d: Tensor, grid: int, radius: float, length: int
+    b: Tensor, a: Tensor, d: Tensor, grid: int, length: int, dtype: torch.dtype
 ) -> Tensor:
     """Taps for b (*C, n), a (*C or 1, m), d (*C)."""
-    taps = b.new_empty(*b.shape[:-1], length)
+    taps = b.new_empty(*b.shape[:-1], length, dtype=dtype)
     _, tasks = cut(taps, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
 
     def evaluate(task: Task) -> None:
-        reciprocal = _spectrum(a[task.shared], 1.0, grid, radius).reciprocal_()
+        reciprocal = _spectrum(a[task.shared], 1.0, grid, dtype).reciprocal_()
         for block in task.blocks:
-            numerator = _spectrum(b[block], 0.0, grid, radius)
-            taps[block] = _kernel(numerator, reciprocal, grid, radius, length)
+            ratio = _spectrum(b[block], 0.0, grid, dtype).mul_(reciprocal)
+            taps[block] = torch.fft.irfft(ratio, n=grid)[..., :length]
 
     work(evaluate, tasks, taps)
     taps[..., 0] += d
@@ -179,22 +150,26 @@ def _rational_kernel(
 
 
 @operator("rational_kernel_backward")
-def _rational_kernel_backward(
-    g: Tensor, b: Tensor, a: Tensor, grid: int, radius: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of b and a for the taps' gradient g (*C, length)."""
+def _rational_kernel_backward(g: Tensor, b: Tensor, a: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+    """Gradients of b and a for the taps' gradient g (*C, length).
+
+    With K = B / A and G the spectrum of g, their spectra are G / Ā and -G K̄ / Ā: the ratios in the
+    precision of g, in which the taps were computed, the rest in that of the coefficients.
+    """
     of_b, of_a = torch.empty_like(b), torch.zeros_like(a)
     _, tasks = cut(g, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
+    single = b.dtype.to_complex()
 
     def differentiate(task: Task) -> Tensor:
-        reciprocal = _spectrum(a[task.shared], 1.0, grid, radius).reciprocal_()
-        total = torch.zeros_like(reciprocal)
+        reciprocal = _spectrum(a[task.shared], 1.0, grid, g.dtype).reciprocal_()
+        adjoint = reciprocal.to(single).conj_physical()
+        total = torch.zeros_like(adjoint)
         for block in task.blocks:
-            numerator = _spectrum(b[block], 0.0, grid, radius)
-            spectra = _gradients(g[block], numerator, reciprocal, grid, radius)
-            of_b[block] = _coefficient_gradient(spectra[0], b.shape[-1], grid, radius)
-            total += spectra[1].sum_to_size(total.shape)
-        return _coefficient_gradient(total, a.shape[-1], grid, radius).clone()
+            kernel = _spectrum(b[block], 0.0, grid, g.dtype).mul_(reciprocal).to(single)
+            incoming = torch.fft.rfft(g[block].to(b.dtype), n=grid).mul_(adjoint)
+            of_b[block] = _coefficient_gradient(incoming, b.shape[-1], grid)
+            total += incoming.mul_(kernel.conj_physical_()).sum_to_size(total.shape)
+        return _coefficient_gradient(total, a.shape[-1], grid).clone()
 
     for task, part in zip(tasks, work(differentiate, tasks, g), strict=True):
         of_a[task.shared] -= part  # several tasks may have the same denominators
@@ -203,35 +178,38 @@ def _rational_kernel_backward(
 
 @register_fake(_rational_kernel)
 def _rational_kernel_fake(
-    b: Tensor, a: Tensor, d: Tensor, grid: int, radius: float, length: int
+    b: Tensor, a: Tensor, d: Tensor, grid: int, length: int, dtype: torch.dtype
 ) -> Tensor:
-    return b.new_empty(*b.shape[:-1], length)
+    return b.new_empty(*b.shape[:-1], length, dtype=dtype)
 
 
 @register_fake(_rational_kernel_backward)
 def _rational_kernel_backward_fake(
-    g: Tensor, b: Tensor, a: Tensor, grid: int, radius: float
+    g: Tensor, b: Tensor, a: Tensor, grid: int
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(b), torch.empty_like(a)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    b, a, _, ctx.grid, ctx.radius, _ = inputs
+    b, a, d, ctx.grid, _, _ = inputs
+    ctx.dtype = d.dtype
     ctx.save_for_backward(b, a)
 
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     b, a = ctx.saved_tensors
+    grid = ctx.grid
     if torch.is_grad_enabled():  # a graph of the gradient is wanted: the same formula, recorded
-        reciprocal = _spectrum(a, 1.0, ctx.grid, ctx.radius).reciprocal()
-        numerator = _spectrum(b, 0.0, ctx.grid, ctx.radius)
-        spectra = _gradients(g, numerator, reciprocal, ctx.grid, ctx.radius)
-        of_b = _coefficient_gradient(spectra[0], b.shape[-1], ctx.grid, ctx.radius)
-        total = spectra[1].sum_to_size(reciprocal.shape)
-        of_a = -_coefficient_gradient(total, a.shape[-1], ctx.grid, ctx.radius)
+        reciprocal = _spectrum(a, 1.0, grid, g.dtype).reciprocal()
+        kernel = _spectrum(b, 0.0, grid, g.dtype) * reciprocal
+        # conj_physical, for in the first call of a compiled function PyTorch ignores a lazy conj
+        incoming = torch.fft.rfft(g, n=grid) * reciprocal.conj_physical()
+        total = (incoming * kernel.conj_physical()).sum_to_size(reciprocal.shape)
+        of_b = _coefficient_gradient(incoming, b.shape[-1], grid).to(b.dtype)
+        of_a = -_coefficient_gradient(total, a.shape[-1], grid).to(a.dtype)
     else:
-        of_b, of_a = _rational_kernel_backward(g, b, a, ctx.grid, ctx.radius)
-    return of_b, of_a, g[..., 0], None, None, None
+        of_b, of_a = _rational_kernel_backward(g, b, a, grid)
+    return of_b, of_a, g[..., 0].to(ctx.dtype), None, None, None
 
 
 register_autograd(_rational_kernel, _backward, setup_context=_setup)

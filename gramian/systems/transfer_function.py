@@ -82,7 +82,13 @@ class TransferFunction(System):
 
     @classmethod
     def from_truncated(
-        cls, b: Tensor, a: Tensor, d: Tensor, grid: int, length: int | None = None
+        cls,
+        b: Tensor,
+        a: Tensor,
+        d: Tensor,
+        grid: int,
+        length: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Self:
         """From a truncated numerator: the parametrisation of RTF (section 3.2).
 
@@ -97,6 +103,8 @@ class TransferFunction(System):
             d: (*C), real.
             grid: Number of roots of unity, greater than n.
             length: Taps to keep for :meth:`impulse_response`; default: all of the grid.
+            dtype: Of the system; default: that of the coefficients. In float32 the spectrum
+                itself is off by more than 1e-4 for most stable systems beyond n = 16.
 
         Raises:
             ValueError: if the grid is not larger than the order.
@@ -105,7 +113,8 @@ class TransferFunction(System):
         if grid <= order:
             raise ValueError(f"the grid must be larger than the order {order}, got {grid}.")
         length = grid if length is None else min(length, grid)
-        kernel = rational_kernel(b, a, d, grid, length=max(length, order + 1))
+        kernel = rational_kernel(b, a, d, grid, length=max(length, order + 1), dtype=dtype)
+        a = a.to(kernel.dtype)
         exact = _exact_numerator(a, kernel[..., 1 : order + 1]) if order else b
         return cls(exact, a.expand(b.shape), kernel[..., 0], taps=kernel)
 
