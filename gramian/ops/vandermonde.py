@@ -5,17 +5,24 @@ A modal impulse response is ``h_t = Re Σ_k c_k λ_k^t``. With ``t = iJ + j`` th
 product between ``c_k λ_k^{iJ}`` and ``λ_k^j``, each with about √L rows. The transposed product,
 ``Σ_j λ^{T-1-j} u_j``, is the final state of a modal recurrence and splits in the same way.
 
-Powers are taken by doubling in double precision, so that a pole on the negative real axis keeps its
-phase over thousands of steps, then rounded to the dtype of the result.
+Powers of about L^(1/4) steps are taken by doubling in double precision, so that a pole on the
+negative real axis keeps its phase over thousands of steps, then rounded; all others are products of
+two of these. Both products are operators, whose backward passes are each in terms of the other, and
+work on blocks of channels that stay in cache.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_autograd, register_fake
+
+from gramian.ops._blocks import Task, cut, work
+from gramian.ops._operator import operator
 
 __all__ = [
     "geometric_powers",
@@ -23,6 +30,9 @@ __all__ = [
     "vandermonde_product",
     "vandermonde_transpose_product",
 ]
+
+# Numbers that one block on a processor holds.
+_CPU_NUMBERS = 2**20
 
 
 def geometric_powers(base: Tensor, count: int) -> Tensor:
@@ -57,6 +67,9 @@ def integer_power(base: Tensor, exponent: int) -> Tensor:
 def vandermonde_product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
     """``Re Σ_k coefficients_k poles_k^t`` for t = 0 … length - 1.
 
+    Differentiable to any order. Only the arguments are kept for the backward pass, which takes the
+    transposed product.
+
     Args:
         poles: (*C, m), complex.
         coefficients: (*B, m), complex; ``C`` broadcasts against ``B``. Where ``C`` has size 1 the
@@ -66,27 +79,14 @@ def vandermonde_product(poles: Tensor, coefficients: Tensor, length: int) -> Ten
     Returns:
         (*B, length), real, of the precision of ``coefficients``.
     """
-    columns = max(1, math.isqrt(length))
-    rows = -(-length // columns)
-    wide = poles.to(torch.complex128)
-    right = geometric_powers(wide, columns)  # (*C, m, J)
-    stride = right[..., -1] * wide  # poles^J
-    left = geometric_powers(stride, rows)  # (*C, m, I)
-
     grouped, restore = group_channels(coefficients, poles.shape[:-1])  # (G, R, m)
-    groups, repeats, modes = grouped.shape
-    dtype = coefficients.dtype
-    left = left.reshape(groups, modes, rows).mT.to(dtype)  # (G, I, m)
-    right = right.reshape(groups, modes, columns).to(dtype)  # (G, m, J)
-    scaled = (grouped.unsqueeze(-2) * left.unsqueeze(1)).reshape(groups, repeats * rows, modes)
-    samples = torch.cat([scaled.real, -scaled.imag], dim=-1) @ torch.cat(
-        [right.real, right.imag], dim=-2
-    )  # (G, R I, J)
-    return restore(samples.reshape(groups, repeats, rows * columns)[..., :length])
+    return restore(_product(poles.reshape(grouped.shape[0], -1), grouped, length))
 
 
 def vandermonde_transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
     """``Σ_j poles_k^(T-1-j) signal_j``: the state that a modal recurrence reaches after T inputs.
+
+    Differentiable to any order.
 
     Args:
         poles: (*C, m), complex.
@@ -95,27 +95,8 @@ def vandermonde_transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
     Returns:
         (*B, m), complex, of the precision of ``signal``.
     """
-    length = signal.shape[-1]
-    columns = max(1, math.isqrt(length))
-    rows = -(-length // columns)
-    wide = poles.to(torch.complex128)
-    inner = geometric_powers(wide, columns)  # (*C, m, J)
-    outer = geometric_powers(inner[..., -1] * wide, rows)  # (*C, m, I)
-
-    # The signal is padded in front, so that its last sample meets the power zero.
-    padded = torch.nn.functional.pad(signal, (rows * columns - length, 0))
-    grouped, restore = group_channels(padded, poles.shape[:-1])  # (G, R, I J)
-    groups, repeats = grouped.shape[:2]
-    dtype = signal.dtype.to_complex()
-    modes = poles.shape[-1]
-    inner = inner.flip(-1).reshape(groups, modes, columns).mT.to(dtype)  # (G, J, m)
-    outer = outer.flip(-1).reshape(groups, modes, rows).mT.to(dtype)  # (G, I, m)
-    basis = torch.cat([inner.real, inner.imag], dim=-1)  # (G, J, 2m)
-    partial = grouped.reshape(groups, repeats * rows, columns) @ basis
-    partial = partial.reshape(groups, repeats, rows, 2 * modes)
-    inner_sums = torch.complex(partial[..., :modes], partial[..., modes:])  # (G, R, I, m)
-    state = (inner_sums * outer.unsqueeze(1)).sum(-2)  # (G, R, m)
-    return restore(state)
+    grouped, restore = group_channels(signal.flip(-1), poles.shape[:-1])  # (G, R, T)
+    return restore(_transpose_product(poles.reshape(grouped.shape[0], -1), grouped))
 
 
 def group_channels(tensor: Tensor, shape: torch.Size) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -127,13 +108,235 @@ def group_channels(tensor: Tensor, shape: torch.Size) -> tuple[Tensor, Callable[
     tensor = tensor.expand(*lead, tensor.shape[-1])
     varies = [False] * (len(lead) - len(shape)) + [size != 1 for size in shape]
     order = [i for i, v in enumerate(varies) if v] + [i for i, v in enumerate(varies) if not v]
-    groups = math.prod(lead[i] for i, v in enumerate(varies) if v)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
+    groups = math.prod([lead[i] for i, v in enumerate(varies) if v])
+    inverse = [order.index(axis) for axis in range(len(order))]
 
     def restore(result: Tensor) -> Tensor:
-        result = result.reshape(*(lead[i] for i in order), result.shape[-1])
+        result = result.reshape([*[lead[i] for i in order], result.shape[-1]])
         return result.permute(*inverse, len(order))
 
     permuted = tensor.permute(*order, len(order))
     repeats = math.prod(lead) // max(groups, 1)
     return permuted.reshape(groups, repeats, tensor.shape[-1]), restore
+
+
+def _split(length: int) -> tuple[int, int]:
+    """Rows I and columns J, about equal, J a power of two, with I J ≥ length > (I - 1) J."""
+    columns = 2 ** round(math.log2(length) / 2)
+    return -(-length // columns), columns
+
+
+def _tasks(rows: Tensor, poles: Tensor, length: int) -> list[Task]:
+    """Blocks of ``rows`` (G, R, …) that share their poles (G, m), with their work in cache."""
+    numbers = 4 * poles.shape[-1] * sum(_split(length)) + length
+    return cut(rows, poles.unsqueeze(1), numbers, _CPU_NUMBERS, 1)[1]
+
+
+def _powers(base: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``base^0, …, base^(count - 1)``, (count, *base), by doubling, and the last square taken: if
+    ``count`` is a power of two, ``base^count``."""
+    powers = base.new_empty(count, *base.shape)
+    powers[0] = 1
+    have, square = 1, base
+    while have < count:
+        more = min(have, count - have)
+        torch.mul(powers[:more], square, out=powers[have : have + more])
+        have, square = have + more, square * square
+    return powers, square
+
+
+def _progression(base: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``first · base^t`` for t = 0 … count - 1 in the precision of ``first``, and a square.
+
+    Every power is a product of two that were taken in double precision and then rounded: most of
+    the work is in the precision of the result, and no error accumulates.
+
+    Args:
+        base: (g, m), complex128.
+        first: (*R, g, m).
+
+    Returns:
+        (*R, count, g, m), and ``base^count`` in complex128 if ``count`` is a power of two.
+    """
+    fine = 2 ** math.ceil(math.log2(count) / 2)
+    low, square = _powers(base, fine)
+    high, square = _powers(square, -(-count // fine))
+    high = (first.unsqueeze(-3) * high).to(first.dtype)  # (*R, ⌈count / fine⌉, g, m)
+    powers = (high.unsqueeze(-3) * low.to(first.dtype)).flatten(-4, -3)
+    return powers[..., :count, :, :], square
+
+
+def _basis(poles: Tensor, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """λ^j for j < J as real pairs, (J, g, 2m), and λ^J in complex128, of poles (g, m)."""
+    wide = poles.to(torch.complex128)
+    powers, stride = _progression(wide, torch.ones_like(poles, dtype=dtype), columns)
+    return _pairs(powers), stride
+
+
+def _pairs(values: Tensor) -> Tensor:
+    """Complex (…, m) as real (…, 2m), real and imaginary parts in turn."""
+    return torch.view_as_real(values).flatten(-2)
+
+
+def _unpair(values: Tensor) -> Tensor:
+    """Real (…, 2m) as complex (…, m)."""
+    return torch.view_as_complex(values.unflatten(-1, (-1, 2)))
+
+
+def _folded(signal: Tensor, columns: int) -> Tensor:
+    """(g, r, T) as rows of J samples, (g, r I, J), zeros after the last."""
+    padded = torch.nn.functional.pad(signal, (0, -signal.shape[-1] % columns))
+    return padded.reshape(len(signal), -1, columns)
+
+
+@operator("vandermonde_product")
+def _product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
+    """``Re Σ_k c_k λ_k^t``, (G, R, length), for poles (G, m) and coefficients (G, R, m)."""
+    samples = coefficients.real.new_empty(*coefficients.shape[:2], length)
+    rows, columns = _split(length)
+
+    def evaluate(task: Task) -> None:
+        inner, stride = _basis(poles[task.shared[0]], columns, coefficients.dtype)
+        right = inner.permute(1, 2, 0)  # (g, 2m, J)
+        for block in task.blocks:
+            # Re(x y) is the inner product of the pairs of x̄ and y. A lazy conj is ignored in the
+            # first call of a compiled function.
+            first = coefficients[block].conj_physical().transpose(0, 1)  # (r, g, m)
+            left, _ = _progression(stride.conj_physical(), first, rows)  # (r, I, g, m)
+            left = _pairs(left).flatten(0, 1)  # (r I, g, 2m)
+            values = left.transpose(0, 1) @ right  # (g, r I, J)
+            samples[block] = values.reshape(*samples[block].shape[:2], -1)[..., :length]
+
+    work(evaluate, _tasks(samples, poles, length), samples)
+    return samples
+
+
+@operator("vandermonde_transpose_product")
+def _transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
+    """``Σ_t signal_t λ_k^t``, (G, R, m), for poles (G, m) and a signal (G, R, T)."""
+    length, dtype = signal.shape[-1], signal.dtype.to_complex()
+    sums = signal.new_empty(*signal.shape[:2], poles.shape[-1], dtype=dtype)
+    rows, columns = _split(length)
+
+    def evaluate(task: Task) -> None:
+        inner, stride = _basis(poles[task.shared[0]], columns, dtype)
+        for block in task.blocks:
+            partial = _folded(signal[block], columns) @ inner.transpose(0, 1)  # (g, r I, 2m)
+            partial = _unpair(partial).unflatten(1, (-1, rows))  # (g, r, I, m)
+            _fold_rows(partial, stride)
+            sums[block] = partial[:, :, 0]
+
+    work(evaluate, _tasks(signal, poles, length), sums)
+    return sums
+
+
+@operator("vandermonde_product_backward")
+def _product_backward(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of poles (G, m) and coefficients (G, R, m) for that of the samples, g (G, R, L).
+
+    They are the conjugates of ``Σ_r c_r Σ_t t g_t λ^{t-1}`` and ``Σ_t g_t λ^t``. The sums over the
+    columns are one product with the powers λ^j and their derivatives; the rows are then folded in
+    half until one is left, value and derivative together.
+    """
+    modes, (rows, columns) = poles.shape[-1], _split(g.shape[-1])
+    of_poles, of_coefficients = torch.zeros_like(poles), torch.empty_like(coefficients)
+    count = torch.arange(1, columns, dtype=g.dtype, device=g.device).reshape(-1, 1, 1)
+    tasks = _tasks(g, poles, g.shape[-1])
+
+    def differentiate(task: Task) -> Tensor:
+        own = poles[task.shared[0]]
+        inner, stride = _basis(own, columns, coefficients.dtype)
+        basis = inner.new_empty(*inner.shape[:2], 4 * modes)
+        basis[..., : 2 * modes] = inner
+        basis[0, :, 2 * modes :] = 0
+        torch.mul(inner[:-1], count, out=basis[1:, :, 2 * modes :])  # j λ^{j-1}
+        slope = columns * _unpair(inner[-1])  # J λ^{J-1}
+        total = torch.zeros_like(own)
+        for block in task.blocks:
+            partial = _folded(g[block], columns) @ basis.transpose(0, 1)  # (g, r I, 4m)
+            partial = _unpair(partial).unflatten(1, (-1, rows))  # (g, r, I, 2m)
+            plain, steep = partial.split(modes, dim=-1)
+            _fold_rows(plain, stride, steep, slope)
+            of_coefficients[block] = plain[:, :, 0].conj_physical()
+            total += (steep[:, :, 0] * coefficients[block]).sum(1)
+        return total
+
+    for task, part in zip(tasks, work(differentiate, tasks, g), strict=True):
+        of_poles[task.shared[0]] += part.conj_physical()  # several tasks may have the same poles
+    return of_poles, of_coefficients
+
+
+def _fold_rows(
+    values: Tensor, stride: Tensor, derivatives: Tensor | None = None, slope: Tensor | None = None
+) -> None:
+    """Leave ``Σ_i stride^i values_i`` in row 0 of values (g, r, I, m), and its derivative, where
+    the rows' derivatives and that of the stride (g, m) are given, in row 0 of those."""
+    rows = values.shape[-2]
+    steps = [(stride, slope)]  # stride^h and its derivative for h = 1, 2, 4, …
+    while 2 ** len(steps) < rows:
+        square, slope = steps[-1]
+        steps.append((square * square, None if slope is None else 2 * square * slope))
+    while rows > 1:
+        half = 2 ** ((rows - 1).bit_length() - 1)
+        power, slope = steps[half.bit_length() - 1]
+        early, late = slice(rows - half), slice(half, rows)
+        factor = power.to(values.dtype)[:, None, None]
+        if derivatives is not None and slope is not None:
+            rate = slope.to(values.dtype)[:, None, None]
+            derivatives[:, :, early].addcmul_(derivatives[:, :, late], factor)
+            derivatives[:, :, early].addcmul_(values[:, :, late], rate)
+        values[:, :, early].addcmul_(values[:, :, late], factor)
+        rows = half
+
+
+@register_fake(_product)
+def _product_fake(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
+    return coefficients.real.new_empty(*coefficients.shape[:2], length)
+
+
+@register_fake(_transpose_product)
+def _transpose_product_fake(poles: Tensor, signal: Tensor) -> Tensor:
+    shape = (*signal.shape[:2], poles.shape[-1])
+    return signal.new_empty(shape, dtype=signal.dtype.to_complex())
+
+
+@register_fake(_product_backward)
+def _product_backward_fake(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(poles), torch.empty_like(coefficients)
+
+
+def _pole_sums(poles: Tensor, signal: Tensor) -> Tensor:
+    """``Σ_t t signal_t λ^{t-1}``, the derivative of the transposed product, (G, R, m)."""
+    time = torch.arange(1, signal.shape[-1], dtype=signal.dtype, device=signal.device)
+    weighted = torch.nn.functional.pad(time * signal[..., 1:], (0, 1))
+    return _transpose_product(poles, weighted)
+
+
+def _setup_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _differentiate_product(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
+    poles, coefficients = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a graph of the gradient is wanted: the same formula, recorded
+        of_coefficients = _transpose_product(poles, g).conj_physical()
+        of_poles = (coefficients * _pole_sums(poles, g)).sum(1).conj_physical().to(poles.dtype)
+    else:
+        of_poles, of_coefficients = _product_backward(g, poles, coefficients)
+    return of_poles, of_coefficients, None
+
+
+def _setup_transpose_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_transpose_product(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+    poles, signal = ctx.saved_tensors
+    of_poles = (g * _pole_sums(poles, signal).conj_physical()).sum(1).to(poles.dtype)
+    return of_poles, _product(poles, g.conj_physical(), signal.shape[-1])
+
+
+register_autograd(_product, _differentiate_product, setup_context=_setup_product)
+register_autograd(
+    _transpose_product, _differentiate_transpose_product, setup_context=_setup_transpose_product
+)

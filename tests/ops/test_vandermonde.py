@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gramian.ops.vandermonde import (
     geometric_powers,
@@ -62,9 +63,93 @@ def test_negative_real_pole_keeps_its_phase_in_single_precision():
     assert float((h - exact).abs().max()) < 1e-6
 
 
-def test_gradients():
-    p = (0.9 * disc(2, 3)).requires_grad_()
-    c = torch.randn(2, 3, dtype=torch.complex128, requires_grad=True)
-    u = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda p, c: vandermonde_product(p, c, 11), (p, c))
-    assert torch.autograd.gradcheck(vandermonde_transpose_product, (p, u))
+SHAPES = [((2, 3), (2, 3)), ((1, 3), (4, 3)), ((2, 1, 3), (2, 2, 3))]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 11])
+@pytest.mark.parametrize(("poles", "batch"), SHAPES)
+def test_gradcheck_and_gradgradcheck(poles, batch, length):
+    p = disc(*poles)
+    p.view(-1)[0] = 0  # a derivative at zero is exact too
+    p.requires_grad_()
+    c = torch.randn(*batch, dtype=torch.complex128, requires_grad=True)
+    u = torch.randn(*batch[:-1], length, dtype=torch.float64, requires_grad=True)
+    for function, inputs in (
+        (lambda p, c: vandermonde_product(p, c, length), (p, c)),
+        (vandermonde_transpose_product, (p, u)),
+    ):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_single_precision_gradients_against_the_sum_in_double(length):
+    """Also with poles kept in double precision, as filters make them."""
+    p, c = disc(3, 1, 6), torch.randn(3, 4, 6, dtype=torch.complex128)
+    g = torch.randn(3, 4, length, dtype=torch.float64)
+    p, c = p.requires_grad_(), c.requires_grad_()
+    powers = torch.stack([p**t for t in range(length)], dim=-1)
+    expected = torch.autograd.grad((c.unsqueeze(-1) * powers).sum(-2).real, (p, c), g)
+    for dtype in (torch.complex64, torch.complex128):
+        inputs = (p.detach().to(dtype), c.detach().to(torch.complex64))
+        inputs = tuple(value.requires_grad_() for value in inputs)
+        samples = vandermonde_product(*inputs, length)
+        assert samples.dtype == torch.float32
+        for graph in (True, False):
+            gradients = torch.autograd.grad(
+                samples, inputs, g.float(), retain_graph=True, create_graph=graph
+            )
+            for value, exact, given in zip(gradients, expected, inputs, strict=True):
+                assert value.dtype == given.dtype
+                assert float((value - exact).detach().norm() / exact.norm().clamp_min(1)) < 1e-5
+
+
+def test_many_blocks(monkeypatch):
+    monkeypatch.setattr("gramian.ops.vandermonde._CPU_NUMBERS", 1)
+    test_gradcheck_and_gradgradcheck((1, 3), (4, 3), 11)
+    test_gradcheck_and_gradgradcheck((2, 1, 3), (2, 2, 3), 11)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers of the largest tensor that an operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.numbers = max(self.numbers, value.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("length", [16_384, 65_536])
+def test_memory_does_not_grow_as_modes_times_length(length):
+    channels, modes = 4, 64
+    p = disc(channels, modes).requires_grad_()
+    c = torch.randn(channels, modes, dtype=torch.complex64, requires_grad=True)
+    with LargestTensor() as largest:
+        vandermonde_product(p, c, length).square().sum().backward()
+        vandermonde_transpose_product(p, torch.randn(channels, length))
+    assert largest.numbers < channels * modes * length / 8
+
+
+def test_opcheck_and_compile():
+    p = disc(2, 3).requires_grad_()
+    c = torch.randn(2, 4, 3, dtype=torch.complex128, requires_grad=True)
+    g = torch.randn(2, 4, 11, dtype=torch.float64, requires_grad=True)
+    operators = torch.ops.gramian
+    torch.library.opcheck(operators.vandermonde_product.default, (p, c, 11))
+    torch.library.opcheck(operators.vandermonde_transpose_product.default, (p, g))
+    arguments = tuple(value.detach() for value in (g, p, c))
+    torch.library.opcheck(operators.vandermonde_product_backward.default, arguments)
+
+    def loss(p, c):
+        return vandermonde_product(p.unsqueeze(1), c, 11).square().sum()
+
+    value = torch.compile(loss, fullgraph=True, backend="aot_eager")(p, c)
+    torch.testing.assert_close(
+        torch.autograd.grad(value, (p, c)), torch.autograd.grad(loss(p, c), (p, c))
+    )
