@@ -26,8 +26,18 @@ CONFIGS = {
         "bias": False,
     },
     "modal": {"type": "modal", "orders": [0, 3, 1, 2]},
+    "s4d": {"type": "s4d", "state_size": 6},
+    "s4d_bilinear": {
+        "type": "s4d",
+        "state_size": 4,
+        "initialization": "inv",
+        "discretization": "bilinear",
+        "dt_min": 0.01,
+        "dt_max": 0.2,
+        "lr": 1e-4,
+    },
 }
-SYSTEM_TYPES = {"rtf": TransferFunction, "implicit": FIR, "modal": Modal}
+SYSTEM_TYPES = {"rtf": TransferFunction, "implicit": FIR, "modal": Modal, "s4d": Modal}
 
 
 def make(name: str, max_length: int = 40) -> Filter:

@@ -15,6 +15,7 @@ FILTERS = {
     "rtf": {"type": "rtf", "state_size": 4, "initialization": "montel"},
     "implicit": {"type": "implicit", "hidden": 16},
     "modal": {"type": "modal", "orders": 3},
+    "s4d": {"type": "s4d", "state_size": 8, "initialization": "lin"},
 }
 MIXERS = ["long_convolution", "hyena2", "hyena3", "multi_hyena"]
 

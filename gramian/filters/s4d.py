@@ -1,0 +1,153 @@
+r"""S4D: diagonal state spaces in continuous time, discretised.
+
+``x' = A x + B u``, ``y = 2 Re C x + D u`` with A diagonal and complex, one of each conjugate pair
+(S4D, Gu et al. 2022, arXiv 2206.11893). With a step dt for every channel (section 3.1 there)
+
+    zoh:       Ā = exp(dt A),                      B̄ = (exp(dt A) - 1) / A
+    bilinear:  Ā = (1 + dt A / 2) / (1 - dt A / 2),  B̄ = dt / (1 - dt A / 2)
+
+and the kernel is ``h_t = 2 Re Σ_k C_k B̄_k Ā_k^t`` plus D at t = 0: a modal system with the poles Ā
+and the residues ``2 C B̄ Ā``. B and C only meet in their product, so B = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from gramian.filters._filter import Filter, register
+from gramian.filters._hippo import normal_plus_low_rank
+from gramian.systems import Modal
+
+__all__ = ["S4D"]
+
+_INITIALIZATIONS = ("legs", "lin", "inv")
+_DISCRETIZATIONS = ("zoh", "bilinear")
+
+
+@register("s4d")
+class S4D(Filter):
+    """Diagonal state spaces: ``state_size / 2`` conjugate pairs of modes for every channel.
+
+    Real parameters: ``log_dt`` (channels), ``log_A_real`` and ``A_imag`` (channels, n / 2) for
+    ``A = -exp(log_A_real) + i A_imag``, ``C`` (channels, n / 2, 2) and ``D`` (channels). The real
+    part of A stays negative, so the poles stay inside the unit circle. They are computed and kept
+    in double precision, the kernel's samples in that of the parameters.
+
+    Args:
+        channels: Number of filters.
+        state_size: n, real states of every channel: even, since modes come in conjugate pairs.
+        max_length: Taps that training sees; the filter goes on past them.
+        initialization: Of A, real parts -1/2. "legs": the eigenvalues of the normal part of
+            HiPPO-LegS (S4D-LegS), C scaled by its B; "lin": ``πk i``, k = 0 … n/2 - 1 (S4D-Lin);
+            "inv": ``n/π (n / (2k + 1) - 1) i`` (S4D-Inv; equations 8 and 9 in the paper).
+        discretization: "zoh", zero-order hold, or "bilinear".
+        dt_min, dt_max: Range over which the initial steps are spread, uniformly in the logarithm.
+        lr: Largest learning rate that ``log_dt``, ``log_A_real`` and ``A_imag`` bear.
+
+    Raises:
+        ValueError: for an argument outside of these.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        state_size: int,
+        max_length: int,
+        initialization: str = "legs",
+        discretization: str = "zoh",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        lr: float = 1e-3,
+    ) -> None:
+        super().__init__(channels, max_length)
+        check_state_space(state_size, dt_min, dt_max, lr)
+        check_choice("initialization", initialization, _INITIALIZATIONS)
+        check_choice("discretization", discretization, _DISCRETIZATIONS)
+        self.state_size = state_size
+        self.initialization = initialization
+        self.discretization = discretization
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.lr = lr
+        modes = state_size // 2
+        self.log_dt = nn.Parameter(torch.empty(channels))
+        self.log_A_real = nn.Parameter(torch.empty(channels, modes))
+        self.A_imag = nn.Parameter(torch.empty(channels, modes))
+        self.C = nn.Parameter(torch.empty(channels, modes, 2))
+        self.D = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A as ``initialization`` says, steps log-uniform, C complex normal of unit variance (times
+        the moduli of HiPPO's B for "legs"), D standard normal."""
+        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
+        nn.init.constant_(self.log_A_real, math.log(0.5))
+        nn.init.normal_(self.C, std=math.sqrt(0.5))
+        nn.init.normal_(self.D)
+        n = self.state_size
+        k = torch.arange(n // 2, dtype=torch.float64, device="cpu")
+        if self.initialization == "legs":
+            hippo = normal_plus_low_rank(n)
+            self.A_imag.copy_(hippo.diagonal.imag)
+            self.C.mul_(hippo.B.abs().unsqueeze(-1).to(self.C))
+        elif self.initialization == "lin":
+            self.A_imag.copy_(math.pi * k)
+        else:
+            self.A_imag.copy_(n / math.pi * (n / (2 * k + 1) - 1))
+
+    def forward(self, length: int | None = None) -> Modal:
+        A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
+        dt = self.log_dt.double().exp().unsqueeze(-1)
+        step = dt * A
+        if self.discretization == "zoh":
+            growth = torch.expm1(step)
+            poles, B = 1 + growth, growth / A
+        else:
+            half = 1 / (1 - step / 2)
+            poles, B = (1 + step / 2) * half, dt * half
+        C = torch.view_as_complex(self.C)
+        first = 2 * C.to(B.dtype) * B  # h_t = Re Σ first poles^t
+        d = self.D + first.real.sum(-1)
+        return Modal(poles, (first * poles).to(C.dtype), d.to(self.D.dtype))
+
+    def optimizer_hints(self) -> dict[str, dict[str, float]]:
+        """Options of the optimiser for the parameters of the dynamics: a learning rate of at most
+        ``lr``, and no weight decay, which would drive A and dt to values that mean nothing."""
+        return {
+            name: {"lr": self.lr, "weight_decay": 0.0}
+            for name in ("log_dt", "log_A_real", "A_imag")
+        }
+
+    def config(self) -> dict[str, Any]:
+        return {
+            **super().config(),
+            "state_size": self.state_size,
+            "initialization": self.initialization,
+            "discretization": self.discretization,
+            "dt_min": self.dt_min,
+            "dt_max": self.dt_max,
+            "lr": self.lr,
+        }
+
+
+def check_state_space(state_size: Any, dt_min: float, dt_max: float, lr: float) -> None:
+    """Raise a ValueError unless the arguments of a continuous-time state space are possible."""
+    if not isinstance(state_size, int) or state_size < 2 or state_size % 2:
+        raise ValueError(
+            "state_size must be even and at least 2, since modes come in conjugate pairs, got "
+            f"{state_size!r}."
+        )
+    if not 0 < dt_min <= dt_max < math.inf:
+        raise ValueError(f"dt_min and dt_max must be 0 < dt_min <= dt_max, got {dt_min}, {dt_max}.")
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
