@@ -4,6 +4,7 @@ from gramian.systems._state import State
 from gramian.systems._system import Recurrence, System
 from gramian.systems.fir import FIR, FIRRecurrence, FIRState
 from gramian.systems.modal import Modal, ModalRecurrence, ModalState
+from gramian.systems.state_space import StateSpace, StateSpaceRecurrence, StateSpaceState
 from gramian.systems.transfer_function import (
     CompanionRecurrence,
     CompanionState,
@@ -21,6 +22,9 @@ __all__ = [
     "ModalState",
     "Recurrence",
     "State",
+    "StateSpace",
+    "StateSpaceRecurrence",
+    "StateSpaceState",
     "System",
     "TransferFunction",
 ]

@@ -20,9 +20,9 @@ from typing_extensions import Self
 
 from gramian.ops import causal_convolution, rational_kernel
 from gramian.ops.recursion import all_pole_filter
-from gramian.systems._hankel import reachability_factor
+from gramian.systems._hankel import check_spectral_radius, reachability_factor
 from gramian.systems._state import State
-from gramian.systems._system import System, check_tensor
+from gramian.systems._system import LinearRecurrence, System, check_tensor
 from gramian.systems.fir import FIR, FIRRecurrence, FIRState
 
 __all__ = ["CompanionRecurrence", "CompanionState", "TransferFunction"]
@@ -189,6 +189,10 @@ class TransferFunction(System):
         """(*C, n), complex128: the zeros of the denominator, by eigenvalues of the companion."""
         return torch.linalg.eigvals(self._companion())
 
+    def spectral_radius(self) -> Tensor:
+        """(*C), float64: the largest modulus of a pole; 0 without any."""
+        return torch.nn.functional.pad(self.poles().abs(), (0, 1)).amax(-1)
+
     def recurrence(self, form: str | None = None) -> CompanionRecurrence | FIRRecurrence:
         """The system as a recurrence.
 
@@ -244,12 +248,7 @@ class TransferFunction(System):
         if self.order == 0:
             return self.b.double()
         A = self._companion()
-        radius = float(torch.linalg.eigvals(A).abs().amax()) if A.numel() else 0.0
-        if radius >= 1:
-            raise ValueError(
-                "the infinite horizon needs every pole inside the unit circle, got spectral radius "
-                f"{radius:.6g}; give `length` for a finite one."
-            )
+        check_spectral_radius(self.spectral_radius())
         first = torch.zeros_like(self.a, dtype=torch.float64)
         first[..., 0] = 1
         reach = reachability_factor(A, first)
@@ -267,54 +266,21 @@ def _exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
     return (shifted @ taps.flip(-1).unsqueeze(-1)).squeeze(-1)
 
 
-class CompanionRecurrence:
+class CompanionRecurrence(LinearRecurrence):
     """``w_t = u_t - Σ a_j w_{t-j}``, ``y_t = d u_t + Σ b_j w_{t-j}``, in double precision."""
 
     form = "companion"
+    _state = CompanionState
 
     def __init__(self, system: TransferFunction) -> None:
-        self.system = system.frozen().to(dtype=torch.float64)
+        self.system: TransferFunction = system.frozen().to(dtype=torch.float64)
         self._taps = torch.stack([-self.system.a, self.system.b], dim=-1)  # (*C, n, 2)
-
-    @property
-    def error(self) -> float:
-        """Largest relative l2 error, over channels, of the impulse response as stepped against the
-        known taps; 0 where none are known, infinite where the recurrence overflows."""
-        known = self.system.taps
-        if known is None or self.system.order == 0:
-            return 0.0
-        state: State = self.initial_state(known.shape[:-1])
-        sample = torch.ones_like(known[..., 0])
-        outputs = []
-        for _ in range(known.shape[-1]):
-            y, state = self.step(sample, state)
-            outputs.append(y)
-            sample = torch.zeros_like(sample)
-        difference = torch.linalg.vector_norm(torch.stack(outputs, -1) - known, dim=-1)
-        scale = torch.linalg.vector_norm(known, dim=-1).clamp_min(torch.finfo(known.dtype).tiny)
-        return float((difference / scale).nan_to_num(torch.inf).max())
-
-    def initial_state(
-        self,
-        batch_shape: tuple[int, ...],
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> CompanionState:
-        """Zeros for samples of shape ``batch_shape`` = (*B, *C'), float64 unless told otherwise."""
-        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
-        zeros = self._taps.new_zeros(*shape, self.system.order, dtype=dtype, device=device)
-        return CompanionState(zeros)
-
-    @torch.no_grad()
-    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Take the chunk ``u`` (*B, *C', T) at once, block by block, in double precision."""
-        if state is None:
-            state = self.initial_state(u.shape[:-1], device=u.device)
-        return self.system._apply_from(u, state)
+        self._like, self._state_shape = self._taps, (self.system.order,)
+        if self.system.taps is not None and self.system.order:
+            self.error = self._measured_error(self.system.taps)
 
     @torch.no_grad()
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Take one sample (*B, *C'). Consumes ``state``: use only the one returned."""
         assert isinstance(state, CompanionState)
         (past,) = state
         sample = u_t.to(past.dtype)
