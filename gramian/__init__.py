@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gramian import filters, mixers, ops, reduction, systems
 from gramian.ops import causal_convolution
 from gramian.reduction import Reduction, reduce
-from gramian.systems import FIR, Modal, TransferFunction
+from gramian.systems import FIR, Modal, StateSpace, TransferFunction
 
 if TYPE_CHECKING:
     from gramian.distillation import DistillationReport, distill
@@ -27,6 +27,7 @@ __all__ = [
     "DistillationReport",
     "Modal",
     "Reduction",
+    "StateSpace",
     "TransferFunction",
     "causal_convolution",
     "distill",

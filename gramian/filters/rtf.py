@@ -10,37 +10,54 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gramian.filters._filter import Filter, register
+from gramian.ops import rational_impulse_response
+from gramian.ops.reflection import step_down, step_up
 from gramian.systems import TransferFunction
 
 __all__ = ["RTF"]
 
-_INITIALIZATIONS = ("zeros", "xavier", "montel")
+_NUMERATORS = ("truncated", "exact")
+_STABILITIES = ("none", "montel", "schur")
+_INITIALIZATIONS = ("zeros", "xavier", "montel", "schur")
+
+_REFLECTION_LIMIT = 1 - 1e-6
+"""Reflection coefficients stay below this, so that rounding does not take them to 1."""
+
+_SLACK = 1e-6
+"""Keeps the l1 norm of a Montel-bounded denominator below 1 even where its slack is 0."""
 
 
 @register("rtf")
 class RTF(Filter):
-    """Rational filters with the truncated numerator of the published parametrisation.
+    """Rational filters, with the truncated numerator of the published parametrisation or without.
 
-    The kernel of ``max_length`` taps is exactly rational; coefficients are transformed and divided
-    in float64, since in float32 the spectrum itself is off by more than 1e-4 for most stable
-    systems beyond n = 16. The system that ``forward`` returns carries the exact numerator, so its
-    recurrence computes the convolution that was learned.
+    Coefficients are transformed and divided in float64, since in float32 the spectrum itself is off
+    by more than 1e-4 for most stable systems beyond n = 16. The system that ``forward`` returns
+    carries the exact numerator, so its recurrence computes the convolution that was learned; which
+    form that recurrence takes, and how close it is, is in its ``form`` and ``error``.
 
     Args:
         channels: Number of filters.
         state_size: n, the degree of the denominators.
         max_length: Taps; fixes the grid of ``max_length + max_length % 2`` roots of unity whatever
             the length of an input. Greater than ``state_size``.
-        numerator: "truncated", the state-free parametrisation.
-        stability: "none": the denominators are free.
+        numerator: "truncated": b is the numerator of the kernel cut to the grid, and the kernel is
+            the inverse FFT of b / a (section 3.2). "exact": b is the numerator itself, whose kernel
+            goes on past ``max_length``, for training on sequences that continue from chunk to
+            chunk; the kernel costs about twice as much.
+        stability: "none": denominators are free. "montel": ``‖a‖₁ < 1``, which keeps all poles
+            inside the unit circle and excludes many stable denominators (section 3.4). "schur": the
+            parameters are ``atanh`` of the reflection coefficients, which reach every stable
+            denominator and no other; the recurrence can step on them.
         num_denominators: Denominators, each shared by ``channels / num_denominators`` neighbouring
             channels; default: one for every channel.
-        initialization: "zeros"; "xavier", uniform within ±1/√n, which can be unstable; "montel",
-            uniform within ±1/n, inside the region where Montel's bound keeps all poles in the unit
-            disc.
+        initialization: Of a and b: "zeros"; "xavier", uniform within ±1/√n, which can be unstable
+            (not with "schur"); "montel", uniform within ±1/n, inside the region where Montel's
+            bound keeps all poles in the unit circle; "schur", reflection coefficients tanh θ, θ
+            normal with variance 1/n, and b as in "montel".
 
     Raises:
         ValueError: for an argument outside of these.
@@ -61,14 +78,17 @@ class RTF(Filter):
             raise ValueError(
                 f"state_size must lie in 1 … max_length - 1 = {max_length - 1}, got {state_size}."
             )
-        if numerator != "truncated":
-            raise ValueError(f'numerator must be "truncated", got {numerator!r}.')
-        if stability != "none":
-            raise ValueError(f'stability must be "none", got {stability!r}.')
-        if initialization not in _INITIALIZATIONS:
+        for name, value, accepted in (
+            ("numerator", numerator, _NUMERATORS),
+            ("stability", stability, _STABILITIES),
+            ("initialization", initialization, _INITIALIZATIONS),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}.")
+        if stability == "schur" and initialization == "xavier":
             raise ValueError(
-                f"initialization must be one of {', '.join(_INITIALIZATIONS)}, got "
-                f"{initialization!r}."
+                'the initialization "xavier" can be unstable, which stability "schur" cannot hold; '
+                'take "zeros", "montel" or "schur".'
             )
         num_denominators = channels if num_denominators is None else num_denominators
         if num_denominators < 1 or channels % num_denominators:
@@ -80,21 +100,112 @@ class RTF(Filter):
         self.stability = stability
         self.num_denominators = num_denominators
         self.initialization = initialization
-        self.a = nn.Parameter(torch.empty(num_denominators, state_size))
+        coefficients = nn.Parameter(torch.empty(num_denominators, state_size))
+        if stability == "schur":
+            self.theta = coefficients
+        else:
+            self.a = coefficients
+        if stability == "montel":
+            self.slack = nn.Parameter(torch.empty(num_denominators))
         self.b = nn.Parameter(torch.empty(channels, state_size))
         self.d = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Coefficients as ``initialization`` says, the direct term standard normal."""
-        bound = {
-            "zeros": 0.0,
-            "xavier": 1 / math.sqrt(self.state_size),
-            "montel": 1 / self.state_size,
-        }[self.initialization]
-        for parameter in (self.a, self.b):
-            nn.init.uniform_(parameter, -bound, bound)
+        inside = 1 / self.state_size
+        bounds = {"zeros": 0.0, "xavier": math.sqrt(inside), "montel": inside, "schur": inside}
+        bound = bounds[self.initialization]
+        drawn = torch.empty_like(self.theta if self.stability == "schur" else self.a)
+        if self.initialization != "schur":
+            nn.init.uniform_(drawn, -bound, bound)
+            self._set(drawn)
+        else:
+            nn.init.normal_(drawn, std=math.sqrt(inside))
+            if self.stability == "schur":
+                with torch.no_grad():
+                    self.theta.copy_(drawn)
+            else:
+                self._set(step_up(torch.tanh(drawn.double())))
+        nn.init.uniform_(self.b, -bound, bound)
         nn.init.normal_(self.d)
+
+    def _set(self, a: Tensor) -> None:
+        """Parameters that make the denominators ``a`` (num_denominators, n)."""
+        a = a.double()
+        with torch.no_grad():
+            if self.stability == "schur":
+                k = step_down(a) / _REFLECTION_LIMIT
+                limit = 1 - torch.finfo(torch.float32).eps
+                self.theta.copy_(torch.atanh(k.clamp(-limit, limit)))
+            elif self.stability == "montel":
+                # a = θ / (‖θ‖₁ + slack + ε) with a slack of 1 where that is possible
+                norm = a.abs().sum(-1, keepdim=True)
+                self.slack.fill_(1.0)
+                room = torch.where(norm < 1, 1 - norm, 1.0)
+                self.a.copy_(torch.where(norm < 1, a * (1 + _SLACK) / room, a))
+            else:
+                self.a.copy_(a)
+
+    def load_denominator(self, a: Tensor) -> None:
+        """Take over denominators ``a_1 … a_n``, exactly up to the rounding of the parameters.
+
+        Args:
+            a: (num_denominators, n), real.
+
+        Raises:
+            ValueError: for another shape, or a denominator that ``stability`` cannot hold: a pole
+                on or outside of the unit circle with "schur", an l1 norm of 1 or more with
+                "montel".
+        """
+        shape = (self.num_denominators, self.state_size)
+        if tuple(a.shape) != shape:
+            raise ValueError(f"the denominators must have shape {shape}, got {tuple(a.shape)}.")
+        if self.stability == "schur":
+            wrong = ~(step_down(a).abs() < 1).all(-1)
+            reason = "has a pole on or outside of the unit circle"
+        elif self.stability == "montel":
+            wrong = ~(a.double().abs().sum(-1) < 1)
+            reason = "has an l1 norm of 1 or more"
+        else:
+            wrong = ~a.isfinite().all(-1)
+            reason = "is not finite"
+        if bool(wrong.any()):
+            raise ValueError(
+                f'denominator {int(wrong.nonzero()[0])} {reason}, which stability "'
+                f'{self.stability}" cannot hold.'
+            )
+        self._set(a)
+
+    def reflection(self) -> Tensor:
+        """(num_denominators, n), float64: reflection coefficients of the denominators. The record
+        with stability "schur", and otherwise computed: then one outside of (-1, 1) says that a pole
+        is outside of the unit circle."""
+        if self.stability == "schur":
+            return _REFLECTION_LIMIT * torch.tanh(self.theta.double())
+        return step_down(self.denominator())
+
+    def denominator(self) -> Tensor:
+        """(num_denominators, n): the coefficients ``a_1 … a_n``; float64 unless they are free."""
+        if self.stability == "schur":
+            return step_up(self.reflection())
+        if self.stability == "montel":
+            a = self.a.double()
+            norm = a.abs().sum(-1, keepdim=True)
+            return a / (norm + self.slack.double().abs().unsqueeze(-1) + _SLACK)
+        return self.a
+
+    @torch.no_grad()
+    def poles(self) -> Tensor:
+        """(num_denominators, n), complex128: the zeros of the denominators."""
+        a = self.denominator()
+        none = torch.zeros_like(a)
+        return TransferFunction(none, a, none[:, 0]).poles()
+
+    @torch.no_grad()
+    def spectral_radius(self) -> Tensor:
+        """(num_denominators,), float64: the largest modulus of a pole."""
+        return self.poles().abs().amax(-1)
 
     @property
     def grid(self) -> int:
@@ -103,14 +214,22 @@ class RTF(Filter):
 
     def forward(self, length: int | None = None) -> TransferFunction:
         shared = (self.num_denominators, self.channels // self.num_denominators)
-        system = TransferFunction.from_truncated(
-            self.b.reshape(*shared, -1),
-            self.a.unsqueeze(1),
-            self.d.reshape(shared),
-            self.grid,
-            length=min(self.max_length, length or self.max_length),
-            dtype=torch.float64,
-        )
+        length = min(self.max_length, length or self.max_length)
+        b, d = self.b.reshape(*shared, -1), self.d.reshape(shared)
+        a = self.denominator().unsqueeze(1)
+        reflection = self.reflection().unsqueeze(1) if self.stability == "schur" else None
+        if self.numerator == "truncated":
+            system = TransferFunction.from_truncated(
+                b, a, d, self.grid, length, torch.float64, reflection
+            )
+        else:
+            b, d, a = b.double(), d.double(), a.double()
+            if self.stability == "none":  # no circle is large enough for every pole
+                taps = TransferFunction(b, a.expand(b.shape), d).impulse_response(length)
+            else:
+                taps = rational_impulse_response(b, a, d, length)
+            known = reflection if reflection is None else reflection.expand(b.shape)
+            system = TransferFunction(b, a.expand(b.shape), d, taps=taps, reflection=known)
         return system.reshape_channels(self.channels)
 
     def config(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["reachability_factor"]
+__all__ = ["check_spectral_radius", "reachability_factor"]
 
 _MAX_DOUBLINGS = 64
 
@@ -32,3 +32,16 @@ def reachability_factor(A: Tensor, B: Tensor) -> Tensor:
             break
         power = power @ power
     return factor
+
+
+def check_spectral_radius(radius: Tensor) -> None:
+    """Raise a ValueError unless every pole is inside the unit circle: the infinite horizon.
+
+    Args:
+        radius: The largest modulus of a pole, for every channel.
+    """
+    if bool((radius >= 1).any()):
+        raise ValueError(
+            "the infinite horizon needs every pole inside the unit circle, got spectral radius "
+            f"{float(radius.max()):.6g}; give `length` for a finite one."
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol, overload
 
 import torch
@@ -14,14 +15,17 @@ from typing_extensions import Self
 from gramian.ops import causal_convolution
 from gramian.systems._state import State
 
-__all__ = ["Recurrence", "System"]
+__all__ = ["LinearRecurrence", "Recurrence", "System"]
 
 
 class Recurrence(Protocol):
     """A system made ready to be stepped: a frozen snapshot, through which no gradient flows."""
 
     form: str
-    """How it steps: "modal", "companion" or "online"."""
+    """How it steps: "modal", "lattice", "companion", "state_space" or "online"."""
+
+    error: float
+    """Relative l2 error of the impulse response that it steps through, where that was converted."""
 
     def initial_state(
         self,
@@ -36,6 +40,61 @@ class Recurrence(Protocol):
 
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Take one sample (*B, *C'). Consumes ``state``: use only the one returned."""
+
+
+class LinearRecurrence(abc.ABC):
+    """What the recurrences of finite-dimensional systems share: one state tensor (*B, *C', *S).
+
+    A subclass sets ``_state`` (the type of its states), ``_like`` (a tensor of their dtype and
+    device) and ``_state_shape`` S, and steps.
+    """
+
+    form: str
+    error: float = 0.0
+    """Largest relative l2 error, over channels, of the impulse response that the recurrence steps
+    through against the taps that the system was made from; 0 where it was made from no taps."""
+
+    system: System
+    _state: Callable[[Tensor], State]
+    _like: Tensor
+    _state_shape: tuple[int, ...]
+
+    def initial_state(
+        self,
+        batch_shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> Any:
+        """Zeros for samples of shape ``batch_shape`` = (*B, *C')."""
+        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
+        return self._state(
+            self._like.new_zeros(*shape, *self._state_shape, dtype=dtype, device=device)
+        )
+
+    @torch.no_grad()
+    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Take the chunk ``u`` (*B, *C', T) at once, by blocks; go on from ``state`` if given."""
+        if state is None:
+            state = self.initial_state(u.shape[:-1], device=u.device)
+        return self.system._apply_from(u, state)
+
+    @abc.abstractmethod
+    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Take one sample (*B, *C'). Consumes ``state``: use only the one returned."""
+
+    def _measured_error(self, taps: Tensor) -> float:
+        """Largest relative l2 error, over channels, of the impulse response as stepped against
+        ``taps`` (*C, K); infinite where the recurrence overflows."""
+        state = self.initial_state(taps.shape[:-1])
+        sample = torch.ones_like(taps[..., 0])
+        outputs = []
+        for _ in range(taps.shape[-1]):
+            y, state = self.step(sample, state)
+            outputs.append(y)
+            sample = torch.zeros_like(sample)
+        difference = torch.linalg.vector_norm(torch.stack(outputs, -1) - taps, dim=-1)
+        scale = torch.linalg.vector_norm(taps, dim=-1).clamp_min(torch.finfo(taps.dtype).tiny)
+        return float((difference / scale).nan_to_num(torch.inf).amax()) if taps.numel() else 0.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

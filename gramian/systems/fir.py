@@ -103,6 +103,7 @@ class FIRRecurrence:
     """An FIR system one sample at a time, by online convolution. Writes into its buffers."""
 
     form = "online"
+    error = 0.0
 
     def __init__(self, system: FIR) -> None:
         self.system = system.frozen()

@@ -19,8 +19,9 @@ from gramian.ops.vandermonde import (
     vandermonde_product,
     vandermonde_transpose_product,
 )
+from gramian.systems._hankel import check_spectral_radius
 from gramian.systems._state import State
-from gramian.systems._system import System, check_tensor, working_dtype
+from gramian.systems._system import LinearRecurrence, System, check_tensor, working_dtype
 
 __all__ = ["Modal", "ModalRecurrence", "ModalState"]
 
@@ -134,11 +135,7 @@ class Modal(System):
     def _infinite_hankel_singular_values(self) -> Tensor:
         """By the Takenaka–Malmquist basis of {λ, λ̄}, the QR factorisation of their Vandermonde
         matrix in closed form: products of quotients, so nothing cancels."""
-        if bool((self.spectral_radius() >= 1).any()):
-            raise ValueError(
-                "the infinite horizon needs every pole inside the unit circle, got spectral radius "
-                f"{float(self.spectral_radius().max()):.6g}; give `length` for a finite one."
-            )
+        check_spectral_radius(self.spectral_radius())
         poles = self.poles.to(torch.complex128)
         residues = self.residues.to(torch.complex128) / 2
         poles = torch.where(residues != 0, poles, 0)
@@ -155,41 +152,24 @@ class Modal(System):
         return torch.linalg.svdvals(factor.mT @ (residues.unsqueeze(-1) * factor))
 
 
-class ModalRecurrence:
+class ModalRecurrence(LinearRecurrence):
     """``y_t = Re Σ_k residues_k x_k + d u_t``, ``x ← λ x + u_t``."""
 
     form = "modal"
+    _state = ModalState
 
     def __init__(self, system: Modal) -> None:
-        self.system = system.frozen()
+        self.system: Modal = system.frozen()
         dtype = working_dtype(system.d)
         self._poles = self.system.poles.to(dtype.to_complex())
         # Re (r x) = (Re r)(Re x) - (Im r)(Im x): an inner product of real pairs.
         self._readout = torch.view_as_real(self.system.residues.conj().resolve_conj())
         self._readout = self._readout.flatten(-2).to(dtype)
-        self._d = self.system.d.to(dtype)
-
-    def initial_state(
-        self,
-        batch_shape: tuple[int, ...],
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> ModalState:
-        """Zeros for samples of shape ``batch_shape`` = (*B, *C')."""
-        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
-        modes = self.system.poles.shape[-1]
-        return ModalState(self._d.new_zeros(*shape, modes, 2, dtype=dtype, device=device))
-
-    @torch.no_grad()
-    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Take the chunk ``u`` (*B, *C', T) at once: one FFT convolution and one matrix product."""
-        if state is None:
-            state = self.initial_state(u.shape[:-1], device=u.device)
-        return self.system._apply_from(u, state)
+        self._d = self._like = self.system.d.to(dtype)
+        self._state_shape = (self.system.poles.shape[-1], 2)
 
     @torch.no_grad()
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Take one sample (*B, *C'). Consumes ``state``: use only the one returned."""
         assert isinstance(state, ModalState)
         (modes,) = state
         sample = u_t.to(modes.dtype)

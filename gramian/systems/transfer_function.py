@@ -1,17 +1,13 @@
-r"""Rational transfer functions, and the companion recurrence that steps them.
+r"""Rational transfer functions, and the choice of a recurrence that computes them.
 
 ``H(z) = d + (b_1 z^-1 + … + b_n z^-n) / (1 + a_1 z^-1 + … + a_n z^-n)``.
-
-Companion realisation (RTF, section 3.1): ``A = [[-a], [I, 0]]``, ``B = e_1``, ``C = b``. The state
-is the last n values of ``w = u / a(z)``, so a step takes O(n) operations. Coefficients and state
-are kept in double precision: rounding ``a`` to single makes half of all stable denominators of
-degree 128 unstable.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,28 +16,39 @@ from typing_extensions import Self
 
 from gramian.ops import causal_convolution, rational_kernel
 from gramian.ops.recursion import all_pole_filter
-from gramian.systems._hankel import reachability_factor
+from gramian.systems._hankel import check_spectral_radius, reachability_factor
 from gramian.systems._state import State
-from gramian.systems._system import System, check_tensor
-from gramian.systems.fir import FIR, FIRRecurrence, FIRState
+from gramian.systems._system import Recurrence, System, check_tensor
+from gramian.systems.companion import CompanionRecurrence, CompanionState
+from gramian.systems.fir import FIR, FIRState
+from gramian.systems.lattice import (
+    LatticeRecurrence,
+    LatticeState,
+    apply_lattice,
+    lattice_realisation,
+)
+from gramian.systems.modal import Modal, ModalRecurrence, ModalState
 
-__all__ = ["CompanionRecurrence", "CompanionState", "TransferFunction"]
+__all__ = ["TransferFunction"]
 
 _TOLERANCE = 1e-5
-"""Relative l2 error up to which a companion recurrence counts as the kernel it came from."""
+"""Relative l2 error up to which a recurrence counts as the kernel it came from."""
 
 _DENSE_ELEMENTS = 2**20
 """Elements up to which a product with a Toeplitz matrix is taken without an FFT."""
 
 
-class _Fields(NamedTuple):
-    past: Tensor
+Reducer = Callable[[Tensor, int], tuple[Modal, float]]
+"""Taps (*C, K) and an order to a modal system with nearly these taps, and its relative error."""
+
+_reducer: Reducer | None = None
 
 
-class CompanionState(_Fields, State):
-    """The last n values of ``w = u / a(z)``, newest first: (*B, *C', n), float64."""
-
-    __slots__ = ()
+def set_reducer(reducer: Reducer) -> None:
+    """Name the function through which a transfer function finds a modal recurrence: model
+    reduction, which builds on systems, hands itself down here."""
+    global _reducer
+    _reducer = reducer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,6 +72,8 @@ class TransferFunction(System):
     d: Tensor
     taps: Tensor | None = dataclasses.field(default=None, repr=False, kw_only=True)
     """The first taps, where they were known before ``b`` was: see :meth:`from_truncated`."""
+    reflection: Tensor | None = dataclasses.field(default=None, repr=False, kw_only=True)
+    """(*C, n): the reflection coefficients of ``a``, where ``a`` was made from them."""
 
     def __post_init__(self) -> None:
         for name in ("b", "a", "d"):
@@ -89,6 +98,7 @@ class TransferFunction(System):
         grid: int,
         length: int | None = None,
         dtype: torch.dtype | None = None,
+        reflection: Tensor | None = None,
     ) -> Self:
         """From a truncated numerator: the parametrisation of RTF (section 3.2).
 
@@ -105,6 +115,8 @@ class TransferFunction(System):
             length: Taps to keep for :meth:`impulse_response`; default: all of the grid.
             dtype: Of the system; default: that of the coefficients. In float32 the spectrum
                 itself is off by more than 1e-4 for most stable systems beyond n = 16.
+            reflection: The reflection coefficients of ``a``, of its shape, if it was made from
+                such.
 
         Raises:
             ValueError: if the grid is not larger than the order.
@@ -116,7 +128,9 @@ class TransferFunction(System):
         kernel = rational_kernel(b, a, d, grid, length=max(length, order + 1), dtype=dtype)
         a = a.to(kernel.dtype)
         exact = _exact_numerator(a, kernel[..., 1 : order + 1]) if order else b
-        return cls(exact, a.expand(b.shape), kernel[..., 0], taps=kernel)
+        if reflection is not None:
+            reflection = reflection.expand(b.shape)
+        return cls(exact, a.expand(b.shape), kernel[..., 0], taps=kernel, reflection=reflection)
 
     @classmethod
     def from_scipy(
@@ -189,38 +203,68 @@ class TransferFunction(System):
         """(*C, n), complex128: the zeros of the denominator, by eigenvalues of the companion."""
         return torch.linalg.eigvals(self._companion())
 
-    def recurrence(self, form: str | None = None) -> CompanionRecurrence | FIRRecurrence:
-        """The system as a recurrence.
+    def spectral_radius(self) -> Tensor:
+        """(*C), float64: the largest modulus of a pole; 0 without any."""
+        return torch.nn.functional.pad(self.poles().abs(), (0, 1)).amax(-1)
+
+    def recurrence(self, form: str | None = None) -> Recurrence:
+        """The system as a recurrence. Its ``form`` says which was taken, its ``error`` how far its
+        impulse response is from the known taps (relative l2 norm, largest of all channels).
 
         Args:
-            form: "companion", O(n) a step in double precision; "online", exact convolution with the
-                known taps; None: the companion form if its impulse response is that of the known
-                taps to 1e-5 in the relative l2 norm (always, where no taps are known: then the
-                coefficients are the definition), else "online".
+            form: "companion", O(n) a step in double precision; "lattice", O(n) a step on the
+                reflection coefficients, in single precision; "modal", poles and residues of a
+                reduction of the known taps to order n; "online", exact convolution with the known
+                taps; None: the first of these that is there and reproduces the known taps to 1e-5.
+                Where no taps are known the coefficients are the definition: "companion".
 
         Raises:
-            ValueError: for another form, or "online" where no taps are known.
+            ValueError: for another form, "lattice" where no reflection coefficients are known, or
+                "modal" or "online" where no taps are.
         """
-        if form not in (None, "companion", "online"):
-            raise ValueError(
-                'a transfer function has the recurrence forms "companion" and "online", got '
-                f"{form!r}."
-            )
-        if form == "online":
-            if self.taps is None:
+        forms: dict[str, Callable[[], Recurrence]] = {
+            "companion": lambda: CompanionRecurrence(self)
+        }
+        if self.reflection is not None:
+            k, b, d, taps = self.reflection, self.b, self.d, self.taps
+            forms["lattice"] = lambda: LatticeRecurrence(k, b, d, taps)
+        if self.taps is not None:
+            kernel = FIR(self.taps)
+            if _reducer is not None and self.order:
+                forms["modal"] = self._modal_recurrence
+            forms["online"] = kernel.recurrence
+        if form is not None:
+            if form not in forms:
                 raise ValueError(
-                    'the form "online" needs the taps of a finite kernel: use '
-                    "FIR(system.impulse_response(length)).recurrence()."
+                    f"this transfer function has the recurrence forms {', '.join(forms)}; got "
+                    f'{form!r} ("lattice" needs reflection coefficients, "modal" and "online" the '
+                    "taps of a finite kernel)."
                 )
-            return FIR(self.taps).recurrence()
-        companion = CompanionRecurrence(self)
-        if form is None and self.taps is not None and not companion.error <= _TOLERANCE:
-            return FIR(self.taps).recurrence()
-        return companion
+            return forms[form]()
+        if self.taps is None:
+            return forms["companion"]()
+        tried = (build() for build in forms.values())
+        return next(recurrence for recurrence in tried if recurrence.error <= _TOLERANCE)
+
+    @cached_property
+    def _modal(self) -> tuple[Modal, float]:
+        """A modal system of order n with nearly the known taps, and its relative error."""
+        assert _reducer is not None and self.taps is not None
+        return _reducer(self.taps.detach(), self.order)
+
+    def _modal_recurrence(self) -> ModalRecurrence:
+        system, error = self._modal
+        recurrence = system.recurrence()
+        recurrence.error = error
+        return recurrence
 
     def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
         if isinstance(state, FIRState) and self.taps is not None:
             return FIR(self.taps)(u, state)
+        if isinstance(state, LatticeState) and self.reflection is not None:
+            return apply_lattice(lattice_realisation(self.reflection, self.b, self.d), u, state)
+        if isinstance(state, ModalState) and self.taps is not None and _reducer is not None:
+            return self._modal[0](u, state)
         if not isinstance(state, CompanionState):
             raise TypeError(
                 f"a transfer function continues from a CompanionState, got {type(state).__name__}."
@@ -244,12 +288,7 @@ class TransferFunction(System):
         if self.order == 0:
             return self.b.double()
         A = self._companion()
-        radius = float(torch.linalg.eigvals(A).abs().amax()) if A.numel() else 0.0
-        if radius >= 1:
-            raise ValueError(
-                "the infinite horizon needs every pole inside the unit circle, got spectral radius "
-                f"{radius:.6g}; give `length` for a finite one."
-            )
+        check_spectral_radius(self.spectral_radius())
         first = torch.zeros_like(self.a, dtype=torch.float64)
         first[..., 0] = 1
         reach = reachability_factor(A, first)
@@ -265,61 +304,3 @@ def _exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
         return causal_convolution(taps, monic)
     shifted = torch.nn.functional.pad(monic, (order - 1, 0)).unfold(-1, order, 1)  # (*C, n, n)
     return (shifted @ taps.flip(-1).unsqueeze(-1)).squeeze(-1)
-
-
-class CompanionRecurrence:
-    """``w_t = u_t - Σ a_j w_{t-j}``, ``y_t = d u_t + Σ b_j w_{t-j}``, in double precision."""
-
-    form = "companion"
-
-    def __init__(self, system: TransferFunction) -> None:
-        self.system = system.frozen().to(dtype=torch.float64)
-        self._taps = torch.stack([-self.system.a, self.system.b], dim=-1)  # (*C, n, 2)
-
-    @property
-    def error(self) -> float:
-        """Largest relative l2 error, over channels, of the impulse response as stepped against the
-        known taps; 0 where none are known, infinite where the recurrence overflows."""
-        known = self.system.taps
-        if known is None or self.system.order == 0:
-            return 0.0
-        state: State = self.initial_state(known.shape[:-1])
-        sample = torch.ones_like(known[..., 0])
-        outputs = []
-        for _ in range(known.shape[-1]):
-            y, state = self.step(sample, state)
-            outputs.append(y)
-            sample = torch.zeros_like(sample)
-        difference = torch.linalg.vector_norm(torch.stack(outputs, -1) - known, dim=-1)
-        scale = torch.linalg.vector_norm(known, dim=-1).clamp_min(torch.finfo(known.dtype).tiny)
-        return float((difference / scale).nan_to_num(torch.inf).max())
-
-    def initial_state(
-        self,
-        batch_shape: tuple[int, ...],
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> CompanionState:
-        """Zeros for samples of shape ``batch_shape`` = (*B, *C'), float64 unless told otherwise."""
-        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
-        zeros = self._taps.new_zeros(*shape, self.system.order, dtype=dtype, device=device)
-        return CompanionState(zeros)
-
-    @torch.no_grad()
-    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Take the chunk ``u`` (*B, *C', T) at once, block by block, in double precision."""
-        if state is None:
-            state = self.initial_state(u.shape[:-1], device=u.device)
-        return self.system._apply_from(u, state)
-
-    @torch.no_grad()
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Take one sample (*B, *C'). Consumes ``state``: use only the one returned."""
-        assert isinstance(state, CompanionState)
-        (past,) = state
-        sample = u_t.to(past.dtype)
-        feedback, output = torch.einsum("...n,...nk->...k", past, self._taps).unbind(-1)
-        newest = (sample + feedback).unsqueeze(-1)
-        y = torch.addcmul(output, self.system.d, sample)
-        past = torch.cat([newest, past[..., : self.system.order - 1]], dim=-1)
-        return y.to(u_t.dtype), CompanionState(past if self.system.order else state.past)

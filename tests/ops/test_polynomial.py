@@ -6,7 +6,7 @@ import torch
 from scipy import signal
 from torch import Tensor
 
-from gramian.ops import evaluate_on_roots_of_unity, rational_kernel
+from gramian.ops import evaluate_on_roots_of_unity, rational_impulse_response, rational_kernel
 
 SHARED = [(6,), (1,), (), (2, 1), (3,), (1, 3), (2, 3)]  # shapes of a's channels
 
@@ -53,6 +53,21 @@ def test_kernel_is_the_impulse_response_where_nothing_aliases(
     for row, b_i, a_i, d_i in zip(kernel, b.numpy(), a.numpy(), d.numpy(), strict=True):
         expected = signal.lfilter(np.r_[d_i, b_i + d_i * a_i], np.r_[1, a_i], impulse)
         np.testing.assert_allclose(row, expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 257, 1000])
+@pytest.mark.parametrize("radius", [0.5, 0.999, 1.0])
+def test_impulse_response_of_slowly_decaying_systems(radius: float, length: int) -> None:
+    """No aliasing, not even with poles on the unit circle."""
+    angles = np.pi * np.array([0.1, 0.37, 0.8])
+    poles = radius * np.exp(1j * np.r_[angles, -angles])
+    a = torch.from_numpy(np.poly(poles).real[1:].copy())
+    b, d = torch.randn(2, 6, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+    taps = rational_impulse_response(b, a, d, length).numpy()
+    impulse = np.eye(1, length)[0]
+    for row, b_i, d_i in zip(taps, b.numpy(), d.numpy(), strict=True):
+        expected = signal.lfilter(np.r_[d_i, b_i + d_i * a.numpy()], np.r_[1, a], impulse)
+        np.testing.assert_allclose(row, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("shared", SHARED)

@@ -8,7 +8,7 @@ import scipy.signal
 import torch
 import torch.utils._pytree as pytree
 
-from gramian import FIR, Modal, TransferFunction
+from gramian import FIR, Modal, StateSpace, TransferFunction
 from gramian.systems import State, System
 
 LENGTHS = [1, 2, 3, 63, 257, 1000]
@@ -30,6 +30,11 @@ def make(
     if name == "modal":
         residues = torch.randn(*channels, order, dtype=torch.complex128)
         return Modal(conjugate_poles(*channels, order, radius=radius), residues, d)
+    if name == "state_space":
+        A = torch.randn(*channels, order, order, dtype=torch.float64)
+        A = A * radius / torch.linalg.eigvals(A).abs().amax(-1)[..., None, None]
+        B, C = torch.randn(2, *channels, order, dtype=torch.float64)
+        return StateSpace(A, B, C, d)
     poles = conjugate_poles(*channels, order // 2, radius=radius).reshape(-1, order // 2).numpy()
     a = np.stack([np.poly(np.r_[p, p.conj()]).real[1:] for p in poles])
     a = torch.from_numpy(a).reshape(*channels, order)
@@ -40,7 +45,7 @@ def make(
     return TransferFunction.from_truncated(b, a, d, 1000)
 
 
-SYSTEMS = ["fir", "modal", "transfer_function", "truncated"]
+SYSTEMS = ["fir", "modal", "state_space", "transfer_function", "truncated"]
 
 
 @pytest.fixture(autouse=True)
@@ -323,6 +328,16 @@ def test_orders():
     torch.testing.assert_close(system.spectral_radius(), torch.tensor([0.26**0.5, 0.9]))
     assert make("transfer_function").order == 6
     assert make("fir").order == 39
+    assert make("state_space").order == 6
+
+
+@pytest.mark.parametrize("name", ["state_space", "transfer_function"])
+def test_spectral_radius_is_that_of_the_poles(name):
+    system = make(name, (2, 3), radius=0.8)
+    A = system._companion() if name == "transfer_function" else system.A
+    expected = np.abs(np.linalg.eigvals(A.numpy())).max(-1)
+    np.testing.assert_allclose(system.spectral_radius(), expected, rtol=1e-9)
+    assert system.poles().shape == (2, 3, 6)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +357,18 @@ def test_orders():
             ValueError,
             "channels",
         ),
+        (
+            lambda: StateSpace(torch.eye(2), torch.ones(2), torch.ones(3), torch.ones(())),
+            ValueError,
+            "n, n",
+        ),
+        (
+            lambda: StateSpace(*make("modal", (), 2)._fields()[:1] * 3, torch.ones(())),
+            TypeError,
+            "real floating point",
+        ),
+        (lambda: make("state_space").recurrence("modal"), ValueError, "state_space"),
+        (lambda: StateSpace.from_scipy(1.0, [[1, 2]], 1.0, 0.0), ValueError, "one input"),
         (lambda: make("fir")(torch.zeros(2, 9)), ValueError, "broadcast"),
         (lambda: make("modal")(torch.zeros(3, 9, dtype=torch.int64)), TypeError, "floating"),
         (lambda: make("fir").recurrence("modal"), ValueError, "online"),

@@ -1,0 +1,99 @@
+r"""Powers of dense matrices between two vectors, as products of about √L × √L blocks.
+
+``c A^t x`` for t = iJ + j splits into ``(c A^{iJ}) (A^j x)``: about √L rows and as many columns,
+made by doubling with the squares of ``A``, and one matrix product. Neither L powers nor an n × L
+matrix is formed. Powers are taken in double precision: in single precision the 16384th power of a matrix
+of spectral radius 0.999 has no digit left.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["krylov_product", "krylov_sum", "krylov_vectors", "matrix_power"]
+
+
+def krylov_vectors(A: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``x, A x, …, A^(count-1) x`` by doubling, for a power of two ``count``.
+
+    Args:
+        A: (*C, n, n).
+        x: (*B, n, r), ``C`` broadcasting against ``B``.
+        count: A power of two.
+
+    Returns:
+        The vectors (*B, n, r count), the r vectors of each power side by side, and ``A^count``.
+    """
+    power = A
+    while count > 1:
+        x = torch.cat([x, power @ x], dim=-1)
+        power = power @ power
+        count //= 2
+    return x, power
+
+
+def matrix_power(A: Tensor, exponent: int) -> Tensor:
+    """``A`` to a power ≥ 0, by squaring."""
+    result = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    while exponent:
+        if exponent & 1:
+            result = result @ A
+        exponent >>= 1
+        if exponent:
+            A = A @ A
+    return result
+
+
+def _columns(length: int) -> int:
+    """A power of two near √length."""
+    return 1 << (max(1, math.isqrt(length)) - 1).bit_length()
+
+
+def krylov_product(c: Tensor, A: Tensor, x: Tensor, length: int) -> Tensor:
+    """``c A^t x`` for t = 0 … length - 1.
+
+    Args:
+        c: (*C, n).
+        A: (*C, n, n).
+        x: (*B, n), ``C`` broadcasting against ``B``.
+        length: At least 1.
+
+    Returns:
+        (*B, length), in the dtype of ``x``; differentiable.
+    """
+    columns = _columns(length)
+    rows = 1 << (-(-length // columns) - 1).bit_length()
+    wide = A.double()
+    right, stride = krylov_vectors(wide, x.double().unsqueeze(-1), columns)  # (*B, n, J)
+    left, _ = krylov_vectors(stride.mT, c.double().unsqueeze(-1), rows)  # (*C, n, I)
+    # From here on nothing cancels that would not cancel in the taps themselves.
+    samples = left.mT.to(x.dtype) @ right.to(x.dtype)  # (*B, I, J)
+    return samples.flatten(-2)[..., :length]
+
+
+def krylov_sum(A: Tensor, b: Tensor, signal: Tensor) -> Tensor:
+    """``Σ_j A^(T-1-j) b signal_j``: the state that a recurrence reaches after T inputs.
+
+    Args:
+        A: (*C, n, n).
+        b: (*C, n).
+        signal: (*B, T), ``C`` broadcasting against ``B``.
+
+    Returns:
+        (*B, n), in the dtype of ``signal``; differentiable.
+    """
+    length = signal.shape[-1]
+    columns = _columns(length)
+    rows = 1 << (-(-length // columns) - 1).bit_length()
+    right, stride = krylov_vectors(A.double(), b.double().unsqueeze(-1), columns)
+    # Padded in front, so that the last sample meets the power zero.
+    padded = torch.nn.functional.pad(signal.double(), (rows * columns - length, 0))
+    blocks = padded.unflatten(-1, (rows, columns)).mT  # (*B, J, I)
+    partial = right.flip(-1) @ blocks  # (*B, n, I)
+    while partial.shape[-1] > 1:  # neighbours first: the earlier one is J steps older
+        partial = stride @ partial[..., ::2] + partial[..., 1::2]
+        stride = stride @ stride
+    return partial.squeeze(-1).to(signal.dtype)

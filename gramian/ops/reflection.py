@@ -1,0 +1,78 @@
+r"""Reflection coefficients of polynomials, and the lattice that they make.
+
+A monic polynomial ``A_n(z) = 1 + a_1 z^-1 + … + a_n z^-n`` has all its zeros inside the unit circle
+exactly if the reflection coefficients of the Schur–Cohn (or Levinson) recursion
+
+    A_m(z) = A_{m-1}(z) + k_m z^-m A_{m-1}(1/z),   m = 1 … n,   A_0 = 1
+
+all lie in (-1, 1). Step-up goes from k to a, step-down from a to k; both in double precision, for
+near the circle rounding moves poles across it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["ladder_weights", "step_down", "step_up"]
+
+_ELEMENTS = 2**24
+"""Numbers of the triangular matrices that are formed at once."""
+
+
+def step_up(reflection: Tensor) -> Tensor:
+    """Denominator coefficients ``a_1 … a_n`` (*C, n) of reflection coefficients (*C, n).
+
+    In float64; differentiable.
+    """
+    k = reflection.double()
+    a = k[..., :0]
+    for m in range(k.shape[-1]):
+        last = k[..., m : m + 1]
+        a = torch.cat([a + last * a.flip(-1), last], dim=-1)
+    return a
+
+
+def step_down(a: Tensor) -> Tensor:
+    """Reflection coefficients (*C, n) of denominator coefficients ``a_1 … a_n`` (*C, n).
+
+    In float64. Where they leave [-1, 1] the polynomial has a zero outside of the unit circle, and
+    those of lower degree mean nothing; where they reach ±1, NaN and infinite ones follow.
+    """
+    a = a.double()
+    reflection = torch.empty_like(a)
+    for m in range(a.shape[-1], 0, -1):
+        last = a[..., -1:]
+        reflection[..., m - 1 : m] = last
+        a = a[..., :-1]
+        a = (a - last * a.flip(-1)) / (1 - last.square())
+    return reflection
+
+
+def ladder_weights(reflection: Tensor, b: Tensor) -> Tensor:
+    """Weights e of a lattice's past with ``b(z) = Σ_{m<n} e_m z^-1 z^-m A_m(1/z)``.
+
+    Args:
+        reflection: (*C, n).
+        b: (*C, n), numerator coefficients ``b_1 … b_n``.
+
+    Returns:
+        (*C, n), float64.
+    """
+    k, b = torch.broadcast_tensors(reflection.double(), b.double())
+    order = k.shape[-1]
+    flat_k, flat_b = k.reshape(-1, order), b.reshape(-1, order)
+    size = max(1, _ELEMENTS // max(1, order * order))
+    parts = []
+    for some_k, some_b in zip(flat_k.split(size), flat_b.split(size), strict=True):
+        rows = torch.zeros(len(some_k), order, order, dtype=torch.float64, device=k.device)
+        a = some_k[:, :0]
+        for m in range(order):  # row m holds A_m reversed: A_m[m], …, A_m[1], 1
+            rows[:, m, :m], rows[:, m, m] = a.flip(-1), 1
+            last = some_k[:, m : m + 1]
+            a = torch.cat([a + last * a.flip(-1), last], dim=-1)
+        solved = torch.linalg.solve_triangular(
+            rows.mT, some_b.unsqueeze(-1), upper=True, unitriangular=True
+        )
+        parts.append(solved.squeeze(-1))
+    return torch.cat(parts).reshape(b.shape) if parts else b

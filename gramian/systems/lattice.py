@@ -1,0 +1,111 @@
+r"""The lattice: a rational system stepped on its reflection coefficients.
+
+With ``x`` the backward prediction errors of the last step, a step of the two-multiplier lattice
+
+    f_m = u - Σ_{j>m} k_j x_{j-1},   x_m ← x_{m-1} + k_m f_{m-1},   x_0 ← f_0,   y = d u + Σ e_m x_m
+
+is O(n): one suffix sum and one product. Its coefficients are those of the Schur recursion, whose
+rounding moves poles but never across the unit circle, so that single precision is enough
+(A. H. Gray and J. D. Markel, "Digital lattice and ladder filter synthesis", 1973).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.ops.reflection import ladder_weights
+from gramian.systems._state import State
+from gramian.systems._system import LinearRecurrence, System
+from gramian.systems.state_space import StateSpace, StateSpaceState
+
+__all__ = ["LatticeRecurrence", "LatticeState"]
+
+
+class _Fields(NamedTuple):
+    x: Tensor
+
+
+class LatticeState(_Fields, State):
+    """Backward prediction errors of the last step: (*B, *C', n)."""
+
+    __slots__ = ()
+
+
+def _lattice_step(k: Tensor, x: Tensor, sample: Tensor) -> Tensor:
+    """The next state, from k (*C, n), x (*B, *C', n) and sample (*B, *C', 1)."""
+    forward = sample - (k * x).flip(-1).cumsum(-1).flip(-1)  # f_0 … f_{n-1}
+    later = torch.addcmul(x[..., :-1], k[..., :-1], forward[..., :-1])
+    return torch.cat([forward[..., :1], later], dim=-1)
+
+
+def lattice_realisation(reflection: Tensor, b: Tensor, d: Tensor) -> StateSpace:
+    """The lattice as a dense state space in float64: for chunks, which go by blocks.
+
+    Args:
+        reflection: (*C, n) or broadcasting against it.
+        b: (*C, n).
+        d: (*C).
+    """
+    k = reflection.double().expand(b.shape)
+    order = k.shape[-1]
+    unit = torch.eye(order, dtype=torch.float64, device=k.device)
+    silence = k.new_zeros(*k.shape[:-1], 1, 1)
+    A = _lattice_step(k.unsqueeze(-2), unit.expand(*k.shape[:-1], -1, -1), silence).mT
+    B = _lattice_step(k, torch.zeros_like(k), torch.ones_like(k[..., :1]))
+    return StateSpace(A, B, ladder_weights(k, b), d.double())
+
+
+class LatticeRecurrence(LinearRecurrence):
+    """Steps in the precision of the coefficients' taps, single by default.
+
+    Args:
+        reflection: (*C, n), inside (-1, 1), or broadcasting against it.
+        b: (*C, n), the exact numerator.
+        d: (*C).
+        taps: (*C, K), what the recurrence has to reproduce.
+        dtype: Of state and coefficients.
+    """
+
+    form = "lattice"
+    _state = LatticeState
+
+    def __init__(
+        self,
+        reflection: Tensor,
+        b: Tensor,
+        d: Tensor,
+        taps: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.system: System = lattice_realisation(*(t.detach() for t in (reflection, b, d)))
+        self._k = reflection.detach().to(dtype)
+        self._weights = self.system.C.to(dtype)
+        self._d = self.system.D.to(dtype)
+        self._like, self._state_shape = self._weights, (b.shape[-1],)
+        if taps is not None:
+            self.error = self._measured_error(taps.detach())
+
+    @torch.no_grad()
+    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        if state is None:
+            state = self.initial_state(u.shape[:-1], device=u.device)
+        assert isinstance(state, LatticeState)
+        return apply_lattice(self.system, u, state)
+
+    @torch.no_grad()
+    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
+        assert isinstance(state, LatticeState)
+        (x,) = state
+        sample = u_t.to(x.dtype)
+        y = torch.addcmul((self._weights * x).sum(-1), self._d, sample)
+        new = _lattice_step(self._k.to(x.dtype), x, sample.unsqueeze(-1))
+        return y.to(u_t.dtype), LatticeState(new)
+
+
+def apply_lattice(realisation: System, u: Tensor, state: LatticeState) -> tuple[Tensor, State]:
+    """A chunk from ``state``, through the lattice's :func:`lattice_realisation`."""
+    y, new = realisation._apply_from(u, StateSpaceState(*state))
+    return y, LatticeState(*new)

@@ -1,0 +1,205 @@
+r"""State-space systems with a dense state matrix.
+
+``x_{t+1} = A x_t + B u_t``, ``y_t = C x_t + D u_t``, so ``h_0 = D`` and ``h_t = C A^(t-1) B``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from typing_extensions import Self
+
+from gramian.ops import causal_convolution
+from gramian.ops.krylov import krylov_product, krylov_sum, matrix_power
+from gramian.systems._hankel import check_spectral_radius, reachability_factor
+from gramian.systems._state import State
+from gramian.systems._system import LinearRecurrence, System, check_tensor, working_dtype
+
+__all__ = ["StateSpace", "StateSpaceRecurrence", "StateSpaceState"]
+
+
+class _Fields(NamedTuple):
+    x: Tensor
+
+
+class StateSpaceState(_Fields, State):
+    """The state vector: (*B, *C', n)."""
+
+    __slots__ = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StateSpace(System):
+    """``x_{t+1} = A x_t + B u_t``, ``y_t = C x_t + D u_t``: one input and one output a channel.
+
+    Args:
+        A: (*C, n, n), real: the state matrix.
+        B: (*C, n), real: the input vector.
+        C: (*C, n), real: the output vector.
+        D: (*C), real: the direct term ``h_0``.
+
+    Raises:
+        TypeError: if a field is not a real floating-point tensor.
+        ValueError: if the shapes do not belong together.
+    """
+
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("A", "B", "C", "D"):
+            value = getattr(self, name)
+            check_tensor(f"{name} of a state-space system", value)
+            if not value.dtype.is_floating_point:
+                raise TypeError(
+                    f"{name} of a state-space system must be real floating point, got "
+                    f"{value.dtype}."
+                )
+        vector = (*self.D.shape, self.B.shape[-1] if self.B.ndim else 0)
+        expected = ((*vector, vector[-1]), vector, vector)
+        if tuple(field.shape for field in (self.A, self.B, self.C)) != expected:
+            raise ValueError(
+                "a state-space system takes A (*channels, n, n), B and C (*channels, n) and D "
+                f"(*channels), got {tuple(self.A.shape)}, {tuple(self.B.shape)}, "
+                f"{tuple(self.C.shape)} and {tuple(self.D.shape)}."
+            )
+
+    @classmethod
+    def from_scipy(
+        cls,
+        A: ArrayLike,
+        B: ArrayLike,
+        C: ArrayLike,
+        D: ArrayLike,
+        dtype: torch.dtype = torch.float64,
+    ) -> Self:
+        """From scipy's matrices ``(A, B, C, D)`` of a discrete-time system: a single channel.
+
+        Args:
+            A: (n, n).
+            B: (n, 1).
+            C: (1, n).
+            D: (1, 1).
+            dtype: Of the result.
+
+        Raises:
+            ValueError: if the system has several inputs or outputs, or the shapes do not fit.
+        """
+        a, b, c, d = (np.atleast_2d(np.asarray(m, dtype=np.float64)) for m in (A, B, C, D))
+        n = a.shape[0] if a.size else 0
+        if a.size != n * n or b.size != n or c.size != n or d.size != 1:
+            raise ValueError(
+                "a channel has one input and one output, A (n, n), B (n, 1), C (1, n) and D "
+                f"(1, 1); got {a.shape}, {b.shape}, {c.shape} and {d.shape}."
+            )
+        fields = (a.reshape(n, n), b.reshape(n), c.reshape(n), d.reshape(()))
+        return cls(*(torch.from_numpy(np.array(f)).to(dtype) for f in fields))
+
+    def to_scipy(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """``(A, B, C, D)`` of scipy.signal, float64: (*C, n, n), (*C, n, 1), (*C, 1, n) and
+        (*C, 1, 1)."""
+        a, b, c, d = (
+            field.detach().double().cpu().numpy() for field in (self.A, self.B, self.C, self.D)
+        )
+        return a, b[..., :, None], c[..., None, :], d[..., None, None]
+
+    @property
+    def channel_shape(self) -> torch.Size:
+        return self.D.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.D.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.D.device
+
+    @property
+    def order(self) -> int:
+        """n, the dimension of the state."""
+        return self.B.shape[-1]
+
+    def poles(self) -> Tensor:
+        """(*C, n), complex128: the eigenvalues of ``A``."""
+        return torch.linalg.eigvals(self.A.double())
+
+    def spectral_radius(self) -> Tensor:
+        """(*C), float64: the largest modulus of a pole."""
+        return torch.nn.functional.pad(self.poles().abs(), (0, 1)).amax(-1)
+
+    def impulse_response(self, length: int) -> Tensor:
+        """The Markov parameters (*C, length): O(n² √L + n L + n³ log L) operations."""
+        if length == 1 or self.order == 0:
+            return torch.nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
+        tail = krylov_product(self.C, self.A, self.B, length - 1)
+        return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)
+
+    def recurrence(self, form: str | None = None) -> StateSpaceRecurrence:
+        """One product with the dense ``A`` a step; the only form of a state-space system.
+
+        :func:`gramian.systems.to_modal` and :func:`gramian.systems.to_transfer_function` lead to
+        cheaper ones where they exist.
+
+        Raises:
+            ValueError: for any other form than "state_space".
+        """
+        if form not in (None, "state_space"):
+            raise ValueError(
+                f'a state-space system has the recurrence form "state_space" only, got {form!r}.'
+            )
+        return StateSpaceRecurrence(self)
+
+    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        if not isinstance(state, StateSpaceState):
+            raise TypeError(
+                f"a state-space system continues from a StateSpaceState, got "
+                f"{type(state).__name__}."
+            )
+        (x,) = state
+        length = u.shape[-1]
+        signal = u.to(x.dtype)
+        y = causal_convolution(signal, self.impulse_response(length).to(x.dtype))
+        y = y + krylov_product(self.C, self.A, x, length)
+        power = matrix_power(self.A.double(), length)
+        carried = (power @ x.double().unsqueeze(-1)).squeeze(-1).to(x.dtype)
+        return y.to(u.dtype), StateSpaceState(carried + krylov_sum(self.A, self.B, signal))
+
+    def _infinite_hankel_singular_values(self) -> Tensor:
+        if self.order == 0:
+            return self.B.double()
+        check_spectral_radius(self.spectral_radius())
+        reach = reachability_factor(self.A.double(), self.B.double())
+        observe = reachability_factor(self.A.double().mT, self.C.double())
+        return torch.linalg.svdvals(observe @ reach.mT)
+
+
+class StateSpaceRecurrence(LinearRecurrence):
+    """``y_t = C x + D u_t``, ``x ← A x + B u_t``."""
+
+    form = "state_space"
+    _state = StateSpaceState
+
+    def __init__(self, system: StateSpace) -> None:
+        self.system: StateSpace = system.frozen()
+        dtype = working_dtype(system.D)
+        # One matrix for output and next state: a step is one product and one sum.
+        rows = torch.cat([self.system.A, self.system.C.unsqueeze(-2)], dim=-2).to(dtype)
+        inputs = torch.cat([self.system.B, self.system.D.unsqueeze(-1)], dim=-1).to(dtype)
+        self._rows, self._inputs = rows, inputs
+        self._like, self._state_shape = inputs, (self.system.order,)
+
+    @torch.no_grad()
+    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
+        assert isinstance(state, StateSpaceState)
+        (x,) = state
+        sample = u_t.to(x.dtype).unsqueeze(-1)
+        new = (self._rows.to(x.dtype) @ x.unsqueeze(-1)).squeeze(-1) + self._inputs * sample
+        return new[..., -1].to(u_t.dtype), StateSpaceState(new[..., :-1])
