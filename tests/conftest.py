@@ -24,3 +24,25 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+class LargestAllocation:
+    """Bytes of the largest tensor that an operation allocated inside a ``with`` block, also inside
+    of operators that are opaque to PyTorch's dispatch modes."""
+
+    bytes = 0
+
+    def __enter__(self) -> LargestAllocation:
+        self._profile = torch.autograd.profiler.profile(profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._profile.__exit__(*exception)
+        events = self._profile.function_events or []
+        self.bytes = max(event.self_cpu_memory_usage for event in events)
+
+
+@pytest.fixture
+def largest_allocation() -> type[LargestAllocation]:
+    return LargestAllocation

@@ -226,7 +226,7 @@ def _transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
             _fold_rows(partial, stride)
             sums[block] = partial[:, :, 0]
 
-    work(evaluate, _tasks(signal, poles, length), sums)
+    work(evaluate, _tasks(sums, poles, length), sums)
     return sums
 
 
@@ -239,9 +239,9 @@ def _product_backward(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[T
     half until one is left, value and derivative together.
     """
     modes, (rows, columns) = poles.shape[-1], _split(g.shape[-1])
-    of_poles, of_coefficients = torch.zeros_like(poles), torch.empty_like(coefficients)
+    of_poles, of_coefficients = torch.zeros_like(poles), coefficients.new_empty(coefficients.shape)
     count = torch.arange(1, columns, dtype=g.dtype, device=g.device).reshape(-1, 1, 1)
-    tasks = _tasks(g, poles, g.shape[-1])
+    tasks = _tasks(of_coefficients, poles, g.shape[-1])
 
     def differentiate(task: Task) -> Tensor:
         own = poles[task.shared[0]]
@@ -302,7 +302,7 @@ def _transpose_product_fake(poles: Tensor, signal: Tensor) -> Tensor:
 
 @register_fake(_product_backward)
 def _product_backward_fake(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(poles), torch.empty_like(coefficients)
+    return torch.empty_like(poles), coefficients.new_empty(coefficients.shape)
 
 
 def _pole_sums(poles: Tensor, signal: Tensor) -> Tensor:
