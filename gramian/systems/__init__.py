@@ -3,6 +3,7 @@
 from gramian.systems._state import State
 from gramian.systems._system import Recurrence, System
 from gramian.systems.companion import CompanionRecurrence, CompanionState
+from gramian.systems.dplr import DPLR, DPLRRecurrence, DPLRState
 from gramian.systems.fir import FIR, FIRRecurrence, FIRState
 from gramian.systems.lattice import LatticeRecurrence, LatticeState
 from gramian.systems.modal import Modal, ModalRecurrence, ModalState
@@ -10,9 +11,12 @@ from gramian.systems.state_space import StateSpace, StateSpaceRecurrence, StateS
 from gramian.systems.transfer_function import TransferFunction
 
 __all__ = [
+    "DPLR",
     "FIR",
     "CompanionRecurrence",
     "CompanionState",
+    "DPLRRecurrence",
+    "DPLRState",
     "FIRRecurrence",
     "FIRState",
     "LatticeRecurrence",

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from gramian import FIR, Modal, StateSpace, TransferFunction
-from gramian.systems import State, System
+from gramian.systems import DPLR, State, System
 
 LENGTHS = [1, 2, 3, 63, 257, 1000]
 
@@ -35,6 +35,12 @@ def make(
         A = A * radius / torch.linalg.eigvals(A).abs().amax(-1)[..., None, None]
         B, C = torch.randn(2, *channels, order, dtype=torch.float64)
         return StateSpace(A, B, C, d)
+    if name == "dplr":  # the bilinear transform of Λ - P P*, which keeps it stable
+        poles = conjugate_poles(*channels, order // 2, radius=radius)
+        P, B, C = torch.randn(3, *channels, order // 2, dtype=torch.complex128) / 2
+        q = P.conj() * (1 + poles) / 2
+        p = P * (1 + poles) / 2 / (1 + (q * P).real.sum(-1, keepdim=True))
+        return DPLR(poles, B, C, p, q, d)
     poles = conjugate_poles(*channels, order // 2, radius=radius).reshape(-1, order // 2).numpy()
     a = np.stack([np.poly(np.r_[p, p.conj()]).real[1:] for p in poles])
     a = torch.from_numpy(a).reshape(*channels, order)
@@ -45,7 +51,7 @@ def make(
     return TransferFunction.from_truncated(b, a, d, 1000)
 
 
-SYSTEMS = ["fir", "modal", "state_space", "transfer_function", "truncated"]
+SYSTEMS = ["dplr", "fir", "modal", "state_space", "transfer_function", "truncated"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,197 @@
+r"""Diagonal plus low-rank systems: modes that feed back into each other through one number.
+
+``x_{t+1} = Λ x_t - p v_t + B u_t``, ``v_t = 2 Re q x_t``, ``y_t = 2 Re C x_t + D u_t``: the state
+matrix of S4 (Gu et al. 2022, arXiv 2111.00396) after the bilinear transform, which keeps a diagonal
+plus rank-one matrix one. One complex entry stands for a mode and its conjugate, so the matrix acts
+on a complex vector as a real-linear map only.
+
+Four modal impulse responses, from u and v to y and v, give the kernel: the loop over v is closed by
+:func:`gramian.ops.feedback.feedback_kernel`. No Cauchy kernel is needed, no dense matrix, and none
+of modes times length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.ops import causal_convolution
+from gramian.ops.feedback import feedback_kernel
+from gramian.ops.vandermonde import (
+    integer_power,
+    vandermonde_product,
+    vandermonde_transpose_product,
+)
+from gramian.systems._state import State
+from gramian.systems._system import LinearRecurrence, System, check_tensor, working_dtype
+from gramian.systems.state_space import StateSpace
+
+__all__ = ["DPLR", "DPLRRecurrence", "DPLRState"]
+
+
+class _Fields(NamedTuple):
+    modes: Tensor
+
+
+class DPLRState(_Fields, State):
+    """(*B, *C', m, 2), real and imaginary part of every mode."""
+
+    __slots__ = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DPLR(System):
+    """``h_0 = D``, ``h_t = C A^(t-1) B`` with A diagonal plus rank one, in conjugate pairs.
+
+    Args:
+        poles: (*C, m), complex: Λ.
+        B: (*C, m), complex: the input vector.
+        C: (*C, m), complex: the output vector, ``y = 2 Re C x``.
+        p: (*C, m), complex: where the feedback enters.
+        q: (*C, m), complex: what it reads, ``v = 2 Re q x``.
+        D: (*C), real: the direct term.
+
+    Raises:
+        TypeError: if D is not real or another field not complex.
+        ValueError: if the shapes do not belong together.
+    """
+
+    poles: Tensor
+    B: Tensor
+    C: Tensor
+    p: Tensor
+    q: Tensor
+    D: Tensor
+
+    def __post_init__(self) -> None:
+        names = ("poles", "B", "C", "p", "q")
+        for name in (*names, "D"):
+            check_tensor(f"{name} of a DPLR system", getattr(self, name))
+        fields = [getattr(self, name) for name in names]
+        if not all(field.is_complex() for field in fields) or not self.D.dtype.is_floating_point:
+            raise TypeError(
+                "a DPLR system takes complex poles, B, C, p and q and a real D, got "
+                f"{', '.join(str(field.dtype) for field in (*fields, self.D))}."
+            )
+        shape = (*self.D.shape, self.poles.shape[-1] if self.poles.ndim else 0)
+        if any(field.shape != shape for field in fields):
+            raise ValueError(
+                "a DPLR system takes poles, B, C, p and q (*channels, modes) and D (*channels), "
+                f"got {', '.join(str(tuple(field.shape)) for field in (*fields, self.D))}."
+            )
+
+    @property
+    def channel_shape(self) -> torch.Size:
+        return self.D.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.D.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.D.device
+
+    @property
+    def order(self) -> int:
+        """2 m: both modes of every pair."""
+        return 2 * self.poles.shape[-1]
+
+    def state_space(self) -> StateSpace:
+        """The same system with a dense state matrix, on the state (Re x, Im x), in float64."""
+        poles, B, C, p, q = (
+            field.to(torch.complex128) for field in (self.poles, self.B, self.C, self.p, self.q)
+        )
+        real, imaginary = torch.diag_embed(poles.real), torch.diag_embed(poles.imag)
+        A = torch.cat(
+            [torch.cat([real, -imaginary], dim=-1), torch.cat([imaginary, real], dim=-1)], dim=-2
+        )
+        enters = torch.cat([p.real, p.imag], dim=-1)
+        reads, output = (torch.cat([2 * row.real, -2 * row.imag], dim=-1) for row in (q, C))
+        A = A - enters.unsqueeze(-1) * reads.unsqueeze(-2)
+        return StateSpace(A, torch.cat([B.real, B.imag], dim=-1), output, self.D.double())
+
+    def impulse_response(self, length: int) -> Tensor:
+        """The Markov parameters (*C, length): O(n L) operations as matrix products, and FFTs."""
+        if length == 1 or self.order == 0:
+            return torch.nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
+        tail = feedback_kernel(self._open_loop(length), self.dtype)[..., 1:]
+        return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)
+
+    def _open_loop(self, length: int) -> Tensor:
+        """Kernels (*C, 4, length), float64, from u to y, v to y, u to v and v to v; the first taps
+        are 0, and D is left out."""
+        rows = (self.C * self.B, self.C * self.p, self.q * self.B, self.q * self.p)
+        coefficients = 2 * torch.stack(rows, dim=-2).to(torch.complex128)
+        taps = vandermonde_product(self.poles.unsqueeze(-2), coefficients, length - 1)
+        return torch.nn.functional.pad(taps, (1, 0))
+
+    def recurrence(self, form: str | None = None) -> DPLRRecurrence:
+        """O(n) a step; the only form of a DPLR system.
+
+        Raises:
+            ValueError: for any other form than "dplr".
+        """
+        if form not in (None, "dplr"):
+            raise ValueError(f'a DPLR system has the recurrence form "dplr" only, got {form!r}.')
+        return DPLRRecurrence(self)
+
+    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        if not isinstance(state, DPLRState):
+            raise TypeError(
+                f"a DPLR system continues from a DPLRState, got {type(state).__name__}."
+            )
+        past = torch.view_as_complex(state.modes).to(torch.complex128)
+        signal, length = u.double(), u.shape[-1]
+        yu, yv, vu, vv = self._open_loop(length + 1)[..., :length].unbind(-2)
+        # v answers the free response of the modes and the input, through the closed loop.
+        impulse = torch.zeros_like(vv)
+        impulse[..., 0] = 1
+        loop = feedback_kernel(torch.stack([impulse, vv, impulse, vv], dim=-2))  # 1 / (δ + k_vv)
+        free_v = vandermonde_product(self.poles, 2 * self.q * past, length)
+        v = causal_convolution(free_v + causal_convolution(signal, vu), loop)
+        y = causal_convolution(signal, yu) - causal_convolution(v, yv)
+        y = y + vandermonde_product(self.poles, 2 * self.C * past, length)
+        y = y + self.D.double().unsqueeze(-1) * signal
+        new = integer_power(self.poles.to(torch.complex128), length) * past
+        new = new + self.B * vandermonde_transpose_product(self.poles, signal)
+        new = new - self.p * vandermonde_transpose_product(self.poles, v)
+        return y.to(u.dtype), DPLRState(torch.view_as_real(new).to(state.modes.dtype))
+
+    def _infinite_hankel_singular_values(self) -> Tensor:
+        return self.state_space()._infinite_hankel_singular_values()
+
+
+class DPLRRecurrence(LinearRecurrence):
+    """``x ← Λ x - p v + B u`` with ``v = 2 Re q x``, ``y = 2 Re C x + D u``."""
+
+    form = "dplr"
+    _state = DPLRState
+
+    def __init__(self, system: DPLR) -> None:
+        self.system: DPLR = system.frozen()
+        dtype = working_dtype(system.D)
+        double = self.system.to(dtype=torch.float64)
+        self._poles = double.poles.to(dtype.to_complex())
+        # Re (r x) = (Re r)(Re x) - (Im r)(Im x): inner products of real pairs.
+        rows = torch.stack([double.C, double.q], dim=-2).conj_physical()
+        self._rows = 2 * torch.view_as_real(rows).flatten(-2).to(dtype)  # (*C, 2, 2m)
+        columns = torch.view_as_real(torch.stack([double.B, -double.p], dim=-2))
+        self._B, self._p = columns.to(dtype).unbind(-3)  # (*C, m, 2)
+        self._D = double.D.to(dtype)
+        self._like, self._state_shape = self._D, self._B.shape[-2:]
+
+    @torch.no_grad()
+    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
+        assert isinstance(state, DPLRState)
+        (modes,) = state
+        sample = u_t.to(modes.dtype)
+        read = (self._rows * modes.flatten(-2).unsqueeze(-2)).sum(-1)  # (*B, *C', 2)
+        y = torch.addcmul(read[..., 0], self._D, sample)
+        torch.view_as_complex(modes).mul_(self._poles)
+        modes.addcmul_(self._B, sample[..., None, None])
+        modes.addcmul_(self._p, read[..., 1, None, None])
+        return y.to(u_t.dtype), state
