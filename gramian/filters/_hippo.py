@@ -44,6 +44,8 @@ def normal_plus_low_rank(state_size: int) -> NormalPlusLowRank:
         # S = V (iω) V*, so that -iS is Hermitian with the real eigenvalues ω.
         frequencies, vectors = torch.linalg.eigh(-1j * skew)
         frequencies = frequencies[state_size // 2 :]
-        transformed = vectors[:, state_size // 2 :].mH @ P.to(vectors.dtype)
+        # The phases of the eigenvectors are free: those that make P̃ and B̃ real and positive.
+        transformed = (vectors[:, state_size // 2 :].mH @ P.to(vectors.dtype)).abs()
+        transformed = transformed.to(vectors.dtype)
         diagonal = torch.complex(torch.full_like(frequencies, -0.5), frequencies)
     return NormalPlusLowRank(diagonal, transformed, transformed * 2**0.5)

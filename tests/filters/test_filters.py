@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from gramian import FIR, Modal, TransferFunction, causal_convolution
 from gramian.filters import RTF, Filter, ImplicitFilter, ModalFilter, build, register
 from gramian.mixers import LongConvolution
+from gramian.systems import DPLR
 
 CONFIGS = {
     "rtf": {"type": "rtf", "state_size": 5, "num_denominators": 2, "initialization": "montel"},
@@ -36,8 +37,9 @@ CONFIGS = {
         "dt_max": 0.2,
         "lr": 1e-4,
     },
+    "s4": {"type": "s4", "state_size": 6, "dt_max": 0.2, "lr": 1e-4},
 }
-SYSTEM_TYPES = {"rtf": TransferFunction, "implicit": FIR, "modal": Modal, "s4d": Modal}
+SYSTEM_TYPES = {"rtf": TransferFunction, "implicit": FIR, "modal": Modal, "s4d": Modal, "s4": DPLR}
 
 
 def make(name: str, max_length: int = 40) -> Filter:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import signal
 
-from gramian.filters import S4D, build
+from gramian.filters import S4, S4D, build
 from gramian.filters._hippo import normal_plus_low_rank
 
 SIZES = [2, 4, 64]
@@ -91,6 +91,77 @@ def test_s4d_is_the_discretised_diagonal_system(initialization, discretization, 
         assert relative(taps[c], expected) < 2e-6
 
 
+@pytest.mark.parametrize("n", SIZES)
+def test_s4_is_hippo_discretised(n):
+    """At its initialisation: A and B in the original basis of HiPPO, entry by entry."""
+    torch.manual_seed(0)
+    length = 1000
+    made = S4(5, n, length)
+    A, B = hippo(n)
+    P = np.sqrt(np.arange(n) + 0.5)
+    skew = (A + np.outer(P, P) + 0.5 * np.eye(n)) / 1j
+    V = np.linalg.eigh(skew)[1][:, n // 2 :]
+    V = V / np.exp(1j * np.angle(V.conj().T @ P)).conj()  # the phases for which V* P is positive
+    weights = {name: value.detach().double().numpy() for name, value in made.named_parameters()}
+    taps = made().impulse_response(length)
+    for c in range(5):
+        half = weights["C"][c, :, 0] + 1j * weights["C"][c, :, 1]
+        C = 2 * (half @ V.conj().T).real
+        dt = np.exp(weights["log_dt"][c])
+        expected = sampled(A, B, C, weights["D"][c], dt, "bilinear", length)
+        assert relative(taps[c], expected) < 2e-6
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_s4_is_the_discretised_system_for_any_parameters(n):
+    torch.manual_seed(0)
+    length = 300
+    made = S4(5, n, length)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    taps = made().impulse_response(length)
+    dense = made().state_space().impulse_response(length)
+    assert relative(taps, dense.detach().numpy()) < 2e-6
+    assert float(made().state_space().spectral_radius().detach().max()) < 1
+    weights = {name: value.detach().double().numpy() for name, value in made.named_parameters()}
+    for c in range(5):
+        P, B, C = ([1, 1j] @ weights[name][c].T for name in "PBC")
+        diagonal = -np.exp(weights["log_A_real"][c]) + 1j * weights["A_imag"][c]
+        A = real_pairs(diagonal) - np.outer(np.r_[P.real, P.imag], 2 * np.r_[P.real, P.imag])
+        expected = sampled(
+            A,
+            np.r_[B.real, B.imag],
+            2 * np.r_[C.real, -C.imag],
+            weights["D"][c],
+            np.exp(weights["log_dt"][c]),
+            "bilinear",
+            length,
+        )
+        assert relative(taps[c], expected) < 2e-6
+
+
+@pytest.mark.parametrize("n", [2, 16])
+def test_s4_gradients_against_the_dense_system(n):
+    torch.manual_seed(0)
+    made = S4(3, n, 200).double()
+    weight = torch.randn(3, 200, dtype=torch.float64)
+    parameters = list(made.parameters())
+    taps, dense = made().impulse_response(200), made().state_space().impulse_response(200)
+    actual = torch.autograd.grad((taps * weight).sum(), parameters)
+    expected = torch.autograd.grad((dense * weight).sum(), parameters)
+    for a, b in zip(actual, expected, strict=True):
+        assert float((a - b).norm() / b.norm()) < 1e-7
+
+
+def test_s4_kernel_does_not_depend_on_the_length_asked_for():
+    torch.manual_seed(0)
+    made = S4(3, 16, 1000)
+    long = made().impulse_response(1000)
+    for length in (1, 2, 63, 999):
+        torch.testing.assert_close(made(length).impulse_response(length), long[:, :length])
+
+
 def test_s4d_initial_spectra():
     n = 64
     k = np.arange(n // 2)
@@ -118,7 +189,7 @@ def test_dynamics_near_the_circle_keep_their_precision():
     assert relative(taps[0], made().impulse_response(10_000)[0].detach().numpy()) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["s4d"])
+@pytest.mark.parametrize("kind", ["s4d", "s4"])
 @pytest.mark.parametrize("length", [1, 2, 3, 63, 257, 1000])
 @pytest.mark.parametrize("n", SIZES)
 def test_recurrence_computes_the_convolution(kind, n, length):
@@ -137,7 +208,17 @@ def test_recurrence_computes_the_convolution(kind, n, length):
         assert float((actual - expected).detach().norm() / expected.detach().norm()) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["s4d"])
+@pytest.mark.parametrize("kind", ["s4d", "s4"])
+def test_training_materialises_nothing_of_states_times_length(kind, largest_allocation):
+    channels, n, length = 4, 64, 16_384
+    made = build({"type": kind, "state_size": n}, channels=channels, max_length=length)
+    with largest_allocation() as largest:
+        made().impulse_response(length).square().sum().backward()
+    # S4 holds the four kernels of its open loop in double precision, 8 numbers a tap.
+    assert channels * length <= largest.bytes / 4 < channels * n * length / 4
+
+
+@pytest.mark.parametrize("kind", ["s4d", "s4"])
 def test_optimizer_hints_name_parameters(kind):
     made = build({"type": kind, "state_size": 4, "lr": 2e-4}, channels=3, max_length=10)
     hints = made.optimizer_hints()
@@ -146,7 +227,7 @@ def test_optimizer_hints_name_parameters(kind):
     assert "C" not in hints and "D" not in hints
 
 
-@pytest.mark.parametrize("kind", ["s4d"])
+@pytest.mark.parametrize("kind", ["s4d", "s4"])
 def test_compiles_as_one_graph(kind):
     torch.manual_seed(0)
     made = build({"type": kind, "state_size": 4}, channels=3, max_length=20)
@@ -161,22 +242,22 @@ def test_compiles_as_one_graph(kind):
     )
 
 
-@pytest.mark.parametrize("kind", ["s4d"])
+@pytest.mark.parametrize("kind", ["s4d", "s4"])
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
+        ({"typo": 5}, "typo"),
         ({"state_size": 5}, "even"),
         ({"state_size": 0}, "even"),
         ({"state_size": 2.0}, "even"),
         ({"initialization": "foul"}, "initialization"),
-        ({"discretization": "euler"}, "discretization"),
         ({"dt_min": 0.0}, "dt_min"),
         ({"dt_min": 1.0}, "dt_max"),
         ({"lr": 0.0}, "lr"),
     ],
 )
 def test_bad_arguments_get_one_sentence(kind, arguments, match):
-    config = {"type": kind, "state_size": 4, **arguments}
+    config: dict[str, object] = {"type": kind, "state_size": 4, **arguments}
     with pytest.raises(ValueError, match=match) as caught:
         build(config, channels=4, max_length=32)
     assert "\n" not in str(caught.value)

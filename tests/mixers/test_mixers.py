@@ -16,6 +16,7 @@ FILTERS = {
     "implicit": {"type": "implicit", "hidden": 16},
     "modal": {"type": "modal", "orders": 3},
     "s4d": {"type": "s4d", "state_size": 8, "initialization": "lin"},
+    "s4": {"type": "s4", "state_size": 8},
 }
 MIXERS = ["long_convolution", "hyena2", "hyena3", "multi_hyena"]
 

@@ -1,0 +1,128 @@
+r"""S4: diagonal plus low-rank state spaces in continuous time, discretised.
+
+``x' = A x + B u``, ``y = C x + D u`` with ``A = Λ - P P*`` (S4, Gu et al. 2022, arXiv 2111.00396,
+section 3.2), from HiPPO-LegS. The bilinear transform with a step dt,
+
+    Ā = (1 - dt A / 2)^{-1} (1 + dt A / 2),  B̄ = (1 - dt A / 2)^{-1} dt B,
+
+leaves A diagonal plus rank one (Woodbury): with ``R = (1 - dt Λ / 2)^{-1}`` and
+``γ = 1 / (1 + dt/2 P* R P)``
+
+    Ā = (2 R - 1) - dt γ R P P* R,  B̄ = dt (R B - dt/2 γ R P P* R B),
+
+and ``h_t = C Ā^t B̄`` plus D at t = 0. Inner products run over both modes of every pair.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.filters._filter import Filter, register
+from gramian.filters._hippo import normal_plus_low_rank
+from gramian.filters.s4d import check_choice, check_state_space
+from gramian.systems.dplr import DPLR
+
+__all__ = ["S4"]
+
+
+@register("s4")
+class S4(Filter):
+    """State spaces with ``A = Λ - P P*``: ``state_size / 2`` conjugate pairs for every channel.
+
+    Real parameters: ``log_dt`` and ``D`` (channels), ``log_A_real`` and ``A_imag`` (channels,
+    n / 2) for ``Λ = -exp(log_A_real) + i A_imag``, and ``P``, ``B``, ``C`` (channels, n / 2, 2).
+    The real part of Λ is negative and ``-P P*`` only adds to it, so the system is stable whatever
+    the parameters. C itself is learned, where the published code learns ``C (1 - Ā^L)``: the kernel
+    does not depend on the length for which it is evaluated.
+
+    Args:
+        channels: Number of filters.
+        state_size: n, real states of every channel: even, since modes come in conjugate pairs.
+        max_length: Taps that training sees; the filter goes on past them.
+        initialization: Of A and B: "legs", HiPPO-LegS.
+        dt_min, dt_max: Range over which the initial steps are spread, uniformly in the logarithm.
+        lr: Largest learning rate that the parameters of the dynamics bear: all but C and D.
+
+    Raises:
+        ValueError: for an argument outside of these.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        state_size: int,
+        max_length: int,
+        initialization: str = "legs",
+        dt_min: float = 1e-3,
+        dt_max: float = 1e-1,
+        lr: float = 1e-3,
+    ) -> None:
+        super().__init__(channels, max_length)
+        check_state_space(state_size, dt_min, dt_max, lr)
+        check_choice("initialization", initialization, ("legs",))
+        self.state_size = state_size
+        self.initialization = initialization
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.lr = lr
+        modes = state_size // 2
+        self.log_dt = nn.Parameter(torch.empty(channels))
+        self.log_A_real = nn.Parameter(torch.empty(channels, modes))
+        self.A_imag = nn.Parameter(torch.empty(channels, modes))
+        self.P = nn.Parameter(torch.empty(channels, modes, 2))
+        self.B = nn.Parameter(torch.empty(channels, modes, 2))
+        self.C = nn.Parameter(torch.empty(channels, modes, 2))
+        self.D = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """A and B of HiPPO-LegS, steps log-uniform, C complex normal of unit variance, D standard
+        normal."""
+        nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
+        nn.init.normal_(self.C, std=math.sqrt(0.5))
+        nn.init.normal_(self.D)
+        hippo = normal_plus_low_rank(self.state_size)
+        self.log_A_real.copy_((-hippo.diagonal.real).log())
+        self.A_imag.copy_(hippo.diagonal.imag)
+        self.P.copy_(torch.view_as_real(hippo.P))
+        self.B.copy_(torch.view_as_real(hippo.B))
+
+    def forward(self, length: int | None = None) -> DPLR:
+        diagonal = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
+        P, B, C = (torch.view_as_complex(pairs.double()) for pairs in (self.P, self.B, self.C))
+        dt = self.log_dt.double().exp().unsqueeze(-1)
+        resolvent = 1 / (1 - dt / 2 * diagonal)  # R
+        reads = P.conj_physical() * resolvent  # P* R
+        gain = dt / (1 + dt / 2 * _both(reads, P))  # dt γ
+        enters = gain * resolvent * P
+        poles = 2 * resolvent - 1
+        first = dt * resolvent * B - dt / 2 * enters * _both(reads, B)  # B̄
+        # y = C x_{t+1} + D u = C Ā x_t + (C B̄ + D) u
+        output = C * poles - reads * _both(C, enters)  # C Ā
+        d = self.D + _both(C, first).squeeze(-1)
+        return DPLR(poles, first, output, enters, reads, d.to(self.D.dtype))
+
+    def optimizer_hints(self) -> dict[str, dict[str, float]]:
+        """Options of the optimiser for the parameters of the dynamics: a learning rate of at most
+        ``lr``, and no weight decay, which would drive A and dt to values that mean nothing."""
+        names = ("log_dt", "log_A_real", "A_imag", "P", "B")
+        return {name: {"lr": self.lr, "weight_decay": 0.0} for name in names}
+
+    def config(self) -> dict[str, Any]:
+        return {
+            **super().config(),
+            "state_size": self.state_size,
+            "initialization": self.initialization,
+            "dt_min": self.dt_min,
+            "dt_max": self.dt_max,
+            "lr": self.lr,
+        }
+
+
+def _both(row: Tensor, column: Tensor) -> Tensor:
+    """The product of a row and a column over both modes of every pair: (*C, 1), real."""
+    return 2 * (row * column).real.sum(-1, keepdim=True)
