@@ -1,7 +1,7 @@
 r"""Causal kernels in a feedback loop, by FFT.
 
-Of ``y = k_yu ∗ u - k_yv ∗ v``, ``v = k_vu ∗ u - k_vv ∗ v`` the closed loop is, as power series in
-z⁻¹,
+Of ``y = k_yu ∗ u - k_yv ∗ v``, ``v = k_vu ∗ u - k_vv ∗ v``, kernels that start at lag 1, the closed
+loop is, as power series in z⁻¹,
 
     K = K_yu - K_yv K_vu / (1 + K_vv),
 
@@ -15,7 +15,7 @@ grow by ``ρ^{-L}``: with N = L and ``ρ^N = 1e-8`` both stay below single preci
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,18 +32,18 @@ _CPU_NUMBERS = 2**18
 
 
 def feedback_kernel(taps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The closed loop ``k_yu - k_yv ∗ k_vu ∗ (δ + k_vv)^{-1}``, truncated to the taps given.
+    """The closed loop ``k_yu - k_yv ∗ k_vu ∗ (δ + k_vv)^{-1}``, truncated to the lags given.
 
     Computed in double precision; differentiable to any order. The loop must be stable: ``1 + K_vv``
     without zeros on or outside the unit circle.
 
     Args:
-        taps: (*C, 4, L), real: k_yu, k_yv, k_vu and k_vv.
+        taps: (*C, 4, L), real: k_yu, k_yv, k_vu and k_vv, each at the lags 1 … L.
         dtype: Of the result, by default that of ``taps``; float64 is correct to about 1e-11, all
             else to 1e-8.
 
     Returns:
-        (*C, L).
+        (*C, L), at the lags 1 … L.
     """
     length, dtype = taps.shape[-1], dtype or taps.dtype
     flat = taps.double().reshape(-1, 4, length)
@@ -52,34 +52,52 @@ def feedback_kernel(taps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     )
 
 
-def _spectra(taps: Tensor, precise: bool) -> tuple[Any, ...]:
-    """The spectra of k_yv and of the quotients K_vu / (1 + K_vv) and 1 / (1 + K_vv), the damping
-    (L), and the number of points."""
+class _Circle(NamedTuple):
+    """Where the series are evaluated: z = ``e^{2πik/N} / ρ``."""
+
+    points: int
+    """N."""
+    damping: Tensor
+    """``ρ^t``, (L)."""
+    z: Tensor
+    """(N // 2 + 1), complex."""
+
+
+def _circle(taps: Tensor, precise: bool) -> _Circle:
     length = taps.shape[-1]
     points, aliasing = fft_length(length, length if precise else 1), 1e-11 if precise else 1e-8
-    time = torch.arange(length, dtype=taps.dtype, device=taps.device)
-    damping = torch.exp(math.log(aliasing) / points * time)
-    out, into, loop = torch.fft.rfft(taps[..., 1:, :] * damping, n=points).unbind(-2)
-    inverse = 1 / (1 + loop)
-    return out, into * inverse, inverse, damping, points
+    like: dict[str, Any] = {"dtype": taps.dtype, "device": taps.device}
+    decay = math.log(aliasing) / points  # log ρ
+    angle = 2 * math.pi / points * torch.arange(points // 2 + 1, **like)
+    z = torch.polar(torch.full_like(angle, math.exp(-decay)), angle)
+    return _Circle(points, torch.exp(decay * torch.arange(length, **like)), z)
 
 
-def _close(taps: Tensor, precise: bool) -> Tensor:
-    out, into, _, damping, points = _spectra(taps, precise)
-    answer = torch.fft.irfft(out * into, n=points)[..., : taps.shape[-1]]
-    return taps[..., 0, :] - answer / damping
+def _spectra(taps: Tensor, circle: _Circle) -> tuple[Tensor, Tensor, Tensor]:
+    """Of k_yv, k_vu / (z + k_vv) and 1 / (z + k_vv), kernels counted from lag 0 here."""
+    damped = taps[..., 1:, :] * circle.damping
+    out, into, loop = torch.fft.rfft(damped, n=circle.points).unbind(-2)
+    inverse = 1 / (circle.z + loop)
+    return out, into * inverse, inverse
 
 
-def _gradient(g: Tensor, taps: Tensor, precise: bool) -> Tensor:
+def _close(taps: Tensor, circle: _Circle) -> Tensor:
+    out, into, _ = _spectra(taps, circle)
+    answer = torch.fft.irfft(out * into, n=circle.points)[..., : taps.shape[-1]]
+    return taps[..., 0, :] - answer / circle.damping
+
+
+def _gradient(g: Tensor, taps: Tensor, circle: _Circle) -> Tensor:
     """The gradient of the taps (…, 4, L) for that of the closed loop, g (…, L)."""
-    out, into, inverse, damping, points = _spectra(taps, precise)
-    incoming = torch.fft.rfft(g / damping, n=points)
+    out, into, inverse = _spectra(taps, circle)
+    incoming = torch.fft.rfft(g / circle.damping, n=circle.points)
     # conj_physical, for in the first call of a compiled function PyTorch ignores a lazy conj
     of_out = -incoming * into.conj_physical()
     of_into = -incoming * (out * inverse).conj_physical()
     of_loop = -of_into * into.conj_physical()
-    gradients = torch.fft.irfft(torch.stack([of_out, of_into, of_loop], dim=-2), n=points)
-    return torch.cat([g.unsqueeze(-2), gradients[..., : taps.shape[-1]] * damping], dim=-2)
+    gradients = torch.fft.irfft(torch.stack([of_out, of_into, of_loop], dim=-2), n=circle.points)
+    gradients = gradients[..., : taps.shape[-1]] * circle.damping
+    return torch.cat([g.unsqueeze(-2), gradients], dim=-2)
 
 
 def _tasks(rows: Tensor) -> list[Task]:
@@ -90,9 +108,10 @@ def _tasks(rows: Tensor) -> list[Task]:
 def _feedback_kernel(taps: Tensor, precise: bool) -> Tensor:
     """(C, 4, L) to (C, L), float64."""
     kernel = taps.new_empty(taps.shape[0], taps.shape[-1])
+    circle = _circle(taps, precise)
 
     def evaluate(task: Task) -> None:
-        kernel[task.shared] = _close(taps[task.shared], precise)
+        kernel[task.shared] = _close(taps[task.shared], circle)
 
     work(evaluate, _tasks(kernel), kernel)
     return kernel
@@ -101,9 +120,10 @@ def _feedback_kernel(taps: Tensor, precise: bool) -> Tensor:
 @operator("feedback_kernel_backward")
 def _feedback_kernel_backward(g: Tensor, taps: Tensor, precise: bool) -> Tensor:
     gradient = taps.new_empty(taps.shape)
+    circle = _circle(taps, precise)
 
     def differentiate(task: Task) -> None:
-        gradient[task.shared] = _gradient(g[task.shared], taps[task.shared], precise)
+        gradient[task.shared] = _gradient(g[task.shared], taps[task.shared], circle)
 
     work(differentiate, _tasks(gradient[:, 0]), g)
     return gradient
@@ -126,9 +146,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     (taps,) = ctx.saved_tensors
-    # If a graph of the gradient is wanted, the formula is recorded.
-    differentiate = _gradient if torch.is_grad_enabled() else _feedback_kernel_backward
-    return differentiate(g, taps, ctx.precise), None
+    if torch.is_grad_enabled():  # a graph of the gradient is wanted: the same formula, recorded
+        return _gradient(g, taps, _circle(taps, ctx.precise)), None
+    return _feedback_kernel_backward(g, taps, ctx.precise), None
 
 
 register_autograd(_feedback_kernel, _backward, setup_context=_setup)

@@ -16,7 +16,7 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gramian.ops import causal_convolution
 from gramian.ops.feedback import feedback_kernel
@@ -117,17 +117,16 @@ class DPLR(System):
     def impulse_response(self, length: int) -> Tensor:
         """The Markov parameters (*C, length): O(n L) operations as matrix products, and FFTs."""
         if length == 1 or self.order == 0:
-            return torch.nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
-        tail = feedback_kernel(self._open_loop(length), self.dtype)[..., 1:]
+            return nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
+        tail = feedback_kernel(self._open_loop(length - 1), self.dtype)
         return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)
 
     def _open_loop(self, length: int) -> Tensor:
-        """Kernels (*C, 4, length), float64, from u to y, v to y, u to v and v to v; the first taps
-        are 0, and D is left out."""
+        """Kernels (*C, 4, length), float64, from u to y, v to y, u to v and v to v, at the lags
+        1 … length; at lag 0 there is only D."""
         rows = (self.C * self.B, self.C * self.p, self.q * self.B, self.q * self.p)
         coefficients = 2 * torch.stack(rows, dim=-2).to(torch.complex128)
-        taps = vandermonde_product(self.poles.unsqueeze(-2), coefficients, length - 1)
-        return torch.nn.functional.pad(taps, (1, 0))
+        return vandermonde_product(self.poles.unsqueeze(-2), coefficients, length)
 
     def recurrence(self, form: str | None = None) -> DPLRRecurrence:
         """O(n) a step; the only form of a DPLR system.
@@ -146,11 +145,13 @@ class DPLR(System):
             )
         past = torch.view_as_complex(state.modes).to(torch.complex128)
         signal, length = u.double(), u.shape[-1]
-        yu, yv, vu, vv = self._open_loop(length + 1)[..., :length].unbind(-2)
-        # v answers the free response of the modes and the input, through the closed loop.
-        impulse = torch.zeros_like(vv)
-        impulse[..., 0] = 1
-        loop = feedback_kernel(torch.stack([impulse, vv, impulse, vv], dim=-2))  # 1 / (δ + k_vv)
+        yu, yv, vu, vv = self._open_loop(length).unbind(-2)
+        # v answers the free response of the modes and the input, through the closed loop
+        # 1 / (1 + K_vv) = 1 - K_vv + K_vv² / (1 + K_vv).
+        loop = feedback_kernel(torch.stack([-vv, vv, -vv, vv], dim=-2))
+        yu, yv, vu, loop = (nn.functional.pad(k, (1, -1)) for k in (yu, yv, vu, loop))
+        impulse = torch.eye(1, length, dtype=loop.dtype, device=loop.device)[0]
+        loop = loop + impulse
         free_v = vandermonde_product(self.poles, 2 * self.q * past, length)
         v = causal_convolution(free_v + causal_convolution(signal, vu), loop)
         y = causal_convolution(signal, yu) - causal_convolution(v, yv)

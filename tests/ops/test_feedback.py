@@ -18,14 +18,15 @@ def open_loop(*channels: int, length: int) -> torch.Tensor:
 
 
 def toeplitz(taps: torch.Tensor) -> torch.Tensor:
-    length = taps.shape[-1]
-    return torch.nn.functional.pad(taps, (length - 1, 0)).unfold(-1, length, 1).flip(-1)
+    """The matrices (…, L + 1, L + 1) of kernels given from lag 1 on."""
+    length = taps.shape[-1] + 1
+    return torch.nn.functional.pad(taps, (length, 0)).unfold(-1, length, 1).flip(-1)
 
 
 def by_definition(taps: torch.Tensor) -> torch.Tensor:
     yu, yv, vu, vv = toeplitz(taps).unbind(-3)
-    loop = torch.linalg.solve(torch.eye(taps.shape[-1], dtype=taps.dtype) + vv, vu[..., :1])
-    return (yu[..., :1] - yv @ loop).squeeze(-1)
+    loop = torch.linalg.solve(torch.eye(taps.shape[-1] + 1, dtype=taps.dtype) + vv, vu[..., :1])
+    return (yu[..., :1] - yv @ loop).squeeze(-1)[..., 1:]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
