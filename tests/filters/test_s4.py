@@ -219,6 +219,19 @@ def test_training_materialises_nothing_of_states_times_length(kind, largest_allo
 
 
 @pytest.mark.parametrize("kind", ["s4d", "s4"])
+def test_autocast_leaves_the_dynamics_alone(kind):
+    made = build({"type": kind, "state_size": 8}, channels=3, max_length=100)
+    parameters = list(made.parameters())
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            taps = made().impulse_response(100)
+            results.append((taps, *torch.autograd.grad(taps.square().sum(), parameters)))
+    for plain, cast in zip(*results, strict=True):
+        assert torch.equal(plain, cast)
+
+
+@pytest.mark.parametrize("kind", ["s4d", "s4"])
 def test_optimizer_hints_name_parameters(kind):
     made = build({"type": kind, "state_size": 4, "lr": 2e-4}, channels=3, max_length=10)
     hints = made.optimizer_hints()
