@@ -7,10 +7,12 @@ unity by FFT, in time and memory that do not grow with n (RTF, Parnichkun et al.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from gramian.filters._filter import Filter, register
 from gramian.ops import rational_impulse_response
@@ -241,3 +243,51 @@ class RTF(Filter):
             "num_denominators": self.num_denominators,
             "initialization": self.initialization,
         }
+
+    def optimizer_hints(self) -> dict[str, dict[str, float]]:
+        """No decay on what the denominators are made of: it would move poles."""
+        dynamics = (name for name, _ in self.named_parameters() if name not in ("b", "d"))
+        return {name: {"weight_decay": 0.0} for name in dynamics}
+
+    @classmethod
+    def from_official(cls, state_dict: Mapping[str, Tensor], max_length: int) -> Self:
+        """The filter of a published RTF layer (github.com/ruke1ire/RTF).
+
+        Of a bidirectional layer of D channels it has 2 D: the forward kernels, then the backward
+        ones, as `LongConvolution(filter, bidirectional=True)` takes them.
+
+        Args:
+            state_dict: The layer's: ``ab`` (denominators + channels, n), denominators first, then
+                truncated numerators; ``h_0`` (channels), the direct terms. The number of
+                denominators is what ``ab`` has more rows than ``h_0``.
+            max_length: The layer's ``trunc_len``, which its state dict does not tell.
+
+        Raises:
+            ValueError: for other keys (a layer with a constraint has ``scalar`` too), or shapes
+                that do not belong together.
+        """
+        missing = sorted({"ab", "h_0"} - state_dict.keys())
+        others = sorted(state_dict.keys() - {"ab", "h_0"})
+        if missing or others:
+            kinds = (("lacks", missing), ("also has", others))
+            found = " and ".join(f"{kind} {', '.join(keys)}" for kind, keys in kinds if keys)
+            raise ValueError(
+                f"the state dict of a published, unconstrained RTF layer has the keys ab and h_0; "
+                f"this one {found}."
+            )
+        ab, h_0 = state_dict["ab"], state_dict["h_0"]
+        channels = len(h_0) if h_0.ndim == 1 else 0
+        denominators = len(ab) - channels if ab.ndim == 2 else 0
+        if channels < 1 or denominators < 1 or channels % denominators:
+            raise ValueError(
+                "a published RTF layer has h_0 (channels) and ab (denominators + channels, "
+                "state size), the denominators dividing the channels, got h_0 "
+                f"{tuple(h_0.shape)} and ab {tuple(ab.shape)}."
+            )
+        made = cls(channels, ab.shape[1], max_length, num_denominators=denominators)
+        made.to(device=ab.device, dtype=ab.dtype)
+        with torch.no_grad():
+            made.a.copy_(ab[:denominators])
+            made.b.copy_(ab[denominators:])
+            made.d.copy_(h_0)
+        return made
