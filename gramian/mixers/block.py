@@ -32,6 +32,7 @@ class Block(Mixer):
 
     A batch norm takes its statistics over the real tokens of whole sequences in training, and its
     running ones everywhere else; so padding does not enter them, and a recurrence can be stepped.
+    Checkpointing, which computes a block twice, counts a batch twice in the running ones.
 
     Args:
         width: Channels of input and output.
@@ -41,6 +42,7 @@ class Block(Mixer):
         bidirectional: Of the :class:`LongConvolution`, whose filter then has ``2 width`` channels.
         kernel_dropout: Of the :class:`LongConvolution`.
         norm: "layer", "rms" or "batch".
+        eps: Added to the variance or mean square in the norm.
         prenorm: The norm before the mixer, as above, or after the residual connection.
         dropout: Probability of dropping an activation, after the GELU and at the end.
         tied_dropout: Whether a channel is dropped over the whole length of a sequence or not at
@@ -63,6 +65,7 @@ class Block(Mixer):
         bidirectional: bool = False,
         kernel_dropout: float = 0.0,
         norm: str = "layer",
+        eps: float = 1e-5,
         prenorm: bool = True,
         dropout: float = 0.0,
         tied_dropout: bool = False,
@@ -91,7 +94,7 @@ class Block(Mixer):
         self.prenorm = prenorm
         self.dropout = check_probability("dropout", dropout)
         self.tied_dropout = tied_dropout
-        self.norm = _NORMS[norm](width)
+        self.norm = _NORMS[norm](width, eps=eps)
         self.mixer = mixer
         self.linear = nn.Linear(width, 2 * width if glu else width)
         self.glu = glu

@@ -1,7 +1,8 @@
-"""Gramian models for Hugging Face: pre-norm blocks of a causal mixer and an MLP.
+"""Gramian models for Hugging Face: residual blocks around mixers.
 
-A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`; a model is an embedding, the blocks and
-a last norm. Order in time enters through the mixers alone, so there is no positional embedding.
+A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`, or the one of `gramian.mixers.Block`; a
+model is an embedding, the blocks and a last norm. Order in time enters through the mixers alone, so
+there is no positional embedding.
 
 Training and scoring convolve. With a cache the mixers' recurrences run: a prompt is prefilled, then
 each token costs one step, and what is remembered has a size of its own (`state_bytes`) whatever the
@@ -26,7 +27,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from gramian.filters import Filter, build
-from gramian.mixers import Hyena, LongConvolution, Mixer, MultiHyena, ShortConvolution
+from gramian.mixers import Block, Hyena, LongConvolution, Mixer, MultiHyena, ShortConvolution
 from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import GramianConfig
 
@@ -88,26 +89,61 @@ class GramianBlock(GradientCheckpointingLayer):
         if past_key_values is None:
             mixed = self.mixer(normed, mask=mask)
         else:
-            mixed = self._mix_on(normed, mask, past_key_values.layers[self.layer])
+            mixed = _mix_on(self.mixer, normed, mask, past_key_values.layers[self.layer])
         hidden_states = hidden_states + self.dropout(mixed)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
-    def _mix_on(self, x: Tensor, mask: Tensor | None, memory: GramianCacheLayer) -> Tensor:
-        batch, length = x.shape[:2]
-        if memory.recurrence is None:
-            memory.recurrence = self.mixer.recurrence()
-        if torch.is_grad_enabled():  # a frozen snapshot would cut the filters off from the loss
-            state = memory.state
-            if state is None:
-                state = memory.recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
-            mixed, state = self.mixer(x, state, mask=mask)
-        elif length == 1 and mask is None and memory.state is not None:
-            mixed, state = memory.recurrence.step(x[:, 0], memory.state)
-            mixed = mixed[:, None]
-        else:
-            mixed, state = memory.recurrence.prefill(x, memory.state, mask=mask)
-        memory.update_recurrent_state(state, batch_size=batch, tokens=length)
-        return mixed
+
+class GramianGLUBlock(GradientCheckpointingLayer):
+    """One layer: a `gramian.mixers.Block` as the configuration describes it."""
+
+    def __init__(self, config: GramianConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.block = Block(
+            config.hidden_size,
+            build_mixer(config, layer),
+            norm=config.norm,
+            eps=config.rms_norm_eps,
+            prenorm=config.prenorm,
+            dropout=config.dropout,
+            tied_dropout=config.tied_dropout,
+        )
+
+    @property
+    def mixer(self) -> Mixer:
+        """The mixer inside the block; the block's state is this mixer's."""
+        return self.block.mixer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        past_key_values: GramianCache | None = None,
+    ) -> Tensor:
+        """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
+        if past_key_values is None:
+            return self.block(hidden_states, mask=mask)
+        return _mix_on(self.block, hidden_states, mask, past_key_values.layers[self.layer])
+
+
+def _mix_on(mixer: Mixer, x: Tensor, mask: Tensor | None, memory: GramianCacheLayer) -> Tensor:
+    """What `mixer` makes of (batch, length, hidden_size) after what `memory` holds."""
+    batch, length = x.shape[:2]
+    if memory.recurrence is None:
+        memory.recurrence = mixer.recurrence()
+    if torch.is_grad_enabled():  # a frozen snapshot would cut the filters off from the loss
+        state = memory.state
+        if state is None:
+            state = memory.recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
+        mixed, state = mixer(x, state, mask=mask)
+    elif length == 1 and mask is None and memory.state is not None:
+        mixed, state = memory.recurrence.step(x[:, 0], memory.state)
+        mixed = mixed[:, None]
+    else:
+        mixed, state = memory.recurrence.prefill(x, memory.state, mask=mask)
+    memory.update_recurrent_state(state, batch_size=batch, tokens=length)
+    return mixed
 
 
 class GramianPreTrainedModel(PreTrainedModel):
@@ -118,7 +154,8 @@ class GramianPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GramianBlock"]  # noqa: RUF012 (transformers' own convention, below too)
+    # transformers' own convention, here and below:
+    _no_split_modules = ["GramianBlock", "GramianGLUBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
@@ -196,8 +233,9 @@ class GramianModel(GramianPreTrainedModel):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         else:
             self.input_proj = nn.Linear(config.input_size, config.hidden_size)
+        kind = GramianGLUBlock if config.block == "glu" else GramianBlock
         self.layers = nn.ModuleList(
-            GramianBlock(config, layer) for layer in range(config.num_hidden_layers)
+            kind(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -348,6 +386,10 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
             raise ValueError(
                 "a causal language model reads tokens: input_size must be None; got "
                 f"{config.input_size}."
+            )
+        if config.norm == "batch":
+            raise ValueError(
+                "a causal language model cannot have norm='batch', whose statistics look ahead."
             )
         super().__init__(config)
         self.model = GramianModel(config)

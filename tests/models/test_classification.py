@@ -27,7 +27,14 @@ LABELS = 3
 ENCODERS: dict[str, dict[str, Any]] = {
     "bidirectional": {"mixers": "long_convolution", "bidirectional": True},
     "long_convolution": {"mixers": "long_convolution"},
-    "hyena": {"mixers": "hyena"},
+    "glu": {
+        "mixers": "long_convolution",
+        "bidirectional": True,
+        "block": "glu",
+        "norm": "batch",
+        "prenorm": False,
+    },
+    "hyena": {"mixers": "hyena", "block": "glu", "norm": "layer", "tied_dropout": True},
     "multi_hyena": {"mixers": "multi_hyena"},
 }
 poolings = pytest.mark.parametrize("pooling", ["mean", "last"])
@@ -101,11 +108,11 @@ def test_only_a_bidirectional_encoder_looks_ahead(make: Make, make_tokens: MakeT
     tokens = make_tokens(1, 15)
     later = tokens.clone()
     later[0, 10] = (later[0, 10] + 1) % 50
-    for name, kwargs in ENCODERS.items():
+    for kwargs in ENCODERS.values():
         model = make(**kwargs).model
         change = model(later).last_hidden_state - model(tokens).last_hidden_state
         earlier = float(change[:, :10].abs().max())
-        assert earlier > 1e-6 if name == "bidirectional" else earlier < 1e-12
+        assert earlier > 1e-6 if kwargs.get("bidirectional") else earlier < 1e-12
 
 
 @pytest.mark.parametrize("input_size", [1, 3])
@@ -292,8 +299,9 @@ def test_a_causal_classifier_distils_and_a_bidirectional_one_does_not(
 
 @pytest.mark.parametrize("kind", ["tokens", "values"])
 @poolings
+@pytest.mark.parametrize("name", ["bidirectional", "glu"])
 def test_overfits_sixteen_sequences(
-    make_config: MakeConfig, make_tokens: MakeTokens, kind: str, pooling: str
+    make_config: MakeConfig, make_tokens: MakeTokens, kind: str, name: str, pooling: str
 ) -> None:
     torch.manual_seed(0)
     config = make_config(
@@ -302,7 +310,7 @@ def test_overfits_sixteen_sequences(
         initializer_range=0.1,
         num_labels=4,
         filter={"type": "rtf", "state_size": 8},
-        **ENCODERS["bidirectional"],
+        **ENCODERS[name],
     )
     model = GramianForSequenceClassification(config).train()
     labels = torch.arange(16) % 4
@@ -440,6 +448,10 @@ def test_a_bidirectional_model_neither_streams_nor_writes(
         (lambda: model(tokens, past_key_values=cache), "has no cache"),
         (model.state_bytes, "no recurrence"),
         (lambda: GramianForCausalLM(config), "cannot look ahead"),
+        (
+            lambda: GramianForCausalLM(make_config(block="glu", norm="batch")),
+            "cannot have norm='batch'",
+        ),
         (lambda: GramianForCausalLM(make_config(input_size=1)), "input_size must be None; got 1"),
     ):
         with pytest.raises(ValueError, match=sentence) as caught:
