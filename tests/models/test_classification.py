@@ -372,8 +372,8 @@ def test_with_the_trainer(make_config: MakeConfig, tmp_path: Path) -> None:
     trainer = Trainer(
         model=GramianForSequenceClassification(config),
         args=arguments,
-        train_dataset=data,  # type: ignore[arg-type]
-        eval_dataset=data,  # type: ignore[arg-type]
+        train_dataset=data,
+        eval_dataset=data,
         data_collator=collate,
     )
     before = trainer.evaluate()["eval_loss"]
