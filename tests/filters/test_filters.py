@@ -240,13 +240,27 @@ def test_published_layers_of_other_precision(dtype):
     rebuilt.load_state_dict(made.state_dict())
 
 
+def test_published_layers_with_a_constraint():
+    """Denominators a / (‖a‖₁ + |scalar| + 1e-6), with the shared scalars of the layer."""
+    data = official()
+    scalar = torch.tensor([0.5, -2.0, 0.0, 0.01])
+    made = RTF.from_official({"ab": data["ab"], "h_0": data["h_0"], "scalar": scalar}, 64).double()
+    assert made.stability == "montel"
+    a = data["ab"][:4].double()
+    a = a / (a.abs().sum(-1) + scalar.double().abs() + 1e-6)[:, None]
+    plain = {"ab": torch.cat([a, data["ab"][4:].double()]), "h_0": data["h_0"].double()}
+    expected = RTF.from_official(plain, 64)().impulse_response(64)
+    torch.testing.assert_close(made().impulse_response(64), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         ({"h_0": None}, "lacks h_0"),
-        ({"scalar": torch.ones(4)}, "also has scalar"),
+        ({"scalar": torch.ones(3)}, r"scalar \(3,\)"),
+        ({"bias": torch.ones(8)}, "also has bias"),
         ({"ab": None, "layer.ab": torch.ones(12, 6)}, "lacks ab and also has layer.ab"),
-        ({"ab": torch.ones(8, 6)}, r"h_0 \(8,\) and ab \(8, 6\)"),
+        ({"ab": torch.ones(8, 6)}, r"ab \(8, 6\), h_0 \(8,\)"),
         ({"ab": torch.ones(11, 6)}, "dividing the channels"),
         ({"ab": torch.ones(12)}, r"ab \(12,\)"),
         ({"h_0": torch.ones(8, 1)}, r"h_0 \(8, 1\)"),

@@ -67,6 +67,8 @@ def test_hints_name_parameters_and_can_be_written_down(filter: Filter) -> None:
 def test_what_the_filters_ask_for() -> None:
     rtf, implicit, trained, modal, slow = FILTERS
     assert rtf.optimizer_hints() == {"a": {"weight_decay": 0.0}}
+    for stability, dynamics in (("montel", {"a", "slack"}), ("schur", {"theta"})):
+        assert RTF(4, 3, 16, stability=stability).optimizer_hints().keys() == dynamics
     assert {tuple(o.items()) for o in implicit.optimizer_hints().values()} == {
         (("weight_decay", 0.0),)
     }
