@@ -77,8 +77,10 @@ class LongConvolution(Mixer):
         length = x.shape[1]
         kernel = self._kernel(self.filter(length), x)
         x = apply_mask(x, mask)
+        if not self.bidirectional:  # a slice of everything is not free: its gradient is copied
+            return causal_convolution(x, kernel, dim=-2)
         y = causal_convolution(x, kernel[: self.width], dim=-2)
-        if self.bidirectional and length > 1:
+        if length > 1:
             ahead = nn.functional.pad(kernel[self.width :, : length - 1], (1, 0))
             y = y + anticausal_convolution(x, ahead, dim=-2)
         return y
