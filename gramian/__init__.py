@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gramian import filters, mixers, ops, reduction, systems
+from gramian.filters import parameter_groups
 from gramian.ops import causal_convolution
 from gramian.reduction import Reduction, reduce
 from gramian.systems import FIR, Modal, StateSpace, TransferFunction
@@ -34,6 +35,7 @@ __all__ = [
     "filters",
     "mixers",
     "ops",
+    "parameter_groups",
     "reduce",
     "reduction",
     "systems",

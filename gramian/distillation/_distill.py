@@ -43,7 +43,7 @@ def distill(
     as they are. The given model is left untouched.
 
     Args:
-        model: a `GramianForCausalLM` or `GramianModel`.
+        model: any Gramian model that is not bidirectional.
         tol: relative l2 error `‖h − ĥ‖₂ / ‖h‖₂` asked of every filter; each gets the smallest order
             that reaches it. Between 0 and 1, both excluded. Ignored when `order` is given.
         order: real state dimension of every filter, from 1 to the number of taps less one.
@@ -57,10 +57,12 @@ def distill(
 
     Raises:
         TypeError: `model` is not a Gramian model.
-        ValueError: `tol`, `order` or `max_order` out of range, no filter left to distil, or a
-            kernel that is not finite.
+        ValueError: `tol`, `order` or `max_order` out of range, no filter left to distil, a
+            bidirectional model, or a kernel that is not finite.
     """
     filters = [mixer.filter for mixer in _mixers(model)]
+    if model.config.bidirectional:
+        raise ValueError("A bidirectional model cannot be distilled: it has no recurrence.")
     long = [i for i, filter in enumerate(filters) if not isinstance(filter, ModalFilter)]
     wanted = {"order": order} if order is not None else {"tol": tol, "max_order": max_order}
     if order is None:
@@ -117,8 +119,7 @@ def _mixers(model: Any) -> list[Any]:
 
     if not isinstance(model, GramianPreTrainedModel):
         raise TypeError(
-            "distill takes a GramianForCausalLM or a GramianModel; it was given an object of type "
-            f"{type(model).__name__}."
+            f"distill takes a Gramian model; it was given an object of type {type(model).__name__}."
         )
     return [block.mixer for block in model.base_model.layers]
 

@@ -1,10 +1,21 @@
 """Filters: modules that parametrise a time-invariant system."""
 
 from gramian.filters._filter import Filter, build, register
+from gramian.filters._optim import parameter_groups
 from gramian.filters.implicit import ImplicitFilter
 from gramian.filters.modal import ModalFilter
 from gramian.filters.rtf import RTF
 from gramian.filters.s4 import S4
 from gramian.filters.s4d import S4D
 
-__all__ = ["RTF", "S4", "S4D", "Filter", "ImplicitFilter", "ModalFilter", "build", "register"]
+__all__ = [
+    "RTF",
+    "S4",
+    "S4D",
+    "Filter",
+    "ImplicitFilter",
+    "ModalFilter",
+    "build",
+    "parameter_groups",
+    "register",
+]

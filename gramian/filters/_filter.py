@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from gramian.systems import System
 
-__all__ = ["Filter", "build", "register"]
+__all__ = ["Filter", "build", "check_lr", "register"]
 
 _REGISTRY: dict[str, type[Filter]] = {}
 _FilterType = TypeVar("_FilterType", bound="type[Filter]")
@@ -61,6 +61,15 @@ class Filter(nn.Module, abc.ABC):
         """What :func:`build` needs to make this filter again, ready for JSON."""
         return {"type": self.name, "channels": self.channels, "max_length": self.max_length}
 
+    def optimizer_hints(self) -> dict[str, dict[str, float]]:
+        """Options in which parameters should differ from the rest of the model while training.
+
+        Returns:
+            By name, as in ``named_parameters``, options of the optimiser: ``{"a": {"weight_decay":
+            0.0}}``. :func:`gramian.parameter_groups` makes groups of them.
+        """
+        return {}
+
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items() if k != "type")
 
@@ -72,6 +81,13 @@ class Filter(nn.Module, abc.ABC):
             return moved
 
         return super()._apply(keep_precision, recurse)
+
+
+def check_lr(lr: float | None) -> float | None:
+    """``lr``, or a ValueError unless it is None or a finite number of at least 0."""
+    if lr is not None and not (isinstance(lr, int | float) and 0 <= lr < float("inf")):
+        raise ValueError(f"lr must be None or a learning rate of at least 0, got {lr!r}.")
+    return lr
 
 
 def register(name: str) -> Callable[[_FilterType], _FilterType]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.filters._filter import Filter, register
+from gramian.filters._filter import Filter, check_lr, register
 from gramian.systems import FIR
 
 __all__ = ["ImplicitFilter"]
@@ -40,10 +40,11 @@ class ImplicitFilter(Filter):
             does.
         bias: Whether to add a trainable direct term at tap 0.
         trainable_time: Whether the time features are parameters (published with a learning rate of
-            1e-5) or fixed.
+            1e-5, see :meth:`optimizer_hints`) or fixed.
+        lr: Learning rate of the filter's parameters, if not that of the model.
 
     Raises:
-        ValueError: if ``embedding_features`` is even or below 3.
+        ValueError: if ``embedding_features`` is even or below 3, or ``lr`` is negative.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ImplicitFilter(Filter):
         normalized: bool = False,
         bias: bool = True,
         trainable_time: bool = False,
+        lr: float | None = None,
     ) -> None:
         super().__init__(channels, max_length)
         if embedding_features < 3 or embedding_features % 2 == 0:
@@ -86,6 +88,7 @@ class ImplicitFilter(Filter):
         self.modulate = modulate
         self.normalized = normalized
         self.trainable_time = trainable_time
+        self.lr = check_lr(lr)
 
         widths = [embedding_features] + [hidden] * (inner_layers + 1)
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(widths))
@@ -167,4 +170,13 @@ class ImplicitFilter(Filter):
             "normalized": self.normalized,
             "bias": self.bias is not None,
             "trainable_time": self.trainable_time,
+            "lr": self.lr,
         }
+
+    def optimizer_hints(self) -> dict[str, dict[str, float]]:
+        """No decay on any parameter, as published; time features, if trained, at 1e-5."""
+        options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
+        hints = {name: dict(options) for name, _ in self.named_parameters()}
+        if "features" in hints:
+            hints["features"]["lr"] = 1e-5
+        return hints

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gramian.filters._filter import Filter, register
+from gramian.filters._filter import Filter, check_lr, register
 from gramian.systems import Modal
 
 __all__ = ["ModalFilter"]
@@ -33,12 +33,20 @@ class ModalFilter(Filter):
         orders: Modes of every channel (a mode is a real pole or a conjugate pair), or one number
             for all. Parameters are stored without padding, channel after channel.
         max_length: Taps over which the filter was trained or fitted; it goes on past them.
+        lr: Learning rate of the poles, if not that of the model.
 
     Raises:
-        ValueError: if ``orders`` does not name one non-negative number for every channel.
+        ValueError: if ``orders`` does not name one non-negative number for every channel, or ``lr``
+            is negative.
     """
 
-    def __init__(self, channels: int, orders: int | Sequence[int], max_length: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        orders: int | Sequence[int],
+        max_length: int,
+        lr: float | None = None,
+    ) -> None:
         super().__init__(channels, max_length)
         listed = [orders] * channels if isinstance(orders, int) else [int(o) for o in orders]
         if len(listed) != channels or min(listed) < 0:
@@ -47,6 +55,7 @@ class ModalFilter(Filter):
                 f"{orders!r}."
             )
         self.orders = tuple(listed)
+        self.lr = check_lr(lr)
         modes = sum(self.orders)
         self.log_decay = nn.Parameter(torch.empty(modes))
         self.angle = nn.Parameter(torch.empty(modes))
@@ -116,7 +125,12 @@ class ModalFilter(Filter):
         return Modal(pad(poles.to(self.residues.dtype)), pad(self.residues), self.d)
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "orders": list(self.orders)}
+        return {**super().config(), "orders": list(self.orders), "lr": self.lr}
+
+    def optimizer_hints(self) -> dict[str, dict[str, float]]:
+        """No decay on the poles."""
+        options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
+        return {"log_decay": dict(options), "angle": dict(options)}
 
     def extra_repr(self) -> str:
         return (

@@ -7,10 +7,12 @@ unity by FFT, in time and memory that do not grow with n (RTF, Parnichkun et al.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from gramian.filters._filter import Filter, register
 from gramian.ops import rational_impulse_response
@@ -241,3 +243,62 @@ class RTF(Filter):
             "num_denominators": self.num_denominators,
             "initialization": self.initialization,
         }
+
+    def optimizer_hints(self) -> dict[str, dict[str, float]]:
+        """No decay on what the denominators are made of: it would move poles."""
+        dynamics = (name for name, _ in self.named_parameters() if name not in ("b", "d"))
+        return {name: {"weight_decay": 0.0} for name in dynamics}
+
+    @classmethod
+    def from_official(cls, state_dict: Mapping[str, Tensor], max_length: int) -> Self:
+        """The filter of a published RTF layer (github.com/ruke1ire/RTF).
+
+        Of a bidirectional layer of D channels it has 2 D: the forward kernels, then the backward
+        ones, as `LongConvolution(filter, bidirectional=True)` takes them.
+
+        Args:
+            state_dict: The layer's: ``ab`` (denominators + channels, n), denominators first, then
+                truncated numerators; ``h_0`` (channels), the direct terms; and, of a layer with its
+                l1 constraint, ``scalar`` (denominators), which makes a filter of stability
+                "montel". The number of denominators is what ``ab`` has more rows than ``h_0``.
+            max_length: The layer's ``trunc_len``, which its state dict does not tell.
+
+        Raises:
+            ValueError: for other keys, or shapes that do not belong together.
+        """
+        required, optional = {"ab", "h_0"}, {"scalar"}
+        missing = sorted(required - state_dict.keys())
+        others = sorted(state_dict.keys() - required - optional)
+        if missing or others:
+            kinds = (("lacks", missing), ("also has", others))
+            found = " and ".join(f"{kind} {', '.join(keys)}" for kind, keys in kinds if keys)
+            raise ValueError(
+                "the state dict of a published RTF layer has the keys ab and h_0, and scalar if it "
+                f"is constrained; this one {found}."
+            )
+        ab, h_0, scalar = state_dict["ab"], state_dict["h_0"], state_dict.get("scalar")
+        channels = len(h_0) if h_0.ndim == 1 else 0
+        denominators = len(ab) - channels if ab.ndim == 2 else 0
+        fits = channels > 0 and denominators > 0 and channels % denominators == 0
+        if not fits or (scalar is not None and scalar.shape != (denominators,)):
+            shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+            raise ValueError(
+                "a published RTF layer has h_0 (channels), ab (denominators + channels, state "
+                "size) and scalar (denominators), if any, the denominators dividing the channels; "
+                f"got {', '.join(f'{name} {shape}' for name, shape in shapes.items())}."
+            )
+        made = cls(
+            channels,
+            ab.shape[1],
+            max_length,
+            stability="none" if scalar is None else "montel",
+            num_denominators=denominators,
+        )
+        made.to(device=ab.device, dtype=ab.dtype)
+        with torch.no_grad():
+            made.a.copy_(ab[:denominators])
+            made.b.copy_(ab[denominators:])
+            made.d.copy_(h_0)
+            if scalar is not None:
+                made.slack.copy_(scalar)
+        return made

@@ -1,11 +1,13 @@
 """Mixers: modules that mix a sequence."""
 
 from gramian.mixers._mixer import Mixer, MixerRecurrence, ShortConvolution
+from gramian.mixers.block import Block
 from gramian.mixers.hyena import Hyena, HyenaState
 from gramian.mixers.long_convolution import LongConvolution, LongConvolutionState
 from gramian.mixers.multi_hyena import MultiHyena, MultiHyenaState
 
 __all__ = [
+    "Block",
     "Hyena",
     "HyenaState",
     "LongConvolution",

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from gramian.filters import Filter
 from gramian.systems import State, System
 
-__all__ = ["Mixer", "MixerRecurrence", "ShortConvolution", "apply_mask", "check_divides"]
+__all__ = [
+    "Mixer",
+    "MixerRecurrence",
+    "ShortConvolution",
+    "apply_mask",
+    "check_divides",
+    "check_probability",
+]
 
 
 class Mixer(nn.Module, abc.ABC):
@@ -24,10 +31,14 @@ class Mixer(nn.Module, abc.ABC):
 
     The mask, (batch, length), is 1 where a token is real. It zeroes the input of every causal
     operator, so that padding, on the left or anywhere else, leaves no trace in later outputs.
+
+    ``kernel_dropout`` is the probability with which a tap of a long convolution is dropped in
+    training, whole sequences only: what carries a state is never touched by it.
     """
 
     filter: Filter
     width: int
+    kernel_dropout: float = 0.0
 
     @overload
     def __call__(self, x: Tensor, state: None = None, mask: Tensor | None = None) -> Tensor: ...
@@ -91,6 +102,13 @@ class Mixer(nn.Module, abc.ABC):
         self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
     ) -> State:
         """The state of a silent past around the states of the long convolutions."""
+
+    def _kernel(self, system: System, like: Tensor) -> Tensor:
+        """Taps for a whole sequence ``like``, (batch, length, …), in training with dropout."""
+        kernel = system.kernel_for(like, like.shape[1])
+        if self.training and self.kernel_dropout > 0:
+            kernel = nn.functional.dropout(kernel, self.kernel_dropout)
+        return kernel
 
     def check_input(self, x: Tensor, mask: Tensor | None) -> None:
         """Raise a ValueError unless x is (batch, length ≥ 1, width) and the mask fits."""
@@ -213,6 +231,13 @@ def apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x
     return x * (mask != 0).to(x.dtype).reshape(*mask.shape, *(1,) * (x.ndim - 2))
+
+
+def check_probability(name: str, value: float) -> float:
+    """``value`` as a float, or a ValueError unless it is a probability below 1."""
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a probability, at least 0 and below 1, got {value!r}.")
+    return float(value)
 
 
 def check_divides(name: str, parts: int, width: int) -> None:

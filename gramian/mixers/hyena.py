@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.filters import Filter, build
-from gramian.mixers._mixer import Mixer, ShortConvolution, apply_mask
+from gramian.mixers._mixer import Mixer, ShortConvolution, apply_mask, check_probability
 from gramian.ops import causal_convolution
 from gramian.systems import State, System
 
@@ -41,6 +41,7 @@ class Hyena(Mixer):
         max_length: For a configuration that does not name it.
         order: N ≥ 2: long convolutions and gates plus one.
         short_kernel: Taps of the short convolution.
+        kernel_dropout: Probability of dropping a tap of the long convolutions in training.
 
     Raises:
         ValueError: if the order is below 2 or the filter does not fit.
@@ -53,6 +54,7 @@ class Hyena(Mixer):
         max_length: int | None = None,
         order: int = 2,
         short_kernel: int = 3,
+        kernel_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if order < 2:
@@ -60,6 +62,7 @@ class Hyena(Mixer):
         defaults = {} if max_length is None else {"max_length": max_length}
         self.width = width
         self.order = order
+        self.kernel_dropout = check_probability("kernel_dropout", kernel_dropout)
         self.in_proj = nn.Linear(width, (order + 1) * width)
         self.short = ShortConvolution((order + 1) * width, short_kernel)
         self.filter = build(filter, channels=(order - 1) * width, **defaults)
@@ -83,13 +86,12 @@ class Hyena(Mixer):
         return gates, value, past
 
     def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        length = x.shape[1]
         (last, *gates), value, _ = self._project(x, mask, None)
-        systems = self._systems(length)
+        systems = self._systems(x.shape[1])
         for n, (gate, system) in enumerate(zip(reversed(gates), systems, strict=True)):
             value = causal_convolution(
                 apply_mask(gate * value, mask),
-                system.kernel_for(value, length),
+                self._kernel(system, value),
                 gate=last if n == len(gates) - 1 else None,
                 dim=-2,
             )

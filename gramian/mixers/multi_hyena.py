@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gramian.filters import Filter, build
-from gramian.mixers._mixer import Mixer, ShortConvolution, apply_mask, check_divides
+from gramian.mixers._mixer import (
+    Mixer,
+    ShortConvolution,
+    apply_mask,
+    check_divides,
+    check_probability,
+)
 from gramian.ops import causal_convolution
 from gramian.systems import State, System
 
@@ -53,6 +59,7 @@ class MultiHyena(Mixer):
         filter: A filter of ``heads`` channels, or its configuration.
         max_length: For a configuration that does not name it.
         short_kernel: Taps of the short convolution.
+        kernel_dropout: Probability of dropping a tap of the filters in training.
 
     Raises:
         ValueError: if the heads do not divide the width or the filter does not fit.
@@ -65,6 +72,7 @@ class MultiHyena(Mixer):
         filter: dict[str, Any] | Filter,
         max_length: int | None = None,
         short_kernel: int = 3,
+        kernel_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_divides("heads", heads, width)
@@ -72,6 +80,7 @@ class MultiHyena(Mixer):
         self.width = width
         self.heads = heads
         self.head_width = width // heads
+        self.kernel_dropout = check_probability("kernel_dropout", kernel_dropout)
         self.in_proj = nn.Linear(width, 3 * width)
         self.short = ShortConvolution(3 * width, short_kernel)
         self.filter = build(filter, channels=heads, **defaults)
@@ -101,7 +110,7 @@ class MultiHyena(Mixer):
     def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
         length = x.shape[1]
         q, k, v, _ = self._project(x, mask, None)
-        kernel = self.filter(length).kernel_for(q, length)
+        kernel = self._kernel(self.filter(length), x)
         if prefers_convolution(length, self.head_width):
             return self._merge(convolved_outer_products(q, k, v, kernel))
         return self._merge(toeplitz_masked_attention(q, k, v, kernel))

@@ -13,6 +13,8 @@ from gramian.models.loading import load
 from gramian.models.modeling import (
     GramianBlock,
     GramianForCausalLM,
+    GramianForSequenceClassification,
+    GramianGLUBlock,
     GramianMLP,
     GramianModel,
     GramianPreTrainedModel,
@@ -27,6 +29,8 @@ __all__ = [
     "GramianCacheLayer",
     "GramianConfig",
     "GramianForCausalLM",
+    "GramianForSequenceClassification",
+    "GramianGLUBlock",
     "GramianMLP",
     "GramianModel",
     "GramianPreTrainedModel",
@@ -36,3 +40,6 @@ __all__ = [
 transformers.AutoConfig.register(GramianConfig.model_type, GramianConfig, exist_ok=True)
 transformers.AutoModel.register(GramianConfig, GramianModel, exist_ok=True)
 transformers.AutoModelForCausalLM.register(GramianConfig, GramianForCausalLM, exist_ok=True)
+transformers.AutoModelForSequenceClassification.register(
+    GramianConfig, GramianForSequenceClassification, exist_ok=True
+)

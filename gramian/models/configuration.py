@@ -1,4 +1,4 @@
-"""The configuration of a Gramian model: blocks of (norm, mixer, norm, MLP) around any filters.
+"""The configuration of a Gramian model: residual blocks around any mixers and filters.
 
 What mixes the sequence is named in `mixers` and what each mixer convolves with in `filter`, either
 once for all layers or once per layer: after distillation every layer has filters of its own orders,
@@ -14,10 +14,13 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 MIXERS = ("multi_hyena", "hyena", "long_convolution")
+BLOCKS = ("mlp", "glu")
+NORMS = ("rms", "layer", "batch")
+POOLING = ("mean", "last")
 
 
 class GramianConfig(PreTrainedConfig):
-    """Configuration of `GramianModel` and `GramianForCausalLM`.
+    """Configuration of `GramianModel`, `GramianForCausalLM` and `GramianForSequenceClassification`.
 
     Args:
         vocab_size: number of token ids. The default, 259, is `ByteTokenizer`'s: 256 bytes and three
@@ -33,8 +36,26 @@ class GramianConfig(PreTrainedConfig):
             an FIR filter is zero and a rational one goes on. There is no positional embedding.
         hyena_order: number of projections of `hyena` mixers less one.
         short_kernel: taps of the mixers' short convolutions.
-        intermediate_size: inner width of the MLP. By default 4 × `hidden_size`, and 8/3 of it when
-            gated, rounded up to a multiple of 16.
+        block: `"mlp"`, a mixer and an MLP, each after an RMS norm and beside a residual connection,
+            as language models have; or `"glu"`, a `gramian.mixers.Block`, as models of long
+            continuous sequences have, in which a mixer is followed by one gated linear map.
+        norm: of `"glu"` blocks: `"rms"`, `"layer"` or `"batch"`; the last not for
+            `GramianForCausalLM`, as its statistics look ahead.
+        prenorm: whether the norm of a `"glu"` block comes before its mixer, or after the residual
+            connection.
+        tied_dropout: whether the dropout of `"glu"` blocks drops a channel over the whole length.
+        bidirectional: whether the mixers look ahead too, all of them `long_convolution`; their
+            filters then have 2 × `hidden_size` channels. Not for `GramianForCausalLM`.
+        input_size: features of a continuous input (1 for the samples of a signal or the pixels of a
+            grey image): the model reads `input_values` through a linear map. By default it reads
+            token ids. Not for `GramianForCausalLM`.
+        pooling: what `GramianForSequenceClassification` makes of the hidden states: their `"mean"`
+            over the real tokens, or the `"last"` real token's.
+        dropout: probability of dropping, in training, a number of what a mixer or MLP adds to the
+            residual stream.
+        kernel_dropout: probability of dropping, in training, a tap of a long convolution.
+        intermediate_size: inner width of the MLP of `"mlp"` blocks. By default 4 × `hidden_size`,
+            and 8/3 of it when gated, rounded up to a multiple of 16.
         gated_mlp: `act(W₁ x) ∘ W₂ x` if true, `act(W₁ x)` if not, each followed by a projection.
         hidden_act: the activation in the MLP.
         rms_norm_eps: added to the mean square in the norms.
@@ -42,10 +63,13 @@ class GramianConfig(PreTrainedConfig):
         use_cache: whether a forward without gradients returns its cache.
         tie_word_embeddings: whether the output projection is the embedding matrix.
         pad_token_id, bos_token_id, eos_token_id: special tokens, none by default.
+        kwargs: as for any configuration of transformers: `num_labels`, `problem_type`, ...
 
     Raises:
-        ValueError: on an unknown mixer or filter, a list that is not one per layer, a size below 1,
-            heads that do not divide the width.
+        ValueError: on an unknown mixer, filter or pooling, a list that is not one per layer, a size
+            below 1, heads that do not divide the width, an unknown block or norm, an option of
+            `"glu"` blocks with others, a dropout that is no probability below 1,
+            `bidirectional` with other mixers than `long_convolution`.
     """
 
     model_type = "gramian"
@@ -61,6 +85,15 @@ class GramianConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     hyena_order: int = 2
     short_kernel: int = 3
+    block: str = "mlp"
+    norm: str = "rms"
+    prenorm: bool = True
+    tied_dropout: bool = False
+    bidirectional: bool = False
+    input_size: int | None = None
+    pooling: str = "mean"
+    dropout: float = 0.0
+    kernel_dropout: float = 0.0
     intermediate_size: int | None = None
     gated_mlp: bool = True
     hidden_act: str = "silu"
@@ -108,8 +141,8 @@ class GramianConfig(PreTrainedConfig):
             "max_position_embeddings": self.max_position_embeddings,
             "short_kernel": self.short_kernel,
         }
-        if self.intermediate_size is not None:
-            sizes["intermediate_size"] = self.intermediate_size
+        optional = {"intermediate_size": self.intermediate_size, "input_size": self.input_size}
+        sizes |= {name: value for name, value in optional.items() if value is not None}
         for name, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
@@ -121,8 +154,33 @@ class GramianConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_act must be among {', '.join(sorted(ACT2FN))}; got {self.hidden_act!r}."
             )
+        choices = {"block": BLOCKS, "norm": NORMS, "pooling": POOLING}
+        for name, accepted in choices.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, accepted))}; got "
+                    f"{getattr(self, name)!r}."
+                )
+        plain = (self.norm, self.prenorm, self.tied_dropout) == ("rms", True, False)
+        if self.block != "glu" and not plain:
+            raise ValueError(
+                "norm, prenorm and tied_dropout are options of block='glu'; got them with "
+                f"block={self.block!r}."
+            )
+        for name in ("dropout", "kernel_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ValueError(
+                    f"{name} must be a probability, at least 0 and below 1; got {value!r}."
+                )
         _validate_mixers(self.mixers, self.num_hidden_layers)
         _validate_filter(self.filter, self.num_hidden_layers)
+        others = {*map(self.mixer_of, range(self.num_hidden_layers))} - {"long_convolution"}
+        if self.bidirectional and others:
+            raise ValueError(
+                "bidirectional needs the mixer 'long_convolution' in every layer; got "
+                f"{', '.join(map(repr, sorted(others)))}."
+            )
         heads_matter = "multi_hyena" in map(self.mixer_of, range(self.num_hidden_layers))
         if heads_matter and self.hidden_size % self.num_heads:
             raise ValueError(

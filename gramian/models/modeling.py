@@ -1,7 +1,8 @@
-"""Gramian models for Hugging Face: pre-norm blocks of a causal mixer and an MLP.
+"""Gramian models for Hugging Face: residual blocks around mixers.
 
-A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`; a model is an embedding, the blocks and
-a last norm. Order in time enters through the mixers alone, so there is no positional embedding.
+A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`, or the one of `gramian.mixers.Block`; a
+model is an embedding, the blocks and a last norm. Order in time enters through the mixers alone, so
+there is no positional embedding.
 
 Training and scoring convolve. With a cache the mixers' recurrences run: a prompt is prefilled, then
 each token costs one step, and what is remembered has a size of its own (`state_bytes`) whatever the
@@ -18,11 +19,15 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutput,
+)
 from transformers.utils import can_return_tuple
 
 from gramian.filters import Filter, build
-from gramian.mixers import Hyena, LongConvolution, Mixer, MultiHyena, ShortConvolution
+from gramian.mixers import Block, Hyena, LongConvolution, Mixer, MultiHyena, ShortConvolution
 from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import GramianConfig
 
@@ -31,15 +36,14 @@ def build_mixer(config: GramianConfig, layer: int) -> Mixer:
     """The mixer of layer `layer`: (batch, length, hidden_size) to the same."""
     name, width = config.mixer_of(layer), config.hidden_size
     filter_config, max_length = config.filter_of(layer), config.max_position_embeddings
-    mixer: Mixer
+    short, dropout = config.short_kernel, config.kernel_dropout
     if name == "long_convolution":
-        mixer = LongConvolution(build(filter_config, channels=width, max_length=max_length))
-    elif name == "hyena":
-        order = config.hyena_order
-        mixer = Hyena(width, filter_config, max_length, order, config.short_kernel)
-    else:
-        mixer = MultiHyena(width, config.num_heads, filter_config, max_length, config.short_kernel)
-    return mixer
+        channels = 2 * width if config.bidirectional else width
+        filter = build(filter_config, channels=channels, max_length=max_length)
+        return LongConvolution(filter, config.bidirectional, dropout)
+    if name == "hyena":
+        return Hyena(width, filter_config, max_length, config.hyena_order, short, dropout)
+    return MultiHyena(width, config.num_heads, filter_config, max_length, short, dropout)
 
 
 class GramianMLP(nn.Module):
@@ -72,6 +76,7 @@ class GramianBlock(GradientCheckpointingLayer):
         self.mixer = build_mixer(config, layer)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = GramianMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,
@@ -84,26 +89,61 @@ class GramianBlock(GradientCheckpointingLayer):
         if past_key_values is None:
             mixed = self.mixer(normed, mask=mask)
         else:
-            mixed = self._mix_on(normed, mask, past_key_values.layers[self.layer])
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+            mixed = _mix_on(self.mixer, normed, mask, past_key_values.layers[self.layer])
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
-    def _mix_on(self, x: Tensor, mask: Tensor | None, memory: GramianCacheLayer) -> Tensor:
-        batch, length = x.shape[:2]
-        if memory.recurrence is None:
-            memory.recurrence = self.mixer.recurrence()
-        if torch.is_grad_enabled():  # a frozen snapshot would cut the filters off from the loss
-            state = memory.state
-            if state is None:
-                state = memory.recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
-            mixed, state = self.mixer(x, state, mask=mask)
-        elif length == 1 and mask is None and memory.state is not None:
-            mixed, state = memory.recurrence.step(x[:, 0], memory.state)
-            mixed = mixed[:, None]
-        else:
-            mixed, state = memory.recurrence.prefill(x, memory.state, mask=mask)
-        memory.update_recurrent_state(state, batch_size=batch, tokens=length)
-        return mixed
+
+class GramianGLUBlock(GradientCheckpointingLayer):
+    """One layer: a `gramian.mixers.Block` as the configuration describes it."""
+
+    def __init__(self, config: GramianConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.block = Block(
+            config.hidden_size,
+            build_mixer(config, layer),
+            norm=config.norm,
+            eps=config.rms_norm_eps,
+            prenorm=config.prenorm,
+            dropout=config.dropout,
+            tied_dropout=config.tied_dropout,
+        )
+
+    @property
+    def mixer(self) -> Mixer:
+        """The mixer inside the block; the block's state is this mixer's."""
+        return self.block.mixer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        past_key_values: GramianCache | None = None,
+    ) -> Tensor:
+        """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
+        if past_key_values is None:
+            return self.block(hidden_states, mask=mask)
+        return _mix_on(self.block, hidden_states, mask, past_key_values.layers[self.layer])
+
+
+def _mix_on(mixer: Mixer, x: Tensor, mask: Tensor | None, memory: GramianCacheLayer) -> Tensor:
+    """What `mixer` makes of (batch, length, hidden_size) after what `memory` holds."""
+    batch, length = x.shape[:2]
+    if memory.recurrence is None:
+        memory.recurrence = mixer.recurrence()
+    if torch.is_grad_enabled():  # a frozen snapshot would cut the filters off from the loss
+        state = memory.state
+        if state is None:
+            state = memory.recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
+        mixed, state = mixer(x, state, mask=mask)
+    elif length == 1 and mask is None and memory.state is not None:
+        mixed, state = memory.recurrence.step(x[:, 0], memory.state)
+        mixed = mixed[:, None]
+    else:
+        mixed, state = memory.recurrence.prefill(x, memory.state, mask=mask)
+    memory.update_recurrent_state(state, batch_size=batch, tokens=length)
+    return mixed
 
 
 class GramianPreTrainedModel(PreTrainedModel):
@@ -114,12 +154,19 @@ class GramianPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GramianBlock"]  # noqa: RUF012 (transformers' own convention, below too)
+    # transformers' own convention, here and below:
+    _no_split_modules = ["GramianBlock", "GramianGLUBlock"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
     # Filters keep themselves in float32; this tells quantizers to keep out of them too.
     _keep_in_fp32_modules = [r".*\.mixer\.filter"]  # noqa: RUF012
+
+    def __init__(self, config: GramianConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.input_size is not None:
+            self.main_input_name = "input_values"
+            self._input_embed_layer = "input_proj"
 
     def state_bytes(self, batch: int = 1, context: int = 1) -> int:
         """Bytes that `batch` sequences keep between two tokens after `context` tokens.
@@ -131,7 +178,8 @@ class GramianPreTrainedModel(PreTrainedModel):
         snapshot of the filters is not counted: it belongs to the model and is shared by the batch.
 
         Raises:
-            ValueError: if `batch` or `context` is below 1.
+            ValueError: if `batch` or `context` is below 1, or the model is bidirectional, which
+                keeps no state.
         """
         if batch < 1 or context < 1:
             raise ValueError(
@@ -177,13 +225,17 @@ def _reset(module: Filter | ShortConvolution) -> None:
 
 
 class GramianModel(GramianPreTrainedModel):
-    """Embedding, blocks and last norm: token ids to hidden states."""
+    """Embedding, blocks and last norm: token ids, or a continuous input, to hidden states."""
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.input_size is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        else:
+            self.input_proj = nn.Linear(config.input_size, config.hidden_size)
+        kind = GramianGLUBlock if config.block == "glu" else GramianBlock
         self.layers = nn.ModuleList(
-            GramianBlock(config, layer) for layer in range(config.num_hidden_layers)
+            kind(config, layer) for layer in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -198,6 +250,7 @@ class GramianModel(GramianPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        input_values: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch of sequences, or of their continuation.
@@ -212,20 +265,21 @@ class GramianModel(GramianPreTrainedModel):
                 training or with gradients on, where it would be made for nothing.
             output_hidden_states: whether to return the embeddings and every block's output, the
                 last one after the last norm.
+            input_values: (batch, length, `config.input_size`), in place of `input_ids` where the
+                configuration has an `input_size`.
             kwargs: ignored; Hugging Face passes positions and the like.
 
         Returns:
             `last_hidden_state` (batch, length, hidden_size), `past_key_values`, `hidden_states`.
 
         Raises:
-            ValueError: on both or neither of `input_ids` and `inputs_embeds`, an empty sequence, a
-                mask that is not (batch, ≥ length), a cache of another batch, a cache together with
-                gradient checkpointing.
+            ValueError: on both or neither of `input_ids` (or `input_values`) and `inputs_embeds`,
+                the kind of input that the configuration does not have, an empty sequence, a mask
+                that is not (batch, ≥ length), a cache of another batch, a cache together with
+                gradient checkpointing or in a bidirectional model.
             TypeError: on a cache that is not a `GramianCache`.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds.")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_states = self._embed(input_ids, input_values, inputs_embeds)
         batch, length = hidden_states.shape[:2]
         if length == 0:
             raise ValueError("the model needs at least one token; got sequences of length 0.")
@@ -248,9 +302,43 @@ class GramianModel(GramianPreTrainedModel):
             hidden_states=tuple(seen) if output_hidden_states else None,
         )
 
+    def _embed(
+        self, input_ids: Tensor | None, input_values: Tensor | None, inputs_embeds: Tensor | None
+    ) -> Tensor:
+        """(batch, length, hidden_size) of whichever input there is."""
+        size = self.config.input_size
+        if size is None:
+            name, wanted, other = "input_ids", input_ids, input_values
+        else:
+            name, wanted, other = "input_values", input_values, input_ids
+        if other is not None:
+            raise ValueError(
+                "a model without input_size takes input_ids, not input_values."
+                if size is None
+                else f"a model of input_size {size} takes input_values, not input_ids."
+            )
+        if (wanted is None) == (inputs_embeds is None):
+            raise ValueError(f"give exactly one of {name} and inputs_embeds.")
+        if wanted is None:
+            assert inputs_embeds is not None
+            return inputs_embeds
+        if size is None:
+            return self.embed_tokens(wanted)
+        if wanted.ndim != 3 or wanted.shape[-1] != size:
+            raise ValueError(
+                f"input_values must be (batch, length, {size}); got {tuple(wanted.shape)}."
+            )
+        return self.input_proj(wanted.to(self.input_proj.weight.dtype))
+
     def _cache_for(
         self, cache: GramianCache | None, use_cache: bool | None, batch: int
     ) -> GramianCache | None:
+        if self.config.bidirectional:
+            if cache is not None or use_cache:
+                raise ValueError(
+                    "a bidirectional model has no cache: it looks at the whole sequence at once."
+                )
+            return None
         checkpointing = self.gradient_checkpointing and self.training
         if cache is None:
             if use_cache is None:
@@ -290,6 +378,19 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: GramianConfig) -> None:
+        if config.bidirectional:
+            raise ValueError(
+                "a causal language model cannot look ahead: bidirectional must be off."
+            )
+        if config.input_size is not None:
+            raise ValueError(
+                "a causal language model reads tokens: input_size must be None; got "
+                f"{config.input_size}."
+            )
+        if config.norm == "batch":
+            raise ValueError(
+                "a causal language model cannot have norm='batch', whose statistics look ahead."
+            )
         super().__init__(config)
         self.model = GramianModel(config)
         self.vocab_size = config.vocab_size
@@ -384,3 +485,110 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = GramianCache(self.config)
+
+
+class GramianForSequenceClassification(GramianPreTrainedModel):
+    """A `GramianModel` whose hidden states are pooled and mapped to one logit for each label.
+
+    Padding on either side, or anywhere, leaves no trace: the mask keeps it out of the mixers and
+    out of the pooling. It is told by `attention_mask` alone, never guessed from token ids.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
+
+    def __init__(self, config: GramianConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GramianModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits of a batch of sequences, and their loss when `labels` are given.
+
+        Args:
+            labels: (batch) of integers for one label a sequence, cross-entropy; (batch, num_labels)
+                of zeros and ones for several, binary cross-entropy; for regression (batch,
+                num_labels), or (batch) with one label, mean squared error. Which of them it is
+                `config.problem_type` says; if it is None, one label is regression, integers are
+                single labels, and others several.
+
+        The other arguments and the errors are those of `GramianModel.forward`.
+
+        Returns:
+            `loss`, `logits` (batch, num_labels), `hidden_states`.
+
+        Raises:
+            ValueError: also on a mask that hides a whole sequence, or labels of another shape.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.score(self._pool(outputs.last_hidden_state, attention_mask))
+        loss = None
+        if labels is not None:
+            labels = self._check_labels(labels, logits)
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config
+            )
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states
+        )
+
+    def _pool(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """(batch, length, hidden_size) to (batch, hidden_size), over real tokens."""
+        batch, length = hidden_states.shape[:2]
+        mask = _recent_mask(attention_mask, batch, length)
+        if mask is not None and not mask.any(-1).all():
+            hidden = (~mask.any(-1)).nonzero().flatten().tolist()
+            raise ValueError(
+                "attention_mask must leave a real token in every sequence; it hides all of "
+                f"{', '.join(map(str, hidden))}."
+            )
+        if self.config.pooling == "last":
+            if mask is None:
+                return hidden_states[:, -1]
+            last = length - 1 - mask.flip(-1).long().argmax(-1)
+            return hidden_states[torch.arange(batch, device=last.device), last]
+        if mask is None:
+            return hidden_states.mean(1)
+        total = (hidden_states * mask.unsqueeze(-1)).sum(
+            1, dtype=torch.promote_types(hidden_states.dtype, torch.float32)
+        )
+        return (total / mask.sum(-1, keepdim=True)).to(hidden_states.dtype)
+
+    def _check_labels(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """The labels in the dtype that the loss of their problem needs."""
+        batch, count = logits.shape
+        problem = self.config.problem_type
+        if problem is None and count > 1:
+            single = not labels.is_floating_point()
+            problem = "single_label_classification" if single else "multi_label_classification"
+        accepted: list[tuple[int, ...]] = [(batch, count)]
+        if count == 1:
+            accepted.append((batch,))
+        if problem == "single_label_classification":
+            accepted = [(batch,)]
+        if tuple(labels.shape) not in accepted:
+            raise ValueError(
+                f"labels must be {' or '.join(map(str, accepted))} for {problem or 'regression'}; "
+                f"got {tuple(labels.shape)}."
+            )
+        if problem == "single_label_classification":
+            return labels.long()
+        return labels.to(logits.dtype).reshape(logits.shape)

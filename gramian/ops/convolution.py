@@ -68,21 +68,11 @@ def causal_convolution(
         TypeError: an argument is complex or not floating point.
         ValueError: an empty length or kernel, or shapes that do not broadcast.
     """
-    _check(u, kernel, skip, gate, dim)
-    compute_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    dim = dim % u.ndim
-    signal = u.movedim(dim, -1)  # (*S, L)
-    channels = _channels(signal, kernel, skip)
-    if channels != signal.shape[:-1]:
-        signal = signal.expand(*channels, -1)
-    kernel = kernel[..., : signal.shape[-1]].to(compute_dtype)
-    own = kernel.shape[:-1]
-    if skip is not None and _fits(skip.shape, own):
-        tap = skip.to(compute_dtype).expand(own).unsqueeze(-1)
+    signal, kernel = _prepare(u, kernel, skip, gate, dim)
+    if skip is not None and _fits(skip.shape, kernel.shape[:-1]):
+        tap = skip.to(kernel.dtype).expand(kernel.shape[:-1]).unsqueeze(-1)
         kernel = torch.cat((kernel[..., :1] + tap, kernel[..., 1:]), dim=-1)
         skip = None
-
-    kernel = kernel.reshape(*(1,) * (signal.ndim - kernel.ndim), *kernel.shape)
     fused_gate = None
     if gate is not None and skip is None:
         fused_gate = gate.movedim(dim, -1).expand_as(signal)
@@ -93,6 +83,41 @@ def causal_convolution(
             y = gate.movedim(dim, -1) * y
         y = y.to(u.dtype)
     return y.movedim(-1, dim)
+
+
+def anticausal_convolution(u: Tensor, kernel: Tensor, *, dim: int = -1) -> Tensor:
+    """The transpose of causal convolution with `kernel` along `dim`: `y_t = Σ_j kernel_j u_{t+j}`.
+
+    The input is neither reversed nor copied: this is the operator that carries a causal
+    convolution's gradient back in time.
+
+    Args:
+        u: (*S with the length L at `dim`), real.
+        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right.
+        dim: the axis of `u` that is time.
+
+    Returns, precision and errors: as for `causal_convolution`.
+    """
+    signal, kernel = _prepare(u, kernel, None, None, dim)
+    # The transpose needs the input of the causal convolution for its shape only.
+    like, spectra = signal.detach(), _empty_spectra(signal, kernel, False)
+    y, _, _ = _backward(signal, like, kernel, None, spectra, [True, False, False])
+    return y.movedim(-1, dim)
+
+
+def _prepare(
+    u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, dim: int
+) -> tuple[Tensor, Tensor]:
+    """The checked input with time last, (*S, L), and the kernel cut to L taps in the precision to
+    compute in, (*S or 1, K)."""
+    _check(u, kernel, skip, gate, dim)
+    compute_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    signal = u.movedim(dim, -1)
+    channels = _channels(signal, kernel, skip)
+    if channels != signal.shape[:-1]:
+        signal = signal.expand(*channels, -1)
+    kernel = kernel[..., : signal.shape[-1]].to(compute_dtype)
+    return signal, kernel.reshape(*(1,) * (signal.ndim - kernel.ndim), *kernel.shape)
 
 
 def _check(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, dim: int) -> None:

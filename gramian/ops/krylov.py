@@ -2,8 +2,8 @@ r"""Powers of dense matrices between two vectors, as products of about √L × �
 
 ``c A^t x`` for t = iJ + j splits into ``(c A^{iJ}) (A^j x)``: about √L rows and as many columns,
 made by doubling with the squares of ``A``, and one matrix product. Neither L powers nor an n × L
-matrix is formed. Powers are taken in double precision: in single precision the 16384th power of a matrix
-of spectral radius 0.999 has no digit left.
+matrix is formed. Powers are taken in double precision: in single precision the 16384th power of a
+matrix of spectral radius 0.999 has no digit left.
 """
 
 from __future__ import annotations

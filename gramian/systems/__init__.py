@@ -3,8 +3,10 @@
 from gramian.systems._state import State
 from gramian.systems._system import Recurrence, System
 from gramian.systems.companion import CompanionRecurrence, CompanionState
+from gramian.systems.convert import to_fir, to_modal, to_state_space, to_transfer_function
 from gramian.systems.dplr import DPLR, DPLRRecurrence, DPLRState
 from gramian.systems.fir import FIR, FIRRecurrence, FIRState
+from gramian.systems.interop import from_control, from_zpk, to_control, to_zpk
 from gramian.systems.lattice import LatticeRecurrence, LatticeState
 from gramian.systems.modal import Modal, ModalRecurrence, ModalState
 from gramian.systems.state_space import StateSpace, StateSpaceRecurrence, StateSpaceState
@@ -31,4 +33,12 @@ __all__ = [
     "StateSpaceState",
     "System",
     "TransferFunction",
+    "from_control",
+    "from_zpk",
+    "to_control",
+    "to_fir",
+    "to_modal",
+    "to_state_space",
+    "to_transfer_function",
+    "to_zpk",
 ]

@@ -227,6 +227,18 @@ class System(abc.ABC):
             return causal_convolution(u, self.kernel_for(u, u.shape[-1]))
         return self._apply_from(u, state)
 
+    def to_control(self) -> Any:
+        """The system for python-control: a discrete-time ``control.TransferFunction`` of a transfer
+        function or FIR, a ``control.StateSpace`` of others.
+
+        Raises:
+            ImportError: if python-control is not installed.
+            ValueError: if the system has several channels: index one.
+        """
+        from gramian.systems.interop import to_control
+
+        return to_control(self)
+
     def kernel_for(self, u: Tensor, length: int) -> Tensor:
         """``impulse_response(length)`` in the precision in which ``u`` is convolved: float64 for
         a float64 input, float32 otherwise."""

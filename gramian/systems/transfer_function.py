@@ -127,7 +127,7 @@ class TransferFunction(System):
         length = grid if length is None else min(length, grid)
         kernel = rational_kernel(b, a, d, grid, length=max(length, order + 1), dtype=dtype)
         a = a.to(kernel.dtype)
-        exact = _exact_numerator(a, kernel[..., 1 : order + 1]) if order else b
+        exact = exact_numerator(a, kernel[..., 1 : order + 1]) if order else b
         if reflection is not None:
             reflection = reflection.expand(b.shape)
         return cls(exact, a.expand(b.shape), kernel[..., 0], taps=kernel, reflection=reflection)
@@ -296,7 +296,7 @@ class TransferFunction(System):
         return torch.linalg.svdvals(observe @ reach.mT)
 
 
-def _exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
+def exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
     """``b_j = Σ_{i<j} a_i h_{j-i}``, a_0 = 1, from the taps h_1 … h_n (*C, n)."""
     order = taps.shape[-1]
     monic = torch.cat([torch.ones_like(a[..., :1]), a[..., :-1]], dim=-1)  # a_0 … a_{n-1}

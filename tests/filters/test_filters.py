@@ -25,6 +25,7 @@ CONFIGS = {
         "train_frequency": False,
         "modulate": False,
         "bias": False,
+        "lr": 1e-4,
     },
     "modal": {"type": "modal", "orders": [0, 3, 1, 2]},
     "s4d": {"type": "s4d", "state_size": 6},
@@ -180,16 +181,6 @@ def official() -> dict[str, torch.Tensor]:
     return load_file("tests/data/rtf_official.safetensors")
 
 
-def rtf_from(ab: torch.Tensor, h_0: torch.Tensor, channels: int, max_length: int) -> RTF:
-    denominators = len(ab) - channels
-    made = RTF(channels, ab.shape[-1], max_length, num_denominators=denominators)
-    with torch.no_grad():
-        made.a.copy_(ab[:denominators])
-        made.b.copy_(ab[denominators:])
-        made.d.copy_(h_0)
-    return made
-
-
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).detach().norm() / expected.double().norm())
 
@@ -197,7 +188,9 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def test_published_causal_layer():
     data = official()
     channels, length = data["kernel"].shape
-    made = rtf_from(data["ab"], data["h_0"], channels, length)
+    made = RTF.from_official({"ab": data["ab"], "h_0": data["h_0"]}, length)
+    assert made.num_denominators == 4
+    assert made.channels == channels
     # The published code divides float32 spectra, which costs it digits: 1e-4 here. Its formula in
     # float64 is ours.
     ab = np.pad(data["ab"].double().numpy(), ((0, 0), (1, length - 7)))
@@ -228,14 +221,71 @@ def test_published_bidirectional_layer():
     data = official()
     u, expected = data["input"], data["bidirectional.output"]
     length, channels = u.shape[1:]
-    made = rtf_from(data["bidirectional.ab"], data["bidirectional.h_0"], 2 * channels, length)
+    layer = {"ab": data["bidirectional.ab"], "h_0": data["bidirectional.h_0"]}
+    made = RTF.from_official(layer, length)
+    assert made.channels == made.num_denominators == 2 * channels
     kernel = made().impulse_response(length).float()
     stored = torch.cat([kernel[:channels], kernel[channels:].flip(-1)], dim=-1)
     assert relative(stored, data["bidirectional.kernel"]) < 1e-3
-    forward = causal_convolution(u, kernel[:channels], dim=-2)
-    ahead = torch.nn.functional.pad(u.flip(1), (0, 0, 1, 0))[:, :length]
-    backward = causal_convolution(ahead, kernel[channels:], dim=-2).flip(1)
-    assert relative(forward + backward, expected) < 1e-3
+    mixer = LongConvolution(made, bidirectional=True)
+    assert relative(mixer(u), expected) < 1e-5
+    # The published formula, one circular convolution of twice the length, in float64.
+    ab = torch.nn.functional.pad(layer["ab"].double(), (1, length - 7))
+    ab[: 2 * channels, 0] = 1
+    spectra = torch.fft.rfft(ab)
+    transfer = spectra[2 * channels :] / spectra[: 2 * channels] + layer["h_0"].double()[:, None]
+    taps = torch.fft.irfft(transfer)
+    both = torch.cat([taps[:channels], taps[channels:].flip(-1)], dim=-1)
+    signal = torch.nn.functional.pad(u.double().mT, (0, length))
+    published = torch.fft.irfft(torch.fft.rfft(both) * torch.fft.rfft(signal)).mT[:, :length]
+    assert relative(mixer.double()(u.double()), published) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_published_layers_of_other_precision(dtype):
+    data = official()
+    layer = {key: data[key].to(dtype) for key in ("ab", "h_0")}
+    made = RTF.from_official(layer, 64)
+    assert made.a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(made.b.detach(), layer["ab"][4:].to(made.b.dtype))
+    rebuilt = build(made.config())
+    rebuilt.load_state_dict(made.state_dict())
+
+
+def test_published_layers_with_a_constraint():
+    """Denominators a / (‖a‖₁ + |scalar| + 1e-6), with the shared scalars of the layer."""
+    data = official()
+    scalar = torch.tensor([0.5, -2.0, 0.0, 0.01])
+    made = RTF.from_official({"ab": data["ab"], "h_0": data["h_0"], "scalar": scalar}, 64).double()
+    assert made.stability == "montel"
+    a = data["ab"][:4].double()
+    a = a / (a.abs().sum(-1) + scalar.double().abs() + 1e-6)[:, None]
+    plain = {"ab": torch.cat([a, data["ab"][4:].double()]), "h_0": data["h_0"].double()}
+    expected = RTF.from_official(plain, 64)().impulse_response(64)
+    torch.testing.assert_close(made().impulse_response(64), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"h_0": None}, "lacks h_0"),
+        ({"scalar": torch.ones(3)}, r"scalar \(3,\)"),
+        ({"bias": torch.ones(8)}, "also has bias"),
+        ({"ab": None, "layer.ab": torch.ones(12, 6)}, "lacks ab and also has layer.ab"),
+        ({"ab": torch.ones(8, 6)}, r"ab \(8, 6\), h_0 \(8,\)"),
+        ({"ab": torch.ones(11, 6)}, "dividing the channels"),
+        ({"ab": torch.ones(12)}, r"ab \(12,\)"),
+        ({"h_0": torch.ones(8, 1)}, r"h_0 \(8, 1\)"),
+        ({"ab": torch.ones(12, 64)}, "state_size"),
+    ],
+)
+def test_layers_that_are_not_published_ones(change, match):
+    data = official()
+    layer = {"ab": data["ab"], "h_0": data["h_0"], **change}
+    layer = {key: value for key, value in layer.items() if value is not None}
+    with pytest.raises(ValueError, match=match) as caught:
+        RTF.from_official(layer, 64)
+    assert "\n" not in str(caught.value)
 
 
 def test_registry():
@@ -271,6 +321,8 @@ def test_registry():
         ({"type": "modal", "orders": [1, 2, -1, 0]}, "orders"),
         ({"type": "modal", "orders": 2, "channels": 3}, "4 channels is needed"),
         ({"type": "modal", "orders": 2, "max_length": 0}, "max_length"),
+        ({"type": "modal", "orders": 2, "lr": -1.0}, "lr must be .*got -1.0"),
+        ({"type": "implicit", "lr": "slow"}, "lr must be .*got 'slow'"),
     ],
 )
 def test_bad_configurations_get_one_sentence(config, match):

@@ -203,6 +203,87 @@ def test_a_recurrence_is_a_snapshot(name):
     torch.testing.assert_close(recurrence.prefill(x)[0], before)
 
 
+def bidirectional(filter_name: str, **kwargs) -> LongConvolution:
+    torch.manual_seed(0)
+    made = build(FILTERS[filter_name], channels=2 * WIDTH, max_length=MAX_LENGTH)
+    return LongConvolution(made, bidirectional=True, **kwargs)
+
+
+@every
+@pytest.mark.parametrize("length", [1, 2, 3, 33, MAX_LENGTH, 90])
+def test_bidirectional_is_the_definition(filter_name, length):
+    mixer = bidirectional(filter_name).double()
+    x = torch.randn(2, length, WIDTH, dtype=torch.float64)
+    taps = mixer.filter().impulse_response(length).double()
+    h, g = taps[:WIDTH], taps[WIDTH:]
+    expected = torch.zeros_like(x)
+    for t in range(length):
+        for s in range(length):
+            expected[:, t] += (h[:, t - s] if s <= t else g[:, s - t - 1]) * x[:, s]
+    y = mixer(x)
+    torch.testing.assert_close(y, expected)
+    if length < 3:  # too short for every parameter to matter
+        return
+    got = torch.autograd.grad(y.square().sum(), list(mixer.parameters()))
+    wanted = torch.autograd.grad(expected.square().sum(), list(mixer.parameters()))
+    torch.testing.assert_close(got, wanted)
+
+
+@every
+def test_bidirectional_padding_leaves_no_trace(filter_name):
+    mixer = bidirectional(filter_name)
+    x, junk = torch.randn(2, 40, WIDTH), 10 * torch.randn(2, 9, WIDTH)
+    expected = mixer(x)
+    for order in ((junk, x, junk), (junk, x), (x, junk)):
+        padded = torch.cat(order, 1)
+        mask = torch.cat([torch.full(part.shape[:2], float(part is x)) for part in order], 1)
+        begin = 9 if order[0] is junk else 0
+        close(mixer(padded, mask=mask)[:, begin : begin + 40], expected)
+
+
+def test_bidirectional_has_no_recurrence():
+    mixer = bidirectional("rtf")
+    x = torch.randn(2, 5, WIDTH)
+    state = make("long_convolution", "rtf").recurrence().initial_state(2)
+    for call in (mixer.recurrence, lambda: mixer(x, state)):
+        with pytest.raises(ValueError, match="no recurrence and carries no state") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@every_mixer
+def test_kernel_dropout_is_for_whole_sequences_in_training(name):
+    mixer = make(name, "implicit")
+    x = torch.randn(2, 30, WIDTH)
+    expected = mixer(x)
+    state = mixer.recurrence().initial_state(2)
+    mixer.kernel_dropout = 0.5
+    dropped = mixer(x)
+    assert float((dropped - expected).detach().norm() / expected.detach().norm()) > 0.1
+    assert not torch.equal(mixer(x), dropped)
+    close(mixer(x, state)[0], expected)
+    close(mixer.recurrence().prefill(x)[0], expected)
+    mixer.eval()
+    assert torch.equal(mixer(x), expected)
+
+
+def test_kernel_dropout_drops_taps_and_keeps_the_mean():
+    mixer = LongConvolution(
+        build(FILTERS["implicit"], channels=WIDTH, max_length=MAX_LENGTH), kernel_dropout=0.25
+    )
+    impulse = torch.zeros(1, MAX_LENGTH, WIDTH)
+    impulse[:, 0] = 1
+    taps = mixer.filter().kernel.mT.detach()
+    mean = torch.zeros_like(taps)
+    for _ in range(400):
+        ratio = mixer(impulse)[0].detach() / taps
+        kept = (ratio - 4 / 3).abs() < 1e-2
+        dropped = ratio.abs() < 1e-2
+        assert float((kept | dropped).float().mean()) > 0.9  # a tap near zero decides nothing
+        mean += ratio.clamp(0, 4 / 3) / 400
+    assert abs(float(mean.mean()) - 1) < 0.02
+
+
 def test_past_max_length_a_rational_filter_goes_on_and_an_fir_is_zero():
     x = torch.randn(1, 3 * MAX_LENGTH, WIDTH)
     for filter_name in FILTERS:
@@ -296,6 +377,26 @@ def test_filters_are_replaceable(name):
         (lambda: MultiHyena(12, 5, FILTERS["rtf"], 32), ValueError, "heads"),
         (lambda: Hyena(12, FILTERS["rtf"]), ValueError, "max_length"),
         (lambda: LongConvolution(torch.nn.Linear(2, 2)), TypeError, "Filter"),
+        (
+            lambda: LongConvolution(ModalFilter(3, 1, 8), bidirectional=True),
+            ValueError,
+            "two channels for each of its own, got 3",
+        ),
+        (
+            lambda: LongConvolution(ModalFilter(3, 1, 8), kernel_dropout=1.0),
+            ValueError,
+            "kernel_dropout must be a probability.*got 1.0",
+        ),
+        (
+            lambda: Hyena(12, FILTERS["rtf"], 32, kernel_dropout=-0.1),
+            ValueError,
+            "kernel_dropout",
+        ),
+        (
+            lambda: MultiHyena(12, 3, FILTERS["rtf"], 32, kernel_dropout="much"),
+            ValueError,
+            "kernel_dropout .* got 'much'",
+        ),
         (lambda: ShortConvolution(3, 0), ValueError, "tap"),
         (
             lambda: make("hyena2", "rtf").recurrence().initial_state((4,)),

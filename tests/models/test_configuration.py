@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 import transformers
 
-from gramian.models import GramianConfig, GramianForCausalLM, GramianModel
+from gramian.models import (
+    GramianConfig,
+    GramianForCausalLM,
+    GramianForSequenceClassification,
+    GramianModel,
+)
 
 
 def test_defaults_describe_a_model_of_the_byte_tokenizer() -> None:
@@ -35,6 +40,20 @@ def test_a_plain_mlp_is_four_times_as_wide() -> None:
         {"mixers": ["hyena", "multi_hyena"], "num_hidden_layers": 2, "hyena_order": 3},
         {"filter": [{"type": "modal", "orders": [1, 2]}, {"type": "rtf", "state_size": 3}]},
         {"tie_word_embeddings": False, "eos_token_id": 5, "intermediate_size": 7},
+        {
+            "mixers": "long_convolution",
+            "block": "glu",
+            "norm": "batch",
+            "prenorm": False,
+            "tied_dropout": True,
+            "bidirectional": True,
+            "input_size": 1,
+            "pooling": "last",
+            "dropout": 0.1,
+            "kernel_dropout": 0.2,
+            "num_labels": 7,
+            "problem_type": "multi_label_classification",
+        },
     ],
 )
 def test_json_round_trip(kwargs: dict[str, Any], tmp_path: Path) -> None:
@@ -46,6 +65,7 @@ def test_json_round_trip(kwargs: dict[str, Any], tmp_path: Path) -> None:
         assert type(read) is GramianConfig
         assert read.to_diff_dict() == config.to_diff_dict()
         assert (read.mixers, read.filter) == (config.mixers, config.filter)
+        assert (read.num_labels, read.problem_type) == (config.num_labels, config.problem_type)
 
 
 def test_per_layer_lists_are_read_by_layer() -> None:
@@ -79,6 +99,18 @@ def test_reading_a_filter_gives_a_copy() -> None:
         ({"intermediate_size": -1}, "intermediate_size must be an integer"),
         ({"hyena_order": 1}, "hyena_order must be an integer of at least 2; got 1"),
         ({"num_heads": 7}, "num_heads must divide hidden_size .* 7 heads and width 256"),
+        ({"block": "conv"}, "block must be one of 'mlp', 'glu'; got 'conv'"),
+        ({"block": "glu", "norm": "group"}, "norm must be one of .*; got 'group'"),
+        ({"norm": "layer"}, "options of block='glu'; got them with block='mlp'"),
+        ({"prenorm": False}, "options of block='glu'"),
+        ({"pooling": "max"}, "pooling must be one of 'mean', 'last'; got 'max'"),
+        ({"dropout": 1.0}, "dropout must be a probability.*; got 1.0"),
+        ({"kernel_dropout": "some"}, "kernel_dropout must be a probability.*; got 'some'"),
+        ({"input_size": 0}, "input_size must be an integer of at least 1; got 0"),
+        (
+            {"bidirectional": True, "mixers": ["hyena"] * 2 + ["long_convolution"] * 2},
+            "bidirectional needs the mixer 'long_convolution' in every layer; got 'hyena'",
+        ),
         ({"hidden_act": "loud"}, "hidden_act must be among .*; got 'loud'"),
     ],
 )
@@ -111,6 +143,8 @@ def test_auto_classes_make_our_models(make_config: Callable[..., GramianConfig])
     config = make_config()
     assert type(transformers.AutoModel.from_config(config)) is GramianModel
     assert type(transformers.AutoModelForCausalLM.from_config(config)) is GramianForCausalLM
+    classifier = transformers.AutoModelForSequenceClassification.from_config(config)
+    assert type(classifier) is GramianForSequenceClassification
 
 
 def test_importing_registers_once_and_again() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gramian.ops import causal_convolution
+from gramian.ops import anticausal_convolution, causal_convolution
 from gramian.ops._blocks import cut
 
 LENGTHS = [1, 2, 3, 63, 257, 1000]
@@ -68,6 +68,43 @@ def test_kernels_broadcast(channels: tuple[int, ...], dim: int, save_spectra: bo
     torch.testing.assert_close(
         torch.autograd.grad(y, inputs, g), torch.autograd.grad(expected, inputs, g)
     )
+
+
+@pytest.mark.parametrize("taps", [1, 4, 63, 300])
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 257])
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_anticausal_is_causal_on_reversed_time(
+    length: int, taps: int, dim: int, dtype: torch.dtype
+) -> None:
+    u = draw(*((3, 5, length) if dim == -1 else (3, length, 5)), seed=length, dtype=dtype)
+    kernel = draw(5, taps, seed=taps, dtype=dtype) / taps**0.5
+    u.requires_grad_()
+    kernel.requires_grad_()
+    y = anticausal_convolution(u, kernel, dim=dim)
+    assert y.dtype == dtype
+    expected = toeplitz_product(u.flip(dim), kernel, None, None, dim).flip(dim)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    assert (y - expected).norm() <= tolerance * expected.norm()
+    g = draw(*u.shape, seed=4, dtype=dtype)
+    actual = torch.autograd.grad(y, (u, kernel), g)
+    wanted = torch.autograd.grad(expected, (u, kernel), g.double())
+    for one, other in zip(actual, wanted, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+def test_anticausal_broadcasts_and_has_second_derivatives() -> None:
+    u, kernel = draw(2, 3, 7, seed=0).requires_grad_(), draw(3, 4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(anticausal_convolution, (u, kernel))
+    assert torch.autograd.gradgradcheck(anticausal_convolution, (u, kernel))
+    one = draw(9, seed=2)
+    torch.testing.assert_close(
+        anticausal_convolution(u, one), anticausal_convolution(u, one.expand(3, 9))
+    )
+    half = anticausal_convolution(u.bfloat16(), kernel.bfloat16())
+    assert half.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="empty along dim"):
+        anticausal_convolution(u[..., :0], kernel)
 
 
 def test_more_channels_in_the_kernel_enlarge_the_result() -> None:

@@ -9,7 +9,14 @@ import torch
 import torch.utils._pytree as pytree
 
 from gramian import FIR, Modal, StateSpace, TransferFunction
-from gramian.systems import DPLR, State, System
+from gramian.systems import (
+    DPLR,
+    State,
+    System,
+    to_modal,
+    to_state_space,
+    to_transfer_function,
+)
 
 LENGTHS = [1, 2, 3, 63, 257, 1000]
 
@@ -169,6 +176,35 @@ def test_hankel_singular_values(name):
     for bad in (0, 41):
         with pytest.raises(ValueError, match="must lie in 1"):
             system.hankel_singular_values(41, bad)
+
+
+@pytest.mark.parametrize("convert", [to_state_space, to_modal, to_transfer_function])
+def test_a_dplr_system_converts(convert):
+    system = make("dplr")
+    torch.testing.assert_close(
+        convert(system).impulse_response(100), system.impulse_response(100), rtol=0, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "match"),
+    [
+        ({"D": torch.zeros(3, dtype=torch.complex64)}, TypeError, "real D"),
+        ({"p": torch.zeros(3, 3)}, TypeError, "complex"),
+        ({"q": torch.zeros(3, 2) + 0j}, ValueError, "modes"),
+        ({"B": None}, TypeError, "B of a DPLR"),
+    ],
+)
+def test_dplr_names_what_it_takes(fields, error, match):
+    made = make("dplr")
+    given = {name: getattr(made, name) for name in ("poles", "B", "C", "p", "q", "D")}
+    with pytest.raises(error, match=match) as caught:
+        DPLR(**{**given, **fields})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="dplr"):
+        made.recurrence("modal")
+    with pytest.raises(TypeError, match="DPLRState"):
+        made(torch.zeros(3, 4), make("modal").recurrence().initial_state((3,)))
 
 
 def test_infinite_horizon_needs_stability():

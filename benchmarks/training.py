@@ -1,0 +1,238 @@
+"""Do the filters learn? Delay, Copying and sequential digits, at equal state, three seeds.
+
+- Delay: white noise cut to a tenth of its band, length 1,024; the target is the input 256 steps
+  ago. One long convolution between two linear maps; the figure is the root mean square error
+  relative to the target's, on fresh sequences.
+- Copying: 8 tokens of an alphabet of 8, then 112 blanks, then 8 marks at which the tokens are due.
+  Two residual blocks; the figure is the share of right tokens on fresh sequences (1/8 by chance).
+- Digits: scikit-learn's 8 × 8 digits as sequences of 64 grey values, 1,437 to train and 360 to
+  test. Two residual blocks, mean pooling; the figure is accuracy on the test set.
+
+RTF with each `stability`, S4D and S4, all with the same state size, width, steps, batches and
+learning rates (AdamW, cosine, what the filters ask for through `parameter_groups`). Each training
+is short: this shows which parametrisations train out of the box, not what each could reach. All
+results are written, whatever they are.
+
+    python benchmarks/training.py [--seeds 3] [--output PATH] [--table PATH]
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks._report import write
+from gramian import parameter_groups
+from gramian.filters import build
+from gramian.mixers import Block, LongConvolution
+
+STATE = 64
+LAYERS = {
+    "RTF, none": {"type": "rtf", "stability": "none", "initialization": "zeros"},
+    "RTF, montel": {"type": "rtf", "stability": "montel", "initialization": "montel"},
+    "RTF, schur": {"type": "rtf", "stability": "schur", "initialization": "zeros"},
+    "S4D": {"type": "s4d"},
+    "S4": {"type": "s4"},
+}
+
+
+def delay_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (count, 1024, 1)."""
+    length, lag = 1024, 256
+    spectrum = torch.fft.rfft(torch.randn(count, length, generator=generator))
+    spectrum[:, length // 20 :] = 0
+    u = torch.fft.irfft(spectrum, n=length)
+    u = u / u.square().mean(-1, keepdim=True).sqrt()
+    return u.unsqueeze(-1), nn.functional.pad(u, (lag, 0))[:, :length].unsqueeze(-1)
+
+
+def copying_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Token ids (count, 128) and the tokens due at the last 8 positions (count, 8)."""
+    tokens = torch.randint(8, (count, 8), generator=generator)
+    blanks = torch.full((count, 112), 8)
+    return torch.cat([tokens, blanks, torch.full((count, 8), 9)], dim=1), tokens
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sequences (n, 64, 1) and labels, to train and to test."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    x = torch.from_numpy(data.images).float().reshape(-1, 64, 1)[order] / 8 - 1
+    y = torch.from_numpy(data.target)[order]
+    return x[:1437], y[:1437], x[1437:], y[1437:]
+
+
+class Pooled(nn.Module):
+    """The mean over time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+class Last(nn.Module):
+    """The last eight positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, -8:]
+
+
+def blocks(filter: dict[str, Any], width: int, length: int, first: nn.Module, *last: nn.Module):
+    """Two residual blocks around long convolutions."""
+    config = {**filter, "state_size": STATE}
+    return nn.Sequential(first, *(Block(width, config, length) for _ in range(2)), *last)
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[[int], tuple[Tensor, Tensor]],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    steps: int,
+    lr: float,
+) -> list[float]:
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=lr, weight_decay=0.01))
+    warm = max(1, steps // 20)
+
+    def rate(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
+        return min((step + 1) / warm, cosine)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    losses = []
+    for step in range(steps):
+        x, y = batches(step)
+        loss = loss_of(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss))
+    return losses
+
+
+def delay(filter: dict[str, Any], seed: int, steps: int) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    layer = LongConvolution(build({**filter, "state_size": STATE}, channels=8, max_length=1024))
+    model = nn.Sequential(nn.Linear(1, 8), layer, nn.Linear(8, 1))
+    mse = nn.functional.mse_loss
+    train(model, lambda _: delay_batch(16, generator), mse, steps, 5e-3)
+    with torch.no_grad():
+        x, y = delay_batch(64, generator)
+        return float(((model(x) - y).square().mean() / y.square().mean()).sqrt())
+
+
+def copying(filter: dict[str, Any], seed: int, steps: int) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    model = blocks(filter, 64, 128, nn.Embedding(10, 64), Last(), nn.Linear(64, 8))
+
+    def loss(logits: Tensor, tokens: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+    train(model, lambda _: copying_batch(64, generator), loss, steps, 3e-3)
+    model.eval()
+    with torch.no_grad():
+        x, y = copying_batch(512, generator)
+        return float((model(x).argmax(-1) == y).double().mean())
+
+
+def sequential_digits(filter: dict[str, Any], seed: int, steps: int) -> float:
+    x, y, test_x, test_y = digits()
+    generator = torch.Generator().manual_seed(seed)
+    # A filter of 64 states needs more than 64 taps; sequences are the 64 grey values.
+    model = blocks(filter, 64, 128, nn.Linear(1, 64), Pooled(), nn.Linear(64, 10))
+
+    def batch(_: int) -> tuple[Tensor, Tensor]:
+        some = torch.randint(len(x), (64,), generator=generator)
+        return x[some], y[some]
+
+    train(model, batch, nn.functional.cross_entropy, steps, 3e-3)
+    model.eval()
+    with torch.no_grad():
+        return float((model(test_x).argmax(-1) == test_y).double().mean())
+
+
+TASKS: dict[str, tuple[Callable[[dict[str, Any], int, int], float], int, str]] = {
+    "Delay": (delay, 400, "relative RMS error, lower is better"),
+    "Copying": (copying, 400, "right tokens, higher is better"),
+    "Digits": (sequential_digits, 500, "test accuracy, higher is better"),
+}
+
+
+def table(results: dict[str, dict[str, list[float]]], seeds: int, minutes: float) -> str:
+    lines = [
+        "# Training at equal state",
+        "",
+        f"Made by `python benchmarks/training.py`: state {STATE}, {seeds} seeds each, "
+        f"{minutes:.0f} minutes on {torch.get_num_threads()} threads of a processor. Mean over the "
+        "seeds, smallest and largest in brackets. What the tasks are, and what these short runs "
+        "do not show, is in the script's first lines.",
+        "",
+        "| layer | " + " | ".join(f"{task} ({TASKS[task][2]})" for task in results) + " |",
+        "|---" * (len(results) + 1) + "|",
+    ]
+    for layer in LAYERS:
+        cells = []
+        for values in (results[task][layer] for task in results):
+            mean = sum(values) / len(values)
+            cells.append(f"{mean:.3f} ({min(values):.3f} … {max(values):.3f})")
+        lines.append(f"| {layer} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps")
+    parser.add_argument("--output", type=Path, default=here / "results" / "training.json")
+    parser.add_argument(
+        "--table", type=Path, default=here.parent / "docs" / "results" / "training.md"
+    )
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    results: dict[str, dict[str, list[float]]] = {}
+    seconds: dict[str, dict[str, float]] = {}
+    for task, (run, steps, meaning) in TASKS.items():
+        results[task], seconds[task] = {}, {}
+        print(f"{task}: {meaning}")
+        for layer, config in LAYERS.items():
+            start = time.perf_counter()
+            values = []
+            for seed in range(arguments.seeds):
+                torch.manual_seed(seed)
+                values.append(run(config, seed, max(1, round(steps * arguments.scale))))
+            results[task][layer] = values
+            seconds[task][layer] = (time.perf_counter() - start) / arguments.seeds
+            listed = ", ".join(f"{value:.3f}" for value in values)
+            print(f"  {layer:12} {listed}   {seconds[task][layer]:.0f} s a run", flush=True)
+    minutes = (time.perf_counter() - began) / 60
+    print(f"{minutes:.1f} minutes")
+    arguments.table.parent.mkdir(parents=True, exist_ok=True)
+    arguments.table.write_text(table(results, arguments.seeds, minutes), encoding="utf-8")
+    print(f"wrote {arguments.table}")
+    write(
+        arguments.output,
+        {
+            "benchmark": "training at equal state",
+            "state": STATE,
+            "seeds": arguments.seeds,
+            "steps": {task: round(TASKS[task][1] * arguments.scale) for task in results},
+            "results": results,
+            "seconds a run": seconds,
+            "minutes": minutes,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

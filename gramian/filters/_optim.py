@@ -1,0 +1,72 @@
+"""Parameter groups for an optimiser, from the hints of filters and the field's habits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from gramian.filters._filter import Filter
+
+__all__ = ["parameter_groups"]
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for ``torch.optim.AdamW`` and its kin, from any module, ours inside it or not.
+
+    Every trainable parameter is in exactly one group; parameters with equal options share one, and
+    a parameter used in several places counts once. What a filter asks for in
+    :meth:`Filter.optimizer_hints` it gets, absolute values. Of the other parameters, biases, norms
+    (whatever has fewer than two dimensions) and embeddings are not decayed, and neither is anything
+    tied to an embedding.
+
+    Args:
+        model: Any module; parameters that do not require gradients are left out.
+        lr: Learning rate of parameters without a hint.
+        weight_decay: Of parameters without a hint that are decayed at all.
+
+    Returns:
+        Dicts with ``params``, ``lr``, ``weight_decay`` and whatever else the hints name, in the
+        order of ``model.parameters()``. A scheduler of torch scales each group's own ``lr``.
+
+    Raises:
+        TypeError: if ``model`` is not a module.
+        ValueError: if ``lr`` or ``weight_decay`` is not a finite number of at least 0, a filter
+            gives a hint for a parameter that it does not have, or two filters that share a
+            parameter ask for different things.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"parameter_groups takes a module, got {type(model).__name__}.")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+
+    hints: dict[nn.Parameter, dict[str, float]] = {}
+    embeddings: set[Tensor] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, Filter):
+            _collect(hints, path, module)
+        elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            embeddings.add(module.weight)
+
+    groups: dict[tuple[tuple[str, float], ...], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim > 1 and parameter not in embeddings
+            options = {"lr": lr, "weight_decay": weight_decay if decayed else 0.0}
+            options |= hints.get(parameter, {})
+            groups.setdefault(tuple(sorted(options.items())), []).append(parameter)
+    return [{"params": members, **dict(options)} for options, members in groups.items()]
+
+
+def _collect(hints: dict[nn.Parameter, dict[str, float]], path: str, filter: Filter) -> None:
+    parameters = dict(filter.named_parameters(remove_duplicate=False))
+    for name, options in filter.optimizer_hints().items():
+        place = f"{path}.{name}".lstrip(".")
+        if name not in parameters:
+            raise ValueError(
+                f"{type(filter).__name__} gives an optimiser hint for {place}, a parameter that it "
+                "does not have."
+            )
+        if hints.setdefault(parameters[name], options) != options:
+            raise ValueError(f"two filters give different optimiser hints for {place}, shared.")

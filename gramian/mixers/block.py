@@ -1,0 +1,184 @@
+r"""A residual block to drop into any model: ``x + drop(GLU(W drop(gelu(mixer(norm(x))))))``.
+
+The block of the field's long-range models (S4, Gu et al. 2022; RTF, Parnichkun et al. 2024): a
+mixer without projections of its own between a norm, an activation and a gated linear map over
+channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.filters import Filter, build
+from gramian.mixers._mixer import Mixer, check_probability
+from gramian.mixers.long_convolution import LongConvolution
+from gramian.systems import State, System
+
+__all__ = ["Block"]
+
+_NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm1d}
+
+
+class Block(Mixer):
+    """Norm, mixer, GELU, linear map with GLU, and dropout, beside a residual connection.
+
+    It is a mixer itself: (batch, length, width) to the same, with a mask, a state and a recurrence
+    where the mixer inside has them; the state is that mixer's. Dropout acts in training on whole
+    sequences; where a state is carried, nothing is dropped.
+
+    A batch norm takes its statistics over the real tokens of whole sequences in training, and its
+    running ones everywhere else; so padding does not enter them, and a recurrence can be stepped.
+    Checkpointing, which computes a block twice, counts a batch twice in the running ones.
+
+    Args:
+        width: Channels of input and output.
+        mixer: A mixer of that width; or a filter or its configuration, for a
+            :class:`LongConvolution`.
+        max_length: For a configuration that does not name it.
+        bidirectional: Of the :class:`LongConvolution`, whose filter then has ``2 width`` channels.
+        kernel_dropout: Of the :class:`LongConvolution`.
+        norm: "layer", "rms" or "batch".
+        eps: Added to the variance or mean square in the norm.
+        prenorm: The norm before the mixer, as above, or after the residual connection.
+        dropout: Probability of dropping an activation, after the GELU and at the end.
+        tied_dropout: Whether a channel is dropped over the whole length of a sequence or not at
+            all.
+        glu: The linear map goes to ``2 width`` and half of it gates the other; else to ``width``.
+
+    Raises:
+        TypeError: if ``mixer`` is none of these.
+        ValueError: for an unknown norm, a mixer or filter that does not fit the width, a
+            probability that is none, or ``bidirectional`` or ``kernel_dropout`` beside a mixer,
+            which has its own.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mixer: Mixer | Filter | dict[str, Any],
+        max_length: int | None = None,
+        *,
+        bidirectional: bool = False,
+        kernel_dropout: float = 0.0,
+        norm: str = "layer",
+        eps: float = 1e-5,
+        prenorm: bool = True,
+        dropout: float = 0.0,
+        tied_dropout: bool = False,
+        glu: bool = True,
+    ) -> None:
+        super().__init__()
+        if norm not in _NORMS:
+            raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}.")
+        if not isinstance(mixer, Mixer | Filter | Mapping):
+            raise TypeError(
+                f"a mixer, a filter or its configuration is needed, got {type(mixer).__name__}."
+            )
+        if not isinstance(mixer, Mixer):
+            channels = 2 * width if bidirectional else width
+            defaults = {} if max_length is None else {"max_length": max_length}
+            filter = build(mixer, channels=channels, **defaults)
+            mixer = LongConvolution(filter, bidirectional, kernel_dropout)
+        elif bidirectional or kernel_dropout:
+            raise ValueError(
+                "bidirectional and kernel_dropout are for a block that makes its mixer from a "
+                f"filter; it was given a {type(mixer).__name__}, which has its own."
+            )
+        if mixer.width != width:
+            raise ValueError(f"a mixer of width {width} is needed, got one of {mixer.width}.")
+        self.width = width
+        self.prenorm = prenorm
+        self.dropout = check_probability("dropout", dropout)
+        self.tied_dropout = tied_dropout
+        self.norm = _NORMS[norm](width, eps=eps)
+        self.mixer = mixer
+        self.linear = nn.Linear(width, 2 * width if glu else width)
+        self.glu = glu
+
+    @property
+    def _long_shape(self) -> tuple[int, ...]:
+        return self.mixer._long_shape
+
+    def _systems(self, length: int | None = None) -> tuple[System, ...]:
+        return self.mixer._systems(length)
+
+    def _make_state(
+        self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
+    ) -> State:
+        return self.mixer._make_state(batch, long, dtype, device)
+
+    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        mixed = self.mixer(self._normed_whole(x, mask) if self.prenorm else x, mask=mask)
+        inner = self._drop(nn.functional.gelu(mixed))
+        y = x + self._drop(self._transform(inner))
+        return y if self.prenorm else self._normed_whole(y, mask)
+
+    def _chunk(
+        self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
+    ) -> tuple[Tensor, State]:
+        inner = self._normed(x) if self.prenorm else x
+        mixed, state = self.mixer._chunk(inner, state, mask, operators)
+        return self._finish(x, mixed), state
+
+    def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
+        inner = self._normed(x_t) if self.prenorm else x_t
+        mixed, state = self.mixer._step(inner, state, steps)
+        return self._finish(x_t, mixed), state
+
+    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows the mixer, without dropout: (…, width) to the same."""
+        y = x + self._transform(nn.functional.gelu(mixed))
+        return y if self.prenorm else self._normed(y)
+
+    def _transform(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return nn.functional.glu(y) if self.glu else y
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Dropout of (batch, length, width) in training."""
+        if not self.training or self.dropout == 0:
+            return x
+        if self.tied_dropout:
+            return nn.functional.dropout1d(x.mT, self.dropout).mT
+        return nn.functional.dropout(x, self.dropout)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """The norm of (…, width) with running statistics, where it has any."""
+        if not isinstance(self.norm, nn.BatchNorm1d):
+            return self.norm(x)
+        norm = self.norm
+        flat = nn.functional.batch_norm(
+            x.reshape(-1, self.width),
+            norm.running_mean,
+            norm.running_var,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+        )
+        return flat.reshape(x.shape)
+
+    def _normed_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The norm of whole sequences, in training with the statistics of their real tokens."""
+        if not (self.training and isinstance(self.norm, nn.BatchNorm1d)):
+            return self._normed(x)
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        if mask is not None:
+            real = mask != 0
+        tokens = x[real]  # (real tokens, width)
+        if len(tokens) < 2:
+            raise ValueError(
+                "a batch norm needs at least two real tokens to train on, got "
+                f"{len(tokens)} in a batch of shape {tuple(x.shape[:2])}."
+            )
+        normed = self.norm(tokens)
+        return torch.zeros_like(x, dtype=normed.dtype).index_put((real,), normed)
+
+    def extra_repr(self) -> str:
+        return (
+            f"prenorm={self.prenorm}, dropout={self.dropout}, tied_dropout={self.tied_dropout}, "
+            f"glu={self.glu}"
+        )

@@ -1,0 +1,286 @@
+r"""Changes of realisation between the time-invariant systems.
+
+Every function returns a system with the same impulse response, in float64, or refuses with the
+reason. What is exact in exact arithmetic but may be ruined by rounding (anything that goes through
+the zeros of a polynomial, or from zeros to coefficients) is verified: the impulse responses before
+and after are compared, and the conversion is refused if they differ by more than ``tol``.
+
+==================  =====================  =======================  ==========================
+from \ to           TransferFunction       Modal                    StateSpace
+==================  =====================  =======================  ==========================
+TransferFunction    itself                 partial fractions        companion form
+Modal               products of the poles  itself                   2 × 2 blocks
+StateSpace          eigenvalues            eigenvectors             itself
+DPLR                eigenvalues            eigenvectors             dense
+FIR                 ``a = 0``              a single delay only      shift register
+==================  =====================  =======================  ==========================
+
+A rational system has no last tap, so only a finite kernel is an ``FIR``;
+``FIR(system.impulse_response(length))`` cuts one, and :func:`gramian.reduce` approximates where a
+conversion is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from gramian.systems._system import System
+from gramian.systems.dplr import DPLR
+from gramian.systems.fir import FIR
+from gramian.systems.modal import Modal
+from gramian.systems.state_space import StateSpace
+from gramian.systems.transfer_function import TransferFunction, exact_numerator
+
+__all__ = ["to_fir", "to_modal", "to_state_space", "to_transfer_function"]
+
+_TOLERANCE = 1e-8
+"""Relative l2 error of the impulse response up to which a conversion passes."""
+
+_TAPS = 4096
+"""Taps over which impulse responses are compared, at most."""
+
+
+def to_transfer_function(system: System, tol: float = _TOLERANCE) -> TransferFunction:
+    """The system as a fraction of polynomials.
+
+    The denominator is the product of ``1 - λ z^-1`` over the poles, the numerator the first n
+    coefficients of its product with the impulse response. Its degree is that of the largest
+    channel; channels of a lower order have poles at zero.
+
+    Args:
+        system: A time-invariant system, channels (*C).
+        tol: Largest relative l2 error of a channel's impulse response.
+
+    Returns:
+        A `TransferFunction` in float64, channels (*C).
+
+    Raises:
+        TypeError: if the system is not a time-invariant one.
+        ValueError: if rounding spoils it: polynomials of high degree with poles that crowd.
+    """
+    if isinstance(system, TransferFunction):
+        return system.to(dtype=torch.float64)
+    if isinstance(system, FIR):
+        kernel = system.kernel.double()
+        return TransferFunction(kernel[..., 1:], torch.zeros_like(kernel[..., 1:]), kernel[..., 0])
+    if isinstance(system, Modal):
+        poles = _all_poles(system)
+    else:
+        poles = _state_space(system).poles()
+    a = _polynomial(poles).real
+    taps = system.to(dtype=torch.float64).impulse_response(a.shape[-1] + 1)
+    b = exact_numerator(a, taps[..., 1:]) if a.shape[-1] else a
+    return _verified(TransferFunction(b, a, taps[..., 0]), system, tol)
+
+
+def to_modal(system: System, tol: float = _TOLERANCE) -> Modal:
+    """The system as poles and residues: partial fractions.
+
+    Args:
+        system: A time-invariant system, channels (*C).
+        tol: Largest relative l2 error of a channel's impulse response.
+
+    Returns:
+        A `Modal` in float64 and complex128, channels (*C).
+
+    Raises:
+        TypeError: if the system is not a time-invariant one.
+        ValueError: if there is no modal form (poles coincide, as those of a finite kernel do) or
+            rounding spoils it.
+    """
+    if isinstance(system, Modal):
+        return system.to(dtype=torch.float64)
+    if isinstance(system, FIR):
+        kernel = system.kernel.double()
+        if bool((kernel[..., 2:] != 0).any()):
+            raise ValueError(
+                f"a finite kernel of {kernel.shape[-1]} taps has all its poles at zero, and equal "
+                "poles have no modal form; gramian.reduce finds a modal system near it."
+            )
+        residues = torch.nn.functional.pad(kernel[..., 1:2], (0, 2 - min(2, kernel.shape[-1])))
+        return Modal(torch.zeros_like(residues) + 0j, residues + 0j, kernel[..., 0])
+    if isinstance(system, TransferFunction):
+        poles, d = system.poles(), system.d.double()
+        numerator = torch.zeros_like(poles)
+        for coefficient in system.b.double().unbind(-1):  # Σ_j b_j λ^(n-j)
+            numerator = numerator * poles + coefficient.unsqueeze(-1)
+        gaps = poles.unsqueeze(-1) - poles.unsqueeze(-2)
+        gaps = gaps + torch.eye(poles.shape[-1], dtype=gaps.dtype, device=gaps.device)
+        residues = numerator / gaps.prod(-1)
+    else:
+        double = _state_space(system).to(dtype=torch.float64)
+        poles, vectors = torch.linalg.eig(double.A)
+        weights = torch.linalg.lstsq(vectors, (double.B + 0j).unsqueeze(-1)).solution.squeeze(-1)
+        residues = ((double.C + 0j).unsqueeze(-2) @ vectors).squeeze(-2) * weights
+        d = double.D
+    real = poles.imag == 0
+    kept = poles.imag >= 0
+    # One of each conjugate pair counts for both; real poles count once, without imaginary part.
+    residues = torch.where(real, residues.real + 0j, 2 * residues)
+    order = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)
+    modes = int(kept.sum(-1).max()) if kept.numel() else 0
+    poles = torch.where(kept, poles, 0).gather(-1, order)[..., :modes]
+    residues = torch.where(kept, residues, 0).gather(-1, order)[..., :modes]
+    return _verified(Modal(poles, residues, d), system, tol)
+
+
+def to_state_space(system: System) -> StateSpace:
+    """The system with a state matrix; always exact.
+
+    Args:
+        system: A time-invariant system, channels (*C).
+
+    Returns:
+        A `StateSpace` in float64, channels (*C): the companion form of a transfer function, a
+        rotation for every conjugate pair of a modal system, the shift register of an FIR. High
+        powers of a companion matrix lose digits, which its impulse response and chunks feel and its
+        steps do not.
+
+    Raises:
+        TypeError: if the system is not a time-invariant one.
+    """
+    if isinstance(system, Modal):
+        return _rotations(system)
+    if isinstance(system, FIR):
+        system = to_transfer_function(system)
+    if isinstance(system, TransferFunction):
+        double = system.to(dtype=torch.float64)
+        first = torch.zeros_like(double.b)
+        first[..., :1] = 1
+        return StateSpace(double._companion(), first, double.b, double.d)
+    return _state_space(system).to(dtype=torch.float64)
+
+
+def to_fir(system: System) -> FIR:
+    """The system as a finite kernel.
+
+    Args:
+        system: An `FIR`, or a system of which every pole is zero.
+
+    Returns:
+        An `FIR` in float64, channels (*C).
+
+    Raises:
+        TypeError: if the system is not a time-invariant one.
+        ValueError: if the impulse response has no end.
+    """
+    if isinstance(system, FIR):
+        return system.to(dtype=torch.float64)
+    if isinstance(system, TransferFunction):
+        finite = bool((system.a == 0).all())
+    elif isinstance(system, Modal):
+        finite = bool(((system.poles == 0) | (system.residues == 0)).all())
+    else:
+        A = _state_space(system).A.double()
+        finite = bool((torch.linalg.matrix_power(A, max(1, A.shape[-1])) == 0).all())
+    if not finite:
+        raise ValueError(
+            f"the impulse response of this {type(system).__name__} has no end; cut it with "
+            "FIR(system.impulse_response(length))."
+        )
+    return FIR(system.to(dtype=torch.float64).impulse_response(system.order + 1))
+
+
+def _state_space(system: System) -> StateSpace:
+    if isinstance(system, DPLR):
+        return system.state_space()
+    if not isinstance(system, StateSpace):
+        raise TypeError(
+            "a time-invariant system is needed (TransferFunction, Modal, StateSpace, DPLR or FIR), "
+            f"got {type(system).__name__}."
+        )
+    return system
+
+
+def _all_poles(system: Modal) -> Tensor:
+    """(*C, n): the poles of every channel with the conjugates of pairs, padded with zeros."""
+    poles, residues = system.poles.to(torch.complex128), system.residues
+    tiny = torch.finfo(system.poles.real.dtype).eps
+    used = residues != 0
+    pair = used & (poles.imag.abs() > tiny * poles.abs())
+    poles = torch.where(pair, poles, poles.real + 0j)
+    both = torch.stack([poles, poles.conj().resolve_conj()], dim=-1).flatten(-2)
+    there = torch.stack([used, pair], dim=-1).flatten(-2)
+    order = (~there).to(torch.uint8).argsort(dim=-1, stable=True)[..., : system.order]
+    return torch.where(there, both, 0).gather(-1, order)
+
+
+def _polynomial(zeros: Tensor) -> Tensor:
+    """Coefficients a_1 … a_n of ``Π (1 - λ z^-1)``, (*C, n), complex128.
+
+    The zeros are taken in the order of Leja, each as far as possible from those before it, which
+    keeps the coefficients on the way from growing beyond the last ones.
+    """
+    zeros = _leja(zeros)
+    coefficients = torch.ones_like(zeros[..., :1])
+    for zero in zeros.unbind(-1):
+        shifted = torch.nn.functional.pad(coefficients, (1, 0)) * zero.unsqueeze(-1)
+        coefficients = torch.nn.functional.pad(coefficients, (0, 1)) - shifted
+    return coefficients[..., 1:]
+
+
+def _leja(points: Tensor) -> Tensor:
+    """The points (*C, n) reordered: each has the largest product of distances to those before."""
+    count = points.shape[-1]
+    if count < 3:
+        return points
+    chosen: list[Tensor] = []
+    distance = points.abs().clamp_min(1e-300).log()
+    for _ in range(count):
+        index = distance.argmax(-1, keepdim=True)
+        point = points.gather(-1, index)
+        chosen.append(point)
+        gap = (points - point).abs().clamp_min(1e-300).log()
+        distance = (distance + gap).scatter(-1, index, -math.inf)
+    return torch.cat(chosen, dim=-1)
+
+
+def _rotations(system: Modal) -> StateSpace:
+    poles, residues = system.poles.to(torch.complex128), system.residues.to(torch.complex128)
+    modes = poles.shape[-1]
+    shape = poles.shape[:-1]
+    A = poles.real.new_zeros(*shape, modes, 2, modes, 2)
+    index = torch.arange(modes, device=poles.device)
+    # x ← λ x + u in real and imaginary part; y = Re (r x)
+    A[..., index, 0, index, 0] = A[..., index, 1, index, 1] = poles.real
+    A[..., index, 0, index, 1] = -poles.imag
+    A[..., index, 1, index, 0] = poles.imag
+    B = torch.zeros_like(torch.view_as_real(residues))
+    B[..., 0] = 1
+    C = torch.stack([residues.real, -residues.imag], dim=-1)
+    A, B, C = A.reshape(*shape, 2 * modes, 2 * modes), B.flatten(-2), C.flatten(-2)
+    # A real pole leaves its imaginary part at zero: those rows are no state.
+    idle = (poles.imag == 0).all(dim=tuple(range(poles.ndim - 1)))
+    keep = torch.stack([torch.ones_like(idle), ~idle], dim=-1).flatten().nonzero().flatten()
+    A = A.index_select(-1, keep).index_select(-2, keep)
+    return StateSpace(A, B.index_select(-1, keep), C.index_select(-1, keep), system.d.double())
+
+
+_Converted = TypeVar("_Converted", TransferFunction, Modal)
+
+
+def _verified(converted: _Converted, system: System, tol: float) -> _Converted:
+    length = min(_TAPS, max(64, 8 * (system.order + 1)))
+    before = system.to(dtype=torch.float64).impulse_response(length)
+    after = converted.impulse_response(length)
+    norm = torch.linalg.vector_norm(before, dim=-1)
+    error = torch.linalg.vector_norm(after - before, dim=-1) / torch.where(norm > 0, norm, 1)
+    error = error.nan_to_num(torch.inf)
+    if bool((error > tol).any()):
+        worst = float(error.max())
+        kind = type(converted).__name__
+        reason = (
+            "poles coincide or nearly so, and equal poles have no modal form"
+            if isinstance(converted, Modal)
+            else "its coefficients lose what its poles hold"
+        )
+        raise ValueError(
+            f"this {type(system).__name__} is no {kind} in double precision: {reason} (impulse "
+            f"responses differ by {worst:.1e}, tol is {tol:.1e}); gramian.reduce finds a modal "
+            "system near it."
+        )
+    return converted
