@@ -13,6 +13,13 @@ from gramian.mixers.multi_hyena import convolved_outer_products, toeplitz_masked
 WIDTH, MAX_LENGTH = 12, 70
 FILTERS = {
     "rtf": {"type": "rtf", "state_size": 4, "initialization": "montel"},
+    "rtf_schur": {
+        "type": "rtf",
+        "state_size": 4,
+        "stability": "schur",
+        "numerator": "exact",
+        "initialization": "schur",
+    },
     "implicit": {"type": "implicit", "hidden": 16},
     "modal": {"type": "modal", "orders": 3},
     "s4d": {"type": "s4d", "state_size": 8, "initialization": "lin"},
