@@ -69,8 +69,10 @@ def krylov_product(c: Tensor, A: Tensor, x: Tensor, length: int) -> Tensor:
     wide = A.double()
     right, stride = krylov_vectors(wide, x.double().unsqueeze(-1), columns)  # (*B, n, J)
     left, _ = krylov_vectors(stride.mT, c.double().unsqueeze(-1), rows)  # (*C, n, I)
-    # From here on nothing cancels that would not cancel in the taps themselves.
-    samples = left.mT.to(x.dtype) @ right.to(x.dtype)  # (*B, I, J)
+    # From here on nothing cancels that would not cancel in the taps themselves; in half precision,
+    # which autocast would take, there would be little left.
+    with torch.autocast(x.device.type, enabled=False):
+        samples = left.mT.to(x.dtype) @ right.to(x.dtype)  # (*B, I, J)
     return samples.flatten(-2)[..., :length]
 
 

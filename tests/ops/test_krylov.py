@@ -44,3 +44,11 @@ def test_single_precision_keeps_its_digits_over_long_horizons() -> None:
     single = krylov_product(c, A, x, 16384)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), exact, rtol=0, atol=1e-6)
+
+
+def test_autocast_leaves_the_precision_alone() -> None:
+    torch.manual_seed(0)
+    A, (c, x) = torch.randn(4, 4) / 4, torch.randn(2, 4)
+    expected = krylov_product(c, A, x, 100)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(krylov_product(c, A, x, 100), expected)
