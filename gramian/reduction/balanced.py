@@ -34,6 +34,9 @@ __all__ = ["balanced", "balanced_poles"]
 _FLAT = 0.05
 """Relative error from which a greedy start is tried: there a spectrum has no few leading values."""
 
+_HOPELESS = 30.0
+"""A start this many times farther than another one is not refined."""
+
 _LARGEST_GREEDY = 64
 """The largest order of a greedy start, which takes a transform for every pole."""
 
@@ -90,11 +93,11 @@ def _refine(
     flat = best.l2_error[open_] > _FLAT * taps.norm(dim=-1)
     everyone = torch.arange(len(open_), device=open_.device)
     # Of a flat spectrum both treatments of the tail give much the same: the closer one will do.
-    leading = torch.stack([fit.l2_error[open_] for fit in starts]).argmin(0)
+    least, leading = torch.stack([fit.l2_error[open_] for fit in starts]).min(0)
     batch: list[tuple[Modes, Tensor]] = []
     for i, fit in enumerate(starts):
-        some = torch.nonzero(~flat | (leading == i)).flatten()
-        some = some[fit.l2_error[open_[some]].isfinite()]
+        near = ~flat & (fit.l2_error[open_] <= _HOPELESS * least)
+        some = torch.nonzero((near | (leading == i)) & least.isfinite()).flatten()
         there = fit[open_[some]]
         batch.append((Modes.of(torch.where(there.residues != 0, there.poles, torch.nan)), some))
     greedy = torch.nonzero(flat & (order[open_] <= _LARGEST_GREEDY)).flatten()

@@ -40,9 +40,9 @@ class GradientOptions:
     """
 
     steps: int = 20_000
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
     objective: str | None = None
-    initialization: str = "ring"
+    initialization: str = "even"
     seed: int = 0
 
 
