@@ -129,7 +129,9 @@ def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
         matrix = operator @ unit.expand(len(taps), -1, -1)
         norm = torch.linalg.eigvalsh(matrix).abs().amax(-1)
     else:
-        norm = lanczos_spectrum(operator, 1, residual=_RESIDUAL).values[:, 0]
+        terms = taps.abs().sum(-1, keepdim=True) + operator.middle.norm(dim=(-2, -1)).unsqueeze(-1)
+        spectrum = lanczos_spectrum(operator, 1, residual=_RESIDUAL, magnitude=terms)
+        norm = spectrum.values[:, 0]
     return torch.where(outside, torch.inf, norm)
 
 

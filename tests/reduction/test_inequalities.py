@@ -125,6 +125,7 @@ def check(reduction, kernel, asked, stable, draw):
         assert (gain <= limit * (1 + 1e-6) + noise * np.abs(u).max(-1) + 1e-12 * size).all()
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of systems that grow
 def draw_and_check(total, seed):
     draw = np.random.default_rng(seed)
     done = case = 0
@@ -166,3 +167,13 @@ def test_tolerances_that_are_said_to_be_met_are_met(refine):
         reduction = reduce(kernel, tol=0.2, max_order=12, refine=refine)
         check(reduction, kernel, np.full(20, 12), True, draw)
         assert torch.equal(reduction.converged, reduction.relative_error <= 0.2)
+
+
+def test_hankel_errors_of_exact_reductions_are_rounding_errors():
+    draw = np.random.default_rng(3)
+    kernel = torch.from_numpy(rational(40, 200, draw))
+    reduction = reduce(kernel, 12)
+    size = kernel.norm(dim=-1)
+    assert bool(
+        (reduction.hankel_error <= 1e-6 * size).logical_or(~(reduction.relative_error < 1e-9)).all()
+    )
