@@ -43,6 +43,8 @@ _LARGEST_GREEDY = 64
 _STEPS = 12
 """Steps of a refinement: most channels have settled by then."""
 
+_STEPS_AFTER_MOVE = 8
+
 _MOVES = 2
 """How often the mode that is missed least is moved elsewhere."""
 
@@ -126,7 +128,7 @@ def _refine(
             break
         trial, movable = relocated(taps[moving], modes[moving])
         moving, trial = moving[movable], trial[movable]
-        trial, after = refined(taps[moving], trial, steps=_STEPS, **arguments)
+        trial, after = refined(taps[moving], trial, steps=_STEPS_AFTER_MOVE, **arguments)
         better = after < error[moving]
         moving = moving[better]
         modes.put(moving, trial[better])

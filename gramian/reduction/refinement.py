@@ -42,8 +42,11 @@ __all__ = ["greedy_modes", "refined", "relocated"]
 _SAFE_PIVOT = 1e-10
 """Smallest squared Cholesky pivot with which the Gram matrix is trusted."""
 
-_PRECISE_PIVOT = 1e-5
+_PRECISE_PIVOT = 1e-8
 """Squared pivot from which a solution by the Gram matrix needs no refinement."""
+
+_PRECISE_ERROR = 1e-5
+"""Relative squared error from which differences of squares are precise enough."""
 
 _LARGEST_QR = 128
 """The widest basis [Φ E] that is factored by QR; a wider one that needs it is not refined."""
@@ -54,7 +57,7 @@ _SMALLEST_DIRECTION = 1e-9
 _FIRST_DAMPING = 1e-2
 _LARGEST_DAMPING = 1e6
 
-_WINDOWS = 8
+_WINDOWS = 6
 """Decays among which a greedy search looks for the next pole."""
 
 
@@ -113,29 +116,31 @@ def _point(taps: Tensor, modes: Modes, ridge: float, infinite: bool) -> _Point:
     pivot = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
 
     kernels = Vandermonde(poles, length)
-    front, scale0 = factor[:, : 2 * width, : 2 * width], scale[:, : 2 * width]
-    (moment,) = kernels.moments(taps, first=False)
-    goal = scale0 * torch.cat([moment.real, moment.imag], dim=-1)
-    weights = torch.cholesky_solve(goal.unsqueeze(-1), front).squeeze(-1)  # (B, 2m), scaled
-    # Refined once where the factor may have lost more digits than a step needs.
-    for again in (True, False) if bool((pivot < _PRECISE_PIVOT).any()) else (False,):
-        plain = scale0 * weights
-        residues = torch.complex(plain[:, :width], -plain[:, width:])
-        residual = taps - kernels.combine(residues)
-        zeroth, first = kernels.moments(residual)
-        left = torch.cat([zeroth.real, zeroth.imag, first.real, first.imag], dim=-1)
+    half = 2 * width
+    front, scale0 = factor[:, :half, :half], scale[:, :half]
+    goal = scale * _stacked(kernels.moments(taps))  # (B, 4m)
+    weights = torch.cholesky_solve(goal[:, :half].unsqueeze(-1), front).squeeze(-1)  # scaled
+    size = taps.square().sum(-1)
+    error = size - (weights * goal[:, :half]).sum(-1)
+    left = goal - (gram[..., :half] @ weights.unsqueeze(-1)).squeeze(-1)
+    if bool(((pivot < _PRECISE_PIVOT) | (error < _PRECISE_ERROR * size)).any()):
+        # Differences of large numbers: from the residual itself instead, refined once.
+        for again in (True, False):
+            plain = scale0 * weights
+            residual = taps - kernels.combine(_residues(plain))
+            left = _stacked(kernels.moments(residual))
+            if tail is not None:
+                left = left - (tail[..., :half] @ plain.unsqueeze(-1)).squeeze(-1)
+            left = scale * left
+            left[:, :half] -= ridge**2 * weights
+            if again:
+                change = torch.cholesky_solve(left[:, :half].unsqueeze(-1), front)
+                weights = weights + change.squeeze(-1)
+        error = residual.square().sum(-1) + ridge**2 * weights.square().sum(-1)
         if tail is not None:
-            left = left - (tail[..., : 2 * width] @ plain.unsqueeze(-1)).squeeze(-1)
-        left = scale * left
-        left[:, : 2 * width] -= ridge**2 * weights
-        if again:
-            weights = weights + torch.cholesky_solve(
-                left[:, : 2 * width].unsqueeze(-1), front
-            ).squeeze(-1)
-    error = residual.square().sum(-1) + ridge**2 * weights.square().sum(-1)
-    if tail is not None:
-        inside = tail[:, : 2 * width, : 2 * width] @ plain.unsqueeze(-1)
-        error = error + (plain * inside.squeeze(-1)).sum(-1)
+            inside = tail[:, :half, :half] @ plain.unsqueeze(-1)
+            error = error + (plain * inside.squeeze(-1)).sum(-1)
+    residues = _residues(scale0 * weights)
     whole = torch.linalg.solve_triangular(factor, left.unsqueeze(-1), upper=False).squeeze(-1)
     # L22ᵀ maps scaled columns of E, their part in Φ removed, to an orthonormal basis.
     inner = factor[:, 2 * width :, 2 * width :].mT
@@ -150,6 +155,17 @@ def _point(taps: Tensor, modes: Modes, ridge: float, infinite: bool) -> _Point:
         error[rows], residues[rows], inner[rows], target[rows] = exact
     error = torch.where(error.isfinite(), error, torch.inf)
     return _Point(error, residues, _jacobian(inner, residues, scale, used), target)
+
+
+def _stacked(moments: list[Tensor]) -> Tensor:
+    """Inner products with the columns [Φ E], (B, 4m), from complex moments."""
+    return torch.cat([part for m in moments for part in (m.real, m.imag)], dim=-1)
+
+
+def _residues(weights: Tensor) -> Tensor:
+    """(B, m), complex128, from weights (B, 2m) of ``Re λ^t`` and ``Im λ^t``."""
+    cosine, sine = weights.chunk(2, dim=-1)
+    return torch.complex(cosine, -sine)
 
 
 def _by_qr(
