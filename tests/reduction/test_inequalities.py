@@ -173,7 +173,6 @@ def test_hankel_errors_of_exact_reductions_are_rounding_errors():
     draw = np.random.default_rng(3)
     kernel = torch.from_numpy(rational(40, 200, draw))
     reduction = reduce(kernel, 12)
-    size = kernel.norm(dim=-1)
-    assert bool(
-        (reduction.hankel_error <= 1e-6 * size).logical_or(~(reduction.relative_error < 1e-9)).all()
-    )
+    ended = reduction.tail_energy < 1e-18  # what goes on past the taps is an error
+    assert int(ended.sum()) > 10
+    assert bool((reduction.hankel_error <= 1e-8 * kernel.norm(dim=-1))[ended].all())
