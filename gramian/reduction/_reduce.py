@@ -5,33 +5,53 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gramian.ops._blocks import work
 from gramian.reduction import errors
-from gramian.reduction.balanced import balanced_poles
-from gramian.reduction.residues import ModalFit, fit_residues, stabilised
-from gramian.reduction.spectrum import Spectrum, hankel_matrices, leading_spectrum
-from gramian.systems import FIR, Modal, System
+from gramian.reduction.balanced import balanced
+from gramian.reduction.gradient import modal_interpolation
+from gramian.reduction.modal_truncation import modal_truncation
+from gramian.reduction.problem import (
+    INITIALIZATIONS,
+    OBJECTIVES,
+    GradientOptions,
+    Problem,
+    Settings,
+    SourceModes,
+)
+from gramian.reduction.residues import ModalFit, fit_residues
+from gramian.systems import FIR, Modal, System, TransferFunction
 
 __all__ = ["Reduction", "reduce"]
 
-_METHODS: dict[str, Callable[[Spectrum, Tensor], Tensor]] = {"balanced": balanced_poles}
-"""Poles of given orders from the leading singular vectors of a Hankel matrix."""
+_Method = Callable[[Problem, Tensor, Tensor], ModalFit]
+
+_METHODS: dict[str, _Method] = {
+    "balanced": balanced,
+    "modal": modal_truncation,
+    "gradient": modal_interpolation,
+}
+"""Fits of given orders to some channels of a problem."""
 
 _TAILS = {"auto": ("zero", "free"), "zero": ("zero",), "free": ("free",)}
 
 _FIRST_LEVEL = 16
 """The first order that a search for a tolerance tries."""
 
+_REACH = 2.0
+"""How far above the tolerance an error is refined rather than answered by twice the order."""
+
 _MAX_ORDER = 256
 """Where the search for the order that a tolerance needs ends by default."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Reduction:
     """A smaller system and how far it is from what it was made of.
 
@@ -60,7 +80,19 @@ class Reduction:
     hankel_singular_values: Tensor
     tail_energy: Tensor
     converged: Tensor
-    _kernel: Tensor = dataclasses.field(repr=False)
+    _kernel: Tensor
+
+    def __repr__(self) -> str:
+        orders = f"{int(self.order.min())} … {int(self.order.max())}"
+        if int(self.order.min()) == int(self.order.max()):
+            orders = str(int(self.order.max()))
+        missed = int((~self.converged).sum())
+        return (
+            f"Reduction(channels={tuple(self.order.shape)}, taps={self._kernel.shape[-1]}, "
+            f"order={orders}, relative_error={float(self.relative_error.median()):.2e} median, "
+            f"{float(self.relative_error.max()):.2e} max"
+            + (f", {missed} above the tolerance)" if missed else ")")
+        )
 
     @functools.cached_property
     def hankel_error(self) -> Tensor:
@@ -97,12 +129,32 @@ def reduce(
     *,
     length: int | None = None,
     max_order: int | None = None,
+    refine: bool = True,
+    steps: int | None = None,
+    learning_rate: float | None = None,
+    objective: str | None = None,
+    initialization: str | None = None,
+    seed: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Reduction:
     """Find a small modal system with nearly the same impulse response, for every channel.
 
-    Poles are those of a balanced truncation (Kung's method; `gramian.reduction.balanced`), residues
-    their least-squares fit to all taps, and the direct term is h_0 exactly. Everything is computed
-    in float64 and without gradients.
+    The direct term is h_0 exactly. Everything is computed in float64 and without gradients.
+    Methods:
+
+    - "balanced": the poles of a balanced truncation (S. Kung, 1978), from the Hankel matrices of
+      the taps, then refined by variable projection (G. H. Golub, V. Pereyra, 1973; L. Kaufman,
+      1975); residues are their least-squares fit to all taps. Refined poles are taken only where
+      the measured error is smaller, so no channel is worse for it.
+    - "modal": the modes with the most energy of the system, if it is a `gramian.Modal` or
+      `gramian.TransferFunction`, otherwise of a balanced truncation of more than twice the order;
+      residues fitted anew. Of a repeated pole, one.
+    - "gradient": poles and residues by gradient descent, the procedure of the Laughing Hyena
+      Distillery (arXiv 2310.18780, section 3.2). Slow, and here as the baseline.
+
+    With ``tol`` the order is doubled until the error is small enough, then bisected. Refinement
+    comes after: from the order that the closed form needs, ever lower ones are tried as long as
+    their refined error meets the tolerance.
 
     Args:
         kernel_or_system: A kernel (*C, L), real floating point, or a time-invariant system, of
@@ -112,14 +164,26 @@ def reduce(
         tol: The relative l2 error over the taps to reach, above 0, instead of an order. Every
             channel gets the smallest order that reaches it (as far as the error falls with the
             order), or the largest one and ``converged`` false.
-        method: "balanced".
+        method: "balanced", "modal" or "gradient".
         tail: What to assume past the last tap. "zero": silence, for a recurrence that fades after L
             as the kernel does. "free": nothing; usually closer over the taps, but see
-            ``tail_energy``. "auto": whichever of the two is closer over the taps, per channel.
+            ``tail_energy``. "auto": whichever of the two is closer over the taps, per channel. With
+            "zero" poles are refined for the error on the infinite horizon, with the others for
+            that over the taps. Where "gradient" is given no objective, "zero" means "h2".
         stable: Keep poles inside the unit circle: those outside are moved there before the residues
             are fitted. False: leave them.
         length: Number of taps to take of a system; by default an FIR's own. Not for kernels.
         max_order: Where the search for ``tol`` ends; by default 256, or L - 1 if that is less.
+        refine: False: balanced truncation in closed form only, in a fraction of the time.
+        steps: Of "gradient"; by default 20,000.
+        learning_rate: Of "gradient", above 0; by default 3e-3, annealed to 0.
+        objective: Of "gradient": "l2", the error over the taps, or "h2", that of the transfer
+            function on roots of unity; by default according to ``tail``.
+        initialization: Of "gradient": "even" (the default), poles at evenly spaced angles close
+            to the unit circle, or "ring", at random there.
+        seed: Of the initialisation of "gradient"; by default 0.
+        progress: Called as ``progress(done, total)``, in channels, as work is done; from one
+            thread at a time, not always the caller's.
 
     Returns:
         A `Reduction`. The system is float32 for a half-precision kernel, otherwise of its dtype.
@@ -133,6 +197,14 @@ def reduce(
         raise ValueError(f"give either order or tol, not both or none; got {order=} and {tol=}.")
     _check_choice("method", method, tuple(_METHODS))
     _check_choice("tail", tail, tuple(_TAILS))
+    given = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "objective": objective,
+        "initialization": initialization,
+        "seed": seed,
+    }
+    options = _gradient_options(method, {k: v for k, v in given.items() if v is not None})
     shape, taps = kernel.shape[:-1], kernel.shape[-1]
     if tol is not None and not (isinstance(tol, int | float) and 0 < tol < math.inf):
         raise ValueError(f"tol must be a finite number above 0, got {tol!r}.")
@@ -146,21 +218,84 @@ def reduce(
     flat = kernel.detach().to(work_device, torch.float64).reshape(math.prod(shape), taps)
     if taps == 1:
         flat = torch.nn.functional.pad(flat, (0, 1))  # silence behind the direct term
-    settings = _Settings(method, _TAILS[tail], stable, dtype)
+    told = _Progress(progress, len(flat))
+    settings = Settings(_TAILS[tail], stable, dtype, refine, options, told.advance)
+    source = _source_modes(kernel_or_system, work_device) if method == "modal" else None
+    solve = _METHODS[method]
+    told.advance(0)
     if orders is not None:
         orders = orders.reshape(-1).to(work_device)
         size = _block_size(flat, int(orders.max()))
-        blocks = list(zip(flat.split(size), orders.split(size), strict=True))
-        parts = work(lambda block: _reduce_to_order(*block, settings), blocks, flat)
+        pieces = [None] * -(-len(flat) // size) if source is None else source.split(size)
+        blocks = list(zip(flat.split(size), orders.split(size), pieces, strict=True))
+        parts = work(lambda block: _reduce_to_order(*block, solve, settings), blocks, flat)
     else:
         assert tol is not None
         largest = min(max(1, taps - 1), _MAX_ORDER if max_order is None else max_order)
+        size = _block_size(flat, _FIRST_LEVEL)
+        pieces = [None] * -(-len(flat) // size) if source is None else source.split(size)
         parts = work(
-            lambda block: _reduce_to_tolerance(block, tol, largest, settings),
-            flat.split(_block_size(flat, _FIRST_LEVEL)),
+            lambda block: _reduce_to_tolerance(*block, tol, largest, solve, settings),
+            list(zip(flat.split(size), pieces, strict=True)),
             flat,
         )
+    told.finish()
     return _assembled(parts, kernel.detach(), dtype)
+
+
+class _Progress:
+    """Counts channels for a callback, from any thread."""
+
+    def __init__(self, callback: Callable[[int, int], None] | None, total: int) -> None:
+        self.callback, self.total = callback, total
+        self.lock = threading.Lock()
+        self.done, self.told = 0.0, -1
+
+    def advance(self, channels: float) -> None:
+        with self.lock:
+            self.done += channels
+            whole = min(self.total, int(self.done + 1e-6))
+            if self.callback is not None and whole > self.told:
+                self.told = whole
+                self.callback(whole, self.total)
+
+    def finish(self) -> None:
+        self.advance(self.total - self.done)
+
+
+def _gradient_options(method: str, given: dict[str, Any]) -> GradientOptions:
+    if given and method != "gradient":
+        name = next(iter(given))
+        raise ValueError(f"{name} goes with method='gradient', got it with method={method!r}.")
+    options = GradientOptions(**given)
+    if not isinstance(options.steps, int) or options.steps < 1:
+        raise ValueError(f"steps must be an integer, at least 1, got {options.steps!r}.")
+    rate = options.learning_rate
+    if not (isinstance(rate, int | float) and 0 < rate < math.inf):
+        raise ValueError(f"learning_rate must be a finite number above 0, got {rate!r}.")
+    if options.objective is not None:
+        _check_choice("objective", options.objective, OBJECTIVES)
+    _check_choice("initialization", options.initialization, INITIALIZATIONS)
+    if not isinstance(options.seed, int):
+        raise ValueError(f"seed must be an integer, got {options.seed!r}.")
+    return options
+
+
+def _source_modes(source: Tensor | System, device: torch.device) -> SourceModes | None:
+    """The modes that a system is known by, for modal truncation."""
+    if isinstance(source, Modal):
+        count = source.poles.shape[-1]
+        poles, residues = (
+            part.detach().to(device, torch.complex128).reshape(-1, count)
+            for part in (source.poles, source.residues)
+        )
+        below = poles.imag < 0
+        poles, residues = (torch.where(below, x.conj(), x) for x in (poles, residues))
+        return SourceModes(torch.where(residues != 0, poles, torch.nan), residues)
+    if isinstance(source, TransferFunction):
+        poles = source.detach().to(device, torch.float64).poles().to(torch.complex128)
+        return SourceModes(poles.reshape(-1, poles.shape[-1]), None)
+    return None
 
 
 def _kernel_of(source: Tensor | System, length: int | None) -> Tensor:
@@ -242,14 +377,6 @@ def _block_size(taps: Tensor, order: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
-    method: str
-    tails: tuple[str, ...]
-    stable: bool
-    dtype: torch.dtype
-
-
-@dataclasses.dataclass(frozen=True)
 class _Part:
     """What was found for one block of channels; ``bound`` is of the squared l2 error."""
 
@@ -259,77 +386,80 @@ class _Part:
     converged: Tensor
 
 
-class _Candidates:
-    """The leading Hankel spectra of B kernels, and the fits that come from them."""
-
-    def __init__(self, taps: Tensor, count: int, settings: _Settings) -> None:
-        self.taps = taps  # (B, T)
-        self.settings = settings
-        self.spectra: dict[str, Spectrum] = {}
-        guess = None
-        if "free" in settings.tails:
-            self.spectra["free"] = leading_spectrum(hankel_matrices(taps, "free"), count)
-            guess = self.spectra["free"].vectors.sum(1)
-        self.spectra["zero"] = leading_spectrum(hankel_matrices(taps, "zero"), count, guess)
-
-    def fit(self, order: Tensor, rows: Tensor | slice) -> ModalFit:
-        """The best fits of the given orders to the channels ``rows`` (indices)."""
-        taps, settings = self.taps[rows], self.settings
-        best = fit_residues(
-            taps, taps.new_zeros(len(taps), 0, dtype=torch.complex128), torch.float64
-        )
-
-        def offer(poles: Tensor, where: Tensor) -> None:
-            fit = fit_residues(taps[where], poles[where], settings.dtype)
-            better = fit.l2_error < best.l2_error[where]
-            best.put(where[better], fit[better])
-
-        everywhere = torch.arange(len(taps), device=taps.device)
-        for tail in settings.tails:
-            poles = _METHODS[settings.method](self.spectra[tail][rows], order)
-            if settings.stable:
-                poles = stabilised(poles, settings.dtype)
-            offer(poles, everywhere)
-        complete = torch.nonzero(order >= taps.shape[-1]).flatten()
-        if len(complete):
-            offer(_ring(taps), complete)
-        return best
-
-    def bound(self, fit: ModalFit, rows: Tensor | slice) -> Tensor:
-        """The squared lower bound that belongs to the orders of ``fit``."""
-        windowed = self.spectra.get("free")
-        return errors.squared_lower_bound(
-            self.taps[rows], fit.orders(), None if windowed is None else windowed[rows]
-        )
-
-
-def _ring(taps: Tensor) -> Tensor:
-    """As many poles as taps, evenly spaced on a circle: they reproduce any taps, (B, T).
-
-    Balanced truncation leaves nothing out at this order, and ends in a defective pole at zero.
-    """
-    count = taps.shape[-1]
-    angle = 2 * math.pi / count * torch.arange(count, dtype=taps.dtype, device=taps.device)
-    poles = torch.polar(torch.full_like(angle, 0.25 ** (1 / count)), angle)
-    poles.imag[(angle == 0) | (2 * torch.arange(count, device=taps.device) == count)] = 0
-    return poles.expand(len(taps), -1)
-
-
-def _reduce_to_order(kernel: Tensor, order: Tensor, settings: _Settings) -> _Part:
+def _reduce_to_order(
+    kernel: Tensor, order: Tensor, source: SourceModes | None, solve: _Method, settings: Settings
+) -> _Part:
     everything = slice(None)
     largest = int(order.max())
-    candidates = _Candidates(kernel[:, 1:], largest + 1, settings)
-    fit = candidates.fit(order, everything)
+    problem = Problem(kernel[:, 1:], largest + 1, settings, source)
+    fit = solve(problem, order, torch.arange(len(kernel), device=kernel.device))
+    settings.tick(len(kernel))
     return _Part(
         fit,
-        candidates.bound(fit, everything),
-        candidates.spectra["zero"].values,
+        problem.bound(fit, everything),
+        problem.spectra["zero"].values,
         torch.ones_like(order, dtype=torch.bool),
     )
 
 
-def _reduce_to_tolerance(kernel: Tensor, tol: float, largest: int, settings: _Settings) -> _Part:
-    """Double the order until the error is small enough, then bisect, every channel for itself."""
+class _Search:
+    """For every channel of a problem, the smallest order in (low, high] whose error meets a goal.
+
+    ``fit`` holds the fits of order ``high``, ``met`` the channels where those meet their goal.
+    """
+
+    def __init__(self, problem: Problem, solve: _Method, goal: Tensor, low: int, high: int) -> None:
+        self.problem, self.solve, self.goal = problem, solve, goal
+        self.rows = torch.arange(len(goal), device=goal.device)
+        self.low, self.high = torch.full_like(self.rows, low), torch.full_like(self.rows, high)
+        self.fit = solve(problem, self.high, self.rows)
+
+    @property
+    def met(self) -> Tensor:
+        return self.fit.l2_error <= self.goal
+
+    def retry(self, where: Tensor) -> None:
+        """Solve the channels ``where`` (mask) again."""
+        some = self.rows[where]
+        if len(some):
+            self.fit.put(some, self.solve(self.problem, self.high[some], some))
+
+    def _try(self, order: Tensor, some: Tensor) -> Tensor:
+        """Try lower orders of the channels ``some``; which of them were low enough."""
+        trial = self.solve(self.problem, order, some)
+        good = trial.l2_error <= self.goal[some]
+        self.fit.put(some[good], trial[good])
+        self.high[some[good]], self.low[some[~good]] = order[good], order[~good]
+        return good
+
+    def _open(self, some: Tensor) -> Tensor:
+        return some[self.high[some] - self.low[some] > 1]
+
+    def bisect(self) -> None:
+        some = self.rows[self.met]
+        while len(some := self._open(some)):
+            self._try((self.low[some] + self.high[some]) // 2, some)
+
+    def descend(self) -> None:
+        """Forget what failed, go down in growing strides until it fails again, and bisect."""
+        self.low.zero_()
+        some, stride = self.rows[self.met], 1
+        while len(some := self._open(some)):
+            some = some[self._try((self.high[some] - stride).clamp(min=1), some)]
+            stride *= 2
+        self.bisect()
+
+
+def _reduce_to_tolerance(
+    kernel: Tensor,
+    source: SourceModes | None,
+    tol: float,
+    largest: int,
+    solve: _Method,
+    settings: Settings,
+) -> _Part:
+    """Double the order until the error is small enough, then bisect, every channel for itself; then
+    go down as far as refinement carries."""
     taps, allowed = kernel[:, 1:], tol * kernel.norm(dim=-1)
     everywhere = torch.arange(len(kernel), device=kernel.device)
     best = fit_residues(taps, taps.new_zeros(len(taps), 0, dtype=torch.complex128), torch.float64)
@@ -337,31 +467,35 @@ def _reduce_to_tolerance(kernel: Tensor, tol: float, largest: int, settings: _Se
     values = taps.new_full((len(taps), 0), torch.nan)
     pending = everywhere[best.l2_error > allowed]
     converged = best.l2_error <= allowed
+    refine = settings.refine and solve is balanced
+    plain = dataclasses.replace(settings, refine=False, tick=lambda channels: None)
     failed, level = 0, min(_FIRST_LEVEL, largest)
     while len(pending):
-        candidates = _Candidates(taps[pending], level + 1, settings)
-        rows = torch.arange(len(pending), device=kernel.device)
-        low, high = torch.full_like(rows, failed), torch.full_like(rows, level)
-        fit = candidates.fit(high, rows)
-        done = fit.l2_error <= allowed[pending]
-        if level == largest:
-            low = torch.where(done, low, high)
-        open_ = rows[done]
-        while len(open_ := open_[high[open_] - low[open_] > 1]):
-            middle = (low[open_] + high[open_]) // 2
-            trial = candidates.fit(middle, open_)
-            good = trial.l2_error <= allowed[pending[open_]]
-            fit.put(open_[good], trial[good])
-            high[open_[good]], low[open_[~good]] = middle[good], middle[~good]
+        problem = Problem(
+            taps[pending], level + 1, plain, None if source is None else source[pending]
+        )
+        search = _Search(problem, solve, allowed[pending], failed, level)
+        if refine:
+            refined = problem.with_settings(dataclasses.replace(plain, refine=True))
+            near = search.fit.l2_error <= (math.inf if level == largest else _REACH) * search.goal
+            search.problem = refined
+            search.retry(near & ~search.met)
+            search.problem = problem
+        search.bisect()
+        if refine:
+            search.problem = refined
+            search.descend()
+        fit, done, rows = search.fit, search.met, search.rows
         settled = rows if level == largest else rows[done]
         best.put(pending[settled], fit[settled])
-        bound[pending[settled]] = candidates.bound(fit[settled], settled)
+        bound[pending[settled]] = problem.bound(fit[settled], settled)
         converged[pending] = done
-        found = candidates.spectra["zero"].values
+        found = problem.spectra["zero"].values
         values = torch.nn.functional.pad(
             values, (0, found.shape[-1] - values.shape[-1]), value=torch.nan
         )
         values[pending] = found
+        settings.tick(len(settled))
         pending = pending[~done] if level < largest else pending[:0]
         failed, level = level, min(2 * level, largest)
     return _Part(best, bound, values, converged)

@@ -76,15 +76,27 @@ def _tail_eigenvalues(gram: Tensor, n: int) -> Tensor:
 def tail_energy(poles: Tensor, residues: Tensor, length: int) -> Tensor:
     """``Σ_{t≥length} ĥ_t²``, (B); infinite with a pole on the unit circle or outside.
 
+    By the Takenaka–Malmquist basis, which is orthonormal whatever the poles: large residues of
+    nearly coincident poles cancel before they are squared.
+
     Args:
         poles: (B, m), complex128.
         residues: (B, m), complex128.
         length: At least 1.
     """
-    states = residues * integer_power(poles, length - 1)
-    weights = torch.cat([states.real, -states.imag], dim=-1).unsqueeze(-1)
-    energy = (weights.mT @ basis_gram(poles) @ weights).flatten().clamp(min=0)
     outside = ((poles.abs() >= 1) & (residues != 0)).any(-1)
+    poles = torch.where((residues == 0) | outside.unsqueeze(-1), 0, poles)
+    states = residues * integer_power(poles, length - 1) / 2
+    states = torch.cat([states, states.conj()], dim=-1)
+    poles = torch.cat([poles, poles.conj()], dim=-1)
+    energy = states.real.new_zeros(len(states))
+    blaschke = torch.ones_like(poles)  # the product of the factors so far, at every pole
+    for s in range(poles.shape[-1]):
+        pole = poles[:, s : s + 1]
+        denominator = 1 - pole.conj() * poles
+        share = (states * blaschke / denominator).sum(-1).abs().square()
+        energy += share * (1 - pole.squeeze(-1).abs().square())
+        blaschke = blaschke * (poles - pole) / denominator
     return torch.where(outside, torch.inf, energy)
 
 
@@ -117,7 +129,9 @@ def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
         matrix = operator @ unit.expand(len(taps), -1, -1)
         norm = torch.linalg.eigvalsh(matrix).abs().amax(-1)
     else:
-        norm = lanczos_spectrum(operator, 1, residual=_RESIDUAL).values[:, 0]
+        terms = taps.abs().sum(-1, keepdim=True) + operator.middle.norm(dim=(-2, -1)).unsqueeze(-1)
+        spectrum = lanczos_spectrum(operator, 1, residual=_RESIDUAL, magnitude=terms)
+        norm = spectrum.values[:, 0]
     return torch.where(outside, torch.inf, norm)
 
 

@@ -17,9 +17,17 @@ import math
 import torch
 from torch import Tensor
 
-from gramian.ops.vandermonde import geometric_powers
+from gramian.ops.vandermonde import geometric_powers, vandermonde_product
 
-__all__ = ["ModalFit", "fit_residues", "real_basis", "stabilised"]
+__all__ = [
+    "ModalFit",
+    "fit_residues",
+    "largest_radius",
+    "measured",
+    "one_of_each_pair",
+    "real_basis",
+    "stabilised",
+]
 
 _SAFE_PIVOT = 1e-10
 """Smallest squared Cholesky pivot with which the refined normal equations are trusted."""
@@ -59,6 +67,11 @@ class ModalFit:
         return ModalFit(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
 
 
+def largest_radius(dtype: torch.dtype) -> float:
+    """Modulus from which a pole may be rounded to ``dtype`` and still be stable."""
+    return 1 - max(1.5 * torch.finfo(dtype).eps, 1e-9)
+
+
 def stabilised(poles: Tensor, dtype: torch.dtype) -> Tensor:
     """Poles inside the unit circle, also once they are rounded to ``dtype``.
 
@@ -67,7 +80,7 @@ def stabilised(poles: Tensor, dtype: torch.dtype) -> Tensor:
     radius = poles.abs()
     poles = torch.where(radius > 1, poles / radius.square(), poles)
     radius = torch.where(radius > 1, 1 / radius, radius)
-    limit = 1 - max(1.5 * torch.finfo(dtype).eps, 1e-9)
+    limit = largest_radius(dtype)
     return torch.where(radius > limit, poles * (limit / radius), poles)
 
 
@@ -79,7 +92,7 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
         poles: (B, n), complex128, in conjugate pairs, NaN where absent.
         dtype: Real dtype of the result, float32 or float64.
     """
-    poles = _one_of_each_pair(poles.to(dtype.to_complex()).to(torch.complex128), dtype)
+    poles = one_of_each_pair(poles.to(dtype.to_complex()).to(torch.complex128), dtype)
     modes = poles.shape[-1]
     if modes == 0:
         return ModalFit(poles, poles, taps.norm(dim=-1), taps.abs().sum(-1))
@@ -102,7 +115,20 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
     return fit
 
 
-def _one_of_each_pair(poles: Tensor, dtype: torch.dtype) -> Tensor:
+def measured(taps: Tensor, poles: Tensor, residues: Tensor, dtype: torch.dtype) -> ModalFit:
+    """The fit with these poles and residues (B, m), one of each pair, as ``dtype`` rounds them."""
+    kind = dtype.to_complex()
+    poles, residues = (x.to(kind).to(torch.complex128) for x in (poles, residues))
+    residues = torch.where(poles.imag == 0, residues.real.to(residues.dtype), residues)
+    error = taps - vandermonde_product(poles, residues, taps.shape[-1])
+    fit = ModalFit(poles, residues, error.norm(dim=-1), error.abs().sum(-1))
+    failed = ~fit.l2_error.isfinite()
+    fit.l2_error[failed] = torch.inf
+    fit.l1_error[failed] = torch.inf
+    return fit
+
+
+def one_of_each_pair(poles: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, n) in conjugate pairs to (B, m): real poles, and those of the upper half-plane.
 
     A pair that ``dtype`` cannot tell from the real axis becomes two equal real poles.

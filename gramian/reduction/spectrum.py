@@ -135,12 +135,19 @@ class Symmetric(Protocol):
 
 
 def lanczos_spectrum(
-    matrices: Symmetric, count: int, *, residual: float = _RESIDUAL, guess: Tensor | None = None
+    matrices: Symmetric,
+    count: int,
+    *,
+    residual: float = _RESIDUAL,
+    guess: Tensor | None = None,
+    magnitude: Tensor | None = None,
 ) -> Spectrum:
     """As `leading_spectrum`, for symmetric matrices, in their own precision throughout.
 
     A Ritz pair is accepted when ‖H u - θ u‖ is at most ``residual`` times the smallest |θ|. The
-    values and vectors are float64 in any case, the vectors orthonormal to float64.
+    values and vectors are float64 in any case, the vectors orthonormal to float64. Products that
+    are small differences of large terms carry the rounding errors of these: ``magnitude`` (B, 1)
+    says how large they are.
     """
     batch, size = len(matrices.like), matrices.rows
     pending = torch.arange(batch, device=matrices.like.device)
@@ -149,6 +156,8 @@ def lanczos_spectrum(
     ritz = new(batch, 0)
     limit = min(size, 8 * count + 128)
     lanczos = _Lanczos(matrices, limit, guess)
+    if magnitude is not None:
+        lanczos.scale = magnitude.to(lanczos.scale)
     steps = min(limit, 2 * count + (12 if guess is None else 2))
     while True:
         lanczos.extend(steps)

@@ -1,0 +1,190 @@
+r"""The real basis ``Re λ_k^t, Im λ_k^t`` of modal systems, without forming it.
+
+Inner products are geometric sums ``Σ_t t^p z^t``, z products of two poles, in O(log T) operations;
+products with signals are matrix products of about √T × √T blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramian.ops.vandermonde import geometric_powers, integer_power
+
+__all__ = [
+    "Modes",
+    "Vandermonde",
+    "basis_gram",
+    "geometric_sum",
+    "geometric_sums",
+    "geometric_tail_sums",
+    "pole_products",
+]
+
+
+@dataclasses.dataclass
+class Modes:
+    """Poles of B channels in polar form, one entry for a conjugate pair.
+
+    Args:
+        decay: (B, m), float64: ``-log |λ|``.
+        angle: (B, m), float64, 0 … π; exactly 0 or π for a real pole.
+        real: (B, m), bool: a single real pole.
+        present: (B, m), bool.
+    """
+
+    decay: Tensor
+    angle: Tensor
+    real: Tensor
+    present: Tensor
+
+    @staticmethod
+    def of(poles: Tensor) -> Modes:
+        """From poles (B, m), complex128, one of each pair, NaN where absent."""
+        present = ~poles.isnan()
+        poles = torch.where(present, poles, 0.5)
+        real = poles.imag == 0
+        decay = -poles.abs().clamp(min=1e-16).log()
+        return Modes(decay, poles.angle().abs(), real, present)
+
+    @property
+    def poles(self) -> Tensor:
+        """(B, m), complex128; 0 where absent."""
+        radius = torch.where(self.present, torch.exp(-self.decay), 0)
+        sine = torch.where(self.real, 0.0, self.angle.sin())
+        return torch.complex(radius * self.angle.cos(), radius * sine)
+
+    @property
+    def poles_or_nan(self) -> Tensor:
+        """(B, m), complex128; NaN where absent."""
+        return torch.where(self.present, self.poles, torch.nan)
+
+    def __getitem__(self, index: Any) -> Modes:
+        return Modes(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+
+    @staticmethod
+    def joined(parts: list[Modes]) -> Modes:
+        """The channels of all parts, padded to one width."""
+        width = max(part.decay.shape[-1] for part in parts)
+
+        def join(name: str) -> Tensor:
+            pieces = [getattr(part, name) for part in parts]
+            pad = torch.nn.functional.pad
+            return torch.cat([pad(p, (0, width - p.shape[-1])) for p in pieces])
+
+        return Modes(*(join(field.name) for field in dataclasses.fields(Modes)))
+
+    def clone(self) -> Modes:
+        return Modes(*(getattr(self, f.name).clone() for f in dataclasses.fields(self)))
+
+    def put(self, where: Tensor, other: Modes) -> None:
+        """Replace the channels ``where`` (mask or indices) by those of ``other``, as wide."""
+        for field in dataclasses.fields(self):
+            getattr(self, field.name)[where] = getattr(other, field.name)
+
+
+def geometric_sums(z: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``Σ_{t<count} t^p z^t``, p = 0, 1, 2, by doubling: S(2k) from S(k), S(k + 1) from S(k).
+
+    No quotient is formed, so nothing cancels where z is near 1.
+
+    Args:
+        z: Complex or real, any shape.
+        count: At least 1.
+    """
+    zero = torch.zeros_like(z)
+    sums = [torch.ones_like(z), zero, zero]
+    power, have = z, 1  # z^have
+    for bit in bin(count)[3:]:
+        s0, s1, s2 = sums
+        # t = have + s in the second half
+        moved1 = torch.add(s1, s0, alpha=have)
+        moved = (s0, moved1, torch.add(s2, torch.add(s1, moved1), alpha=have))
+        sums = [torch.addcmul(s, power, m) for s, m in zip(sums, moved, strict=True)]
+        power, have = power * power, 2 * have
+        if bit == "1":
+            sums = [torch.add(s, power, alpha=have**p) for p, s in enumerate(sums)]
+            power, have = power * z, have + 1
+    return sums[0], sums[1], sums[2]
+
+
+def geometric_sum(z: Tensor, count: int) -> Tensor:
+    """``Σ_{t<count} z^t`` in the same way."""
+    total, power, have = torch.ones_like(z), z, 1
+    for bit in bin(count)[3:]:
+        total, power, have = torch.addcmul(total, power, total), power * power, 2 * have
+        if bit == "1":
+            total, power, have = total + power, power * z, have + 1
+    return total
+
+
+def pole_products(poles: Tensor) -> Tensor:
+    """``λ_k λ_l`` and ``λ_k λ̄_l``: (2, B, m, m)."""
+    column, row = poles.unsqueeze(-1), poles.unsqueeze(-2)
+    return torch.stack([column * row, column * row.conj()])
+
+
+def basis_gram(sums: Tensor) -> Tensor:
+    """Products of ``Re λ_k^t, Im λ_k^t`` summed with weights w_t, (B, 2m, 2m), from
+    ``Σ_t w_t z^t``, z both products of the poles, (2, B, m, m)."""
+    plain, mixed = sums[0] / 2, sums[1] / 2
+    corner = plain.imag - mixed.imag  # Σ Re λ_k^t Im λ_l^t
+    top = torch.cat([plain.real + mixed.real, corner], dim=-1)
+    bottom = torch.cat([corner.mT, mixed.real - plain.real], dim=-1)
+    return torch.cat([top, bottom], dim=-2)
+
+
+def geometric_tail_sums(
+    products: Tensor, sums: tuple[Tensor, Tensor, Tensor], length: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``Σ_{t≥length} t^p z^t`` for |z| < 1, by further doubling of the sums up to ``length``."""
+    s0, s1, s2 = sums
+    start = power = integer_power(products, length)
+    have = length
+    while have < 2**62 and bool((power.abs() > 1e-20).any()):
+        moved1 = torch.add(s1, s0, alpha=have)
+        moved2 = torch.add(s2, torch.add(s1, moved1), alpha=have)
+        s0, s1, s2 = s0 + power * s0, s1 + power * moved1, s2 + power * moved2
+        power, have = power * power, 2 * have
+    return start * s0, start * (s1 + length * s0), start * (s2 + 2 * length * s1 + length**2 * s0)
+
+
+class Vandermonde:
+    """Products with ``λ_k^t`` and ``t λ_k^t``, t = 0 … T - 1, in blocks of about √T × √T."""
+
+    def __init__(self, poles: Tensor, length: int) -> None:
+        self.length = length
+        self.columns = max(1, math.isqrt(length))
+        self.rows = -(-length // self.columns)
+        inner = geometric_powers(poles, self.columns)  # (B, m, J)
+        self.outer = geometric_powers(inner[..., -1] * poles, self.rows)  # (B, m, I)
+        self.inner = torch.cat([inner.real, inner.imag], dim=-2)  # (B, 2m, J)
+
+    def blocks(self, signal: Tensor) -> Tensor:
+        missing = self.rows * self.columns - self.length
+        return torch.nn.functional.pad(signal, (0, missing)).unflatten(-1, (self.rows, -1))
+
+    def moments(self, signal: Tensor, first: bool = True) -> list[Tensor]:
+        """``Σ_t signal_t λ_k^t`` and, with ``first``, ``Σ_t t signal_t λ_k^t``: each (B, m)."""
+        modes = self.outer.shape[-2]
+        basis = self.inner
+        if first:
+            place = torch.arange(self.columns, dtype=signal.dtype, device=signal.device)
+            basis = torch.cat([basis, basis * place], dim=-2)
+        partial = torch.bmm(basis, self.blocks(signal).mT)  # (B, 2m or 4m, I)
+        zeroth = self.outer * torch.complex(partial[:, :modes], partial[:, modes : 2 * modes])
+        if not first:
+            return [zeroth.sum(-1)]
+        start = self.columns * torch.arange(self.rows, dtype=signal.dtype, device=signal.device)
+        inside = torch.complex(partial[:, 2 * modes : 3 * modes], partial[:, 3 * modes :])
+        return [zeroth.sum(-1), (self.outer * inside + zeroth * start).sum(-1)]
+
+    def combine(self, residues: Tensor) -> Tensor:
+        """``Re Σ_k residues_k λ_k^t``: (B, T)."""
+        scaled = (residues.unsqueeze(-1) * self.outer).mT  # (B, I, m)
+        taps = torch.bmm(torch.cat([scaled.real, -scaled.imag], dim=-1), self.inner)
+        return taps.flatten(-2)[:, : self.length]

@@ -1,0 +1,194 @@
+r"""Modal interpolation by gradient descent: the Laughing Hyena Distillery's own procedure.
+
+S. Massaroli et al., "Laughing Hyena Distillery: extracting compact recurrences from convolutions",
+NeurIPS 2023 (arXiv 2310.18780), section 3.2: poles in polar form ``λ = A e^{iθ}`` and residues r
+are descended on together, with an adaptive method, on
+
+- ``"l2"``: ``Σ_{t<L} (h_t - ĥ_t)²``, the error over the taps;
+- ``"h2"``: ``1/N Σ_k |H(z_k) - Ĥ(z_k)|²`` on N ≥ 2 L roots of unity, the error of the transfer
+  function, h followed by zeros. It counts the tail of ĥ.
+
+One entry of a conjugate pair is learned; an odd order ends with a real pole. ĥ_0 = h_0.
+Kernels are brought to unit norm before. The descent is Adam (D. P. Kingma, J. Ba, 2015), its rate
+annealed to zero by a half cosine (I. Loshchilov, F. Hutter, 2017), with the gradients in closed
+form; the best parameters met on the way are returned. Initialisations:
+
+- ``"ring"``: radii and angles spread at random over a ring close to the unit circle, as for linear
+  recurrent units (A. Orvieto et al., 2023, arXiv 2303.06349, section 3.2);
+- ``"even"``: evenly spaced angles at one radius, as for S4D-Lin (A. Gu et al., 2022,
+  arXiv 2206.11893).
+
+Radii correspond to memories of a tenth of the taps and more. It is here as the baseline: balanced
+truncation is closer and faster by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gramian.ops._lengths import fft_length
+from gramian.reduction.basis import Vandermonde
+from gramian.reduction.problem import GradientOptions, Problem
+from gramian.reduction.residues import ModalFit, measured
+
+__all__ = ["modal_interpolation"]
+
+_LEAST_RADIUS = 1e-3
+_REPORTED = 50
+"""How often progress is told in a run."""
+
+
+def modal_interpolation(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
+    """Fits of the given orders to the channels ``rows`` of a problem, by descent.
+
+    Args:
+        problem: Kernels and settings.
+        order: (len(rows)), integers.
+        rows: Channels, indices.
+    """
+    settings, options = problem.settings, problem.settings.gradient
+    taps = problem.taps[rows]
+    best = problem.silence(rows)
+    size = taps.norm(dim=-1, keepdim=True)
+    loud = torch.nonzero(size.flatten() > 0).flatten()
+    if not len(loud):
+        return best
+    taps, size, order = taps[loud], size[loud], order[loud]
+    unit = taps / size
+    present, paired = _slots(order)
+    parameters = _initial(order, present, paired, taps.shape[-1], options)
+    objective = options.objective or ("h2" if settings.fades else "l2")
+    loss = _FrequencyLoss(unit) if objective == "h2" else _TimeLoss(unit)
+    ceiling = math.inf if settings.least_decay is None else math.exp(-settings.least_decay)
+    moving = torch.stack([present, paired, present, paired]).double()
+    parameters = _descended(
+        parameters, loss, moving, ceiling, options, lambda part: settings.tick(part * len(rows))
+    )
+    radius, angle, a, b = parameters
+    poles = torch.where(present, torch.polar(radius, angle), 0)
+    poles = torch.where(paired, poles, poles.real.to(poles.dtype))
+    # Below the real axis lies the same pair with the conjugate residue.
+    residues = torch.where(present, torch.complex(a, b) * size, 0)
+    below = poles.imag < 0
+    poles, residues = (torch.where(below, x.conj(), x) for x in (poles, residues))
+    problem.keep(best, measured(taps, poles, residues, settings.dtype), loud)
+    return best
+
+
+def _slots(order: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entries there are, (B, m), and which of them stand for a pair."""
+    slot = torch.arange(int(order.max() + 1) // 2, device=order.device)
+    order = order.unsqueeze(-1)
+    return 2 * slot < order, 2 * slot + 1 < order
+
+
+def _initial(
+    order: Tensor, present: Tensor, paired: Tensor, length: int, options: GradientOptions
+) -> Tensor:
+    """Radii, angles, real and imaginary parts of the residues: (4, B, m)."""
+    generator = torch.Generator().manual_seed(options.seed)
+    modes = present.shape[-1]
+    # The same numbers for every channel: what is found for one does not depend on the others.
+    draws = torch.rand(3, modes, generator=generator, dtype=torch.float64).to(order.device)
+    noise = torch.randn(2, modes, generator=generator, dtype=torch.float64).to(order.device)
+    inner = math.exp(-10 / length)
+    if options.initialization == "ring":
+        radius = (inner**2 + draws[0] * (1 - inner**2)).sqrt()
+        angle = math.pi * draws[1]
+        radius, angle = radius.expand(present.shape), angle.expand(present.shape)
+    else:
+        slot = torch.arange(modes, device=order.device)
+        pairs = paired.sum(-1, keepdim=True).clamp(min=1)
+        radius = torch.full(present.shape, math.exp(-3 / length), dtype=torch.float64).to(draws)
+        angle = math.pi * (slot + 0.5) / pairs
+    angle = torch.where(paired, angle, 0)
+    residues = noise.unsqueeze(1).expand(2, *present.shape) / (length * order.unsqueeze(-1)).sqrt()
+    residues = residues * torch.stack([present, paired])
+    return torch.cat([torch.stack([radius, angle]), residues])
+
+
+def _descended(
+    parameters: Tensor,
+    loss: Callable[[Tensor], tuple[Tensor, Tensor]],
+    moving: Tensor,
+    ceiling: float,
+    options: GradientOptions,
+    tick: Callable[[float], None],
+) -> Tensor:
+    """The best parameters of a run of Adam, (4, B, m), channel by channel."""
+    parameters = parameters.clone()
+    parameters[0].clamp_(_LEAST_RADIUS, ceiling)
+    best, least = parameters.clone(), parameters.new_full(parameters.shape[1:2], torch.inf)
+    mean, square = torch.zeros_like(parameters), torch.zeros_like(parameters)
+    every = max(1, options.steps // _REPORTED)
+    for step in range(options.steps + 1):
+        value, slope = loss(parameters)
+        better = value < least
+        least = torch.where(better, value, least)
+        best = torch.where(better.unsqueeze(-1), parameters, best)
+        if step == options.steps:
+            break
+        slope = torch.nan_to_num(slope, 0.0, 0.0, 0.0).mul_(moving)
+        mean.lerp_(slope, 0.1)
+        square.mul_(0.999).addcmul_(slope, slope, value=0.001)
+        rate = options.learning_rate * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        rate /= 1 - 0.9 ** (step + 1)
+        width = (square / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-12)
+        parameters.addcdiv_(mean, width, value=-rate)
+        parameters[0].clamp_(_LEAST_RADIUS, ceiling)
+        if (step + 1) % every == 0:
+            tick(every / options.steps)
+    return best
+
+
+class _TimeLoss:
+    """``Σ_t (h_t - Re Σ_k r_k λ_k^t)²`` and its gradient."""
+
+    def __init__(self, taps: Tensor) -> None:
+        self.taps = taps
+
+    def __call__(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        radius, angle, a, b = parameters
+        residues = torch.complex(a, b)
+        kernels = Vandermonde(torch.polar(radius, angle), self.taps.shape[-1])
+        error = self.taps - kernels.combine(residues)
+        zeroth, first = kernels.moments(error)
+        turned = residues * first
+        slope = [-turned.real / radius, turned.imag, -zeroth.real, zeroth.imag]
+        return error.square().sum(-1), 2 * torch.stack(slope)
+
+
+class _FrequencyLoss:
+    """``1/N Σ_k |G(z_k) - Re-part transform Σ_k r_k / (z - λ_k)|²`` over N roots of unity."""
+
+    def __init__(self, taps: Tensor) -> None:
+        points = fft_length(2 * taps.shape[-1], 1)
+        # Of h_1 z^-1 + h_2 z^-2 + …, on the upper half of the circle: (B, 1, N/2 + 1)
+        self.spectrum = torch.fft.rfft(torch.nn.functional.pad(taps, (1, 0)), n=points).unsqueeze(1)
+        place = torch.arange(points // 2 + 1, dtype=taps.dtype, device=taps.device)
+        self.z = torch.polar(torch.ones_like(place), 2 * math.pi / points * place)
+        weight = torch.full_like(place, 2.0)  # both halves of the circle
+        weight[0] = weight[-1] = 1
+        self.weight = weight / points
+
+    def __call__(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
+        radius, angle, a, b = parameters
+        residues = torch.complex(a, b).unsqueeze(-1)
+        poles = torch.polar(radius, angle).unsqueeze(-1)  # (B, m, 1)
+        upper, lower = 1 / (self.z - poles), 1 / (self.z - poles.conj())  # (B, m, F)
+        found = (residues * upper + residues.conj() * lower).sum(1, keepdim=True) / 2
+        error = self.spectrum - found  # (B, 1, F)
+        # Σ over the whole circle of conj(E) / (z - λ): the lower half is the upper one's conjugate.
+        weighted = error * (self.weight / 2)
+        back, ahead = weighted.conj(), weighted
+        lower = lower.conj()  # 1 / (z̄ - λ)
+        zeroth = (back * upper + ahead * lower).sum(-1)
+        first = residues.squeeze(-1) * (back * upper * upper + ahead * lower * lower).sum(-1)
+        first = first * poles.squeeze(-1)
+        slope = [-first.real / radius, first.imag, -zeroth.real, zeroth.imag]
+        value = (self.weight * error.abs().square()).sum((-2, -1))
+        return value, 2 * torch.stack(slope)

@@ -1,0 +1,88 @@
+r"""Modal truncation: the modes with the most energy are kept, the others dropped.
+
+A mode ``Re(r λ^t)`` has energy ``½ |r|² Σ_t |λ|^{2t} + ½ Re(r² Σ_t λ^{2t})`` over the taps, near
+``|r|² / (2 (1 - |λ|²))`` on the infinite horizon (L. A. Aguirre, "Quantitative measure of modal
+dominance for continuous systems", CDC 1993). That ignores how modes overlap, which is what balanced
+truncation does better. The residues of the modes that are kept are fitted anew to all taps.
+
+The modes are those of the system where it has them (`gramian.Modal`, or the poles of a
+`gramian.TransferFunction`), else those of a larger balanced truncation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gramian.reduction.balanced import balanced_poles
+from gramian.reduction.basis import geometric_sum
+from gramian.reduction.problem import Problem, SourceModes
+from gramian.reduction.residues import ModalFit, fit_residues, stabilised
+from gramian.reduction.spectrum import hankel_matrices, leading_spectrum
+
+__all__ = ["dominant_modes", "modal_truncation"]
+
+
+def modal_truncation(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
+    """The fits with the dominant modes of the channels ``rows`` of a problem.
+
+    Args:
+        problem: Kernels, settings and, if known, the systems' modes.
+        order: (len(rows)), integers.
+        rows: Channels, indices.
+    """
+    taps = problem.taps[rows]
+    best = problem.silence(rows)
+    everywhere = torch.arange(len(rows), device=rows.device)
+    if problem.source is None:
+        candidates = _realised(problem, order, rows)
+    else:
+        candidates = [problem.source[rows]]
+    for modes in candidates:
+        poles, residues = modes.poles, modes.residues
+        if problem.settings.stable:
+            poles = stabilised(poles, problem.settings.dtype)
+        if residues is None:
+            fit = fit_residues(taps, poles, torch.float64)
+            poles, residues = fit.poles, fit.residues
+        kept = dominant_modes(poles, residues, order, taps.shape[-1])
+        problem.offer(best, torch.where(kept, poles, torch.nan), rows, everywhere)
+    return best
+
+
+def _realised(problem: Problem, order: Tensor, rows: Tensor) -> list[SourceModes]:
+    """Balanced truncations of twice the order and more, with one treatment of the tail each."""
+    taps = problem.taps[rows]
+    count = min(2 * int(order.max()) + 16, max(1, taps.shape[-1]))
+    found = []
+    for tail in problem.settings.tails:
+        spectrum = leading_spectrum(hankel_matrices(taps, tail), count)
+        poles = balanced_poles(spectrum, torch.full_like(order, count))
+        found.append(SourceModes(poles, None))
+    return found
+
+
+def dominant_modes(poles: Tensor, residues: Tensor, order: Tensor, length: int) -> Tensor:
+    """Which modes to keep: (B, m), bool. By falling energy, as long as the order allows.
+
+    Args:
+        poles: (B, m), complex128, one of each pair, NaN or with residue 0 where absent.
+        residues: (B, m), complex128.
+        order: (B), integers: what a pair takes 2 of, a real pole 1.
+        length: Number of taps.
+    """
+    absent = poles.isnan() | (residues == 0)
+    poles, residues = torch.where(absent, 0, poles), torch.where(absent, 0, residues)
+    size = geometric_sum(poles.abs().square(), length)
+    swing = geometric_sum(poles.square(), length)
+    energy = residues.abs().square() * size + (residues.square() * swing).real
+    energy = torch.where(absent, -1.0, torch.nan_to_num(energy, torch.inf))
+    cost = torch.where(absent, order.unsqueeze(-1) + 1, 1 + (poles.imag != 0).long())
+    kept = torch.zeros_like(absent)
+    left = order.clone()
+    for slot in energy.argsort(dim=-1, descending=True, stable=True).unbind(-1):
+        slot = slot.unsqueeze(-1)
+        fits = cost.gather(-1, slot).squeeze(-1) <= left
+        left = torch.where(fits, left - cost.gather(-1, slot).squeeze(-1), left)
+        kept.scatter_(-1, slot, fits.unsqueeze(-1))
+    return kept

@@ -1,0 +1,166 @@
+"""What every method of reduction is given: kernels, their Hankel spectra, and the settings."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gramian.reduction import errors
+from gramian.reduction.residues import ModalFit, fit_residues, largest_radius, stabilised
+from gramian.reduction.spectrum import Spectrum, hankel_matrices, leading_spectrum
+
+__all__ = [
+    "INITIALIZATIONS",
+    "OBJECTIVES",
+    "GradientOptions",
+    "Problem",
+    "Settings",
+    "SourceModes",
+]
+
+OBJECTIVES = ("l2", "h2")
+INITIALIZATIONS = ("ring", "even")
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientOptions:
+    """How to descend.
+
+    Args:
+        steps: Number of steps.
+        learning_rate: Of Adam, at the first step.
+        objective: "l2" or "h2"; None: "h2" where the tail counts as silence, else "l2".
+        initialization: "ring" or "even".
+        seed: Of the initialisation.
+    """
+
+    steps: int = 20_000
+    learning_rate: float = 3e-3
+    objective: str | None = None
+    initialization: str = "even"
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What was asked for, for all channels.
+
+    Args:
+        tails: The treatments of the tail to try: "zero", "free" or both.
+        stable: Whether poles must lie inside the unit circle.
+        dtype: Real dtype of the result, float32 or float64.
+        refine: Whether balanced truncation is refined.
+        gradient: Options of the gradient method.
+        tick: Told of every bit of work that is done, in channels.
+    """
+
+    tails: tuple[str, ...]
+    stable: bool
+    dtype: torch.dtype
+    refine: bool = True
+    gradient: GradientOptions = GradientOptions()
+    tick: Callable[[float], None] = lambda channels: None
+
+    @property
+    def fades(self) -> bool:
+        """Whether what comes after the last tap counts as silence, and as nothing else."""
+        return self.tails == ("zero",)
+
+    @property
+    def least_decay(self) -> float | None:
+        """The smallest ``-log |λ|`` of a pole; None: any."""
+        if not self.stable and not self.fades:
+            return None
+        return -math.log(largest_radius(self.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceModes:
+    """The modes of the systems that are reduced, where they are known.
+
+    Args:
+        poles: (B, m), complex128, one of each pair or both, NaN where absent.
+        residues: (B, m), complex128, of ``Re Σ_k r_k λ_k^t``; None: to be fitted.
+    """
+
+    poles: Tensor
+    residues: Tensor | None
+
+    def __getitem__(self, index: Tensor | slice) -> SourceModes:
+        return SourceModes(
+            self.poles[index], None if self.residues is None else self.residues[index]
+        )
+
+    def split(self, size: int) -> list[SourceModes]:
+        return [self[i : i + size] for i in range(0, len(self.poles), size)]
+
+
+class Problem:
+    """B kernels, their leading Hankel spectra, and what was asked for.
+
+    Args:
+        taps: (B, T), float64: h_1 … h_T.
+        count: Number of singular vectors to have: above the largest order.
+        settings: What was asked for.
+        source: The modes of the B systems, if they are known.
+    """
+
+    def __init__(
+        self, taps: Tensor, count: int, settings: Settings, source: SourceModes | None = None
+    ) -> None:
+        self.taps = taps
+        self.settings = settings
+        self.source = source
+        self.spectra: dict[str, Spectrum] = {}
+        guess = None
+        if "free" in settings.tails:
+            self.spectra["free"] = leading_spectrum(hankel_matrices(taps, "free"), count)
+            guess = self.spectra["free"].vectors.sum(1)
+        self.spectra["zero"] = leading_spectrum(hankel_matrices(taps, "zero"), count, guess)
+
+    def with_settings(self, settings: Settings) -> Problem:
+        """The same problem, its spectra shared, under other settings."""
+        other = copy.copy(self)
+        other.settings = settings
+        return other
+
+    def silence(self, rows: Tensor) -> ModalFit:
+        """The fits of order 0 to the channels ``rows`` (indices)."""
+        taps = self.taps[rows]
+        none = taps.new_zeros(len(taps), 0, dtype=torch.complex128)
+        return fit_residues(taps, none, torch.float64)
+
+    def offer(self, best: ModalFit, poles: Tensor, rows: Tensor, where: Tensor) -> ModalFit:
+        """Fit residues to poles of the channels ``rows[where]``; keep in ``best`` what is closer.
+
+        Args:
+            best: Fits of the channels ``rows``.
+            poles: (len(where), n), complex128, NaN where absent; made stable if asked for.
+            rows: Channels, indices.
+            where: Indices into ``rows``.
+
+        Returns:
+            The fits of these poles.
+        """
+        if self.settings.stable:
+            poles = stabilised(poles, self.settings.dtype)
+        fit = fit_residues(self.taps[rows[where]], poles, self.settings.dtype)
+        self.keep(best, fit, where)
+        return fit
+
+    def keep(self, best: ModalFit, fit: ModalFit, where: Tensor) -> None:
+        """Put a fit into ``best`` where its measured error over the taps is smaller."""
+        better = fit.l2_error < best.l2_error[where]
+        best.put(where[better], fit[better])
+
+    def bound(self, fit: ModalFit, rows: Tensor | slice) -> Tensor:
+        """The squared lower bound that belongs to the orders of ``fit``."""
+        windowed = self.spectra.get("free")
+        return errors.squared_lower_bound(
+            self.taps[rows], fit.orders(), None if windowed is None else windowed[rows]
+        )

@@ -1,0 +1,178 @@
+"""Every inequality that a `Reduction` states, on thousands of random reductions, none violated.
+
+Figures are recomputed here with numpy in float64, from the returned poles and residues.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.signal
+import torch
+
+from gramian import reduce
+
+
+def noise(count, length, draw):
+    return draw.standard_normal((count, length))
+
+
+def smooth(count, length, draw):
+    time = np.linspace(0, 1, length)
+    waves = np.cos(draw.uniform(0, 40, (count, 6, 1)) * time + draw.uniform(0, 7, (count, 6, 1)))
+    return (waves * np.exp(-draw.uniform(0, 5, (count, 6, 1)) * time)).sum(1)
+
+
+def rational(count, length, draw):
+    kernels = np.empty((count, length))
+    for kernel in kernels:
+        poles = draw.uniform(0.2, 0.999, 3) * np.exp(1j * np.pi * draw.random(3))
+        a = np.poly(np.concatenate([poles, poles.conj()])).real
+        kernel[:] = scipy.signal.lfilter(draw.standard_normal(7), a, np.eye(1, length)[0])
+    return kernels
+
+
+def growing(count, length, draw):
+    time = np.arange(length)
+    radius = 1 + draw.uniform(0, 4, (count, 1)) / length
+    return radius**time * np.cos(np.pi * draw.random((count, 1)) * time) + 1e-3 * noise(
+        count, length, draw
+    )
+
+
+def impulses(count, length, draw):
+    kernels = np.zeros((count, length))
+    kernels[np.arange(count), draw.integers(0, length, count)] = draw.standard_normal(count)
+    kernels[: count // 4] = 0  # silent channels
+    return kernels
+
+
+def confluent(count, length, draw):
+    time = np.arange(length)
+    return time * draw.uniform(0.5, 0.99, (count, 1)) ** time * draw.standard_normal((count, 1))
+
+
+FAMILIES = [noise, smooth, rational, growing, impulses, confluent]
+METHODS = [
+    {"method": "balanced"},
+    {"method": "balanced", "refine": False},
+    {"method": "modal"},
+    {"method": "gradient", "steps": 5},
+]
+LENGTHS = [2, 3, 4, 9, 16, 33, 64, 101, 200]
+SLACK = 1e-9
+
+
+def taps_of(reduction, length):
+    """Taps of the returned system, and the l1 norm of what rounding may make of their sums."""
+    system = reduction.system
+    poles, residues = (x.to(torch.complex128).numpy() for x in (system.poles, system.residues))
+    powers = np.ones((*poles.shape, max(length - 1, 1)), dtype=complex)
+    powers[..., 1:] = poles[..., None]
+    terms = residues[..., None] * np.cumprod(powers, axis=-1)
+    taps = np.concatenate([system.d.double().numpy()[..., None], terms.real.sum(-2)], axis=-1)
+    return taps[..., :length], 1e-13 * np.abs(terms).sum((-2, -1))
+
+
+def check(reduction, kernel, asked, stable, draw):
+    kernel = kernel.double().numpy()
+    length = kernel.shape[-1]
+    norm = np.linalg.norm(kernel, axis=-1)
+    taps, noise = taps_of(reduction, length)
+    error = kernel - taps
+    size = np.maximum(norm, 1e-300)
+    figures = {
+        name: getattr(reduction, name).double().numpy()
+        for name in ("relative_error", "lower_bound", "l1_error", "hankel_error", "tail_energy")
+    }
+    assert all(not np.isnan(figure).any() for figure in figures.values())
+
+    # What is measured.
+    relative = np.where(norm > 0, np.linalg.norm(error, axis=-1) / size, 0)
+    off = np.abs(figures["relative_error"] - relative)
+    assert (off <= 1e-6 * relative + noise / size + 1e-12).all()
+    l1 = np.abs(error).sum(-1)
+    assert (np.abs(figures["l1_error"] - l1) <= 1e-6 * l1 + noise + 1e-12 * norm).all()
+    orders = reduction.order.numpy()
+    poles = np.where(
+        reduction.system.residues.numpy() != 0, reduction.system.poles.abs().numpy(), 0
+    )
+    radius = poles.max(-1, initial=0)
+    assert (orders <= asked).all()
+    assert (radius < 1).all() or not stable
+    fading = radius < 0.9  # the tail has died out within the horizon
+    tail, roundoff = taps_of(reduction, length + 400)
+    energy = np.linalg.norm(tail[:, length:], axis=-1) / size
+    roundoff = roundoff / size + 1e-5 * energy
+    assert (
+        np.abs(np.sqrt(figures["tail_energy"]) - energy)[fading] <= 1e-9 + roundoff[fading]
+    ).all()
+    assert np.isinf(figures["tail_energy"][(radius >= 1) & (norm > 0)]).all()
+
+    # What is bounded.
+    assert (figures["lower_bound"] <= figures["relative_error"] * (1 + SLACK) + 1e-15).all()
+    values = reduction.hankel_singular_values.numpy()
+    for k in range(len(kernel)):
+        if orders[k] < values.shape[-1] and not np.isnan(values[k, orders[k]]):
+            missed = values[k, orders[k]]
+            # The norm is accurate to 1e-4, where the iteration finds it.
+            assert missed <= figures["hankel_error"][k] * (1 + 1e-3) + 1e-12 * values[k, 0]
+    worst = np.sign(error)[:, ::-1]
+    for u in (worst, draw.standard_normal(kernel.shape)):
+        output = np.stack([np.convolve(e, x)[:length] for e, x in zip(error, u, strict=True)])
+        gain = np.abs(output).max(-1)
+        limit = figures["l1_error"] * np.abs(u).max(-1)
+        assert (gain <= limit * (1 + 1e-6) + noise * np.abs(u).max(-1) + 1e-12 * size).all()
+
+
+@np.errstate(over="ignore", invalid="ignore")  # of systems that grow
+def draw_and_check(total, seed):
+    draw = np.random.default_rng(seed)
+    done = case = 0
+    while done < total:
+        family, length = FAMILIES[case % len(FAMILIES)], LENGTHS[case % len(LENGTHS)]
+        arguments = dict(METHODS[case // 2 % len(METHODS)])
+        arguments["tail"] = ["auto", "zero", "free"][draw.integers(3)]
+        arguments["stable"] = stable = bool(draw.random() < 0.7)
+        count = 60 if length <= 101 else 30
+        scale = 10.0 ** draw.integers(-6, 7)
+        kernel = torch.from_numpy(family(count, length, draw) * scale)
+        if draw.random() < 0.3:
+            kernel = kernel.float()
+        asked = draw.integers(1, min(length - 1, 20), count, endpoint=True)
+        try:
+            check(reduce(kernel, torch.from_numpy(asked), **arguments), kernel, asked, stable, draw)
+        except AssertionError as error:
+            raise AssertionError(
+                f"{family.__name__}, {length} taps, {arguments}: {error}"
+            ) from error
+        done, case = done + count, case + 1
+    return case
+
+
+def test_no_inequality_is_violated():
+    draw_and_check(1_000, seed=0)
+
+
+@pytest.mark.slow
+def test_no_inequality_is_violated_by_ten_thousand():
+    assert draw_and_check(10_000, seed=1) > 2 * math.prod(map(len, (FAMILIES, METHODS)))
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_tolerances_that_are_said_to_be_met_are_met(refine):
+    draw = np.random.default_rng(2)
+    for family in FAMILIES:
+        kernel = torch.from_numpy(family(20, 60, draw))
+        reduction = reduce(kernel, tol=0.2, max_order=12, refine=refine)
+        check(reduction, kernel, np.full(20, 12), True, draw)
+        assert torch.equal(reduction.converged, reduction.relative_error <= 0.2)
+
+
+def test_hankel_errors_of_exact_reductions_are_rounding_errors():
+    draw = np.random.default_rng(3)
+    kernel = torch.from_numpy(rational(40, 200, draw))
+    reduction = reduce(kernel, 12)
+    ended = reduction.tail_energy < 1e-18  # what goes on past the taps is an error
+    assert int(ended.sum()) > 10
+    assert bool((reduction.hankel_error <= 1e-8 * kernel.norm(dim=-1))[ended].all())
