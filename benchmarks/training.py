@@ -98,7 +98,7 @@ def train(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     steps: int,
     lr: float,
-) -> list[float]:
+) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=lr, weight_decay=0.01))
     warm = max(1, steps // 20)
 
@@ -107,7 +107,6 @@ def train(
         return min((step + 1) / warm, cosine)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    losses = []
     for step in range(steps):
         x, y = batches(step)
         loss = loss_of(model(x), y)
@@ -116,8 +115,6 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss))
-    return losses
 
 
 def delay(filter: dict[str, Any], seed: int, steps: int) -> float:
@@ -162,9 +159,9 @@ def sequential_digits(filter: dict[str, Any], seed: int, steps: int) -> float:
 
 
 TASKS: dict[str, tuple[Callable[[dict[str, Any], int, int], float], int, str]] = {
-    "Delay": (delay, 400, "relative RMS error, lower is better"),
-    "Copying": (copying, 400, "right tokens, higher is better"),
-    "Digits": (sequential_digits, 500, "test accuracy, higher is better"),
+    "Delay": (delay, 300, "relative RMS error, lower is better"),
+    "Copying": (copying, 300, "right tokens, higher is better"),
+    "Digits": (sequential_digits, 400, "test accuracy, higher is better"),
 }
 
 
@@ -173,7 +170,7 @@ def table(results: dict[str, dict[str, list[float]]], seeds: int, minutes: float
         "# Training at equal state",
         "",
         f"Made by `python benchmarks/training.py`: state {STATE}, {seeds} seeds each, "
-        f"{minutes:.0f} minutes on {torch.get_num_threads()} threads of a processor. Mean over the "
+        f"{minutes:.0f} minutes on a processor ({torch.get_num_threads()} thread). Mean over the "
         "seeds, smallest and largest in brackets. What the tasks are, and what these short runs "
         "do not show, is in the script's first lines.",
         "",
