@@ -19,8 +19,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
-    """For a test of what runs on several threads."""
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a test of what runs on several threads, however little work there is."""
+    monkeypatch.setattr("gramian.ops._blocks._WORTHWHILE", 0)
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)

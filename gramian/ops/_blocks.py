@@ -16,6 +16,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+_WORTHWHILE = 2**20
+"""Numbers from which several threads are faster than one: waking them, and waiting in turn for
+Python between operations, takes as long as transforming this many."""
+
+
 class Task(NamedTuple):
     """A block of the shared operand's rows and blocks of rows to which it applies."""
 
@@ -69,14 +74,21 @@ def cut(
     return math.prod(steps), tasks
 
 
-def work(function: Callable[[Item], Result], tasks: Sequence[Item], like: Tensor) -> list[Result]:
-    """The function's results for all tasks, in order; on a processor by several threads.
+def work(
+    function: Callable[[Item], Result],
+    tasks: Sequence[Item],
+    like: Tensor,
+    numbers: float = math.inf,
+) -> list[Result]:
+    """The function's results for all tasks, in order; on a processor by several threads, unless all
+    of them together transform only a few ``numbers``.
 
     Each thread runs the tensor operations of its tasks alone: many small operations that each wake
     and await all threads cost more, and on a busy machine many times more.
     """
     threads = torch.get_num_threads()
-    if like.device.type != "cpu" or min(threads, len(tasks)) == 1 or not _OPENMP:
+    alone = min(threads, len(tasks)) == 1 or numbers < _WORTHWHILE or not _OPENMP
+    if like.device.type != "cpu" or alone:
         return [function(task) for task in tasks]
     inference = torch.is_inference_mode_enabled()
 

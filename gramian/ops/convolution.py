@@ -223,7 +223,7 @@ def _forward(
             else:
                 torch.mul(result, gate[block], out=y[block])
 
-    work(convolve, tasks, u)
+    work(convolve, tasks, u, math.prod(u.shape[:-1]) * points)
     return y, spectra
 
 
@@ -270,7 +270,8 @@ def _backward(
 
     if needs_kernel:
         grad_kernel.zero_()
-    for task, part in zip(tasks, work(differentiate, tasks, u), strict=True):
+    parts = work(differentiate, tasks, u, math.prod(u.shape[:-1]) * points)
+    for task, part in zip(tasks, parts, strict=True):
         if part is not None:  # several tasks may share a block of the kernel
             grad_kernel[task.shared] += part
     return grad_u, grad_kernel, grad_gate

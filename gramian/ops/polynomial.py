@@ -171,7 +171,7 @@ def _rational_kernel(
             ratio = _spectrum(b[block], 0.0, grid, dtype).mul_(reciprocal)
             taps[block] = torch.fft.irfft(ratio, n=grid)[..., :length]
 
-    work(evaluate, tasks, taps)
+    work(evaluate, tasks, taps, 2 * taps.numel())
     taps[..., 0] += d
     return taps
 
@@ -198,7 +198,7 @@ def _rational_kernel_backward(g: Tensor, b: Tensor, a: Tensor, grid: int) -> tup
             total += incoming.mul_(kernel.conj_physical_()).sum_to_size(total.shape)
         return _coefficient_gradient(total, a.shape[-1], grid).clone()
 
-    for task, part in zip(tasks, work(differentiate, tasks, g), strict=True):
+    for task, part in zip(tasks, work(differentiate, tasks, g, 2 * g.numel()), strict=True):
         of_a[task.shared] -= part  # several tasks may have the same denominators
     return of_b, of_a
 
