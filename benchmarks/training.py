@@ -159,7 +159,7 @@ def sequential_digits(filter: dict[str, Any], seed: int, steps: int) -> float:
 
 
 TASKS: dict[str, tuple[Callable[[dict[str, Any], int, int], float], int, str]] = {
-    "Delay": (delay, 300, "relative RMS error, lower is better"),
+    "Delay": (delay, 1200, "relative RMS error, lower is better"),
     "Copying": (copying, 300, "right tokens, higher is better"),
     "Digits": (sequential_digits, 400, "test accuracy, higher is better"),
 }
