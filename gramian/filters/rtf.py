@@ -60,6 +60,7 @@ class RTF(Filter):
             (not with "schur"); "montel", uniform within ±1/n, inside the region where Montel's
             bound keeps all poles in the unit circle; "schur", reflection coefficients tanh θ, θ
             normal with variance 1/n, and b as in "montel".
+        lr: Learning rate of the denominators' parameters, where it is to differ from the model's.
 
     Raises:
         ValueError: for an argument outside of these.
@@ -74,6 +75,7 @@ class RTF(Filter):
         stability: str = "none",
         num_denominators: int | None = None,
         initialization: str = "zeros",
+        lr: float | None = None,
     ) -> None:
         super().__init__(channels, max_length)
         if not 1 <= state_size < max_length:
@@ -102,6 +104,7 @@ class RTF(Filter):
         self.stability = stability
         self.num_denominators = num_denominators
         self.initialization = initialization
+        self.lr = lr
         coefficients = nn.Parameter(torch.empty(num_denominators, state_size))
         if stability == "schur":
             self.theta = coefficients
@@ -242,12 +245,14 @@ class RTF(Filter):
             "stability": self.stability,
             "num_denominators": self.num_denominators,
             "initialization": self.initialization,
+            "lr": self.lr,
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """No decay on what the denominators are made of: it would move poles."""
+        options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
         dynamics = (name for name, _ in self.named_parameters() if name not in ("b", "d"))
-        return {name: {"weight_decay": 0.0} for name in dynamics}
+        return {name: dict(options) for name in dynamics}
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor], max_length: int) -> Self:

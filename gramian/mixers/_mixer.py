@@ -67,6 +67,11 @@ class Mixer(nn.Module, abc.ABC):
         self.check_input(x, mask)
         if state is None:
             return self._parallel(x, mask)
+        if not isinstance(state, State):
+            raise TypeError(
+                "the second argument is the state that recurrence().initial_state(batch) or an "
+                f"earlier call returned, got {type(state).__name__}; pass a mask by name, mask=…"
+            )
         return self._chunk(x, state, mask, self._systems())
 
     def recurrence(self) -> MixerRecurrence:

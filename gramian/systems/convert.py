@@ -274,7 +274,7 @@ def _verified(converted: _Converted, system: System, tol: float) -> _Converted:
         worst = float(error.max())
         kind = type(converted).__name__
         reason = (
-            "poles coincide or nearly so, and equal poles have no modal form"
+            "its poles coincide, or partial fractions lose what its coefficients hold"
             if isinstance(converted, Modal)
             else "its coefficients lose what its poles hold"
         )

@@ -15,6 +15,12 @@ from gramian.systems.transfer_function import TransferFunction
 
 __all__ = ["from_control", "from_zpk", "to_control", "to_zpk"]
 
+_POINTS = 4096
+"""Points of the upper half circle on which a frequency response is compared."""
+
+_TOLERANCE = 1e-6
+"""Relative l2 error of a frequency response up to which polynomials stand for their zeros."""
+
 
 def to_control(system: System) -> Any:
     """See :meth:`System.to_control`."""
@@ -75,12 +81,24 @@ def from_zpk(
         dtype: Of the result.
 
     Raises:
-        ValueError: if there are more zeros than poles, or complex ones without their conjugates.
+        ValueError: if there are more zeros than poles, complex ones without their conjugates, or
+            the coefficients of the polynomials lose what their zeros hold: high degrees with poles
+            that crowd.
     """
     num, den = (np.atleast_1d(np.poly(np.atleast_1d(np.asarray(r)))) for r in (zeros, poles))
     for name, polynomial in (("zeros", num), ("poles", den)):
         if np.iscomplexobj(polynomial):
             raise ValueError(f"complex {name} must come in conjugate pairs.")
+    z = np.exp(1j * np.pi * (np.arange(_POINTS) + 0.5) / _POINTS)[:, None]
+    given = gain * np.prod(z - np.atleast_1d(zeros), -1) / np.prod(z - np.atleast_1d(poles), -1)
+    expanded = gain * np.polyval(num, z[:, 0]) / np.polyval(den, z[:, 0])
+    error = np.linalg.norm(expanded - given) / max(np.linalg.norm(given), 1e-300)
+    if gain and not error <= _TOLERANCE:
+        raise ValueError(
+            f"the coefficients of polynomials of degree {len(den) - 1} lose what these poles hold: "
+            f"in double precision the frequency response is off by {error:.1e} (at most "
+            f"{_TOLERANCE:.0e} is accepted)."
+        )
     return _from_polynomials(gain * num, den, dtype)
 
 

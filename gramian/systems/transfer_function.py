@@ -150,8 +150,12 @@ class TransferFunction(System):
             ValueError: if the numerator has more coefficients than the denominator and the rest is
                 not zero (an FIR part belongs into ``FIR``), or ``a[..., 0]`` is zero.
         """
-        num = torch.atleast_1d(torch.as_tensor(b)).to(torch.float64)
-        den = torch.atleast_1d(torch.as_tensor(a)).to(torch.float64)
+        num, den = (
+            torch.atleast_1d(
+                c.double() if isinstance(c, Tensor) else torch.tensor(np.array(c, float))
+            )
+            for c in (b, a)
+        )
         if bool((den[..., 0] == 0).any()):
             raise ValueError("the leading denominator coefficient a[0] must not be zero.")
         size = max(num.shape[-1], den.shape[-1])

@@ -239,3 +239,16 @@ def test_bad_options_get_one_sentence(options: dict[str, str], message: str) -> 
     with pytest.raises(ValueError, match=message) as caught:
         RTF(4, 4, 20, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_learning_rate_of_its_own() -> None:
+    hints = RTF(4, 4, 20, stability="montel", lr=1e-4).optimizer_hints()
+    assert hints == {name: {"weight_decay": 0.0, "lr": 1e-4} for name in ("a", "slack")}
+    assert RTF(4, 4, 20).optimizer_hints() == {"a": {"weight_decay": 0.0}}
+
+
+def test_something_else_in_place_of_a_state() -> None:
+    layer = LongConvolution(RTF(4, 4, 20))
+    with pytest.raises(TypeError, match="mask=") as caught:
+        layer(torch.zeros(2, 5, 4), torch.ones(2, 5))
+    assert "\n" not in str(caught.value)

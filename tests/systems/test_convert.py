@@ -184,6 +184,17 @@ def test_zeros_poles_and_gain(order: int) -> None:
     assert to_zpk(from_zpk([], [0.5], 0.0))[2] == 0.0
 
 
+def test_polynomials_that_lose_their_poles_are_refused() -> None:
+    for order, edge in ((10, 0.02), (20, 0.01)):
+        with pytest.raises(ValueError, match="lose what these poles hold"):
+            from_zpk(*scipy.signal.butter(order, edge, output="zpk"))
+    from_zpk(*scipy.signal.butter(6, 0.1, output="zpk"))
+
+
+def test_lists_keep_double_precision() -> None:
+    assert TransferFunction.from_scipy([1.0, 0, 0], [1, -1.8, 0.81]).a[0] == -1.8
+
+
 def test_scipys_state_space() -> None:
     rng = np.random.default_rng(0)
     A = rng.standard_normal((3, 3)) / 3
