@@ -16,6 +16,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+_SMALL = 2**17
 _WORTHWHILE = 2**20
 """Numbers from which several threads are faster than one: waking them, and waiting in turn for
 Python between operations, takes as long as transforming this many."""
@@ -86,20 +87,37 @@ def work(
     Each thread runs the tensor operations of its tasks alone: many small operations that each wake
     and await all threads cost more, and on a busy machine many times more.
     """
+    return work_prepared(lambda: function, tasks, like, numbers)
+
+
+def work_prepared(
+    prepare: Callable[[], Callable[[Item], Result]],
+    tasks: Sequence[Item],
+    like: Tensor,
+    numbers: float = math.inf,
+) -> list[Result]:
+    """:func:`work` where each thread makes its function, with scratch memory of its own, first."""
     threads = torch.get_num_threads()
-    alone = min(threads, len(tasks)) == 1 or numbers < _WORTHWHILE or not _OPENMP
-    if like.device.type != "cpu" or alone:
+    workers = min(threads, len(tasks)) if numbers >= _WORTHWHILE else 1
+    if like.device.type != "cpu" or threads == 1 or numbers < _SMALL or not _OPENMP:
+        function = prepare()
         return [function(task) for task in tasks]
     inference = torch.is_inference_mode_enabled()
+    results: dict[int, Result] = {}
+    numbered = iter(enumerate(tasks))  # shared by the threads, whose next() is atomic
 
-    def run(task: Item) -> Result:
+    def run() -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            return function(task)
+            function = prepare()
+            for index, task in numbered:
+                results[index] = function(task)
 
     with _pool.lock:
         executor = _pool.of(threads)
-        futures = [executor.submit(run, task) for task in tasks]
-    return [future.result() for future in futures]
+        futures = [executor.submit(run) for _ in range(workers)]
+    for future in futures:
+        future.result()
+    return [results[index] for index in range(len(tasks))]
 
 
 # With OpenMP the number of threads that an operation uses belongs to the thread that calls it.

@@ -14,13 +14,14 @@ batch as a spectrum, so that it costs one inverse transform per kernel row.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
-from gramian.ops._blocks import Task, cut, work
+from gramian.ops._blocks import Task, cut, work_prepared
 from gramian.ops._lengths import fft_length
 from gramian.ops._operator import operator
 
@@ -168,15 +169,26 @@ class _PaddedTransform:
 
     def __init__(self, like: Tensor, rows: int, length: int, points: int) -> None:
         self.length, self.points = length, points
-        self.scratch = like.new_empty(rows, points)
-        self.scratch[:, length:] = 0
+        scratch = like.new_empty(rows, points)
+        scratch[:, length:] = 0
+        self.scratch = scratch
         self.pitched = like.new_empty(rows, length + _PITCH) if like.device.type == "cpu" else None
+        self.views: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def _views(self, rows: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The scratch for a block (*b, L), the inside of it, and the memory for its results."""
+        if rows not in self.views:
+            count = math.prod(rows)
+            padded = self.scratch[:count].view(*rows, self.points)
+            pitched = self.pitched
+            if pitched is not None:
+                pitched = pitched[:count, : self.length].view(*rows, self.length)
+            self.views[rows] = (padded, padded[..., : self.length], pitched)
+        return self.views[rows]
 
     def spectrum(self, signal: Tensor, factor: Tensor | None = None) -> Tensor:
         """Spectrum of a block (*b, L), times `factor`, padded with zeros: (*b, F)."""
-        *rows, length = signal.shape
-        padded = self.scratch[: math.prod(rows)].view(*rows, self.points)
-        inside = padded[..., :length]
+        padded, inside, _ = self._views(tuple(signal.shape[:-1]))
         if factor is not None:
             torch.mul(signal, factor, out=inside)
         elif signal.stride(-1) == 1:
@@ -191,10 +203,10 @@ class _PaddedTransform:
         Where it will be written to `interleaved` rows, at a distance that is no power of two.
         """
         result = torch.fft.irfft(spectrum, n=self.points)[..., : self.length]
-        if not interleaved or self.pitched is None:
+        if not interleaved:
             return result
-        *rows, length = result.shape
-        return self.pitched[: math.prod(rows), :length].view(*rows, length).copy_(result)
+        pitched = self._views(tuple(spectrum.shape[:-1]))[2]
+        return result if pitched is None else pitched.copy_(result)
 
 
 @operator("causal_convolution")
@@ -210,20 +222,26 @@ def _forward(
     y = torch.empty_like(u)
     spectra = _empty_spectra(u, kernel, save_spectra)
 
-    def convolve(task: Task) -> None:
-        transform = _PaddedTransform(kernel, rows, u.shape[-1], points)
-        transfer = torch.fft.rfft(kernel[task.shared], n=points)
-        for block in task.blocks:
-            spectrum = transform.spectrum(u[block])
-            if save_spectra:
-                spectra[block] = spectrum
-            result = transform.signal(spectrum.mul_(transfer), y.stride(-1) != 1)
-            if gate is None:
-                y[block] = result
-            else:
-                torch.mul(result, gate[block], out=y[block])
+    interleaved = y.stride(-1) != 1
 
-    work(convolve, tasks, u, math.prod(u.shape[:-1]) * points)
+    def prepare() -> Callable[[Task], None]:
+        transform = _PaddedTransform(kernel, rows, u.shape[-1], points)
+
+        def convolve(task: Task) -> None:
+            transfer = torch.fft.rfft(kernel[task.shared], n=points)
+            for block in task.blocks:
+                spectrum = transform.spectrum(u[block])
+                if save_spectra:
+                    spectra[block] = spectrum
+                result = transform.signal(spectrum.mul_(transfer), interleaved)
+                if gate is None:
+                    y[block] = result
+                else:
+                    torch.mul(result, gate[block], out=y[block])
+
+        return convolve
+
+    work_prepared(prepare, tasks, u, math.prod(u.shape[:-1]) * points)
     return y, spectra
 
 
@@ -246,31 +264,38 @@ def _backward(
     grad_u, grad_kernel, grad_gate = _empty_gradients(u, kernel, gate, needs)
     summed = [axis for axis, size in enumerate(kernel.shape[:-1]) if size == 1]
 
-    def differentiate(task: Task) -> Tensor | None:
+    interleaved = u.stride(-1) != 1
+
+    def prepare() -> Callable[[Task], Tensor | None]:
         transform = _PaddedTransform(kernel, rows, u.shape[-1], points)
-        transfer = torch.fft.rfft(kernel[task.shared], n=points)
-        adjoint = transfer.conj_physical()
-        total = torch.zeros_like(transfer)  # spectrum of the kernel's gradient
-        for block in task.blocks:
-            if needs_kernel or needs_gate:
-                saved = spectra.numel() > 0
-                signal = spectra[block].clone() if saved else transform.spectrum(u[block])
-            if needs_gate:
-                torch.mul(transform.signal(signal * transfer), g[block], out=grad_gate[block])
-            if needs_u or needs_kernel:
-                incoming = transform.spectrum(g[block], None if gate is None else gate[block])
-            if needs_u:
-                grad_u[block] = transform.signal(incoming * adjoint, grad_u.stride(-1) != 1)
-            if needs_kernel:
-                incoming.mul_(signal.conj_physical_())
-                total += incoming.sum(summed, keepdim=True) if summed else incoming
-        if not needs_kernel:
-            return None
-        return torch.fft.irfft(total, n=points)[..., : kernel.shape[-1]].clone()
+
+        def differentiate(task: Task) -> Tensor | None:
+            transfer = torch.fft.rfft(kernel[task.shared], n=points)
+            adjoint = transfer.conj_physical()
+            total = None  # spectrum of the kernel's gradient
+            for block in task.blocks:
+                if needs_kernel or needs_gate:
+                    saved = spectra.numel() > 0
+                    signal = spectra[block].clone() if saved else transform.spectrum(u[block])
+                if needs_gate:
+                    torch.mul(transform.signal(signal * transfer), g[block], out=grad_gate[block])
+                if needs_u or needs_kernel:
+                    incoming = transform.spectrum(g[block], None if gate is None else gate[block])
+                if needs_u:
+                    grad_u[block] = transform.signal(incoming * adjoint, interleaved)
+                if needs_kernel:
+                    part = incoming.mul_(signal.conj_physical_())
+                    part = part.sum(summed, keepdim=True) if summed else part
+                    total = part if total is None else total.add_(part)
+            if total is None:
+                return None
+            return torch.fft.irfft(total, n=points)[..., : kernel.shape[-1]].clone()
+
+        return differentiate
 
     if needs_kernel:
         grad_kernel.zero_()
-    parts = work(differentiate, tasks, u, math.prod(u.shape[:-1]) * points)
+    parts = work_prepared(prepare, tasks, u, math.prod(u.shape[:-1]) * points)
     for task, part in zip(tasks, parts, strict=True):
         if part is not None:  # several tasks may share a block of the kernel
             grad_kernel[task.shared] += part

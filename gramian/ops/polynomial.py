@@ -21,7 +21,7 @@ from gramian.ops._blocks import Task, cut, work
 from gramian.ops._operator import operator
 
 # Grid points of one block, and the fewest rows that are worth a call to the FFT.
-_CPU_BLOCK = 2**15
+_CPU_BLOCK = 2**17
 _CPU_MIN_ROWS = 16
 
 

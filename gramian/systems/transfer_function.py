@@ -126,11 +126,42 @@ class TransferFunction(System):
             raise ValueError(f"the grid must be larger than the order {order}, got {grid}.")
         length = grid if length is None else min(length, grid)
         kernel = rational_kernel(b, a, d, grid, length=max(length, order + 1), dtype=dtype)
-        a = a.to(kernel.dtype)
-        exact = exact_numerator(a, kernel[..., 1 : order + 1]) if order else b
+        a = a.to(kernel.dtype).expand(b.shape)
         if reflection is not None:
             reflection = reflection.expand(b.shape)
-        return cls(exact, a.expand(b.shape), kernel[..., 0], taps=kernel, reflection=reflection)
+        return cls._deferred(a, kernel[..., 0], kernel, reflection)
+
+    @classmethod
+    def _deferred(cls, a: Tensor, d: Tensor, taps: Tensor, reflection: Tensor | None) -> Self:
+        """The system with these taps, whose numerator is read off them when it is first needed:
+        a convolution only takes the taps, and n coefficients of each of many channels are work."""
+        system = object.__new__(cls)
+        system.__dict__.update(a=a, d=d, taps=taps, reflection=reflection)
+        return system
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name != "b" or "taps" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        with torch.enable_grad():  # it may be asked for without gradients first
+            taps = self.__dict__["taps"][..., 1 : self.order + 1]
+            b = exact_numerator(self.a, taps) if self.order else taps
+        self.__dict__["b"] = b
+        return b
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        if "b" in self.__dict__ or self.taps is None:
+            return super()._map(function)
+        reflection = None if self.reflection is None else function(self.reflection)
+        return self._deferred(function(self.a), function(self.d), function(self.taps), reflection)
+
+    def to(
+        self,
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The system on another device, or in another real floating-point dtype."""
+        self._fields()  # the numerator too, before what it is read off is rounded
+        return super().to(device, dtype)
 
     @classmethod
     def from_scipy(
