@@ -19,9 +19,8 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For a test of what runs on several threads, however little work there is."""
-    monkeypatch.setattr("gramian.ops._blocks._WORTHWHILE", 0)
+def two_threads() -> Iterator[None]:
+    """For a test of what runs on several threads."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)

@@ -16,12 +16,6 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-_SMALL = 2**17
-_WORTHWHILE = 2**20
-"""Numbers from which several threads are faster than one: waking them, and waiting in turn for
-Python between operations, takes as long as transforming this many."""
-
-
 class Task(NamedTuple):
     """A block of the shared operand's rows and blocks of rows to which it applies."""
 
@@ -37,8 +31,7 @@ def cut(
     On a processor a block has as many rows as `cpu_elements` numbers hold, at `points` a row, and
     at least `cpu_rows`; on other devices it only bounds the memory taken. Neighbours in memory
     fall into one block, so that whole cache lines are used; where they are interleaved (the last
-    dimension is not contiguous), `cpu_rows` of them, for more would evict each other. Where there
-    are fewer blocks of the operand than would keep the threads busy, several tasks share one.
+    dimension is not contiguous), `cpu_rows` of them, for more would evict each other.
 
     Returns:
         The largest number of rows in a block, and the tasks.
@@ -61,63 +54,35 @@ def cut(
     everything = [slice(None)]
     own_cuts = [c if size != 1 else everything for c, size in zip(cuts, own, strict=True)]
     other_cuts = [c if size == 1 else everything for c, size in zip(cuts, own, strict=True)]
-    parts = 1
-    if on_cpu:
-        parts = math.ceil(2 * torch.get_num_threads() / max(math.prod(map(len, own_cuts)), 1))
     tasks = []
     for outer in itertools.product(*own_cuts):
         blocks = [
             tuple(i if size == 1 else o for i, o, size in zip(inner, outer, own, strict=True))
             for inner in itertools.product(*other_cuts)
         ]
-        size = max(math.ceil(len(blocks) / parts), 1)
-        tasks += [Task(outer, blocks[i : i + size]) for i in range(0, len(blocks), size)]
+        tasks.append(Task(outer, blocks))
     return math.prod(steps), tasks
 
 
-def work(
-    function: Callable[[Item], Result],
-    tasks: Sequence[Item],
-    like: Tensor,
-    numbers: float = math.inf,
-) -> list[Result]:
-    """The function's results for all tasks, in order; on a processor by several threads, unless all
-    of them together transform only a few ``numbers``.
+def work(function: Callable[[Item], Result], tasks: Sequence[Item], like: Tensor) -> list[Result]:
+    """The function's results for all tasks, in order; on a processor by several threads.
 
     Each thread runs the tensor operations of its tasks alone: many small operations that each wake
     and await all threads cost more, and on a busy machine many times more.
     """
-    return work_prepared(lambda: function, tasks, like, numbers)
-
-
-def work_prepared(
-    prepare: Callable[[], Callable[[Item], Result]],
-    tasks: Sequence[Item],
-    like: Tensor,
-    numbers: float = math.inf,
-) -> list[Result]:
-    """:func:`work` where each thread makes its function, with scratch memory of its own, first."""
     threads = torch.get_num_threads()
-    workers = min(threads, len(tasks)) if numbers >= _WORTHWHILE else 1
-    if like.device.type != "cpu" or threads == 1 or numbers < _SMALL or not _OPENMP:
-        function = prepare()
+    if like.device.type != "cpu" or min(threads, len(tasks)) == 1 or not _OPENMP:
         return [function(task) for task in tasks]
     inference = torch.is_inference_mode_enabled()
-    results: dict[int, Result] = {}
-    numbered = iter(enumerate(tasks))  # shared by the threads, whose next() is atomic
 
-    def run() -> None:
+    def run(task: Item) -> Result:
         with torch.inference_mode(inference), torch.no_grad():
-            function = prepare()
-            for index, task in numbered:
-                results[index] = function(task)
+            return function(task)
 
     with _pool.lock:
         executor = _pool.of(threads)
-        futures = [executor.submit(run) for _ in range(workers)]
-    for future in futures:
-        future.result()
-    return [results[index] for index in range(len(tasks))]
+        futures = [executor.submit(run, task) for task in tasks]
+    return [future.result() for future in futures]
 
 
 # With OpenMP the number of threads that an operation uses belongs to the thread that calls it.

@@ -14,14 +14,13 @@ batch as a spectrum, so that it costs one inverse transform per kernel row.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake, register_vmap
 
-from gramian.ops._blocks import Task, cut, work_prepared
+from gramian.ops._blocks import cut
 from gramian.ops._lengths import fft_length
 from gramian.ops._operator import operator
 
@@ -223,25 +222,18 @@ def _forward(
     spectra = _empty_spectra(u, kernel, save_spectra)
 
     interleaved = y.stride(-1) != 1
-
-    def prepare() -> Callable[[Task], None]:
-        transform = _PaddedTransform(kernel, rows, u.shape[-1], points)
-
-        def convolve(task: Task) -> None:
-            transfer = torch.fft.rfft(kernel[task.shared], n=points)
-            for block in task.blocks:
-                spectrum = transform.spectrum(u[block])
-                if save_spectra:
-                    spectra[block] = spectrum
-                result = transform.signal(spectrum.mul_(transfer), interleaved)
-                if gate is None:
-                    y[block] = result
-                else:
-                    torch.mul(result, gate[block], out=y[block])
-
-        return convolve
-
-    work_prepared(prepare, tasks, u, math.prod(u.shape[:-1]) * points)
+    transform = _PaddedTransform(kernel, rows, u.shape[-1], points)
+    for task in tasks:
+        transfer = torch.fft.rfft(kernel[task.shared], n=points)
+        for block in task.blocks:
+            spectrum = transform.spectrum(u[block])
+            if save_spectra:
+                spectra[block] = spectrum
+            result = transform.signal(spectrum.mul_(transfer), interleaved)
+            if gate is None:
+                y[block] = result
+            else:
+                torch.mul(result, gate[block], out=y[block])
     return y, spectra
 
 
@@ -265,40 +257,28 @@ def _backward(
     summed = [axis for axis, size in enumerate(kernel.shape[:-1]) if size == 1]
 
     interleaved = u.stride(-1) != 1
-
-    def prepare() -> Callable[[Task], Tensor | None]:
-        transform = _PaddedTransform(kernel, rows, u.shape[-1], points)
-
-        def differentiate(task: Task) -> Tensor | None:
-            transfer = torch.fft.rfft(kernel[task.shared], n=points)
-            adjoint = transfer.conj_physical()
-            total = None  # spectrum of the kernel's gradient
-            for block in task.blocks:
-                if needs_kernel or needs_gate:
-                    saved = spectra.numel() > 0
-                    signal = spectra[block].clone() if saved else transform.spectrum(u[block])
-                if needs_gate:
-                    torch.mul(transform.signal(signal * transfer), g[block], out=grad_gate[block])
-                if needs_u or needs_kernel:
-                    incoming = transform.spectrum(g[block], None if gate is None else gate[block])
-                if needs_u:
-                    grad_u[block] = transform.signal(incoming * adjoint, interleaved)
-                if needs_kernel:
-                    part = incoming.mul_(signal.conj_physical_())
-                    part = part.sum(summed, keepdim=True) if summed else part
-                    total = part if total is None else total.add_(part)
-            if total is None:
-                return None
-            return torch.fft.irfft(total, n=points)[..., : kernel.shape[-1]].clone()
-
-        return differentiate
-
-    if needs_kernel:
-        grad_kernel.zero_()
-    parts = work_prepared(prepare, tasks, u, math.prod(u.shape[:-1]) * points)
-    for task, part in zip(tasks, parts, strict=True):
-        if part is not None:  # several tasks may share a block of the kernel
-            grad_kernel[task.shared] += part
+    transform = _PaddedTransform(kernel, rows, u.shape[-1], points)
+    for task in tasks:
+        transfer = torch.fft.rfft(kernel[task.shared], n=points)
+        adjoint = transfer.conj_physical()
+        total = None  # spectrum of the kernel's gradient
+        for block in task.blocks:
+            if needs_kernel or needs_gate:
+                saved = spectra.numel() > 0
+                signal = spectra[block].clone() if saved else transform.spectrum(u[block])
+            if needs_gate:
+                torch.mul(transform.signal(signal * transfer), g[block], out=grad_gate[block])
+            if needs_u or needs_kernel:
+                incoming = transform.spectrum(g[block], None if gate is None else gate[block])
+            if needs_u:
+                grad_u[block] = transform.signal(incoming * adjoint, interleaved)
+            if needs_kernel:
+                part = incoming.mul_(signal.conj_physical_())
+                part = part.sum(summed, keepdim=True) if summed else part
+                total = part if total is None else total.add_(part)
+        if total is not None:
+            taps = torch.fft.irfft(total, n=points)
+            grad_kernel[task.shared] = taps[..., : kernel.shape[-1]]
     return grad_u, grad_kernel, grad_gate
 
 

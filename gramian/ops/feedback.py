@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from gramian.ops._blocks import Task, cut, work
+from gramian.ops._blocks import Task, cut
 from gramian.ops._lengths import fft_length
 from gramian.ops._operator import operator
 
 __all__ = ["feedback_kernel"]
 
 # Numbers that one block on a processor holds.
-_CPU_NUMBERS = 2**18
+_CPU_NUMBERS = 2**20
 
 
 def feedback_kernel(taps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -110,10 +110,8 @@ def _feedback_kernel(taps: Tensor, precise: bool) -> Tensor:
     kernel = taps.new_empty(taps.shape[0], taps.shape[-1])
     circle = _circle(taps, precise)
 
-    def evaluate(task: Task) -> None:
+    for task in _tasks(kernel):
         kernel[task.shared] = _close(taps[task.shared], circle)
-
-    work(evaluate, _tasks(kernel), kernel)
     return kernel
 
 
@@ -122,10 +120,8 @@ def _feedback_kernel_backward(g: Tensor, taps: Tensor, precise: bool) -> Tensor:
     gradient = taps.new_empty(taps.shape)
     circle = _circle(taps, precise)
 
-    def differentiate(task: Task) -> None:
+    for task in _tasks(gradient[:, 0]):
         gradient[task.shared] = _gradient(g[task.shared], taps[task.shared], circle)
-
-    work(differentiate, _tasks(gradient[:, 0]), g)
     return gradient
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from gramian.ops._blocks import Task, cut, work
+from gramian.ops._blocks import cut
 from gramian.ops._operator import operator
 
 # Grid points of one block, and the fewest rows that are worth a call to the FFT.
@@ -165,13 +165,11 @@ def _rational_kernel(
     taps = b.new_empty(*b.shape[:-1], length, dtype=dtype)
     _, tasks = cut(taps, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
 
-    def evaluate(task: Task) -> None:
+    for task in tasks:
         reciprocal = _spectrum(a[task.shared], 1.0, grid, dtype).reciprocal_()
         for block in task.blocks:
             ratio = _spectrum(b[block], 0.0, grid, dtype).mul_(reciprocal)
             taps[block] = torch.fft.irfft(ratio, n=grid)[..., :length]
-
-    work(evaluate, tasks, taps, 2 * taps.numel())
     taps[..., 0] += d
     return taps
 
@@ -183,11 +181,11 @@ def _rational_kernel_backward(g: Tensor, b: Tensor, a: Tensor, grid: int) -> tup
     With K = B / A and G the spectrum of g, their spectra are G / Ā and -G K̄ / Ā: the ratios in the
     precision of g, in which the taps were computed, the rest in that of the coefficients.
     """
-    of_b, of_a = torch.empty_like(b), torch.zeros_like(a)
+    of_b, of_a = torch.empty_like(b), torch.empty_like(a)
     _, tasks = cut(g, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
     single = b.dtype.to_complex()
 
-    def differentiate(task: Task) -> Tensor:
+    for task in tasks:
         reciprocal = _spectrum(a[task.shared], 1.0, grid, g.dtype).reciprocal_()
         adjoint = reciprocal.to(single).conj_physical()
         total = torch.zeros_like(adjoint)
@@ -195,11 +193,8 @@ def _rational_kernel_backward(g: Tensor, b: Tensor, a: Tensor, grid: int) -> tup
             kernel = _spectrum(b[block], 0.0, grid, g.dtype).mul_(reciprocal).to(single)
             incoming = torch.fft.rfft(g[block].to(b.dtype), n=grid).mul_(adjoint)
             of_b[block] = _coefficient_gradient(incoming, b.shape[-1], grid)
-            total += incoming.mul_(kernel.conj_physical_()).sum_to_size(total.shape)
-        return _coefficient_gradient(total, a.shape[-1], grid).clone()
-
-    for task, part in zip(tasks, work(differentiate, tasks, g, 2 * g.numel()), strict=True):
-        of_a[task.shared] -= part  # several tasks may have the same denominators
+            total -= incoming.mul_(kernel.conj_physical_()).sum_to_size(total.shape)
+        of_a[task.shared] = _coefficient_gradient(total, a.shape[-1], grid)
     return of_b, of_a
 
 

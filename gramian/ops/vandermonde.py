@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.library import register_autograd, register_fake
 
-from gramian.ops._blocks import Task, cut, work
+from gramian.ops._blocks import Task, cut
 from gramian.ops._operator import operator
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 # Numbers that one block on a processor holds.
-_CPU_NUMBERS = 2**20
+_CPU_NUMBERS = 2**21
 
 
 def geometric_powers(base: Tensor, count: int) -> Tensor:
@@ -195,7 +195,7 @@ def _product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
     samples = coefficients.real.new_empty(*coefficients.shape[:2], length)
     rows, columns = _split(length)
 
-    def evaluate(task: Task) -> None:
+    for task in _tasks(samples, poles, length):
         inner, stride = _basis(poles[task.shared[0]], columns, coefficients.dtype)
         right = inner.permute(1, 2, 0)  # (g, 2m, J)
         for block in task.blocks:
@@ -206,8 +206,6 @@ def _product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
             left = _pairs(left).flatten(0, 1)  # (r I, g, 2m)
             values = left.transpose(0, 1) @ right  # (g, r I, J)
             samples[block] = values.reshape(*samples[block].shape[:2], -1)[..., :length]
-
-    work(evaluate, _tasks(samples, poles, length), samples)
     return samples
 
 
@@ -218,15 +216,13 @@ def _transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
     sums = signal.new_empty(*signal.shape[:2], poles.shape[-1], dtype=dtype)
     rows, columns = _split(length)
 
-    def evaluate(task: Task) -> None:
+    for task in _tasks(sums, poles, length):
         inner, stride = _basis(poles[task.shared[0]], columns, dtype)
         for block in task.blocks:
             partial = _folded(signal[block], columns) @ inner.transpose(0, 1)  # (g, r I, 2m)
             partial = _unpair(partial).unflatten(1, (-1, rows))  # (g, r, I, m)
             _fold_rows(partial, stride)
             sums[block] = partial[:, :, 0]
-
-    work(evaluate, _tasks(sums, poles, length), sums)
     return sums
 
 
@@ -239,11 +235,9 @@ def _product_backward(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[T
     half until one is left, value and derivative together.
     """
     modes, (rows, columns) = poles.shape[-1], _split(g.shape[-1])
-    of_poles, of_coefficients = torch.zeros_like(poles), coefficients.new_empty(coefficients.shape)
+    of_poles, of_coefficients = torch.empty_like(poles), coefficients.new_empty(coefficients.shape)
     count = torch.arange(1, columns, dtype=g.dtype, device=g.device).reshape(-1, 1, 1)
-    tasks = _tasks(of_coefficients, poles, g.shape[-1])
-
-    def differentiate(task: Task) -> Tensor:
+    for task in _tasks(of_coefficients, poles, g.shape[-1]):
         own = poles[task.shared[0]]
         inner, stride = _basis(own, columns, coefficients.dtype)
         basis = inner.new_empty(*inner.shape[:2], 4 * modes)
@@ -259,10 +253,7 @@ def _product_backward(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[T
             _fold_rows(plain, stride, steep, slope)
             of_coefficients[block] = plain[:, :, 0].conj_physical()
             total += (steep[:, :, 0] * coefficients[block]).sum(1)
-        return total
-
-    for task, part in zip(tasks, work(differentiate, tasks, g), strict=True):
-        of_poles[task.shared[0]] += part.conj_physical()  # several tasks may have the same poles
+        of_poles[task.shared[0]] = total.conj_physical()
     return of_poles, of_coefficients
 
 
