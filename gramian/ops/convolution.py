@@ -270,12 +270,12 @@ def _backward(
                 torch.mul(transform.signal(signal * transfer), g[block], out=grad_gate[block])
             if needs_u or needs_kernel:
                 incoming = transform.spectrum(g[block], None if gate is None else gate[block])
-            if needs_u:
-                grad_u[block] = transform.signal(incoming * adjoint, interleaved)
             if needs_kernel:
-                part = incoming.mul_(signal.conj_physical_())
+                part = signal.conj_physical_().mul_(incoming)
                 part = part.sum(summed, keepdim=True) if summed else part
                 total = part if total is None else total.add_(part)
+            if needs_u:
+                grad_u[block] = transform.signal(incoming.mul_(adjoint), interleaved)
         if total is not None:
             taps = torch.fft.irfft(total, n=points)
             grad_kernel[task.shared] = taps[..., : kernel.shape[-1]]
