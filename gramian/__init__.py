@@ -10,6 +10,7 @@ classes with transformers' Auto classes.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from gramian import filters, mixers, ops, reduction, systems
@@ -19,18 +20,21 @@ from gramian.reduction import Reduction, reduce
 from gramian.systems import FIR, Modal, StateSpace, TransferFunction
 
 if TYPE_CHECKING:
+    from gramian.checking import CheckReport, check
     from gramian.distillation import DistillationReport, distill
 
 __version__ = "0.1.0"
 
 __all__ = [
     "FIR",
+    "CheckReport",
     "DistillationReport",
     "Modal",
     "Reduction",
     "StateSpace",
     "TransferFunction",
     "causal_convolution",
+    "check",
     "distill",
     "filters",
     "mixers",
@@ -42,9 +46,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("distill", "DistillationReport"):  # whole-model jobs need transformers
-        from gramian import distillation
+_WHOLE_MODEL = {  # these jobs need transformers
+    "CheckReport": "checking",
+    "check": "checking",
+    "DistillationReport": "distillation",
+    "distill": "distillation",
+}
 
-        return getattr(distillation, name)
+
+def __getattr__(name: str) -> Any:
+    if name in _WHOLE_MODEL:
+        return getattr(importlib.import_module(f"gramian.{_WHOLE_MODEL[name]}"), name)
     raise AttributeError(f"module 'gramian' has no attribute {name!r}")

@@ -249,6 +249,93 @@ def generate(
     print(json.dumps(result, indent=2))
 
 
+@app.command()
+def check(
+    model: ModelFolder,
+    batch: Annotated[int, typer.Option(help="Sequences to run, at least 2.")] = 3,
+    length: Annotated[int, typer.Option(help="Tokens of each, run one by one too.")] = 200,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file to run on; random tokens if not given.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Precision to check, may be repeated: float64, float32, float16, ..."),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Relative difference accepted of a layer.")
+    ] = None,
+    order: Annotated[
+        int, typer.Option(help="Order of the filters of the distilled copy; 0: make none.")
+    ] = 16,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run MODEL in every way that it can be run, and compare: one table.
+
+    Parallel, recurrent, chunked, left-padded, batched, reloaded and distilled, for every layer and
+    the whole model, in float32 and bfloat16. Exits with status 1 if a difference is too large.
+    """
+    if order < 0:
+        raise UserError(f"--order must be at least 1, or 0 for no distilled copy; got {order}.")
+    _quiet_transformers()
+    console = Console(stderr=as_json)
+    dtypes = [_dtype(name) for name in dtype] if dtype else None
+    loaded = _load(model)
+    ids = None if text is None else _tokens(model, loaded, text, batch, length)
+
+    from rich.progress import Progress
+
+    from gramian import checking
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Checking", total=None)
+        try:
+            report = checking.check(
+                loaded,
+                ids,
+                batch=batch,
+                length=length,
+                dtypes=dtypes,
+                tolerance=tolerance,
+                distill_order=order or None,
+                seed=seed,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        except ValueError as error:
+            raise UserError(_one_line(error)) from error
+    if as_json:
+        print(report.to_json())
+    else:
+        console.print(report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"--dtype must name a floating-point type such as float32; got {name!r}.")
+    return found
+
+
+def _tokens(folder: Path, model: GramianForCausalLM, text: Path, batch: int, length: int) -> Any:
+    """(batch, length) tokens from the beginning of a text file."""
+    tokenizer = _tokenizer(folder) or _byte_tokenizer(folder, model)
+    try:
+        words = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text} is not UTF-8 text: {_one_line(error)}") from error
+    ids = tokenizer(words, return_tensors="pt").input_ids[0]
+    if len(ids) < batch * length:
+        raise UserError(
+            f"{text} has {len(ids)} tokens; {batch} sequences of {length} need {batch * length}."
+        )
+    return ids[: batch * length].reshape(batch, length)
+
+
 def _check_tolerance(tol: float) -> None:
     if not 0 < tol < 1:
         raise UserError(f"The tolerance must lie between 0 and 1, both excluded; got {tol:g}.")

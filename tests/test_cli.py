@@ -233,3 +233,43 @@ def test_demo_with_too_little_training_fails_its_checks(tmp_path: Path) -> None:
     assert not report["checks"][0]["passed"]  # one step does not beat a bigram model
     assert json.loads((tmp_path / "out" / "demo.json").read_text()) == report
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_check_prints_a_table_and_its_exit_status_tells(
+    workplace: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    arguments = "check model --batch 2 --length 11 --order 3"
+    status, out, _ = call(arguments, workplace)
+    assert status == 0 and "bfloat16" in out and "distilled" in out
+    assert "within their limits" in out
+    status, out, _ = call(f"{arguments} --dtype float32 --tolerance 1e-12 --json", workplace)
+    report = json.loads(out)
+    assert status == 1 and not report["passed"]
+    assert {row["dtype"] for row in report["rows"]} == {"float32"}
+
+
+def test_check_reads_text(workplace: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    (workplace / "text.txt").write_text("The state of a recurrence. " * 3)
+    arguments = "check model --batch 2 --order 0 --dtype float32 --text text.txt --json"
+    status, out, _ = call(f"{arguments} --length 12", workplace)
+    assert status == 0 and json.loads(out)["length"] == 12
+    status, _, err = call(f"{arguments} --length 100", workplace)
+    assert status == 1 and "need 200" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("check nowhere", "no model folder"),
+        ("check model --batch 1", "at least 2 sequences"),
+        ("check model --dtype int8", "int8"),
+        ("check model --order -1", "--order"),
+        ("check model --tolerance 0", "positive"),
+        ("check model --text nowhere.txt", "nowhere.txt"),
+    ],
+)
+def test_check_refuses(
+    workplace: Path, call: Callable[..., tuple[int, str, str]], arguments: str, message: str
+) -> None:
+    status, out, err = call(arguments, workplace)
+    assert status == 1 and out == "" and message in err and err.count("\n") == 1

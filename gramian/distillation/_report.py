@@ -156,19 +156,21 @@ class DistillationReport:
         lines = [
             "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
         ]
-        return "\n".join([*lines, self._summary()])
+        return "\n".join([*lines, self.summary])
 
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        table = Table(caption=self._summary(), caption_justify="left", caption_style="")
+        table = Table(caption=self.summary, caption_justify="left", caption_style="")
         for column in _COLUMNS:
             table.add_column(column, justify="right")
         for layer in self.layers:
             table.add_row(*layer._row())
         return table
 
-    def _summary(self) -> str:
+    @property
+    def summary(self) -> str:
+        """One sentence or two: what was asked for and reached, and the state before and after."""
         goal = f"tolerance {self.tol:g}" if self.tol is not None else f"order {self.order}"
         missed = sum(len(layer.unconverged) for layer in self.layers)
         outcome = f"; {missed} filters stayed above it" if missed else ""

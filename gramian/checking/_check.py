@@ -1,0 +1,328 @@
+"""Every way of running a model, compared: for every layer and the whole model, in every precision.
+
+A mixer is one causal map, and so is a model of mixers; how it is run must not show. Layers are fed
+what they see in the model's own parallel pass, so that the differences of one do not add to those
+of the next; the whole model is fed tokens and compared by its logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gramian.checking._report import CheckReport, CheckRow
+from gramian.distillation import distill
+from gramian.filters import ModalFilter
+
+if TYPE_CHECKING:
+    from gramian.mixers import Mixer
+    from gramian.models import GramianForCausalLM
+
+__all__ = ["check"]
+
+_ACCEPTED = {
+    torch.float64: 1e-10,
+    torch.float32: 1.5e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 6e-2,
+}
+"""Relative differences accepted of a layer: a few units in the last place of half precision; more
+in higher ones, where convolutions are sums of as many products as there are taps."""
+
+_ADD_UP = 4
+"""What is accepted of a whole model, in multiples of what is accepted of a layer."""
+
+_CHUNKS = (1, 7, 2, 31, 64)
+"""Lengths of the chunks, over and over."""
+
+
+@torch.no_grad()
+def check(
+    model: GramianForCausalLM,
+    input_ids: Tensor | None = None,
+    *,
+    batch: int = 3,
+    length: int = 200,
+    dtypes: Sequence[torch.dtype] | None = None,
+    tolerance: float | None = None,
+    distill_order: int | None = 16,
+    reference: bool = True,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Run a model in every way that it can be run, and compare.
+
+    Args:
+        model: a Gramian causal language model, left untouched.
+        input_ids: (batch, length) tokens to run it on; by default `batch` sequences of `length`
+            random ones. Steps are taken one by one, so the time grows with the length; what is past
+            the filters' last tap is only seen beyond `max_position_embeddings`.
+        dtypes: precisions of the weights; by default float32 and bfloat16. Filters keep float32.
+        tolerance: the relative difference accepted of a layer in every precision; by default
+            1.5e-5 in float32 and 6e-2 in bfloat16, or, where states are carried, twice the error
+            that a converted recurrence reports, if that is more. The model as a whole is granted
+            four times it.
+        distill_order: order of the filters of the distilled copy; None: make none.
+        reference: whether to compare with the model in float64, for which it is held a second time.
+        seed: of the random tokens and the padding.
+        progress: called as `progress(done, total)` before the first and after each row.
+
+    Returns:
+        The report: `passed`, and a table when printed.
+
+    Raises:
+        TypeError: for another kind of model.
+        ValueError: for a batch below 2, a length below 2, tokens that are not of this model, a
+            tolerance that is not positive, or a precision other than float64, float32, float16 and
+            bfloat16.
+    """
+    dtypes = (torch.float32, torch.bfloat16) if dtypes is None else tuple(dtypes)
+    ids = _checked(model, input_ids, batch, length, dtypes, tolerance, seed)
+    rows = len(model.model.layers) + 1
+    total, done = len(dtypes) * rows, 0
+    started = time.perf_counter()
+
+    def advance() -> None:
+        nonlocal done
+        if progress is not None:
+            progress(done, total)
+        done += 1
+
+    advance()
+    small, words = _distilled(model, distill_order)
+    exact = _Run(_copy(model, torch.float64), ids) if reference else None
+    found: list[CheckRow] = []
+    for dtype in dtypes:
+        run = _Run(_copy(model, dtype), ids)
+        reduced = None if small is None else _copy(small, dtype)
+        with _reloaded(run.model) as again:
+            for layer in range(rows - 1):
+                found.append(_check_layer(run, layer, exact, again, reduced, tolerance, seed))
+                advance()
+            found.append(_check_model(run, found[1 - rows :], exact, again, reduced))
+            advance()
+    batch, length = ids.shape
+    return CheckReport(tuple(found), batch, length, words, time.perf_counter() - started)
+
+
+def _checked(
+    model: Any,
+    input_ids: Tensor | None,
+    batch: int,
+    length: int,
+    dtypes: tuple[torch.dtype, ...],
+    tolerance: float | None,
+    seed: int,
+) -> Tensor:
+    """The tokens to run, or an error that says what is wrong."""
+    from gramian.models import GramianForCausalLM
+
+    if not isinstance(model, GramianForCausalLM):
+        raise TypeError(f"check takes a GramianForCausalLM; got a {type(model).__name__}.")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"the tolerance must be positive; got {tolerance!r}.")
+    for dtype in dtypes:
+        if dtype not in _ACCEPTED:
+            accepted = ", ".join(map(_name, _ACCEPTED))
+            raise ValueError(f"the precisions to check are {accepted}; got {dtype}.")
+    vocabulary = model.config.vocab_size
+    if input_ids is None:
+        generator = torch.Generator().manual_seed(seed)
+        input_ids = torch.randint(vocabulary, (batch, length), generator=generator)
+    if input_ids.ndim != 2 or min(input_ids.shape) < 2 or input_ids.is_floating_point():
+        raise ValueError(
+            "check runs at least 2 sequences of at least 2 tokens, integers (batch, length); got "
+            f"{tuple(input_ids.shape)} of {input_ids.dtype}."
+        )
+    if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+        raise ValueError(f"the tokens must lie in 0 … {vocabulary - 1}, the model's vocabulary.")
+    return input_ids.to(model.device)
+
+
+def _copy(model: Any, dtype: torch.dtype) -> Any:
+    return copy.deepcopy(model).to(dtype).eval()
+
+
+def _distilled(model: Any, order: int | None) -> tuple[Any, str | None]:
+    """The distilled copy and what it reached, or neither where there is nothing to distil."""
+    filters = [block.mixer.filter for block in model.model.layers]
+    long = [f.max_length for f in filters if f is not None and not isinstance(f, ModalFilter)]
+    if order is None or not long:
+        return None, None
+    small, report = distill(model, order=min(order, min(long) - 1))
+    return small, report.summary
+
+
+@contextmanager
+def _reloaded(model: Any) -> Iterator[Any]:
+    """The model, saved and read again."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = type(model).from_pretrained(folder, dtype="auto", local_files_only=True)
+        yield again.to(model.device).eval()
+
+
+class _Run:
+    """A model, what its parallel pass made of the tokens, and what each mixer saw and made."""
+
+    def __init__(self, model: Any, ids: Tensor) -> None:
+        self.model, self.ids = model, ids
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        hooks = [mixer.register_forward_hook(self._note, with_kwargs=True) for mixer in self.mixers]
+        try:
+            self.logits = model(ids, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        return [block.mixer for block in self.model.model.layers]
+
+    def _note(self, module: Any, args: tuple[Any, ...], kwargs: Any, output: Tensor) -> None:
+        self.inputs.append(args[0])
+        self.outputs.append(output)
+
+
+def _difference(y: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference, relative to the largest number of the same sequence."""
+    y, expected = y.double().flatten(1), expected.double().flatten(1)
+    scale = expected.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+    relative = (y - expected).abs().amax(1) / scale
+    return float(relative.nan_to_num(torch.inf, torch.inf).max())
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    begin = 0
+    while begin < length:
+        for size in _CHUNKS:
+            if begin < length:
+                yield slice(begin, min(begin + size, length))
+            begin += size
+
+
+def _check_layer(
+    run: _Run,
+    layer: int,
+    exact: _Run | None,
+    again: Any,
+    small: Any,
+    tolerance: float | None,
+    seed: int,
+) -> CheckRow:
+    mixer, x, y = run.mixers[layer], run.inputs[layer], run.outputs[layer]
+    recurrence = mixer.recurrence()
+    differences: dict[str, float] = {}
+    if exact is not None:
+        double = exact.mixers[layer](x.double())
+        differences["parallel"] = _difference(y, double)
+    differences["recurrent"] = _difference(_stepped(recurrence, x), y)
+    parts, state = [], recurrence.initial_state(len(x), dtype=x.dtype, device=x.device)
+    for part in _chunks(x.shape[1]):
+        made, state = mixer(x[:, part], state)
+        parts.append(made)
+    differences["chunked"] = _difference(torch.cat(parts, 1), y)
+
+    padding = max(1, x.shape[1] // 5)
+    noise = torch.randn(
+        (len(x), padding, x.shape[2]), generator=torch.Generator().manual_seed(seed)
+    )
+    padded = torch.cat([noise.to(x), x], 1)
+    mask = torch.ones(padded.shape[:2], dtype=torch.bool, device=x.device)
+    mask[:, :padding] = False
+    through, _ = recurrence.prefill(padded, mask=mask)
+    differences["padded"] = max(
+        _difference(made[:, padding:], y) for made in (mixer(padded, mask=mask), through)
+    )
+    differences["batched"] = _difference(torch.cat([mixer(one) for one in x.split(1)]), y)
+    differences["reloaded"] = _difference(again.model.layers[layer].mixer(x), y)
+    if small is not None:
+        reduced = small.model.layers[layer].mixer
+        made = reduced(x)
+        differences["distilled"] = _difference(made, y)
+        differences["distilled, stepped"] = _difference(_stepped(reduced.recurrence(), x), made)
+    reported = max((long.error for long in recurrence.long), default=0.0)
+    own = _ACCEPTED[x.dtype] if tolerance is None else tolerance
+    limits = _limits(own, max(own, 2 * reported) if tolerance is None else own)
+    name = type(mixer).__name__
+    return CheckRow(_name(x.dtype), layer, name, recurrence.forms, differences, limits)
+
+
+def _stepped(recurrence: Any, x: Tensor) -> Tensor:
+    state = recurrence.initial_state(len(x), dtype=x.dtype, device=x.device)
+    made = []
+    for x_t in x.unbind(1):
+        y_t, state = recurrence.step(x_t, state)
+        made.append(y_t)
+    return torch.stack(made, 1)
+
+
+def _check_model(
+    run: _Run,
+    layers: Sequence[CheckRow],
+    exact: _Run | None,
+    again: Any,
+    small: Any,
+) -> CheckRow:
+    model, ids, logits = run.model, run.ids, run.logits
+    length = ids.shape[1]
+    one_by_one = [slice(t, t + 1) for t in range(length)]
+    differences: dict[str, float] = {}
+    if exact is not None:
+        differences["parallel"] = _difference(logits, exact.logits)
+    differences["recurrent"] = _difference(_continued(model, ids, one_by_one), logits)
+    differences["chunked"] = _difference(_continued(model, ids, list(_chunks(length))), logits)
+
+    padding = max(1, length // 5)
+    padded = torch.cat([ids[:, :padding], ids], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :padding] = 0
+    half = padding + length // 2
+    at_once = model(padded, attention_mask=mask, use_cache=False).logits
+    in_two = _continued(model, padded, [slice(0, half), slice(half, padded.shape[1])], mask)
+    differences["padded"] = max(_difference(y[:, padding:], logits) for y in (at_once, in_two))
+    alone = torch.cat([model(one, use_cache=False).logits for one in ids.split(1)])
+    differences["batched"] = _difference(alone, logits)
+    differences["reloaded"] = _difference(again(ids, use_cache=False).logits, logits)
+    if small is not None:
+        made = small(ids, use_cache=False).logits
+        differences["distilled"] = _difference(made, logits)
+        stepped = _continued(small, ids, one_by_one)
+        differences["distilled, stepped"] = _difference(stepped, made)
+    own, carried = (
+        _ADD_UP * max(row.limits[mode] for row in layers) for mode in ("batched", "recurrent")
+    )
+    limits = _limits(own, carried)
+    dtype = layers[0].dtype
+    return CheckRow(dtype, None, type(model).__name__, (), differences, limits)
+
+
+def _continued(
+    model: Any, ids: Tensor, parts: Sequence[slice], mask: Tensor | None = None
+) -> Tensor:
+    """Logits of the tokens part by part, through a cache."""
+    cache, made = None, []
+    for part in parts:
+        seen = None if mask is None else mask[:, : part.stop]
+        output = model(ids[:, part], attention_mask=seen, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        made.append(output.logits)
+    return torch.cat(made, 1)
+
+
+def _limits(own: float, carried: float) -> dict[str, float]:
+    """What is accepted where no state is carried, and where one is."""
+    limits = dict.fromkeys(("recurrent", "chunked", "padded", "distilled, stepped"), carried)
+    return limits | {"batched": own, "reloaded": own}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
