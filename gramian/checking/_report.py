@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 __all__ = ["MODES", "CheckReport", "CheckRow"]
 
@@ -21,7 +21,7 @@ MODES = {
     "batched": "each sequence alone instead of in its batch",
     "reloaded": "saved and loaded again",
     "distilled": "with its long filters reduced; reported, not judged",
-    "distilled, stepped": "the distilled model, one token at a time against its own parallel pass",
+    "stepped": "the distilled model, one token at a time against its own parallel pass",
 }
 """Ways of running a model, and what each is compared with: but for the first and the last, the
 parallel pass in the same precision."""
@@ -72,10 +72,9 @@ class CheckRow:
         }
 
     def _cells(self) -> list[str]:
-        layer = "model" if self.layer is None else str(self.layer)
-        mixer = self.name + (f" ({', '.join(dict.fromkeys(self.forms))})" if self.forms else "")
         found = (self.differences.get(mode) for mode in MODES)
-        return [layer, self.dtype, mixer, *("–" if d is None else f"{d:.1e}" for d in found)]
+        cells = ("–" if d is None else "0" if d == 0 else f"{d:.1e}" for d in found)
+        return ["model" if self.layer is None else str(self.layer), *cells]
 
 
 @dataclass(frozen=True)
@@ -117,34 +116,61 @@ class CheckReport:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        rows = [["layer", "dtype", "mixer", *MODES], *(row._cells() for row in self.rows)]
-        marks = ["", *("  FAIL" if row.failures else "" for row in self.rows)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() + mark
-            for row, mark in zip(rows, marks, strict=True)
-        ]
+        lines = []
+        for dtype, rows in self._by_precision():
+            table = [["layer", *MODES], *(row._cells() for row in rows)]
+            marks = ["", *("  FAIL" if row.failures else "" for row in rows)]
+            widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+            lines.append(dtype)
+            lines += [
+                " ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + mark
+                for row, mark in zip(table, marks, strict=True)
+            ]
         return "\n".join([*lines, self._summary()])
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(caption=self._summary(), caption_justify="left", caption_style="")
-        for column in ("layer", "dtype", "mixer"):
-            table.add_column(column, overflow="fold")
-        for mode in MODES:
-            table.add_column(mode, justify="right")
-        for before, row in zip((None, *self.rows), self.rows, strict=False):
-            if before is not None and before.dtype != row.dtype:
-                table.add_section()
-            labels, cells = row._cells()[:3], row._cells()[3:]
-            shown = (
-                Text(cell, style="bold red" if mode in row.failures else "")
-                for mode, cell in zip(MODES, cells, strict=True)
-            )
-            table.add_row(*labels, *shown)
-        return table
+        tables = []
+        for dtype, rows in self._by_precision():
+            table = Table(title=dtype, box=SIMPLE_HEAD, padding=0, pad_edge=False)
+            for column in ("layer", *MODES):
+                table.add_column(column, justify="right")
+            for row in rows:
+                label, *cells = row._cells()
+                shown = (
+                    Text(cell, style="bold red" if mode in row.failures else "")
+                    for mode, cell in zip(MODES, cells, strict=True)
+                )
+                table.add_row(label, *shown)
+            tables.append(table)
+        return Group(*tables, self._summary())
+
+    def _by_precision(self) -> list[tuple[str, list[CheckRow]]]:
+        precisions = dict.fromkeys(row.dtype for row in self.rows)
+        return [(name, [row for row in self.rows if row.dtype == name]) for name in precisions]
+
+    def _mixers(self) -> str:
+        """What the layers are, neighbours together."""
+        runs: list[tuple[str, list[int]]] = []
+        for row in self._by_precision()[0][1]:
+            if row.layer is None:
+                continue
+            words = row.name
+            if row.forms:
+                words += f", stepping as {' and '.join(dict.fromkeys(row.forms))}"
+            if not runs or runs[-1][0] != words:
+                runs.append((words, []))
+            runs[-1][1].append(row.layer)
+        return "; ".join(
+            f"{'layer' if len(layers) == 1 else 'layers'} {layers[0]}"
+            + (f" to {layers[-1]}" if len(layers) > 1 else "")
+            + f": {words}"
+            for words, layers in runs
+        )
 
     def _summary(self) -> str:
         found = sum(len(row.failures) for row in self.rows)
@@ -156,7 +182,8 @@ class CheckReport:
         )
         lines = [
             f"Largest relative differences over {self.batch} sequences of {self.length} tokens: "
-            f"{verdict}; {self.seconds:.1f} s."
+            f"{verdict}; {self.seconds:.1f} s.",
+            f"Mixers: {self._mixers()}.",
         ]
         for row in self.rows:
             for mode in row.failures:
