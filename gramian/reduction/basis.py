@@ -161,7 +161,9 @@ class Vandermonde:
         self.columns = max(1, math.isqrt(length))
         self.rows = -(-length // self.columns)
         inner = geometric_powers(poles, self.columns)  # (B, m, J)
-        self.outer = geometric_powers(inner[..., -1] * poles, self.rows)  # (B, m, I)
+        outer = geometric_powers(inner[..., -1] * poles, self.rows)  # (B, m, I)
+        # Products of denormal numbers are slow and count for nothing.
+        self.outer = torch.where(outer.abs() < 1e-150, 0, outer)
         self.inner = torch.cat([inner.real, inner.imag], dim=-2)  # (B, 2m, J)
 
     def blocks(self, signal: Tensor) -> Tensor:
