@@ -5,8 +5,8 @@ are rounded to the dtype of the result before and the residues after, so that wh
 what is measured is the system that is returned, not one that its rounding would change.
 
 The normal equations, from geometric sums, scaled to a unit diagonal and refined, are enough unless
-poles nearly coincide; for those channels the basis is formed and solved by QR and a damped SVD. A ridge of the rounding error of the
-residues keeps them from cancelling more digits than they carry.
+poles nearly coincide; for those channels the basis is formed and solved by QR and a damped SVD. A
+ridge of the rounding error of the residues keeps them from cancelling more digits than they carry.
 """
 
 from __future__ import annotations
