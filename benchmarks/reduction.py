@@ -1,6 +1,6 @@
 """How fast and how close is `gramian.reduce`, beside pyMOR's ERA and the published gradient method?
 
-Three parts, each by itself with `--part`:
+Four parts, each by itself with `--part`:
 
 `era` compares the closed form (`refine=False`) with pyMOR. Speed: 1,024 implicit filters in the
 published configuration (33 features of time, three hidden layers of 64 sines at frequency 10,
@@ -18,14 +18,18 @@ taps alone and leaves unstable poles as they come, as `tail="free", stable=False
 smaller, and what is the ratio of the times. Nothing of that is extrapolated; with `--quick` the
 steps are fewer, and the output says so. Our gradient method has gradients in closed form from
 √L × √L blocks; beside it stands the published formulation, in which the modal form is materialised
-and automatic differentiation runs through it. Its time for all steps is extrapolated from the median
-of some, and called so.
+and automatic differentiation runs through it. Its time for all steps is extrapolated from the
+median of some, and called so.
 
 `large` takes the time and the peak resident memory of 49,152 refined filters of 2,048 taps at order
 16, and the time of 192, with the errors of the closed form beside. It measures memory from the
 start of the process, so for that figure run it alone.
 
-    python benchmarks/reduction.py [--part era gradient large] [--quick] [--output FOLDER]
+`optimum` asks how much better any refinement could be: on sixteen filters as initialised, chains of
+random moves with full refinement after each, much longer than the default method's, and the lower
+bound, all over the closed form's mean error.
+
+    python benchmarks/reduction.py [--part era gradient large optimum] [--quick] [--output FOLDER]
 """
 
 import argparse
@@ -48,6 +52,8 @@ from gramian import reduce
 from gramian.demo.text import python_documentation
 from gramian.filters import ImplicitFilter
 from gramian.mixers import Hyena
+from gramian.reduction.basis import Modes
+from gramian.reduction.refinement import greedy_modes, insert_mode, refined, remainder
 
 LENGTH, ORDER = 2048, 16
 TREATMENTS = {"zero": {"tail": "zero"}, "free": {"tail": "free", "stable": False}}
@@ -303,7 +309,77 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-PARTS = {"large": large, "era": against_pymor, "gradient": against_gradient}
+def optimum(options: argparse.Namespace) -> dict[str, Any]:
+    """How far below the default method's errors a long random search comes."""
+    results: dict[str, Any] = {}
+    for length in options.search_lengths:
+        torch.manual_seed(3)
+        kernel = ImplicitFilter(options.search_filters, length)().kernel.detach().double()
+        plain = reduce(kernel, ORDER, refine=False)
+        refined_ = reduce(kernel, ORDER)
+        searched = searched_error(kernel, options.chains, options.hops)
+        found = torch.minimum(searched, refined_.relative_error)
+        whole = plain.relative_error.mean()
+        ratios = {
+            "refined": (refined_.relative_error.mean() / whole).item(),
+            "searched": (found.mean() / whole).item(),
+            "lower_bound": (refined_.lower_bound.mean() / whole).item(),
+        }
+        print(
+            f"  {length} taps, {len(kernel)} filters: closed form 1, default "
+            f"{ratios['refined']:.4f}, {options.chains} chains of {options.hops} random moves {ratios['searched']:.4f}, "
+            f"lower bound {ratios['lower_bound']:.4f}"
+        )
+        results[str(length)] = {
+            **ratios,
+            "filters": len(kernel),
+            "chains": options.chains,
+            "moves": options.hops,
+            "plain_mean_relative_error": whole.item(),
+        }
+    return results
+
+
+def searched_error(kernel: Tensor, chains: int, moves: int) -> Tensor:
+    """The least relative errors that chains of random moves find, from greedy and random poles.
+
+    A move takes one mode or two out at random, puts others where what is left has a peak, under a
+    random modulation, and refines all of them; it is kept where the error falls.
+    """
+    taps, pairs = kernel[:, 1:], ORDER // 2
+    many = taps.repeat_interleave(chains, 0)
+    rows = torch.arange(len(many))
+    length = taps.shape[-1]
+    decay = torch.empty(len(many), pairs, dtype=torch.float64).uniform_(math.log(0.5), math.log(30))
+    angle = math.pi * torch.rand_like(decay)
+    absent = torch.zeros_like(decay, dtype=torch.bool)
+    modes = Modes(decay.exp() / length, angle, absent, ~absent)
+    first = rows % chains == 0
+    modes.put(first, greedy_modes(taps, torch.full((len(taps),), ORDER)))
+    arguments: dict[str, Any] = {"ridge": 0.0, "limit": 1e-9, "infinite": False}
+    modes, error = refined(many, modes, steps=60, **arguments)
+    for move in range(moves):
+        trial = modes.clone()
+        dropped = torch.rand_like(decay).topk(1 + move % 2, dim=-1).indices
+        for slot in dropped.unbind(-1):
+            trial.present[rows, slot] = False
+        for slot in dropped.unbind(-1):
+            wave = torch.rand(len(many), 1) * 4 * math.pi * torch.arange(length) / length
+            residual = remainder(many, trial) * (1 + 0.5 * torch.randn(len(many), 1) * wave.cos())
+            insert_mode(trial, rows, slot, residual, single=False)
+        trial, after = refined(many, trial, steps=12, **arguments)
+        better = after < error
+        modes.put(better, trial[better])
+        error = torch.where(better, after, error)
+    return error.unflatten(0, (-1, chains)).amin(-1).sqrt() / kernel.norm(dim=-1)
+
+
+PARTS = {
+    "large": large,
+    "era": against_pymor,
+    "gradient": against_gradient,
+    "optimum": optimum,
+}
 
 
 def main() -> None:
@@ -319,6 +395,10 @@ def main() -> None:
     parser.add_argument(
         "--published-steps", type=int, default=300, help="measured of the published formulation"
     )
+    parser.add_argument("--search-lengths", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--search-filters", type=int, default=16, help="of the part optimum")
+    parser.add_argument("--chains", type=int, default=12)
+    parser.add_argument("--hops", type=int, default=60)
     parser.add_argument("--large-filters", type=int, default=49_152)
     parser.add_argument("--train-seconds", type=float, default=60.0)
     parser.add_argument(
@@ -331,7 +411,8 @@ def main() -> None:
     if options.quick:
         options.filters, options.repeats, options.train_seconds = 64, 1, 2.0
         options.gradient_filters, options.steps, options.large_filters = 8, 500, 384
-        options.published_steps = 20
+        options.published_steps, options.search_lengths = 20, [512]
+        options.search_filters, options.chains, options.hops = 4, 4, 5
     for part in PARTS:
         if part in options.part:
             name = "reduction" if part == "era" else f"reduction_{part}"
