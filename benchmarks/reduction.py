@@ -327,8 +327,8 @@ def optimum(options: argparse.Namespace) -> dict[str, Any]:
         }
         print(
             f"  {length} taps, {len(kernel)} filters: closed form 1, default "
-            f"{ratios['refined']:.4f}, {options.chains} chains of {options.hops} random moves {ratios['searched']:.4f}, "
-            f"lower bound {ratios['lower_bound']:.4f}"
+            f"{ratios['refined']:.4f}, {options.chains} chains of {options.hops} random moves "
+            f"{ratios['searched']:.4f}, lower bound {ratios['lower_bound']:.4f}"
         )
         results[str(length)] = {
             **ratios,
