@@ -19,7 +19,7 @@ smaller, and what is the ratio of the times. Nothing of that is extrapolated; wi
 steps are fewer, and the output says so. Our gradient method has gradients in closed form from
 √L × √L blocks; beside it stands the published formulation, in which the modal form is materialised
 and automatic differentiation runs through it. Its time for all steps is extrapolated from the
-median of some, and called so.
+fastest of some, and called so.
 
 `large` takes the time and the peak resident memory of 49,152 refined filters of 2,048 taps at order
 16, and the time of 192, with the errors of the closed form beside. It measures memory from the
@@ -199,7 +199,7 @@ def timed(name: str, kernel: Tensor, **arguments: Any) -> tuple[Any, float]:
 
 
 def published_step(kernel: Tensor, steps: int) -> float:
-    """Median seconds of a step on all filters at once, in float32: poles, their powers over all
+    """Seconds of the fastest step on all filters at once, in float32: poles, their powers over all
     taps, the impulse response, autograd, Adam (arXiv 2310.18780, section 3.2)."""
     torch.manual_seed(0)
     taps = kernel[:, 1:].float()
@@ -213,8 +213,8 @@ def published_step(kernel: Tensor, steps: int) -> float:
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
-        poles = torch.polar(radius, angle)
-        powers = poles.unsqueeze(-1) ** place  # (filters, modes, taps)
+        rate = torch.complex(radius.log(), angle).unsqueeze(-1)
+        powers = torch.exp(rate * place)  # (filters, modes, taps)
         found = (torch.view_as_complex(residues).unsqueeze(-1) * powers).real.sum(1)
         loss = (taps - found).square().sum()
         optimizer.zero_grad()
@@ -223,7 +223,7 @@ def published_step(kernel: Tensor, steps: int) -> float:
         with torch.no_grad():
             radius.clamp_(max=1 - 1e-6)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def against_gradient(options: argparse.Namespace) -> dict[str, Any]:
