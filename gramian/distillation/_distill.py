@@ -82,11 +82,14 @@ def distill(
         mixer, taps = _mixers(distilled)[layer], filters[layer].max_length
         kernel = _kernel(filters[layer], taps)
         try:
-            reduction = reduce(kernel, **wanted)
+            # In float32, as a ModalFilter holds it: poles and residues that need more digits, or
+            # lie closer to the unit circle, would not survive it.
+            reduction = reduce(kernel.float(), **wanted)
         except ValueError as error:
             raise ValueError(f"Layer {layer} cannot be distilled: {error}") from error
         parameter = next(mixer.parameters())
-        modal = ModalFilter.from_system(reduction.system, max_length=taps).to(parameter.device)
+        modal = ModalFilter.from_system(reduction.system, max_length=taps, kernel=kernel)
+        modal = modal.to(parameter.device)
         mixer.filter = modal.train(mixer.training)
         configs[layer] = modal.config()
         reports.append(

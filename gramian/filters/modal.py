@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gramian.filters._filter import Filter, check_lr, register
+from gramian.reduction.residues import fit_residues
 from gramian.systems import Modal
 
 __all__ = ["ModalFilter"]
@@ -67,16 +68,28 @@ class ModalFilter(Filter):
     _slot: Tensor
 
     @classmethod
-    def from_system(cls, system: Modal, max_length: int) -> Self:
+    def from_system(cls, system: Modal, max_length: int, kernel: Tensor | None = None) -> Self:
         """A filter that makes ``system``, without its padding.
+
+        Parameters are rounded to float32, poles in another form than the system's, which shifts
+        their phases over thousands of taps. Given the kernel that the system is meant to reproduce,
+        residues are fitted anew to the poles as the filter holds them.
 
         Args:
             system: channels (*C) of one dimension, poles inside the unit circle.
             max_length: See the class.
+            kernel: (*C, L), real floating point, finite: the taps of which the system is a
+                reduction.
 
         Raises:
-            ValueError: if a pole that matters is not inside the unit circle.
+            ValueError: if a pole that matters is not inside the unit circle, or a kernel has not
+                the system's channels.
         """
+        if kernel is not None and kernel.shape[:-1] != system.d.shape:
+            raise ValueError(
+                f"a kernel for channels {tuple(system.d.shape)} has shape (*channels, taps), got "
+                f"{tuple(kernel.shape)}."
+            )
         radius = system.spectral_radius()
         if bool((radius >= 1).any()):
             raise ValueError(
@@ -92,7 +105,29 @@ class ModalFilter(Filter):
             built.angle.copy_(poles.angle() / math.pi)
             built.residues.copy_(torch.view_as_real(system.residues[kept].resolve_conj()))
             built.d.copy_(system.d)
-        return built.to(system.device)
+        built = built.to(system.device)
+        if kernel is not None and kernel.shape[-1] > 1 and len(built.log_decay):
+            built._fit_residues(kernel)
+        return built
+
+    @torch.no_grad()
+    def _fit_residues(self, kernel: Tensor) -> None:
+        """Least-squares residues for the poles as they are, where they are closer to the taps."""
+        held, taps = self(), kernel.detach().double()
+        width = max(self.orders)
+        stored = torch.zeros(self.channels * width, dtype=torch.bool, device=kernel.device)
+        stored[self._slot] = True
+        stored = stored.reshape(self.channels, width)
+        poles = torch.where(stored, held.poles, torch.nan).to(torch.complex128)
+        fit = fit_residues(taps[:, 1:], poles, self.residues.dtype)
+        residues = fit.residues.to(held.residues.dtype)
+        fitted = Modal(held.poles, residues, held.d)
+        old, new = (
+            (system.impulse_response(taps.shape[-1]).double() - taps).norm(dim=-1)
+            for system in (held, fitted)
+        )
+        residues = torch.where((new < old).unsqueeze(-1), residues, held.residues)
+        self.residues.copy_(torch.view_as_real(residues[stored].resolve_conj()))
 
     def reset_parameters(self) -> None:
         """Decay times spread logarithmically over ``max_length``, angles uniformly over the half

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gramian.ops._blocks import work
 from gramian.reduction import errors
-from gramian.reduction.balanced import balanced
+from gramian.reduction.balanced import balanced, refined_further
 from gramian.reduction.gradient import modal_interpolation
 from gramian.reduction.modal_truncation import modal_truncation
 from gramian.reduction.problem import (
@@ -24,6 +24,7 @@ from gramian.reduction.problem import (
     Problem,
     Settings,
     SourceModes,
+    lanczos_block,
 )
 from gramian.reduction.residues import ModalFit, fit_residues
 from gramian.systems import FIR, Modal, System, TransferFunction
@@ -46,6 +47,9 @@ _FIRST_LEVEL = 16
 
 _REACH = 2.0
 """How far above the tolerance an error is refined rather than answered by twice the order."""
+
+_LARGEST_BLOCK = 96
+"""The most channels that a thread refines at once."""
 
 _MAX_ORDER = 256
 """Where the search for the order that a tolerance needs ends by default."""
@@ -91,7 +95,8 @@ class Reduction:
         return (
             f"Reduction(channels={tuple(self.order.shape)}, taps={self._kernel.shape[-1]}, "
             f"order={orders}, relative_error={float(self.relative_error.median()):.2e} median, "
-            f"{float(self.relative_error.max()):.2e} max"
+            f"{float(self.relative_error.max()):.2e} max, "
+            f"tail_energy={float(self.tail_energy.max()):.2e} max"
             + (f", {missed} above the tolerance)" if missed else ")")
         )
 
@@ -105,7 +110,7 @@ class Reduction:
         flat = self._kernel.to(device, torch.float64).reshape(math.prod(shape), taps)
         if taps == 1:
             flat = torch.nn.functional.pad(flat, (0, 1))
-        size = _block_size(flat, 1)
+        size = lanczos_block(flat, 1)
         modes = (math.prod(shape), system.poles.shape[-1])
         blocks = list(
             zip(
@@ -164,11 +169,12 @@ def reduce(
             and a real pole 1: one number, or integers that broadcast to (*C).
         tol: The relative l2 error over the taps to reach, above 0, instead of an order. Every
             channel gets the smallest order that reaches it (as far as the error falls with the
-            order), or the largest one and ``converged`` false.
+            order), or else the closest fit that was found, and ``converged`` false.
         method: "balanced", "modal" or "gradient".
         tail: What to assume past the last tap. "zero": silence, for a recurrence that fades after L
             as the kernel does. "free": nothing; usually closer over the taps, but see
-            ``tail_energy``. "auto": whichever of the two is closer over the taps, per channel. With
+            ``tail_energy``. "auto": whichever of the two is closer over the taps, per channel;
+            under a tolerance, whichever meets it and leaves less past the taps. With
             "zero" poles are refined for the error on the infinite horizon, with the others for
             that over the taps. Where "gradient" is given no objective, "zero" means "h2".
         stable: Keep poles inside the unit circle: those outside are moved there before the residues
@@ -227,13 +233,15 @@ def reduce(
     if orders is not None:
         orders = orders.reshape(-1).to(work_device)
         size = _block_size(flat, int(orders.max()))
+        if method == "modal":
+            size = lanczos_block(flat, int(orders.max()))
         pieces = [None] * -(-len(flat) // size) if source is None else source.split(size)
         blocks = list(zip(flat.split(size), orders.split(size), pieces, strict=True))
         parts = work(lambda block: _reduce_to_order(*block, solve, settings), blocks, flat)
     else:
         assert tol is not None
         largest = min(max(1, taps - 1), _MAX_ORDER if max_order is None else max_order)
-        size = _block_size(flat, _FIRST_LEVEL)
+        size = lanczos_block(flat, _FIRST_LEVEL)
         pieces = [None] * -(-len(flat) // size) if source is None else source.split(size)
         parts = work(
             lambda block: _reduce_to_tolerance(*block, tol, largest, solve, settings),
@@ -370,11 +378,15 @@ def _returned(figure: Tensor, device: torch.device) -> Tensor:
 
 
 def _block_size(taps: Tensor, order: int) -> int:
-    """How many channels to reduce at once, so that a CPU's cache or a GPU's memory holds their
-    bases: vectors that are used, and vectors that are allocated."""
-    if taps.device.type == "cpu":
-        return max(1, 2**23 // (taps.shape[-1] * (4 * order + 36)))
-    return max(1, 2**29 // (taps.shape[-1] * (8 * order + 136)))
+    """How many channels to reduce to an order at once: many, so that operations are long, but no
+    more than memory holds the singular vectors of; on a CPU as many blocks for every thread."""
+    count, length = taps.shape
+    if taps.device.type != "cpu":
+        return lanczos_block(taps, order)
+    size = max(1, min(_LARGEST_BLOCK, 2**23 // (length * (order + 1))))
+    threads = torch.get_num_threads()
+    rounds = -(-count // (threads * size))
+    return -(-count // (threads * rounds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -398,7 +410,7 @@ def _reduce_to_order(
     return _Part(
         fit,
         problem.bound(fit, everything),
-        problem.spectra["zero"].values,
+        problem.singular_values,
         torch.ones_like(order, dtype=torch.bool),
     )
 
@@ -486,20 +498,44 @@ def _reduce_to_tolerance(
         if refine:
             search.problem = refined
             search.descend()
-        fit, done, rows = search.fit, search.met, search.rows
-        settled = rows if level == largest else rows[done]
-        best.put(pending[settled], fit[settled])
-        bound[pending[settled]] = problem.bound(fit[settled], settled)
+        fit, done = search.fit, search.met
+        if refine and settings.stable and len(settings.tails) > 1:
+            _quieten(refined, fit, search.goal)
+        closer = torch.nonzero(fit.l2_error < best.l2_error[pending]).flatten()
+        best.put(pending[closer], fit[closer])
+        bound[pending[closer]] = problem.bound(fit[closer], closer)
         converged[pending] = done
-        found = problem.spectra["zero"].values
+        found = problem.singular_values
         values = torch.nn.functional.pad(
             values, (0, found.shape[-1] - values.shape[-1]), value=torch.nan
         )
         values[pending] = found
-        settings.tick(len(settled))
+        settings.tick(len(pending) if level == largest else int(done.sum()))
         pending = pending[~done] if level < largest else pending[:0]
         failed, level = level, min(2 * level, largest)
     return _Part(best, bound, values, converged)
+
+
+def _quieten(problem: Problem, fit: ModalFit, goal: Tensor) -> None:
+    """Where a fit that meets its goal rings on past the taps, prefer one of no larger order that
+    meets it too and leaves less behind: refined for the infinite horizon, from the same poles or
+    from those that fade."""
+    length = problem.taps.shape[-1] + 1
+    tail = errors.tail_energy(fit.poles, fit.residues, length)
+    rows = torch.nonzero((fit.l2_error <= goal) & (tail > goal.square())).flatten()
+    if not len(rows):
+        return
+    order = fit.orders()
+    fading = problem.with_settings(dataclasses.replace(problem.settings, tails=("zero",)))
+    for candidate in (
+        refined_further(fading, fit[rows], rows),
+        balanced(fading, order[rows], rows),
+    ):
+        left = errors.tail_energy(candidate.poles, candidate.residues, length)
+        better = (candidate.l2_error <= goal[rows]) & (left < tail[rows])
+        better &= candidate.orders() <= order[rows]
+        fit.put(rows[better], candidate[better])
+        tail[rows[better]] = left[better]
 
 
 def _assembled(parts: list[_Part], kernel: Tensor, dtype: torch.dtype) -> Reduction:

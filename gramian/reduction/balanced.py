@@ -29,7 +29,7 @@ from gramian.reduction.refinement import greedy_modes, refined, relocated
 from gramian.reduction.residues import ModalFit, fit_residues
 from gramian.reduction.spectrum import Spectrum
 
-__all__ = ["balanced", "balanced_poles"]
+__all__ = ["balanced", "balanced_poles", "refined_further"]
 
 _FLAT = 0.05
 """Relative error from which a greedy start is tried: there a spectrum has no few leading values."""
@@ -40,12 +40,17 @@ _HOPELESS = 30.0
 _LARGEST_GREEDY = 64
 """The largest order of a greedy start, which takes a transform for every pole."""
 
-_STEPS = 12
-"""Steps of a refinement: most channels have settled by then."""
+_HEAT = 8
+"""Steps after which the starts of a channel are compared."""
+
+_STEPS = 8
+"""Steps of the leading start after that: most channels have settled by then."""
 
 _STEPS_AFTER_MOVE = 8
 
-_MOVES = 2
+_STEPS_FURTHER = 20
+
+_MOVES = 1
 """How often the mode that is missed least is moved elsewhere."""
 
 
@@ -62,7 +67,7 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
     everywhere = torch.arange(len(rows), device=rows.device)
     starts = []
     for tail in settings.tails:
-        poles = balanced_poles(problem.spectra[tail][rows], order)
+        poles = _balanced_poles(problem, tail, order, rows)
         starts.append(problem.offer(best, poles, rows, everywhere))
     taps = problem.taps[rows]
     complete = torch.nonzero(order >= taps.shape[-1]).flatten()
@@ -108,10 +113,11 @@ def _refine(
 
     channel = torch.cat([some for _, some in batch])
     found, errors = refined(
-        taps[channel], Modes.joined([modes for modes, _ in batch]), steps=_STEPS, **arguments
+        taps[channel], Modes.joined([modes for modes, _ in batch]), steps=_HEAT, **arguments
     )
-    place = torch.full((len(batch), len(open_)), -1, device=open_.device)
+    # A start that is behind by then seldom wins: only the leading one goes on.
     error = taps.new_full((len(batch), len(open_)), torch.inf)
+    place = torch.full((len(batch), len(open_)), -1, device=open_.device)
     first = 0
     for i, (_, some) in enumerate(batch):
         place[i, some] = torch.arange(first, first + len(some), device=open_.device)
@@ -120,7 +126,8 @@ def _refine(
     error, choice = error.min(0)
     some = torch.nonzero(error.isfinite()).flatten()
     modes = found[place[choice, everyone][some]]
-    open_, taps, error, flat = open_[some], taps[some], error[some], flat[some]
+    open_, taps, flat = open_[some], taps[some], flat[some]
+    modes, error = refined(taps, modes, steps=_STEPS, **arguments)
 
     moving = torch.nonzero(flat).flatten()
     for _ in range(_MOVES):
@@ -138,6 +145,21 @@ def _refine(
         _offer_fading(problem, best, modes, rows, open_)
     else:
         problem.offer(best, modes.poles_or_nan, rows, open_)
+
+
+def refined_further(problem: Problem, fit: ModalFit, rows: Tensor) -> ModalFit:
+    """Fits of the channels ``rows`` (indices), of their orders at most, refined under the settings
+    of the problem from poles that are there."""
+    settings, taps = problem.settings, problem.taps[rows]
+    modes, _ = refined(
+        taps,
+        Modes.of(torch.where(fit.residues != 0, fit.poles, torch.nan)),
+        ridge=torch.finfo(settings.dtype).eps,
+        limit=settings.least_decay,
+        infinite=settings.fades,
+        steps=_STEPS_FURTHER,
+    )
+    return fit_residues(taps, modes.poles_or_nan, settings.dtype)
 
 
 def _offer_fading(
@@ -165,6 +187,26 @@ def _ring(taps: Tensor) -> Tensor:
     poles = torch.polar(torch.full_like(angle, 0.25 ** (1 / count)), angle)
     poles.imag[(angle == 0) | (2 * torch.arange(count, device=taps.device) == count)] = 0
     return poles.expand(len(taps), -1)
+
+
+def _balanced_poles(problem: Problem, tail: str, order: Tensor, rows: Tensor) -> Tensor:
+    """`balanced_poles` of the channels ``rows`` of a problem, piece after piece."""
+    width = int(order.max())
+    poles = torch.full((len(rows), width), torch.nan, dtype=torch.complex128, device=rows.device)
+    for piece in problem.pieces:
+        spectrum = piece.spectra[tail]
+        inside = torch.nonzero((rows >= piece.first) & (rows < piece.first + len(spectrum)))
+        inside = inside.flatten()
+        if not len(inside):
+            continue
+        some = rows[inside] - piece.first
+        if len(some) < len(spectrum):  # vectors are large: none is copied without need
+            spectrum = spectrum[some]
+        else:
+            inside = inside[some.argsort()]
+        found = balanced_poles(spectrum, order[inside])
+        poles[inside, : found.shape[-1]] = found
+    return poles
 
 
 def balanced_poles(spectrum: Spectrum, order: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ products with signals are matrix products of about √T × √T blocks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -161,20 +162,27 @@ class Vandermonde:
         self.columns = max(1, math.isqrt(length))
         self.rows = -(-length // self.columns)
         inner = geometric_powers(poles, self.columns)  # (B, m, J)
-        self.outer = geometric_powers(inner[..., -1] * poles, self.rows)  # (B, m, I)
+        outer = geometric_powers(inner[..., -1] * poles, self.rows)  # (B, m, I)
+        # Products of denormal numbers are slow and count for nothing.
+        self.outer = torch.where(outer.abs() < 1e-150, 0, outer)
         self.inner = torch.cat([inner.real, inner.imag], dim=-2)  # (B, 2m, J)
+
+    @functools.cached_property
+    def weighted(self) -> Tensor:
+        """``λ^j`` above ``j λ^j``: (B, 4m, J)."""
+        place = torch.arange(self.columns, dtype=self.inner.dtype, device=self.inner.device)
+        return torch.cat([self.inner, self.inner * place], dim=-2)
 
     def blocks(self, signal: Tensor) -> Tensor:
         missing = self.rows * self.columns - self.length
-        return torch.nn.functional.pad(signal, (0, missing)).unflatten(-1, (self.rows, -1))
+        if missing:
+            signal = torch.nn.functional.pad(signal, (0, missing))
+        return signal.unflatten(-1, (self.rows, -1))
 
     def moments(self, signal: Tensor, first: bool = True) -> list[Tensor]:
         """``Σ_t signal_t λ_k^t`` and, with ``first``, ``Σ_t t signal_t λ_k^t``: each (B, m)."""
         modes = self.outer.shape[-2]
-        basis = self.inner
-        if first:
-            place = torch.arange(self.columns, dtype=signal.dtype, device=signal.device)
-            basis = torch.cat([basis, basis * place], dim=-2)
+        basis = self.weighted if first else self.inner
         partial = torch.bmm(basis, self.blocks(signal).mT)  # (B, 2m or 4m, I)
         zeroth = self.outer * torch.complex(partial[:, :modes], partial[:, modes : 2 * modes])
         if not first:

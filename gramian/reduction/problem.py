@@ -21,6 +21,8 @@ __all__ = [
     "Problem",
     "Settings",
     "SourceModes",
+    "SpectralPiece",
+    "lanczos_block",
 ]
 
 OBJECTIVES = ("l2", "h2")
@@ -100,6 +102,31 @@ class SourceModes:
         return [self[i : i + size] for i in range(0, len(self.poles), size)]
 
 
+@dataclasses.dataclass(frozen=True)
+class SpectralPiece:
+    """Hankel spectra, by treatment of the tail, of some channels of a problem from ``first`` on."""
+
+    first: int
+    spectra: dict[str, Spectrum]
+
+
+def lanczos_block(taps: Tensor, order: int) -> int:
+    """How many Lanczos bases to grow at once, so that a CPU's cache or a GPU's memory holds them:
+    vectors that are used, and vectors that are allocated."""
+    if taps.device.type == "cpu":
+        return max(1, 2**23 // (taps.shape[-1] * (4 * order + 36)))
+    return max(1, 2**29 // (taps.shape[-1] * (8 * order + 136)))
+
+
+def _spectra(taps: Tensor, count: int, settings: Settings) -> dict[str, Spectrum]:
+    spectra, guess = {}, None
+    if "free" in settings.tails:
+        spectra["free"] = leading_spectrum(hankel_matrices(taps, "free"), count)
+        guess = spectra["free"].vectors.sum(1)
+    spectra["zero"] = leading_spectrum(hankel_matrices(taps, "zero"), count, guess)
+    return spectra
+
+
 class Problem:
     """B kernels, their leading Hankel spectra, and what was asked for.
 
@@ -116,12 +143,16 @@ class Problem:
         self.taps = taps
         self.settings = settings
         self.source = source
-        self.spectra: dict[str, Spectrum] = {}
-        guess = None
-        if "free" in settings.tails:
-            self.spectra["free"] = leading_spectrum(hankel_matrices(taps, "free"), count)
-            guess = self.spectra["free"].vectors.sum(1)
-        self.spectra["zero"] = leading_spectrum(hankel_matrices(taps, "zero"), count, guess)
+        size = lanczos_block(taps, count)
+        self.pieces = [
+            SpectralPiece(first, _spectra(taps[first : first + size], count, settings))
+            for first in range(0, len(taps), size)
+        ]
+
+    @property
+    def singular_values(self) -> Tensor:
+        """(B, k): leading Hankel singular values of the kernels followed by zeros."""
+        return torch.cat([piece.spectra["zero"].values for piece in self.pieces])
 
     def with_settings(self, settings: Settings) -> Problem:
         """The same problem, its spectra shared, under other settings."""
@@ -160,7 +191,10 @@ class Problem:
 
     def bound(self, fit: ModalFit, rows: Tensor | slice) -> Tensor:
         """The squared lower bound that belongs to the orders of ``fit``."""
-        windowed = self.spectra.get("free")
-        return errors.squared_lower_bound(
-            self.taps[rows], fit.orders(), None if windowed is None else windowed[rows]
-        )
+        windowed = None
+        if "free" in self.settings.tails:
+            parts = [piece.spectra["free"].ritz for piece in self.pieces]
+            width = max(part.shape[-1] for part in parts)
+            pad = torch.nn.functional.pad
+            windowed = torch.cat([pad(part, (0, width - part.shape[-1])) for part in parts])[rows]
+        return errors.squared_lower_bound(self.taps[rows], fit.orders(), windowed)

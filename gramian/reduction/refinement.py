@@ -37,7 +37,7 @@ from gramian.reduction.basis import (
 )
 from gramian.reduction.residues import real_basis
 
-__all__ = ["greedy_modes", "refined", "relocated"]
+__all__ = ["greedy_modes", "insert_mode", "refined", "relocated", "remainder"]
 
 _SAFE_PIVOT = 1e-10
 """Smallest squared Cholesky pivot with which the Gram matrix is trusted."""
@@ -325,9 +325,9 @@ def greedy_modes(taps: Tensor, order: Tensor) -> Modes:
         for single in (False, True):
             rows = torch.nonzero((left == 1) if single else (left >= 2)).flatten()
             if len(rows):
-                _insert(modes, rows, torch.full_like(rows, slot), residual[rows], single)
+                insert_mode(modes, rows, torch.full_like(rows, slot), residual[rows], single)
         if slot + 1 < width:
-            residual, _, _ = _projected(taps, modes[:, : slot + 1])
+            residual = remainder(taps, modes[:, : slot + 1])
     return modes
 
 
@@ -364,12 +364,12 @@ def relocated(taps: Tensor, modes: Modes) -> tuple[Modes, Tensor]:
     if not len(rows):
         return modes, movable
     modes.present[rows, slot[rows]] = False
-    residual, _, _ = _projected(taps[rows], modes[rows])
-    _insert(modes, rows, slot[rows], residual, single=False)
+    residual = remainder(taps[rows], modes[rows])
+    insert_mode(modes, rows, slot[rows], residual, single=False)
     return modes, movable
 
 
-def _insert(modes: Modes, rows: Tensor, slot: Tensor, residual: Tensor, single: bool) -> None:
+def insert_mode(modes: Modes, rows: Tensor, slot: Tensor, residual: Tensor, single: bool) -> None:
     """Put the damped cosine (or real exponential) nearest to ``residual`` into a slot."""
     length = residual.shape[-1]
     points = fft_length(2 * length, 1)
@@ -396,6 +396,11 @@ def _insert(modes: Modes, rows: Tensor, slot: Tensor, residual: Tensor, single: 
     modes.angle[rows, slot] = torch.where(bin_ * 2 == points, math.pi, angle)
     modes.real[rows, slot] = single
     modes.present[rows, slot] = True
+
+
+def remainder(taps: Tensor, modes: Modes) -> Tensor:
+    """What the modes, with their best residues, leave of the taps: (B, T)."""
+    return _projected(taps, modes)[0]
 
 
 def _projected(taps: Tensor, modes: Modes) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,9 +4,9 @@ r"""Residues of given poles: linear least squares on the taps behind the direct 
 are rounded to the dtype of the result before and the residues after, so that what is fitted and
 what is measured is the system that is returned, not one that its rounding would change.
 
-The normal equations, scaled to a unit diagonal and refined, are enough unless poles nearly
-coincide; those channels are solved by QR and a damped SVD. A ridge of the rounding error of the
-residues keeps them from cancelling more digits than they carry.
+The normal equations, from geometric sums, scaled to a unit diagonal and refined, are enough unless
+poles nearly coincide; for those channels the basis is formed and solved by QR and a damped SVD. A
+ridge of the rounding error of the residues keeps them from cancelling more digits than they carry.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gramian.ops.vandermonde import geometric_powers, vandermonde_product
+from gramian.reduction.basis import Vandermonde, basis_gram, geometric_sum, pole_products
 
 __all__ = [
     "ModalFit",
@@ -31,6 +32,9 @@ __all__ = [
 
 _SAFE_PIVOT = 1e-10
 """Smallest squared Cholesky pivot with which the refined normal equations are trusted."""
+
+_CANCELLED = 1e-6
+"""Part of ``Σ |λ|^2t`` below which a sum of squares of ``Re λ^t`` or ``Im λ^t`` has lost digits."""
 
 _SMALLEST_DIRECTION = 1e-9
 """Relative singular value from which a direction of the basis counts; weaker ones are damped."""
@@ -98,15 +102,17 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
         return ModalFit(poles, poles, taps.norm(dim=-1), taps.abs().sum(-1))
     present = ~poles.isnan()
     poles = torch.where(present, poles, 0)
-    basis = real_basis(poles, taps.shape[-1])  # (B, 2m, padded T)
-    used = torch.cat([present, present & (poles.imag != 0)], dim=-1).double()
-    signal = torch.nn.functional.pad(taps, (0, basis.shape[-1] - taps.shape[-1])).unsqueeze(-1)
-    weights = _least_squares(basis, used, signal, torch.finfo(dtype).eps)  # (B, 2m, 1)
+    used = torch.cat([present, present & (poles.imag != 0)], dim=-1)
+    kernels = Vandermonde(poles, taps.shape[-1])
+    weights, unsafe = _by_sums(taps, poles, kernels, used, torch.finfo(dtype).eps)
+    if bool(unsafe.any()):
+        basis = real_basis(poles[unsafe], taps.shape[-1])
+        signal = taps[unsafe].unsqueeze(-1)
+        weights[unsafe] = _least_squares(basis, used[unsafe], signal, torch.finfo(dtype).eps)
     weights = weights.to(dtype).double()
-    error = (signal - torch.bmm(basis.mT, weights)).squeeze(-1)[:, : taps.shape[-1]]
-    weights = weights.squeeze(-1)
     residues = torch.complex(weights[:, :modes], -weights[:, modes:])
     residues = torch.where(present, residues, 0)
+    error = taps - kernels.combine(residues)
     fit = ModalFit(poles, residues, error.norm(dim=-1), error.abs().sum(-1))
     failed = ~fit.l2_error.isfinite()
     if bool(failed.any()):
@@ -142,7 +148,7 @@ def one_of_each_pair(poles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def real_basis(poles: Tensor, length: int) -> Tensor:
-    """``Re λ^t`` above ``Im λ^t``, (B, 2m, T), T ≥ length, zero from ``length`` on."""
+    """``Re λ^t`` above ``Im λ^t``: (B, 2m, length)."""
     columns = max(1, math.isqrt(length))
     rows = -(-length // columns)
     inner = geometric_powers(poles, columns).unsqueeze(-2)  # (B, m, 1, J)
@@ -154,13 +160,45 @@ def real_basis(poles: Tensor, length: int) -> Tensor:
     torch.mul(outer.real, inner.imag, out=basis[:, 1])
     basis[:, 0].addcmul_(outer.imag, inner.imag, value=-1)
     basis[:, 1].addcmul_(outer.imag, inner.real)
-    basis = basis.flatten(3).flatten(1, 2)
-    basis[..., length:] = 0
-    return basis
+    return basis.flatten(3).flatten(1, 2)[..., :length]
+
+
+def _by_sums(
+    taps: Tensor, poles: Tensor, kernels: Vandermonde, used: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``argmin ‖taps - basisᵀ x‖² + eps² ‖x‖²``, the rows of the basis at unit length, from sums.
+
+    Returns:
+        x (B, 2m), and a mask (B) of the channels where it is not to be trusted: those where the
+            factor is nearly singular, or where a sum is a small difference of large ones.
+    """
+    modes = poles.shape[-1]
+    gram = basis_gram(geometric_sum(pole_products(poles), taps.shape[-1]))
+    size = gram.diagonal(dim1=-2, dim2=-1)
+    whole = (size[:, :modes] + size[:, modes:]).repeat(1, 2)  # Σ |λ|^2t
+    cancelled = (used & ~(size > _CANCELLED * whole)).any(-1)
+    scale = torch.where(used & (size > 0), size, 1).rsqrt() * used  # (B, 2m)
+    gram = torch.nan_to_num(gram * scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    ridge = torch.where(used, eps**2, 1.0)
+    gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivot = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+
+    def solved(signal: Tensor, x: Tensor) -> Tensor:
+        (moment,) = kernels.moments(signal, first=False)
+        target = scale * torch.cat([moment.real, moment.imag], dim=-1) - ridge * x
+        return torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
+
+    x = solved(taps, torch.zeros_like(scale))
+    plain = scale * x
+    residual = taps - kernels.combine(torch.complex(plain[:, :modes], -plain[:, modes:]))
+    x = scale * (x + solved(residual, x))  # refined
+    unsafe = (failed != 0) | ~(pivot > _SAFE_PIVOT) | cancelled | ~x.isfinite().all(-1)
+    return x, unsafe
 
 
 def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, eps: float) -> Tensor:
-    """``argmin ‖signal - basisᵀ x‖² + eps² ‖x‖²`` with the rows of the basis at unit length."""
+    """The same from the basis itself: (B, 2m). ``signal`` is (B, T, 1)."""
     gram = torch.bmm(basis, basis.mT)
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     scale = torch.where(scale > 0, 1 / scale, 0) * used
@@ -177,7 +215,7 @@ def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, eps: float) -> T
     unsafe = (failed != 0) | ~(pivot > _SAFE_PIVOT)
     if bool(unsafe.any()):
         x[unsafe] = _damped(basis[unsafe] * scale[unsafe], signal[unsafe], eps)
-    return scale * x
+    return (scale * x).squeeze(-1)
 
 
 def _damped(basis: Tensor, signal: Tensor, eps: float) -> Tensor:

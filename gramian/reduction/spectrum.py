@@ -60,6 +60,9 @@ class Spectrum:
     vectors: Tensor
     ritz: Tensor
 
+    def __len__(self) -> int:
+        return len(self.values)
+
     def __getitem__(self, index: Tensor | slice) -> Spectrum:
         return Spectrum(self.values[index], self.vectors[index], self.ritz[index])
 

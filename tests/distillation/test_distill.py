@@ -70,6 +70,16 @@ def test_reported_errors_are_those_of_the_new_filters(mixer: str, tol: float) ->
             assert (reached > tol * 1.01) <= (index in layer.unconverged)
 
 
+def test_what_a_reduction_reaches_the_stored_filter_reaches() -> None:
+    """Parameters are rounded after the reduction, and cost no filter its tolerance."""
+    model = make(mixers="long_convolution", max_position_embeddings=129)
+    for tol in (1e-2, 1e-4):
+        _, report = distill(model, tol=tol)
+        for layer, kernel in zip(report.layers, kernels(model, 129), strict=True):
+            reached = gramian.reduce(kernel.float(), tol=tol).converged
+            assert layer.unconverged == tuple(torch.nonzero(~reached).flatten().tolist())
+
+
 @pytest.mark.parametrize("mixer", ["multi_hyena", "hyena", "long_convolution"])
 def test_tight_tolerance_keeps_the_logits(mixer: str) -> None:
     model = make(mixers=mixer)

@@ -187,9 +187,22 @@ def test_a_reduction_prints_as_a_summary(smooth_kernel):
     kernel = smooth_kernel(6, 80, 1e-1).reshape(2, 3, 80)
     text = repr(reduce(kernel, 4))
     assert "channels=(2, 3)" in text and "taps=80" in text and "order=4" in text
+    assert "tail_energy=" in text
     assert "tensor" not in text and len(text) < 200
     assert "6 above the tolerance" in repr(reduce(kernel, tol=1e-6, max_order=2))
     assert "order=1 … 3" in repr(reduce(kernel[0], torch.tensor([1, 2, 3])))
+
+
+def test_out_of_reach_the_closest_order_tried_is_returned(smooth_kernel):
+    kernel = smooth_kernel(4, 90, 1e-1)
+    arguments = {"method": "gradient", "steps": 60}
+    levels = [reduce(kernel, order, **arguments) for order in (16, 32, 64, 89)]
+    found = reduce(kernel, tol=1e-9, **arguments)
+    assert not bool(found.converged.any())
+    least = torch.stack([level.relative_error for level in levels]).amin(0)
+    torch.testing.assert_close(found.relative_error, least)
+    assert bool((found.order >= 16).all())
+    assert bool((found.lower_bound <= found.relative_error * (1 + 1e-9)).all())
 
 
 @pytest.mark.parametrize(

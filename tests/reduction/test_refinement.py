@@ -297,3 +297,18 @@ def test_refinement_lowers_the_order_that_a_tolerance_needs():
         assert bool((better.relative_error <= tol).all())
         assert bool((better.order <= plain.order).all())
         assert int(better.order.sum()) < int(plain.order.sum())
+
+
+def test_under_a_tolerance_the_quieter_fit_is_taken():
+    kernel = implicit(16, 300, embedding_features=5, frequency=1.0)
+    tol = 1e-2
+    chosen = reduce(kernel, tol=tol)
+    assert bool((chosen.relative_error <= tol).all())
+    ringing = chosen.tail_energy > tol**2
+    assert bool(ringing.any())
+    for b in torch.nonzero(ringing).flatten().tolist():
+        fading = reduce(kernel[b], int(chosen.order[b]), tail="zero")
+        if float(fading.relative_error) <= tol:
+            assert float(chosen.tail_energy[b]) <= float(fading.tail_energy) * (1 + 1e-6)
+    free = reduce(kernel, tol=tol, tail="free")
+    assert float(chosen.tail_energy.sum()) < float(free.tail_energy.sum())
