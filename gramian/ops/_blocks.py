@@ -1,19 +1,12 @@
-"""Blocks of rows that share an operand, cut to stay in cache and worked on by several threads."""
+"""Blocks of rows that share an operand, cut to stay in cache."""
 
 import itertools
 import math
-import os
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 Block = tuple[slice, ...]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class Task(NamedTuple):
@@ -62,68 +55,3 @@ def cut(
         ]
         tasks.append(Task(outer, blocks))
     return math.prod(steps), tasks
-
-
-def work(function: Callable[[Item], Result], tasks: Sequence[Item], like: Tensor) -> list[Result]:
-    """The function's results for all tasks, in order; on a processor by several threads.
-
-    Each thread runs the tensor operations of its tasks alone: many small operations that each wake
-    and await all threads cost more, and on a busy machine many times more.
-    """
-    threads = torch.get_num_threads()
-    if like.device.type != "cpu" or min(threads, len(tasks)) == 1 or not _OPENMP:
-        return [function(task) for task in tasks]
-    inference = torch.is_inference_mode_enabled()
-
-    def run(task: Item) -> Result:
-        with torch.inference_mode(inference), torch.no_grad():
-            return function(task)
-
-    with _pool.lock:
-        executor = _pool.of(threads)
-        futures = [executor.submit(run, task) for task in tasks]
-    return [future.result() for future in futures]
-
-
-# With OpenMP the number of threads that an operation uses belongs to the thread that calls it.
-_OPENMP = torch.backends.openmp.is_available()
-
-
-class _Pool:
-    """Threads that run tensor operations single-threaded, started when first needed."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-        self._size = 0
-
-    def of(self, threads: int) -> ThreadPoolExecutor:
-        if self._executor is None or self._size != threads:
-            if self._executor is not None:
-                self._executor.shutdown(wait=False)
-            started = threading.Barrier(threads + 1)
-
-            def start() -> None:
-                torch.set_num_threads(1)
-                started.wait()
-
-            self._size = threads
-            self._executor = ThreadPoolExecutor(threads, "gramian", initializer=start)
-            for _ in range(threads):
-                self._executor.submit(int)  # a thread starts with each of the first tasks
-            started.wait()
-            torch.set_num_threads(threads)  # new threads would inherit 1 otherwise
-        return self._executor
-
-
-_pool = _Pool()
-
-
-def _renew_pool() -> None:
-    """Threads do not survive a fork."""
-    global _pool
-    _pool = _Pool()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_pool)

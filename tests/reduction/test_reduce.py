@@ -1,6 +1,7 @@
 """`gramian.reduce`: figures that are true, bounds that hold, and what pyMOR finds."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import scipy.linalg
 import torch
 
 from gramian import FIR, Modal, TransferFunction, reduce
+from gramian.reduction._threads import work
 
 TAILS = ["zero", "free", "auto"]
 LENGTHS = [1, 2, 3, 4, 17, 63, 257, 1000]
@@ -373,3 +375,14 @@ def test_wrong_kernels_get_one_sentence(random_system):
         reduce([1.0, 2.0], 1)
     with pytest.raises(ValueError, match="length"):
         reduce(random_system(1, 1), 1)
+
+
+def test_several_threads_give_one_threads_results_and_end(two_threads: None) -> None:
+    kernels = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)).cumsum(-1)
+    blocks = list(kernels.split(2))
+    before, running = torch.get_num_threads(), threading.active_count()
+    several = work(lambda block: reduce(block, order=3).relative_error, blocks, kernels)
+    assert (torch.get_num_threads(), threading.active_count()) == (before, running)
+    torch.set_num_threads(1)
+    alone = work(lambda block: reduce(block, order=3).relative_error, blocks, kernels)
+    torch.testing.assert_close(torch.cat(several), torch.cat(alone))

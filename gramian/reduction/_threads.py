@@ -1,0 +1,42 @@
+"""Blocks of filters on several threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["work"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# With OpenMP the number of threads that an operation uses belongs to the thread that calls it.
+_OPENMP = torch.backends.openmp.is_available()
+
+
+def work(function: Callable[[Item], Result], tasks: Sequence[Item], like: Tensor) -> list[Result]:
+    """The function's results for all tasks, in order; on a processor by several threads.
+
+    Each thread runs the tensor operations of its tasks alone: they are many and small, and each
+    would wake and await all of PyTorch's threads. The threads end with the call, since OpenMP's
+    own wait less eagerly for each other where a process has more threads than processors.
+    """
+    threads = torch.get_num_threads()
+    workers = min(threads, len(tasks))
+    if like.device.type != "cpu" or workers < 2 or not _OPENMP:
+        return [function(task) for task in tasks]
+    inference = torch.is_inference_mode_enabled()
+
+    def run(task: Item) -> Result:
+        with torch.inference_mode(inference), torch.no_grad():
+            return function(task)
+
+    try:
+        with ThreadPoolExecutor(workers, "gramian", lambda: torch.set_num_threads(1)) as executor:
+            return list(executor.map(run, tasks))
+    finally:
+        torch.set_num_threads(threads)  # threads made later would inherit 1 otherwise
