@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 MIXERS = ("multi_hyena", "hyena", "long_convolution")
 BLOCKS = ("mlp", "glu")
-NORMS = ("rms", "layer", "batch")
+NORMS = {"mlp": ("rms", "rms_plus_eps", "layer"), "glu": ("rms", "layer", "batch")}
 POOLING = ("mean", "last")
 
 
@@ -36,11 +36,16 @@ class GramianConfig(PreTrainedConfig):
             an FIR filter is zero and a rational one goes on. There is no positional embedding.
         hyena_order: number of projections of `hyena` mixers less one.
         short_kernel: taps of the mixers' short convolutions.
-        block: `"mlp"`, a mixer and an MLP, each after an RMS norm and beside a residual connection,
+        hyena_mimo_size: width of the map across channels before the output projection of `hyena`
+            mixers, which Hyena-RTF has; none by default.
+        block: `"mlp"`, a mixer and an MLP, each after a norm and beside a residual connection,
             as language models have; or `"glu"`, a `gramian.mixers.Block`, as models of long
             continuous sequences have, in which a mixer is followed by one gated linear map.
-        norm: of `"glu"` blocks: `"rms"`, `"layer"` or `"batch"`; the last not for
-            `GramianForCausalLM`, as its statistics look ahead.
+        norm: of `"mlp"` blocks: `"rms"`, `"rms_plus_eps"` (StripedHyena's, where the epsilon is
+            added to the root and not under it) or `"layer"`; of `"glu"` blocks: `"rms"`, `"layer"`
+            or `"batch"`, the last not for `GramianForCausalLM`, as its statistics look ahead.
+        final_norm: the one after the last block, `"rms"`, `"rms_plus_eps"` or `"layer"`. By
+            default that of `"mlp"` blocks, and `"rms"` after `"glu"` blocks.
         prenorm: whether the norm of a `"glu"` block comes before its mixer, or after the residual
             connection.
         tied_dropout: whether the dropout of `"glu"` blocks drops a channel over the whole length.
@@ -53,12 +58,16 @@ class GramianConfig(PreTrainedConfig):
             over the real tokens, or the `"last"` real token's.
         dropout: probability of dropping, in training, a number of what a mixer or MLP adds to the
             residual stream.
+        embedding_dropout: probability of dropping, in training, a number of the embeddings.
         kernel_dropout: probability of dropping, in training, a tap of a long convolution.
+        residual_in_fp32: whether the residual stream between `"mlp"` blocks is in single precision
+            when the weights are in half. Hidden states are then, too.
         intermediate_size: inner width of the MLP of `"mlp"` blocks. By default 4 × `hidden_size`,
             and 8/3 of it when gated, rounded up to a multiple of 16.
         gated_mlp: `act(W₁ x) ∘ W₂ x` if true, `act(W₁ x)` if not, each followed by a projection.
+        mlp_bias: whether the maps in the MLP have biases.
         hidden_act: the activation in the MLP.
-        rms_norm_eps: added to the mean square in the norms.
+        rms_norm_eps: added to the mean square or the variance in the norms, whatever their kind.
         initializer_range: standard deviation of the initial embeddings and projections.
         use_cache: whether a forward without gradients returns its cache.
         tie_word_embeddings: whether the output projection is the embedding matrix.
@@ -85,17 +94,22 @@ class GramianConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     hyena_order: int = 2
     short_kernel: int = 3
+    hyena_mimo_size: int | None = None
     block: str = "mlp"
     norm: str = "rms"
+    final_norm: str | None = None
     prenorm: bool = True
     tied_dropout: bool = False
     bidirectional: bool = False
     input_size: int | None = None
     pooling: str = "mean"
     dropout: float = 0.0
+    embedding_dropout: float = 0.0
     kernel_dropout: float = 0.0
+    residual_in_fp32: bool = False
     intermediate_size: int | None = None
     gated_mlp: bool = True
+    mlp_bias: bool = False
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -112,6 +126,8 @@ class GramianConfig(PreTrainedConfig):
             self.mixers = list(self.mixers)
         if isinstance(self.filter, tuple):
             self.filter = list(self.filter)
+        if self.final_norm is None:
+            self.final_norm = self.norm if self.block == "mlp" else "rms"
         self._validate()
         if self.intermediate_size is None:
             inner = 8 * self.hidden_size / 3 if self.gated_mlp else 4 * self.hidden_size
@@ -141,7 +157,11 @@ class GramianConfig(PreTrainedConfig):
             "max_position_embeddings": self.max_position_embeddings,
             "short_kernel": self.short_kernel,
         }
-        optional = {"intermediate_size": self.intermediate_size, "input_size": self.input_size}
+        optional = {
+            "intermediate_size": self.intermediate_size,
+            "input_size": self.input_size,
+            "hyena_mimo_size": self.hyena_mimo_size,
+        }
         sizes |= {name: value for name, value in optional.items() if value is not None}
         for name, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -154,20 +174,30 @@ class GramianConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_act must be among {', '.join(sorted(ACT2FN))}; got {self.hidden_act!r}."
             )
-        choices = {"block": BLOCKS, "norm": NORMS, "pooling": POOLING}
+        choices = {
+            "block": BLOCKS,
+            "norm": NORMS.get(self.block, ()),
+            "final_norm": NORMS["mlp"],
+            "pooling": POOLING,
+        }
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
+                where = f" in {self.block!r} blocks" if name == "norm" else ""
                 raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, accepted))}; got "
+                    f"{name} must be one of {', '.join(map(repr, accepted))}{where}; got "
                     f"{getattr(self, name)!r}."
                 )
-        plain = (self.norm, self.prenorm, self.tied_dropout) == ("rms", True, False)
-        if self.block != "glu" and not plain:
+        if self.block != "glu" and (self.prenorm, self.tied_dropout) != (True, False):
             raise ValueError(
-                "norm, prenorm and tied_dropout are options of block='glu'; got them with "
+                "prenorm and tied_dropout are options of block='glu'; got them with "
                 f"block={self.block!r}."
             )
-        for name in ("dropout", "kernel_dropout"):
+        if self.block != "mlp" and (self.mlp_bias or self.residual_in_fp32):
+            raise ValueError(
+                "mlp_bias and residual_in_fp32 are options of block='mlp'; got them with "
+                f"block={self.block!r}."
+            )
+        for name in ("dropout", "embedding_dropout", "kernel_dropout"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ValueError(
