@@ -47,6 +47,8 @@ class Hyena(Mixer):
         ValueError: if the order is below 2 or the filter does not fit.
     """
 
+    filter: Filter
+
     def __init__(
         self,
         width: int,
