@@ -54,6 +54,8 @@ class Hyena(Mixer):
         ValueError: if the order is below 2, ``mimo_size`` below 1, or the filter does not fit.
     """
 
+    filter: Filter
+
     def __init__(
         self,
         width: int,

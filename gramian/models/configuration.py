@@ -7,13 +7,16 @@ and the shapes of its parameters are read from here before any weight is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-MIXERS = ("multi_hyena", "hyena", "long_convolution")
+from gramian.mixers import SoftmaxAttention
+
+MIXERS = ("multi_hyena", "hyena", "long_convolution", "softmax_attention")
 BLOCKS = ("mlp", "glu")
 NORMS = {"mlp": ("rms", "rms_plus_eps", "layer"), "glu": ("rms", "layer", "batch")}
 POOLING = ("mean", "last")
@@ -27,13 +30,17 @@ class GramianConfig(PreTrainedConfig):
             special tokens.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
-        num_heads: heads of `multi_hyena` mixers; must divide `hidden_size`.
-        mixers: `"multi_hyena"`, `"hyena"` or `"long_convolution"`, or a list with one of them per
-            layer.
+        num_heads: heads of `multi_hyena` and `softmax_attention` mixers; must divide `hidden_size`.
+        mixers: `"multi_hyena"`, `"hyena"`, `"long_convolution"` or `"softmax_attention"`, or a list
+            with one of them per layer.
         filter: configuration of the mixers' filters: `{"type": name, ...}` as for
-            `gramian.filters.build`, or a list with one per layer.
+            `gramian.filters.build`, or a list with one per layer, in which those of
+            `softmax_attention` layers are not looked at and may be None.
+        attention: further arguments of `gramian.mixers.SoftmaxAttention`, such as `kv_heads`,
+            `window` and `rotary_base`, for all `softmax_attention` layers.
         max_position_embeddings: `max_length` of the filters. It is no limit on the input: past it
-            an FIR filter is zero and a rational one goes on. There is no positional embedding.
+            an FIR filter is zero and a rational one goes on. There is no positional embedding, but
+            for the rotations inside attention, which know no limit either.
         hyena_order: number of projections of `hyena` mixers less one.
         short_kernel: taps of the mixers' short convolutions.
         hyena_mimo_size: width of the map across channels before the output projection of `hyena`
@@ -78,7 +85,8 @@ class GramianConfig(PreTrainedConfig):
         ValueError: on an unknown mixer, filter or pooling, a list that is not one per layer, a size
             below 1, heads that do not divide the width, an unknown block or norm, an option of
             `"glu"` blocks with others, a dropout that is no probability below 1,
-            `bidirectional` with other mixers than `long_convolution`.
+            `bidirectional` with other mixers than `long_convolution`, an argument that
+            `SoftmaxAttention` does not take.
     """
 
     model_type = "gramian"
@@ -90,7 +98,8 @@ class GramianConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     num_heads: int = 8
     mixers: str | list[str] = "multi_hyena"
-    filter: dict[str, Any] | list[dict[str, Any]] | None = None
+    filter: dict[str, Any] | list[dict[str, Any] | None] | None = None
+    attention: dict[str, Any] | None = None
     max_position_embeddings: int = 2048
     hyena_order: int = 2
     short_kernel: int = 3
@@ -143,10 +152,14 @@ class GramianConfig(PreTrainedConfig):
         """Name of the mixer of layer `layer`."""
         return self.mixers if isinstance(self.mixers, str) else self.mixers[layer]
 
-    def filter_of(self, layer: int) -> dict[str, Any]:
-        """Configuration of the filter of layer `layer`, a copy."""
+    def filter_of(self, layer: int) -> dict[str, Any] | None:
+        """Configuration of the filter of layer `layer`, a copy; None for attention."""
+        if self.mixer_of(layer) == "softmax_attention":
+            return None
         assert self.filter is not None
-        return dict(self.filter if isinstance(self.filter, Mapping) else self.filter[layer])
+        one = self.filter if isinstance(self.filter, Mapping) else self.filter[layer]
+        assert one is not None
+        return dict(one)
 
     def _validate(self) -> None:
         sizes = {
@@ -204,19 +217,24 @@ class GramianConfig(PreTrainedConfig):
                     f"{name} must be a probability, at least 0 and below 1; got {value!r}."
                 )
         _validate_mixers(self.mixers, self.num_hidden_layers)
-        _validate_filter(self.filter, self.num_hidden_layers)
-        others = {*map(self.mixer_of, range(self.num_hidden_layers))} - {"long_convolution"}
+        names = [self.mixer_of(layer) for layer in range(self.num_hidden_layers)]
+        _validate_filter(self.filter, names)
+        _validate_attention(self.attention)
+        others = {*names} - {"long_convolution"}
         if self.bidirectional and others:
             raise ValueError(
                 "bidirectional needs the mixer 'long_convolution' in every layer; got "
                 f"{', '.join(map(repr, sorted(others)))}."
             )
-        heads_matter = "multi_hyena" in map(self.mixer_of, range(self.num_hidden_layers))
-        if heads_matter and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"num_heads must divide hidden_size for multi_hyena mixers; got {self.num_heads} "
-                f"heads and width {self.hidden_size}."
-            )
+        own_width = "head_width" in (self.attention or {})
+        for name in {*names} & (
+            {"multi_hyena"} if own_width else {"multi_hyena", "softmax_attention"}
+        ):
+            if self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"num_heads must divide hidden_size for {name} mixers; got {self.num_heads} "
+                    f"heads and width {self.hidden_size}."
+                )
 
 
 def _validate_mixers(mixers: Any, layers: int) -> None:
@@ -234,15 +252,32 @@ def _validate_mixers(mixers: Any, layers: int) -> None:
             raise ValueError(f"mixers must be among {accepted}; got {name!r}.")
 
 
-def _validate_filter(filter_config: Any, layers: int) -> None:
-    if isinstance(filter_config, list) and len(filter_config) != layers:
+def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
+    if isinstance(filter_config, list) and len(filter_config) != len(mixers):
         raise ValueError(
-            f"filter must have one configuration for each of the {layers} layers; got "
+            f"filter must have one configuration for each of the {len(mixers)} layers; got "
             f"{len(filter_config)}."
         )
-    for one in filter_config if isinstance(filter_config, list) else [filter_config]:
+    listed = filter_config if isinstance(filter_config, list) else [filter_config] * len(mixers)
+    for one, name in zip(listed, mixers, strict=True):
+        if name == "softmax_attention" and (one is None or isinstance(one, Mapping)):
+            continue
         if not isinstance(one, Mapping) or not isinstance(one.get("type"), str):
             raise ValueError(
                 "filter must be a dict such as {'type': 'implicit'}, or a list with one per layer; "
                 f"got {one!r}."
             )
+
+
+def _validate_attention(attention: Any) -> None:
+    if attention is None:
+        return
+    accepted = [
+        name
+        for name, parameter in inspect.signature(SoftmaxAttention).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    ]
+    if not isinstance(attention, Mapping) or not {*attention} <= {*accepted}:
+        raise ValueError(
+            f"attention must be a dict with some of {', '.join(accepted)}; got {attention!r}."
+        )

@@ -2,7 +2,7 @@
 
 A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`, or the one of `gramian.mixers.Block`; a
 model is an embedding, the blocks and a last norm. Order in time enters through the mixers alone, so
-there is no positional embedding.
+there is no positional embedding. Every layer has the mixer that the configuration names for it.
 
 Training and scoring convolve. With a cache the mixers' recurrences run: a prompt is prefilled, then
 each token costs one step, and what is remembered has a size of its own (`state_bytes`) whatever the
@@ -27,7 +27,15 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from gramian.filters import Filter, build
-from gramian.mixers import Block, Hyena, LongConvolution, Mixer, MultiHyena, ShortConvolution
+from gramian.mixers import (
+    Block,
+    Hyena,
+    LongConvolution,
+    Mixer,
+    MultiHyena,
+    ShortConvolution,
+    SoftmaxAttention,
+)
 from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import GramianConfig
 from gramian.models.norms import make_norm
@@ -36,7 +44,10 @@ from gramian.models.norms import make_norm
 def build_mixer(config: GramianConfig, layer: int) -> Mixer:
     """The mixer of layer `layer`: (batch, length, hidden_size) to the same."""
     name, width = config.mixer_of(layer), config.hidden_size
+    if name == "softmax_attention":
+        return SoftmaxAttention(width, config.num_heads, **(config.attention or {}))
     filter_config, max_length = config.filter_of(layer), config.max_position_embeddings
+    assert filter_config is not None
     short, dropout = config.short_kernel, config.kernel_dropout
     if name == "long_convolution":
         channels = 2 * width if config.bidirectional else width
@@ -182,9 +193,10 @@ class GramianPreTrainedModel(PreTrainedModel):
         """Bytes that `batch` sequences keep between two tokens after `context` tokens.
 
         The sum over layers of the bytes of the state of the mixer's recurrence, asked of the
-        recurrence itself and equal to `GramianCache.nbytes`; nothing is run. No mixer's state grows
-        with the context: a modal filter's has one complex number per mode and stream, an FIR
-        filter's its last inputs, bounded by `max_position_embeddings` from the first token on. The
+        recurrence itself and equal to `GramianCache.nbytes`; nothing is run. No convolution's state
+        grows with the context: a modal filter's has one complex number per mode and stream, an FIR
+        filter's its last inputs, bounded by `max_position_embeddings` from the first token on.
+        Attention's keys and values grow up to its window, their room doubling each time. The
         snapshot of the filters is not counted: it belongs to the model and is shared by the batch.
 
         Raises:
@@ -197,7 +209,7 @@ class GramianPreTrainedModel(PreTrainedModel):
             )
         with torch.no_grad():
             return sum(
-                block.mixer.recurrence().state_bytes(batch, dtype=self.dtype)
+                block.mixer.recurrence().state_bytes(batch, dtype=self.dtype, context=context)
                 for block in self.base_model.layers
             )
 
@@ -212,7 +224,7 @@ class GramianPreTrainedModel(PreTrainedModel):
         small = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, Filter | ShortConvolution):
             _reset(module)
-        elif isinstance(module, Hyena | MultiHyena):
+        elif isinstance(module, Hyena | MultiHyena | SoftmaxAttention):
             nn.init.normal_(module.out_proj.weight, std=small)
         elif isinstance(module, GramianMLP):
             nn.init.normal_(module.down_proj.weight, std=small)
