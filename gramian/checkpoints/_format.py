@@ -1,5 +1,4 @@
-"""What every format of checkpoints knows about itself, and the comparison before anything is made.
-"""
+"""What every format of checkpoints knows about itself, and what is compared before all else."""
 
 from __future__ import annotations
 

@@ -89,7 +89,9 @@ def load(
     weights = {stripped: weights[name] for name, stripped in names.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     source = cls(shapes, settings)
-    compare(f"{path}, taken for a checkpoint of format {cls.name},", names, shapes, source.expected())
+    compare(
+        f"{path}, taken for a checkpoint of format {cls.name},", names, shapes, source.expected()
+    )
 
     dtype = _embedding_dtype(weights) if dtype is None else dtype
     model_config = source.model_config(weights)

@@ -129,11 +129,22 @@ class SafariHyena(Format):
         }
         last = 2 * self._hidden_layers
         for i in range(0, last, 2):
-            shapes |= _affine(f"{filter}implicit_filter.{i}", hidden, features if i == 0 else hidden)
-            if self._trains_frequency:
-                shapes[f"{filter}implicit_filter.{i + 1}.freq"] = (1, hidden)
+            shapes |= _affine(
+                f"{filter}implicit_filter.{i}", hidden, features if i == 0 else hidden
+            )
         shapes[f"{filter}implicit_filter.{last}.weight"] = (self.filters, hidden)
-        return shapes
+        frequencies = self._frequencies(filter, self.shapes)
+        return shapes | dict.fromkeys(frequencies, (1, hidden))
+
+    def _frequencies(self, filter: str, found: Iterable[str]) -> list[str]:
+        """Names of the sines' frequencies. All layers share one tensor, which safetensors saves
+        under one of its names; so those that were found, and all if none was."""
+        if not self._trains_frequency:
+            return []
+        numbers = range(1, 2 * self._hidden_layers, 2)
+        names = [f"{filter}implicit_filter.{i}.freq" for i in numbers]
+        found = set(found)
+        return [name for name in names if name in found] or names
 
     @property
     def _hidden_layers(self) -> int:
@@ -238,15 +249,14 @@ class SafariHyena(Format):
             f"{ours}features": weights.pop(f"{theirs}pos_emb.z")[0],
             f"{ours}decay": deltas.abs().flatten()[channels],
         }
-        frequencies = []
         last = 2 * self._hidden_layers
         for i in range(0, last, 2):
             for kind in ("weight", "bias"):
                 name = f"{ours}layers.{i // 2}.{kind}"
                 state[name] = weights.pop(f"{theirs}implicit_filter.{i}.{kind}")
-            if self._trains_frequency:
-                frequencies.append(weights.pop(f"{theirs}implicit_filter.{i + 1}.freq").flatten())
-        if self._trains_frequency:
+        names = self._frequencies(theirs, weights)
+        frequencies = [weights.pop(name).flatten() for name in names]
+        if frequencies:
             if not all(torch.equal(frequencies[0], other) for other in frequencies):
                 raise ValueError(
                     f"{theirs}implicit_filter has sines of different frequencies; one set of them "
@@ -257,9 +267,8 @@ class SafariHyena(Format):
             frequency = float(setting(self.layer, "w", (int, float), 1))
             hidden = len(state[f"{ours}layers.0.bias"])
             state[f"{ours}frequency"] = torch.full((hidden,), frequency)
-        state[f"{ours}output.weight"] = weights.pop(f"{theirs}implicit_filter.{last}.weight")[
-            channels
-        ]
+        output = weights.pop(f"{theirs}implicit_filter.{last}.weight")
+        state[f"{ours}output.weight"] = output[channels]
         bias = weights.pop(f"{theirs}bias")
         if self._has_bias:
             state[f"{ours}bias"] = bias[channels]

@@ -1,4 +1,4 @@
-r"""The published Hyena-RTF: safari's language model with rational filters (arXiv 2406.… section 4.3).
+r"""The published Hyena-RTF: safari's language model with rational filters (arXiv 2405.06147).
 
 Two things are not what they seem. The filter's direct term enters twice, once in the kernel and
 once as the convolution's skip, so tap 0 is `2 h_0` and the aliased rest. And between the last gate

@@ -1,4 +1,4 @@
-"""Tokenizers of published models, as fast tokenizers that `AutoTokenizer` reads without this package.
+"""Tokenizers of published models, as fast ones that `AutoTokenizer` reads without this package.
 
 Neither adds a special token by itself: a prompt is continued where it ends. The published ones of
 HyenaDNA append `[SEP]`, the token that ends a sequence.
