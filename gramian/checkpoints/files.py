@@ -10,6 +10,8 @@ name ends the reading before a single object is made.
 from __future__ import annotations
 
 import json
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,9 +153,11 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        # what PyTorch wrote before 1.6 is no archive, and is read without placeholders
+        archive = zipfile.is_zipfile(file)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if archive else []
     except Exception as error:  # whatever a broken file makes the disassembler stumble over
-        raise ValueError(f"{file} is no checkpoint of torch.save: {first_line(error)}") from error
+        raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
     foreign = sorted(name for name in names if not _is_bookkeeping(name))
     if foreign:
         raise ValueError(
@@ -163,8 +167,12 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     with torch.serialization.safe_globals([_placeholder(name) for name in names]):
         try:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{file} is refused: it is damaged, or reading it would make more than tensors."
+            ) from error
         except Exception as error:  # a pickle may be wrong in any way; none of its code has run
-            raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+            raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping):
         raise ValueError(f"{file} must hold tensors by name; it holds a {type(state).__name__}.")
@@ -175,6 +183,10 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
             f"a {type(state[others[0]]).__name__}."
         )
     return {str(name): value.detach() for name, value in state.items()}
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}, {first_line(error)}"
 
 
 def _is_bookkeeping(name: str) -> bool:

@@ -124,4 +124,3 @@ HUGGING_FACE_DNA = {
     "embed_dropout": 0.1,
     "layer_norm_epsilon": 1e-5,
 }
-

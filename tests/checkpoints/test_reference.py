@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def test_recurrent_and_chunked(every: Any, model: GramianForCausalLM) -> None:
     cuts = [0, 1, 3, 20, *range(21, 30), tokens.shape[1]]
     parts = [
         logits(model, tokens[:, begin:end], past_key_values=cache, use_cache=True)
-        for begin, end in zip(cuts, cuts[1:], strict=False)
+        for begin, end in itertools.pairwise(cuts)
     ]
     close(torch.cat(parts, dim=1), expected["logits"])
 
@@ -246,10 +248,7 @@ def test_a_pole_outside_of_the_unit_circle_stays_there(published: Any) -> None:
 def test_where_a_configuration_may_be(
     published: Any, write: Callable[..., Path], tmp_path: Path, shape: str
 ) -> None:
-    import json
-
-    import yaml
-
+    yaml = pytest.importorskip("yaml")
     checkpoint = published("safari_hyena_order2")
     expected = checkpoint.expected()
     file, config = write(checkpoint.tensors()), checkpoint.config()
