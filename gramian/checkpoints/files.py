@@ -186,7 +186,8 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def _why(error: Exception) -> str:
-    return f"{type(error).__name__}, {first_line(error)}"
+    line, kind = first_line(error), type(error).__name__
+    return line if line.startswith(kind) else f"{kind}, {line}"
 
 
 def _is_bookkeeping(name: str) -> bool:
