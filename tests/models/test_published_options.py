@@ -98,7 +98,7 @@ def test_the_residual_stream_of_a_half_precision_model(
     dtype = torch.float32 if wide else torch.bfloat16
     tokens = make_tokens(2, 30)
     with torch.no_grad():
-        outputs = model(tokens, output_hidden_states=True)
+        outputs = model(tokens, output_hidden_states=True, use_cache=False)
         first, second, _, last = outputs.hidden_states
         block = model.model.layers[0]
         mixed = first + block.mixer(block.mixer_norm(first.bfloat16()))
