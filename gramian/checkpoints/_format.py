@@ -12,7 +12,16 @@ from transformers import PreTrainedTokenizerFast
 
 from gramian.models import GramianConfig
 
-__all__ = ["Format", "Progress", "Shapes", "compare", "setting"]
+__all__ = [
+    "Format",
+    "Progress",
+    "Shapes",
+    "compare",
+    "refuse_unless",
+    "setting",
+    "size",
+    "tied",
+]
 
 Shapes = dict[str, tuple[int, ...]]
 Progress = Callable[[int, int], None]
@@ -102,6 +111,16 @@ def setting(
         raise ValueError(f"the checkpoint's configuration lacks {name}.")
     if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, float)):
         raise ValueError(f"{name} in the checkpoint's configuration cannot be {value!r}.")
+    return value
+
+
+def size(config: Mapping[str, Any], name: str, *default: Any) -> Any:
+    """`setting` of an integer that must be at least 1."""
+    value = setting(config, name, int, *default)
+    if isinstance(value, int) and value < 1:
+        raise ValueError(
+            f"{name} in the checkpoint's configuration must be at least 1; got {value}."
+        )
     return value
 
 

@@ -22,6 +22,7 @@ from gramian.checkpoints._format import (
     Shapes,
     refuse_unless,
     setting,
+    size,
     tied,
 )
 from gramian.checkpoints.tokenizers import DNATokenizer
@@ -57,15 +58,15 @@ class SafariHyena(Format):
             refuse_unless(layer, name, False)
         refuse_unless(config, "max_position_embeddings", 0)
         refuse_unless(config, "attn_layer_idx", [])
-        self.width = setting(config, "d_model", int)
-        self.layers = setting(config, "n_layer", int)
-        self.inner = setting(config, "d_inner", int, 4 * self.width)
-        self.tokens = setting(config, "vocab_size", int)
-        multiple = setting(config, "pad_vocab_size_multiple", int, 1)
+        self.width = size(config, "d_model")
+        self.layers = size(config, "n_layer")
+        self.inner = size(config, "d_inner", 4 * self.width)
+        self.tokens = size(config, "vocab_size")
+        multiple = size(config, "pad_vocab_size_multiple", 1)
         self.vocabulary = -(-self.tokens // multiple) * multiple
-        self.order = setting(layer, "order", int, 2)
-        self.length = setting(layer, "l_max", int)
-        self.short = setting(layer, "short_filter_order", int, 3)
+        self.order = size(layer, "order", 2)
+        self.length = size(layer, "l_max")
+        self.short = size(layer, "short_filter_order", 3)
         self.filters = (self.order - 1) * self.width
 
     @classmethod
@@ -119,8 +120,8 @@ class SafariHyena(Format):
         }
 
     def _filter_shapes(self, filter: str) -> Shapes:
-        features = setting(self.layer, "emb_dim", int, 3)
-        hidden = setting(self.layer, "filter_order", int, 64)
+        features = size(self.layer, "emb_dim", 3)
+        hidden = size(self.layer, "filter_order", 64)
         shapes: Shapes = {
             f"{filter}bias": (self.filters,),
             f"{filter}pos_emb.z": (1, self.length, features),
@@ -163,8 +164,8 @@ class SafariHyena(Format):
         trained = setting(layer, "lr_pos_emb", number, 1e-5) != 0
         return {
             "type": "implicit",
-            "embedding_features": setting(layer, "emb_dim", int, 3),
-            "hidden": setting(layer, "filter_order", int, 64),
+            "embedding_features": size(layer, "emb_dim", 3),
+            "hidden": size(layer, "filter_order", 64),
             "inner_layers": self._hidden_layers - 1,
             "frequency": setting(layer, "w", number, 1),
             "train_frequency": self._trains_frequency,
@@ -297,20 +298,20 @@ class HyenaDNA(SafariHyena):
             return super()._as_safari(config)
         refuse_unless(config, "layer_norm_epsilon", 1e-5)  # the blocks' norms have 1e-5 always
         return {
-            "d_model": setting(config, "d_model", int, 256),
-            "n_layer": setting(config, "n_layer", int, 12),
+            "d_model": size(config, "d_model", 256),
+            "n_layer": size(config, "n_layer", 12),
             "d_inner": config.get("d_inner"),
-            "vocab_size": setting(config, "vocab_size", int, _DNA_TOKENS),
-            "pad_vocab_size_multiple": setting(config, "pad_vocab_size_multiple", int, 8),
+            "vocab_size": size(config, "vocab_size", _DNA_TOKENS),
+            "pad_vocab_size_multiple": size(config, "pad_vocab_size_multiple", 8),
             "embed_dropout": config.get("embed_dropout"),
             "residual_in_fp32": True,
             "layer": {
-                "order": setting(config, "hyena_order", int, 2),
+                "order": size(config, "hyena_order", 2),
                 "l_max": config["max_seq_len"],
-                "emb_dim": setting(config, "emb_dim", int, 3),
-                "filter_order": setting(config, "filter_order", int, 64),
+                "emb_dim": size(config, "emb_dim", 3),
+                "filter_order": size(config, "filter_order", 64),
                 "num_inner_mlps": setting(config, "num_inner_mlps", int, 2),
-                "short_filter_order": setting(config, "short_filter_order", int, 3),
+                "short_filter_order": size(config, "short_filter_order", 3),
                 "train_freq": setting(config, "train_freq", bool, True),
                 "w": setting(config, "activation_freq", (int, float), 1),
                 "lr_pos_emb": 0.0,

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gramian.checkpoints._format import Shapes, setting
+from gramian.checkpoints._format import Shapes, setting, size
 from gramian.checkpoints.hyena_lm import SafariHyena
 from gramian.filters import RTF
 
@@ -30,8 +30,8 @@ class HyenaRTF(SafariHyena):
         arguments = setting(self.layer, "filter_args", Mapping, {})
         truncated = arguments.get("trunc_len")  # an unresolved reference to l_max is a string
         self.taps = truncated if isinstance(truncated, int) else self.length
-        self.state_size = setting(arguments, "state_size", int)
-        self.denominators = setting(arguments, "num_a", int, self.filters)
+        self.state_size = size(arguments, "state_size")
+        self.denominators = size(arguments, "num_a", self.filters)
         self.constraint = setting(arguments, "constraint", str, "no")
         if self.constraint not in ("no", "l1_montel"):
             raise ValueError(

@@ -22,6 +22,7 @@ from gramian.checkpoints._format import (
     Shapes,
     refuse_unless,
     setting,
+    size,
     tied,
 )
 from gramian.checkpoints.tokenizers import EvoTokenizer
@@ -46,24 +47,24 @@ class StripedHyena(Format):
         self.config = config
         # a Hugging Face folder's configuration has defaults of its own
         hugging = config.get("model_type") == "stripedhyena"
-        self.width = setting(config, "hidden_size", int)
-        self.layers = setting(config, "num_layers", int)
-        self.vocabulary = setting(config, "vocab_size", int)
-        self.heads = setting(config, "num_attention_heads", int)
-        self.state_size = setting(config, "state_size", int)
-        self.short = setting(config, "short_filter_length", int)
-        self.groups = setting(config, "proj_groups", int, 4 if hugging else 1)
+        self.width = size(config, "hidden_size")
+        self.layers = size(config, "num_layers")
+        self.vocabulary = size(config, "vocab_size")
+        self.heads = size(config, "num_attention_heads")
+        self.state_size = size(config, "state_size")
+        self.short = size(config, "short_filter_length")
+        self.groups = size(config, "proj_groups", 4 if hugging else 1)
         self.split = setting(config, "column_split_hyena", bool, True)
         self.flash_norm = setting(config, "use_flash_rmsnorm", bool, hugging)
         self.eps = setting(config, "eps", float)
-        self.length = setting(config, "max_seqlen", int, 8192)
+        self.length = size(config, "max_seqlen", size(config, "max_sequence_len", 8192))
         self.base = setting(config, "rotary_emb_base", (int, float), 500_000 if hugging else 10_000)
         self.attention = setting(config, "attn_layer_idxs", list, [])
         activation = setting(config, "mlp_activation", str, "silu")
         if activation not in ("silu", "gelu"):
             raise ValueError(f"mlp_activation must be 'silu' or 'gelu'; got {activation!r}.")
         self.activation = activation
-        filters = setting(config, "hyena_filter_groups", int, 1)
+        filters = size(config, "hyena_filter_groups", 1)
         if self.width % self.heads or self.heads % self.groups or self.width % filters:
             raise ValueError(
                 "num_attention_heads and hyena_filter_groups must divide hidden_size, and "
@@ -78,9 +79,9 @@ class StripedHyena(Format):
 
     def _inner_size(self) -> int:
         """What the configuration says, or the published rule where it says nothing."""
-        multiple = setting(self.config, "inner_size_multiple_of", int, 64)
-        size = int(2 * self.width * 4 / 3)
-        return setting(self.config, "inner_mlp_size", int, -(-size // multiple) * multiple)
+        multiple = size(self.config, "inner_size_multiple_of", 64)
+        least = int(2 * self.width * 4 / 3)
+        return size(self.config, "inner_mlp_size", -(-least // multiple) * multiple)
 
     @classmethod
     def strip(cls, names: Iterable[str]) -> dict[str, str] | None:
