@@ -96,9 +96,12 @@ def load(
     dtype = _embedding_dtype(weights) if dtype is None else dtype
     model_config = source.model_config(weights)
     state = source.translate(weights, progress or (lambda done, total: None))
-    model = GramianForCausalLM.from_pretrained(
-        None, config=model_config, state_dict=state, dtype=dtype
-    ).eval()
+    model, info = GramianForCausalLM.from_pretrained(
+        None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    if any(info.values()):  # a format's own mistake; never a model with weights at random
+        raise RuntimeError(f"{cls.name} was not translated whole: {info}")
+    model.eval()
     tokenizer = source.tokenizer() or _own_tokenizer(path)
     if tokenizer is not None:
         _never_write_what_has_no_text(model, len(tokenizer))

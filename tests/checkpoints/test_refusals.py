@@ -324,3 +324,19 @@ def test_a_zip_that_is_no_checkpoint(refused: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "y.ckpt", "w") as archive:
         archive.writestr("y/other", b"")
     refused(tmp_path / "y.ckpt")
+
+
+def test_a_translation_that_forgets_a_weight_makes_no_model(
+    published: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    format = checkpoints.FORMATS["hyenadna"]
+    translate = format.translate
+
+    def forgetful(self: Any, *arguments: Any) -> dict[str, torch.Tensor]:
+        state = translate(self, *arguments)
+        del state["model.layers.0.mixer.short.bias"]
+        return state
+
+    monkeypatch.setattr(format, "translate", forgetful)
+    with pytest.raises(RuntimeError, match="not translated whole.*mixer.short.bias"):
+        checkpoints.load(published("hyenadna_tiny").file)
