@@ -338,5 +338,5 @@ def test_a_translation_that_forgets_a_weight_makes_no_model(
         return state
 
     monkeypatch.setattr(format, "translate", forgetful)
-    with pytest.raises(RuntimeError, match="not translated whole.*mixer.short.bias"):
+    with pytest.raises(RuntimeError, match=r"not translated whole.*mixer\.short\.bias"):
         checkpoints.load(published("hyenadna_tiny").file)
