@@ -32,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="The memory of causal sequence models: train, distil, generate in constant memory.",
+    help="The memory of causal sequence models: train, convert, distil, generate.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
@@ -151,8 +151,7 @@ def distill(
     _check_tolerance(tol)
     if order is not None and order < 1:
         raise UserError(f"The order must be at least 1; got {order}.")
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already; name a folder that does not.")
+    _check_new(out)
     _quiet_transformers()
     console = Console(stderr=as_json)
     loaded = _load(model)
@@ -185,6 +184,75 @@ def distill(
     else:
         console.print(report)
         console.print(f"Written to {out}", highlight=False)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="File or folder of a published model.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the result.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="JSON or YAML configuration, if it is not beside the checkpoint."),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="safari, hyenadna, hyena_rtf or striped_hyena, in place of recognising it."
+        ),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a published Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo CHECKPOINT a model in OUT.
+
+    Files are read as tensors only: nothing in a checkpoint is run.
+    """
+    _check_new(out)
+    _quiet_transformers()
+    console = Console(stderr=as_json)
+
+    from rich.progress import Progress
+
+    from gramian import checkpoints
+    from gramian._staging import staged_directory
+
+    bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with staged_directory(out) as stage, bar as progress:
+        task = progress.add_task("Converting", total=None)
+        try:
+            model, tokenizer, name = checkpoints.load(
+                checkpoint,
+                config=config,
+                format=format,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(_one_line(error)) from error
+        model.save_pretrained(stage)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        settings = model.config
+        report = {
+            "format": name,
+            "layers": settings.num_hidden_layers,
+            "width": settings.hidden_size,
+            "vocabulary": settings.vocab_size,
+            "filter_length": settings.max_position_embeddings,
+            "parameters": model.num_parameters(),
+            "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
+        }
+        (stage / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    console.print(
+        f"{name}: {report['layers']} layers of width {report['width']:,}, "
+        f"{report['parameters']:,} parameters, filters of {report['filter_length']:,} taps; "
+        f"{'no tokenizer' if tokenizer is None else report['tokenizer']}.\nWritten to {out}",
+        highlight=False,
+    )
 
 
 @app.command()
@@ -334,6 +402,11 @@ def _tokens(folder: Path, model: GramianForCausalLM, text: Path, batch: int, len
             f"{text} has {len(ids)} tokens; {batch} sequences of {length} need {batch * length}."
         )
     return ids[: batch * length].reshape(batch, length)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; name a folder that does not.")
 
 
 def _check_tolerance(tol: float) -> None:

@@ -39,8 +39,8 @@ def distill(
     Each filter's kernel, over the model's `max_position_embeddings` taps, is reduced with
     `gramian.reduce`; the `ModalFilter`s that hold the results take the filters' places in a copy of
     the model. The copy is of the same class, with `config.filter` one configuration per layer, and
-    is saved, loaded, trained and generated from like any other. Filters that are modal already stay
-    as they are. The given model is left untouched.
+    is saved, loaded, trained and generated from like any other. Filters that are modal already, and
+    layers of attention, stay as they are. The given model is left untouched.
 
     Args:
         model: any Gramian model that is not bidirectional.
@@ -63,7 +63,7 @@ def distill(
     filters = [mixer.filter for mixer in _mixers(model)]
     if model.config.bidirectional:
         raise ValueError("A bidirectional model cannot be distilled: it has no recurrence.")
-    long = [i for i, filter in enumerate(filters) if not isinstance(filter, ModalFilter)]
+    long = [i for i, f in enumerate(filters) if not (f is None or isinstance(f, ModalFilter))]
     wanted = {"order": order} if order is not None else {"tol": tol, "max_order": max_order}
     if order is None:
         _check_tolerance(tol)

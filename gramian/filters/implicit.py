@@ -41,6 +41,9 @@ class ImplicitFilter(Filter):
         bias: Whether to add a trainable direct term at tap 0.
         trainable_time: Whether the time features are parameters (published with a learning rate of
             1e-5, see :meth:`optimizer_hints`) or fixed.
+        stored_time: Whether fixed time features are saved with the weights and loaded with them,
+            for those of a published model: rounded otherwise, they make another kernel, as the MLP
+            multiplies differences by ω in every layer. By default they are computed anew.
         lr: Learning rate of the filter's parameters, if not that of the model.
 
     Raises:
@@ -64,6 +67,7 @@ class ImplicitFilter(Filter):
         normalized: bool = False,
         bias: bool = True,
         trainable_time: bool = False,
+        stored_time: bool = False,
         lr: float | None = None,
     ) -> None:
         super().__init__(channels, max_length)
@@ -88,6 +92,7 @@ class ImplicitFilter(Filter):
         self.modulate = modulate
         self.normalized = normalized
         self.trainable_time = trainable_time
+        self.stored_time = stored_time
         self.lr = check_lr(lr)
 
         widths = [embedding_features] + [hidden] * (inner_layers + 1)
@@ -102,7 +107,7 @@ class ImplicitFilter(Filter):
         if trainable_time:
             self.features = nn.Parameter(features)
         else:
-            self.register_buffer("features", features, persistent=False)
+            self.register_buffer("features", features, persistent=stored_time)
         self.register_buffer("decay", torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
@@ -170,6 +175,7 @@ class ImplicitFilter(Filter):
             "normalized": self.normalized,
             "bias": self.bias is not None,
             "trainable_time": self.trainable_time,
+            "stored_time": self.stored_time,
             "lr": self.lr,
         }
 

@@ -2,7 +2,7 @@ r"""Modal filters: poles and residues as parameters, with an order for every cha
 
 ``λ_k = exp(-exp(log_decay_k) + iπ angle_k)`` lies inside the unit circle whatever the parameters,
 and an angle of exactly 0 or 1 is a real pole. Residues are pairs of real numbers: no complex tensor
-is stored.
+is stored. Poles that nothing bounds are ``exp(-decay_k + iπ angle_k)``.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class ModalFilter(Filter):
             for all. Parameters are stored without padding, channel after channel.
         max_length: Taps over which the filter was trained or fitted; it goes on past them.
         lr: Learning rate of the poles, if not that of the model.
+        bounded: Whether poles are held inside the unit circle. Published modal models leave them
+            free, so that some may be outside; over few taps that does no harm.
 
     Raises:
         ValueError: if ``orders`` does not name one non-negative number for every channel, or ``lr``
@@ -47,6 +49,7 @@ class ModalFilter(Filter):
         orders: int | Sequence[int],
         max_length: int,
         lr: float | None = None,
+        bounded: bool = True,
     ) -> None:
         super().__init__(channels, max_length)
         listed = [orders] * channels if isinstance(orders, int) else [int(o) for o in orders]
@@ -57,8 +60,12 @@ class ModalFilter(Filter):
             )
         self.orders = tuple(listed)
         self.lr = check_lr(lr)
+        self.bounded = bounded
         modes = sum(self.orders)
-        self.log_decay = nn.Parameter(torch.empty(modes))
+        if bounded:
+            self.log_decay = nn.Parameter(torch.empty(modes))
+        else:
+            self.decay = nn.Parameter(torch.empty(modes))
         self.angle = nn.Parameter(torch.empty(modes))
         self.residues = nn.Parameter(torch.empty(modes, 2))
         self.d = nn.Parameter(torch.empty(channels))
@@ -68,7 +75,13 @@ class ModalFilter(Filter):
     _slot: Tensor
 
     @classmethod
-    def from_system(cls, system: Modal, max_length: int, kernel: Tensor | None = None) -> Self:
+    def from_system(
+        cls,
+        system: Modal,
+        max_length: int,
+        kernel: Tensor | None = None,
+        bounded: bool = True,
+    ) -> Self:
         """A filter that makes ``system``, without its padding.
 
         Parameters are rounded to float32, poles in another form than the system's, which shifts
@@ -76,14 +89,14 @@ class ModalFilter(Filter):
         residues are fitted anew to the poles as the filter holds them.
 
         Args:
-            system: channels (*C) of one dimension, poles inside the unit circle.
-            max_length: See the class.
+            system: channels (*C) of one dimension, poles inside the unit circle if ``bounded``.
+            max_length, bounded: See the class.
             kernel: (*C, L), real floating point, finite: the taps of which the system is a
                 reduction.
 
         Raises:
-            ValueError: if a pole that matters is not inside the unit circle, or a kernel has not
-                the system's channels.
+            ValueError: if a pole that matters is not inside the unit circle of a bounded filter, or
+                a kernel has not the system's channels.
         """
         if kernel is not None and kernel.shape[:-1] != system.d.shape:
             raise ValueError(
@@ -91,22 +104,25 @@ class ModalFilter(Filter):
                 f"{tuple(kernel.shape)}."
             )
         radius = system.spectral_radius()
-        if bool((radius >= 1).any()):
+        if bounded and bool((radius >= 1).any()):
             raise ValueError(
-                "a modal filter holds poles inside the unit circle only, got spectral radius "
-                f"{float(radius.max()):.9g}."
+                "a bounded modal filter holds poles inside the unit circle only, got spectral "
+                f"radius {float(radius.max()):.9g}."
             )
         kept = system.residues != 0
-        built = cls(len(kept), kept.sum(-1).tolist(), max_length)
+        built = cls(len(kept), kept.sum(-1).tolist(), max_length, bounded=bounded)
         poles = system.poles[kept].to(torch.complex128)
         decay = -poles.abs().clamp_min(torch.finfo(torch.float64).tiny).log()
         with torch.no_grad():
-            built.log_decay.copy_(decay.log().clamp(_MIN_LOG_DECAY, _MAX_LOG_DECAY))
+            if bounded:
+                built.log_decay.copy_(decay.log().clamp(_MIN_LOG_DECAY, _MAX_LOG_DECAY))
+            else:
+                built.decay.copy_(decay.clamp(max=math.exp(_MAX_LOG_DECAY)))
             built.angle.copy_(poles.angle() / math.pi)
             built.residues.copy_(torch.view_as_real(system.residues[kept].resolve_conj()))
             built.d.copy_(system.d)
         built = built.to(system.device)
-        if kernel is not None and kernel.shape[-1] > 1 and len(built.log_decay):
+        if kernel is not None and kernel.shape[-1] > 1 and len(built.angle):
             built._fit_residues(kernel)
         return built
 
@@ -133,7 +149,12 @@ class ModalFilter(Filter):
         """Decay times spread logarithmically over ``max_length``, angles uniformly over the half
         circle, residues with unit energy a channel."""
         slowest = -math.log(max(self.max_length, 2))
-        nn.init.uniform_(self.log_decay, slowest, 0.0)
+        if self.bounded:
+            nn.init.uniform_(self.log_decay, slowest, 0.0)
+        else:
+            nn.init.uniform_(self.decay, slowest, 0.0)
+            with torch.no_grad():
+                self.decay.exp_()
         nn.init.uniform_(self.angle, 0.0, 1.0)
         nn.init.normal_(self.residues, std=1 / max(1.0, sum(self.orders) / self.channels))
         nn.init.normal_(self.d)
@@ -148,7 +169,8 @@ class ModalFilter(Filter):
 
     def forward(self, length: int | None = None) -> Modal:
         # Double precision for exp and the circle, so that a parameter of float32 loses nothing.
-        radius = torch.exp(-torch.exp(self.log_decay.double()))
+        decay = torch.exp(self.log_decay.double()) if self.bounded else self.decay.double()
+        radius = torch.exp(-decay)
         angle = math.pi * self.angle.double()
         poles = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
         shape = (self.channels, max(self.orders), 2)
@@ -160,12 +182,17 @@ class ModalFilter(Filter):
         return Modal(pad(poles.to(self.residues.dtype)), pad(self.residues), self.d)
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "orders": list(self.orders), "lr": self.lr}
+        return {
+            **super().config(),
+            "orders": list(self.orders),
+            "lr": self.lr,
+            "bounded": self.bounded,
+        }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """No decay on the poles."""
         options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
-        return {"log_decay": dict(options), "angle": dict(options)}
+        return {name: dict(options) for name in ("log_decay" if self.bounded else "decay", "angle")}
 
     def extra_repr(self) -> str:
         return (

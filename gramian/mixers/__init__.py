@@ -5,6 +5,7 @@ from gramian.mixers.block import Block
 from gramian.mixers.hyena import Hyena, HyenaState
 from gramian.mixers.long_convolution import LongConvolution, LongConvolutionState
 from gramian.mixers.multi_hyena import MultiHyena, MultiHyenaState
+from gramian.mixers.softmax_attention import SoftmaxAttention, SoftmaxAttentionState
 
 __all__ = [
     "Block",
@@ -17,4 +18,6 @@ __all__ = [
     "MultiHyena",
     "MultiHyenaState",
     "ShortConvolution",
+    "SoftmaxAttention",
+    "SoftmaxAttentionState",
 ]

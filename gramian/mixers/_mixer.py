@@ -36,7 +36,9 @@ class Mixer(nn.Module, abc.ABC):
     training, whole sequences only: what carries a state is never touched by it.
     """
 
-    filter: Filter
+    filter: Filter | None
+    """The one filter of all long convolutions; None in a mixer that has none."""
+
     width: int
     kernel_dropout: float = 0.0
 
@@ -107,6 +109,10 @@ class Mixer(nn.Module, abc.ABC):
         self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
     ) -> State:
         """The state of a silent past around the states of the long convolutions."""
+
+    def reserve(self, state: State, tokens: int) -> State:
+        """``state`` with room for so many more tokens, where a mixer's state grows at all."""
+        return state
 
     def _kernel(self, system: System, like: Tensor) -> Tensor:
         """Taps for a whole sequence ``like``, (batch, length, …), in training with dropout."""
@@ -179,11 +185,16 @@ class MixerRecurrence:
     @torch.no_grad()
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Take one token (batch, width). Consumes ``state``: use only the one returned."""
+        state = self.mixer.reserve(state, 1)
         return self.mixer._step(x_t, state, tuple(recurrence.step for recurrence in self.long))
 
-    def state_bytes(self, batch_size: int, dtype: torch.dtype | None = None) -> int:
-        """Bytes of the state for ``batch_size`` sequences, at any context; nothing is allocated."""
-        return self.initial_state(batch_size, dtype=dtype, device="meta").nbytes
+    def state_bytes(
+        self, batch_size: int, dtype: torch.dtype | None = None, context: int = 1
+    ) -> int:
+        """Bytes of the state for ``batch_size`` sequences after ``context`` tokens, which only
+        attention's depends on; nothing is allocated."""
+        state = self.initial_state(batch_size, dtype=dtype, device="meta")
+        return self.mixer.reserve(state, context).nbytes
 
 
 class ShortConvolution(nn.Module):

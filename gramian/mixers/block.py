@@ -111,6 +111,9 @@ class Block(Mixer):
     ) -> State:
         return self.mixer._make_state(batch, long, dtype, device)
 
+    def reserve(self, state: State, tokens: int) -> State:
+        return self.mixer.reserve(state, tokens)
+
     def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
         mixed = self.mixer(self._normed_whole(x, mask) if self.prenorm else x, mask=mask)
         inner = self._drop(nn.functional.gelu(mixed))

@@ -2,6 +2,9 @@ r"""Hyena: long convolutions interleaved with gates.
 
 With projections ``x^0, …, x^{N-1}, v`` after a short convolution, ``v ← h^n * (x^n v)`` for n from
 N - 1 down to 1, then ``y = x^0 v`` (Hyena, Poli et al. 2023, definition 3.1; order N ≥ 2).
+
+Hyena-RTF (Parnichkun et al. 2024, section 4.3) puts ``gelu(W norm(y))`` between y and the output
+projection.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from gramian.ops import causal_convolution
 from gramian.systems import State, System
 
 __all__ = ["Hyena", "HyenaState"]
+
+_MIMO_NORM_EPS = 1e-6
 
 
 class _Fields(NamedTuple):
@@ -42,10 +47,14 @@ class Hyena(Mixer):
         order: N ≥ 2: long convolutions and gates plus one.
         short_kernel: Taps of the short convolution.
         kernel_dropout: Probability of dropping a tap of the long convolutions in training.
+        mimo_size: Width of Hyena-RTF's map across channels after the last gate, ``gelu(W norm(y))``
+            with an RMS norm; by default there is none.
 
     Raises:
-        ValueError: if the order is below 2 or the filter does not fit.
+        ValueError: if the order is below 2, ``mimo_size`` below 1, or the filter does not fit.
     """
+
+    filter: Filter
 
     def __init__(
         self,
@@ -55,10 +64,13 @@ class Hyena(Mixer):
         order: int = 2,
         short_kernel: int = 3,
         kernel_dropout: float = 0.0,
+        mimo_size: int | None = None,
     ) -> None:
         super().__init__()
         if order < 2:
             raise ValueError(f"the order of a Hyena must be at least 2, got {order}.")
+        if mimo_size is not None and mimo_size < 1:
+            raise ValueError(f"mimo_size must be at least 1 or None, got {mimo_size}.")
         defaults = {} if max_length is None else {"max_length": max_length}
         self.width = width
         self.order = order
@@ -66,7 +78,12 @@ class Hyena(Mixer):
         self.in_proj = nn.Linear(width, (order + 1) * width)
         self.short = ShortConvolution((order + 1) * width, short_kernel)
         self.filter = build(filter, channels=(order - 1) * width, **defaults)
-        self.out_proj = nn.Linear(width, width)
+        if mimo_size is None:
+            self.mimo = None
+        else:
+            norm = nn.RMSNorm(width, eps=_MIMO_NORM_EPS)
+            self.mimo = nn.Sequential(norm, nn.Linear(width, mimo_size), nn.GELU())
+        self.out_proj = nn.Linear(width if mimo_size is None else mimo_size, width)
 
     @property
     def _long_shape(self) -> tuple[int, ...]:
@@ -95,7 +112,11 @@ class Hyena(Mixer):
                 gate=last if n == len(gates) - 1 else None,
                 dim=-2,
             )
-        return self.out_proj(value)
+        return self._finish(value)
+
+    def _finish(self, y: Tensor) -> Tensor:
+        """What follows the last gate: (…, width) to the same."""
+        return self.out_proj(y if self.mimo is None else self.mimo(y))
 
     def _make_state(
         self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
@@ -113,7 +134,7 @@ class Hyena(Mixer):
             y, inner = operator(apply_mask(gate * value, mask).mT, inner)
             value = y.mT
             long.append(inner)
-        return self.out_proj(last * value), HyenaState(past, tuple(long))
+        return self._finish(last * value), HyenaState(past, tuple(long))
 
     def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
         assert isinstance(state, HyenaState)
@@ -123,4 +144,4 @@ class Hyena(Mixer):
         for gate, step, inner in zip(reversed(gates), steps, state.long, strict=True):
             value, inner = step(gate * value, inner)
             long.append(inner)
-        return self.out_proj(last * value), HyenaState(past, tuple(long))
+        return self._finish(last * value), HyenaState(past, tuple(long))

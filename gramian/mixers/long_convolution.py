@@ -45,6 +45,8 @@ class LongConvolution(Mixer):
             for a recurrence or given a state, since it has none.
     """
 
+    filter: Filter
+
     def __init__(
         self, filter: Filter, bidirectional: bool = False, kernel_dropout: float = 0.0
     ) -> None:

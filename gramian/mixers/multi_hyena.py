@@ -65,6 +65,8 @@ class MultiHyena(Mixer):
         ValueError: if the heads do not divide the width or the filter does not fit.
     """
 
+    filter: Filter
+
     def __init__(
         self,
         width: int,

@@ -7,15 +7,18 @@ and the shapes of its parameters are read from here before any weight is.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-MIXERS = ("multi_hyena", "hyena", "long_convolution")
+from gramian.mixers import SoftmaxAttention
+
+MIXERS = ("multi_hyena", "hyena", "long_convolution", "softmax_attention")
 BLOCKS = ("mlp", "glu")
-NORMS = ("rms", "layer", "batch")
+NORMS = {"mlp": ("rms", "rms_plus_eps", "layer"), "glu": ("rms", "layer", "batch")}
 POOLING = ("mean", "last")
 
 
@@ -27,20 +30,29 @@ class GramianConfig(PreTrainedConfig):
             special tokens.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
-        num_heads: heads of `multi_hyena` mixers; must divide `hidden_size`.
-        mixers: `"multi_hyena"`, `"hyena"` or `"long_convolution"`, or a list with one of them per
-            layer.
+        num_heads: heads of `multi_hyena` and `softmax_attention` mixers; must divide `hidden_size`.
+        mixers: `"multi_hyena"`, `"hyena"`, `"long_convolution"` or `"softmax_attention"`, or a list
+            with one of them per layer.
         filter: configuration of the mixers' filters: `{"type": name, ...}` as for
-            `gramian.filters.build`, or a list with one per layer.
+            `gramian.filters.build`, or a list with one per layer, in which those of
+            `softmax_attention` layers are not looked at and may be None.
+        attention: further arguments of `gramian.mixers.SoftmaxAttention`, such as `kv_heads`,
+            `window` and `rotary_base`, for all `softmax_attention` layers.
         max_position_embeddings: `max_length` of the filters. It is no limit on the input: past it
-            an FIR filter is zero and a rational one goes on. There is no positional embedding.
+            an FIR filter is zero and a rational one goes on. There is no positional embedding, but
+            for the rotations inside attention, which know no limit either.
         hyena_order: number of projections of `hyena` mixers less one.
         short_kernel: taps of the mixers' short convolutions.
-        block: `"mlp"`, a mixer and an MLP, each after an RMS norm and beside a residual connection,
+        hyena_mimo_size: width of the map across channels before the output projection of `hyena`
+            mixers, which Hyena-RTF has; none by default.
+        block: `"mlp"`, a mixer and an MLP, each after a norm and beside a residual connection,
             as language models have; or `"glu"`, a `gramian.mixers.Block`, as models of long
             continuous sequences have, in which a mixer is followed by one gated linear map.
-        norm: of `"glu"` blocks: `"rms"`, `"layer"` or `"batch"`; the last not for
-            `GramianForCausalLM`, as its statistics look ahead.
+        norm: of `"mlp"` blocks: `"rms"`, `"rms_plus_eps"` (StripedHyena's, where the epsilon is
+            added to the root and not under it) or `"layer"`; of `"glu"` blocks: `"rms"`, `"layer"`
+            or `"batch"`, the last not for `GramianForCausalLM`, as its statistics look ahead.
+        final_norm: the one after the last block, `"rms"`, `"rms_plus_eps"` or `"layer"`. By
+            default that of `"mlp"` blocks, and `"rms"` after `"glu"` blocks.
         prenorm: whether the norm of a `"glu"` block comes before its mixer, or after the residual
             connection.
         tied_dropout: whether the dropout of `"glu"` blocks drops a channel over the whole length.
@@ -53,12 +65,16 @@ class GramianConfig(PreTrainedConfig):
             over the real tokens, or the `"last"` real token's.
         dropout: probability of dropping, in training, a number of what a mixer or MLP adds to the
             residual stream.
+        embedding_dropout: probability of dropping, in training, a number of the embeddings.
         kernel_dropout: probability of dropping, in training, a tap of a long convolution.
+        residual_in_fp32: whether the residual stream between `"mlp"` blocks is in single precision
+            when the weights are in half. Hidden states are then, too.
         intermediate_size: inner width of the MLP of `"mlp"` blocks. By default 4 × `hidden_size`,
             and 8/3 of it when gated, rounded up to a multiple of 16.
         gated_mlp: `act(W₁ x) ∘ W₂ x` if true, `act(W₁ x)` if not, each followed by a projection.
+        mlp_bias: whether the maps in the MLP have biases.
         hidden_act: the activation in the MLP.
-        rms_norm_eps: added to the mean square in the norms.
+        rms_norm_eps: added to the mean square or the variance in the norms, whatever their kind.
         initializer_range: standard deviation of the initial embeddings and projections.
         use_cache: whether a forward without gradients returns its cache.
         tie_word_embeddings: whether the output projection is the embedding matrix.
@@ -69,7 +85,8 @@ class GramianConfig(PreTrainedConfig):
         ValueError: on an unknown mixer, filter or pooling, a list that is not one per layer, a size
             below 1, heads that do not divide the width, an unknown block or norm, an option of
             `"glu"` blocks with others, a dropout that is no probability below 1,
-            `bidirectional` with other mixers than `long_convolution`.
+            `bidirectional` with other mixers than `long_convolution`, an argument that
+            `SoftmaxAttention` does not take.
     """
 
     model_type = "gramian"
@@ -81,21 +98,27 @@ class GramianConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     num_heads: int = 8
     mixers: str | list[str] = "multi_hyena"
-    filter: dict[str, Any] | list[dict[str, Any]] | None = None
+    filter: dict[str, Any] | list[dict[str, Any] | None] | None = None
+    attention: dict[str, Any] | None = None
     max_position_embeddings: int = 2048
     hyena_order: int = 2
     short_kernel: int = 3
+    hyena_mimo_size: int | None = None
     block: str = "mlp"
     norm: str = "rms"
+    final_norm: str | None = None
     prenorm: bool = True
     tied_dropout: bool = False
     bidirectional: bool = False
     input_size: int | None = None
     pooling: str = "mean"
     dropout: float = 0.0
+    embedding_dropout: float = 0.0
     kernel_dropout: float = 0.0
+    residual_in_fp32: bool = False
     intermediate_size: int | None = None
     gated_mlp: bool = True
+    mlp_bias: bool = False
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -112,6 +135,8 @@ class GramianConfig(PreTrainedConfig):
             self.mixers = list(self.mixers)
         if isinstance(self.filter, tuple):
             self.filter = list(self.filter)
+        if self.final_norm is None:
+            self.final_norm = self.norm if self.block == "mlp" else "rms"
         self._validate()
         if self.intermediate_size is None:
             inner = 8 * self.hidden_size / 3 if self.gated_mlp else 4 * self.hidden_size
@@ -127,10 +152,14 @@ class GramianConfig(PreTrainedConfig):
         """Name of the mixer of layer `layer`."""
         return self.mixers if isinstance(self.mixers, str) else self.mixers[layer]
 
-    def filter_of(self, layer: int) -> dict[str, Any]:
-        """Configuration of the filter of layer `layer`, a copy."""
+    def filter_of(self, layer: int) -> dict[str, Any] | None:
+        """Configuration of the filter of layer `layer`, a copy; None for attention."""
+        if self.mixer_of(layer) == "softmax_attention":
+            return None
         assert self.filter is not None
-        return dict(self.filter if isinstance(self.filter, Mapping) else self.filter[layer])
+        one = self.filter if isinstance(self.filter, Mapping) else self.filter[layer]
+        assert one is not None
+        return dict(one)
 
     def _validate(self) -> None:
         sizes = {
@@ -141,7 +170,11 @@ class GramianConfig(PreTrainedConfig):
             "max_position_embeddings": self.max_position_embeddings,
             "short_kernel": self.short_kernel,
         }
-        optional = {"intermediate_size": self.intermediate_size, "input_size": self.input_size}
+        optional = {
+            "intermediate_size": self.intermediate_size,
+            "input_size": self.input_size,
+            "hyena_mimo_size": self.hyena_mimo_size,
+        }
         sizes |= {name: value for name, value in optional.items() if value is not None}
         for name, value in sizes.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -154,39 +187,54 @@ class GramianConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_act must be among {', '.join(sorted(ACT2FN))}; got {self.hidden_act!r}."
             )
-        choices = {"block": BLOCKS, "norm": NORMS, "pooling": POOLING}
+        choices = {
+            "block": BLOCKS,
+            "norm": NORMS.get(self.block, ()),
+            "final_norm": NORMS["mlp"],
+            "pooling": POOLING,
+        }
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
+                where = f" in {self.block!r} blocks" if name == "norm" else ""
                 raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, accepted))}; got "
+                    f"{name} must be one of {', '.join(map(repr, accepted))}{where}; got "
                     f"{getattr(self, name)!r}."
                 )
-        plain = (self.norm, self.prenorm, self.tied_dropout) == ("rms", True, False)
-        if self.block != "glu" and not plain:
+        if self.block != "glu" and (self.prenorm, self.tied_dropout) != (True, False):
             raise ValueError(
-                "norm, prenorm and tied_dropout are options of block='glu'; got them with "
+                "prenorm and tied_dropout are options of block='glu'; got them with "
                 f"block={self.block!r}."
             )
-        for name in ("dropout", "kernel_dropout"):
+        if self.block != "mlp" and (self.mlp_bias or self.residual_in_fp32):
+            raise ValueError(
+                "mlp_bias and residual_in_fp32 are options of block='mlp'; got them with "
+                f"block={self.block!r}."
+            )
+        for name in ("dropout", "embedding_dropout", "kernel_dropout"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ValueError(
                     f"{name} must be a probability, at least 0 and below 1; got {value!r}."
                 )
         _validate_mixers(self.mixers, self.num_hidden_layers)
-        _validate_filter(self.filter, self.num_hidden_layers)
-        others = {*map(self.mixer_of, range(self.num_hidden_layers))} - {"long_convolution"}
+        names = [self.mixer_of(layer) for layer in range(self.num_hidden_layers)]
+        _validate_filter(self.filter, names)
+        _validate_attention(self.attention)
+        others = {*names} - {"long_convolution"}
         if self.bidirectional and others:
             raise ValueError(
                 "bidirectional needs the mixer 'long_convolution' in every layer; got "
                 f"{', '.join(map(repr, sorted(others)))}."
             )
-        heads_matter = "multi_hyena" in map(self.mixer_of, range(self.num_hidden_layers))
-        if heads_matter and self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"num_heads must divide hidden_size for multi_hyena mixers; got {self.num_heads} "
-                f"heads and width {self.hidden_size}."
-            )
+        own_width = "head_width" in (self.attention or {})
+        for name in {*names} & (
+            {"multi_hyena"} if own_width else {"multi_hyena", "softmax_attention"}
+        ):
+            if self.hidden_size % self.num_heads:
+                raise ValueError(
+                    f"num_heads must divide hidden_size for {name} mixers; got {self.num_heads} "
+                    f"heads and width {self.hidden_size}."
+                )
 
 
 def _validate_mixers(mixers: Any, layers: int) -> None:
@@ -204,15 +252,32 @@ def _validate_mixers(mixers: Any, layers: int) -> None:
             raise ValueError(f"mixers must be among {accepted}; got {name!r}.")
 
 
-def _validate_filter(filter_config: Any, layers: int) -> None:
-    if isinstance(filter_config, list) and len(filter_config) != layers:
+def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
+    if isinstance(filter_config, list) and len(filter_config) != len(mixers):
         raise ValueError(
-            f"filter must have one configuration for each of the {layers} layers; got "
+            f"filter must have one configuration for each of the {len(mixers)} layers; got "
             f"{len(filter_config)}."
         )
-    for one in filter_config if isinstance(filter_config, list) else [filter_config]:
+    listed = filter_config if isinstance(filter_config, list) else [filter_config] * len(mixers)
+    for one, name in zip(listed, mixers, strict=True):
+        if name == "softmax_attention" and (one is None or isinstance(one, Mapping)):
+            continue
         if not isinstance(one, Mapping) or not isinstance(one.get("type"), str):
             raise ValueError(
                 "filter must be a dict such as {'type': 'implicit'}, or a list with one per layer; "
                 f"got {one!r}."
             )
+
+
+def _validate_attention(attention: Any) -> None:
+    if attention is None:
+        return
+    accepted = [
+        name
+        for name, parameter in inspect.signature(SoftmaxAttention).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    ]
+    if not isinstance(attention, Mapping) or not {*attention} <= {*accepted}:
+        raise ValueError(
+            f"attention must be a dict with some of {', '.join(accepted)}; got {attention!r}."
+        )

@@ -2,7 +2,7 @@
 
 A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`, or the one of `gramian.mixers.Block`; a
 model is an embedding, the blocks and a last norm. Order in time enters through the mixers alone, so
-there is no positional embedding.
+there is no positional embedding. Every layer has the mixer that the configuration names for it.
 
 Training and scoring convolve. With a cache the mixers' recurrences run: a prompt is prefilled, then
 each token costs one step, and what is remembered has a size of its own (`state_bytes`) whatever the
@@ -27,35 +27,49 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from gramian.filters import Filter, build
-from gramian.mixers import Block, Hyena, LongConvolution, Mixer, MultiHyena, ShortConvolution
+from gramian.mixers import (
+    Block,
+    Hyena,
+    LongConvolution,
+    Mixer,
+    MultiHyena,
+    ShortConvolution,
+    SoftmaxAttention,
+)
 from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import GramianConfig
+from gramian.models.norms import make_norm
 
 
 def build_mixer(config: GramianConfig, layer: int) -> Mixer:
     """The mixer of layer `layer`: (batch, length, hidden_size) to the same."""
     name, width = config.mixer_of(layer), config.hidden_size
+    if name == "softmax_attention":
+        return SoftmaxAttention(width, config.num_heads, **(config.attention or {}))
     filter_config, max_length = config.filter_of(layer), config.max_position_embeddings
+    assert filter_config is not None
     short, dropout = config.short_kernel, config.kernel_dropout
     if name == "long_convolution":
         channels = 2 * width if config.bidirectional else width
         filter = build(filter_config, channels=channels, max_length=max_length)
         return LongConvolution(filter, config.bidirectional, dropout)
     if name == "hyena":
-        return Hyena(width, filter_config, max_length, config.hyena_order, short, dropout)
+        order, mimo_size = config.hyena_order, config.hyena_mimo_size
+        return Hyena(width, filter_config, max_length, order, short, dropout, mimo_size)
     return MultiHyena(width, config.num_heads, filter_config, max_length, short, dropout)
 
 
 class GramianMLP(nn.Module):
-    """`W₃ (act(W₁ x) ∘ W₂ x)` when gated, `W₃ act(W₁ x)` when not, without biases."""
+    """`W₃ (act(W₁ x) ∘ W₂ x)` when gated, `W₃ act(W₁ x)` when not; biases where asked for."""
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__()
         assert config.intermediate_size is not None
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, inner, bias=False) if config.gated_mlp else None
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        bias = config.mlp_bias
+        self.gate_proj = nn.Linear(width, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -72,9 +86,9 @@ class GramianBlock(GradientCheckpointingLayer):
     def __init__(self, config: GramianConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = make_norm(config.norm, config.hidden_size, config.rms_norm_eps)
         self.mixer = build_mixer(config, layer)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = make_norm(config.norm, config.hidden_size, config.rms_norm_eps)
         self.mlp = GramianMLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -85,13 +99,20 @@ class GramianBlock(GradientCheckpointingLayer):
         past_key_values: GramianCache | None = None,
     ) -> Tensor:
         """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
-        normed = self.mixer_norm(hidden_states)
+        normed = _normed(self.mixer_norm, hidden_states)
         if past_key_values is None:
             mixed = self.mixer(normed, mask=mask)
         else:
             mixed = _mix_on(self.mixer, normed, mask, past_key_values.layers[self.layer])
         hidden_states = hidden_states + self.dropout(mixed)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        return hidden_states + self.dropout(self.mlp(_normed(self.mlp_norm, hidden_states)))
+
+
+def _normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+    """The norm, in its own precision, of a residual stream that may have a higher one."""
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    return norm(hidden_states.to(weight.dtype))
 
 
 class GramianGLUBlock(GradientCheckpointingLayer):
@@ -172,9 +193,10 @@ class GramianPreTrainedModel(PreTrainedModel):
         """Bytes that `batch` sequences keep between two tokens after `context` tokens.
 
         The sum over layers of the bytes of the state of the mixer's recurrence, asked of the
-        recurrence itself and equal to `GramianCache.nbytes`; nothing is run. No mixer's state grows
-        with the context: a modal filter's has one complex number per mode and stream, an FIR
-        filter's its last inputs, bounded by `max_position_embeddings` from the first token on. The
+        recurrence itself and equal to `GramianCache.nbytes`; nothing is run. No convolution's state
+        grows with the context: a modal filter's has one complex number per mode and stream, an FIR
+        filter's its last inputs, bounded by `max_position_embeddings` from the first token on.
+        Attention's keys and values grow up to its window, their room doubling each time. The
         snapshot of the filters is not counted: it belongs to the model and is shared by the batch.
 
         Raises:
@@ -187,7 +209,7 @@ class GramianPreTrainedModel(PreTrainedModel):
             )
         with torch.no_grad():
             return sum(
-                block.mixer.recurrence().state_bytes(batch, dtype=self.dtype)
+                block.mixer.recurrence().state_bytes(batch, dtype=self.dtype, context=context)
                 for block in self.base_model.layers
             )
 
@@ -202,7 +224,7 @@ class GramianPreTrainedModel(PreTrainedModel):
         small = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, Filter | ShortConvolution):
             _reset(module)
-        elif isinstance(module, Hyena | MultiHyena):
+        elif isinstance(module, Hyena | MultiHyena | SoftmaxAttention):
             nn.init.normal_(module.out_proj.weight, std=small)
         elif isinstance(module, GramianMLP):
             nn.init.normal_(module.down_proj.weight, std=small)
@@ -237,7 +259,9 @@ class GramianModel(GramianPreTrainedModel):
         self.layers = nn.ModuleList(
             kind(config, layer) for layer in range(config.num_hidden_layers)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        assert config.final_norm is not None
+        self.norm = make_norm(config.final_norm, config.hidden_size, config.rms_norm_eps)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -279,7 +303,9 @@ class GramianModel(GramianPreTrainedModel):
                 gradient checkpointing or in a bidirectional model.
             TypeError: on a cache that is not a `GramianCache`.
         """
-        hidden_states = self._embed(input_ids, input_values, inputs_embeds)
+        hidden_states = self.embedding_dropout(self._embed(input_ids, input_values, inputs_embeds))
+        if self.config.residual_in_fp32 and hidden_states.dtype.itemsize < 4:
+            hidden_states = hidden_states.float()
         batch, length = hidden_states.shape[:2]
         if length == 0:
             raise ValueError("the model needs at least one token; got sequences of length 0.")
@@ -293,7 +319,7 @@ class GramianModel(GramianPreTrainedModel):
             hidden_states = block(hidden_states, mask=mask, past_key_values=cache)
             if output_hidden_states:
                 seen.append(hidden_states)
-        hidden_states = self.norm(hidden_states)
+        hidden_states = _normed(self.norm, hidden_states)
         if output_hidden_states:
             seen[-1] = hidden_states
         return BaseModelOutputWithPast(

@@ -22,7 +22,7 @@ class ByteTokenizer(PreTrainedTokenizerFast):
 
     def __init__(self, **kwargs: Any) -> None:
         if kwargs.get("tokenizer_object") is None and kwargs.get("tokenizer_file") is None:
-            kwargs["tokenizer_object"] = _byte_level()
+            kwargs["tokenizer_object"] = _with_special_tokens()
         settings = {
             **SPECIAL_TOKENS,
             "padding_side": "left",
@@ -32,17 +32,23 @@ class ByteTokenizer(PreTrainedTokenizerFast):
         super().__init__(**(settings | kwargs))
 
 
-def _byte_level() -> Tokenizer:
-    """Byte-level pair encoding without a single merge."""
-    vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
+def _with_special_tokens() -> Tokenizer:
+    """Bytes, and the special tokens after them."""
+    tokenizer = byte_level()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     return tokenizer
 
 
-def _byte_symbols() -> list[str]:
+def byte_level() -> Tokenizer:
+    """Byte-level pair encoding without a single merge: the id of a byte is its value."""
+    vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def byte_symbols() -> list[str]:
     """The characters that stand for the 256 bytes in byte-level encoders.
 
     A byte that is a visible Latin-1 character stands for itself; the others, in order, are written

@@ -55,8 +55,12 @@ class State(tuple):
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
-        """The state on another device or in another floating-point dtype."""
-        return self.map(lambda tensor: tensor.to(device=device, dtype=dtype))
+        """The state on another device or in another floating-point dtype; counts stay integers."""
+        return self.map(
+            lambda tensor: tensor.to(
+                device=device, dtype=dtype if tensor.is_floating_point() else None
+            )
+        )
 
     @property
     def nbytes(self) -> int:

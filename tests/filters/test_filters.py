@@ -27,7 +27,9 @@ CONFIGS = {
         "bias": False,
         "lr": 1e-4,
     },
+    "implicit_stored": {"type": "implicit", "hidden": 8, "stored_time": True},
     "modal": {"type": "modal", "orders": [0, 3, 1, 2]},
+    "modal_free": {"type": "modal", "orders": [2, 0, 1, 1], "bounded": False},
     "s4d": {"type": "s4d", "state_size": 6},
     "s4d_bilinear": {
         "type": "s4d",
@@ -184,6 +186,32 @@ def test_residues_make_up_for_the_rounding_of_poles():
     assert float(fitted.sum()) < 0.7 * float(plain.sum())
     with pytest.raises(ValueError, match="has shape"):
         ModalFilter.from_system(system, length, kernel=kernel[0])
+
+
+def test_free_modal_filter_holds_poles_outside_of_the_unit_circle():
+    torch.manual_seed(0)
+    radius = torch.tensor([[1.01, 1.0, 0.99, 0.0]], dtype=torch.float64)
+    angle = torch.tensor([[0.2, torch.pi, -1.0, 0.0]], dtype=torch.float64)
+    residues = torch.randn(1, 4, dtype=torch.complex128)
+    system = Modal(torch.polar(radius, angle), residues, torch.randn(1).double())
+    made = ModalFilter.from_system(system, 100, bounded=False)
+    expected = system.impulse_response(200)
+    torch.testing.assert_close(
+        made().impulse_response(200).double(), expected, rtol=1e-4, atol=1e-4
+    )
+    assert float(made().spectral_radius()) == pytest.approx(1.01, rel=1e-6)
+
+
+def test_stored_time_is_part_of_the_weights_and_follows_them():
+    made = make("implicit_stored")
+    assert "features" in made.state_dict()
+    assert "features" not in make("implicit").state_dict()
+    changed = {name: value.clone() for name, value in made.state_dict().items()}
+    changed["features"] += 0.01 * torch.randn_like(changed["features"])
+    other = make("implicit_stored")
+    other.load_state_dict(changed)
+    assert not torch.allclose(other().kernel, made().kernel)
+    assert not other.features.requires_grad
 
 
 @pytest.mark.parametrize("initialization", ["zeros", "xavier", "montel"])

@@ -22,10 +22,11 @@ FILTERS = {
     },
     "implicit": {"type": "implicit", "hidden": 16},
     "modal": {"type": "modal", "orders": 3},
+    "modal_free": {"type": "modal", "orders": 2, "bounded": False},
     "s4d": {"type": "s4d", "state_size": 8, "initialization": "lin"},
     "s4": {"type": "s4", "state_size": 8},
 }
-MIXERS = ["long_convolution", "hyena2", "hyena3", "multi_hyena"]
+MIXERS = ["long_convolution", "hyena2", "hyena3", "hyena_mimo", "multi_hyena"]
 
 
 def make(mixer: str, filter_name: str) -> Mixer:
@@ -35,6 +36,8 @@ def make(mixer: str, filter_name: str) -> Mixer:
         return LongConvolution(build(config, channels=WIDTH, max_length=MAX_LENGTH))
     if mixer == "multi_hyena":
         return MultiHyena(WIDTH, 3, config, max_length=MAX_LENGTH)
+    if mixer == "hyena_mimo":
+        return Hyena(WIDTH, config, max_length=MAX_LENGTH, mimo_size=7)
     return Hyena(WIDTH, config, max_length=MAX_LENGTH, order=int(mixer[-1]))
 
 
@@ -73,7 +76,12 @@ def naive(mixer: Mixer, x: torch.Tensor) -> torch.Tensor:
         # channel c (order - 1) + n belongs to gate n of channel c
         matrix = matrices[n :: mixer.order - 1]
         value = (matrix @ (gate * value).mT.unsqueeze(-1)).squeeze(-1).mT
-    return mixer.out_proj(gates[0] * value)
+    y = gates[0] * value
+    if mixer.mimo is not None:
+        norm, linear, _ = mixer.mimo
+        y = norm.weight * y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        y = F.gelu(linear(y))
+    return mixer.out_proj(y)
 
 
 @every

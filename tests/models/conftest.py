@@ -27,8 +27,14 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(params=MIXERS)
-def mixer(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(
+    params=[
+        *(name for name in MIXERS if name != "softmax_attention"),
+        pytest.param(["hyena", "softmax_attention"], id="hybrid"),
+    ]
+)
+def mixer(request: pytest.FixtureRequest) -> Any:
+    """What `mixers` says: attention beside a convolution, so that every filter meets it."""
     return request.param
 
 
@@ -46,6 +52,7 @@ def make_config() -> Callable[..., GramianConfig]:
             "num_hidden_layers": 2,
             "num_heads": 3,
             "filter": FILTERS["implicit"],
+            "attention": {"kv_heads": 1, "window": 33},
             "max_position_embeddings": MAX_LENGTH,
             "initializer_range": 0.4,
         }

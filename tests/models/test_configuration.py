@@ -38,6 +38,12 @@ def test_a_plain_mlp_is_four_times_as_wide() -> None:
     [
         {},
         {"mixers": ["hyena", "multi_hyena"], "num_hidden_layers": 2, "hyena_order": 3},
+        {
+            "mixers": ["hyena", "softmax_attention"],
+            "num_hidden_layers": 2,
+            "filter": [{"type": "implicit"}, None],
+            "attention": {"kv_heads": 2, "window": 128, "rotary_base": 1e6},
+        },
         {"filter": [{"type": "modal", "orders": [1, 2]}, {"type": "rtf", "state_size": 3}]},
         {"tie_word_embeddings": False, "eos_token_id": 5, "intermediate_size": 7},
         {
@@ -65,6 +71,7 @@ def test_json_round_trip(kwargs: dict[str, Any], tmp_path: Path) -> None:
         assert type(read) is GramianConfig
         assert read.to_diff_dict() == config.to_diff_dict()
         assert (read.mixers, read.filter) == (config.mixers, config.filter)
+        assert read.attention == config.attention
         assert (read.num_labels, read.problem_type) == (config.num_labels, config.problem_type)
 
 
@@ -89,6 +96,13 @@ def test_reading_a_filter_gives_a_copy() -> None:
     [
         ({"mixers": "attention"}, "mixers must be among 'multi_hyena', .*; got 'attention'"),
         ({"mixers": ["hyena"] * 3}, "one mixer for each of the 4 layers; got 3"),
+        (
+            {"mixers": "softmax_attention", "num_heads": 7},
+            "num_heads must divide hidden_size for softmax_attention",
+        ),
+        ({"attention": {"heads": 3}}, "attention must be a dict with some of kv_heads, .*heads"),
+        ({"attention": 5}, "attention must be a dict .*got 5"),
+        ({"filter": [None] * 4}, "filter must be a dict .*got None"),
         ({"mixers": 5}, "mixers must be .*; got int"),
         ({"filter": "implicit"}, "filter must be a dict .*; got 'implicit'"),
         ({"filter": {"state_size": 4}}, "filter must be a dict .*'type'"),
@@ -101,8 +115,13 @@ def test_reading_a_filter_gives_a_copy() -> None:
         ({"num_heads": 7}, "num_heads must divide hidden_size .* 7 heads and width 256"),
         ({"block": "conv"}, "block must be one of 'mlp', 'glu'; got 'conv'"),
         ({"block": "glu", "norm": "group"}, "norm must be one of .*; got 'group'"),
-        ({"norm": "layer"}, "options of block='glu'; got them with block='mlp'"),
-        ({"prenorm": False}, "options of block='glu'"),
+        ({"norm": "batch"}, "norm must be one of 'rms', .* in 'mlp' blocks; got 'batch'"),
+        ({"block": "glu", "norm": "rms_plus_eps"}, "in 'glu' blocks; got 'rms_plus_eps'"),
+        ({"final_norm": "batch"}, "final_norm must be one of 'rms', .*; got 'batch'"),
+        ({"prenorm": False}, "options of block='glu'; got them with block='mlp'"),
+        ({"block": "glu", "mlp_bias": True}, "options of block='mlp'; got them with block='glu'"),
+        ({"embedding_dropout": -0.1}, "embedding_dropout must be a probability.*; got -0.1"),
+        ({"hyena_mimo_size": 0}, "hyena_mimo_size must be an integer of at least 1; got 0"),
         ({"pooling": "max"}, "pooling must be one of 'mean', 'last'; got 'max'"),
         ({"dropout": 1.0}, "dropout must be a probability.*; got 1.0"),
         ({"kernel_dropout": "some"}, "kernel_dropout must be a probability.*; got 'some'"),

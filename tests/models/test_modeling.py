@@ -284,9 +284,10 @@ def test_half_precision_spares_the_filters(
     tokens = make_tokens(2, 30)
     expected = model(tokens, use_cache=False).logits
     model.to(torch.bfloat16)
-    for block in model.model.layers:
-        for tensor in (*block.mixer.filter.parameters(), *block.mixer.filter.buffers()):
-            assert tensor.dtype != torch.bfloat16
+    for filter in (block.mixer.filter for block in model.model.layers):
+        if filter is not None:
+            for tensor in (*filter.parameters(), *filter.buffers()):
+                assert tensor.dtype != torch.bfloat16
     assert model.dtype == model.lm_head.weight.dtype == torch.bfloat16
     first = model(tokens[:, :29])
     last = model(tokens[:, 29:], past_key_values=first.past_key_values)
@@ -392,3 +393,17 @@ def test_the_base_model_stands_alone(
     model = GramianModel(make_config())
     assert model(make_tokens(2, 5)).last_hidden_state.shape == (2, 5, 12)
     assert not model.can_generate()
+
+
+@torch.no_grad()
+def test_attention_counts_positions_from_the_first_real_token(
+    make_model: MakeModel, make_tokens: MakeTokens
+) -> None:
+    """Generated behind padding, attention sees what it sees without."""
+    model = make_model(mixers=["softmax_attention", "hyena"], attention={"rotary_base": 30.0})
+    tokens = make_tokens(1, 12)
+    padded = torch.cat([make_tokens(1, 70), tokens], 1)
+    mask = (torch.arange(82) >= 70).long()[None]
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, **settings)[:, 12:]
+    assert torch.equal(model.generate(padded, attention_mask=mask, **settings)[:, 82:], expected)

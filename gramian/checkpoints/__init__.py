@@ -1,0 +1,13 @@
+"""Checkpoints of published models, made into Gramian models.
+
+`load(path)` recognises a checkpoint from its keys, shapes and configuration, and returns a
+`GramianForCausalLM` that computes what the published implementation computes, and its tokenizer
+where one is known. Each format is one file: safari's Hyena language models and HyenaDNA
+(`hyena_lm.py`), the published Hyena-RTF (`hyena_rtf.py`), StripedHyena and Evo
+(`striped_hyena.py`).
+"""
+
+from gramian.checkpoints._load import FORMATS, LoadedCheckpoint, load
+from gramian.checkpoints.tokenizers import DNATokenizer, EvoTokenizer
+
+__all__ = ["FORMATS", "DNATokenizer", "EvoTokenizer", "LoadedCheckpoint", "load"]

@@ -1,0 +1,143 @@
+"""What every format of checkpoints knows about itself, and what is compared before all else."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from gramian.models import GramianConfig
+
+__all__ = [
+    "Format",
+    "Progress",
+    "Shapes",
+    "compare",
+    "refuse_unless",
+    "setting",
+    "size",
+    "tied",
+]
+
+Shapes = dict[str, tuple[int, ...]]
+Progress = Callable[[int, int], None]
+
+
+class Format(abc.ABC):
+    """One checkpoint of one format, its names stripped of wrappers' prefixes.
+
+    Args:
+        shapes: of all tensors, by stripped name.
+        config: the checkpoint's configuration.
+
+    Raises:
+        ValueError: from the constructor, on a configuration that lacks something, describes what
+            our models cannot express, or contradicts the tensors' shapes.
+    """
+
+    name: ClassVar[str]
+    """What `load` calls the format."""
+
+    layers: int
+    """Number of layers."""
+
+    def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
+        self.shapes = shapes
+
+    @classmethod
+    @abc.abstractmethod
+    def strip(cls, names: Iterable[str]) -> dict[str, str] | None:
+        """The names without wrappers' prefixes, by name; None if they are of another format."""
+
+    @abc.abstractmethod
+    def expected(self) -> Shapes:
+        """Names and shapes of the tensors that must be there, no more and no fewer."""
+
+    @abc.abstractmethod
+    def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
+        """The state dict of our model; takes the tensors that it has used out of `weights`."""
+
+    @abc.abstractmethod
+    def model_config(self, weights: Mapping[str, Tensor]) -> GramianConfig:
+        """The configuration of our model; called before `translate`."""
+
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        """The tokenizer that belongs to every checkpoint of the format, if there is one."""
+        return None
+
+
+def compare(
+    source: str, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], expected: Shapes
+) -> None:
+    """Raise a ValueError naming the keys that do not fit, if there are any.
+
+    Args:
+        source: what to call the checkpoint.
+        names: stripped names by the checkpoint's own.
+        shapes: of the tensors, by stripped name.
+        expected: of the tensors that must be there, by stripped name.
+    """
+    original = {stripped: name for name, stripped in names.items()}
+    missing = sorted(expected.keys() - shapes.keys())
+    unexpected = sorted(original[name] for name in shapes.keys() - expected.keys())
+    wrong = [
+        f"{original[name]} is {shapes[name]} and not {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    kinds = (("missing", missing), ("not of this format", unexpected), ("of other shapes", wrong))
+    parts = [f"{len(found)} {kind} ({_some(found)})" for kind, found in kinds if found]
+    if parts:
+        raise ValueError(f"{source} does not fit: {'; '.join(parts)}.")
+
+
+def setting(
+    config: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *default: Any
+) -> Any:
+    """`config[name]`, checked to be of type `kind`; the default, if one is given, where it is
+    missing or None.
+
+    Raises:
+        ValueError: if it is missing and has no default, or is of another type.
+    """
+    value = config.get(name)
+    if value is None and default:
+        return default[0]
+    if value is None:
+        raise ValueError(f"the checkpoint's configuration lacks {name}.")
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind in (int, float)):
+        raise ValueError(f"{name} in the checkpoint's configuration cannot be {value!r}.")
+    return value
+
+
+def size(config: Mapping[str, Any], name: str, *default: Any) -> Any:
+    """`setting` of an integer that must be at least 1."""
+    value = setting(config, name, int, *default)
+    if isinstance(value, int) and value < 1:
+        raise ValueError(
+            f"{name} in the checkpoint's configuration must be at least 1; got {value}."
+        )
+    return value
+
+
+def refuse_unless(config: Mapping[str, Any], name: str, *accepted: Any) -> None:
+    """Raise a ValueError unless the setting is missing or one of the accepted values."""
+    value = config.get(name)
+    if value is not None and value not in accepted:
+        raise ValueError(
+            f"the checkpoint has {name}={value!r}, which Gramian's models do not express; "
+            f"{' or '.join(map(repr, accepted))} is needed."
+        )
+
+
+def tied(weights: Mapping[str, Tensor], embedding: str, head: str) -> bool:
+    """Whether the output projection is the embedding: missing, or equal to it."""
+    return head not in weights or torch.equal(weights[head], weights[embedding])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

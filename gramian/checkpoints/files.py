@@ -1,0 +1,213 @@
+"""What a checkpoint's files hold: tensors by name, and a configuration; nothing else is made.
+
+safetensors files hold nothing but tensors. Files written by `torch.save` are pickles, read with
+`weights_only=True`: no name in them is looked up or called, except for those of tensors. Lightning
+writes its own bookkeeping beside the weights, objects of omegaconf and the like; for names of those
+packages an empty class of ours stands in, which takes what it is given and keeps nothing. Any other
+name ends the reading before a single object is made.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+__all__ = ["find_config", "read_config", "read_tensors"]
+
+_WHOLE = ("model.safetensors", "pytorch_model.bin", "weights.ckpt")
+_SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+
+_BOOKKEEPING_PACKAGES = (
+    "argparse",
+    "lightning",
+    "lightning_fabric",
+    "numpy",
+    "omegaconf",
+    "pathlib",
+    "pytorch_lightning",
+    "torchmetrics",
+    "typing",
+)
+_BOOKKEEPING_TYPES = {
+    "collections.defaultdict",
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
+}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by name, on the CPU.
+
+    Args:
+        path: a file, or a folder with `model.safetensors`, `pytorch_model.bin` (either may be
+            sharded), `weights.ckpt`, or one file whose name ends in .safetensors, .ckpt, .bin, .pt
+            or .pth.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no checkpoint in the folder.
+        ValueError: several files that could be meant, a file that cannot be read, or one that holds
+            or asks for anything but tensors and bookkeeping.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(path):
+        found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            raise ValueError(f"{file} has tensors that another part has too, such as {twice[0]}.")
+        tensors |= found
+    if not tensors:
+        raise ValueError(f"{path} holds no tensors.")
+    return tensors
+
+
+def find_config(path: Path) -> Path | None:
+    """The configuration that lies beside a checkpoint, or None.
+
+    For a folder its `config.json` or `config.yml`; for `NAME.ckpt` first `NAME.config.json`,
+    `NAME.json` and the like.
+    """
+    folder = path if path.is_dir() else path.parent
+    names = ["config"] if path.is_dir() else [f"{path.stem}.config", path.stem, "config"]
+    for name in names:
+        for suffix in (".json", ".yml", ".yaml"):
+            if (folder / f"{name}{suffix}").is_file():
+                return folder / f"{name}{suffix}"
+    return None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON or YAML file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or holds something else.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no configuration {file}.")
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml
+
+            try:
+                values = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(first_line(error)) from error
+    except ValueError as error:  # JSON's and Unicode's errors are among them
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold a mapping; it holds a {type(values).__name__}.")
+    return values
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, ended by one full stop."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {path}.")
+    for name in _SHARDED:
+        if (path / name).is_file():
+            shards = read_config(path / name).get("weight_map")
+            if not isinstance(shards, Mapping):
+                raise ValueError(f"{path / name} has no weight_map.")
+            files = [path / str(shard) for shard in sorted(set(shards.values()))]
+            for file in files:
+                if not file.is_file() or file.parent != path:
+                    raise FileNotFoundError(f"{path} lacks the weights file {file.name}.")
+            return files
+    for name in _WHOLE:
+        if (path / name).is_file():
+            return [path / name]
+    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+    if not files:
+        raise FileNotFoundError(f"{path} holds no checkpoint: no {', '.join(_WHOLE)} or the like.")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:4])
+        raise ValueError(f"{path} holds several checkpoints ({names}): name the file.")
+    return files
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        # what PyTorch wrote before 1.6 is no archive, and is read without placeholders
+        archive = zipfile.is_zipfile(file)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if archive else []
+    except Exception as error:  # whatever a broken file makes the disassembler stumble over
+        raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
+    foreign = sorted(name for name in names if not _is_bookkeeping(name))
+    if foreign:
+        raise ValueError(
+            f"{file} is refused: reading it would call {', '.join(foreign[:4])}, which no tensor "
+            "needs. Save its state_dict alone, or as safetensors, where you trust it."
+        )
+    with torch.serialization.safe_globals([_placeholder(name) for name in names]):
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{file} is refused: it is damaged, or reading it would make more than tensors."
+            ) from error
+        except Exception as error:  # a pickle may be wrong in any way; none of its code has run
+            raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{file} must hold tensors by name; it holds a {type(state).__name__}.")
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"{file} must hold tensors by name, in itself or under 'state_dict'; {others[0]!r} is "
+            f"a {type(state[others[0]]).__name__}."
+        )
+    return {str(name): value.detach() for name, value in state.items()}
+
+
+def _why(error: Exception) -> str:
+    line, kind = first_line(error), type(error).__name__
+    return line if line.startswith(kind) else f"{kind}, {line}"
+
+
+def _is_bookkeeping(name: str) -> bool:
+    return name.split(".")[0] in _BOOKKEEPING_PACKAGES or name in _BOOKKEEPING_TYPES
+
+
+class _Placeholder:
+    """Stands for an object of bookkeeping; takes any arguments and any state and keeps nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Placeholder:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _placeholder(name: str) -> type[_Placeholder]:
+    """A class of ours that the reader takes for the one called `name`."""
+    module, _, own = name.rpartition(".")
+    return type(own, (_Placeholder,), {"__module__": module, "__qualname__": own})

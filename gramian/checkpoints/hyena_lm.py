@@ -1,0 +1,356 @@
+r"""Hyena language models of safari (`SimpleLMHeadModel`, layer `hyena`) and HyenaDNA.
+
+Both are an embedding, prenorm blocks with layer norms (a Hyena mixer and an MLP with tanh-GELU and
+biases), a last layer norm and a tied head. They differ in what their configuration does not say:
+the window's `shift` is 0.05 in HyenaDNA and 0 in safari, HyenaDNA adds the filter's bias always,
+and with an order above 2 safari numbers filters by channel, then gate, HyenaDNA by gate, then
+channel. Dropout of gated values inside the mixers has no counterpart here and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from gramian.checkpoints._format import (
+    Format,
+    Progress,
+    Shapes,
+    refuse_unless,
+    setting,
+    size,
+    tied,
+)
+from gramian.checkpoints.tokenizers import DNATokenizer
+from gramian.models import GramianConfig
+
+__all__ = ["HyenaDNA", "SafariHyena"]
+
+EMBEDDING = "backbone.embeddings.word_embeddings.weight"
+HEAD = "lm_head.weight"
+_PREFIXES = ("", "model.", "hyena.")
+_METRICS = ("train_torchmetrics.", "val_torchmetrics.", "test_torchmetrics.")
+_DNA_TOKENS = 12
+
+
+class SafariHyena(Format):
+    """A `SimpleLMHeadModel` with implicit filters."""
+
+    name = "safari"
+    filter_class: ClassVar[str] = "hyena-filter"
+    default_shift: ClassVar[float] = 0.0
+
+    def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
+        super().__init__(shapes, config)
+        config = self._as_safari(config)
+        layer = setting(config, "layer", Mapping)
+        self.config, self.layer = config, layer
+        refuse_unless(layer, "_name_", "hyena")
+        refuse_unless(layer, "filter_cls", self.filter_class)
+        refuse_unless(layer, "activation", "id", "identity", "linear")
+        for name in ("num_heads", "inner_factor", "num_blocks"):
+            refuse_unless(layer, name, 1)
+        for name in ("outer_mixing", "post_order_ffn", "bidirectional", "linear_mixer"):
+            refuse_unless(layer, name, False)
+        refuse_unless(config, "max_position_embeddings", 0)
+        refuse_unless(config, "attn_layer_idx", [])
+        self.width = size(config, "d_model")
+        self.layers = size(config, "n_layer")
+        self.inner = size(config, "d_inner", 4 * self.width)
+        self.tokens = size(config, "vocab_size")
+        multiple = size(config, "pad_vocab_size_multiple", 1)
+        self.vocabulary = -(-self.tokens // multiple) * multiple
+        self.order = size(layer, "order", 2)
+        self.length = size(layer, "l_max")
+        self.short = size(layer, "short_filter_order", 3)
+        self.filters = (self.order - 1) * self.width
+
+    @classmethod
+    def strip(cls, names: Iterable[str]) -> dict[str, str] | None:
+        names = list(names)
+        prefix = next((p for p in _PREFIXES if p + EMBEDDING in names), None)
+        if prefix is None:
+            return None
+        stripped = {}
+        for name in names:
+            if not name.startswith(_METRICS):  # counters that Lightning keeps beside the weights
+                short = name.removeprefix(prefix)
+                # a module that recomputes its activations is wrapped in another called `layer`
+                for part in (".mixer.layer.", ".mlp.layer."):
+                    short = short.replace(part, part.removesuffix("layer."))
+                stripped[name] = short
+        return stripped if cls._owns(stripped.values()) else None
+
+    @classmethod
+    def _owns(cls, names: Iterable[str]) -> bool:
+        return not any(".filter_fn.ab" in name for name in names)
+
+    def _as_safari(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The model's part of the configuration of a whole experiment."""
+        inner = config.get("model")
+        return inner if "layer" not in config and isinstance(inner, Mapping) else config
+
+    def expected(self) -> Shapes:
+        width, inner = self.width, self.inner
+        shapes: Shapes = {EMBEDDING: (self.vocabulary, width)}
+        for i in range(self.layers):
+            block = f"backbone.layers.{i}."
+            for norm in ("norm1", "norm2"):
+                shapes |= _affine(f"{block}{norm}", width)
+            shapes |= _affine(f"{block}mlp.fc1", inner, width)
+            shapes |= _affine(f"{block}mlp.fc2", width, inner)
+            shapes |= self._mixer_shapes(f"{block}mixer.")
+        shapes |= _affine("backbone.ln_f", width)
+        if HEAD in self.shapes:
+            shapes[HEAD] = (self.vocabulary, width)
+        return shapes
+
+    def _mixer_shapes(self, mixer: str) -> Shapes:
+        width, projected = self.width, (self.order + 1) * self.width
+        return {
+            **_affine(f"{mixer}in_proj", projected, width),
+            f"{mixer}short_filter.weight": (projected, 1, self.short),
+            f"{mixer}short_filter.bias": (projected,),
+            **self._filter_shapes(f"{mixer}filter_fn."),
+            **_affine(f"{mixer}out_proj", width, width),
+        }
+
+    def _filter_shapes(self, filter: str) -> Shapes:
+        features = size(self.layer, "emb_dim", 3)
+        hidden = size(self.layer, "filter_order", 64)
+        shapes: Shapes = {
+            f"{filter}bias": (self.filters,),
+            f"{filter}pos_emb.z": (1, self.length, features),
+            f"{filter}pos_emb.t": (1, self.length, 1),
+            f"{filter}modulation.deltas": (1, 1, self.filters),
+        }
+        last = 2 * self._hidden_layers
+        for i in range(0, last, 2):
+            shapes |= _affine(
+                f"{filter}implicit_filter.{i}", hidden, features if i == 0 else hidden
+            )
+        shapes[f"{filter}implicit_filter.{last}.weight"] = (self.filters, hidden)
+        frequencies = self._frequencies(filter, self.shapes)
+        return shapes | dict.fromkeys(frequencies, (1, hidden))
+
+    def _frequencies(self, filter: str, found: Iterable[str]) -> list[str]:
+        """Names of the sines' frequencies. All layers share one tensor, which safetensors saves
+        under one of its names; so those that were found, and all if none was."""
+        if not self._trains_frequency:
+            return []
+        numbers = range(1, 2 * self._hidden_layers, 2)
+        names = [f"{filter}implicit_filter.{i}.freq" for i in numbers]
+        found = set(found)
+        return [name for name in names if name in found] or names
+
+    @property
+    def _hidden_layers(self) -> int:
+        return setting(self.layer, "num_inner_mlps", int, 2) + 1
+
+    @property
+    def _trains_frequency(self) -> bool:
+        return setting(self.layer, "train_freq", bool, True)
+
+    @property
+    def _has_bias(self) -> bool:
+        return setting(self.layer, "bias", bool, True)
+
+    def _filter_config(self) -> dict[str, Any]:
+        layer, number = self.layer, (int, float)
+        trained = setting(layer, "lr_pos_emb", number, 1e-5) != 0
+        return {
+            "type": "implicit",
+            "embedding_features": size(layer, "emb_dim", 3),
+            "hidden": size(layer, "filter_order", 64),
+            "inner_layers": self._hidden_layers - 1,
+            "frequency": setting(layer, "w", number, 1),
+            "train_frequency": self._trains_frequency,
+            "fast_decay": setting(layer, "fast_decay_pct", number, 0.3),
+            "slow_decay": setting(layer, "slow_decay_pct", number, 1.5),
+            "decay_target": setting(layer, "target", number, 1e-2),
+            "shift": setting(layer, "shift", number, self.default_shift),
+            "modulate": setting(layer, "modulate", bool, True),
+            "normalized": setting(layer, "normalized", bool, False),
+            "bias": self._has_bias,
+            "trainable_time": trained,
+            "stored_time": not trained,
+            "lr": setting(layer, "lr", number, None),
+        }
+
+    def model_config(self, weights: Mapping[str, Tensor]) -> GramianConfig:
+        config, number = self.config, (int, float)
+        return GramianConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            mixers="hyena",
+            filter=self._filter_config(),
+            max_position_embeddings=self.length,
+            hyena_order=self.order,
+            short_kernel=self.short,
+            norm="layer",
+            rms_norm_eps=setting(config, "layer_norm_epsilon", number, 1e-5),
+            dropout=setting(config, "resid_dropout", number, 0.0),
+            embedding_dropout=setting(config, "embed_dropout", number, 0.1),
+            residual_in_fp32=setting(config, "residual_in_fp32", bool, False),
+            intermediate_size=self.inner,
+            gated_mlp=False,
+            mlp_bias=True,
+            hidden_act="gelu_pytorch_tanh",
+            tie_word_embeddings=tied(weights, EMBEDDING, HEAD),
+            **self._more_config(),
+        )
+
+    def _more_config(self) -> dict[str, Any]:
+        """Further arguments of the configuration."""
+        return {}
+
+    def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
+        embedding = weights.pop(EMBEDDING)
+        state = {
+            "model.embed_tokens.weight": embedding,
+            "lm_head.weight": weights.pop(HEAD, embedding),
+        }
+        for i in range(self.layers):
+            block, ours = f"backbone.layers.{i}.", f"model.layers.{i}."
+            names = {
+                "norm1": "mixer_norm",
+                "norm2": "mlp_norm",
+                "mlp.fc1": "mlp.up_proj",
+                "mlp.fc2": "mlp.down_proj",
+                "mixer.in_proj": "mixer.in_proj",
+                "mixer.out_proj": "mixer.out_proj",
+            }
+            for theirs, name in names.items():
+                for kind in ("weight", "bias"):
+                    state[f"{ours}{name}.{kind}"] = weights.pop(f"{block}{theirs}.{kind}")
+            # tap 0 of ours acts on the present, the last one of theirs
+            taps = weights.pop(f"{block}mixer.short_filter.weight")
+            state[f"{ours}mixer.short.weight"] = taps.squeeze(1).flip(-1)
+            state[f"{ours}mixer.short.bias"] = weights.pop(f"{block}mixer.short_filter.bias")
+            state |= self._translate_mixer(weights, f"{block}mixer.", f"{ours}mixer.")
+            progress(i + 1, self.layers)
+        for kind in ("weight", "bias"):
+            state[f"model.norm.{kind}"] = weights.pop(f"backbone.ln_f.{kind}")
+        return state
+
+    def _translate_mixer(
+        self, weights: dict[str, Tensor], theirs: str, ours: str
+    ) -> dict[str, Tensor]:
+        """The filter, and whatever else of the mixer is not in every Hyena."""
+        theirs, ours = f"{theirs}filter_fn.", f"{ours}filter."
+        _check_time(weights.pop(f"{theirs}pos_emb.t"), f"{theirs}pos_emb.t")
+        channels = self._channel_order()
+        deltas = weights.pop(f"{theirs}modulation.deltas")
+        state = {
+            f"{ours}features": weights.pop(f"{theirs}pos_emb.z")[0],
+            f"{ours}decay": deltas.abs().flatten()[channels],
+        }
+        last = 2 * self._hidden_layers
+        for i in range(0, last, 2):
+            for kind in ("weight", "bias"):
+                name = f"{ours}layers.{i // 2}.{kind}"
+                state[name] = weights.pop(f"{theirs}implicit_filter.{i}.{kind}")
+        names = self._frequencies(theirs, weights)
+        frequencies = [weights.pop(name).flatten() for name in names]
+        if frequencies:
+            if not all(torch.equal(frequencies[0], other) for other in frequencies):
+                raise ValueError(
+                    f"{theirs}implicit_filter has sines of different frequencies; one set of them "
+                    "is shared by all layers of a published filter."
+                )
+            state[f"{ours}frequency"] = frequencies[0]
+        else:
+            frequency = float(setting(self.layer, "w", (int, float), 1))
+            hidden = len(state[f"{ours}layers.0.bias"])
+            state[f"{ours}frequency"] = torch.full((hidden,), frequency)
+        output = weights.pop(f"{theirs}implicit_filter.{last}.weight")
+        state[f"{ours}output.weight"] = output[channels]
+        bias = weights.pop(f"{theirs}bias")
+        if self._has_bias:
+            state[f"{ours}bias"] = bias[channels]
+        return state
+
+    def _channel_order(self) -> Tensor:
+        """Where the filter of channel c and gate n, number `c (order - 1) + n` here, is theirs."""
+        return torch.arange(self.filters)
+
+
+class HyenaDNA(SafariHyena):
+    """A Lightning checkpoint with its `config.json`, or a Hugging Face folder."""
+
+    name = "hyenadna"
+    default_shift = 0.05
+
+    @classmethod
+    def meant_by(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration of a Hyena language model is one of HyenaDNA's: its type says so,
+        or its vocabulary is that of the DNA tokenizer."""
+        kind = config.get("model_type")
+        return kind == "hyenadna" or (kind is None and config.get("vocab_size") == _DNA_TOKENS)
+
+    def _as_safari(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        if "max_seq_len" not in config:
+            return super()._as_safari(config)
+        refuse_unless(config, "layer_norm_epsilon", 1e-5)  # the blocks' norms have 1e-5 always
+        return {
+            "d_model": size(config, "d_model", 256),
+            "n_layer": size(config, "n_layer", 12),
+            "d_inner": config.get("d_inner"),
+            "vocab_size": size(config, "vocab_size", _DNA_TOKENS),
+            "pad_vocab_size_multiple": size(config, "pad_vocab_size_multiple", 8),
+            "embed_dropout": config.get("embed_dropout"),
+            "residual_in_fp32": True,
+            "layer": {
+                "order": size(config, "hyena_order", 2),
+                "l_max": config["max_seq_len"],
+                "emb_dim": size(config, "emb_dim", 3),
+                "filter_order": size(config, "filter_order", 64),
+                "num_inner_mlps": setting(config, "num_inner_mlps", int, 2),
+                "short_filter_order": size(config, "short_filter_order", 3),
+                "train_freq": setting(config, "train_freq", bool, True),
+                "w": setting(config, "activation_freq", (int, float), 1),
+                "lr_pos_emb": 0.0,
+            },
+        }
+
+    def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
+        super().__init__(shapes, config)
+        if self.short != 3:
+            raise ValueError(
+                "a HyenaDNA has short filters of 3 taps: with others its published code pads as "
+                f"for 3 and is not causal; got short_filter_order={self.short}."
+            )
+
+    @property
+    def _has_bias(self) -> bool:
+        return True
+
+    def _channel_order(self) -> Tensor:
+        return torch.arange(self.filters).reshape(self.order - 1, self.width).T.flatten()
+
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        if self.tokens != _DNA_TOKENS:
+            return None
+        return DNATokenizer(model_max_length=self.length)
+
+    def _more_config(self) -> dict[str, Any]:
+        if self.tokens != _DNA_TOKENS:
+            return {}
+        return {"pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 1}
+
+
+def _affine(name: str, *shape: int) -> Shapes:
+    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+
+
+def _check_time(time: Tensor, name: str) -> None:
+    """The window runs over the same time in all published filters; another would be lost."""
+    expected = torch.linspace(0, 1, time.numel())
+    tolerance = 2 * torch.finfo(time.dtype).eps
+    if not torch.allclose(time.flatten().float(), expected, rtol=tolerance, atol=tolerance):
+        raise ValueError(f"{name} does not run evenly from 0 to 1.")

@@ -1,0 +1,80 @@
+"""Tokenizers of published models, as fast ones that `AutoTokenizer` reads without this package.
+
+Neither adds a special token by itself: a prompt is continued where it ends. The published ones of
+HyenaDNA append `[SEP]`, the token that ends a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gramian.models.tokenizer import byte_level, byte_symbols
+
+__all__ = ["DNATokenizer", "EvoTokenizer"]
+
+_DNA_SPECIAL = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]")
+
+
+class DNATokenizer(PreTrainedTokenizerFast):
+    """HyenaDNA's: one token a character, `[UNK]` 6 for all but the known ones; pads on the left.
+
+    Special tokens are `[CLS]` 0, `[SEP]` 1 (the end of a sequence), `[BOS]` 2, `[MASK]` 3,
+    `[PAD]` 4, `[RESERVED]` 5 and `[UNK]` 6; characters follow.
+
+    Args:
+        characters: the known ones, in the order of their ids from 7 on.
+        kwargs: as for any fast tokenizer of transformers.
+    """
+
+    def __init__(self, characters: str = "ACGTN", **kwargs: Any) -> None:
+        if kwargs.get("tokenizer_object") is None and kwargs.get("tokenizer_file") is None:
+            kwargs["tokenizer_object"] = _characters(characters)
+        settings = {
+            "bos_token": "[BOS]",
+            "eos_token": "[SEP]",
+            "sep_token": "[SEP]",
+            "cls_token": "[CLS]",
+            "pad_token": "[PAD]",
+            "mask_token": "[MASK]",
+            "unk_token": "[UNK]",
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        }
+        super().__init__(**(settings | kwargs))
+
+
+class EvoTokenizer(PreTrainedTokenizerFast):
+    """Evo's: the UTF-8 bytes of a text as ids 0–255; byte 0 ends a text, byte 1 is padding.
+
+    It pads on the left, as generation needs. Published decoding shows ids below 32 as spaces; here
+    they are the bytes that they are.
+
+    Args:
+        kwargs: as for any fast tokenizer of transformers.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        if kwargs.get("tokenizer_object") is None and kwargs.get("tokenizer_file") is None:
+            kwargs["tokenizer_object"] = byte_level()
+        end, padding = byte_symbols()[:2]
+        settings = {
+            "eos_token": end,
+            "pad_token": padding,
+            "padding_side": "left",
+            "split_special_tokens": True,
+            "clean_up_tokenization_spaces": False,
+        }
+        super().__init__(**(settings | kwargs))
+
+
+def _characters(characters: str) -> Tokenizer:
+    tokens = [*_DNA_SPECIAL, *characters]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["[RESERVED]"])  # the others have names that transformers knows
+    return tokenizer

@@ -1,0 +1,317 @@
+r"""Softmax attention: ``y_t = Σ_{s≤t} softmax_s(q_t · k_s / √N) v_s`` in every head.
+
+The baseline, and the partner of long convolutions in hybrid models such as StripedHyena and Evo.
+Several heads may share keys and values (grouped queries, Ainslie et al. 2023), positions enter by
+rotation (RoFormer, Su et al. 2021, equation 34, in the half-split layout of GPT-NeoX and Llama),
+and a window may end the past.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from gramian.mixers._mixer import Mixer, check_divides
+from gramian.systems import State, System
+
+__all__ = ["SoftmaxAttention", "SoftmaxAttentionState"]
+
+_ROOM = 64  # tokens that the smallest cache has room for
+_MASK_ELEMENTS = 2**25  # entries (batch, rows, keys) of a mask held at once
+
+
+class _Fields(NamedTuple):
+    keys: Tensor
+    values: Tensor
+    real: Tensor
+    seen: Tensor
+
+
+class SoftmaxAttentionState(_Fields, State):
+    """Rotated keys and values, (batch, kv_heads, room, N), real tokens only: token p of a sequence
+    stands in slot ``p % room``, so padding takes no room and leaves no trace. ``real`` (batch),
+    int64, is the number of real tokens; ``seen`` (), int64 on the CPU, that of all.
+
+    The room doubles when it is used up, and ends at the window where there is one.
+    """
+
+    __slots__ = ()
+
+
+class SoftmaxAttention(Mixer):
+    """Causal multi-head attention with grouped queries, rotary positions and an optional window.
+
+    The input projection is one matrix whose rows are those of all queries, then keys, then values,
+    heads in order; so separate projections of other libraries are concatenated, and a fused one is
+    taken as it is. A token's position is the number of real tokens before it.
+
+    Args:
+        width: Channels of input and output.
+        heads: Query heads.
+        kv_heads: Heads of keys and values, a divisor of ``heads``; by default as many.
+        head_width: N; by default ``width / heads``.
+        window: How many of the last tokens, the present one included, are attended to; all if None.
+        rotary_base: Base θ of the rotations' periods, or None for no positions.
+        rotary_scaling: Positions are divided by it (linear interpolation, Chen et al. 2023).
+        rotary_width: Leading features of a head that are rotated; all by default.
+        bias: Whether the input projection has a bias.
+        out_bias: Whether the output projection has one; by default as ``bias`` says.
+
+    Raises:
+        ValueError: if a number is out of range, the heads do not divide the width where no
+            ``head_width`` is given, or ``kv_heads`` does not divide ``heads``.
+    """
+
+    filter = None
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int | None = None,
+        *,
+        head_width: int | None = None,
+        window: int | None = None,
+        rotary_base: float | None = 10_000.0,
+        rotary_scaling: float = 1.0,
+        rotary_width: int | None = None,
+        bias: bool = False,
+        out_bias: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if head_width is None:
+            check_divides("heads", heads, width)
+            head_width = width // heads
+        kv_heads = heads if kv_heads is None else kv_heads
+        rotary_width = head_width if rotary_width is None else rotary_width
+        sizes = {"heads": heads, "kv_heads": kv_heads, "head_width": head_width}
+        sizes |= {} if window is None else {"window": window}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if heads % kv_heads:
+            raise ValueError(f"kv_heads must divide the {heads} heads, got {kv_heads}.")
+        if rotary_base is not None:
+            if not rotary_base > 0 or not rotary_scaling > 0:
+                raise ValueError(
+                    "rotary_base and rotary_scaling must be positive, got "
+                    f"{rotary_base!r} and {rotary_scaling!r}."
+                )
+            if rotary_width % 2 or not 0 < rotary_width <= head_width:
+                raise ValueError(
+                    "rotary_width must be even, at least 2 and at most the head's width "
+                    f"{head_width}, got {rotary_width}."
+                )
+        self.width = width
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_width = head_width
+        self.window = window
+        self.rotary_base = rotary_base
+        self.rotary_scaling = rotary_scaling
+        self.rotary_width = rotary_width
+        self.in_proj = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=bias)
+        self.out_proj = nn.Linear(
+            heads * head_width, width, bias=bias if out_bias is None else out_bias
+        )
+
+    @property
+    def _long_shape(self) -> tuple[int, ...]:
+        return ()
+
+    def _systems(self, length: int | None = None) -> tuple[System, ...]:
+        return ()
+
+    def room(self, tokens: int) -> int:
+        """How many tokens the state has room for after ``tokens`` of them."""
+        room = max(_ROOM, 1 << max(tokens - 1, 0).bit_length())
+        return room if self.window is None else min(room, self.window)
+
+    def _make_state(
+        self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
+    ) -> State:
+        shape = (batch, self.kv_heads, self.room(0), self.head_width)
+        return SoftmaxAttentionState(
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+            torch.zeros((), dtype=torch.int64),
+        )
+
+    def reserve(self, state: State, tokens: int) -> State:
+        assert isinstance(state, SoftmaxAttentionState)
+        more = self.room(int(state.seen) + tokens) - state.keys.shape[2]
+        if more <= 0:
+            return state
+        grow = (0, 0, 0, more)
+        keys, values = (nn.functional.pad(x, grow) for x in (state.keys, state.values))
+        return state._replace(keys=keys, values=values)
+
+    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (batch, heads, length, N) and keys, and values (batch, kv_heads, …), of
+        x (batch, length, width) at ``positions``, (batch, length) or (1, length)."""
+        z = self.in_proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        rotated, v = z.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        if self.rotary_base is not None:
+            rotated = self._rotate(rotated, positions)
+        q, k = rotated.split((self.heads, self.kv_heads), dim=1)
+        return q, k, v
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Turn features i and i + half by position × θ^(-i/half), half = rotary_width / 2."""
+        assert self.rotary_base is not None
+        half = self.rotary_width // 2
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        exponents = torch.arange(half, device=x.device, dtype=dtype) * (-1 / half)
+        frequencies = torch.pow(self.rotary_base, exponents) / self.rotary_scaling
+        angles = positions.to(dtype)[:, None, :, None] * frequencies  # (batch, 1, length, half)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        first, second = x[..., :half], x[..., half : 2 * half]
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        return torch.cat([*turned, x[..., 2 * half :]], dim=-1)
+
+    def _merge(self, y: Tensor) -> Tensor:
+        """(batch, heads, length, N) to the output."""
+        return self.out_proj(y.transpose(1, 2).flatten(-2))
+
+    def _positions(self, length: int, mask: Tensor | None, device: torch.device) -> Tensor:
+        """How many real tokens come before each: (batch, length), or (1, length) without a mask."""
+        if mask is None:
+            return torch.arange(length, device=device)[None]
+        real = (mask != 0).to(device, torch.int64)
+        return real.cumsum(1) - real
+
+    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        positions = self._positions(x.shape[1], mask, x.device)
+        q, k, v = self._project(x, positions)
+        return self._merge(self._attend(q, k, v, positions, mask))
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        past: SoftmaxAttentionState | None = None,
+    ) -> Tensor:
+        """Each query on the past and on the keys up to its own, (batch, heads, length, N).
+
+        A padded query sees its own key, so that its output, which nobody reads, is finite.
+        """
+        batch, _, length, _ = q.shape
+        grouped = self.heads != self.kv_heads
+        if mask is None and past is None and (self.window is None or length <= self.window):
+            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        before = 0
+        if past is not None:
+            before = past.keys.shape[2]
+            k = torch.cat([past.keys.to(k.dtype), k], dim=2)
+            v = torch.cat([past.values.to(v.dtype), v], dim=2)
+        index = torch.arange(length, device=q.device)
+        rows = max(1, _MASK_ELEMENTS // (batch * (before + length)))
+        local = past is None and mask is None and self.window is not None
+        if local:
+            rows = min(rows, max(64, self.window or 0))
+        outputs = []
+        for begin in range(0, length, rows):
+            end = min(begin + rows, length)
+            at, now = index[begin:end, None], positions[:, begin:end, None]
+            first = max(0, begin - (self.window or 0) + 1) if local else 0
+            seen = index[first:end] <= at  # (rows, keys)
+            if self.window is not None:
+                seen = seen & (now - positions[:, None, first:end] < self.window)
+            if mask is not None:
+                seen = seen & (mask[:, None, first:end] != 0).to(q.device)
+            seen = seen | (index[first:end] == at)
+            if past is not None:
+                seen = seen.expand(batch, -1, -1)
+                seen = torch.cat([self._remembered(past, now), seen], dim=2)
+            elif seen.ndim == 2:
+                seen = seen[None]
+            part = slice(first, before + end)
+            outputs.append(
+                scaled_dot_product_attention(
+                    q[:, :, begin:end],
+                    k[:, :, part],
+                    v[:, :, part],
+                    attn_mask=seen[:, None],
+                    enable_gqa=grouped,
+                )
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _remembered(self, past: SoftmaxAttentionState, now: Tensor) -> Tensor:
+        """Which slots queries at positions ``now`` (batch, rows, 1) see: (batch, rows, room)."""
+        room = past.keys.shape[2]
+        slots = torch.arange(room, device=now.device)
+        last = past.real[:, None] - 1
+        held = (last - (last - slots) % room)[
+            :, None
+        ]  # the position in each slot, (batch, 1, room)
+        seen = held >= 0
+        if self.window is not None:
+            seen = seen & (now - held < self.window)
+        return seen.expand(-1, now.shape[1], -1)
+
+    def _chunk(
+        self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
+    ) -> tuple[Tensor, State]:
+        assert isinstance(state, SoftmaxAttentionState)
+        length = x.shape[1]
+        positions = state.real[:, None] + self._positions(length, mask, x.device)
+        q, k, v = self._project(x, positions)
+        past = None if int(state.seen) == 0 else state
+        y = self._merge(self._attend(q, k, v, positions, mask, past))
+        return y, self._remember(self.reserve(state, length), k, v, mask)
+
+    def _remember(
+        self, state: State, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> SoftmaxAttentionState:
+        """The state after the real ones of k and v, (batch, kv_heads, length, N)."""
+        assert isinstance(state, SoftmaxAttentionState)
+        keys, values, count, seen = state
+        length, room = k.shape[2], keys.shape[2]
+        if mask is None:
+            total = count + length
+        else:
+            kept = (mask != 0).to(k.device)
+            total = count + kept.sum(1)
+        slots = torch.arange(room, device=k.device)
+        last = total[:, None] - 1
+        held = last - (last - slots) % room  # the position that each slot will hold
+        new = held - count[:, None]  # as a number among the new real tokens; negative if old
+        source = new.clamp_min(0)
+        if mask is not None:
+            order = kept.logical_not().to(torch.int8).argsort(dim=1, stable=True)
+            source = order.gather(1, source.clamp_max(length - 1))
+        source = torch.where(new >= 0, room + source, slots)  # (batch, room), among old and new
+        index = source[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_width)
+        keys = torch.cat([keys, k.to(keys.dtype)], dim=2).gather(2, index)
+        values = torch.cat([values, v.to(values.dtype)], dim=2).gather(2, index)
+        return SoftmaxAttentionState(keys, values, total, seen + length)
+
+    def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
+        assert isinstance(state, SoftmaxAttentionState)
+        keys, values, count, seen = state
+        room = keys.shape[2]
+        q, k, v = self._project(x_t[:, None], count[:, None])
+        index = (count % room)[:, None, None, None].expand_as(k)
+        keys.scatter_(2, index, k.to(keys.dtype))
+        values.scatter_(2, index, v.to(values.dtype))
+        held = torch.arange(room, device=x_t.device) <= count[:, None]  # all once it is full
+        q = q.reshape(-1, self.kv_heads, self.heads // self.kv_heads, self.head_width)
+        y = scaled_dot_product_attention(
+            q, keys.to(q.dtype), values.to(q.dtype), attn_mask=held[:, None, None]
+        )
+        state = SoftmaxAttentionState(keys, values, count + 1, seen + 1)
+        return self.out_proj(y.flatten(1)), state
+
+    def extra_repr(self) -> str:
+        return (
+            f"heads={self.heads}, kv_heads={self.kv_heads}, head_width={self.head_width}, "
+            f"window={self.window}, rotary_base={self.rotary_base}"
+        )

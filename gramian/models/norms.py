@@ -1,0 +1,39 @@
+"""The norms of `"mlp"` blocks, by the names that `GramianConfig.norm` knows them under.
+
+`"rms"` is `w x / √(mean(x²) + ε)`, `"rms_plus_eps"` is `w x / (√mean(x²) + ε)`, as StripedHyena has
+it, which is another map where activations are small; `"layer"` is PyTorch's, with a bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PlusEpsRMSNorm(nn.Module):
+    """`w x / (√mean(x²) + ε)` over the last dimension.
+
+    Args:
+        width: size of the last dimension.
+        eps: ε.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, width) to the same."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        root = wide.square().mean(-1, keepdim=True).sqrt()
+        return self.weight * (wide / (root + self.eps)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
+
+
+def make_norm(kind: str, width: int, eps: float) -> nn.Module:
+    """The norm `kind` of `width` features."""
+    kinds = {"rms": nn.RMSNorm, "rms_plus_eps": PlusEpsRMSNorm, "layer": nn.LayerNorm}
+    return kinds[kind](width, eps=eps)

@@ -1,0 +1,92 @@
+"""The tokenizers of HyenaDNA and Evo: ids of the published ones, read back by AutoTokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from gramian import checkpoints
+from gramian.checkpoints import DNATokenizer, EvoTokenizer
+
+PUBLISHED_DNA = ["[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UNK]", *"ACGTN"]
+
+
+def both(tokenizer: Any, folder: Path) -> list[Any]:
+    """The tokenizer, and what AutoTokenizer makes of it when saved."""
+    tokenizer.save_pretrained(folder)
+    return [tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True)]
+
+
+def test_dna_ids_are_the_published_ones(tmp_path: Path) -> None:
+    for tokenizer in both(DNATokenizer(model_max_length=1026), tmp_path):
+        assert len(tokenizer) == 12
+        assert tokenizer.convert_ids_to_tokens(range(12)) == PUBLISHED_DNA
+        assert tokenizer("ACGTN").input_ids == [7, 8, 9, 10, 11]
+        assert tokenizer("AxC\na").input_ids == [7, 6, 8, 6, 6]
+        assert tokenizer("A[MASK]C").input_ids == [7, 3, 8]
+        assert tokenizer("").input_ids == []
+        assert tokenizer.decode([7, 8, 9, 10, 11, 7]) == "ACGTNA"
+        assert tokenizer.decode([2, 7, 5, 8, 1], skip_special_tokens=True) == "AC"
+        assert tokenizer.model_max_length == 1026
+        names = ("cls", "sep", "bos", "mask", "pad", "unk", "eos")
+        ids = [getattr(tokenizer, f"{name}_token_id") for name in names]
+        assert ids == [0, 1, 2, 3, 4, 6, 1]
+
+
+def test_dna_is_padded_on_the_left(tmp_path: Path) -> None:
+    for tokenizer in both(DNATokenizer(), tmp_path):
+        batch = tokenizer(["ACG", "T"], padding=True)
+        assert batch.input_ids == [[7, 8, 9], [4, 4, 10]]
+        assert batch.attention_mask == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_other_characters() -> None:
+    assert DNATokenizer("ACGU")("UAT").input_ids == [10, 7, 6]
+
+
+@pytest.mark.parametrize("text", ["ACGT", "a\tné“”\n", "", "Āā", "<|eos|>"])
+def test_evo_ids_are_bytes(text: str, tmp_path: Path) -> None:
+    for tokenizer in both(EvoTokenizer(), tmp_path):
+        assert tokenizer(text).input_ids == list(text.encode())
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+        assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1)
+        assert len(tokenizer) == 256
+
+
+def test_evo_pads_on_the_left(tmp_path: Path) -> None:
+    for tokenizer in both(EvoTokenizer(), tmp_path):
+        assert tokenizer(["AC", "T"], padding=True).input_ids == [[65, 67], [1, 84]]
+        assert tokenizer.decode([1, 65, 67, 0], skip_special_tokens=True) == "AC"
+
+
+def test_checkpoints_come_with_their_tokenizers(published: Any) -> None:
+    kinds = {
+        "hyenadna_tiny": DNATokenizer,
+        "evo_tiny": EvoTokenizer,
+        "safari_hyena_order2": type(None),
+        "stripedhyena_tiny": type(None),
+    }
+    for name, kind in kinds.items():
+        model, tokenizer, _ = checkpoints.load(published(name).file)
+        assert type(tokenizer) is kind
+        if tokenizer is not None:
+            assert model.config.eos_token_id == tokenizer.eos_token_id
+            assert model.config.pad_token_id == tokenizer.pad_token_id
+            padding = list(range(len(tokenizer), model.config.vocab_size))
+            assert model.generation_config.suppress_tokens == padding
+
+
+def test_a_tokenizer_in_the_folder_is_taken(published: Any, tmp_path: Path) -> None:
+    checkpoint = published("safari_hyena_order2")
+    save_file(checkpoint.tensors(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config()))
+    DNATokenizer("ABCD").save_pretrained(tmp_path)
+    tokenizer = checkpoints.load(tmp_path).tokenizer
+    assert tokenizer is not None and tokenizer("D").input_ids == [10]
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert checkpoints.load(tmp_path).tokenizer is None
