@@ -38,6 +38,7 @@ from gramian.mixers import (
 )
 from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import GramianConfig
+from gramian.ops.packed import Linear
 
 
 def build_mixer(config: GramianConfig, layer: int) -> Mixer:
@@ -64,9 +65,9 @@ class GramianMLP(nn.Module):
         super().__init__()
         assert config.intermediate_size is not None
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(width, inner, bias=False) if config.gated_mlp else None
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = Linear(width, inner, bias=False) if config.gated_mlp else None
+        self.up_proj = Linear(width, inner, bias=False)
+        self.down_proj = Linear(inner, width, bias=False)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -202,6 +203,25 @@ class GramianPreTrainedModel(PreTrainedModel):
                 block.mixer.recurrence().state_bytes(batch, dtype=self.dtype, context=context)
                 for block in self.base_model.layers
             )
+
+    def compile_decoding(self, enabled: bool = True, **options: Any) -> None:
+        """Make steps of one token fast: what `generate` does after the prompt.
+
+        What a layer does between its projections is compiled, at the first step of each batch size,
+        and on a CPU the projections multiply by packed copies of their weights, which cost the
+        memory of the weights once more. Results are the same up to rounding. What cannot be
+        compiled (attention and online convolution are not) runs as it is; if compiling fails, one
+        warning says so. `generate(..., compile_config=CompileConfig(...))` does the same.
+
+        Args:
+            enabled: False undoes it.
+            options: for `torch.compile`: `backend`, `mode` and `options`.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(enabled)
+            elif isinstance(module, Mixer):
+                module.compile_step(enabled, **options)
 
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
         # Asked to, transformers passes over modules of other packages that own no tensor
@@ -406,7 +426,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GramianModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -493,6 +513,12 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
             )
         if getattr(generation_config, "is_assistant", False):
             raise ValueError("a Gramian model cannot assist another: its state cannot be cropped.")
+        compile_config = generation_config.compile_config
+        if compile_config is not None and not generation_config.disable_compile:
+            options = {"backend": compile_config.backend, "mode": compile_config.mode}
+            if compile_config.options:
+                options = {"backend": compile_config.backend, "options": compile_config.options}
+            self.compile_decoding(**options)
         if model_kwargs.get("past_key_values") is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:

@@ -37,11 +37,11 @@ class _Fields(NamedTuple):
 
 
 class ModalState(_Fields, State):
-    """``x_{t+1} = λ x_t + u_t`` for every mode, real and imaginary parts: (*B, m, 2, *C').
+    """``x_{t+1} = λ x_t + u_t`` for every mode, real and imaginary parts.
 
     One tensor for each group of channels with nearly as many modes, so that one channel of many
-    does not make all of them large. Channels come last: they are what a processor's vectors run
-    along.
+    does not make all of them large: (*B, *C'[:-1], 2, m, C'[-1]). The last of the channel
+    dimensions comes last: it is what a processor's vectors run along.
     """
 
     __slots__ = ()
@@ -219,23 +219,29 @@ class Modal(System):
         length = u.shape[-1]
         signal = u.to(state.modes[0].dtype)
         y = causal_convolution(signal, self.impulse_response(length).to(signal.dtype))
+        pair = self._pair
         free, states = [], []
         for group, modes in zip(self.groups, state.modes, strict=True):
             part, chosen = self._part(group), signal
             if group.channels is not None:
                 index = torch.tensor(group.channels, device=u.device)
                 chosen = signal.index_select(-self.d.ndim - 1, index)
-            re, im = modes.unbind(-self.d.ndim - 1)
-            past = torch.complex(re, im).movedim(-self.d.ndim - 1, -1)  # (*B, *C', m)
+            re, im = modes.unbind(pair)
+            past = torch.complex(re, im).movedim(pair + 1, -1)  # (*B, *C', m)
             free.append(
                 vandermonde_product(part.poles, part.residues.to(past.dtype) * past, length)
             )
             step = integer_power(part.poles.to(torch.complex128), length)
             new = step.to(past.dtype) * past + vandermonde_transpose_product(part.poles, chosen)
-            new = new.movedim(-1, -self.d.ndim - 1)
-            states.append(torch.stack([new.real, new.imag], dim=-self.d.ndim - 1))
+            new = new.movedim(-1, pair + 1)
+            states.append(torch.stack([new.real, new.imag], dim=pair))
         y = y + _ungroup(free, self.groups, -self.d.ndim - 1)
         return y.to(u.dtype), ModalState(tuple(states))
+
+    @property
+    def _pair(self) -> int:
+        """The dimension of a state that holds real and imaginary part."""
+        return -3 if self.d.ndim else -2
 
     def _part(self, group: Group) -> Modal:
         """The system of the channels of one group, with as many modes as they need."""
@@ -279,12 +285,24 @@ def _ungroup(parts: list[Tensor], groups: tuple[Group, ...], dim: int) -> Tensor
 
 
 class _GroupStep(NamedTuple):
-    """What stepping a group needs, shaped against a state (*B, m, 2, *C')."""
+    """What stepping a group needs, shaped against its state."""
 
     channels: Tensor | None
-    real: Tensor  # of the poles, (m, *C)
+    real: Tensor  # of the poles, (*C[:-1], m, C[-1])
     imaginary: Tensor
-    readout: Tensor  # (m, 2, *C)
+    readout: Tensor  # (*C[:-1], 2, m, C[-1])
+
+    def widen(self, width: int) -> _GroupStep:
+        """For streams that share a filter along the last dimension: numbers side by side."""
+
+        def expand(value: Tensor) -> Tensor:
+            return value.expand(*value.shape[:-1], width).contiguous()
+
+        return self._replace(
+            real=expand(self.real),
+            imaginary=expand(self.imaginary),
+            readout=expand(self.readout),
+        )
 
 
 class ModalRecurrence(LinearRecurrence):
@@ -296,19 +314,21 @@ class ModalRecurrence(LinearRecurrence):
         self.system: Modal = system.frozen()
         dtype = working_dtype(system.d)
         self._d = self._like = self.system.d.to(dtype)
+        self._pair = self.system._pair
+        self._widened: dict[int, list[_GroupStep]] = {}
         self._groups = []
         for group in self.system.groups:
             part = self.system._part(group)
-            poles = part.poles.movedim(-1, 0)
+            poles = part.poles.movedim(-1, self._pair + 1)
             # Re (r x) = (Re r)(Re x) - (Im r)(Im x): an inner product of real pairs.
-            residues = part.residues.movedim(-1, 0)
+            residues = part.residues.movedim(-1, self._pair + 1)
             channels = group.channels
             self._groups.append(
                 _GroupStep(
                     None if channels is None else torch.tensor(channels, device=poles.device),
                     poles.real.to(dtype).contiguous(),
                     poles.imag.to(dtype).contiguous(),
-                    torch.stack([residues.real, -residues.imag], dim=1).to(dtype).contiguous(),
+                    torch.stack([residues.real, -residues.imag], self._pair).to(dtype).contiguous(),
                 )
             )
         order = [group.channels for group in self._groups if group.channels is not None]
@@ -322,33 +342,33 @@ class ModalRecurrence(LinearRecurrence):
     ) -> ModalState:
         shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
         split = len(shape) - self._d.ndim
+        if self._d.ndim and self._d.shape[-1] == 1 and shape[-1] not in self._widened:
+            self._widened[shape[-1]] = [group.widen(shape[-1]) for group in self._groups]
         states = []
         for group in self.system.groups:
-            channels = shape[split:]
+            channels = list(shape[split:])
             if group.channels is not None:
-                channels = (len(group.channels), *channels[1:])
-            states.append(
-                self._like.new_zeros(
-                    *shape[:split], group.modes, 2, *channels, dtype=dtype, device=device
-                )
-            )
+                channels[0] = len(group.channels)
+            size = (*shape[:split], *channels[:-1], 2, group.modes, *channels[-1:])
+            states.append(self._like.new_zeros(size, dtype=dtype, device=device))
         return ModalState(tuple(states))
 
     @torch.no_grad()
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
         assert isinstance(state, ModalState)
-        dims = self._d.ndim
+        dims, pair = self._d.ndim, self._pair
         sample = u_t.to(state.modes[0].dtype)
+        groups = self._widened.get(sample.shape[-1] if dims else 1, self._groups)
         outputs = []
-        for group, modes in zip(self._groups, state.modes, strict=True):
+        for group, modes in zip(groups, state.modes, strict=True):
             part = sample
             if group.channels is not None:
                 part = sample.index_select(-dims, group.channels)
-            outputs.append((modes * group.readout).sum((-dims - 2, -dims - 1)))
-            re, im = modes.unbind(-dims - 1)  # (*B, m, *C')
+            outputs.append((modes * group.readout).sum((pair, pair + 1)))
+            re, im = modes.unbind(pair)  # (*B, *C'[:-1], m, C'[-1])
             turned = im * group.imaginary
             im.mul_(group.real).addcmul_(re, group.imaginary)
-            re.mul_(group.real).sub_(turned).add_(part.unsqueeze(-dims - 1))
+            re.mul_(group.real).sub_(turned).add_(part.unsqueeze(pair + 1))
         y = outputs[0]
         if self._place is not None:
             y = torch.cat(outputs, dim=-dims).index_select(-dims, self._place)
