@@ -12,6 +12,7 @@ length written.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -477,6 +478,56 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: GramianCache | None = None,
+        *,
+        chunk_size: int = 16_384,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Read a prompt of any length, chunk after chunk: memory is that of one chunk.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            attention_mask: (batch, length), 1 for a real token, 0 for padding.
+            past_key_values: the cache of what came before; moved on in place.
+            chunk_size: tokens read at once.
+            progress: called as `progress(tokens read, tokens)` before the first chunk and after
+                each.
+
+        Returns:
+            `logits` (batch, 1, vocab_size) of the token that follows, and `past_key_values`. To
+            generate from there, pass the cache and the whole sequence, one token longer, or the
+            new token alone.
+
+        Raises:
+            ValueError: on a `chunk_size` below 1, and as `forward` does.
+        """
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size must be an integer of at least 1; got {chunk_size!r}.")
+        batch, length = input_ids.shape
+        mask = _recent_mask(attention_mask, batch, length)
+        if progress is not None:
+            progress(0, length)
+        outputs = None
+        for begin in range(0, max(length, 1), chunk_size):
+            part = slice(begin, begin + chunk_size)
+            outputs = self(
+                input_ids=input_ids[:, part],
+                attention_mask=None if mask is None else mask[:, part],
+                past_key_values=past_key_values,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            past_key_values = outputs.past_key_values
+            if progress is not None:
+                progress(min(begin + chunk_size, length), length)
+        assert outputs is not None
+        return outputs
 
     def prepare_inputs_for_generation(
         self,
