@@ -266,11 +266,20 @@ def generate(
         float, typer.Option(help="Sample from the best tokens that make up this probability.")
     ] = 1.0,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the best token always.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Write words as they come.")] = False,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Read the prompt in chunks of so many tokens.")
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the steps first: seconds, for long texts.")
+    ] = False,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Continue a prompt with MODEL, one recurrent step a token."""
+    if stream and as_json:
+        raise typer.BadParameter("give --stream or --json, not both.")
     _check_sampling(prompt, max_new_tokens, temperature, top_k, top_p)
     _quiet_transformers()
     loaded = _load(model)
@@ -291,6 +300,15 @@ def generate(
     sampling: dict[str, Any] = (
         {} if greedy else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     )
+    if compiled:
+        loaded.compile_decoding()
+    if prefill_chunk is not None:
+        sampling["prefill_chunk_size"] = prefill_chunk
+    if stream:
+        from transformers import TextStreamer
+
+        sys.stdout.write(prompt)
+        sampling["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(seed)
     started = time.perf_counter()
     sequence = loaded.generate(
@@ -301,6 +319,8 @@ def generate(
         **sampling,
     )[0]
     seconds = time.perf_counter() - started
+    if stream:
+        return
     new = sequence[ids.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     if not as_json:

@@ -179,7 +179,8 @@ class ModalFilter(Filter):
             flat = pairs.new_zeros(shape[0] * shape[1], 2)
             return torch.view_as_complex(flat.index_copy(0, self._slot, pairs).reshape(shape))
 
-        return Modal(pad(poles.to(self.residues.dtype)), pad(self.residues), self.d)
+        padded = pad(poles.to(self.residues.dtype)), pad(self.residues)
+        return Modal(*padded, self.d, counts=self.orders)
 
     def config(self) -> dict[str, Any]:
         return {

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gramian.filters import Filter
-from gramian.systems import State, System
+from gramian.mixers._compiled import CompiledStep
+from gramian.systems import Recurrence, State, System
 
 __all__ = [
     "Mixer",
@@ -41,6 +42,7 @@ class Mixer(nn.Module, abc.ABC):
 
     width: int
     kernel_dropout: float = 0.0
+    _compiled: CompiledStep | None = None
 
     @overload
     def __call__(self, x: Tensor, state: None = None, mask: Tensor | None = None) -> Tensor: ...
@@ -101,8 +103,40 @@ class Mixer(nn.Module, abc.ABC):
         """A chunk from ``state``; each of ``operators`` maps (u, state) to (y, state)."""
 
     @abc.abstractmethod
-    def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
-        """One token (batch, width) from ``state``; each of ``steps`` maps (u_t, state) likewise."""
+    def _step(
+        self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
+    ) -> tuple[Tensor, State]:
+        """One token (batch, width) from ``state``; ``long`` are the recurrences of the long
+        convolutions. What is between the projections belongs into :meth:`_inner`."""
+
+    def _inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
+        """What a step does between the input and output projections: the part that compiles."""
+        raise NotImplementedError
+
+    def _fused(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
+        """:meth:`_inner`, compiled where that was asked for."""
+        if self._compiled is None:
+            return self._inner(z, state, long)
+        return self._compiled(self, z, state, long)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether steps have a part that :meth:`compile_step` compiles."""
+        return type(self)._inner is not Mixer._inner
+
+    def compile_step(self, enabled: bool = True, **options: Any) -> None:
+        """Compile what steps do between the projections, or stop doing so.
+
+        Layers of one class and one shape share the result; each other shape, a batch size too,
+        is compiled at its first step. Where that fails, steps run as they are, after one warning.
+
+        Args:
+            enabled: Whether to.
+            options: For ``torch.compile``: ``backend``, ``mode``, ``options``.
+        """
+        self._compiled = None
+        if enabled and self.compiles:
+            self._compiled = CompiledStep(type(self)._inner, **options)
 
     @abc.abstractmethod
     def _make_state(
@@ -186,7 +220,7 @@ class MixerRecurrence:
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """Take one token (batch, width). Consumes ``state``: use only the one returned."""
         state = self.mixer.reserve(state, 1)
-        return self.mixer._step(x_t, state, tuple(recurrence.step for recurrence in self.long))
+        return self.mixer._step(x_t, state, self.long)
 
     def state_bytes(
         self, batch_size: int, dtype: torch.dtype | None = None, context: int = 1

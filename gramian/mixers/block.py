@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from gramian.filters import Filter, build
 from gramian.mixers._mixer import Mixer, check_probability
 from gramian.mixers.long_convolution import LongConvolution
-from gramian.systems import State, System
+from gramian.ops.packed import Linear
+from gramian.systems import Recurrence, State, System
 
 __all__ = ["Block"]
 
@@ -96,7 +97,7 @@ class Block(Mixer):
         self.tied_dropout = tied_dropout
         self.norm = _NORMS[norm](width, eps=eps)
         self.mixer = mixer
-        self.linear = nn.Linear(width, 2 * width if glu else width)
+        self.linear = Linear(width, 2 * width if glu else width)
         self.glu = glu
 
     @property
@@ -127,9 +128,11 @@ class Block(Mixer):
         mixed, state = self.mixer._chunk(inner, state, mask, operators)
         return self._finish(x, mixed), state
 
-    def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
+    def _step(
+        self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
+    ) -> tuple[Tensor, State]:
         inner = self._normed(x_t) if self.prenorm else x_t
-        mixed, state = self.mixer._step(inner, state, steps)
+        mixed, state = self.mixer._step(inner, state, long)
         return self._finish(x_t, mixed), state
 
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from gramian.filters import Filter, build
 from gramian.mixers._mixer import Mixer, ShortConvolution, apply_mask, check_probability
 from gramian.ops import causal_convolution
-from gramian.systems import State, System
+from gramian.ops.packed import Linear
+from gramian.systems import Recurrence, State, System
 
 __all__ = ["Hyena", "HyenaState"]
 
@@ -75,15 +76,15 @@ class Hyena(Mixer):
         self.width = width
         self.order = order
         self.kernel_dropout = check_probability("kernel_dropout", kernel_dropout)
-        self.in_proj = nn.Linear(width, (order + 1) * width)
+        self.in_proj = Linear(width, (order + 1) * width)
         self.short = ShortConvolution((order + 1) * width, short_kernel)
         self.filter = build(filter, channels=(order - 1) * width, **defaults)
         if mimo_size is None:
             self.mimo = None
         else:
             norm = nn.RMSNorm(width, eps=_MIMO_NORM_EPS)
-            self.mimo = nn.Sequential(norm, nn.Linear(width, mimo_size), nn.GELU())
-        self.out_proj = nn.Linear(width if mimo_size is None else mimo_size, width)
+            self.mimo = nn.Sequential(norm, Linear(width, mimo_size), nn.GELU())
+        self.out_proj = Linear(width if mimo_size is None else mimo_size, width)
 
     @property
     def _long_shape(self) -> tuple[int, ...]:
@@ -136,12 +137,18 @@ class Hyena(Mixer):
             long.append(inner)
         return self._finish(last * value), HyenaState(past, tuple(long))
 
-    def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
+    def _step(
+        self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
+    ) -> tuple[Tensor, State]:
+        y, state = self._fused(self.in_proj(x_t), state, long)
+        return self._finish(y), state
+
+    def _inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
         assert isinstance(state, HyenaState)
-        z, past = self.short.step(self.in_proj(x_t), state.short)
+        z, past = self.short.step(z, state.short)
         last, *gates, value = z.split(self.width, dim=-1)
-        long = []
-        for gate, step, inner in zip(reversed(gates), steps, state.long, strict=True):
-            value, inner = step(gate * value, inner)
-            long.append(inner)
-        return self._finish(last * value), HyenaState(past, tuple(long))
+        states = []
+        for gate, recurrence, inner in zip(reversed(gates), long, state.long, strict=True):
+            value, inner = recurrence.step(gate * value, inner)
+            states.append(inner)
+        return last * value, HyenaState(past, tuple(states))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gramian.filters import Filter
 from gramian.mixers._mixer import Mixer, apply_mask, check_probability
 from gramian.ops import anticausal_convolution, causal_convolution
-from gramian.systems import State, System
+from gramian.systems import Recurrence, State, System
 
 __all__ = ["LongConvolution", "LongConvolutionState"]
 
@@ -99,10 +99,15 @@ class LongConvolution(Mixer):
         y, long = operators[0](apply_mask(x, mask).mT, state.long)
         return y.mT, LongConvolutionState(long)
 
-    def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
+    def _step(
+        self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
+    ) -> tuple[Tensor, State]:
+        return self._fused(x_t, state, long)
+
+    def _inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
         assert isinstance(state, LongConvolutionState)
-        y, long = steps[0](x_t, state.long)
-        return y, LongConvolutionState(long)
+        y, inner = long[0].step(z, state.long)
+        return y, LongConvolutionState(inner)
 
     def extra_repr(self) -> str:
         return f"bidirectional={self.bidirectional}, kernel_dropout={self.kernel_dropout}"

@@ -26,7 +26,8 @@ from gramian.mixers._mixer import (
     check_probability,
 )
 from gramian.ops import causal_convolution
-from gramian.systems import State, System
+from gramian.ops.packed import Linear
+from gramian.systems import Recurrence, State, System
 
 __all__ = ["MultiHyena", "MultiHyenaState"]
 
@@ -83,10 +84,10 @@ class MultiHyena(Mixer):
         self.heads = heads
         self.head_width = width // heads
         self.kernel_dropout = check_probability("kernel_dropout", kernel_dropout)
-        self.in_proj = nn.Linear(width, 3 * width)
+        self.in_proj = Linear(width, 3 * width)
         self.short = ShortConvolution(3 * width, short_kernel)
         self.filter = build(filter, channels=heads, **defaults)
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
 
     @property
     def _long_shape(self) -> tuple[int, ...]:
@@ -140,13 +141,19 @@ class MultiHyena(Mixer):
             outputs.append(torch.einsum("bhtn,bhnmt->bhtm", q[:, :, part], carried))
         return self._merge(torch.cat(outputs, dim=2)), MultiHyenaState(past, long)
 
-    def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
+    def _step(
+        self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
+    ) -> tuple[Tensor, State]:
+        y, state = self._fused(self.in_proj(x_t), state, long)
+        return self.out_proj(y), state
+
+    def _inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
         assert isinstance(state, MultiHyenaState)
-        z, past = self.short.step(self.in_proj(x_t), state.short)
+        z, past = self.short.step(z, state.short)
         q, k, v = z.unflatten(-1, (3, self.heads, self.head_width)).unbind(1)  # (B, H, N)
-        carried, long = steps[0](k.unsqueeze(-1) * v.unsqueeze(-2), state.long)
-        y = torch.einsum("bhn,bhnm->bhm", q, carried).flatten(1)
-        return self.out_proj(y), MultiHyenaState(past, long)
+        carried, inner = long[0].step(k.unsqueeze(-1) * v.unsqueeze(-2), state.long)
+        y = (q.unsqueeze(-1) * carried).sum(-2).flatten(1)
+        return y, MultiHyenaState(past, inner)
 
 
 def prefers_convolution(length: int, head_width: int) -> bool:

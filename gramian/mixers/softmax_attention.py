@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from gramian.mixers._mixer import Mixer, check_divides
-from gramian.systems import State, System
+from gramian.ops.packed import Linear
+from gramian.systems import Recurrence, State, System
 
 __all__ = ["SoftmaxAttention", "SoftmaxAttentionState"]
 
@@ -113,8 +114,8 @@ class SoftmaxAttention(Mixer):
         self.rotary_base = rotary_base
         self.rotary_scaling = rotary_scaling
         self.rotary_width = rotary_width
-        self.in_proj = nn.Linear(width, (heads + 2 * kv_heads) * head_width, bias=bias)
-        self.out_proj = nn.Linear(
+        self.in_proj = Linear(width, (heads + 2 * kv_heads) * head_width, bias=bias)
+        self.out_proj = Linear(
             heads * head_width, width, bias=bias if out_bias is None else out_bias
         )
 
@@ -294,7 +295,9 @@ class SoftmaxAttention(Mixer):
         values = torch.cat([values, v.to(values.dtype)], dim=2).gather(2, index)
         return SoftmaxAttentionState(keys, values, total, seen + length)
 
-    def _step(self, x_t: Tensor, state: State, steps: tuple[Any, ...]) -> tuple[Tensor, State]:
+    def _step(
+        self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
+    ) -> tuple[Tensor, State]:
         assert isinstance(state, SoftmaxAttentionState)
         keys, values, count, seen = state
         room = keys.shape[2]

@@ -8,6 +8,7 @@ tokens it has seen. The state is replaced at every update: a recurrence consumes
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +16,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
+from gramian.models.snapshots import load_cache, save_cache
+
 if TYPE_CHECKING:
     from gramian.models.configuration import GramianConfig
+    from gramian.models.modeling import GramianPreTrainedModel
 
 
 class GramianCacheLayer(LinearAttentionCacheLayerMixin):
@@ -143,9 +147,9 @@ class GramianCache(Cache):
     Args:
         config: the model's configuration.
 
-    Its size is fixed by the model and the batch, whatever the length generated. `reset` keeps the
-    recurrences, so that a cache used again need not make them anew; they are snapshots, so a cache
-    must not outlive a change of the weights.
+    Its size is fixed by the model and the batch, whatever the length generated, but for the keys
+    and values of attention. `reset` keeps the recurrences, so that a cache used again need not make
+    them anew; they are snapshots, so a cache must not outlive a change of the weights.
     """
 
     layers: list[GramianCacheLayer]
@@ -170,3 +174,25 @@ class GramianCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all layers' states."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def save(self, path: str | Path, model: GramianPreTrainedModel) -> None:
+        """Write the state to a file, for `load`; see `gramian.models.snapshots`.
+
+        Args:
+            path: the file, written whole or not at all.
+            model: the one that filled the cache; a fingerprint of it goes into the file.
+
+        Raises:
+            ValueError: on an empty cache, or one of another number of layers.
+        """
+        save_cache(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | Path, model: GramianPreTrainedModel) -> GramianCache:
+        """The cache that `save` wrote, on the device of `model`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds no cache, or one of a model with other weights.
+        """
+        return load_cache(path, model)

@@ -12,6 +12,7 @@ length written.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from gramian.mixers import (
 from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import GramianConfig
 from gramian.models.norms import make_norm
+from gramian.ops.packed import Linear
 
 
 def build_mixer(config: GramianConfig, layer: int) -> Mixer:
@@ -67,9 +69,9 @@ class GramianMLP(nn.Module):
         assert config.intermediate_size is not None
         width, inner = config.hidden_size, config.intermediate_size
         bias = config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias) if config.gated_mlp else None
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.gate_proj = Linear(width, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -212,6 +214,25 @@ class GramianPreTrainedModel(PreTrainedModel):
                 block.mixer.recurrence().state_bytes(batch, dtype=self.dtype, context=context)
                 for block in self.base_model.layers
             )
+
+    def compile_decoding(self, enabled: bool = True, **options: Any) -> None:
+        """Make steps of one token fast: what `generate` does after the prompt.
+
+        What a layer does between its projections is compiled, at the first step of each batch size,
+        and on a CPU the projections multiply by packed copies of their weights, which cost the
+        memory of the weights once more. Results are the same up to rounding. What cannot be
+        compiled (attention and online convolution are not) runs as it is; if compiling fails, one
+        warning says so. `generate(..., compile_config=CompileConfig(...))` does the same.
+
+        Args:
+            enabled: False undoes it.
+            options: for `torch.compile`: `backend`, `mode` and `options`.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(enabled)
+            elif isinstance(module, Mixer):
+                module.compile_step(enabled, **options)
 
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
         # Asked to, transformers passes over modules of other packages that own no tensor
@@ -420,7 +441,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GramianModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -472,6 +493,56 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: GramianCache | None = None,
+        *,
+        chunk_size: int = 16_384,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Read a prompt of any length, chunk after chunk: memory is that of one chunk.
+
+        Args:
+            input_ids: (batch, length) token ids.
+            attention_mask: (batch, length), 1 for a real token, 0 for padding.
+            past_key_values: the cache of what came before; moved on in place.
+            chunk_size: tokens read at once.
+            progress: called as `progress(tokens read, tokens)` before the first chunk and after
+                each.
+
+        Returns:
+            `logits` (batch, 1, vocab_size) of the token that follows, and `past_key_values`. To
+            generate from there, pass the cache and the whole sequence, one token longer, or the
+            new token alone.
+
+        Raises:
+            ValueError: on a `chunk_size` below 1, and as `forward` does.
+        """
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size must be an integer of at least 1; got {chunk_size!r}.")
+        batch, length = input_ids.shape
+        mask = _recent_mask(attention_mask, batch, length)
+        if progress is not None:
+            progress(0, length)
+        outputs = None
+        for begin in range(0, max(length, 1), chunk_size):
+            part = slice(begin, begin + chunk_size)
+            outputs = self(
+                input_ids=input_ids[:, part],
+                attention_mask=None if mask is None else mask[:, part],
+                past_key_values=past_key_values,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            past_key_values = outputs.past_key_values
+            if progress is not None:
+                progress(min(begin + chunk_size, length), length)
+        assert outputs is not None
+        return outputs
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -507,6 +578,12 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
             )
         if getattr(generation_config, "is_assistant", False):
             raise ValueError("a Gramian model cannot assist another: its state cannot be cropped.")
+        compile_config = generation_config.compile_config
+        if compile_config is not None and not generation_config.disable_compile:
+            options = {"backend": compile_config.backend, "mode": compile_config.mode}
+            if compile_config.options:
+                options = {"backend": compile_config.backend, "options": compile_config.options}
+            self.compile_decoding(**options)
         if model_kwargs.get("past_key_values") is not None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:

@@ -110,16 +110,21 @@ class System(abc.ABC):
         super().__init_subclass__(**kwargs)
         pytree.register_pytree_node(
             cls,
-            lambda system: (system._fields(), None),
-            lambda fields, _: cls._from_fields(fields),
+            lambda system: (system._fields(), system._static),
+            lambda fields, static: cls._from_fields(fields, static),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         )
 
     def _fields(self) -> list[Any]:
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
+    @property
+    def _static(self) -> Any:
+        """What belongs to the system besides its tensors; hashable."""
+        return None
+
     @classmethod
-    def _from_fields(cls, values: Any) -> Self:
+    def _from_fields(cls, values: Any, static: Any = None) -> Self:
         system = object.__new__(cls)
         for field, value in zip(dataclasses.fields(cls), values, strict=True):
             object.__setattr__(system, field.name, value)
@@ -127,7 +132,8 @@ class System(abc.ABC):
 
     def _map(self, function: Any) -> Self:
         return self._from_fields(
-            [function(value) if value is not None else None for value in self._fields()]
+            [function(value) if value is not None else None for value in self._fields()],
+            self._static,
         )
 
     @property

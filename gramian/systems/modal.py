@@ -8,10 +8,12 @@ for a pole and its conjugate; a real pole is an entry with imaginary part zero.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gramian.ops import causal_convolution
 from gramian.ops.vandermonde import (
@@ -26,14 +28,64 @@ from gramian.systems._system import LinearRecurrence, System, check_tensor, work
 __all__ = ["Modal", "ModalRecurrence", "ModalState"]
 
 
+_MAX_GROUPS = 4
+_PADDING = 0.1  # share of padding that is tolerated rather than making one more group
+
+
 class _Fields(NamedTuple):
-    modes: Tensor
+    modes: tuple[Tensor, ...]
 
 
 class ModalState(_Fields, State):
-    """``x_{t+1} = λ x_t + u_t`` for every mode: (*B, *C', m, 2), real and imaginary part."""
+    """``x_{t+1} = λ x_t + u_t`` for every mode, real and imaginary parts.
+
+    One tensor for each group of channels with nearly as many modes, so that one channel of many
+    does not make all of them large: (*B, *C'[:-1], 2, m, C'[-1]). The last of the channel
+    dimensions comes last: it is what a processor's vectors run along.
+    """
 
     __slots__ = ()
+
+
+class Group(NamedTuple):
+    """Channels, along the first of their dimensions, that are stepped together."""
+
+    channels: tuple[int, ...] | None  # None: all of them, in order
+    modes: int
+
+
+@functools.lru_cache(maxsize=1024)
+def group_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
+    """Partition channels of ``counts`` modes into few groups with little padding.
+
+    The fewest groups, at most four, whose padding is within a tenth of all modes, and of those the
+    partition with the least, by dynamic programming over the different counts.
+    """
+    sizes = sorted(set(counts))
+    many = [counts.count(size) for size in sizes]
+    # least[g][j]: slots of the j smallest sizes in g groups, and where the last of them begins
+    least: list[list[tuple[float, int]]] = [[(0.0, 0)] + [(torch.inf, 0)] * len(sizes)]
+    groups = 0
+    while groups < _MAX_GROUPS:
+        groups += 1
+        row = [(torch.inf, 0)]
+        for j in range(1, len(sizes) + 1):
+            costs = [least[-1][i][0] + sum(many[i:j]) * sizes[j - 1] for i in range(j)]
+            best = min(range(j), key=costs.__getitem__)
+            row.append((costs[best], best))
+        least.append(row)
+        if row[-1][0] <= (1 + _PADDING) * sum(counts):
+            break
+    if groups == 1:
+        return (Group(None, sizes[-1]),)
+    found, end = [], len(sizes)
+    for g in range(groups, 0, -1):
+        begin = least[g][end][1]
+        inside = {*sizes[begin:end]}
+        members = tuple(c for c, count in enumerate(counts) if count in inside)
+        found.append(Group(members, sizes[end - 1]))
+        end = begin
+    return tuple(reversed(found))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +97,9 @@ class Modal(System):
             fewer modes are padded with residues of zero.
         residues: (*C, m), complex.
         d: (*C), real: the direct term.
+        counts: How many modes, the leading ones, each channel along the first channel dimension
+            has, where that is known: states have no room for the padding of the others. By default
+            as many as there are poles.
 
     Raises:
         TypeError: if poles or residues are not complex, or ``d`` not real.
@@ -54,8 +109,10 @@ class Modal(System):
     poles: Tensor
     residues: Tensor
     d: Tensor
+    counts: dataclasses.InitVar[tuple[int, ...] | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, counts: tuple[int, ...] | None) -> None:
+        object.__setattr__(self, "_counts", None if counts is None else tuple(counts))
         for name in ("poles", "residues", "d"):
             check_tensor(f"{name} of a modal system", getattr(self, name))
         if not (self.poles.is_complex() and self.residues.is_complex()) or self.d.is_complex():
@@ -69,6 +126,42 @@ class Modal(System):
                 f"got {tuple(self.poles.shape)}, {tuple(self.residues.shape)} and "
                 f"{tuple(self.d.shape)}."
             )
+        if counts is not None and (self.d.ndim == 0 or len(counts) != self.d.shape[0]):
+            raise ValueError(
+                "counts must be one number of modes for each channel of the first dimension of "
+                f"{tuple(self.d.shape)}, got {len(counts)}."
+            )
+
+    _counts: ClassVar[tuple[int, ...] | None] = None
+
+    @property
+    def _static(self) -> Any:
+        return self._counts
+
+    @classmethod
+    def _from_fields(cls, values: Any, static: Any = None) -> Self:
+        system = super()._from_fields(values)
+        object.__setattr__(system, "_counts", static)
+        return system
+
+    def __getitem__(self, index: Any) -> Self:
+        system = super().__getitem__(index)
+        first = index[0] if isinstance(index, tuple) and index else index
+        kept = self._counts[first] if self._counts and isinstance(first, slice) else None
+        object.__setattr__(system, "_counts", kept)
+        return system
+
+    def reshape_channels(self, *shape: int) -> Self:
+        system = super().reshape_channels(*shape)
+        object.__setattr__(system, "_counts", None)
+        return system
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """How states group the channels."""
+        if self._counts is None:
+            return (Group(None, self.poles.shape[-1]),)
+        return group_channels(self._counts)
 
     @property
     def channel_shape(self) -> torch.Size:
@@ -124,13 +217,42 @@ class Modal(System):
                 f"a modal system continues from a ModalState, got {type(state).__name__}."
             )
         length = u.shape[-1]
-        signal = u.to(state.modes.dtype)
-        past = torch.view_as_complex(state.modes)
+        signal = u.to(state.modes[0].dtype)
         y = causal_convolution(signal, self.impulse_response(length).to(signal.dtype))
-        y = y + vandermonde_product(self.poles, self.residues.to(past.dtype) * past, length)
-        step = integer_power(self.poles.to(torch.complex128), length)
-        new = step.to(past.dtype) * past + vandermonde_transpose_product(self.poles, signal)
-        return y.to(u.dtype), ModalState(torch.view_as_real(new))
+        pair = self._pair
+        free, states = [], []
+        for group, modes in zip(self.groups, state.modes, strict=True):
+            part, chosen = self._part(group), signal
+            if group.channels is not None:
+                index = torch.tensor(group.channels, device=u.device)
+                chosen = signal.index_select(-self.d.ndim - 1, index)
+            re, im = modes.unbind(pair)
+            past = torch.complex(re, im).movedim(pair + 1, -1)  # (*B, *C', m)
+            free.append(
+                vandermonde_product(part.poles, part.residues.to(past.dtype) * past, length)
+            )
+            step = integer_power(part.poles.to(torch.complex128), length)
+            new = step.to(past.dtype) * past + vandermonde_transpose_product(part.poles, chosen)
+            new = new.movedim(-1, pair + 1)
+            states.append(torch.stack([new.real, new.imag], dim=pair))
+        y = y + _ungroup(free, self.groups, -self.d.ndim - 1)
+        return y.to(u.dtype), ModalState(tuple(states))
+
+    @property
+    def _pair(self) -> int:
+        """The dimension of a state that holds real and imaginary part."""
+        return -3 if self.d.ndim else -2
+
+    def _part(self, group: Group) -> Modal:
+        """The system of the channels of one group, with as many modes as they need."""
+        if group.channels is None:
+            return Modal(self.poles[..., : group.modes], self.residues[..., : group.modes], self.d)
+        index = torch.tensor(group.channels, device=self.d.device)
+        return Modal(
+            self.poles[..., : group.modes].index_select(0, index),
+            self.residues[..., : group.modes].index_select(0, index),
+            self.d.index_select(0, index),
+        )
 
     def _infinite_hankel_singular_values(self) -> Tensor:
         """By the Takenaka–Malmquist basis of {λ, λ̄}, the QR factorisation of their Vandermonde
@@ -152,27 +274,103 @@ class Modal(System):
         return torch.linalg.svdvals(factor.mT @ (residues.unsqueeze(-1) * factor))
 
 
+def _ungroup(parts: list[Tensor], groups: tuple[Group, ...], dim: int) -> Tensor:
+    """What the groups made of their channels, in the order of the channels along ``dim``."""
+    if len(parts) == 1:
+        return parts[0]
+    order = sum((group.channels or () for group in groups), ())
+    return torch.cat(parts, dim=dim).index_select(
+        dim, torch.tensor(order, device=parts[0].device).argsort()
+    )
+
+
+class _GroupStep(NamedTuple):
+    """What stepping a group needs, shaped against its state."""
+
+    channels: Tensor | None
+    real: Tensor  # of the poles, (*C[:-1], m, C[-1])
+    imaginary: Tensor
+    readout: Tensor  # (*C[:-1], 2, m, C[-1])
+
+    def widen(self, width: int) -> _GroupStep:
+        """For streams that share a filter along the last dimension: numbers side by side."""
+
+        def expand(value: Tensor) -> Tensor:
+            return value.expand(*value.shape[:-1], width).contiguous()
+
+        return self._replace(
+            real=expand(self.real),
+            imaginary=expand(self.imaginary),
+            readout=expand(self.readout),
+        )
+
+
 class ModalRecurrence(LinearRecurrence):
-    """``y_t = Re Σ_k residues_k x_k + d u_t``, ``x ← λ x + u_t``."""
+    """``y_t = Re Σ_k residues_k x_k + d u_t``, ``x ← λ x + u_t``, in place and in real numbers."""
 
     form = "modal"
-    _state = ModalState
 
     def __init__(self, system: Modal) -> None:
         self.system: Modal = system.frozen()
         dtype = working_dtype(system.d)
-        self._poles = self.system.poles.to(dtype.to_complex())
-        # Re (r x) = (Re r)(Re x) - (Im r)(Im x): an inner product of real pairs.
-        self._readout = torch.view_as_real(self.system.residues.conj().resolve_conj())
-        self._readout = self._readout.flatten(-2).to(dtype)
         self._d = self._like = self.system.d.to(dtype)
-        self._state_shape = (self.system.poles.shape[-1], 2)
+        self._pair = self.system._pair
+        self._widened: dict[int, list[_GroupStep]] = {}
+        self._groups = []
+        for group in self.system.groups:
+            part = self.system._part(group)
+            poles = part.poles.movedim(-1, self._pair + 1)
+            # Re (r x) = (Re r)(Re x) - (Im r)(Im x): an inner product of real pairs.
+            residues = part.residues.movedim(-1, self._pair + 1)
+            channels = group.channels
+            self._groups.append(
+                _GroupStep(
+                    None if channels is None else torch.tensor(channels, device=poles.device),
+                    poles.real.to(dtype).contiguous(),
+                    poles.imag.to(dtype).contiguous(),
+                    torch.stack([residues.real, -residues.imag], self._pair).to(dtype).contiguous(),
+                )
+            )
+        order = [group.channels for group in self._groups if group.channels is not None]
+        self._place = torch.cat(order).argsort() if order else None
+
+    def initial_state(
+        self,
+        batch_shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> ModalState:
+        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
+        split = len(shape) - self._d.ndim
+        if self._d.ndim and self._d.shape[-1] == 1 and shape[-1] not in self._widened:
+            self._widened[shape[-1]] = [group.widen(shape[-1]) for group in self._groups]
+        states = []
+        for group in self.system.groups:
+            channels = list(shape[split:])
+            if group.channels is not None:
+                channels[0] = len(group.channels)
+            size = (*shape[:split], *channels[:-1], 2, group.modes, *channels[-1:])
+            states.append(self._like.new_zeros(size, dtype=dtype, device=device))
+        return ModalState(tuple(states))
 
     @torch.no_grad()
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
         assert isinstance(state, ModalState)
-        (modes,) = state
-        sample = u_t.to(modes.dtype)
-        y = torch.addcmul((modes.flatten(-2) * self._readout).sum(-1), self._d, sample)
-        torch.view_as_complex(modes).mul_(self._poles).add_(sample.unsqueeze(-1))
+        dims, pair = self._d.ndim, self._pair
+        sample = u_t.to(state.modes[0].dtype)
+        groups = self._widened.get(sample.shape[-1] if dims else 1, self._groups)
+        outputs = []
+        for group, modes in zip(groups, state.modes, strict=True):
+            part = sample
+            if group.channels is not None:
+                part = sample.index_select(-dims, group.channels)
+            outputs.append((modes * group.readout).sum((pair, pair + 1)))
+            re, im = modes.unbind(pair)  # (*B, *C'[:-1], m, C'[-1])
+            turned = im * group.imaginary
+            im.mul_(group.real).addcmul_(re, group.imaginary)
+            re.mul_(group.real).sub_(turned).add_(part.unsqueeze(pair + 1))
+        y = outputs[0]
+        if self._place is not None:
+            y = torch.cat(outputs, dim=-dims).index_select(-dims, self._place)
+        y = torch.addcmul(y, self._d, sample)
         return y.to(u_t.dtype), state

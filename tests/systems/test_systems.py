@@ -249,7 +249,8 @@ def test_states_can_be_selected_repeated_and_moved(name):
     torch.testing.assert_close(tuple(state.select(order)), tuple(expected))
     _, expected = recurrence.prefill(u.repeat_interleave(2, 0))
     torch.testing.assert_close(tuple(state.repeat(2)), tuple(expected))
-    assert all(x.dtype == torch.float32 for x in state.to(dtype=torch.float32) if x.ndim)
+    single = pytree.tree_leaves(state.to(dtype=torch.float32))
+    assert all(x.dtype == torch.float32 for x in single if x.ndim)
 
     kept = state.clone()
     recurrence.step(u[..., 0], state)
@@ -280,7 +281,7 @@ def test_gradients_flow_through_output_and_state(name):
         state = make_state(system)
         y, state = system(u[..., :4], state)
         z, state = system(u[..., 4:], state)
-        return y, z, *(x for x in state if x.ndim)
+        return y, z, *(x for x in pytree.tree_leaves(state) if x.ndim)
 
     def make_state(system):
         return system.recurrence("companion" if "tr" in name else None).initial_state((2,))

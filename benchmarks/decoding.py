@@ -1,0 +1,403 @@
+"""How fast does a recurrence generate, beside a transformer with a cache, at any context?
+
+Models of 12 layers and 37 to 38 million parameters outside the embedding, width 512, vocabulary
+50,257, random weights (they do not change the speed), on the CPU: transformers' GPT-2 with eager
+and SDPA attention and with the dynamic and the static cache, against Hyena and MultiHyena with
+modal filters of 16 complex modes, as they are and after `compile_decoding()`. A step is one forward
+of one token a sequence and the choice of the best token. Contexts are not read but put in place:
+GPT-2's caches are filled with random numbers, a recurrence's state has one size. Sides take turns
+within a round, and minima over all rounds are compared.
+
+Parts, chosen with `--part`:
+
+`transformer`  batch 16 at context 4,096, and batch 1 at context 512; bytes of the states.
+`axes`         tokens a second against batch size, prompt length and generated tokens; prompts are
+               timed, and the tokens after them are the step in the middle times their number.
+`memory`       growth of the resident memory over 1,000 generated tokens.
+`exact`        a model with implicit filters of 2,048 taps that generates by online convolution,
+               and one of the same shape with modal filters; smaller models, and one whole window
+               of steps, over which the cost of online convolution repeats.
+`million`      a prompt of 2^20 tokens through a model of the size of HyenaDNA (width 256, 8 layers)
+               in a process of its own, with its peak of resident memory.
+
+    python benchmarks/decoding.py [--part transformer axes …] [--quick] [--threads N]
+"""
+
+import argparse
+import gc
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks._report import write
+from gramian.models import GramianConfig, GramianForCausalLM
+
+RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures"
+VOCABULARY, WIDTH, LAYERS, MODES, HEADS = 50_257, 512, 12, 16, 32
+
+Step = Callable[[], None]
+
+
+def gramian_model(mixer: str, **changes: Any) -> GramianForCausalLM:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_heads": HEADS,
+        "mixers": mixer,
+        "filter": {"type": "modal", "orders": MODES},
+        "max_position_embeddings": 2048,
+    }
+    return GramianForCausalLM(GramianConfig(**(settings | changes))).eval()
+
+
+def transformer(attention: str) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=8,
+        n_positions=16_384,
+        attn_implementation=attention,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def parameters(model: torch.nn.Module) -> int:
+    """Parameters outside token and position embeddings (and the tied output projection)."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+
+
+def recurrent_step(model: GramianForCausalLM, batch: int) -> tuple[Step, int]:
+    """A closure that takes one step, and the bytes of the state."""
+    tokens = torch.randint(0, model.config.vocab_size, (batch, 4))
+    cache = model.prefill(tokens).past_key_values
+    last = tokens[:, -1:]
+
+    def step() -> None:
+        nonlocal last
+        logits = model(last, past_key_values=cache, logits_to_keep=1).logits
+        last = logits[:, -1].argmax(-1, keepdim=True)
+
+    return step, cache.nbytes
+
+
+def transformer_step(
+    model: GPT2LMHeadModel, kind: str, batch: int, context: int, steps: int
+) -> tuple[Step, int]:
+    """Likewise, behind a cache of `context` random keys and values."""
+    config = model.config
+    cache = (
+        DynamicCache(config=config)
+        if kind == "dynamic"
+        else StaticCache(config=config, max_cache_len=context + steps)
+    )
+    shape = (batch, config.n_head, context, config.n_embd // config.n_head)
+    for layer in range(config.n_layer):
+        cache.update(torch.randn(shape), torch.randn(shape), layer)
+    last = torch.randint(0, config.vocab_size, (batch, 1))
+
+    def step() -> None:
+        nonlocal last
+        logits = model(last, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        last = logits[:, -1].argmax(-1, keepdim=True)
+
+    numbers = 2 * config.n_layer * batch * context * config.n_embd
+    return step, 4 * numbers
+
+
+def timed(step: Step) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def take_turns(sides: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Seconds of a step of each side, the least of `rounds` after one that warms up."""
+    least = dict.fromkeys(sides, float("inf"))
+    for step in sides.values():
+        step()
+    for _ in range(rounds):
+        for name, step in sides.items():
+            least[name] = min(least[name], timed(step))
+    return least
+
+
+def recurrent_sides(batch: int) -> tuple[dict[str, Step], dict[str, int], dict[str, int]]:
+    sides, sizes, counts = {}, {}, {}
+    for mixer in ("hyena", "multi_hyena"):
+        for compiled in (False, True):
+            name = f"{mixer}{' compiled' if compiled else ''}"
+            model = gramian_model(mixer)
+            model.compile_decoding(compiled)
+            sides[name], sizes[name] = recurrent_step(model, batch)
+            counts[name] = parameters(model)
+    return sides, sizes, counts
+
+
+@torch.no_grad()
+def against_transformer(quick: bool) -> dict[str, Any]:
+    results = {}
+    for batch, context, rounds in ((16, 4096, 4), (1, 512, 20)):
+        if quick:
+            context, rounds = context // 8, 2
+        ours, sizes, counts = recurrent_sides(batch)
+        seconds: dict[str, float] = {}
+        for attention in ("sdpa", "eager"):
+            model = transformer(attention)
+            counts["gpt2"] = parameters(model)
+            for kind in ("dynamic", "static"):
+                name = f"gpt2 {attention} {kind}"
+                step, sizes[name] = transformer_step(model, kind, batch, context, rounds + 2)
+                for key, value in take_turns({**ours, name: step}, rounds).items():
+                    seconds[key] = min(seconds.get(key, value), value)
+                del step
+                gc.collect()
+        rate = {name: batch / value for name, value in seconds.items()}
+        best = {
+            kind: max(rate[f"gpt2 {a} {kind}"] for a in ("sdpa", "eager"))
+            for kind in ("dynamic", "static")
+        }
+        print(f"\nbatch {batch}, context {context}: tokens a second")
+        for name, value in rate.items():
+            ratios = "".join(f"  {value / best[kind]:6.2f} x {kind}" for kind in best)
+            print(f"{name:>22} {value:9.1f}{ratios}  {sizes[name] / 2**20:9.1f} MiB")
+        announced = {
+            mixer: [gramian_model(mixer).state_bytes(batch, c) for c in (1, 512, 4096, 2**20)]
+            for mixer in ("hyena", "multi_hyena")
+        }
+        for mixer, bytes_at in announced.items():
+            print(f"{mixer}: bytes of state at contexts 1, 512, 4,096 and 1,048,576: {bytes_at}")
+        results[f"batch {batch}, context {context}"] = {
+            "tokens_per_second": rate,
+            "best_transformer": best,
+            "ratio_to_dynamic": {n: v / best["dynamic"] for n, v in rate.items()},
+            "ratio_to_static": {n: v / best["static"] for n, v in rate.items()},
+            "cache_bytes": sizes,
+            "state_bytes_at_contexts": announced,
+            "parameters_outside_embeddings": counts,
+        }
+    return results
+
+
+@torch.no_grad()
+def along_axes(quick: bool) -> dict[str, Any]:
+    """Tokens a second of generation for each axis, the others fixed."""
+    models = {"Hyena": gramian_model("hyena"), "MultiHyena": gramian_model("multi_hyena")}
+    for model in models.values():
+        model.compile_decoding()
+    gpt2 = transformer("sdpa")
+    kinds = ("dynamic", "static")
+    rounds = 2 if quick else 4
+
+    def sides(batch: int, context: int) -> dict[str, Step]:
+        made = {name: recurrent_step(model, batch)[0] for name, model in models.items()}
+        for kind in kinds:
+            step = transformer_step(gpt2, kind, batch, context, rounds + 2)[0]
+            made[f"GPT-2, {kind} cache"] = step
+        return made
+
+    def rates(batch: int, context: int) -> dict[str, float]:
+        return {n: batch / s for n, s in take_turns(sides(batch, context), rounds).items()}
+
+    batches = {b: rates(b, 512) for b in ((1, 4) if quick else (1, 4, 16, 64))}
+    prompts = {p: rates(4, p) for p in ((128, 512) if quick else (128, 512, 2048, 8192))}
+    # Generated tokens: the prompt is read and timed, too.
+    prompt = torch.randint(0, VOCABULARY, (4, 64 if quick else 512))
+    reading = {}
+    for name, model in (*models.items(), ("GPT-2", gpt2)):
+        reading[name] = min(
+            timed(lambda model=model: model(prompt, use_cache=True, logits_to_keep=1))
+            for _ in range(2)
+        )
+    generated: dict[int, dict[str, float]] = {}
+    for count in (16, 64) if quick else (64, 256, 1024, 4096):
+        middle = rates(4, prompt.shape[1] + count // 2)
+        generated[count] = {
+            name: 4 * count / (reading[name.split(",")[0]] + 4 * count / rate)
+            for name, rate in middle.items()
+        }
+    axes = {"batch size": batches, "prompt length": prompts, "generated tokens": generated}
+    for axis, points in axes.items():
+        print(f"\ntokens a second against {axis}")
+        for at, rate in points.items():
+            print(f"{at:>6}  " + "  ".join(f"{name} {value:.1f}" for name, value in rate.items()))
+    return {"axes": axes, "seconds_to_read_prompt": reading}
+
+
+def draw(axes: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fixed = {
+        "batch size": "context 512",
+        "prompt length": "batch 4",
+        "generated tokens": "batch 4, prompt 512",
+    }
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), sharey=False)
+    for panel, (axis, points) in zip(panels, axes.items(), strict=True):
+        for name in next(iter(points.values())):
+            at = [int(value) for value in points]
+            panel.plot(at, [rate[name] for rate in points.values()], "o-", ms=4, label=name)
+        panel.set(xscale="log", yscale="log", xlabel=axis, title=fixed[axis])
+        panel.set_xscale("log", base=2)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("tokens a second")
+    panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+def resident() -> int:
+    """Bytes of resident memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def growth(quick: bool) -> dict[str, Any]:
+    """Resident memory while `generate` writes."""
+    results = {}
+    for mixer in ("hyena", "multi_hyena"):
+        model = gramian_model(mixer)
+        model.compile_decoding()
+        prompt = torch.randint(0, VOCABULARY, (1, 16))
+        seen: list[int] = []
+
+        class Watch:
+            def put(self, value: Tensor, seen: list[int] = seen) -> None:
+                seen.append(resident())
+
+            def end(self) -> None:
+                pass
+
+        count = 150 if quick else 1000
+        model.generate(prompt, max_new_tokens=count, do_sample=False, streamer=Watch())
+        start, end = seen[min(100, count // 2)], seen[-1]
+        results[mixer] = {"tokens": count, "bytes_after_100": start, "bytes_at_the_end": end}
+        percent = 100 * (end / start - 1)
+        print(f"{mixer}: resident memory grows by {percent:.2f}% to token {count}")
+    return results
+
+
+@torch.no_grad()
+def against_exact(quick: bool) -> dict[str, Any]:
+    """Modal filters against online convolution, one window of the latter."""
+    results = {}
+    taps = 256 if quick else 2048
+    shape = {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 16, "vocab_size": 259}
+    for mixer in ("hyena", "multi_hyena"):
+        kinds = {
+            "exact": {"type": "implicit"},
+            "distilled": {"type": "modal", "orders": MODES},
+            "distilled, compiled": {"type": "modal", "orders": MODES},
+        }
+        total = dict.fromkeys(kinds, 0.0)
+        steps, size = {}, {}
+        for name, filter_config in kinds.items():
+            changes = {**shape, "filter": filter_config, "max_position_embeddings": taps}
+            model = gramian_model(mixer, **changes)
+            model.compile_decoding("compiled" in name)
+            steps[name], size[name] = recurrent_step(model, 1)
+            steps[name]()
+        for _ in range(taps):
+            for name, step in steps.items():
+                total[name] += timed(step)
+        ratio = {name: total["exact"] / value for name, value in total.items()}
+        print(f"\n{mixer}, {taps} steps, batch 1: exact {total['exact']:.2f} s")
+        for name in ("distilled", "distilled, compiled"):
+            print(f"  {name}: {total[name]:.2f} s, {ratio[name]:.2f} x as fast")
+        results[mixer] = {"seconds": total, "ratio": ratio, "state_bytes": size, "taps": taps}
+    return {**results, "shape": shape}
+
+
+def million(quick: bool) -> dict[str, Any]:
+    """The long prompt in a fresh process, so that its peak of memory is its own."""
+    length = 2**16 if quick else 2**20
+    command = [sys.executable, __file__, "--prompt", str(length)]
+    command += ["--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{length} tokens read in {result['seconds']:.0f} s, peak {result['peak_gib']:.2f} GiB")
+    return result
+
+
+def read_prompt(length: int) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    changes = {"hidden_size": 256, "num_hidden_layers": 8, "vocab_size": 16}
+    model = gramian_model("hyena", **changes, max_position_embeddings=length)
+    tokens = torch.randint(0, 16, (1, length))
+    started = time.perf_counter()
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("Reading the prompt", total=length)
+        outputs = model.prefill(
+            tokens, progress=lambda done, total: progress.update(task, completed=done)
+        )
+    seconds = time.perf_counter() - started
+    written = model.generate(
+        tokens[:, -1:],
+        attention_mask=torch.ones(1, length + 1),
+        past_key_values=outputs.past_key_values,
+        max_new_tokens=32,
+        do_sample=False,
+    )
+    assert written.shape[1] == 33
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+    result = {"tokens": length, "seconds": seconds, "peak_gib": peak}
+    result |= {"state_bytes": outputs.past_key_values.nbytes, "parameters": parameters(model)}
+    print(json.dumps(result))
+
+
+PARTS = {
+    "transformer": against_transformer,
+    "axes": along_axes,
+    "memory": growth,
+    "exact": against_exact,
+    "million": million,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="small sizes, for a look")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--figures", type=Path, default=FIGURES)
+    parser.add_argument("--prompt", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.prompt is not None:
+        read_prompt(arguments.prompt)
+        return
+    for part in arguments.part:
+        results = PARTS[part](arguments.quick)
+        settings = {"width": WIDTH, "layers": LAYERS, "modes": MODES, "heads": HEADS}
+        record = {"benchmark": f"decoding, {part}", **settings, "quick": arguments.quick, **results}
+        write(arguments.output / f"decoding_{part}.json", record)
+        if part == "axes":
+            draw(results["axes"], arguments.figures / "decoding.png")
+
+
+if __name__ == "__main__":
+    main()

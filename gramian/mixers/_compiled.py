@@ -1,0 +1,65 @@
+"""Compiled parts of steps, which fall back to the plain ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["CompiledStep"]
+
+_RECOMPILATIONS = 128  # shapes, of layers and batches, before torch gives up
+
+
+class CompiledStep:
+    """``torch.compile(function)`` for tensors of fixed shapes; the function itself if that fails.
+
+    One failure is reported once for the whole process, and nothing is lost by it: compiling touches
+    no state.
+    """
+
+    _warned = False
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        self.function = function
+        self.options = options
+        self._compiled: Callable[..., Any] | None = None
+        self._failed = False
+
+    def __call__(self, mixer: Any, z: Any, state: Any, long: tuple[Any, ...]) -> Any:
+        if self._failed or any(recurrence.form == "online" for recurrence in long):
+            return self.function(mixer, z, state, long)
+        try:
+            if self._compiled is None:
+                self._compiled = _compile(self.function, self.options)
+            return self._compiled(mixer, z, state, long)
+        except Exception as error:
+            self._failed = True
+            if not CompiledStep._warned:
+                CompiledStep._warned = True
+                reason = (str(error).strip().splitlines() or [""])[0]
+                warnings.warn(
+                    f"steps run uncompiled, as compiling failed: {type(error).__name__}: {reason}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return self.function(mixer, z, state, long)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledStep:
+        return CompiledStep(self.function, **self.options)
+
+    def __reduce__(self) -> Any:
+        return _restored, (self.function, self.options)
+
+
+def _restored(function: Callable[..., Any], options: dict[str, Any]) -> CompiledStep:
+    return CompiledStep(function, **options)
+
+
+def _compile(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, name, max(getattr(config, name), _RECOMPILATIONS))
+    return torch.compile(function, dynamic=False, fullgraph=True, **options)
