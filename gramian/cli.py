@@ -141,21 +141,46 @@ def distill(
     order: Annotated[
         int | None, typer.Option(help="State dimension of every filter, in place of --tol.")
     ] = None,
+    max_increase: Annotated[
+        str | None,
+        typer.Option(help="Rise of the loss on --text to stay within, such as 0.1%: finds --tol."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text for --max-increase and --finetune.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the text to measure on.")] = 65_536,
+    finetune: Annotated[int, typer.Option(help="Steps of training on --text afterwards.")] = 0,
+    max_order: Annotated[
+        int | None, typer.Option(help="Largest order to try for a tolerance, 256 if not given.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Replace the long filters of MODEL by small recurrences, saved as a model in OUT."""
-    if tol is not None and order is not None:
-        raise typer.BadParameter("give --tol or --order, not both.")
+    """Replace the long filters of MODEL by small recurrences, saved as a model in OUT.
+
+    distillation.json and distillation.png in OUT tell orders, errors and bounds of every layer.
+    """
+    given = [name for name in (tol, order, max_increase) if name is not None]
+    if len(given) > 1:
+        raise typer.BadParameter("give one of --tol, --order and --max-increase.")
+    if (max_increase is not None or finetune) and text is None:
+        raise typer.BadParameter("--max-increase and --finetune need --text FILE.")
     tol = 1e-3 if tol is None else tol
     _check_tolerance(tol)
-    if order is not None and order < 1:
-        raise UserError(f"The order must be at least 1; got {order}.")
+    for name, number in (("order", order), ("largest order", max_order)):
+        if number is not None and number < 1:
+            raise UserError(f"The {name} must be at least 1; got {number}.")
+    if finetune < 0:
+        raise UserError(f"--finetune takes a number of steps; got {finetune}.")
+    budget = None if max_increase is None else _fraction("--max-increase", max_increase)
     _check_new(out)
     _quiet_transformers()
     console = Console(stderr=as_json)
     loaded = _load(model)
     tokenizer = _tokenizer(model)
+    windows = None if text is None else _windows(model, loaded, text, max_tokens)
+
+    import dataclasses
 
     from rich.progress import Progress
 
@@ -166,24 +191,87 @@ def distill(
         bar = Progress(console=console, transient=True, disable=not console.is_terminal)
         with bar as progress:
             task = progress.add_task("Distilling", total=None)
-            try:
-                distilled, report = distillation.distill(
-                    loaded,
-                    tol=tol,
-                    order=order,
-                    progress=lambda done, total: progress.update(task, completed=done, total=total),
+
+            def advance(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            def tell(trial: distillation.Trial) -> None:
+                progress.update(
+                    task, description=f"Distilling; at {trial.tol:.1e}: {trial.increase:+.3%}"
                 )
+
+            try:
+                if budget is not None:
+                    assert windows is not None
+                    distilled, report = distillation.distill_to_budget(
+                        loaded, windows, budget, max_order=max_order, progress=tell
+                    )
+                else:
+                    distilled, report = distillation.distill(
+                        loaded, tol, order, max_order=max_order, progress=advance
+                    )
+                if windows is not None and budget is None:
+                    report = dataclasses.replace(
+                        report, quality=_quality(loaded, distilled, windows, report)
+                    )
+                if finetune:
+                    assert windows is not None and report.quality is not None
+                    progress.update(task, description="Fine-tuning")
+                    losses = distillation.finetune(distilled, windows, finetune, progress=advance)
+                    quality = dataclasses.replace(report.quality, finetuned=losses)
+                    report = dataclasses.replace(report, quality=quality)
             except ValueError as error:
                 raise UserError(_one_line(error)) from error
         distilled.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         (stage / "distillation.json").write_text(report.to_json() + "\n")
+        _draw_distillation(report, stage / "distillation.png")
     if as_json:
         print(report.to_json())
     else:
         console.print(report)
         console.print(f"Written to {out}", highlight=False)
+
+
+def _quality(original: Any, distilled: Any, windows: Any, report: Any) -> Any:
+    """The loss before and after on the text, without a budget."""
+    from gramian.distillation import Quality, Trial, mean_loss
+
+    before, after = (mean_loss(model, windows) for model in (original, distilled))
+    trial = Trial(report.tol, report.mean_order, after, after / before - 1)
+    return Quality(windows.numel(), None, before, (trial,))
+
+
+def _draw_distillation(report: Any, path: Path) -> None:
+    from gramian.reports import plot_distillation, save_figure
+
+    try:
+        save_figure(plot_distillation(report), path)
+    except ImportError as error:  # a picture is not worth the result
+        print(f"gramian: no figure: {_one_line(error)}", file=sys.stderr)
+
+
+def _fraction(name: str, text: str) -> float:
+    """A number, or one followed by a percent sign."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name} takes a positive number or percentage; got {text!r}.")
+    return value
+
+
+def _windows(folder: Path, model: GramianForCausalLM, text: Path, max_tokens: int) -> Any:
+    """(count, length) windows of a text file's tokens, as long as the filters, spread over it."""
+    ids = _token_ids(folder, model, text)
+    length = min(model.config.max_position_embeddings, 2048, len(ids))
+    if length < 2:
+        raise UserError(f"{text} has too few tokens: {len(ids)}.")
+    windows = ids[: len(ids) // length * length].reshape(-1, length)
+    count = min(len(windows), max(1, max_tokens // length))
+    return windows[[i * len(windows) // count for i in range(count)]]
 
 
 @app.command()
@@ -411,17 +499,22 @@ def _dtype(name: str) -> Any:
 
 def _tokens(folder: Path, model: GramianForCausalLM, text: Path, batch: int, length: int) -> Any:
     """(batch, length) tokens from the beginning of a text file."""
-    tokenizer = _tokenizer(folder) or _byte_tokenizer(folder, model)
-    try:
-        words = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{text} is not UTF-8 text: {_one_line(error)}") from error
-    ids = tokenizer(words, return_tensors="pt").input_ids[0]
+    ids = _token_ids(folder, model, text)
     if len(ids) < batch * length:
         raise UserError(
             f"{text} has {len(ids)} tokens; {batch} sequences of {length} need {batch * length}."
         )
     return ids[: batch * length].reshape(batch, length)
+
+
+def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> Any:
+    """All tokens of a text file, (count)."""
+    tokenizer = _tokenizer(folder) or _byte_tokenizer(folder, model)
+    try:
+        words = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text} is not UTF-8 text: {_one_line(error)}") from error
+    return tokenizer(words, return_tensors="pt", verbose=False).input_ids[0]
 
 
 def _check_new(out: Path) -> None:

@@ -273,3 +273,52 @@ def test_check_refuses(
 ) -> None:
     status, out, err = call(arguments, workplace)
     assert status == 1 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_distill_under_a_budget_of_quality_on_a_text(
+    workplace: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    (workplace / "budget.txt").write_text("Poles, residues and Markov parameters. " * 20)
+    arguments = "distill model budgeted --max-increase 5% --text budget.txt --finetune 2 --json"
+    status, out, _ = call(arguments, workplace)
+    report = json.loads(out)
+    quality = report["quality"]
+    assert status == 0 and quality["max_increase"] == 0.05 and len(quality["finetuned"]) == 2
+    assert quality["trials"][-1]["increase"] <= 0.05
+    written = {path.name for path in (workplace / "budgeted").iterdir()}
+    assert {"distillation.json", "distillation.png", "model.safetensors"} <= written
+    assert load(workplace / "budgeted").config.filter[0]["type"] == "modal"
+
+
+def test_distill_to_an_order_tells_the_loss_on_a_text(
+    workplace: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    (workplace / "words.txt").write_text("Hankel singular values. " * 9)
+    status, out, _ = call("distill model told --order 3 --text words.txt", workplace)
+    assert status == 0 and "Loss on" in out and "after" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("--tol 0.1 --max-increase 1% --text budget.txt", 2, "one of --tol"),
+        ("--max-increase 1%", 2, "need --text"),
+        ("--finetune 3", 2, "need --text"),
+        ("--max-increase much --text budget.txt", 1, "'much'"),
+        ("--max-increase 0% --text budget.txt", 1, "'0%'"),
+        ("--finetune -1 --text budget.txt", 1, "number of steps"),
+        ("--max-order 0", 1, "at least 1"),
+        ("--text nowhere.txt", 1, "nowhere.txt"),
+    ],
+)
+def test_distill_refuses_options_that_do_not_go_together(
+    workplace: Path,
+    call: Callable[..., tuple[int, str, str]],
+    arguments: str,
+    status: int,
+    message: str,
+) -> None:
+    before = contents(workplace)
+    code, _, err = call(f"distill model refused {arguments}", workplace)
+    assert code == status and message in " ".join(err.split())
+    assert contents(workplace) == before

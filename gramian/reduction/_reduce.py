@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian.ops._threads import work
 from gramian.reduction import errors
-from gramian.reduction._threads import work
 from gramian.reduction.balanced import balanced, refined_further
 from gramian.reduction.gradient import modal_interpolation
 from gramian.reduction.modal_truncation import modal_truncation

@@ -9,9 +9,11 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.image import imread
 
+from gramian.distillation import DistillationReport, LayerReport
 from gramian.reports import (
     plot_bits_per_byte,
     plot_decoding_cost,
+    plot_distillation,
     plot_hankel_spectra,
     save_figure,
 )
@@ -40,6 +42,33 @@ def test_a_silent_filter_has_an_empty_curve() -> None:
 def test_mean_order_is_marked() -> None:
     figure = plot_hankel_spectra({"a": spectra(2, 9)}, {"a": [3, 6]})
     assert "4.5" in figure.axes[0].texts[0].get_text()
+
+
+def test_distillation_shows_every_layer_and_the_tolerance() -> None:
+    layers = tuple(
+        LayerReport(
+            layer=name,
+            mixer="Hyena",
+            taps=20,
+            orders=(2, 4),
+            relative_errors=errors,
+            lower_bounds=(1e-4, 0.0),
+            l1_errors=(0.1, 0.0),
+            tail_energies=(0.0, 0.0),
+            hankel_singular_values=((4.0, 2.0, 1.0), (2.0, 1.0)),
+            unconverged=(),
+        )
+        for name, errors in (("first", (1e-3, 2e-3)), ("second", (0.0, 0.0)))
+    )
+    report = DistillationReport(0.01, None, layers, 20, 100, 10, 0.5)
+    spectra, errors, orders = plot_distillation(report).axes
+    assert [list(line.get_ydata()) for line in spectra.lines] == [[1.0, 0.5, 0.25]] * 2
+    assert list(np.asarray(errors.lines[0].get_ydata())) == [1.5e-3, 0.0]
+    assert [line.get_ydata()[0] for line in errors.lines if line.get_label() == "tolerance"] == [
+        0.01
+    ]
+    assert list(np.asarray(orders.lines[0].get_ydata())) == [3.0, 3.0]
+    assert [label.get_text() for label in orders.get_xticklabels()] == ["first", "second"]
 
 
 def test_bars_are_as_long_as_the_values() -> None:

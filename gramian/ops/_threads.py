@@ -1,4 +1,4 @@
-"""Blocks of filters on several threads."""
+"""Tasks of many small tensor operations on several threads."""
 
 from __future__ import annotations
 
