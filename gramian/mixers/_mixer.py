@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.filters import Filter
-from gramian.systems import State, System
+from gramian.systems import State, System, TimeInvariantSystem
 
 __all__ = [
     "Mixer",
@@ -110,6 +110,7 @@ class Mixer(nn.Module, abc.ABC):
 
     def _kernel(self, system: System, like: Tensor) -> Tensor:
         """Taps for a whole sequence ``like``, (batch, length, …), in training with dropout."""
+        assert isinstance(system, TimeInvariantSystem)
         kernel = system.kernel_for(like, like.shape[1])
         if self.training and self.kernel_dropout > 0:
             kernel = nn.functional.dropout(kernel, self.kernel_dropout)
