@@ -255,7 +255,7 @@ class TimeVarying(System):
 
 def _block_size(length: int, order: int, signals: int) -> int:
     """Steps in a block: about as many as make its operator as cheap as carrying the states."""
-    wanted = max(8, min(64, order, 4 * signals))
+    wanted = max(4, min(64, order, signals))
     return 1 << (min(wanted, length) - 1).bit_length()
 
 
