@@ -74,7 +74,8 @@ def _measured(
     """(len(positions)): the measure of spectra of Gram matrices, or of blocks where need be."""
     values = torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True).clamp_min(0).sqrt()
     sizes = measure(values, floor)
-    unsafe = measure.unsafe_from_gram(values, _TOLERANCE)
+    counts = torch.tensor([len(spectrum) for spectrum in spectra], device=values.device)
+    unsafe = measure.unsafe_from_gram(values, counts, _TOLERANCE)
     for k in unsafe.nonzero().flatten().tolist():
         sizes[k] = measure(singular_values(matrix, positions[k]), floor)
     return sizes
@@ -140,7 +141,8 @@ def measure_hankel_blocks(
         row = torch.nn.functional.pad(taps[g], (0, missing))[: small + large - 1]
         block = row.unfold(-1, large, 1)  # (small, large)
         values = torch.linalg.eigvalsh(block @ block.mT).clamp_min(0).sqrt()
-        if bool(measure.unsafe_from_gram(values, _TOLERANCE)):
+        count = torch.tensor(small, device=taps.device)
+        if bool(measure.unsafe_from_gram(values, count, _TOLERANCE)):
             values = torch.linalg.svdvals(block)
         sizes[g, k] = measure(values, floor[g])
 

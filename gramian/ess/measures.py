@@ -55,7 +55,7 @@ class Measure:
             size = torch.where(kept, torch.special.entr(p), 0).sum(-1).exp()
         return torch.where(there, size, 0)
 
-    def unsafe_from_gram(self, values: Tensor, tolerance: float) -> Tensor:
+    def unsafe_from_gram(self, values: Tensor, sizes: Tensor, tolerance: float) -> Tensor:
         """Whether the measure of ``values``, roots of the eigenvalues of a Gram matrix, may be off
         by more than ``tolerance`` (relative; for a count, at all).
 
@@ -65,7 +65,9 @@ class Measure:
         above the noise have random signs, those within it are all towards larger ones.
 
         Args:
-            values: (*S, k), float64.
+            values: (*S, k), float64, followed by zeros to a common k.
+            sizes: (*S), how many values each spectrum has.
+            tolerance: Relative error that is let pass.
 
         Returns:
             (*S), bool.
@@ -75,6 +77,8 @@ class Measure:
         largest = values.amax(-1, keepdim=True)
         worst = math.sqrt(_ROUNDING) * largest
         error = torch.where(values > worst, _ROUNDING / 2 * largest.square() / values, worst)
+        index = torch.arange(values.shape[-1], device=values.device)
+        error = torch.where(index < sizes.unsqueeze(-1), error, 0)
         if self.counts:
             return ((values - self._threshold(values)).abs() <= error).any(-1)
         total = values.sum(-1, keepdim=True)

@@ -8,7 +8,7 @@ import torch
 
 import gramian
 from gramian import FIR, DenseOperator, Modal, TimeVarying, TransferFunction, effective_state_size
-from gramian.ess import hankel_singular_values, recurrent, sketched_state_size
+from gramian.ess import dense, hankel_singular_values, recurrent, sketched_state_size
 from gramian.ess.measures import Measure
 from tests.ess.conftest import (
     SYSTEMS,
@@ -349,3 +349,18 @@ def test_bad_input_gets_one_sentence(call, error, match):
 def test_the_public_names():
     assert gramian.effective_state_size is effective_state_size
     assert {"TimeVarying", "DenseOperator", "realize", "ess"} <= set(gramian.__all__)
+
+
+def test_blocks_are_decomposed_only_where_gram_matrices_do_not_do(monkeypatch):
+    decomposed = []
+    exact = dense.singular_values
+
+    def counted(T, at):
+        decomposed.append(at)
+        return exact(T, at)
+
+    monkeypatch.setattr(dense, "singular_values", counted)
+    effective_state_size(attention(length=60))
+    assert decomposed == []
+    effective_state_size(make("low_rank_operator", 60)[0])
+    assert set(decomposed) >= set(range(10, 50)) and len(decomposed) < 60
