@@ -19,7 +19,7 @@ from gramian.ops._blocks import work
 
 __all__ = ["measure_blocks", "measure_hankel_blocks", "singular_values"]
 
-_TOLERANCE = 1e-7
+_TOLERANCE = 3e-7
 """Relative error of an entropy above which a Gram matrix is not trusted."""
 
 _BATCH = 64
@@ -72,10 +72,10 @@ def _measured(
     matrix: Tensor, positions: list[int], spectra: list[Tensor], measure: Measure, floor: Tensor
 ) -> Tensor:
     """(len(positions)): the measure of spectra of Gram matrices, or of blocks where need be."""
-    values = torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True).clamp_min(0).sqrt()
-    sizes = measure(values, floor)
-    counts = torch.tensor([len(spectrum) for spectrum in spectra], device=values.device)
-    unsafe = measure.unsafe_from_gram(values, counts, _TOLERANCE)
+    eigenvalues = torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True)
+    sizes = measure(eigenvalues.clamp_min(0).sqrt(), floor)
+    counts = torch.tensor([len(spectrum) for spectrum in spectra], device=floor.device)
+    unsafe = measure.unsafe_from_gram(eigenvalues, counts, _TOLERANCE)
     for k in unsafe.nonzero().flatten().tolist():
         sizes[k] = measure(singular_values(matrix, positions[k]), floor)
     return sizes
@@ -140,9 +140,9 @@ def measure_hankel_blocks(
         missing = max(0, small + large - 1 - taps.shape[-1])
         row = torch.nn.functional.pad(taps[g], (0, missing))[: small + large - 1]
         block = row.unfold(-1, large, 1)  # (small, large)
-        values = torch.linalg.eigvalsh(block @ block.mT).clamp_min(0).sqrt()
-        count = torch.tensor(small, device=taps.device)
-        if bool(measure.unsafe_from_gram(values, count, _TOLERANCE)):
+        eigenvalues = torch.linalg.eigvalsh(block @ block.mT)
+        values, count = eigenvalues.clamp_min(0).sqrt(), torch.tensor(small, device=taps.device)
+        if bool(measure.unsafe_from_gram(eigenvalues, count, _TOLERANCE)):
             values = torch.linalg.svdvals(block)
         sizes[g, k] = measure(values, floor[g])
 

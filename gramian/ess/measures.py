@@ -8,15 +8,17 @@ the largest (arXiv 2504.19561, section 3). Both are 0 for a block that is zero u
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
 __all__ = ["Measure"]
 
-_ROUNDING = 4 * torch.finfo(torch.float64).eps
-"""Error of an eigenvalue of a Gram matrix relative to the largest, as found in practice."""
+_ROUNDING = torch.finfo(torch.float64).eps / 4
+"""Error of a small eigenvalue of a Gram matrix relative to the largest eigenvalue, at least."""
+
+_NEGATIVE = 4
+"""Error of a small eigenvalue relative to how far below zero the smallest one lies."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,38 +57,40 @@ class Measure:
             size = torch.where(kept, torch.special.entr(p), 0).sum(-1).exp()
         return torch.where(there, size, 0)
 
-    def unsafe_from_gram(self, values: Tensor, sizes: Tensor, tolerance: float) -> Tensor:
-        """Whether the measure of ``values``, roots of the eigenvalues of a Gram matrix, may be off
-        by more than ``tolerance`` (relative; for a count, at all).
+    def unsafe_from_gram(self, eigenvalues: Tensor, sizes: Tensor, tolerance: float) -> Tensor:
+        """Whether the measure of the roots of a Gram matrix's eigenvalues may be off by more than
+        ``tolerance`` (relative; for a count, at all).
 
-        The Gram matrix squares the condition number: an eigenvalue is known to about
-        eps λ_1, so a singular value to ``eps σ_1² / 2σ`` and at worst to √eps σ_1. To first order
-        the entropy is off by ``Σ_k (|log p_k| + log ESS) δσ_k / Σσ``; errors of singular values
-        above the noise have random signs, those within it are all towards larger ones.
+        A Gram matrix squares the condition number. Where a spectrum falls off gradually its small
+        eigenvalues are found to well below eps λ_1 all the same; where it ends they are rounding
+        errors, half of them negative. So how far the smallest lies below zero tells the error δλ of
+        the small ones, and a singular value is known to ``δλ / 2σ``, at worst to √δλ. To first
+        order the entropy is off by ``Σ_k (|log p_k| + log ESS) δσ_k / Σσ``; errors of singular
+        values above the noise have random signs, those within it are all towards larger ones.
 
         Args:
-            values: (*S, k), float64, followed by zeros to a common k.
-            sizes: (*S), how many values each spectrum has.
+            eigenvalues: (*S, k), float64, followed by zeros to a common k.
+            sizes: (*S), how many each matrix has.
             tolerance: Relative error that is let pass.
 
         Returns:
             (*S), bool.
         """
-        if values.shape[-1] == 0:
-            return torch.zeros(values.shape[:-1], dtype=torch.bool, device=values.device)
-        largest = values.amax(-1, keepdim=True)
-        worst = math.sqrt(_ROUNDING) * largest
-        error = torch.where(values > worst, _ROUNDING / 2 * largest.square() / values, worst)
-        index = torch.arange(values.shape[-1], device=values.device)
-        error = torch.where(index < sizes.unsqueeze(-1), error, 0)
+        values = eigenvalues.clamp_min(0).sqrt()
+        known = torch.arange(values.shape[-1], device=values.device) < sizes.unsqueeze(-1)
+        below = -eigenvalues.amin(-1, keepdim=True).clamp_max(0)
+        largest = eigenvalues.amax(-1, keepdim=True)
+        noise = torch.maximum(_ROUNDING * largest, _NEGATIVE * below)
+        worst = noise.sqrt()
+        error = torch.where(values > worst, noise / (2 * values), worst)
         if self.counts:
-            return ((values - self._threshold(values)).abs() <= error).any(-1)
+            return (((values - self._threshold(values)).abs() <= error) & known).any(-1)
         total = values.sum(-1, keepdim=True)
         p = torch.where(total > 0, values / total, 0)
         entropy = torch.special.entr(p).sum(-1, keepdim=True)
         weight = (-p.clamp_min(1e-300).log() + entropy).clamp_max(80) * error / total
-        random = torch.where(values > 4 * worst, weight, 0).square().sum(-1).sqrt()
-        biased = torch.where(values > 4 * worst, 0, weight).sum(-1)
+        random = torch.where(known & (values > 4 * worst), weight, 0).square().sum(-1).sqrt()
+        biased = torch.where(known & (values <= 4 * worst), weight, 0).sum(-1)
         return ~(random + biased <= tolerance) & (total.squeeze(-1) > 0)
 
     def _threshold(self, values: Tensor) -> Tensor:
