@@ -51,7 +51,8 @@ def effective_state_size(
     Returns:
         (*C, len(at)), of the dtype of the input (float32 for half precision), decided in float64:
         counts are exact and entropies to 1e-6, which is where Gram matrices give way to singular
-        value decompositions. 0 at position 0 and where ‖H_i‖_F ≤ eps ‖T‖_F, with eps that of the dtype returned.
+        value decompositions. 0 at position 0 and where ‖H_i‖_F ≤ eps ‖T‖_F, with eps that of the
+        dtype returned.
 
     Raises:
         TypeError: for another kind of input.
