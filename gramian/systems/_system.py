@@ -22,7 +22,8 @@ class Recurrence(Protocol):
     """A system made ready to be stepped: a frozen snapshot, through which no gradient flows."""
 
     form: str
-    """How it steps: "modal", "lattice", "companion", "state_space" or "online"."""
+    """How it steps: "modal", "lattice", "companion", "state_space", "dplr", "online",
+    "time_varying" or "dense"."""
 
     error: float
     """Relative l2 error of the impulse response that it steps through, where that was converted."""
