@@ -19,10 +19,12 @@ without them the attention part is left out.
 
 Each part writes its own file, `results/ess_PART.json`.
 
-    python benchmarks/ess.py [--parts agreement recurrence attention application] [--output FOLDER]
+    python benchmarks/ess.py [--parts agreement recurrence attention application] [--threads N]
+        [--output FOLDER]
 """
 
 import argparse
+import os
 import pydoc_data.topics
 import resource
 import sys
@@ -198,12 +200,13 @@ def attention() -> dict[str, Any]:
     text = "\n\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
     tokens = tokenizer(text, return_tensors="pt").input_ids[:, :1024]
 
-    sizes, spent, sampled = [], [], {}
+    sizes, spent, worked, sampled = [], [], [], {}
 
     def measure(index: int, maps: Tensor) -> None:
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         sizes.append(effective_state_size(maps))
         spent.append(time.perf_counter() - start)
+        worked.append(time.process_time() - processor)
         if index % 4 == 0:
             sampled[index] = maps.clone()
 
@@ -218,13 +221,16 @@ def attention() -> dict[str, Any]:
                 errors.append(abs(float(sizes[index][head, i]) - expected) / expected)
     mean = [float(layer.mean()) for layer in sizes]
     print(
-        f"  512 tokens, {sum(map(len, sizes))} heads, every position: {total:.1f} s, within "
+        f"  512 tokens, {sum(map(len, sizes))} heads, every position: {total:.1f} s "
+        f"({sum(worked):.1f} s of processor time, load average {os.getloadavg()[0]:.1f}), within "
         f"{max(errors):.1e} of {len(errors)} SVDs, {memory:.1f} GiB at most"
     )
     result = {
         "tokens_512": {
             "heads": sum(map(len, sizes)),
             "seconds": total,
+            "processor_seconds": sum(worked),
+            "load_average": os.getloadavg()[0],
             "largest_relative_error": max(errors),
             "errors_sampled": len(errors),
             "peak_memory_gib": memory,
@@ -296,8 +302,10 @@ def application(repeats: int = 3) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     measure = {
         "agreement": agreement,
