@@ -98,8 +98,14 @@ def work(
 
     with _pool.lock:
         executor = _pool.of(threads)
-        futures = [executor.submit(run, task) for task in tasks]
-    return [future.result() for future in futures]
+        # MKL has one number of threads for the whole process: matrix decompositions of every thread
+        # would wake all of them.
+        torch.set_num_threads(1)
+        try:
+            futures = [executor.submit(run, task) for task in tasks]
+            return [future.result() for future in futures]
+        finally:
+            torch.set_num_threads(threads)
 
 
 # With OpenMP the number of threads that an operation uses belongs to the thread that calls it.
