@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gramian.filters import Filter
 from gramian.mixers._compiled import CompiledStep
-from gramian.systems import Recurrence, State, System
+from gramian.systems import Recurrence, State, System, TimeInvariantSystem
 
 __all__ = [
     "Mixer",
@@ -150,6 +150,7 @@ class Mixer(nn.Module, abc.ABC):
 
     def _kernel(self, system: System, like: Tensor) -> Tensor:
         """Taps for a whole sequence ``like``, (batch, length, …), in training with dropout."""
+        assert isinstance(system, TimeInvariantSystem)
         kernel = system.kernel_for(like, like.shape[1])
         if self.training and self.kernel_dropout > 0:
             kernel = nn.functional.dropout(kernel, self.kernel_dropout)

@@ -23,7 +23,12 @@ from gramian.ops.vandermonde import (
 )
 from gramian.systems._hankel import check_spectral_radius
 from gramian.systems._state import State
-from gramian.systems._system import LinearRecurrence, System, check_tensor, working_dtype
+from gramian.systems._system import (
+    LinearRecurrence,
+    TimeInvariantSystem,
+    check_tensor,
+    working_dtype,
+)
 
 __all__ = ["Modal", "ModalRecurrence", "ModalState"]
 
@@ -89,7 +94,7 @@ def group_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Modal(System):
+class Modal(TimeInvariantSystem):
     """``h_0 = d``, ``h_t = Re Σ_k residues_k poles_k^(t-1)``.
 
     Args:
