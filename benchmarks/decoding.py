@@ -15,7 +15,7 @@ Parts, chosen with `--part`:
 `axes`         tokens a second against batch size, prompt length and generated tokens; prompts are
                timed, and the tokens after them are the step in the middle times their number.
 `memory`       growth of the resident memory over 1,000 generated tokens.
-`exact`        a model with implicit filters of 2,048 taps that generates by online convolution,
+`exact`        a model with implicit filters of 1,024 taps that generates by online convolution,
                and one of the same shape with modal filters; smaller models, and one whole window
                of steps, over which the cost of online convolution repeats.
 `million`      a prompt of 2^20 tokens through a model of the size of HyenaDNA (width 256, 8 layers)
@@ -160,7 +160,7 @@ def recurrent_sides(batch: int) -> tuple[dict[str, Step], dict[str, int], dict[s
 @torch.no_grad()
 def against_transformer(quick: bool) -> dict[str, Any]:
     results = {}
-    for batch, context, rounds in ((16, 4096, 4), (1, 512, 20)):
+    for batch, context, rounds in ((16, 4096, 3), (1, 512, 20)):
         if quick:
             context, rounds = context // 8, 2
         ours, sizes, counts = recurrent_sides(batch)
@@ -309,7 +309,7 @@ def growth(quick: bool) -> dict[str, Any]:
 def against_exact(quick: bool) -> dict[str, Any]:
     """Modal filters against online convolution, one window of the latter."""
     results = {}
-    taps = 256 if quick else 2048
+    taps = 256 if quick else 1024
     shape = {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 16, "vocab_size": 259}
     for mixer in ("hyena", "multi_hyena"):
         kinds = {
