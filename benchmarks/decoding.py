@@ -15,9 +15,10 @@ Parts, chosen with `--part`:
 `axes`         tokens a second against batch size, prompt length and generated tokens; prompts are
                timed, and the tokens after them are the step in the middle times their number.
 `memory`       growth of the resident memory over 1,000 generated tokens.
-`exact`        a model with implicit filters of 1,024 taps that generates by online convolution,
-               and one of the same shape with modal filters; smaller models, and one whole window
-               of steps, over which the cost of online convolution repeats.
+`exact`        a model with implicit filters of 2,048 taps that generates by online convolution,
+               and one of the same shape with modal filters: two layers of width 256, eight heads,
+               four sequences, so that the exact state fits into memory; one whole window of
+               steps, over which the cost of online convolution repeats.
 `million`      a prompt of 2^20 tokens through a model of the size of HyenaDNA (width 256, 8 layers)
                in a process of its own, with its peak of resident memory.
 
@@ -310,8 +311,8 @@ def growth(quick: bool) -> dict[str, Any]:
 def against_exact(quick: bool) -> dict[str, Any]:
     """Modal filters against online convolution, one window of the latter."""
     results = {}
-    taps = 256 if quick else 1024
-    shape = {"hidden_size": 256, "num_hidden_layers": 4, "num_heads": 16, "vocab_size": 259}
+    taps = 256 if quick else 2048
+    shape = {"hidden_size": 256, "num_hidden_layers": 2, "num_heads": 8, "vocab_size": 259}
     for mixer in ("hyena", "multi_hyena"):
         kinds = {
             "exact": {"type": "implicit"},
