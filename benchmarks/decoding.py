@@ -14,7 +14,7 @@ Parts, chosen with `--part`:
 `transformer`  batch 16 at context 4,096, and batch 1 at context 512; bytes of the states.
 `axes`         tokens a second against batch size, prompt length and generated tokens; prompts are
                timed, and the tokens after them are the step in the middle times their number.
-`memory`       growth of the resident memory over 1,000 generated tokens.
+`memory`       growth of the resident memory over 500 generated tokens, from the 100th.
 `exact`        a model with implicit filters of 2,048 taps that generates by online convolution,
                and one of the same shape with modal filters: two layers of width 256, eight heads,
                four sequences, so that the exact state fits into memory; one whole window of
@@ -298,7 +298,7 @@ def growth(quick: bool) -> dict[str, Any]:
             def end(self) -> None:
                 pass
 
-        count = 150 if quick else 1000
+        count = 150 if quick else 500
         model.generate(prompt, max_new_tokens=count, do_sample=False, streamer=Watch())
         start, end = seen[min(100, count // 2)], seen[-1]
         results[mixer] = {"tokens": count, "bytes_after_100": start, "bytes_at_the_end": end}
