@@ -161,6 +161,8 @@ def test_mistakes_get_one_line_and_change_nothing(
         "unknown",
         "distill model out --tol x",
         "distill model out --tol 0.1 --order 3",
+        "generate model --prompt x --stream --json",
+        "generate model --prompt x --prefill-chunk 0",
     ],
 )
 def test_wrong_usage_is_status_two(
@@ -223,6 +225,35 @@ def test_greedy_text_is_the_models_own(
             ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
     expected = ByteTokenizer().decode(ids[0, 3:], skip_special_tokens=True)
     assert capfd.readouterr().out == f"abc{expected}\n"
+
+
+@pytest.mark.parametrize("options", ["--stream", "--prefill-chunk 2", "--compile --stream"])
+def test_ways_of_generating_write_the_same_text(
+    workplace: Path, call: Callable[..., tuple[int, str, str]], options: str
+) -> None:
+    """The model's filters are long, so --compile packs its projections and compiles nothing."""
+    command = "generate model --prompt abcdefg --max-new-tokens 20 --seed 5"
+    status, plain, _ = call(command, workplace)
+    assert call(f"{command} {options}", workplace)[:2] == (status, plain) == (0, plain)
+
+
+def test_a_stream_comes_in_pieces(
+    workplace: Path, call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TextStreamer
+
+    pieces: list[str] = []
+    write = TextStreamer.on_finalized_text
+
+    def spy(streamer: Any, text: str, stream_end: bool = False) -> None:
+        pieces.append(text)
+        write(streamer, text, stream_end)
+
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", spy)
+    command = "generate model --prompt abc --max-new-tokens 40 --seed 5 --stream"
+    _, out, _ = call(command, workplace)
+    assert out == "abc" + "".join(pieces) + "\n"
+    assert len(pieces) > 20
 
 
 @pytest.mark.slow

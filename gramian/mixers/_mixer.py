@@ -270,8 +270,12 @@ class ShortConvolution(nn.Module):
 
     def step(self, x_t: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """One token (batch, channels)."""
-        y, past = self(x_t.unsqueeze(1), past)
-        return y.squeeze(1), past
+        weight = self.weight.to(x_t.dtype)
+        past = past.to(x_t.dtype)
+        y = torch.addcmul(self.bias.to(x_t.dtype), x_t, weight[:, 0])
+        for j in range(1, self.taps):
+            y = torch.addcmul(y, past[:, -j], weight[:, j])
+        return y, torch.cat([past, x_t.unsqueeze(1)], dim=1)[:, 1:]
 
     def extra_repr(self) -> str:
         return f"channels={self.weight.shape[0]}, taps={self.taps}"

@@ -515,8 +515,8 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
 
         Returns:
             `logits` (batch, 1, vocab_size) of the token that follows, and `past_key_values`. To
-            generate from there, pass the cache and the whole sequence, one token longer, or the
-            new token alone.
+            generate from there, pass the cache and the whole sequence, one token longer; or the
+            new token alone, with an `attention_mask` as long as the whole.
 
         Raises:
             ValueError: on a `chunk_size` below 1, and as `forward` does.
