@@ -19,6 +19,8 @@ Parts, chosen with `--part`:
                and one of the same shape with modal filters: two layers of width 256, eight heads,
                four sequences, so that the exact state fits into memory; one whole window of
                steps, over which the cost of online convolution repeats.
+`trained`      the model in the folder `--model`, such as the one that `make demo` trains, against
+               the one that `gramian.distill` makes of it at the tolerance `--tol`.
 `million`      a prompt of 2^20 tokens through a model of the size of HyenaDNA (width 256, 8 layers)
                in a process of its own, with its peak of resident memory.
 
@@ -26,6 +28,7 @@ Parts, chosen with `--part`:
 """
 
 import argparse
+import copy
 import gc
 import json
 import resource
@@ -43,7 +46,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._report import write
-from gramian.models import GramianConfig, GramianForCausalLM
+from gramian.distillation import distill
+from gramian.models import GramianConfig, GramianForCausalLM, load
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures"
@@ -309,33 +313,52 @@ def growth(quick: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def against_exact(quick: bool) -> dict[str, Any]:
-    """Modal filters against online convolution, one window of the latter."""
+    """Modal filters against online convolution."""
     results = {}
     taps = 256 if quick else 2048
     shape = {"hidden_size": 256, "num_hidden_layers": 2, "num_heads": 8, "vocab_size": 259}
     for mixer in ("hyena", "multi_hyena"):
-        kinds = {
-            "exact": {"type": "implicit"},
-            "distilled": {"type": "modal", "orders": MODES},
-            "distilled, compiled": {"type": "modal", "orders": MODES},
+        kinds = {"exact": {"type": "implicit"}, "distilled": {"type": "modal", "orders": MODES}}
+        models = {
+            name: gramian_model(mixer, **shape, filter=kind, max_position_embeddings=taps)
+            for name, kind in kinds.items()
         }
-        total = dict.fromkeys(kinds, 0.0)
-        steps, size = {}, {}
-        for name, filter_config in kinds.items():
-            changes = {**shape, "filter": filter_config, "max_position_embeddings": taps}
-            model = gramian_model(mixer, **changes)
-            model.compile_decoding("compiled" in name)
-            steps[name], size[name] = recurrent_step(model, EXACT_BATCH)
-            steps[name]()
-        for _ in range(taps):
-            for name, step in steps.items():
-                total[name] += timed(step)
-        ratio = {name: total["exact"] / value for name, value in total.items()}
-        print(f"\n{mixer}, {taps} steps, batch {EXACT_BATCH}: exact {total['exact']:.2f} s")
-        for name in ("distilled", "distilled, compiled"):
-            print(f"  {name}: {total[name]:.2f} s, {ratio[name]:.2f} x as fast")
-        results[mixer] = {"seconds": total, "ratio": ratio, "state_bytes": size, "taps": taps}
+        results[mixer] = through_a_window(mixer, models["exact"], models["distilled"], EXACT_BATCH)
     return {**results, "shape": shape, "batch": EXACT_BATCH}
+
+
+def trained(folder: Path, tol: float) -> dict[str, Any]:
+    """Likewise, a trained model and what it is distilled to."""
+    original = load(folder)
+    distilled, report = distill(original, tol)
+    print(f"\n{report.summary}")
+    found = through_a_window("trained", original, distilled, EXACT_BATCH)
+    orders = {"mean order": report.mean_order, "largest order": max(report.orders)}
+    return {**found, **orders, "tol": tol, "batch": EXACT_BATCH}
+
+
+@torch.no_grad()
+def through_a_window(
+    name: str, exact: GramianForCausalLM, distilled: GramianForCausalLM, batch: int
+) -> dict[str, Any]:
+    """Seconds of as many steps as the filters have taps, over which the cost of online convolution
+    repeats, side by side."""
+    taps = exact.config.max_position_embeddings
+    compiled = copy.deepcopy(distilled)
+    compiled.compile_decoding(True)
+    models = {"exact": exact, "distilled": distilled, "distilled, compiled": compiled}
+    total, steps, size = dict.fromkeys(models, 0.0), {}, {}
+    for side, model in models.items():
+        steps[side], size[side] = recurrent_step(model, batch)
+        steps[side]()
+    for _ in range(taps):
+        for side, step in steps.items():
+            total[side] += timed(step)
+    ratio = {side: total["exact"] / value for side, value in total.items()}
+    print(f"\n{name}, {taps} steps, batch {batch}: exact {total['exact']:.2f} s")
+    for side in ("distilled", "distilled, compiled"):
+        print(f"  {side}: {total[side]:.2f} s, {ratio[side]:.2f} x as fast")
+    return {"seconds": total, "ratio": ratio, "state_bytes": size, "taps": taps}
 
 
 def million(quick: bool) -> dict[str, Any]:
@@ -390,7 +413,9 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", nargs="+", choices=[*PARTS, "trained"], default=list(PARTS))
+    parser.add_argument("--model", type=Path, help="folder of the part trained")
+    parser.add_argument("--tol", type=float, default=0.02, help="of the part trained")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a look")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -401,8 +426,13 @@ def main() -> None:
     if arguments.prompt is not None:
         read_prompt(arguments.prompt)
         return
+    if "trained" in arguments.part and arguments.model is None:
+        raise SystemExit("the part trained needs --model FOLDER.")
     for part in arguments.part:
-        results = PARTS[part](arguments.quick)
+        if part == "trained":
+            results = trained(arguments.model, arguments.tol)
+        else:
+            results = PARTS[part](arguments.quick)
         settings: dict[str, Any] = {
             "width": WIDTH,
             "layers": LAYERS,
