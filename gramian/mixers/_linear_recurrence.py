@@ -65,10 +65,14 @@ class Coefficients(NamedTuple):
 
     def steps(self, start: int, stop: int) -> Coefficients:
         """The steps ``start`` … ``stop - 1``."""
-        return Coefficients(*(x if x is None else x[:, :, start:stop] for x in self))
+        part = slice(start, stop)
+        return Coefficients(
+            *(x[:, :, part] for x in self[:4]),
+            *(None if x is None else x[:, :, part] for x in self[4:]),
+        )
 
     def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs (batch, heads, length, N) of such values, and the memory after them, by blocks."""
+        """Outputs of values (batch, heads, length, N), and the memory after them, by blocks."""
         state = TimeVaryingState(memory.permute(3, 0, 1, 2), torch.zeros((), dtype=torch.int64))
         y, after = TimeVarying(*self)(values.permute(3, 0, 1, 2), state)
         assert isinstance(after, TimeVaryingState)
@@ -262,7 +266,6 @@ def check_sizes(**sizes: int) -> None:
 
 def steps_of_time(parameter: Tensor, low: float = 1e-3, high: float = 1e-1) -> None:
     """Fill with softplus⁻¹(Δ), Δ log-uniform in [low, high] (Mamba, section 3.6)."""
-    nn.init.uniform_(parameter, math.log(low), math.log(high))
-    if not getattr(parameter, "_is_hf_initialized", False):
-        step = parameter.detach().exp()
-        parameter.detach().copy_(step + torch.log(-torch.expm1(-step)))
+    with torch.no_grad():
+        step = parameter.uniform_(math.log(low), math.log(high)).exp()
+        parameter.copy_(step + torch.log(-torch.expm1(-step)))

@@ -1,4 +1,4 @@
-r"""S6, Mamba's selective scan: ``h_t = exp(-Δ_t a) h_{t-1} + Δ_t B_t x_t``, ``y_t = C_t · h_t + D x_t``.
+r"""S6, Mamba's scan: ``h_t = exp(-Δ_t a) h_{t-1} + Δ_t B_t x_t``, ``y_t = C_t · h_t + D x_t``.
 
 Gu and Dao 2023 (arXiv 2312.00752), algorithm 2 and section 3.4: every channel has n states of its
 own; Δ, B and C are made from the input, a = 1, 2, …, n to begin with.
@@ -40,7 +40,7 @@ class _SelectiveDynamics(Dynamics):
         self.A_log.detach().copy_(rates.log())
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Δ (batch, channels, length), gates (…, n), D (channels, 1), of (batch, length, channels)."""
+        """Δ (batch, channels, length), gates (…, n), and D (channels, 1)."""
         dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias).mT
         return dt, torch.exp(-dt.unsqueeze(-1) * self.A_log.exp().unsqueeze(1)), self.D[:, None]
 
