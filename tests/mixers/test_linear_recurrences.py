@@ -130,7 +130,7 @@ def naive(mixer: LinearRecurrence, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @every
-@pytest.mark.parametrize("length", [1, 2, 3, 63, 150])
+@pytest.mark.parametrize("length", [1, 2, 3, 63, 257])
 def test_outputs_states_and_gradients_are_the_loops(kind: str, length: int) -> None:
     mixer, x = make(kind), signal(2, length).requires_grad_()
     expected, _, memory = naive(mixer, x)
@@ -170,6 +170,20 @@ def test_the_operator_acts_on_the_values(kind: str) -> None:
     positions = torch.arange(1, 19)
     bound = torch.minimum(positions, 19 - positions).clamp_max(mixer.state_size)
     assert ((sizes >= 1 - 1e-9) & (sizes <= bound + 1e-9)).all()
+
+
+@every
+def test_the_effective_state_size_has_gradients(kind: str) -> None:
+    mixer, x = make(kind), signal(1, 12).requires_grad_()
+    sizes = gramian.effective_state_size(mixer.operator(x), at=[3, 6])
+    (gradient,) = torch.autograd.grad(sizes.sum(), [x])
+    assert gradient.isfinite().all() and gradient.abs().max() > 1e-6
+    step = 1e-5 * torch.randn_like(x)
+    sides = [
+        gramian.effective_state_size(mixer.operator((x + sign * step).detach()), at=[3, 6]).sum()
+        for sign in (1, -1)
+    ]
+    assert_close((gradient * step).sum(), (sides[0] - sides[1]) / 2, rtol=1e-3, atol=1e-9)
 
 
 @every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,27 @@ def test_it_passes_the_check(make_config: Callable[..., GramianConfig], name: st
     model = GramianForCausalLM(make_config(initializer_range=0.3, **options(name)))
     report = gramian.check(model, length=41)
     assert report.passed, str(report)
+
+
+@every
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_steps_compile(
+    make_model: MakeModel, make_tokens: MakeTokens, name: str, backend: str
+) -> None:
+    model, tokens = make_model(**options(name)), make_tokens(2, 6)
+    expected = model(tokens, use_cache=False).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.compile_decoding(backend=backend)
+        cache, made = None, []
+        for token in tokens.split(1, 1):
+            outputs = model(token, past_key_values=cache)
+            cache = outputs.past_key_values
+            made.append(outputs.logits)
+    assert_close(torch.cat(made, 1), expected)
+    steps = [block.mixer._compiled for block in model.model.layers]
+    assert all(step is not None and step._compiled is not None for step in steps)
 
 
 def test_a_hybrid_takes_the_options_that_each_layer_has(make_model: MakeModel) -> None:
