@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 
 import torch
 from torch import Tensor, nn
@@ -307,7 +307,7 @@ def apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
     return x * (mask != 0).to(x.dtype).reshape(*mask.shape, *(1,) * (x.ndim - 2))
 
 
-def has_small_state(system: System, length: int, copies: int = 1) -> bool:
+def has_small_state(system: System, length: int, copies: int = 1) -> TypeGuard[Modal]:
     """Whether ``copies`` of a system are better taken as a recurrence than as a matrix of so many
     steps: only modes are, since other realisations may be less exact than their taps."""
     return isinstance(system, Modal) and 0 < 2 * copies * system.order < length

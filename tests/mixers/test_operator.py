@@ -17,9 +17,7 @@ FILTERS = {
     "s4": {"type": "s4", "state_size": 8},
 }
 MAKE = {
-    "long_convolution": lambda f: LongConvolution(
-        build(f, channels=WIDTH, max_length=MAX_LENGTH)
-    ),
+    "long_convolution": lambda f: LongConvolution(build(f, channels=WIDTH, max_length=MAX_LENGTH)),
     "hyena": lambda f: Hyena(WIDTH, f, max_length=MAX_LENGTH),
     "hyena3": lambda f: Hyena(WIDTH, f, max_length=MAX_LENGTH, order=3),
     "multi_hyena": lambda f: MultiHyena(WIDTH, 6, f, max_length=MAX_LENGTH),

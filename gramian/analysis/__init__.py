@@ -1,0 +1,6 @@
+"""How much of its memory a whole model uses, layer by layer, on your text."""
+
+from gramian.analysis._analyze import analyze
+from gramian.analysis._report import LayerState, StateReport
+
+__all__ = ["LayerState", "StateReport", "analyze"]
