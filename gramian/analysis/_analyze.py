@@ -190,6 +190,8 @@ def _sequence(inputs: Any, tokenizer: Any) -> Tensor:
             "a text, token ids or continuous inputs are needed, got "
             f"{type(inputs).__name__}: {error}"
         ) from error
+    if sequence.numel() == 0:
+        raise ValueError("there is nothing to analyse: the input has no tokens.")
     dimensions = 2 if sequence.is_floating_point() else 1
     if sequence.ndim == dimensions:
         sequence = sequence[None]
@@ -198,8 +200,6 @@ def _sequence(inputs: Any, tokenizer: Any) -> Tensor:
             "one sequence is needed, token ids (L) or (1, L) or numbers (L, size) or (1, L, size), "
             f"got shape {tuple(sequence.shape)}."
         )
-    if sequence.shape[1] == 0:
-        raise ValueError("there is nothing to analyse: the input has no tokens.")
     return sequence
 
 
@@ -224,6 +224,13 @@ def _run(model: nn.Module, sequence: Tensor) -> None:
     if name is None:
         model(sequence)
         return
+    embedding = model.get_input_embeddings() if not sequence.is_floating_point() else None
+    known = getattr(embedding, "num_embeddings", None)
+    if known is not None and not 0 <= int(sequence.min()) <= int(sequence.max()) < known:
+        raise ValueError(
+            f"token ids must lie in 0 … {known - 1}, the model's vocabulary, got "
+            f"{int(sequence.min())} … {int(sequence.max())}."
+        )
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {}
     if getattr(model.config, "use_cache", None) is not None:

@@ -370,6 +370,7 @@ def test_a_text_goes_through_the_tokenizer() -> None:
         (IDS.reshape(1, -1).repeat(2, 1), {}, "one sequence"),
         (torch.tensor([], dtype=torch.int64), {}, "no tokens"),
         ({"input_ids": IDS[None], "attention_mask": torch.zeros(1, LENGTH)}, {}, "padding"),
+        (IDS + 60, {}, "0 … 63"),
         (IDS, {"horizon": 38}, "at most 37"),
         (IDS, {"at": [37]}, "0 … 36"),
         (IDS, {"every": 0}, "every"),
