@@ -29,6 +29,7 @@ from gramian.systems import (
 )
 
 if TYPE_CHECKING:
+    from gramian.analysis import StateReport, analyze
     from gramian.checking import CheckReport, check
     from gramian.distillation import DistillationReport, distill
 
@@ -41,9 +42,11 @@ __all__ = [
     "DistillationReport",
     "Modal",
     "Reduction",
+    "StateReport",
     "StateSpace",
     "TimeVarying",
     "TransferFunction",
+    "analyze",
     "causal_convolution",
     "check",
     "distill",
@@ -61,6 +64,8 @@ __all__ = [
 
 
 _WHOLE_MODEL = {  # these jobs need transformers
+    "StateReport": "analysis",
+    "analyze": "analysis",
     "CheckReport": "checking",
     "check": "checking",
     "DistillationReport": "distillation",

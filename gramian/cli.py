@@ -24,6 +24,7 @@ except ImportError as missing:
     raise SystemExit(1) from None
 
 if TYPE_CHECKING:
+    from gramian.analysis import StateReport
     from gramian.models import GramianForCausalLM
 
 __all__ = ["app", "main"]
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="The memory of causal sequence models: train, convert, distil, generate.",
+    help="The memory of causal sequence models: train, convert, distil, measure, generate.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
@@ -488,6 +489,119 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def analyze(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Folder of a saved model, ours or not; GGUF file."),
+    ],
+    text: Annotated[Path | None, typer.Option(help="Text file to read.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to read, in place of --text.")] = None,
+    horizon: Annotated[int, typer.Option(min=1, help="Tokens to read at most.")] = 256,
+    every: Annotated[int, typer.Option(min=1, help="Measure at every n-th position.")] = 1,
+    measure: Annotated[str, typer.Option(help="entropy or tolerance.")] = "entropy",
+    tol: Annotated[float | None, typer.Option(help="Absolute tolerance of a count.")] = None,
+    rtol: Annotated[float | None, typer.Option(help="Relative tolerance of a count.")] = None,
+    max_channels: Annotated[
+        int, typer.Option(min=0, help="Channels to measure of a layer at most; 0: all.")
+    ] = 64,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder for numbers and pictures.")
+    ] = None,
+    picture: Annotated[str, typer.Option("--format", help="Of pictures: png or svg.")] = "png",
+    html: Annotated[
+        Path | None, typer.Option(help="File for one interactive page, which opens offline.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how much of its memory MODEL uses on a text: every layer, head and token.
+
+    Several models are compared on the same text. Exits with status 1 if no layer can be read.
+    """
+    if (text is None) == (prompt is None):
+        raise typer.BadParameter("give one of --text FILE and --prompt TEXT.")
+    if picture not in ("png", "svg"):
+        raise typer.BadParameter(f"--format must be png or svg, got {picture!r}.")
+    if output is not None:
+        _check_new(output)
+    words = prompt if text is None else _read_text(text)
+    _quiet_transformers()
+    console = Console(stderr=as_json)
+
+    from rich.progress import Progress, TaskID
+
+    from gramian import analysis
+
+    reports = []
+    for name in models:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(f"Reading with {name}", total=None)
+
+            def show(
+                done: int, total: int, task: TaskID = task, progress: Progress = progress
+            ) -> None:
+                progress.update(task, completed=done, total=total)
+
+            try:
+                model, tokenizer = analysis.open_model(name)
+                if tokenizer is None:
+                    raise UserError(f"{name} has no tokenizer, so it cannot read a text.")
+                ids = tokenizer(words, verbose=False).input_ids[:horizon]
+                report = analysis.analyze(
+                    model,
+                    ids,
+                    tokenizer=tokenizer,
+                    every=every,
+                    measure=measure,
+                    tol=tol,
+                    rtol=rtol,
+                    max_channels=max_channels or None,
+                    progress=show,
+                )
+            except (OSError, ValueError) as error:
+                raise UserError(f"{name}: {_one_line(error)}") from error
+        if not as_json:
+            console.print(report)
+        if not report.layers:
+            raise UserError(
+                f"No layer of {name} could be read: "
+                + "; ".join(f"{path}: {reason}" for path, reason in report.unread)
+            )
+        reports.append(report)
+    if output is not None:
+        _save_states(reports, output, picture)
+    if html is not None:
+        from gramian.reports import save_state_page
+
+        save_state_page(reports, html)
+    if as_json:
+        found = [report.to_dict() for report in reports]
+        print(json.dumps(found[0] if len(found) == 1 else {"models": found}))
+
+
+def _save_states(reports: list[StateReport], output: Path, suffix: str) -> None:
+    """A folder of numbers, pictures and a page."""
+    from gramian import reports as drawing
+    from gramian._staging import staged_directory
+
+    with staged_directory(output) as stage:
+        drawing.save_state_page(reports, stage / "page.html")
+        for index, report in enumerate(reports):
+            number = f"-{index + 1}" if len(reports) > 1 else ""
+            report.save(stage / f"report{number}.json")
+            for name, plot in (
+                ("map", drawing.plot_state_map),
+                ("curves", drawing.plot_state_curves),
+                ("utilization", drawing.plot_utilization),
+            ):
+                drawing.save_figure(plot(report), stage / f"{name}{number}.{suffix}")
+        if len(reports) > 1:
+            named = {f"{i + 1}: {report.model}": report for i, report in enumerate(reports)}
+            figure = drawing.plot_state_comparison(named)
+            drawing.save_figure(figure, stage / f"comparison.{suffix}")
+
+
 def _dtype(name: str) -> Any:
     import torch
 
@@ -510,11 +624,14 @@ def _tokens(folder: Path, model: GramianForCausalLM, text: Path, batch: int, len
 def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> Any:
     """All tokens of a text file, (count)."""
     tokenizer = _tokenizer(folder) or _byte_tokenizer(folder, model)
+    return tokenizer(_read_text(text), return_tensors="pt", verbose=False).input_ids[0]
+
+
+def _read_text(text: Path) -> str:
     try:
-        words = text.read_text(encoding="utf-8")
+        return text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{text} is not UTF-8 text: {_one_line(error)}") from error
-    return tokenizer(words, return_tensors="pt", verbose=False).input_ids[0]
 
 
 def _check_new(out: Path) -> None:
