@@ -9,7 +9,14 @@ from gramian.reports._figures import (
     plot_bits_per_byte,
     plot_decoding_cost,
     plot_hankel_spectra,
+    plot_training,
     save_figure,
 )
 
-__all__ = ["plot_bits_per_byte", "plot_decoding_cost", "plot_hankel_spectra", "save_figure"]
+__all__ = [
+    "plot_bits_per_byte",
+    "plot_decoding_cost",
+    "plot_hankel_spectra",
+    "plot_training",
+    "save_figure",
+]
