@@ -134,7 +134,6 @@ def test_text(tmp_path: Path) -> None:
             (tmp_path / part / name).mkdir(parents=True)
             (tmp_path / part / name / "0_1.txt").write_text(text, encoding="utf-8")
     data = tasks.load("lra/text", path=str(tmp_path), length=20)
-    assert data["labels"].tolist() == [0, 1] if hasattr(data["labels"], "tolist") else True
     first, second = data[0], data[1]
     assert (first["labels"], second["labels"]) == (0, 1)
     assert first["input_ids"].tolist() == [byte + 1 for byte in "Bäd".encode()]

@@ -1,4 +1,4 @@
-"""Recall and copying: every query can be answered from what came before, and the answer is right."""
+"""Recall and copying: every query can be answered from what came before, and rightly."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_mad_memorization() -> None:
     dictionary = task.dictionary()
     assert len(dictionary) == len(set(dictionary.values())) == 127
     for split in ("train", "test"):
-        for tokens, labels in rows("mad/memorization", split, noise=0.2, noise_vocab_size=0 + 1):
+        for tokens, labels in rows("mad/memorization", split, noise=0.2, noise_vocab_size=1):
             assert len(tokens) == 32
             half = 254 // 2
             for key, mark, none, value in zip(

@@ -140,7 +140,14 @@ def test_saved_models_score_what_was_reported(tmp_path: Path) -> None:
     assert report.best["loss"] == best
 
 
-@pytest.mark.parametrize("moment", ["first step", "while writing", "after a checkpoint"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param("first step", marks=pytest.mark.slow),
+        "while writing",
+        pytest.param("after a checkpoint", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path: Path, moment: str) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train(parse_config(mqar(whole)))
@@ -200,12 +207,16 @@ def test_a_run_killed_from_outside_at_any_time_resumes_to_the_same_losses(tmp_pa
     assert learned(killed) == learned(whole)
 
 
+# Runs that sum in another order stay together where no dropout is drawn and steps are small; at ten
+# times this rate the training is chaotic, and rounding errors of 1e-7 are 1e-2 after twelve steps.
+SMOOTH = {"model__dropout": 0.0, "optimization__learning_rate": 1e-3}
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    changes = {"model__dropout": 0.0, "task__train_examples": 48}
-    train(parse_config(mqar(tmp_path / "one", **changes)))
+    train(parse_config(mqar(tmp_path / "one", **SMOOTH)))
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(mqar(tmp_path / "two", **changes)))
+    config.write_text(yaml.safe_dump(mqar(tmp_path / "two", **SMOOTH)))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process(config, *launcher, "-m", "gramian")
     one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
@@ -213,15 +224,15 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
         for key, value in first.items():
-            assert second[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+            assert second[key] == pytest.approx(value, rel=1e-4), key
     report = json.loads((tmp_path / "two" / "environment.json").read_text())
     assert report[0]["processes"] == 2
 
 
 def test_accumulation_gives_the_losses_of_one_batch(tmp_path: Path) -> None:
     for name, parts in (("one", 1), ("four", 4)):
-        changes = {"model__dropout": 0.0, "optimization__accumulation": parts}
-        train(parse_config(mqar(tmp_path / name, **changes)))
+        run = mqar(tmp_path / name, **SMOOTH, optimization__accumulation=parts)
+        train(parse_config(run))
     one, four = learned(tmp_path / "one"), learned(tmp_path / "four")
     losses = [[line["loss"] for line in run if "loss" in line] for run in (one, four)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
