@@ -272,8 +272,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return dict(value)
     if hint is float:
         return _number(value, where)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
+    if hint is int and isinstance(value, str | float):
+        try:
+            value = int(float(value)) if float(value).is_integer() else value
+        except (ValueError, OverflowError):
+            pass
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         expected = {int: "an integer", bool: "true or false", str: "text"}[hint]
         raise ConfigError(f"{where} must be {expected}; got {value!r}.")
