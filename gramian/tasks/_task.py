@@ -17,7 +17,18 @@ from gramian._nearest import unknown
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["IGNORED", "KINDS", "SPLITS", "Description", "Row", "Task", "build", "load", "names"]
+__all__ = [
+    "IGNORED",
+    "KINDS",
+    "SPLITS",
+    "Description",
+    "GeneratedTask",
+    "Row",
+    "Task",
+    "build",
+    "load",
+    "names",
+]
 
 IGNORED = -100
 KINDS = ("tokens", "classification", "pairs", "signal", "reconstruction")
