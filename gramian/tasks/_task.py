@@ -28,6 +28,9 @@ __all__ = [
     "build",
     "load",
     "names",
+    "register",
+    "require_sizes",
+    "settings",
 ]
 
 IGNORED = -100

@@ -6,6 +6,7 @@ defaults are written here and nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -273,10 +274,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hint is float:
         return _number(value, where)
     if hint is int and isinstance(value, str | float):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = int(float(value)) if float(value).is_integer() else value
-        except (ValueError, OverflowError):
-            pass
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         expected = {int: "an integer", bool: "true or false", str: "text"}[hint]
         raise ConfigError(f"{where} must be {expected}; got {value!r}.")
