@@ -271,6 +271,7 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
         dataloader_num_workers=hardware.workers,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},  # a stream's batches differ in length
         label_names=["labels"],
         **recomputing,
     )

@@ -213,10 +213,11 @@ SMOOTH = {"model__dropout": 0.0, "optimization__learning_rate": 1e-3}
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_give_the_losses_of_one(tmp_path: Path, sharded: bool) -> None:
     train(parse_config(mqar(tmp_path / "one", **SMOOTH)))
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(mqar(tmp_path / "two", **SMOOTH)))
+    config.write_text(yaml.safe_dump(mqar(tmp_path / "two", **SMOOTH, hardware__fsdp=sharded)))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process(config, *launcher, "-m", "gramian")
     one, two = learned(tmp_path / "one"), learned(tmp_path / "two")
@@ -227,6 +228,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
             assert second[key] == pytest.approx(value, rel=1e-4), key
     report = json.loads((tmp_path / "two" / "environment.json").read_text())
     assert report[0]["processes"] == 2
+    saved = [load(tmp_path / run / "last").state_dict() for run in ("one", "two")]
+    for name, value in saved[0].items():
+        torch.testing.assert_close(saved[1][name], value, rtol=1e-2, atol=1e-4)
 
 
 def test_accumulation_gives_the_losses_of_one_batch(tmp_path: Path) -> None:
@@ -322,3 +326,57 @@ def test_ragged_rows_are_padded_under_a_mask() -> None:
     assert batch["attention_mask"].sum(1).tolist() == lengths
     for row, ids, length in zip(rows, batch["input_ids"], lengths, strict=True):
         assert ids[:length].tolist() == row["input_ids"].tolist()
+
+
+def test_a_stream_trains_in_its_own_order(tmp_path: Path) -> None:
+    values = mqar(tmp_path / "run", **SMOOTH, evaluation__samples=0)
+    values["task"]["streaming"] = True
+    train(parse_config(values))
+    first = next(line for line in learned(tmp_path / "run") if "loss" in line)
+
+    # The loss of the first step, of the first rows under the first weights.
+    from transformers import set_seed
+
+    from gramian.training._run import _model
+
+    config = parse_config(mqar(tmp_path, **SMOOTH))
+    settings = {key: value for key, value in config.task.items() if key != "name"}
+    task = build("mqar", **settings)
+    set_seed(config.seed)
+    model = _model(config, task.description())
+    rows = list(task.rows("train", config.seed))[:8]
+    batch = Collator(task.description())(rows)
+    with torch.no_grad():
+        loss = float(model(**batch).loss)
+    assert first["step"] == 2
+    assert first["loss"] == pytest.approx(loss, abs=0.02)  # the mean of the first two steps
+
+
+def test_a_stream_needs_a_number_of_steps(tmp_path: Path) -> None:
+    values = mqar(tmp_path / "run")
+    values["task"]["streaming"] = True
+    values["optimization"] = {"epochs": 1}
+    with pytest.raises(ConfigError, match=r"give optimization\.steps"):
+        train(parse_config(values))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream_of_ragged_rows(tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": "abc" * n}) + "\n" for n in range(1, 40)))
+    for name in ("one", "two"):
+        values = mqar(tmp_path / name, **SMOOTH)
+        values["task"] = {"name": "text", "train": str(text), "length": 64, "streaming": True}
+        values["task"]["validation"] = str(text)
+        values["evaluation"] = {"samples": 0, "examples": 6}
+        values["optimization"]["steps"] = 4
+        if name == "one":
+            train(parse_config(values))
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process(config, *launcher, "-m", "gramian")
+    runs = [learned(tmp_path / name) for name in ("one", "two")]
+    for key in ("loss", "eval_loss"):
+        one, two = ([line[key] for line in run if key in line] for run in runs)
+        assert two == pytest.approx(one, rel=1e-4) and one
