@@ -345,6 +345,48 @@ def convert(
 
 
 @app.command()
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="What to train, on what, and how.")
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as optimization.steps=100."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model on a task; a run that was killed goes on where it was.
+
+    On many devices: torchrun --nproc-per-node 8 -m gramian train CONFIG.yaml
+    """
+    import os
+
+    _quiet_transformers()
+    from gramian import training
+
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        settings = training.load_config(config, changes or [])
+        report = training.train(settings, progress=first and sys.stderr.isatty())
+    except training.ConfigError as error:
+        raise UserError(_one_line(error)) from error
+    if not first:
+        return
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return
+    console = Console()
+    console.print(
+        f"{report.parameters:,} parameters, {report.steps:,} steps, {report.seconds:.0f} s",
+        highlight=False,
+    )
+    measured = ", ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
+    console.print(f"Held out, at the end: {measured}", highlight=False)
+    console.print(f"Written to {report.output}", highlight=False)
+
+
+@app.command()
 def generate(
     model: ModelFolder,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],

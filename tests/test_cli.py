@@ -96,7 +96,7 @@ def test_version_and_help(tmp_path: Path) -> None:
     assert (version.returncode, version.stdout) == (0, f"gramian {gramian.__version__}\n")
     overview = run("--help", cwd=tmp_path)
     assert overview.returncode == 0
-    for command in ("demo", "distill", "convert", "generate"):
+    for command in ("demo", "distill", "convert", "generate", "check", "train", "analyze"):
         assert command in overview.stdout
 
 
@@ -254,6 +254,33 @@ def test_a_stream_comes_in_pieces(
     _, out, _ = call(command, workplace)
     assert out == "abc" + "".join(pieces) + "\n"
     assert len(pieces) > 20
+
+
+def test_train_reports_and_names_mistakes(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "config.yaml").write_text(
+        "output: run\n"
+        "task: {name: mqar, length: 8, vocab_size: 12, pairs: 1, train_examples: 8, "
+        "eval_examples: 4}\n"
+        "model: {hidden_size: 8, num_hidden_layers: 1, num_heads: 2}\n"
+        "optimization: {steps: 2, batch_size: 4}\n"
+        "hardware: {device: cpu}\n"
+    )
+    status, out, err = call("train config.yaml model.hiden_size=4", tmp_path)
+    assert (status, out) == (1, "")
+    assert "unknown key of model 'hiden_size'. Did you mean 'hidden_size'?" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    status, out, err = call("train none.yaml", tmp_path)
+    assert (status, out) == (1, "")
+    assert err == "gramian: there is no configuration file none.yaml.\n"
+    status, out, _ = call("train config.yaml seed=2 --json", tmp_path)
+    assert status == 0
+    report = json.loads(out)
+    assert report == json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 2
+    assert load(tmp_path / "run" / "best").config.vocab_size == 12
 
 
 @pytest.mark.slow

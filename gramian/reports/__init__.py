@@ -11,6 +11,7 @@ from gramian.reports._figures import (
     plot_decoding_cost,
     plot_distillation,
     plot_hankel_spectra,
+    plot_training,
     save_figure,
 )
 from gramian.reports._page import save_state_page, state_page
@@ -29,6 +30,7 @@ __all__ = [
     "plot_state_comparison",
     "plot_state_curves",
     "plot_state_map",
+    "plot_training",
     "plot_utilization",
     "save_figure",
     "save_state_page",

@@ -21,6 +21,7 @@ __all__ = [
     "plot_decoding_cost",
     "plot_distillation",
     "plot_hankel_spectra",
+    "plot_training",
     "save_figure",
 ]
 
@@ -189,6 +190,37 @@ def plot_decoding_cost(
         axes.legend(frameon=False, fontsize=8)
     _finish(panels[0], title="time per token", x="context (tokens)", y="milliseconds")
     _finish(panels[1], title="carried state", x="context (tokens)", y="MiB")
+    return figure
+
+
+def plot_training(lines: Sequence[Mapping[str, Any]]) -> Figure:
+    """Losses against steps and, where it was measured, accuracy beside them.
+
+    Args:
+        lines: of a run's `metrics.jsonl`: `step` with `loss`, `eval_loss`, `eval_accuracy`.
+    """
+    if not any("loss" in line or "eval_loss" in line for line in lines):
+        raise ValueError("plot_training was given no line with a loss; give at least one.")
+    curves = {
+        key: [(line["step"], line[key]) for line in lines if key in line]
+        for key in ("loss", "eval_loss", "eval_accuracy")
+    }
+    both = bool(curves["eval_accuracy"])
+    figure = _new_figure(8.4 if both else 4.4, 3.3)
+    panels = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
+    for key, name, colour in (("loss", "training", _BLUE), ("eval_loss", "held out", _ORANGE)):
+        if curves[key]:
+            marker = "o" if key != "loss" or len(curves[key]) == 1 else None
+            panels[0].plot(
+                *zip(*curves[key], strict=True), color=colour, label=name, marker=marker, ms=3
+            )
+    panels[0].legend(frameon=False, fontsize=8)
+    _finish(panels[0], title="loss", x="step", y="nats")
+    if both:
+        points = curves["eval_accuracy"]
+        panels[1].plot(*zip(*points, strict=True), color=_ORANGE, marker="o", ms=3)
+        panels[1].set_ylim(-0.02, 1.02)
+        _finish(panels[1], title="held-out accuracy", x="step", y="share of right answers")
     return figure
 
 
