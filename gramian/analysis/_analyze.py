@@ -217,7 +217,7 @@ def _positions(at: Sequence[int] | range | None, every: int | None, length: int)
     return positions
 
 
-def _run(model: nn.Module, sequence: Tensor) -> None:
+def _run(model: Any, sequence: Tensor) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     sequence = sequence.to(device)
     name = getattr(model, "main_input_name", None)

@@ -157,12 +157,15 @@ class LinearRecurrence(Mixer):
     def _write(self, y: Tensor, rest: Tensor) -> Tensor:
         """(batch, length, inner) from the recurrence's outputs (batch, heads, length, N)."""
 
-    def operator(self, x: Tensor, mask: Tensor | None = None) -> TimeVarying:
+    def operator(
+        self, x: Tensor, channels: slice | None = None, mask: Tensor | None = None
+    ) -> TimeVarying:
         """The system that acts on the values, after projection and short convolution, before norm,
         output gate and output projection.
 
         Args:
             x: (batch, length, width), from a silent past.
+            channels: Which heads; all by default.
             mask: (batch, length), nonzero for real tokens.
 
         Returns:
@@ -173,7 +176,10 @@ class LinearRecurrence(Mixer):
             ValueError: for a shape other than these.
         """
         self.check_input(x, mask)
-        return TimeVarying(*self._features(x, None, mask)[0])
+        return self._operator(x, slice(None) if channels is None else channels, mask)
+
+    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None = None) -> TimeVarying:
+        return TimeVarying(*self._features(x, None, mask)[0])[:, channels]
 
     def _features(
         self, x: Tensor, past: Tensor | None, mask: Tensor | None
