@@ -224,7 +224,8 @@ def _run(model: Any, sequence: Tensor) -> None:
     if name is None:
         model(sequence)
         return
-    embedding = model.get_input_embeddings() if not sequence.is_floating_point() else None
+    find: Any = getattr(model, "get_input_embeddings", None)
+    embedding = find() if find is not None and not sequence.is_floating_point() else None
     known = getattr(embedding, "num_embeddings", None)
     if known is not None and not 0 <= int(sequence.min()) <= int(sequence.max()) < known:
         raise ValueError(
