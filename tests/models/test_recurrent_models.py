@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import gramian
@@ -53,6 +54,25 @@ def test_it_is_saved_and_loaded(
     for parameter_name, parameter in half.named_parameters():
         kept = ".dynamics." in parameter_name
         assert parameter.dtype == (torch.float32 if kept else torch.bfloat16), parameter_name
+
+
+@torch.no_grad()
+def test_what_is_missing_is_drawn_and_what_is_there_is_kept(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    model = make_model(mixers=["s6", "gated_delta_net"]).float()
+    for name, parameter in model.named_parameters():
+        if ".dynamics." in name:
+            parameter.fill_(0.125)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.mixer.dynamics.A_log"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    read = GramianForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, tensor in weights.items():
+        assert torch.equal(read[name], tensor), name
+    rates = read["model.layers.0.mixer.dynamics.A_log"].exp()
+    assert_close(rates, torch.arange(1.0, 17.0).expand(24, -1))
 
 
 @every
