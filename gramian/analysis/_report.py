@@ -63,13 +63,13 @@ class LayerState:
             "tss": _numbers(self.tss),
         }
 
-    def _row(self) -> tuple[str, ...]:
+    def _row(self, label: str) -> tuple[str, ...]:
         counted = len(self.channels)
         measured = f"{counted:,}" if counted == self.count else f"{counted:,} of {self.count:,}"
         inside = self.tss > 0
         share = self.utilization[inside]
         return (
-            self.name,
+            label,
             self.mixer,
             measured,
             f"{float(self.ess.mean()):.2f}",
@@ -111,6 +111,15 @@ class StateReport:
     def horizon(self) -> int:
         """Number of tokens read: blocks are ``T[i:horizon, :i]``."""
         return len(self.tokens)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The paths of the layers without what all of them begin and end with."""
+        parts = [layer.name.split(".") for layer in self.layers]
+        for end in (0, -1):
+            while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[end] for p in parts}) == 1:
+                parts = [p[1:] if end == 0 else p[:-1] for p in parts]
+        return tuple(".".join(p) for p in parts)
 
     @property
     def cap(self) -> Tensor:
@@ -273,7 +282,7 @@ class StateReport:
 
     def __str__(self) -> str:
         lines = ["\t".join(_COLUMNS)]
-        lines += ["\t".join(layer._row()) for layer in self.layers]
+        lines += ["\t".join(layer._row(layer.name)) for layer in self.layers]
         return "\n".join([*lines, self._summary()])
 
     def __rich__(self) -> Table:
@@ -282,8 +291,8 @@ class StateReport:
         table = Table(title=self.model, caption=self._summary(), caption_justify="left")
         for index, name in enumerate(_COLUMNS):
             table.add_column(name, justify="left" if index < 2 else "right")
-        for layer in self.layers:
-            table.add_row(*layer._row())
+        for layer, label in zip(self.layers, self.labels, strict=True):
+            table.add_row(*layer._row(label))
         return table
 
     def _summary(self) -> str:

@@ -49,7 +49,7 @@ def plot_state_map(report: StateReport) -> Figure:
     figure.colorbar(image, ax=axes, label=f"mean {report.measure} ESS of a head or channel")
     _token_ticks(axes, report)
     every = max(1, layers // 24)
-    axes.set_yticks(np.arange(0, layers, every), _names(report)[::every], fontsize=7)
+    axes.set_yticks(np.arange(0, layers, every), report.labels[::every], fontsize=7)
     _finish(
         axes,
         title=f"{report.model}: effective state-size before each token; pale where the cap binds",
@@ -74,7 +74,7 @@ def plot_state_curves(report: StateReport) -> Figure:
     figure = _new_figure(8.0, 3.8)
     axes = figure.subplots()
     shades = colormaps["viridis"](np.linspace(0, 0.92, len(curves)))
-    for curve, limited, shade, name in zip(curves, bound, shades, _names(report), strict=True):
+    for curve, limited, shade, name in zip(curves, bound, shades, report.labels, strict=True):
         axes.plot(positions[order], curve[order], color=shade, lw=0.9, alpha=0.8, label=name)
         axes.plot(
             positions[order],
@@ -126,7 +126,7 @@ def plot_utilization(report: StateReport) -> Figure:
             height=0.7,
         )
         axes.plot([heads.min(), heads.max()], [row, row], color=_ORANGE, lw=1.4)
-    axes.set_yticks(np.arange(len(report.layers)), _names(report), fontsize=7)
+    axes.set_yticks(np.arange(len(report.layers)), report.labels, fontsize=7)
     axes.invert_yaxis()
     _finish(
         axes,
@@ -190,18 +190,6 @@ def _bound(report: StateReport) -> np.ndarray:
     """(layers, P): whether the cap is below the state there is."""
     cap = report.cap.numpy()
     return np.stack([cap < layer.tss.numpy().mean(0) for layer in report.layers])
-
-
-def _names(report: StateReport) -> list[str]:
-    """The paths of the layers without what all of them begin or end with."""
-    parts = [layer.name.split(".") for layer in report.layers]
-    if len(parts) < 2:
-        return [layer.name for layer in report.layers]
-    while min(len(p) for p in parts) > 1 and len({p[0] for p in parts}) == 1:
-        parts = [p[1:] for p in parts]
-    while min(len(p) for p in parts) > 1 and len({p[-1] for p in parts}) == 1:
-        parts = [p[:-1] for p in parts]
-    return [".".join(p) for p in parts]
 
 
 def _token_ticks(axes: Any, report: StateReport) -> None:
