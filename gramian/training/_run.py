@@ -269,6 +269,7 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
         fsdp=hardware.fsdp or None,
         fsdp_config=sharding if hardware.fsdp else None,
         dataloader_num_workers=hardware.workers,
+        dataloader_pin_memory=hardware.device != "cpu" and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         accelerator_config={"dispatch_batches": False},  # a stream's batches differ in length
