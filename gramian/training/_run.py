@@ -217,6 +217,10 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
             f"optimization.batch_size must be divisible by processes × accumulation, here "
             f"{processes} × {optimization.accumulation}; got {optimization.batch_size}."
         )
+    if hardware.fsdp and (hardware.device == "cpu" or not torch.accelerator.is_available()):
+        raise ConfigError(
+            "hardware.fsdp needs accelerators: accelerate shards nothing on processors."
+        )
     share = optimization.batch_size // shares
     folder = Path(config.output)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
@@ -269,6 +273,7 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
         fsdp=hardware.fsdp or None,
         fsdp_config=sharding if hardware.fsdp else None,
         dataloader_num_workers=hardware.workers,
+        dataloader_pin_memory=hardware.device != "cpu" and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         accelerator_config={"dispatch_batches": False},  # a stream's batches differ in length
