@@ -134,10 +134,10 @@ class Recorder:
         if not isinstance(module, Mixer):
             return
         x = args[0] if args else kwargs["x"]
+        heads = getattr(module, "heads", module.width)
+        kind = "attention" if isinstance(module, SoftmaxAttention) else "convolution"
         try:
-            heads = getattr(module, "heads", module.width)
-            kind = "attention" if isinstance(module, SoftmaxAttention) else "convolution"
-            module.operator(x[:, :1], slice(0, 1))
+            module.operator(x[:, :1], slice(0, 1))  # a bidirectional one refuses
         except ValueError as error:
             self.refused[path] = str(error)
             return

@@ -94,6 +94,39 @@ SCANS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {**MAMBA2, "num_key_value_heads": 2, "attn_layer_indices": [1], "mamba_chunk_size": 16},
         ["BambaMixer", "BambaAttention"],
     ),
+    "nemotron_h": (
+        "mamba2_chunk_scan",
+        {
+            **GROUPED,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 6,
+            "n_groups": 1,
+            "chunk_size": 16,
+            "layers_block_type": ["mamba", "attention"],
+        },
+        ["NemotronHMamba2Mixer", "NemotronHAttention"],
+    ),
+    "zamba2": (
+        "mamba2_chunk_scan",
+        {
+            "num_key_value_heads": 4,
+            "mamba_d_state": 5,
+            "mamba_ngroups": 1,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "num_hidden_layers": 3,
+            "layers_block_type": ["mamba", "hybrid", "hybrid"],
+            "num_mem_blocks": 1,
+            "chunk_size": 16,
+        },
+        ["Zamba2MambaMixer"] + ["Zamba2Attention", "Zamba2MambaMixer"] * 2,
+    ),
+    "qwen3_5_text": (
+        "torch_chunk_gated_delta_rule",
+        {**GROUPED, **DELTA},
+        ["Qwen3_5GatedDeltaNet", "Qwen3_5Attention"],
+    ),
     "qwen3_next": (
         "torch_chunk_gated_delta_rule",
         {
