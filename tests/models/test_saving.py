@@ -144,7 +144,7 @@ def test_what_is_missing_is_drawn_and_what_is_there_is_kept(
 def test_quantizers_are_told_to_keep_out_of_filters(make_config: MakeConfig) -> None:
     model = make(make_config)
     skipped = model._keep_in_fp32_modules
-    linear = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     inside = [name for name in linear if not should_convert_module(name, skipped)]
     assert inside == [name for name in linear if ".filter." in name]
     assert 0 < len(inside) < len(linear)
