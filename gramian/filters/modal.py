@@ -180,7 +180,8 @@ class ModalFilter(Filter):
             return torch.view_as_complex(flat.index_copy(0, self._slot, pairs).reshape(shape))
 
         padded = pad(poles.to(self.residues.dtype)), pad(self.residues)
-        return Modal(*padded, self.d, counts=self.orders)
+        # A copy: a sharded parameter is whole until this function returns, and a system may stay.
+        return Modal(*padded, self.d.clone(), counts=self.orders)
 
     def config(self) -> dict[str, Any]:
         return {

@@ -198,7 +198,7 @@ class RTF(Filter):
             a = self.a.double()
             norm = a.abs().sum(-1, keepdim=True)
             return a / (norm + self.slack.double().abs().unsqueeze(-1) + _SLACK)
-        return self.a
+        return self.a.clone()
 
     @torch.no_grad()
     def poles(self) -> Tensor:
@@ -220,7 +220,8 @@ class RTF(Filter):
     def forward(self, length: int | None = None) -> TransferFunction:
         shared = (self.num_denominators, self.channels // self.num_denominators)
         length = min(self.max_length, length or self.max_length)
-        b, d = self.b.reshape(*shared, -1), self.d.reshape(shared)
+        # Copies: a sharded parameter is whole until this function returns, and a system may stay.
+        b, d = self.b.clone().reshape(*shared, -1), self.d.clone().reshape(shared)
         a = self.denominator().unsqueeze(1)
         reflection = self.reflection().unsqueeze(1) if self.stability == "schur" else None
         if self.numerator == "truncated":

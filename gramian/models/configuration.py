@@ -8,7 +8,9 @@ and the shapes of its parameters are read from here before any weight is.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -25,6 +27,7 @@ from gramian.mixers import (
     SoftmaxAttention,
     WeightedLinearAttention,
 )
+from gramian.models.remote_code import AUTO_MAP, write_module
 
 LINEAR_RECURRENCES: dict[str, Callable[..., LinearRecurrence]] = {
     "linear_attention": LinearAttention,
@@ -166,7 +169,32 @@ class GramianConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             inner = 8 * self.hidden_size / 3 if self.gated_mlp else 4 * self.hidden_size
             self.intermediate_size = 16 * -int(-inner // 16)
+        kwargs.pop("auto_map", None)  # of a file that was read; `save_pretrained` writes its own
         super().__post_init__(**kwargs)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write `config.json`, and beside it the module that lets transformers load the folder.
+
+        Where this package has not been imported, the Auto classes need `trust_remote_code=True`.
+
+        Args:
+            save_directory: the folder, made if it is not there.
+            push_to_hub: as for any configuration of transformers; and so are `kwargs`.
+        """
+        if not os.path.isfile(save_directory):  # which is refused below
+            os.makedirs(save_directory, exist_ok=True)
+            write_module(Path(save_directory))
+        self.auto_map = AUTO_MAP
+        try:
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            del self.auto_map
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: what is saved names this package and takes no copy of its source along."""
 
     @property
     def layer_types(self) -> list[str]:

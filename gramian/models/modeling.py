@@ -189,9 +189,10 @@ class GramianPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
-    # Filters and dynamics keep themselves in float32; this tells quantizers to keep out of them.
+    # Filters and dynamics keep themselves in float32: the first list tells quantizers to keep out
+    # of them too, the second one loading in bfloat16. The same name in both is refused.
     _keep_in_fp32_modules = [r".*\.mixer\.filter", r".*\.mixer\.dynamics"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = [r".*\.mixer\.dynamics"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [r"mixer\.filter", r"mixer\.dynamics"]  # noqa: RUF012
 
     def __init__(self, config: GramianConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -241,6 +242,10 @@ class GramianPreTrainedModel(PreTrainedModel):
                 module.pack(enabled)
             elif isinstance(module, Mixer):
                 module.compile_step(enabled, **options)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: what is saved names this package and takes no copy of its source along."""
 
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
         # Asked to, transformers passes over modules of other packages that own no tensor
@@ -315,7 +320,8 @@ class GramianModel(GramianPreTrainedModel):
             past_key_values: the cache of what came before; moved on in place.
             inputs_embeds: (batch, length, hidden_size).
             use_cache: whether to return a cache. By default `config.use_cache`, and never in
-                training or with gradients on, where it would be made for nothing.
+                training or with gradients on, where it would be made for nothing, or in a graph
+                that is traced, which could not return it.
             output_hidden_states: whether to return the embeddings and every block's output, the
                 last one after the last norm.
             input_values: (batch, length, `config.input_size`), in place of `input_ids` where the
@@ -397,8 +403,8 @@ class GramianModel(GramianPreTrainedModel):
         checkpointing = self.gradient_checkpointing and self.training
         if cache is None:
             if use_cache is None:
-                graded = self.training or torch.is_grad_enabled()
-                use_cache = self.config.use_cache and not graded
+                unused = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+                use_cache = self.config.use_cache and not unused
             return GramianCache(self.config) if use_cache and not checkpointing else None
         if not isinstance(cache, GramianCache):
             raise TypeError(
@@ -415,7 +421,7 @@ class GramianModel(GramianPreTrainedModel):
 
 
 def _recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The last `length` columns as booleans, or None if they hide nothing."""
+    """The last `length` columns as booleans, or None if they are seen to hide nothing."""
     if mask is None:
         return None
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
@@ -424,6 +430,8 @@ def _recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
             f"({batch}, {length}) or longer; got {tuple(mask.shape)}."
         )
     recent = mask[:, -length:].bool()
+    if torch.compiler.is_compiling():  # a traced graph cannot depend on values
+        return recent
     return None if recent.all() else recent
 
 
@@ -665,7 +673,7 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
         """(batch, length, hidden_size) to (batch, hidden_size), over real tokens."""
         batch, length = hidden_states.shape[:2]
         mask = _recent_mask(attention_mask, batch, length)
-        if mask is not None and not mask.any(-1).all():
+        if mask is not None and not torch.compiler.is_compiling() and not mask.any(-1).all():
             hidden = (~mask.any(-1)).nonzero().flatten().tolist()
             raise ValueError(
                 "attention_mask must leave a real token in every sequence; it hides all of "

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from gramian import FIR, Modal, TransferFunction, causal_convolution
 from gramian.filters import RTF, Filter, ImplicitFilter, ModalFilter, build, register
@@ -378,3 +379,15 @@ def test_bad_configurations_get_one_sentence(config, match):
     with pytest.raises(ValueError, match=match) as caught:
         build(config, channels=4, max_length=32)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_system_holds_no_parameter_itself(name):
+    """Sharding takes a parameter's memory away after `forward`; the system may still be used."""
+    made = make(name)
+    with torch.no_grad():
+        system = made(40)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in made.parameters()}
+    for leaf in tree_leaves(system):
+        if isinstance(leaf, torch.Tensor):
+            assert leaf.untyped_storage().data_ptr() not in storages
