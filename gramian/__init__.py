@@ -1,8 +1,9 @@
 """Gramian: the memory of causal sequence models.
 
 Every causal mixer applies a lower-triangular operator ``y = T u``; the rank of its Hankel blocks is
-the memory that it needs. Parametrise that operator (filters, mixers), measure it (Hankel spectra),
-shrink it (:func:`reduce`, :func:`distill`) and run it (convolution and recurrence).
+the memory that it needs. Parametrise that operator (filters, mixers), measure it
+(:func:`effective_state_size`), shrink it (:func:`reduce`, :func:`realize`, :func:`distill`) and run
+it (convolution and recurrence).
 
 ``import gramian`` does not import transformers; ``import gramian.models`` does, and registers its
 classes with transformers' Auto classes.
@@ -13,13 +14,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gramian import filters, mixers, ops, reduction, systems
+from gramian import ess, filters, mixers, ops, reduction, systems
+from gramian.ess import effective_state_size, realize
 from gramian.filters import parameter_groups
 from gramian.ops import causal_convolution
 from gramian.reduction import Reduction, reduce
-from gramian.systems import FIR, Modal, StateSpace, TransferFunction
+from gramian.systems import (
+    FIR,
+    DenseOperator,
+    Modal,
+    StateSpace,
+    TimeVarying,
+    TransferFunction,
+)
 
 if TYPE_CHECKING:
+    from gramian.analysis import StateReport, analyze
     from gramian.checking import CheckReport, check
     from gramian.distillation import DistillationReport, distill
 
@@ -28,18 +38,25 @@ __version__ = "0.1.0"
 __all__ = [
     "FIR",
     "CheckReport",
+    "DenseOperator",
     "DistillationReport",
     "Modal",
     "Reduction",
+    "StateReport",
     "StateSpace",
+    "TimeVarying",
     "TransferFunction",
+    "analyze",
     "causal_convolution",
     "check",
     "distill",
+    "effective_state_size",
+    "ess",
     "filters",
     "mixers",
     "ops",
     "parameter_groups",
+    "realize",
     "reduce",
     "reduction",
     "systems",
@@ -47,6 +64,8 @@ __all__ = [
 
 
 _WHOLE_MODEL = {  # these jobs need transformers
+    "StateReport": "analysis",
+    "analyze": "analysis",
     "CheckReport": "checking",
     "check": "checking",
     "DistillationReport": "distillation",

@@ -24,6 +24,7 @@ except ImportError as missing:
     raise SystemExit(1) from None
 
 if TYPE_CHECKING:
+    from gramian.analysis import StateReport
     from gramian.models import GramianForCausalLM
 
 __all__ = ["app", "main"]
@@ -32,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="The memory of causal sequence models: train, convert, distil, generate.",
+    help="The memory of causal sequence models: train, convert, distil, measure, generate.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
@@ -141,21 +142,46 @@ def distill(
     order: Annotated[
         int | None, typer.Option(help="State dimension of every filter, in place of --tol.")
     ] = None,
+    max_increase: Annotated[
+        str | None,
+        typer.Option(help="Rise of the loss on --text to stay within, such as 0.1%: finds --tol."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text for --max-increase and --finetune.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the text to measure on.")] = 65_536,
+    finetune: Annotated[int, typer.Option(help="Steps of training on --text afterwards.")] = 0,
+    max_order: Annotated[
+        int | None, typer.Option(help="Largest order to try for a tolerance, 256 if not given.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Replace the long filters of MODEL by small recurrences, saved as a model in OUT."""
-    if tol is not None and order is not None:
-        raise typer.BadParameter("give --tol or --order, not both.")
+    """Replace the long filters of MODEL by small recurrences, saved as a model in OUT.
+
+    distillation.json and distillation.png in OUT tell orders, errors and bounds of every layer.
+    """
+    given = [name for name in (tol, order, max_increase) if name is not None]
+    if len(given) > 1:
+        raise typer.BadParameter("give one of --tol, --order and --max-increase.")
+    if (max_increase is not None or finetune) and text is None:
+        raise typer.BadParameter("--max-increase and --finetune need --text FILE.")
     tol = 1e-3 if tol is None else tol
     _check_tolerance(tol)
-    if order is not None and order < 1:
-        raise UserError(f"The order must be at least 1; got {order}.")
+    for name, number in (("order", order), ("largest order", max_order)):
+        if number is not None and number < 1:
+            raise UserError(f"The {name} must be at least 1; got {number}.")
+    if finetune < 0:
+        raise UserError(f"--finetune takes a number of steps; got {finetune}.")
+    budget = None if max_increase is None else _fraction("--max-increase", max_increase)
     _check_new(out)
     _quiet_transformers()
     console = Console(stderr=as_json)
     loaded = _load(model)
     tokenizer = _tokenizer(model)
+    windows = None if text is None else _windows(model, loaded, text, max_tokens)
+
+    import dataclasses
 
     from rich.progress import Progress
 
@@ -166,24 +192,87 @@ def distill(
         bar = Progress(console=console, transient=True, disable=not console.is_terminal)
         with bar as progress:
             task = progress.add_task("Distilling", total=None)
-            try:
-                distilled, report = distillation.distill(
-                    loaded,
-                    tol=tol,
-                    order=order,
-                    progress=lambda done, total: progress.update(task, completed=done, total=total),
+
+            def advance(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            def tell(trial: distillation.Trial) -> None:
+                progress.update(
+                    task, description=f"Distilling; at {trial.tol:.1e}: {trial.increase:+.3%}"
                 )
+
+            try:
+                if budget is not None:
+                    assert windows is not None
+                    distilled, report = distillation.distill_to_budget(
+                        loaded, windows, budget, max_order=max_order, progress=tell
+                    )
+                else:
+                    distilled, report = distillation.distill(
+                        loaded, tol, order, max_order=max_order, progress=advance
+                    )
+                if windows is not None and budget is None:
+                    report = dataclasses.replace(
+                        report, quality=_quality(loaded, distilled, windows, report)
+                    )
+                if finetune:
+                    assert windows is not None and report.quality is not None
+                    progress.update(task, description="Fine-tuning")
+                    losses = distillation.finetune(distilled, windows, finetune, progress=advance)
+                    quality = dataclasses.replace(report.quality, finetuned=losses)
+                    report = dataclasses.replace(report, quality=quality)
             except ValueError as error:
                 raise UserError(_one_line(error)) from error
         distilled.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         (stage / "distillation.json").write_text(report.to_json() + "\n")
+        _draw_distillation(report, stage / "distillation.png")
     if as_json:
         print(report.to_json())
     else:
         console.print(report)
         console.print(f"Written to {out}", highlight=False)
+
+
+def _quality(original: Any, distilled: Any, windows: Any, report: Any) -> Any:
+    """The loss before and after on the text, without a budget."""
+    from gramian.distillation import Quality, Trial, mean_loss
+
+    before, after = (mean_loss(model, windows) for model in (original, distilled))
+    trial = Trial(report.tol, report.mean_order, after, after / before - 1)
+    return Quality(windows.numel(), None, before, (trial,))
+
+
+def _draw_distillation(report: Any, path: Path) -> None:
+    from gramian.reports import plot_distillation, save_figure
+
+    try:
+        save_figure(plot_distillation(report), path)
+    except ImportError as error:  # a picture is not worth the result
+        print(f"gramian: no figure: {_one_line(error)}", file=sys.stderr)
+
+
+def _fraction(name: str, text: str) -> float:
+    """A number, or one followed by a percent sign."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name} takes a positive number or percentage; got {text!r}.")
+    return value
+
+
+def _windows(folder: Path, model: GramianForCausalLM, text: Path, max_tokens: int) -> Any:
+    """(count, length) windows of a text file's tokens, as long as the filters, spread over it."""
+    ids = _token_ids(folder, model, text)
+    length = min(model.config.max_position_embeddings, 2048, len(ids))
+    if length < 2:
+        raise UserError(f"{text} has too few tokens: {len(ids)}.")
+    windows = ids[: len(ids) // length * length].reshape(-1, length)
+    count = min(len(windows), max(1, max_tokens // length))
+    return windows[[i * len(windows) // count for i in range(count)]]
 
 
 @app.command()
@@ -253,6 +342,48 @@ def convert(
         f"{'no tokenizer' if tokenizer is None else report['tokenizer']}.\nWritten to {out}",
         highlight=False,
     )
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="What to train, on what, and how.")
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as optimization.steps=100."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model on a task; a run that was killed goes on where it was.
+
+    On many devices: torchrun --nproc-per-node 8 -m gramian train CONFIG.yaml
+    """
+    import os
+
+    _quiet_transformers()
+    from gramian import training
+
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        settings = training.load_config(config, changes or [])
+        report = training.train(settings, progress=first and sys.stderr.isatty())
+    except training.ConfigError as error:
+        raise UserError(_one_line(error)) from error
+    if not first:
+        return
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return
+    console = Console()
+    console.print(
+        f"{report.parameters:,} parameters, {report.steps:,} steps, {report.seconds:.0f} s",
+        highlight=False,
+    )
+    measured = ", ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
+    console.print(f"Held out, at the end: {measured}", highlight=False)
+    console.print(f"Written to {report.output}", highlight=False)
 
 
 @app.command()
@@ -400,6 +531,119 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def analyze(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Folder of a saved model, ours or not; GGUF file."),
+    ],
+    text: Annotated[Path | None, typer.Option(help="Text file to read.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to read, in place of --text.")] = None,
+    horizon: Annotated[int, typer.Option(min=1, help="Tokens to read at most.")] = 256,
+    every: Annotated[int, typer.Option(min=1, help="Measure at every n-th position.")] = 1,
+    measure: Annotated[str, typer.Option(help="entropy or tolerance.")] = "entropy",
+    tol: Annotated[float | None, typer.Option(help="Absolute tolerance of a count.")] = None,
+    rtol: Annotated[float | None, typer.Option(help="Relative tolerance of a count.")] = None,
+    max_channels: Annotated[
+        int, typer.Option(min=0, help="Channels to measure of a layer at most; 0: all.")
+    ] = 64,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder for numbers and pictures.")
+    ] = None,
+    picture: Annotated[str, typer.Option("--format", help="Of pictures: png or svg.")] = "png",
+    html: Annotated[
+        Path | None, typer.Option(help="File for one interactive page, which opens offline.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how much of its memory MODEL uses on a text: every layer, head and token.
+
+    Several models are compared on the same text. Exits with status 1 if no layer can be read.
+    """
+    if (text is None) == (prompt is None):
+        raise typer.BadParameter("give one of --text FILE and --prompt TEXT.")
+    if picture not in ("png", "svg"):
+        raise typer.BadParameter(f"--format must be png or svg, got {picture!r}.")
+    if output is not None:
+        _check_new(output)
+    words = prompt if text is None else _read_text(text)
+    _quiet_transformers()
+    console = Console(stderr=as_json)
+
+    from rich.progress import Progress, TaskID
+
+    from gramian import analysis
+
+    reports = []
+    for name in models:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(f"Reading with {name}", total=None)
+
+            def show(
+                done: int, total: int, task: TaskID = task, progress: Progress = progress
+            ) -> None:
+                progress.update(task, completed=done, total=total)
+
+            try:
+                model, tokenizer = analysis.open_model(name)
+                if tokenizer is None:
+                    raise UserError(f"{name} has no tokenizer, so it cannot read a text.")
+                ids = tokenizer(words, verbose=False).input_ids[:horizon]
+                report = analysis.analyze(
+                    model,
+                    ids,
+                    tokenizer=tokenizer,
+                    every=every,
+                    measure=measure,
+                    tol=tol,
+                    rtol=rtol,
+                    max_channels=max_channels or None,
+                    progress=show,
+                )
+            except (OSError, ValueError) as error:
+                raise UserError(f"{name}: {_one_line(error)}") from error
+        if not as_json:
+            console.print(report)
+        if not report.layers:
+            raise UserError(
+                f"No layer of {name} could be read: "
+                + "; ".join(f"{path}: {reason}" for path, reason in report.unread)
+            )
+        reports.append(report)
+    if output is not None:
+        _save_states(reports, output, picture)
+    if html is not None:
+        from gramian.reports import save_state_page
+
+        save_state_page(reports, html)
+    if as_json:
+        found = [report.to_dict() for report in reports]
+        print(json.dumps(found[0] if len(found) == 1 else {"models": found}))
+
+
+def _save_states(reports: list[StateReport], output: Path, suffix: str) -> None:
+    """A folder of numbers, pictures and a page."""
+    from gramian import reports as drawing
+    from gramian._staging import staged_directory
+
+    with staged_directory(output) as stage:
+        drawing.save_state_page(reports, stage / "page.html")
+        for index, report in enumerate(reports):
+            number = f"-{index + 1}" if len(reports) > 1 else ""
+            report.save(stage / f"report{number}.json")
+            for name, plot in (
+                ("map", drawing.plot_state_map),
+                ("curves", drawing.plot_state_curves),
+                ("utilization", drawing.plot_utilization),
+            ):
+                drawing.save_figure(plot(report), stage / f"{name}{number}.{suffix}")
+        if len(reports) > 1:
+            named = {f"{i + 1}: {report.model}": report for i, report in enumerate(reports)}
+            figure = drawing.plot_state_comparison(named)
+            drawing.save_figure(figure, stage / f"comparison.{suffix}")
+
+
 def _dtype(name: str) -> Any:
     import torch
 
@@ -411,17 +655,25 @@ def _dtype(name: str) -> Any:
 
 def _tokens(folder: Path, model: GramianForCausalLM, text: Path, batch: int, length: int) -> Any:
     """(batch, length) tokens from the beginning of a text file."""
-    tokenizer = _tokenizer(folder) or _byte_tokenizer(folder, model)
-    try:
-        words = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{text} is not UTF-8 text: {_one_line(error)}") from error
-    ids = tokenizer(words, return_tensors="pt").input_ids[0]
+    ids = _token_ids(folder, model, text)
     if len(ids) < batch * length:
         raise UserError(
             f"{text} has {len(ids)} tokens; {batch} sequences of {length} need {batch * length}."
         )
     return ids[: batch * length].reshape(batch, length)
+
+
+def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> Any:
+    """All tokens of a text file, (count)."""
+    tokenizer = _tokenizer(folder) or _byte_tokenizer(folder, model)
+    return tokenizer(_read_text(text), return_tensors="pt", verbose=False).input_ids[0]
+
+
+def _read_text(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text} is not UTF-8 text: {_one_line(error)}") from error
 
 
 def _check_new(out: Path) -> None:

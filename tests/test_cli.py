@@ -96,7 +96,7 @@ def test_version_and_help(tmp_path: Path) -> None:
     assert (version.returncode, version.stdout) == (0, f"gramian {gramian.__version__}\n")
     overview = run("--help", cwd=tmp_path)
     assert overview.returncode == 0
-    for command in ("demo", "distill", "convert", "generate"):
+    for command in ("demo", "distill", "convert", "generate", "check", "train", "analyze"):
         assert command in overview.stdout
 
 
@@ -161,6 +161,8 @@ def test_mistakes_get_one_line_and_change_nothing(
         "unknown",
         "distill model out --tol x",
         "distill model out --tol 0.1 --order 3",
+        "generate model --prompt x --stream --json",
+        "generate model --prompt x --prefill-chunk 0",
     ],
 )
 def test_wrong_usage_is_status_two(
@@ -225,6 +227,62 @@ def test_greedy_text_is_the_models_own(
     assert capfd.readouterr().out == f"abc{expected}\n"
 
 
+@pytest.mark.parametrize("options", ["--stream", "--prefill-chunk 2", "--compile --stream"])
+def test_ways_of_generating_write_the_same_text(
+    workplace: Path, call: Callable[..., tuple[int, str, str]], options: str
+) -> None:
+    """The model's filters are long, so --compile packs its projections and compiles nothing."""
+    command = "generate model --prompt abcdefg --max-new-tokens 20 --seed 5"
+    status, plain, _ = call(command, workplace)
+    assert call(f"{command} {options}", workplace)[:2] == (status, plain) == (0, plain)
+
+
+def test_a_stream_comes_in_pieces(
+    workplace: Path, call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TextStreamer
+
+    pieces: list[str] = []
+    write = TextStreamer.on_finalized_text
+
+    def spy(streamer: Any, text: str, stream_end: bool = False) -> None:
+        pieces.append(text)
+        write(streamer, text, stream_end)
+
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", spy)
+    command = "generate model --prompt abc --max-new-tokens 40 --seed 5 --stream"
+    _, out, _ = call(command, workplace)
+    assert out == "abc" + "".join(pieces) + "\n"
+    assert len(pieces) > 20
+
+
+def test_train_reports_and_names_mistakes(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "config.yaml").write_text(
+        "output: run\n"
+        "task: {name: mqar, length: 8, vocab_size: 12, pairs: 1, train_examples: 8, "
+        "eval_examples: 4}\n"
+        "model: {hidden_size: 8, num_hidden_layers: 1, num_heads: 2}\n"
+        "optimization: {steps: 2, batch_size: 4}\n"
+        "hardware: {device: cpu}\n"
+    )
+    status, out, err = call("train config.yaml model.hiden_size=4", tmp_path)
+    assert (status, out) == (1, "")
+    assert "unknown key of model 'hiden_size'. Did you mean 'hidden_size'?" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    status, out, err = call("train none.yaml", tmp_path)
+    assert (status, out) == (1, "")
+    assert err == "gramian: there is no configuration file none.yaml.\n"
+    status, out, _ = call("train config.yaml seed=2 --json", tmp_path)
+    assert status == 0
+    report = json.loads(out)
+    assert report == json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 2
+    assert load(tmp_path / "run" / "best").config.vocab_size == 12
+
+
 @pytest.mark.slow
 def test_demo_with_too_little_training_fails_its_checks(tmp_path: Path) -> None:
     done = run("demo", "--steps", 1, "--json", "--output", "out", cwd=tmp_path)
@@ -273,3 +331,52 @@ def test_check_refuses(
 ) -> None:
     status, out, err = call(arguments, workplace)
     assert status == 1 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_distill_under_a_budget_of_quality_on_a_text(
+    workplace: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    (workplace / "budget.txt").write_text("Poles, residues and Markov parameters. " * 20)
+    arguments = "distill model budgeted --max-increase 5% --text budget.txt --finetune 2 --json"
+    status, out, _ = call(arguments, workplace)
+    report = json.loads(out)
+    quality = report["quality"]
+    assert status == 0 and quality["max_increase"] == 0.05 and len(quality["finetuned"]) == 2
+    assert quality["trials"][-1]["increase"] <= 0.05
+    written = {path.name for path in (workplace / "budgeted").iterdir()}
+    assert {"distillation.json", "distillation.png", "model.safetensors"} <= written
+    assert load(workplace / "budgeted").config.filter[0]["type"] == "modal"
+
+
+def test_distill_to_an_order_tells_the_loss_on_a_text(
+    workplace: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    (workplace / "words.txt").write_text("Hankel singular values. " * 9)
+    status, out, _ = call("distill model told --order 3 --text words.txt", workplace)
+    assert status == 0 and "Loss on" in out and "after" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("--tol 0.1 --max-increase 1% --text budget.txt", 2, "one of --tol"),
+        ("--max-increase 1%", 2, "need --text"),
+        ("--finetune 3", 2, "need --text"),
+        ("--max-increase much --text budget.txt", 1, "'much'"),
+        ("--max-increase 0% --text budget.txt", 1, "'0%'"),
+        ("--finetune -1 --text budget.txt", 1, "number of steps"),
+        ("--max-order 0", 1, "at least 1"),
+        ("--text nowhere.txt", 1, "nowhere.txt"),
+    ],
+)
+def test_distill_refuses_options_that_do_not_go_together(
+    workplace: Path,
+    call: Callable[..., tuple[int, str, str]],
+    arguments: str,
+    status: int,
+    message: str,
+) -> None:
+    before = contents(workplace)
+    code, _, err = call(f"distill model refused {arguments}", workplace)
+    assert code == status and message in " ".join(err.split())
+    assert contents(workplace) == before

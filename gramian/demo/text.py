@@ -1,17 +1,16 @@
 """Real English that every Python carries, and the bigram model that a network must beat on it.
 
-The text is the reference documentation behind `help()`, in `pydoc_data.topics`. It quotes itself
-at length, so every paragraph is kept at its first occurrence only: otherwise a good part of the
-held-out bytes would stand word for word in the training part.
+The text is the reference documentation behind `help()`, each paragraph once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 
 import torch
 from torch import Tensor
+
+from gramian.tasks.documentation import python_topics
 
 __all__ = ["BigramModel", "Corpus", "python_documentation"]
 
@@ -30,18 +29,7 @@ def python_documentation(held_out_fraction: float = 0.1) -> Corpus:
     Raises:
         RuntimeError: this Python was installed without `pydoc_data`.
     """
-    try:
-        topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    except ImportError as error:
-        raise RuntimeError(
-            "This Python was installed without the text behind help() (pydoc_data), which the "
-            "demo trains on."
-        ) from error
-    first_occurrences: dict[str, str] = {}
-    for topic in topics.values():
-        for paragraph in topic.strip("\n").split("\n\n"):
-            first_occurrences.setdefault(" ".join(paragraph.split()), paragraph)
-    text = "\n\n".join(first_occurrences.values()).encode()
+    text = "\n\n".join(python_topics()).encode()
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     cut = round(len(data) * (1 - held_out_fraction))
     return Corpus(train=data[:cut], held_out=data[cut:])

@@ -6,6 +6,18 @@ model of the same class, together with a `DistillationReport` of what was reache
 """
 
 from gramian.distillation._distill import distill
-from gramian.distillation._report import DistillationReport, LayerReport
+from gramian.distillation._foreign import ForeignFilter
+from gramian.distillation._quality import distill_to_budget, finetune, mean_loss
+from gramian.distillation._report import DistillationReport, LayerReport, Quality, Trial
 
-__all__ = ["DistillationReport", "LayerReport", "distill"]
+__all__ = [
+    "DistillationReport",
+    "ForeignFilter",
+    "LayerReport",
+    "Quality",
+    "Trial",
+    "distill",
+    "distill_to_budget",
+    "finetune",
+    "mean_loss",
+]

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from gramian.distillation._report import DistillationReport, LayerReport
+from gramian.distillation._filters import Goal, reduce_filter
+from gramian.distillation._foreign import FilterReader, ForeignFilter, distill_modules
+from gramian.distillation._report import DistillationReport
 from gramian.filters import ModalFilter
-from gramian.reduction import Reduction, reduce
-
-if TYPE_CHECKING:
-    from gramian.models import GramianPreTrainedModel
 
 __all__ = ["distill"]
 
-_Model = TypeVar("_Model", bound="GramianPreTrainedModel")
-
-# A filter is held in float32: its error may exceed what float64 reached by this much, relatively.
-_ROUNDING = 1e-3
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def distill(
@@ -32,6 +26,7 @@ def distill(
     order: int | None = None,
     *,
     max_order: int | None = None,
+    filters: Mapping[str, FilterReader | ForeignFilter] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[_Model, DistillationReport]:
     """Replace every long filter of a model by a small recurrence (arXiv 2310.18780).
@@ -49,6 +44,8 @@ def distill(
         order: real state dimension of every filter, from 1 to the number of taps less one.
         max_order: where the search for `tol` ends; by default at 256 or the number of taps. One
             filter of high order makes the state of its whole layer large.
+        filters: by path of a submodule, as in `model.named_modules()`, a function of it that
+            returns its kernel, or a `ForeignFilter`.
         progress: called as `progress(layers done, layers)` before the first and after each layer.
 
     Returns:
@@ -56,21 +53,27 @@ def distill(
         never silently accepted: see `DistillationReport.converged`.
 
     Raises:
-        TypeError: `model` is not a Gramian model.
+        TypeError: `model` is not a Gramian model, and no `filters` are given.
         ValueError: `tol`, `order` or `max_order` out of range, no filter left to distil, a
-            bidirectional model, or a kernel that is not finite.
+            bidirectional model, a path that names no submodule, a kernel that is not (channels,
+            taps), real and finite.
     """
+    goal = Goal(tol=None if order is not None else tol, order=order, max_order=max_order)
+    if filters is not None:
+        return distill_modules(model, filters, goal, progress)
+    return _distill_layers(model, goal, progress)
+
+
+def _distill_layers(
+    model: Any, goal: Goal, progress: Callable[[int, int], None] | None
+) -> tuple[Any, DistillationReport]:
     filters = [mixer.filter for mixer in _mixers(model)]
     if model.config.bidirectional:
         raise ValueError("A bidirectional model cannot be distilled: it has no recurrence.")
     long = [i for i, f in enumerate(filters) if not (f is None or isinstance(f, ModalFilter))]
-    wanted = {"order": order} if order is not None else {"tol": tol, "max_order": max_order}
-    if order is None:
-        _check_tolerance(tol)
     if not long:
         raise ValueError("Nothing to distil: every filter of this model is modal already.")
-    if order is not None:
-        _check_order(order, min(filters[layer].max_length for layer in long))
+    goal.check(min(filters[layer].max_length for layer in long))
 
     started = time.perf_counter()
     distilled = copy.deepcopy(model)
@@ -79,36 +82,20 @@ def distill(
     if progress is not None:
         progress(0, len(long))
     for done, layer in enumerate(long, start=1):
-        mixer, taps = _mixers(distilled)[layer], filters[layer].max_length
-        kernel = _kernel(filters[layer], taps)
-        try:
-            # In float32, as a ModalFilter holds it: poles and residues that need more digits, or
-            # lie closer to the unit circle, would not survive it.
-            reduction = reduce(kernel.float(), **wanted)
-        except ValueError as error:
-            raise ValueError(f"Layer {layer} cannot be distilled: {error}") from error
-        parameter = next(mixer.parameters())
-        modal = ModalFilter.from_system(reduction.system, max_length=taps, kernel=kernel)
-        modal = modal.to(parameter.device)
-        mixer.filter = modal.train(mixer.training)
+        mixer, filter = _mixers(distilled)[layer], filters[layer]
+        with torch.no_grad():
+            kernel = filter(filter.max_length).impulse_response(filter.max_length)
+        modal, report = reduce_filter(kernel, goal, layer, type(mixer).__name__)
+        mixer.filter = modal.to(kernel.device).train(mixer.training)
         configs[layer] = modal.config()
-        reports.append(
-            _layer_report(
-                layer,
-                type(mixer).__name__,
-                kernel,
-                modal,
-                reduction,
-                tol if order is None else None,
-            )
-        )
+        reports.append(report)
         if progress is not None:
             progress(done, len(long))
     distilled.config.filter = configs
     context = max(filters[layer].max_length for layer in long)
     return distilled, DistillationReport(
-        tol=tol if order is None else None,
-        order=order,
+        tol=goal.tol,
+        order=goal.order,
         layers=tuple(reports),
         context=context,
         original_state_bytes=model.state_bytes(1, context),
@@ -125,45 +112,3 @@ def _mixers(model: Any) -> list[Any]:
             f"distill takes a Gramian model; it was given an object of type {type(model).__name__}."
         )
     return [block.mixer for block in model.base_model.layers]
-
-
-def _check_tolerance(tol: Any) -> None:
-    number = isinstance(tol, int | float) and not isinstance(tol, bool)
-    if not (number and math.isfinite(tol) and 0 < tol < 1):
-        raise ValueError(f"The tolerance must lie between 0 and 1, both excluded; got {tol!r}.")
-
-
-def _check_order(order: Any, taps: int) -> None:
-    if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order < taps:
-        raise ValueError(
-            f"The order must be an integer from 1 to {taps - 1}, one less than the {taps} taps of "
-            f"the filters; got {order!r}."
-        )
-
-
-@torch.no_grad()
-def _kernel(filter: Any, taps: int) -> Tensor:
-    return filter(taps).impulse_response(taps).double()  # (channels, taps)
-
-
-@torch.no_grad()
-def _layer_report(
-    layer: int, mixer: str, kernel: Tensor, modal: Any, reduction: Reduction, tol: float | None
-) -> LayerReport:
-    taps = kernel.shape[-1]
-    error = kernel - _kernel(modal, taps)
-    norm = kernel.norm(dim=-1)
-    relative = torch.where(norm > 0, error.norm(dim=-1) / norm.clamp(min=1e-300), 0.0).tolist()
-    return LayerReport(
-        layer=layer,
-        mixer=mixer,
-        taps=taps,
-        orders=tuple(int(n) for n in reduction.order.tolist()),
-        relative_errors=tuple(relative),
-        lower_bounds=tuple(reduction.lower_bound.tolist()),
-        l1_errors=tuple(error.abs().sum(-1).tolist()),
-        tail_energies=tuple(reduction.tail_energy.tolist()),
-        unconverged=tuple(
-            i for i, e in enumerate(relative) if tol is not None and e > tol * (1 + _ROUNDING)
-        ),
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DistillationReport", "LayerReport"]
+__all__ = ["DistillationReport", "LayerReport", "Quality", "Trial"]
 
 _COLUMNS = (
     "layer",
@@ -26,19 +27,21 @@ class LayerReport:
     """One layer's filters; every tuple has one entry for each filter.
 
     Attributes:
-        layer: index of the layer in the model.
+        layer: index of the layer in the model, or path of the submodule.
         mixer: class of the mixer that the filters belong to.
         taps: length of the kernels that were reduced.
         orders: real state dimension of each reduced filter.
         relative_errors: `‖h − ĥ‖₂ / ‖h‖₂` over the taps, of the filter as the new model holds it.
         lower_bounds: what no recurrence of that order, stable or not, can go below (relative too).
         l1_errors: `‖h − ĥ‖₁` over the taps: bounds `‖y − ŷ‖∞ / ‖u‖∞` for inputs up to that length.
-        tail_energies: energy of ĥ past the taps.
+        tail_energies: energy of ĥ past the taps, over that of h.
+        hankel_singular_values: leading ones of each kernel, descending; fewer where fewer were
+            needed.
         unconverged: indices of the filters whose relative error stayed above the tolerance; empty
             if an order was asked for.
     """
 
-    layer: int
+    layer: int | str
     mixer: str
     taps: int
     orders: tuple[int, ...]
@@ -46,6 +49,7 @@ class LayerReport:
     lower_bounds: tuple[float, ...]
     l1_errors: tuple[float, ...]
     tail_energies: tuple[float, ...]
+    hankel_singular_values: tuple[tuple[float, ...], ...]
     unconverged: tuple[int, ...]
 
     @property
@@ -70,6 +74,7 @@ class LayerReport:
             "lower_bounds": list(self.lower_bounds),
             "l1_errors": list(self.l1_errors),
             "tail_energies": list(self.tail_energies),
+            "hankel_singular_values": [list(row) for row in self.hankel_singular_values],
             "unconverged": list(self.unconverged),
         }
 
@@ -86,6 +91,42 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Filters that were tried, and the loss with them.
+
+    Attributes:
+        tol: the relative l2 error asked of every filter, or None if an order was.
+        mean_order: of the filters.
+        loss: mean cross-entropy on the text, in nats.
+        increase: of the loss, relative to the original's.
+    """
+
+    tol: float | None
+    mean_order: float
+    loss: float
+    increase: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured on a text.
+
+    Attributes:
+        tokens: of the text.
+        max_increase: the relative increase of the loss that was allowed, or None if none was asked.
+        loss: the original's mean cross-entropy on the text, in nats.
+        trials: everything that was tried, in that order.
+        finetuned: loss on held-out windows before and after a fine-tuning, if there was one.
+    """
+
+    tokens: int
+    max_increase: float | None
+    loss: float
+    trials: tuple[Trial, ...]
+    finetuned: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class DistillationReport:
     """What `distill` reached. Printing it gives a table: of every layer the orders, the relative l2
     errors, the largest lower bound of them, and how many filters missed the tolerance.
@@ -99,6 +140,7 @@ class DistillationReport:
             convolution).
         distilled_state_bytes: the same in the distilled model, at any length.
         seconds: how long it took.
+        quality: what was measured on a text, where one was given.
     """
 
     tol: float | None
@@ -108,6 +150,7 @@ class DistillationReport:
     original_state_bytes: int
     distilled_state_bytes: int
     seconds: float
+    quality: Quality | None = None
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -143,6 +186,7 @@ class DistillationReport:
             "original_state_bytes": self.original_state_bytes,
             "distilled_state_bytes": self.distilled_state_bytes,
             "seconds": self.seconds,
+            "quality": None if self.quality is None else dataclasses.asdict(self.quality),
             "layers": [layer.to_dict() for layer in self.layers],
         }
 
@@ -174,11 +218,28 @@ class DistillationReport:
         goal = f"tolerance {self.tol:g}" if self.tol is not None else f"order {self.order}"
         missed = sum(len(layer.unconverged) for layer in self.layers)
         outcome = f"; {missed} filters stayed above it" if missed else ""
-        return (
+        words = (
             f"{len(self.orders)} filters to {goal} in {self.seconds:.1f} s: mean order "
             f"{self.mean_order:.1f}{outcome}. State of one sequence at context {self.context:,}: "
             f"{self.original_state_bytes:,} bytes before, {self.distilled_state_bytes:,} after."
         )
+        return words if self.quality is None else f"{words}\n{_told(self.quality, self.tol)}"
+
+
+def _told(quality: Quality, tol: float | None) -> str:
+    """What was measured on the text, in words."""
+    words = f"Loss on {quality.tokens:,} tokens: {quality.loss:.4f} nats before"
+    chosen = [trial for trial in quality.trials if trial.tol == tol]
+    if chosen:
+        words += f", {chosen[-1].loss:.4f} ({chosen[-1].increase:+.3%}) after"
+    if quality.max_increase is not None:
+        words += (
+            f"; {quality.max_increase:.3%} were allowed, {len(quality.trials)} tolerances tried"
+        )
+    if quality.finetuned is not None:
+        before, after = quality.finetuned
+        words += f"; fine-tuned, held-out loss {before:.4f} to {after:.4f}"
+    return words + "."
 
 
 def _spread(values: tuple[Any, ...]) -> dict[str, Any]:

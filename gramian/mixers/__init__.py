@@ -1,16 +1,30 @@
 """Mixers: modules that mix a sequence."""
 
+from gramian.mixers._linear_recurrence import LinearRecurrence, LinearRecurrenceState
 from gramian.mixers._mixer import Mixer, MixerRecurrence, ShortConvolution
 from gramian.mixers.block import Block
+from gramian.mixers.gated_delta_net import GatedDeltaNet
+from gramian.mixers.gated_linear_attention import GatedLinearAttention
+from gramian.mixers.gla_s6 import GLAS6
 from gramian.mixers.hyena import Hyena, HyenaState
+from gramian.mixers.linear_attention import LinearAttention
 from gramian.mixers.long_convolution import LongConvolution, LongConvolutionState
 from gramian.mixers.multi_hyena import MultiHyena, MultiHyenaState
+from gramian.mixers.s6 import S6
 from gramian.mixers.softmax_attention import SoftmaxAttention, SoftmaxAttentionState
+from gramian.mixers.weighted_linear_attention import WeightedLinearAttention
 
 __all__ = [
+    "GLAS6",
+    "S6",
     "Block",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
     "Hyena",
     "HyenaState",
+    "LinearAttention",
+    "LinearRecurrence",
+    "LinearRecurrenceState",
     "LongConvolution",
     "LongConvolutionState",
     "Mixer",
@@ -20,4 +34,5 @@ __all__ = [
     "ShortConvolution",
     "SoftmaxAttention",
     "SoftmaxAttentionState",
+    "WeightedLinearAttention",
 ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import Any, overload
+from typing import Any, TypeGuard, overload
 
 import torch
 from torch import Tensor, nn
 
 from gramian.filters import Filter
 from gramian.mixers._compiled import CompiledStep
-from gramian.systems import Recurrence, State, System
+from gramian.systems import Modal, Recurrence, State, System, TimeInvariantSystem
 
 __all__ = [
     "Mixer",
@@ -20,6 +20,7 @@ __all__ = [
     "apply_mask",
     "check_divides",
     "check_probability",
+    "has_small_state",
 ]
 
 
@@ -78,6 +79,24 @@ class Mixer(nn.Module, abc.ABC):
             )
         return self._chunk(x, state, mask, self._systems())
 
+    def operator(self, x: Tensor, channels: slice | None = None) -> System:
+        """What the mixer applies to its values on this input: after projections and short
+        convolution, before output gate and output projection.
+
+        Args:
+            x: (batch, length, width), length at least 1.
+            channels: Which heads or channels; all by default.
+
+        Returns:
+            A system of ``length`` steps with channels (batch, heads) or (batch, width), or, where
+            it does not depend on the input, a time-invariant one with channels (width).
+
+        Raises:
+            ValueError: for an input of another shape, or a mixer that is not causal.
+        """
+        self.check_input(x, None)
+        return self._operator(x, slice(None) if channels is None else channels)
+
     def recurrence(self) -> MixerRecurrence:
         """A frozen snapshot for generation; filters are evaluated once, here."""
         return MixerRecurrence(self)
@@ -85,6 +104,10 @@ class Mixer(nn.Module, abc.ABC):
     @abc.abstractmethod
     def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The whole sequence from a silent past."""
+
+    @abc.abstractmethod
+    def _operator(self, x: Tensor, channels: slice) -> System:
+        """See :meth:`operator`."""
 
     @abc.abstractmethod
     def _systems(self, length: int | None = None) -> tuple[System, ...]:
@@ -150,6 +173,7 @@ class Mixer(nn.Module, abc.ABC):
 
     def _kernel(self, system: System, like: Tensor) -> Tensor:
         """Taps for a whole sequence ``like``, (batch, length, …), in training with dropout."""
+        assert isinstance(system, TimeInvariantSystem)
         kernel = system.kernel_for(like, like.shape[1])
         if self.training and self.kernel_dropout > 0:
             kernel = nn.functional.dropout(kernel, self.kernel_dropout)
@@ -269,8 +293,12 @@ class ShortConvolution(nn.Module):
 
     def step(self, x_t: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """One token (batch, channels)."""
-        y, past = self(x_t.unsqueeze(1), past)
-        return y.squeeze(1), past
+        weight = self.weight.to(x_t.dtype)
+        past = past.to(x_t.dtype)
+        y = torch.addcmul(self.bias.to(x_t.dtype), x_t, weight[:, 0])
+        for j in range(1, self.taps):
+            y = torch.addcmul(y, past[:, -j], weight[:, j])
+        return y, torch.cat([past, x_t.unsqueeze(1)], dim=1)[:, 1:]
 
     def extra_repr(self) -> str:
         return f"channels={self.weight.shape[0]}, taps={self.taps}"
@@ -281,6 +309,12 @@ def apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x
     return x * (mask != 0).to(x.dtype).reshape(*mask.shape, *(1,) * (x.ndim - 2))
+
+
+def has_small_state(system: System, length: int, copies: int = 1) -> TypeGuard[Modal]:
+    """Whether ``copies`` of a system are better taken as a recurrence than as a matrix of so many
+    steps: only modes are, since other realisations may be less exact than their taps."""
+    return isinstance(system, Modal) and 0 < 2 * copies * system.order < length
 
 
 def check_probability(name: str, value: float) -> float:

@@ -107,6 +107,9 @@ class Block(Mixer):
     def _systems(self, length: int | None = None) -> tuple[System, ...]:
         return self.mixer._systems(length)
 
+    def _operator(self, x: Tensor, channels: slice) -> System:
+        return self.mixer._operator(self._normed(x) if self.prenorm else x, channels)
+
     def _make_state(
         self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
     ) -> State:

@@ -15,10 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from gramian.filters import Filter, build
-from gramian.mixers._mixer import Mixer, ShortConvolution, apply_mask, check_probability
+from gramian.mixers._mixer import (
+    Mixer,
+    ShortConvolution,
+    apply_mask,
+    check_probability,
+    has_small_state,
+)
 from gramian.ops import causal_convolution
 from gramian.ops.packed import Linear
-from gramian.systems import Recurrence, State, System
+from gramian.systems import DenseOperator, Recurrence, State, System, gated_convolution
 
 __all__ = ["Hyena", "HyenaState"]
 
@@ -114,6 +120,20 @@ class Hyena(Mixer):
                 dim=-2,
             )
         return self._finish(value)
+
+    def _operator(self, x: Tensor, channels: slice) -> System:
+        length = x.shape[1]
+        (_, *gates), _, _ = self._project(x, None, None)
+        inner = [gate.mT[:, channels] for gate in reversed(gates)]  # (batch, channels, length)
+        systems = [system[channels] for system in self._systems(length)]
+        if len(systems) == 1 and has_small_state(systems[0], length):
+            return gated_convolution(systems[0], torch.ones_like(inner[0]), inner[0])
+        matrix: Tensor | None = None
+        for gate, system in zip(inner, systems, strict=True):
+            factor = system.matrix(length).to(gate.dtype) * gate.unsqueeze(-2)
+            matrix = factor if matrix is None else factor @ matrix
+        assert matrix is not None
+        return DenseOperator(matrix)
 
     def _finish(self, y: Tensor) -> Tensor:
         """What follows the last gate: (…, width) to the same."""

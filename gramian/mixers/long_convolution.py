@@ -87,6 +87,9 @@ class LongConvolution(Mixer):
             y = y + anticausal_convolution(x, ahead, dim=-2)
         return y
 
+    def _operator(self, x: Tensor, channels: slice) -> System:
+        return self._systems(x.shape[1])[0][channels]
+
     def _make_state(
         self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
     ) -> State:

@@ -24,10 +24,18 @@ from gramian.mixers._mixer import (
     apply_mask,
     check_divides,
     check_probability,
+    has_small_state,
 )
 from gramian.ops import causal_convolution
 from gramian.ops.packed import Linear
-from gramian.systems import Recurrence, State, System
+from gramian.systems import (
+    DenseOperator,
+    Recurrence,
+    State,
+    System,
+    TimeVarying,
+    to_time_varying,
+)
 
 __all__ = ["MultiHyena", "MultiHyenaState"]
 
@@ -117,6 +125,26 @@ class MultiHyena(Mixer):
         if prefers_convolution(length, self.head_width):
             return self._merge(convolved_outer_products(q, k, v, kernel))
         return self._merge(toeplitz_masked_attention(q, k, v, kernel))
+
+    def _operator(self, x: Tensor, channels: slice) -> System:
+        length = x.shape[1]
+        q, k, _, _ = self._project(x, None, None)
+        q, k = q[:, channels], k[:, channels]  # (batch, heads, length, N)
+        system = self.filter(length)[channels]
+        if not has_small_state(system, length, self.head_width):
+            return DenseOperator((q @ k.mT) * system.matrix(length).to(q.dtype))
+        # The state of a value channel: N copies of the filter's, one for each feature of the keys.
+        one = to_time_varying(system, length)
+        q, k = q.double(), k.double()
+        B = (one.B.unsqueeze(-1) * k.unsqueeze(-2)).flatten(-2)  # (batch, heads, length, n N)
+        C = (one.C.unsqueeze(-1) * q.unsqueeze(-2)).flatten(-2)
+        A = one.A[:, 0]  # constant: (heads, n) or (heads, n, n)
+        if one.A.ndim == one.B.ndim:
+            A = A.repeat_interleave(self.head_width, dim=-1)
+        else:
+            A = torch.stack([torch.kron(a, torch.eye(self.head_width).to(a)) for a in A])
+        A = A.unsqueeze(1).expand(len(q), -1, length, *A.shape[1:])
+        return TimeVarying(A, B, C, one.D * (q * k).sum(-1))
 
     def _make_state(
         self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device

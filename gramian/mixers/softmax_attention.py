@@ -8,6 +8,7 @@ and a window may end the past.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from gramian.mixers._mixer import Mixer, check_divides
 from gramian.ops.packed import Linear
-from gramian.systems import Recurrence, State, System
+from gramian.systems import DenseOperator, Recurrence, State, System
 
 __all__ = ["SoftmaxAttention", "SoftmaxAttentionState"]
 
@@ -257,6 +258,17 @@ class SoftmaxAttention(Mixer):
         if self.window is not None:
             seen = seen & (now - held < self.window)
         return seen.expand(-1, now.shape[1], -1)
+
+    def _operator(self, x: Tensor, channels: slice) -> System:
+        positions = self._positions(x.shape[1], None, x.device)
+        q, k, _ = self._project(x, positions)
+        k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        scores = q[:, channels] @ k[:, channels].mT / math.sqrt(self.head_width)
+        past = positions[0, :, None] - positions[0]  # (length, length)
+        hidden = past < 0
+        if self.window is not None:
+            hidden = hidden | (past >= self.window)
+        return DenseOperator(scores.masked_fill(hidden, -math.inf).softmax(-1))
 
     def _chunk(
         self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]

@@ -9,17 +9,36 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from gramian.mixers import SoftmaxAttention
+from gramian.mixers import (
+    GLAS6,
+    S6,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    LinearAttention,
+    LinearRecurrence,
+    Mixer,
+    SoftmaxAttention,
+    WeightedLinearAttention,
+)
 from gramian.models.remote_code import AUTO_MAP, write_module
 
-MIXERS = ("multi_hyena", "hyena", "long_convolution", "softmax_attention")
+LINEAR_RECURRENCES: dict[str, Callable[..., LinearRecurrence]] = {
+    "linear_attention": LinearAttention,
+    "weighted_linear_attention": WeightedLinearAttention,
+    "gated_linear_attention": GatedLinearAttention,
+    "s6": S6,
+    "gla_s6": GLAS6,
+    "gated_delta_net": GatedDeltaNet,
+}
+CONVOLUTIONS = ("multi_hyena", "hyena", "long_convolution")
+MIXERS = (*CONVOLUTIONS, "softmax_attention", *LINEAR_RECURRENCES)
 BLOCKS = ("mlp", "glu")
 NORMS = {"mlp": ("rms", "rms_plus_eps", "layer"), "glu": ("rms", "layer", "batch")}
 POOLING = ("mean", "last")
@@ -33,14 +52,19 @@ class GramianConfig(PreTrainedConfig):
             special tokens.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
-        num_heads: heads of `multi_hyena` and `softmax_attention` mixers; must divide `hidden_size`.
-        mixers: `"multi_hyena"`, `"hyena"`, `"long_convolution"` or `"softmax_attention"`, or a list
-            with one of them per layer.
+        num_heads: heads of `multi_hyena` and `softmax_attention` mixers and of linear recurrences;
+            must divide `hidden_size`. `s6` has none.
+        mixers: `"multi_hyena"`, `"hyena"`, `"long_convolution"`, `"softmax_attention"`, or a linear
+            recurrence: `"linear_attention"`, `"weighted_linear_attention"`,
+            `"gated_linear_attention"`, `"s6"`, `"gla_s6"`, `"gated_delta_net"`; or a list with one
+            of them per layer.
         filter: configuration of the mixers' filters: `{"type": name, ...}` as for
             `gramian.filters.build`, or a list with one per layer, in which those of
-            `softmax_attention` layers are not looked at and may be None.
+            layers without a convolution's filter are not looked at and may be None.
         attention: further arguments of `gramian.mixers.SoftmaxAttention`, such as `kv_heads`,
             `window` and `rotary_base`, for all `softmax_attention` layers.
+        linear_recurrence: further arguments of the linear recurrences in `gramian.mixers`, such as
+            `state_size` and `temperature`; each layer takes those that its mixer has.
         max_position_embeddings: `max_length` of the filters. It is no limit on the input: past it
             an FIR filter is zero and a rational one goes on. There is no positional embedding, but
             for the rotations inside attention, which know no limit either.
@@ -89,7 +113,7 @@ class GramianConfig(PreTrainedConfig):
             below 1, heads that do not divide the width, an unknown block or norm, an option of
             `"glu"` blocks with others, a dropout that is no probability below 1,
             `bidirectional` with other mixers than `long_convolution`, an argument that
-            `SoftmaxAttention` does not take.
+            `SoftmaxAttention`, or none of the model's linear recurrences, takes.
     """
 
     model_type = "gramian"
@@ -103,6 +127,7 @@ class GramianConfig(PreTrainedConfig):
     mixers: str | list[str] = "multi_hyena"
     filter: dict[str, Any] | list[dict[str, Any] | None] | None = None
     attention: dict[str, Any] | None = None
+    linear_recurrence: dict[str, Any] | None = None
     max_position_embeddings: int = 2048
     hyena_order: int = 2
     short_kernel: int = 3
@@ -181,13 +206,19 @@ class GramianConfig(PreTrainedConfig):
         return self.mixers if isinstance(self.mixers, str) else self.mixers[layer]
 
     def filter_of(self, layer: int) -> dict[str, Any] | None:
-        """Configuration of the filter of layer `layer`, a copy; None for attention."""
-        if self.mixer_of(layer) == "softmax_attention":
+        """Configuration of the filter of layer `layer`, a copy; None where there is none."""
+        if self.mixer_of(layer) not in CONVOLUTIONS:
             return None
         assert self.filter is not None
         one = self.filter if isinstance(self.filter, Mapping) else self.filter[layer]
         assert one is not None
         return dict(one)
+
+    def linear_recurrence_of(self, layer: int) -> dict[str, Any]:
+        """What of `linear_recurrence` the mixer of layer `layer` takes."""
+        accepted = _options(LINEAR_RECURRENCES[self.mixer_of(layer)])
+        given = self.linear_recurrence or {}
+        return {name: value for name, value in given.items() if name in accepted}
 
     def _validate(self) -> None:
         sizes = {
@@ -248,16 +279,19 @@ class GramianConfig(PreTrainedConfig):
         names = [self.mixer_of(layer) for layer in range(self.num_hidden_layers)]
         _validate_filter(self.filter, names)
         _validate_attention(self.attention)
+        _validate_linear_recurrence(self.linear_recurrence, names)
         others = {*names} - {"long_convolution"}
         if self.bidirectional and others:
             raise ValueError(
                 "bidirectional needs the mixer 'long_convolution' in every layer; got "
                 f"{', '.join(map(repr, sorted(others)))}."
             )
-        own_width = "head_width" in (self.attention or {})
-        for name in {*names} & (
-            {"multi_hyena"} if own_width else {"multi_hyena", "softmax_attention"}
-        ):
+        headed = {"multi_hyena"}
+        if "head_width" not in (self.attention or {}):
+            headed.add("softmax_attention")
+        if not {"state_size", "value_width"} <= {*(self.linear_recurrence or {})}:
+            headed |= {*LINEAR_RECURRENCES} - {"s6"}
+        for name in sorted({*names} & headed):
             if self.hidden_size % self.num_heads:
                 raise ValueError(
                     f"num_heads must divide hidden_size for {name} mixers; got {self.num_heads} "
@@ -288,7 +322,7 @@ def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
         )
     listed = filter_config if isinstance(filter_config, list) else [filter_config] * len(mixers)
     for one, name in zip(listed, mixers, strict=True):
-        if name == "softmax_attention" and (one is None or isinstance(one, Mapping)):
+        if name not in CONVOLUTIONS and (one is None or isinstance(one, Mapping)):
             continue
         if not isinstance(one, Mapping) or not isinstance(one.get("type"), str):
             raise ValueError(
@@ -300,12 +334,29 @@ def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
 def _validate_attention(attention: Any) -> None:
     if attention is None:
         return
-    accepted = [
-        name
-        for name, parameter in inspect.signature(SoftmaxAttention).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    ]
+    accepted = _options(SoftmaxAttention)
     if not isinstance(attention, Mapping) or not {*attention} <= {*accepted}:
         raise ValueError(
             f"attention must be a dict with some of {', '.join(accepted)}; got {attention!r}."
+        )
+
+
+def _options(mixer: Callable[..., Mixer]) -> list[str]:
+    """The arguments of a mixer that have defaults and are not the configuration's own."""
+    return [
+        name
+        for name, parameter in inspect.signature(mixer).parameters.items()
+        if parameter.default is not inspect.Parameter.empty and name != "short_kernel"
+    ]
+
+
+def _validate_linear_recurrence(options: Any, mixers: list[str]) -> None:
+    if options is None:
+        return
+    present = [LINEAR_RECURRENCES[name] for name in mixers if name in LINEAR_RECURRENCES]
+    kinds = present or list(LINEAR_RECURRENCES.values())
+    accepted = list(dict.fromkeys(name for kind in kinds for name in _options(kind)))
+    if not isinstance(options, Mapping) or not {*options} <= {*accepted}:
+        raise ValueError(
+            f"linear_recurrence must be a dict with some of {', '.join(accepted)}; got {options!r}."
         )

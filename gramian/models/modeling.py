@@ -29,16 +29,19 @@ from transformers.utils import can_return_tuple
 
 from gramian.filters import Filter, build
 from gramian.mixers import (
+    S6,
     Block,
     Hyena,
+    LinearRecurrence,
     LongConvolution,
     Mixer,
     MultiHyena,
     ShortConvolution,
     SoftmaxAttention,
 )
+from gramian.mixers._linear_recurrence import Dynamics
 from gramian.models.cache import GramianCache, GramianCacheLayer
-from gramian.models.configuration import GramianConfig
+from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
 from gramian.models.norms import make_norm
 from gramian.ops.packed import Linear
 
@@ -48,6 +51,10 @@ def build_mixer(config: GramianConfig, layer: int) -> Mixer:
     name, width = config.mixer_of(layer), config.hidden_size
     if name == "softmax_attention":
         return SoftmaxAttention(width, config.num_heads, **(config.attention or {}))
+    if name in LINEAR_RECURRENCES:
+        kind, options = LINEAR_RECURRENCES[name], config.linear_recurrence_of(layer)
+        heads = () if kind is S6 else (config.num_heads,)
+        return kind(width, *heads, short_kernel=config.short_kernel, **options)
     filter_config, max_length = config.filter_of(layer), config.max_position_embeddings
     assert filter_config is not None
     short, dropout = config.short_kernel, config.kernel_dropout
@@ -182,10 +189,10 @@ class GramianPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
-    # Filters keep themselves in float32: the first list tells quantizers to keep out of them too,
-    # the second one loading in bfloat16. The same name in both is refused.
-    _keep_in_fp32_modules = [r".*\.mixer\.filter"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = [r"mixer\.filter"]  # noqa: RUF012
+    # Filters and dynamics keep themselves in float32: the first list tells quantizers to keep out
+    # of them too, the second one loading in bfloat16. The same name in both is refused.
+    _keep_in_fp32_modules = [r".*\.mixer\.filter", r".*\.mixer\.dynamics"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [r"mixer\.filter", r"mixer\.dynamics"]  # noqa: RUF012
 
     def __init__(self, config: GramianConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -249,9 +256,9 @@ class GramianPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # Projections onto the residual stream start smaller, as 2 × layers of them add up there.
         small = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-        if isinstance(module, Filter | ShortConvolution):
+        if isinstance(module, Filter | ShortConvolution | Dynamics):
             _reset(module)
-        elif isinstance(module, Hyena | MultiHyena | SoftmaxAttention):
+        elif isinstance(module, Hyena | MultiHyena | SoftmaxAttention | LinearRecurrence):
             nn.init.normal_(module.out_proj.weight, std=small)
         elif isinstance(module, GramianMLP):
             nn.init.normal_(module.down_proj.weight, std=small)
@@ -259,7 +266,7 @@ class GramianPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-def _reset(module: Filter | ShortConvolution) -> None:
+def _reset(module: Filter | ShortConvolution | Dynamics) -> None:
     """Give a module its own initialisation, keeping what has been read from a file.
 
     Buffers that are not saved are filled on the way. Filters write their parameters and buffers as
@@ -524,8 +531,8 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
 
         Returns:
             `logits` (batch, 1, vocab_size) of the token that follows, and `past_key_values`. To
-            generate from there, pass the cache and the whole sequence, one token longer, or the
-            new token alone.
+            generate from there, pass the cache and the whole sequence, one token longer; or the
+            new token alone, with an `attention_mask` as long as the whole.
 
         Raises:
             ValueError: on a `chunk_size` below 1, and as `forward` does.

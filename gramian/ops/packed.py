@@ -1,8 +1,8 @@
 """Linear layers that keep a copy of their weights in the layout that few rows at a time want.
 
 Decoding multiplies a handful of rows by every weight of a model, once a token: the time is that of
-reading the weights. On a CPU, oneDNN reads them from a layout of its own, packed once, in half to a
-tenth of the time that the general matrix product takes (benchmarks/decoding.py).
+reading the weights. On a CPU, oneDNN reads them from a layout of its own, packed once, which suits
+that better than the general matrix product (benchmarks/decoding.py measures the whole).
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian.ops._threads import work
 from gramian.reduction import errors
-from gramian.reduction._threads import work
 from gramian.reduction.balanced import balanced, refined_further
 from gramian.reduction.gradient import modal_interpolation
 from gramian.reduction.modal_truncation import modal_truncation
@@ -27,7 +27,7 @@ from gramian.reduction.problem import (
     lanczos_block,
 )
 from gramian.reduction.residues import ModalFit, fit_residues
-from gramian.systems import FIR, Modal, System, TransferFunction
+from gramian.systems import FIR, Modal, System, TimeInvariantSystem, TransferFunction
 
 __all__ = ["Reduction", "reduce"]
 
@@ -319,7 +319,7 @@ def _kernel_of(source: Tensor | System, length: int | None) -> Tensor:
                 f"{source.dtype} of shape {tuple(source.shape)}."
             )
         return source
-    if not isinstance(source, System):
+    if not isinstance(source, TimeInvariantSystem):
         raise TypeError(
             "reduce takes a kernel (a torch tensor) or a time-invariant system, got "
             f"{type(source).__name__}."

@@ -1,15 +1,38 @@
 """Figures: pictures of measurements that other floors made.
 
-Every `plot_*` takes plain numbers and returns a `matplotlib.figure.Figure` that belongs to no
-window or global state; `save_figure` writes it. Needs matplotlib (`pip install
-"gramian[plots]"`).
+Every `plot_*` takes plain numbers, or the report of a job, and returns a
+`matplotlib.figure.Figure` that belongs to no window or global state; `save_figure` writes it. Needs
+matplotlib (`pip install "gramian[plots]"`). `state_page` makes an interactive HTML page and needs
+nothing.
 """
 
 from gramian.reports._figures import (
     plot_bits_per_byte,
     plot_decoding_cost,
+    plot_distillation,
     plot_hankel_spectra,
+    plot_training,
     save_figure,
 )
+from gramian.reports._page import save_state_page, state_page
+from gramian.reports._state import (
+    plot_state_comparison,
+    plot_state_curves,
+    plot_state_map,
+    plot_utilization,
+)
 
-__all__ = ["plot_bits_per_byte", "plot_decoding_cost", "plot_hankel_spectra", "save_figure"]
+__all__ = [
+    "plot_bits_per_byte",
+    "plot_decoding_cost",
+    "plot_distillation",
+    "plot_hankel_spectra",
+    "plot_state_comparison",
+    "plot_state_curves",
+    "plot_state_map",
+    "plot_training",
+    "plot_utilization",
+    "save_figure",
+    "save_state_page",
+    "state_page",
+]

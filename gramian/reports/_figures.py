@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,16 @@ from gramian._staging import staged_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_bits_per_byte", "plot_decoding_cost", "plot_hankel_spectra", "save_figure"]
+    from gramian.distillation import DistillationReport
+
+__all__ = [
+    "plot_bits_per_byte",
+    "plot_decoding_cost",
+    "plot_distillation",
+    "plot_hankel_spectra",
+    "plot_training",
+    "save_figure",
+]
 
 # Colours that people with any kind of colour vision tell apart (Okabe and Ito).
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
@@ -73,6 +83,61 @@ def plot_hankel_spectra(
     return figure
 
 
+def plot_distillation(report: DistillationReport) -> Figure:
+    """What distilling reached, layer by layer: Hankel spectra, relative errors with what no
+    recurrence of the same order can go below, and orders.
+    """
+    figure = _new_figure(11.4, 3.5)
+    panels = figure.subplots(1, 3)
+    layers = report.layers
+    shades = np.linspace(0.25, 1.0, len(layers))
+    for layer, shade in zip(layers, shades, strict=True):
+        count = max((len(row) for row in layer.hankel_singular_values), default=0)
+        rows = np.full((len(layer.hankel_singular_values), count), np.nan)
+        for row, values in zip(rows, layer.hankel_singular_values, strict=True):
+            if values and values[0] > 0:
+                row[: len(values)] = np.maximum(values, 0) / values[0]
+        known = ~np.isnan(rows).all(0)
+        rows = np.where(rows > 1e-9, rows, np.nan)[:, known]
+        if rows.size and not np.isnan(rows).all():
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                median = np.nanmedian(rows, axis=0)
+            panels[0].semilogy(np.arange(1, len(median) + 1), median, color=_BLUE, alpha=shade)
+    positions = np.arange(len(layers))
+    errors = [np.asarray(layer.relative_errors) for layer in layers]
+    bounds = [np.asarray(layer.lower_bounds) for layer in layers]
+    orders = [np.asarray(layer.orders) for layer in layers]
+    for axes, series, colour, label in (
+        (panels[1], errors, _BLUE, "error"),
+        (panels[1], bounds, _GREY, "lower bound"),
+        (panels[2], orders, _GREEN, "order"),
+    ):
+        middle = np.array([values.mean() for values in series], dtype=float)
+        low = np.array([values.min() for values in series], dtype=float)
+        high = np.array([values.max() for values in series], dtype=float)
+        axes.plot(positions, middle, "o-", ms=4, lw=1.4, color=colour, label=f"{label}, mean")
+        axes.fill_between(positions, low, high, color=colour, alpha=0.18, lw=0, label="least, most")
+    if any(values.max() > 0 for values in errors):
+        panels[1].set_yscale("log")
+    if report.tol is not None:
+        panels[1].axhline(report.tol, color=_ORANGE, lw=1.2, label="tolerance")
+    names = [str(layer.layer) for layer in layers]
+    for axes in panels[1:]:
+        every = max(1, len(names) // 12)
+        axes.set_xticks(positions[::every], names[::every])
+        axes.legend(frameon=False, fontsize=7)
+    _finish(
+        panels[0],
+        title="Hankel spectra, median of each layer",
+        x="index k",
+        y=r"$\sigma_k / \sigma_1$",
+    )
+    _finish(panels[1], title="relative l2 error", x="layer", y="")
+    _finish(panels[2], title="order of the recurrences", x="layer", y="")
+    return figure
+
+
 def plot_bits_per_byte(values: Mapping[str, float]) -> Figure:
     """Horizontal bars of bits per byte, one for each model, in the order given."""
     if not values:
@@ -125,6 +190,37 @@ def plot_decoding_cost(
         axes.legend(frameon=False, fontsize=8)
     _finish(panels[0], title="time per token", x="context (tokens)", y="milliseconds")
     _finish(panels[1], title="carried state", x="context (tokens)", y="MiB")
+    return figure
+
+
+def plot_training(lines: Sequence[Mapping[str, Any]]) -> Figure:
+    """Losses against steps and, where it was measured, accuracy beside them.
+
+    Args:
+        lines: of a run's `metrics.jsonl`: `step` with `loss`, `eval_loss`, `eval_accuracy`.
+    """
+    if not any("loss" in line or "eval_loss" in line for line in lines):
+        raise ValueError("plot_training was given no line with a loss; give at least one.")
+    curves = {
+        key: [(line["step"], line[key]) for line in lines if key in line]
+        for key in ("loss", "eval_loss", "eval_accuracy")
+    }
+    both = bool(curves["eval_accuracy"])
+    figure = _new_figure(8.4 if both else 4.4, 3.3)
+    panels = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
+    for key, name, colour in (("loss", "training", _BLUE), ("eval_loss", "held out", _ORANGE)):
+        if curves[key]:
+            marker = "o" if key != "loss" or len(curves[key]) == 1 else None
+            panels[0].plot(
+                *zip(*curves[key], strict=True), color=colour, label=name, marker=marker, ms=3
+            )
+    panels[0].legend(frameon=False, fontsize=8)
+    _finish(panels[0], title="loss", x="step", y="nats")
+    if both:
+        points = curves["eval_accuracy"]
+        panels[1].plot(*zip(*points, strict=True), color=_ORANGE, marker="o", ms=3)
+        panels[1].set_ylim(-0.02, 1.02)
+        _finish(panels[1], title="held-out accuracy", x="step", y="share of right answers")
     return figure
 
 

@@ -1,15 +1,29 @@
 """Systems: causal operators as immutable value objects, one file per realisation."""
 
 from gramian.systems._state import State
-from gramian.systems._system import Recurrence, System
+from gramian.systems._system import Recurrence, System, TimeInvariantSystem
 from gramian.systems.companion import CompanionRecurrence, CompanionState
-from gramian.systems.convert import to_fir, to_modal, to_state_space, to_transfer_function
+from gramian.systems.convert import (
+    gated_convolution,
+    to_dense_operator,
+    to_fir,
+    to_modal,
+    to_state_space,
+    to_time_varying,
+    to_transfer_function,
+)
+from gramian.systems.dense_operator import (
+    DenseOperator,
+    DenseOperatorRecurrence,
+    DenseOperatorState,
+)
 from gramian.systems.dplr import DPLR, DPLRRecurrence, DPLRState
 from gramian.systems.fir import FIR, FIRRecurrence, FIRState
 from gramian.systems.interop import from_control, from_zpk, to_control, to_zpk
 from gramian.systems.lattice import LatticeRecurrence, LatticeState
 from gramian.systems.modal import Modal, ModalRecurrence, ModalState
 from gramian.systems.state_space import StateSpace, StateSpaceRecurrence, StateSpaceState
+from gramian.systems.time_varying import TimeVarying, TimeVaryingRecurrence, TimeVaryingState
 from gramian.systems.transfer_function import TransferFunction
 
 __all__ = [
@@ -19,6 +33,9 @@ __all__ = [
     "CompanionState",
     "DPLRRecurrence",
     "DPLRState",
+    "DenseOperator",
+    "DenseOperatorRecurrence",
+    "DenseOperatorState",
     "FIRRecurrence",
     "FIRState",
     "LatticeRecurrence",
@@ -32,13 +49,20 @@ __all__ = [
     "StateSpaceRecurrence",
     "StateSpaceState",
     "System",
+    "TimeInvariantSystem",
+    "TimeVarying",
+    "TimeVaryingRecurrence",
+    "TimeVaryingState",
     "TransferFunction",
     "from_control",
     "from_zpk",
+    "gated_convolution",
     "to_control",
+    "to_dense_operator",
     "to_fir",
     "to_modal",
     "to_state_space",
+    "to_time_varying",
     "to_transfer_function",
     "to_zpk",
 ]

@@ -15,14 +15,15 @@ from typing_extensions import Self
 from gramian.ops import causal_convolution
 from gramian.systems._state import State
 
-__all__ = ["LinearRecurrence", "Recurrence", "System"]
+__all__ = ["LinearRecurrence", "Recurrence", "System", "TimeInvariantSystem"]
 
 
 class Recurrence(Protocol):
     """A system made ready to be stepped: a frozen snapshot, through which no gradient flows."""
 
     form: str
-    """How it steps: "modal", "lattice", "companion", "state_space" or "online"."""
+    """How it steps: "modal", "lattice", "companion", "state_space", "dplr", "online",
+    "time_varying" or "dense"."""
 
     error: float
     """Relative l2 error of the impulse response that it steps through, where that was converted."""
@@ -157,20 +158,24 @@ class System(abc.ABC):
         """State dimension over the reals, of the largest channel."""
 
     @abc.abstractmethod
-    def impulse_response(self, length: int) -> Tensor:
-        """The Markov parameters ``h_0, …, h_{length-1}``, (*C, length)."""
+    def matrix(self, length: int) -> Tensor:
+        """The operator on ``length`` samples, (*C, length, length), lower triangular."""
+
+    @abc.abstractmethod
+    def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
+        """Singular values of the Hankel block ``T[at:length, :at]``, (*C, k), descending."""
 
     @abc.abstractmethod
     def recurrence(self, form: str | None = None) -> Recurrence:
         """The system as a recurrence; ``form=None`` picks the one that is safe."""
 
     @abc.abstractmethod
-    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        """Outputs and final state of a chunk that starts in ``state``."""
+    def _apply(self, u: Tensor) -> Tensor:
+        """Outputs from a silent past."""
 
     @abc.abstractmethod
-    def _infinite_hankel_singular_values(self) -> Tensor:
-        """Hankel singular values over the infinite horizon, float64, descending."""
+    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        """Outputs and final state of a chunk that starts in ``state``."""
 
     def __getitem__(self, index: Any) -> Self:
         """Index the channel dimensions, as with a tensor: ``system[::2]``, ``system[:, None]``."""
@@ -230,8 +235,37 @@ class System(abc.ABC):
         """
         self._check_input(u, u.shape[:-1])
         if state is None:
-            return causal_convolution(u, self.kernel_for(u, u.shape[-1]))
+            return self._apply(u)
         return self._apply_from(u, state)
+
+    def _check_input(self, u: Tensor, shape: torch.Size) -> None:
+        try:
+            fits = torch.broadcast_shapes(shape, self.channel_shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"the input's channels {tuple(shape)} do not broadcast against the system's "
+                f"{tuple(self.channel_shape)}."
+            )
+        if not u.dtype.is_floating_point:
+            raise TypeError(f"the input must be real floating point, got {u.dtype}.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TimeInvariantSystem(System):
+    """A system that is a convolution: ``y_t = Σ_j h_j u_{t-j}``."""
+
+    @abc.abstractmethod
+    def impulse_response(self, length: int) -> Tensor:
+        """The Markov parameters ``h_0, …, h_{length-1}``, (*C, length)."""
+
+    @abc.abstractmethod
+    def _infinite_hankel_singular_values(self) -> Tensor:
+        """Hankel singular values over the infinite horizon, float64, descending."""
+
+    def _apply(self, u: Tensor) -> Tensor:
+        return causal_convolution(u, self.kernel_for(u, u.shape[-1]))
 
     def to_control(self) -> Any:
         """The system for python-control: a discrete-time ``control.TransferFunction`` of a transfer
@@ -279,19 +313,6 @@ class System(abc.ABC):
         double = self.to(dtype=torch.float64)
         taps = double.impulse_response(length)[..., 1:]  # h_1 … h_{L-1}
         return torch.linalg.svdvals(taps.unfold(-1, at, 1)).to(self.dtype)
-
-    def _check_input(self, u: Tensor, shape: torch.Size) -> None:
-        try:
-            fits = torch.broadcast_shapes(shape, self.channel_shape) == shape
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"the input's channels {tuple(shape)} do not broadcast against the system's "
-                f"{tuple(self.channel_shape)}."
-            )
-        if not u.dtype.is_floating_point:
-            raise TypeError(f"the input must be real floating point, got {u.dtype}.")
 
 
 def working_dtype(u: Tensor) -> torch.dtype:

@@ -1,9 +1,9 @@
-r"""Changes of realisation between the time-invariant systems.
+r"""Changes of realisation between systems.
 
-Every function returns a system with the same impulse response, in float64, or refuses with the
-reason. What is exact in exact arithmetic but may be ruined by rounding (anything that goes through
-the zeros of a polynomial, or from zeros to coefficients) is verified: the impulse responses before
-and after are compared, and the conversion is refused if they differ by more than ``tol``.
+The functions of the table return a system with the same impulse response, in float64, or refuse
+with the reason. What is exact in exact arithmetic but may be ruined by rounding (anything that goes
+through the zeros of a polynomial, or from zeros to coefficients) is verified: the impulse responses
+before and after are compared, and the conversion is refused if they differ by more than ``tol``.
 
 ==================  =====================  =======================  ==========================
 from \ to           TransferFunction       Modal                    StateSpace
@@ -18,6 +18,9 @@ FIR                 ``a = 0``              a single delay only      shift regist
 A rational system has no last tap, so only a finite kernel is an ``FIR``;
 ``FIR(system.impulse_response(length))`` cuts one, and :func:`gramian.reduce` approximates where a
 conversion is refused.
+
+Every system is a :func:`to_dense_operator`, every recurrence on L steps a :func:`to_time_varying`
+one, and a :func:`gated_convolution` is the latter.
 """
 
 from __future__ import annotations
@@ -28,14 +31,24 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gramian.systems._system import System
+from gramian.systems._system import System, TimeInvariantSystem
+from gramian.systems.dense_operator import DenseOperator
 from gramian.systems.dplr import DPLR
 from gramian.systems.fir import FIR
 from gramian.systems.modal import Modal
 from gramian.systems.state_space import StateSpace
+from gramian.systems.time_varying import TimeVarying
 from gramian.systems.transfer_function import TransferFunction, exact_numerator
 
-__all__ = ["to_fir", "to_modal", "to_state_space", "to_transfer_function"]
+__all__ = [
+    "gated_convolution",
+    "to_dense_operator",
+    "to_fir",
+    "to_modal",
+    "to_state_space",
+    "to_time_varying",
+    "to_transfer_function",
+]
 
 _TOLERANCE = 1e-8
 """Relative l2 error of the impulse response up to which a conversion passes."""
@@ -44,7 +57,7 @@ _TAPS = 4096
 """Taps over which impulse responses are compared, at most."""
 
 
-def to_transfer_function(system: System, tol: float = _TOLERANCE) -> TransferFunction:
+def to_transfer_function(system: TimeInvariantSystem, tol: float = _TOLERANCE) -> TransferFunction:
     """The system as a fraction of polynomials.
 
     The denominator is the product of ``1 - λ z^-1`` over the poles, the numerator the first n
@@ -77,7 +90,7 @@ def to_transfer_function(system: System, tol: float = _TOLERANCE) -> TransferFun
     return _verified(TransferFunction(b, a, taps[..., 0]), system, tol)
 
 
-def to_modal(system: System, tol: float = _TOLERANCE) -> Modal:
+def to_modal(system: TimeInvariantSystem, tol: float = _TOLERANCE) -> Modal:
     """The system as poles and residues: partial fractions.
 
     Args:
@@ -128,7 +141,7 @@ def to_modal(system: System, tol: float = _TOLERANCE) -> Modal:
     return _verified(Modal(poles, residues, d), system, tol)
 
 
-def to_state_space(system: System) -> StateSpace:
+def to_state_space(system: TimeInvariantSystem) -> StateSpace:
     """The system with a state matrix; always exact.
 
     Args:
@@ -155,7 +168,7 @@ def to_state_space(system: System) -> StateSpace:
     return _state_space(system).to(dtype=torch.float64)
 
 
-def to_fir(system: System) -> FIR:
+def to_fir(system: TimeInvariantSystem) -> FIR:
     """The system as a finite kernel.
 
     Args:
@@ -185,7 +198,89 @@ def to_fir(system: System) -> FIR:
     return FIR(system.to(dtype=torch.float64).impulse_response(system.order + 1))
 
 
-def _state_space(system: System) -> StateSpace:
+def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> TimeVarying:
+    """The first ``length`` steps of a system as a time-varying one.
+
+    Args:
+        system: A time-invariant system of finite order, or a `TimeVarying` one to cut. A modal
+            system without complex poles becomes a diagonal one, all others dense.
+        length: L.
+
+    Returns:
+        A `TimeVarying` in float64, channels (*C). Constant coefficients share one memory.
+
+    Raises:
+        TypeError: if the system is of another kind.
+        ValueError: if a time-varying system has fewer steps.
+    """
+    if isinstance(system, TimeVarying):
+        system._check_steps(0, length)
+        return system.steps(0, length).to(dtype=torch.float64)
+    if isinstance(system, Modal) and not bool((system.poles.imag * system.residues.abs()).any()):
+        ones = torch.ones_like(system.poles.real, dtype=torch.float64)
+        A, B, C, D = system.poles.real.double(), ones, system.residues.real.double(), system.d
+    else:
+        dense = to_state_space(system)
+        A, B, C, D = dense.A, dense.B, dense.C, dense.D
+
+    def constant(value: Tensor, size: int) -> Tensor:
+        """With a time axis before the last ``size`` ones."""
+        lead, own = value.shape[: value.ndim - size], value.shape[value.ndim - size :]
+        return value.unsqueeze(-1 - size).expand(*lead, length, *own)
+
+    own = A.ndim - D.ndim
+    return TimeVarying(constant(A, own), constant(B, 1), constant(C, 1), constant(D.double(), 0))
+
+
+def gated_convolution(system: TimeInvariantSystem, q: Tensor, k: Tensor) -> TimeVarying:
+    """``diag(q) T diag(k)``: the convolution T between two gates, what Hyena applies on one input.
+
+    Args:
+        system: A time-invariant system of finite order, channels (*C).
+        q: (*B, L), real: the gate after the convolution.
+        k: (*B, L), real: the gate before it. C broadcasts against B; B may have further channels.
+
+    Returns:
+        A `TimeVarying` of L steps in float64, channels (*B). Gradients reach the gates, and the
+        system through :func:`to_time_varying`.
+
+    Raises:
+        TypeError: if the system is of another kind.
+        ValueError: if the gates have different shapes, or do not fit the channels.
+    """
+    lead = q.shape[:-1]
+    try:
+        fits = torch.broadcast_shapes(system.channel_shape, lead) == lead and q.shape == k.shape
+    except RuntimeError:
+        fits = False
+    if not fits or not q.ndim:
+        raise ValueError(
+            f"the gates q and k must have one shape (*channels, L) that the system's channels "
+            f"{tuple(system.channel_shape)} broadcast against, got {tuple(q.shape)} and "
+            f"{tuple(k.shape)}."
+        )
+    constant = to_time_varying(system, q.shape[-1])
+    q, k = q.double(), k.double()
+    A = constant.A.expand(*lead, *constant.A.shape[len(constant.channel_shape) :])
+    B = constant.B * k.unsqueeze(-1)
+    C = constant.C * q.unsqueeze(-1)
+    return TimeVarying(A, B, C, q * constant.D * k)
+
+
+def to_dense_operator(system: System, length: int) -> DenseOperator:
+    """The first ``length`` steps of any system as a matrix, in the system's dtype.
+
+    Args:
+        system: Any system, channels (*C).
+        length: L.
+
+    Raises:
+        ValueError: if the system has fewer steps.
+    """
+    return DenseOperator(system.matrix(length))
+
+
+def _state_space(system: TimeInvariantSystem) -> StateSpace:
     if isinstance(system, DPLR):
         return system.state_space()
     if not isinstance(system, StateSpace):
@@ -263,7 +358,7 @@ def _rotations(system: Modal) -> StateSpace:
 _Converted = TypeVar("_Converted", TransferFunction, Modal)
 
 
-def _verified(converted: _Converted, system: System, tol: float) -> _Converted:
+def _verified(converted: _Converted, system: TimeInvariantSystem, tol: float) -> _Converted:
     length = min(_TAPS, max(64, 8 * (system.order + 1)))
     before = system.to(dtype=torch.float64).impulse_response(length)
     after = converted.impulse_response(length)

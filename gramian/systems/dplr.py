@@ -26,7 +26,12 @@ from gramian.ops.vandermonde import (
     vandermonde_transpose_product,
 )
 from gramian.systems._state import State
-from gramian.systems._system import LinearRecurrence, System, check_tensor, working_dtype
+from gramian.systems._system import (
+    LinearRecurrence,
+    TimeInvariantSystem,
+    check_tensor,
+    working_dtype,
+)
 from gramian.systems.state_space import StateSpace
 
 __all__ = ["DPLR", "DPLRRecurrence", "DPLRState"]
@@ -43,7 +48,7 @@ class DPLRState(_Fields, State):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DPLR(System):
+class DPLR(TimeInvariantSystem):
     """``h_0 = D``, ``h_t = C A^(t-1) B`` with A diagonal plus rank one, in conjugate pairs.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gramian.ops.online import OnlineBuffers, OnlineConvolution
 from gramian.systems._state import State
-from gramian.systems._system import System, check_tensor, working_dtype
+from gramian.systems._system import TimeInvariantSystem, check_tensor, working_dtype
 
 __all__ = ["FIR", "FIRRecurrence", "FIRState"]
 
@@ -28,7 +28,7 @@ class FIRState(_Fields, State):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FIR(System):
+class FIR(TimeInvariantSystem):
     """``y_t = Σ_{j<K} kernel_j u_{t-j}``: a finite impulse response, zero past its end.
 
     Args:

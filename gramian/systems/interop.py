@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gramian.systems._system import System
+from gramian.systems._system import TimeInvariantSystem
 from gramian.systems.convert import to_state_space, to_transfer_function
 from gramian.systems.fir import FIR
 from gramian.systems.state_space import StateSpace
@@ -22,8 +22,8 @@ _TOLERANCE = 1e-6
 """Relative l2 error of a frequency response up to which polynomials stand for their zeros."""
 
 
-def to_control(system: System) -> Any:
-    """See :meth:`System.to_control`."""
+def to_control(system: TimeInvariantSystem) -> Any:
+    """See :meth:`TimeInvariantSystem.to_control`."""
     control = _control()
     _check_single(system)
     if isinstance(system, TransferFunction | FIR):
@@ -130,7 +130,7 @@ def _from_polynomials(num: np.ndarray, den: np.ndarray, dtype: torch.dtype) -> T
     return TransferFunction.from_scipy(num, den, dtype=dtype)
 
 
-def _check_single(system: System) -> None:
+def _check_single(system: TimeInvariantSystem) -> None:
     if system.channel_shape:
         raise ValueError(
             f"one channel at a time: index the system, whose channels are "

@@ -23,7 +23,12 @@ from gramian.ops.vandermonde import (
 )
 from gramian.systems._hankel import check_spectral_radius
 from gramian.systems._state import State
-from gramian.systems._system import LinearRecurrence, System, check_tensor, working_dtype
+from gramian.systems._system import (
+    LinearRecurrence,
+    TimeInvariantSystem,
+    check_tensor,
+    working_dtype,
+)
 
 __all__ = ["Modal", "ModalRecurrence", "ModalState"]
 
@@ -89,7 +94,7 @@ def group_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Modal(System):
+class Modal(TimeInvariantSystem):
     """``h_0 = d``, ``h_t = Re Σ_k residues_k poles_k^(t-1)``.
 
     Args:
@@ -290,18 +295,16 @@ class _GroupStep(NamedTuple):
     channels: Tensor | None
     real: Tensor  # of the poles, (*C[:-1], m, C[-1])
     imaginary: Tensor
-    readout: Tensor  # (*C[:-1], 2, m, C[-1])
+    read_real: Tensor  # Re (r x) = (Re r)(Re x) - (Im r)(Im x)
+    read_imaginary: Tensor
 
     def widen(self, width: int) -> _GroupStep:
         """For streams that share a filter along the last dimension: numbers side by side."""
 
-        def expand(value: Tensor) -> Tensor:
-            return value.expand(*value.shape[:-1], width).contiguous()
-
-        return self._replace(
-            real=expand(self.real),
-            imaginary=expand(self.imaginary),
-            readout=expand(self.readout),
+        channels, *values = self
+        assert all(value is not None for value in values)
+        return _GroupStep(
+            channels, *(value.expand(*value.shape[:-1], width).contiguous() for value in values)
         )
 
 
@@ -320,7 +323,6 @@ class ModalRecurrence(LinearRecurrence):
         for group in self.system.groups:
             part = self.system._part(group)
             poles = part.poles.movedim(-1, self._pair + 1)
-            # Re (r x) = (Re r)(Re x) - (Im r)(Im x): an inner product of real pairs.
             residues = part.residues.movedim(-1, self._pair + 1)
             channels = group.channels
             self._groups.append(
@@ -328,7 +330,8 @@ class ModalRecurrence(LinearRecurrence):
                     None if channels is None else torch.tensor(channels, device=poles.device),
                     poles.real.to(dtype).contiguous(),
                     poles.imag.to(dtype).contiguous(),
-                    torch.stack([residues.real, -residues.imag], self._pair).to(dtype).contiguous(),
+                    residues.real.to(dtype).contiguous(),
+                    -residues.imag.to(dtype).contiguous(),
                 )
             )
         order = [group.channels for group in self._groups if group.channels is not None]
@@ -364,8 +367,9 @@ class ModalRecurrence(LinearRecurrence):
             part = sample
             if group.channels is not None:
                 part = sample.index_select(-dims, group.channels)
-            outputs.append((modes * group.readout).sum((pair, pair + 1)))
             re, im = modes.unbind(pair)  # (*B, *C'[:-1], m, C'[-1])
+            read = torch.addcmul(re * group.read_real, im, group.read_imaginary)
+            outputs.append(read.sum(pair + 1))
             turned = im * group.imaginary
             im.mul_(group.real).addcmul_(re, group.imaginary)
             re.mul_(group.real).sub_(turned).add_(part.unsqueeze(pair + 1))

@@ -18,7 +18,12 @@ from gramian.ops import causal_convolution
 from gramian.ops.krylov import krylov_product, krylov_sum, matrix_power
 from gramian.systems._hankel import check_spectral_radius, reachability_factor
 from gramian.systems._state import State
-from gramian.systems._system import LinearRecurrence, System, check_tensor, working_dtype
+from gramian.systems._system import (
+    LinearRecurrence,
+    TimeInvariantSystem,
+    check_tensor,
+    working_dtype,
+)
 
 __all__ = ["StateSpace", "StateSpaceRecurrence", "StateSpaceState"]
 
@@ -34,7 +39,7 @@ class StateSpaceState(_Fields, State):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class StateSpace(System):
+class StateSpace(TimeInvariantSystem):
     """``x_{t+1} = A x_t + B u_t``, ``y_t = C x_t + D u_t``: one input and one output a channel.
 
     Args:

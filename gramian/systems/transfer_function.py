@@ -18,7 +18,7 @@ from gramian.ops import causal_convolution, rational_kernel
 from gramian.ops.recursion import all_pole_filter
 from gramian.systems._hankel import check_spectral_radius, reachability_factor
 from gramian.systems._state import State
-from gramian.systems._system import Recurrence, System, check_tensor
+from gramian.systems._system import Recurrence, TimeInvariantSystem, check_tensor
 from gramian.systems.companion import CompanionRecurrence, CompanionState
 from gramian.systems.fir import FIR, FIRState
 from gramian.systems.lattice import (
@@ -52,7 +52,7 @@ def set_reducer(reducer: Reducer) -> None:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TransferFunction(System):
+class TransferFunction(TimeInvariantSystem):
     """``H(z) = d + b(z) / a(z)``, strictly proper fraction plus direct term.
 
     Unlike scipy's, ``b`` starts at ``z^-1`` and ``a`` omits its leading 1: see :meth:`from_scipy`.

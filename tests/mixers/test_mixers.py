@@ -7,7 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from gramian.filters import ModalFilter, build
-from gramian.mixers import Hyena, LongConvolution, Mixer, MultiHyena, ShortConvolution
+from gramian.mixers import (
+    GLAS6,
+    S6,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    Hyena,
+    LinearAttention,
+    LongConvolution,
+    Mixer,
+    MultiHyena,
+    ShortConvolution,
+    WeightedLinearAttention,
+)
 from gramian.mixers.multi_hyena import convolved_outer_products, toeplitz_masked_attention
 
 WIDTH, MAX_LENGTH = 12, 70
@@ -27,10 +39,20 @@ FILTERS = {
     "s4": {"type": "s4", "state_size": 8},
 }
 MIXERS = ["long_convolution", "hyena2", "hyena3", "hyena_mimo", "multi_hyena"]
+RECURRENCES = {
+    "linear_attention": lambda: LinearAttention(WIDTH, 3),
+    "weighted_linear_attention": lambda: WeightedLinearAttention(WIDTH, 3, 6),
+    "gated_linear_attention": lambda: GatedLinearAttention(WIDTH, 2, gate_rank=4),
+    "s6": lambda: S6(WIDTH, 5),
+    "gla_s6": lambda: GLAS6(WIDTH, 3, 6, 5),
+    "gated_delta_net": lambda: GatedDeltaNet(WIDTH, 2),
+}
 
 
 def make(mixer: str, filter_name: str) -> Mixer:
     torch.manual_seed(0)
+    if mixer in RECURRENCES:
+        return RECURRENCES[mixer]()
     config = FILTERS[filter_name]
     if mixer == "long_convolution":
         return LongConvolution(build(config, channels=WIDTH, max_length=MAX_LENGTH))
@@ -43,6 +65,11 @@ def make(mixer: str, filter_name: str) -> Mixer:
 
 every = pytest.mark.parametrize("filter_name", FILTERS)
 every_mixer = pytest.mark.parametrize("name", MIXERS)
+every_kind = pytest.mark.parametrize("name", [*MIXERS, *RECURRENCES])
+every_pair = pytest.mark.parametrize(
+    ("name", "filter_name"),
+    [*itertools.product(MIXERS, FILTERS), *((name, "none") for name in RECURRENCES)],
+)
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
@@ -94,8 +121,7 @@ def test_parallel_is_the_definition(name, filter_name, length):
         close(mixer(x), naive(mixer, x))
 
 
-@every
-@every_mixer
+@every_pair
 @pytest.mark.parametrize("length", [1, 2, 3, 63, MAX_LENGTH])
 def test_chunked_and_recurrent(name, filter_name, length):
     mixer = make(name, filter_name)
@@ -121,8 +147,7 @@ def test_chunked_and_recurrent(name, filter_name, length):
     close(torch.cat(outputs, 1), expected)
 
 
-@every
-@every_mixer
+@every_pair
 def test_padding_leaves_no_trace(name, filter_name):
     """Left padding, right padding and a hole, in the parallel, chunked and recurrent modes."""
     mixer = make(name, filter_name)
@@ -157,8 +182,7 @@ def test_padding_leaves_no_trace(name, filter_name):
     close(y[1:], mixer(both[1:]))
 
 
-@every
-@every_mixer
+@every_pair
 def test_gradients_through_the_state(name, filter_name):
     """Backpropagation through chunks equals backpropagation through the whole."""
     mixer = make(name, filter_name).double()
@@ -177,7 +201,7 @@ def test_gradients_through_the_state(name, filter_name):
         torch.testing.assert_close(p.grad, expected[n], rtol=1e-6, atol=1e-9)
 
 
-@every_mixer
+@every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, dtype):
     mixer = make(name, "implicit")
@@ -194,7 +218,7 @@ def test_half_precision(name, dtype):
     close(last.float(), expected[:, 20], 1e-1)
 
 
-@every_mixer
+@every_kind
 def test_autocast(name):
     mixer = make(name, "rtf")
     x = torch.randn(2, 30, WIDTH, requires_grad=True)

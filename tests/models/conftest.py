@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from gramian.models import MIXERS, GramianConfig, GramianForCausalLM
+from gramian.models import GramianConfig, GramianForCausalLM
+from gramian.models.configuration import CONVOLUTIONS
 
 FILTERS: dict[str, dict[str, Any]] = {
     "implicit": {"type": "implicit", "hidden": 16, "embedding_features": 5},
@@ -29,12 +30,17 @@ def quiet() -> None:
 
 @pytest.fixture(
     params=[
-        *(name for name in MIXERS if name != "softmax_attention"),
+        *CONVOLUTIONS,
         pytest.param(["hyena", "softmax_attention"], id="hybrid"),
+        pytest.param(["long_convolution", "gated_linear_attention"], id="gated_hybrid"),
+        pytest.param(["multi_hyena", "gated_delta_net"], id="delta_hybrid"),
     ]
 )
 def mixer(request: pytest.FixtureRequest) -> Any:
-    """What `mixers` says: attention beside a convolution, so that every filter meets it."""
+    """What `mixers` says: what has no filter beside a convolution, so that every filter meets it.
+
+    All linear recurrences by themselves are in `test_recurrent_models.py`.
+    """
     return request.param
 
 

@@ -50,9 +50,10 @@ def test_generation_goes_on_from_a_file(
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     expected = model.generate(tokens, **settings)
     model.prefill(tokens[:, :-1]).past_key_values.save(tmp_path / "state", model)
+    mask = torch.ones_like(tokens)
     for given in (tokens, tokens[:, -1:]):  # the whole sequence, or the new token alone
         cache = GramianCache.load(tmp_path / "state", model)
-        written = model.generate(given, past_key_values=cache, **settings)
+        written = model.generate(given, attention_mask=mask, past_key_values=cache, **settings)
         assert torch.equal(written[:, given.shape[1] :], expected[:, 20:])
 
 

@@ -9,10 +9,13 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.image import imread
 
+from gramian.distillation import DistillationReport, LayerReport
 from gramian.reports import (
     plot_bits_per_byte,
     plot_decoding_cost,
+    plot_distillation,
     plot_hankel_spectra,
+    plot_training,
     save_figure,
 )
 
@@ -42,6 +45,33 @@ def test_mean_order_is_marked() -> None:
     assert "4.5" in figure.axes[0].texts[0].get_text()
 
 
+def test_distillation_shows_every_layer_and_the_tolerance() -> None:
+    layers = tuple(
+        LayerReport(
+            layer=name,
+            mixer="Hyena",
+            taps=20,
+            orders=(2, 4),
+            relative_errors=errors,
+            lower_bounds=(1e-4, 0.0),
+            l1_errors=(0.1, 0.0),
+            tail_energies=(0.0, 0.0),
+            hankel_singular_values=((4.0, 2.0, 1.0), (2.0, 1.0)),
+            unconverged=(),
+        )
+        for name, errors in (("first", (1e-3, 2e-3)), ("second", (0.0, 0.0)))
+    )
+    report = DistillationReport(0.01, None, layers, 20, 100, 10, 0.5)
+    spectra, errors, orders = plot_distillation(report).axes
+    assert [list(line.get_ydata()) for line in spectra.lines] == [[1.0, 0.5, 0.25]] * 2
+    assert list(np.asarray(errors.lines[0].get_ydata())) == [1.5e-3, 0.0]
+    assert [line.get_ydata()[0] for line in errors.lines if line.get_label() == "tolerance"] == [
+        0.01
+    ]
+    assert list(np.asarray(orders.lines[0].get_ydata())) == [3.0, 3.0]
+    assert [label.get_text() for label in orders.get_xticklabels()] == ["first", "second"]
+
+
 def test_bars_are_as_long_as_the_values() -> None:
     values = {"one": 3.25, "two": 1.5}
     (axes,) = plot_bits_per_byte(values).axes
@@ -59,10 +89,28 @@ def test_costs_are_drawn_for_every_way_in_its_own_colour() -> None:
     assert list(np.asarray(right.lines[0].get_ydata())) == [1.0, 2.0]  # MiB
 
 
+def test_training_curves_hold_every_line_that_has_a_value() -> None:
+    lines = [
+        {"step": 2, "loss": 3.0},
+        {"step": 4, "loss": 2.0},
+        {"step": 4, "eval_loss": 2.5, "eval_accuracy": 0.25},
+    ]
+    losses, accuracy = plot_training(lines).axes
+    training, held_out = losses.lines
+    assert list(training.get_xdata()) == [2, 4] and list(training.get_ydata()) == [3.0, 2.0]
+    assert list(held_out.get_xdata()) == [4] and list(held_out.get_ydata()) == [2.5]
+    assert list(accuracy.lines[0].get_ydata()) == [0.25]
+    assert len(plot_training(lines[:2]).axes) == 1
+
+
 @pytest.mark.parametrize(
     "plot",
-    [lambda: plot_hankel_spectra({}), lambda: plot_bits_per_byte({})],
-    ids=["spectra", "bars"],
+    [
+        lambda: plot_hankel_spectra({}),
+        lambda: plot_bits_per_byte({}),
+        lambda: plot_training([{"step": 1}]),
+    ],
+    ids=["spectra", "bars", "training"],
 )
 def test_nothing_to_plot_is_refused(plot) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="at least one"):

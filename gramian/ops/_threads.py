@@ -1,7 +1,8 @@
-"""Blocks of filters on several threads."""
+"""Tasks of many small tensor operations on several threads."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -17,13 +18,16 @@ Result = TypeVar("Result")
 # With OpenMP the number of threads that an operation uses belongs to the thread that calls it.
 _OPENMP = torch.backends.openmp.is_available()
 
+_lock = threading.Lock()
+
 
 def work(function: Callable[[Item], Result], tasks: Sequence[Item], like: Tensor) -> list[Result]:
     """The function's results for all tasks, in order; on a processor by several threads.
 
     Each thread runs the tensor operations of its tasks alone: they are many and small, and each
     would wake and await all of PyTorch's threads. The threads end with the call, since OpenMP's
-    own wait less eagerly for each other where a process has more threads than processors.
+    own wait less eagerly for each other where a process has more threads than processors. Callers
+    in several threads queue, for MKL has one number of threads for the whole process.
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(tasks))
@@ -35,6 +39,13 @@ def work(function: Callable[[Item], Result], tasks: Sequence[Item], like: Tensor
         with torch.inference_mode(inference), torch.no_grad():
             return function(task)
 
+    with _lock:
+        return _work(run, tasks, workers, threads)
+
+
+def _work(
+    run: Callable[[Item], Result], tasks: Sequence[Item], workers: int, threads: int
+) -> list[Result]:
     try:
         with ThreadPoolExecutor(workers, "gramian", lambda: torch.set_num_threads(1)) as executor:
             return list(executor.map(run, tasks))

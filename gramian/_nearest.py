@@ -1,0 +1,16 @@
+"""What was probably meant by a name that is unknown."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["unknown"]
+
+
+def unknown(what: str, name: object, accepted: Iterable[str]) -> str:
+    """One sentence: `what` `name` is unknown, the nearest accepted name, all of them."""
+    names = sorted(accepted)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown {what} {name!r}.{meant} Accepted: {', '.join(names) or 'none'}."

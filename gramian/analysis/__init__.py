@@ -1,0 +1,7 @@
+"""How much of its memory a whole model uses, layer by layer, on your text."""
+
+from gramian.analysis._analyze import analyze
+from gramian.analysis._opening import open_model
+from gramian.analysis._report import LayerState, StateReport
+
+__all__ = ["LayerState", "StateReport", "analyze", "open_model"]

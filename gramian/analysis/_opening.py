@@ -1,0 +1,60 @@
+"""Opening a model of any kind, with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["open_model"]
+
+
+def open_model(name: str | Path) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: A folder that ``save_pretrained`` wrote, of a model of ours or of transformers; a GGUF
+            file, whose weights are expanded; or what else ``from_pretrained`` takes.
+
+    Returns:
+        The model and the tokenizer. A model of ours without a tokenizer gets that of bytes, if its
+        vocabulary is that large, and None otherwise.
+
+    Raises:
+        OSError: if there is no such model, or it has no tokenizer.
+        ValueError: if it cannot be read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gramian.models import ByteTokenizer, load
+
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        import torch
+
+        folder, file = path.resolve().parent, path.name
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, local_files_only=True, dtype=torch.float32
+        )
+        return model.eval(), tokenizer
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, but neither a model folder nor a GGUF file.")
+    if path.is_dir() and _kind(path) == "gramian":
+        model = load(path)
+        if (path / "tokenizer_config.json").is_file():
+            return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+        fits = model.config.vocab_size == len(ByteTokenizer())
+        return model, ByteTokenizer() if fits else None
+    local = path.is_dir()
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=local)
+    return model.eval(), AutoTokenizer.from_pretrained(name, local_files_only=local)
+
+
+def _kind(folder: Path) -> str | None:
+    """The type of model that a folder says it holds."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+    return values.get("model_type") if isinstance(values, dict) else None

@@ -1,0 +1,282 @@
+r"""Meeting the causal operators of a model while it runs, one at a time.
+
+Four doors, none of which needs to know an architecture:
+
+- our mixers, by :meth:`gramian.mixers.Mixer.operator`;
+- softmax attention of transformers, by an attention function registered in its interface. The
+  layer's own ``eager_attention_forward`` computes the map, so soft caps, sinks, position biases,
+  grouped queries and masks (of sliding windows, too) are the model's; the map is then held against
+  the layer's output and handed on;
+- selective scans (Mamba and Mamba2's kin) and the gated delta rule, by the arguments of the
+  functions that the modelling files of transformers call (:mod:`gramian.analysis._scans`).
+
+Whatever is met goes to one visitor and is dropped: nothing is kept for the whole model.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.analysis._scans import SCANS, Scan
+from gramian.mixers import Block, Mixer, SoftmaxAttention
+from gramian.systems import DenseOperator, System
+
+__all__ = ["Met", "Recorder", "token_mixers"]
+
+_IMPLEMENTATION = "gramian_capture"
+_AGREEMENT = 1e-3  # relative difference of a map applied to its values from the layer's output
+
+_MIXES = re.compile(
+    "Attention|Mamba|DeltaNet|Mixer|SSM|Rwkv|RWKV|LSTM|Recurrent|ShortConv|Retention|Hyena"
+)
+_MIXES_NOT = re.compile("Norm|Rotary|Embedding|MLP|Mlp|FeedForward|Cache|Output$|Pooling|Function")
+
+
+class Met:
+    """An operator that was met.
+
+    Args:
+        name: path of the module.
+        mixer: its class.
+        kind: "attention", "recurrence" or "convolution".
+        count: its heads or channels.
+        system: makes the system of some of them, channels (*1, n).
+    """
+
+    def __init__(
+        self, name: str, mixer: str, kind: str, count: int, system: Callable[[slice], System]
+    ) -> None:
+        self.name = name
+        self.mixer = mixer
+        self.kind = kind
+        self.count = count
+        self.system = system
+
+
+def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
+    """The innermost modules whose class says that they mix tokens, and mixers of ours, by path."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if isinstance(module, Mixer):
+            mixes = not isinstance(module, Block)
+        else:
+            mixes = bool(_MIXES.search(name)) and not _MIXES_NOT.search(name)
+        if mixes and not isinstance(module, nn.ModuleList):
+            found[path] = module
+    hidden: set[str] = set()
+    for path, module in found.items():
+        inside = f"{path}." if path else ""
+        within = {other for other in found if other != path and other.startswith(inside)}
+        if isinstance(module, Mixer):
+            hidden |= within
+        elif within:
+            hidden.add(path)
+    return {path: module for path, module in found.items() if path not in hidden}
+
+
+class Recorder:
+    """Runs a model's layers past a visitor.
+
+    Args:
+        model: The model.
+        visit: Called with each operator met, during the forward pass.
+    """
+
+    def __init__(self, model: nn.Module, visit: Callable[[Met], None]) -> None:
+        self.model = model
+        self.visit = visit
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.mixers = token_mixers(model)
+        self.ran: dict[str, int] = Counter()
+        self.read: set[str] = set()
+        self.refused: dict[str, str] = {}
+        self._current: list[tuple[str, nn.Module]] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """While this lasts, forward passes of the model are recorded."""
+        with ExitStack() as stack:
+            for path, module in self.mixers.items():
+                before = module.register_forward_pre_hook(
+                    partial(self._enter, path), with_kwargs=True
+                )
+                after = module.register_forward_hook(self._leave, always_call=True)
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+            if "transformers" in sys.modules:
+                stack.enter_context(self._attention())
+                stack.enter_context(self._scans())
+            yield
+
+    def unread(self) -> tuple[tuple[str, str], ...]:
+        """Path and reason, for what ran and could not be read."""
+        reasons = dict(self.refused)
+        for path, module in self.mixers.items():
+            near = [r for r in self.read if r == path or r.startswith(f"{path}.")]
+            if self.ran[path] and not near and path not in reasons:
+                reasons[path] = f"there is no reader for {type(module).__name__}."
+        return tuple(reasons.items())
+
+    def _enter(self, path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.ran[path] += 1
+        self._current.append((path, module))
+        if not isinstance(module, Mixer):
+            return
+        x = args[0] if args else kwargs["x"]
+        try:
+            heads = getattr(module, "heads", module.width)
+            kind = "attention" if isinstance(module, SoftmaxAttention) else "convolution"
+            module.operator(x[:, :1], slice(0, 1))
+        except ValueError as error:
+            self.refused[path] = str(error)
+            return
+        self._met(path, module, kind, heads, partial(module.operator, x))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._current.pop()
+
+    def _met(
+        self,
+        path: str,
+        module: nn.Module,
+        kind: str,
+        count: int,
+        system: Callable[[slice], System],
+    ) -> None:
+        runs = self.ran[path]
+        name = path if runs <= 1 else f"{path} (run {runs})"
+        self.read.add(path)
+        self.visit(Met(name or type(module).__name__, type(module).__name__, kind, count, system))
+
+    # Attention
+
+    @contextmanager
+    def _attention(self) -> Iterator[None]:
+        """All attention layers that ask transformers' interface call :meth:`_attend`."""
+        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+        from transformers.masking_utils import eager_mask
+
+        configs: dict[int, Any] = {}
+        for module in self.model.modules():
+            if isinstance(module, PreTrainedModel) and module._can_set_attn_implementation():
+                todo = [module.config]
+                while todo:
+                    config = todo.pop()
+                    configs[id(config)] = config
+                    inner = (getattr(config, key, None) for key in config.sub_configs)
+                    todo += [c for c in inner if c is not None and id(c) not in configs]
+        before = {key: config._attn_implementation_internal for key, config in configs.items()}
+        AttentionInterface.register(_IMPLEMENTATION, self._attend)
+        AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
+        try:
+            for config in configs.values():
+                config._attn_implementation_internal = _IMPLEMENTATION
+            yield
+        finally:
+            for key, config in configs.items():
+                config._attn_implementation_internal = before[key]
+            AttentionInterface._global_mapping.pop(_IMPLEMENTATION, None)
+            AttentionMaskInterface._global_mapping.pop(_IMPLEMENTATION, None)
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention function: what the layer's own eager one computes, in single precision at
+        least. Queries, keys and values are (batch, heads, length, N)."""
+        path = self.paths.get(id(module), type(module).__name__)
+        if not self._current or self._current[-1][1] is not module:
+            self.ran[path] += 1
+        eager = _eager(module)
+        if eager is None:
+            raise ValueError(
+                f"{path}: {type(module).__name__} takes an attention function of transformers and "
+                "has none of its own to read."
+            )
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        wide = [x.to(dtype) for x in (query, key, value)]
+        output, weights = eager(module, *wide, attention_mask, **kwargs)
+        refusal = _not_a_causal_map(weights, wide[2], output)
+        if refusal is None:
+            maps = weights[0]  # (heads, length, length)
+            self._met(path, module, "attention", len(maps), lambda s: DenseOperator(maps[s]))
+        else:
+            self.refused[path] = refusal
+        return output.to(query.dtype), None
+
+    # Scans
+
+    @contextmanager
+    def _scans(self) -> Iterator[None]:
+        """The modelling files' scans tell their arguments first."""
+        places: dict[str, ModuleType] = {}
+        for module in self.mixers.values():
+            for cls in type(module).__mro__:
+                if cls.__module__.startswith("torch.") or cls.__module__ not in sys.modules:
+                    break
+                places[cls.__module__] = sys.modules[cls.__module__]
+        replaced = []
+        try:
+            for place in places.values():
+                for name, scan in SCANS.items():
+                    function = getattr(place, name, None)
+                    if callable(function):
+                        replaced.append((place, name, function))
+                        setattr(place, name, partial(self._scan, scan, function))
+            yield
+        finally:
+            for place, name, function in replaced:
+                setattr(place, name, function)
+
+    def _scan(self, scan: Scan, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._current:
+            path, module = self._current[-1]
+            count, system = scan(*args, **kwargs)
+            self._met(path, module, "recurrence", count, system)
+        return function(*args, **kwargs)
+
+
+def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The attention function that the layer would use without an interface."""
+    for cls in type(module).__mro__:
+        place = sys.modules.get(cls.__module__)
+        function = getattr(place, "eager_attention_forward", None)
+        if function is not None:
+            return function
+    return None
+
+
+def _not_a_causal_map(weights: Tensor | None, value: Tensor, output: Tensor) -> str | None:
+    """Why (batch, heads, L, L) weights are no causal map of the values (batch, kv_heads, L, N) to
+    the output (batch, L, heads, N); None if they are."""
+    if weights is None or weights.ndim != 4:
+        return "its attention function returns no map."
+    if weights.shape[-1] != weights.shape[-2]:
+        rows, columns = weights.shape[-2:]
+        return f"it maps {columns} positions to {rows}: not those of one sequence."
+    if not bool(weights.isfinite().all()):
+        return None  # the measurement names what is not finite
+    if bool(weights[0].triu(1).any()):
+        return "it is not causal: it looks ahead."
+    value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
+    expected = weights.to(value.dtype) @ value
+    error = (expected - output.transpose(1, 2)).norm()
+    if not bool(error <= _AGREEMENT * expected.norm()):
+        return "its output is not its map applied to its values."
+    return None

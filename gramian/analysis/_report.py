@@ -1,0 +1,312 @@
+"""What `analyze` measured: state-sizes of every layer, head and position, and what they mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gramian._staging import staged_file
+from gramian.ess import aggregate, utilization
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["LayerState", "StateReport"]
+
+_FORMAT = "gramian.state_report/1"
+_COLUMNS = ("layer", "mixer", "heads or channels", "ESS mean", "ESS max", "TSS mean", "in use")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """One layer's state-sizes.
+
+    Attributes:
+        name: path of the module in the model.
+        mixer: its class.
+        kind: "attention", "recurrence" or "convolution".
+        channels: which heads or channels were measured.
+        count: how many there are.
+        ess: (len(channels), P), effective state-size before each position.
+        tss: (len(channels), P), the state there is.
+    """
+
+    name: str
+    mixer: str
+    kind: str
+    channels: tuple[int, ...]
+    count: int
+    ess: Tensor
+    tss: Tensor
+
+    @property
+    def utilization(self) -> Tensor:
+        """(len(channels), P): ESS / TSS, 0 where there is no state."""
+        return utilization(self.ess, self.tss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can hold."""
+        return {
+            "name": self.name,
+            "mixer": self.mixer,
+            "kind": self.kind,
+            "channels": list(self.channels),
+            "count": self.count,
+            "average_ess": float(aggregate(self.ess)),
+            "ess": _numbers(self.ess),
+            "tss": _numbers(self.tss),
+        }
+
+    def _row(self, label: str) -> tuple[str, ...]:
+        counted = len(self.channels)
+        measured = f"{counted:,}" if counted == self.count else f"{counted:,} of {self.count:,}"
+        inside = self.tss > 0
+        share = self.utilization[inside]
+        return (
+            label,
+            self.mixer,
+            measured,
+            f"{float(self.ess.mean()):.2f}",
+            f"{float(self.ess.max()):.2f}",
+            f"{float(self.tss.mean()):.1f}",
+            f"{100 * float(share.mean()):.1f} %" if share.numel() else "",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class StateReport:
+    """What `analyze` measured. Printing it gives a table, a row for each layer.
+
+    Position i parts the tokens before it from token i and what follows.
+
+    Attributes:
+        model: what was measured.
+        layers: in the order in which they ran.
+        positions: where, P of them.
+        tokens: text of every token that was read.
+        measure: "entropy" or "tolerance".
+        tol: absolute tolerance, if any.
+        rtol: relative tolerance, if any.
+        unread: path and reason, for every layer that mixes tokens and could not be read.
+        seconds: how long it took.
+    """
+
+    model: str
+    layers: tuple[LayerState, ...]
+    positions: tuple[int, ...]
+    tokens: tuple[str, ...]
+    measure: str
+    tol: float | None
+    rtol: float | None
+    unread: tuple[tuple[str, str], ...]
+    seconds: float
+
+    @property
+    def horizon(self) -> int:
+        """Number of tokens read: blocks are ``T[i:horizon, :i]``."""
+        return len(self.tokens)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The paths of the layers without what all of them begin and end with."""
+        parts = [layer.name.split(".") for layer in self.layers]
+        for end in (0, -1):
+            while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[end] for p in parts}) == 1:
+                parts = [p[1:] if end == 0 else p[:-1] for p in parts]
+        return tuple(".".join(p) for p in parts)
+
+    @property
+    def cap(self) -> Tensor:
+        """(P): min(i, horizon - i), the rank that no block can exceed."""
+        positions = torch.tensor(self.positions)
+        return torch.minimum(positions, self.horizon - positions)
+
+    @property
+    def ess(self) -> tuple[Tensor, ...]:
+        """(heads or channels, P) of every layer."""
+        return tuple(layer.ess for layer in self.layers)
+
+    def average(self, *, over_positions: bool = True) -> Tensor:
+        """Average ESS: the mean over heads, then over layers, (); or (P)."""
+        return aggregate(self.ess, "average", over_positions=over_positions)
+
+    def total(self, *, over_positions: bool = True) -> Tensor:
+        """Total ESS: the sum over all heads or channels measured of all layers, (); or (P)."""
+        return aggregate(self.ess, "total", over_positions=over_positions)
+
+    def layer_curves(self) -> Tensor:
+        """(layers, P): mean ESS over the heads or channels of each layer."""
+        return torch.stack([layer.ess.double().mean(0) for layer in self.layers])
+
+    def modulation(
+        self, delimiter: Callable[[str], bool] | Sequence[str], reach: int = 4
+    ) -> dict[str, Any]:
+        """Whether ESS drops where a context ends: state modulation.
+
+        For every delimiter token, ESS just after it (the delimiter is the last of the past) over
+        the mean ESS at the nearest positions before and after that do not follow a delimiter, up
+        to ``reach`` on each side. As many on both sides, so that a straight rise cancels. A ratio
+        below 1 is a drop.
+
+        Args:
+            delimiter: Tells delimiters by their text; or texts to look for in a token.
+            reach: Positions on each side, at least 1.
+
+        Returns:
+            "delimiters", how many were compared; "average_ratio", of the model's average ESS; and
+            "head_ratios", one tensor (heads or channels) for each layer. Ratios are means over
+            delimiters.
+
+        Raises:
+            ValueError: if no delimiter has measured positions on both sides.
+        """
+        if callable(delimiter):
+            is_delimiter = delimiter
+        else:
+            marks = tuple(delimiter)
+
+            def is_delimiter(token: str) -> bool:
+                return any(mark in token for mark in marks)
+
+        column = {i: c for c, i in enumerate(self.positions)}
+        after = {i + 1 for i, token in enumerate(self.tokens) if is_delimiter(token)}
+        compared = []
+        for i in sorted(after):
+            if i not in column:
+                continue
+            pairs = [
+                (column[i - d], column[i + d])
+                for d in range(1, reach + 1)
+                if {i - d, i + d} <= column.keys() and not {i - d, i + d} & after and i - d > 0
+            ]
+            if pairs:
+                compared.append((column[i], [c for pair in pairs for c in pair]))
+        if not compared:
+            raise ValueError(
+                "no delimiter with measured positions on both sides: measure every position, of a "
+                "text with delimiters."
+            )
+
+        def ratios(sizes: Tensor) -> Tensor:
+            """(…, P) to (…)."""
+            sizes = sizes.double()
+            each = [sizes[..., at] / sizes[..., around].mean(-1) for at, around in compared]
+            return torch.stack(each).nan_to_num(1.0, posinf=1.0).mean(0)
+
+        return {
+            "delimiters": len(compared),
+            "average_ratio": float(ratios(self.average(over_positions=False))),
+            "head_ratios": [ratios(layer.ess) for layer in self.layers],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can hold."""
+        return {
+            "format": _FORMAT,
+            "model": self.model,
+            "measure": self.measure,
+            "tol": self.tol,
+            "rtol": self.rtol,
+            "horizon": self.horizon,
+            "average_ess": float(self.average()) if self.layers else None,
+            "total_ess": float(self.total()) if self.layers else None,
+            "positions": list(self.positions),
+            "tokens": list(self.tokens),
+            "layers": [layer.to_dict() for layer in self.layers],
+            "unread": [{"name": name, "reason": reason} for name, reason in self.unread],
+            "seconds": self.seconds,
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file, complete or not at all."""
+        path = Path(path)
+        with staged_file(path) as stage:
+            stage.write_text(self.to_json() + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> StateReport:
+        """The report that `to_dict` was made of.
+
+        Raises:
+            ValueError: if it is something else.
+        """
+        if not isinstance(values, dict) or values.get("format") != _FORMAT:
+            raise ValueError(f"a state report of format {_FORMAT!r} is needed.")
+        layers = tuple(
+            LayerState(
+                name=layer["name"],
+                mixer=layer["mixer"],
+                kind=layer["kind"],
+                channels=tuple(layer["channels"]),
+                count=layer["count"],
+                ess=torch.tensor(layer["ess"], dtype=torch.float32),
+                tss=torch.tensor(layer["tss"], dtype=torch.float32),
+            )
+            for layer in values["layers"]
+        )
+        return cls(
+            model=values["model"],
+            layers=layers,
+            positions=tuple(values["positions"]),
+            tokens=tuple(values["tokens"]),
+            measure=values["measure"],
+            tol=values["tol"],
+            rtol=values["rtol"],
+            unread=tuple((entry["name"], entry["reason"]) for entry in values["unread"]),
+            seconds=values["seconds"],
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> StateReport:
+        """The report that `save` wrote.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it holds something else.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a state report: {error}") from error
+
+    def __str__(self) -> str:
+        lines = ["\t".join(_COLUMNS)]
+        lines += ["\t".join(layer._row(layer.name)) for layer in self.layers]
+        return "\n".join([*lines, self._summary()])
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title=self.model, caption=self._summary(), caption_justify="left")
+        for index, name in enumerate(_COLUMNS):
+            table.add_column(name, justify="left" if index < 2 else "right")
+        for layer, label in zip(self.layers, self.labels, strict=True):
+            table.add_row(*layer._row(label))
+        return table
+
+    def _summary(self) -> str:
+        lines = [
+            f"{self.measure} ESS at {len(self.positions):,} positions of {self.horizon:,} tokens, "
+            f"{self.seconds:.1f} s"
+        ]
+        if self.layers:
+            average, total = float(self.average()), float(self.total())
+            lines[0] += f": average {average:.2f}, total {total:.1f}"
+        lines += [f"not read: {name}: {reason}" for name, reason in self.unread]
+        return "\n".join(lines)
+
+
+def _numbers(values: Tensor) -> list[list[float]]:
+    """Nine digits, which give a float32 back."""
+    return [[float(f"{value:.9g}") for value in row] for row in values.tolist()]

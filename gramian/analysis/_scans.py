@@ -1,0 +1,165 @@
+r"""The scans of transformers' modelling files as time-varying systems.
+
+Each reader takes the arguments of one function as a layer calls it, and says which recurrence that
+function applies to its values. A state S_t that includes the present input becomes the state before
+the present one: ``A = a_t``, ``B = b_t``, ``C = a_t c_t``, ``D = c_t · b_t``, plus the skip's.
+Output gates and projections are left out, and so is, of the values, all but one channel of a head:
+they share the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from gramian.systems import System, TimeVarying
+
+__all__ = ["SCANS", "Scan"]
+
+Scan = Callable[..., tuple[int, Callable[[slice], System]]]
+"""The arguments of a scan to its number of heads or channels, and the system of some of them."""
+
+
+def selective_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    **kwargs: Any,
+) -> tuple[int, Callable[[slice], System]]:
+    """Mamba's scan (Gu and Dao 2023, algorithm 2): a recurrence for each channel.
+
+    Args:
+        hidden_states: (batch, channels, L), the values.
+        dt: Likewise, time steps before bias and softplus.
+        A: (channels, n), negative.
+        B: (batch, n, L).
+        C: (batch, n, L).
+        D: (channels), the skip.
+        delta_bias: (channels).
+        delta_softplus: Whether softplus makes time steps of dt.
+        **kwargs: Not of interest, an output gate among them.
+    """
+    B, C = B[0].double().mT, C[0].double().mT  # (L, n)
+
+    def system(channels: slice) -> System:
+        step = dt[0, channels].double()  # (c, L)
+        if delta_bias is not None:
+            step = step + delta_bias[channels, None].double()
+        if delta_softplus:
+            step = softplus(step)
+        decay = torch.exp(A[channels, None].double() * step.unsqueeze(-1))  # (c, L, n)
+        inputs = step.unsqueeze(-1) * B
+        skip = 0 if D is None else D[channels, None].double()
+        return TimeVarying(decay, inputs, decay * C, (inputs * C).sum(-1) + skip)
+
+    return hidden_states.shape[1], system
+
+
+def chunk_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    **kwargs: Any,
+) -> tuple[int, Callable[[slice], System]]:
+    """Mamba2's scan (Dao and Gu 2024): a recurrence with one gate for each head.
+
+    Args:
+        hidden_states: (batch, L, heads, N), the values.
+        dt: (batch, L, heads), time steps before bias and softplus.
+        A: (heads), negative.
+        B: (batch, L, groups, n).
+        C: (batch, L, groups, n).
+        chunk_size: Of the computation; not of interest.
+        D: (heads), the skip.
+        dt_bias: (heads).
+        dt_softplus: Whether softplus makes time steps of dt.
+        dt_limit: Least and largest time step.
+        **kwargs: Not of interest.
+    """
+    heads = hidden_states.shape[2]
+    group = torch.arange(heads, device=B.device) // (heads // B.shape[2])
+    step = dt[0].double()
+    if dt_bias is not None:
+        step = step + dt_bias.double()
+    if dt_softplus:
+        step = softplus(step)
+    step = step.clamp(*dt_limit).mT  # (heads, L)
+
+    def system(channels: slice) -> System:
+        own = step[channels, :, None]
+        inputs = own * B[0][:, group[channels]].double().transpose(0, 1)  # (h, L, n)
+        outputs = C[0][:, group[channels]].double().transpose(0, 1)
+        decay = torch.exp(A[channels, None, None].double() * own)
+        direct = (inputs * outputs).sum(-1)
+        if D is not None and D.ndim == 1:
+            direct = direct + D[channels, None].double()
+        return TimeVarying(decay.expand_as(inputs), inputs, decay * outputs, direct)
+
+    return heads, system
+
+
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    use_qk_l2norm_in_kernel: bool = False,
+    **kwargs: Any,
+) -> tuple[int, Callable[[slice], System]]:
+    """The gated delta rule (Yang et al. 2024), ``S_t = (I - β k kᵀ) e^g S_{t-1} + β k vᵀ``.
+
+    Args:
+        query: (batch, L, key heads, n).
+        key: Likewise.
+        value: (batch, L, heads, N).
+        g: (batch, L, heads), logarithms of gates.
+        beta: (batch, L, heads).
+        use_qk_l2norm_in_kernel: Whether queries and keys are normalised.
+        **kwargs: Not of interest.
+    """
+    heads = value.shape[2]
+    group = torch.arange(heads, device=key.device) // (heads // key.shape[2])
+
+    def system(channels: slice) -> System:
+        q, k = (x[0][:, group[channels]].double().transpose(0, 1) for x in (query, key))
+        if use_qk_l2norm_in_kernel:
+            q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+        q = q * q.shape[-1] ** -0.5  # (h, L, n)
+        gate = g[0][:, channels].double().mT.exp().unsqueeze(-1)  # (h, L, 1)
+        rate = beta[0][:, channels].double().mT.unsqueeze(-1)
+        along = (q * k).sum(-1, keepdim=True)
+        return TimeVarying(
+            A=gate.expand_as(k),
+            B=rate * k,
+            C=gate * (q - rate * along * k),
+            D=(rate * along).squeeze(-1),
+            p=-rate * k,
+            q=gate * k,
+        )
+
+    return heads, system
+
+
+SCANS: dict[str, Scan] = {
+    "mamba_selective_scan": selective_scan,
+    "mamba2_chunk_scan": chunk_scan,
+    "torch_chunk_gated_delta_rule": gated_delta_rule,
+}
+"""Readers by the name of the function that layers call."""

@@ -1,0 +1,90 @@
+"""One layer's long filters, reduced, and what was reached."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramian.distillation._report import LayerReport
+from gramian.filters import ModalFilter
+from gramian.reduction import reduce
+
+__all__ = ["Goal", "reduce_filter"]
+
+# A filter is held in float32: its error may exceed what float64 reached by this much, relatively.
+_ROUNDING = 1e-3
+
+_SPECTRUM = 64
+"""Leading Hankel singular values that a report keeps of each filter."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked of every filter: a relative l2 error ``tol``, or an ``order``."""
+
+    tol: float | None
+    order: int | None
+    max_order: int | None = None
+
+    def check(self, taps: int) -> None:
+        """Raise a ValueError unless filters of so many taps can be asked for it."""
+        tol, order = self.tol, self.order
+        if order is not None:
+            if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order < taps:
+                raise ValueError(
+                    f"The order must be an integer from 1 to {taps - 1}, one less than the {taps} "
+                    f"taps of the filters; got {order!r}."
+                )
+            return
+        number = isinstance(tol, int | float) and not isinstance(tol, bool)
+        if not number or tol is None or not (math.isfinite(tol) and 0 < tol < 1):
+            raise ValueError(f"The tolerance must lie between 0 and 1, both excluded; got {tol!r}.")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of :func:`gramian.reduce`."""
+        if self.order is not None:
+            return {"order": self.order}
+        return {"tol": self.tol, "max_order": self.max_order}
+
+
+@torch.no_grad()
+def reduce_filter(
+    kernel: Tensor, goal: Goal, layer: int | str, mixer: str
+) -> tuple[ModalFilter, LayerReport]:
+    """A modal filter for the kernels (channels, taps) of a layer, and what it reached.
+
+    Raises:
+        ValueError: if the kernels cannot be reduced: it names the layer.
+    """
+    taps, kernel = kernel.shape[-1], kernel.double()
+    try:
+        # In float32, as a ModalFilter holds it: poles and residues that need more digits, or lie
+        # closer to the unit circle, would not survive it.
+        reduction = reduce(kernel.float(), **goal.arguments)
+    except ValueError as reason:
+        raise ValueError(f"Layer {layer} cannot be distilled: {reason}") from reason
+    modal = ModalFilter.from_system(reduction.system, max_length=taps, kernel=kernel)
+    error = kernel - modal(taps).impulse_response(taps).double()
+    norm = kernel.norm(dim=-1)
+    relative = torch.where(norm > 0, error.norm(dim=-1) / norm.clamp(min=1e-300), 0.0).tolist()
+    spectra = reduction.hankel_singular_values[:, :_SPECTRUM].tolist()
+    above = [i for i, e in enumerate(relative) if goal.tol and e > goal.tol * (1 + _ROUNDING)]
+    return modal, LayerReport(
+        layer=layer,
+        mixer=mixer,
+        taps=taps,
+        orders=tuple(int(n) for n in reduction.order.tolist()),
+        relative_errors=tuple(relative),
+        lower_bounds=tuple(reduction.lower_bound.tolist()),
+        l1_errors=tuple(error.abs().sum(-1).tolist()),
+        tail_energies=tuple(reduction.tail_energy.tolist()),
+        hankel_singular_values=tuple(
+            tuple(value for value in values if not math.isnan(value)) for values in spectra
+        ),
+        unconverged=tuple(above),
+    )

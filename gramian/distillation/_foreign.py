@@ -1,0 +1,105 @@
+"""Distilling modules of other libraries, whose filters the user can name."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.distillation._filters import Goal, reduce_filter
+from gramian.distillation._report import DistillationReport
+from gramian.filters import ModalFilter
+from gramian.mixers import LongConvolution
+from gramian.systems import FIR
+
+__all__ = ["FilterReader", "ForeignFilter", "distill_modules"]
+
+FilterReader = Callable[[Any], Tensor]
+"""A submodule to its kernel, (channels, taps), real."""
+
+
+def _long_convolution(module: nn.Module, filter: ModalFilter) -> nn.Module:
+    return LongConvolution(filter)
+
+
+@dataclass(frozen=True)
+class ForeignFilter:
+    """How to read the kernel of a submodule, and what to put in its place.
+
+    Attributes:
+        kernel: the submodule to its kernel, (channels, taps), real.
+        replace: the submodule, and the `ModalFilter` that its kernel was reduced to, to the module
+            that takes its place; by default a `LongConvolution` of that filter. A module that hands
+            out its kernel can be replaced by one that hands out
+            ``filter(length).impulse_response(length)``.
+    """
+
+    kernel: FilterReader
+    replace: Callable[[Any, ModalFilter], nn.Module] = _long_convolution
+
+
+def distill_modules(
+    model: Any,
+    filters: Mapping[str, FilterReader | ForeignFilter],
+    goal: Goal,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Any, DistillationReport]:
+    """See :func:`gramian.distill`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"distill takes a module; it was given a {type(model).__name__}.")
+    if not filters:
+        raise ValueError("Nothing to distil: filters names no submodule.")
+    started = time.perf_counter()
+    distilled = copy.deepcopy(model)
+    kernels = {path: _kernel(distilled, path, reader) for path, reader in filters.items()}
+    goal.check(min(kernel.shape[-1] for kernel in kernels.values()))
+    reports, before, after = [], 0, 0
+    if progress is not None:
+        progress(0, len(filters))
+    for path, reader in filters.items():
+        kernel, module = kernels[path], distilled.get_submodule(path)
+        modal, report = reduce_filter(kernel, goal, path, type(module).__name__)
+        replace = reader.replace if isinstance(reader, ForeignFilter) else _long_convolution
+        replacement = replace(module, modal.to(kernel.device)).train(module.training)
+        parent, _, name = path.rpartition(".")
+        setattr(distilled.get_submodule(parent), name, replacement)
+        reports.append(report)
+        before += FIR(kernel).recurrence().initial_state((1, len(kernel))).nbytes
+        after += modal().recurrence().initial_state((1, len(kernel))).nbytes
+        if progress is not None:
+            progress(len(reports), len(filters))
+    return distilled, DistillationReport(
+        tol=goal.tol,
+        order=goal.order,
+        layers=tuple(reports),
+        context=max(report.taps for report in reports),
+        original_state_bytes=before,
+        distilled_state_bytes=after,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@torch.no_grad()
+def _kernel(model: nn.Module, path: str, reader: FilterReader | ForeignFilter) -> Tensor:
+    """The kernel of the submodule at ``path``, checked."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        some = ", ".join(name for name, _ in list(model.named_modules())[1:6])
+        raise ValueError(f"There is no submodule {path!r} to distil; there are {some}, …") from None
+    if not path:
+        raise ValueError("filters names submodules of the model, not the model itself.")
+    kernel = (reader.kernel if isinstance(reader, ForeignFilter) else reader)(module)
+    if not isinstance(kernel, Tensor):
+        raise ValueError(f"The kernel of {path!r} must be a tensor; got {type(kernel).__name__}.")
+    if kernel.ndim != 2 or min(kernel.shape) < 1 or not kernel.is_floating_point():
+        raise ValueError(
+            f"The kernel of {path!r} must be (channels, taps), real floating point; got "
+            f"{tuple(kernel.shape)} of {kernel.dtype}."
+        )
+    return kernel.detach()

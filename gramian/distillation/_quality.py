@@ -1,0 +1,200 @@
+"""Distilling under a budget of quality: the smallest recurrences whose loss on a text stays close.
+
+What a filter's error does to the model's loss depends on the model, so tolerances are tried and the
+loss is measured: first coarser and coarser ones are ruled out, then the last step is halved.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.distillation._distill import distill
+from gramian.distillation._report import DistillationReport, Quality, Trial
+from gramian.filters import parameter_groups
+
+__all__ = ["distill_to_budget", "finetune", "mean_loss"]
+
+_COARSEST, _FINEST, _STEP = 0.3, 1e-6, 10**0.5
+_HALVINGS = 2
+
+_TOKENS = 2**13
+"""Tokens in one forward pass while a loss is measured."""
+
+
+@torch.no_grad()
+def mean_loss(model: Any, input_ids: Tensor) -> float:
+    """Mean cross-entropy in nats of every token of the windows (count, length) but each one's
+    first, in evaluation mode."""
+    training, total = model.training, 0.0
+    model.eval()
+    try:
+        for part in input_ids.split(max(1, _TOKENS // input_ids.shape[1])):
+            logits = model(part[:, :-1], use_cache=False).logits.float()
+            losses = nn.functional.cross_entropy(
+                logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
+            )
+            total += losses.item()
+    finally:
+        model.train(training)
+    return total / input_ids[:, 1:].numel()
+
+
+def distill_to_budget(
+    model: Any,
+    input_ids: Tensor,
+    max_increase: float = 1e-3,
+    *,
+    max_order: int | None = None,
+    progress: Callable[[Trial], None] | None = None,
+) -> tuple[Any, DistillationReport]:
+    """The smallest recurrences with which the loss on a text rises by no more than a budget.
+
+    Every filter is reduced to one tolerance, the largest of those tried that keeps to the budget:
+    from 0.3 down by factors of √10 until the loss does, and two halvings, on a logarithmic scale,
+    of the last step.
+
+    Args:
+        model: a Gramian causal language model, left untouched.
+        input_ids: (count, length): windows of the text to keep the loss on, length at least 2.
+        max_increase: of the mean cross-entropy, relative to the model's own.
+        max_order: see :func:`gramian.distill`.
+        progress: called with every trial.
+
+    Returns:
+        The distilled model and its report, whose `quality` has all trials.
+
+    Raises:
+        TypeError, ValueError: as :func:`gramian.distill`; for windows that are not (count, length);
+            for a budget that is not positive, or that is not kept at a tolerance of 1e-6.
+    """
+    check_windows(model, input_ids)
+    if not max_increase > 0:
+        raise ValueError(f"The increase allowed must be above 0; got {max_increase!r}.")
+    input_ids = input_ids.to(model.device)
+    loss = mean_loss(model, input_ids)
+    trials: list[Trial] = []
+    found: tuple[Any, DistillationReport] | None = None
+
+    def keeps(tol: float) -> bool:
+        nonlocal found
+        small, report = distill(model, tol, max_order=max_order)
+        reached = mean_loss(small, input_ids)
+        trials.append(Trial(tol, report.mean_order, reached, reached / loss - 1))
+        if progress is not None:
+            progress(trials[-1])
+        if not trials[-1].increase <= max_increase:  # nor is one that is not a number
+            return False
+        found = (small, report)
+        return True
+
+    tol, failed = _COARSEST, None
+    while not keeps(tol):
+        failed, tol = tol, tol / _STEP
+        if tol < _FINEST:
+            best = min(trials, key=lambda trial: trial.increase)
+            raise ValueError(
+                f"No tolerance from {_COARSEST:g} to {_FINEST:g} keeps the loss within "
+                f"{max_increase:.3%} of the original's; the closest is {best.increase:.3%} at "
+                f"{best.tol:.1e}, with filters of mean order {best.mean_order:.1f}."
+            )
+    for _ in range(_HALVINGS if failed is not None else 0):
+        assert failed is not None
+        middle = math.sqrt(tol * failed)
+        if keeps(middle):
+            tol = middle
+        else:
+            failed = middle
+    assert found is not None
+    small, report = found
+    quality = Quality(input_ids.numel(), max_increase, loss, tuple(trials))
+    return small, dataclasses.replace(report, quality=quality)
+
+
+def finetune(
+    model: Any,
+    input_ids: Tensor,
+    steps: int = 100,
+    *,
+    lr: float = 3e-4,
+    batch: int = 8,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[float, float]:
+    """Train a model briefly, in place, to make up for what distilling it lost.
+
+    All weights move (AdamW without decay, warm-up over a tenth of the steps and cosine to zero),
+    those of the dynamics as their filters ask. Every tenth window is held out; a model that came
+    out worse on those is put back as it was.
+
+    Args:
+        model: a Gramian causal language model.
+        input_ids: (count, length): windows of text, at least 2, of length at least 2.
+        steps: at least 1.
+        lr: the largest learning rate.
+        batch: windows of one step.
+        seed: of their order.
+        progress: called as `progress(steps done, steps)`.
+
+    Returns:
+        The loss on the held-out windows before and after: the same twice if nothing was gained.
+
+    Raises:
+        ValueError: for other windows, or fewer than one step.
+    """
+    check_windows(model, input_ids)
+    if len(input_ids) < 2:
+        raise ValueError("Fine-tuning needs at least 2 windows of text, one of them held out.")
+    if steps < 1:
+        raise ValueError(f"Fine-tuning takes at least 1 step; got {steps}.")
+    input_ids = input_ids.to(model.device)
+    held = torch.arange(len(input_ids), device=model.device) % 10 == 1
+    kept_out, windows = input_ids[held], input_ids[~held]
+    before, weights = mean_loss(model, kept_out), copy.deepcopy(model.state_dict())
+    training = model.training
+    model.train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=lr, weight_decay=0.0))
+    warm_up = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps))),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    if progress is not None:
+        progress(0, steps)
+    for step in range(steps):
+        chosen = torch.randint(len(windows), (batch,), generator=generator).to(windows.device)
+        loss = model(windows[chosen], labels=windows[chosen], use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, steps)
+    optimizer.zero_grad()
+    model.train(training)
+    after = mean_loss(model, kept_out)
+    if not after < before:
+        model.load_state_dict(weights)
+        after = before
+    return before, after
+
+
+def check_windows(model: Any, input_ids: Tensor) -> None:
+    """Raise an error unless the model is a language model and these are windows of its tokens."""
+    from gramian.models import GramianForCausalLM
+
+    if not isinstance(model, GramianForCausalLM):
+        raise TypeError(f"a GramianForCausalLM is needed; got a {type(model).__name__}.")
+    if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
+        raise ValueError(
+            "the text must be windows of tokens (count, length) with a length of at least 2; got "
+            f"{tuple(input_ids.shape)}."
+        )

@@ -1,0 +1,20 @@
+"""Effective state-size: how much of its memory a causal operator uses, and the smallest recurrence
+that computes it."""
+
+from gramian.ess._effective_state_size import (
+    effective_state_size,
+    hankel_singular_values,
+    sketched_state_size,
+)
+from gramian.ess._realize import realize
+from gramian.ess.aggregation import aggregate, theoretical_state_size, utilization
+
+__all__ = [
+    "aggregate",
+    "effective_state_size",
+    "hankel_singular_values",
+    "realize",
+    "sketched_state_size",
+    "theoretical_state_size",
+    "utilization",
+]

@@ -1,0 +1,101 @@
+r"""What a state could hold, how much of it is used, and averages and totals over a model.
+
+TSS, the theoretically realizable state-size, is the state that a layer has at a position: its order
+for a recurrence, the inputs so far for attention and finite convolutions. Utilisation is ESS / TSS.
+Over a model ESS is reported as the *average* per channel or as the *total* over all of them
+(arXiv 2504.19561, sections 3 and 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gramian.ess._reading import Positions, Reading
+from gramian.systems import FIR, DenseOperator, Modal, System
+
+__all__ = ["aggregate", "theoretical_state_size", "utilization"]
+
+
+def theoretical_state_size(
+    system_or_matrix: System | Tensor,
+    at: Positions = None,
+    *,
+    length: int | None = None,
+    horizon: int | None = None,
+) -> Tensor:
+    """TSS: the state that a system has at a position, whether it uses it or not.
+
+    Args:
+        system_or_matrix: As in :func:`gramian.effective_state_size`, and so are ``at``, ``length``
+            and ``horizon``.
+
+    Returns:
+        (*C, len(at)), of the dtype of the input (float32 for half precision): n for a recurrence
+        (of each channel, for a modal system), min(i, order) for matrices and FIR systems, which
+        keep their inputs.
+
+    Raises:
+        TypeError: as :func:`gramian.effective_state_size`.
+        ValueError: likewise.
+    """
+    reading = Reading(system_or_matrix, at, length, horizon)
+    system = reading.system
+    positions = torch.tensor(reading.positions, dtype=torch.float64, device=reading.device)
+    if isinstance(system, DenseOperator | FIR):
+        sizes = positions.clamp_max(system.order).expand(*reading.shape, -1)
+    else:
+        orders = torch.full((reading.shape.numel(),), system.order, device=reading.device)
+        if isinstance(system, Modal):
+            orders = system.orders
+        sizes = orders.double().reshape(*reading.shape, 1).expand(*reading.shape, len(positions))
+    dtype = reading.dtype if reading.dtype in (torch.float32, torch.float64) else torch.float32
+    return (sizes[..., 0] if reading.scalar else sizes).to(dtype)
+
+
+def utilization(ess: Tensor, tss: Tensor) -> Tensor:
+    """ESS / TSS, the share of the state in use; 0 where there is no state.
+
+    Args:
+        ess: From :func:`gramian.effective_state_size`.
+        tss: From :func:`theoretical_state_size`; broadcasts against it.
+    """
+    return torch.where(tss > 0, ess / torch.where(tss > 0, tss, 1), 0)
+
+
+def aggregate(
+    sizes: Tensor | Sequence[Tensor], kind: str = "average", *, over_positions: bool = True
+) -> Tensor:
+    """Average or total state-size over positions, channels, heads and layers.
+
+    Positions are always averaged over: memory is reused from step to step.
+
+    Args:
+        sizes: (*C, P), ESS or TSS of the channels and heads of a layer, or one such tensor for
+            each layer, with the same positions.
+        kind: "average", the mean over channels and then over layers, so that layers count the
+            same; or "total", the sum over channels and layers.
+        over_positions: Whether to take the mean over positions too.
+
+    Returns:
+        (), or (P) with ``over_positions=False``.
+
+    Raises:
+        ValueError: for another kind, no layers, or different numbers of positions.
+    """
+    if kind not in ("average", "total"):
+        raise ValueError(f'kind must be "average" or "total", got {kind!r}.')
+    layers = [sizes] if isinstance(sizes, Tensor) else list(sizes)
+    if len({layer.shape[-1:] for layer in layers}) != 1 or not layers[0].ndim:
+        raise ValueError(
+            "one tensor (*channels, positions) for each layer is needed, with the same positions; "
+            f"got shapes {[tuple(layer.shape) for layer in layers]}."
+        )
+    rows = [layer.reshape(-1, layer.shape[-1]) for layer in layers]
+    if kind == "total":
+        result = torch.stack([row.sum(0) for row in rows]).sum(0)
+    else:
+        result = torch.stack([row.mean(0) for row in rows]).mean(0)
+    return result.mean(-1) if over_positions else result

@@ -1,0 +1,150 @@
+r"""Hankel spectra of a dense operator, at many positions.
+
+For the measures alone the singular values come from Gram matrices of the smaller side of each
+block, in double precision. From the middle outwards a block gains rows and loses columns (towards
+the start) or the other way round (towards the end), so each Gram matrix is a corner of the one
+before plus a product of what was added: nothing is subtracted, and no block is formed. Where the
+squared condition number would show in the result the block's singular values are taken instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gramian.ess.measures import Measure
+from gramian.ops._threads import work
+
+__all__ = ["measure_blocks", "measure_hankel_blocks", "singular_values"]
+
+_TOLERANCE = 3e-7
+"""Relative error of an entropy above which a Gram matrix is not trusted."""
+
+_BATCH = 64
+"""Spectra that are measured together."""
+
+
+def singular_values(T: Tensor, at: int) -> Tensor:
+    """Of ``T[at:, :at]``, (*C, min(at, L - at)), descending. Differentiable."""
+    return torch.linalg.svdvals(T[..., at:, :at])
+
+
+def measure_blocks(T: Tensor, positions: list[int], measure: Measure, floor: Tensor) -> Tensor:
+    """The measure of ``T[i:, :i]`` at every position.
+
+    Args:
+        T: (G, L, L), lower triangular, of any floating-point dtype.
+        positions: Within 1 … L - 1, ascending, without repetitions.
+        measure: What to compute.
+        floor: (G), float64.
+
+    Returns:
+        (G, len(positions)), float64.
+    """
+    middle = T.shape[-1] // 2
+    early = [i for i in reversed(positions) if i <= middle]
+    late = [i for i in positions if i > middle]
+    tasks = [(g, half) for g in range(len(T)) for half in (early, late) if half]
+    column = {i: c for c, i in enumerate(positions)}
+    sizes = torch.zeros(len(T), len(positions), dtype=torch.float64, device=T.device)
+
+    def run(task: tuple[int, list[int]]) -> None:
+        g, half = task
+        matrix = T[g].double()
+        grams = _towards_the_start if half is early else _towards_the_end
+        batch: list[int] = []
+        spectra: list[Tensor] = []
+        for i, gram in grams(matrix, half):
+            batch.append(i)
+            spectra.append(torch.linalg.eigvalsh(gram))
+            if len(batch) == _BATCH or i == half[-1]:
+                result = _measured(matrix, batch, spectra, measure, floor[g])
+                sizes[g, [column[j] for j in batch]] = result
+                batch, spectra = [], []
+
+    work(run, tasks, T)
+    return sizes
+
+
+def _measured(
+    matrix: Tensor, positions: list[int], spectra: list[Tensor], measure: Measure, floor: Tensor
+) -> Tensor:
+    """(len(positions)): the measure of spectra of Gram matrices, or of blocks where need be."""
+    eigenvalues = torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True)
+    sizes = measure(eigenvalues.clamp_min(0).sqrt(), floor)
+    counts = torch.tensor([len(spectrum) for spectrum in spectra], device=floor.device)
+    unsafe = measure.unsafe_from_gram(eigenvalues, counts, _TOLERANCE)
+    for k in unsafe.nonzero().flatten().tolist():
+        sizes[k] = measure(singular_values(matrix, positions[k]), floor)
+    return sizes
+
+
+def _towards_the_start(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """``H_iᵀ H_i`` for descending positions."""
+    below = positions[0]
+    gram = T[below:, :below].mT @ T[below:, :below]
+    for i in positions:
+        gram = gram[:i, :i]
+        if i < below:
+            rows = T[i:below, :i]
+            gram.addmm_(rows.mT, rows)
+            below = i
+        yield i, gram
+
+
+def _towards_the_end(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """``H_i H_iᵀ`` for ascending positions."""
+    before = positions[0]
+    gram = T[before:, :before] @ T[before:, :before].mT
+    for i in positions:
+        gram = gram[i - before :, i - before :]
+        if i > before:
+            columns = T[i:, before:i]
+            gram.addmm_(columns, columns.mT)
+            before = i
+        yield i, gram
+
+
+def measure_hankel_blocks(
+    taps: Tensor, positions: list[int], horizon: int, measure: Measure, floor: Tensor
+) -> Tensor:
+    """The measure of ``T[i:horizon, :i]`` of convolutions: Hankel blocks of their taps.
+
+    A block and its transpose, at i and at ``horizon - i``, have one spectrum, and so have all
+    blocks that hold every tap.
+
+    Args:
+        taps: (G, K), float64: h_1 … h_K, zeros after them.
+        positions: Within 1 … horizon - 1.
+        horizon: Where the blocks end.
+        measure: What to compute.
+        floor: (G), float64.
+
+    Returns:
+        (G, len(positions)), float64.
+    """
+    if taps.shape[-1] == 0:
+        return taps.new_zeros(len(taps), len(positions))
+    shapes = []
+    for i in positions:
+        small, large = sorted((min(i, taps.shape[-1]), min(horizon - i, taps.shape[-1])))
+        shapes.append((small, large))
+    distinct = sorted(set(shapes))
+    sizes = taps.new_zeros(len(taps), len(distinct))
+
+    def run(task: tuple[int, int]) -> None:
+        g, k = task
+        small, large = distinct[k]
+        missing = max(0, small + large - 1 - taps.shape[-1])
+        row = torch.nn.functional.pad(taps[g], (0, missing))[: small + large - 1]
+        block = row.unfold(-1, large, 1)  # (small, large)
+        eigenvalues = torch.linalg.eigvalsh(block @ block.mT)
+        values, count = eigenvalues.clamp_min(0).sqrt(), torch.tensor(small, device=taps.device)
+        if bool(measure.unsafe_from_gram(eigenvalues, count, _TOLERANCE)):
+            values = torch.linalg.svdvals(block)
+        sizes[g, k] = measure(values, floor[g])
+
+    work(run, [(g, k) for g in range(len(taps)) for k in range(len(distinct))], taps)
+    return sizes[:, [distinct.index(shape) for shape in shapes]]

@@ -1,0 +1,100 @@
+r"""Measures of the spectrum of a Hankel block: what effective state-size is.
+
+Entropy: ``exp(-Σ_k p_k log p_k)``, ``p = σ / Σ σ``, the exponential of the entropy of the
+normalised singular values. Tolerance: how many singular values exceed ``tol``, or ``rtol`` times
+the largest (arXiv 2504.19561, section 3). Both are 0 for a block that is zero up to rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+__all__ = ["Measure"]
+
+_ROUNDING = torch.finfo(torch.float64).eps / 4
+"""Error of a small eigenvalue of a Gram matrix relative to the largest eigenvalue, at least."""
+
+_NEGATIVE = 4
+"""Error of a small eigenvalue relative to how far below zero the smallest one lies."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """Entropy if there is no threshold, otherwise a count above it."""
+
+    tol: float | None = None
+    rtol: float | None = None
+
+    @property
+    def counts(self) -> bool:
+        return self.tol is not None or self.rtol is not None
+
+    def __call__(self, values: Tensor, floor: Tensor) -> Tensor:
+        """The measure of every spectrum. Differentiable, where it is an entropy.
+
+        Args:
+            values: (*S, k), float64, singular values in any order, zeros allowed.
+            floor: Broadcasts against (*S): norms of blocks up to which they count as zero.
+
+        Returns:
+            (*S), float64.
+        """
+        if values.shape[-1] == 0:
+            return values.new_zeros(values.shape[:-1])
+        norm = torch.linalg.vector_norm(values.detach(), dim=-1)
+        there = (norm > floor) & (norm > 0)
+        if self.counts:
+            size = (values > self._threshold(values)).sum(-1).to(values.dtype)
+        else:
+            largest = values.detach().amax(-1, keepdim=True)
+            noise = values.shape[-1] * torch.finfo(values.dtype).eps * largest
+            kept = (values > noise) & there.unsqueeze(-1)
+            total = torch.where(kept, values, 0).sum(-1, keepdim=True)
+            p = torch.where(kept, values, 1) / torch.where(total > 0, total, 1)
+            size = torch.where(kept, torch.special.entr(p), 0).sum(-1).exp()
+        return torch.where(there, size, 0)
+
+    def unsafe_from_gram(self, eigenvalues: Tensor, sizes: Tensor, tolerance: float) -> Tensor:
+        """Whether the measure of the roots of a Gram matrix's eigenvalues may be off by more than
+        ``tolerance`` (relative; for a count, at all).
+
+        A Gram matrix squares the condition number. Where a spectrum falls off gradually its small
+        eigenvalues are found to well below eps λ_1 all the same; where it ends they are rounding
+        errors, half of them negative. So how far the smallest lies below zero tells the error δλ of
+        the small ones, and a singular value is known to ``δλ / 2σ``, at worst to √δλ. To first
+        order the entropy is off by ``Σ_k (|log p_k| + log ESS) δσ_k / Σσ``; errors of singular
+        values above the noise have random signs, those within it are all towards larger ones.
+
+        Args:
+            eigenvalues: (*S, k), float64, followed by zeros to a common k.
+            sizes: (*S), how many each matrix has.
+            tolerance: Relative error that is let pass.
+
+        Returns:
+            (*S), bool.
+        """
+        values = eigenvalues.clamp_min(0).sqrt()
+        known = torch.arange(values.shape[-1], device=values.device) < sizes.unsqueeze(-1)
+        below = -eigenvalues.amin(-1, keepdim=True).clamp_max(0)
+        largest = eigenvalues.amax(-1, keepdim=True)
+        noise = torch.maximum(_ROUNDING * largest, _NEGATIVE * below)
+        worst = noise.sqrt()
+        error = torch.where(values > worst, noise / (2 * values), worst)
+        if self.counts:
+            return (((values - self._threshold(values)).abs() <= error) & known).any(-1)
+        total = values.sum(-1, keepdim=True)
+        p = torch.where(total > 0, values / total, 0)
+        entropy = torch.special.entr(p).sum(-1, keepdim=True)
+        weight = (-p.clamp_min(1e-300).log() + entropy).clamp_max(80) * error / total
+        random = torch.where(known & (values > 4 * worst), weight, 0).square().sum(-1).sqrt()
+        biased = torch.where(known & (values <= 4 * worst), weight, 0).sum(-1)
+        return ~(random + biased <= tolerance) & (total.squeeze(-1) > 0)
+
+    def _threshold(self, values: Tensor) -> Tensor:
+        threshold = torch.full_like(values[..., :1], 0.0 if self.tol is None else self.tol)
+        if self.rtol is not None:
+            threshold = torch.maximum(threshold, self.rtol * values.amax(-1, keepdim=True))
+        return threshold

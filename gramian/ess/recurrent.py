@@ -1,0 +1,221 @@
+r"""Hankel spectra of recurrences by square-root factors.
+
+``H_i = O_i X_i``, observability after reachability. Their Gramians square the condition number and
+lose half the digits; triangular factors do not:
+
+    ``R_{i+1} = qr([R_i A_iᵀ; B_iᵀ])``,  ``S_i = qr([S_{i+1} A_i; C_i])``,
+
+and the singular values of H_i are those of the n × n product ``S_i R_iᵀ``. All positions take
+O(L n³) operations, where the blocks themselves would take O(L⁴).
+
+A modal system has both factors in closed form: with ``w_t = (Re λ^t, Im λ^t)``, rows of W,
+``H_i = W_{L-i} M W_iᵀ``, M the residues as 2 × 2 blocks. One triangular factor of the Vandermonde
+matrix of {λ, λ̄}, as it grows row by row, serves both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.ops._threads import work
+from gramian.ops.scan import Transition, join
+from gramian.ops.vandermonde import geometric_powers
+from gramian.systems import Modal, TimeVarying
+
+__all__ = [
+    "FactoredSingularValues",
+    "factor_spectra",
+    "modal_factors",
+    "time_varying_factors",
+    "time_varying_norm",
+]
+
+_BUDGET = 2**27
+"""Bytes of triangular factors that are held at a time, for each of the two."""
+
+Factors = tuple[list[int], Tensor, Tensor]
+"""Positions, and the factors S and R there, (P, G, n, n) each: H_i has the singular values of
+``S Rᵀ``."""
+
+
+def factor_spectra(
+    measure: Callable[[Tensor], Tensor], left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A function of the singular values of ``left rightᵀ``, and how far they can be trusted.
+
+    Args:
+        measure: Of singular values (P, G, n), descending.
+        left: (P, G, n, n).
+        right: (P, G, n, n).
+
+    Returns:
+        The function's values, (P, G, …), and ``eps ‖S‖ ‖R‖ / σ_1``, (P, G): about the rounding
+        errors of the singular values relative to the largest.
+    """
+    size = max(1, 2**16 // max(1, left[0].numel()))
+
+    def run(start: int) -> tuple[Tensor, Tensor]:
+        S, R = left[start : start + size], right[start : start + size]
+        values = torch.linalg.svdvals(S @ R.mT)
+        norms = torch.linalg.matrix_norm(S) * torch.linalg.matrix_norm(R)
+        tiny = torch.finfo(values.dtype).tiny
+        error = torch.finfo(values.dtype).eps * norms / values[..., :1].sum(-1).clamp_min(tiny)
+        return measure(values), torch.where(norms > 0, error, 0)
+
+    results = work(run, range(0, len(left), size), left)
+    return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results])
+
+
+class _Chain(NamedTuple):
+    transition: Transition
+    B: Tensor  # (G, L, n)
+    C: Tensor  # (G, L, n)
+
+    def observe(self, S: Tensor, i: int) -> Tensor:
+        """S_i from S_{i+1}."""
+        further = self.transition[i : i + 1].right(S.unsqueeze(1)).squeeze(1)
+        return _triangle(torch.cat([further, self.C[:, i : i + 1]], dim=1))
+
+    def reach(self, R: Tensor, i: int) -> Tensor:
+        """R_{i+1} from R_i."""
+        further = self.transition[i : i + 1].left(R.mT.unsqueeze(1)).squeeze(1).mT
+        return _triangle(torch.cat([further, self.B[:, i : i + 1]], dim=1))
+
+
+def _triangle(rows: Tensor) -> Tensor:
+    """At most n rows (G, k, n) with the same Gram matrix."""
+    if rows.shape[-2] <= rows.shape[-1]:
+        return rows
+    return torch.linalg.qr(rows, mode="r")[1]
+
+
+def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tensor]:
+    """(P, G, n, n): the factors S at ``wanted`` positions, of which the last has the factor S; and
+    the first of them with as many rows as it has."""
+    groups, _, order = chain.B.shape
+    factors = S.new_zeros(len(wanted), groups, order, order)
+    factors[-1, :, : S.shape[1]] = S
+    column = {i: c for c, i in enumerate(wanted)}
+    for i in range(wanted[-1] - 1, wanted[0] - 1, -1):
+        S = chain.observe(S, i)
+        if i in column:
+            factors[column[i], :, : S.shape[1]] = S
+    return factors, S
+
+
+def _reached(chain: _Chain, R: Tensor, start: int, wanted: list[int]) -> tuple[Tensor, Tensor]:
+    """(P, G, n, n): the factors R at ``wanted`` positions, from the factor R at ``start`` on; and
+    the last of them with as many rows as it has."""
+    groups, _, order = chain.B.shape
+    factors = R.new_zeros(len(wanted), groups, order, order)
+    column = {i: c for c, i in enumerate(wanted)}
+    for i in range(start, wanted[-1]):
+        R = chain.reach(R, i)
+        if i + 1 in column:
+            factors[column[i + 1], :, : R.shape[1]] = R
+    return factors, R
+
+
+def time_varying_factors(system: TimeVarying, positions: list[int]) -> Iterator[Factors]:
+    """The factors at every position in float64, some positions at a time.
+
+    Args:
+        system: Channels (G); its last step is the horizon.
+        positions: Within 1 … L - 1, ascending.
+    """
+    groups, length, order = system.D.shape[0], system.length, system.order
+    B, C, _ = system.vectors(torch.float64)
+    chain = _Chain(system.transition(torch.float64), B, C)
+    count = max(8, _BUDGET // max(1, groups * order * order * 8))
+    stretches = [positions[k : k + count] for k in range(0, len(positions), count)]
+    # The factors S where each stretch ends; those inside it are made again when its turn comes.
+    S, at, edges = B.new_zeros(groups, 0, order), length, []
+    for stretch in reversed(stretches):
+        for i in range(at - 1, stretch[-1] - 1, -1):
+            S = chain.observe(S, i)
+        at = stretch[-1]
+        edges.append(S)
+    R, at = B.new_zeros(groups, 0, order), 0
+    for stretch, edge in zip(stretches, reversed(edges), strict=True):
+        tasks: list[Callable[[], tuple[Tensor, Tensor]]] = [
+            partial(_reached, chain, R, at, stretch),
+            partial(_observed, chain, edge, stretch),
+        ]
+        (right, R), (left, _) = work(lambda task: task(), tasks, B)
+        at = stretch[-1]
+        yield stretch, left, right
+
+
+def time_varying_norm(system: TimeVarying) -> Tensor:
+    """(G): ‖T‖_F of channels (G), float64, by blocks."""
+    vectors = system.vectors(torch.float64)
+    transition, reach, observe, inside = join(
+        system.transition(torch.float64), *vectors, min(64, 1 << (system.length - 1).bit_length())
+    )
+    energy = inside.square().sum((1, 2, 3))
+    gramian = torch.zeros_like(reach[:, :1] @ reach[:, :1].mT)
+    for k in range(inside.shape[1]):  # energies need no square-root factors
+        energy = energy + ((observe[:, k] @ gramian[:, 0]) * observe[:, k]).sum((-2, -1))
+        block = transition[k : k + 1]
+        gramian = block.left(block.left(gramian).mT) + reach[:, k : k + 1] @ reach[:, k : k + 1].mT
+    return energy.sqrt()
+
+
+def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator[Factors]:
+    """The factors at every position in float64, of the Vandermonde matrix of {λ, λ̄}.
+
+    Args:
+        system: Channels (G).
+        positions: Within 1 … horizon - 1.
+        horizon: Where the blocks end.
+    """
+    poles = torch.where(system.residues != 0, system.poles, 0).to(torch.complex128)
+    residues = system.residues.to(torch.complex128)
+    groups, modes = poles.shape
+    wanted = sorted({*positions, *(horizon - i for i in positions)})
+    powers = geometric_powers(poles, wanted[-1]).transpose(1, 2)  # (G, t, m)
+    rows = torch.view_as_real(powers.contiguous()).flatten(-2)  # (G, t, 2m)
+    factors = rows.new_zeros(len(wanted), groups, 2 * modes, 2 * modes)
+    column = {i: c for c, i in enumerate(wanted)}
+    factor = rows[:, :0]
+    for t in range(wanted[-1]):
+        factor = _triangle(torch.cat([factor, rows[:, t : t + 1]], dim=1))
+        if t + 1 in column:
+            factors[column[t + 1], :, : factor.shape[1]] = factor
+    # Re (r x y) = (Re x, Im x) [[Re r, -Im r], [-Im r, -Re r]] (Re y, Im y)ᵀ
+    for start in range(0, len(positions), max(1, _BUDGET // max(1, factors[0].nbytes))):
+        some = positions[start : start + max(1, _BUDGET // max(1, factors[0].nbytes))]
+        after = factors[[column[horizon - i] for i in some]].unflatten(-1, (modes, 2))
+        real, imaginary = residues.real.unsqueeze(1), residues.imag.unsqueeze(1)
+        left = torch.stack(
+            [
+                after[..., 0] * real - after[..., 1] * imaginary,
+                -after[..., 0] * imaginary - after[..., 1] * real,
+            ],
+            dim=-1,
+        ).flatten(-2)
+        yield some, left, factors[[column[i] for i in some]]
+
+
+class FactoredSingularValues(torch.autograd.Function):
+    """Singular values of ``left right`` from its factors, (G, m, n) and (G, n, k): O((m + k) n²)
+    operations forwards and backwards, and no m × k matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        Q, S = torch.linalg.qr(left)
+        P, R = torch.linalg.qr(right.mT)
+        U, values, Vh = torch.linalg.svd(S @ R.mT, full_matrices=False)
+        ctx.save_for_backward(Q @ U, P @ Vh.mT, left, right)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        U, V, left, right = ctx.saved_tensors
+        weighted = U * g.unsqueeze(-2)
+        return weighted @ (right @ V).mT, (left.mT @ weighted) @ V.mT

@@ -1,0 +1,87 @@
+r"""Gated DeltaNet: ``S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ``, ``y_t = q_tᵀ S_t``.
+
+Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464), equation 10: the delta rule replaces what is
+stored under a key, and α fades everything. Queries and keys are normalised to length 1, so a step
+never enlarges the memory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu, softplus
+
+from gramian.mixers._linear_recurrence import Coefficients, Dynamics, check_sizes, steps_of_time
+from gramian.mixers.linear_attention import LinearAttention
+
+__all__ = ["GatedDeltaNet"]
+
+_EPS = 1e-6  # beside the squared length of queries and keys
+
+
+class _DeltaDynamics(Dynamics):
+    """``α = exp(-exp(A_log) softplus(x + bias))``, one a head."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Rates uniform on a logarithmic scale in [1, 16], Δ in [0.001, 0.1]."""
+        nn.init.uniform_(self.A_log, 0.0, math.log(16.0))
+        steps_of_time(self.dt_bias)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Gates (batch, heads, length, 1) of logits (batch, length, heads)."""
+        dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias)
+        return torch.exp(-self.A_log.exp() * dt).mT.unsqueeze(-1)
+
+
+class GatedDeltaNet(LinearAttention):
+    """Linear attention with the gated delta rule.
+
+    Queries, keys and values pass a short convolution and SiLU; the output has a norm in every head
+    and a gate, as in :class:`LinearAttention`. The input projection's rows are those of all
+    queries, keys, values, then β, α and the output gate, heads in order.
+
+    Args:
+        width: Channels of input and output.
+        heads: Heads of the attention.
+        state_size: n, features of queries and keys; by default ``width / heads``.
+        value_width: N, features of a head's values; by default ``width / heads``.
+        short_kernel: Taps of the short convolution.
+
+    Raises:
+        ValueError: if a number is out of range, or the heads do not divide the width where a size
+            is not given.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        state_size: int | None = None,
+        value_width: int | None = None,
+        *,
+        short_kernel: int = 4,
+    ) -> None:
+        check_sizes(heads=heads)
+        self._build(width, heads, state_size, value_width, short_kernel, "silu", 2 * heads)
+        self.dynamics = _DeltaDynamics(heads)
+
+    def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Coefficients, Tensor]:
+        q, k, v = self._qkv(silu(mixed))
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS) for x in (q, k))
+        q = q * self.state_size**-0.5
+        beta, logits = rest[..., : self.gate_features].chunk(2, dim=-1)
+        beta = torch.sigmoid(beta.to(q.dtype)).mT.unsqueeze(-1)  # (batch, heads, length, 1)
+        alpha = self.dynamics(logits)
+        stored = beta * k
+        agreement = (q * k).sum(-1, keepdim=True)
+        C = alpha * (q - beta * agreement * k)
+        direct = (beta * agreement).squeeze(-1)
+        return Coefficients(alpha.expand_as(k), stored, C, direct, -alpha * stored, k), v

@@ -1,0 +1,69 @@
+r"""Gated linear attention: ``S_t = diag(a_t) S_{t-1} + k_t v_tᵀ``, gates made from the input.
+
+Yang et al. 2024 (arXiv 2312.06635), equation 3 and section 4.4: ``a_t = σ(W₂ W₁ x_t + b)^(1/τ)``,
+W₁ of low rank. GLA of arXiv 2504.19561.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gramian.mixers._linear_recurrence import Dynamics, check_sizes
+from gramian.mixers.linear_attention import LinearAttention, powered_sigmoid
+from gramian.ops.packed import Linear
+
+__all__ = ["GatedLinearAttention"]
+
+
+class _SigmoidGates(Dynamics):
+    def __init__(self, heads: int, state_size: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.bias = nn.Parameter(torch.empty(heads, state_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zeros: at a temperature of 16, gates of about 0.96."""
+        nn.init.zeros_(self.bias)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Gates of logits (batch, length, heads, n)."""
+        return powered_sigmoid(logits.to(self.bias.dtype) + self.bias, self.temperature)
+
+
+class GatedLinearAttention(LinearAttention):
+    """:class:`LinearAttention` whose memory fades by gates that the input decides.
+
+    Args:
+        width: As for :class:`LinearAttention`, and so are the others but for the last two.
+        temperature: τ of the gates, positive; they start near 1 if it is high.
+        gate_rank: Rank of the map from the input to the gates.
+
+    Raises:
+        ValueError: as :class:`LinearAttention`, and if the temperature is not positive or the rank
+            below 1.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        state_size: int | None = None,
+        value_width: int | None = None,
+        *,
+        short_kernel: int = 3,
+        feature_map: str = "identity",
+        temperature: float = 16.0,
+        gate_rank: int = 16,
+    ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature!r}.")
+        check_sizes(gate_rank=gate_rank)
+        self._build(width, heads, state_size, value_width, short_kernel, feature_map, gate_rank)
+        self.gate_proj = Linear(gate_rank, heads * self.state_size, bias=False)
+        self.dynamics = _SigmoidGates(heads, self.state_size, temperature)
+
+    def _gates(self, features: Tensor) -> Tensor:
+        logits = self.gate_proj(features).unflatten(-1, (self.heads, self.state_size))
+        return self.dynamics(logits).transpose(1, 2)

@@ -1,0 +1,80 @@
+r"""GLA-S6: gated linear attention with S6's gates, ``a_t = exp(-Δ_t (1, 2, …, n) / c)``.
+
+In S6 (:mod:`gramian.mixers.s6`) state j fades j times as fast as the first, so a larger state adds
+states that hardly remember, and the effective state-size stalls. Dividing the rates by a
+normalisation factor c that grows with n spreads the same range of rates over more states
+(arXiv 2504.19561, on GLA-S6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from gramian.mixers._linear_recurrence import Coefficients, Dynamics, check_sizes, steps_of_time
+from gramian.mixers.linear_attention import LinearAttention
+
+__all__ = ["GLAS6"]
+
+
+class _NormalizedDynamics(Dynamics):
+    """``Δ = softplus(x + bias)`` of every head, rates ``a = exp(A_log) / c``."""
+
+    def __init__(self, heads: int, state_size: int, normalization: float) -> None:
+        super().__init__()
+        self.normalization = normalization
+        self.A_log = nn.Parameter(torch.empty(heads, state_size))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """a = (1 … n) / c, Δ log-uniform in [0.001, 0.1]."""
+        steps_of_time(self.dt_bias)
+        rates = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device)
+        self.A_log.detach().copy_(rates.log())
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Δ (batch, heads, length, 1) and gates (…, n) of logits (batch, length, heads)."""
+        dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias).mT.unsqueeze(-1)
+        return dt, torch.exp(-dt * self.A_log.exp().unsqueeze(1) / self.normalization)
+
+
+class GLAS6(LinearAttention):
+    """Linear attention in heads whose memory fades as S6's does: GLA-S6.
+
+    ``S_t = exp(-Δ_t a / c) S_{t-1} + Δ_t k_t v_tᵀ``, with one Δ_t a head and one rate a for each of
+    its n states; queries, keys, values, norm and output gate as in :class:`LinearAttention`.
+
+    Args:
+        width: As for :class:`LinearAttention`, and so are the others but for the last.
+        normalization: c, positive; n by default, 1 for the rates of S6.
+
+    Raises:
+        ValueError: as :class:`LinearAttention`, and if the normalisation is not positive.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        state_size: int | None = None,
+        value_width: int | None = None,
+        *,
+        short_kernel: int = 3,
+        feature_map: str = "identity",
+        normalization: float | None = None,
+    ) -> None:
+        if normalization is not None and not normalization > 0:
+            raise ValueError(f"normalization must be positive or None, got {normalization!r}.")
+        check_sizes(heads=heads)
+        self._build(width, heads, state_size, value_width, short_kernel, feature_map, heads)
+        c = self.state_size if normalization is None else normalization
+        self.dynamics = _NormalizedDynamics(heads, self.state_size, c)
+
+    def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Coefficients, Tensor]:
+        dt, a = self.dynamics(rest[..., : self.gate_features])
+        q, k, v = self._qkv(mixed)
+        q, k = self._mapped(q, k)
+        k = dt * k
+        return Coefficients(a, k, a * q, (q * k).sum(-1)), v

@@ -1,0 +1,132 @@
+r"""Linear attention: ``S_t = S_{t-1} + k_t v_tᵀ``, ``y_t = q_tᵀ S_t`` in every head.
+
+Katharopoulos et al. 2020, equations 18–20, with a norm of the output in the denominator's place
+(TransNormer, Qin et al. 2022) and an output gate (Gated Linear Attention, Yang et al. 2024, section
+4.4). LA of arXiv 2504.19561; its weighted and gated kin let the memory fade, with gates that are
+the same for every input (WLA) or made from it (GLA).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import elu, rms_norm, silu
+
+from gramian.mixers._linear_recurrence import Coefficients, LinearRecurrence, check_sizes
+from gramian.mixers._mixer import check_divides
+from gramian.systems._system import working_dtype
+
+__all__ = ["FEATURE_MAPS", "LinearAttention"]
+
+FEATURE_MAPS = {
+    "identity": lambda x: x,
+    "silu": silu,
+    "elu": lambda x: elu(x) + 1,
+}
+_EPS = 1e-5
+
+
+class LinearAttention(LinearRecurrence):
+    """Linear attention with a norm in every head and an output gate.
+
+    ``y = W (silu(g) ∘ rms(o))``, ``o_t = q_tᵀ S_t``, ``S_t = S_{t-1} + k_t v_tᵀ``, with queries,
+    keys and values after a short convolution. The input projection's rows are those of all queries,
+    keys, values, what else the kind needs, and the output gate, heads in order.
+
+    Args:
+        width: Channels of input and output.
+        heads: Heads of the attention.
+        state_size: n, features of queries and keys, the state of each column of values; by default
+            ``width / heads``.
+        value_width: N, features of a head's values; by default ``width / heads``.
+        short_kernel: Taps of the short convolution.
+        feature_map: Of queries and keys: "identity", "silu" or "elu" (that is, elu + 1).
+
+    Raises:
+        ValueError: if a number is out of range, the heads do not divide the width where a size is
+            not given, or the feature map is unknown.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        state_size: int | None = None,
+        value_width: int | None = None,
+        *,
+        short_kernel: int = 3,
+        feature_map: str = "identity",
+    ) -> None:
+        self._build(width, heads, state_size, value_width, short_kernel, feature_map, 0)
+
+    def _build(
+        self,
+        width: int,
+        heads: int,
+        state_size: int | None,
+        value_width: int | None,
+        short_kernel: int,
+        feature_map: str,
+        gates: int,
+    ) -> None:
+        """Construct with ``gates`` further features of the input projection."""
+        check_sizes(width=width, heads=heads)
+        if state_size is None or value_width is None:
+            check_divides("heads", heads, width)
+        state_size = width // heads if state_size is None else state_size
+        value_width = width // heads if value_width is None else value_width
+        check_sizes(state_size=state_size, value_width=value_width)
+        if feature_map not in FEATURE_MAPS:
+            raise ValueError(
+                f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}, got "
+                f"{feature_map!r}."
+            )
+        inner = heads * value_width
+        super().__init__(
+            width,
+            heads,
+            state_size,
+            value_width,
+            convolved=2 * heads * state_size + inner,
+            others=gates + inner,
+            inner=inner,
+            short_kernel=short_kernel,
+        )
+        self.feature_map = feature_map
+        self.gate_features = gates
+        self.norm = nn.RMSNorm(value_width, eps=_EPS)
+
+    def _gates(self, features: Tensor) -> Tensor:
+        """a_t, broadcasting to (batch, heads, length, n), from (batch, length, gate features)."""
+        return features.new_ones((), dtype=working_dtype(features))
+
+    def _qkv(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys (batch, heads, length, n) and values (…, N), in working precision."""
+        n, N = self.heads * self.state_size, self.heads * self.value_width
+        heads = (
+            part.to(working_dtype(mixed)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in mixed.split((n, n, N), dim=-1)
+        )
+        q, k, v = heads
+        return q, k, v
+
+    def _mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The features of queries, scaled by 1/√n, and of keys."""
+        phi = FEATURE_MAPS[self.feature_map]
+        return phi(q) * self.state_size**-0.5, phi(k)
+
+    def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Coefficients, Tensor]:
+        q, k, v = self._qkv(mixed)
+        q, k = self._mapped(q, k)
+        a = self._gates(rest[..., : self.gate_features]).expand_as(k)
+        return Coefficients(a, k, a * q, (q * k).sum(-1)), v
+
+    def _write(self, y: Tensor, rest: Tensor) -> Tensor:
+        y = rms_norm(y, (self.value_width,), self.norm.weight.to(y.dtype), _EPS)
+        gate = rest[..., self.gate_features :].to(y.dtype)
+        return y.transpose(1, 2).flatten(-2) * silu(gate)
+
+
+def powered_sigmoid(logits: Tensor, temperature: float) -> Tensor:
+    """``σ(logits)^(1 / temperature)``, (0, 1), near 1 for a high temperature."""
+    return torch.exp(nn.functional.logsigmoid(logits) / temperature)

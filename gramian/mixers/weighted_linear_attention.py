@@ -1,0 +1,63 @@
+r"""Weighted linear attention: ``S_t = diag(a) S_{t-1} + k_t v_tᵀ``, gates the same for every input.
+
+WLA of arXiv 2504.19561: between linear attention, which never forgets, and gated linear attention,
+whose gates are made from the input. RetNet (Sun et al. 2023) is a case of it with one fixed gate a
+head; here each row of a head's memory has one, and it is learned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from gramian.mixers._linear_recurrence import Dynamics
+from gramian.mixers.linear_attention import LinearAttention, powered_sigmoid
+
+__all__ = ["WeightedLinearAttention"]
+
+
+class _InvariantGates(Dynamics):
+    def __init__(self, heads: int, state_size: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.logits = nn.Parameter(torch.empty(heads, state_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform logits: at a temperature of 16, memories of 23 to 2,400 steps."""
+        nn.init.uniform_(self.logits, 0.0, 5.0)
+
+    def forward(self) -> Tensor:
+        """(heads, 1, n)."""
+        return powered_sigmoid(self.logits, self.temperature).unsqueeze(1)
+
+
+class WeightedLinearAttention(LinearAttention):
+    """:class:`LinearAttention` whose memory fades by learned gates ``σ(logits)^(1/temperature)``.
+
+    Args:
+        width: As for :class:`LinearAttention`, and so are the others but for the last.
+        temperature: τ of the gates, positive; they start near 1 if it is high.
+
+    Raises:
+        ValueError: as :class:`LinearAttention`, and if the temperature is not positive.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        state_size: int | None = None,
+        value_width: int | None = None,
+        *,
+        short_kernel: int = 3,
+        feature_map: str = "identity",
+        temperature: float = 16.0,
+    ) -> None:
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature!r}.")
+        self._build(width, heads, state_size, value_width, short_kernel, feature_map, 0)
+        self.dynamics = _InvariantGates(heads, self.state_size, temperature)
+
+    def _gates(self, features: Tensor) -> Tensor:
+        return self.dynamics()

@@ -1,0 +1,225 @@
+r"""Time-varying linear recurrences by doubling: no loop over time and no division.
+
+``x_{i+1} = A_i x_i + B_i u_i``, ``y_i = C_i x_i + D_i u_i``. A block of c steps is one step of a
+larger system: its transition maps the state before the block to the state after it, its inputs
+(n × c) and outputs (c × n) join the states at its edges to its samples, and its operator (c × c) is
+what happens inside. Two neighbours merge into a block of twice the length,
+
+    Ā = Ā₂ Ā₁,  B̄ = [Ā₂ B̄₁, B̄₂],  C̄ = [C̄₁; C̄₂ Ā₁],  D̄ = [[D̄₁, 0], [C̄₂ B̄₁, D̄₂]],
+
+so log₂ c rounds of batched matrix products make blocks of c steps, and a scan over the blocks
+carries the state from one to the next. Nothing is divided by a product of gates, as chunked forms
+in log space do, so gates may be zero or negative.
+
+A transition is diagonal, diagonal plus low rank (products of Householder-like factors in the WY
+form: the delta rule), or dense. All tensors are (G, K, …): groups, then steps or blocks.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+__all__ = [
+    "Blocks",
+    "Dense",
+    "Diagonal",
+    "DiagonalPlusLowRank",
+    "Transition",
+    "join",
+    "scan",
+]
+
+
+class Transition(abc.ABC):
+    """State matrices A of K steps or blocks, in each of G groups."""
+
+    @abc.abstractmethod
+    def left(self, x: Tensor) -> Tensor:
+        """``A x`` for x (G, K, n, r)."""
+
+    @abc.abstractmethod
+    def right(self, y: Tensor) -> Tensor:
+        """``y A`` for y (G, K, r, n)."""
+
+    @abc.abstractmethod
+    def after(self, earlier: Transition) -> Transition:
+        """``A A'``: the transition ``earlier``, then this one."""
+
+    @abc.abstractmethod
+    def dense(self) -> Tensor:
+        """The matrices, (G, K, n, n)."""
+
+    @abc.abstractmethod
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """``function`` of every tensor (G, K, …): casts, slices of steps."""
+
+    @abc.abstractmethod
+    def padded(self, steps: int) -> Self:
+        """With that many identities after the last step."""
+
+    def __getitem__(self, steps: slice | int) -> Self:
+        return self.map(lambda tensor: tensor[:, steps])
+
+
+class Diagonal(Transition):
+    """``diag(a)``, a (G, K, n)."""
+
+    def __init__(self, a: Tensor) -> None:
+        self.a = a
+
+    def left(self, x: Tensor) -> Tensor:
+        return self.a.unsqueeze(-1) * x
+
+    def right(self, y: Tensor) -> Tensor:
+        return y * self.a.unsqueeze(-2)
+
+    def after(self, earlier: Transition) -> Transition:
+        assert isinstance(earlier, Diagonal)
+        return Diagonal(self.a * earlier.a)
+
+    def dense(self) -> Tensor:
+        return torch.diag_embed(self.a)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(function(self.a))
+
+    def padded(self, steps: int) -> Self:
+        return type(self)(torch.nn.functional.pad(self.a, (0, 0, 0, steps), value=1.0))
+
+
+class DiagonalPlusLowRank(Transition):
+    """``diag(a) + p qᵀ``, a (G, K, n), p and q (G, K, n, r)."""
+
+    def __init__(self, a: Tensor, p: Tensor, q: Tensor) -> None:
+        self.a, self.p, self.q = a, p, q
+
+    def left(self, x: Tensor) -> Tensor:
+        return self.a.unsqueeze(-1) * x + self.p @ (self.q.mT @ x)
+
+    def right(self, y: Tensor) -> Tensor:
+        return y * self.a.unsqueeze(-2) + (y @ self.p) @ self.q.mT
+
+    def after(self, earlier: Transition) -> Transition:
+        if isinstance(earlier, Dense):
+            return Dense(self.left(earlier.a))
+        assert isinstance(earlier, DiagonalPlusLowRank)
+        if 2 * (self.p.shape[-1] + earlier.p.shape[-1]) > self.a.shape[-1]:
+            return Dense(self.left(earlier.dense()))
+        p = torch.cat([self.left(earlier.p), self.p], dim=-1)
+        q = torch.cat([earlier.q, earlier.a.unsqueeze(-1) * self.q], dim=-1)
+        return DiagonalPlusLowRank(self.a * earlier.a, p, q)
+
+    def dense(self) -> Tensor:
+        return torch.diag_embed(self.a) + self.p @ self.q.mT
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(function(self.a), function(self.p), function(self.q))
+
+    def padded(self, steps: int) -> Self:
+        pad = torch.nn.functional.pad
+        p, q = (pad(factor, (0, 0, 0, 0, 0, steps)) for factor in (self.p, self.q))
+        return type(self)(pad(self.a, (0, 0, 0, steps), value=1.0), p, q)
+
+
+class Dense(Transition):
+    """Any matrix, a (G, K, n, n)."""
+
+    def __init__(self, a: Tensor) -> None:
+        self.a = a
+
+    def left(self, x: Tensor) -> Tensor:
+        return self.a @ x
+
+    def right(self, y: Tensor) -> Tensor:
+        return y @ self.a
+
+    def after(self, earlier: Transition) -> Transition:
+        return Dense(earlier.right(self.a))
+
+    def dense(self) -> Tensor:
+        return self.a
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(function(self.a))
+
+    def padded(self, steps: int) -> Self:
+        groups, _, order, _ = self.a.shape
+        eye = torch.eye(order, dtype=self.a.dtype, device=self.a.device)
+        return type(self)(torch.cat([self.a, eye.expand(groups, steps, -1, -1)], dim=1))
+
+
+class Blocks(NamedTuple):
+    """Blocks of c steps: state to state, inputs to state, state to outputs, inputs to outputs."""
+
+    transition: Transition
+    reach: Tensor
+    """(G, K, n, c)."""
+    observe: Tensor
+    """(G, K, c, n)."""
+    inside: Tensor
+    """(G, K, c, c), lower triangular."""
+
+
+def join(transition: Transition, B: Tensor, C: Tensor, D: Tensor, size: int) -> Blocks:
+    """Steps joined to blocks of ``size``, the last one completed by silent steps.
+
+    Args:
+        transition: Of T steps.
+        B: (G, T, n).
+        C: (G, T, n).
+        D: (G, T).
+        size: A power of two.
+
+    Returns:
+        The K = ⌈T / size⌉ blocks.
+    """
+    pad = torch.nn.functional.pad
+    missing = -B.shape[1] % size
+    if missing:
+        transition = transition.padded(missing)
+        B, C, D = pad(B, (0, 0, 0, missing)), pad(C, (0, 0, 0, missing)), pad(D, (0, missing))
+    reach, observe, inside = B.unsqueeze(-1), C.unsqueeze(-2), D[..., None, None]
+    while (have := reach.shape[-1]) < size:
+        first, second = transition[::2], transition[1::2]
+        early, late = reach[:, ::2], observe[:, 1::2]
+        corner = late @ early
+        reach = torch.cat([second.left(early), reach[:, 1::2]], dim=-1)
+        observe = torch.cat([observe[:, ::2], first.right(late)], dim=-2)
+        top = pad(inside[:, ::2], (0, have))
+        inside = torch.cat([top, torch.cat([corner, inside[:, 1::2]], dim=-1)], dim=-2)
+        transition = second.after(first)
+    return Blocks(transition, reach, observe, inside)
+
+
+def scan(transition: Transition, inputs: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """``x_{k+1} = A_k x_k + inputs_k`` by merging neighbours: log₂ K rounds.
+
+    Args:
+        transition: Of K blocks.
+        inputs: (G, K, n, r).
+        start: (G, n, r), the state before the first.
+
+    Returns:
+        The states before every block (G, K, n, r), and the one after the last (G, n, r).
+    """
+    count = inputs.shape[1]
+    if count == 1:
+        end = transition.left(start.unsqueeze(1)) + inputs
+        return start.unsqueeze(1), end.squeeze(1)
+    even = count - count % 2
+    first, second = transition[:even:2], transition[1:even:2]
+    early = inputs[:, :even:2]
+    merged = second.left(early) + inputs[:, 1:even:2]
+    starts, end = scan(second.after(first), merged, start)
+    middles = first.left(starts) + early
+    states = torch.stack([starts, middles], dim=2).flatten(1, 2)
+    if even < count:
+        states = torch.cat([states, end.unsqueeze(1)], dim=1)
+        end = (transition[even:].left(end.unsqueeze(1)) + inputs[:, even:]).squeeze(1)
+    return states, end

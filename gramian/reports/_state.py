@@ -1,0 +1,203 @@
+"""Figures of effective state-size: where a model holds how much, on its text.
+
+Everywhere the cap ``min(i, L - i)`` on the rank of ``T[i:L, :i]`` is marked where it binds: where
+it is below the state there is, so that a full state could not show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gramian.reports._figures import _CYCLE, _GREY, _ORANGE, _finish, _new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from gramian.analysis import StateReport
+
+__all__ = [
+    "plot_state_comparison",
+    "plot_state_curves",
+    "plot_state_map",
+    "plot_utilization",
+]
+
+_TICKS = 40
+
+
+def plot_state_map(report: StateReport) -> Figure:
+    """Mean ESS of every layer at every position, layer × token. Cells are veiled where the cap
+    binds.
+
+    Raises:
+        ValueError: if no layer was read.
+    """
+    curves = _curves(report)  # (layers, P)
+    bound = _bound(report)
+    layers, count = curves.shape
+    width = min(16.0, max(5.0, 2.5 + 0.14 * count))
+    figure = _new_figure(width, 1.8 + 0.17 * layers)
+    axes = figure.subplots()
+    image = axes.imshow(curves, aspect="auto", origin="lower", interpolation="nearest")
+    veil = np.zeros((*bound.shape, 4))
+    veil[..., :3] = 1.0
+    veil[..., 3] = 0.45 * bound
+    axes.imshow(veil, aspect="auto", origin="lower", interpolation="nearest")
+    figure.colorbar(image, ax=axes, label=f"mean {report.measure} ESS of a head or channel")
+    _token_ticks(axes, report)
+    every = max(1, layers // 24)
+    axes.set_yticks(np.arange(0, layers, every), report.labels[::every], fontsize=7)
+    _finish(
+        axes,
+        title=f"{report.model}: effective state-size before each token; pale where the cap binds",
+        x="token",
+        y="layer",
+    )
+    axes.grid(False)
+    return figure
+
+
+def plot_state_curves(report: StateReport) -> Figure:
+    """Mean ESS of each layer against position, from the first layer (dark) to the last (bright),
+    their average, and the cap.
+
+    Raises:
+        ValueError: if no layer was read.
+    """
+    from matplotlib import colormaps
+
+    curves, positions, bound = _curves(report), np.array(report.positions), _bound(report)
+    order = np.argsort(positions)
+    figure = _new_figure(8.0, 3.8)
+    axes = figure.subplots()
+    shades = colormaps["viridis"](np.linspace(0, 0.92, len(curves)))
+    for curve, limited, shade, name in zip(curves, bound, shades, report.labels, strict=True):
+        axes.plot(positions[order], curve[order], color=shade, lw=0.9, alpha=0.8, label=name)
+        axes.plot(
+            positions[order],
+            np.where(limited, curve, np.nan)[order],
+            color="white",
+            lw=0.5,
+        )
+    average = report.average(over_positions=False).numpy()
+    axes.plot(positions[order], average[order], color=_ORANGE, lw=2.2, label="average")
+    top = 1.08 * float(max(curves.max(), average.max(), 1e-9))
+    cap = report.cap.numpy()[order].astype(float)
+    axes.plot(positions[order], cap, color=_GREY, lw=1, ls="--", label="cap min(i, L − i)")
+    axes.set_ylim(0, top)
+    handles, labels = axes.get_legend_handles_labels()
+    shown = [0, len(curves) - 1, len(curves), len(curves) + 1]
+    kept = list(dict.fromkeys(shown))
+    axes.legend([handles[i] for i in kept], [labels[i] for i in kept], frameon=False, fontsize=7)
+    _finish(
+        axes,
+        title=f"{report.model}: each layer; hollow where the cap binds",
+        x=f"position i of {report.horizon:,}",
+        y=f"mean {report.measure} ESS",
+    )
+    return figure
+
+
+def plot_utilization(report: StateReport) -> Figure:
+    """ESS / TSS of each layer, mean over its heads or channels, and the least and most of them.
+
+    Taken where the cap does not bind; of layers where it binds everywhere, at all positions, and
+    their bars are pale.
+
+    Raises:
+        ValueError: if no layer was read.
+    """
+    _check(report)
+    figure = _new_figure(6.4, 1.0 + 0.22 * len(report.layers))
+    axes = figure.subplots()
+    for row, (layer, bound) in enumerate(zip(report.layers, _bound(report), strict=True)):
+        free = ~bound & (layer.tss.numpy() > 0).all(0)
+        chosen = free if free.any() else np.array(report.positions) > 0
+        shares = layer.utilization.numpy()[:, chosen]
+        heads = 100 * (shares.mean(1) if shares.size else np.zeros(len(shares)))
+        axes.barh(
+            row,
+            heads.mean(),
+            color=_CYCLE[0],
+            alpha=1.0 if free.any() else 0.35,
+            height=0.7,
+        )
+        axes.plot([heads.min(), heads.max()], [row, row], color=_ORANGE, lw=1.4)
+    axes.set_yticks(np.arange(len(report.layers)), report.labels, fontsize=7)
+    axes.invert_yaxis()
+    _finish(
+        axes,
+        title=f"{report.model}: state in use; line: least to most of a layer's heads",
+        x="ESS / TSS (%)",
+        y="layer",
+    )
+    return figure
+
+
+def plot_state_comparison(reports: Mapping[str, StateReport]) -> Figure:
+    """Average ESS of several models on one text, per head or channel, and total.
+
+    Positions are shares of the text where the models read different numbers of tokens.
+
+    Raises:
+        ValueError: if there are no reports, or no layer of one was read.
+    """
+    if not reports:
+        raise ValueError("plot_state_comparison was given no reports; give at least one.")
+    shares = len({report.horizon for report in reports.values()}) > 1
+    figure = _new_figure(10.0, 3.6)
+    panels = figure.subplots(1, 2)
+    for index, (name, report) in enumerate(reports.items()):
+        _check(report)
+        positions = np.array(report.positions, dtype=float)
+        order = np.argsort(positions)
+        x = positions[order] / (report.horizon if shares else 1)
+        for axes, sizes in zip(
+            panels,
+            (report.average(over_positions=False), report.total(over_positions=False)),
+            strict=True,
+        ):
+            axes.plot(
+                x,
+                sizes.numpy()[order],
+                color=_CYCLE[index % len(_CYCLE)],
+                ls=("-", "--", ":")[index // len(_CYCLE) % 3],
+                lw=1.6,
+                label=name,
+            )
+    for axes, title in zip(
+        panels, ("average of a head or channel", "total of all that were measured"), strict=True
+    ):
+        axes.legend(frameon=False, fontsize=8)
+        _finish(axes, title=title, x="share of the text" if shares else "position i", y="ESS")
+    return figure
+
+
+def _check(report: StateReport) -> None:
+    if not report.layers:
+        raise ValueError(f"there is nothing to draw: no layer of {report.model} was read.")
+
+
+def _curves(report: StateReport) -> np.ndarray:
+    _check(report)
+    return report.layer_curves().numpy()
+
+
+def _bound(report: StateReport) -> np.ndarray:
+    """(layers, P): whether the cap is below the state there is."""
+    cap = report.cap.numpy()
+    return np.stack([cap < layer.tss.numpy().mean(0) for layer in report.layers])
+
+
+def _token_ticks(axes: Any, report: StateReport) -> None:
+    every = max(1, -(-len(report.positions) // _TICKS))
+    shown = range(0, len(report.positions), every)
+    labels = []
+    for column in shown:
+        position = report.positions[column]
+        token = " ".join(report.tokens[position].split()) or repr(report.tokens[position])[1:-1]
+        labels.append(token[:12].replace("$", r"\$"))
+    axes.set_xticks(list(shown), labels, rotation=90, fontsize=6)

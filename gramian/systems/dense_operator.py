@@ -1,0 +1,208 @@
+r"""Dense causal operators: a lower-triangular matrix with no structure that is known.
+
+``y_i = Σ_{j≤i} T_ij u_j``: what softmax attention applies to its values on one input. The state is
+every input so far; :func:`gramian.realize` finds the smallest recurrence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.ops.vandermonde import group_channels
+from gramian.systems._state import State
+from gramian.systems._system import System, check_tensor, working_dtype
+
+__all__ = ["DenseOperator", "DenseOperatorRecurrence", "DenseOperatorState"]
+
+
+class _Fields(NamedTuple):
+    inputs: Tensor
+    position: Tensor
+
+
+class DenseOperatorState(_Fields, State):
+    """inputs (*B, *C', L), zero from ``position`` (), int64 on the CPU, on."""
+
+    __slots__ = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DenseOperator(System):
+    """``y = T u`` for a lower-triangular T.
+
+    An operator has L steps and no more, as a :class:`TimeVarying` system has. Where its rows are a
+    softmax over all of the past, a further token is a further row: another operator.
+
+    Args:
+        entries: (*C, L, L), real. Entries above the diagonal are not read.
+
+    Raises:
+        TypeError: if the entries are not a real floating-point tensor.
+        ValueError: if they are not square matrices.
+    """
+
+    entries: Tensor
+
+    def __post_init__(self) -> None:
+        check_tensor("the matrix of a dense operator", self.entries)
+        if not self.entries.dtype.is_floating_point:
+            raise TypeError(
+                "the matrix of a dense operator must be real floating point, got "
+                f"{self.entries.dtype}."
+            )
+        if self.entries.ndim < 2 or self.entries.shape[-1] != self.entries.shape[-2]:
+            raise ValueError(
+                "a dense operator takes matrices (*channels, L, L), got "
+                f"{tuple(self.entries.shape)}."
+            )
+
+    @property
+    def channel_shape(self) -> torch.Size:
+        return self.entries.shape[:-2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.entries.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.entries.device
+
+    @property
+    def length(self) -> int:
+        """L, the number of steps."""
+        return self.entries.shape[-1]
+
+    @property
+    def order(self) -> int:
+        """L - 1: the inputs that the last output may need besides its own."""
+        return max(self.length - 1, 0)
+
+    def matrix(self, length: int | None = None) -> Tensor:
+        """The operator on the first ``length`` samples, by default all L, (*C, length, length).
+
+        Raises:
+            ValueError: if there are fewer steps.
+        """
+        length = self.length if length is None else length
+        self._check_steps(0, length)
+        return self.entries[..., :length, :length].tril()
+
+    def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
+        """Singular values of ``T[at:length, :at]``, through which the past reaches the future.
+
+        Args:
+            length: Horizon; by default L.
+            at: Where past and future part, 1 … length - 1; by default length // 2.
+
+        Returns:
+            (*C, k), k = min(at, length - at), descending, decided in float64 and returned in the
+            system's dtype.
+
+        Raises:
+            ValueError: if ``length`` or ``at`` is out of range.
+        """
+        length = self.length if length is None else length
+        self._check_steps(0, length)
+        at = length // 2 if at is None else at
+        if not 0 < at < length:
+            raise ValueError(f"`at` must lie in 1 … {length - 1} for length {length}, got {at}.")
+        block = self.entries[..., at:length, :at].double()
+        return torch.linalg.svdvals(block).to(self.dtype)
+
+    def recurrence(self, form: str | None = None) -> DenseOperatorRecurrence:
+        """One row after the other, O(L) a step; the only form of a dense operator.
+
+        Raises:
+            ValueError: for any other form than "dense".
+        """
+        if form not in (None, "dense"):
+            raise ValueError(
+                f'a dense operator has the recurrence form "dense" only, got {form!r}.'
+            )
+        return DenseOperatorRecurrence(self)
+
+    def _apply(self, u: Tensor) -> Tensor:
+        return self._rows(u.to(working_dtype(u)), 0).to(u.dtype)
+
+    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        if not isinstance(state, DenseOperatorState):
+            raise TypeError(
+                f"a dense operator continues from a DenseOperatorState, got {type(state).__name__}."
+            )
+        inputs, position = state
+        start, end = int(position), int(position) + u.shape[-1]
+        self._check_steps(start, u.shape[-1])
+        past = torch.cat([inputs[..., :start], u.to(inputs.dtype)], dim=-1)
+        new = torch.nn.functional.pad(past, (0, inputs.shape[-1] - end))
+        return self._rows(past, start).to(u.dtype), DenseOperatorState(new, position + u.shape[-1])
+
+    def _rows(self, inputs: Tensor, start: int) -> Tensor:
+        """Outputs ``start`` … from all inputs (*B, *C', end) up to the last of them."""
+        end = inputs.shape[-1]
+        self._check_steps(0, end)
+        rows = self.entries[..., start:end, :end].tril(start).to(inputs.dtype)
+        grouped, restore = group_channels(inputs, self.channel_shape)  # (G, R, end)
+        with torch.autocast(inputs.device.type, enabled=False):
+            return restore(grouped @ rows.reshape(grouped.shape[0], *rows.shape[-2:]).mT)
+
+    def _check_steps(self, start: int, length: int) -> None:
+        if start + length > self.length:
+            taken = f" of which {start} are taken" if start else ""
+            raise ValueError(
+                f"this dense operator has {self.length} steps{taken}; {length} were asked for."
+            )
+
+
+class DenseOperatorRecurrence:
+    """``y_i = T[i, :i + 1] u``: keeps every input. Writes into its buffer."""
+
+    form = "dense"
+    error = 0.0
+
+    def __init__(self, system: DenseOperator) -> None:
+        self.system = system.frozen()
+        self._dtype = working_dtype(system.entries)
+
+    def initial_state(
+        self,
+        batch_shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> DenseOperatorState:
+        """A buffer of L zeros for samples of shape ``batch_shape`` = (*B, *C')."""
+        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
+        inputs = torch.zeros(
+            *shape,
+            self.system.length,
+            dtype=dtype or self._dtype,
+            device=device or self.system.device,
+        )
+        return DenseOperatorState(inputs, torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Take the chunk ``u`` (*B, *C', T) at once; continue from ``state`` if given."""
+        if state is None:
+            state = self.initial_state(u.shape[:-1], device=u.device)
+        return self.system._apply_from(u, state)
+
+    @torch.no_grad()
+    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Take one sample (*B, *C'). Consumes ``state``: use only the one returned.
+
+        Raises:
+            ValueError: if every step is taken.
+        """
+        assert isinstance(state, DenseOperatorState)
+        inputs, position = state
+        at = int(position)
+        self.system._check_steps(at, 1)
+        inputs[..., at] = u_t
+        row = self.system.entries[..., at, : at + 1].to(inputs.dtype)
+        y = (row * inputs[..., : at + 1]).sum(-1)
+        return y.to(u_t.dtype), DenseOperatorState(inputs, position + 1)

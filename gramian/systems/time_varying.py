@@ -1,0 +1,317 @@
+r"""Time-varying systems: linear recurrences with other coefficients at every step.
+
+``x_{i+1} = A_i x_i + B_i u_i``, ``y_i = C_i x_i + D_i u_i`` for i = 0 … L - 1: what gated linear
+attention, selective state spaces and the delta rule apply to their values on one input. The state
+matrix is diagonal (gates), diagonal plus rank one (the delta rule's ``α (I - β k kᵀ)``), or dense.
+
+In the notation of linear attention, ``S_t = diag(α_t) S_{t-1} + k_t v_t``, ``o_t = q_t S_t``, the
+system is ``A = α``, ``B = k``, ``C = α q``, ``D = q · k``: here the state is what is remembered
+*before* the present input, whose own contribution is D.
+
+Inputs are taken by blocks (:mod:`gramian.ops.scan`): matrix products and about log₂ L rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from gramian.ops.scan import Dense, Diagonal, DiagonalPlusLowRank, Transition, join, scan
+from gramian.ops.vandermonde import group_channels
+from gramian.systems._state import State
+from gramian.systems._system import System, check_tensor, working_dtype
+
+__all__ = ["TimeVarying", "TimeVaryingRecurrence", "TimeVaryingState"]
+
+
+class _Fields(NamedTuple):
+    x: Tensor
+    position: Tensor
+
+
+class TimeVaryingState(_Fields, State):
+    """x (*B, *C', n), and position (), int64 on the CPU: the steps that are taken."""
+
+    __slots__ = ()
+
+    def restart(self) -> TimeVaryingState:
+        """The same memory before the first step: to go on with the system of the next stretch."""
+        return TimeVaryingState(self.x, torch.zeros_like(self.position))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TimeVarying(System):
+    """``x_{i+1} = A_i x_i + B_i u_i``, ``y_i = C_i x_i + D_i u_i`` for L steps.
+
+    A system has L steps and no more: a longer input is an error, and so are chunks that together
+    are longer. An input may be shorter; then the first steps are taken. The state counts the
+    steps, and ``state.restart()`` carries the memory into another system, the next stretch of an
+    endless input.
+
+    Args:
+        A: (*C, L, n), real: the diagonals of the state matrices; or (*C, L, n, n), dense ones.
+        B: (*C, L, n), real: the input vectors.
+        C: (*C, L, n), real: the output vectors.
+        D: (*C, L), real: the direct terms.
+        p: (*C, L, n), real, or None: with q, the rank-one part of ``A_i = diag(A_i) + p_i q_iᵀ``.
+        q: (*C, L, n), real, or None.
+
+    Raises:
+        TypeError: if a field is not a real floating-point tensor.
+        ValueError: if the shapes do not belong together, or one of p and q is missing.
+    """
+
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    p: Tensor | None = None
+    q: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        names = ["A", "B", "C", "D"]
+        if self.p is not None or self.q is not None:
+            names += ["p", "q"]
+        for name in names:
+            value = getattr(self, name)
+            check_tensor(f"{name} of a time-varying system", value)
+            if not value.dtype.is_floating_point:
+                raise TypeError(
+                    f"{name} of a time-varying system must be real floating point, got "
+                    f"{value.dtype}."
+                )
+        vector = (*self.D.shape, self.B.shape[-1] if self.B.ndim else 0)
+        diagonal = self.A.ndim == self.B.ndim
+        expected = [vector if diagonal else (*vector, vector[-1])] + [vector] * (len(names) - 2)
+        given = [tuple(getattr(self, name).shape) for name in names if name != "D"]
+        if given != expected or self.D.ndim == 0:
+            raise ValueError(
+                "a time-varying system takes A (*channels, L, n) or (*channels, L, n, n), B, C and "
+                "(with a diagonal A) p and q (*channels, L, n), and D (*channels, L), got "
+                f"{', '.join(f'{name} {tuple(getattr(self, name).shape)}' for name in names)}."
+            )
+        if len(names) == 6 and not diagonal:
+            raise ValueError("p and q belong to a diagonal A: add their product to a dense one.")
+
+    @property
+    def channel_shape(self) -> torch.Size:
+        return self.D.shape[:-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.D.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.D.device
+
+    @property
+    def length(self) -> int:
+        """L, the number of steps."""
+        return self.D.shape[-1]
+
+    @property
+    def order(self) -> int:
+        """n, the dimension of the state."""
+        return self.B.shape[-1]
+
+    def steps(self, start: int, stop: int) -> Self:
+        """The steps ``start`` … ``stop - 1`` as a system of their own."""
+        skip = len(self.channel_shape)
+        return self._map(lambda value: value.narrow(skip, start, stop - start))
+
+    def transition(self, dtype: torch.dtype) -> Transition:
+        """The state matrices with the channels in one dimension, (G, L, …)."""
+        A, p, q = self.A, self.p, self.q
+        groups = self.channel_shape.numel()
+
+        def grouped(value: Tensor) -> Tensor:
+            return value.to(dtype).reshape(groups, *value.shape[len(self.channel_shape) :])
+
+        if A.ndim > self.B.ndim:
+            return Dense(grouped(A))
+        if p is None or q is None:
+            return Diagonal(grouped(A))
+        return DiagonalPlusLowRank(grouped(A), grouped(p).unsqueeze(-1), grouped(q).unsqueeze(-1))
+
+    def vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """B (G, L, n), C (G, L, n) and D (G, L), the channels in one dimension."""
+        groups, length, order = self.channel_shape.numel(), self.length, self.order
+        B, C = (value.to(dtype).reshape(groups, length, order) for value in (self.B, self.C))
+        return B, C, self.D.to(dtype).reshape(groups, length)
+
+    def matrix(self, length: int | None = None) -> Tensor:
+        """The operator on the first ``length`` samples, by default all L, (*C, length, length).
+
+        Raises:
+            ValueError: if there are fewer steps.
+        """
+        length = self.length if length is None else length
+        self._check_steps(0, length)
+        part, dtype = self.steps(0, length), working_dtype(self.D)
+        size = 1 << max(length - 1, 0).bit_length()
+        with torch.autocast(self.device.type, enabled=False):
+            inside = join(part.transition(dtype), *part.vectors(dtype), size).inside
+        return (
+            inside[:, 0, :length, :length]
+            .reshape(*self.channel_shape, length, length)
+            .to(self.dtype)
+        )
+
+    def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
+        """Singular values of ``T[at:length, :at]``, through which the past reaches the future.
+
+        They are those of a product of two triangular factors; no Gramian is formed.
+
+        Args:
+            length: Horizon; by default L.
+            at: Where past and future part, 1 … length - 1; by default length // 2.
+
+        Returns:
+            (*C, k), k = min(n, at, length - at), descending, decided in float64 and returned in
+            the system's dtype.
+
+        Raises:
+            ValueError: if ``length`` or ``at`` is out of range.
+        """
+        length = self.length if length is None else length
+        self._check_steps(0, length)
+        at = length // 2 if at is None else at
+        if not 0 < at < length:
+            raise ValueError(f"`at` must lie in 1 … {length - 1} for length {length}, got {at}.")
+        reach, observe = self.factors(at, length)
+        with torch.autocast(self.device.type, enabled=False):
+            right = torch.linalg.qr(reach.mT, mode="r")[1]
+            left = torch.linalg.qr(observe, mode="r")[1]
+            values = torch.linalg.svdvals(left @ right.mT)
+        return values.reshape(*self.channel_shape, -1).to(self.dtype)
+
+    def factors(self, at: int, length: int) -> tuple[Tensor, Tensor]:
+        """The factors of ``T[at:length, :at]``, observability (G, length - at, n) after
+        reachability (G, n, at), in float64. Differentiable."""
+        parts = []
+        for part in (self.steps(0, at), self.steps(at, length)):
+            size = 1 << max(part.length - 1, 0).bit_length()
+            transition, vectors = part.transition(torch.float64), part.vectors(torch.float64)
+            with torch.autocast(self.device.type, enabled=False):
+                parts.append(join(transition, *vectors, size))
+        return parts[0].reach[:, 0, :, :at], parts[1].observe[:, 0, : length - at]
+
+    def recurrence(self, form: str | None = None) -> TimeVaryingRecurrence:
+        """One step after the other, at most L; the only form of a time-varying system.
+
+        Raises:
+            ValueError: for any other form than "time_varying".
+        """
+        if form not in (None, "time_varying"):
+            raise ValueError(
+                f'a time-varying system has the recurrence form "time_varying" only, got {form!r}.'
+            )
+        return TimeVaryingRecurrence(self)
+
+    def _apply(self, u: Tensor) -> Tensor:
+        x = self.D.new_zeros(*u.shape[:-1], self.order, dtype=working_dtype(u))
+        return self._run(u, x, 0)[0]
+
+    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        if not isinstance(state, TimeVaryingState):
+            raise TypeError(
+                f"a time-varying system continues from a TimeVaryingState, got "
+                f"{type(state).__name__}."
+            )
+        y, x = self._run(u, state.x, int(state.position))
+        return y, TimeVaryingState(x, state.position + u.shape[-1])
+
+    def _run(self, u: Tensor, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Outputs, and the state after them, of the steps from ``start`` on."""
+        length = u.shape[-1]
+        self._check_steps(start, length)
+        if length == 0:
+            return u, x
+        part, dtype = self.steps(start, start + length), x.dtype
+        signal, restore = group_channels(u.to(dtype), self.channel_shape)  # (G, R, T)
+        first, restore_state = group_channels(x, self.channel_shape)  # (G, R, n)
+        size = _block_size(length, self.order, signal.shape[1])
+        with torch.autocast(self.device.type, enabled=False):
+            blocks = join(part.transition(dtype), *part.vectors(dtype), size)
+            padded = torch.nn.functional.pad(signal, (0, -length % size))
+            samples = padded.unflatten(-1, (-1, size)).permute(0, 2, 3, 1)  # (G, K, c, R)
+            starts, end = scan(blocks.transition, blocks.reach @ samples, first.mT)
+            y = blocks.inside @ samples + blocks.observe @ starts
+        y = y.permute(0, 3, 1, 2).flatten(-2)[..., :length]  # (G, R, T)
+        return restore(y).to(u.dtype), restore_state(end.mT)
+
+    def _check_steps(self, start: int, length: int) -> None:
+        if start + length > self.length:
+            taken = f" of which {start} are taken" if start else ""
+            raise ValueError(
+                f"this time-varying system has {self.length} steps{taken}; {length} were asked for."
+            )
+
+
+def _block_size(length: int, order: int, signals: int) -> int:
+    """Steps in a block: about as many as make its operator as cheap as carrying the states."""
+    wanted = max(4, min(64, order, signals))
+    return 1 << (min(wanted, length) - 1).bit_length()
+
+
+class TimeVaryingRecurrence:
+    """``y_i = C_i x + D_i u_i``, ``x ← A_i x + B_i u_i``."""
+
+    form = "time_varying"
+    error = 0.0
+
+    def __init__(self, system: TimeVarying) -> None:
+        self.system = system.frozen()
+        self._dtype = working_dtype(system.D)
+
+    def initial_state(
+        self,
+        batch_shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> TimeVaryingState:
+        """Zeros for samples of shape ``batch_shape`` = (*B, *C')."""
+        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
+        x = torch.zeros(
+            *shape,
+            self.system.order,
+            dtype=dtype or self._dtype,
+            device=device or self.system.device,
+        )
+        return TimeVaryingState(x, torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Take the chunk ``u`` (*B, *C', T) at once, by blocks; go on from ``state`` if given."""
+        if state is None:
+            state = self.initial_state(u.shape[:-1], device=u.device)
+        return self.system._apply_from(u, state)
+
+    @torch.no_grad()
+    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Take one sample (*B, *C').
+
+        Raises:
+            ValueError: if every step is taken.
+        """
+        assert isinstance(state, TimeVaryingState)
+        x, position = state
+        system, at = self.system, int(position)
+        system._check_steps(at, 1)
+        skip = len(system.channel_shape)
+        A, B, C, D = (
+            value.select(skip, at).to(x.dtype) for value in (system.A, system.B, system.C, system.D)
+        )
+        sample = u_t.to(x.dtype)
+        y = (C * x).sum(-1) + D * sample
+        new = (A @ x.unsqueeze(-1)).squeeze(-1) if system.A.ndim > system.B.ndim else A * x
+        if system.p is not None and system.q is not None:
+            p, q = (value.select(skip, at).to(x.dtype) for value in (system.p, system.q))
+            new = new + p * (q * x).sum(-1, keepdim=True)
+        new = new + B * sample.unsqueeze(-1)
+        return y.to(u_t.dtype), TimeVaryingState(new, position + 1)

@@ -1,0 +1,53 @@
+"""The field's tasks: seeded generators and loaders that yield a `datasets.Dataset`.
+
+    train = gramian.tasks.load("mqar", split="train", seed=0, setting="64x4")
+    gramian.tasks.names()
+    gramian.tasks.settings("mqar")
+
+One convention holds for all: `labels` are what is due *at* their position, nothing is shifted, and
+-100 is scored by nobody. A causal language model of transformers shifts labels itself; hand ours to
+it as `shift_labels`, as `gramian.training` does.
+
+Needs `datasets` (`pip install "gramian[train]"`).
+"""
+
+from gramian.tasks import (  # noqa: F401 (each registers its tasks)
+    digits,
+    fasta,
+    listops,
+    lra,
+    mad,
+    memory,
+    mqar,
+    pathfinder,
+    recall,
+    speech_commands,
+    text,
+)
+from gramian.tasks._task import (
+    IGNORED,
+    KINDS,
+    SPLITS,
+    Description,
+    GeneratedTask,
+    Task,
+    build,
+    load,
+    names,
+    register,
+    settings,
+)
+
+__all__ = [
+    "IGNORED",
+    "KINDS",
+    "SPLITS",
+    "Description",
+    "GeneratedTask",
+    "Task",
+    "build",
+    "load",
+    "names",
+    "register",
+    "settings",
+]

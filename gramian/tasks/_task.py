@@ -1,0 +1,288 @@
+"""What a task is: settings, a description for whoever builds a model, rows by split and seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+
+from gramian._nearest import unknown
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = [
+    "IGNORED",
+    "KINDS",
+    "SPLITS",
+    "Description",
+    "GeneratedTask",
+    "Row",
+    "Task",
+    "build",
+    "load",
+    "names",
+    "register",
+    "require_sizes",
+    "settings",
+]
+
+IGNORED = -100
+KINDS = ("tokens", "classification", "pairs", "signal", "reconstruction")
+SPLITS = ("train", "validation", "test")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model for a task must take and give.
+
+    Attributes:
+        kind: `"tokens"`, a label at every position; `"classification"`, one a sequence; `"pairs"`,
+            one for two sequences (`input_ids` and `input_ids_2`); `"signal"`, real numbers at
+            every position; `"reconstruction"`, the whole input from its last position.
+        length: of the longest sequence.
+        vocab_size: number of token ids, or None for `input_values`.
+        num_labels: number of classes, or of real numbers at a position for `"signal"`.
+        input_size: features of `input_values` at a position.
+        pad_token_id: what to pad `input_ids` with; padding is masked, so any id is right.
+        text: whether ids 0 to 255 are bytes of text, those of `gramian.models.ByteTokenizer`.
+    """
+
+    kind: str
+    length: int
+    vocab_size: int | None = None
+    num_labels: int | None = None
+    input_size: int | None = None
+    pad_token_id: int = 0
+    text: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """A task with its settings, which are the fields of the subclass.
+
+    Subclasses implement `description` and `rows`. `published` names settings from the literature;
+    the defaults are published ones too.
+    """
+
+    splits: ClassVar[tuple[str, ...]] = SPLITS
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @abstractmethod
+    def description(self) -> Description:
+        """What a model must take and give."""
+
+    @abstractmethod
+    def rows(self, split: str, seed: int) -> Iterator[Row]:
+        """The rows of a split: a row's arrays under `input_ids` or `input_values`, and `labels`."""
+
+    def features(self) -> datasets.Features:
+        """Column types of the dataset."""
+        from datasets import Array2D, Features, List, Value
+
+        description = self.description()
+        ids = List(Value("int32"))
+        columns: dict[str, Any] = {}
+        if description.input_size is None:
+            columns["input_ids"] = ids
+        else:
+            shape = (description.length, description.input_size)
+            columns["input_values"] = Array2D(shape, "float32")
+        if description.kind == "pairs":
+            columns["input_ids_2"] = ids
+        if description.kind in ("tokens", "reconstruction"):
+            columns["labels"] = ids
+        elif description.kind == "signal":
+            columns["labels"] = Array2D((description.length, description.num_labels), "float32")
+        else:
+            columns["labels"] = Value("int64")
+        return Features(columns)
+
+    def dataset(
+        self, split: str = "train", seed: int = 0, *, streaming: bool = False
+    ) -> datasets.Dataset | datasets.IterableDataset:
+        """The split as a dataset that gives torch tensors.
+
+        Args:
+            split: one of `splits`.
+            seed: of what is generated; loaders take it for what they shuffle.
+            streaming: give an `IterableDataset`, which makes the same rows as they are read and
+                keeps none.
+
+        Raises:
+            ImportError: without `datasets`.
+            ValueError: on a split that the task does not have, a negative seed, or no rows.
+        """
+        try:
+            from datasets import Dataset, IterableDataset, concatenate_datasets
+        except ImportError as error:
+            raise ImportError(
+                'tasks need datasets: pip install "gramian[train]".', name="datasets"
+            ) from error
+        if split not in self.splits:
+            raise ValueError(unknown("split", split, self.splits))
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise ValueError(f"seed must be an integer of at least 0; got {seed!r}.")
+        features = self.features()
+        if streaming:
+            stream = IterableDataset.from_generator(
+                self.rows, features=features, gen_kwargs={"split": split, "seed": seed}
+            )
+            return stream.with_format("torch")
+        rows, parts = self.rows(split, seed), []
+        while chunk := list(islice(rows, 4096)):
+            columns = {name: [row[name] for row in chunk] for name in features}
+            parts.append(Dataset.from_dict(columns, features=features))
+        if not parts:
+            raise ValueError(f"the task has no {split} rows with these settings.")
+        return concatenate_datasets(parts).with_format("torch")
+
+    def random(self, split: str, seed: int) -> np.random.Generator:
+        """A stream of random numbers that no other split, seed or kind of task shares."""
+        kind = zlib.crc32(type(self).__name__.encode())
+        return np.random.default_rng([seed, SPLITS.index(split), kind])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratedTask(Task):
+    """A task whose rows are drawn: subclasses give one row at a time.
+
+    Args:
+        train_examples: rows of the training split.
+        eval_examples: rows of the validation split, and of the test split.
+    """
+
+    train_examples: int = 10_000
+    eval_examples: int = 1_000
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "train_examples", "eval_examples")
+
+    @abstractmethod
+    def row(self, random: np.random.Generator, split: str) -> Row:
+        """One row."""
+
+    def rows(self, split: str, seed: int) -> Iterator[Row]:
+        random = self.random(split, seed)
+        for _ in range(self.train_examples if split == "train" else self.eval_examples):
+            yield self.row(random, split)
+
+
+_REGISTRY: dict[str, type[Task]] = {}
+_T = TypeVar("_T", bound=type[Task])
+
+
+def register(name: str) -> Callable[[_T], _T]:
+    """Class decorator: make a `Task` known as `name`.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+
+    def add(task: _T) -> _T:
+        if name in _REGISTRY:
+            raise ValueError(f"there is a task {name!r} already: {_REGISTRY[name].__name__}.")
+        _REGISTRY[name] = task
+        return task
+
+    return add
+
+
+def names() -> list[str]:
+    """Names of all tasks, sorted."""
+    return sorted(_REGISTRY)
+
+
+def settings(name: str) -> dict[str, dict[str, Any]]:
+    """Published settings of a task by name; `"default"` are all settings with their defaults.
+
+    Raises:
+        ValueError: on an unknown task.
+    """
+    kind = _lookup(name)
+    defaults = {
+        field.name: None if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(kind)
+    }
+    return {"default": defaults, **{key: dict(one) for key, one in kind.published.items()}}
+
+
+def build(name: str, setting: str | None = None, **settings: Any) -> Task:
+    """The task `name` with a published setting and changes to it.
+
+    Args:
+        name: one of `names()`.
+        setting: name of a published setting, one of `settings(name)`; by default the defaults.
+        settings: the task's own settings, which win over the published ones.
+
+    Raises:
+        ValueError: on an unknown task, published setting or setting, or a value that does not fit.
+    """
+    kind = _lookup(name)
+    chosen: dict[str, Any] = {}
+    if setting is not None and setting != "default":
+        if setting not in kind.published:
+            raise ValueError(unknown(f"setting of {name}", setting, ["default", *kind.published]))
+        chosen |= kind.published[setting]
+    fields = {field.name for field in dataclasses.fields(kind)}
+    for key in settings:
+        if key not in fields:
+            raise ValueError(unknown(f"setting of the task {name}", key, fields))
+    chosen |= settings
+    needed = [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.name not in chosen
+    ]
+    if needed:
+        raise ValueError(f"the task {name} needs {' and '.join(needed)}.")
+    return kind(**chosen)
+
+
+def load(
+    name: str,
+    split: str = "train",
+    seed: int = 0,
+    *,
+    setting: str | None = None,
+    streaming: bool = False,
+    **settings: Any,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A split of a task as a `datasets.Dataset` of torch tensors.
+
+    Equal arguments give equal rows; splits of one seed, and seeds, share no random numbers.
+
+    Args:
+        name: one of `names()`.
+        split: `"train"`, `"validation"` or `"test"`, where the task has it.
+        seed: of what is generated.
+        setting: name of a published setting.
+        streaming: give an `IterableDataset` instead.
+        settings: changes to the setting.
+
+    Raises:
+        ValueError: on an unknown task, setting or split, or a value that does not fit.
+        FileNotFoundError: on a missing file of a task that reads files.
+    """
+    return build(name, setting, **settings).dataset(split, seed, streaming=streaming)
+
+
+def _lookup(name: str) -> type[Task]:
+    if name not in _REGISTRY:
+        raise ValueError(unknown("task", name, _REGISTRY))
+    return _REGISTRY[name]
+
+
+def require_sizes(task: Task, *names: str, least: int = 1) -> None:
+    """Check that the settings `names` are integers of at least `least`."""
+    for name in names:
+        value = getattr(task, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")

@@ -1,0 +1,146 @@
+"""Text, Retrieval and Image of the Long Range Arena (arXiv 2011.04006), from local files.
+
+Text and Retrieval are read as bytes, as the Arena's character level does: a byte's id is its value
+plus 1, and 0 is padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gramian.tasks._task import Description, Row, Task, register, require_sizes
+
+__all__ = ["Image", "Retrieval", "Text"]
+
+BYTES = 257
+
+
+def byte_ids(text: bytes, length: int) -> np.ndarray:
+    """Ids of the first `length` bytes."""
+    return np.frombuffer(text[:length], dtype=np.uint8).astype(np.int64) + 1
+
+
+def require_folder(path: str | Path, what: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}; {what}.")
+    return folder
+
+
+@register("lra/text")
+@dataclass(frozen=True, kw_only=True)
+class Text(Task):
+    """Reviews of the IMDb, good (1) or bad (0); the test set is the validation set, as published.
+
+    Args:
+        path: the folder `aclImdb` of the data set's archive, with `train/pos/*.txt` and so on.
+        length: bytes that are read of a review.
+    """
+
+    path: str
+    length: int = 4096
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "length")
+
+    def description(self) -> Description:
+        return Description("classification", self.length, vocab_size=BYTES, num_labels=2)
+
+    def rows(self, split: str, seed: int) -> Iterator[Row]:
+        folder = require_folder(self.path, "it must be aclImdb, unpacked")
+        part = "train" if split == "train" else "test"
+        for label, name in enumerate(("neg", "pos")):
+            for file in sorted((folder / part / name).glob("*.txt")):
+                text = file.read_bytes()
+                if text:
+                    yield {"input_ids": byte_ids(text, self.length), "labels": label}
+
+
+@register("lra/retrieval")
+@dataclass(frozen=True, kw_only=True)
+class Retrieval(Task):
+    """Two papers of the ACL Anthology Network, one citing the other (1) or not (0).
+
+    Args:
+        path: folder with `new_aan_pairs.train.tsv`, `.eval.tsv` and `.test.tsv` of the Arena's
+            release: label, two names, two texts, tabs between them.
+        length: bytes that are read of a paper.
+    """
+
+    path: str
+    length: int = 4000
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "length")
+
+    def description(self) -> Description:
+        return Description("pairs", self.length, vocab_size=BYTES, num_labels=2)
+
+    def rows(self, split: str, seed: int) -> Iterator[Row]:
+        folder = require_folder(self.path, "it must hold new_aan_pairs.train.tsv and its kin")
+        part = "eval" if split == "validation" else split
+        file = folder / f"new_aan_pairs.{part}.tsv"
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                cells = line.rstrip(b"\r\n").split(b"\t")
+                if len(cells) != 5:
+                    raise ValueError(
+                        f"{file}, line {number}: five cells are needed; got {len(cells)}."
+                    )
+                yield {
+                    "input_ids": byte_ids(cells[3], self.length),
+                    "input_ids_2": byte_ids(cells[4], self.length),
+                    "labels": int(float(cells[0])),
+                }
+
+
+@register("lra/image")
+@dataclass(frozen=True, kw_only=True)
+class Image(Task):
+    """CIFAR-10 in grey, pixel by pixel, standardised with the published mean and deviation.
+
+    Args:
+        path: the folder `cifar-10-batches-bin` of the data set's binary version.
+        validation: share of the training images that are the validation split.
+        split_seed: of which images those are.
+    """
+
+    path: str
+    validation: float = 0.1
+    split_seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation < 1:
+            raise ValueError(f"validation must be a share between 0 and 1; got {self.validation}.")
+
+    def description(self) -> Description:
+        return Description("classification", 1024, input_size=1, num_labels=10)
+
+    def rows(self, split: str, seed: int) -> Iterator[Row]:
+        folder = require_folder(self.path, "it must be CIFAR-10's binary version, unpacked")
+        if split == "test":
+            records = self._read(folder / "test_batch.bin")
+        else:
+            files = [folder / f"data_batch_{index}.bin" for index in range(1, 6)]
+            records = np.concatenate([self._read(file) for file in files])
+            order = np.random.default_rng(self.split_seed).permutation(len(records))
+            held_out = round(self.validation * len(records))
+            chosen = order[:held_out] if split == "validation" else order[held_out:]
+            records = records[chosen]
+        for record in records:
+            red, green, blue = record[1:].astype(np.int64).reshape(3, 1024)
+            # Grey as image libraries make it (ITU-R 601), rounded as they round it.
+            grey = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+            values = (grey / 255 - 122.6 / 255) / (61.0 / 255)
+            yield {"input_values": values[:, None].astype(np.float32), "labels": int(record[0])}
+
+    @staticmethod
+    def _read(file: Path) -> np.ndarray:
+        data = np.fromfile(file, dtype=np.uint8)
+        if len(data) % 3073:
+            raise ValueError(f"{file} is not made of records of 3,073 bytes.")
+        return data.reshape(-1, 3073)

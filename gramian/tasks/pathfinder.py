@@ -1,0 +1,327 @@
+"""Pathfinder of the Long Range Arena: do two discs lie on one dashed path?
+
+After Linsley et al. (NeurIPS 2018), by the generator that the Arena used (drewlinsley/pathfinder)
+with its settings for 32 × 32 pixels. Two long paths begin near each other; a disc is drawn on the
+beginning of one and a disc on the end of the same (label 1) or of the other (label 0). Short
+distractor paths fill the rest. Brightness is stretched over each image, as the generator's files
+are; they are read as grey values in [-1, 1], pixel by pixel.
+
+A path grows dash by dash. A mask holds what is taken: every dash with a margin around it. The next
+dash starts where the last one points, its direction is drawn with weight `cos²(c Δ)` of the turn Δ,
+c the `continuity`, where the mask leaves room.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from gramian.tasks._task import Description, GeneratedTask, Row, register, require_sizes
+
+__all__ = ["Pathfinder"]
+
+FREE = 0.3  # a mask value up to which a pixel counts as free
+OVERLAP = 1.8  # of two masks, from which dashes cross
+RETRIES = 2  # of a dash
+SNAKE_RETRIES = 4  # of a distractor path
+LEAST_FREE = 0.01  # share of free pixels below which no distractor is begun
+
+
+class _Dash(NamedTuple):
+    pivot: tuple[int, int]
+    orientation: float
+    tip: tuple[int, int]
+    mask: np.ndarray
+
+
+@register("lra/pathfinder")
+@dataclass(frozen=True, kw_only=True)
+class Pathfinder(GeneratedTask):
+    """Images of dashed paths; the label says whether the two discs lie on one of them.
+
+    Args:
+        size: pixels of a side.
+        path_length: dashes of the two long paths; 6, 9 and 14 are the published difficulties.
+        dash: length of a dash.
+        thickness: of a dash; a multiple of a half.
+        gap: free pixels around a dash.
+        seed_distance: between the beginnings of the two paths.
+        continuity: how straight the paths are.
+        radius: of the discs.
+        distractors: their dashes in all; each distractor has a third of a path's.
+        path_contrast: brightness of the long paths, relative to the discs'.
+        distractor_contrast: likewise, of the short ones.
+    """
+
+    train_examples: int = 160_000
+    eval_examples: int = 20_000
+    size: int = 32
+    path_length: int = 14
+    dash: int = 2
+    thickness: float = 0.5
+    gap: int = 1
+    seed_distance: int = 7
+    continuity: float = 1.0
+    radius: float = 1.5
+    distractors: int = 20
+    path_contrast: float = 1.5
+    distractor_contrast: float = 2.0
+
+    published = {  # noqa: RUF012
+        "easy": {"path_length": 6},
+        "intermediate": {"path_length": 9},
+        "hard": {"path_length": 14},
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_sizes(self, "size", "path_length", "dash", "gap", "seed_distance")
+        require_sizes(self, "distractors", least=0)
+        if self.path_length < 3:
+            raise ValueError(f"path_length must be at least 3; got {self.path_length}.")
+        if self.size <= 4 * self.seed_distance:
+            raise ValueError(
+                f"size must be above 4 × seed_distance, here {4 * self.seed_distance}; got "
+                f"{self.size}."
+            )
+        if not self.thickness > 0 or 2 * self.thickness != round(2 * self.thickness):
+            raise ValueError(f"thickness must be a multiple of 0.5; got {self.thickness}.")
+
+    def description(self) -> Description:
+        return Description("classification", self.size**2, input_size=1, num_labels=2)
+
+    def row(self, random: np.random.Generator, split: str) -> Row:
+        label = int(random.integers(2))
+        image, _ = self.picture(random, label)
+        low, high = float(image.min()), float(image.max())
+        grey = np.floor((image - low) / max(high - low, 1e-9) * 255 + 0.5)
+        values = grey.reshape(-1, 1) / 127.5 - 1
+        return {"input_values": values.astype(np.float32), "labels": label}
+
+    def picture(
+        self, random: np.random.Generator, label: int
+    ) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
+        """An image (size, size), not yet stretched, and the ends of the two paths."""
+        while True:
+            drawn = self._two_paths(random)
+            if drawn is not None:
+                break
+        images, mask, ends = drawn
+        image = np.maximum(*images)
+        short = self.path_length // 3
+        for _ in range(self.distractors // short):
+            for _ in range(SNAKE_RETRIES + 1):
+                added = self._distractor(random, image, mask, short)
+                if added is not None:
+                    image, mask = added
+                    break
+        first = int(random.integers(2))
+        last = first if label else 1 - first
+        for row, column in (ends[first][0], ends[last][1]):
+            image = np.maximum(image, _disc(self.size, row, column, self.radius))
+        return image, ends
+
+    def _two_paths(
+        self, random: np.random.Generator
+    ) -> tuple[list[np.ndarray], np.ndarray, list[list[tuple[int, int]]]] | None:
+        mask = np.zeros((self.size, self.size))
+        mask[[0, -1]] = mask[:, [0, -1]] = 1
+        border = mask.copy()
+        edge = 2 * self.seed_distance
+        border[:edge] = border[-edge:] = border[:, :edge] = border[:, -edge:] = 1
+        first = self._begin(random, border)
+        if first is None:
+            return None
+        second = None
+        for _ in range(RETRIES + 1):
+            angle = random.integers(-180, 180) * math.pi / 180
+            direction = random.integers(360) * math.pi / 180
+            tail = (
+                int(np.round(first.tip[0] + self.seed_distance * math.sin(direction))),
+                int(np.round(first.tip[1] + self.seed_distance * math.cos(direction))),
+            )
+            second = self._dash_at(tail, angle)
+            if second is not None:
+                break
+        if second is None:
+            return None
+        dashes = [first, second]
+        images = [self.path_contrast * self._draw(dash.tip, dash.orientation)[0] for dash in dashes]
+        for _ in range(self.path_length - 1):
+            for path in range(2):
+                extended = self._extend(random, dashes[path], mask)
+                if extended is None:
+                    return None
+                dashes[path], line, mask = extended
+                images[path] = np.maximum(images[path], self.path_contrast * line)
+        mask = np.maximum(mask, dashes[1].mask)
+        ends = [[begun.tip, dash.tip] for begun, dash in zip((first, second), dashes, strict=True)]
+        return images, mask, ends
+
+    def _distractor(
+        self, random: np.random.Generator, image: np.ndarray, mask: np.ndarray, length: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        if (mask <= FREE).mean() < LEAST_FREE:
+            return None
+        border = mask.copy()
+        border[[0, -1]] = border[:, [0, -1]] = 1
+        dash = self._begin(random, border)
+        if dash is None:
+            return None
+        line = self._draw(dash.tip, dash.orientation)[0]
+        image = np.maximum(image, self.distractor_contrast * line)
+        for _ in range(length - 1):
+            extended = self._extend(random, dash, mask)
+            if extended is None:
+                return None
+            dash, line, mask = extended
+            image = np.maximum(image, self.distractor_contrast * line)
+        return image, np.maximum(mask, dash.mask)
+
+    def _begin(self, random: np.random.Generator, taken: np.ndarray) -> _Dash | None:
+        """A first dash where it fits."""
+        for _ in range(RETRIES + 1):
+            angle = random.integers(-180, 180) * math.pi / 180
+            reach = self.dash + self.gap
+            shape = _place(self._patch(angle)[1], (reach + 1, reach + 1), 2 * reach + 1)
+            free = np.flatnonzero(_dilate(taken, shape >= 1) <= FREE)
+            if len(free) == 0:
+                return None
+            row, column = divmod(int(random.choice(free)), self.size)
+            dash = self._dash_at((row, column), angle)
+            if dash is not None:
+                return dash
+        return None
+
+    def _dash_at(self, tail: tuple[int, int], angle: float) -> _Dash | None:
+        """The dash from its tail on; its pivot lies behind the tail. None outside of the image."""
+        head = _move(tail, angle, self.dash)
+        pivot = _move(head, _reversed(angle), self.dash + self.gap)
+        if not all(0 <= value < self.size for value in (*head, *pivot)):
+            return None
+        return _Dash(pivot, angle, tail, self._draw(tail, angle)[1])
+
+    def _extend(
+        self, random: np.random.Generator, last: _Dash, mask: np.ndarray
+    ) -> tuple[_Dash, np.ndarray, np.ndarray] | None:
+        """The next dash of a path, its line, and the mask with the last dash in it."""
+        pivot = _move(last.pivot, last.orientation, self.dash + 2 * self.gap)
+        taken = _dilate(mask, _disc_structure(self.gap))
+        reach = self.dash + self.gap
+        angles = np.arange(0, 360, 360 / (2 * reach * math.pi)) * math.pi / 180
+        circle = np.stack(
+            [pivot[0] + reach * np.sin(angles), pivot[1] + reach * np.cos(angles)], axis=-1
+        )
+        inside = ((circle >= 0) & (circle < self.size)).all(-1)
+        if not inside.any():
+            return None
+        heads = np.unique(circle[inside].astype(int), axis=0)
+        away = heads - np.array(pivot)
+        orientations = np.arctan2(away[:, 0], away[:, 1])
+        turn = np.abs(orientations - last.orientation)
+        turn = np.minimum(np.minimum(turn, 2 * math.pi - turn) * self.continuity, math.pi / 2)
+        weights = (1 - taken[heads[:, 0], heads[:, 1]]) * np.maximum(np.cos(turn), 0) ** 2
+        if weights.sum() < 1e-4:
+            return None
+        chances = np.cumsum(weights / weights.sum())
+        for _ in range(RETRIES + 1):
+            index = int(np.argmax(chances > random.random()))
+            head = (int(heads[index, 0]), int(heads[index, 1]))
+            orientation = float(orientations[index])
+            line, covered = self._draw(head, _reversed(orientation))
+            if (mask + covered).max() < OVERLAP:
+                dash = _Dash(pivot, orientation, head, covered)
+                return dash, line, np.maximum(mask, last.mask)
+        return None
+
+    def _draw(self, start: tuple[int, int], angle: float) -> tuple[np.ndarray, np.ndarray]:
+        """Line and mask of a dash, (size, size)."""
+        line, mask = self._patch(angle)
+        return _place(line, start, self.size), _place(mask, start, self.size)
+
+    def _patch(self, angle: float) -> tuple[np.ndarray, np.ndarray]:
+        return _dash_patch(angle, self.dash, self.thickness, self.gap)
+
+
+SCALE = 2  # of the resolution at which dashes and discs are drawn before they are scaled down
+
+
+def _move(point: tuple[int, int], angle: float, distance: float) -> tuple[int, int]:
+    return (
+        math.ceil(point[0] + distance * math.sin(angle)),
+        math.ceil(point[1] + distance * math.cos(angle)),
+    )
+
+
+def _reversed(angle: float) -> float:
+    return angle + math.pi if angle < 0 else angle - math.pi
+
+
+@lru_cache(maxsize=4096)
+def _dash_patch(
+    angle: float, length: int, thickness: float, gap: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Line and mask of a dash that begins in the middle, (2 r + 1, 2 r + 1), values in [0, 1]."""
+    from PIL import Image, ImageDraw
+
+    radius = length + math.ceil(thickness) + gap
+    centre = radius * SCALE
+    head = _move((centre, centre), angle, length * SCALE)
+    fine = Image.new("L", (2 * centre + 1, 2 * centre + 1))
+    ImageDraw.Draw(fine).line(
+        [(centre, centre), (head[1], head[0])], fill=255, width=round(thickness * SCALE)
+    )
+    pixels = np.asarray(fine)
+    mask = _dilate(pixels, _disc_structure(gap * SCALE))
+    return _shrink(pixels, 2 * radius + 1), _shrink(mask, 2 * radius + 1)
+
+
+def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:
+    from PIL import Image
+
+    image = Image.fromarray(pixels.astype(np.uint8)).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).astype(np.float64) / 255
+
+
+def _place(patch: np.ndarray, centre: tuple[int, int], size: int) -> np.ndarray:
+    """`patch` with its middle at `centre` of a (size, size) image; what sticks out is cut off."""
+    radius = patch.shape[0] // 2
+    padded = np.zeros((size + 2 * patch.shape[0],) * 2)
+    row, column = (value + patch.shape[0] - radius for value in centre)
+    padded[row : row + patch.shape[0], column : column + patch.shape[0]] = patch
+    edge = patch.shape[0]
+    return padded[edge : edge + size, edge : edge + size]
+
+
+def _dilate(image: np.ndarray, structure: np.ndarray) -> np.ndarray:
+    """The largest value under `structure` around every pixel."""
+    radius = structure.shape[0] // 2
+    height, width = image.shape
+    padded = np.zeros((height + 2 * radius, width + 2 * radius), dtype=image.dtype)
+    padded[radius : radius + height, radius : radius + width] = image
+    return np.max(
+        [
+            padded[row : row + height, column : column + width]
+            for row, column in np.argwhere(structure)
+        ],
+        axis=0,
+    )
+
+
+@lru_cache(maxsize=8)
+def _disc_structure(radius: int) -> np.ndarray:
+    offsets = np.arange(-radius, radius + 1)
+    return offsets[:, None] ** 2 + offsets**2 <= radius**2
+
+
+@lru_cache(maxsize=4096)
+def _disc(size: int, row: int, column: int, radius: float) -> np.ndarray:
+    offsets = np.arange(size * SCALE)
+    inside = (offsets[:, None] - row * SCALE) ** 2 + (offsets - column * SCALE) ** 2 <= (
+        radius * SCALE
+    ) ** 2
+    return _shrink(inside * 255, size)

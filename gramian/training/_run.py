@@ -1,0 +1,361 @@
+"""One run: task and model from the configuration, training, and the run's folder.
+
+config.yaml        what was asked for
+environment.json   versions, machine, command; one more for each time the run was resumed
+metrics.jsonl      a line for everything logged
+samples.jsonl      what the model made of a few rows at each evaluation
+checkpoints/       what a killed run goes on from
+best/, last/       models, as `from_pretrained` reads them
+training.png       losses and metrics against steps
+report.json        written last: the run is finished
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from gramian import tasks
+from gramian._nearest import unknown
+from gramian._staging import staged_file
+from gramian.models import (
+    ByteTokenizer,
+    GramianConfig,
+    GramianForCausalLM,
+    GramianForSequenceClassification,
+)
+from gramian.reports import plot_training, save_figure
+from gramian.tasks import Description, Task
+from gramian.training.collation import Collator
+from gramian.training.configuration import ConfigError, TrainingConfig
+from gramian.training.recording import (
+    Recorder,
+    Sampler,
+    cut_after,
+    environment,
+    read_lines,
+    write_json,
+)
+from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoints
+
+__all__ = ["TrainingReport", "train"]
+
+BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock"}
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What came out of a run.
+
+    Attributes:
+        output: the run's folder.
+        steps: optimiser steps taken, over all resumptions.
+        parameters: of the model.
+        metrics: of the last evaluation.
+        best: the best value of `evaluation.metric`, and the step it was reached at.
+        seconds: of the last process that worked on the run.
+        resumed_from: the step that it went on from; 0 for the start.
+    """
+
+    output: str
+    steps: int
+    parameters: int
+    metrics: dict[str, float]
+    best: dict[str, Any]
+    seconds: float
+    resumed_from: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
+    """Train as `config` says, or go on where an earlier call with the same `config` was killed.
+
+    Under `torchrun` every process calls it with the same configuration.
+
+    Args:
+        config: from `load_config` or `parse_config`.
+        progress: whether to show a progress bar on standard error.
+
+    Returns:
+        The report, which is in the folder as well; of a run that is finished already, its own.
+
+    Raises:
+        ConfigError: if task, model or batch do not fit, or the folder holds another run.
+        FileNotFoundError: on a missing file of the task.
+    """
+    folder = Path(config.output)
+    task = _task(config)
+    description = task.description()
+    if config.hardware.threads is not None:
+        torch.set_num_threads(config.hardware.threads)
+    set_seed(config.seed)
+    model = _model(config, description)
+    data = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
+    held_out: Any = task.dataset(config.evaluation.split, config.seed)
+    if config.evaluation.examples is not None:
+        held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
+    steps = _steps(config, data)
+    arguments = _arguments(config, steps, progress)
+
+    with arguments.main_process_first(local=False):
+        report = _prepare(folder, config, arguments)
+    if report is not None:
+        return report
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    resumed_from = int(checkpoints[-1].name.rsplit("-", 1)[1]) if checkpoints else 0
+
+    set_seed(config.seed)
+    trainer = GramianTrainer(
+        description,
+        folder,
+        tokenizer=ByteTokenizer() if description.text else None,
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=held_out,
+        data_collator=Collator(description),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Recorder(folder / "metrics.jsonl"))
+    if config.evaluation.patience is not None:
+        trainer.add_callback(Patience(config.evaluation.patience))
+    if not config.hardware.fsdp:  # a sharded model is whole in no process
+        rows = [held_out[index] for index in range(min(len(held_out), config.evaluation.samples))]
+        length = config.evaluation.sample_length
+        trainer.add_callback(Sampler(folder / "samples.jsonl", rows, description, length))
+
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    trainer.save_as("last")
+    seconds = time.perf_counter() - began
+    with arguments.main_process_first(local=False):
+        if trainer.is_world_process_zero():
+            _finish(folder, config, trainer, seconds, resumed_from)
+    return _read_report(folder)
+
+
+def _task(config: TrainingConfig) -> Task:
+    settings = dict(config.task)
+    name, setting = settings.pop("name"), settings.pop("setting", None)
+    settings.pop("streaming", None)
+    try:
+        task = tasks.build(name, setting, **settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"task: {error}") from error
+    if config.evaluation.split not in task.splits:
+        raise ConfigError(unknown("evaluation.split", config.evaluation.split, task.splits))
+    return task
+
+
+def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
+    if description.kind not in ("tokens", "classification"):
+        raise ConfigError(
+            f"there is no model to train for tasks of the kind {description.kind!r}; the task "
+            f"{config.task['name']} is one."
+        )
+    causal = description.kind == "tokens"
+    kind = GramianForCausalLM if causal else GramianForSequenceClassification
+    values = dict(config.model)
+    path = values.pop("path", None)
+    if path is not None:
+        if values:
+            raise ConfigError(f"model has a path, so it cannot have {', '.join(values)} too.")
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"there is no model folder {path}.")
+        return kind.from_pretrained(path, local_files_only=True)
+    known = set(GramianConfig.__annotations__)
+    for key in values:
+        if key not in known:
+            raise ConfigError(unknown("key of model", key, known))
+    values.setdefault("max_position_embeddings", description.length)
+    if description.vocab_size is not None:
+        values.setdefault("vocab_size", description.vocab_size)
+        if values["vocab_size"] < description.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size must be at least the task's {description.vocab_size}; got "
+                f"{values['vocab_size']}."
+            )
+    if description.input_size is not None:
+        values.setdefault("input_size", description.input_size)
+    if not causal:
+        values["num_labels"] = description.num_labels
+    try:
+        return kind(GramianConfig(**values))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def _steps(config: TrainingConfig, data: Any) -> int:
+    optimization = config.optimization
+    if optimization.steps is not None:
+        return optimization.steps
+    if not hasattr(data, "__len__"):
+        raise ConfigError("a streamed task has no known length: give optimization.steps.")
+    assert optimization.epochs is not None
+    an_epoch = math.ceil(len(data) / optimization.batch_size)
+    return max(1, round(optimization.epochs * an_epoch))
+
+
+def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingArguments:
+    optimization, evaluation, hardware = config.optimization, config.evaluation, config.hardware
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    shares = processes * optimization.accumulation
+    if optimization.batch_size % shares:
+        raise ConfigError(
+            f"optimization.batch_size must be divisible by processes × accumulation, here "
+            f"{processes} × {optimization.accumulation}; got {optimization.batch_size}."
+        )
+    share = optimization.batch_size // shares
+    folder = Path(config.output)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
+    schedule, options = optimization.schedule, {}
+    if schedule == "cosine":
+        schedule, options = "cosine_with_min_lr", {"min_lr_rate": optimization.final_rate}
+    elif schedule == "constant":
+        schedule = "constant_with_warmup"
+    warmup = optimization.warmup
+    block = BLOCKS.get(str(config.model.get("block", "mlp")), BLOCKS["mlp"])
+    sharding: dict[str, Any] = {"version": 2, "transformer_layer_cls_to_wrap": [block]}
+    sharding["activation_checkpointing"] = hardware.gradient_checkpointing
+    recomputing = {}
+    if hardware.gradient_checkpointing and not hardware.fsdp:
+        known = TrainingArguments.__dataclass_fields__
+        name = "activation_checkpointing"  # the newer name
+        recomputing = {name if name in known else "gradient_checkpointing": True}
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=steps,
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=evaluation.batch_size or share,
+        gradient_accumulation_steps=optimization.accumulation,
+        learning_rate=optimization.learning_rate,
+        weight_decay=optimization.weight_decay,
+        adam_beta1=optimization.betas[0],
+        adam_beta2=optimization.betas[1],
+        adam_epsilon=optimization.epsilon,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=options,
+        warmup_steps=round(warmup * steps) if warmup < 1 else round(warmup),
+        max_grad_norm=optimization.clip_norm,
+        eval_strategy="steps",
+        eval_steps=evaluation.every or steps,
+        save_strategy="steps",
+        save_steps=config.checkpoints.every or steps,
+        save_total_limit=config.checkpoints.keep,
+        metric_for_best_model=evaluation.metric,
+        greater_is_better=evaluation.metric == "accuracy",
+        restore_callback_states_from_checkpoint=True,
+        logging_strategy="steps",
+        logging_steps=config.logging.every,
+        logging_nan_inf_filter=False,
+        report_to=config.logging.report_to or "none",
+        disable_tqdm=not progress,
+        seed=config.seed,
+        use_cpu=hardware.device == "cpu",
+        bf16=hardware.bf16,
+        torch_compile=hardware.compile,
+        fsdp=hardware.fsdp or None,
+        fsdp_config=sharding if hardware.fsdp else None,
+        dataloader_num_workers=hardware.workers,
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},  # a stream's batches differ in length
+        label_names=["labels"],
+        **recomputing,
+    )
+
+
+def _prepare(
+    folder: Path, config: TrainingConfig, arguments: TrainingArguments
+) -> TrainingReport | None:
+    """Make or check the folder; the report of a run that is finished."""
+    import yaml
+
+    written = folder / "config.yaml"
+    if written.is_file():
+        before = yaml.safe_load(written.read_text(encoding="utf-8"))
+        changed = sorted(_differences(before, config.to_dict()))
+        if changed:
+            raise ConfigError(
+                f"{folder} holds a run with another {', '.join(changed)}; give another output, or "
+                "remove the folder."
+            )
+        if (folder / "report.json").is_file():
+            return _read_report(folder)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} exists and holds no run; give another output.")
+    if arguments.process_index != 0:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    step = int(checkpoints[-1].name.rsplit("-", 1)[1]) if checkpoints else 0
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        cut_after(folder / name, step if checkpoints else -1)
+    for name in ("best", "last"):
+        old = folder / f".{name}-old"
+        if old.exists() and not (folder / name).exists():  # killed between two renames
+            old.rename(folder / name)
+    machines = folder / "environment.json"
+    earlier = json.loads(machines.read_text(encoding="utf-8")) if machines.is_file() else []
+    write_json(machines, [*earlier, {"from_step": step, **environment(arguments.world_size)}])
+    if not written.is_file():
+        with staged_file(written) as stage:
+            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+            stage.write_text(text, encoding="utf-8")
+    return None
+
+
+def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            place = f"{where}.{key}".lstrip(".")
+            yield from _differences(before.get(key), now.get(key), place)
+    elif before != now:
+        yield where
+
+
+def _finish(
+    folder: Path,
+    config: TrainingConfig,
+    trainer: GramianTrainer,
+    seconds: float,
+    resumed_from: int,
+) -> None:
+    lines = read_lines(folder / "metrics.jsonl")
+    save_figure(plot_training(lines), folder / "training.png")
+    evaluations = [line for line in lines if "eval_loss" in line]
+    last = {
+        key.removeprefix("eval_"): value
+        for key, value in evaluations[-1].items()
+        if key.startswith("eval_") and "second" not in key and "runtime" not in key
+    }
+    metric = f"eval_{config.evaluation.metric}"
+    choose = max if config.evaluation.metric == "accuracy" else min
+    best = choose(evaluations, key=lambda line: line[metric])
+    report = TrainingReport(
+        output=str(folder),
+        steps=trainer.state.global_step,
+        parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+        metrics=last,
+        best={config.evaluation.metric: best[metric], "step": best["step"]},
+        seconds=seconds,
+        resumed_from=resumed_from,
+    )
+    write_json(folder / "report.json", report.to_dict())
+
+
+def _read_report(folder: Path) -> TrainingReport:
+    values = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return TrainingReport(**values)

@@ -1,0 +1,46 @@
+"""Rows of a task to a batch for a model of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramian.tasks import IGNORED, Description
+
+__all__ = ["Collator"]
+
+
+class Collator:
+    """Pads on the right under a mask, and hands over labels as they stand.
+
+    A causal language model of transformers shifts `labels`; ours are due at their own position and
+    go in as `shift_labels`, which are not moved.
+    """
+
+    def __init__(self, description: Description) -> None:
+        self.description = description
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch: dict[str, Tensor] = {}
+        if self.description.input_size is None:
+            ids = [torch.as_tensor(row["input_ids"]).long() for row in rows]
+            batch["input_ids"] = _pad(ids, self.description.pad_token_id)
+            if len({len(one) for one in ids}) > 1:
+                real = [torch.ones_like(one) for one in ids]
+                batch["attention_mask"] = _pad(real, 0)
+        else:
+            values = [torch.as_tensor(row["input_values"]).float() for row in rows]
+            batch["input_values"] = torch.stack(values)
+        labels = [torch.as_tensor(row["labels"]) for row in rows]
+        if self.description.kind == "tokens":
+            batch["labels"] = batch["shift_labels"] = _pad([one.long() for one in labels], IGNORED)
+        else:
+            batch["labels"] = torch.stack(labels)
+        return batch
+
+
+def _pad(sequences: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)

@@ -1,0 +1,149 @@
+"""What a run leaves behind while it goes: lines of metrics, samples, the machine it ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from gramian._staging import staged_file
+from gramian.tasks import IGNORED, Description
+from gramian.training.collation import Collator
+
+__all__ = ["Recorder", "Sampler", "cut_after", "environment", "read_lines", "write_json"]
+
+PACKAGES = ("gramian", "torch", "transformers", "accelerate", "datasets", "numpy")
+LEFT_OUT = ("total_flos",)
+
+
+class Recorder(TrainerCallback):
+    """Every line that the trainer logs, as JSON with its step and the seconds since the start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.began = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        line: dict[str, Any] = {"step": state.global_step}
+        line |= {key: value for key, value in logs.items() if key not in LEFT_OUT}
+        line["seconds"] = round(time.perf_counter() - self.began, 3)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Sampler(TrainerCallback):
+    """After an evaluation, what the model makes of some rows; nothing random is touched.
+
+    Text is continued greedily from the first half of a row. Of other tasks the predictions are
+    written down beside what was due.
+    """
+
+    def __init__(
+        self, path: Path, rows: list[dict[str, Any]], description: Description, length: int
+    ) -> None:
+        self.path = path
+        self.rows = rows
+        self.description = description
+        self.length = length
+
+    @torch.no_grad()
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not self.rows:
+            return
+        model: nn.Module = kwargs["model"]
+        training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        lines = []
+        for row in self.rows:
+            if self.description.text:
+                line = self._continuation(model, row, device)
+            else:
+                line = self._prediction(model, row, device)
+            lines.append(json.dumps({"step": state.global_step, **line}) + "\n")
+        model.train(training)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+    def _continuation(self, model: Any, row: dict[str, Any], device: torch.device) -> Any:
+        ids = torch.as_tensor(row["input_ids"]).long()[: max(1, len(row["input_ids"]) // 2)]
+        prompt = ids[None].to(device)
+        written = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=self.length,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self.description.pad_token_id,
+        )[0, len(ids) :]
+        return {"prompt": _text(ids), "text": _text(written)}
+
+    def _prediction(self, model: Any, row: dict[str, Any], device: torch.device) -> Any:
+        batch = {key: value.to(device) for key, value in Collator(self.description)([row]).items()}
+        predicted = model(**batch).logits[0].argmax(-1)
+        due = batch["labels"][0]
+        if due.ndim:
+            predicted, due = predicted[due != IGNORED], due[due != IGNORED]
+        return {"due": due.tolist(), "predicted": predicted.tolist()}
+
+
+def _text(ids: torch.Tensor) -> str:
+    return bytes(value for value in ids.tolist() if value < 256).decode("utf-8", errors="replace")
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and a last one that was cut off, from a file of JSON lines."""
+    if path.is_file():
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        with staged_file(path) as stage:
+            stage.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines, but for a last one that was cut off."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON, whole or not at all."""
+    with staged_file(path) as stage:
+        stage.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def environment(processes: int) -> dict[str, Any]:
+    """The machine, the versions and the command."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": devices,
+        "processes": processes,
+        "versions": versions,
+    }

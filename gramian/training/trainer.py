@@ -1,0 +1,161 @@
+"""transformers' `Trainer` with our parameter groups, exact scores, and checkpoints that are whole.
+
+A checkpoint counts once its last file, `complete`, is there: a run that was killed while it wrote
+one goes on from the one before. The best model so far lies in `best/`, beside their folder.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from gramian.filters import parameter_groups
+from gramian.tasks import IGNORED, Description
+
+__all__ = ["GramianTrainer", "Patience", "complete_checkpoints"]
+
+COMPLETE = "complete"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` that were written to their end, the oldest first."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping that does not ask for the best model at the end: it is in a folder anyway."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def score(logits: Any, labels: Tensor) -> Tensor:
+    """Right answers, all answers and the sum of -log p, of every sequence: (batch, 3) of float64.
+
+    Args:
+        logits: (batch, length, classes), or (batch, classes).
+        labels: (batch, length), or (batch).
+    """
+    if isinstance(logits, tuple | list):
+        logits = logits[0]
+    if labels.ndim == 1:
+        logits, labels = logits[:, None], labels[:, None]
+    due = labels != IGNORED
+    losses = nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
+    )
+    right = (logits.argmax(-1) == labels) & due
+    columns = (right.sum(1), due.sum(1), losses.double().sum(1))
+    return torch.stack([column.double() for column in columns], dim=-1)
+
+
+def total(prediction: Any, description: Description) -> dict[str, float]:
+    """Metrics from the scores of all sequences."""
+    scores = np.asarray(prediction.predictions, dtype=np.float64)
+    right, due, losses = scores.sum(0)
+    loss = float(losses / max(due, 1))
+    metrics = {
+        "loss": loss,
+        "accuracy": float(right / max(due, 1)),
+        "sequence_accuracy": float((scores[:, 0] == scores[:, 1]).mean()),
+    }
+    if description.kind == "classification":
+        del metrics["sequence_accuracy"]
+    if description.text:
+        metrics["bits_per_byte"] = loss / math.log(2)
+    return metrics
+
+
+class GramianTrainer(Trainer):
+    """The trainer of `gramian.training.train`.
+
+    Args:
+        description: of the task.
+        folder: of the run.
+        tokenizer: saved beside the best model, or None.
+        kwargs: of `Trainer`.
+    """
+
+    def __init__(
+        self, description: Description, folder: Path, tokenizer: Any = None, **kwargs: Any
+    ) -> None:
+        self.optimizer: torch.optim.Optimizer | None = None
+        super().__init__(
+            preprocess_logits_for_metrics=score,
+            compute_metrics=lambda prediction: {},  # counted below, where the loss is in reach
+            **kwargs,
+        )
+        self.description = description
+        self.folder = folder
+        self.tokenizer = tokenizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over `gramian.parameter_groups`."""
+        if self.optimizer is None:
+            arguments: TrainingArguments = self.args
+            groups = parameter_groups(
+                self.model if model is None else model,
+                lr=arguments.learning_rate,
+                weight_decay=arguments.weight_decay,
+            )
+            self.optimizer = torch.optim.AdamW(
+                groups,
+                lr=arguments.learning_rate,
+                betas=(arguments.adam_beta1, arguments.adam_beta2),
+                eps=arguments.adam_epsilon,
+            )
+        return self.optimizer
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As the original, with the loss over all answers in place of the mean over batches."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        exact = total(output, self.description)
+        output.metrics.update({f"{metric_key_prefix}_{key}": exact[key] for key in exact})
+        return output
+
+    def save_as(self, name: str) -> None:
+        """Write the model and its tokenizer to `name` in the run's folder, whole or not at all.
+
+        Every process must call it.
+        """
+        stage, target = self.folder / f".{name}-new", self.folder / name
+        if self.is_world_process_zero():
+            shutil.rmtree(stage, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        caching, self.model.config.use_cache = self.model.config.use_cache, True
+        self.save_model(str(stage), _internal_call=True)
+        self.model.config.use_cache = caching
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            (stage / "training_args.bin").unlink(missing_ok=True)  # a pickle of where it was made
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(stage)
+            old = self.folder / f".{name}-old"
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)
+            stage.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def _determine_best_metric(self, metrics: Mapping[str, float], trial: Any) -> bool:
+        better = super()._determine_best_metric(metrics, trial)
+        if better:
+            self.save_as("best")
+        return better
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            (folder / COMPLETE).touch()

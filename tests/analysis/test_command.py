@@ -1,0 +1,138 @@
+"""`gramian analyze` as its users meet it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import gramian
+from gramian import cli
+from gramian.analysis import StateReport, open_model
+from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """The command in this process: status, output and errors."""
+
+    def main(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gramian", "analyze", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "120")
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        assert isinstance(exit.value.code, int)
+        return (exit.value.code, *capfd.readouterr())
+
+    return main
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of ours, one of transformers, a text, and what is no model."""
+    folder = tmp_path_factory.mktemp("analyze")
+    torch.manual_seed(0)
+    config = GramianConfig(
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_heads=3,
+        mixers=["multi_hyena", "softmax_attention"],
+        filter={"type": "modal", "orders": 2},
+        max_position_embeddings=63,
+    )
+    GramianForCausalLM(config).save_pretrained(folder / "own")
+    tokenizer = ByteTokenizer()
+    foreign = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
+    )
+    foreign.save_pretrained(folder / "foreign")
+    (folder / "text.txt").write_text("A text. Another sentence! And a third one?\n")
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    (folder / "empty").mkdir()
+    return folder
+
+
+def test_json_is_the_report(call: Call, place: Path) -> None:
+    status, out, _ = call(
+        place / "own", "--text", place / "text.txt", "--every", 5, "--horizon", 31, "--json"
+    )
+    assert status == 0
+    report = StateReport.from_dict(json.loads(out))
+    assert report.horizon == 31 and report.positions == tuple(range(0, 31, 5))
+    model, tokenizer = open_model(place / "own")
+    ids = tokenizer((place / "text.txt").read_text()).input_ids[:31]
+    expected = gramian.analyze(model, ids, tokenizer=tokenizer, every=5)
+    assert report.tokens == expected.tokens
+    for one, other in zip(report.layers, expected.layers, strict=True):
+        assert one.name == other.name and torch.equal(one.ess, other.ess)
+
+
+def test_a_table_and_a_folder_of_pictures(call: Call, place: Path, tmp_path: Path) -> None:
+    status, out, _ = call(place / "own", "--prompt", "some words", "-o", tmp_path / "out")
+    assert status == 0 and "MultiHyena" in out and "SoftmaxAttention" in out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"page.html", "report.json", "map.png", "curves.png", "utilization.png"}
+    status, _, err = call(place / "own", "--prompt", "some words", "-o", tmp_path / "out")
+    assert status == 1 and "exists already" in err
+
+
+def test_several_models_on_one_text(call: Call, place: Path, tmp_path: Path) -> None:
+    arguments = ["--prompt", "some words", "--format", "svg", "--html", tmp_path / "page.html"]
+    status, out, err = call(
+        place / "own", place / "own", *arguments, "-o", tmp_path / "both", "--json"
+    )
+    assert status == 0, err
+    assert len(json.loads(out)["models"]) == 2
+    assert (tmp_path / "both" / "comparison.svg").is_file()
+    assert (tmp_path / "both" / "map-2.svg").is_file()
+    assert "some words"[0] in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["own"], 2, "--prompt"),
+        (["own", "--prompt", "a", "--text", "text.txt"], 2, "--prompt"),
+        (["own", "--prompt", "a", "--format", "gif"], 2, "png or svg"),
+        (["own", "--prompt", ""], 1, "no tokens"),
+        (["own", "--prompt", "a", "--measure", "rank"], 1, "rank"),
+        (["own", "--text", "latin.txt"], 1, "UTF-8"),
+        (["own", "--text", "absent.txt"], 1, "absent.txt"),
+        (["text.txt", "--prompt", "a"], 1, "GGUF"),
+        (["empty", "--prompt", "a"], 1, "empty"),
+        (["foreign", "--prompt", "a"], 1, "foreign"),
+    ],
+)
+def test_mistakes_take_one_line(
+    call: Call,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    status: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(place)
+    got, out, err = call(*arguments)
+    assert got == status and message in err and not out
+    assert "Traceback" not in err
+    if status == 1:
+        assert len(err.strip().splitlines()) == 1

@@ -1,0 +1,51 @@
+"""State-size that could be used, its share, and averages and totals."""
+
+import pytest
+import torch
+
+from gramian import FIR, Modal, effective_state_size
+from gramian.ess import aggregate, theoretical_state_size, utilization
+from tests.ess.conftest import SYSTEMS, attention, make
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_state_in_use_is_at_most_the_state_there_is(name):
+    system = make(name, 30)
+    ess = effective_state_size(system, length=30)
+    tss = theoretical_state_size(system, length=30)
+    assert ess.shape == tss.shape == (2, 30)
+    assert bool((ess <= tss * (1 + 1e-9)).all())
+    share = utilization(ess, tss)
+    assert bool((share >= 0).all()) and bool((share <= 1 + 1e-9).all())
+
+
+def test_what_could_be_used():
+    assert theoretical_state_size(attention(length=5)).tolist() == [0, 1, 2, 3, 4]
+    assert theoretical_state_size(FIR(torch.ones(3)), length=5).tolist() == [0, 1, 2, 2, 2]
+    assert theoretical_state_size(make("dense", 5), [0, 4]).tolist() == [[6, 6], [6, 6]]
+    poles = torch.tensor([[0.5 + 0.1j, 0.3 + 0j], [0.9 + 0j, 0j]])
+    modal = Modal(poles, torch.tensor([[1.0, 1.0], [1.0, 0.0]]) + 0j, torch.zeros(2))
+    assert theoretical_state_size(modal, 7).tolist() == [3, 1]
+
+
+def test_nothing_is_used_of_no_state():
+    share = utilization(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 4.0]))
+    assert share.tolist() == [0, 0.5]
+
+
+def test_averages_and_totals():
+    first = torch.tensor([[1.0, 3.0], [3.0, 5.0]])  # two channels
+    second = torch.tensor([[10.0, 20.0]])
+    assert float(aggregate(first)) == 3
+    assert float(aggregate(first, "total")) == 6
+    assert float(aggregate([first, second])) == (3 + 15) / 2
+    assert float(aggregate([first, second], "total")) == 6 + 15
+    assert aggregate([first, second], over_positions=False).tolist() == [6, 12]
+    assert aggregate([first, second], "total", over_positions=False).tolist() == [14, 28]
+    many = torch.rand(2, 3, 4, 7)
+    torch.testing.assert_close(aggregate(many), many.mean())
+    for bad in ([], [first, torch.ones(2, 3)], torch.ones(())):
+        with pytest.raises(ValueError, match=r"one tensor \(\*channels, positions\)"):
+            aggregate([bad] if isinstance(bad, torch.Tensor) else bad)
+    with pytest.raises(ValueError, match="kind must be"):
+        aggregate(first, "median")

@@ -1,0 +1,132 @@
+"""The schema: what it takes, and one sentence for what it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("yaml")
+pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
+
+from gramian.training import ConfigError, TrainingConfig, load_config, parse_config
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = """
+output: out
+task: {name: mqar}
+model: {hidden_size: 8}
+optimization: {steps: 3}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_changes_reach_any_depth_and_keep_types(file: Path) -> None:
+    config = load_config(
+        file,
+        [
+            "seed=5",
+            "optimization.learning_rate=1e-3",
+            "optimization.steps=1e3",
+            "task.length=32",
+            "model.filter.type=rtf",
+            "logging.report_to=tensorboard",
+            "evaluation.every=null",
+            "hardware.bf16=true",
+        ],
+    )
+    assert config.seed == 5
+    assert config.optimization.learning_rate == 1e-3
+    assert config.optimization.steps == 1000 and isinstance(config.optimization.steps, int)
+    assert config.task == {"name": "mqar", "length": 32}
+    assert config.model == {"hidden_size": 8, "filter": {"type": "rtf"}}
+    assert config.logging.report_to == ["tensorboard"]
+    assert config.evaluation.every is None
+    assert config.hardware.bf16 is True
+
+
+def test_a_configuration_survives_its_plain_form(file: Path) -> None:
+    config = load_config(file, ["optimization.betas=[0.8, 0.9]"])
+    assert parse_config(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("optimisation.steps=3", "Did you mean 'optimization'?"),
+        ("optimization.step=3", "unknown key of optimization 'step'. Did you mean 'steps'?"),
+        ("optimization.steps=many", "optimization.steps must be an integer; got 'many'"),
+        ("optimization.steps=true", "optimization.steps must be an integer; got True"),
+        ("optimization.steps=2.5", "optimization.steps must be an integer; got 2.5"),
+        ("optimization.steps=0", "optimization.steps must be at least 1; got 0"),
+        ("optimization.epochs=2", "give optimization.steps or optimization.epochs"),
+        ("optimization.learning_rate=fast", "must be a number; got 'fast'"),
+        ("optimization.learning_rate=-1", "must be at least 0 and finite; got -1.0"),
+        ("optimization.betas=[0.9]", "must be two numbers in [0, 1)"),
+        ("optimization.schedule=cosinus", "Did you mean 'cosine'?"),
+        ("evaluation.metric=acuracy", "Did you mean 'accuracy'?"),
+        ("hardware.bf16=1", "hardware.bf16 must be true or false; got 1"),
+        ("hardware.device=gpu", "unknown hardware.device 'gpu'"),
+        ("checkpoints.keep=1", "checkpoints.keep must be at least 2"),
+        ("checkpoints.every=15", "must be a multiple of logging.every"),
+        ("task=mqar", "task must hold keys and values; got 'mqar'"),
+        ("optimization=3", "optimization must hold keys and values; got 3"),
+        ("task.name.x=3", "changes a key of name, which has none"),
+        ("seed", "must read key=value"),
+        ("seed=[", "is not valid YAML"),
+        ("seed=-1", "seed must be at least 0"),
+        ("output=null", "output must be text; got None"),
+    ],
+)
+def test_mistakes_are_one_sentence(file: Path, change: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, [change])
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("task: [", "is not valid YAML"),
+        ("- 1", "must hold keys and values"),
+        ("output: out", "lacks the key task"),
+        ("output: out\ntask: {}\nmodel: {}\noptimization: {steps: 1}", "task lacks a name"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, text: str, error: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=error):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no configuration file .*none\.yaml"):
+        load_config(tmp_path / "none.yaml")
+
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_build_their_task_and_model(recipe: Path) -> None:
+    from gramian.training._run import _model, _task
+
+    config = load_config(recipe)
+    assert isinstance(config, TrainingConfig)
+    assert config.output == f"runs/{recipe.stem}"
+    model: Any = _model(config, _task(config).description())
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 3
