@@ -279,7 +279,13 @@ class ShortConvolution(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (batch, length, channels) after the K - 1 inputs ``past``; returns y and new past."""
+        """x (batch, length, channels) after the K - 1 inputs ``past``; returns y and new past.
+
+        One token, (batch, channels), comes through here too, since hooks that bring parameters in
+        (offloading) see no other method.
+        """
+        if x.ndim == 2 and past is not None:
+            return self._one(x, past)
         length = x.shape[1]
         if past is None:
             extended = nn.functional.pad(x, (0, 0, self.taps - 1, 0))
@@ -293,6 +299,10 @@ class ShortConvolution(nn.Module):
 
     def step(self, x_t: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """One token (batch, channels)."""
+        y, past = self(x_t, past)
+        return y, past
+
+    def _one(self, x_t: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.weight.to(x_t.dtype)
         past = past.to(x_t.dtype)
         y = torch.addcmul(self.bias.to(x_t.dtype), x_t, weight[:, 0])

@@ -94,7 +94,7 @@ class LinearAttention(LinearRecurrence):
         )
         self.feature_map = feature_map
         self.gate_features = gates
-        self.norm = nn.RMSNorm(value_width, eps=_EPS)
+        self.norm = _HeadNorm(value_width, eps=_EPS)
 
     def _gates(self, features: Tensor) -> Tensor:
         """a_t, broadcasting to (batch, heads, length, n), from (batch, length, gate features)."""
@@ -122,9 +122,16 @@ class LinearAttention(LinearRecurrence):
         return Coefficients(a, k, a * q, (q * k).sum(-1)), v
 
     def _write(self, y: Tensor, rest: Tensor) -> Tensor:
-        y = rms_norm(y, (self.value_width,), self.norm.weight.to(y.dtype), _EPS)
+        y = self.norm(y)
         gate = rest[..., self.gate_features :].to(y.dtype)
         return y.transpose(1, 2).flatten(-2) * silu(gate)
+
+
+class _HeadNorm(nn.RMSNorm):
+    """An RMS norm in the precision of its input, whatever that of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def powered_sigmoid(logits: Tensor, temperature: float) -> Tensor:

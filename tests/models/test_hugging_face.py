@@ -256,16 +256,21 @@ def test_the_map_of_classes_is_in_the_file_alone(
 @pytest.mark.parametrize(
     "kind", [GramianModel, GramianForCausalLM, GramianForSequenceClassification]
 )
+@pytest.mark.parametrize(
+    "mixers",
+    ["multi_hyena", "hyena", "long_convolution", ["hyena", "softmax_attention"]],
+    ids=["multi_hyena", "hyena", "long_convolution", "hybrid"],
+)
 def test_forward_can_be_exported(
     make_config: MakeConfig,
     make_tokens: MakeTokens,
-    mixer: Any,
+    mixers: Any,
     kind: type[torch.nn.Module],
     masked: bool,
 ) -> None:
     """A traced graph may not look at values, such as whether a mask hides anything."""
     torch.manual_seed(8)
-    model = kind(make_config(mixers=mixer)).eval()
+    model = kind(make_config(mixers=mixers)).eval()
     inputs = {"input_ids": make_tokens(3, 11)}
     others = {"input_ids": make_tokens(3, 11)}
     if masked:
