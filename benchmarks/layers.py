@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--rtf", type=Path, help="folder of the published rtf.py")
     parser.add_argument("--s4", type=Path, help="folder of the published s4.py")
     parser.add_argument("--quick", action="store_true", help="only the smaller sizes")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--limit", type=float, default=30, help="seconds for a measurement")
     parser.add_argument("--output", type=Path, default=here / "results" / "layers.json")
     parser.add_argument("--figures", type=Path, default=here.parent / "docs" / "figures")
