@@ -191,8 +191,8 @@ class GramianPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False
     # Filters and dynamics keep themselves in float32: the first list tells quantizers to keep out
     # of them too, the second one loading in bfloat16. The same name in both is refused.
-    _keep_in_fp32_modules = [r".*\.mixer\.filter", r".*\.mixer\.dynamics"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = [r"mixer\.filter", r"mixer\.dynamics"]  # noqa: RUF012
+    _keep_in_fp32_modules = [r".*\.mixer\.(?:filter|dynamics)"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [r"mixer\.(?:filter|dynamics)"]  # noqa: RUF012
 
     def __init__(self, config: GramianConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
