@@ -380,11 +380,15 @@ def test_a_cache_of_another_batch_is_refused(
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_forward_compiles(make_model: MakeModel, make_tokens: MakeTokens, mixer: str) -> None:
-    model = make_model(mixers=mixer).float()
-    tokens = make_tokens(2, 24)
-    expected = model(tokens, use_cache=False).logits
-    compiled = torch.compile(model)(tokens, use_cache=False).logits
-    assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+    """As close to double precision as the forward that is not compiled, up to a factor."""
+    model, tokens = make_model(mixers=mixer), make_tokens(2, 24)
+    exact = model(tokens, use_cache=False).logits
+    model.float()
+    own, compiled = (
+        float((forward(tokens, use_cache=False).logits - exact).abs().max())
+        for forward in (model, torch.compile(model))
+    )
+    assert compiled < 2 * own < 1e-3
 
 
 def test_the_base_model_stands_alone(
