@@ -128,7 +128,9 @@ class GramianTrainer(Trainer):
             )
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """As the original, with the logits of those positions alone where something is due.
 
         Recall tasks ask at a few positions, and the logits over a large vocabulary are most of the
