@@ -27,6 +27,9 @@ __all__ = [
     "TrainingConfig",
     "load_config",
     "parse_config",
+    "read_change",
+    "read_values",
+    "set_value",
 ]
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -190,6 +193,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
         FileNotFoundError: no such file.
         ConfigError: text that is no YAML, an unknown key, a value that does not fit.
     """
+    values = read_values(path)
+    for override in overrides:
+        key, value = read_change(override)
+        set_value(values, key.split("."), value)
+    return parse_config(values)
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """What a YAML file holds, unchecked but for being keys and values."""
     import yaml
 
     path = Path(path)
@@ -201,16 +213,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, such as 'seed: 0'.")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"a change must read key=value, such as seed=1; got {override!r}.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value in {override!r} is not valid YAML.") from error
-        _set(values, key.split("."), value, override)
-    return parse_config(values)
+    return values
+
+
+def read_change(text: str) -> tuple[str, Any]:
+    """The key and the value of a `key=value` whose value is YAML."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"a change must read key=value, such as seed=1; got {text!r}.")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value in {text!r} is not valid YAML.") from error
 
 
 def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
@@ -219,16 +235,19 @@ def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
     Raises:
         ConfigError: on an unknown or missing key, or a value that does not fit.
     """
+    if "sweep" in values:
+        raise ConfigError("the configuration holds a sweep, which gramian sweep runs.")
     config = _parse(TrainingConfig, values, "")
     _check(config)
     return config
 
 
-def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+def set_value(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set a nested key in place."""
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"{override!r} changes a key of {key}, which has none.")
+            raise ConfigError(f"{'.'.join(keys)} changes a key of {key}, which has none.")
     values[keys[-1]] = value
 
 
