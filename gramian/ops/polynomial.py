@@ -136,7 +136,7 @@ def rational_impulse_response(b: Tensor, a: Tensor, d: Tensor, length: int) -> T
         (*C, length), float64.
 
     Raises:
-        as :func:`rational_kernel`.
+        ValueError, TypeError: as `rational_kernel`.
     """
     grid = 2 * max(length, b.shape[-1] + 1, a.shape[-1] + 1)
     exponents = torch.arange(grid // 2, dtype=torch.float64, device=b.device)
