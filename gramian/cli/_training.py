@@ -57,7 +57,7 @@ def train(
         f"{report.parameters:,} parameters, {report.steps:,} steps, {report.seconds:.0f} s",
         highlight=False,
     )
-    measured = ", ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
     console.print(f"Held out, at the end: {measured}", highlight=False)
     console.print(f"Written to {report.output}", highlight=False)
 

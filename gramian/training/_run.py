@@ -34,11 +34,12 @@ from gramian.models import (
     GramianConfig,
     GramianForCausalLM,
     GramianForSequenceClassification,
+    GramianForSignalRegression,
 )
 from gramian.reports import plot_training, save_figure
 from gramian.tasks import Description, Task
 from gramian.training.collation import Collator
-from gramian.training.configuration import ConfigError, TrainingConfig
+from gramian.training.configuration import METRICS, ConfigError, TrainingConfig
 from gramian.training.recording import (
     Recorder,
     Sampler,
@@ -51,7 +52,12 @@ from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoi
 
 __all__ = ["TrainingReport", "check", "earlier_report", "train"]
 
-BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock"}
+MODELS: dict[str, Any] = {  # by the kind of task
+    "tokens": GramianForCausalLM,
+    "classification": GramianForSequenceClassification,
+    "signal": GramianForSignalRegression,
+}
+BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock", "mixer": "GramianMixerBlock"}
 
 
 @dataclass(frozen=True)
@@ -174,17 +180,21 @@ def _task(config: TrainingConfig) -> Task:
         raise ConfigError(f"task: {error}") from error
     if config.evaluation.split not in task.splits:
         raise ConfigError(unknown("evaluation.split", config.evaluation.split, task.splits))
+    metric, accepted = config.evaluation.metric, METRICS[task.description().kind]
+    if metric not in accepted:
+        raise ConfigError(
+            f"evaluation.metric must be {' or '.join(accepted)} for the task {name}; got {metric}."
+        )
     return task
 
 
 def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
-    if description.kind not in ("tokens", "classification"):
+    if description.kind not in MODELS:
         raise ConfigError(
             f"there is no model to train for tasks of the kind {description.kind!r}; the task "
             f"{config.task['name']} is one."
         )
-    causal = description.kind == "tokens"
-    kind = GramianForCausalLM if causal else GramianForSequenceClassification
+    kind = MODELS[description.kind]
     values = dict(config.model)
     path = values.pop("path", None)
     if path is not None:
@@ -207,7 +217,7 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
             )
     if description.input_size is not None:
         values.setdefault("input_size", description.input_size)
-    if not causal:
+    if description.num_labels is not None:
         values["num_labels"] = description.num_labels
     try:
         return kind(GramianConfig(**values))

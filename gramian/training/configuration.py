@@ -33,7 +33,13 @@ __all__ = [
 ]
 
 SCHEDULES = ("cosine", "linear", "constant")
-METRICS = ("loss", "accuracy")
+METRICS = {  # by the kind of task
+    "tokens": ("loss", "accuracy"),
+    "classification": ("loss", "accuracy"),
+    "pairs": ("loss", "accuracy"),
+    "signal": ("loss", "mse", "relative_error"),
+    "reconstruction": ("loss", "accuracy"),
+}
 DEVICES = ("auto", "cpu")
 
 
@@ -87,10 +93,11 @@ class Evaluation:
         split: of the task.
         examples: at most so many rows; None takes all.
         batch_size: sequences of a process at once; None takes the training's.
-        metric: `"loss"` or `"accuracy"`, by which the best model is chosen.
+        metric: by which the best model is chosen: `"loss"` or `"accuracy"`; of a signal `"loss"`,
+            the same as `"mse"`, or `"relative_error"`, the root of it over the targets' own.
         patience: evaluations without a better metric after which training stops; None goes on.
         samples: rows of which predictions, or continuations of text, are written down.
-        sample_length: tokens of a continuation.
+        sample_length: tokens of a continuation, or last steps of a signal.
     """
 
     every: int | None = None
@@ -354,7 +361,10 @@ def _check(config: TrainingConfig) -> None:
         raise ConfigError(f"optimization.betas must be two numbers in [0, 1); got {steps.betas}.")
     choices = {
         "optimization.schedule": (steps.schedule, SCHEDULES),
-        "evaluation.metric": (evaluation.metric, METRICS),
+        "evaluation.metric": (
+            evaluation.metric,
+            list(dict.fromkeys(metric for kind in METRICS.values() for metric in kind)),
+        ),
         "hardware.device": (hardware.device, DEVICES),
     }
     for name, (given, accepted) in choices.items():
