@@ -182,7 +182,8 @@ def main() -> None:
             print(
                 f"{name}, seed {seed}: {row['bits']:.4f} bits per byte, ESS {row['ess']:.2f}; "
                 f"order {SHOWN}: loss {student['increase']:+.3%}, KL "
-                f"{student['divergence']:.2e} bits, error {student['error']:.3f} ({row['seconds']:.0f} s)",
+                f"{student['divergence']:.2e} bits, error {student['error']:.3f} "
+                f"({row['seconds']:.0f} s)",
                 flush=True,
             )
     found = correlations(rows)
