@@ -2,6 +2,7 @@
 
 from gramian.mixers._linear_recurrence import LinearRecurrence, LinearRecurrenceState
 from gramian.mixers._mixer import Mixer, MixerRecurrence, ShortConvolution
+from gramian.mixers._observation import Observer
 from gramian.mixers.block import Block
 from gramian.mixers.gated_delta_net import GatedDeltaNet
 from gramian.mixers.gated_linear_attention import GatedLinearAttention
@@ -31,6 +32,7 @@ __all__ = [
     "MixerRecurrence",
     "MultiHyena",
     "MultiHyenaState",
+    "Observer",
     "ShortConvolution",
     "SoftmaxAttention",
     "SoftmaxAttentionState",

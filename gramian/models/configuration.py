@@ -39,6 +39,8 @@ LINEAR_RECURRENCES: dict[str, Callable[..., LinearRecurrence]] = {
 }
 CONVOLUTIONS = ("multi_hyena", "hyena", "long_convolution")
 MIXERS = (*CONVOLUTIONS, "softmax_attention", *LINEAR_RECURRENCES)
+"""Names that `GramianConfig.mixers` takes."""
+
 BLOCKS = ("mlp", "glu", "mixer")
 NORMS = {"mlp": ("rms", "rms_plus_eps", "layer"), "glu": ("rms", "layer", "batch")}
 FINAL_NORMS = (*NORMS["mlp"], "none")
@@ -48,7 +50,10 @@ POOLING = ("mean", "last")
 class GramianConfig(PreTrainedConfig):
     """Configuration of `GramianModel` and of the models with a head, such as `GramianForCausalLM`.
 
-    Args:
+    Further keyword arguments are those of any configuration of transformers: `num_labels`,
+    `problem_type`, ...
+
+    Attributes:
         vocab_size: number of token ids. The default, 259, is `ByteTokenizer`'s: 256 bytes and three
             special tokens.
         hidden_size: width of the residual stream.
@@ -109,8 +114,9 @@ class GramianConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial embeddings and projections.
         use_cache: whether a forward without gradients returns its cache.
         tie_word_embeddings: whether the output projection is the embedding matrix.
-        pad_token_id, bos_token_id, eos_token_id: special tokens, none by default.
-        kwargs: as for any configuration of transformers: `num_labels`, `problem_type`, ...
+        pad_token_id: id of the padding; there is none by default.
+        bos_token_id: likewise, of a beginning.
+        eos_token_id: likewise, of an end; or a list of them.
 
     Raises:
         ValueError: on an unknown mixer, filter or pooling, a list that is not one per layer, a size
