@@ -94,7 +94,9 @@ def test_the_reference_lists_public_names_only_and_each_once() -> None:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_has_a_docstring(package: str) -> None:
     assert importlib.import_module(package).__doc__
-    without = [name for name, value in public(package).items() if not documented(package, name, value)]
+    without = [
+        name for name, value in public(package).items() if not documented(package, name, value)
+    ]
     assert not without
 
 
@@ -117,7 +119,9 @@ def constants_with_docstrings(package: str) -> set[str]:
         body = ast.parse(file.read_text(encoding="utf-8")).body
         for statement, following in zip(body, body[1:], strict=False):
             if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
+                targets = getattr(statement, "targets", None) or [
+                    getattr(statement, "target", None)
+                ]
                 found |= {target.id for target in targets if isinstance(target, ast.Name)}
     return found
 
