@@ -38,10 +38,10 @@ class Block(Mixer):
     Args:
         width: Channels of input and output.
         mixer: A mixer of that width; or a filter or its configuration, for a
-            :class:`LongConvolution`.
+            `LongConvolution`.
         max_length: For a configuration that does not name it.
-        bidirectional: Of the :class:`LongConvolution`, whose filter then has ``2 width`` channels.
-        kernel_dropout: Of the :class:`LongConvolution`.
+        bidirectional: Of the `LongConvolution`, whose filter then has ``2 width`` channels.
+        kernel_dropout: Of the `LongConvolution`.
         norm: "layer", "rms" or "batch".
         eps: Added to the variance or mean square in the norm.
         prenorm: The norm before the mixer, as above, or after the residual connection.

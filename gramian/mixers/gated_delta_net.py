@@ -50,7 +50,7 @@ class GatedDeltaNet(LinearAttention):
     """Linear attention with the gated delta rule.
 
     Queries, keys and values pass a short convolution and SiLU; the output has a norm in every head
-    and a gate, as in :class:`LinearAttention`. The input projection's rows are those of all
+    and a gate, as in `LinearAttention`. The input projection's rows are those of all
     queries, keys, values, then β, α and the output gate, heads in order.
 
     Args:

@@ -38,15 +38,15 @@ class _SigmoidGates(Dynamics):
 
 
 class GatedLinearAttention(LinearAttention):
-    """:class:`LinearAttention` whose memory fades by gates that the input decides.
+    """`LinearAttention` whose memory fades by gates that the input decides.
 
     Args:
-        width: As for :class:`LinearAttention`, and so are the others but for the last two.
+        width: As for `LinearAttention`, and so are the others but for the last two.
         temperature: τ of the gates, positive; they start near 1 if it is high.
         gate_rank: Rank of the map from the input to the gates.
 
     Raises:
-        ValueError: as :class:`LinearAttention`, and if the temperature is not positive or the rank
+        ValueError: as `LinearAttention`, and if the temperature is not positive or the rank
             below 1.
     """
 

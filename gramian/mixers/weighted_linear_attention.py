@@ -38,14 +38,14 @@ class _InvariantGates(Dynamics):
 
 
 class WeightedLinearAttention(LinearAttention):
-    """:class:`LinearAttention` whose memory fades by learned gates ``σ(logits)^(1/temperature)``.
+    """`LinearAttention` whose memory fades by learned gates ``σ(logits)^(1/temperature)``.
 
     Args:
-        width: As for :class:`LinearAttention`, and so are the others but for the last.
+        width: As for `LinearAttention`, and so are the others but for the last.
         temperature: τ of the gates, positive; they start near 1 if it is high.
 
     Raises:
-        ValueError: as :class:`LinearAttention`, and if the temperature is not positive.
+        ValueError: as `LinearAttention`, and if the temperature is not positive.
     """
 
     def __init__(

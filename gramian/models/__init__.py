@@ -15,10 +15,12 @@ from gramian.models.modeling import (
     GramianForCausalLM,
     GramianForSequenceClassification,
     GramianGLUBlock,
+    GramianMixerBlock,
     GramianMLP,
     GramianModel,
     GramianPreTrainedModel,
 )
+from gramian.models.signal import GramianForSignalRegression
 from gramian.models.tokenizer import ByteTokenizer
 
 __all__ = [
@@ -30,8 +32,10 @@ __all__ = [
     "GramianConfig",
     "GramianForCausalLM",
     "GramianForSequenceClassification",
+    "GramianForSignalRegression",
     "GramianGLUBlock",
     "GramianMLP",
+    "GramianMixerBlock",
     "GramianModel",
     "GramianPreTrainedModel",
     "load",
@@ -42,4 +46,7 @@ transformers.AutoModel.register(GramianConfig, GramianModel, exist_ok=True)
 transformers.AutoModelForCausalLM.register(GramianConfig, GramianForCausalLM, exist_ok=True)
 transformers.AutoModelForSequenceClassification.register(
     GramianConfig, GramianForSequenceClassification, exist_ok=True
+)
+transformers.AutoModelForTimeSeriesPrediction.register(
+    GramianConfig, GramianForSignalRegression, exist_ok=True
 )

@@ -1,8 +1,9 @@
 """Gramian models for Hugging Face: residual blocks around mixers.
 
-A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`, or the one of `gramian.mixers.Block`; a
-model is an embedding, the blocks and a last norm. Order in time enters through the mixers alone, so
-there is no positional embedding. Every layer has the mixer that the configuration names for it.
+A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`, the one of `gramian.mixers.Block`, or
+`h ← mixer(h)`; a model is an embedding, the blocks and a last norm. Order in time enters through
+the mixers alone, so there is no positional embedding. Every layer has the mixer that the
+configuration names for it.
 
 Training and scoring convolve. With a cache the mixers' recurrences run: a prompt is prefilled, then
 each token costs one step, and what is remembered has a size of its own (`state_bytes`) whatever the
@@ -119,8 +120,7 @@ class GramianBlock(GradientCheckpointingLayer):
 
 def _normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
     """The norm, in its own precision, of a residual stream that may have a higher one."""
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
+    weight = getattr(norm, "weight", hidden_states)  # the identity has none
     return norm(hidden_states.to(weight.dtype))
 
 
@@ -157,6 +157,35 @@ class GramianGLUBlock(GradientCheckpointingLayer):
         return _mix_on(self.block, hidden_states, mask, past_key_values.layers[self.layer])
 
 
+class GramianMixerBlock(GradientCheckpointingLayer):
+    """One layer: a mixer and nothing else, but for dropout."""
+
+    def __init__(self, config: GramianConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.mixer = build_mixer(config, layer)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        past_key_values: GramianCache | None = None,
+    ) -> Tensor:
+        """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
+        if past_key_values is None:
+            return self.dropout(self.mixer(hidden_states, mask=mask))
+        memory = past_key_values.layers[self.layer]
+        return self.dropout(_mix_on(self.mixer, hidden_states, mask, memory))
+
+
+_BLOCKS: dict[str, type[nn.Module]] = {
+    "mlp": GramianBlock,
+    "glu": GramianGLUBlock,
+    "mixer": GramianMixerBlock,
+}
+
+
 def _mix_on(mixer: Mixer, x: Tensor, mask: Tensor | None, memory: GramianCacheLayer) -> Tensor:
     """What `mixer` makes of (batch, length, hidden_size) after what `memory` holds."""
     batch, length = x.shape[:2]
@@ -185,7 +214,7 @@ class GramianPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     # transformers' own convention, here and below:
-    _no_split_modules = ["GramianBlock", "GramianGLUBlock"]  # noqa: RUF012
+    _no_split_modules = [kind.__name__ for kind in _BLOCKS.values()]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
@@ -289,7 +318,7 @@ class GramianModel(GramianPreTrainedModel):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         else:
             self.input_proj = nn.Linear(config.input_size, config.hidden_size)
-        kind = GramianGLUBlock if config.block == "glu" else GramianBlock
+        kind = _BLOCKS[config.block]
         self.layers = nn.ModuleList(
             kind(config, layer) for layer in range(config.num_hidden_layers)
         )

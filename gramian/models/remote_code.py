@@ -16,6 +16,7 @@ AUTO_MAP = {
     "AutoModel": f"{MODULE}.GramianModel",
     "AutoModelForCausalLM": f"{MODULE}.GramianForCausalLM",
     "AutoModelForSequenceClassification": f"{MODULE}.GramianForSequenceClassification",
+    "AutoModelForTimeSeriesPrediction": f"{MODULE}.GramianForSignalRegression",
 }
 
 SOURCE = '''\
@@ -26,6 +27,7 @@ try:
         GramianConfig,
         GramianForCausalLM,
         GramianForSequenceClassification,
+        GramianForSignalRegression,
         GramianModel,
     )
 except ModuleNotFoundError as error:
@@ -39,6 +41,7 @@ __all__ = [
     "GramianConfig",
     "GramianForCausalLM",
     "GramianForSequenceClassification",
+    "GramianForSignalRegression",
     "GramianModel",
 ]
 '''
