@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from gramian.ops.vandermonde import integer_power
 from gramian.systems import (
     CompanionRecurrence,
+    CompanionState,
     DPLRRecurrence,
+    DPLRState,
     LatticeRecurrence,
     ModalRecurrence,
     ModalState,
@@ -33,7 +35,6 @@ from gramian.systems import (
     StateSpace,
     StateSpaceRecurrence,
 )
-from gramian.systems.dplr import DPLRState
 
 __all__ = ["BLOCK", "BlockedRecurrence", "Blocks", "carry", "last_block", "split_blocks"]
 
@@ -83,7 +84,7 @@ def carry(
         first, *rest = given
         return advance(x, *rest) + first, x.clone()
 
-    end, starts = scan(body, start.clone(), (inputs, *others))
+    end, starts = scan(body, start.clone(memory_format=torch.contiguous_format), (inputs, *others))
     return starts, end
 
 
@@ -296,6 +297,9 @@ class BlockedRecurrence(nn.Module):
         if isinstance(self.recurrence, DPLRRecurrence):
             assert isinstance(state, DPLRState) and self._poles is not None
             return _dplr_step(self.recurrence, self._poles, u_t, state)
+        if isinstance(self.recurrence, CompanionRecurrence):
+            assert isinstance(state, CompanionState)
+            return _companion_step(self.recurrence, u_t, state)
         return self.recurrence.step(u_t, state)
 
     def prefill(self, u: Tensor, state: State) -> tuple[Tensor, State]:
@@ -391,3 +395,15 @@ def _dplr_step(
     new = torch.stack([re * real - im * imaginary, re * imaginary + im * real], dim=-1)
     new = new + recurrence._B * sample[..., None, None]
     return y.to(u_t.dtype), DPLRState(new + recurrence._p * read[..., 1, None, None])
+
+
+def _companion_step(
+    recurrence: CompanionRecurrence, u_t: Tensor, state: CompanionState
+) -> tuple[Tensor, CompanionState]:
+    (past,) = state
+    sample = u_t.to(past.dtype)
+    feedback, output = (past.unsqueeze(-1) * recurrence._taps).sum(-2).unbind(-1)
+    y = output + recurrence.system.d * sample
+    newest = (sample + feedback).unsqueeze(-1)
+    past = torch.cat([newest, past[..., : recurrence.system.order - 1]], dim=-1)
+    return y.to(u_t.dtype), CompanionState(past)

@@ -35,6 +35,7 @@ def export_model(
     context: int | None = None,
     tokenizer: Any = None,
     verify: int = 100,
+    threads: int | None = None,
     seed: int = 0,
 ) -> ExportReport:
     """Write a language model as two programs, ``step`` and ``prefill``, that carry its state.
@@ -55,6 +56,7 @@ def export_model(
             by default ``model.config.max_position_embeddings``.
         tokenizer: Saved beside the programs.
         verify: Greedy tokens of two sequences to compare, at least 1.
+        threads: Of onnxruntime while comparing; its own choice by default.
         seed: Of the prompts that they continue.
 
     Returns:
@@ -90,7 +92,7 @@ def export_model(
         model.config.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
-        run = ExportedModel(stage)
+        run = ExportedModel(stage, threads=threads)
         return verify_model(model, run, description, tokens=verify, seed=seed)
 
 
@@ -101,9 +103,10 @@ def export_recurrence(
     *,
     context: int | None = None,
     verify: int = 100,
+    threads: int | None = None,
     seed: int = 0,
 ) -> ExportReport:
-    """Write one layer or one system as two programs, ``step`` and ``prefill``, that carry its state.
+    """Write one layer or system as two programs, ``step`` and ``prefill``, that carry its state.
 
     Of a mixer, ``step`` takes (batch, width) and ``prefill`` (batch, length, width); of a system of
     channels (*C), (batch, *C) and (batch, *C, length). Both return the outputs, of the same shape,
@@ -115,6 +118,7 @@ def export_recurrence(
         format: As for :func:`export_model`, and so are the others.
         context: Samples that attention without a window has room for.
         verify: Random samples of two sequences to compare, at least 1.
+        threads: Of onnxruntime while comparing.
         seed: Of these samples.
 
     Returns:
@@ -140,7 +144,7 @@ def export_recurrence(
         raise TypeError(f"a mixer or a system is exported, got {type(target).__name__}.")
     with staged_directory(Path(folder)) as stage, frozen_for_export(module):
         description = save_programs(exported, stage, format)
-        run = ExportedRecurrence(stage)
+        run = ExportedRecurrence(stage, threads=threads)
         return verify_recurrence(target, run, description, samples=verify, seed=seed)
 
 

@@ -164,7 +164,7 @@ def _outer_products(
         split_blocks(z.mT).permute(3, 0, 1, 4, 2).contiguous()
         for z in (q, k, v)  # (K, batch, heads, c, N)
     )
-    _, (y, starts) = scan(body, state.clone(), blocks)
+    _, (y, starts) = scan(body, state.clone(memory_format=torch.contiguous_format), blocks)
     count = y.shape[0]
     y = y.permute(1, 2, 0, 3, 4).reshape(*q.shape[:2], count * BLOCK, width)[:, :, :length]
     (keys, rest), (values, _) = last_block(k.mT), last_block(v.mT)

@@ -1,4 +1,4 @@
-"""Tracing: a step and a prefill of explicit states become `torch.export` programs and ONNX files."""
+"""Tracing: steps and prefills of explicit states as `torch.export` programs and ONNX files."""
 
 from __future__ import annotations
 
@@ -102,17 +102,19 @@ def frozen_for_export(module: nn.Module) -> Iterator[None]:
 def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
     """Write both programs and their description, ``export.json``, into an empty folder."""
     suffix = FORMATS[format]
-    states = {name: value.expand(2, *value.shape[1:]).clone() for name, value in what.states.items()}
-    batch = dict.fromkeys(states, {0: torch.export.Dim.DYNAMIC})
-    for name, function, example, dims in (
+    open_ = torch.export.Dim.DYNAMIC
+    states = {
+        name: value.expand(2, *value.shape[1:]).clone() for name, value in what.states.items()
+    }
+    for file_name, function, example, dims in (
         ("step", what.step, what.step_input, (0,)),
         ("prefill", what.prefill, what.prefill_input, (0, what.time)),
     ):
-        shapes = ({dim: torch.export.Dim.DYNAMIC for dim in dims}, batch)
+        shapes = (dict.fromkeys(dims, open_), {name: {0: open_} for name in states})
         program = torch.export.export(
             _Program(what, function), (example, states), dynamic_shapes=shapes
         )
-        file = folder / f"{name}.{suffix}"
+        file = folder / f"{file_name}.{suffix}"
         if format == "torch":
             torch.export.save(program, file)
         else:

@@ -82,7 +82,9 @@ class _Exported:
     def initial_state(self, batch_size: int = 1) -> ExportedState:
         """The state of a silent past for so many sequences: zeros."""
         if batch_size < 1:
-            raise ValueError(f"batch_size must be a positive number of sequences, got {batch_size}.")
+            raise ValueError(
+                f"batch_size must be a positive number of sequences, got {batch_size}."
+            )
         return ExportedState(
             {
                 state["input"]: np.zeros((batch_size, *state["shape"][1:]), dtype=state["dtype"])
@@ -94,9 +96,7 @@ class _Exported:
         self, program: _Program, given: np.ndarray, state: ExportedState, count: int
     ) -> tuple[np.ndarray, ExportedState]:
         if len(given) != state.batch_size:
-            raise ValueError(
-                f"the input has {len(given)} sequences, the state {state.batch_size}."
-            )
+            raise ValueError(f"the input has {len(given)} sequences, the state {state.batch_size}.")
         taken = state.taken + count
         if self.context is not None and taken > self.context:
             raise ValueError(
@@ -237,7 +237,7 @@ class ExportedModel(_Exported):
                 f"{ids.dtype} {ids.shape}."
             )
         vocabulary = self.description["vocab_size"]
-        if len(ids) and not (0 <= ids.min() and ids.max() < vocabulary):
+        if len(ids) and (ids.min() < 0 or ids.max() >= vocabulary):
             raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}.")
         return ids.astype(np.int64)
 
