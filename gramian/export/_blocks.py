@@ -135,6 +135,10 @@ class Blocks(nn.Module, abc.ABC):
     def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
         """``A^steps x`` for an integer tensor () below c."""
 
+    def select(self, x: Tensor) -> Tensor:
+        """The part's channels of x (batch, channels, …)."""
+        return x if self.channels is None else x.index_select(1, self.channels)
+
     def convolve(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs (batch, G, length) of u from the state x (batch, G, n, 1), and the state after.
 
@@ -307,8 +311,7 @@ class BlockedRecurrence(nn.Module):
         channels = u.shape[1:-1]
         outputs, ends = [], []
         for part, x in zip(self.parts, self.pack(state), strict=True):
-            chosen = u if part.channels is None else u.index_select(1, part.channels)
-            y, end = part.convolve(chosen.reshape(u.shape[0], -1, u.shape[-1]), x)
+            y, end = part.convolve(part.select(u).reshape(u.shape[0], -1, u.shape[-1]), x)
             outputs.append(y.reshape(u.shape[0], -1, *channels[1:], u.shape[-1]))
             ends.append(end)
         y = self.restore_order(outputs).reshape(u.shape)

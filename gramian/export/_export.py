@@ -48,8 +48,8 @@ def export_model(
     the recurrence in PyTorch.
 
     Args:
-        model: In float32 or float64; every long convolution must have a recurrence of fixed size,
-            as distilled and state-space filters do.
+        model: On the CPU, in float32 or float64; every long convolution must have a recurrence of
+            fixed size, as distilled and state-space filters do.
         folder: New folder.
         format: "onnx", for onnxruntime and other runtimes, or "torch", for ``torch.export.load``.
         context: Tokens, prompt and text together, that attention without a window has room for;
@@ -83,6 +83,7 @@ def export_model(
             f"models are exported in float32 or float64, got {model.dtype}: call model.float() or "
             "load it with dtype=torch.float32."
         )
+    _check_device(model.device)
     if verify < 1:
         raise ValueError(f"verify must be at least 1 token, got {verify}.")
     context = model.config.max_position_embeddings if context is None else context
@@ -101,6 +102,7 @@ def export_recurrence(
     folder: str | Path,
     format: str = "onnx",
     *,
+    form: str | None = None,
     context: int | None = None,
     verify: int = 100,
     threads: int | None = None,
@@ -113,9 +115,12 @@ def export_recurrence(
     and the new state; batch and length are open. ``export.json`` describes the states.
 
     Args:
-        target: A mixer, in float32 or float64, or a time-invariant system other than an ``FIR``.
+        target: A mixer, in float32 or float64, or a time-invariant system other than an ``FIR``;
+            on the CPU.
         folder: New folder.
         format: As for :func:`export_model`, and so are the others.
+        form: Of a system's recurrence, as ``system.recurrence(form)`` takes it: "lattice" or
+            "modal" keep a transfer function's state in single precision.
         context: Samples that attention without a window has room for.
         verify: Random samples of two sequences to compare, at least 1.
         threads: Of onnxruntime while comparing.
@@ -133,28 +138,39 @@ def export_recurrence(
     if verify < 1:
         raise ValueError(f"verify must be at least 1 sample, got {verify}.")
     if isinstance(target, Mixer):
+        if form is not None:
+            raise ValueError(
+                f"a mixer picks the form of its recurrences itself, got form={form!r}."
+            )
         module: nn.Module = target
         with frozen_for_export(module):
             exported = _mixer(target, context)
     elif isinstance(target, System):
         module = nn.Module()
         with torch.no_grad():
-            exported = _system(target, module)
+            exported = _system(target, module, form)
     else:
         raise TypeError(f"a mixer or a system is exported, got {type(target).__name__}.")
     with staged_directory(Path(folder)) as stage, frozen_for_export(module):
         description = save_programs(exported, stage, format)
         run = ExportedRecurrence(stage, threads=threads)
-        return verify_recurrence(target, run, description, samples=verify, seed=seed)
+        recurrence = target.recurrence() if isinstance(target, Mixer) else target.recurrence(form)
+        return verify_recurrence(recurrence, run, description, samples=verify, seed=seed)
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ValueError(f"what is exported must be on the CPU, got {device}: call .cpu() first.")
 
 
 def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
     from gramian.models.modeling import GramianGLUBlock, _normed
 
+    blocks: list[Any] = list(model.model.layers)
     layers: list[ExportableMixer] = []
-    for index, layer in enumerate(model.model.layers):
-        name = f"layer {index} ({type(layer.mixer).__name__})"
-        mixer = layer.block if isinstance(layer, GramianGLUBlock) else layer.mixer
+    for index, block in enumerate(blocks):
+        name = f"layer {index} ({type(block.mixer).__name__})"
+        mixer = block.block if isinstance(block, GramianGLUBlock) else block.mixer
         layers.append(ExportableMixer(mixer, name, context))
     prefixes = [f"layers.{index}.mixer.state" for index in range(len(layers))]
 
@@ -170,8 +186,9 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
         hidden = model.model._embed(ids, None, None)
         if model.config.residual_in_fp32 and hidden.dtype.itemsize < 4:
             hidden = hidden.float()
-        tensors, after = iter(states.values()), {}
-        for prefix, block, layer in zip(prefixes, model.model.layers, layers, strict=True):
+        tensors = iter(states.values())
+        after: dict[str, Tensor] = {}
+        for prefix, block, layer in zip(prefixes, blocks, layers, strict=True):
             state = fill(layer.template, tensors)
             if isinstance(block, GramianGLUBlock):
                 hidden, state = mix(layer, hidden, state, chunk)
@@ -183,19 +200,18 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
         hidden = _normed(model.model.norm, hidden[:, -1])
         return model.lm_head(hidden), after
 
-    states = {}
+    states: dict[str, Tensor] = {}
     for prefix, layer in zip(prefixes, layers, strict=True):
         states.update(named_tensors(layer.template, prefix))
     rooms = [layer.context for layer in layers if layer.context is not None]
-    device = model.device
     return Stateful(
         module=model,
         constants=[long for layer in layers for long in layer.long],
         step=lambda ids, states: run(ids, states, chunk=False),
         prefill=lambda ids, states: run(ids, states, chunk=True),
         states=states,
-        step_input=torch.zeros(2, 1, dtype=torch.int64, device=device),
-        prefill_input=torch.zeros(2, _EXAMPLE, dtype=torch.int64, device=device),
+        step_input=torch.zeros(2, 1, dtype=torch.int64),
+        prefill_input=torch.zeros(2, _EXAMPLE, dtype=torch.int64),
         time=1,
         input="input_ids",
         output="logits",
@@ -210,6 +226,7 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
 
 def _mixer(mixer: Mixer, context: int | None) -> Stateful:
     like = next(mixer.parameters())
+    _check_device(like.device)
     layer = ExportableMixer(mixer, f"this {type(mixer).__name__}", context)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     halves = [p.dtype for p in mixer.parameters() if p.is_floating_point() and p.itemsize < 4]
@@ -243,7 +260,7 @@ def _mixer(mixer: Mixer, context: int | None) -> Stateful:
     )
 
 
-def _system(system: System, module: nn.Module) -> Stateful:
+def _system(system: System, module: nn.Module, form: str | None) -> Stateful:
     if isinstance(system, FIR):
         raise ValueError(
             "an FIR system has an exact online convolution only, whose state is a buffer with a "
@@ -256,7 +273,8 @@ def _system(system: System, module: nn.Module) -> Stateful:
             f"a {type(system).__name__} has other coefficients at every step; the mixer that makes "
             "them is what can be exported."
         )
-    recurrence = system.recurrence()
+    _check_device(system.device)
+    recurrence = system.recurrence(form)
     if recurrence.form == "online":
         raise ValueError(
             "this system is stepped by exact online convolution, as no other form reproduces its "
@@ -280,8 +298,8 @@ def _system(system: System, module: nn.Module) -> Stateful:
         step=wrap(blocked.step),
         prefill=wrap(blocked.prefill),
         states=dict(named_tensors(template, "state")),
-        step_input=torch.zeros(shape, dtype=dtype, device=system.device),
-        prefill_input=torch.zeros(*shape, _EXAMPLE, dtype=dtype, device=system.device),
+        step_input=torch.zeros(shape, dtype=dtype),
+        prefill_input=torch.zeros(*shape, _EXAMPLE, dtype=dtype),
         time=len(shape),
         input="u",
         output="y",

@@ -43,7 +43,7 @@ def named_tensors(state: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
         if state.ndim:  # a count of the whole batch is no part of what is carried
             yield prefix, state
         return
-    names = state._fields if isinstance(state, State) else range(len(state))
+    names = getattr(state, "_fields", range(len(state)))
     for name, value in zip(names, state, strict=True):
         yield from named_tensors(value, f"{prefix}.{name}")
 
@@ -96,7 +96,9 @@ class ExportableMixer:
         else:
             self.template = recurrence.initial_state(1)
         streams = 2 if isinstance(inner, MultiHyena) else 0
-        self.long = tuple(BlockedRecurrence(long, streams) for long in recurrence.long)
+        self.long: tuple[Any, ...] = tuple(
+            BlockedRecurrence(long, streams) for long in recurrence.long
+        )
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         """One token (batch, width); nothing is written into ``state``."""
@@ -130,10 +132,8 @@ def _multi_hyena(
     q, k, v, past = mixer._project(x, None, state.short)  # (batch, heads, length, N)
     outputs, ends = [], []
     for part, carried in zip(long.parts, long.pack(state.long), strict=True):
-        chosen = (q, k, v)
-        if part.channels is not None:
-            chosen = tuple(z.index_select(1, part.channels) for z in chosen)
-        y, end = _outer_products(part, *chosen, carried)
+        queries, keys, values = (part.select(z) for z in (q, k, v))
+        y, end = _outer_products(part, queries, keys, values, carried)
         outputs.append(y)
         ends.append(end)
     y = mixer._merge(long.restore_order(outputs))
@@ -207,8 +207,13 @@ def _by_blocks(
         return z.reshape(batch * heads, count, *z.shape[1:]).transpose(0, 1).contiguous()
 
     factors: list[Tensor] = []
-    kind = type(joined.transition)
-    joined.transition.map(lambda z: factors.append(by_time(z)) or z)
+    kind: Any = type(joined.transition)
+
+    def collect(z: Tensor) -> Tensor:
+        factors.append(by_time(z))
+        return z
+
+    joined.transition.map(collect)
 
     def advance(m: Tensor, *given: Tensor) -> Tensor:
         return kind(*given).left(m)

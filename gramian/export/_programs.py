@@ -85,18 +85,19 @@ def check_format(format: str) -> None:
 def frozen_for_export(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients and without compiled steps, and back again after."""
     training = {part: part.training for part in module.modules()}
-    compiled = {part: part._compiled for part in module.modules() if isinstance(part, Mixer)}
+    mixers = [part for part in module.modules() if isinstance(part, Mixer)]
+    compiled = [mixer._compiled for mixer in mixers]
     try:
         module.eval()
-        for part in compiled:
-            part._compiled = None
+        for mixer in mixers:
+            mixer._compiled = None
         with torch.no_grad():
             yield
     finally:
         for part, mode in training.items():
             part.training = mode
-        for part, step in compiled.items():
-            part._compiled = step
+        for mixer, step in zip(mixers, compiled, strict=True):
+            mixer._compiled = step
 
 
 def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gramian.export._report import ExportReport
 from gramian.export._runtime import ExportedModel, ExportedRecurrence
-from gramian.mixers import Mixer
-from gramian.systems import System
+from gramian.mixers import MixerRecurrence
+from gramian.systems import Recurrence
 
 if TYPE_CHECKING:
     from gramian.models import GramianForCausalLM
@@ -30,7 +30,7 @@ class _Differences:
         self.prefill = self.step = self.scale = 0.0
 
     def add(self, found: np.ndarray, expected: Tensor, prefill: bool = False) -> None:
-        reference = expected.cpu().numpy()
+        reference = expected.numpy()
         difference = float(np.abs(found - reference).max())
         if not np.isfinite(difference):
             difference = float("inf")
@@ -71,15 +71,13 @@ def verify_model(
     ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
     differences, ties = _Differences(), 0
     found, state = run.prefill(ids.numpy())
-    output = model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1)
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     for index in range(tokens):
         expected = output.logits[:, -1]
         differences.add(found, expected, prefill=index == 0)
-        chosen = expected.argmax(-1).cpu()
+        chosen = expected.argmax(-1)
         other = torch.from_numpy(found.argmax(-1))
-        margin = (
-            expected.cpu().gather(1, chosen[:, None]) - expected.cpu().gather(1, other[:, None])
-        )[:, 0]
+        margin = (expected.gather(1, chosen[:, None]) - expected.gather(1, other[:, None]))[:, 0]
         differ = chosen != other
         if bool((differ & (margin > _TOLERANCE[model.dtype] * differences.scale)).any()):
             raise RuntimeError(
@@ -90,7 +88,7 @@ def verify_model(
         if index + 1 < tokens:
             found, state = run.step(chosen.numpy(), state)
             output = model(
-                input_ids=chosen[:, None].to(model.device),
+                input_ids=chosen[:, None],
                 past_key_values=output.past_key_values,
                 use_cache=True,
             )
@@ -100,7 +98,7 @@ def verify_model(
 
 @torch.no_grad()
 def verify_recurrence(
-    target: Mixer | System,
+    recurrence: MixerRecurrence | Recurrence,
     run: ExportedRecurrence,
     description: dict[str, Any],
     *,
@@ -114,19 +112,17 @@ def verify_recurrence(
         length = max(1, min(length, run.context // 2))
         samples = min(samples, run.context - length)
     shape = [2 if size == "batch" else size for size in description["input"]["step"]]
-    time = 1 if isinstance(target, Mixer) else len(shape)
+    time = description["input"]["prefill"].index("length")
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(length + samples, *shape, generator=generator, dtype=dtype)
-    device = next(target.parameters()).device if isinstance(target, Mixer) else target.device
     chunk = draws[:length].movedim(0, time)
-    recurrence = target.recurrence()
     differences = _Differences()
     found, state = run.prefill(chunk.numpy())
-    expected, reference = recurrence.prefill(chunk.to(device))
+    expected, reference = recurrence.prefill(chunk)
     differences.add(found, expected, prefill=True)
     for sample in draws[length:]:
         found, state = run.step(sample.numpy(), state)
-        expected, reference = recurrence.step(sample.to(device), reference)
+        expected, reference = recurrence.step(sample, reference)
         differences.add(found, expected)
     differences.check(dtype)
     return _report(run, description, differences, samples, 0)

@@ -62,9 +62,7 @@ def greedy(model: GramianForCausalLM, ids: torch.Tensor, count: int) -> tuple[An
         lead = min(lead, float((best[:, 0] - best[:, 1]).min()))
         scale = max(scale, float(logits.abs().max()))
         tokens.append(logits.argmax(-1))
-        output = model(
-            tokens[-1][:, None], past_key_values=output.past_key_values, use_cache=True
-        )
+        output = model(tokens[-1][:, None], past_key_values=output.past_key_values, use_cache=True)
     return torch.stack(tokens, 1).numpy(), lead, scale
 
 
@@ -137,8 +135,8 @@ def test_a_loop_needs_onnxruntime_and_the_description_only(exported: Path) -> No
 
     description = json.loads((exported / "export.json").read_text())
     session = onnxruntime.InferenceSession(str(exported / "step.onnx"))
-    assert [x.name for x in session.get_inputs()][0] == "input_ids"
-    assert [x.name for x in session.get_outputs()][0] == "logits"
+    assert session.get_inputs()[0].name == "input_ids"
+    assert session.get_outputs()[0].name == "logits"
     feeds = {
         state["input"]: np.zeros([1, *state["shape"][1:]], state["dtype"])
         for state in description["states"]
@@ -270,5 +268,5 @@ def test_wrong_inputs_of_a_run(exported: Path, tmp_path: Path) -> None:
         run.generate([[1]], 0)
     with pytest.raises(ValueError, match="batch_size must be a positive"):
         run.initial_state(0)
-    with pytest.raises(FileNotFoundError, match="has no export.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no export\.json"):
         ExportedModel(tmp_path)

@@ -57,7 +57,7 @@ SYSTEMS = {
 
 def run_both(target: Any, folder: Path, x: torch.Tensor, time: int, tolerance: float) -> None:
     """Chunk, steps, chunk: the whole of x (batch, …)."""
-    recurrence = target.recurrence()
+    recurrence = target.recurrence() if hasattr(target, "recurrence") else target
     run = ExportedRecurrence(folder, threads=1)
     length = x.shape[time]
     first, second, third = x.split([length // 2, 5, length - length // 2 - 5], dim=time)
@@ -93,18 +93,14 @@ def test_systems(tmp_path: Path, name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_lattice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["lattice", "modal"])
+def test_forms_of_a_transfer_function(tmp_path: Path, form: str) -> None:
     torch.manual_seed(1)
-    options = {"stability": "schur", "numerator": "exact", "initialization": "schur"}
+    options = {"stability": "schur", "initialization": "schur"}
     system = transfer_function(**options)
-    recurrence = system.recurrence("lattice")
-
-    class Lattice:
-        pass
-
-    export_recurrence(system, tmp_path / "out", verify=20, threads=1)
-    assert recurrence.form == "lattice"
-    run_both(system, tmp_path / "out", torch.randn(2, 3, 100), 2, 2e-5)
+    export_recurrence(system, tmp_path / "out", form=form, verify=20, threads=1)
+    x = torch.randn(2, 3, 100)
+    run_both(system.recurrence(form), tmp_path / "out", x, 2, 2e-5)
 
 
 def mixers() -> dict[str, Any]:
@@ -145,6 +141,8 @@ def test_refusals(tmp_path: Path) -> None:
         export_recurrence(gramian.DenseOperator(torch.eye(4).expand(2, 4, 4)), out)
     with pytest.raises(ValueError, match="give context="):
         export_recurrence(SoftmaxAttention(WIDTH, 3), out)
+    with pytest.raises(ValueError, match="picks the forms of its recurrences"):
+        export_recurrence(mixers()["multi_hyena"], out, form="modal")
     with pytest.raises(TypeError, match="a mixer or a system is exported, got Linear"):
         export_recurrence(torch.nn.Linear(2, 2), out)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"float32 or float64, got torch\.bfloat16"):
