@@ -32,6 +32,8 @@ from gramian.models import (
     ByteTokenizer,
     GramianConfig,
     GramianForCausalLM,
+    GramianForPairClassification,
+    GramianForReconstruction,
     GramianForSequenceClassification,
     GramianForSignalRegression,
 )
@@ -54,7 +56,9 @@ __all__ = ["TrainingReport", "train"]
 MODELS: dict[str, Any] = {  # by the kind of task
     "tokens": GramianForCausalLM,
     "classification": GramianForSequenceClassification,
+    "pairs": GramianForPairClassification,
     "signal": GramianForSignalRegression,
+    "reconstruction": GramianForReconstruction,
 }
 BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock", "mixer": "GramianMixerBlock"}
 
@@ -171,11 +175,6 @@ def _task(config: TrainingConfig) -> Task:
 
 
 def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
-    if description.kind not in MODELS:
-        raise ConfigError(
-            f"there is no model to train for tasks of the kind {description.kind!r}; the task "
-            f"{config.task['name']} is one."
-        )
     kind = MODELS[description.kind]
     values = dict(config.model)
     path = values.pop("path", None)
@@ -201,6 +200,8 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
         values.setdefault("input_size", description.input_size)
     if description.num_labels is not None:
         values["num_labels"] = description.num_labels
+    if description.kind == "reconstruction":
+        values.setdefault("pooling", "last")
     try:
         return kind(GramianConfig(**values))
     except (KeyError, TypeError, ValueError) as error:
