@@ -33,6 +33,8 @@ from gramian.models import (
     ByteTokenizer,
     GramianConfig,
     GramianForCausalLM,
+    GramianForPairClassification,
+    GramianForReconstruction,
     GramianForSequenceClassification,
     GramianForSignalRegression,
 )
@@ -55,7 +57,9 @@ __all__ = ["TrainingReport", "check", "earlier_report", "train"]
 MODELS: dict[str, Any] = {  # by the kind of task
     "tokens": GramianForCausalLM,
     "classification": GramianForSequenceClassification,
+    "pairs": GramianForPairClassification,
     "signal": GramianForSignalRegression,
+    "reconstruction": GramianForReconstruction,
 }
 BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock", "mixer": "GramianMixerBlock"}
 
@@ -189,11 +193,6 @@ def _task(config: TrainingConfig) -> Task:
 
 
 def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
-    if description.kind not in MODELS:
-        raise ConfigError(
-            f"there is no model to train for tasks of the kind {description.kind!r}; the task "
-            f"{config.task['name']} is one."
-        )
     kind = MODELS[description.kind]
     values = dict(config.model)
     path = values.pop("path", None)
@@ -219,6 +218,8 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
         values.setdefault("input_size", description.input_size)
     if description.num_labels is not None:
         values["num_labels"] = description.num_labels
+    if description.kind == "reconstruction":
+        values.setdefault("pooling", "last")
     try:
         return kind(GramianConfig(**values))
     except (KeyError, TypeError, ValueError) as error:
