@@ -159,9 +159,13 @@ class _Job:
 
 def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
     """Run points in fresh processes, `jobs` at a time."""
-    context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // jobs)
     devices = _devices()
+    context: Any = multiprocessing.get_context("spawn")
+    if not devices and "forkserver" in multiprocessing.get_all_start_methods():
+        # Imports are done once. A process that has looked at an accelerator may not be forked.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
     queue, running = list(reversed(waiting)), list[_Job]()
     free = list(range(jobs - 1, -1, -1))
     try:

@@ -177,8 +177,10 @@ class SweepReport:
 
     def _cells(self) -> list[list[str]]:
         axes = [name for name in self.axes if name != SEED]
+        last = [name.rsplit(".", 1)[-1] for name in axes]
+        short = last if len(set(last)) == len(last) else axes
         measured = ["runs", f"best {self.metric}", f"last {self.metric}", "steps", "seconds"]
-        table = [[*axes, *measured]]
+        table = [[*short, *measured]]
         for row in self.rows:
             cells = [_text(row.values[name]) for name in axes]
             cells.append(f"{row.runs} of {row.runs + row.failed}" if row.failed else str(row.runs))
@@ -199,7 +201,8 @@ class SweepReport:
         header, *lines = self._cells()
         table = Table(caption=self.summary, caption_justify="left", caption_style="")
         for name in header:
-            table.add_column(escape(name), justify="right")
+            measured = name.startswith(("best ", "last "))
+            table.add_column(escape(name), justify="right", no_wrap=measured)
         for line in lines:
             table.add_row(*map(escape, line))
         return table
