@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian.distillation._memory import filter_state_sizes
 from gramian.distillation._report import LayerReport
 from gramian.filters import ModalFilter
 from gramian.reduction import reduce
@@ -86,5 +87,6 @@ def reduce_filter(
         hankel_singular_values=tuple(
             tuple(value for value in values if not math.isnan(value)) for values in spectra
         ),
+        effective_state_sizes=tuple(filter_state_sizes(kernel).tolist()),
         unconverged=tuple(above),
     )

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gramian.distillation._memory import rank_correlation
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -15,11 +17,15 @@ __all__ = ["DistillationReport", "LayerReport", "Quality", "Trial"]
 _COLUMNS = (
     "layer",
     "filters",
+    "ESS",
     "order min/mean/max",
     "l2 error mean/max",
     "bound",
     "missed",
 )
+
+_ENOUGH = 16
+"""Filters from which a rank correlation is told."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class LayerReport:
         tail_energies: energy of ĥ past the taps, over that of h.
         hankel_singular_values: leading ones of each kernel, descending; fewer where fewer were
             needed.
+        effective_state_sizes: entropy-ESS of each original filter before the middle of its taps,
+            with the taps as horizon: how much memory it uses. Estimated above 1,024 taps.
         unconverged: indices of the filters whose relative error stayed above the tolerance; empty
             if an order was asked for.
     """
@@ -50,6 +58,7 @@ class LayerReport:
     l1_errors: tuple[float, ...]
     tail_energies: tuple[float, ...]
     hankel_singular_values: tuple[tuple[float, ...], ...]
+    effective_state_sizes: tuple[float, ...]
     unconverged: tuple[int, ...]
 
     @property
@@ -64,6 +73,7 @@ class LayerReport:
             "mixer": self.mixer,
             "filters": len(self.orders),
             "taps": self.taps,
+            "effective_state_size": _spread(self.effective_state_sizes),
             "order": _spread(self.orders),
             "relative_error": _spread(self.relative_errors),
             "lower_bound": _spread(self.lower_bounds),
@@ -75,6 +85,7 @@ class LayerReport:
             "l1_errors": list(self.l1_errors),
             "tail_energies": list(self.tail_energies),
             "hankel_singular_values": [list(row) for row in self.hankel_singular_values],
+            "effective_state_sizes": list(self.effective_state_sizes),
             "unconverged": list(self.unconverged),
         }
 
@@ -83,6 +94,7 @@ class LayerReport:
         return (
             str(self.layer),
             str(len(self.orders)),
+            f"{_spread(self.effective_state_sizes)['mean']:.1f}",
             f"{order['min']} / {order['mean']:.1f} / {order['max']}",
             f"{error['mean']:.1e} / {error['max']:.1e}",
             f"{max(self.lower_bounds):.1e}",
@@ -128,8 +140,9 @@ class Quality:
 
 @dataclass(frozen=True)
 class DistillationReport:
-    """What `distill` reached. Printing it gives a table: of every layer the orders, the relative l2
-    errors, the largest lower bound of them, and how many filters missed the tolerance.
+    """What `distill` reached. Printing it gives a table: of every layer the mean effective
+    state-size, the orders, the relative l2 errors, the largest lower bound of them, and how many
+    filters missed the tolerance.
 
     Attributes:
         tol: the relative l2 error asked of every filter, or None if an order was asked for.
@@ -163,6 +176,22 @@ class DistillationReport:
         return sum(self.orders) / len(self.orders)
 
     @property
+    def effective_state_sizes(self) -> tuple[float, ...]:
+        """Effective state-size of all original filters, layer by layer."""
+        return tuple(size for layer in self.layers for size in layer.effective_state_sizes)
+
+    @property
+    def rank_correlation(self) -> float | None:
+        """Whether ESS tells in advance what distilling costs: Spearman's rank correlation over all
+        filters of effective state-size with the relative error, where an order was asked for; with
+        the order, where a tolerance was. None for fewer than 16 filters, or if all are equal."""
+        if len(self.orders) < _ENOUGH:
+            return None
+        errors = [error for layer in self.layers for error in layer.relative_errors]
+        cost = errors if self.tol is None else self.orders
+        return rank_correlation(self.effective_state_sizes, cost)
+
+    @property
     def max_relative_error(self) -> float:
         """The largest relative l2 error of any filter."""
         return max(error for layer in self.layers for error in layer.relative_errors)
@@ -178,6 +207,8 @@ class DistillationReport:
             "tol": self.tol,
             "order": self.order,
             "filters": len(self.orders),
+            "mean_effective_state_size": sum(self.effective_state_sizes) / len(self.orders),
+            "rank_correlation": self.rank_correlation,
             "mean_order": self.mean_order,
             "max_order": max(self.orders),
             "max_relative_error": self.max_relative_error,
@@ -223,6 +254,10 @@ class DistillationReport:
             f"{self.mean_order:.1f}{outcome}. State of one sequence at context {self.context:,}: "
             f"{self.original_state_bytes:,} bytes before, {self.distilled_state_bytes:,} after."
         )
+        correlation = self.rank_correlation
+        if correlation is not None:
+            cost = "error" if self.tol is None else "order"
+            words += f" Rank correlation of ESS with the {cost}: {correlation:.2f}."
         return words if self.quality is None else f"{words}\n{_told(self.quality, self.tol)}"
 
 

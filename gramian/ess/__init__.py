@@ -1,5 +1,5 @@
-"""Effective state-size: how much of its memory a causal operator uses, and the smallest recurrence
-that computes it."""
+"""Effective state-size: how much of its memory a causal operator uses, losses that change it, and
+the smallest recurrence that computes it."""
 
 from gramian.ess._effective_state_size import (
     effective_state_size,
@@ -8,10 +8,13 @@ from gramian.ess._effective_state_size import (
 )
 from gramian.ess._realize import realize
 from gramian.ess.aggregation import aggregate, theoretical_state_size, utilization
+from gramian.ess.penalties import ess_penalty, gate_regularizer
 
 __all__ = [
     "aggregate",
     "effective_state_size",
+    "ess_penalty",
+    "gate_regularizer",
     "hankel_singular_values",
     "realize",
     "sketched_state_size",

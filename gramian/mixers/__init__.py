@@ -1,7 +1,13 @@
 """Mixers: modules that mix a sequence."""
 
+from gramian.mixers._initialization import (
+    GateInitialization,
+    InitializedGates,
+    initialize_gates,
+)
 from gramian.mixers._linear_recurrence import LinearRecurrence, LinearRecurrenceState
 from gramian.mixers._mixer import Mixer, MixerRecurrence, ShortConvolution
+from gramian.mixers._observation import Observer
 from gramian.mixers.block import Block
 from gramian.mixers.gated_delta_net import GatedDeltaNet
 from gramian.mixers.gated_linear_attention import GatedLinearAttention
@@ -18,10 +24,12 @@ __all__ = [
     "GLAS6",
     "S6",
     "Block",
+    "GateInitialization",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "Hyena",
     "HyenaState",
+    "InitializedGates",
     "LinearAttention",
     "LinearRecurrence",
     "LinearRecurrenceState",
@@ -31,8 +39,10 @@ __all__ = [
     "MixerRecurrence",
     "MultiHyena",
     "MultiHyenaState",
+    "Observer",
     "ShortConvolution",
     "SoftmaxAttention",
     "SoftmaxAttentionState",
     "WeightedLinearAttention",
+    "initialize_gates",
 ]

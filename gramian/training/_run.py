@@ -17,6 +17,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,15 @@ from gramian.models import (
     ByteTokenizer,
     GramianConfig,
     GramianForCausalLM,
+    GramianForPairClassification,
+    GramianForReconstruction,
     GramianForSequenceClassification,
+    GramianForSignalRegression,
 )
 from gramian.reports import plot_training, save_figure
 from gramian.tasks import Description, Task
 from gramian.training.collation import Collator
-from gramian.training.configuration import ConfigError, TrainingConfig
+from gramian.training.configuration import METRICS, ConfigError, TrainingConfig
 from gramian.training.recording import (
     Recorder,
     Sampler,
@@ -48,9 +52,16 @@ from gramian.training.recording import (
 )
 from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoints
 
-__all__ = ["TrainingReport", "train"]
+__all__ = ["TrainingReport", "check", "earlier_report", "train"]
 
-BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock"}
+MODELS: dict[str, Any] = {  # by the kind of task
+    "tokens": GramianForCausalLM,
+    "classification": GramianForSequenceClassification,
+    "pairs": GramianForPairClassification,
+    "signal": GramianForSignalRegression,
+    "reconstruction": GramianForReconstruction,
+}
+BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock", "mixer": "GramianMixerBlock"}
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,23 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
     return _read_report(folder)
 
 
+def check(config: TrainingConfig) -> None:
+    """Raise the errors of `train` that need no training; nothing is written.
+
+    Raises:
+        ConfigError, FileNotFoundError: as `train`.
+    """
+    task = _task(config)
+    with nullcontext() if "path" in config.model else torch.device("meta"):
+        _model(config, task.description())
+    for split in ("train", config.evaluation.split):
+        if next(iter(task.rows(split, config.seed)), None) is None:
+            raise ConfigError(f"the task has no {split} rows with these settings.")
+    if config.optimization.steps is None and config.task.get("streaming"):
+        _steps(config, None)
+    _arguments(config, config.optimization.steps or 1, False)
+
+
 def _task(config: TrainingConfig) -> Task:
     settings = dict(config.task)
     name, setting = settings.pop("name"), settings.pop("setting", None)
@@ -156,17 +184,16 @@ def _task(config: TrainingConfig) -> Task:
         raise ConfigError(f"task: {error}") from error
     if config.evaluation.split not in task.splits:
         raise ConfigError(unknown("evaluation.split", config.evaluation.split, task.splits))
+    metric, accepted = config.evaluation.metric, METRICS[task.description().kind]
+    if metric not in accepted:
+        raise ConfigError(
+            f"evaluation.metric must be {' or '.join(accepted)} for the task {name}; got {metric}."
+        )
     return task
 
 
 def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
-    if description.kind not in ("tokens", "classification"):
-        raise ConfigError(
-            f"there is no model to train for tasks of the kind {description.kind!r}; the task "
-            f"{config.task['name']} is one."
-        )
-    causal = description.kind == "tokens"
-    kind = GramianForCausalLM if causal else GramianForSequenceClassification
+    kind = MODELS[description.kind]
     values = dict(config.model)
     path = values.pop("path", None)
     if path is not None:
@@ -189,8 +216,10 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
             )
     if description.input_size is not None:
         values.setdefault("input_size", description.input_size)
-    if not causal:
+    if description.num_labels is not None:
         values["num_labels"] = description.num_labels
+    if description.kind == "reconstruction":
+        values.setdefault("pooling", "last")
     try:
         return kind(GramianConfig(**values))
     except (KeyError, TypeError, ValueError) as error:
@@ -282,10 +311,8 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
     )
 
 
-def _prepare(
-    folder: Path, config: TrainingConfig, arguments: TrainingArguments
-) -> TrainingReport | None:
-    """Make or check the folder; the report of a run that is finished."""
+def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | None:
+    """The report of this run if it is finished; an error if the folder holds anything else."""
     import yaml
 
     written = folder / "config.yaml"
@@ -299,11 +326,26 @@ def _prepare(
             )
         if (folder / "report.json").is_file():
             return _read_report(folder)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ConfigError(f"{folder} exists and holds no run; give another output.")
-    if arguments.process_index != 0:
-        return None
+    return None
+
+
+def _prepare(
+    folder: Path, config: TrainingConfig, arguments: TrainingArguments
+) -> TrainingReport | None:
+    """Make or check the folder; the report of a run that is finished."""
+    import yaml
+
+    report = earlier_report(folder, config)
+    if report is not None or arguments.process_index != 0:
+        return report
     folder.mkdir(parents=True, exist_ok=True)
+    written = folder / "config.yaml"
+    if not written.is_file():
+        with staged_file(written) as stage:
+            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+            stage.write_text(text, encoding="utf-8")
     checkpoints = complete_checkpoints(folder / "checkpoints")
     step = int(checkpoints[-1].name.rsplit("-", 1)[1]) if checkpoints else 0
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -315,10 +357,6 @@ def _prepare(
     machines = folder / "environment.json"
     earlier = json.loads(machines.read_text(encoding="utf-8")) if machines.is_file() else []
     write_json(machines, [*earlier, {"from_step": step, **environment(arguments.world_size)}])
-    if not written.is_file():
-        with staged_file(written) as stage:
-            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-            stage.write_text(text, encoding="utf-8")
     return None
 
 

@@ -27,10 +27,19 @@ __all__ = [
     "TrainingConfig",
     "load_config",
     "parse_config",
+    "read_change",
+    "read_values",
+    "set_value",
 ]
 
 SCHEDULES = ("cosine", "linear", "constant")
-METRICS = ("loss", "accuracy")
+METRICS = {  # by the kind of task
+    "tokens": ("loss", "accuracy"),
+    "classification": ("loss", "accuracy"),
+    "pairs": ("loss", "accuracy"),
+    "signal": ("loss", "mse", "relative_error"),
+    "reconstruction": ("loss", "accuracy"),
+}
 DEVICES = ("auto", "cpu")
 
 
@@ -84,10 +93,11 @@ class Evaluation:
         split: of the task.
         examples: at most so many rows; None takes all.
         batch_size: sequences of a process at once; None takes the training's.
-        metric: `"loss"` or `"accuracy"`, by which the best model is chosen.
+        metric: by which the best model is chosen: `"loss"` or `"accuracy"`; of a signal `"loss"`,
+            the same as `"mse"`, or `"relative_error"`, the root of it over the targets' own.
         patience: evaluations without a better metric after which training stops; None goes on.
         samples: rows of which predictions, or continuations of text, are written down.
-        sample_length: tokens of a continuation.
+        sample_length: tokens of a continuation, or last steps of a signal.
     """
 
     every: int | None = None
@@ -190,6 +200,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
         FileNotFoundError: no such file.
         ConfigError: text that is no YAML, an unknown key, a value that does not fit.
     """
+    values = read_values(path)
+    for override in overrides:
+        key, value = read_change(override)
+        set_value(values, key.split("."), value)
+    return parse_config(values)
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """What a YAML file holds, unchecked but for being keys and values."""
     import yaml
 
     path = Path(path)
@@ -201,16 +220,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, such as 'seed: 0'.")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"a change must read key=value, such as seed=1; got {override!r}.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value in {override!r} is not valid YAML.") from error
-        _set(values, key.split("."), value, override)
-    return parse_config(values)
+    return values
+
+
+def read_change(text: str) -> tuple[str, Any]:
+    """The key and the value of a `key=value` whose value is YAML."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"a change must read key=value, such as seed=1; got {text!r}.")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value in {text!r} is not valid YAML.") from error
 
 
 def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
@@ -219,16 +242,19 @@ def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
     Raises:
         ConfigError: on an unknown or missing key, or a value that does not fit.
     """
+    if "sweep" in values:
+        raise ConfigError("the configuration holds a sweep, which gramian sweep runs.")
     config = _parse(TrainingConfig, values, "")
     _check(config)
     return config
 
 
-def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+def set_value(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set a nested key in place."""
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"{override!r} changes a key of {key}, which has none.")
+            raise ConfigError(f"{'.'.join(keys)} changes a key of {key}, which has none.")
     values[keys[-1]] = value
 
 
@@ -335,7 +361,10 @@ def _check(config: TrainingConfig) -> None:
         raise ConfigError(f"optimization.betas must be two numbers in [0, 1); got {steps.betas}.")
     choices = {
         "optimization.schedule": (steps.schedule, SCHEDULES),
-        "evaluation.metric": (evaluation.metric, METRICS),
+        "evaluation.metric": (
+            evaluation.metric,
+            list(dict.fromkeys(metric for kind in METRICS.values() for metric in kind)),
+        ),
         "hardware.device": (hardware.device, DEVICES),
     }
     for name, (given, accepted) in choices.items():

@@ -39,14 +39,22 @@ class Patience(EarlyStoppingCallback):
 
 
 def score(logits: Any, labels: Tensor) -> Tensor:
-    """Right answers, all answers and the sum of -log p, of every sequence: (batch, 3) of float64.
+    """What `total` needs of every sequence: (batch, 3) of float64.
+
+    Right answers, all answers and the sum of -log p; of a signal, whose labels are floating-point,
+    the sum of the squared errors, all numbers and the sum of their squares.
 
     Args:
-        logits: (batch, length, classes), or (batch, classes).
-        labels: (batch, length), or (batch).
+        logits: (batch, length, classes), or (batch, classes); (batch, length, numbers) of a signal.
+        labels: (batch, length), or (batch); (batch, length, numbers).
     """
     if isinstance(logits, tuple | list):
         logits = logits[0]
+    if labels.is_floating_point():
+        due = labels.double().flatten(1)
+        count = torch.full_like(due[:, 0], due.shape[1])
+        errors = (logits.double().flatten(1) - due).square().sum(1)
+        return torch.stack([errors, count, due.square().sum(1)], dim=-1)
     if labels.ndim == 1:
         logits, labels = logits[:, None], labels[:, None]
     due = labels != IGNORED
@@ -61,6 +69,11 @@ def score(logits: Any, labels: Tensor) -> Tensor:
 def total(prediction: Any, description: Description) -> dict[str, float]:
     """Metrics from the scores of all sequences."""
     scores = np.asarray(prediction.predictions, dtype=np.float64)
+    if description.kind == "signal":
+        errors, count, energy = scores.sum(0)
+        mse = float(errors / count)
+        relative = math.sqrt(errors / energy) if energy else math.inf
+        return {"loss": mse, "mse": mse, "relative_error": relative}
     right, due, losses = scores.sum(0)
     loss = float(losses / max(due, 1))
     metrics = {
@@ -68,7 +81,7 @@ def total(prediction: Any, description: Description) -> dict[str, float]:
         "accuracy": float(right / max(due, 1)),
         "sequence_accuracy": float((scores[:, 0] == scores[:, 1]).mean()),
     }
-    if description.kind == "classification":
+    if description.kind in ("classification", "pairs"):
         del metrics["sequence_accuracy"]
     if description.text:
         metrics["bits_per_byte"] = loss / math.log(2)

@@ -25,6 +25,7 @@ from gramian.models import (
     GramianConfig,
     GramianForCausalLM,
     GramianForSequenceClassification,
+    GramianForSignalRegression,
     GramianModel,
     load,
 )
@@ -254,7 +255,13 @@ def test_the_map_of_classes_is_in_the_file_alone(
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
-    "kind", [GramianModel, GramianForCausalLM, GramianForSequenceClassification]
+    "kind",
+    [
+        GramianModel,
+        GramianForCausalLM,
+        GramianForSequenceClassification,
+        GramianForSignalRegression,
+    ],
 )
 @pytest.mark.parametrize(
     "mixers",

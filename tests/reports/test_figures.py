@@ -57,6 +57,7 @@ def test_distillation_shows_every_layer_and_the_tolerance() -> None:
             l1_errors=(0.1, 0.0),
             tail_energies=(0.0, 0.0),
             hankel_singular_values=((4.0, 2.0, 1.0), (2.0, 1.0)),
+            effective_state_sizes=(2.6, 1.9),
             unconverged=(),
         )
         for name, errors in (("first", (1e-3, 2e-3)), ("second", (0.0, 0.0)))

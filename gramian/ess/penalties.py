@@ -1,0 +1,137 @@
+r"""Losses on the memory of a model: gates drawn towards remembering, state-sizes towards a target.
+
+Both take operators, as `mixer.operator(x)` returns them or :class:`gramian.mixers.Observer` makes
+them of a forward pass, and are differentiable in what the operators were made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gramian.ess._effective_state_size import effective_state_size
+from gramian.ess._reading import Positions
+from gramian.ess.aggregation import theoretical_state_size, utilization
+from gramian.systems import System, TimeVarying
+
+__all__ = ["ess_penalty", "gate_regularizer"]
+
+
+def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
+    r"""``‖A - I‖``: how far state matrices are from the identity, which forgets nothing.
+
+    Of every operator the root of the mean, over channels and steps, of ``‖A_t - I‖_F² / n``; then
+    the mean over operators. Added to a loss with a factor λ, it lifts memories that have collapsed,
+    as their gates forget too fast (arXiv 2504.19561, on state collapse). Linear in the number of
+    coefficients: no operator is made into a matrix.
+
+    Args:
+        operators: `TimeVarying` systems, with diagonal state matrices, diagonal plus rank one, or
+            dense ones. Others have no gates and are passed over.
+
+    Returns:
+        (), of the operators' dtype; gradients flow through it. Steps that are padded have gates of
+        1 and count as such.
+
+    Raises:
+        TypeError: if something is no system.
+        ValueError: if there is no `TimeVarying` system with a state among them.
+    """
+    distances = []
+    for system in _systems(operators):
+        if isinstance(system, TimeVarying) and system.A.numel():
+            squares = _distance_from_identity(system).mean() / system.order
+            # The root has no slope at zero, where all gates are 1: linear attention.
+            there = squares > 0
+            distances.append(torch.where(there, torch.where(there, squares, 1).sqrt(), 0))
+    if not distances:
+        raise ValueError(
+            "a gate regulariser needs a TimeVarying system, that of a linear recurrence on some "
+            "input; there is none among these operators."
+        )
+    return torch.stack(distances).mean()
+
+
+def _distance_from_identity(system: TimeVarying) -> Tensor:
+    """``‖A_t - I‖_F²``, (*C, L)."""
+    if system.A.ndim > system.B.ndim:
+        eye = torch.eye(system.order, dtype=system.dtype, device=system.device)
+        return (system.A - eye).square().sum((-2, -1))
+    rest = system.A - 1
+    squares = rest.square().sum(-1)
+    if system.p is None or system.q is None:
+        return squares
+    p, q = system.p, system.q
+    crossed = (rest * p * q).sum(-1)
+    return squares + 2 * crossed + p.square().sum(-1) * q.square().sum(-1)
+
+
+def ess_penalty(
+    operators: System | Sequence[System],
+    target: float | None = None,
+    *,
+    share: float | None = None,
+    at: Positions = None,
+    horizon: int | None = None,
+) -> Tensor:
+    r"""How far effective state-sizes are from a target: ``(ESS / target - 1)²``, or with a share
+    ``(ESS / TSS - share)²``, the mean over positions and channels and then over operators.
+
+    ESS is the entropy-ESS of :func:`gramian.effective_state_size`. For a recurrence a position
+    costs O(L n²) operations forwards and backwards, for a matrix a singular value decomposition of
+    a block: take few positions, channels and sequences.
+
+    Args:
+        operators: One or more; of each, all channels count.
+        target: State-size, positive.
+        share: Instead, utilisation of the state there is, in (0, 1].
+        at: Positions; by default a quarter, a half and three quarters of an operator's length.
+        horizon: Blocks are ``T[i:horizon, :i]``; see :func:`gramian.effective_state_size`.
+
+    Returns:
+        (), with gradients.
+
+    Raises:
+        TypeError: if something is no system.
+        ValueError: unless just one of target and share is given, within these bounds; for
+            positions that do not fit; without positions, for systems that have no end.
+    """
+    if (target is None) == (share is None):
+        raise ValueError(f"give target or share, one of the two; got {target!r} and {share!r}.")
+    if target is not None and not (math.isfinite(target) and target > 0):
+        raise ValueError(f"the target must be a positive state-size, got {target!r}.")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"the share must lie above 0 and be at most 1, got {share!r}.")
+    penalties = []
+    for system in _systems(operators):
+        positions = _spread(system) if at is None else at
+        sizes = effective_state_size(system, positions, horizon=horizon)
+        if target is not None:
+            distance = sizes / target - 1
+        elif share is not None:
+            there = theoretical_state_size(system, positions, horizon=horizon)
+            distance = utilization(sizes, there) - share
+        if distance.numel():
+            penalties.append(distance.square().mean())
+    if not penalties:
+        raise ValueError("there are no channels and positions to take state-sizes of.")
+    return torch.stack(penalties).mean()
+
+
+def _spread(system: System) -> list[int] | None:
+    """Quarters of a system's length; None if it has no end."""
+    length = getattr(system, "length", None)
+    if length is None:
+        return None
+    return sorted({int(length * part) for part in (0.25, 0.5, 0.75)} - {0})
+
+
+def _systems(operators: System | Sequence[System]) -> list[System]:
+    systems = [operators] if isinstance(operators, System) else list(operators)
+    for system in systems:
+        if not isinstance(system, System):
+            raise TypeError(f"operators must be systems, got a {type(system).__name__}.")
+    return systems

@@ -1,0 +1,119 @@
+"""The operators of a model's mixers on what they read in its last forward pass."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from gramian.mixers._linear_recurrence import LinearRecurrence
+from gramian.mixers._mixer import Mixer
+from gramian.mixers.block import Block
+from gramian.systems import System
+
+__all__ = ["Observer"]
+
+
+class Observer:
+    """Keeps what the mixers of a model read, for losses on the operators that they applied to it.
+
+        observer = Observer(model, LinearRecurrence)
+        …
+        loss = model(ids, labels=ids).loss + 1e-3 * gate_regularizer(observer.operators())
+
+    The inputs of the last forward pass are kept, with their graph, until the next one. The layers'
+    operators are made from them when they are asked for, which costs projections, short
+    convolutions and gates once more, and reaches parameters outside of ``forward``: not for sharded
+    models.
+
+    Args:
+        model: A module that contains mixers, or is one.
+        kind: Which mixers; all by default.
+
+    Raises:
+        ValueError: if the model has no such mixer.
+    """
+
+    def __init__(self, model: nn.Module, kind: type = Mixer) -> None:
+        self.mixers = {
+            path: module
+            for path, module in model.named_modules()
+            if isinstance(module, Mixer)
+            and isinstance(module, kind)
+            and not isinstance(module, Block)
+        }
+        if not self.mixers:
+            raise ValueError(f"{type(model).__name__} has no {kind.__name__} to observe.")
+        self._read: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._hooks = [model.register_forward_pre_hook(self._begin)]
+        for path, mixer in self.mixers.items():
+            hook = mixer.register_forward_pre_hook(partial(self._keep, path), with_kwargs=True)
+            self._hooks.append(hook)
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._read.clear()
+
+    def _keep(self, path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["x"]
+        self._read[path] = x, args[2] if len(args) > 2 else kwargs.get("mask")
+
+    def inputs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """What every mixer that ran read, (batch, length, width), and its mask, by path."""
+        return dict(self._read)
+
+    def operators(
+        self, *, sequences: int | None = None, channels: int | None = None
+    ) -> list[System]:
+        """Of every mixer that ran in the last forward pass, `mixer.operator` of what it read.
+
+        Masks are those of the pass for linear recurrences; other mixers' operators know none, and
+        read padding as tokens.
+
+        Args:
+            sequences: At most so many, the first ones of the batch.
+            channels: Of a layer with more heads or channels, every n-th from a random one on, so
+                that at most so many are taken.
+
+        Raises:
+            RuntimeError: if nothing ran since the observer was made.
+            ValueError: for numbers below 1, and from mixers that are not causal.
+        """
+        for name, number in (("sequences", sequences), ("channels", channels)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {number}.")
+        if not self._read:
+            raise RuntimeError(
+                "no mixer has run: call the model first, with use_cache=False if it generates."
+            )
+        found: list[System] = []
+        for path, (x, mask) in self._read.items():
+            mixer = self.mixers[path]
+            x, mask = x[:sequences], None if mask is None else mask[:sequences]
+            chosen = _some(getattr(mixer, "heads", mixer.width), channels)
+            if isinstance(mixer, LinearRecurrence):
+                found.append(mixer.operator(x, chosen, mask))
+            else:
+                found.append(mixer.operator(x, chosen))
+        return found
+
+    def close(self) -> None:
+        """Observe no longer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._read.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _some(count: int, at_most: int | None) -> slice:
+    step = 1 if at_most is None else math.ceil(count / at_most)
+    first = int(torch.randint(step, ())) if step > 1 else 0
+    return slice(first, None, step)
