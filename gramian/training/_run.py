@@ -51,6 +51,7 @@ from gramian.training.recording import (
     read_lines,
     write_json,
 )
+from gramian.training.rows import Rows
 from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoints
 
 __all__ = ["TrainingReport", "check", "earlier_report", "train"]
@@ -114,7 +115,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         torch.set_num_threads(config.hardware.threads)
     set_seed(config.seed)
     model = _model(config, description)
-    data = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
+    data: Any = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
     held_out: Any = task.dataset(config.evaluation.split, config.seed)
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
@@ -136,8 +137,8 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         losses=_losses(model, config),
         model=model,
         args=arguments,
-        train_dataset=data,
-        eval_dataset=held_out,
+        train_dataset=Rows(data) if hasattr(data, "__len__") else data,
+        eval_dataset=Rows(held_out),
         data_collator=Collator(description),
     )
     trainer.remove_callback(PrinterCallback)
