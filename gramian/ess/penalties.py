@@ -111,7 +111,7 @@ def ess_penalty(
         sizes = effective_state_size(system, positions, horizon=horizon)
         if target is not None:
             distance = sizes / target - 1
-        else:
+        elif share is not None:
             there = theoretical_state_size(system, positions, horizon=horizon)
             distance = utilization(sizes, there) - share
         if distance.numel():

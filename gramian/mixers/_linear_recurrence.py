@@ -97,6 +97,11 @@ class Dynamics(nn.Module, abc.ABC):
     def reset_parameters(self) -> None:
         """Initialise anew."""
 
+    @abc.abstractmethod
+    def slow(self, amount: Tensor) -> None:
+        """Make the memories of the heads fade more slowly, in place: ``amount`` (heads) more of the
+        logits of gates, or less of the logarithms of rates; less than zero makes them faster."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)

@@ -35,6 +35,11 @@ class _DeltaDynamics(Dynamics):
         nn.init.uniform_(self.A_log, 0.0, math.log(16.0))
         steps_of_time(self.dt_bias)
 
+    @torch.no_grad()
+    def slow(self, amount: Tensor) -> None:
+        """Divide the rates by ``exp(amount)``."""
+        self.A_log.sub_(amount)
+
     def forward(self, logits: Tensor) -> Tensor:
         """Gates (batch, heads, length, 1) of logits (batch, length, heads)."""
         dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias)

@@ -27,6 +27,11 @@ class _SigmoidGates(Dynamics):
         """Zeros: at a temperature of 16, gates of about 0.96."""
         nn.init.zeros_(self.bias)
 
+    @torch.no_grad()
+    def slow(self, amount: Tensor) -> None:
+        """Add to the bias."""
+        self.bias.add_(amount.unsqueeze(-1))
+
     def forward(self, logits: Tensor) -> Tensor:
         """Gates of logits (batch, length, heads, n)."""
         return powered_sigmoid(logits.to(self.bias.dtype) + self.bias, self.temperature)

@@ -34,6 +34,11 @@ class _NormalizedDynamics(Dynamics):
         rates = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device)
         self.A_log.detach().copy_(rates.log())
 
+    @torch.no_grad()
+    def slow(self, amount: Tensor) -> None:
+        """Divide the rates: multiplies the normalisation factor by ``exp(amount)``."""
+        self.A_log.sub_(amount.unsqueeze(-1))
+
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Δ (batch, heads, length, 1) and gates (…, n) of logits (batch, length, heads)."""
         dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias).mT.unsqueeze(-1)

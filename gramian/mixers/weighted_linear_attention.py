@@ -27,6 +27,11 @@ class _InvariantGates(Dynamics):
         """Uniform logits: at a temperature of 16, memories of 23 to 2,400 steps."""
         nn.init.uniform_(self.logits, 0.0, 5.0)
 
+    @torch.no_grad()
+    def slow(self, amount: Tensor) -> None:
+        """Add to the logits."""
+        self.logits.add_(amount.unsqueeze(-1))
+
     def forward(self) -> Tensor:
         """(heads, 1, n)."""
         return powered_sigmoid(self.logits, self.temperature).unsqueeze(1)

@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from gramian.filters import parameter_groups
 from gramian.tasks import IGNORED, Description
+from gramian.training.memory import MemoryLosses
 
 __all__ = ["GramianTrainer", "Patience", "complete_checkpoints"]
 
@@ -81,7 +82,7 @@ def total(prediction: Any, description: Description) -> dict[str, float]:
         "accuracy": float(right / max(due, 1)),
         "sequence_accuracy": float((scores[:, 0] == scores[:, 1]).mean()),
     }
-    if description.kind == "classification":
+    if description.kind in ("classification", "pairs"):
         del metrics["sequence_accuracy"]
     if description.text:
         metrics["bits_per_byte"] = loss / math.log(2)
@@ -95,11 +96,17 @@ class GramianTrainer(Trainer):
         description: of the task.
         folder: of the run.
         tokenizer: saved beside the best model, or None.
+        losses: on the model's memory, added to the task's.
         kwargs: of `Trainer`.
     """
 
     def __init__(
-        self, description: Description, folder: Path, tokenizer: Any = None, **kwargs: Any
+        self,
+        description: Description,
+        folder: Path,
+        tokenizer: Any = None,
+        losses: MemoryLosses | None = None,
+        **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(
@@ -110,6 +117,8 @@ class GramianTrainer(Trainer):
         self.description = description
         self.folder = folder
         self.tokenizer = tokenizer
+        self.losses = losses
+        self.logged: dict[str, list[float]] = {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `gramian.parameter_groups`."""
@@ -129,19 +138,36 @@ class GramianTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """As the original, with the logits of those positions alone where something is due.
+        """As the original and, in training, the losses on memory.
 
-        Recall tasks ask at a few positions, and the logits over a large vocabulary are most of the
-        work of a small model. A compiled graph has fixed shapes, so it makes them all.
+        Where less than half of a batch is due, the logits of those positions are made alone: recall
+        tasks ask at a few, and over a large vocabulary logits are most of the work of a small
+        model. A compiled graph has fixed shapes, so it makes them all.
         """
         if self.description.kind == "tokens" and model.training and not self.args.torch_compile:
             due = inputs["shift_labels"] != IGNORED
             if 2 * int(due.sum()) < due.numel():
                 answers = inputs["shift_labels"][due]
                 inputs = {**inputs, "logits_to_keep": due, "shift_labels": answers}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if self.losses is not None and model.training:
+            more, values = self.losses()
+            whole = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+            # A loss that is summed over the parts of a batch is not divided by their number.
+            loss = loss + more / (self.current_gradient_accumulation_steps if whole else 1)
+            for name, value in values.items():
+                self.logged.setdefault(name, []).append(value)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the original; a line of training has the means of the losses on memory since the last
+        one."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self.logged.items()}
+            self.logged = {}
+        super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the original, with the loss over all answers in place of the mean over batches."""

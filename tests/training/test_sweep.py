@@ -183,7 +183,7 @@ def test_no_run_starts_if_one_could_not(tmp_path: Path, axes: Any, sentence: str
 
 def test_changes_on_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump(grid(tmp_path, {"seed": [0, 1]})))
+    file.write_text(yaml.safe_dump(grid(tmp_path, {"seed": [0, 1]}), sort_keys=False))
     changes = ["optimization.steps=9", "sweep.model.hidden_size=[8,16]", "sweep.seed=[5]"]
     config = load_sweep(file, changes)
     assert config.axes == {"seed": [5], "model.hidden_size": [8, 16]}
@@ -287,7 +287,7 @@ def test_runs_that_fail_or_die_leave_the_others_alone(tmp_path: Path) -> None:
     values = grid(folder, {"seed": [0, 1], "task.mood": ["bad", "good", "dead"]})
     values["task"] = {"name": "moody", "train_examples": 32, "eval_examples": 8}
     program.write_text(OWN_TASK)
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     child = start(str(program), str(tmp_path / "sweep.yaml"))
     _, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
@@ -313,7 +313,7 @@ def test_a_sweep_killed_at_work_goes_on_to_the_same_losses(tmp_path: Path) -> No
     longer = {"optimization__steps": 40}
     sweep(parse_sweep(grid(whole, axes, **longer)), jobs=2)
     file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump(grid(killed, axes, **longer)))
+    file.write_text(yaml.safe_dump(grid(killed, axes, **longer), sort_keys=False))
     command = ("-m", "gramian", "sweep", str(file), "--jobs", "2")
     # Once with the first runs under way, and once when one of the later ones is.
     for name in ("seed=0,hidden_size=8", "seed=1,hidden_size=8"):
