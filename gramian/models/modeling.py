@@ -494,10 +494,15 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         Args:
             labels: (batch, length) token ids, -100 to ignore; shifted here, so `labels=input_ids`.
             logits_to_keep: compute the logits of the last so many positions, or of these positions
-                (a 1-D tensor); 0 means all.
-            kwargs: passed to the loss function (`num_items_in_batch`).
+                (a 1-D tensor); 0 means all. Or a boolean (batch, length) mask of positions, whose
+                logits come as (kept, vocab_size), row after row; `shift_labels` must be those of
+                the same positions then.
+            kwargs: passed to the loss function (`num_items_in_batch`, `shift_labels`).
 
         The other arguments and the errors are those of `GramianModel.forward`.
+
+        Raises:
+            ValueError: also on such a mask with `labels` and no `shift_labels`.
 
         Returns:
             `loss`, `logits` (batch, kept, vocab_size), `past_key_values`, `hidden_states`.
@@ -511,8 +516,17 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
         )
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        elif logits_to_keep.dtype == torch.bool:
+            if labels is not None and "shift_labels" not in kwargs:
+                raise ValueError(
+                    "with a mask of positions for logits_to_keep, the loss needs shift_labels."
+                )
+            hidden_states = hidden_states[logits_to_keep]
+        else:
+            hidden_states = hidden_states[:, logits_to_keep]
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(

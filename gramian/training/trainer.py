@@ -140,7 +140,9 @@ class GramianTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """As the original and, in training, the losses on memory."""
+        """As the original; in training with the logits of those positions alone where something is
+        due, and with the losses on memory."""
+        inputs = self._due(inputs, model.training)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.losses is not None and model.training:
             more, values = self.losses()
@@ -150,6 +152,20 @@ class GramianTrainer(Trainer):
             for name, value in values.items():
                 self.logged.setdefault(name, []).append(value)
         return (loss, outputs) if return_outputs else loss
+
+    def _due(self, inputs: Any, training: bool) -> Any:
+        """The inputs, in training with only those positions to be read off where something is due.
+
+        Recall tasks ask at a few positions, and the logits over a large vocabulary are most of the
+        work of a small model. A compiled graph has fixed shapes, so it makes them all.
+        """
+        if self.description.kind != "tokens" or not training or self.args.torch_compile:
+            return inputs
+        due = inputs["shift_labels"] != IGNORED
+        if 2 * int(due.sum()) >= due.numel():
+            return inputs
+        answers = inputs["shift_labels"][due]
+        return {**inputs, "logits_to_keep": due, "shift_labels": answers}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the original; a line of training has the means of the losses on memory since the last

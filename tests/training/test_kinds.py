@@ -14,7 +14,11 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 pytest.importorskip("yaml")
 
+from transformers import TrainingArguments
+
 from gramian.models import (
+    GramianConfig,
+    GramianForCausalLM,
     GramianForPairClassification,
     GramianForReconstruction,
     GramianForSignalRegression,
@@ -22,8 +26,10 @@ from gramian.models import (
 from gramian.tasks import KINDS, build
 from gramian.training import ConfigError, parse_config, train
 from gramian.training._run import MODELS
+from gramian.training.collation import Collator
 from gramian.training.configuration import METRICS
 from gramian.training.recording import read_lines
+from gramian.training.trainer import GramianTrainer
 
 RTF = {"type": "rtf", "state_size": 16, "stability": "schur", "initialization": "zeros"}
 DELAY = {
@@ -167,3 +173,33 @@ def test_a_metric_must_be_one_of_the_task(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{accepted}.*; got {metric}"):
         train(run(tmp_path / "run", task, {"filter": RTF}, evaluation={"metric": metric}))
+
+
+@pytest.mark.parametrize(("pairs", "answered"), [(2, 2), (4, 16)])
+def test_logits_are_made_where_answers_are_due(tmp_path: Path, pairs: int, answered: int) -> None:
+    """Of few answers those logits alone, of many all; loss and gradients are the same."""
+    settings = {"length": 16, "pairs": pairs, "vocab_size": 32, "train_examples": 3}
+    task = build("mqar", **settings)
+    description = task.description()
+    batch = Collator(description)(list(task.dataset("train", 0)))
+    if answered == 16:  # as in language modelling
+        batch["labels"] = batch["shift_labels"] = batch["input_ids"].clone()
+    torch.manual_seed(0)
+    model = GramianForCausalLM(
+        GramianConfig(vocab_size=32, hidden_size=8, num_hidden_layers=1, num_heads=2)
+    )
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    trainer = GramianTrainer(description, tmp_path, model=model, args=arguments)
+    made = []
+    model.lm_head.register_forward_hook(lambda module, inputs, y: made.append(y.shape[:-1].numel()))
+
+    model.train()
+    expected = model(**batch).loss
+    gradients = torch.autograd.grad(expected, list(model.parameters()))
+    loss = trainer.compute_loss(model, batch)
+    torch.testing.assert_close(loss, expected)
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    for one, other in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    assert made == [3 * 16, 3 * answered]
+    assert trainer.compute_loss(model.eval(), batch, return_outputs=True)[1].logits.ndim == 3
