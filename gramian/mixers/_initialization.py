@@ -228,8 +228,8 @@ class _Search:
 
 def _crossing(grid: Tensor, curve: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of every column of a curve (grid, heads), the interval nearest to 0 in which it crosses the
-    target, and whether it rises there. Where it does not cross, both ends are the smallest shift that
-    is about as close to the target as any: larger ones would only saturate the gates."""
+    target, and whether it rises there. Where it does not cross, both ends are the smallest shift
+    that is about as close to the target as any: larger ones would only saturate the gates."""
     above = curve > target
     crosses = above[1:] != above[:-1]  # (grid - 1, heads)
     distance = (grid[1:] + grid[:-1]).abs().unsqueeze(-1).expand_as(curve[1:])
