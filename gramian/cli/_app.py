@@ -43,7 +43,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="The memory of causal sequence models: train, convert, distil, measure, generate.",
+    help="The memory of causal sequence models: train, convert, distil, measure, generate, export.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]

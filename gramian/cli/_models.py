@@ -508,6 +508,61 @@ def analyze(
         print(json.dumps(found[0] if len(found) == 1 else {"models": found}))
 
 
+@app.command()
+def export(
+    model: ModelFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the programs.")],
+    format: Annotated[str, typer.Option(help="onnx or torch.")] = "onnx",
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens that attention has room for; the model's length if not given."
+        ),
+    ] = None,
+    verify: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 100,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of onnxruntime while comparing.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the recurrence of MODEL as ONNX files or torch.export programs in OUT, and compare.
+
+    step and prefill take token ids and the state and return logits and the new state; export.json
+    describes them. Long convolutions must be distilled first. Weights of half precision become
+    float32. Exits with status 1 if the programs write other tokens than the model.
+    """
+    check_new(out)
+    quiet_transformers()
+    console = Console(stderr=as_json)
+    loaded = load_model(model)
+    if loaded.dtype.itemsize < 4:
+        loaded = loaded.float()
+
+    from gramian.export import export_model
+
+    try:
+        with console.status("Exporting"):
+            report = export_model(
+                loaded,
+                out,
+                format,
+                context=context,
+                tokenizer=load_tokenizer(model),
+                verify=verify,
+                threads=threads,
+                seed=seed,
+            )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    if as_json:
+        print(report.to_json())
+    else:
+        console.print(report)
+        console.print(f"Written to {out}", highlight=False)
+
+
 def _save_states(reports: list[StateReport], output: Path, suffix: str) -> None:
     """A folder of numbers, pictures and a page."""
     from gramian import reports as drawing

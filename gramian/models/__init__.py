@@ -20,6 +20,8 @@ from gramian.models.modeling import (
     GramianModel,
     GramianPreTrainedModel,
 )
+from gramian.models.pairs import GramianForPairClassification
+from gramian.models.reconstruction import GramianForReconstruction
 from gramian.models.signal import GramianForSignalRegression
 from gramian.models.tokenizer import ByteTokenizer
 
@@ -31,6 +33,8 @@ __all__ = [
     "GramianCacheLayer",
     "GramianConfig",
     "GramianForCausalLM",
+    "GramianForPairClassification",
+    "GramianForReconstruction",
     "GramianForSequenceClassification",
     "GramianForSignalRegression",
     "GramianGLUBlock",

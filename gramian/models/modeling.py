@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -44,6 +45,7 @@ from gramian.mixers._linear_recurrence import Dynamics
 from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
 from gramian.models.norms import make_norm
+from gramian.models.pooling import pool, recent_mask
 from gramian.ops.packed import Linear
 
 
@@ -373,7 +375,7 @@ class GramianModel(GramianPreTrainedModel):
         batch, length = hidden_states.shape[:2]
         if length == 0:
             raise ValueError("the model needs at least one token; got sequences of length 0.")
-        mask = _recent_mask(attention_mask, batch, length)
+        mask = recent_mask(attention_mask, batch, length)
         cache = self._cache_for(past_key_values, use_cache, batch)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -447,21 +449,6 @@ class GramianModel(GramianPreTrainedModel):
                 f"past_key_values holds {cache.batch_size} sequences, the input {batch}."
             )
         return cache
-
-
-def _recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The last `length` columns as booleans, or None if they are seen to hide nothing."""
-    if mask is None:
-        return None
-    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
-        raise ValueError(
-            "attention_mask must be (batch, length) with 1 for real tokens, here "
-            f"({batch}, {length}) or longer; got {tuple(mask.shape)}."
-        )
-    recent = mask[:, -length:].bool()
-    if torch.compiler.is_compiling():  # a traced graph cannot depend on values
-        return recent
-    return None if recent.all() else recent
 
 
 class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
@@ -569,7 +556,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"chunk_size must be an integer of at least 1; got {chunk_size!r}.")
         batch, length = input_ids.shape
-        mask = _recent_mask(attention_mask, batch, length)
+        mask = recent_mask(attention_mask, batch, length)
         if progress is not None:
             progress(0, length)
         outputs = None
@@ -687,56 +674,39 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
             use_cache=False,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.score(self._pool(outputs.last_hidden_state, attention_mask))
-        loss = None
-        if labels is not None:
-            labels = self._check_labels(labels, logits)
-            loss = self.loss_function(
-                logits=logits, labels=labels, pooled_logits=logits, config=self.config
-            )
+        logits = self.score(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
         return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
         )
 
-    def _pool(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(batch, length, hidden_size) to (batch, hidden_size), over real tokens."""
-        batch, length = hidden_states.shape[:2]
-        mask = _recent_mask(attention_mask, batch, length)
-        if mask is not None and not torch.compiler.is_compiling() and not mask.any(-1).all():
-            hidden = (~mask.any(-1)).nonzero().flatten().tolist()
-            raise ValueError(
-                "attention_mask must leave a real token in every sequence; it hides all of "
-                f"{', '.join(map(str, hidden))}."
-            )
-        if self.config.pooling == "last":
-            if mask is None:
-                return hidden_states[:, -1]
-            last = length - 1 - mask.flip(-1).long().argmax(-1)
-            return hidden_states[torch.arange(batch, device=last.device), last]
-        if mask is None:
-            return hidden_states.mean(1)
-        total = (hidden_states * mask.unsqueeze(-1)).sum(
-            1, dtype=torch.promote_types(hidden_states.dtype, torch.float32)
-        )
-        return (total / mask.sum(-1, keepdim=True)).to(hidden_states.dtype)
 
-    def _check_labels(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """The labels in the dtype that the loss of their problem needs."""
-        batch, count = logits.shape
-        problem = self.config.problem_type
-        if problem is None and count > 1:
-            single = not labels.is_floating_point()
-            problem = "single_label_classification" if single else "multi_label_classification"
-        accepted: list[tuple[int, ...]] = [(batch, count)]
-        if count == 1:
-            accepted.append((batch,))
-        if problem == "single_label_classification":
-            accepted = [(batch,)]
-        if tuple(labels.shape) not in accepted:
-            raise ValueError(
-                f"labels must be {' or '.join(map(str, accepted))} for {problem or 'regression'}; "
-                f"got {tuple(labels.shape)}."
-            )
-        if problem == "single_label_classification":
-            return labels.long()
-        return labels.to(logits.dtype).reshape(logits.shape)
+def classification_loss(logits: Tensor, labels: Tensor, config: GramianConfig) -> Tensor:
+    """The loss of `config.problem_type`, or of the one that labels and their number ask for.
+
+    Raises:
+        ValueError: on labels of another shape than the problem's.
+    """
+    batch, count = logits.shape
+    problem = config.problem_type
+    if problem is None and count > 1:
+        single = not labels.is_floating_point()
+        problem = "single_label_classification" if single else "multi_label_classification"
+    accepted: list[tuple[int, ...]] = [(batch, count)]
+    if count == 1:
+        accepted.append((batch,))
+    if problem == "single_label_classification":
+        accepted = [(batch,)]
+    if tuple(labels.shape) not in accepted:
+        raise ValueError(
+            f"labels must be {' or '.join(map(str, accepted))} for {problem or 'regression'}; "
+            f"got {tuple(labels.shape)}."
+        )
+    if problem == "single_label_classification":
+        labels = labels.long()
+    else:
+        labels = labels.to(logits.dtype).reshape(logits.shape)
+    return LOSS_MAPPING["ForSequenceClassification"](
+        labels=labels, pooled_logits=logits, config=config
+    )

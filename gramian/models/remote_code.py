@@ -26,6 +26,8 @@ try:
     from gramian.models import (
         GramianConfig,
         GramianForCausalLM,
+        GramianForPairClassification,
+        GramianForReconstruction,
         GramianForSequenceClassification,
         GramianForSignalRegression,
         GramianModel,
@@ -40,6 +42,8 @@ except ModuleNotFoundError as error:
 __all__ = [
     "GramianConfig",
     "GramianForCausalLM",
+    "GramianForPairClassification",
+    "GramianForReconstruction",
     "GramianForSequenceClassification",
     "GramianForSignalRegression",
     "GramianModel",

@@ -33,6 +33,8 @@ from gramian.models import (
     ByteTokenizer,
     GramianConfig,
     GramianForCausalLM,
+    GramianForPairClassification,
+    GramianForReconstruction,
     GramianForSequenceClassification,
     GramianForSignalRegression,
 )
@@ -49,6 +51,7 @@ from gramian.training.recording import (
     read_lines,
     write_json,
 )
+from gramian.training.rows import Rows
 from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoints
 
 __all__ = ["TrainingReport", "check", "earlier_report", "train"]
@@ -56,7 +59,9 @@ __all__ = ["TrainingReport", "check", "earlier_report", "train"]
 MODELS: dict[str, Any] = {  # by the kind of task
     "tokens": GramianForCausalLM,
     "classification": GramianForSequenceClassification,
+    "pairs": GramianForPairClassification,
     "signal": GramianForSignalRegression,
+    "reconstruction": GramianForReconstruction,
 }
 BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock", "mixer": "GramianMixerBlock"}
 
@@ -110,7 +115,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         torch.set_num_threads(config.hardware.threads)
     set_seed(config.seed)
     model = _model(config, description)
-    data = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
+    data: Any = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
     held_out: Any = task.dataset(config.evaluation.split, config.seed)
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
@@ -132,8 +137,8 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         losses=_losses(model, config),
         model=model,
         args=arguments,
-        train_dataset=data,
-        eval_dataset=held_out,
+        train_dataset=Rows(data) if hasattr(data, "__len__") else data,
+        eval_dataset=Rows(held_out),
         data_collator=Collator(description),
     )
     trainer.remove_callback(PrinterCallback)
@@ -196,11 +201,6 @@ def _task(config: TrainingConfig) -> Task:
 
 
 def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
-    if description.kind not in MODELS:
-        raise ConfigError(
-            f"there is no model to train for tasks of the kind {description.kind!r}; the task "
-            f"{config.task['name']} is one."
-        )
     kind = MODELS[description.kind]
     values = dict(config.model)
     path = values.pop("path", None)
@@ -226,6 +226,8 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
         values.setdefault("input_size", description.input_size)
     if description.num_labels is not None:
         values["num_labels"] = description.num_labels
+    if description.kind == "reconstruction":
+        values.setdefault("pooling", "last")
     try:
         return kind(GramianConfig(**values))
     except (KeyError, TypeError, ValueError) as error:

@@ -82,7 +82,7 @@ def total(prediction: Any, description: Description) -> dict[str, float]:
         "accuracy": float(right / max(due, 1)),
         "sequence_accuracy": float((scores[:, 0] == scores[:, 1]).mean()),
     }
-    if description.kind == "classification":
+    if description.kind in ("classification", "pairs"):
         del metrics["sequence_accuracy"]
     if description.text:
         metrics["bits_per_byte"] = loss / math.log(2)
