@@ -81,7 +81,7 @@ def test_models_are_built_at_full_size(file: Path) -> None:
         if repr((values["task"], values["model"])) not in seen:
             seen.add(repr((values["task"], values["model"])))
             model = model_of(parse_config(values))
-            assert sum(parameter.numel() for parameter in model.parameters()) > 10_000
+            assert sum(parameter.numel() for parameter in model.parameters()) > 1000
     assert seen
 
 
