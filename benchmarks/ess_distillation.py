@@ -120,6 +120,8 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], path: Path) -> None:
                 values = [100 * value for value in values]
             axes.plot([row["ess"] for row in of_kind], values, "o", label=name, alpha=0.8)
         axes.set_xscale("log")
+        axes.set_xticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
+        axes.minorticks_off()
         if cost != "increase":
             axes.set_yscale("log")
         correlation = found[str(SHOWN)][cost]

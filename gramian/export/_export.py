@@ -90,7 +90,7 @@ def export_model(
     with staged_directory(Path(folder)) as stage, frozen_for_export(model):
         exported = _language_model(model, context)
         description = save_programs(exported, stage, format)
-        model.config.save_pretrained(stage)
+        model.config.to_json_file(stage / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         run = ExportedModel(stage, threads=threads)

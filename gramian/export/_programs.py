@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import warnings
@@ -22,6 +23,8 @@ FORMATS = {"onnx": "onnx", "torch": "pt2"}
 """Formats and what their files end in."""
 
 MANIFEST = "export.json"
+WEIGHTS = "weights.bin"
+_SMALL = 1024  # bytes of a tensor that is not worth looking up
 
 _NEEDS = 'exporting to ONNX needs onnx, onnxscript and onnxruntime: pip install "gramian[export]".'
 
@@ -107,19 +110,20 @@ def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
     states = {
         name: value.expand(2, *value.shape[1:]).clone() for name, value in what.states.items()
     }
-    for file_name, function, example, dims in (
+    programs = {}
+    for name, function, example, dims in (
         ("step", what.step, what.step_input, (0,)),
         ("prefill", what.prefill, what.prefill_input, (0, what.time)),
     ):
-        shapes = (dict.fromkeys(dims, open_), {name: {0: open_} for name in states})
-        program = torch.export.export(
+        shapes = (dict.fromkeys(dims, open_), {state: {0: open_} for state in states})
+        programs[name] = torch.export.export(
             _Program(what, function), (example, states), dynamic_shapes=shapes
         )
-        file = folder / f"{file_name}.{suffix}"
-        if format == "torch":
-            torch.export.save(program, file)
-        else:
-            _save_onnx(program, file, what)
+    if format == "torch":
+        for name, program in programs.items():
+            torch.export.save(program, folder / f"{name}.{suffix}")
+    else:
+        _save_onnx(programs, folder, what)
     description = {
         **what.description,
         "format": format,
@@ -147,17 +151,47 @@ def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
     return description
 
 
-def _save_onnx(program: Any, file: Path, what: Stateful) -> None:
+def _save_onnx(programs: dict[str, Any], folder: Path, what: Stateful) -> None:
+    """Both files, and one with the weights of both."""
+    import onnx_ir
+
+    models = {}
     with _quiet():
-        exported = torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            input_names=[what.input, *what.states],
-            output_names=[what.output, *(f"next.{name}" for name in what.states)],
-        )
-    assert exported is not None
-    exported.save(file)
+        for name, program in programs.items():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=[what.input, *what.states],
+                output_names=[what.output, *(f"next.{state}" for state in what.states)],
+            )
+            assert exported is not None
+            models[name] = exported.model
+    onnx_ir.save(models["prefill"], folder / "prefill.onnx", external_data=WEIGHTS)
+    written = {}
+    for value in onnx_ir.load(folder / "prefill.onnx").graph.initializers.values():
+        if isinstance(value.const_value, onnx_ir.ExternalTensor):
+            written[_content(value.const_value)] = value.const_value
+    for name, value in models["step"].graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        same = written.get(_content(tensor)) if tensor.nbytes > _SMALL else None
+        if same is not None:
+            value.const_value = onnx_ir.ExternalTensor(
+                same.location,
+                same.offset,
+                same.length,
+                same.dtype,
+                shape=same.shape,
+                name=name,
+                base_dir=folder,
+            )
+    onnx_ir.save(models["step"], folder / "step.onnx")
+
+
+def _content(tensor: Any) -> tuple[Any, ...]:
+    digest = hashlib.sha256(tensor.tobytes()).digest()
+    return str(tensor.dtype), tuple(tensor.shape.numpy()), digest
 
 
 @contextmanager

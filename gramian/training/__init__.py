@@ -22,10 +22,14 @@ from gramian.training.configuration import (
     Hardware,
     Logging,
     Optimization,
+    Regularization,
+    StatePenalty,
+    StateSizes,
     TrainingConfig,
     load_config,
     parse_config,
 )
+from gramian.training.memory import StateSizeCallback
 from gramian.training.sweep_configuration import SweepConfig, SweepPoint, load_sweep, parse_sweep
 from gramian.training.sweep_report import PointReport, Spread, SweepReport, SweepRow
 
@@ -37,7 +41,11 @@ __all__ = [
     "Logging",
     "Optimization",
     "PointReport",
+    "Regularization",
     "Spread",
+    "StatePenalty",
+    "StateSizeCallback",
+    "StateSizes",
     "SweepConfig",
     "SweepPoint",
     "SweepReport",

@@ -42,6 +42,7 @@ from gramian.reports import plot_training, save_figure
 from gramian.tasks import Description, Task
 from gramian.training.collation import Collator
 from gramian.training.configuration import METRICS, ConfigError, TrainingConfig
+from gramian.training.memory import MemoryLosses, StateSizeCallback
 from gramian.training.recording import (
     Recorder,
     Sampler,
@@ -50,6 +51,7 @@ from gramian.training.recording import (
     read_lines,
     write_json,
 )
+from gramian.training.rows import Rows
 from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoints
 
 __all__ = ["TrainingReport", "check", "earlier_report", "train"]
@@ -113,7 +115,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         torch.set_num_threads(config.hardware.threads)
     set_seed(config.seed)
     model = _model(config, description)
-    data = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
+    data: Any = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
     held_out: Any = task.dataset(config.evaluation.split, config.seed)
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
@@ -132,14 +134,20 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         description,
         folder,
         tokenizer=ByteTokenizer() if description.text else None,
+        losses=_losses(model, config),
         model=model,
         args=arguments,
-        train_dataset=data,
-        eval_dataset=held_out,
+        train_dataset=Rows(data) if hasattr(data, "__len__") else data,
+        eval_dataset=Rows(held_out),
         data_collator=Collator(description),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Recorder(folder / "metrics.jsonl"))
+    sizes = config.evaluation.ess
+    if sizes.rows and not config.hardware.fsdp:
+        trainer.add_callback(
+            StateSizeCallback(trainer, sizes.rows, every=sizes.every, max_channels=sizes.channels)
+        )
     if config.evaluation.patience is not None:
         trainer.add_callback(Patience(config.evaluation.patience))
     if not config.hardware.fsdp:  # a sharded model is whole in no process
@@ -165,7 +173,7 @@ def check(config: TrainingConfig) -> None:
     """
     task = _task(config)
     with nullcontext() if "path" in config.model else torch.device("meta"):
-        _model(config, task.description())
+        _losses(_model(config, task.description()), config)
     for split in ("train", config.evaluation.split):
         if next(iter(task.rows(split, config.seed)), None) is None:
             raise ConfigError(f"the task has no {split} rows with these settings.")
@@ -224,6 +232,13 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
         return kind(GramianConfig(**values))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from error
+
+
+def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | None:
+    regularization = config.regularization
+    if regularization.gates == 0 and regularization.ess.weight == 0:
+        return None
+    return MemoryLosses(model, regularization)
 
 
 def _steps(config: TrainingConfig, data: Any) -> int:
@@ -379,9 +394,11 @@ def _finish(
     lines = read_lines(folder / "metrics.jsonl")
     save_figure(plot_training(lines), folder / "training.png")
     evaluations = [line for line in lines if "eval_loss" in line]
+    at_the_end = [line for line in lines if line["step"] == evaluations[-1]["step"]]
     last = {
         key.removeprefix("eval_"): value
-        for key, value in evaluations[-1].items()
+        for line in at_the_end
+        for key, value in line.items()
         if key.startswith("eval_") and "second" not in key and "runtime" not in key
     }
     metric = f"eval_{config.evaluation.metric}"

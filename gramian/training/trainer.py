@@ -19,6 +19,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from gramian.filters import parameter_groups
 from gramian.tasks import IGNORED, Description
+from gramian.training.memory import MemoryLosses
 
 __all__ = ["GramianTrainer", "Patience", "complete_checkpoints"]
 
@@ -95,11 +96,17 @@ class GramianTrainer(Trainer):
         description: of the task.
         folder: of the run.
         tokenizer: saved beside the best model, or None.
+        losses: on the model's memory, added to the task's.
         kwargs: of `Trainer`.
     """
 
     def __init__(
-        self, description: Description, folder: Path, tokenizer: Any = None, **kwargs: Any
+        self,
+        description: Description,
+        folder: Path,
+        tokenizer: Any = None,
+        losses: MemoryLosses | None = None,
+        **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(
@@ -110,6 +117,8 @@ class GramianTrainer(Trainer):
         self.description = description
         self.folder = folder
         self.tokenizer = tokenizer
+        self.losses = losses
+        self.logged: dict[str, list[float]] = {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `gramian.parameter_groups`."""
@@ -127,6 +136,28 @@ class GramianTrainer(Trainer):
                 eps=arguments.adam_epsilon,
             )
         return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As the original and, in training, the losses on memory."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if self.losses is not None and model.training:
+            more, values = self.losses()
+            whole = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+            # A loss that is summed over the parts of a batch is not divided by their number.
+            loss = loss + more / (self.current_gradient_accumulation_steps if whole else 1)
+            for name, value in values.items():
+                self.logged.setdefault(name, []).append(value)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the original; a line of training has the means of the losses on memory since the last
+        one."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self.logged.items()}
+            self.logged = {}
+        super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the original, with the loss over all answers in place of the mean over batches."""

@@ -82,7 +82,7 @@ def run_both(target: Any, folder: Path, x: torch.Tensor, time: int, tolerance: f
 def test_systems(tmp_path: Path, name: str) -> None:
     torch.manual_seed(1)
     system = SYSTEMS[name]()
-    kind = "onnx" if name in ("modal", "dplr") else "torch"  # both take the same graph
+    kind = "onnx" if name == "modal" else "torch"  # both hold the same graph
     report = export_recurrence(system, tmp_path / "out", kind, verify=20, threads=1)
     assert report.kind == "system" and report.compared == 20
     for batch, length in ((1, 17), (3, 257)):
