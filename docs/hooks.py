@@ -1,5 +1,7 @@
-"""What the documentation site does while it is built: it makes the reference of the command line, and
-drops reStructuredText's roles from docstrings."""
+"""What the documentation site does while it is built.
+
+It makes the reference of the command line, and drops reStructuredText's roles from docstrings.
+"""
 
 from __future__ import annotations
 
