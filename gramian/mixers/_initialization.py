@@ -66,7 +66,7 @@ class InitializedGates:
 
 @dataclasses.dataclass(frozen=True)
 class GateInitialization:
-    """What :func:`initialize_gates` reached. Printing it gives a line for each.
+    """What `initialize_gates` reached. Printing it gives a line for each.
 
     Attributes:
         gates: one entry for each layer, or each head.
