@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
@@ -119,6 +121,16 @@ class GramianTrainer(Trainer):
         self.tokenizer = tokenizer
         self.losses = losses
         self.logged: dict[str, list[float]] = {}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the original, but FSDP2 shards over processors too: accelerate passes over them."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type is DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # both are read
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `gramian.parameter_groups`."""
