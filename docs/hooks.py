@@ -1,4 +1,7 @@
-"""What the documentation site makes while it is built: the reference of the command line."""
+"""What the documentation site does while it is built.
+
+It makes the reference of the command line, and drops reStructuredText's roles from docstrings.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if MARK not in markdown:
         raise ValueError(f"{PAGE} lacks the line {MARK}.")
     return markdown.replace(MARK, commands())
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Drop `:func:` and its like before a name, which Markdown would show."""
+    return re.sub(r":(?:attr|class|data|func|meth|mod|obj):(?=<code>)", "", html)
 
 
 def commands() -> str:

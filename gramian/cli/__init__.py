@@ -8,7 +8,7 @@ rest are imported by the command that needs them, so `--help` answers at once.
 Each module of the package holds a group of commands, which register themselves with the app.
 """
 
-from gramian.cli import _app, _models, _training  # noqa: F401
+from gramian.cli import _app, _evaluation, _models, _training  # noqa: F401
 from gramian.cli._app import app, main
 
 __all__ = ["app", "main"]

@@ -345,7 +345,7 @@ class BlockedRecurrence(nn.Module):
         return packed
 
     def unpack(self, packed: list[Tensor], like: State) -> State:
-        """The inverse of :meth:`pack`."""
+        """The inverse of `pack`."""
         if not isinstance(like, ModalState):
             (shape,) = (x.shape for x in like)
             if self.streams:

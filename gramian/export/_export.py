@@ -118,7 +118,7 @@ def export_recurrence(
         target: A mixer, in float32 or float64, or a time-invariant system other than an ``FIR``;
             on the CPU.
         folder: New folder.
-        format: As for :func:`export_model`, and so are the others.
+        format: As for `export_model`, and so are the others.
         form: Of a system's recurrence, as ``system.recurrence(form)`` takes it: "lattice" or
             "modal" keep a transfer function's state in single precision.
         context: Samples that attention without a window has room for.
@@ -132,7 +132,7 @@ def export_recurrence(
     Raises:
         TypeError: if ``target`` is neither.
         ValueError: for what has no recurrence of fixed size, half precision, an unknown format.
-        FileExistsError, ImportError, RuntimeError: as :func:`export_model`.
+        FileExistsError, ImportError, RuntimeError: as `export_model`.
     """
     check_format(format)
     if verify < 1:

@@ -49,7 +49,7 @@ def named_tensors(state: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def fill(template: Any, tensors: Iterator[Tensor]) -> Any:
-    """A state like ``template`` around others' tensors, in the order of :func:`named_tensors`."""
+    """A state like ``template`` around others' tensors, in the order of `named_tensors`."""
     if isinstance(template, Tensor):
         return next(tensors) if template.ndim else torch.zeros_like(template)
     values = [fill(value, tensors) for value in template]

@@ -14,7 +14,7 @@ __all__ = ["ExportReport"]
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What :func:`export_model` and :func:`export_recurrence` return. Printing it gives the table.
+    """What `export_model` and `export_recurrence` return. Printing it gives the table.
 
     Attributes:
         kind: "language model", "mixer" or "system".

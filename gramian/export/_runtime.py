@@ -147,7 +147,7 @@ class _Exported:
 
 
 class ExportedModel(_Exported):
-    """A language model that :func:`gramian.export.export_model` wrote.
+    """A language model that `gramian.export.export_model` wrote.
 
     Args:
         folder: What it wrote.
@@ -192,7 +192,7 @@ class ExportedModel(_Exported):
         return logits, state
 
     def step(self, tokens: Any, state: ExportedState) -> tuple[np.ndarray, ExportedState]:
-        """One token (batch) or (batch, 1) of each sequence; returns as :meth:`prefill`."""
+        """One token (batch) or (batch, 1) of each sequence; returns as `prefill`."""
         ids = np.asarray(tokens)
         ids = self._checked(ids[:, None] if ids.ndim == 1 else ids)
         if ids.shape[1] != 1:
@@ -205,7 +205,7 @@ class ExportedModel(_Exported):
         """Continue (batch, length) token ids: (batch, length + max_new_tokens).
 
         Args:
-            input_ids: As for :meth:`prefill`.
+            input_ids: As for `prefill`.
             max_new_tokens: At least 1.
             temperature: 0 takes the most likely token; above, tokens are drawn.
             seed: Of the draws.
@@ -243,9 +243,9 @@ class ExportedModel(_Exported):
 
 
 class ExportedRecurrence(_Exported):
-    """A mixer or a system that :func:`gramian.export.export_recurrence` wrote.
+    """A mixer or a system that `gramian.export.export_recurrence` wrote.
 
-    Arguments and errors are those of :class:`ExportedModel`.
+    Arguments and errors are those of `ExportedModel`.
     """
 
     _kinds = ("mixer", "system")

@@ -25,6 +25,7 @@ __all__ = ["GateInitialization", "InitializedGates", "initialize_gates"]
 
 _REACH, _GRID = 24.0, 49
 _BISECTIONS = 16
+_ABOUT = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,13 +60,13 @@ class InitializedGates:
         end = "below" if self.reached < self.target else "above"
         return (
             f"{words}: the target cannot be reached with these gates, every shift up to "
-            f"{_REACH:g} leaves it {end}; the closest is {self.shift:+.3f}"
+            f"{_REACH:g} leaves it {end}; kept {self.shift:+.3f}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class GateInitialization:
-    """What :func:`initialize_gates` reached. Printing it gives a line for each.
+    """What `initialize_gates` reached. Printing it gives a line for each.
 
     Attributes:
         gates: one entry for each layer, or each head.
@@ -227,12 +228,15 @@ class _Search:
 
 def _crossing(grid: Tensor, curve: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of every column of a curve (grid, heads), the interval nearest to 0 in which it crosses the
-    target, and whether it rises there; the nearest point, as both ends, if it does not."""
+    target, and whether it rises there. Where it does not cross, both ends are the smallest shift
+    that is about as close to the target as any: larger ones would only saturate the gates."""
     above = curve > target
     crosses = above[1:] != above[:-1]  # (grid - 1, heads)
     distance = (grid[1:] + grid[:-1]).abs().unsqueeze(-1).expand_as(curve[1:])
     place = torch.where(crosses, distance, torch.inf).argmin(0)
-    closest = grid[(curve - target).abs().argmin(0)]
+    off = (curve - target).abs()
+    about = off <= off.amin(0) + _ABOUT * target
+    closest = grid[torch.where(about, grid.abs().unsqueeze(-1), torch.inf).argmin(0)]
     found = crosses.any(0)
     low = torch.where(found, grid[place], closest)
     high = torch.where(found, grid[place + 1], closest)

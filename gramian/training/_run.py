@@ -261,10 +261,8 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
             f"optimization.batch_size must be divisible by processes × accumulation, here "
             f"{processes} × {optimization.accumulation}; got {optimization.batch_size}."
         )
-    if hardware.fsdp and (hardware.device == "cpu" or not torch.accelerator.is_available()):
-        raise ConfigError(
-            "hardware.fsdp needs accelerators: accelerate shards nothing on processors."
-        )
+    if hardware.fsdp and processes < 2:
+        raise ConfigError("hardware.fsdp needs several processes: start it with torchrun.")
     share = optimization.batch_size // shares
     folder = Path(config.output)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")

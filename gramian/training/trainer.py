@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
@@ -120,6 +122,16 @@ class GramianTrainer(Trainer):
         self.losses = losses
         self.logged: dict[str, list[float]] = {}
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the original, but FSDP2 shards over processors too: accelerate passes over them."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type is DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # both are read
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `gramian.parameter_groups`."""
         if self.optimizer is None:
@@ -140,17 +152,9 @@ class GramianTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """As the original and, in training, the losses on memory.
-
-        Where less than half of a batch is due, the logits of those positions are made alone: recall
-        tasks ask at a few, and over a large vocabulary logits are most of the work of a small
-        model. A compiled graph has fixed shapes, so it makes them all.
-        """
-        if self.description.kind == "tokens" and model.training and not self.args.torch_compile:
-            due = inputs["shift_labels"] != IGNORED
-            if 2 * int(due.sum()) < due.numel():
-                answers = inputs["shift_labels"][due]
-                inputs = {**inputs, "logits_to_keep": due, "shift_labels": answers}
+        """As the original; in training with the logits of those positions alone where something is
+        due, and with the losses on memory."""
+        inputs = self._due(inputs, model.training)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.losses is not None and model.training:
             more, values = self.losses()
@@ -160,6 +164,20 @@ class GramianTrainer(Trainer):
             for name, value in values.items():
                 self.logged.setdefault(name, []).append(value)
         return (loss, outputs) if return_outputs else loss
+
+    def _due(self, inputs: Any, training: bool) -> Any:
+        """The inputs, in training with only those positions to be read off where something is due.
+
+        Recall tasks ask at a few positions, and the logits over a large vocabulary are most of the
+        work of a small model. A compiled graph has fixed shapes, so it makes them all.
+        """
+        if self.description.kind != "tokens" or not training or self.args.torch_compile:
+            return inputs
+        due = inputs["shift_labels"] != IGNORED
+        if 2 * int(due.sum()) >= due.numel():
+            return inputs
+        answers = inputs["shift_labels"][due]
+        return {**inputs, "logits_to_keep": due, "shift_labels": answers}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the original; a line of training has the means of the losses on memory since the last

@@ -141,7 +141,7 @@ def test_refusals(tmp_path: Path) -> None:
         export_recurrence(gramian.DenseOperator(torch.eye(4).expand(2, 4, 4)), out)
     with pytest.raises(ValueError, match="give context="):
         export_recurrence(SoftmaxAttention(WIDTH, 3), out)
-    with pytest.raises(ValueError, match="picks the forms of its recurrences"):
+    with pytest.raises(ValueError, match="picks the form of its recurrences itself"):
         export_recurrence(mixers()["multi_hyena"], out, form="modal")
     with pytest.raises(TypeError, match="a mixer or a system is exported, got Linear"):
         export_recurrence(torch.nn.Linear(2, 2), out)  # type: ignore[arg-type]

@@ -18,7 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import gramian
 from gramian.ess import ess_penalty, gate_regularizer
 from gramian.mixers import LinearRecurrence, Observer
-from gramian.models import GramianConfig, GramianForCausalLM, load
+from gramian.models import (
+    GramianConfig,
+    GramianForCausalLM,
+    GramianForPairClassification,
+    load,
+)
 from gramian.training import ConfigError, StateSizeCallback, parse_config, train
 from gramian.training.configuration import Regularization, StatePenalty
 from gramian.training.memory import MemoryLosses
@@ -168,6 +173,25 @@ def test_state_sizes_in_transformers_own_trainer(kind: str, tmp_path: Path) -> N
     assert metrics["eval_ess"] == pytest.approx(expected / 2, rel=1e-5)
     assert sum(key.startswith("eval_ess_layer_") for key in metrics) == 2
     assert json.dumps(metrics)
+
+
+def test_pairs_are_measured_by_their_first_sequence(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GramianConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_heads=2,
+        mixers="gated_linear_attention",
+        max_position_embeddings=16,
+        num_labels=2,
+    )
+    net, first = GramianForPairClassification(config), torch.randint(0, 32, (12,)).tolist()
+    trainer = Trainer(net, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    pair = {"input_ids": first, "input_ids_2": first[::-1]}
+    measured = StateSizeCallback(trainer, [pair], every=4).measure(net)["eval_ess"]
+    expected = gramian.analyze(net.base_model, first, at=[4, 8]).average()
+    assert measured == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_padding_of_rows_is_left_out(tmp_path: Path) -> None:

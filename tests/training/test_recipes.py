@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from gramian import tasks
-from gramian.training import ConfigError, TrainingConfig, parse_config, train
+from gramian.training import TrainingConfig, load_sweep, parse_config, train
 from gramian.training._run import _model, _task
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -65,13 +65,8 @@ def configurations(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def model_of(config: TrainingConfig) -> torch.nn.Module:
-    try:
-        with torch.device("meta"):
-            return _model(config, _task(config).description())
-    except ConfigError as error:
-        if "there is no model to train" in str(error):
-            pytest.skip(str(error))
-        raise
+    with torch.device("meta"):
+        return _model(config, _task(config).description())
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(RECIPES)))
@@ -81,7 +76,7 @@ def test_models_are_built_at_full_size(file: Path) -> None:
         if repr((values["task"], values["model"])) not in seen:
             seen.add(repr((values["task"], values["model"])))
             model = model_of(parse_config(values))
-            assert sum(parameter.numel() for parameter in model.parameters()) > 10_000
+            assert sum(parameter.numel() for parameter in model.parameters()) > 1_000
     assert seen
 
 
@@ -97,6 +92,16 @@ def test_language_models_have_the_published_size(recipe: str, millions: tuple[in
     (values,) = configurations(RECIPES / f"papers/{recipe}.yaml")
     count = sum(parameter.numel() for parameter in model_of(parse_config(values)).parameters())
     assert millions[0] < count / 1e6 < millions[1]
+
+
+def test_sweeps_are_accepted() -> None:
+    sweeps = [file for file in FILES if "sweep" in yaml.safe_load(file.read_text(encoding="utf-8"))]
+    assert sweeps
+    for file in sweeps:
+        points = load_sweep(file).points
+        assert [point.config.to_dict() | {"output": ""} for point in points] == [
+            parse_config(values).to_dict() | {"output": ""} for values in configurations(file)
+        ]
 
 
 def shrink(values: dict[str, Any], output: Path) -> dict[str, Any]:

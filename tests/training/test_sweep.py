@@ -424,3 +424,28 @@ def test_jobs_and_addresses(tmp_path: Path) -> None:
     if not importlib.util.find_spec("ray"):
         with pytest.raises(ImportError, match=r"gramian\[ray\]"):
             sweep(config, address="auto")
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_what_processes_give(tmp_path: Path) -> None:
+    """On a cluster of this machine, that the command connects to; two runs fail."""
+    ray = pytest.importorskip("ray")
+    axes = {"model.hidden_size": [8, 16], "logging.report_to": [[], ["no_such_reporter"]]}
+    here = sweep(parse_sweep(grid(tmp_path / "here", axes)), jobs=2)
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(grid(tmp_path / "there", axes), sort_keys=False))
+    cluster = ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        address = cluster.address_info["gcs_address"]
+        child = start("-m", "gramian", "sweep", str(file), "--address", address, "--json")
+        out, err = child.communicate(timeout=300)
+    finally:
+        ray.shutdown()
+    assert child.returncode == 1, err
+    there = json.loads(out)
+    for one, other in zip(here.points, there["points"], strict=True):
+        assert one.error == other["error"]
+        if one.report is not None:
+            assert other["report"]["metrics"] == one.report.metrics
+            assert learned(tmp_path / "there" / one.name) == learned(tmp_path / "here" / one.name)
+    assert len(here.failed) == 2

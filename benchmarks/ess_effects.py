@@ -1,0 +1,559 @@
+"""Does the state that a model uses explain what it recalls better than the state that it has?
+
+Small models learn multi-query associative recall: a time-invariant convolution, then one mixer,
+whose effective state-size (entropy-ESS) is measured on held-out sequences. Three effects of
+Parnichkun et al. 2025 (arXiv 2504.19561) are looked for, one a part:
+
+- recall: over gated, weighted and plain linear attention (GLA, WLA, LA) and softmax attention (SA),
+  state-sizes and numbers of key-value pairs, is accuracy correlated with ESS per pair more than
+  with the theoretical state-size (TSS) per pair?
+- state: as the state grows, does the ESS of S6 stall where that of GLA rises, and does GLA-S6's
+  normalisation of its rates repair it?
+- regularizer: does λ‖A - I‖ lift GLA and WLA whose gates forget too fast?
+
+Every training is short; it reads fresh sequences of 1 to all pairs, so that it begins to learn
+early. Accuracy and ESS are of sequences with all of them. ESS is averaged over positions, heads and
+sequences. All results are written, whatever they are.
+
+    python benchmarks/ess_effects.py [--part recall|state|regularizer] [--seeds N] [--runs FOLDER]
+
+A training that has ended is kept in `--runs`, so that a killed sweep goes on where it was.
+`--document` and `--figures` write tables and pictures.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks._report import write
+from gramian import effective_state_size, parameter_groups
+from gramian.ess import gate_regularizer, theoretical_state_size
+from gramian.mixers import LinearRecurrence, Mixer, Observer
+from gramian.models import GramianConfig, GramianForCausalLM
+from gramian.reports import save_figure
+from gramian.tasks import IGNORED
+from gramian.tasks.mqar import MQAR
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MIXERS = {
+    "GLA": "gated_linear_attention",
+    "WLA": "weighted_linear_attention",
+    "LA": "linear_attention",
+    "SA": "softmax_attention",
+    "S6": "s6",
+    "GLA-S6": "gla_s6",
+}
+KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("GLA", {}),
+    ("S6", {}),
+    ("GLA-S6", {"normalization": 1.0}),
+    ("GLA-S6", {}),
+)
+COLOURS = {"GLA": "#0072B2", "WLA": "#D55E00", "LA": "#009E73", "SA": "#777777"}
+COLOURS |= {"S6": "#CC79A7", "GLA-S6, c = 1": "#E69F00", "GLA-S6, c = n": "#56B4E9"}
+VOCABULARY = 64
+WIDTH = 64
+BATCH = 32
+FORGETFUL = {"GLA": 1.0, "WLA": 0.125}  # temperatures at which gates begin at about a half
+RATES = {"SA": 3e-3}  # of learning, where it is another
+RATE = 1e-2
+LONGER = 1.5  # trainings of softmax attention, and with a regulariser
+EVALUATED = 512  # sequences that accuracy is taken of
+MEASURED = 16  # and state-sizes: so many sequences, or one with so many channels or more
+UNTRAINED = 5  # seeds of models that are measured as they begin
+
+Run = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One training."""
+
+    mixer: str
+    state: int
+    """n, and the width of keys for softmax attention."""
+    pairs: int
+    length: int
+    steps: int
+    seed: int
+    temperature: float = 16.0
+    """Of the gates of GLA and WLA."""
+    normalization: float | None = None
+    """c of GLA-S6; n if None."""
+    penalty: float = 0.0
+    """λ of the gate regulariser."""
+
+    @property
+    def label(self) -> str:
+        if self.mixer != "GLA-S6":
+            return self.mixer
+        return f"GLA-S6, c = {'n' if self.normalization is None else f'{self.normalization:g}'}"
+
+
+def settings(part: str, steps: int, seeds: int) -> list[Setting]:
+    """All trainings of a part, seed by seed, so that the first are a sweep already."""
+    found: list[Setting] = []
+    if part == "state":
+        found += [
+            Setting(mixer=mixer, state=n, pairs=8, length=62, steps=0, seed=seed, **options)
+            for seed in range(UNTRAINED)
+            for n in (4, 8, 16, 32, 64)
+            for mixer, options in KINDS
+        ]
+    more = round(LONGER * steps)
+    for seed in range(seeds):
+        if part == "recall":
+            for pairs in (8, 4, 2):
+                common = {"pairs": pairs, "length": 32, "seed": seed}
+                for n in (2, 4, 8, 16):
+                    found += [
+                        Setting(mixer=mixer, state=n, steps=steps, **common)
+                        for mixer in ("GLA", "WLA", "LA")
+                    ]
+                    found.append(Setting(mixer="SA", state=4 * n, steps=more, **common))
+        elif part == "state":
+            found += [
+                Setting(mixer=m, state=n, pairs=8, length=62, steps=steps, seed=seed, **options)
+                for n in (4, 8, 16, 32)
+                for m, options in KINDS
+            ]
+        else:
+            found += [
+                Setting(
+                    mixer=mixer,
+                    state=16,
+                    pairs=8,
+                    length=32,
+                    steps=more,
+                    seed=seed,
+                    temperature=temperature,
+                    penalty=penalty,
+                )
+                for penalty in (0.0, 0.1, 1.0, 0.03, 0.3)
+                for mixer, temperature in FORGETFUL.items()
+            ]
+    return found
+
+
+def model_of(setting: Setting) -> GramianForCausalLM:
+    """A convolution and the mixer, each followed by an MLP."""
+    recurrence: dict[str, Any] = {"state_size": setting.state}
+    if setting.mixer in ("GLA", "WLA"):
+        recurrence["temperature"] = setting.temperature
+    if setting.mixer == "GLA-S6":
+        recurrence["normalization"] = setting.normalization
+    if setting.mixer == "S6":
+        recurrence["expand"] = 1
+    attention = {"head_width": setting.state, "rotary_base": None}
+    config = GramianConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_heads=1,
+        mixers=["long_convolution", MIXERS[setting.mixer]],
+        filter={"type": "rtf", "state_size": 4},
+        max_position_embeddings=2048,
+        attention=attention if setting.mixer == "SA" else None,
+        linear_recurrence=None if setting.mixer == "SA" else recurrence,
+        intermediate_size=WIDTH,
+        tie_word_embeddings=False,
+        initializer_range=WIDTH**-0.5,
+        use_cache=False,
+    )
+    model = GramianForCausalLM(config)
+    nn.init.normal_(model.get_input_embeddings().weight)
+    return model
+
+
+def tokens(
+    setting: Setting, random: np.random.Generator, count: int, fewest: int
+) -> tuple[Tensor, Tensor]:
+    """Inputs and labels (count, length) of sequences with ``fewest`` to all pairs."""
+    rows = []
+    for pairs in random.integers(fewest, setting.pairs + 1, size=count).tolist():
+        task = MQAR(
+            vocab_size=VOCABULARY, length=setting.length, pairs=pairs, random_non_queries=False
+        )
+        rows.append(task.row(random, "train"))
+    x, y = (np.stack([row[name] for row in rows]) for name in ("input_ids", "labels"))
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def answers(model: GramianForCausalLM, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and values where values are due."""
+    due = y != IGNORED
+    return model.lm_head(model.model(x).last_hidden_state[due]), y[due]
+
+
+def train(setting: Setting) -> Run:
+    """Train a model; accuracy, state-sizes before and after, and gates."""
+    began = time.process_time()
+    torch.manual_seed(setting.seed)
+    held_out = tokens(setting, np.random.default_rng([setting.seed, 1]), EVALUATED, setting.pairs)
+    model = model_of(setting)
+    mixer = model.model.layers[1].mixer
+    assert isinstance(mixer, Mixer)
+    observer = Observer(model, type(mixer))
+    before = after = state_sizes(model, observer, held_out[0][:MEASURED])
+    if setting.steps:
+        fit(setting, model, observer)
+        after = state_sizes(model, observer, held_out[0][:MEASURED])
+    with torch.no_grad():
+        logits, values = answers(model, *held_out)
+        accuracy = float((logits.argmax(-1) == values).double().mean())
+    return {
+        **asdict(setting),
+        "label": setting.label,
+        "accuracy": accuracy,
+        **after,
+        "ess_before": before["ess"],
+        "curve_before": before["curve"],
+        "seconds": time.process_time() - began,
+    }
+
+
+def fit(setting: Setting, model: GramianForCausalLM, observer: Observer) -> None:
+    """The training itself."""
+    random = np.random.default_rng([setting.seed, 0])
+    rate = RATES.get(setting.mixer, RATE)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=rate, weight_decay=0.01))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        [group["lr"] for group in optimizer.param_groups],
+        total_steps=setting.steps,
+        pct_start=0.1,
+        cycle_momentum=False,
+    )
+    for _ in range(setting.steps):
+        logits, values = answers(model, *tokens(setting, random, BATCH, 1))
+        loss = nn.functional.cross_entropy(logits, values)
+        if setting.penalty:
+            loss = loss + setting.penalty * gate_regularizer(observer.operators())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def state_sizes(model: GramianForCausalLM, observer: Observer, x: Tensor) -> Run:
+    """ESS, its mean at every position, TSS, and the distance of gates from 1, of the mixer."""
+    model.model(x)
+    (mixer,) = observer.mixers.values()
+    heads = mixer.heads if isinstance(mixer, LinearRecurrence) else 1
+    (system,) = observer.operators(sequences=max(1, MEASURED // heads))
+    ess = effective_state_size(system)  # (sequences, heads, length)
+    recurrent = isinstance(mixer, LinearRecurrence)
+    return {
+        "ess": float(ess.mean()),
+        "curve": ess.mean((0, 1)).tolist(),
+        "tss": float(theoretical_state_size(system).mean()),
+        "gates_from_one": float(gate_regularizer(system)) if recurrent else None,
+    }
+
+
+def sweep(part: str, chosen: Sequence[Setting], folder: Path) -> list[Run]:
+    """The results of all trainings, those that are there already and the others, in order."""
+    path = folder / f"{part}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept: dict[Setting, Run] = {}
+    names = Setting.__dataclass_fields__
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            run = json.loads(line)
+            kept[Setting(**{name: run[name] for name in names})] = run
+    for number, setting in enumerate(chosen, 1):
+        if setting in kept:
+            continue
+        run = kept[setting] = train(setting)
+        with path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(run) + "\n")
+        print(
+            f"{number}/{len(chosen)} {setting.label}, n = {setting.state}, {setting.pairs} pairs, "
+            f"penalty {setting.penalty:g}, seed {setting.seed}: accuracy {run['accuracy']:.3f}, "
+            f"ESS {run['ess_before']:.2f} -> {run['ess']:.2f} of {run['tss']:.1f}, "
+            f"{run['seconds']:.0f} s",
+            flush=True,
+        )
+    return [kept[setting] for setting in chosen]
+
+
+def correlations(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Of accuracy with ESS and TSS per pair, over all and by mixer."""
+    found = {}
+    for name in ("all", *dict.fromkeys(run["label"] for run in runs)):
+        some = [run for run in runs if name in ("all", run["label"])]
+        accuracy = [run["accuracy"] for run in some]
+        row: dict[str, float] = {"runs": len(some)}
+        for size in ("ess", "tss"):
+            ratio = [run[size] / run["pairs"] for run in some]
+            row[f"spearman_{size}"] = float(spearmanr(ratio, accuracy).statistic)
+            row[f"pearson_{size}"] = float(pearsonr(ratio, accuracy).statistic)
+        found[name] = row
+    return found
+
+
+def averages(runs: Sequence[Run], *by: str) -> list[Run]:
+    """Means over the seeds of what was measured, a row for each value of ``by``."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run[name] for name in by), []).append(run)
+    rows = []
+    for key, some in groups.items():
+        row: Run = dict(zip(by, key, strict=True))
+        for name in ("accuracy", "ess", "ess_before", "tss", "gates_from_one"):
+            values = [run[name] for run in some if run[name] is not None]
+            row[name] = mean(values) if values else None
+        row["accuracies"] = [run["accuracy"] for run in some]
+        rows.append(row)
+    return rows
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{mean(values):.3f} ({min(values):.3f} … {max(values):.3f})"
+
+
+def recall_table(runs: Sequence[Run]) -> str:
+    rows = [
+        [
+            name,
+            str(row["runs"]),
+            *(f"{row[f'{kind}_{s}']:.2f}" for kind in ("spearman", "pearson") for s in SIZES),
+        ]
+        for name, row in correlations(runs).items()
+    ]
+    first = markdown(
+        ["mixer", "trainings", "Spearman, ESS/kv", "TSS/kv", "Pearson, ESS/kv", "TSS/kv"], rows
+    ).replace("nan", "-")
+    by = averages(runs, "label", "state", "pairs")
+    pairs = sorted({row["pairs"] for row in by})
+    cells = {(row["label"], row["state"], row["pairs"]): row for row in by}
+    rows = []
+    for label, n in dict.fromkeys((row["label"], row["state"]) for row in by):
+        found = [cells[label, n, count] for count in pairs]
+        rows.append([label, str(n), *(f"{c['accuracy']:.2f} ({c['ess']:.1f})" for c in found)])
+    rows.sort(key=lambda row: (list(MIXERS).index(row[0]), int(row[1])))
+    return f"{first}\n\n{markdown(['mixer', 'n', *(f'{p} pairs' for p in pairs)], rows)}"
+
+
+SIZES = ("ess", "tss")
+
+
+def state_table(runs: Sequence[Run]) -> str:
+    trained = [run for run in runs if run["steps"]]
+    after = {(row["label"], row["state"]): row for row in averages(trained, "label", "state")}
+    rows = []
+    for row in sorted(averages(runs, "label", "state"), key=_label_order):
+        found = after.get((row["label"], row["state"]))
+        rows.append(
+            [
+                row["label"],
+                str(row["state"]),
+                f"{row['ess_before']:.2f}",
+                f"{found['ess']:.2f}" if found else "",
+                f"{100 * found['ess'] / found['tss']:.0f} %" if found else "",
+                spread(found["accuracies"]) if found else "",
+            ]
+        )
+    return markdown(
+        ["mixer", "n = TSS", "ESS before training", "after", "of TSS", "accuracy"], rows
+    )
+
+
+def regularizer_table(runs: Sequence[Run]) -> str:
+    rows = [
+        [
+            row["label"],
+            f"{row['penalty']:g}",
+            f"{row['gates_from_one']:.3f}",
+            f"{row['ess_before']:.2f}",
+            f"{row['ess']:.2f}",
+            spread(row["accuracies"]),
+        ]
+        for row in sorted(averages(runs, "label", "penalty"), key=_label_order)
+    ]
+    return markdown(
+        ["mixer", "λ", "‖A - I‖ after", "ESS before training", "after", "accuracy"], rows
+    )
+
+
+def _label_order(row: Run) -> tuple[int, float]:
+    return list(COLOURS).index(row["label"]), row.get("state", row.get("penalty", 0))
+
+
+def figures_of(part: str, runs: Sequence[Run]) -> dict[str, "Figure"]:
+    """The pictures of a part by name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figures = {f"ess_{part}": figure}
+    if part == "recall":
+        for axes, size in ((left, "ess"), (right, "tss")):
+            for label in MIXERS:
+                some = [run for run in runs if run["label"] == label]
+                if some:
+                    x = [run[size] / run["pairs"] for run in some]
+                    y = [run["accuracy"] for run in some]
+                    axes.scatter(x, y, s=18, color=COLOURS[label], label=label, alpha=0.8)
+            row = correlations(runs)["all"]
+            _finish(
+                axes,
+                f"{size.upper()}: rank correlation {row[f'spearman_{size}']:.2f}",
+                f"{size.upper()} / number of pairs",
+                "accuracy",
+            )
+            axes.set_xscale("log", base=2)
+        left.legend(fontsize=8, frameon=False)
+        figures["memory_saturation"] = saturation(runs)
+    elif part == "state":
+        before = averages(runs, "label", "state")
+        after = averages([run for run in runs if run["steps"]], "label", "state")
+        for label in dict.fromkeys(row["label"] for row in before):
+            for rows, name, style in ((before, "ess_before", "--"), (after, "ess", "o-")):
+                some = [row for row in rows if row["label"] == label]
+                n, colour = [row["state"] for row in some], COLOURS[label]
+                shown = label if style == "o-" else None
+                left.plot(n, [row[name] for row in some], style, color=colour, ms=4, label=shown)
+                if style == "o-":
+                    y = [row["accuracy"] for row in some]
+                    right.plot(n, y, style, color=colour, ms=4, label=label)
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+        _finish(left, "ESS (dashed: before training)", "state n", "ESS")
+        _finish(right, "Recall", "state n", "accuracy")
+        right.legend(fontsize=8, frameon=False)
+    else:
+        rows = averages(runs, "label", "penalty")
+        places = sorted({row["penalty"] for row in rows})
+        for label in dict.fromkeys(row["label"] for row in rows):
+            some = sorted((r for r in rows if r["label"] == label), key=lambda r: r["penalty"])
+            at = [places.index(row["penalty"]) for row in some]
+            for axes, name in ((left, "ess"), (right, "accuracy")):
+                y = [row[name] for row in some]
+                axes.plot(at, y, "o-", color=COLOURS[label], ms=4, label=label)
+        for axes, name in ((left, "ESS"), (right, "accuracy")):
+            axes.set_xticks(range(len(places)), [f"{place:g}" for place in places])
+            _finish(axes, f"{name} after training", "λ", name)
+        left.legend(fontsize=8, frameon=False)
+        figures["memory_collapse"] = collapse(runs)
+    return figures
+
+
+def saturation(runs: Sequence[Run]) -> "Figure":
+    """ESS at every position of linear attention with little and with enough state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, n in zip(figure.subplots(1, 2, sharey=True), (4, 16), strict=True):
+        (run,) = (
+            r for r in runs if (r["label"], r["state"], r["pairs"], r["seed"]) == ("LA", n, 8, 0)
+        )
+        _curve(axes, run["curve"], COLOURS["LA"], "ESS")
+        axes.axhline(n, color="black", linewidth=1, linestyle=":", label=f"TSS = {n}")
+        _finish(axes, f"n = {n}: accuracy {run['accuracy']:.2f}", "position", "state-size")
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def collapse(runs: Sequence[Run]) -> "Figure":
+    """ESS at every position of GLA and WLA that forget, without the regulariser and with it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, label in zip(figure.subplots(1, 2, sharey=True), FORGETFUL, strict=True):
+        some = [run for run in runs if run["label"] == label and run["seed"] == 0]
+        bare = next(run for run in some if not run["penalty"])
+        best = max((run for run in some if run["penalty"]), key=lambda run: run["accuracy"])
+        for run, colour in ((bare, "#777777"), (best, COLOURS[label])):
+            name = f"λ = {run['penalty']:g}: accuracy {run['accuracy']:.2f}"
+            _curve(axes, run["curve"], colour, name)
+        axes.axhline(bare["state"], color="black", linewidth=1, linestyle=":", label="TSS")
+        _finish(axes, label, "position", "state-size")
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _curve(axes: Any, curve: Sequence[float], colour: str, label: str) -> None:
+    """ESS against the position, and the cap min(i, L - i) in grey."""
+    length = len(curve)
+    positions = range(length)
+    axes.plot(positions, curve, color=colour, label=label)
+    cap = [min(i, length - i) for i in positions]
+    axes.plot(positions, cap, color="#BBBBBB", linewidth=0.8, zorder=0)
+
+
+def _finish(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, alpha=0.25, linewidth=0.5)
+
+
+TABLES = {"recall": recall_table, "state": state_table, "regularizer": regularizer_table}
+
+
+def document(path: Path, part: str, table: str) -> None:
+    """Put a table between the marks ``<!-- part -->`` and ``<!-- /part -->`` of a Markdown page."""
+    text = path.read_text(encoding="utf-8")
+    opening, closing = f"<!-- {part} -->\n", f"\n<!-- /{part} -->"
+    before, found, rest = text.partition(opening)
+    _, ended, after = rest.partition(closing)
+    if not found or not ended:
+        raise SystemExit(f"{path} has no place for a table between {opening!r} and {closing!r}.")
+    path.write_text(before + opening + table + closing + after, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--part", choices=TABLES, help="By default all, one after the other.")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=Path, default=Path("runs/ess_effects"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--document", type=Path, help="A page with places for the tables.")
+    parser.add_argument("--figures", type=Path, help="The folder of the pictures.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for part in [arguments.part] if arguments.part else TABLES:
+        runs = sweep(part, settings(part, arguments.steps, arguments.seeds), arguments.runs)
+        table = TABLES[part](runs)
+        print(table)
+        results = {"seconds": sum(run["seconds"] for run in runs), "runs": runs}
+        if part == "recall":
+            results["correlations"] = correlations(runs)
+        write(arguments.output / f"ess_effects_{part}.json", results)
+        if arguments.document is not None:
+            document(arguments.document, part, table)
+        if arguments.figures is not None:
+            for name, figure in figures_of(part, runs).items():
+                save_figure(figure, arguments.figures / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
