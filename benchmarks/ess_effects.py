@@ -494,6 +494,7 @@ def collapse(runs: Sequence[Run]) -> "Figure":
             name = f"λ = {run['penalty']:g}: accuracy {run['accuracy']:.2f}"
             _curve(axes, run["curve"], colour, name)
         axes.axhline(bare["state"], color="black", linewidth=1, linestyle=":", label="TSS")
+        axes.set_ylim(0, 1.5 * bare["state"])
         _finish(axes, label, "position", "state-size")
         axes.legend(fontsize=8, frameon=False)
     return figure
