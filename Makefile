@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +39,12 @@ bench: $(VENV)/installed-dev ## every benchmark; each measures both sides and wr
 		echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; \
 	done
 
+# The variable silences an announcement of the theme's authors about its successor.
+docs: $(VENV)/installed-docs ## the documentation site, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 clean: ## remove the environment and everything that tools left behind
-	rm -rf $(VENV) demo-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output site .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, by itself, so that nothing else decides which build of it is taken.
@@ -58,4 +62,9 @@ $(VENV)/installed: $(VENV)/torch $(REQUIREMENTS)
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "Installing the development tools into $(VENV)"
 	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	@echo "Installing the documentation tools into $(VENV)"
+	@$(PIP) --editable ".[docs]"
 	@touch $@

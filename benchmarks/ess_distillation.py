@@ -8,9 +8,12 @@ student) of the predictions, and the error of the filters (arXiv 2504.19561, on 
 higher a teacher's ESS, the harder it is to distil into small states).
 
     python benchmarks/ess_distillation.py [--steps N] [--seeds N] [--threads N]
+
+`--teachers JSON` takes the teachers of earlier results, and only correlates and draws.
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -105,6 +108,15 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None
     }
 
 
+def within_kinds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The correlations among teachers of one kind of parametrisation."""
+    kinds = dict.fromkeys(row["filter"].split(",")[0] for row in rows)
+    return {
+        kind: correlations([row for row in rows if row["filter"].split(",")[0] == kind])
+        for kind in kinds
+    }
+
+
 def draw(rows: list[dict[str, Any]], found: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -120,6 +132,8 @@ def draw(rows: list[dict[str, Any]], found: dict[str, Any], path: Path) -> None:
                 values = [100 * value for value in values]
             axes.plot([row["ess"] for row in of_kind], values, "o", label=name, alpha=0.8)
         axes.set_xscale("log")
+        axes.set_xticks([4, 8, 16, 32, 64], ["4", "8", "16", "32", "64"])
+        axes.minorticks_off()
         if cost != "increase":
             axes.set_yscale("log")
         correlation = found[str(SHOWN)][cost]
@@ -156,6 +170,13 @@ def table(rows: list[dict[str, Any]], found: dict[str, Any]) -> str:
         values = [f"{found[str(order)][cost]:.2f}" for cost in COSTS]
         within = f"{min(known):.2f} … {max(known):.2f}, mean {sum(known) / len(known):.2f}"
         lines.append(f"| {order} | {' | '.join(values)} | {within} |")
+    lines.append("")
+    for kind, of_kind in within_kinds(rows).items():
+        told = (
+            f"{name} {of_kind[str(SHOWN)][cost] or float('nan'):.2f}"
+            for cost, name in COSTS.items()
+        )
+        lines.append(f"within {kind}, order {SHOWN}: {', '.join(told)}")
     return "\n".join(lines)
 
 
@@ -165,12 +186,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--teachers", type=Path, help="results to take the teachers from")
     parser.add_argument("--output", type=Path, default=here / "results" / "ess_distillation.json")
     parser.add_argument(
         "--figure", type=Path, default=here.parent / "docs" / "figures" / "ess_distillation.png"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.teachers is not None:
+        results = json.loads(arguments.teachers.read_text(encoding="utf-8"))
+        found = correlations(results["teachers"])
+        print(table(results["teachers"], found))
+        draw(results["teachers"], found, arguments.figure)
+        return
     corpus = python_documentation()
     windows = corpus.held_out[: WINDOWS * LENGTH].reshape(WINDOWS, LENGTH)
     rows = []
@@ -195,6 +223,7 @@ def main() -> None:
         "length": LENGTH,
         "held-out bytes": windows.numel(),
         "rank correlations": found,
+        "within kinds": within_kinds(rows),
         "teachers": rows,
     }
     print(table(rows, found))

@@ -1,8 +1,9 @@
 """Do the filters learn? Delay, Copying and sequential digits, at equal state, three seeds.
 
-- Delay: white noise cut to a tenth of its band, length 1,024; the target is the input 256 steps
-  ago. One long convolution between two linear maps; the figure is the root mean square error
-  relative to the target's, on fresh sequences.
+- Delay: the task `delay` of `gramian.tasks`, white noise cut to a tenth of its band, length 1,024;
+  the target is the input 256 steps ago. One long convolution between two linear maps (a
+  `GramianForSignalRegression`); the figure is the root mean square error relative to the target's,
+  on fresh sequences.
 - Copying: 8 tokens of an alphabet of 8, then 112 blanks, then 8 marks at which the tokens are due.
   Two residual blocks; the figure is the share of right tokens on fresh sequences (1/8 by chance).
 - Digits: scikit-learn's 8 × 8 digits as sequences of 64 grey values, 1,437 to train and 360 to
@@ -21,18 +22,20 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._report import write
-from gramian import parameter_groups
-from gramian.filters import build
-from gramian.mixers import Block, LongConvolution
+from gramian import parameter_groups, tasks
+from gramian.mixers import Block
+from gramian.models import GramianConfig, GramianForSignalRegression
 
 STATE = 64
 LAYERS = {
@@ -42,16 +45,6 @@ LAYERS = {
     "S4D": {"type": "s4d"},
     "S4": {"type": "s4"},
 }
-
-
-def delay_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (count, 1024, 1)."""
-    length, lag = 1024, 256
-    spectrum = torch.fft.rfft(torch.randn(count, length, generator=generator))
-    spectrum[:, length // 20 :] = 0
-    u = torch.fft.irfft(spectrum, n=length)
-    u = u / u.square().mean(-1, keepdim=True).sqrt()
-    return u.unsqueeze(-1), nn.functional.pad(u, (lag, 0))[:, :length].unsqueeze(-1)
 
 
 def copying_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -86,6 +79,17 @@ class Last(nn.Module):
         return x[:, -8:]
 
 
+class Signals(nn.Module):
+    """A model of signals as a map of tensors."""
+
+    def __init__(self, model: GramianForSignalRegression) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(input_values=x).logits
+
+
 def blocks(filter: dict[str, Any], width: int, length: int, first: nn.Module, *last: nn.Module):
     """Two residual blocks around long convolutions."""
     config = {**filter, "state_size": STATE}
@@ -118,14 +122,34 @@ def train(
 
 
 def delay(filter: dict[str, Any], seed: int, steps: int) -> float:
-    generator = torch.Generator().manual_seed(seed)
-    layer = LongConvolution(build({**filter, "state_size": STATE}, channels=8, max_length=1024))
-    model = nn.Sequential(nn.Linear(1, 8), layer, nn.Linear(8, 1))
-    mse = nn.functional.mse_loss
-    train(model, lambda _: delay_batch(16, generator), mse, steps, 5e-3)
+    task = tasks.build("delay", train_examples=16 * steps, length=1024, lag=256, frequency=200.0)
+    rows = {split: task.rows(split, seed) for split in ("train", "validation")}
+    model = GramianForSignalRegression(
+        GramianConfig(
+            input_size=1,
+            num_labels=1,
+            hidden_size=8,
+            num_hidden_layers=1,
+            mixers="long_convolution",
+            filter={**filter, "state_size": STATE},
+            max_position_embeddings=1024,
+            block="mixer",
+            initializer_range=0.3,
+        )
+    )
+
+    def batch(split: str, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (count, 1024, 1)."""
+        some = list(islice(rows[split], count))
+        x, y = (np.stack([row[name] for row in some]) for name in ("input_values", "labels"))
+        return torch.from_numpy(x), torch.from_numpy(y)
+
+    signals = Signals(model)
+    train(signals, lambda _: batch("train", 16), nn.functional.mse_loss, steps, 5e-3)
     with torch.no_grad():
-        x, y = delay_batch(64, generator)
-        return float(((model(x) - y).square().mean() / y.square().mean()).sqrt())
+        x, y = batch("validation", 64)
+        error = signals(x) - y
+        return float((error.square().mean() / y.square().mean()).sqrt())
 
 
 def copying(filter: dict[str, Any], seed: int, steps: int) -> float:

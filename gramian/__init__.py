@@ -2,7 +2,7 @@
 
 Every causal mixer applies a lower-triangular operator ``y = T u``; the rank of its Hankel blocks is
 the memory that it needs. Parametrise that operator (filters, mixers), measure it
-(:func:`effective_state_size`), shrink it (:func:`reduce`, :func:`realize`, :func:`distill`) and run
+(`effective_state_size`), shrink it (`reduce`, `realize`, `distill`) and run
 it (convolution and recurrence).
 
 ``import gramian`` does not import transformers; ``import gramian.models`` does, and registers its

@@ -52,7 +52,7 @@ def analyze(
         every: Instead, every so many positions, from 0.
         horizon: How many tokens are read, all by default. The rank of ``T[i:horizon, :i]`` is at
             most min(i, horizon - i), so read on past the last position of interest.
-        measure: "entropy" or "tolerance", as in :func:`gramian.effective_state_size`.
+        measure: "entropy" or "tolerance", as in `gramian.effective_state_size`.
         tol: Absolute tolerance.
         rtol: Relative tolerance.
         max_channels: Of a layer with more heads or channels, every n-th is measured, so that at

@@ -2,13 +2,13 @@ r"""Meeting the causal operators of a model while it runs, one at a time.
 
 Four doors, none of which needs to know an architecture:
 
-- our mixers, by :meth:`gramian.mixers.Mixer.operator`;
+- our mixers, by `gramian.mixers.Mixer.operator`;
 - softmax attention of transformers, by an attention function registered in its interface. The
   layer's own ``eager_attention_forward`` computes the map, so soft caps, sinks, position biases,
   grouped queries and masks (of sliding windows, too) are the model's; the map is then held against
   the layer's output and handed on;
 - selective scans (Mamba and Mamba2's kin) and the gated delta rule, by the arguments of the
-  functions that the modelling files of transformers call (:mod:`gramian.analysis._scans`).
+  functions that the modelling files of transformers call (`gramian.analysis._scans`).
 
 Whatever is met goes to one visitor and is dropped: nothing is kept for the whole model.
 """
@@ -163,7 +163,7 @@ class Recorder:
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
-        """All attention layers that ask transformers' interface call :meth:`_attend`."""
+        """All attention layers that ask transformers' interface call `_attend`."""
         from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
         from transformers.masking_utils import eager_mask
 

@@ -36,7 +36,7 @@ class CheckRow:
         layer: index of the layer, or None for the whole model, whose output are the logits.
         name: class of the mixer, or of the model.
         forms: forms that the recurrences of the mixer's long convolutions take.
-        differences: for each of :data:`MODES` the largest difference of any number of the output,
+        differences: for each of `MODES` the largest difference of any number of the output,
             relative to the largest number of the same sequence; infinite where an output is not
             finite. A mode that does not apply is left out.
         limits: for each mode that is judged, the difference that is accepted.
@@ -79,7 +79,7 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What :func:`gramian.check` found. Printing it gives the table.
+    """What `gramian.check` found. Printing it gives the table.
 
     Attributes:
         rows: precision by precision, the layers in order and then the whole model.

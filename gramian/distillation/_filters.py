@@ -47,7 +47,7 @@ class Goal:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of :func:`gramian.reduce`."""
+        """Those of `gramian.reduce`."""
         if self.order is not None:
             return {"order": self.order}
         return {"tol": self.tol, "max_order": self.max_order}

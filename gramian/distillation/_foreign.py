@@ -49,7 +49,7 @@ def distill_modules(
     goal: Goal,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Any, DistillationReport]:
-    """See :func:`gramian.distill`."""
+    """See `gramian.distill`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"distill takes a module; it was given a {type(model).__name__}.")
     if not filters:

@@ -3,7 +3,7 @@ r"""Effective state-size of filters, as fast as they are reduced, and what it sa
 The operator of a filter of L taps is parted in the middle of its context, i = ⌊L / 2⌋: the block
 ``T[i:2i, :i]`` is a Hankel matrix of taps h_1 … h_{2i-1} with its columns reversed, square and
 symmetric, so its singular values are the moduli of its eigenvalues. Blocks up to a size are
-factored. Of larger ones the Lanczos iteration of :mod:`gramian.reduction.spectrum` finds the
+factored. Of larger ones the Lanczos iteration of `gramian.reduction.spectrum` finds the
 leading values; the others are taken to fall off as a power of their index, as fast as their energy,
 which is known, says.
 """

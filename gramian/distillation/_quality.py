@@ -64,14 +64,14 @@ def distill_to_budget(
         model: a Gramian causal language model, left untouched.
         input_ids: (count, length): windows of the text to keep the loss on, length at least 2.
         max_increase: of the mean cross-entropy, relative to the model's own.
-        max_order: see :func:`gramian.distill`.
+        max_order: see `gramian.distill`.
         progress: called with every trial.
 
     Returns:
         The distilled model and its report, whose `quality` has all trials.
 
     Raises:
-        TypeError, ValueError: as :func:`gramian.distill`; for windows that are not (count, length);
+        TypeError, ValueError: as `gramian.distill`; for windows that are not (count, length);
             for a budget that is not positive, or that is not kept at a tolerance of 1e-6.
     """
     check_windows(model, input_ids)

@@ -78,7 +78,7 @@ def hankel_singular_values(
     """The singular values of ``T[i:horizon, :i]`` at many positions.
 
     Args:
-        system_or_matrix: As in :func:`effective_state_size`, and so are ``at``, ``length`` and
+        system_or_matrix: As in `effective_state_size`, and so are ``at``, ``length`` and
             ``horizon``.
 
     Returns:
@@ -87,7 +87,7 @@ def hankel_singular_values(
         decided in float64. No gradient flows through it.
 
     Raises:
-        TypeError: as :func:`effective_state_size`.
+        TypeError: as `effective_state_size`.
         ValueError: likewise.
     """
     reading = Reading(system_or_matrix, at, length, horizon)
@@ -112,7 +112,7 @@ def sketched_state_size(
 
     Args:
         matrix: (*C, L, L), lower triangular, or a `DenseOperator`.
-        at: As in :func:`effective_state_size`.
+        at: As in `effective_state_size`.
         rank: Singular values that are computed; blocks of up to twice that side are exact.
         probes: Random vectors for the others, at least 2.
         iterations: Of the subspace, each two products with the block.
@@ -127,7 +127,7 @@ def sketched_state_size(
 
     Raises:
         TypeError: if it is neither a tensor nor a dense operator.
-        ValueError: as :func:`effective_state_size`, for a rank below 1 or fewer than 2 probes.
+        ValueError: as `effective_state_size`, for a rank below 1 or fewer than 2 probes.
     """
     if not isinstance(matrix, Tensor | DenseOperator):
         raise TypeError(

@@ -29,7 +29,7 @@ def theoretical_state_size(
     """TSS: the state that a system has at a position, whether it uses it or not.
 
     Args:
-        system_or_matrix: As in :func:`gramian.effective_state_size`, and so are ``at``, ``length``
+        system_or_matrix: As in `gramian.effective_state_size`, and so are ``at``, ``length``
             and ``horizon``.
 
     Returns:
@@ -38,7 +38,7 @@ def theoretical_state_size(
         keep their inputs.
 
     Raises:
-        TypeError: as :func:`gramian.effective_state_size`.
+        TypeError: as `gramian.effective_state_size`.
         ValueError: likewise.
     """
     reading = Reading(system_or_matrix, at, length, horizon)
@@ -59,8 +59,8 @@ def utilization(ess: Tensor, tss: Tensor) -> Tensor:
     """ESS / TSS, the share of the state in use; 0 where there is no state.
 
     Args:
-        ess: From :func:`gramian.effective_state_size`.
-        tss: From :func:`theoretical_state_size`; broadcasts against it.
+        ess: From `gramian.effective_state_size`.
+        tss: From `theoretical_state_size`; broadcasts against it.
     """
     return torch.where(tss > 0, ess / torch.where(tss > 0, tss, 1), 0)
 

@@ -1,6 +1,6 @@
 r"""Losses on the memory of a model: gates drawn towards remembering, state-sizes towards a target.
 
-Both take operators, as `mixer.operator(x)` returns them or :class:`gramian.mixers.Observer` makes
+Both take operators, as `mixer.operator(x)` returns them or `gramian.mixers.Observer` makes
 them of a forward pass, and are differentiable in what the operators were made of.
 """
 
@@ -80,7 +80,7 @@ def ess_penalty(
     r"""How far effective state-sizes are from a target: ``(ESS / target - 1)²``, or with a share
     ``(ESS / TSS - share)²``, the mean over positions and channels and then over operators.
 
-    ESS is the entropy-ESS of :func:`gramian.effective_state_size`. For a recurrence a position
+    ESS is the entropy-ESS of `gramian.effective_state_size`. For a recurrence a position
     costs O(L n²) operations forwards and backwards, for a matrix a singular value decomposition of
     a block: take few positions, channels and sequences.
 
@@ -89,7 +89,7 @@ def ess_penalty(
         target: State-size, positive.
         share: Instead, utilisation of the state there is, in (0, 1].
         at: Positions; by default a quarter, a half and three quarters of an operator's length.
-        horizon: Blocks are ``T[i:horizon, :i]``; see :func:`gramian.effective_state_size`.
+        horizon: Blocks are ``T[i:horizon, :i]``; see `gramian.effective_state_size`.
 
     Returns:
         (), with gradients.
@@ -111,7 +111,7 @@ def ess_penalty(
         sizes = effective_state_size(system, positions, horizon=horizon)
         if target is not None:
             distance = sizes / target - 1
-        else:
+        elif share is not None:
             there = theoretical_state_size(system, positions, horizon=horizon)
             distance = utilization(sizes, there) - share
         if distance.numel():

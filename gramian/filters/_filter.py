@@ -58,15 +58,15 @@ class Filter(nn.Module, abc.ABC):
         """Fill the buffers that follow from the configuration, in place."""
 
     def config(self) -> dict[str, Any]:
-        """What :func:`build` needs to make this filter again, ready for JSON."""
+        """What `build` needs to make this filter again, ready for JSON."""
         return {"type": self.name, "channels": self.channels, "max_length": self.max_length}
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Options in which parameters should differ from the rest of the model while training.
 
         Returns:
-            By name, as in ``named_parameters``, options of the optimiser: ``{"a": {"weight_decay":
-            0.0}}``. :func:`gramian.parameter_groups` makes groups of them.
+            By name, as in ``named_parameters``, options of the optimiser, such as
+            ``{"a": {"weight_decay": 0.0}}``. `gramian.parameter_groups` makes groups of them.
         """
         return {}
 

@@ -16,7 +16,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 
     Every trainable parameter is in exactly one group; parameters with equal options share one, and
     a parameter used in several places counts once. What a filter asks for in
-    :meth:`Filter.optimizer_hints` it gets, absolute values. Of the other parameters, biases, norms
+    `Filter.optimizer_hints` it gets, absolute values. Of the other parameters, biases, norms
     (whatever has fewer than two dimensions) and embeddings are not decayed, and neither is anything
     tied to an embedding.
 

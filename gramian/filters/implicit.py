@@ -31,8 +31,9 @@ class ImplicitFilter(Filter):
         inner_layers: Hidden layers between the first and the last.
         frequency: Initial frequency ω of the sine activations ``sin(ω x)``, trained with the rest.
         train_frequency: Whether it is.
-        fast_decay, slow_decay: Fractions of the kernel after which the quickest and the slowest
-            window have fallen to ``decay_target``; the channels are spread evenly between.
+        fast_decay: Fraction of the kernel after which the quickest window has fallen to
+            ``decay_target``.
+        slow_decay: Likewise, of the slowest; the channels are spread evenly between.
         decay_target: See above.
         shift: Added to the window, so that it does not fall to zero.
         modulate: Whether to apply the window at all.
@@ -40,7 +41,7 @@ class ImplicitFilter(Filter):
             does.
         bias: Whether to add a trainable direct term at tap 0.
         trainable_time: Whether the time features are parameters (published with a learning rate of
-            1e-5, see :meth:`optimizer_hints`) or fixed.
+            1e-5, see `optimizer_hints`) or fixed.
         stored_time: Whether fixed time features are saved with the weights and loaded with them,
             for those of a published model: rounded otherwise, they make another kernel, as the MLP
             multiplies differences by ω in every layer. By default they are computed anew.
@@ -118,7 +119,7 @@ class ImplicitFilter(Filter):
 
     def reset_parameters(self) -> None:
         """Linear layers as in torch, ω constant, bias standard normal; see also
-        :meth:`reset_buffers`."""
+        `reset_buffers`."""
         for layer in [*self.layers, self.output]:
             assert isinstance(layer, nn.Linear)
             layer.reset_parameters()

@@ -90,7 +90,8 @@ class ModalFilter(Filter):
 
         Args:
             system: channels (*C) of one dimension, poles inside the unit circle if ``bounded``.
-            max_length, bounded: See the class.
+            max_length: See the class.
+            bounded: See the class.
             kernel: (*C, L), real floating point, finite: the taps of which the system is a
                 reduction.
 

@@ -44,7 +44,8 @@ class S4(Filter):
         state_size: n, real states of every channel: even, since modes come in conjugate pairs.
         max_length: Taps that training sees; the filter goes on past them.
         initialization: Of A and B: "legs", HiPPO-LegS.
-        dt_min, dt_max: Range over which the initial steps are spread, uniformly in the logarithm.
+        dt_min: Smallest of the initial steps, which are spread uniformly in the logarithm.
+        dt_max: Largest of them.
         lr: Largest learning rate that the parameters of the dynamics bear: all but C and D.
 
     Raises:

@@ -45,7 +45,8 @@ class S4D(Filter):
             HiPPO-LegS (S4D-LegS), C scaled by its B; "lin": ``πk i``, k = 0 … n/2 - 1 (S4D-Lin);
             "inv": ``n/π (n / (2k + 1) - 1) i`` (S4D-Inv; equations 8 and 9 in the paper).
         discretization: "zoh", zero-order hold, or "bilinear".
-        dt_min, dt_max: Range over which the initial steps are spread, uniformly in the logarithm.
+        dt_min: Smallest of the initial steps, which are spread uniformly in the logarithm.
+        dt_max: Largest of them.
         lr: Largest learning rate that ``log_dt``, ``log_A_real`` and ``A_imag`` bear.
 
     Raises:

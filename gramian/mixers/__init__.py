@@ -1,5 +1,10 @@
 """Mixers: modules that mix a sequence."""
 
+from gramian.mixers._initialization import (
+    GateInitialization,
+    InitializedGates,
+    initialize_gates,
+)
 from gramian.mixers._linear_recurrence import LinearRecurrence, LinearRecurrenceState
 from gramian.mixers._mixer import Mixer, MixerRecurrence, ShortConvolution
 from gramian.mixers._observation import Observer
@@ -19,10 +24,12 @@ __all__ = [
     "GLAS6",
     "S6",
     "Block",
+    "GateInitialization",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "Hyena",
     "HyenaState",
+    "InitializedGates",
     "LinearAttention",
     "LinearRecurrence",
     "LinearRecurrenceState",
@@ -37,4 +44,5 @@ __all__ = [
     "SoftmaxAttention",
     "SoftmaxAttentionState",
     "WeightedLinearAttention",
+    "initialize_gates",
 ]

@@ -4,10 +4,10 @@ In every head a matrix S (state × value width) is what is remembered:
 
     S_t = A_t S_{t-1} + B_t v_tᵀ,  y_t = C_tᵀ S_{t-1} + D_t v_t,  A_t = diag(a_t) + p_t q_tᵀ,
 
-which is a :class:`gramian.TimeVarying` system on each column of values. Linear attention, gated or
+which is a `gramian.TimeVarying` system on each column of values. Linear attention, gated or
 not, S6 and the gated delta rule differ in how they make the coefficients; everything else is here.
 
-A whole sequence is taken by blocks of steps (:mod:`gramian.ops.scan`): matrix products inside, a
+A whole sequence is taken by blocks of steps (`gramian.ops.scan`): matrix products inside, a
 scan across, nothing divided by a product of gates. Coefficients and memory are float32, or float64.
 """
 
@@ -46,7 +46,7 @@ class LinearRecurrenceState(_Fields, State):
 
 
 class Coefficients(NamedTuple):
-    """Of a :class:`gramian.TimeVarying` system with channels (batch, heads)."""
+    """Of a `gramian.TimeVarying` system with channels (batch, heads)."""
 
     A: Tensor
     """(batch, heads, length, n), the gates; B, C, p and q likewise."""
@@ -79,7 +79,7 @@ class Coefficients(NamedTuple):
         return y.permute(1, 2, 3, 0), after.x.permute(1, 2, 3, 0)
 
     def step(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`run` for a length of 1, where a few products do it."""
+        """`run` for a length of 1, where a few products do it."""
         A, B, C = (x[:, :, 0, :, None] for x in self[:3])  # (batch, heads, n, 1)
         y = (C * memory).sum(-2, keepdim=True) + self.D[..., None] * values
         after = A * memory + B * values
@@ -97,6 +97,11 @@ class Dynamics(nn.Module, abc.ABC):
     def reset_parameters(self) -> None:
         """Initialise anew."""
 
+    @abc.abstractmethod
+    def slow(self, amount: Tensor) -> None:
+        """Make the memories of the heads fade more slowly, in place: ``amount`` (heads) more of the
+        logits of gates, or less of the logarithms of rates; less than zero makes them faster."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -110,7 +115,7 @@ class Dynamics(nn.Module, abc.ABC):
 class LinearRecurrence(Mixer):
     """Projection, short convolution, linear recurrence, projection; see the module.
 
-    Subclasses make the coefficients (:meth:`_read`) and treat the outputs (:meth:`_write`). Where
+    Subclasses make the coefficients (`_read`) and treat the outputs (`_write`). Where
     the mask is zero the short convolution reads zeros and the memory stays as it is.
 
     Args:

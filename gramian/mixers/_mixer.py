@@ -107,12 +107,12 @@ class Mixer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _operator(self, x: Tensor, channels: slice) -> System:
-        """See :meth:`operator`."""
+        """See `operator`."""
 
     @abc.abstractmethod
     def _systems(self, length: int | None = None) -> tuple[System, ...]:
         """The long convolutions in the order of their application, each broadcasting against
-        :attr:`_long_shape`."""
+        `_long_shape`."""
 
     @property
     @abc.abstractmethod
@@ -130,21 +130,21 @@ class Mixer(nn.Module, abc.ABC):
         self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
     ) -> tuple[Tensor, State]:
         """One token (batch, width) from ``state``; ``long`` are the recurrences of the long
-        convolutions. What is between the projections belongs into :meth:`_inner`."""
+        convolutions. What is between the projections belongs into `_inner`."""
 
     def _inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
         """What a step does between the input and output projections: the part that compiles."""
         raise NotImplementedError
 
     def _fused(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
-        """:meth:`_inner`, compiled where that was asked for."""
+        """`_inner`, compiled where that was asked for."""
         if self._compiled is None:
             return self._inner(z, state, long)
         return self._compiled(self, z, state, long)
 
     @property
     def compiles(self) -> bool:
-        """Whether steps have a part that :meth:`compile_step` compiles."""
+        """Whether steps have a part that `compile_step` compiles."""
         return type(self)._inner is not Mixer._inner
 
     def compile_step(self, enabled: bool = True, **options: Any) -> None:

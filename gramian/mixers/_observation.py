@@ -38,11 +38,13 @@ class Observer:
         ValueError: if the model has no such mixer.
     """
 
-    def __init__(self, model: nn.Module, kind: type[Mixer] = Mixer) -> None:
-        self.mixers: dict[str, Mixer] = {
+    def __init__(self, model: nn.Module, kind: type = Mixer) -> None:
+        self.mixers = {
             path: module
             for path, module in model.named_modules()
-            if isinstance(module, kind) and not isinstance(module, Block)
+            if isinstance(module, Mixer)
+            and isinstance(module, kind)
+            and not isinstance(module, Block)
         }
         if not self.mixers:
             raise ValueError(f"{type(model).__name__} has no {kind.__name__} to observe.")

@@ -38,10 +38,10 @@ class Block(Mixer):
     Args:
         width: Channels of input and output.
         mixer: A mixer of that width; or a filter or its configuration, for a
-            :class:`LongConvolution`.
+            `LongConvolution`.
         max_length: For a configuration that does not name it.
-        bidirectional: Of the :class:`LongConvolution`, whose filter then has ``2 width`` channels.
-        kernel_dropout: Of the :class:`LongConvolution`.
+        bidirectional: Of the `LongConvolution`, whose filter then has ``2 width`` channels.
+        kernel_dropout: Of the `LongConvolution`.
         norm: "layer", "rms" or "batch".
         eps: Added to the variance or mean square in the norm.
         prenorm: The norm before the mixer, as above, or after the residual connection.
@@ -159,14 +159,11 @@ class Block(Mixer):
         """The norm of (…, width) with running statistics, where it has any."""
         if not isinstance(self.norm, nn.BatchNorm1d):
             return self.norm(x)
-        norm = self.norm
+        norm, flat = self.norm, x.reshape(-1, self.width)
+        if not norm.training:  # by its own forward, where offloaded weights are fetched
+            return norm(flat).reshape(x.shape)
         flat = nn.functional.batch_norm(
-            x.reshape(-1, self.width),
-            norm.running_mean,
-            norm.running_var,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
+            flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
         )
         return flat.reshape(x.shape)
 

@@ -35,6 +35,11 @@ class _DeltaDynamics(Dynamics):
         nn.init.uniform_(self.A_log, 0.0, math.log(16.0))
         steps_of_time(self.dt_bias)
 
+    @torch.no_grad()
+    def slow(self, amount: Tensor) -> None:
+        """Divide the rates by ``exp(amount)``."""
+        self.A_log.sub_(amount)
+
     def forward(self, logits: Tensor) -> Tensor:
         """Gates (batch, heads, length, 1) of logits (batch, length, heads)."""
         dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias)
@@ -45,7 +50,7 @@ class GatedDeltaNet(LinearAttention):
     """Linear attention with the gated delta rule.
 
     Queries, keys and values pass a short convolution and SiLU; the output has a norm in every head
-    and a gate, as in :class:`LinearAttention`. The input projection's rows are those of all
+    and a gate, as in `LinearAttention`. The input projection's rows are those of all
     queries, keys, values, then β, α and the output gate, heads in order.
 
     Args:

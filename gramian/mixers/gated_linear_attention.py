@@ -27,21 +27,26 @@ class _SigmoidGates(Dynamics):
         """Zeros: at a temperature of 16, gates of about 0.96."""
         nn.init.zeros_(self.bias)
 
+    @torch.no_grad()
+    def slow(self, amount: Tensor) -> None:
+        """Add to the bias."""
+        self.bias.add_(amount.unsqueeze(-1))
+
     def forward(self, logits: Tensor) -> Tensor:
         """Gates of logits (batch, length, heads, n)."""
         return powered_sigmoid(logits.to(self.bias.dtype) + self.bias, self.temperature)
 
 
 class GatedLinearAttention(LinearAttention):
-    """:class:`LinearAttention` whose memory fades by gates that the input decides.
+    """`LinearAttention` whose memory fades by gates that the input decides.
 
     Args:
-        width: As for :class:`LinearAttention`, and so are the others but for the last two.
+        width: As for `LinearAttention`, and so are the others but for the last two.
         temperature: τ of the gates, positive; they start near 1 if it is high.
         gate_rank: Rank of the map from the input to the gates.
 
     Raises:
-        ValueError: as :class:`LinearAttention`, and if the temperature is not positive or the rank
+        ValueError: as `LinearAttention`, and if the temperature is not positive or the rank
             below 1.
     """
 

@@ -1,6 +1,6 @@
 r"""GLA-S6: gated linear attention with S6's gates, ``a_t = exp(-Δ_t (1, 2, …, n) / c)``.
 
-In S6 (:mod:`gramian.mixers.s6`) state j fades j times as fast as the first, so a larger state adds
+In S6 (`gramian.mixers.s6`) state j fades j times as fast as the first, so a larger state adds
 states that hardly remember, and the effective state-size stalls. Dividing the rates by a
 normalisation factor c that grows with n spreads the same range of rates over more states
 (arXiv 2504.19561, on GLA-S6).
@@ -34,6 +34,11 @@ class _NormalizedDynamics(Dynamics):
         rates = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device)
         self.A_log.detach().copy_(rates.log())
 
+    @torch.no_grad()
+    def slow(self, amount: Tensor) -> None:
+        """Divide the rates: multiplies the normalisation factor by ``exp(amount)``."""
+        self.A_log.sub_(amount.unsqueeze(-1))
+
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Δ (batch, heads, length, 1) and gates (…, n) of logits (batch, length, heads)."""
         dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias).mT.unsqueeze(-1)
@@ -44,14 +49,14 @@ class GLAS6(LinearAttention):
     """Linear attention in heads whose memory fades as S6's does: GLA-S6.
 
     ``S_t = exp(-Δ_t a / c) S_{t-1} + Δ_t k_t v_tᵀ``, with one Δ_t a head and one rate a for each of
-    its n states; queries, keys, values, norm and output gate as in :class:`LinearAttention`.
+    its n states; queries, keys, values, norm and output gate as in `LinearAttention`.
 
     Args:
-        width: As for :class:`LinearAttention`, and so are the others but for the last.
+        width: As for `LinearAttention`, and so are the others but for the last.
         normalization: c, positive; n by default, 1 for the rates of S6.
 
     Raises:
-        ValueError: as :class:`LinearAttention`, and if the normalisation is not positive.
+        ValueError: as `LinearAttention`, and if the normalisation is not positive.
     """
 
     def __init__(

@@ -221,7 +221,7 @@ def convolved_outer_products(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) ->
     """The same map by FFT convolution of ``k_n v`` for one n after the other, each recomputed
     backward, so that N rather than N² sequences a head are in memory.
 
-    Args and returns: as for :func:`toeplitz_masked_attention`.
+    Args and returns: as for `toeplitz_masked_attention`.
     """
 
     def one(q_n: Tensor, k_n: Tensor, v: Tensor, kernel: Tensor) -> Tensor:

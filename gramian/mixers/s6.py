@@ -39,6 +39,11 @@ class _SelectiveDynamics(Dynamics):
         rates = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device)
         self.A_log.detach().copy_(rates.log())
 
+    @torch.no_grad()
+    def slow(self, amount: Tensor) -> None:
+        """Divide the rates: a normalisation factor of ``exp(amount)``."""
+        self.A_log.sub_(amount.unsqueeze(-1))
+
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Δ (batch, channels, length), gates (…, n), and D (channels, 1)."""
         dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias).mT

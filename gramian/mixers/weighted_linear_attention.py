@@ -27,20 +27,25 @@ class _InvariantGates(Dynamics):
         """Uniform logits: at a temperature of 16, memories of 23 to 2,400 steps."""
         nn.init.uniform_(self.logits, 0.0, 5.0)
 
+    @torch.no_grad()
+    def slow(self, amount: Tensor) -> None:
+        """Add to the logits."""
+        self.logits.add_(amount.unsqueeze(-1))
+
     def forward(self) -> Tensor:
         """(heads, 1, n)."""
         return powered_sigmoid(self.logits, self.temperature).unsqueeze(1)
 
 
 class WeightedLinearAttention(LinearAttention):
-    """:class:`LinearAttention` whose memory fades by learned gates ``σ(logits)^(1/temperature)``.
+    """`LinearAttention` whose memory fades by learned gates ``σ(logits)^(1/temperature)``.
 
     Args:
-        width: As for :class:`LinearAttention`, and so are the others but for the last.
+        width: As for `LinearAttention`, and so are the others but for the last.
         temperature: τ of the gates, positive; they start near 1 if it is high.
 
     Raises:
-        ValueError: as :class:`LinearAttention`, and if the temperature is not positive.
+        ValueError: as `LinearAttention`, and if the temperature is not positive.
     """
 
     def __init__(

@@ -15,10 +15,14 @@ from gramian.models.modeling import (
     GramianForCausalLM,
     GramianForSequenceClassification,
     GramianGLUBlock,
+    GramianMixerBlock,
     GramianMLP,
     GramianModel,
     GramianPreTrainedModel,
 )
+from gramian.models.pairs import GramianForPairClassification
+from gramian.models.reconstruction import GramianForReconstruction
+from gramian.models.signal import GramianForSignalRegression
 from gramian.models.tokenizer import ByteTokenizer
 
 __all__ = [
@@ -29,9 +33,13 @@ __all__ = [
     "GramianCacheLayer",
     "GramianConfig",
     "GramianForCausalLM",
+    "GramianForPairClassification",
+    "GramianForReconstruction",
     "GramianForSequenceClassification",
+    "GramianForSignalRegression",
     "GramianGLUBlock",
     "GramianMLP",
+    "GramianMixerBlock",
     "GramianModel",
     "GramianPreTrainedModel",
     "load",
@@ -42,4 +50,7 @@ transformers.AutoModel.register(GramianConfig, GramianModel, exist_ok=True)
 transformers.AutoModelForCausalLM.register(GramianConfig, GramianForCausalLM, exist_ok=True)
 transformers.AutoModelForSequenceClassification.register(
     GramianConfig, GramianForSequenceClassification, exist_ok=True
+)
+transformers.AutoModelForTimeSeriesPrediction.register(
+    GramianConfig, GramianForSignalRegression, exist_ok=True
 )

@@ -39,15 +39,21 @@ LINEAR_RECURRENCES: dict[str, Callable[..., LinearRecurrence]] = {
 }
 CONVOLUTIONS = ("multi_hyena", "hyena", "long_convolution")
 MIXERS = (*CONVOLUTIONS, "softmax_attention", *LINEAR_RECURRENCES)
-BLOCKS = ("mlp", "glu")
+"""Names that `GramianConfig.mixers` takes."""
+
+BLOCKS = ("mlp", "glu", "mixer")
 NORMS = {"mlp": ("rms", "rms_plus_eps", "layer"), "glu": ("rms", "layer", "batch")}
+FINAL_NORMS = (*NORMS["mlp"], "none")
 POOLING = ("mean", "last")
 
 
 class GramianConfig(PreTrainedConfig):
-    """Configuration of `GramianModel`, `GramianForCausalLM` and `GramianForSequenceClassification`.
+    """Configuration of `GramianModel` and of the models with a head, such as `GramianForCausalLM`.
 
-    Args:
+    Further keyword arguments are those of any configuration of transformers: `num_labels`,
+    `problem_type`, ...
+
+    Attributes:
         vocab_size: number of token ids. The default, 259, is `ByteTokenizer`'s: 256 bytes and three
             special tokens.
         hidden_size: width of the residual stream.
@@ -74,12 +80,15 @@ class GramianConfig(PreTrainedConfig):
             mixers, which Hyena-RTF has; none by default.
         block: `"mlp"`, a mixer and an MLP, each after a norm and beside a residual connection,
             as language models have; or `"glu"`, a `gramian.mixers.Block`, as models of long
-            continuous sequences have, in which a mixer is followed by one gated linear map.
+            continuous sequences have, in which a mixer is followed by one gated linear map; or
+            `"mixer"`, the mixer and nothing else, no norm and no residual connection, as the linear
+            models of the Delay task have.
         norm: of `"mlp"` blocks: `"rms"`, `"rms_plus_eps"` (StripedHyena's, where the epsilon is
             added to the root and not under it) or `"layer"`; of `"glu"` blocks: `"rms"`, `"layer"`
             or `"batch"`, the last not for `GramianForCausalLM`, as its statistics look ahead.
-        final_norm: the one after the last block, `"rms"`, `"rms_plus_eps"` or `"layer"`. By
-            default that of `"mlp"` blocks, and `"rms"` after `"glu"` blocks.
+        final_norm: the one after the last block, `"rms"`, `"rms_plus_eps"`, `"layer"` or
+            `"none"`. By default that of `"mlp"` blocks, `"rms"` after `"glu"` blocks and `"none"`
+            after `"mixer"` blocks.
         prenorm: whether the norm of a `"glu"` block comes before its mixer, or after the residual
             connection.
         tied_dropout: whether the dropout of `"glu"` blocks drops a channel over the whole length.
@@ -105,8 +114,9 @@ class GramianConfig(PreTrainedConfig):
         initializer_range: standard deviation of the initial embeddings and projections.
         use_cache: whether a forward without gradients returns its cache.
         tie_word_embeddings: whether the output projection is the embedding matrix.
-        pad_token_id, bos_token_id, eos_token_id: special tokens, none by default.
-        kwargs: as for any configuration of transformers: `num_labels`, `problem_type`, ...
+        pad_token_id: id of the padding; there is none by default.
+        bos_token_id: likewise, of a beginning.
+        eos_token_id: likewise, of an end; or a list of them.
 
     Raises:
         ValueError: on an unknown mixer, filter or pooling, a list that is not one per layer, a size
@@ -164,7 +174,7 @@ class GramianConfig(PreTrainedConfig):
         if isinstance(self.filter, tuple):
             self.filter = list(self.filter)
         if self.final_norm is None:
-            self.final_norm = self.norm if self.block == "mlp" else "rms"
+            self.final_norm = {"mlp": self.norm, "mixer": "none"}.get(self.block, "rms")
         self._validate()
         if self.intermediate_size is None:
             inner = 8 * self.hidden_size / 3 if self.gated_mlp else 4 * self.hidden_size
@@ -248,8 +258,8 @@ class GramianConfig(PreTrainedConfig):
             )
         choices = {
             "block": BLOCKS,
-            "norm": NORMS.get(self.block, ()),
-            "final_norm": NORMS["mlp"],
+            "norm": NORMS.get(self.block, NORMS["mlp"]),
+            "final_norm": FINAL_NORMS,
             "pooling": POOLING,
         }
         for name, accepted in choices.items():
@@ -269,6 +279,8 @@ class GramianConfig(PreTrainedConfig):
                 "mlp_bias and residual_in_fp32 are options of block='mlp'; got them with "
                 f"block={self.block!r}."
             )
+        if self.residual_in_fp32 and self.final_norm == "none":
+            raise ValueError("residual_in_fp32 needs a final_norm, which ends it; got 'none'.")
         for name in ("dropout", "embedding_dropout", "kernel_dropout"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:

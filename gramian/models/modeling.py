@@ -1,8 +1,9 @@
 """Gramian models for Hugging Face: residual blocks around mixers.
 
-A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`, or the one of `gramian.mixers.Block`; a
-model is an embedding, the blocks and a last norm. Order in time enters through the mixers alone, so
-there is no positional embedding. Every layer has the mixer that the configuration names for it.
+A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`, the one of `gramian.mixers.Block`, or
+`h ← mixer(h)`; a model is an embedding, the blocks and a last norm. Order in time enters through
+the mixers alone, so there is no positional embedding. Every layer has the mixer that the
+configuration names for it.
 
 Training and scoring convolve. With a cache the mixers' recurrences run: a prompt is prefilled, then
 each token costs one step, and what is remembered has a size of its own (`state_bytes`) whatever the
@@ -12,13 +13,15 @@ length written.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -43,6 +46,7 @@ from gramian.mixers._linear_recurrence import Dynamics
 from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
 from gramian.models.norms import make_norm
+from gramian.models.pooling import pool, recent_mask
 from gramian.ops.packed import Linear
 
 
@@ -119,8 +123,7 @@ class GramianBlock(GradientCheckpointingLayer):
 
 def _normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
     """The norm, in its own precision, of a residual stream that may have a higher one."""
-    weight = norm.weight
-    assert isinstance(weight, Tensor)
+    weight = getattr(norm, "weight", hidden_states)  # the identity has none
     return norm(hidden_states.to(weight.dtype))
 
 
@@ -157,6 +160,35 @@ class GramianGLUBlock(GradientCheckpointingLayer):
         return _mix_on(self.block, hidden_states, mask, past_key_values.layers[self.layer])
 
 
+class GramianMixerBlock(GradientCheckpointingLayer):
+    """One layer: a mixer and nothing else, but for dropout."""
+
+    def __init__(self, config: GramianConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.mixer = build_mixer(config, layer)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None = None,
+        past_key_values: GramianCache | None = None,
+    ) -> Tensor:
+        """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
+        if past_key_values is None:
+            return self.dropout(self.mixer(hidden_states, mask=mask))
+        memory = past_key_values.layers[self.layer]
+        return self.dropout(_mix_on(self.mixer, hidden_states, mask, memory))
+
+
+_BLOCKS: dict[str, type[nn.Module]] = {
+    "mlp": GramianBlock,
+    "glu": GramianGLUBlock,
+    "mixer": GramianMixerBlock,
+}
+
+
 def _mix_on(mixer: Mixer, x: Tensor, mask: Tensor | None, memory: GramianCacheLayer) -> Tensor:
     """What `mixer` makes of (batch, length, hidden_size) after what `memory` holds."""
     batch, length = x.shape[:2]
@@ -176,6 +208,19 @@ def _mix_on(mixer: Mixer, x: Tensor, mask: Tensor | None, memory: GramianCacheLa
     return mixed
 
 
+@contextmanager
+def _whole(module: nn.Module) -> Iterator[None]:
+    """Gathers the parameters of a module that FSDP2 has sharded, outside of its forward."""
+    sharded: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
+    for part in sharded:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in sharded:
+            part.reshard()
+
+
 class GramianPreTrainedModel(PreTrainedModel):
     """Initialisation, saving, loading and the size of the generation state."""
 
@@ -185,7 +230,7 @@ class GramianPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     # transformers' own convention, here and below:
-    _no_split_modules = ["GramianBlock", "GramianGLUBlock"]  # noqa: RUF012
+    _no_split_modules = [kind.__name__ for kind in _BLOCKS.values()]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
@@ -209,6 +254,7 @@ class GramianPreTrainedModel(PreTrainedModel):
         filter's its last inputs, bounded by `max_position_embeddings` from the first token on.
         Attention's keys and values grow up to its window, their room doubling each time. The
         snapshot of the filters is not counted: it belongs to the model and is shared by the batch.
+        Where FSDP2 has sharded the model, all its processes call this together.
 
         Raises:
             ValueError: if `batch` or `context` is below 1, or the model is bidirectional, which
@@ -218,11 +264,12 @@ class GramianPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"state_bytes takes a batch and a context of at least 1; got {batch} and {context}."
             )
-        with torch.no_grad():
-            return sum(
-                block.mixer.recurrence().state_bytes(batch, dtype=self.dtype, context=context)
-                for block in self.base_model.layers
-            )
+        total = 0
+        for block in self.base_model.layers:
+            with torch.no_grad(), _whole(block):
+                recurrence = block.mixer.recurrence()
+                total += recurrence.state_bytes(batch, dtype=self.dtype, context=context)
+        return total
 
     def compile_decoding(self, enabled: bool = True, **options: Any) -> None:
         """Make steps of one token fast: what `generate` does after the prompt.
@@ -289,7 +336,7 @@ class GramianModel(GramianPreTrainedModel):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         else:
             self.input_proj = nn.Linear(config.input_size, config.hidden_size)
-        kind = GramianGLUBlock if config.block == "glu" else GramianBlock
+        kind = _BLOCKS[config.block]
         self.layers = nn.ModuleList(
             kind(config, layer) for layer in range(config.num_hidden_layers)
         )
@@ -344,7 +391,7 @@ class GramianModel(GramianPreTrainedModel):
         batch, length = hidden_states.shape[:2]
         if length == 0:
             raise ValueError("the model needs at least one token; got sequences of length 0.")
-        mask = _recent_mask(attention_mask, batch, length)
+        mask = recent_mask(attention_mask, batch, length)
         cache = self._cache_for(past_key_values, use_cache, batch)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -420,21 +467,6 @@ class GramianModel(GramianPreTrainedModel):
         return cache
 
 
-def _recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The last `length` columns as booleans, or None if they are seen to hide nothing."""
-    if mask is None:
-        return None
-    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
-        raise ValueError(
-            "attention_mask must be (batch, length) with 1 for real tokens, here "
-            f"({batch}, {length}) or longer; got {tuple(mask.shape)}."
-        )
-    recent = mask[:, -length:].bool()
-    if torch.compiler.is_compiling():  # a traced graph cannot depend on values
-        return recent
-    return None if recent.all() else recent
-
-
 class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
     """A `GramianModel` with an output projection: next-token logits, loss and `generate`."""
 
@@ -478,10 +510,15 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         Args:
             labels: (batch, length) token ids, -100 to ignore; shifted here, so `labels=input_ids`.
             logits_to_keep: compute the logits of the last so many positions, or of these positions
-                (a 1-D tensor); 0 means all.
-            kwargs: passed to the loss function (`num_items_in_batch`).
+                (a 1-D tensor); 0 means all. Or a boolean (batch, length) mask of positions, whose
+                logits come as (kept, vocab_size), row after row; `shift_labels` must be those of
+                the same positions then.
+            kwargs: passed to the loss function (`num_items_in_batch`, `shift_labels`).
 
         The other arguments and the errors are those of `GramianModel.forward`.
+
+        Raises:
+            ValueError: also on such a mask with `labels` and no `shift_labels`.
 
         Returns:
             `loss`, `logits` (batch, kept, vocab_size), `past_key_values`, `hidden_states`.
@@ -495,8 +532,17 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
         )
         hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        elif logits_to_keep.dtype == torch.bool:
+            if labels is not None and "shift_labels" not in kwargs:
+                raise ValueError(
+                    "with a mask of positions for logits_to_keep, the loss needs shift_labels."
+                )
+            hidden_states = hidden_states[logits_to_keep]
+        else:
+            hidden_states = hidden_states[:, logits_to_keep]
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -540,7 +586,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"chunk_size must be an integer of at least 1; got {chunk_size!r}.")
         batch, length = input_ids.shape
-        mask = _recent_mask(attention_mask, batch, length)
+        mask = recent_mask(attention_mask, batch, length)
         if progress is not None:
             progress(0, length)
         outputs = None
@@ -658,56 +704,39 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
             use_cache=False,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.score(self._pool(outputs.last_hidden_state, attention_mask))
-        loss = None
-        if labels is not None:
-            labels = self._check_labels(labels, logits)
-            loss = self.loss_function(
-                logits=logits, labels=labels, pooled_logits=logits, config=self.config
-            )
+        logits = self.score(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
         return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
         )
 
-    def _pool(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """(batch, length, hidden_size) to (batch, hidden_size), over real tokens."""
-        batch, length = hidden_states.shape[:2]
-        mask = _recent_mask(attention_mask, batch, length)
-        if mask is not None and not torch.compiler.is_compiling() and not mask.any(-1).all():
-            hidden = (~mask.any(-1)).nonzero().flatten().tolist()
-            raise ValueError(
-                "attention_mask must leave a real token in every sequence; it hides all of "
-                f"{', '.join(map(str, hidden))}."
-            )
-        if self.config.pooling == "last":
-            if mask is None:
-                return hidden_states[:, -1]
-            last = length - 1 - mask.flip(-1).long().argmax(-1)
-            return hidden_states[torch.arange(batch, device=last.device), last]
-        if mask is None:
-            return hidden_states.mean(1)
-        total = (hidden_states * mask.unsqueeze(-1)).sum(
-            1, dtype=torch.promote_types(hidden_states.dtype, torch.float32)
-        )
-        return (total / mask.sum(-1, keepdim=True)).to(hidden_states.dtype)
 
-    def _check_labels(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """The labels in the dtype that the loss of their problem needs."""
-        batch, count = logits.shape
-        problem = self.config.problem_type
-        if problem is None and count > 1:
-            single = not labels.is_floating_point()
-            problem = "single_label_classification" if single else "multi_label_classification"
-        accepted: list[tuple[int, ...]] = [(batch, count)]
-        if count == 1:
-            accepted.append((batch,))
-        if problem == "single_label_classification":
-            accepted = [(batch,)]
-        if tuple(labels.shape) not in accepted:
-            raise ValueError(
-                f"labels must be {' or '.join(map(str, accepted))} for {problem or 'regression'}; "
-                f"got {tuple(labels.shape)}."
-            )
-        if problem == "single_label_classification":
-            return labels.long()
-        return labels.to(logits.dtype).reshape(logits.shape)
+def classification_loss(logits: Tensor, labels: Tensor, config: GramianConfig) -> Tensor:
+    """The loss of `config.problem_type`, or of the one that labels and their number ask for.
+
+    Raises:
+        ValueError: on labels of another shape than the problem's.
+    """
+    batch, count = logits.shape
+    problem = config.problem_type
+    if problem is None and count > 1:
+        single = not labels.is_floating_point()
+        problem = "single_label_classification" if single else "multi_label_classification"
+    accepted: list[tuple[int, ...]] = [(batch, count)]
+    if count == 1:
+        accepted.append((batch,))
+    if problem == "single_label_classification":
+        accepted = [(batch,)]
+    if tuple(labels.shape) not in accepted:
+        raise ValueError(
+            f"labels must be {' or '.join(map(str, accepted))} for {problem or 'regression'}; "
+            f"got {tuple(labels.shape)}."
+        )
+    if problem == "single_label_classification":
+        labels = labels.long()
+    else:
+        labels = labels.to(logits.dtype).reshape(logits.shape)
+    return LOSS_MAPPING["ForSequenceClassification"](
+        labels=labels, pooled_logits=logits, config=config
+    )

@@ -1,7 +1,8 @@
-"""The norms of `"mlp"` blocks, by the names that `GramianConfig.norm` knows them under.
+"""The norms of `"mlp"` blocks and after the last block, by the names that `GramianConfig` knows.
 
 `"rms"` is `w x / √(mean(x²) + ε)`, `"rms_plus_eps"` is `w x / (√mean(x²) + ε)`, as StripedHyena has
-it, which is another map where activations are small; `"layer"` is PyTorch's, with a bias.
+it, which is another map where activations are small; `"layer"` is PyTorch's, with a bias; `"none"`
+is the identity.
 """
 
 from __future__ import annotations
@@ -35,5 +36,7 @@ class PlusEpsRMSNorm(nn.Module):
 
 def make_norm(kind: str, width: int, eps: float) -> nn.Module:
     """The norm `kind` of `width` features."""
+    if kind == "none":
+        return nn.Identity()
     kinds = {"rms": nn.RMSNorm, "rms_plus_eps": PlusEpsRMSNorm, "layer": nn.LayerNorm}
     return kinds[kind](width, eps=eps)

@@ -16,6 +16,7 @@ AUTO_MAP = {
     "AutoModel": f"{MODULE}.GramianModel",
     "AutoModelForCausalLM": f"{MODULE}.GramianForCausalLM",
     "AutoModelForSequenceClassification": f"{MODULE}.GramianForSequenceClassification",
+    "AutoModelForTimeSeriesPrediction": f"{MODULE}.GramianForSignalRegression",
 }
 
 SOURCE = '''\
@@ -25,7 +26,10 @@ try:
     from gramian.models import (
         GramianConfig,
         GramianForCausalLM,
+        GramianForPairClassification,
+        GramianForReconstruction,
         GramianForSequenceClassification,
+        GramianForSignalRegression,
         GramianModel,
     )
 except ModuleNotFoundError as error:
@@ -38,7 +42,10 @@ except ModuleNotFoundError as error:
 __all__ = [
     "GramianConfig",
     "GramianForCausalLM",
+    "GramianForPairClassification",
+    "GramianForReconstruction",
     "GramianForSequenceClassification",
+    "GramianForSignalRegression",
     "GramianModel",
 ]
 '''

@@ -272,7 +272,8 @@ def _backward(
                 incoming = transform.spectrum(g[block], None if gate is None else gate[block])
             if needs_kernel:
                 part = signal.conj_physical_().mul_(incoming)
-                part = part.sum(summed, keepdim=True) if summed else part
+                many = [axis for axis in summed if part.shape[axis] > 1]
+                part = part.sum(many, keepdim=True) if many else part
                 total = part if total is None else total.add_(part)
             if needs_u:
                 grad_u[block] = transform.signal(incoming.mul_(adjoint), interleaved)

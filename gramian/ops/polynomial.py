@@ -11,6 +11,7 @@ is `Σ_p h_{t+pN}`: with a numerator that is already truncated to N taps (`b (I 
 kernel itself.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,10 @@ from gramian.ops._operator import operator
 # Grid points of one block, and the fewest rows that are worth a call to the FFT.
 _CPU_BLOCK = 2**17
 _CPU_MIN_ROWS = 16
+
+# Points of spectra that are kept for the backward pass; larger ones are computed again, for fresh
+# memory costs as much.
+_MOST_KEPT = 2**21
 
 
 def evaluate_on_roots_of_unity(coefficients: Tensor, points: int) -> Tensor:
@@ -60,7 +65,8 @@ def rational_kernel(
     """Kernel of d + (Σ_{j≥1} b_j z⁻ʲ) / (1 + Σ_{j≥1} a_j z⁻ʲ), sampled on `grid` points.
 
     Tap t is `Σ_p h_{t + p grid}`, h the impulse response: the inverse FFT of the sampled spectrum.
-    Differentiable to any order; only the coefficients are kept for the backward pass.
+    Differentiable to any order; for the backward pass only the coefficients are kept, and the
+    spectra where they are small.
 
     Args:
         b: (*C, n), real.
@@ -103,14 +109,13 @@ def rational_kernel(
     for given in (own, dtype):
         if given not in (torch.float32, torch.float64):
             raise TypeError(f"rational_kernel: needs float32 or float64 coefficients, not {given}.")
-    return _rational_kernel(
-        b.to(own).expand(*channels, -1),
-        a.to(own).reshape(*(1,) * (len(channels) + 1 - a.ndim), *a.shape),
-        d.to(own).expand(channels),
-        grid,
-        length,
-        dtype,
-    )
+    b, d = b.to(own).expand(*channels, -1), d.to(own).expand(channels)
+    a = a.to(own).reshape(*(1,) * (len(channels) + 1 - a.ndim), *a.shape)
+    rows = math.prod(channels) + math.prod(a.shape[:-1])
+    learned = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    keep = learned and rows * (grid // 2 + 1) <= _MOST_KEPT
+    taps, _, _ = _rational_kernel(b, a, d, grid, length, dtype, keep)
+    return taps
 
 
 def rational_impulse_response(b: Tensor, a: Tensor, d: Tensor, length: int) -> Tensor:
@@ -131,7 +136,7 @@ def rational_impulse_response(b: Tensor, a: Tensor, d: Tensor, length: int) -> T
         (*C, length), float64.
 
     Raises:
-        as :func:`rational_kernel`.
+        ValueError, TypeError: as `rational_kernel`.
     """
     grid = 2 * max(length, b.shape[-1] + 1, a.shape[-1] + 1)
     exponents = torch.arange(grid // 2, dtype=torch.float64, device=b.device)
@@ -152,6 +157,24 @@ def _spectrum(coefficients: Tensor, constant: float, grid: int, dtype: torch.dty
     return torch.fft.rfft(torch.cat((leading, coefficients), dim=-1).to(dtype), n=grid)
 
 
+class _PaddedPolynomials:
+    """`_spectrum` of blocks of rows, through a scratch that is padded with zeros once."""
+
+    def __init__(self, like: Tensor, rows: int, grid: int, dtype: torch.dtype) -> None:
+        self.scratch = like.new_zeros(rows, grid, dtype=dtype)
+        self.written = 1
+
+    def spectrum(self, coefficients: Tensor, constant: float) -> Tensor:
+        *channels, count = coefficients.shape
+        if count + 1 < self.written:
+            self.scratch[:, count + 1 : self.written] = 0
+        self.written = count + 1
+        rows = self.scratch[: math.prod(channels)].view(*channels, -1)
+        rows[..., 0] = constant
+        rows[..., 1 : count + 1] = coefficients
+        return torch.fft.rfft(rows)
+
+
 def _coefficient_gradient(spectrum: Tensor, count: int, grid: int) -> Tensor:
     """Adjoint of `_spectrum` but for the constant, of a spectrum whose inverse FFT is real."""
     return torch.fft.irfft(spectrum, n=grid)[..., 1 : count + 1]
@@ -159,67 +182,102 @@ def _coefficient_gradient(spectrum: Tensor, count: int, grid: int) -> Tensor:
 
 @operator("rational_kernel")
 def _rational_kernel(
-    b: Tensor, a: Tensor, d: Tensor, grid: int, length: int, dtype: torch.dtype
-) -> Tensor:
-    """Taps for b (*C, n), a (*C or 1, m), d (*C)."""
+    b: Tensor, a: Tensor, d: Tensor, grid: int, length: int, dtype: torch.dtype, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Taps for b (*C, n), a (*C or 1, m), d (*C).
+
+    With `keep` also 1 / A and B / A on the grid, in the precision of the coefficients, for the
+    backward pass; otherwise they are empty.
+    """
     taps = b.new_empty(*b.shape[:-1], length, dtype=dtype)
-    _, tasks = cut(taps, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
+    reciprocals, ratios = _empty_spectra(b, a, grid, keep)
+    rows, tasks = cut(taps, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
+    polynomials = _PaddedPolynomials(b, rows, grid, dtype)
 
     for task in tasks:
-        reciprocal = _spectrum(a[task.shared], 1.0, grid, dtype).reciprocal_()
+        reciprocal = polynomials.spectrum(a[task.shared], 1.0).reciprocal_()
+        if keep:
+            reciprocals[task.shared] = reciprocal
         for block in task.blocks:
-            ratio = _spectrum(b[block], 0.0, grid, dtype).mul_(reciprocal)
+            ratio = polynomials.spectrum(b[block], 0.0).mul_(reciprocal)
+            if keep:
+                ratios[block] = ratio
             taps[block] = torch.fft.irfft(ratio, n=grid)[..., :length]
     taps[..., 0] += d
-    return taps
+    return taps, reciprocals, ratios
+
+
+def _empty_spectra(b: Tensor, a: Tensor, grid: int, keep: bool) -> tuple[Tensor, Tensor]:
+    dtype = b.dtype.to_complex()
+    if not keep:
+        return b.new_empty(0, dtype=dtype), b.new_empty(0, dtype=dtype)
+    shapes = ((*c.shape[:-1], grid // 2 + 1) for c in (a, b))
+    of_a, of_b = (b.new_empty(shape, dtype=dtype) for shape in shapes)
+    return of_a, of_b
 
 
 @operator("rational_kernel_backward")
-def _rational_kernel_backward(g: Tensor, b: Tensor, a: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+def _rational_kernel_backward(
+    g: Tensor, b: Tensor, a: Tensor, reciprocals: Tensor, ratios: Tensor, grid: int
+) -> tuple[Tensor, Tensor]:
     """Gradients of b and a for the taps' gradient g (*C, length).
 
-    With K = B / A and G the spectrum of g, their spectra are G / Ā and -G K̄ / Ā: the ratios in the
-    precision of g, in which the taps were computed, the rest in that of the coefficients.
+    With K = B / A and G the spectrum of g, their spectra are G / Ā and -G K̄ / Ā: the ratios, unless
+    they were kept, in the precision of g, in which the taps were computed, the rest in that of the
+    coefficients.
     """
     of_b, of_a = torch.empty_like(b), torch.empty_like(a)
-    _, tasks = cut(g, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
+    rows, tasks = cut(g, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
     single = b.dtype.to_complex()
+    kept = ratios.numel() > 0
+    if not kept:
+        polynomials = _PaddedPolynomials(b, rows, grid, g.dtype)
 
     for task in tasks:
-        reciprocal = _spectrum(a[task.shared], 1.0, grid, g.dtype).reciprocal_()
-        adjoint = reciprocal.to(single).conj_physical()
+        if kept:
+            adjoint = reciprocals[task.shared].conj_physical()
+        else:
+            reciprocal = polynomials.spectrum(a[task.shared], 1.0).reciprocal_()
+            adjoint = reciprocal.to(single).conj_physical()
         total = torch.zeros_like(adjoint)
         for block in task.blocks:
-            kernel = _spectrum(b[block], 0.0, grid, g.dtype).mul_(reciprocal).to(single)
+            if kept:
+                kernel = ratios[block].conj_physical()
+            else:
+                kernel = polynomials.spectrum(b[block], 0.0).mul_(reciprocal).to(single)
+                kernel.conj_physical_()
             incoming = torch.fft.rfft(g[block].to(b.dtype), n=grid).mul_(adjoint)
             of_b[block] = _coefficient_gradient(incoming, b.shape[-1], grid)
-            total -= incoming.mul_(kernel.conj_physical_()).sum_to_size(total.shape)
+            total -= incoming.mul_(kernel).sum_to_size(total.shape)
         of_a[task.shared] = _coefficient_gradient(total, a.shape[-1], grid)
     return of_b, of_a
 
 
 @register_fake(_rational_kernel)
 def _rational_kernel_fake(
-    b: Tensor, a: Tensor, d: Tensor, grid: int, length: int, dtype: torch.dtype
-) -> Tensor:
-    return b.new_empty(*b.shape[:-1], length, dtype=dtype)
+    b: Tensor, a: Tensor, d: Tensor, grid: int, length: int, dtype: torch.dtype, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    taps = b.new_empty(*b.shape[:-1], length, dtype=dtype)
+    return taps, *_empty_spectra(b, a, grid, keep)
 
 
 @register_fake(_rational_kernel_backward)
 def _rational_kernel_backward_fake(
-    g: Tensor, b: Tensor, a: Tensor, grid: int
+    g: Tensor, b: Tensor, a: Tensor, reciprocals: Tensor, ratios: Tensor, grid: int
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(b), torch.empty_like(a)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    b, a, d, ctx.grid, _, _ = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    b, a, d, ctx.grid, *_ = inputs
+    _, reciprocals, ratios = output
     ctx.dtype = d.dtype
-    ctx.save_for_backward(b, a)
+    ctx.mark_non_differentiable(reciprocals, ratios)
+    ctx.save_for_backward(b, a, reciprocals, ratios)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    b, a = ctx.saved_tensors
+def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    b, a, reciprocals, ratios = ctx.saved_tensors
     grid = ctx.grid
     if torch.is_grad_enabled():  # a graph of the gradient is wanted: the same formula, recorded
         reciprocal = _spectrum(a, 1.0, grid, g.dtype).reciprocal()
@@ -230,8 +288,8 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         of_b = _coefficient_gradient(incoming, b.shape[-1], grid).to(b.dtype)
         of_a = -_coefficient_gradient(total, a.shape[-1], grid).to(a.dtype)
     else:
-        of_b, of_a = _rational_kernel_backward(g, b, a, grid)
-    return of_b, of_a, g[..., 0].to(ctx.dtype), None, None, None
+        of_b, of_a = _rational_kernel_backward(g, b, a, reciprocals, ratios, grid)
+    return of_b, of_a, g[..., 0].to(ctx.dtype), None, None, None, None
 
 
 register_autograd(_rational_kernel, _backward, setup_context=_setup)

@@ -21,6 +21,7 @@ from gramian.reports._state import (
     plot_state_map,
     plot_utilization,
 )
+from gramian.reports._sweep import plot_sweep
 
 __all__ = [
     "plot_bits_per_byte",
@@ -30,6 +31,7 @@ __all__ = [
     "plot_state_comparison",
     "plot_state_curves",
     "plot_state_map",
+    "plot_sweep",
     "plot_training",
     "plot_utilization",
     "save_figure",

@@ -205,6 +205,7 @@ def plot_training(lines: Sequence[Mapping[str, Any]]) -> Figure:
         key: [(line["step"], line[key]) for line in lines if key in line]
         for key in ("loss", "eval_loss", "eval_accuracy")
     }
+    unit = "mean square" if any("eval_mse" in line for line in lines) else "nats"
     both = bool(curves["eval_accuracy"])
     figure = _new_figure(8.4 if both else 4.4, 3.3)
     panels = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
@@ -215,7 +216,7 @@ def plot_training(lines: Sequence[Mapping[str, Any]]) -> Figure:
                 *zip(*curves[key], strict=True), color=colour, label=name, marker=marker, ms=3
             )
     panels[0].legend(frameon=False, fontsize=8)
-    _finish(panels[0], title="loss", x="step", y="nats")
+    _finish(panels[0], title="loss", x="step", y=unit)
     if both:
         points = curves["eval_accuracy"]
         panels[1].plot(*zip(*points, strict=True), color=_ORANGE, marker="o", ms=3)

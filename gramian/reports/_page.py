@@ -46,7 +46,7 @@ def state_page(reports: StateReport | Sequence[StateReport]) -> str:
 
 
 def save_state_page(reports: StateReport | Sequence[StateReport], path: str | Path) -> Path:
-    """Write :func:`state_page` to a file, complete or not at all."""
+    """Write `state_page` to a file, complete or not at all."""
     path = Path(path)
     page = state_page(reports)
     with staged_file(path) as stage:

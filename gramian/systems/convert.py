@@ -16,11 +16,11 @@ FIR                 ``a = 0``              a single delay only      shift regist
 ==================  =====================  =======================  ==========================
 
 A rational system has no last tap, so only a finite kernel is an ``FIR``;
-``FIR(system.impulse_response(length))`` cuts one, and :func:`gramian.reduce` approximates where a
+``FIR(system.impulse_response(length))`` cuts one, and `gramian.reduce` approximates where a
 conversion is refused.
 
-Every system is a :func:`to_dense_operator`, every recurrence on L steps a :func:`to_time_varying`
-one, and a :func:`gated_convolution` is the latter.
+Every system is a `to_dense_operator`, every recurrence on L steps a `to_time_varying`
+one, and a `gated_convolution` is the latter.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def gated_convolution(system: TimeInvariantSystem, q: Tensor, k: Tensor) -> Time
 
     Returns:
         A `TimeVarying` of L steps in float64, channels (*B). Gradients reach the gates, and the
-        system through :func:`to_time_varying`.
+        system through `to_time_varying`.
 
     Raises:
         TypeError: if the system is of another kind.

@@ -1,7 +1,7 @@
 r"""Dense causal operators: a lower-triangular matrix with no structure that is known.
 
 ``y_i = Σ_{j≤i} T_ij u_j``: what softmax attention applies to its values on one input. The state is
-every input so far; :func:`gramian.realize` finds the smallest recurrence.
+every input so far; `gramian.realize` finds the smallest recurrence.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DenseOperatorState(_Fields, State):
 class DenseOperator(System):
     """``y = T u`` for a lower-triangular T.
 
-    An operator has L steps and no more, as a :class:`TimeVarying` system has. Where its rows are a
+    An operator has L steps and no more, as a `TimeVarying` system has. Where its rows are a
     softmax over all of the past, a further token is a further row: another operator.
 
     Args:

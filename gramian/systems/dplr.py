@@ -6,7 +6,7 @@ plus rank-one matrix one. One complex entry stands for a mode and its conjugate,
 on a complex vector as a real-linear map only.
 
 Four modal impulse responses, from u and v to y and v, give the kernel: the loop over v is closed by
-:func:`gramian.ops.feedback.feedback_kernel`. No Cauchy kernel is needed, no dense matrix, and none
+`gramian.ops.feedback.feedback_kernel`. No Cauchy kernel is needed, no dense matrix, and none
 of modes times length.
 """
 

@@ -23,7 +23,7 @@ _TOLERANCE = 1e-6
 
 
 def to_control(system: TimeInvariantSystem) -> Any:
-    """See :meth:`TimeInvariantSystem.to_control`."""
+    """See `TimeInvariantSystem.to_control`."""
     control = _control()
     _check_single(system)
     if isinstance(system, TransferFunction | FIR):

@@ -106,6 +106,6 @@ class LatticeRecurrence(LinearRecurrence):
 
 
 def apply_lattice(realisation: System, u: Tensor, state: LatticeState) -> tuple[Tensor, State]:
-    """A chunk from ``state``, through the lattice's :func:`lattice_realisation`."""
+    """A chunk from ``state``, through the lattice's `lattice_realisation`."""
     y, new = realisation._apply_from(u, StateSpaceState(*state))
     return y, LatticeState(*new)

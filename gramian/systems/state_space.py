@@ -150,7 +150,7 @@ class StateSpace(TimeInvariantSystem):
     def recurrence(self, form: str | None = None) -> StateSpaceRecurrence:
         """One product with the dense ``A`` a step; the only form of a state-space system.
 
-        :func:`gramian.systems.to_modal` and :func:`gramian.systems.to_transfer_function` lead to
+        `gramian.systems.to_modal` and `gramian.systems.to_transfer_function` lead to
         cheaper ones where they exist.
 
         Raises:

@@ -8,7 +8,7 @@ In the notation of linear attention, ``S_t = diag(α_t) S_{t-1} + k_t v_t``, ``o
 system is ``A = α``, ``B = k``, ``C = α q``, ``D = q · k``: here the state is what is remembered
 *before* the present input, whose own contribution is D.
 
-Inputs are taken by blocks (:mod:`gramian.ops.scan`): matrix products and about log₂ L rounds.
+Inputs are taken by blocks (`gramian.ops.scan`): matrix products and about log₂ L rounds.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def set_reducer(reducer: Reducer) -> None:
 class TransferFunction(TimeInvariantSystem):
     """``H(z) = d + b(z) / a(z)``, strictly proper fraction plus direct term.
 
-    Unlike scipy's, ``b`` starts at ``z^-1`` and ``a`` omits its leading 1: see :meth:`from_scipy`.
+    Unlike scipy's, ``b`` starts at ``z^-1`` and ``a`` omits its leading 1: see `from_scipy`.
 
     Args:
         b: (*C, n), real: numerator coefficients ``b_1 … b_n``.
@@ -71,7 +71,7 @@ class TransferFunction(TimeInvariantSystem):
     a: Tensor
     d: Tensor
     taps: Tensor | None = dataclasses.field(default=None, repr=False, kw_only=True)
-    """The first taps, where they were known before ``b`` was: see :meth:`from_truncated`."""
+    """The first taps, where they were known before ``b`` was: see `from_truncated`."""
     reflection: Tensor | None = dataclasses.field(default=None, repr=False, kw_only=True)
     """(*C, n): the reflection coefficients of ``a``, where ``a`` was made from them."""
 
@@ -112,7 +112,7 @@ class TransferFunction(TimeInvariantSystem):
             a: (*C, n) or, with shared denominators, broadcasting against it.
             d: (*C), real.
             grid: Number of roots of unity, greater than n.
-            length: Taps to keep for :meth:`impulse_response`; default: all of the grid.
+            length: Taps to keep for `impulse_response`; default: all of the grid.
             dtype: Of the system; default: that of the coefficients. In float32 the spectrum
                 itself is off by more than 1e-4 for most stable systems beyond n = 16.
             reflection: The reflection coefficients of ``a``, of its shape, if it was made from

@@ -34,8 +34,14 @@ __all__ = [
 ]
 
 IGNORED = -100
+"""The label that nobody scores."""
+
 KINDS = ("tokens", "classification", "pairs", "signal", "reconstruction")
+"""What a `Description` may ask for."""
+
 SPLITS = ("train", "validation", "test")
+"""The splits of a task that has all of them."""
+
 Row = dict[str, Any]
 
 

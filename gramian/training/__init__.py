@@ -6,10 +6,15 @@
 One process, `torchrun` on many devices and FSDP2 take the same file. A run that was killed goes on
 from its last complete checkpoint to the losses that it would have had.
 
+    report = gramian.training.sweep(gramian.training.load_sweep("recipes/mqar_sweep.yaml"), jobs=2)
+
+runs a grid of configurations, each in a process of its own, and gathers one table and figure.
+
 Needs the extra `train` (`pip install "gramian[train]"`).
 """
 
 from gramian.training._run import TrainingReport, train
+from gramian.training._sweep import sweep
 from gramian.training.configuration import (
     Checkpoints,
     ConfigError,
@@ -17,10 +22,16 @@ from gramian.training.configuration import (
     Hardware,
     Logging,
     Optimization,
+    Regularization,
+    StatePenalty,
+    StateSizes,
     TrainingConfig,
     load_config,
     parse_config,
 )
+from gramian.training.memory import StateSizeCallback
+from gramian.training.sweep_configuration import SweepConfig, SweepPoint, load_sweep, parse_sweep
+from gramian.training.sweep_report import PointReport, Spread, SweepReport, SweepRow
 
 __all__ = [
     "Checkpoints",
@@ -29,9 +40,22 @@ __all__ = [
     "Hardware",
     "Logging",
     "Optimization",
+    "PointReport",
+    "Regularization",
+    "Spread",
+    "StatePenalty",
+    "StateSizeCallback",
+    "StateSizes",
+    "SweepConfig",
+    "SweepPoint",
+    "SweepReport",
+    "SweepRow",
     "TrainingConfig",
     "TrainingReport",
     "load_config",
+    "load_sweep",
     "parse_config",
+    "parse_sweep",
+    "sweep",
     "train",
 ]

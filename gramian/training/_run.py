@@ -17,6 +17,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,16 @@ from gramian.models import (
     ByteTokenizer,
     GramianConfig,
     GramianForCausalLM,
+    GramianForPairClassification,
+    GramianForReconstruction,
     GramianForSequenceClassification,
+    GramianForSignalRegression,
 )
 from gramian.reports import plot_training, save_figure
 from gramian.tasks import Description, Task
 from gramian.training.collation import Collator
-from gramian.training.configuration import ConfigError, TrainingConfig
+from gramian.training.configuration import METRICS, ConfigError, TrainingConfig
+from gramian.training.memory import MemoryLosses, StateSizeCallback
 from gramian.training.recording import (
     Recorder,
     Sampler,
@@ -46,11 +51,19 @@ from gramian.training.recording import (
     read_lines,
     write_json,
 )
+from gramian.training.rows import Rows
 from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoints
 
-__all__ = ["TrainingReport", "train"]
+__all__ = ["TrainingReport", "check", "earlier_report", "train"]
 
-BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock"}
+MODELS: dict[str, Any] = {  # by the kind of task
+    "tokens": GramianForCausalLM,
+    "classification": GramianForSequenceClassification,
+    "pairs": GramianForPairClassification,
+    "signal": GramianForSignalRegression,
+    "reconstruction": GramianForReconstruction,
+}
+BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock", "mixer": "GramianMixerBlock"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         torch.set_num_threads(config.hardware.threads)
     set_seed(config.seed)
     model = _model(config, description)
-    data = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
+    data: Any = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
     held_out: Any = task.dataset(config.evaluation.split, config.seed)
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
@@ -121,14 +134,20 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         description,
         folder,
         tokenizer=ByteTokenizer() if description.text else None,
+        losses=_losses(model, config),
         model=model,
         args=arguments,
-        train_dataset=data,
-        eval_dataset=held_out,
+        train_dataset=Rows(data) if hasattr(data, "__len__") else data,
+        eval_dataset=Rows(held_out),
         data_collator=Collator(description),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Recorder(folder / "metrics.jsonl"))
+    sizes = config.evaluation.ess
+    if sizes.rows and not config.hardware.fsdp:
+        trainer.add_callback(
+            StateSizeCallback(trainer, sizes.rows, every=sizes.every, max_channels=sizes.channels)
+        )
     if config.evaluation.patience is not None:
         trainer.add_callback(Patience(config.evaluation.patience))
     if not config.hardware.fsdp:  # a sharded model is whole in no process
@@ -146,6 +165,23 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
     return _read_report(folder)
 
 
+def check(config: TrainingConfig) -> None:
+    """Raise the errors of `train` that need no training; nothing is written.
+
+    Raises:
+        ConfigError, FileNotFoundError: as `train`.
+    """
+    task = _task(config)
+    with nullcontext() if "path" in config.model else torch.device("meta"):
+        _losses(_model(config, task.description()), config)
+    for split in ("train", config.evaluation.split):
+        if next(iter(task.rows(split, config.seed)), None) is None:
+            raise ConfigError(f"the task has no {split} rows with these settings.")
+    if config.optimization.steps is None and config.task.get("streaming"):
+        _steps(config, None)
+    _arguments(config, config.optimization.steps or 1, False)
+
+
 def _task(config: TrainingConfig) -> Task:
     settings = dict(config.task)
     name, setting = settings.pop("name"), settings.pop("setting", None)
@@ -156,17 +192,16 @@ def _task(config: TrainingConfig) -> Task:
         raise ConfigError(f"task: {error}") from error
     if config.evaluation.split not in task.splits:
         raise ConfigError(unknown("evaluation.split", config.evaluation.split, task.splits))
+    metric, accepted = config.evaluation.metric, METRICS[task.description().kind]
+    if metric not in accepted:
+        raise ConfigError(
+            f"evaluation.metric must be {' or '.join(accepted)} for the task {name}; got {metric}."
+        )
     return task
 
 
 def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
-    if description.kind not in ("tokens", "classification"):
-        raise ConfigError(
-            f"there is no model to train for tasks of the kind {description.kind!r}; the task "
-            f"{config.task['name']} is one."
-        )
-    causal = description.kind == "tokens"
-    kind = GramianForCausalLM if causal else GramianForSequenceClassification
+    kind = MODELS[description.kind]
     values = dict(config.model)
     path = values.pop("path", None)
     if path is not None:
@@ -189,12 +224,21 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
             )
     if description.input_size is not None:
         values.setdefault("input_size", description.input_size)
-    if not causal:
+    if description.num_labels is not None:
         values["num_labels"] = description.num_labels
+    if description.kind == "reconstruction":
+        values.setdefault("pooling", "last")
     try:
         return kind(GramianConfig(**values))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from error
+
+
+def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | None:
+    regularization = config.regularization
+    if regularization.gates == 0 and regularization.ess.weight == 0:
+        return None
+    return MemoryLosses(model, regularization)
 
 
 def _steps(config: TrainingConfig, data: Any) -> int:
@@ -217,10 +261,8 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
             f"optimization.batch_size must be divisible by processes × accumulation, here "
             f"{processes} × {optimization.accumulation}; got {optimization.batch_size}."
         )
-    if hardware.fsdp and (hardware.device == "cpu" or not torch.accelerator.is_available()):
-        raise ConfigError(
-            "hardware.fsdp needs accelerators: accelerate shards nothing on processors."
-        )
+    if hardware.fsdp and processes < 2:
+        raise ConfigError("hardware.fsdp needs several processes: start it with torchrun.")
     share = optimization.batch_size // shares
     folder = Path(config.output)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
@@ -282,10 +324,8 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
     )
 
 
-def _prepare(
-    folder: Path, config: TrainingConfig, arguments: TrainingArguments
-) -> TrainingReport | None:
-    """Make or check the folder; the report of a run that is finished."""
+def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | None:
+    """The report of this run if it is finished; an error if the folder holds anything else."""
     import yaml
 
     written = folder / "config.yaml"
@@ -299,11 +339,26 @@ def _prepare(
             )
         if (folder / "report.json").is_file():
             return _read_report(folder)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ConfigError(f"{folder} exists and holds no run; give another output.")
-    if arguments.process_index != 0:
-        return None
+    return None
+
+
+def _prepare(
+    folder: Path, config: TrainingConfig, arguments: TrainingArguments
+) -> TrainingReport | None:
+    """Make or check the folder; the report of a run that is finished."""
+    import yaml
+
+    report = earlier_report(folder, config)
+    if report is not None or arguments.process_index != 0:
+        return report
     folder.mkdir(parents=True, exist_ok=True)
+    written = folder / "config.yaml"
+    if not written.is_file():
+        with staged_file(written) as stage:
+            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+            stage.write_text(text, encoding="utf-8")
     checkpoints = complete_checkpoints(folder / "checkpoints")
     step = int(checkpoints[-1].name.rsplit("-", 1)[1]) if checkpoints else 0
     for name in ("metrics.jsonl", "samples.jsonl"):
@@ -315,10 +370,6 @@ def _prepare(
     machines = folder / "environment.json"
     earlier = json.loads(machines.read_text(encoding="utf-8")) if machines.is_file() else []
     write_json(machines, [*earlier, {"from_step": step, **environment(arguments.world_size)}])
-    if not written.is_file():
-        with staged_file(written) as stage:
-            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
-            stage.write_text(text, encoding="utf-8")
     return None
 
 
@@ -341,9 +392,11 @@ def _finish(
     lines = read_lines(folder / "metrics.jsonl")
     save_figure(plot_training(lines), folder / "training.png")
     evaluations = [line for line in lines if "eval_loss" in line]
+    at_the_end = [line for line in lines if line["step"] == evaluations[-1]["step"]]
     last = {
         key.removeprefix("eval_"): value
-        for key, value in evaluations[-1].items()
+        for line in at_the_end
+        for key, value in line.items()
         if key.startswith("eval_") and "second" not in key and "runtime" not in key
     }
     metric = f"eval_{config.evaluation.metric}"

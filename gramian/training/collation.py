@@ -26,21 +26,28 @@ class Collator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = {}
         if self.description.input_size is None:
-            ids = [torch.as_tensor(row["input_ids"]).long() for row in rows]
-            batch["input_ids"] = _pad(ids, self.description.pad_token_id)
-            if len({len(one) for one in ids}) > 1:
-                real = [torch.ones_like(one) for one in ids]
-                batch["attention_mask"] = _pad(real, 0)
+            for suffix in ("", "_2") if self.description.kind == "pairs" else ("",):
+                ids = [torch.as_tensor(row[f"input_ids{suffix}"]) for row in rows]
+                batch[f"input_ids{suffix}"] = _pad(ids, self.description.pad_token_id)
+                if len({len(one) for one in ids}) > 1:
+                    real = [torch.ones_like(one) for one in ids]
+                    batch[f"attention_mask{suffix}"] = _pad(real, 0)
         else:
-            values = [torch.as_tensor(row["input_values"]).float() for row in rows]
-            batch["input_values"] = torch.stack(values)
+            values = [torch.as_tensor(row["input_values"]) for row in rows]
+            batch["input_values"] = torch.stack(values).float()
         labels = [torch.as_tensor(row["labels"]) for row in rows]
         if self.description.kind == "tokens":
-            batch["labels"] = batch["shift_labels"] = _pad([one.long() for one in labels], IGNORED)
+            batch["labels"] = batch["shift_labels"] = _pad(labels, IGNORED)
+        elif self.description.kind == "reconstruction":
+            batch["labels"] = _pad(labels, IGNORED)
         else:
             batch["labels"] = torch.stack(labels)
         return batch
 
 
 def _pad(sequences: list[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
+    """(batch, longest) of int64."""
+    if len({len(one) for one in sequences}) == 1:
+        return torch.stack(sequences).long()
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
+    return padded.long()

@@ -24,13 +24,25 @@ __all__ = [
     "Hardware",
     "Logging",
     "Optimization",
+    "Regularization",
+    "StatePenalty",
+    "StateSizes",
     "TrainingConfig",
     "load_config",
     "parse_config",
+    "read_change",
+    "read_values",
+    "set_value",
 ]
 
 SCHEDULES = ("cosine", "linear", "constant")
-METRICS = ("loss", "accuracy")
+METRICS = {  # by the kind of task
+    "tokens": ("loss", "accuracy"),
+    "classification": ("loss", "accuracy"),
+    "pairs": ("loss", "accuracy"),
+    "signal": ("loss", "mse", "relative_error"),
+    "reconstruction": ("loss", "accuracy"),
+}
 DEVICES = ("auto", "cpu")
 
 
@@ -76,6 +88,54 @@ class Optimization:
 
 
 @dataclass(frozen=True)
+class StatePenalty:
+    """A loss on effective state-size; see `gramian.ess.ess_penalty`.
+
+    Attributes:
+        weight: of the loss; 0 leaves it out.
+        target: state-size that every head or channel is drawn to.
+        share: or share of the state there is.
+        sequences: of a process's batch that are measured.
+        channels: heads or channels of a layer that are measured, others at each step.
+    """
+
+    weight: float = 0.0
+    target: float | None = None
+    share: float | None = None
+    sequences: int = 2
+    channels: int = 8
+
+
+@dataclass(frozen=True)
+class Regularization:
+    """Losses on the memory of a model, added to the task's and logged by themselves.
+
+    Attributes:
+        gates: weight of `gramian.ess.gate_regularizer`, which draws the gates of linear recurrences
+            towards 1; 0 leaves it out.
+        ess: see there.
+    """
+
+    gates: float = 0.0
+    ess: StatePenalty = field(default_factory=StatePenalty)
+
+
+@dataclass(frozen=True)
+class StateSizes:
+    """Effective state-sizes at each evaluation; see `StateSizeCallback`.
+
+    Attributes:
+        rows: of the held-out set that are read; 0 does not measure.
+        every: positions between those that are measured.
+        channels: at most so many heads or channels of a layer.
+    """
+
+    rows: int = 0
+    every: int = 16
+    channels: int = 16
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """When and on what to evaluate; the end of training is always evaluated.
 
@@ -84,10 +144,12 @@ class Evaluation:
         split: of the task.
         examples: at most so many rows; None takes all.
         batch_size: sequences of a process at once; None takes the training's.
-        metric: `"loss"` or `"accuracy"`, by which the best model is chosen.
+        metric: by which the best model is chosen: `"loss"` or `"accuracy"`; of a signal `"loss"`,
+            the same as `"mse"`, or `"relative_error"`, the root of it over the targets' own.
         patience: evaluations without a better metric after which training stops; None goes on.
         samples: rows of which predictions, or continuations of text, are written down.
-        sample_length: tokens of a continuation.
+        sample_length: tokens of a continuation, or last steps of a signal.
+        ess: state-sizes to log; see there.
     """
 
     every: int | None = None
@@ -98,6 +160,7 @@ class Evaluation:
     patience: int | None = None
     samples: int = 2
     sample_length: int = 128
+    ess: StateSizes = field(default_factory=StateSizes)
 
 
 @dataclass(frozen=True)
@@ -169,6 +232,7 @@ class TrainingConfig:
     model: dict[str, Any]
     seed: int = 0
     optimization: Optimization = field(default_factory=Optimization)
+    regularization: Regularization = field(default_factory=Regularization)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     logging: Logging = field(default_factory=Logging)
@@ -190,6 +254,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
         FileNotFoundError: no such file.
         ConfigError: text that is no YAML, an unknown key, a value that does not fit.
     """
+    values = read_values(path)
+    for override in overrides:
+        key, value = read_change(override)
+        set_value(values, key.split("."), value)
+    return parse_config(values)
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """What a YAML file holds, unchecked but for being keys and values."""
     import yaml
 
     path = Path(path)
@@ -201,16 +274,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, such as 'seed: 0'.")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"a change must read key=value, such as seed=1; got {override!r}.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"the value in {override!r} is not valid YAML.") from error
-        _set(values, key.split("."), value, override)
-    return parse_config(values)
+    return values
+
+
+def read_change(text: str) -> tuple[str, Any]:
+    """The key and the value of a `key=value` whose value is YAML."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"a change must read key=value, such as seed=1; got {text!r}.")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value in {text!r} is not valid YAML.") from error
 
 
 def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
@@ -219,16 +296,19 @@ def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
     Raises:
         ConfigError: on an unknown or missing key, or a value that does not fit.
     """
+    if "sweep" in values:
+        raise ConfigError("the configuration holds a sweep, which gramian sweep runs.")
     config = _parse(TrainingConfig, values, "")
     _check(config)
     return config
 
 
-def _set(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+def set_value(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set a nested key in place."""
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"{override!r} changes a key of {key}, which has none.")
+            raise ConfigError(f"{'.'.join(keys)} changes a key of {key}, which has none.")
     values[keys[-1]] = value
 
 
@@ -295,6 +375,7 @@ def _number(value: Any, where: str) -> float:
 def _check(config: TrainingConfig) -> None:
     steps, logging = config.optimization, config.logging
     evaluation, checkpoints, hardware = config.evaluation, config.checkpoints, config.hardware
+    penalty = config.regularization.ess
     if (steps.steps is None) == (steps.epochs is None):
         raise ConfigError("give optimization.steps or optimization.epochs, one of the two.")
     if "name" not in config.task:
@@ -308,6 +389,10 @@ def _check(config: TrainingConfig) -> None:
         "evaluation.batch_size": evaluation.batch_size,
         "evaluation.patience": evaluation.patience,
         "evaluation.sample_length": evaluation.sample_length,
+        "evaluation.ess.every": evaluation.ess.every,
+        "evaluation.ess.channels": evaluation.ess.channels,
+        "regularization.ess.sequences": penalty.sequences,
+        "regularization.ess.channels": penalty.channels,
         "checkpoints.every": checkpoints.every,
         "logging.every": logging.every,
         "hardware.threads": hardware.threads,
@@ -322,6 +407,9 @@ def _check(config: TrainingConfig) -> None:
         "optimization.warmup": steps.warmup,
         "optimization.clip_norm": steps.clip_norm,
         "evaluation.samples": evaluation.samples,
+        "evaluation.ess.rows": evaluation.ess.rows,
+        "regularization.gates": config.regularization.gates,
+        "regularization.ess.weight": penalty.weight,
         "hardware.workers": hardware.workers,
     }
     for name, value in least_zero.items():
@@ -333,9 +421,25 @@ def _check(config: TrainingConfig) -> None:
         raise ConfigError(f"optimization.final_rate must lie from 0 to 1; got {steps.final_rate}.")
     if len(steps.betas) != 2 or not all(0 <= beta < 1 for beta in steps.betas):
         raise ConfigError(f"optimization.betas must be two numbers in [0, 1); got {steps.betas}.")
+    if penalty.weight > 0 and (penalty.target is None) == (penalty.share is None):
+        raise ConfigError("give regularization.ess.target or its share, one of the two.")
+    if penalty.target is not None and not 0 < penalty.target < float("inf"):
+        raise ConfigError(f"regularization.ess.target must be above 0; got {penalty.target}.")
+    if penalty.share is not None and not 0 < penalty.share <= 1:
+        raise ConfigError(f"regularization.ess.share must lie in (0, 1]; got {penalty.share}.")
+    if (config.regularization.gates > 0 or penalty.weight > 0) and (
+        hardware.fsdp or hardware.compile
+    ):
+        raise ConfigError(
+            "regularization reads what layers read and their parameters, which it cannot with "
+            "hardware.fsdp or hardware.compile."
+        )
     choices = {
         "optimization.schedule": (steps.schedule, SCHEDULES),
-        "evaluation.metric": (evaluation.metric, METRICS),
+        "evaluation.metric": (
+            evaluation.metric,
+            list(dict.fromkeys(metric for kind in METRICS.values() for metric in kind)),
+        ),
         "hardware.device": (hardware.device, DEVICES),
     }
     for name, (given, accepted) in choices.items():

@@ -91,8 +91,11 @@ class Sampler(TrainerCallback):
 
     def _prediction(self, model: Any, row: dict[str, Any], device: torch.device) -> Any:
         batch = {key: value.to(device) for key, value in Collator(self.description)([row]).items()}
-        predicted = model(**batch).logits[0].argmax(-1)
-        due = batch["labels"][0]
+        logits, due = model(**batch).logits[0], batch["labels"][0]
+        if self.description.kind == "signal":
+            shown = slice(-self.length, None)
+            return {"due": due[shown].tolist(), "predicted": logits[shown].tolist()}
+        predicted = logits.argmax(-1)
         if due.ndim:
             predicted, due = predicted[due != IGNORED], due[due != IGNORED]
         return {"due": due.tolist(), "predicted": predicted.tolist()}

@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from gramian.filters import parameter_groups
 from gramian.tasks import IGNORED, Description
+from gramian.training.memory import MemoryLosses
 
 __all__ = ["GramianTrainer", "Patience", "complete_checkpoints"]
 
@@ -39,14 +42,22 @@ class Patience(EarlyStoppingCallback):
 
 
 def score(logits: Any, labels: Tensor) -> Tensor:
-    """Right answers, all answers and the sum of -log p, of every sequence: (batch, 3) of float64.
+    """What `total` needs of every sequence: (batch, 3) of float64.
+
+    Right answers, all answers and the sum of -log p; of a signal, whose labels are floating-point,
+    the sum of the squared errors, all numbers and the sum of their squares.
 
     Args:
-        logits: (batch, length, classes), or (batch, classes).
-        labels: (batch, length), or (batch).
+        logits: (batch, length, classes), or (batch, classes); (batch, length, numbers) of a signal.
+        labels: (batch, length), or (batch); (batch, length, numbers).
     """
     if isinstance(logits, tuple | list):
         logits = logits[0]
+    if labels.is_floating_point():
+        due = labels.double().flatten(1)
+        count = torch.full_like(due[:, 0], due.shape[1])
+        errors = (logits.double().flatten(1) - due).square().sum(1)
+        return torch.stack([errors, count, due.square().sum(1)], dim=-1)
     if labels.ndim == 1:
         logits, labels = logits[:, None], labels[:, None]
     due = labels != IGNORED
@@ -61,6 +72,11 @@ def score(logits: Any, labels: Tensor) -> Tensor:
 def total(prediction: Any, description: Description) -> dict[str, float]:
     """Metrics from the scores of all sequences."""
     scores = np.asarray(prediction.predictions, dtype=np.float64)
+    if description.kind == "signal":
+        errors, count, energy = scores.sum(0)
+        mse = float(errors / count)
+        relative = math.sqrt(errors / energy) if energy else math.inf
+        return {"loss": mse, "mse": mse, "relative_error": relative}
     right, due, losses = scores.sum(0)
     loss = float(losses / max(due, 1))
     metrics = {
@@ -68,7 +84,7 @@ def total(prediction: Any, description: Description) -> dict[str, float]:
         "accuracy": float(right / max(due, 1)),
         "sequence_accuracy": float((scores[:, 0] == scores[:, 1]).mean()),
     }
-    if description.kind == "classification":
+    if description.kind in ("classification", "pairs"):
         del metrics["sequence_accuracy"]
     if description.text:
         metrics["bits_per_byte"] = loss / math.log(2)
@@ -82,11 +98,17 @@ class GramianTrainer(Trainer):
         description: of the task.
         folder: of the run.
         tokenizer: saved beside the best model, or None.
+        losses: on the model's memory, added to the task's.
         kwargs: of `Trainer`.
     """
 
     def __init__(
-        self, description: Description, folder: Path, tokenizer: Any = None, **kwargs: Any
+        self,
+        description: Description,
+        folder: Path,
+        tokenizer: Any = None,
+        losses: MemoryLosses | None = None,
+        **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
         super().__init__(
@@ -97,6 +119,18 @@ class GramianTrainer(Trainer):
         self.description = description
         self.folder = folder
         self.tokenizer = tokenizer
+        self.losses = losses
+        self.logged: dict[str, list[float]] = {}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the original, but FSDP2 shards over processors too: accelerate passes over them."""
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type is DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # both are read
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over `gramian.parameter_groups`."""
@@ -114,6 +148,44 @@ class GramianTrainer(Trainer):
                 eps=arguments.adam_epsilon,
             )
         return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """As the original; in training with the logits of those positions alone where something is
+        due, and with the losses on memory."""
+        inputs = self._due(inputs, model.training)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if self.losses is not None and model.training:
+            more, values = self.losses()
+            whole = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+            # A loss that is summed over the parts of a batch is not divided by their number.
+            loss = loss + more / (self.current_gradient_accumulation_steps if whole else 1)
+            for name, value in values.items():
+                self.logged.setdefault(name, []).append(value)
+        return (loss, outputs) if return_outputs else loss
+
+    def _due(self, inputs: Any, training: bool) -> Any:
+        """The inputs, in training with only those positions to be read off where something is due.
+
+        Recall tasks ask at a few positions, and the logits over a large vocabulary are most of the
+        work of a small model. A compiled graph has fixed shapes, so it makes them all.
+        """
+        if self.description.kind != "tokens" or not training or self.args.torch_compile:
+            return inputs
+        due = inputs["shift_labels"] != IGNORED
+        if 2 * int(due.sum()) >= due.numel():
+            return inputs
+        answers = inputs["shift_labels"][due]
+        return {**inputs, "logits_to_keep": due, "shift_labels": answers}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the original; a line of training has the means of the losses on memory since the last
+        one."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self.logged.items()}
+            self.logged = {}
+        super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the original, with the loss over all answers in place of the mean over batches."""

@@ -178,6 +178,15 @@ def test_logits_to_keep(model: GramianForCausalLM, make_tokens: MakeTokens) -> N
     picked = torch.tensor([0, 4, 5])
     assert_close(model(tokens, logits_to_keep=picked).logits, logits[:, picked])
 
+    due = torch.zeros(tokens.shape, dtype=torch.bool)
+    due[0, 2] = due[1, [0, 4]] = True
+    answers = torch.where(due, tokens, -100)
+    kept = model(tokens, labels=answers, shift_labels=answers[due], logits_to_keep=due)
+    assert_close(kept.logits, logits[due])
+    assert_close(kept.loss, model(tokens, labels=answers, shift_labels=answers).loss)
+    with pytest.raises(ValueError, match="needs shift_labels"):
+        model(tokens, labels=answers, logits_to_keep=due)
+
 
 @torch.no_grad()
 def test_hidden_states(model: GramianForCausalLM, make_tokens: MakeTokens) -> None:

@@ -6,7 +6,12 @@ import torch
 from scipy import signal
 from torch import Tensor
 
-from gramian.ops import evaluate_on_roots_of_unity, rational_impulse_response, rational_kernel
+from gramian.ops import (
+    evaluate_on_roots_of_unity,
+    polynomial,
+    rational_impulse_response,
+    rational_kernel,
+)
 
 SHARED = [(6,), (1,), (), (2, 1), (3,), (1, 3), (2, 3)]  # shapes of a's channels
 
@@ -85,9 +90,12 @@ def test_gradcheck_and_gradgradcheck(
     assert torch.autograd.gradgradcheck(kernel, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("most_kept", [0, 2**21])
 @pytest.mark.parametrize("denominators", [1, 3, 33])
-def test_many_blocks(denominators: int) -> None:
-    """Grids that are cut into several blocks of channels, and denominators shared across them."""
+def test_many_blocks(denominators: int, most_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids that are cut into several blocks of channels, and denominators shared across them; with
+    spectra kept for the backward pass, and computed again."""
+    monkeypatch.setattr(polynomial, "_MOST_KEPT", most_kept)
     generator = torch.Generator().manual_seed(0)
     b = torch.randn(denominators, 99 // denominators, 5, generator=generator).double()
     a = (torch.rand(denominators, 1, 5, generator=generator).double() - 0.5) / 5
@@ -147,10 +155,13 @@ def test_double_taps_of_single_coefficients(shared: tuple[int, ...]) -> None:
 def test_opcheck_and_compile() -> None:
     b, a, d = (t.requires_grad_() for t in coefficients(4, (2, 1)))
     operators = torch.ops.gramian
-    torch.library.opcheck(operators.rational_kernel.default, (b, a, d, 63, 60, torch.float64))
     g = torch.ones(2, 3, 60, dtype=torch.float64)
-    arguments = tuple(t.detach() for t in (g, b, a))
-    torch.library.opcheck(operators.rational_kernel_backward.default, (*arguments, 63))
+    for keep in (True, False):
+        forward = (b, a, d, 63, 60, torch.float64, keep)
+        torch.library.opcheck(operators.rational_kernel.default, forward)
+        _, *spectra = operators.rational_kernel(*forward)
+        backward = tuple(t.detach() for t in (g, b, a, *spectra))
+        torch.library.opcheck(operators.rational_kernel_backward.default, (*backward, 63))
 
     def loss(b: Tensor, a: Tensor, d: Tensor) -> Tensor:
         return rational_kernel(b, a, d, 64).square().sum()

@@ -11,7 +11,8 @@ pytest.importorskip("yaml")
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
-from gramian.training import ConfigError, TrainingConfig, load_config, parse_config
+from gramian.training import ConfigError, load_config, load_sweep, parse_config
+from gramian.training.configuration import read_values
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """
@@ -121,11 +122,16 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 def test_recipes_build_their_task_and_model(recipe: Path) -> None:
     from gramian.training._run import _model, _task
 
-    config = load_config(recipe)
-    assert isinstance(config, TrainingConfig)
-    assert config.output == f"runs/{recipe.stem}"
-    model: Any = _model(config, _task(config).description())
-    assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+    if "sweep" in read_values(recipe):
+        sweep = load_sweep(recipe)
+        assert sweep.output == f"runs/{recipe.stem}"
+        configs = [point.config for point in sweep.points]
+    else:
+        configs = [load_config(recipe)]
+        assert configs[0].output == f"runs/{recipe.stem}"
+    for config in configs:
+        model: Any = _model(config, _task(config).description())
+        assert sum(parameter.numel() for parameter in model.parameters()) > 1000
 
 
 def test_there_are_recipes() -> None:

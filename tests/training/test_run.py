@@ -232,6 +232,39 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
         torch.testing.assert_close(saved[1][name], value, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sharded_processes_give_the_losses_of_one_and_resume(
+    tmp_path: Path, checkpointing: bool
+) -> None:
+    train(parse_config(mqar(tmp_path / "one", **SMOOTH)))
+    values = mqar(tmp_path / "two", **SMOOTH, hardware__fsdp=True)
+    values["hardware"]["gradient_checkpointing"] = checkpointing
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    one, folder = learned(tmp_path / "one"), tmp_path / "two"
+    for resumed in (False, True):
+        process(config, *launcher, "-m", "gramian")
+        two = learned(folder)
+        assert len(one) == len(two)
+        for first, second in zip(one, two, strict=True):
+            assert first.keys() == second.keys()
+            for key, value in first.items():
+                assert second[key] == pytest.approx(value, rel=1e-4), key
+        saved = [load(tmp_path / run / "last").state_dict() for run in ("one", "two")]
+        for name, value in saved[0].items():
+            torch.testing.assert_close(saved[1][name], value, rtol=1e-2, atol=1e-4)
+        report = json.loads((folder / "report.json").read_text())
+        assert report["resumed_from"] == (8 if resumed else 0)
+        assert report["parameters"] == sum(
+            value.numel() for value in load(folder / "last").parameters()
+        )
+        # As if the processes had been killed while they wrote the last checkpoint.
+        (folder / "report.json").unlink()
+        (folder / "checkpoints" / "checkpoint-12" / "complete").unlink()
+
+
 def test_accumulation_gives_the_losses_of_one_batch(tmp_path: Path) -> None:
     for name, parts in (("one", 1), ("four", 4)):
         run = mqar(tmp_path / name, **SMOOTH, optimization__accumulation=parts)
@@ -308,13 +341,9 @@ def test_shares_of_a_batch_must_be_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without an accelerator")
-def test_sharding_is_refused_where_accelerate_would_pass_over_it(tmp_path: Path) -> None:
-    values = mqar(tmp_path / "run", hardware__fsdp=True)
-    for device in ("cpu", "auto"):
-        values["hardware"]["device"] = device
-        with pytest.raises(ConfigError, match=r"hardware\.fsdp needs accelerators"):
-            train(parse_config(values))
+def test_sharding_over_one_process_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"hardware\.fsdp needs several processes"):
+        train(parse_config(mqar(tmp_path / "run", hardware__fsdp=True)))
     assert not (tmp_path / "run").exists()
 
 

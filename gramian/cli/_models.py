@@ -1,98 +1,37 @@
-"""The command line: a thin Typer app over whole-model jobs.
-
-Exit status 0 on success, 1 for what a user can get wrong (one line on standard error) and for a
-demo whose checks fail, 2 for wrong usage. `--debug` shows tracebacks. With `--json` standard output
-holds one JSON object and nothing else; progress goes to standard error. torch, transformers and the
-rest are imported by the command that needs them, so `--help` answers at once.
-"""
+"""Commands on models: demo, distill, convert, generate, check, analyze."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
-try:
-    import typer
-    from rich.console import Console
-except ImportError as missing:
-    print(
-        f'gramian: the command line needs {missing.name}: pip install "gramian[cli]".',
-        file=sys.stderr,
-    )
-    raise SystemExit(1) from None
+import typer
+from rich.console import Console
+
+from gramian.cli._app import (
+    Debug,
+    Json,
+    ModelFolder,
+    Seed,
+    UserError,
+    app,
+    byte_tokenizer,
+    check_new,
+    check_tolerance,
+    fraction,
+    load_model,
+    load_tokenizer,
+    one_line,
+    quiet_transformers,
+    read_text,
+    token_ids,
+)
 
 if TYPE_CHECKING:
     from gramian.analysis import StateReport
     from gramian.models import GramianForCausalLM
-
-__all__ = ["app", "main"]
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="The memory of causal sequence models: train, convert, distil, measure, generate.",
-)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback if something goes wrong.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")]
-
-
-class UserError(Exception):
-    """Something the user can put right; its message is one sentence."""
-
-
-def main() -> None:
-    """The `gramian` command. Ends the process with the exit statuses named above."""
-    debug = "--debug" in sys.argv[1:]
-    try:
-        app()
-    except (UserError, OSError) as error:
-        if debug:
-            raise
-        _fail(_one_line(error))
-    except ImportError as error:
-        if debug:
-            raise
-        advice = "" if "pip install" in str(error) else ' Run: pip install "gramian[cli]".'
-        _fail(_one_line(error) + advice)
-    except Exception as error:
-        if debug:
-            raise
-        _fail(f"{type(error).__name__}: {_one_line(error)} (--debug shows where)")
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"gramian: {message}", file=sys.stderr)
-    raise SystemExit(1)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or "no message."
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from gramian import __version__
-
-        print(f"gramian {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
-) -> None:
-    pass
 
 
 @app.command()
@@ -115,8 +54,8 @@ def demo(
     from dataclasses import replace
 
     if tol is not None:
-        _check_tolerance(tol)
-    _quiet_transformers()
+        check_tolerance(tol)
+    quiet_transformers()
     from gramian.demo import DemoSettings, run_demo
 
     settings = DemoSettings(seed=seed)
@@ -167,18 +106,18 @@ def distill(
     if (max_increase is not None or finetune) and text is None:
         raise typer.BadParameter("--max-increase and --finetune need --text FILE.")
     tol = 1e-3 if tol is None else tol
-    _check_tolerance(tol)
+    check_tolerance(tol)
     for name, number in (("order", order), ("largest order", max_order)):
         if number is not None and number < 1:
             raise UserError(f"The {name} must be at least 1; got {number}.")
     if finetune < 0:
         raise UserError(f"--finetune takes a number of steps; got {finetune}.")
-    budget = None if max_increase is None else _fraction("--max-increase", max_increase)
-    _check_new(out)
-    _quiet_transformers()
+    budget = None if max_increase is None else fraction("--max-increase", max_increase)
+    check_new(out)
+    quiet_transformers()
     console = Console(stderr=as_json)
-    loaded = _load(model)
-    tokenizer = _tokenizer(model)
+    loaded = load_model(model)
+    tokenizer = load_tokenizer(model)
     windows = None if text is None else _windows(model, loaded, text, max_tokens)
 
     import dataclasses
@@ -222,7 +161,7 @@ def distill(
                     quality = dataclasses.replace(report.quality, finetuned=losses)
                     report = dataclasses.replace(report, quality=quality)
             except ValueError as error:
-                raise UserError(_one_line(error)) from error
+                raise UserError(one_line(error)) from error
         distilled.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
@@ -250,23 +189,12 @@ def _draw_distillation(report: Any, path: Path) -> None:
     try:
         save_figure(plot_distillation(report), path)
     except ImportError as error:  # a picture is not worth the result
-        print(f"gramian: no figure: {_one_line(error)}", file=sys.stderr)
-
-
-def _fraction(name: str, text: str) -> float:
-    """A number, or one followed by a percent sign."""
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise UserError(f"{name} takes a positive number or percentage; got {text!r}.")
-    return value
+        print(f"gramian: no figure: {one_line(error)}", file=sys.stderr)
 
 
 def _windows(folder: Path, model: GramianForCausalLM, text: Path, max_tokens: int) -> Any:
     """(count, length) windows of a text file's tokens, as long as the filters, spread over it."""
-    ids = _token_ids(folder, model, text)
+    ids = token_ids(folder, model, text)
     length = min(model.config.max_position_embeddings, 2048, len(ids))
     if length < 2:
         raise UserError(f"{text} has too few tokens: {len(ids)}.")
@@ -298,8 +226,8 @@ def convert(
 
     Files are read as tensors only: nothing in a checkpoint is run.
     """
-    _check_new(out)
-    _quiet_transformers()
+    check_new(out)
+    quiet_transformers()
     console = Console(stderr=as_json)
 
     from rich.progress import Progress
@@ -318,7 +246,7 @@ def convert(
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
         except (OSError, ValueError) as error:
-            raise UserError(_one_line(error)) from error
+            raise UserError(one_line(error)) from error
         model.save_pretrained(stage)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
@@ -342,48 +270,6 @@ def convert(
         f"{'no tokenizer' if tokenizer is None else report['tokenizer']}.\nWritten to {out}",
         highlight=False,
     )
-
-
-@app.command()
-def train(
-    config: Annotated[
-        Path, typer.Argument(metavar="CONFIG.yaml", help="What to train, on what, and how.")
-    ],
-    changes: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as optimization.steps=100."),
-    ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Train a model on a task; a run that was killed goes on where it was.
-
-    On many devices: torchrun --nproc-per-node 8 -m gramian train CONFIG.yaml
-    """
-    import os
-
-    _quiet_transformers()
-    from gramian import training
-
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        settings = training.load_config(config, changes or [])
-        report = training.train(settings, progress=first and sys.stderr.isatty())
-    except training.ConfigError as error:
-        raise UserError(_one_line(error)) from error
-    if not first:
-        return
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-        return
-    console = Console()
-    console.print(
-        f"{report.parameters:,} parameters, {report.steps:,} steps, {report.seconds:.0f} s",
-        highlight=False,
-    )
-    measured = ", ".join(f"{name} {value:.4f}" for name, value in report.metrics.items())
-    console.print(f"Held out, at the end: {measured}", highlight=False)
-    console.print(f"Written to {report.output}", highlight=False)
 
 
 @app.command()
@@ -412,9 +298,9 @@ def generate(
     if stream and as_json:
         raise typer.BadParameter("give --stream or --json, not both.")
     _check_sampling(prompt, max_new_tokens, temperature, top_k, top_p)
-    _quiet_transformers()
-    loaded = _load(model)
-    tokenizer = _tokenizer(model) or _byte_tokenizer(model, loaded)
+    quiet_transformers()
+    loaded = load_model(model)
+    tokenizer = load_tokenizer(model) or byte_tokenizer(model, loaded)
 
     import time
 
@@ -497,10 +383,10 @@ def check(
     """
     if order < 0:
         raise UserError(f"--order must be at least 1, or 0 for no distilled copy; got {order}.")
-    _quiet_transformers()
+    quiet_transformers()
     console = Console(stderr=as_json)
     dtypes = [_dtype(name) for name in dtype] if dtype else None
-    loaded = _load(model)
+    loaded = load_model(model)
     ids = None if text is None else _tokens(model, loaded, text, batch, length)
 
     from rich.progress import Progress
@@ -522,7 +408,7 @@ def check(
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
         except ValueError as error:
-            raise UserError(_one_line(error)) from error
+            raise UserError(one_line(error)) from error
     if as_json:
         print(report.to_json())
     else:
@@ -566,9 +452,9 @@ def analyze(
     if picture not in ("png", "svg"):
         raise typer.BadParameter(f"--format must be png or svg, got {picture!r}.")
     if output is not None:
-        _check_new(output)
-    words = prompt if text is None else _read_text(text)
-    _quiet_transformers()
+        check_new(output)
+    words = prompt if text is None else read_text(text)
+    quiet_transformers()
     console = Console(stderr=as_json)
 
     from rich.progress import Progress, TaskID
@@ -602,7 +488,7 @@ def analyze(
                     progress=show,
                 )
             except (OSError, ValueError) as error:
-                raise UserError(f"{name}: {_one_line(error)}") from error
+                raise UserError(f"{name}: {one_line(error)}") from error
         if not as_json:
             console.print(report)
         if not report.layers:
@@ -620,6 +506,61 @@ def analyze(
     if as_json:
         found = [report.to_dict() for report in reports]
         print(json.dumps(found[0] if len(found) == 1 else {"models": found}))
+
+
+@app.command()
+def export(
+    model: ModelFolder,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder for the programs.")],
+    format: Annotated[str, typer.Option(help="onnx or torch.")] = "onnx",
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens that attention has room for; the model's length if not given."
+        ),
+    ] = None,
+    verify: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare.")] = 100,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of onnxruntime while comparing.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the recurrence of MODEL as ONNX files or torch.export programs in OUT, and compare.
+
+    step and prefill take token ids and the state and return logits and the new state; export.json
+    describes them. Long convolutions must be distilled first. Weights of half precision become
+    float32. Exits with status 1 if the programs write other tokens than the model.
+    """
+    check_new(out)
+    quiet_transformers()
+    console = Console(stderr=as_json)
+    loaded = load_model(model)
+    if loaded.dtype.itemsize < 4:
+        loaded = loaded.float()
+
+    from gramian.export import export_model
+
+    try:
+        with console.status("Exporting"):
+            report = export_model(
+                loaded,
+                out,
+                format,
+                context=context,
+                tokenizer=load_tokenizer(model),
+                verify=verify,
+                threads=threads,
+                seed=seed,
+            )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    if as_json:
+        print(report.to_json())
+    else:
+        console.print(report)
+        console.print(f"Written to {out}", highlight=False)
 
 
 def _save_states(reports: list[StateReport], output: Path, suffix: str) -> None:
@@ -655,35 +596,12 @@ def _dtype(name: str) -> Any:
 
 def _tokens(folder: Path, model: GramianForCausalLM, text: Path, batch: int, length: int) -> Any:
     """(batch, length) tokens from the beginning of a text file."""
-    ids = _token_ids(folder, model, text)
+    ids = token_ids(folder, model, text)
     if len(ids) < batch * length:
         raise UserError(
             f"{text} has {len(ids)} tokens; {batch} sequences of {length} need {batch * length}."
         )
     return ids[: batch * length].reshape(batch, length)
-
-
-def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> Any:
-    """All tokens of a text file, (count)."""
-    tokenizer = _tokenizer(folder) or _byte_tokenizer(folder, model)
-    return tokenizer(_read_text(text), return_tensors="pt", verbose=False).input_ids[0]
-
-
-def _read_text(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{text} is not UTF-8 text: {_one_line(error)}") from error
-
-
-def _check_new(out: Path) -> None:
-    if out.exists() or out.is_symlink():
-        raise UserError(f"{out} exists already; name a folder that does not.")
-
-
-def _check_tolerance(tol: float) -> None:
-    if not 0 < tol < 1:
-        raise UserError(f"The tolerance must lie between 0 and 1, both excluded; got {tol:g}.")
 
 
 def _check_sampling(
@@ -701,45 +619,3 @@ def _check_sampling(
         raise UserError(f"--top-k must be 0 (all tokens) or more; got {top_k}.")
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1; got {top_p:g}.")
-
-
-def _quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
-def _load(folder: Path) -> GramianForCausalLM:
-    from gramian.models import load
-
-    try:
-        return load(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(_one_line(error)) from error
-
-
-def _byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
-    """What a model without a tokenizer of its own reads, if it has a vocabulary of bytes."""
-    from gramian.models import ByteTokenizer
-
-    tokenizer = ByteTokenizer()
-    if model.config.vocab_size != len(tokenizer):
-        raise UserError(f"{folder} has no tokenizer, so its tokens cannot be read or written.")
-    return tokenizer
-
-
-def _tokenizer(folder: Path) -> Any:
-    """The tokenizer saved with a model, or None."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"The tokenizer in {folder} cannot be read: {_one_line(error)}") from error
-
-
-if __name__ == "__main__":
-    main()

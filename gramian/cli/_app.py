@@ -1,0 +1,177 @@
+"""The app itself, what its commands share, and how they fail: in one line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+try:
+    import rich  # noqa: F401
+    import typer
+except ImportError as missing:
+    print(
+        f'gramian: the command line needs {missing.name}: pip install "gramian[cli]".',
+        file=sys.stderr,
+    )
+    raise SystemExit(1) from None
+
+if TYPE_CHECKING:
+    from gramian.models import GramianForCausalLM
+
+__all__ = [
+    "Debug",
+    "Json",
+    "ModelFolder",
+    "Seed",
+    "UserError",
+    "app",
+    "byte_tokenizer",
+    "check_new",
+    "check_tolerance",
+    "fraction",
+    "load_model",
+    "load_tokenizer",
+    "main",
+    "one_line",
+    "quiet_transformers",
+    "read_text",
+    "token_ids",
+]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="The memory of causal sequence models: train, convert, distil, measure, generate, export.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback if something goes wrong.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")]
+
+
+class UserError(Exception):
+    """Something the user can put right; its message is one sentence."""
+
+
+def main() -> None:
+    """The `gramian` command. Ends the process with the exit statuses named above."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        app()
+    except (UserError, OSError) as error:
+        if debug:
+            raise
+        _fail(one_line(error))
+    except ImportError as error:
+        if debug:
+            raise
+        advice = "" if "pip install" in str(error) else ' Run: pip install "gramian[cli]".'
+        _fail(one_line(error) + advice)
+    except Exception as error:
+        if debug:
+            raise
+        _fail(f"{type(error).__name__}: {one_line(error)} (--debug shows where)")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"gramian: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or "no message."
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from gramian import __version__
+
+        print(f"gramian {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def read_text(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text} is not UTF-8 text: {one_line(error)}") from error
+
+
+def check_new(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; name a folder that does not.")
+
+
+def check_tolerance(tol: float) -> None:
+    if not 0 < tol < 1:
+        raise UserError(f"The tolerance must lie between 0 and 1, both excluded; got {tol:g}.")
+
+
+def quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_model(folder: Path) -> GramianForCausalLM:
+    from gramian.models import load
+
+    try:
+        return load(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+
+
+def byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
+    """What a model without a tokenizer of its own reads, if it has a vocabulary of bytes."""
+    from gramian.models import ByteTokenizer
+
+    tokenizer = ByteTokenizer()
+    if model.config.vocab_size != len(tokenizer):
+        raise UserError(f"{folder} has no tokenizer, so its tokens cannot be read or written.")
+    return tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved with a model, or None."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The tokenizer in {folder} cannot be read: {one_line(error)}") from error
+
+
+def token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> Any:
+    """All tokens of a text file, (count)."""
+    tokenizer = load_tokenizer(folder) or byte_tokenizer(folder, model)
+    return tokenizer(read_text(text), return_tensors="pt", verbose=False).input_ids[0]
+
+
+def fraction(name: str, text: str) -> float:
+    """A number, or one followed by a percent sign."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name} takes a positive number or percentage; got {text!r}.")
+    return value

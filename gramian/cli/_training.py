@@ -1,0 +1,118 @@
+"""Commands that train: train, sweep."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gramian.cli._app import (
+    Debug,
+    Json,
+    UserError,
+    app,
+    one_line,
+    quiet_transformers,
+)
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="What to train, on what, and how.")
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as optimization.steps=100."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model on a task; a run that was killed goes on where it was.
+
+    On many devices: torchrun --nproc-per-node 8 -m gramian train CONFIG.yaml
+    """
+    import os
+
+    quiet_transformers()
+    from gramian import training
+
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        settings = training.load_config(config, changes or [])
+        report = training.train(settings, progress=first and sys.stderr.isatty())
+    except training.ConfigError as error:
+        raise UserError(one_line(error)) from error
+    if not first:
+        return
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+        return
+    console = Console()
+    console.print(
+        f"{report.parameters:,} parameters, {report.steps:,} steps, {report.seconds:.0f} s",
+        highlight=False,
+    )
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in report.metrics.items())
+    console.print(f"Held out, at the end: {measured}", highlight=False)
+    console.print(f"Written to {report.output}", highlight=False)
+
+
+@app.command()
+def sweep(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG.yaml", help="A training configuration with a section `sweep`."
+        ),
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as sweep.seed=[0,1]."),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Runs at once on this machine.")
+    ] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to run on in place of this machine, or auto.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train at every point of a grid of settings; a sweep that was killed goes on where it was.
+
+    One table, one figure. Exits with status 1 if a run failed; the same command tries it again.
+    """
+    quiet_transformers()
+
+    from rich.progress import Progress
+
+    from gramian import training
+
+    errors = Console(stderr=True)
+    bar = Progress(console=errors, transient=True, disable=not errors.is_terminal)
+    with bar as progress:
+        task = progress.add_task("Checking", total=None)
+
+        def show(done: float, total: int) -> None:
+            progress.update(task, description="Training", completed=done, total=total)
+
+        try:
+            settings = training.load_sweep(config, changes or [])
+            report = training.sweep(settings, jobs=jobs, address=address, progress=show)
+        except training.ConfigError as error:
+            raise UserError(one_line(error)) from error
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2))
+    else:
+        console = Console()
+        console.print(report)
+        console.print(f"Written to {report.output}", highlight=False)
+    for point in report.failed:
+        print(f"gramian: {point.name}: {point.error}", file=sys.stderr)
+    if report.failed:
+        raise typer.Exit(1)

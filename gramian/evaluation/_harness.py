@@ -1,0 +1,154 @@
+"""Tasks of EleutherAI's lm-evaluation-harness on a model that is in memory."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gramian.evaluation._measure import Measure, ratio
+
+__all__ = ["HarnessError", "evaluate_harness"]
+
+
+class HarnessError(ValueError):
+    """What the harness could not do; the message is one sentence."""
+
+
+def evaluate_harness(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> list[Measure]:
+    """Scores of tasks of lm-evaluation-harness.
+
+    Args:
+        model: a causal language model of ours or of transformers.
+        tokenizer: its own.
+        tasks: names that the harness knows, or that YAML files under `include_path` give.
+        include_path: a folder of the caller's own task files.
+        limit: documents of each task at most; None takes all.
+        shots: examples before each question; None takes the tasks' own.
+        batch_size: requests at once.
+        seed: of what the tasks draw.
+
+    Returns:
+        Every metric of every task and group. Where a metric is a mean over documents, or a function
+        of one, its influences are known and so are paired differences between models; of others the
+        harness's own standard error is taken, if it has one.
+
+    Raises:
+        ImportError: without lm-evaluation-harness.
+        HarnessError: on an unknown task, or whatever the harness fails with.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(
+            'tasks of lm-evaluation-harness need lm-eval: pip install "gramian[evaluate]".',
+            name="lm_eval",
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    where = None if include_path is None else str(include_path)
+    manager = None
+    if where is not None:  # indexing the harness's own thousands of files takes a while
+        manager = TaskManager(include_path=where, include_defaults=False)
+    if manager is None or any(task not in manager.all_tasks for task in tasks):
+        manager = TaskManager(include_path=where)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = difflib.get_close_matches(task, manager.all_tasks, n=1, cutoff=0.5)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise HarnessError(f"unknown task {task!r} of lm-evaluation-harness.{meant}")
+    training = model.training
+    model.eval()
+    try:
+        found = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=shots,
+            log_samples=True,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except Exception as error:  # of a hundred kinds
+        raise HarnessError(
+            f"lm-evaluation-harness failed on {', '.join(tasks)}: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        model.train(training)
+    assert found is not None
+    measures = []
+    for task, results in found["results"].items():
+        samples = found["samples"].get(task, [])
+        higher = found.get("higher_is_better", {}).get(task, {})
+        for key, value in results.items():
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            spread = results.get(f"{metric}_stderr,{kind}")
+            measures.append(
+                _measure(
+                    task,
+                    metric if kind == "none" else f"{metric} ({kind})",
+                    float(value),
+                    float(spread) if isinstance(spread, int | float) else None,
+                    higher.get(metric),
+                    [one[metric] for one in samples if one["filter"] == kind and metric in one],
+                )
+            )
+    return measures
+
+
+def _measure(
+    task: str,
+    metric: str,
+    value: float,
+    error: float | None,
+    higher: bool | None,
+    samples: list[Any],
+) -> Measure:
+    """With influences, if the value can be had from the documents' own."""
+    better = bool(higher)
+    guesses = []
+    if samples and all(isinstance(one, int | float) for one in samples):
+        ones = [1.0] * len(samples)
+        guesses = [ratio(task, metric, [float(s) for s in samples], ones, higher_is_better=better)]
+    elif samples and all(_is_weighted(one) for one in samples):
+        logs, weights = ([float(one[i]) for one in samples] for i in (0, 1))
+        for scale, power in ((-1.0, True), (-1 / math.log(2), False), (-1.0, False)):
+            options: dict[str, Any] = {
+                "scale": scale,
+                "exponential": power,
+                "higher_is_better": better,
+            }
+            guesses.append(ratio(task, metric, logs, weights, **options))
+    for guess in guesses:
+        if math.isclose(guess.value, value, rel_tol=1e-6, abs_tol=1e-9):
+            return guess
+    return Measure(task, metric, value, error, len(samples), higher)
+
+
+def _is_weighted(sample: Any) -> bool:
+    """Whether it is a log-likelihood and a number of words or bytes."""
+    return (
+        isinstance(sample, list | tuple)
+        and len(sample) == 2
+        and all(isinstance(one, int | float) for one in sample)
+        and sample[1] > 0
+    )

@@ -1,0 +1,90 @@
+"""One number about a model with its standard error, by the influence of each unit of data.
+
+A mean over units is `v = Σ a_i / Σ w_i`, and unit i moves `g(v)` by `g'(v) (a_i - v w_i) / Σ w_j`
+(the delta method, for ratios as for functions of them). The standard error is that of a sum of n
+such influences; of a difference between two models on the same units, that of the differences of
+influences, in which what is hard for both cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Measure", "difference_error", "ratio"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number about a model.
+
+    Attributes:
+        task: what it was measured on.
+        metric: its name.
+        value: the number.
+        error: its standard error, or None if that is not known.
+        units: independent pieces of data (documents, rows, windows) that it is over.
+        higher_is_better: or False, or None if that is not known.
+        influence: of every unit on the value, or None.
+    """
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    units: int
+    higher_is_better: bool | None = None
+    influence: tuple[float, ...] | None = field(default=None, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the influences."""
+        return {
+            "task": self.task,
+            "metric": self.metric,
+            "value": self.value,
+            "error": self.error,
+            "units": self.units,
+            "higher_is_better": self.higher_is_better,
+        }
+
+
+def ratio(
+    task: str,
+    metric: str,
+    totals: Sequence[float],
+    weights: Sequence[float],
+    *,
+    higher_is_better: bool,
+    scale: float = 1.0,
+    exponential: bool = False,
+) -> Measure:
+    """`scale * Σ totals / Σ weights`, or e to the power of it, with its standard error."""
+    weight = math.fsum(weights)
+    mean = math.fsum(totals) / weight
+    value = math.exp(min(scale * mean, 700.0)) if exponential else scale * mean
+    slope = scale * (value if exponential else 1.0) / weight
+    influence = tuple(
+        slope * (total - mean * one) for total, one in zip(totals, weights, strict=True)
+    )
+    return Measure(
+        task, metric, value, _error(influence), len(influence), higher_is_better, influence
+    )
+
+
+def difference_error(one: Measure, other: Measure) -> float | None:
+    """Standard error of `one.value - other.value`: over pairs of units where they are the same."""
+    if one.influence is not None and other.influence is not None and one.units == other.units:
+        pairs = zip(one.influence, other.influence, strict=True)
+        return _error([first - second for first, second in pairs])
+    if one.error is None or other.error is None:
+        return None
+    return math.hypot(one.error, other.error)
+
+
+def _error(influence: Sequence[float]) -> float | None:
+    count = len(influence)
+    if count < 2:
+        return None
+    return math.sqrt(count / (count - 1) * math.fsum(value * value for value in influence))

@@ -1,0 +1,157 @@
+"""What was measured of a model, perhaps beside another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gramian.evaluation._measure import Measure, difference_error
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Comparison", "EvaluationReport"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of two models.
+
+    Attributes:
+        before: of the model compared with.
+        after: of the model itself.
+        difference: after minus before.
+        error: standard error of the difference, over the same pieces of data where they are the
+            same; None if it is not known.
+    """
+
+    before: Measure
+    after: Measure
+
+    @property
+    def difference(self) -> float:
+        return self.after.value - self.before.value
+
+    @property
+    def error(self) -> float | None:
+        return difference_error(self.after, self.before)
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What was measured of a model. Printing it gives a table.
+
+    Attributes:
+        model: its name.
+        measures: in the order of the tasks.
+        against: the name of the model compared with, or None.
+        before: its measures.
+    """
+
+    model: str
+    measures: tuple[Measure, ...]
+    against: str | None = None
+    before: tuple[Measure, ...] = ()
+
+    @property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """What was measured of both models."""
+        others = {(one.task, one.metric): one for one in self.before}
+        pairs = ((others.get((one.task, one.metric)), one) for one in self.measures)
+        return tuple(Comparison(before, after) for before, after in pairs if before is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can hold."""
+        values: dict[str, Any] = {
+            "model": self.model,
+            "measures": [one.to_dict() for one in self.measures],
+        }
+        if self.against is not None:
+            values["against"] = self.against
+            values["before"] = [one.to_dict() for one in self.before]
+            values["comparisons"] = [
+                {
+                    "task": one.after.task,
+                    "metric": one.after.metric,
+                    "before": one.before.value,
+                    "after": one.after.value,
+                    "difference": one.difference,
+                    "error": one.error,
+                    "higher_is_better": one.after.higher_is_better,
+                }
+                for one in self.comparisons
+            ]
+        return values
+
+    def to_json(self) -> str:
+        """`to_dict` as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_markdown(self) -> str:
+        """The table."""
+        header, *lines = self._cells()
+        rule = f"|{'---|' * len(header)}"
+        text = [f"| {' | '.join(header)} |", rule]
+        text += [f"| {' | '.join(line)} |" for line in lines]
+        return "\n".join([*text, "", self.summary]) + "\n"
+
+    @property
+    def summary(self) -> str:
+        """One sentence: what the table shows."""
+        if self.against is None:
+            return f"{self.model}: values ± standard errors; ↑ more is better, ↓ less is."
+        return (
+            f"{self.model} against {self.against}: values ± standard errors, differences over the "
+            "same data; ↑ more is better, ↓ less is."
+        )
+
+    def _cells(self) -> list[list[str]]:
+        if self.against is None:
+            table = [["task", "metric", "", "value", "units"]]
+            for one in self.measures:
+                known = _known(one.value, one.error)
+                table.append([one.task, one.metric, _arrow(one), known, f"{one.units:,}"])
+            return table
+        table = [["task", "metric", "", "before", "after", "difference"]]
+        for pair in self.comparisons:
+            after, before = pair.after, pair.before
+            table.append(
+                [
+                    after.task,
+                    after.metric,
+                    _arrow(after),
+                    _known(before.value, before.error),
+                    _known(after.value, after.error),
+                    _known(pair.difference, pair.error, signed=True),
+                ]
+            )
+        return table
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def __rich__(self) -> Table:
+        from rich.markup import escape
+        from rich.table import Table
+
+        header, *lines = self._cells()
+        table = Table(caption=escape(self.summary), caption_justify="left", caption_style="")
+        for index, name in enumerate(header):
+            table.add_column(name, justify="left" if index < 2 else "right")
+        for line in lines:
+            table.add_row(*map(escape, line))
+        return table
+
+
+def _arrow(measure: Measure) -> str:
+    return {True: "↑", False: "↓", None: ""}[measure.higher_is_better]
+
+
+def _known(value: float, error: float | None, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    large = abs(value) >= 1e5
+    text = f"{value:{sign}.4g}" if large else f"{value:{sign}.4f}"
+    if error is None:
+        return text
+    return f"{text} ± {error:.2g}" if large or 0 < error < 1e-4 else f"{text} ± {error:.4f}"

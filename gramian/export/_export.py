@@ -1,0 +1,313 @@
+"""Whole models, single mixers and systems as programs that step and prefill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian import __version__
+from gramian._staging import staged_directory
+from gramian.export._blocks import BlockedRecurrence
+from gramian.export._mixers import ExportableMixer, fill, named_tensors
+from gramian.export._programs import Stateful, check_format, frozen_for_export, save_programs
+from gramian.export._report import ExportReport
+from gramian.export._runtime import ExportedModel, ExportedRecurrence
+from gramian.export._verify import verify_model, verify_recurrence
+from gramian.mixers import Mixer
+from gramian.systems import FIR, DenseOperator, System, TimeInvariantSystem, TimeVarying
+
+if TYPE_CHECKING:
+    from gramian.models import GramianForCausalLM
+
+__all__ = ["export_model", "export_recurrence"]
+
+_EXAMPLE = 37  # a length that no block divides, to trace with
+
+
+def export_model(
+    model: GramianForCausalLM,
+    folder: str | Path,
+    format: str = "onnx",
+    *,
+    context: int | None = None,
+    tokenizer: Any = None,
+    verify: int = 100,
+    threads: int | None = None,
+    seed: int = 0,
+) -> ExportReport:
+    """Write a language model as two programs, ``step`` and ``prefill``, that carry its state.
+
+    Both take token ids, int64, (batch, 1) or (batch, length), and the state's tensors, and return
+    next-token logits (batch, vocab_size) and the new state; batch and length are open. ``folder``
+    also holds ``export.json``, which describes the states (they start from zeros), the model's
+    configuration and the tokenizer. Padding is not supported: sequences of a batch have one length.
+    What is written is read again and run; it appears in ``folder`` only if its tokens are those of
+    the recurrence in PyTorch.
+
+    Args:
+        model: On the CPU, in float32 or float64; every long convolution must have a recurrence of
+            fixed size, as distilled and state-space filters do.
+        folder: New folder.
+        format: "onnx", for onnxruntime and other runtimes, or "torch", for ``torch.export.load``.
+        context: Tokens, prompt and text together, that attention without a window has room for;
+            by default ``model.config.max_position_embeddings``.
+        tokenizer: Saved beside the programs.
+        verify: Greedy tokens of two sequences to compare, at least 1.
+        threads: Of onnxruntime while comparing; its own choice by default.
+        seed: Of the prompts that they continue.
+
+    Returns:
+        What was compared, and how close it was.
+
+    Raises:
+        FileExistsError: if ``folder`` exists.
+        ImportError: if a package that the format needs is missing.
+        TypeError: if ``model`` is not a language model of this library.
+        ValueError: for an unknown format, a model in half precision or a layer that has no
+            recurrence of fixed size; the message says what to do.
+        RuntimeError: if what was written computes other tokens.
+    """
+    from gramian.models import GramianForCausalLM
+
+    check_format(format)
+    if not isinstance(model, GramianForCausalLM):
+        raise TypeError(
+            f"a GramianForCausalLM is exported, got {type(model).__name__}; a single mixer or "
+            "system is exported by export_recurrence."
+        )
+    if model.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"models are exported in float32 or float64, got {model.dtype}: call model.float() or "
+            "load it with dtype=torch.float32."
+        )
+    _check_device(model.device)
+    if verify < 1:
+        raise ValueError(f"verify must be at least 1 token, got {verify}.")
+    context = model.config.max_position_embeddings if context is None else context
+    with staged_directory(Path(folder)) as stage, frozen_for_export(model):
+        exported = _language_model(model, context)
+        description = save_programs(exported, stage, format)
+        model.config.to_json_file(stage / "config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+        run = ExportedModel(stage, threads=threads)
+        return verify_model(model, run, description, tokens=verify, seed=seed)
+
+
+def export_recurrence(
+    target: Mixer | System,
+    folder: str | Path,
+    format: str = "onnx",
+    *,
+    form: str | None = None,
+    context: int | None = None,
+    verify: int = 100,
+    threads: int | None = None,
+    seed: int = 0,
+) -> ExportReport:
+    """Write one layer or system as two programs, ``step`` and ``prefill``, that carry its state.
+
+    Of a mixer, ``step`` takes (batch, width) and ``prefill`` (batch, length, width); of a system of
+    channels (*C), (batch, *C) and (batch, *C, length). Both return the outputs, of the same shape,
+    and the new state; batch and length are open. ``export.json`` describes the states.
+
+    Args:
+        target: A mixer, in float32 or float64, or a time-invariant system other than an ``FIR``;
+            on the CPU.
+        folder: New folder.
+        format: As for `export_model`, and so are the others.
+        form: Of a system's recurrence, as ``system.recurrence(form)`` takes it: "lattice" or
+            "modal" keep a transfer function's state in single precision.
+        context: Samples that attention without a window has room for.
+        verify: Random samples of two sequences to compare, at least 1.
+        threads: Of onnxruntime while comparing.
+        seed: Of these samples.
+
+    Returns:
+        What was compared, and how close it was.
+
+    Raises:
+        TypeError: if ``target`` is neither.
+        ValueError: for what has no recurrence of fixed size, half precision, an unknown format.
+        FileExistsError, ImportError, RuntimeError: as `export_model`.
+    """
+    check_format(format)
+    if verify < 1:
+        raise ValueError(f"verify must be at least 1 sample, got {verify}.")
+    if isinstance(target, Mixer):
+        if form is not None:
+            raise ValueError(
+                f"a mixer picks the form of its recurrences itself, got form={form!r}."
+            )
+        module: nn.Module = target
+        with frozen_for_export(module):
+            exported = _mixer(target, context)
+    elif isinstance(target, System):
+        module = nn.Module()
+        with torch.no_grad():
+            exported = _system(target, module, form)
+    else:
+        raise TypeError(f"a mixer or a system is exported, got {type(target).__name__}.")
+    with staged_directory(Path(folder)) as stage, frozen_for_export(module):
+        description = save_programs(exported, stage, format)
+        run = ExportedRecurrence(stage, threads=threads)
+        recurrence = target.recurrence() if isinstance(target, Mixer) else target.recurrence(form)
+        return verify_recurrence(recurrence, run, description, samples=verify, seed=seed)
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ValueError(f"what is exported must be on the CPU, got {device}: call .cpu() first.")
+
+
+def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
+    from gramian.models.modeling import GramianGLUBlock, _normed
+
+    blocks: list[Any] = list(model.model.layers)
+    layers: list[ExportableMixer] = []
+    for index, block in enumerate(blocks):
+        name = f"layer {index} ({type(block.mixer).__name__})"
+        mixer = block.block if isinstance(block, GramianGLUBlock) else block.mixer
+        layers.append(ExportableMixer(mixer, name, context))
+    prefixes = [f"layers.{index}.mixer.state" for index in range(len(layers))]
+
+    def mix(layer: ExportableMixer, x: Tensor, state: Any, chunk: bool) -> tuple[Tensor, Any]:
+        if chunk:
+            return layer.prefill(x, state)
+        y, state = layer.step(x[:, 0], state)
+        return y[:, None], state
+
+    def run(
+        ids: Tensor, states: dict[str, Tensor], chunk: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden = model.model._embed(ids, None, None)
+        if model.config.residual_in_fp32 and hidden.dtype.itemsize < 4:
+            hidden = hidden.float()
+        tensors = iter(states.values())
+        after: dict[str, Tensor] = {}
+        for prefix, block, layer in zip(prefixes, blocks, layers, strict=True):
+            state = fill(layer.template, tensors)
+            if isinstance(block, GramianGLUBlock):
+                hidden, state = mix(layer, hidden, state, chunk)
+            else:
+                mixed, state = mix(layer, _normed(block.mixer_norm, hidden), state, chunk)
+                hidden = hidden + mixed
+                hidden = hidden + block.mlp(_normed(block.mlp_norm, hidden))
+            after.update(named_tensors(state, prefix))
+        hidden = _normed(model.model.norm, hidden[:, -1])
+        return model.lm_head(hidden), after
+
+    states: dict[str, Tensor] = {}
+    for prefix, layer in zip(prefixes, layers, strict=True):
+        states.update(named_tensors(layer.template, prefix))
+    rooms = [layer.context for layer in layers if layer.context is not None]
+    return Stateful(
+        module=model,
+        constants=[long for layer in layers for long in layer.long],
+        step=lambda ids, states: run(ids, states, chunk=False),
+        prefill=lambda ids, states: run(ids, states, chunk=True),
+        states=states,
+        step_input=torch.zeros(2, 1, dtype=torch.int64),
+        prefill_input=torch.zeros(2, _EXAMPLE, dtype=torch.int64),
+        time=1,
+        input="input_ids",
+        output="logits",
+        description={
+            "gramian": __version__,
+            "kind": "language model",
+            "vocab_size": model.config.vocab_size,
+            "context": min(rooms, default=None),
+        },
+    )
+
+
+def _mixer(mixer: Mixer, context: int | None) -> Stateful:
+    like = next(mixer.parameters())
+    _check_device(like.device)
+    layer = ExportableMixer(mixer, f"this {type(mixer).__name__}", context)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    halves = [p.dtype for p in mixer.parameters() if p.is_floating_point() and p.itemsize < 4]
+    if halves:
+        raise ValueError(f"mixers are exported in float32 or float64, got {halves[0]}.")
+
+    def wrap(function: Any) -> Any:
+        def run(x: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            y, state = function(x, fill(layer.template, iter(states.values())))
+            return y, dict(named_tensors(state, "state"))
+
+        return run
+
+    return Stateful(
+        module=mixer,
+        constants=list(layer.long),
+        step=wrap(layer.step),
+        prefill=wrap(layer.prefill),
+        states=dict(named_tensors(layer.template, "state")),
+        step_input=like.new_zeros(2, mixer.width, dtype=dtype),
+        prefill_input=like.new_zeros(2, _EXAMPLE, mixer.width, dtype=dtype),
+        time=1,
+        input="x",
+        output="y",
+        description={
+            "gramian": __version__,
+            "kind": "mixer",
+            "name": type(mixer).__name__,
+            "context": layer.context,
+        },
+    )
+
+
+def _system(system: System, module: nn.Module, form: str | None) -> Stateful:
+    if isinstance(system, FIR):
+        raise ValueError(
+            "an FIR system has an exact online convolution only, whose state is a buffer with a "
+            "counted place; reduce it first: gramian.reduce(kernel, tol=…).system."
+        )
+    if isinstance(system, TimeVarying | DenseOperator) or not isinstance(
+        system, TimeInvariantSystem
+    ):
+        raise ValueError(
+            f"a {type(system).__name__} has other coefficients at every step; the mixer that makes "
+            "them is what can be exported."
+        )
+    _check_device(system.device)
+    recurrence = system.recurrence(form)
+    if recurrence.form == "online":
+        raise ValueError(
+            "this system is stepped by exact online convolution, as no other form reproduces its "
+            "taps; reduce it first: gramian.reduce(kernel, tol=…).system."
+        )
+    blocked = BlockedRecurrence(recurrence)
+    template = recurrence.initial_state((1, *system.channel_shape))
+    dtype = torch.float64 if system.dtype == torch.float64 else torch.float32
+
+    def wrap(function: Any) -> Any:
+        def run(u: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            y, state = function(u, fill(template, iter(states.values())))
+            return y, dict(named_tensors(state, "state"))
+
+        return run
+
+    shape = (2, *system.channel_shape)
+    return Stateful(
+        module=module,
+        constants=[blocked],
+        step=wrap(blocked.step),
+        prefill=wrap(blocked.prefill),
+        states=dict(named_tensors(template, "state")),
+        step_input=torch.zeros(shape, dtype=dtype),
+        prefill_input=torch.zeros(*shape, _EXAMPLE, dtype=dtype),
+        time=len(shape),
+        input="u",
+        output="y",
+        description={
+            "gramian": __version__,
+            "kind": "system",
+            "name": type(system).__name__,
+            "form": recurrence.form,
+            "context": None,
+        },
+    )

@@ -1,0 +1,221 @@
+"""Tracing: steps and prefills of explicit states as `torch.export` programs and ONNX files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.mixers import Mixer
+
+__all__ = ["FORMATS", "Stateful", "check_format", "frozen_for_export", "save_programs"]
+
+FORMATS = {"onnx": "onnx", "torch": "pt2"}
+"""Formats and what their files end in."""
+
+MANIFEST = "export.json"
+WEIGHTS = "weights.bin"
+_SMALL = 1024  # bytes of a tensor that is not worth looking up
+
+_NEEDS = 'exporting to ONNX needs onnx, onnxscript and onnxruntime: pip install "gramian[export]".'
+
+
+@dataclass(frozen=True)
+class Stateful:
+    """What is exported: functions of an input and named state tensors.
+
+    Attributes:
+        module: holds the parameters, so that programs know them by their names.
+        constants: hold what was derived from them.
+        step: (input, {name: state}) to (output, {name: new state}), one token or sample.
+        prefill: the same of a chunk.
+        states: an empty state of one sequence, {name: (1, …)}.
+        step_input: an input of a step with a batch of 2.
+        prefill_input: (…): the same of a chunk, of a length that stays open.
+        time: the dimension of ``prefill_input`` that is time.
+        input: name of the input.
+        output: name of the output.
+        description: more lines of the description of the folder.
+    """
+
+    module: nn.Module
+    constants: list[nn.Module]
+    step: Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+    prefill: Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+    states: dict[str, Tensor]
+    step_input: Tensor
+    prefill_input: Tensor
+    time: int
+    input: str
+    output: str
+    description: dict[str, Any]
+
+
+class _Program(nn.Module):
+    def __init__(self, what: Stateful, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module = what.module
+        self.constants = nn.ModuleList(what.constants)
+        self._function = function
+
+    def forward(self, input: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._function(input, states)
+
+
+def check_format(format: str) -> None:
+    """Raise unless the format is known and what it needs is installed."""
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+    if format == "onnx":
+        try:
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise ImportError(_NEEDS) from error
+
+
+@contextmanager
+def frozen_for_export(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, without gradients and without compiled steps, and back again after."""
+    training = {part: part.training for part in module.modules()}
+    mixers = [part for part in module.modules() if isinstance(part, Mixer)]
+    compiled = [mixer._compiled for mixer in mixers]
+    try:
+        module.eval()
+        for mixer in mixers:
+            mixer._compiled = None
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
+        for mixer, step in zip(mixers, compiled, strict=True):
+            mixer._compiled = step
+
+
+def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
+    """Write both programs and their description, ``export.json``, into an empty folder."""
+    suffix = FORMATS[format]
+    open_ = torch.export.Dim.DYNAMIC
+    states = {
+        name: value.expand(2, *value.shape[1:]).clone() for name, value in what.states.items()
+    }
+    programs = {}
+    for name, function, example, dims in (
+        ("step", what.step, what.step_input, (0,)),
+        ("prefill", what.prefill, what.prefill_input, (0, what.time)),
+    ):
+        shapes = (dict.fromkeys(dims, open_), {state: {0: open_} for state in states})
+        programs[name] = torch.export.export(
+            _Program(what, function), (example, states), dynamic_shapes=shapes
+        )
+    if format == "torch":
+        for name, program in programs.items():
+            torch.export.save(program, folder / f"{name}.{suffix}")
+    else:
+        _save_onnx(programs, folder, what)
+    description = {
+        **what.description,
+        "format": format,
+        "step": f"step.{suffix}",
+        "prefill": f"prefill.{suffix}",
+        "input": {
+            "name": what.input,
+            "dtype": _dtype(what.step_input),
+            "step": _open(what.step_input),
+            "prefill": _open(what.prefill_input, what.time),
+        },
+        "output": {"name": what.output},
+        "states": [
+            {
+                "input": name,
+                "output": f"next.{name}",
+                "shape": _open(value),
+                "dtype": _dtype(value),
+                "initial": 0,
+            }
+            for name, value in what.states.items()
+        ],
+    }
+    (folder / MANIFEST).write_text(json.dumps(description, indent=2) + "\n")
+    return description
+
+
+def _save_onnx(programs: dict[str, Any], folder: Path, what: Stateful) -> None:
+    """Both files, and one with the weights of both."""
+    import onnx_ir
+
+    models = {}
+    with _quiet():
+        for name, program in programs.items():
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=[what.input, *what.states],
+                output_names=[what.output, *(f"next.{state}" for state in what.states)],
+            )
+            assert exported is not None
+            models[name] = exported.model
+    onnx_ir.save(models["prefill"], folder / "prefill.onnx", external_data=WEIGHTS)
+    written = {}
+    for value in onnx_ir.load(folder / "prefill.onnx").graph.initializers.values():
+        if isinstance(value.const_value, onnx_ir.ExternalTensor):
+            written[_content(value.const_value)] = value.const_value
+    for name, value in models["step"].graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        same = written.get(_content(tensor)) if tensor.nbytes > _SMALL else None
+        if same is not None:
+            value.const_value = onnx_ir.ExternalTensor(
+                same.location,
+                same.offset,
+                same.length,
+                same.dtype,
+                shape=same.shape,
+                name=name,
+                base_dir=folder,
+            )
+    onnx_ir.save(models["step"], folder / "step.onnx")
+
+
+def _content(tensor: Any) -> tuple[Any, ...]:
+    digest = hashlib.sha256(tensor.tobytes()).digest()
+    return str(tensor.dtype), tuple(tensor.shape.numpy()), digest
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on packages that are not installed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _open(tensor: Tensor, time: int | None = None) -> list[int | str]:
+    """The shape, with names for the dimensions that are open."""
+    shape: list[int | str] = list(tensor.shape)
+    shape[0] = "batch"
+    if time is not None:
+        shape[time] = "length"
+    return shape

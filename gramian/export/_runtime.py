@@ -1,0 +1,282 @@
+"""Running exported programs: numpy arrays in and out, the state fed back.
+
+ONNX files run in onnxruntime, `torch.export` programs in PyTorch. Nothing else is needed, and no
+model is built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["ExportedModel", "ExportedRecurrence", "ExportedState"]
+
+_Arrays = dict[str, np.ndarray]
+_Program = Callable[[np.ndarray, _Arrays], tuple[np.ndarray, _Arrays]]
+
+
+@dataclass(frozen=True)
+class ExportedState:
+    """What is carried from call to call.
+
+    Attributes:
+        tensors: {name: (batch, …)}, as ``export.json`` lists them.
+        taken: tokens or samples that it has seen.
+    """
+
+    tensors: dict[str, np.ndarray]
+    taken: int = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences."""
+        return len(next(iter(self.tensors.values())))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class _Exported:
+    """The two programs of a folder."""
+
+    _kinds: tuple[str, ...]
+    _maker: str
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        threads: int | None = None,
+        providers: list[str] | None = None,
+    ) -> None:
+        folder = Path(folder)
+        file = folder / "export.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} holds nothing exported: it has no export.json.")
+        self.description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        kind = self.description.get("kind")
+        if kind not in self._kinds:
+            raise ValueError(
+                f"{folder} holds a {kind}; {type(self).__name__} runs what {self._maker} wrote."
+            )
+        self.context: int | None = self.description["context"]
+        self._states: list[dict[str, Any]] = self.description["states"]
+        self._dtype = np.dtype(self.description["input"]["dtype"])
+        if self.description["format"] == "onnx":
+            self._step, self._prefill = (
+                self._onnx(folder / self.description[name], threads, providers)
+                for name in ("step", "prefill")
+            )
+        else:
+            self._step, self._prefill = (
+                self._torch(folder / self.description[name]) for name in ("step", "prefill")
+            )
+
+    def initial_state(self, batch_size: int = 1) -> ExportedState:
+        """The state of a silent past for so many sequences: zeros."""
+        if batch_size < 1:
+            raise ValueError(
+                f"batch_size must be a positive number of sequences, got {batch_size}."
+            )
+        return ExportedState(
+            {
+                state["input"]: np.zeros((batch_size, *state["shape"][1:]), dtype=state["dtype"])
+                for state in self._states
+            }
+        )
+
+    def _run(
+        self, program: _Program, given: np.ndarray, state: ExportedState, count: int
+    ) -> tuple[np.ndarray, ExportedState]:
+        if len(given) != state.batch_size:
+            raise ValueError(f"the input has {len(given)} sequences, the state {state.batch_size}.")
+        taken = state.taken + count
+        if self.context is not None and taken > self.context:
+            raise ValueError(
+                f"attention here has room for {self.context} tokens, {taken} are wanted: export "
+                "again with a larger context."
+            )
+        output, tensors = program(given, state.tensors)
+        return output, ExportedState(tensors, taken)
+
+    def _onnx(self, file: Path, threads: int | None, providers: list[str] | None) -> _Program:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError(
+                'running ONNX files needs onnxruntime: pip install "gramian[export]".'
+            ) from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(
+            str(file), options, providers=providers or ["CPUExecutionProvider"]
+        )
+        name = self.description["input"]["name"]
+        outputs = [self.description["output"]["name"], *(s["output"] for s in self._states)]
+        inputs = [state["input"] for state in self._states]
+
+        def run(given: np.ndarray, tensors: _Arrays) -> tuple[np.ndarray, _Arrays]:
+            first, *rest = session.run(outputs, {name: given, **tensors})
+            return first, dict(zip(inputs, rest, strict=True))
+
+        return run
+
+    def _torch(self, file: Path) -> _Program:
+        import torch
+
+        module = torch.export.load(file).module()
+
+        def run(given: np.ndarray, tensors: _Arrays) -> tuple[np.ndarray, _Arrays]:
+            with torch.no_grad():
+                output, after = module(
+                    torch.from_numpy(given),
+                    {name: torch.from_numpy(array) for name, array in tensors.items()},
+                )
+            return output.numpy(), {name: tensor.numpy() for name, tensor in after.items()}
+
+        return run
+
+
+class ExportedModel(_Exported):
+    """A language model that `gramian.export.export_model` wrote.
+
+    Args:
+        folder: What it wrote.
+        threads: Of onnxruntime within one operation; its own choice by default.
+        providers: Of onnxruntime; the CPU by default.
+
+    Raises:
+        FileNotFoundError: if the folder is not there or holds nothing exported.
+        ImportError: if onnxruntime is missing.
+        ValueError: if it holds something else that was exported.
+    """
+
+    _kinds = ("language model",)
+    _maker = "export_model"
+
+    def prefill(
+        self, input_ids: Any, state: ExportedState | None = None, *, chunk_size: int = 1024
+    ) -> tuple[np.ndarray, ExportedState]:
+        """Read a prompt of any length, without padding, chunk after chunk.
+
+        Args:
+            input_ids: (batch, length ≥ 1), integers.
+            state: Where the past left off; by default nothing has been read.
+            chunk_size: Tokens taken at once.
+
+        Returns:
+            Logits (batch, vocab_size) of the token that follows, and the state.
+
+        Raises:
+            ValueError: for another shape, a token that the model has not, or too many tokens for
+                the room of its attention.
+        """
+        ids = self._checked(input_ids)
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+        state = self.initial_state(len(ids)) if state is None else state
+        logits = None
+        for begin in range(0, ids.shape[1], chunk_size):
+            part = np.ascontiguousarray(ids[:, begin : begin + chunk_size])
+            logits, state = self._run(self._prefill, part, state, part.shape[1])
+        assert logits is not None
+        return logits, state
+
+    def step(self, tokens: Any, state: ExportedState) -> tuple[np.ndarray, ExportedState]:
+        """One token (batch) or (batch, 1) of each sequence; returns as `prefill`."""
+        ids = np.asarray(tokens)
+        ids = self._checked(ids[:, None] if ids.ndim == 1 else ids)
+        if ids.shape[1] != 1:
+            raise ValueError(f"a step takes one token a sequence, got {ids.shape[1]}.")
+        return self._run(self._step, ids, state, 1)
+
+    def generate(
+        self, input_ids: Any, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
+    ) -> np.ndarray:
+        """Continue (batch, length) token ids: (batch, length + max_new_tokens).
+
+        Args:
+            input_ids: As for `prefill`.
+            max_new_tokens: At least 1.
+            temperature: 0 takes the most likely token; above, tokens are drawn.
+            seed: Of the draws.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {temperature}.")
+        ids = self._checked(input_ids)
+        generator = np.random.default_rng(seed)
+        logits, state = self.prefill(ids)
+        written = [ids]
+        for index in range(max_new_tokens):
+            if temperature:
+                noise = generator.gumbel(size=logits.shape)
+                tokens = (logits / temperature + noise).argmax(-1)
+            else:
+                tokens = logits.argmax(-1)
+            written.append(tokens[:, None])
+            if index + 1 < max_new_tokens:
+                logits, state = self.step(tokens, state)
+        return np.concatenate(written, axis=1)
+
+    def _checked(self, input_ids: Any) -> np.ndarray:
+        ids = np.asarray(input_ids)
+        if ids.ndim != 2 or ids.shape[1] == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(
+                "token ids are integers (batch, length) with a length of at least 1, got "
+                f"{ids.dtype} {ids.shape}."
+            )
+        vocabulary = self.description["vocab_size"]
+        if len(ids) and (ids.min() < 0 or ids.max() >= vocabulary):
+            raise ValueError(f"token ids must lie in 0 … {vocabulary - 1}.")
+        return ids.astype(np.int64)
+
+
+class ExportedRecurrence(_Exported):
+    """A mixer or a system that `gramian.export.export_recurrence` wrote.
+
+    Arguments and errors are those of `ExportedModel`.
+    """
+
+    _kinds = ("mixer", "system")
+    _maker = "export_recurrence"
+
+    def prefill(
+        self, x: Any, state: ExportedState | None = None
+    ) -> tuple[np.ndarray, ExportedState]:
+        """Take a chunk: (batch, length, width) of a mixer, (batch, *C, length) of a system.
+
+        Returns:
+            The outputs, of the same shape, and the state.
+        """
+        x = self._checked(x, "prefill")
+        state = self.initial_state(len(x)) if state is None else state
+        time = self.description["input"]["prefill"].index("length")
+        return self._run(self._prefill, x, state, x.shape[time])
+
+    def step(self, x_t: Any, state: ExportedState) -> tuple[np.ndarray, ExportedState]:
+        """Take one sample: (batch, width) of a mixer, (batch, *C) of a system."""
+        return self._run(self._step, self._checked(x_t, "step"), state, 1)
+
+    def _checked(self, x: Any, program: str) -> np.ndarray:
+        array = np.asarray(x, dtype=self._dtype)
+        wanted = self.description["input"][program]
+        fits = array.ndim == len(wanted) and all(
+            have == want if isinstance(want, int) else have >= 1
+            for have, want in zip(array.shape, wanted, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                f"the input must be ({', '.join(map(str, wanted))}), got {array.shape}."
+            )
+        return np.ascontiguousarray(array)

@@ -1,0 +1,157 @@
+"""What was exported, run against the recurrence in PyTorch that it came from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gramian.export._report import ExportReport
+from gramian.export._runtime import ExportedModel, ExportedRecurrence
+from gramian.mixers import MixerRecurrence
+from gramian.systems import Recurrence
+
+if TYPE_CHECKING:
+    from gramian.models import GramianForCausalLM
+
+__all__ = ["verify_model", "verify_recurrence"]
+
+_PROMPT = 45  # tokens or samples that are taken as one chunk
+_SINGLE, _DOUBLE = 1e-4, 1e-9
+"""Differences accepted of outputs, relative to the largest, of programs that compute in single
+precision anywhere, and of others."""
+
+
+class _Differences:
+    """The largest difference from PyTorch and the largest output so far."""
+
+    def __init__(self) -> None:
+        self.prefill = self.step = self.scale = 0.0
+
+    def add(self, found: np.ndarray, expected: Tensor, prefill: bool = False) -> None:
+        reference = expected.numpy()
+        difference = float(np.abs(found - reference).max())
+        if not np.isfinite(difference):
+            difference = float("inf")
+        if prefill:
+            self.prefill = max(self.prefill, difference)
+        else:
+            self.step = max(self.step, difference)
+        self.scale = max(self.scale, float(np.abs(reference).max()))
+
+    def check(self, tolerance: float) -> None:
+        largest = max(self.prefill, self.step)
+        if not largest <= tolerance * self.scale:
+            raise RuntimeError(
+                f"the exported program differs from PyTorch by {largest:.1e} of outputs up to "
+                f"{self.scale:.1e}: nothing was written."
+            )
+
+
+def verify_model(
+    model: GramianForCausalLM,
+    run: ExportedModel,
+    description: dict[str, Any],
+    *,
+    tokens: int,
+    seed: int,
+) -> ExportReport:
+    """Greedy tokens of two random prompts by both, each fed PyTorch's choice.
+
+    As long as all choices agree this is what two free runs would write. A token that differs is a
+    tie if PyTorch's logits of the two candidates differ by less than the outputs may; otherwise it
+    is a `RuntimeError`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length = _PROMPT
+    if run.context is not None:
+        length = max(1, min(length, run.context // 2))
+        tokens = min(tokens, run.context - length)
+    tolerance = _tolerance(description, model.dtype)
+    ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+    differences, ties = _Differences(), 0
+    found, state = run.prefill(ids.numpy())
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    for index in range(tokens):
+        expected = output.logits[:, -1]
+        differences.add(found, expected, prefill=index == 0)
+        chosen = expected.argmax(-1)
+        other = torch.from_numpy(found.argmax(-1))
+        margin = (expected.gather(1, chosen[:, None]) - expected.gather(1, other[:, None]))[:, 0]
+        differ = chosen != other
+        if bool((differ & (margin > tolerance * differences.scale)).any()):
+            raise RuntimeError(
+                f"the exported program writes another token than PyTorch at place {index}, where "
+                f"its logits differ by {float(margin.max()):.1e}: nothing was written."
+            )
+        ties += int(differ.sum())
+        if index + 1 < tokens:
+            found, state = run.step(chosen.numpy(), state)
+            output = model(
+                input_ids=chosen[:, None],
+                past_key_values=output.past_key_values,
+                use_cache=True,
+            )
+    differences.check(tolerance)
+    return _report(run, description, differences, tokens, ties)
+
+
+@torch.no_grad()
+def verify_recurrence(
+    recurrence: MixerRecurrence | Recurrence,
+    run: ExportedRecurrence,
+    description: dict[str, Any],
+    *,
+    samples: int,
+    seed: int,
+) -> ExportReport:
+    """Random samples of two sequences: a chunk, then steps, by both."""
+    dtype = getattr(torch, description["input"]["dtype"])
+    length = _PROMPT
+    if run.context is not None:
+        length = max(1, min(length, run.context // 2))
+        samples = min(samples, run.context - length)
+    shape = [2 if size == "batch" else size for size in description["input"]["step"]]
+    time = description["input"]["prefill"].index("length")
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(length + samples, *shape, generator=generator, dtype=dtype)
+    chunk = draws[:length].movedim(0, time)
+    differences = _Differences()
+    found, state = run.prefill(chunk.numpy())
+    expected, reference = recurrence.prefill(chunk)
+    differences.add(found, expected, prefill=True)
+    for sample in draws[length:]:
+        found, state = run.step(sample.numpy(), state)
+        expected, reference = recurrence.step(sample, reference)
+        differences.add(found, expected)
+    differences.check(_tolerance(description, dtype))
+    return _report(run, description, differences, samples, 0)
+
+
+def _tolerance(description: dict[str, Any], dtype: torch.dtype) -> float:
+    states = {state["dtype"] for state in description["states"]}
+    return _DOUBLE if dtype == torch.float64 and "float32" not in states else _SINGLE
+
+
+def _report(
+    run: ExportedModel | ExportedRecurrence,
+    description: dict[str, Any],
+    differences: _Differences,
+    compared: int,
+    ties: int,
+) -> ExportReport:
+    empty = run.initial_state(1)
+    return ExportReport(
+        kind=description["kind"],
+        format=description["format"],
+        states=len(empty.tensors),
+        state_bytes=empty.nbytes,
+        context=run.context,
+        compared=compared,
+        ties=ties,
+        prefill_difference=differences.prefill,
+        step_difference=differences.step,
+        scale=differences.scale,
+    )

@@ -1,0 +1,121 @@
+"""Reconstruction of a sequence of tokens from one vector: what MAD's compression asks for.
+
+The model's hidden states are pooled to one vector (its last token's, in the published task). The
+decoder adds a sinusoidal code to it for every position, and reads the token there through two
+layers, position by position: whatever it knows of the sequence came through that vector (the MAD
+suite, Poli et al., arXiv 2403.17844). The vector has been through the model's last norm, which the
+published model lacks there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import TokenClassifierOutput
+from transformers.utils import can_return_tuple
+
+from gramian.models.configuration import GramianConfig
+from gramian.models.modeling import GramianModel, GramianPreTrainedModel
+from gramian.models.norms import make_norm
+from gramian.models.pooling import pool, recent_mask
+
+__all__ = ["GramianForReconstruction"]
+
+IGNORED = -100
+
+
+class GramianForReconstruction(GramianPreTrainedModel):
+    """A `GramianModel` whose pooled hidden state is decoded to the tokens that it read.
+
+    `config.pooling` says which vector that is; the published one is `"last"`.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
+
+    def __init__(self, config: GramianConfig) -> None:
+        if config.input_size is not None:
+            raise ValueError(
+                f"reconstruction is of tokens: input_size must be None; got {config.input_size}."
+            )
+        super().__init__(config)
+        self.model = GramianModel(config)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.decoder = nn.Sequential(
+            make_norm("rms", width, eps),
+            nn.Linear(width, width),
+            nn.GELU(),
+            make_norm("rms", width, eps),
+            nn.Linear(width, width),
+            nn.GELU(),
+            make_norm("rms", width, eps),
+        )
+        self.head = nn.Linear(width, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Logits of the token at every position, and their loss when `labels` are given.
+
+        Args:
+            labels: (batch, length) token ids due at their own position, -100 to ignore; to
+                reconstruct everything, `input_ids`.
+
+        The other arguments and the errors are those of `GramianModel.forward`.
+
+        Returns:
+            `loss`, the mean cross-entropy, `logits` (batch, length, vocab_size), `hidden_states`.
+            Positions count real tokens only; what stands at padding means nothing.
+
+        Raises:
+            ValueError: also on a mask that hides a whole sequence, or labels of another shape.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden_states = outputs.last_hidden_state
+        batch, length = hidden_states.shape[:2]
+        code = pool(hidden_states, attention_mask, self.config.pooling)  # (batch, width)
+        mask = recent_mask(attention_mask, batch, length)
+        positions = torch.arange(length, device=code.device)
+        if mask is not None:
+            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)  # (batch, length)
+        places = position_codes(positions, code.shape[-1]).to(code.dtype)
+        logits = self.head(self.decoder(code.unsqueeze(1) + places))
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(
+                    f"labels must be {tuple(logits.shape[:2])}; got {tuple(labels.shape)}."
+                )
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = nn.functional.cross_entropy(
+                wide.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED
+            )
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+def position_codes(positions: Tensor, width: int) -> Tensor:
+    """Sines, then cosines, of position × 10,000^(-k / (half - 1)): (…) to (…, width) of float32.
+
+    Half is ⌊width / 2⌋; an odd width ends with a zero.
+    """
+    half = width // 2
+    steps = torch.arange(half, device=positions.device, dtype=torch.float32)
+    angles = positions.unsqueeze(-1) * torch.exp(steps * (-math.log(10_000) / max(half - 1, 1)))
+    codes = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return nn.functional.pad(codes, (0, width % 2))

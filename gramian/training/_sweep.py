@@ -1,0 +1,337 @@
+"""Every point of a sweep as a run of its own, in processes here or by Ray on many machines.
+
+sweep.yaml         what was asked for
+NAME=VALUE,…/      the runs' own folders
+logs/              what each run's processes wrote, and tracebacks
+results.json       written at the end, as are
+results.csv        one line a run
+table.md           means over the seeds
+sweep.png          the metric along the first axis of numbers
+
+A process per run: what one of them does, dying included, is its own affair. Runs that finished are
+left as they are, so the same call goes on with a sweep that was killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gramian._staging import staged_file
+from gramian.reports import plot_sweep, save_figure
+from gramian.training._run import TrainingReport, check, earlier_report, train
+from gramian.training.configuration import ConfigError, TrainingConfig
+from gramian.training.recording import write_json
+from gramian.training.sweep_configuration import SweepConfig, SweepPoint
+from gramian.training.sweep_report import PointReport, SweepReport
+
+__all__ = ["sweep"]
+
+POLL = 0.5  # seconds between looks at how far the runs are
+Progress = Callable[[float, int], None]
+
+
+def sweep(
+    config: SweepConfig,
+    *,
+    jobs: int = 1,
+    address: str | None = None,
+    progress: Progress | None = None,
+) -> SweepReport:
+    """Run what is not finished of a sweep, and gather the results.
+
+    Every point is checked before the first one starts. A run that fails is listed with its error
+    and tried again by the next call; the others go on.
+
+    Args:
+        config: from `load_sweep` or `parse_sweep`.
+        jobs: runs at once on this machine. Each gets its share of the cores, unless
+            `hardware.threads` says how many, and one of the accelerators in turn.
+        address: of a Ray cluster, `"auto"` for the one of this machine; runs go to its machines,
+            which share the file system and the working directory, and `jobs` is of no account.
+            Each asks for `hardware.threads` cores and, where the cluster has any, one accelerator.
+        progress: called as `progress(done, points)`, runs under way counting for their part.
+
+    Returns:
+        The report, which is in the sweep's folder as well.
+
+    Raises:
+        ConfigError: if a point's task, model or batch do not fit, or a folder holds another run.
+        FileNotFoundError: on a missing file of a task.
+        ImportError: for an address, without Ray.
+        ValueError: for fewer than one job.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1; got {jobs}.")
+    finished = _check(config)
+    folder = Path(config.output)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    _write_source(config)
+    waiting = [point for point in config.points if point.name not in finished]
+    outcomes: dict[str, TrainingReport | str] = dict(finished)
+    count = len(config.points)
+    show = progress or (lambda done, total: None)
+    show(len(outcomes), count)
+    if waiting:
+        runs = _by_ray(waiting, address) if address is not None else _by_processes(waiting, jobs)
+        for outcome in runs:
+            if outcome.result is not None:
+                outcomes[outcome.point.name] = outcome.result
+            show(len(outcomes) + outcome.under_way, count)
+    return _gather(config, outcomes)
+
+
+def _check(config: SweepConfig) -> dict[str, TrainingReport]:
+    """The reports of points that are finished; an error about the first that could not run."""
+    finished, seen = {}, set()
+    for point in config.points:
+        try:
+            same = repr(dataclasses.replace(point.config, output="", seed=0))
+            if same not in seen:
+                check(point.config)
+            seen.add(same)
+            report = earlier_report(Path(point.config.output), point.config)
+        except ConfigError as error:
+            raise ConfigError(f"{point.name}: {error}") from error
+        if report is not None:
+            finished[point.name] = report
+    return finished
+
+
+def _write_source(config: SweepConfig) -> None:
+    import yaml
+
+    with staged_file(Path(config.output) / "sweep.yaml") as stage:
+        stage.write_text(yaml.safe_dump(config.source, sort_keys=False), encoding="utf-8")
+
+
+def _gather(config: SweepConfig, outcomes: dict[str, TrainingReport | str]) -> SweepReport:
+    points = []
+    for point in config.points:
+        outcome = outcomes[point.name]
+        if isinstance(outcome, str):
+            points.append(PointReport(point.name, point.values, error=outcome))
+        else:
+            points.append(PointReport(point.name, point.values, report=outcome))
+    report = SweepReport(config.output, config.metric, config.axes, tuple(points))
+    folder = Path(config.output)
+    write_json(folder / "results.json", report.to_dict())
+    for name, text in (("results.csv", report.to_csv()), ("table.md", report.to_markdown())):
+        with staged_file(folder / name) as stage:
+            stage.write_text(text, encoding="utf-8")
+    if any(row.best is not None for row in report.rows):
+        save_figure(plot_sweep(report), folder / "sweep.png")
+    return report
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """News of a point: its report or error once it ended, and what the others have done so far."""
+
+    point: SweepPoint
+    result: TrainingReport | str | None
+    under_way: float
+
+
+@dataclass
+class _Job:
+    """A process at work on a point."""
+
+    point: SweepPoint
+    process: BaseProcess
+    ear: Any
+    slot: int
+
+
+def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
+    """Run points in fresh processes, `jobs` at a time."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    devices = _devices()
+    context: Any = multiprocessing.get_context("spawn")
+    if not devices and "forkserver" in multiprocessing.get_all_start_methods():
+        # Imports are done once. A process that has looked at an accelerator may not be forked.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+    queue, running = list(reversed(waiting)), list[_Job]()
+    free = list(range(jobs - 1, -1, -1))
+    try:
+        while queue or running:
+            while queue and free:
+                point, slot = queue.pop(), free.pop()
+                ear, mouth = context.Pipe(duplex=False)
+                device = devices[slot % len(devices)] if devices else None
+                log = _log(point)
+                process = context.Process(
+                    target=_work, args=(mouth, point.config, threads, device, log), name=point.name
+                )
+                process.start()
+                mouth.close()
+                running.append(_Job(point, process, ear, slot))
+            connection.wait([job.process.sentinel for job in running], timeout=POLL)
+            ended = [job for job in running if not job.process.is_alive()]
+            running = [job for job in running if job not in ended]
+            under_way = sum(_share(job.point) for job in running)
+            for job in ended:
+                free.append(job.slot)
+                yield _Outcome(job.point, _heard(job), under_way)
+            if running and not ended:
+                yield _Outcome(running[0].point, None, under_way)
+    finally:
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            job.process.join()
+
+
+def _heard(job: _Job) -> TrainingReport | str:
+    """What a process that ended said, or how it died."""
+    job.process.join()
+    try:
+        if job.ear.poll():
+            said: TrainingReport | str = job.ear.recv()
+            return said
+    except EOFError:
+        pass
+    finally:
+        job.ear.close()
+    code = job.process.exitcode or 0
+    if code < 0:
+        name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
+        return f"its process was killed by {name}."
+    return f"its process ended with status {code}; {_log(job.point)} may say why."
+
+
+def _work(mouth: Any, config: TrainingConfig, threads: int, device: str | None, log: str) -> None:
+    """A process of its own for one run: says its report, or one line about its failure."""
+    _end_with_parent()
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    with open(log, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(threads)
+    try:
+        mouth.send(train(config))
+    except Exception as error:
+        traceback.print_exc()
+        mouth.send(_one_line(error))
+    finally:
+        mouth.close()
+        sys.stdout.flush()
+
+
+def _end_with_parent() -> None:
+    """A sweep that is killed leaves no run behind that would write beside its successor's."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _by_ray(waiting: list[SweepPoint], address: str | None) -> Iterator[_Outcome]:
+    """Run points as tasks of a Ray cluster, as many at once as it has room for."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            'a sweep over many machines needs Ray: pip install "gramian[ray]".', name="ray"
+        ) from error
+
+    here = not ray.is_initialized()
+    if here:
+        ray.init(address=address, log_to_driver=False)
+    try:
+        resources = ray.cluster_resources()
+        remote = ray.remote(max_calls=1, max_retries=0)(_work_remotely)
+        points: dict[Any, SweepPoint] = {}
+        for point in waiting:
+            hardware = point.config.hardware
+            wants = hardware.device == "auto" and resources.get("GPU", 0) >= 1
+            threads = hardware.threads or 1
+            task = remote.options(num_cpus=threads, num_gpus=int(wants), name=point.name)
+            points[task.remote(point.config, threads, os.getcwd(), _log(point))] = point
+        while points:
+            ended, _ = ray.wait(list(points), timeout=POLL)
+            done = [points.pop(one) for one in ended]
+            share = sum(_share(point) for point in points.values())
+            for one, point in zip(ended, done, strict=True):
+                yield _Outcome(point, _fetched(ray, one), share)
+            if points and not ended:
+                yield _Outcome(next(iter(points.values())), None, share)
+    finally:
+        if here:
+            ray.shutdown()
+
+
+def _fetched(ray: Any, one: Any) -> TrainingReport | str:
+    try:
+        said: TrainingReport | str = ray.get(one)
+        return said
+    except ray.exceptions.RayError as error:
+        return _one_line(error)
+
+
+def _work_remotely(
+    config: TrainingConfig, threads: int, directory: str, log: str
+) -> TrainingReport | str:
+    """One run in a worker of Ray's, in the working directory of whoever asked."""
+    os.chdir(directory)
+    torch.set_num_threads(threads)
+    try:
+        return train(config)
+    except Exception as error:
+        with open(log, "a", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+        return _one_line(error)
+
+
+def _share(point: SweepPoint) -> float:
+    """The share of its steps that a run has taken, as far as its folder tells."""
+    steps = point.config.optimization.steps
+    lines = Path(point.config.output) / "metrics.jsonl"
+    if steps is None or not lines.is_file():
+        return 0.0
+    with lines.open("rb") as file:
+        file.seek(max(0, lines.stat().st_size - 4096))
+        for line in reversed(file.read().splitlines()):
+            try:
+                return min(1.0, float(json.loads(line)["step"]) / steps)
+            except (ValueError, KeyError, TypeError):  # cut off at either end
+                continue
+    return 0.0
+
+
+def _devices() -> list[str]:
+    """Names of the accelerators that this process may use, for CUDA_VISIBLE_DEVICES."""
+    count = torch.cuda.device_count()
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = allowed.split(",") if allowed else [str(index) for index in range(count)]
+    return names[:count]
+
+
+def _log(point: SweepPoint) -> str:
+    folder = Path(point.config.output)
+    return str(folder.parent / "logs" / f"{folder.name}.log")
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"

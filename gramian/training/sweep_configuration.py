@@ -1,0 +1,238 @@
+"""What a sweep is told: a training configuration, and lists of the values that its keys take.
+
+    sweep:
+      seed: [0, 1, 2]
+      task.vocab_size: [10, 20, 40]
+      layer:
+        attention: {model.mixers: softmax_attention}
+        hyena: {model.mixers: multi_hyena, model.filter: {type: rtf, state_size: 16}}
+
+An axis that is a list gives a key of the configuration one value after the other. One that holds
+names gives each of its points a name and any number of changes that belong together. The sweep is
+the grid of all axes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gramian.training.configuration import (
+    ConfigError,
+    TrainingConfig,
+    parse_config,
+    read_change,
+    read_values,
+    set_value,
+)
+
+__all__ = ["SweepConfig", "SweepPoint", "load_sweep", "parse_sweep"]
+
+FIXED = ("output", "evaluation.metric", "sweep")
+LONGEST = 60
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One training run of a sweep.
+
+    Attributes:
+        name: of its folder in the sweep's.
+        values: of every axis here: a value of the key, or the name of a group of changes.
+        config: the run's configuration.
+    """
+
+    name: str
+    values: dict[str, Any]
+    config: TrainingConfig
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A sweep.
+
+    Attributes:
+        output: the sweep's folder; every point has its own in it.
+        axes: the values of every axis, in the order of the file.
+        points: the grid, the last axis fastest.
+        source: the plain values that it was parsed from.
+    """
+
+    output: str
+    axes: dict[str, list[Any]]
+    points: tuple[SweepPoint, ...]
+    source: dict[str, Any]
+
+    @property
+    def metric(self) -> str:
+        """`evaluation.metric`, which all points share."""
+        return self.points[0].config.evaluation.metric
+
+
+def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read a sweep from a YAML file.
+
+    Args:
+        path: the file.
+        overrides: `key=value` for the configuration that all points share, the key with dots, the
+            value in YAML; `"sweep.task.vocab_size=[10, 20]"` sets an axis.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: as `parse_sweep`, and text that is no YAML.
+    """
+    values = read_values(path)
+    for override in overrides:
+        key, value = read_change(override)
+        head, _, axis = key.partition(".")
+        keys = ["sweep", axis] if head == "sweep" and axis else key.split(".")
+        if key in _axes(values):
+            raise ConfigError(f"{key} is swept; change the axis: sweep.{key}=[…].")
+        set_value(values, keys, value)
+    return parse_sweep(values)
+
+
+def parse_sweep(values: Mapping[str, Any]) -> SweepConfig:
+    """A sweep from plain values; every point's configuration is parsed.
+
+    Raises:
+        ConfigError: without axes, on an empty one, one that repeats a value or changes what another
+            changes, and on a point whose configuration does not parse.
+    """
+    source = copy.deepcopy(dict(values))
+    axes = {name: _axis(name, axis) for name, axis in _axes(source).items()}
+    if not axes:
+        raise ConfigError(
+            "the configuration lacks a sweep: keys with lists of values, such as "
+            "'sweep: {seed: [0, 1, 2]}'."
+        )
+    _check_keys(axes)
+    base = {key: value for key, value in source.items() if key != "sweep"}
+    output = base.get("output")
+    if not isinstance(output, str):
+        raise ConfigError("the configuration lacks the key output, the sweep's folder.")
+    short = _short_names(axes)
+    points: dict[str, SweepPoint] = {}
+    for choice in itertools.product(*(axis.items() for axis in axes.values())):
+        labels = dict(zip(axes, (label for label, _ in choice), strict=True))
+        name = ",".join(f"{short[axis]}={label}" for axis, label in labels.items())
+        if len(name) > LONGEST * 2:
+            name = f"{name[: LONGEST * 2]}-{_digest(name)}"
+        one = copy.deepcopy(base)
+        for _, changes in choice:
+            for key, value in changes.changes.items():
+                set_value(one, key.split("."), copy.deepcopy(value))
+        one["output"] = str(Path(output) / name)
+        try:
+            config = parse_config(one)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        shown = {axis: changes.shown for axis, (_, changes) in zip(axes, choice, strict=True)}
+        points[name] = SweepPoint(name, shown, config)
+    return SweepConfig(
+        output=output,
+        axes={name: [one.shown for one in axis.values()] for name, axis in axes.items()},
+        points=tuple(points.values()),
+        source=source,
+    )
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """What one place on an axis changes, and how it is shown in tables."""
+
+    shown: Any
+    changes: dict[str, Any]
+
+
+def _axes(values: Mapping[str, Any]) -> dict[str, Any]:
+    axes = values.get("sweep") or {}
+    if not isinstance(axes, Mapping):
+        raise ConfigError(f"sweep must hold keys and lists of values; got {axes!r}.")
+    return dict(axes)
+
+
+def _axis(name: str, axis: Any) -> dict[str, _Changes]:
+    """The places on an axis by their labels, which are fit for names of folders."""
+    if not isinstance(name, str) or not isinstance(axis, list | tuple | Mapping) or not axis:
+        raise ConfigError(
+            f"the axis {name} of the sweep must be a list of values, or names with the changes "
+            f"that each makes; got {axis!r}."
+        )
+    places: dict[str, _Changes] = {}
+    if isinstance(axis, Mapping):
+        for shown, changes in axis.items():
+            if not isinstance(changes, Mapping) or not all(isinstance(key, str) for key in changes):
+                raise ConfigError(
+                    f"{shown} of the axis {name} must hold changes, such as "
+                    f"'{{model.num_heads: 4}}'; got {changes!r}."
+                )
+            places[_label(str(shown))] = _Changes(str(shown), dict(changes))
+        return places
+    for value in axis:
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+            value = float(value)  # YAML 1.1 reads 1e-3, without a point, as text
+        label = _label(value)
+        if label in places:
+            raise ConfigError(f"the axis {name} of the sweep repeats {value!r}.")
+        places[label] = _Changes(value, {name: value})
+    return places
+
+
+def _check_keys(axes: Mapping[str, Mapping[str, _Changes]]) -> None:
+    """No key may be set by two axes, nor inside what another one sets, nor one that is fixed."""
+    owners: dict[str, str] = {}
+    for name, axis in axes.items():
+        for key in {key for place in axis.values() for key in place.changes}:
+            for fixed in FIXED:
+                if _overlap(key, fixed):
+                    raise ConfigError(f"a sweep cannot change {fixed}, which all points share.")
+            for other, owner in owners.items():
+                if owner != name and _overlap(key, other):
+                    raise ConfigError(f"the axes {owner} and {name} of the sweep both set {key}.")
+            owners[key] = name
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or one.startswith(f"{other}.") or other.startswith(f"{one}.")
+
+
+def _short_names(axes: Mapping[str, Any]) -> dict[str, str]:
+    """The last parts of the keys, where no two are the same."""
+    last = [name.rsplit(".", 1)[-1] for name in axes]
+    return {
+        name: _safe(one if last.count(one) == 1 else name)
+        for name, one in zip(axes, last, strict=True)
+    }
+
+
+def _label(value: Any) -> str:
+    """Text for a folder's name, another for each value."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    safe = _safe(text)[:LONGEST]
+    # Text that reads as a number or as null is told from what it reads as.
+    plain = safe == text and (not isinstance(value, str) or _is_word(value))
+    return safe if plain else f"{safe}-{_digest(repr(type(value)) + text)}"
+
+
+def _is_word(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return True
+    return False
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.") or "value"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -1,0 +1,216 @@
+"""What came out of a sweep: every point, means over the seeds, tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from gramian.training._run import TrainingReport
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["SEED", "PointReport", "Spread", "SweepReport", "SweepRow"]
+
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation; the deviation of one value is None."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        mean = math.fsum(values) / len(values)
+        if len(values) == 1:
+            return cls(mean, None)
+        squares = math.fsum((value - mean) ** 2 for value in values)
+        return cls(mean, math.sqrt(squares / (len(values) - 1)))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
+
+
+@dataclass(frozen=True)
+class PointReport:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder in the sweep's.
+        values: of every axis here.
+        report: of the run, or None if it failed.
+        error: one line about why it failed, or None.
+    """
+
+    name: str
+    values: dict[str, Any]
+    report: TrainingReport | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """The runs that differ in their seed only.
+
+    Attributes:
+        values: of every axis but the seed.
+        runs: how many finished.
+        failed: how many did not.
+        best: the metric at its best evaluation, over the runs that finished; None if none did.
+        last: the metric at the end.
+        steps: of optimisation, mean.
+        seconds: mean, of the last process that worked on each run.
+    """
+
+    values: dict[str, Any]
+    runs: int
+    failed: int
+    best: Spread | None
+    last: Spread | None
+    steps: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What came out of a sweep. Printing it gives the table of `rows`.
+
+    Attributes:
+        output: the sweep's folder.
+        metric: `evaluation.metric`, by which the best evaluation of a run was chosen.
+        axes: the values of every axis.
+        points: every run, in the order of the grid.
+    """
+
+    output: str
+    metric: str
+    axes: dict[str, list[Any]]
+    points: tuple[PointReport, ...]
+
+    @property
+    def failed(self) -> tuple[PointReport, ...]:
+        """The runs that failed."""
+        return tuple(point for point in self.points if point.error is not None)
+
+    @property
+    def rows(self) -> tuple[SweepRow, ...]:
+        """Runs that differ in their seed only, together, in the order of the grid."""
+        groups: dict[str, list[PointReport]] = {}
+        for point in self.points:
+            groups.setdefault(json.dumps(_without_seed(point.values)), []).append(point)
+        return tuple(self._row(group) for group in groups.values())
+
+    def _row(self, group: list[PointReport]) -> SweepRow:
+        reports = [point.report for point in group if point.report is not None]
+        values = _without_seed(group[0].values)
+        failed = len(group) - len(reports)
+        if not reports:
+            return SweepRow(values, 0, failed, None, None, None, None)
+        return SweepRow(
+            values=values,
+            runs=len(reports),
+            failed=failed,
+            best=Spread.of([report.best[self.metric] for report in reports]),
+            last=Spread.of([report.metrics[self.metric] for report in reports]),
+            steps=Spread.of([report.steps for report in reports]).mean,
+            seconds=Spread.of([report.seconds for report in reports]).mean,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can hold."""
+        return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
+
+    def to_csv(self) -> str:
+        """One line for every run: axes, then everything that was measured."""
+        columns = [
+            self._line(point) | ({} if point.error is None else {"error": point.error})
+            for point in self.points
+        ]
+        names = list(dict.fromkeys(name for line in columns for name in line))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(columns)
+        return text.getvalue()
+
+    def _line(self, point: PointReport) -> dict[str, Any]:
+        line: dict[str, Any] = {name: _text(value) for name, value in point.values.items()}
+        if (report := point.report) is not None:
+            line |= {
+                f"best_{self.metric}": report.best[self.metric],
+                "best_step": report.best["step"],
+                **{f"last_{name}": value for name, value in report.metrics.items()},
+                "steps": report.steps,
+                "parameters": report.parameters,
+                "seconds": report.seconds,
+            }
+        return line
+
+    def to_markdown(self) -> str:
+        """The table of `rows`, and the runs that failed."""
+        header, *lines = self._cells()
+        text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+        text += [
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines
+        ]
+        note = f"\n{self.summary}"
+        failures = [f"- `{point.name}`: {point.error}" for point in self.failed]
+        return "\n".join([*text, note, *([""] if failures else []), *failures]) + "\n"
+
+    @property
+    def summary(self) -> str:
+        """One sentence: how many runs, how many failed, what the table shows."""
+        words = f"{len(self.points)} runs"
+        if self.failed:
+            words += f", {len(self.failed)} failed"
+        if len(self.axes.get(SEED, ())) > 1:
+            words += "; mean ± standard deviation over the seeds"
+        return f"{words}."
+
+    def _cells(self) -> list[list[str]]:
+        axes = [name for name in self.axes if name != SEED]
+        last = [name.rsplit(".", 1)[-1] for name in axes]
+        short = last if len(set(last)) == len(last) else axes
+        measured = ["runs", f"best {self.metric}", f"last {self.metric}", "steps", "seconds"]
+        table = [[*short, *measured]]
+        for row in self.rows:
+            cells = [_text(row.values[name]) for name in axes]
+            cells.append(f"{row.runs} of {row.runs + row.failed}" if row.failed else str(row.runs))
+            if row.steps is None or row.seconds is None:
+                cells += ["failed", "", "", ""]
+            else:
+                cells += [str(row.best), str(row.last), f"{row.steps:,.0f}", f"{row.seconds:.0f}"]
+            table.append(cells)
+        return table
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def __rich__(self) -> Table:
+        from rich.markup import escape
+        from rich.table import Table
+
+        header, *lines = self._cells()
+        table = Table(caption=self.summary, caption_justify="left", caption_style="")
+        for name in header:
+            measured = name.startswith(("best ", "last "))
+            table.add_column(escape(name), justify="right", no_wrap=measured)
+        for line in lines:
+            table.add_row(*map(escape, line))
+        return table
+
+
+def _without_seed(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != SEED}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -1,0 +1,246 @@
+"""Losses on memory and state-sizes, in `gramian train` and in transformers' own trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+pytest.importorskip("yaml")
+
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import gramian
+from gramian.ess import ess_penalty, gate_regularizer
+from gramian.mixers import LinearRecurrence, Observer
+from gramian.models import (
+    GramianConfig,
+    GramianForCausalLM,
+    GramianForPairClassification,
+    load,
+)
+from gramian.training import ConfigError, StateSizeCallback, parse_config, train
+from gramian.training.configuration import Regularization, StatePenalty
+from gramian.training.memory import MemoryLosses
+from gramian.training.recording import read_lines
+
+
+def run(folder: Path, **sections: Any) -> dict[str, Any]:
+    return {
+        "output": str(folder),
+        "task": {
+            "name": "mqar",
+            "vocab_size": 32,
+            "length": 16,
+            "pairs": 2,
+            "train_examples": 48,
+            "eval_examples": 20,
+        },
+        "model": {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_heads": 2,
+            "intermediate_size": 16,
+            "mixers": "gated_linear_attention",
+            "linear_recurrence": {"temperature": 1.0},
+        },
+        "optimization": {"steps": 6, "batch_size": 8, "learning_rate": 0.02},
+        "evaluation": {"every": 3},
+        "logging": {"every": 1},
+        "hardware": {"device": "cpu", "threads": 1},
+    } | sections
+
+
+def model(mixers: Any = "gated_linear_attention") -> GramianForCausalLM:
+    torch.manual_seed(0)
+    config = GramianConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_heads=2,
+        mixers=mixers,
+        max_position_embeddings=24,
+    )
+    return GramianForCausalLM(config)
+
+
+def test_losses_and_state_sizes_of_a_run(tmp_path: Path) -> None:
+    sections = {
+        "regularization": {"gates": 1.0, "ess": {"weight": 0.1, "share": 0.5}},
+        "evaluation": {"every": 3, "ess": {"rows": 2, "every": 4}},
+    }
+    report = train(parse_config(run(tmp_path / "with", **sections)))
+    lines = read_lines(tmp_path / "with" / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert len(steps) == 6
+    assert all(line["gate_regularizer"] > 0 and line["ess_penalty"] > 0 for line in steps)
+    assert steps[-1]["gate_regularizer"] < steps[0]["gate_regularizer"]
+    sizes = [line for line in lines if "eval_ess" in line]
+    assert [line["step"] for line in sizes] == [3, 6]
+    assert {"eval_ess_layer_0", "eval_ess_layer_1"} <= sizes[0].keys()
+    assert 0 < sizes[-1]["eval_ess_utilization"] < 1
+    assert report.metrics["ess"] == sizes[-1]["eval_ess"]
+
+    # The figures are those of the model that the run left, on the rows that it was told.
+    from gramian.tasks import build
+
+    settings = run(tmp_path)["task"]
+    rows = build(settings.pop("name"), **settings).dataset("validation", 0)
+    trained, found = load(tmp_path / "with" / "last"), []
+    for row in rows.select(range(2)):
+        measured = gramian.analyze(trained, row["input_ids"], at=[4, 8, 12], max_channels=16)
+        found.append(float(measured.average()))
+    assert sizes[-1]["eval_ess"] == pytest.approx(sum(found) / 2, rel=1e-4)
+
+    train(parse_config(run(tmp_path / "without")))
+    plain = read_lines(tmp_path / "without" / "metrics.jsonl")
+    assert not any("gate_regularizer" in line or "eval_ess" in line for line in plain)
+    assert plain[0]["loss"] < steps[0]["loss"]  # which has the losses on memory in it
+
+
+def test_parts_of_a_batch_add_up_to_its_loss(tmp_path: Path) -> None:
+    first = []
+    for parts in (1, 2):
+        values = run(tmp_path / str(parts), regularization={"gates": 1.0})
+        values["optimization"] |= {"accumulation": parts, "steps": 1}
+        train(parse_config(values))
+        lines = read_lines(tmp_path / str(parts) / "metrics.jsonl")
+        first.append(next(line for line in lines if "loss" in line))
+    whole, parted = first
+    assert parted["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+    assert parted["gate_regularizer"] == pytest.approx(whole["gate_regularizer"], rel=1e-2)
+
+
+def test_losses_are_those_of_the_observed_operators() -> None:
+    net, ids = model(), torch.randint(0, 32, (3, 20))
+    config = Regularization(gates=0.5, ess=StatePenalty(2.0, target=3.0, sequences=3, channels=8))
+    losses = MemoryLosses(net, config)
+    observer = Observer(net, LinearRecurrence)
+    net(ids, use_cache=False)
+    total, values = losses()
+    systems = observer.operators()
+    gates, penalty = gate_regularizer(systems), ess_penalty(systems, 3.0, at=[5, 10, 15])
+    assert values["gate_regularizer"] == pytest.approx(gates.item())
+    assert values["ess_penalty"] == pytest.approx(penalty.item())
+    torch.testing.assert_close(total, 0.5 * gates + 2.0 * penalty)
+
+
+@pytest.mark.parametrize("kind", ["ours", "llama"])
+def test_state_sizes_in_transformers_own_trainer(kind: str, tmp_path: Path) -> None:
+    if kind == "ours":
+        net: Any = model(["gated_linear_attention", "hyena"])
+    else:
+        torch.manual_seed(0)
+        net = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=32,
+            )
+        )
+    torch.manual_seed(1)
+    ids = torch.randint(0, 32, (6, 20))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_train_batch_size=2,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(net, arguments, train_dataset=rows, eval_dataset=rows)  # type: ignore[arg-type]
+    trainer.add_callback(StateSizeCallback(trainer, rows=2, every=5))
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_ess" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4]
+    metrics = trainer.evaluate()
+    expected = sum(
+        float(gramian.analyze(trainer.model, row, at=[5, 10, 15]).average()) for row in ids[:2]
+    )
+    assert metrics["eval_ess"] == pytest.approx(expected / 2, rel=1e-5)
+    assert sum(key.startswith("eval_ess_layer_") for key in metrics) == 2
+    assert json.dumps(metrics)
+
+
+def test_pairs_are_measured_by_their_first_sequence(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GramianConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_heads=2,
+        mixers="gated_linear_attention",
+        max_position_embeddings=16,
+        num_labels=2,
+    )
+    net, first = GramianForPairClassification(config), torch.randint(0, 32, (12,)).tolist()
+    trainer = Trainer(net, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    pair = {"input_ids": first, "input_ids_2": first[::-1]}
+    measured = StateSizeCallback(trainer, [pair], every=4).measure(net)["eval_ess"]
+    expected = gramian.analyze(net.base_model, first, at=[4, 8]).average()
+    assert measured == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_padding_of_rows_is_left_out(tmp_path: Path) -> None:
+    net, row = model(), torch.randint(0, 32, (12,)).tolist()
+    trainer = Trainer(net, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    padded = {"input_ids": [0] * 5 + row, "attention_mask": [0] * 5 + [1] * 12}
+    figures = [
+        StateSizeCallback(trainer, [given], every=3).measure(net)["eval_ess"]
+        for given in (row, padded)
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_what_cannot_be_measured_does_not_end_training(tmp_path: Path) -> None:
+    net = model()
+    trainer = Trainer(net, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    callback = StateSizeCallback(trainer, [[1, 2, 3, 4]], every=1)
+    with torch.no_grad():
+        net.model.layers[0].mixer.in_proj.weight.fill_(float("nan"))
+    metrics: dict[str, float] = {}
+    with pytest.warns(UserWarning, match="no state-sizes at step 0"):
+        callback.on_evaluate(trainer.args, trainer.state, trainer.control, metrics, model=net)
+    assert metrics == {}
+    with pytest.raises(ValueError, match="at least one row"):
+        StateSizeCallback(trainer)
+    with pytest.raises(ValueError, match="every must be at least 1"):
+        StateSizeCallback(trainer, [[1, 2]], every=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"regularization": {"ess": {"weight": 1.0}}}, "target or its share, one of the two"),
+        ({"regularization": {"ess": {"weight": 1, "target": 2, "share": 0.5}}}, "one of the two"),
+        ({"regularization": {"ess": {"weight": 1, "share": 1.5}}}, r"in \(0, 1\]"),
+        ({"regularization": {"ess": {"weight": 1, "target": -2}}}, "above 0"),
+        ({"regularization": {"gates": -1}}, "regularization.gates must be at least 0"),
+        ({"regularization": {"gate": 1}}, "gates"),
+        ({"evaluation": {"ess": {"rows": 1, "every": 0}}}, "evaluation.ess.every"),
+        ({"regularization": {"gates": 1}, "hardware": {"compile": True}}, "hardware.compile"),
+    ],
+)
+def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(run(tmp_path, **changes))
+
+
+def test_a_model_without_gates_is_refused(tmp_path: Path) -> None:
+    values = run(tmp_path / "run", regularization={"gates": 1.0})
+    values["model"] = {"hidden_size": 16, "num_hidden_layers": 1, "mixers": "hyena"}
+    with pytest.raises(ConfigError, match=r"regularization: .* has no LinearRecurrence"):
+        train(parse_config(values))
