@@ -6,7 +6,7 @@
 One process, `torchrun` on many devices and FSDP2 take the same file. A run that was killed goes on
 from its last complete checkpoint to the losses that it would have had.
 
-    report = gramian.training.sweep(gramian.training.load_sweep("recipes/mqar_sweep.yaml"), jobs=2)
+    report = gramian.training.sweep(gramian.training.load_sweep("recipes/sweeps/mqar.yaml"), jobs=2)
 
 runs a grid of configurations, each in a process of its own, and gathers one table and figure.
 
