@@ -66,10 +66,11 @@ KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 COLOURS = {"GLA": "#0072B2", "WLA": "#D55E00", "LA": "#009E73", "SA": "#777777"}
 COLOURS |= {"S6": "#CC79A7", "GLA-S6, c = 1": "#E69F00", "GLA-S6, c = n": "#56B4E9"}
+SIZES = ("ess", "tss")
 VOCABULARY = 64
 WIDTH = 64
 BATCH = 32
-FORGETFUL = {"GLA": 1.0, "WLA": 0.125}  # temperatures at which gates begin at about a half
+FORGETFUL = {"GLA": 0.25, "WLA": 1 / 32}  # temperatures at which gates begin near 0
 RATES = {"SA": 3e-3}  # of learning, where it is another
 RATE = 1e-2
 LONGER = 1.5  # trainings of softmax attention, and with a regulariser
@@ -110,7 +111,7 @@ def settings(part: str, steps: int, seeds: int) -> list[Setting]:
     found: list[Setting] = []
     if part == "state":
         found += [
-            Setting(mixer=mixer, state=n, pairs=8, length=62, steps=0, seed=seed, **options)
+            Setting(mixer=mixer, state=n, pairs=15, length=62, steps=0, seed=seed, **options)
             for seed in range(UNTRAINED)
             for n in (4, 8, 16, 32, 64)
             for mixer, options in KINDS
@@ -295,13 +296,17 @@ def sweep(part: str, chosen: Sequence[Setting], folder: Path) -> list[Run]:
 
 
 def correlations(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """Of accuracy with ESS and TSS per pair, over all and by mixer."""
+    """Of accuracy with ESS and TSS per pair: over all, by mixer, by number of pairs."""
+    groups = {"all": list(runs)}
+    for run in sorted(runs, key=lambda run: list(MIXERS).index(run["label"])):
+        groups.setdefault(run["label"], []).append(run)
+    for run in sorted(runs, key=lambda run: run["pairs"]):
+        groups.setdefault(f"all, {run['pairs']} pairs", []).append(run)
     found = {}
-    for name in ("all", *dict.fromkeys(run["label"] for run in runs)):
-        some = [run for run in runs if name in ("all", run["label"])]
+    for name, some in groups.items():
         accuracy = [run["accuracy"] for run in some]
         row: dict[str, float] = {"runs": len(some)}
-        for size in ("ess", "tss"):
+        for size in SIZES:
             ratio = [run[size] / run["pairs"] for run in some]
             row[f"spearman_{size}"] = float(spearmanr(ratio, accuracy).statistic)
             row[f"pearson_{size}"] = float(pearsonr(ratio, accuracy).statistic)
@@ -344,8 +349,8 @@ def recall_table(runs: Sequence[Run]) -> str:
         for name, row in correlations(runs).items()
     ]
     first = markdown(
-        ["mixer", "trainings", "Spearman, ESS/kv", "TSS/kv", "Pearson, ESS/kv", "TSS/kv"], rows
-    ).replace("nan", "-")
+        ["", "trainings", "Spearman, ESS/kv", "TSS/kv", "Pearson, ESS/kv", "TSS/kv"], rows
+    )
     by = averages(runs, "label", "state", "pairs")
     pairs = sorted({row["pairs"] for row in by})
     cells = {(row["label"], row["state"], row["pairs"]): row for row in by}
@@ -357,28 +362,30 @@ def recall_table(runs: Sequence[Run]) -> str:
     return f"{first}\n\n{markdown(['mixer', 'n', *(f'{p} pairs' for p in pairs)], rows)}"
 
 
-SIZES = ("ess", "tss")
-
-
 def state_table(runs: Sequence[Run]) -> str:
-    trained = [run for run in runs if run["steps"]]
-    after = {(row["label"], row["state"]): row for row in averages(trained, "label", "state")}
-    rows = []
-    for row in sorted(averages(runs, "label", "state"), key=_label_order):
-        found = after.get((row["label"], row["state"]))
-        rows.append(
-            [
-                row["label"],
-                str(row["state"]),
-                f"{row['ess_before']:.2f}",
-                f"{found['ess']:.2f}" if found else "",
-                f"{100 * found['ess'] / found['tss']:.0f} %" if found else "",
-                spread(found["accuracies"]) if found else "",
-            ]
-        )
-    return markdown(
-        ["mixer", "n = TSS", "ESS before training", "after", "of TSS", "accuracy"], rows
+    """ESS before training against n, then what is trained."""
+    before = averages([run for run in runs if not run["steps"]], "label", "state")
+    after = averages([run for run in runs if run["steps"]], "label", "state")
+    sizes = list(dict.fromkeys(row["state"] for row in before))
+    cells = {(row["label"], row["state"]): row["ess"] for row in before}
+    labels = dict.fromkeys(row["label"] for row in before)
+    first = markdown(
+        ["before training", *(f"n = {n}" for n in sizes)],
+        [[label, *(f"{cells[label, n]:.2f}" for n in sizes)] for label in labels],
     )
+    rows = [
+        [
+            row["label"],
+            str(row["state"]),
+            f"{row['ess_before']:.2f}",
+            f"{row['ess']:.2f}",
+            f"{100 * row['ess'] / row['tss']:.0f} %",
+            spread(row["accuracies"]),
+        ]
+        for row in sorted(after, key=_label_order)
+    ]
+    header = ["trained", "n = TSS", "ESS before", "after", "of TSS", "accuracy"]
+    return f"{first}\n\n{markdown(header, rows)}"
 
 
 def regularizer_table(runs: Sequence[Run]) -> str:
@@ -428,22 +435,19 @@ def figures_of(part: str, runs: Sequence[Run]) -> dict[str, "Figure"]:
         left.legend(fontsize=8, frameon=False)
         figures["memory_saturation"] = saturation(runs)
     elif part == "state":
-        before = averages(runs, "label", "state")
-        after = averages([run for run in runs if run["steps"]], "label", "state")
-        for label in dict.fromkeys(row["label"] for row in before):
-            for rows, name, style in ((before, "ess_before", "--"), (after, "ess", "o-")):
+        for axes, trained in ((left, False), (right, True)):
+            rows = averages(
+                [run for run in runs if (run["steps"] > 0) == trained], "label", "state"
+            )
+            for label in dict.fromkeys(row["label"] for row in rows):
                 some = [row for row in rows if row["label"] == label]
-                n, colour = [row["state"] for row in some], COLOURS[label]
-                shown = label if style == "o-" else None
-                left.plot(n, [row[name] for row in some], style, color=colour, ms=4, label=shown)
-                if style == "o-":
-                    y = [row["accuracy"] for row in some]
-                    right.plot(n, y, style, color=colour, ms=4, label=label)
+                n, y = [row["state"] for row in some], [row["ess"] for row in some]
+                axes.plot(n, y, "o-", color=COLOURS[label], ms=4, label=label)
         for axes in (left, right):
             axes.set_xscale("log", base=2)
-        _finish(left, "ESS (dashed: before training)", "state n", "ESS")
-        _finish(right, "Recall", "state n", "accuracy")
-        right.legend(fontsize=8, frameon=False)
+        _finish(left, "Before training, 15 pairs", "state n", "ESS")
+        _finish(right, "After training, 8 pairs", "state n", "ESS")
+        left.legend(fontsize=8, frameon=False)
     else:
         rows = averages(runs, "label", "penalty")
         places = sorted({row["penalty"] for row in rows})
@@ -490,6 +494,7 @@ def collapse(runs: Sequence[Run]) -> "Figure":
             name = f"λ = {run['penalty']:g}: accuracy {run['accuracy']:.2f}"
             _curve(axes, run["curve"], colour, name)
         axes.axhline(bare["state"], color="black", linewidth=1, linestyle=":", label="TSS")
+        axes.set_ylim(0, 1.5 * bare["state"])
         _finish(axes, label, "position", "state-size")
         axes.legend(fontsize=8, frameon=False)
     return figure
@@ -518,12 +523,12 @@ TABLES = {"recall": recall_table, "state": state_table, "regularizer": regulariz
 def document(path: Path, part: str, table: str) -> None:
     """Put a table between the marks ``<!-- part -->`` and ``<!-- /part -->`` of a Markdown page."""
     text = path.read_text(encoding="utf-8")
-    opening, closing = f"<!-- {part} -->\n", f"\n<!-- /{part} -->"
+    opening, closing = f"<!-- {part} -->\n", f"<!-- /{part} -->"
     before, found, rest = text.partition(opening)
     _, ended, after = rest.partition(closing)
     if not found or not ended:
         raise SystemExit(f"{path} has no place for a table between {opening!r} and {closing!r}.")
-    path.write_text(before + opening + table + closing + after, encoding="utf-8")
+    path.write_text(before + opening + table + "\n" + closing + after, encoding="utf-8")
 
 
 def main() -> None:

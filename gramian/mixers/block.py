@@ -159,14 +159,11 @@ class Block(Mixer):
         """The norm of (…, width) with running statistics, where it has any."""
         if not isinstance(self.norm, nn.BatchNorm1d):
             return self.norm(x)
-        norm = self.norm
+        norm, flat = self.norm, x.reshape(-1, self.width)
+        if not norm.training:  # by its own forward, where offloaded weights are fetched
+            return norm(flat).reshape(x.shape)
         flat = nn.functional.batch_norm(
-            x.reshape(-1, self.width),
-            norm.running_mean,
-            norm.running_var,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
+            flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
         )
         return flat.reshape(x.shape)
 

@@ -13,7 +13,8 @@ length written.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -207,6 +208,19 @@ def _mix_on(mixer: Mixer, x: Tensor, mask: Tensor | None, memory: GramianCacheLa
     return mixed
 
 
+@contextmanager
+def _whole(module: nn.Module) -> Iterator[None]:
+    """Gathers the parameters of a module that FSDP2 has sharded, outside of its forward."""
+    sharded: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
+    for part in sharded:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in sharded:
+            part.reshard()
+
+
 class GramianPreTrainedModel(PreTrainedModel):
     """Initialisation, saving, loading and the size of the generation state."""
 
@@ -240,6 +254,7 @@ class GramianPreTrainedModel(PreTrainedModel):
         filter's its last inputs, bounded by `max_position_embeddings` from the first token on.
         Attention's keys and values grow up to its window, their room doubling each time. The
         snapshot of the filters is not counted: it belongs to the model and is shared by the batch.
+        Where FSDP2 has sharded the model, all its processes call this together.
 
         Raises:
             ValueError: if `batch` or `context` is below 1, or the model is bidirectional, which
@@ -249,11 +264,12 @@ class GramianPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"state_bytes takes a batch and a context of at least 1; got {batch} and {context}."
             )
-        with torch.no_grad():
-            return sum(
-                block.mixer.recurrence().state_bytes(batch, dtype=self.dtype, context=context)
-                for block in self.base_model.layers
-            )
+        total = 0
+        for block in self.base_model.layers:
+            with torch.no_grad(), _whole(block):
+                recurrence = block.mixer.recurrence()
+                total += recurrence.state_bytes(batch, dtype=self.dtype, context=context)
+        return total
 
     def compile_decoding(self, enabled: bool = True, **options: Any) -> None:
         """Make steps of one token fast: what `generate` does after the prompt.

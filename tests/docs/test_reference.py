@@ -27,6 +27,7 @@ PACKAGES = (
     "gramian.demo",
     "gramian.distillation",
     "gramian.ess",
+    "gramian.evaluation",
     "gramian.export",
     "gramian.filters",
     "gramian.mixers",

@@ -76,6 +76,7 @@ def compare(rank: int, world: int, case: dict[str, Any], half: bool) -> None:
             sharded.generate(prompt, **fixed, **settings),
             whole.generate(prompt, **fixed, **settings),
         ), settings
+    assert sharded.state_bytes(2, 17) == whole.state_bytes(2, 17)
 
 
 def main(rank: int, world: int, rendezvous: str, cases: list[dict[str, Any]]) -> None:

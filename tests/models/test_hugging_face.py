@@ -152,6 +152,36 @@ def test_wherever_its_weights_are_it_writes_the_same(
         assert torch.equal(placed(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.parametrize("way", ["cpu", "disk"])
+def test_a_classifier_with_batch_norm_is_offloaded(
+    make_tokens: MakeTokens, tmp_path: Path, way: str
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(6)
+    config = GramianConfig(
+        vocab_size=50,
+        hidden_size=8,
+        num_hidden_layers=2,
+        max_position_embeddings=32,
+        mixers="long_convolution",
+        filter={"type": "rtf", "state_size": 4},
+        block="glu",
+        norm="batch",
+        num_labels=3,
+    )
+    model = GramianForSequenceClassification(config)
+    tokens = make_tokens(4, 12)
+    model.train()(tokens, labels=torch.tensor([0, 1, 2, 0]))  # statistics of their own
+    with torch.no_grad():
+        expected = model.eval()(tokens).logits
+        if way == "cpu":
+            accelerate.cpu_offload(model, "cpu")
+        else:
+            accelerate.disk_offload(model, str(tmp_path), "cpu")
+        assert any(parameter.is_meta for parameter in model.parameters())
+        assert torch.equal(model(tokens).logits, expected)
+
+
 def test_filters_are_declared_to_stay_in_single_precision(
     make_config: MakeConfig, tmp_path: Path, filter_config: dict[str, Any]
 ) -> None:
