@@ -549,7 +549,8 @@ def main() -> None:
         runs = sweep(part, settings(part, arguments.steps, arguments.seeds), arguments.runs)
         table = TABLES[part](runs)
         print(table)
-        results = {"seconds": sum(run["seconds"] for run in runs), "runs": runs}
+        kept = [{k: v for k, v in run.items() if not k.startswith("curve")} for run in runs]
+        results = {"seconds": sum(run["seconds"] for run in runs), "runs": kept}
         if part == "recall":
             results["correlations"] = correlations(runs)
         write(arguments.output / f"ess_effects_{part}.json", results)

@@ -84,7 +84,7 @@ def compare(report: StateReport, delimiter: str) -> dict[str, Any]:
 TWINS = {"softmax attention": "softmax_attention", "GLA": "gated_linear_attention"}
 DELIMITER = 0
 WINDOW = 256
-WINDOWS = 12
+WINDOWS = 24
 
 
 def paragraphs() -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from gramian.ops._threads import work
 
 __all__ = ["measure_blocks", "measure_hankel_blocks", "singular_values"]
 
-_TOLERANCE = 3e-7
+_TOLERANCE = 6e-7
 """Relative error of an entropy above which a Gram matrix is not trusted."""
 
 _BATCH = 64
