@@ -517,6 +517,7 @@ def _finish(axes: Any, title: str, x: str, y: str) -> None:
     axes.grid(True, alpha=0.25, linewidth=0.5)
 
 
+SEEDS = {"recall": 2, "state": 2, "regularizer": 3}
 TABLES = {"recall": recall_table, "state": state_table, "regularizer": regularizer_table}
 
 
@@ -537,7 +538,7 @@ def main() -> None:
     )
     parser.add_argument("--part", choices=TABLES, help="By default all, one after the other.")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, help=f"Of trainings; by default {SEEDS}.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/ess_effects"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
@@ -546,7 +547,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for part in [arguments.part] if arguments.part else TABLES:
-        runs = sweep(part, settings(part, arguments.steps, arguments.seeds), arguments.runs)
+        seeds = SEEDS[part] if arguments.seeds is None else arguments.seeds
+        runs = sweep(part, settings(part, arguments.steps, seeds), arguments.runs)
         table = TABLES[part](runs)
         print(table)
         kept = [{k: v for k, v in run.items() if not k.startswith("curve")} for run in runs]

@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--figure", type=Path, help="Where to draw the map of the documents.")
     parser.add_argument("--part", choices=("smollm2", "twins"), help="Both by default.")
-    parser.add_argument("--steps", type=int, default=400, help="Of the twins' training.")
+    parser.add_argument("--steps", type=int, default=800, help="Of the twins' training.")
     parser.add_argument("--seeds", type=int, default=2, help="Of the twins.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
