@@ -474,7 +474,10 @@ def analyze(
             try:
                 model, tokenizer = analysis.open_model(name)
                 if tokenizer is None:
-                    raise UserError(f"{name} has no tokenizer, so it cannot read a text.")
+                    raise UserError(
+                        f"{name} has no tokenizer, so it cannot read a text; a model of token ids "
+                        "is read in Python: gramian.analyze(model, ids)."
+                    )
                 ids = tokenizer(words, verbose=False).input_ids[:horizon]
                 report = analysis.analyze(
                     model,

@@ -121,6 +121,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
     steps = _steps(config, data)
     arguments = _arguments(config, steps, progress)
+    losses = _losses(model, config)
 
     with arguments.main_process_first(local=False):
         report = _prepare(folder, config, arguments)
@@ -134,7 +135,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         description,
         folder,
         tokenizer=ByteTokenizer() if description.text else None,
-        losses=_losses(model, config),
+        losses=losses,
         model=model,
         args=arguments,
         train_dataset=Rows(data) if hasattr(data, "__len__") else data,

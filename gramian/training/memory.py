@@ -32,11 +32,15 @@ class MemoryLosses:
         self.mixing: Observer | None = None
         try:
             if config.gates > 0:
+                key, needed = "gates", "linear recurrences, such as gated_linear_attention"
                 self.gated = Observer(model, LinearRecurrence)
             if config.ess.weight > 0:
+                key, needed = "ess", "mixers"
                 self.mixing = Observer(model)
         except ValueError as error:
-            raise ConfigError(f"regularization: {error}") from error
+            raise ConfigError(
+                f"regularization.{key} needs {needed}; this model has none."
+            ) from error
 
     def __call__(self) -> tuple[Tensor, dict[str, float]]:
         """The weighted sum, and the losses before they are weighted, by the names they are logged
