@@ -60,8 +60,8 @@ class InitializedGates:
         end = "below" if self.reached < self.target else "above"
         return (
             f"{words}: the target cannot be reached with these gates, every shift up to "
-            f"{_REACH:g} leaves it {end}; kept {self.shift:+.3f} (keys and values of larger initial "
-            "weights hold more)"
+            f"{_REACH:g} leaves it {end}; kept {self.shift:+.3f} (keys and values of larger "
+            "initial weights hold more)"
         )
 
 
