@@ -208,7 +208,7 @@ class Reading:
 
         def run(task: tuple[int, int]) -> None:
             g, c = task
-            values = dense.singular_values(matrices[g].double(), self.inside[c])
+            values = dense.singular_values(matrices[g], self.inside[c])
             spectra[g, c, : len(values)] = values
 
         tasks = [(g, c) for g in range(len(rows)) for c in range(len(self.inside))]

@@ -19,16 +19,19 @@ from gramian.ops._threads import work
 
 __all__ = ["measure_blocks", "measure_hankel_blocks", "singular_values"]
 
-_TOLERANCE = 6e-7
+_TOLERANCE = 9e-7
 """Relative error of an entropy above which a Gram matrix is not trusted."""
 
 _BATCH = 64
 """Spectra that are measured together."""
 
+_COLUMNS = 128
+"""Columns of a Gram matrix that are computed together, down to its diagonal."""
+
 
 def singular_values(T: Tensor, at: int) -> Tensor:
-    """Of ``T[at:, :at]``, (*C, min(at, L - at)), descending. Differentiable."""
-    return torch.linalg.svdvals(T[..., at:, :at])
+    """Of ``T[at:, :at]``, (*C, min(at, L - at)), float64, descending. Differentiable."""
+    return torch.linalg.svdvals(T[..., at:, :at].double())
 
 
 def measure_blocks(T: Tensor, positions: list[int], measure: Measure, floor: Tensor) -> Tensor:
@@ -52,15 +55,14 @@ def measure_blocks(T: Tensor, positions: list[int], measure: Measure, floor: Ten
 
     def run(task: tuple[int, list[int]]) -> None:
         g, half = task
-        matrix = T[g].double()
         grams = _towards_the_start if half is early else _towards_the_end
         batch: list[int] = []
         spectra: list[Tensor] = []
-        for i, gram in grams(matrix, half):
+        for i, gram in grams(T[g], half):
             batch.append(i)
-            spectra.append(torch.linalg.eigvalsh(gram))
+            spectra.append(torch.linalg.eigvalsh(gram, UPLO="U"))
             if len(batch) == _BATCH or i == half[-1]:
-                result = _measured(matrix, batch, spectra, measure, floor[g])
+                result = _measured(T[g], batch, spectra, measure, floor[g])
                 sizes[g, [column[j] for j in batch]] = result
                 batch, spectra = [], []
 
@@ -69,7 +71,7 @@ def measure_blocks(T: Tensor, positions: list[int], measure: Measure, floor: Ten
 
 
 def _measured(
-    matrix: Tensor, positions: list[int], spectra: list[Tensor], measure: Measure, floor: Tensor
+    T: Tensor, positions: list[int], spectra: list[Tensor], measure: Measure, floor: Tensor
 ) -> Tensor:
     """(len(positions)): the measure of spectra of Gram matrices, or of blocks where need be."""
     eigenvalues = torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True)
@@ -77,34 +79,37 @@ def _measured(
     counts = torch.tensor([len(spectrum) for spectrum in spectra], device=floor.device)
     unsafe = measure.unsafe_from_gram(eigenvalues, counts, _TOLERANCE)
     for k in unsafe.nonzero().flatten().tolist():
-        sizes[k] = measure(singular_values(matrix, positions[k]), floor)
+        sizes[k] = measure(singular_values(T, positions[k]), floor)
     return sizes
 
 
 def _towards_the_start(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """``H_iᵀ H_i`` for descending positions."""
-    below = positions[0]
-    gram = T[below:, :below].mT @ T[below:, :below]
+    """Upper triangles of ``H_iᵀ H_i`` for descending positions."""
+    below = len(T)
+    gram = T.new_zeros(positions[0], positions[0], dtype=torch.float64)
     for i in positions:
         gram = gram[:i, :i]
-        if i < below:
-            rows = T[i:below, :i]
-            gram.addmm_(rows.mT, rows)
-            below = i
+        _add_outer_products(gram, T[i:below, :i].double())
+        below = i
         yield i, gram
 
 
 def _towards_the_end(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """``H_i H_iᵀ`` for ascending positions."""
-    before = positions[0]
-    gram = T[before:, :before] @ T[before:, :before].mT
+    """Upper triangles of ``H_i H_iᵀ`` for ascending positions."""
+    before, first = 0, positions[0]
+    gram = T.new_zeros(len(T) - first, len(T) - first, dtype=torch.float64)
     for i in positions:
-        gram = gram[i - before :, i - before :]
-        if i > before:
-            columns = T[i:, before:i]
-            gram.addmm_(columns, columns.mT)
-            before = i
+        gram = gram[i - first :, i - first :]
+        _add_outer_products(gram, T[i:, before:i].double().mT)
+        before = first = i
         yield i, gram
+
+
+def _add_outer_products(gram: Tensor, rows: Tensor) -> None:
+    """Add ``rowsᵀ rows`` to the upper triangle of ``gram``, in place."""
+    for start in range(0, len(gram), _COLUMNS):
+        stop = start + _COLUMNS
+        gram[:stop, start:stop].addmm_(rows[:, :stop].mT, rows[:, start:stop])
 
 
 def measure_hankel_blocks(

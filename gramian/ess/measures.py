@@ -20,6 +20,9 @@ _ROUNDING = torch.finfo(torch.float64).eps / 4
 _NEGATIVE = 4
 """Error of a small eigenvalue relative to how far below zero the smallest one lies."""
 
+_POSITIVE = 6
+"""So many eigenvalues do not all come out positive where their errors are as large as they are."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
@@ -64,12 +67,13 @@ class Measure:
         A Gram matrix squares the condition number. Where a spectrum falls off gradually its small
         eigenvalues are found to well below eps λ_1 all the same; where it ends they are rounding
         errors, half of them negative. So how far the smallest lies below zero tells the error δλ of
-        the small ones, and a singular value is known to ``δλ / 2σ``, at worst to √δλ. To first
-        order the entropy is off by ``Σ_k (|log p_k| + log ESS) δσ_k / Σσ``; errors of singular
-        values above the noise have random signs, those within it are all towards larger ones.
+        the small ones; if none does, the sixth smallest bounds it. A singular value is then known
+        to ``δλ / 2σ``, at worst to √δλ. To first order the entropy is off by
+        ``Σ_k (|log p_k| + log ESS) δσ_k / Σσ``; errors of singular values above the noise have
+        random signs, those within it are all towards larger ones.
 
         Args:
-            eigenvalues: (*S, k), float64, followed by zeros to a common k.
+            eigenvalues: (*S, k), float64, ascending, followed by zeros to a common k.
             sizes: (*S), how many each matrix has.
             tolerance: Relative error that is let pass.
 
@@ -80,7 +84,12 @@ class Measure:
         known = torch.arange(values.shape[-1], device=values.device) < sizes.unsqueeze(-1)
         below = -eigenvalues.amin(-1, keepdim=True).clamp_max(0)
         largest = eigenvalues.amax(-1, keepdim=True)
-        noise = torch.maximum(_ROUNDING * largest, _NEGATIVE * below)
+        noise = _ROUNDING * largest
+        if eigenvalues.shape[-1] >= _POSITIVE:
+            bounded = (sizes.unsqueeze(-1) >= _POSITIVE) & (eigenvalues[..., :1] > 0)
+            bound = torch.minimum(noise, eigenvalues[..., _POSITIVE - 1, None])
+            noise = torch.where(bounded, bound, noise)
+        noise = torch.maximum(noise, _NEGATIVE * below)
         worst = noise.sqrt()
         error = torch.where(values > worst, noise / (2 * values), worst)
         if self.counts:
@@ -89,8 +98,8 @@ class Measure:
         p = torch.where(total > 0, values / total, 0)
         entropy = torch.special.entr(p).sum(-1, keepdim=True)
         weight = (-p.clamp_min(1e-300).log() + entropy).clamp_max(80) * error / total
-        random = torch.where(known & (values > 4 * worst), weight, 0).square().sum(-1).sqrt()
-        biased = torch.where(known & (values <= 4 * worst), weight, 0).sum(-1)
+        random = torch.where(known & (values > 2 * worst), weight, 0).square().sum(-1).sqrt()
+        biased = torch.where(known & (values <= 2 * worst), weight, 0).sum(-1)
         return ~(random + biased <= tolerance) & (total.squeeze(-1) > 0)
 
     def _threshold(self, values: Tensor) -> Tensor:
