@@ -9,7 +9,8 @@
 - Digits: scikit-learn's 8 × 8 digits as sequences of 64 grey values, 1,437 to train and 360 to
   test. Two residual blocks, mean pooling; the figure is accuracy on the test set.
 
-RTF with each `stability`, S4D and S4, all with the same state size, width, steps, batches and
+RTF with each `stability` (with `schur` from zeros, an FIR filter, and from drawn reflection
+coefficients, which have poles at the start), S4D and S4, all with the same state size, width, steps, batches and
 learning rates (AdamW, cosine, what the filters ask for through `parameter_groups`). Each training
 is short: this shows which parametrisations train out of the box, not what each could reach. All
 results are written, whatever they are.
@@ -42,6 +43,7 @@ LAYERS = {
     "RTF, none": {"type": "rtf", "stability": "none", "initialization": "zeros"},
     "RTF, montel": {"type": "rtf", "stability": "montel", "initialization": "montel"},
     "RTF, schur": {"type": "rtf", "stability": "schur", "initialization": "zeros"},
+    "RTF, schur, drawn": {"type": "rtf", "stability": "schur", "initialization": "schur"},
     "S4D": {"type": "s4d"},
     "S4": {"type": "s4"},
 }
