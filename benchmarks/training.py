@@ -10,10 +10,10 @@
   test. Two residual blocks, mean pooling; the figure is accuracy on the test set.
 
 RTF with each `stability` (with `schur` from zeros, an FIR filter, and from drawn reflection
-coefficients, which have poles at the start), S4D and S4, all with the same state size, width, steps, batches and
-learning rates (AdamW, cosine, what the filters ask for through `parameter_groups`). Each training
-is short: this shows which parametrisations train out of the box, not what each could reach. All
-results are written, whatever they are.
+coefficients, which have poles at the start), S4D and S4, all with the same state size, width,
+steps, batches and learning rates (AdamW, cosine, what the filters ask for through
+`parameter_groups`). Each training is short: this shows which parametrisations train out of the box,
+not what each could reach. All results are written, whatever they are.
 
     python benchmarks/training.py [--seeds 3] [--output PATH] [--table PATH]
 """
