@@ -115,6 +115,8 @@ def shrink(values: dict[str, Any], output: Path) -> dict[str, Any]:
     model.update(
         {name: min(value, model.get(name, value)) for name, value in small.items() if name in model}
     )
+    if isinstance(model.get("mixers"), list):
+        model["num_hidden_layers"] = len(model["mixers"])
     if "num_heads" in model:
         model["num_heads"] = min(2, model["num_heads"])
     model.pop("max_position_embeddings", None)  # the task's length
