@@ -110,6 +110,8 @@ def read_text(text: Path) -> str:
         return text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{text} is not UTF-8 text: {one_line(error)}") from error
+    except OSError as error:
+        raise UserError(f"The text {text} cannot be read: {error.strerror}.") from error
 
 
 def check_new(out: Path) -> None:
