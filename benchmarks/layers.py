@@ -19,21 +19,20 @@ at one length, go beside the results.
 import argparse
 import importlib.util
 import json
-import logging
 import os
 import resource
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._published import First, module_from, published_s4
 from benchmarks._report import write
 
 CHANNELS = 64
@@ -42,37 +41,6 @@ STATES = (16, 64, 256, 1024)
 LENGTH, STATE = 4096, 64  # what stays while the other varies
 OURS = {"RTF": "rtf", "S4D": "s4d", "S4": "s4"}
 COLOURS = {"RTF": "tab:blue", "S4D": "tab:green", "S4": "tab:red", "S5": "tab:purple"}
-
-
-def module_from(folder: Path, name: str) -> Any:
-    path = folder / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"published_{name}", path)
-    if spec is None or spec.loader is None or not path.exists():
-        raise SystemExit(f"there is no {name}.py in {folder}.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def published_s4(folder: Path) -> Any:
-    """The published s4.py; of pytorch_lightning it wants one decorator, which does nothing here."""
-    stand_in = types.ModuleType("pytorch_lightning.utilities")
-    stand_in.rank_zero_only = lambda function: function  # type: ignore[attr-defined]
-    sys.modules.setdefault("pytorch_lightning", types.ModuleType("pytorch_lightning"))
-    sys.modules.setdefault("pytorch_lightning.utilities", stand_in)
-    logging.disable(logging.ERROR)  # it warns that its extensions are missing: so they are
-    return module_from(folder, "s4")
-
-
-class First(nn.Module):
-    """A layer that returns its output and more: the output."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, u: Tensor) -> Tensor:
-        return self.layer(u)[0]
 
 
 def layer_of(side: str, length: int, state: int, arguments: argparse.Namespace) -> nn.Module:
