@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gramian.filters import Filter
 from gramian.mixers._mixer import Mixer, apply_mask, check_probability
-from gramian.ops import anticausal_convolution, causal_convolution
+from gramian.ops import bidirectional_convolution, causal_convolution
 from gramian.systems import Recurrence, State, System
 
 __all__ = ["LongConvolution", "LongConvolutionState"]
@@ -76,16 +76,12 @@ class LongConvolution(Mixer):
         return (self.filter(length),)
 
     def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        length = x.shape[1]
-        kernel = self._kernel(self.filter(length), x)
+        kernel = self._kernel(self.filter(x.shape[1]), x)
         x = apply_mask(x, mask)
         if not self.bidirectional:  # a slice of everything is not free: its gradient is copied
             return causal_convolution(x, kernel, dim=-2)
-        y = causal_convolution(x, kernel[: self.width], dim=-2)
-        if length > 1:
-            ahead = nn.functional.pad(kernel[self.width :, : length - 1], (1, 0))
-            y = y + anticausal_convolution(x, ahead, dim=-2)
-        return y
+        past, future = kernel.unflatten(0, (2, self.width)).unbind(0)
+        return bidirectional_convolution(x, past, future, dim=-2)
 
     def _operator(self, x: Tensor, channels: slice) -> System:
         return self._systems(x.shape[1])[0][channels]

@@ -1,6 +1,6 @@
 """Numerics with no notion of a model."""
 
-from gramian.ops.convolution import anticausal_convolution, causal_convolution
+from gramian.ops.convolution import bidirectional_convolution, causal_convolution
 from gramian.ops.polynomial import (
     evaluate_on_roots_of_unity,
     rational_impulse_response,
@@ -8,7 +8,7 @@ from gramian.ops.polynomial import (
 )
 
 __all__ = [
-    "anticausal_convolution",
+    "bidirectional_convolution",
     "causal_convolution",
     "evaluate_on_roots_of_unity",
     "rational_impulse_response",

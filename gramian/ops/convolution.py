@@ -1,7 +1,7 @@
-"""Causal convolution by FFT, `y_t = gate_t (Σ_{j≤t} h_j u_{t−j} + s u_t)`: the library's hot path.
+"""Convolution by FFT, `y_t = gate_t (Σ_{j≤t} h_j u_{t−j} + s u_t)`: the library's hot path.
 
-With `T_h` the lower-triangular Toeplitz operator of a kernel, two operators are closed under
-differentiation of any order:
+With `T_h` the Toeplitz operator of a kernel, two operators are closed under differentiation of any
+order:
 
     forward    (u, h) -> T_h u
     backward   (g, u, h) -> (T_hᵀ g,  k_j = Σ_{batch, t} g_t u_{t−j})
@@ -11,6 +11,9 @@ either memory layout is copied into a contiguous scratch padded with zeros, tran
 in place, transformed back and written straight to its place in the output. The backward operator
 transforms the gradient, the input and the kernel once each and sums the kernel's gradient over the
 batch as a spectrum, so that it costs one inverse transform per kernel row.
+
+`T_h` is lower triangular unless the last `ahead` taps of the kernel are of the future: lags stand
+in circular order, 0, 1, …, −ahead, …, −1, and both directions take the transforms of one.
 """
 
 import math
@@ -68,7 +71,9 @@ def causal_convolution(
         TypeError: an argument is complex or not floating point.
         ValueError: an empty length or kernel, or shapes that do not broadcast.
     """
-    signal, kernel = _prepare(u, kernel, skip, gate, dim)
+    operands = {"u": u, "kernel": kernel, "skip": skip, "gate": gate}
+    _check("causal_convolution", operands, dim)
+    signal, (kernel,) = _prepare("causal_convolution", u, {"kernel": kernel}, skip, dim)
     if skip is not None and _fits(skip.shape, kernel.shape[:-1]):
         tap = skip.to(kernel.dtype).expand(kernel.shape[:-1]).unsqueeze(-1)
         kernel = torch.cat((kernel[..., :1] + tap, kernel[..., 1:]), dim=-1)
@@ -76,7 +81,7 @@ def causal_convolution(
     fused_gate = None
     if gate is not None and skip is None:
         fused_gate = gate.movedim(dim, -1).expand_as(signal)
-    y, _ = _forward(signal, kernel, fused_gate, save_spectra)
+    y, _ = _forward(signal, kernel, fused_gate, 0, save_spectra)
     if skip is not None:
         y = y + skip.unsqueeze(-1) * signal
         if gate is not None:
@@ -85,67 +90,77 @@ def causal_convolution(
     return y.movedim(-1, dim)
 
 
-def anticausal_convolution(u: Tensor, kernel: Tensor, *, dim: int = -1) -> Tensor:
-    """The transpose of causal convolution with `kernel` along `dim`: `y_t = Σ_j kernel_j u_{t+j}`.
+def bidirectional_convolution(u: Tensor, kernel: Tensor, ahead: Tensor, *, dim: int = -1) -> Tensor:
+    """Convolution with the past and with the future of `u` along `dim`, in O(L log L).
 
-    The input is neither reversed nor copied: this is the operator that carries a causal
-    convolution's gradient back in time.
+    `y_t = Σ_{j≥0} kernel_j u_{t−j} + Σ_{j≥0} ahead_j u_{t+1+j}`, differentiable to any order: what
+    is seen ahead begins with the next sample, so that the present enters once. It takes as many
+    transforms as the causal convolution of the same input.
 
     Args:
         u: (*S with the length L at `dim`), real.
-        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right.
+        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right. Of a kernel
+            longer than the input the first L taps are taken.
+        ahead: (*A, J), real, taps last; A broadcasts against S and C.
         dim: the axis of `u` that is time.
 
     Returns, precision and errors: as for `causal_convolution`.
     """
-    signal, kernel = _prepare(u, kernel, None, None, dim)
-    # The transpose needs the input of the causal convolution for its shape only.
-    like, spectra = signal.detach(), _empty_spectra(signal, kernel, False)
-    y, _, _ = _backward(signal, like, kernel, None, spectra, [True, False, False])
+    _check("bidirectional_convolution", {"u": u, "kernel": kernel, "ahead": ahead}, dim)
+    kernels = {"kernel": kernel, "ahead": ahead}
+    signal, (past, future) = _prepare("bidirectional_convolution", u, kernels, None, dim)
+    future = future[..., : signal.shape[-1] - 1].flip(-1)
+    channels = torch.broadcast_shapes(past.shape[:-1], future.shape[:-1])
+    circular = torch.cat((past.expand(*channels, -1), future.expand(*channels, -1)), dim=-1)
+    y, _ = _forward(signal, circular, None, future.shape[-1], False)
     return y.movedim(-1, dim)
 
 
 def _prepare(
-    u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, dim: int
-) -> tuple[Tensor, Tensor]:
-    """The checked input with time last, (*S, L), and the kernel cut to L taps in the precision to
-    compute in, (*S or 1, K)."""
-    _check(u, kernel, skip, gate, dim)
+    name: str, u: Tensor, kernels: dict[str, Tensor], skip: Tensor | None, dim: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The input with time last, (*S, L), and the kernels cut to L taps in the precision to compute
+    in, (*S or 1, K)."""
     compute_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     signal = u.movedim(dim, -1)
-    channels = _channels(signal, kernel, skip)
+    channels = _channels(name, signal, kernels, skip)
     if channels != signal.shape[:-1]:
         signal = signal.expand(*channels, -1)
-    kernel = kernel[..., : signal.shape[-1]].to(compute_dtype)
-    return signal, kernel.reshape(*(1,) * (signal.ndim - kernel.ndim), *kernel.shape)
+    cut_kernels = []
+    for kernel in kernels.values():
+        kernel = kernel[..., : signal.shape[-1]].to(compute_dtype)
+        cut_kernels.append(kernel.reshape(*(1,) * (signal.ndim - kernel.ndim), *kernel.shape))
+    return signal, cut_kernels
 
 
-def _check(u: Tensor, kernel: Tensor, skip: Tensor | None, gate: Tensor | None, dim: int) -> None:
-    for name, tensor in (("u", u), ("kernel", kernel), ("skip", skip), ("gate", gate)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(
-                f"causal_convolution: {name} must be real floating point, not {tensor.dtype}."
-            )
-    if u.ndim == 0 or kernel.ndim == 0:
-        raise ValueError("causal_convolution: u and kernel need at least one dimension, time.")
+def _check(name: str, operands: dict[str, Tensor | None], dim: int) -> None:
+    """Raises unless the operands are real, have time, and the gate has the shape of u."""
+    given = {key: tensor for key, tensor in operands.items() if tensor is not None}
+    for key, tensor in given.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: {key} must be real floating point, not {tensor.dtype}.")
+        if key in ("u", "kernel", "ahead") and tensor.ndim == 0:
+            raise ValueError(f"{name}: {key} needs at least one dimension, time.")
+    u = given["u"]
     if not -u.ndim <= dim < u.ndim:
-        raise ValueError(
-            f"causal_convolution: dim={dim} is not an axis of u, which has {u.ndim} dimensions."
-        )
+        raise ValueError(f"{name}: dim={dim} is not an axis of u, which has {u.ndim} dimensions.")
     if u.shape[dim] == 0:
-        raise ValueError(f"causal_convolution: u {tuple(u.shape)} is empty along dim={dim}.")
-    if kernel.shape[-1] == 0:
-        raise ValueError(f"causal_convolution: kernel {tuple(kernel.shape)} has no taps.")
-    if gate is not None and gate.shape != u.shape:
+        raise ValueError(f"{name}: u {tuple(u.shape)} is empty along dim={dim}.")
+    for key in ("kernel", "ahead"):
+        if key in given and given[key].shape[-1] == 0:
+            raise ValueError(f"{name}: {key} {tuple(given[key].shape)} has no taps.")
+    if "gate" in given and given["gate"].shape != u.shape:
         raise ValueError(
-            f"causal_convolution: gate {tuple(gate.shape)} must have the shape of u, "
-            f"{tuple(u.shape)}."
+            f"{name}: gate {tuple(given['gate'].shape)} must have the shape of u, {tuple(u.shape)}."
         )
 
 
-def _channels(signal: Tensor, kernel: Tensor, skip: Tensor | None) -> torch.Size:
+def _channels(
+    name: str, signal: Tensor, kernels: dict[str, Tensor], skip: Tensor | None
+) -> torch.Size:
     """What the channels of all arguments broadcast to."""
-    operands = {"u": signal[..., 0], "kernel": kernel[..., 0]}
+    operands = {"u": signal[..., 0]}
+    operands |= {key: kernel[..., 0] for key, kernel in kernels.items()}
     if skip is not None:
         operands["skip"] = skip
     try:
@@ -153,7 +168,7 @@ def _channels(signal: Tensor, kernel: Tensor, skip: Tensor | None) -> torch.Size
     except RuntimeError as error:
         given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in operands.items())
         raise ValueError(
-            f"causal_convolution: the dimensions other than time do not broadcast: {given}."
+            f"{name}: the dimensions other than time do not broadcast: {given}."
         ) from error
 
 
@@ -208,23 +223,46 @@ class _PaddedTransform:
         return result if pitched is None else pitched.copy_(result)
 
 
+def _points(u: Tensor, kernel: Tensor, ahead: int) -> int:
+    """Length of the transforms."""
+    return fft_length(u.shape[-1], max(kernel.shape[-1] - ahead, ahead + 1))
+
+
+def _transfer(kernel: Tensor, points: int, ahead: int) -> Tensor:
+    """Spectrum of kernels (*C, K), the last `ahead` taps of which come before lag 0: (*C, F)."""
+    if ahead:
+        behind = kernel.shape[-1] - ahead
+        gap = kernel.new_zeros(*kernel.shape[:-1], points - kernel.shape[-1])
+        kernel = torch.cat((kernel[..., :behind], gap, kernel[..., behind:]), dim=-1)
+    return torch.fft.rfft(kernel, n=points)
+
+
+def _taps(spectrum: Tensor, points: int, taps: int, ahead: int) -> Tensor:
+    """The transpose of `_transfer`: (*C, F) to (*C, taps)."""
+    circular = torch.fft.irfft(spectrum, n=points)
+    if not ahead:
+        return circular[..., :taps]
+    return torch.cat((circular[..., : taps - ahead], circular[..., points - ahead :]), dim=-1)
+
+
 @operator("causal_convolution")
 def _forward(
-    u: Tensor, kernel: Tensor, gate: Tensor | None, save_spectra: bool
+    u: Tensor, kernel: Tensor, gate: Tensor | None, ahead: int, save_spectra: bool
 ) -> tuple[Tensor, Tensor]:
     """gate (T_h u) for u and gate (*S, L) and kernel (*S or 1, K), in the kernel's dtype.
 
-    The second result is u's spectrum (*S, F), empty unless `save_spectra`.
+    The last `ahead` taps are of lags −ahead to −1. The second result is u's spectrum (*S, F), empty
+    unless `save_spectra`.
     """
-    points = fft_length(u.shape[-1], kernel.shape[-1])
+    points = _points(u, kernel, ahead)
     rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
     y = torch.empty_like(u)
-    spectra = _empty_spectra(u, kernel, save_spectra)
+    spectra = _empty_spectra(u, kernel, points if save_spectra else 0)
 
     interleaved = y.stride(-1) != 1
     transform = _PaddedTransform(kernel, rows, u.shape[-1], points)
     for task in tasks:
-        transfer = torch.fft.rfft(kernel[task.shared], n=points)
+        transfer = _transfer(kernel[task.shared], points, ahead)
         for block in task.blocks:
             spectrum = transform.spectrum(u[block])
             if save_spectra:
@@ -244,6 +282,7 @@ def _backward(
     kernel: Tensor,
     gate: Tensor | None,
     spectra: Tensor,
+    ahead: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_forward` for its output's gradient g: of u, kernel and gate.
@@ -251,7 +290,7 @@ def _backward(
     `needs` says which are wanted; the others come back empty.
     """
     needs_u, needs_kernel, needs_gate = needs
-    points = fft_length(u.shape[-1], kernel.shape[-1])
+    points = _points(u, kernel, ahead)
     rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
     grad_u, grad_kernel, grad_gate = _empty_gradients(u, kernel, gate, needs)
     summed = [axis for axis, size in enumerate(kernel.shape[:-1]) if size == 1]
@@ -259,7 +298,7 @@ def _backward(
     interleaved = u.stride(-1) != 1
     transform = _PaddedTransform(kernel, rows, u.shape[-1], points)
     for task in tasks:
-        transfer = torch.fft.rfft(kernel[task.shared], n=points)
+        transfer = _transfer(kernel[task.shared], points, ahead)
         adjoint = transfer.conj_physical()
         total = None  # spectrum of the kernel's gradient
         for block in task.blocks:
@@ -278,8 +317,7 @@ def _backward(
             if needs_u:
                 grad_u[block] = transform.signal(incoming.mul_(adjoint), interleaved)
         if total is not None:
-            taps = torch.fft.irfft(total, n=points)
-            grad_kernel[task.shared] = taps[..., : kernel.shape[-1]]
+            grad_kernel[task.shared] = _taps(total, points, kernel.shape[-1], ahead)
     return grad_u, grad_kernel, grad_gate
 
 
@@ -294,19 +332,19 @@ def _empty_gradients(
     )
 
 
-def _empty_spectra(u: Tensor, kernel: Tensor, save_spectra: bool) -> Tensor:
+def _empty_spectra(u: Tensor, kernel: Tensor, points: int) -> Tensor:
+    """Memory for the spectra of u, transforms of `points`; for none with 0."""
     dtype = torch.complex128 if kernel.dtype == torch.float64 else torch.complex64
-    if not save_spectra:
-        return u.new_empty(0, dtype=dtype)
-    bins = fft_length(u.shape[-1], kernel.shape[-1]) // 2 + 1
-    return u.new_empty(*u.shape[:-1], bins, dtype=dtype)
+    shape = (*u.shape[:-1], points // 2 + 1) if points else (0,)
+    return u.new_empty(shape, dtype=dtype)
 
 
 @register_fake(_forward)
 def _forward_fake(
-    u: Tensor, kernel: Tensor, gate: Tensor | None, save_spectra: bool
+    u: Tensor, kernel: Tensor, gate: Tensor | None, ahead: int, save_spectra: bool
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(u), _empty_spectra(u, kernel, save_spectra)
+    points = _points(u, kernel, ahead) if save_spectra else 0
+    return torch.empty_like(u), _empty_spectra(u, kernel, points)
 
 
 @register_fake(_backward)
@@ -316,13 +354,14 @@ def _backward_fake(
     kernel: Tensor,
     gate: Tensor | None,
     spectra: Tensor,
+    ahead: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_gradients(u, kernel, gate, needs)
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    u, kernel, gate, _ = inputs
+    u, kernel, gate, ctx.ahead, _ = inputs
     _, spectra = output
     ctx.mark_non_differentiable(spectra)
     ctx.save_for_backward(u, kernel, gate, spectra)
@@ -331,12 +370,12 @@ def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _forward_backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     u, kernel, gate, spectra = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grads = _backward(g, u, kernel, gate, spectra, needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
+    grads = _backward(g, u, kernel, gate, spectra, ctx.ahead, needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    g, u, kernel, gate, _, needs = inputs
+    g, u, kernel, gate, _, ctx.ahead, needs = inputs
     ctx.set_materialize_grads(False)
     ctx.needs = needs
     ctx.save_for_backward(g, u, kernel, gate)
@@ -350,6 +389,7 @@ def _backward_backward(
     With ⟨v_h, k(p, u)⟩ = ⟨p, T_{v_h} u⟩ each term is a forward or backward operator again.
     """
     g, u, kernel, gate = ctx.saved_tensors
+    ahead = ctx.ahead
     v_u, v_kernel, v_gate = (
         v if need else None for v, need in zip((v_u, v_kernel, v_gate), ctx.needs, strict=True)
     )
@@ -362,12 +402,12 @@ def _backward_backward(
 
     for v, h in ((v_u, kernel), (u, v_kernel)):
         if v is not None and h is not None:
-            result, _ = _forward(v, h, None, False)
+            result, _ = _forward(v, h, None, ahead, False)
             add(0, result if gate is None else gate * result)
             if gate is not None:
                 add(3, g * result)
     if v_gate is not None:
-        add(0, v_gate * _forward(u, kernel, None, False)[0])
+        add(0, v_gate * _forward(u, kernel, None, ahead, False)[0])
 
     first = (g if gate is None else gate * g, v_u, v_kernel)
     second = (None if v_gate is None else v_gate * g, u, kernel)
@@ -375,7 +415,7 @@ def _backward_backward(
         needs = [wants_u and h is not None, wants_kernel and v is not None, False]
         if p is not None and any(needs):
             v, h = u if v is None else v, kernel if h is None else h
-            of_u, of_kernel, _ = _backward(p, v, h, None, _empty_spectra(v, h, False), needs)
+            of_u, of_kernel, _ = _backward(p, v, h, None, _empty_spectra(v, h, 0), ahead, needs)
             if needs[0]:
                 add(1, of_u)
             if needs[1]:
@@ -385,6 +425,7 @@ def _backward_backward(
             None if grad is None else grad.to(like.dtype)
             for grad, like in zip(grads, (g, u, kernel, gate), strict=True)
         ),
+        None,
         None,
         None,
     )
@@ -410,6 +451,7 @@ def _forward_vmap(
     u: Tensor,
     kernel: Tensor,
     gate: Tensor | None,
+    ahead: int,
     save_spectra: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     size = info.batch_size
@@ -417,6 +459,7 @@ def _forward_vmap(
         _batch_first(u, in_dims[0], size),
         _batch_first(kernel, in_dims[1]),
         _batch_first(gate, in_dims[2], size),
+        ahead,
         save_spectra,
     )
     return (y, spectra), (0, 0 if save_spectra else None)
@@ -431,6 +474,7 @@ def _backward_vmap(
     kernel: Tensor,
     gate: Tensor | None,
     spectra: Tensor,
+    ahead: int,
     needs: list[bool],
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     size = info.batch_size
@@ -441,6 +485,7 @@ def _backward_vmap(
         _batch_first(kernel, in_dims[2], size),
         _batch_first(gate, in_dims[3], size),
         mapped,
+        ahead,
         needs,
     )
     return grads, tuple(0 if need else None for need in needs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gramian.ops import anticausal_convolution, causal_convolution
+from gramian.ops import bidirectional_convolution, causal_convolution
 from gramian.ops._blocks import cut
 
 LENGTHS = [1, 2, 3, 63, 257, 1000]
@@ -70,41 +70,74 @@ def test_kernels_broadcast(channels: tuple[int, ...], dim: int, save_spectra: bo
     )
 
 
-@pytest.mark.parametrize("taps", [1, 4, 63, 300])
-@pytest.mark.parametrize("length", [1, 2, 3, 63, 257])
+def two_sided_product(u: Tensor, kernel: Tensor, ahead: Tensor, dim: int) -> Tensor:
+    """The definition in float64: what lies ahead is the past of reversed time, one sample on."""
+    ahead = torch.nn.functional.pad(ahead, (1, 0))
+    mirrored = toeplitz_product(u.flip(dim), ahead, None, None, dim).flip(dim)
+    return toeplitz_product(u, kernel, None, None, dim) + mirrored
+
+
+@pytest.mark.parametrize("taps, ahead", [(1, 1), (4, 63), (63, 4), (1, 300), (300, 1), (257, 257)])
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_anticausal_is_causal_on_reversed_time(
-    length: int, taps: int, dim: int, dtype: torch.dtype
+def test_bidirectional_is_the_sum_over_past_and_future(
+    length: int, taps: int, ahead: int, dim: int, dtype: torch.dtype
 ) -> None:
     u = draw(*((3, 5, length) if dim == -1 else (3, length, 5)), seed=length, dtype=dtype)
-    kernel = draw(5, taps, seed=taps, dtype=dtype) / taps**0.5
-    u.requires_grad_()
-    kernel.requires_grad_()
-    y = anticausal_convolution(u, kernel, dim=dim)
-    assert y.dtype == dtype
-    expected = toeplitz_product(u.flip(dim), kernel, None, None, dim).flip(dim)
+    past = draw(5, taps, seed=taps, dtype=dtype) / taps**0.5
+    future = draw(5, ahead, seed=ahead + 1, dtype=dtype) / ahead**0.5
+    inputs = [tensor.requires_grad_() for tensor in (u, past, future)]
+    y = bidirectional_convolution(*inputs, dim=dim)
+    expected = two_sided_product(*inputs, dim)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+    assert y.dtype == dtype and y.stride() == u.stride()
     assert (y - expected).norm() <= tolerance * expected.norm()
     g = draw(*u.shape, seed=4, dtype=dtype)
-    actual = torch.autograd.grad(y, (u, kernel), g)
-    wanted = torch.autograd.grad(expected, (u, kernel), g.double())
+    actual = torch.autograd.grad(y, inputs, g)
+    wanted = torch.autograd.grad(expected, inputs, g.double())
     for one, other in zip(actual, wanted, strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
 
 
-def test_anticausal_broadcasts_and_has_second_derivatives() -> None:
-    u, kernel = draw(2, 3, 7, seed=0).requires_grad_(), draw(3, 4, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(anticausal_convolution, (u, kernel))
-    assert torch.autograd.gradgradcheck(anticausal_convolution, (u, kernel))
-    one = draw(9, seed=2)
-    torch.testing.assert_close(
-        anticausal_convolution(u, one), anticausal_convolution(u, one.expand(3, 9))
-    )
-    half = anticausal_convolution(u.bfloat16(), kernel.bfloat16())
+@pytest.mark.parametrize("length", [2, 5])
+@pytest.mark.parametrize("taps, ahead", [(1, 4), (4, 1), (4, 4)])
+@pytest.mark.parametrize("channels", [(3,), (1,), (2, 3)])
+def test_bidirectional_has_second_derivatives(
+    length: int, taps: int, ahead: int, channels: tuple[int, ...]
+) -> None:
+    inputs = [draw(2, 3, length, seed=0), draw(*channels, taps, seed=1), draw(3, ahead, seed=2)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(bidirectional_convolution, inputs)
+    assert torch.autograd.gradgradcheck(bidirectional_convolution, inputs)
+
+
+def test_bidirectional_broadcasts_in_half_precision_and_under_vmap() -> None:
+    u, past, future = draw(2, 3, 63, seed=0), draw(9, seed=1), draw(3, 70, seed=2)
+    wide = bidirectional_convolution(u, past.expand(3, 9), future)
+    torch.testing.assert_close(bidirectional_convolution(u, past, future), wide)
+    half = bidirectional_convolution(u.bfloat16(), past.bfloat16(), future.bfloat16())
     assert half.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="empty along dim"):
-        anticausal_convolution(u[..., :0], kernel)
+    torch.testing.assert_close(half.double(), wide, rtol=0.02, atol=0.2)
+    mapped = torch.func.vmap(bidirectional_convolution, (0, None, None))(u, past, future)
+    torch.testing.assert_close(mapped, wide)
+
+
+def test_bidirectional_bad_input_is_one_clear_sentence() -> None:
+    u, taps = torch.zeros(2, 3, 7), torch.zeros(3, 4)
+    for arguments, message in (
+        ((u[..., :0], taps, taps), "bidirectional_convolution: u .* is empty along dim=-1"),
+        ((u, taps, taps[..., :0]), "ahead .* has no taps"),
+        (
+            (u, taps, torch.zeros(2, 4)),
+            r"do not broadcast: u \(2, 3\), kernel \(3,\), ahead \(2,\)",
+        ),
+        ((u, taps, torch.tensor(1.0)), "ahead needs at least one dimension, time"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bidirectional_convolution(*arguments)
+    with pytest.raises(TypeError, match="ahead must be real floating point"):
+        bidirectional_convolution(u, taps, taps.long())
 
 
 def test_more_channels_in_the_kernel_enlarge_the_result() -> None:
@@ -209,18 +242,19 @@ def test_one_gradient_alone_is_the_same(wanted: str) -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("save_spectra", [False, True])
+@pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_opcheck(gated: bool, save_spectra: bool, dtype: torch.dtype) -> None:
+def test_opcheck(gated: bool, save_spectra: bool, dtype: torch.dtype, ahead: int) -> None:
     forward = torch.ops.gramian.causal_convolution.default
     backward = torch.ops.gramian.causal_convolution_backward.default
     u = draw(2, 9, 4, 3, seed=0, dtype=dtype).permute(0, 2, 3, 1).requires_grad_()
     kernel = draw(1, 4, 1, 5, seed=1, dtype=dtype).requires_grad_()
     gate = draw(2, 4, 3, 9, seed=2, dtype=dtype).requires_grad_() if gated else None
-    torch.library.opcheck(forward, (u, kernel, gate, save_spectra))
-    _, spectra = forward(u.detach(), kernel, gate, save_spectra)
+    torch.library.opcheck(forward, (u, kernel, gate, ahead, save_spectra))
+    _, spectra = forward(u.detach(), kernel, gate, ahead, save_spectra)
     g = draw(2, 4, 3, 9, seed=3, dtype=dtype).requires_grad_()
     for needs in ([True, True, gated], [False, True, False], [True, False, gated]):
-        torch.library.opcheck(backward, (g, u, kernel, gate, spectra.detach(), needs))
+        torch.library.opcheck(backward, (g, u, kernel, gate, spectra.detach(), ahead, needs))
 
 
 def test_compiles_as_one_graph() -> None:
