@@ -171,16 +171,16 @@ class Block(Mixer):
         """The norm of whole sequences, in training with the statistics of their real tokens."""
         if not (self.training and isinstance(self.norm, nn.BatchNorm1d)):
             return self._normed(x)
-        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        if mask is not None:
-            real = mask != 0
-        tokens = x[real]  # (real tokens, width)
+        real = None if mask is None or bool(mask.all()) else mask != 0
+        tokens = x.reshape(-1, self.width) if real is None else x[real]
         if len(tokens) < 2:
             raise ValueError(
                 "a batch norm needs at least two real tokens to train on, got "
                 f"{len(tokens)} in a batch of shape {tuple(x.shape[:2])}."
             )
         normed = self.norm(tokens)
+        if real is None:
+            return normed.reshape(x.shape)
         return torch.zeros_like(x, dtype=normed.dtype).index_put((real,), normed)
 
     def extra_repr(self) -> str:

@@ -121,8 +121,13 @@ def test_batch_statistics_are_those_of_the_real_tokens() -> None:
     block(x, mask=mask)
     mean = x[mask.bool()].mean(0)
     assert_close(block.norm.running_mean, 0.9 * before + 0.1 * mean)
-    with pytest.raises(ValueError, match=r"at least two real tokens .* got 1 in a batch"):
-        block(x[:1], mask=torch.eye(9)[:1])
+    for whole in (None, torch.ones(2, 9)):
+        before = block.norm.running_mean.clone()
+        block(x, mask=whole)
+        assert_close(block.norm.running_mean, 0.9 * before + 0.1 * x.mean((0, 1)))
+    for one, mask in ((x[:1], torch.eye(9)[:1]), (x[:1, :1], None)):
+        with pytest.raises(ValueError, match=r"at least two real tokens .* got 1 in a batch"):
+            block(one, mask=mask)
 
 
 @norms
