@@ -273,6 +273,8 @@ def test_train_reports_and_names_mistakes(
     assert (status, out) == (1, "")
     assert "unknown key of model 'hiden_size'. Did you mean 'hidden_size'?" in err
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    status, out, err = call("train --keys", tmp_path)
+    assert status == 0 and "optimization.learning_rate" in out and "needed" in out
     status, out, err = call("train none.yaml", tmp_path)
     assert (status, out) == (1, "")
     assert err == "gramian: there is no configuration file none.yaml.\n"

@@ -224,6 +224,12 @@ def _run(model: Any, sequence: Tensor) -> None:
     if name is None:
         model(sequence)
         return
+    if (name == "input_ids" and sequence.is_floating_point()) or (
+        name == "input_values" and not sequence.is_floating_point()
+    ):
+        given = "numbers" if sequence.is_floating_point() else "token ids"
+        wanted = "token ids" if name == "input_ids" else "continuous inputs"
+        raise ValueError(f"a {type(model).__name__} takes {wanted} here, and was given {given}.")
     find: Any = getattr(model, "get_input_embeddings", None)
     embedding = find() if find is not None and not sequence.is_floating_point() else None
     known = getattr(embedding, "num_embeddings", None)
@@ -240,6 +246,8 @@ def _run(model: Any, sequence: Tensor) -> None:
         options["logits_to_keep"] = 1
     if not sequence.is_floating_point():
         options["attention_mask"] = torch.ones_like(sequence)
+    if "input_ids_2" in accepted:  # a classifier of pairs, of which one sequence is read
+        model = model.base_model
     if "attention_mask" not in accepted:
         options.pop("attention_mask", None)
     model(**{name: sequence}, **options)

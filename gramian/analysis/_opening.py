@@ -10,15 +10,16 @@ __all__ = ["open_model"]
 
 
 def open_model(name: str | Path) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode, and its tokenizer.
+    """A model in evaluation mode, and its tokenizer.
 
     Args:
-        name: A folder that ``save_pretrained`` wrote, of a model of ours or of transformers; a GGUF
-            file, whose weights are expanded; or what else ``from_pretrained`` takes.
+        name: A folder that ``save_pretrained`` wrote, of any model of ours or a causal language
+            model of transformers; a GGUF file, whose weights are expanded; or what else
+            ``from_pretrained`` takes.
 
     Returns:
-        The model and the tokenizer. A model of ours without a tokenizer gets that of bytes, if its
-        vocabulary is that large, and None otherwise.
+        The model and the tokenizer. A model of ours without a tokenizer gets that of bytes, if it
+        reads tokens and its vocabulary is that large, and None otherwise.
 
     Raises:
         OSError: if there is no such model, or it has no tokenizer.
@@ -26,7 +27,7 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from gramian.models import ByteTokenizer, load
+    from gramian.models import ByteTokenizer, load_any
 
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():
@@ -41,10 +42,11 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, but neither a model folder nor a GGUF file.")
     if path.is_dir() and _kind(path) == "gramian":
-        model = load(path)
+        model = load_any(path)
         if (path / "tokenizer_config.json").is_file():
             return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
-        fits = model.config.vocab_size == len(ByteTokenizer())
+        config = model.config
+        fits = config.input_size is None and config.vocab_size == len(ByteTokenizer())
         return model, ByteTokenizer() if fits else None
     local = path.is_dir()
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=local)

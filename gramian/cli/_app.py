@@ -18,17 +18,21 @@ except ImportError as missing:
 
 if TYPE_CHECKING:
     from gramian.models import GramianForCausalLM
+    from gramian.tasks import Task
 
 __all__ = [
     "Debug",
     "Json",
     "ModelFolder",
     "Seed",
+    "Settings",
+    "TaskConfig",
     "UserError",
     "app",
     "byte_tokenizer",
     "check_new",
     "check_tolerance",
+    "find_tasks",
     "fraction",
     "load_model",
     "load_tokenizer",
@@ -49,6 +53,13 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback if something goes wrong.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Setting of the task; may be repeated."),
+]
+TaskConfig = Annotated[
+    Path | None, typer.Option("--config", help="Training configuration whose task to take.")
+]
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")]
 
 
@@ -166,6 +177,35 @@ def token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> Any:
     """All tokens of a text file, (count)."""
     tokenizer = load_tokenizer(folder) or byte_tokenizer(folder, model)
     return tokenizer(read_text(text), return_tensors="pt", verbose=False).input_ids[0]
+
+
+def find_tasks(names: list[str], settings: list[str], config: Path | None) -> dict[str, Task]:
+    """The tasks of `gramian.tasks` that were named, and the configuration's."""
+    from gramian import tasks
+
+    ours = [name for name in names if name in tasks.names()]
+    if settings and len(ours) != 1:
+        raise typer.BadParameter("--set needs one --task of gramian.tasks.")
+    found = {}
+    try:
+        if settings:
+            from gramian.training.configuration import read_change
+
+            values = dict(read_change(setting) for setting in settings)
+            chosen = values.pop("setting", None)
+            found[ours[0]] = tasks.build(ours[0], chosen, **values)
+        else:
+            found = {name: tasks.build(name) for name in ours}
+        if config is not None:
+            from gramian.training import load_config
+
+            values = dict(load_config(config).task)
+            values.pop("streaming", None)
+            name, chosen = values.pop("name"), values.pop("setting", None)
+            found[name] = tasks.build(name, chosen, **values)
+    except (TypeError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    return found
 
 
 def fraction(name: str, text: str) -> float:

@@ -15,9 +15,12 @@ from gramian.cli._app import (
     Debug,
     Json,
     Seed,
+    Settings,
+    TaskConfig,
     UserError,
     app,
     check_new,
+    find_tasks,
     one_line,
     quiet_transformers,
     read_text,
@@ -59,13 +62,8 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Task of ours or of lm-evaluation-harness; may be repeated."),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Setting of the task; may be repeated."),
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Training configuration whose task to take.")
-    ] = None,
+    settings: Settings = None,
+    config: TaskConfig = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Text file for perplexity; may be repeated.")
     ] = None,
@@ -100,11 +98,13 @@ def evaluate(
     """
     if not task and not text and config is None:
         raise typer.BadParameter("give at least one of --task, --config and --text.")
+    if window is not None and stride is not None and stride > window:
+        raise typer.BadParameter(f"--stride must be at most --window, {window}; got {stride}.")
     if output is not None:
         check_new(output)
     quiet_transformers()
     wanted = _wanted(
-        tasks=_tasks(task or [], settings or [], config),
+        tasks=find_tasks(task or [], settings or [], config),
         harness=_of_the_harness(task or []),
         texts={str(path): read_text(path) for path in text or []},
         split=split,
@@ -167,35 +167,6 @@ def _wanted(**values: Any) -> _Wanted:
     return wanted
 
 
-def _tasks(names: list[str], settings: list[str], config: Path | None) -> dict[str, Task]:
-    """The tasks of `gramian.tasks` that were named, and the configuration's."""
-    from gramian import tasks
-
-    ours = [name for name in names if name in tasks.names()]
-    if settings and len(ours) != 1:
-        raise typer.BadParameter("--set needs one --task of gramian.tasks.")
-    found = {}
-    try:
-        if settings:
-            from gramian.training.configuration import read_change
-
-            values = dict(read_change(setting) for setting in settings)
-            chosen = values.pop("setting", None)
-            found[ours[0]] = tasks.build(ours[0], chosen, **values)
-        else:
-            found = {name: tasks.build(name) for name in ours}
-        if config is not None:
-            from gramian.training import load_config
-
-            values = dict(load_config(config).task)
-            values.pop("streaming", None)
-            name, chosen = values.pop("name"), values.pop("setting", None)
-            found[name] = tasks.build(name, chosen, **values)
-    except (TypeError, ValueError) as error:
-        raise UserError(one_line(error)) from error
-    return found
-
-
 def _of_the_harness(names: list[str]) -> list[str]:
     from gramian import tasks
 
@@ -205,15 +176,24 @@ def _of_the_harness(names: list[str]) -> list[str]:
 def _measure(name: str, wanted: _Wanted, device: str, progress: Progress) -> list[Measure]:
     """Everything that is wanted, of one model."""
     from gramian import evaluation
+    from gramian.analysis import open_model
+    from gramian.models import GramianForCausalLM, GramianPreTrainedModel
 
     bar = progress.add_task(f"Loading {name}", total=None)
-    model, tokenizer = _open(name)
+    if not Path(name).exists():
+        raise UserError(f"there is no model {name}.")
+    model, tokenizer = open_model(name)
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {one_line(error)}") from error
-    if tokenizer is None and (wanted.texts or wanted.harness):
-        raise UserError(f"{name} has no tokenizer, so it cannot read a text.")
+    if wanted.texts or wanted.harness:
+        if isinstance(model, GramianPreTrainedModel) and not isinstance(model, GramianForCausalLM):
+            raise UserError(
+                f"{name} is a {type(model).__name__}; texts need a causal language model."
+            )
+        if tokenizer is None:
+            raise UserError(f"{name} has no tokenizer, so it cannot read a text.")
 
     def shown(key: str) -> Callable[[int, int], None]:
         return lambda done, total: progress.update(
@@ -256,23 +236,3 @@ def _measure(name: str, wanted: _Wanted, device: str, progress: Progress) -> lis
         )
         progress.start()
     return measures
-
-
-def _open(name: str) -> tuple[Any, Any]:
-    """A language model and its tokenizer, or a sequence classifier of ours."""
-    from gramian.analysis import open_model
-    from gramian.models import GramianForSequenceClassification
-
-    file = Path(name) / "config.json"
-    if not file.is_file():
-        if not Path(name).exists():
-            raise UserError(f"there is no model {name}.")
-        return open_model(name)
-    try:
-        kinds = json.loads(file.read_text(encoding="utf-8")).get("architectures") or []
-    except (AttributeError, ValueError):
-        kinds = []
-    if GramianForSequenceClassification.__name__ in kinds:
-        found = GramianForSequenceClassification.from_pretrained(name, local_files_only=True)
-        return found.eval(), None
-    return open_model(name)

@@ -15,11 +15,14 @@ from gramian.cli._app import (
     Json,
     ModelFolder,
     Seed,
+    Settings,
+    TaskConfig,
     UserError,
     app,
     byte_tokenizer,
     check_new,
     check_tolerance,
+    find_tasks,
     fraction,
     load_model,
     load_tokenizer,
@@ -425,6 +428,15 @@ def analyze(
     ],
     text: Annotated[Path | None, typer.Option(help="Text file to read.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to read, in place of --text.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task of ours to read a row of, in place of --text.")
+    ] = None,
+    settings: Settings = None,
+    config: TaskConfig = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of the task; the test split if there is one.")
+    ] = None,
+    row: Annotated[int, typer.Option(min=0, help="Of the task's split, counted from 0.")] = 0,
     horizon: Annotated[int, typer.Option(min=1, help="Tokens to read at most.")] = 256,
     every: Annotated[int, typer.Option(min=1, help="Measure at every n-th position.")] = 1,
     measure: Annotated[str, typer.Option(help="entropy or tolerance.")] = "entropy",
@@ -440,21 +452,30 @@ def analyze(
     html: Annotated[
         Path | None, typer.Option(help="File for one interactive page, which opens offline.")
     ] = None,
+    seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure how much of its memory MODEL uses on a text: every layer, head and token.
+    """Measure how much of its memory MODEL uses on a text or a task: every layer, head and token.
 
-    Several models are compared on the same text. Exits with status 1 if no layer can be read.
+    Several models are compared on the same input. Exits with status 1 if no layer can be read.
     """
-    if (text is None) == (prompt is None):
-        raise typer.BadParameter("give one of --text FILE and --prompt TEXT.")
+    if sum(source is not None for source in (text, prompt, task, config)) != 1:
+        raise typer.BadParameter(
+            "give one of --text FILE, --prompt TEXT, --task NAME and --config FILE."
+        )
+    if settings and task is None:
+        raise typer.BadParameter("--set needs --task NAME.")
     if picture not in ("png", "svg"):
         raise typer.BadParameter(f"--format must be png or svg, got {picture!r}.")
     if output is not None:
         check_new(output)
-    words = prompt if text is None else read_text(text)
+    words = read_text(text) if text is not None else prompt
     quiet_transformers()
+    sequence: Any = None
+    is_text = True
+    if words is None:
+        sequence, is_text = _row(task, settings or [], config, split, seed, row)
     console = Console(stderr=as_json)
 
     from rich.progress import Progress, TaskID
@@ -464,25 +485,26 @@ def analyze(
     reports = []
     for name in models:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task(f"Reading with {name}", total=None)
+            bar = progress.add_task(f"Reading with {name}", total=None)
 
             def show(
-                done: int, total: int, task: TaskID = task, progress: Progress = progress
+                done: int, total: int, bar: TaskID = bar, progress: Progress = progress
             ) -> None:
-                progress.update(task, completed=done, total=total)
+                progress.update(bar, completed=done, total=total)
 
             try:
                 model, tokenizer = analysis.open_model(name)
-                if tokenizer is None:
-                    raise UserError(
-                        f"{name} has no tokenizer, so it cannot read a text; a model of token ids "
-                        "is read in Python: gramian.analyze(model, ids)."
-                    )
-                ids = tokenizer(words, verbose=False).input_ids[:horizon]
+                if words is not None:
+                    if tokenizer is None:
+                        raise UserError(
+                            f"{name} has no tokenizer, so it cannot read a text; --task and "
+                            "--config read a row of a task."
+                        )
+                    sequence = tokenizer(words, verbose=False).input_ids
                 report = analysis.analyze(
                     model,
-                    ids,
-                    tokenizer=tokenizer,
+                    sequence[:horizon],
+                    tokenizer=tokenizer if is_text else None,
                     every=every,
                     measure=measure,
                     tol=tol,
@@ -564,6 +586,38 @@ def export(
     else:
         console.print(report)
         console.print(f"Written to {out}", highlight=False)
+
+
+def _row(
+    name: str | None,
+    settings: list[str],
+    config: Path | None,
+    split: str | None,
+    seed: int,
+    row: int,
+) -> tuple[Any, bool]:
+    """A row's input, token ids (L) or numbers (L, size), and whether it is text."""
+    import itertools
+
+    import torch
+
+    from gramian import tasks
+    from gramian._nearest import unknown
+    from gramian.evaluation._tasks import chosen_split
+
+    if name is not None and name not in tasks.names():
+        raise UserError(unknown("task", name, tasks.names()))
+    [(name, task)] = find_tasks([] if name is None else [name], settings, config).items()
+    try:
+        split = chosen_split(task, name, split)
+        found = next(itertools.islice(task.rows(split, seed), row, None), None)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    if found is None:
+        raise UserError(f"the {split} split of {name} has no row {row}.")
+    if "input_ids" in found:
+        return torch.as_tensor(found["input_ids"]).long(), task.description().text
+    return torch.as_tensor(found["input_values"]).float(), False
 
 
 def _save_states(reports: list[StateReport], output: Path, suffix: str) -> None:

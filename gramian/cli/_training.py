@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from gramian.cli._app import (
     Debug,
@@ -20,6 +21,21 @@ from gramian.cli._app import (
 )
 
 
+def _show_keys(wanted: bool) -> None:
+    if not wanted:
+        return
+    from rich.table import Table
+
+    from gramian.training.configuration import keys
+
+    table = Table("key", "default", "meaning")
+    for key in keys():
+        default = "needed" if key.default is None else key.default
+        table.add_row(key.name, default, Text(key.meaning.replace("`", "").replace("None", "null")))
+    Console().print(table, highlight=False)
+    raise typer.Exit
+
+
 @app.command()
 def train(
     config: Annotated[
@@ -29,6 +45,15 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as optimization.steps=100."),
     ] = None,
+    show_keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys",
+            callback=_show_keys,
+            is_eager=True,
+            help="Show every key of CONFIG.yaml with its default and exit.",
+        ),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

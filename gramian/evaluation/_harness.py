@@ -134,7 +134,7 @@ def _measure(
         for scale, power in ((-1.0, True), (-1 / math.log(2), False), (-1.0, False)):
             options: dict[str, Any] = {
                 "scale": scale,
-                "exponential": power,
+                "of": "exponential" if power else "mean",
                 "higher_is_better": better,
             }
             guesses.append(ratio(task, metric, logs, weights, **options))

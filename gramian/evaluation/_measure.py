@@ -58,13 +58,20 @@ def ratio(
     *,
     higher_is_better: bool,
     scale: float = 1.0,
-    exponential: bool = False,
+    of: str = "mean",
 ) -> Measure:
-    """`scale * Σ totals / Σ weights`, or e to the power of it, with its standard error."""
+    """`scale * Σ totals / Σ weights` with its standard error (`of="mean"`), or e to the power of it
+    (`"exponential"`), or its square root (`"root"`)."""
     weight = math.fsum(weights)
     mean = math.fsum(totals) / weight
-    value = math.exp(min(scale * mean, 700.0)) if exponential else scale * mean
-    slope = scale * (value if exponential else 1.0) / weight
+    if of == "exponential":
+        value = slope = math.exp(min(scale * mean, 700.0))
+    elif of == "root":
+        value = math.sqrt(scale * mean)
+        slope = 0.5 / value if value else 0.0
+    else:
+        value, slope = scale * mean, 1.0
+    slope *= scale / weight
     influence = tuple(
         slope * (total - mean * one) for total, one in zip(totals, weights, strict=True)
     )

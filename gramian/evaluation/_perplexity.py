@@ -71,7 +71,7 @@ class Perplexity:
                 self.losses,
                 self.counts,
                 higher_is_better=False,
-                exponential=True,
+                of="exponential",
             ),
             ratio(
                 name,

@@ -13,7 +13,9 @@ from gramian._nearest import unknown
 from gramian.evaluation._measure import Measure, ratio
 
 if TYPE_CHECKING:
-    from gramian.tasks import Task
+    from torch import Tensor
+
+    from gramian.tasks import Description, Task
 
 __all__ = ["evaluate_task"]
 
@@ -29,11 +31,12 @@ def evaluate_task(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measure]:
-    """Loss and accuracy over all answers that are due, as `gramian train` scores them.
+    """Scores over all answers that are due, as `gramian train` counts them.
 
     Args:
-        model: of ours or of transformers: for tasks of the kind `"tokens"` it gives logits at every
-            position, for `"classification"` of a whole sequence.
+        model: of ours, of the class that `gramian train` makes for the task; or of transformers,
+            for tasks of the kind `"tokens"` with logits at every position, for `"classification"`
+            of a whole sequence.
         task: from `gramian.tasks.build`.
         name: for the measures.
         split: of the task; by default the test split, or the validation split where there is none.
@@ -43,31 +46,21 @@ def evaluate_task(
         progress: called as `progress(rows done, rows)`.
 
     Returns:
-        `loss` and `accuracy`; of `"tokens"` also `sequence_accuracy`, rows without a mistake; of
-        text also `bits_per_byte`. Standard errors are over rows.
+        `loss` and `accuracy`; of `"tokens"` and `"reconstruction"` also `sequence_accuracy`, rows
+        without a mistake; of text also `bits_per_byte`; of a `"signal"` `mse` and `relative_error`,
+        the root of it over the targets' own. Standard errors are over rows.
 
     Raises:
-        ValueError: for a task of another kind, one that the model is too small for, an unknown
-            split, or no rows.
+        ValueError: for a task of another kind than the model's or another size, an unknown split,
+            or no rows.
         ImportError: without what `gramian.training` needs.
     """
     from gramian.training.collation import Collator
     from gramian.training.trainer import score
 
     description = task.description()
-    if description.kind not in ("tokens", "classification"):
-        raise ValueError(
-            f"tasks of the kind 'tokens' and 'classification' can be scored; {name} is of the kind "
-            f"{description.kind!r}."
-        )
-    if description.vocab_size is not None and model.config.vocab_size < description.vocab_size:
-        raise ValueError(
-            f"the task {name} has {description.vocab_size} tokens and the model only "
-            f"{model.config.vocab_size}."
-        )
-    split = split or ("test" if "test" in task.splits else "validation")
-    if split not in task.splits:
-        raise ValueError(unknown(f"split of {name}", split, task.splits))
+    _check(model, name, description)
+    split = chosen_split(task, name, split)
     rows = list(islice(task.rows(split, seed), examples))
     if not rows:
         raise ValueError(f"the task {name} has no {split} rows with these settings.")
@@ -86,22 +79,28 @@ def evaluate_task(
                 if description.kind == "tokens":
                     inputs["use_cache"] = False  # type: ignore[assignment]
                 logits = model(**inputs).logits
-                if logits.ndim != labels.ndim + 1:
-                    raise ValueError(
-                        f"the task {name} asks for {description.kind}; the model, a "
-                        f"{type(model).__name__}, answers otherwise."
-                    )
+                _check_answers(logits, labels, model, name, description)
                 scores.append(score(logits, labels).cpu())
                 if progress is not None:
                     progress(min(first + batch_size, len(rows)), len(rows))
     finally:
         model.train(training)
+    if description.kind == "signal":
+        errors, numbers, energies = torch.cat(scores).T.tolist()
+        measures = [ratio(name, "mse", errors, numbers, higher_is_better=False)]
+        if any(energies):
+            measures.append(
+                ratio(name, "relative_error", errors, energies, higher_is_better=False, of="root")
+            )
+        return measures
     right, due, losses = torch.cat(scores).T.tolist()
+    if not any(due):
+        raise ValueError(f"no answer is due in the {len(rows)} {split} rows of the task {name}.")
     measures = [
         ratio(name, "loss", losses, due, higher_is_better=False),
         ratio(name, "accuracy", right, due, higher_is_better=True),
     ]
-    if description.kind == "tokens":
+    if description.kind in ("tokens", "reconstruction"):
         whole = [float(one == all_) for one, all_ in zip(right, due, strict=True)]
         measures.append(
             ratio(name, "sequence_accuracy", whole, [1.0] * len(whole), higher_is_better=True)
@@ -111,3 +110,64 @@ def evaluate_task(
             ratio(name, "bits_per_byte", losses, due, higher_is_better=False, scale=1 / math.log(2))
         )
     return measures
+
+
+def chosen_split(task: Task, name: str, split: str | None) -> str:
+    """The split that was asked for, or the test split, or validation where there is none.
+
+    Raises:
+        ValueError: for an unknown split.
+    """
+    split = split or ("test" if "test" in task.splits else "validation")
+    if split not in task.splits:
+        raise ValueError(unknown(f"split of {name}", split, task.splits))
+    return split
+
+
+def _check(model: Any, name: str, description: Description) -> None:
+    """Raises a ValueError unless the model is one for such a task."""
+    from gramian.models import GramianPreTrainedModel
+    from gramian.training.kinds import MODELS
+
+    ours = isinstance(model, GramianPreTrainedModel)
+    if ours and not isinstance(model, MODELS[description.kind]):
+        raise _otherwise(model, name, description)
+    if not ours and description.kind not in ("tokens", "classification"):
+        raise _otherwise(model, name, description)
+    config = model.config
+    if description.vocab_size is not None and config.vocab_size < description.vocab_size:
+        raise ValueError(
+            f"the task {name} has {description.vocab_size} tokens and the model only "
+            f"{config.vocab_size}."
+        )
+    if ours and config.input_size != description.input_size:
+        raise ValueError(
+            f"the task {name} has {_inputs(description.input_size)} and the model takes "
+            f"{_inputs(config.input_size)}."
+        )
+
+
+def _check_answers(
+    logits: Tensor, labels: Tensor, model: Any, name: str, description: Description
+) -> None:
+    """Raises a ValueError unless the logits are for such labels."""
+    numbers = description.kind == "signal"
+    if logits.ndim != labels.ndim + (not numbers):
+        raise _otherwise(model, name, description)
+    given, wanted = logits.shape[-1], description.num_labels
+    if wanted is not None and (given != wanted if numbers else given < wanted):
+        what = "numbers at a position" if numbers else "classes"
+        raise ValueError(f"the task {name} has {wanted} {what} and the model has {given}.")
+
+
+def _inputs(size: int | None) -> str:
+    return "token ids" if size is None else f"inputs of {size} numbers"
+
+
+def _otherwise(model: Any, name: str, description: Description) -> ValueError:
+    from gramian.training.kinds import MODELS
+
+    return ValueError(
+        f"the task {name} is of the kind {description.kind!r}, for which a "
+        f"{MODELS[description.kind].__name__} is needed; the model is a {type(model).__name__}."
+    )

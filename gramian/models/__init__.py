@@ -9,7 +9,7 @@ except ImportError as error:
 
 from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import MIXERS, GramianConfig
-from gramian.models.loading import load
+from gramian.models.loading import load, load_any
 from gramian.models.modeling import (
     GramianBlock,
     GramianForCausalLM,
@@ -43,6 +43,7 @@ __all__ = [
     "GramianModel",
     "GramianPreTrainedModel",
     "load",
+    "load_any",
 ]
 
 transformers.AutoConfig.register(GramianConfig.model_type, GramianConfig, exist_ok=True)

@@ -10,13 +10,34 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from gramian.models.configuration import GramianConfig
-from gramian.models.modeling import GramianForCausalLM
+from gramian.models.modeling import (
+    GramianForCausalLM,
+    GramianForSequenceClassification,
+    GramianModel,
+    GramianPreTrainedModel,
+)
+from gramian.models.pairs import GramianForPairClassification
+from gramian.models.reconstruction import GramianForReconstruction
+from gramian.models.signal import GramianForSignalRegression
 
+__all__ = ["load", "load_any"]
+
+CLASSES: dict[str, type[GramianPreTrainedModel]] = {
+    kind.__name__: kind
+    for kind in (
+        GramianForCausalLM,
+        GramianForSequenceClassification,
+        GramianForPairClassification,
+        GramianForSignalRegression,
+        GramianForReconstruction,
+        GramianModel,
+    )
+}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCausalLM:
-    """The model that `GramianForCausalLM.save_pretrained` wrote into a folder, in evaluation mode.
+    """The language model that `save_pretrained` wrote into a folder, in evaluation mode.
 
     The names and shapes in the files are compared with those the configuration asks for before any
     tensor is read, so a model is never loaded in part.
@@ -31,15 +52,56 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCau
             read, weights that are missing, left over or of other shapes.
     """
     folder = Path(path)
-    config = _read_config(folder)
+    values = _read_config(folder)
+    kind = _class(folder, values)
+    if kind is not GramianForCausalLM:
+        raise ValueError(f"{folder} holds a {kind.__name__}; a GramianForCausalLM is needed.")
+    model = _load(folder, kind, values, dtype)
+    assert isinstance(model, GramianForCausalLM)
+    return model
+
+
+def load_any(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianPreTrainedModel:
+    """A model of whichever class of ours a folder holds: a classifier, a regression and so on.
+
+    Args, errors: as for `load`.
+    """
+    folder = Path(path)
+    values = _read_config(folder)
+    return _load(folder, _class(folder, values), values, dtype)
+
+
+def _load(
+    folder: Path,
+    kind: type[GramianPreTrainedModel],
+    values: dict[str, Any],
+    dtype: torch.dtype | None,
+) -> GramianPreTrainedModel:
+    try:
+        config = GramianConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        file = folder / "config.json"
+        raise ValueError(f"{file} is not a valid configuration: {_sentence(error)}") from error
     found = _read_shapes(folder)
-    _compare(folder, *_expected_shapes(folder, config), found)
-    return GramianForCausalLM.from_pretrained(
+    _compare(folder, *_expected_shapes(folder, kind, config), found)
+    model = kind.from_pretrained(
         folder, config=config, dtype="auto" if dtype is None else dtype, local_files_only=True
     )
+    return model.eval()
 
 
-def _read_config(folder: Path) -> GramianConfig:
+def _class(folder: Path, values: dict[str, Any]) -> type[GramianPreTrainedModel]:
+    """The class that a configuration names; without a name, the language model."""
+    names = values.get("architectures") or [GramianForCausalLM.__name__]
+    known = [CLASSES[name] for name in names if name in CLASSES]
+    if not known:
+        raise ValueError(
+            f"{folder} holds a {', '.join(map(str, names))}; known are {', '.join(CLASSES)}."
+        )
+    return known[0]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no model folder {folder}.")
     file = folder / "config.json"
@@ -51,15 +113,7 @@ def _read_config(folder: Path) -> GramianConfig:
         raise ValueError(
             f"{folder} holds a model of type {kind!r}; {GramianConfig.model_type!r} is needed."
         )
-    classes = values.get("architectures") or [GramianForCausalLM.__name__]
-    if GramianForCausalLM.__name__ not in classes:
-        raise ValueError(
-            f"{folder} holds a {', '.join(map(str, classes))}; a GramianForCausalLM is needed."
-        )
-    try:
-        return GramianConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a valid configuration: {_sentence(error)}") from error
+    return values
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -97,12 +151,12 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _expected_shapes(
-    folder: Path, config: GramianConfig
+    folder: Path, kind: type[GramianPreTrainedModel], config: GramianConfig
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Names and shapes of the tensors that must be there, and names tied to them that may be."""
     try:
         with torch.device("meta"):
-            model = GramianForCausalLM(config)
+            model = kind(config)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder / 'config.json'} describes no model: {_sentence(error)}"

@@ -32,16 +32,12 @@ from gramian._staging import staged_file
 from gramian.models import (
     ByteTokenizer,
     GramianConfig,
-    GramianForCausalLM,
-    GramianForPairClassification,
-    GramianForReconstruction,
-    GramianForSequenceClassification,
-    GramianForSignalRegression,
 )
 from gramian.reports import plot_training, save_figure
 from gramian.tasks import Description, Task
 from gramian.training.collation import Collator
 from gramian.training.configuration import METRICS, ConfigError, TrainingConfig
+from gramian.training.kinds import MODELS
 from gramian.training.memory import MemoryLosses, StateSizeCallback
 from gramian.training.recording import (
     Recorder,
@@ -56,13 +52,6 @@ from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoi
 
 __all__ = ["TrainingReport", "check", "earlier_report", "train"]
 
-MODELS: dict[str, Any] = {  # by the kind of task
-    "tokens": GramianForCausalLM,
-    "classification": GramianForSequenceClassification,
-    "pairs": GramianForPairClassification,
-    "signal": GramianForSignalRegression,
-    "reconstruction": GramianForReconstruction,
-}
 BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock", "mixer": "GramianMixerBlock"}
 
 

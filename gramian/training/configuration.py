@@ -243,6 +243,59 @@ class TrainingConfig:
         return dataclasses.asdict(self)
 
 
+@dataclass(frozen=True)
+class Key:
+    """A key of a configuration.
+
+    Attributes:
+        name: with dots, such as `optimization.steps`.
+        default: in YAML, or None if the key must be given.
+        meaning: what its dataclass says of it.
+    """
+
+    name: str
+    default: str | None
+    meaning: str
+
+
+def keys(kind: type[Any] = TrainingConfig, where: str = "") -> list[Key]:
+    """Every key of a configuration, in the order of the dataclasses, `sweep` apart."""
+    meanings = _meanings(kind.__doc__ or "")
+    found = []
+    for one in dataclasses.fields(kind):
+        name = f"{where}{one.name}"
+        if one.default_factory is not dataclasses.MISSING:
+            default: Any = one.default_factory()
+        else:
+            default = one.default
+        if dataclasses.is_dataclass(default) and default is not dataclasses.MISSING:
+            found += keys(type(default), f"{name}.")
+            continue
+        shown = None if default is dataclasses.MISSING else _yaml(default)
+        found.append(Key(name, shown, meanings.get(one.name, "")))
+    return found
+
+
+def _meanings(text: str) -> dict[str, str]:
+    """The entries of a docstring's section of attributes, each on one line."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in text.partition("Attributes:\n")[2].splitlines():
+        if line.startswith(" " * 12):
+            found[name] += f" {line.strip()}"
+        elif line.strip():
+            name, _, meaning = line.strip().partition(": ")
+            found[name] = meaning
+    return found
+
+
+def _yaml(value: Any) -> str:
+    """A plain value as it stands in YAML."""
+    import json
+
+    return json.dumps(value)  # of which YAML is a superset
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
     """Read a YAML file, with changes such as `"optimization.steps=100"`.
 

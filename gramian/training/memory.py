@@ -13,7 +13,6 @@ from transformers import Trainer, TrainerCallback
 from gramian.analysis import StateReport, analyze
 from gramian.ess import ess_penalty, gate_regularizer, utilization
 from gramian.mixers import LinearRecurrence, Observer
-from gramian.models import GramianForPairClassification
 from gramian.training.configuration import ConfigError, Regularization
 
 __all__ = ["MemoryLosses", "StateSizeCallback"]
@@ -129,8 +128,6 @@ class StateSizeCallback(TrainerCallback):
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """What is logged, of a model as it is."""
-        if isinstance(model, GramianForPairClassification):
-            model = model.base_model  # which reads one sequence of a pair, the first
         found: dict[str, list[float]] = {}
         for row in self.rows:
             horizon = None if self.horizon is None else min(self.horizon, len(row))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["SEED", "PointReport", "Spread", "SweepReport", "SweepRow"]
 
 SEED = "seed"
+STATE_SIZES = {"ess": "ESS", "ess_utilization": "ESS / TSS"}
+"""Metrics of memory and their columns, where they were measured."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ class SweepRow:
         last: the metric at the end.
         steps: of optimisation, mean.
         seconds: mean, of the last process that worked on each run.
+        ess: the average effective state-size at the end; None unless `evaluation.ess.rows` asked
+            for it.
+        ess_utilization: likewise, the share of the state in use.
     """
 
     values: dict[str, Any]
@@ -77,6 +82,8 @@ class SweepRow:
     last: Spread | None
     steps: float | None
     seconds: float | None
+    ess: Spread | None = None
+    ess_utilization: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ class SweepReport:
             last=Spread.of([report.metrics[self.metric] for report in reports]),
             steps=Spread.of([report.steps for report in reports]).mean,
             seconds=Spread.of([report.seconds for report in reports]).mean,
+            **{name: _measured(reports, name) for name in STATE_SIZES},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,15 +187,19 @@ class SweepReport:
         axes = [name for name in self.axes if name != SEED]
         last = [name.rsplit(".", 1)[-1] for name in axes]
         short = last if len(set(last)) == len(last) else axes
-        measured = ["runs", f"best {self.metric}", f"last {self.metric}", "steps", "seconds"]
-        table = [[*short, *measured]]
-        for row in self.rows:
+        rows = self.rows
+        known = [key for key in STATE_SIZES if any(getattr(row, key) is not None for row in rows)]
+        measured = [f"best {self.metric}", f"last {self.metric}", *(STATE_SIZES[k] for k in known)]
+        table = [[*short, "runs", *measured, "steps", "seconds"]]
+        for row in rows:
             cells = [_text(row.values[name]) for name in axes]
             cells.append(f"{row.runs} of {row.runs + row.failed}" if row.failed else str(row.runs))
             if row.steps is None or row.seconds is None:
-                cells += ["failed", "", "", ""]
+                cells += ["failed", *[""] * (len(measured) + 1)]
             else:
-                cells += [str(row.best), str(row.last), f"{row.steps:,.0f}", f"{row.seconds:.0f}"]
+                spreads = [row.best, row.last, *(getattr(row, key) for key in known)]
+                cells += ["" if spread is None else str(spread) for spread in spreads]
+                cells += [f"{row.steps:,.0f}", f"{row.seconds:.0f}"]
             table.append(cells)
         return table
 
@@ -201,11 +213,17 @@ class SweepReport:
         header, *lines = self._cells()
         table = Table(caption=self.summary, caption_justify="left", caption_style="")
         for name in header:
-            measured = name.startswith(("best ", "last "))
+            measured = name.startswith(("best ", "last ")) or name in STATE_SIZES.values()
             table.add_column(escape(name), justify="right", no_wrap=measured)
         for line in lines:
             table.add_row(*map(escape, line))
         return table
+
+
+def _measured(reports: Sequence[TrainingReport], metric: str) -> Spread | None:
+    """Of a metric that not all runs need have."""
+    values = [report.metrics[metric] for report in reports if metric in report.metrics]
+    return Spread.of(values) if values else None
 
 
 def _without_seed(values: dict[str, Any]) -> dict[str, Any]:

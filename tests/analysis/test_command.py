@@ -17,9 +17,15 @@ pytest.importorskip("matplotlib")
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gramian
-from gramian import cli
+from gramian import cli, tasks
 from gramian.analysis import StateReport, open_model
-from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM
+from gramian.models import (
+    ByteTokenizer,
+    GramianConfig,
+    GramianForCausalLM,
+    GramianForPairClassification,
+    GramianForSequenceClassification,
+)
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -65,6 +71,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     )
     foreign.save_pretrained(folder / "foreign")
+    classes = GramianConfig(
+        hidden_size=8, num_hidden_layers=1, num_heads=2, input_size=1, num_labels=10
+    )
+    GramianForSequenceClassification(classes).save_pretrained(folder / "digits")
+    pairs = GramianConfig(hidden_size=8, num_hidden_layers=1, num_heads=2, num_labels=2)
+    GramianForPairClassification(pairs).save_pretrained(folder / "pairs")
+    recall = GramianConfig(hidden_size=8, num_hidden_layers=1, num_heads=2, vocab_size=40)
+    GramianForCausalLM(recall).save_pretrained(folder / "recall")
+    (folder / "run.yaml").write_text(
+        "output: x\ntask: {name: digits}\nmodel: {}\noptimization: {steps: 1}\n"
+    )
     (folder / "text.txt").write_text("A text. Another sentence! And a third one?\n")
     (folder / "latin.txt").write_bytes("é".encode("latin-1"))
     (folder / "empty").mkdir()
@@ -107,6 +124,30 @@ def test_several_models_on_one_text(call: Call, place: Path, tmp_path: Path) -> 
     assert "some words"[0] in (tmp_path / "page.html").read_text()
 
 
+def test_rows_of_tasks_are_read(call: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    mqar = {"vocab_size": 40, "length": 16, "pairs": 2, "eval_examples": 3}
+    settings = [part for key, value in mqar.items() for part in ("--set", f"{key}={value}")]
+    status, out, err = call(
+        "recall", "--task", "mqar", *settings, "--row", 1, "--seed", 4, "--every", 3, "--json"
+    )
+    assert status == 0, err
+    report = StateReport.from_dict(json.loads(out))
+    row = list(tasks.build("mqar", **mqar).rows("test", 4))[1]
+    expected = gramian.analyze(open_model("recall")[0], torch.as_tensor(row["input_ids"]), every=3)
+    assert report.tokens == expected.tokens == tuple(map(str, row["input_ids"]))
+    assert torch.equal(report.layers[0].ess, expected.layers[0].ess)
+
+    status, out, err = call("digits", "--config", "run.yaml", "--horizon", 20, "--json")
+    assert status == 0, err
+    assert StateReport.from_dict(json.loads(out)).horizon == 20
+    text = ["--task", "python_documentation", "--set", "length=16", "--split", "validation"]
+    for model in ("own", "pairs"):  # one sequence is enough for a model of pairs
+        status, out, err = call(model, *text, "--json")
+        assert status == 0, err
+        assert StateReport.from_dict(json.loads(out)).tokens[:7] == tuple("Mapping")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -120,6 +161,14 @@ def test_several_models_on_one_text(call: Call, place: Path, tmp_path: Path) -> 
         (["text.txt", "--prompt", "a"], 1, "GGUF"),
         (["empty", "--prompt", "a"], 1, "empty"),
         (["foreign", "--prompt", "a"], 1, "foreign"),
+        (["recall", "--prompt", "a"], 1, "recall has no tokenizer"),
+        (["recall", "--prompt", "a", "--task", "mqar"], 2, "--task"),
+        (["recall", "--prompt", "a", "--set", "length=3"], 2, "--set needs --task"),
+        (["recall", "--task", "mqr"], 1, "unknown task 'mqr'. Did you mean 'mqar'?"),
+        (["recall", "--task", "mqar", "--split", "tset"], 1, "Did you mean 'test'?"),
+        (["recall", "--task", "digits", "--row", "1000000"], 1, "has no row 1000000"),
+        (["recall", "--task", "digits"], 1, "takes token ids here, and was given numbers"),
+        (["digits", "--task", "mqar"], 1, "takes continuous inputs here, and was given token ids"),
     ],
 )
 def test_mistakes_take_one_line(

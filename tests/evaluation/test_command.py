@@ -24,6 +24,7 @@ from gramian.models import (
     GramianConfig,
     GramianForCausalLM,
     GramianForSequenceClassification,
+    GramianForSignalRegression,
     load,
 )
 from gramian.tasks import build
@@ -50,6 +51,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GramianForCausalLM(small).save_pretrained(folder / "small")
     classes = GramianConfig(**sizes, num_heads=2, vocab_size=18, num_labels=10)
     GramianForSequenceClassification(classes).save_pretrained(folder / "classifier")
+    signal = GramianConfig(**sizes, num_heads=2, input_size=1, num_labels=2)
+    GramianForSignalRegression(signal).save_pretrained(folder / "signal")
     (folder / "text.txt").write_text("All models are wrong, some are small. " * 3)
     (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))
     run = {"output": "x", "task": LISTOPS, "model": {}, "optimization": {"steps": 1}}
@@ -108,6 +111,10 @@ def test_tasks_with_settings_and_of_a_training_configuration(workplace: Path, ca
         ("lra/listops", "loss", 9),
         ("lra/listops", "accuracy", 9),
     ]
+    settings = "--set length=40 --set lags=2 --set lag=5 --set eval_examples=4"
+    status, out, _ = call(f"signal --task delay {settings} --json")
+    assert status == 0
+    assert [one["metric"] for one in json.loads(out)["measures"]] == ["mse", "relative_error"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +125,7 @@ def test_tasks_with_settings_and_of_a_training_configuration(workplace: Path, ca
         ("nowhere --text text.txt", 1, "there is no model nowhere"),
         ("ours --text nowhere.txt", 1, "The text nowhere.txt cannot be read: No such file"),
         ("ours --text latin.txt", 1, "is not UTF-8 text"),
-        ("ours --text text.txt --window 4 --stride 5", 1, "stride must lie from 1"),
+        ("ours --text text.txt --window 4 --stride 5", 2, "--stride must be at most --window, 4"),
         ("ours --text text.txt --output gpt2", 1, "exists already"),
         ("ours --text text.txt --device nowhere", 1, "--device nowhere"),
         ("small --text text.txt", 1, "has no tokenizer"),
@@ -126,6 +133,7 @@ def test_tasks_with_settings_and_of_a_training_configuration(workplace: Path, ca
         ("ours --task mqar --set par=2", 1, "Did you mean 'pairs'"),
         ("ours --task mqar --split tests --set pairs=2 --set vocab_size=80", 1, "unknown split"),
         ("ours --task delay", 1, "of the kind 'signal'"),
+        ("classifier --text text.txt", 1, "is a GramianForSequenceClassification; texts need"),
         ("ours --text text.txt --include-path nowhere", 1, "no folder nowhere"),
     ],
 )

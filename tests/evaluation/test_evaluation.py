@@ -29,7 +29,11 @@ from gramian.models import (
     ByteTokenizer,
     GramianConfig,
     GramianForCausalLM,
+    GramianForPairClassification,
+    GramianForReconstruction,
     GramianForSequenceClassification,
+    GramianForSignalRegression,
+    GramianPreTrainedModel,
 )
 from gramian.tasks import build
 
@@ -119,7 +123,8 @@ def test_mistakes_about_windows(text: str, options: dict[str, int], sentence: st
         perplexity(ours(), ByteTokenizer(), text, **options)
 
 
-def test_standard_errors_are_those_of_repeated_draws() -> None:
+@pytest.mark.parametrize("of", ["mean", "exponential", "root"])
+def test_standard_errors_are_those_of_repeated_draws(of: str) -> None:
     """Of ratios and functions of them, and of paired differences: against 4,000 fresh draws."""
     random = np.random.default_rng(0)
 
@@ -128,7 +133,7 @@ def test_standard_errors_are_those_of_repeated_draws() -> None:
         hard = random.gamma(2.0, size=60)
         one = weights * hard + random.normal(size=60)
         other = weights * (hard + 0.1) + random.normal(size=60)
-        options: dict[str, Any] = {"higher_is_better": False, "scale": 0.5, "exponential": True}
+        options: dict[str, Any] = {"higher_is_better": False, "scale": 0.5, "of": of}
         return (
             ratio("t", "m", list(one), list(weights), **options),
             ratio("t", "m", list(other), list(weights), **options),
@@ -198,14 +203,84 @@ def test_foreign_models_and_classifiers_are_scored_too() -> None:
     measures = evaluate_task(GramianForSequenceClassification(config), listops, batch_size=4)
     assert [one.metric for one in measures] == ["loss", "accuracy"]
     assert measures[0].units == 9
-    with pytest.raises(ValueError, match="answers otherwise"):
+    with pytest.raises(ValueError, match=r"GramianForSequenceClassification is needed; .*CausalLM"):
         evaluate_task(ours(), listops)
+    with pytest.raises(ValueError, match="is needed; the model is a GPT2LMHeadModel"):
+        evaluate_task(gpt2(), build("lra/listops", min_length=4, max_length=24, eval_examples=2))
     with pytest.raises(ValueError, match="has 1000 tokens and the model only 259"):
         evaluate_task(ours(), build("mqar", vocab_size=1000))
-    with pytest.raises(ValueError, match="of the kind 'signal'"):
+    with pytest.raises(ValueError, match="of the kind 'signal', for which a GramianForSignal"):
         evaluate_task(ours(), build("delay"))
+    with pytest.raises(ValueError, match=r"'signal', for which .* is a GPT2LMHeadModel"):
+        evaluate_task(gpt2(), build("delay"))
     with pytest.raises(ValueError, match="unknown split"):
         evaluate_task(ours(), task, split="tests")
+
+
+def little(kind: type[GramianPreTrainedModel], **changes: Any) -> GramianPreTrainedModel:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "mixers": "long_convolution"}
+    filter = {"type": "rtf", "state_size": 4}
+    return kind(GramianConfig(**sizes, filter=filter, max_position_embeddings=64, **changes)).eval()
+
+
+@pytest.mark.parametrize("batch", [2, 16])
+def test_signals_are_scored_by_their_squared_errors(batch: int) -> None:
+    model = little(GramianForSignalRegression, input_size=1, num_labels=3)
+    delay = build("delay", length=40, lags=3, lag=5, eval_examples=7)
+    mse, relative = evaluate_task(model, delay, seed=2, batch_size=batch)
+    errors, energies = [], []
+    for row in delay.rows("test", 2):
+        due = torch.as_tensor(row["labels"]).double()
+        with torch.no_grad():
+            given = model(input_values=torch.as_tensor(row["input_values"])[None]).logits[0]
+        errors.append(float((given.double() - due).square().sum()))
+        energies.append(float(due.square().sum()))
+    assert (mse.metric, relative.metric) == ("mse", "relative_error")
+    assert mse.value == pytest.approx(sum(errors) / (7 * 40 * 3), rel=1e-5)
+    assert relative.value == pytest.approx(math.sqrt(sum(errors) / sum(energies)), rel=1e-5)
+    assert mse.units == 7 and relative.higher_is_better is False
+    with pytest.raises(ValueError, match="has 4 numbers at a position and the model has 3"):
+        evaluate_task(model, build("delay", length=40, lags=4, lag=5, eval_examples=7))
+    with pytest.raises(ValueError, match="has inputs of 1 numbers and the model takes token ids"):
+        evaluate_task(little(GramianForSignalRegression, num_labels=3), delay)
+
+
+def test_reconstructions_and_pairs_are_scored(tmp_path: Path) -> None:
+    compression = build("mad/compression", eval_examples=6, vocab_size=8, length=12)
+    size = compression.description().vocab_size
+    model = little(GramianForReconstruction, vocab_size=size)
+    measures = {one.metric: one for one in evaluate_task(model, compression, batch_size=4)}
+    right, losses = [], []
+    for row in compression.rows("test", 0):
+        ids, labels = (torch.as_tensor(row[key]).long() for key in ("input_ids", "labels"))
+        with torch.no_grad():
+            logits = model(ids[None]).logits[0].double()
+        due = labels >= 0
+        right += (logits.argmax(-1) == labels)[due].double().tolist()
+        losses += (-logits.log_softmax(-1)[due, labels[due]]).tolist()
+    assert measures["accuracy"].value == pytest.approx(np.mean(right))
+    assert measures["loss"].value == pytest.approx(np.mean(losses), rel=1e-5)
+    assert set(measures) == {"loss", "accuracy", "sequence_accuracy"}
+
+    (tmp_path / "new_aan_pairs.eval.tsv").write_text(
+        "".join(f"{i % 2}\t{i}\t{i + 1}\tone paper {i}\tanother {'x' * i}\n" for i in range(5))
+    )
+    for split in ("train", "test"):
+        (tmp_path / f"new_aan_pairs.{split}.tsv").write_text("1\t1\t2\ta\tb\n")
+    pairs = build("lra/retrieval", path=str(tmp_path), length=32)
+    model = little(GramianForPairClassification, vocab_size=259, num_labels=2)
+    measures = {one.metric: one for one in evaluate_task(model, pairs, split="validation")}
+    losses = []
+    for row in pairs.rows("validation", 0):
+        first, second = (torch.as_tensor(row[f"input_ids{end}"])[None] for end in ("", "_2"))
+        with torch.no_grad():
+            logits = model(input_ids=first.long(), input_ids_2=second.long()).logits[0].double()
+        losses.append(float(-logits.log_softmax(-1)[int(row["labels"])]))
+    assert measures["loss"].value == pytest.approx(np.mean(losses), rel=1e-5)
+    assert measures["loss"].units == 5
+    with pytest.raises(ValueError, match="has 2 classes and the model has 1"):
+        evaluate_task(little(GramianForPairClassification, vocab_size=259, num_labels=1), pairs)
 
 
 def test_the_report_of_a_distillation() -> None:

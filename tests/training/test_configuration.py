@@ -11,8 +11,10 @@ pytest.importorskip("yaml")
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
 
+import yaml
+
 from gramian.training import ConfigError, load_config, load_sweep, parse_config
-from gramian.training.configuration import read_values
+from gramian.training.configuration import keys, read_values
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """
@@ -52,6 +54,28 @@ def test_changes_reach_any_depth_and_keep_types(file: Path) -> None:
     assert config.logging.report_to == ["tensorboard"]
     assert config.evaluation.every is None
     assert config.hardware.bf16 is True
+
+
+def test_every_key_is_listed_with_its_default_and_meaning(file: Path) -> None:
+    config = load_config(file).to_dict()
+    listed = keys()
+    given = {"output", "task", "model", "optimization.steps"}
+    for key in listed:
+        assert key.meaning, key.name
+        value: Any = config
+        for part in key.name.split("."):
+            value = value[part]
+        if key.name not in given:
+            assert key.default is not None
+            assert yaml.safe_load(key.default) == value or float(key.default) == value
+    assert [key.name for key in listed if key.default is None] == ["output", "task", "model"]
+
+    def leaves(values: dict[str, Any], depth: int = 0) -> int:
+        deeper = {"optimization", "regularization", "evaluation", "ess"}
+        deeper |= {"checkpoints", "logging", "hardware"}
+        return sum(leaves(v, depth + 1) if k in deeper else 1 for k, v in values.items())
+
+    assert len(listed) == leaves(config)
 
 
 def test_a_configuration_survives_its_plain_form(file: Path) -> None:

@@ -360,9 +360,10 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def run(loss: float, accuracy: float, steps: int = 10) -> TrainingReport:
+def run(loss: float, accuracy: float, steps: int = 10, **sizes: float) -> TrainingReport:
     metrics = {"loss": loss + 1, "accuracy": accuracy - 0.25}
-    return TrainingReport("x", steps, 7, metrics, {"accuracy": accuracy, "step": 5}, 2.0, 0)
+    best = {"accuracy": accuracy, "step": 5}
+    return TrainingReport("x", steps, 7, metrics | sizes, best, 2.0, 0)
 
 
 def test_the_values_of_a_table() -> None:
@@ -402,6 +403,20 @@ def test_the_values_of_a_table() -> None:
     x, y = curves["layer a"].lines[0].get_data()
     assert list(x) == [16, 128] and list(y) == [0.625, 0.5]
     assert axes_.get_xscale() == "log" and axes_.get_ylabel() == "best accuracy"
+
+
+def test_state_sizes_join_the_table_where_they_were_measured() -> None:
+    points = tuple(
+        PointReport(f"{name}{seed}", {"layer": name, "seed": seed}, run(1.0, 0.5, **sizes))
+        for name, sizes in (("a", {"ess": 3.0, "ess_utilization": 0.5}), ("b", {}))
+        for seed in (0, 1)
+    )
+    report = SweepReport("out", "accuracy", {"layer": ["a", "b"], "seed": [0, 1]}, points)
+    assert report.rows[0].ess == Spread(3.0, 0.0) and report.rows[1].ess is None
+    header, _, first, second, *_ = report.to_markdown().splitlines()
+    assert header.endswith("| last accuracy | ESS | ESS / TSS | steps | seconds |")
+    assert "| 3.0000 ± 0.0000 | 0.5000 ± 0.0000 | 10 |" in first and "|  |  | 10 |" in second
+    assert report.to_dict()["rows"][0]["ess_utilization"]["mean"] == 0.5
 
 
 def test_bars_where_no_axis_has_numbers() -> None:
