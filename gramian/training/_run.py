@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
 
 from gramian import tasks
 from gramian._nearest import unknown
@@ -146,13 +147,26 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         trainer.add_callback(Sampler(folder / "samples.jsonl", rows, description, length))
 
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
-    trainer.save_as("last")
+    with _without_bars():
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        trainer.save_as("last")
     seconds = time.perf_counter() - began
     with arguments.main_process_first(local=False):
         if trainer.is_world_process_zero():
             _finish(folder, config, trainer, seconds, resumed_from)
     return _read_report(folder)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the bars that transformers shows whenever a model is saved."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check(config: TrainingConfig) -> None:

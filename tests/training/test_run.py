@@ -84,9 +84,10 @@ def process(config: Path, *launcher: str, wait: bool = True) -> subprocess.Popen
     return child
 
 
-def test_a_run_leaves_a_complete_folder(tmp_path: Path) -> None:
+def test_a_run_leaves_a_complete_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     report = train(parse_config(mqar(folder)))
+    assert "Writing" not in capfd.readouterr().err  # no bars of others
     assert sorted(path.name for path in folder.iterdir()) == [
         "best",
         "checkpoints",
