@@ -175,7 +175,8 @@ def _outer_products(
 def _linear_recurrence(mixer: LinearRecurrence, x: Tensor, state: State) -> tuple[Tensor, State]:
     """By blocks of steps, the last completed by steps that leave the memory as it is."""
     assert isinstance(state, LinearRecurrenceState)
-    coefficients, values, rest, past = mixer._features(x, state.short, None)
+    steps, values, rest, past = mixer._features(x, state.short, None)
+    coefficients = steps.coefficients()
     size = 1 << (max(4, min(64, mixer.state_size, mixer.value_width)) - 1).bit_length()
     y, memory = _by_blocks(coefficients, values, state.memory.to(values.dtype), size)
     return mixer._finish(y, rest), LinearRecurrenceState(past, memory)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,26 @@ from gramian.systems.time_varying import TimeVaryingState
 
 __all__ = ["Coefficients", "Dynamics", "LinearRecurrence", "LinearRecurrenceState"]
 
-_ELEMENTS = 2**24  # coefficients (batch, heads, length, n) of the steps taken at once
+_ELEMENTS = 2**24
+
+
+class Steps(Protocol):
+    """What a mixer does with a sequence of inputs, step by step, made from them."""
+
+    def masked(self, mask: Tensor) -> Self:
+        """With steps that leave the memory as it is where the mask (batch, length) is zero."""
+
+    def steps(self, start: int, stop: int) -> Self:
+        """The steps ``start`` … ``stop - 1``."""
+
+    def coefficients(self) -> Coefficients:
+        """As those of a system with channels (batch, heads)."""
+
+    def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs of values (batch, heads, length, N), and the memory after them."""
+
+    def step(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """`run` for a length of 1."""
 
 
 class _Fields(NamedTuple):
@@ -70,6 +89,9 @@ class Coefficients(NamedTuple):
             *(x[:, :, part] for x in self[:4]),
             *(None if x is None else x[:, :, part] for x in self[4:]),
         )
+
+    def coefficients(self) -> Coefficients:
+        return self
 
     def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs of values (batch, heads, length, N), and the memory after them, by blocks."""
@@ -154,7 +176,7 @@ class LinearRecurrence(Mixer):
         self.out_proj = Linear(inner, width, bias=False)
 
     @abc.abstractmethod
-    def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Coefficients, Tensor]:
+    def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Steps, Tensor]:
         """Coefficients, and values (batch, heads, length, N) of their dtype, from the convolved
         features (batch, length, …) and the others."""
 
@@ -184,11 +206,11 @@ class LinearRecurrence(Mixer):
         return self._operator(x, slice(None) if channels is None else channels, mask)
 
     def _operator(self, x: Tensor, channels: slice, mask: Tensor | None = None) -> TimeVarying:
-        return TimeVarying(*self._features(x, None, mask)[0])[:, channels]
+        return TimeVarying(*self._features(x, None, mask)[0].coefficients())[:, channels]
 
     def _features(
         self, x: Tensor, past: Tensor | None, mask: Tensor | None
-    ) -> tuple[Coefficients, Tensor, Tensor, Tensor]:
+    ) -> tuple[Steps, Tensor, Tensor, Tensor]:
         """Coefficients, values, the features that are not convolved, and the new past."""
         mixed, rest = self._split(self.in_proj(x))
         mixed, past = self.short(apply_mask(mixed, mask), past)
@@ -211,16 +233,21 @@ class LinearRecurrence(Mixer):
         y, memory = self._run(coefficients, values, state.memory.to(values.dtype))
         return self._finish(y, rest), LinearRecurrenceState(past, memory)
 
+    def _most_elements(self, device: torch.device) -> int:
+        """Coefficients (batch, heads, length, n) of the steps taken at once."""
+        return _ELEMENTS
+
     def _finish(self, y: Tensor, rest: Tensor) -> Tensor:
         return self.out_proj(self._write(y, rest).to(rest.dtype))
 
-    def _run(
-        self, coefficients: Coefficients, values: Tensor, memory: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, coefficients: Steps, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """A long sequence stretch by stretch, recomputed backward, so that working memory is
         bounded by a stretch's."""
         length = values.shape[2]
-        size = max(64, _ELEMENTS // (values.shape[0] * self.heads * self.state_size))
+        size = max(
+            64,
+            self._most_elements(values.device) // (values.shape[0] * self.heads * self.state_size),
+        )
         if length <= size:
             return coefficients.run(values, memory)
         outputs = []
@@ -264,7 +291,7 @@ class LinearRecurrence(Mixer):
         return f"heads={self.heads}, state_size={self.state_size}, value_width={self.value_width}"
 
 
-def _stretch(coefficients: Coefficients, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+def _stretch(coefficients: Steps, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     return coefficients.run(values, memory)
 
 

@@ -6,6 +6,8 @@ own; Δ, B and C are made from the input, a = 1, 2, …, n to begin with.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
@@ -17,6 +19,7 @@ from gramian.mixers._linear_recurrence import (
     check_sizes,
     steps_of_time,
 )
+from gramian.ops.diagonal_scan import diagonal_scan
 from gramian.ops.packed import Linear
 
 __all__ = ["S6"]
@@ -45,9 +48,57 @@ class _SelectiveDynamics(Dynamics):
         self.A_log.sub_(amount.unsqueeze(-1))
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Δ (batch, channels, length), gates (…, n), and D (channels, 1)."""
-        dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias).mT
-        return dt, torch.exp(-dt.unsqueeze(-1) * self.A_log.exp().unsqueeze(1)), self.D[:, None]
+        """Δ (batch, length, channels), rates (channels, n), and D (channels)."""
+        return softplus(logits.to(self.dt_bias.dtype) + self.dt_bias), self.A_log.exp(), self.D
+
+
+class SelectiveSteps(NamedTuple):
+    """What a selective scan is made of: n times less than the coefficients that follow from it."""
+
+    dt: Tensor
+    """Δ, (batch, length, channels)."""
+    rates: Tensor
+    """a, (channels, n)."""
+    B: Tensor
+    """(batch, length, n), C likewise."""
+    C: Tensor
+    skip: Tensor
+    """D, (channels)."""
+
+    def masked(self, mask: Tensor) -> SelectiveSteps:
+        """With steps that take no time where the mask (batch, length) is zero."""
+        return self._replace(dt=self.dt * (mask != 0).to(self.dt.device).unsqueeze(-1))
+
+    def steps(self, start: int, stop: int) -> SelectiveSteps:
+        dt, B, C = (tensor[:, start:stop] for tensor in (self.dt, self.B, self.C))
+        return self._replace(dt=dt, B=B, C=C)
+
+    def _gates(self) -> Tensor:
+        """(batch, length, channels, n)."""
+        return torch.exp(self.dt.unsqueeze(-1) * -self.rates)
+
+    def _direct(self) -> Tensor:
+        """What the present input adds to an output, (batch, length, channels)."""
+        return self.dt * (self.B * self.C).sum(-1, keepdim=True) + self.skip
+
+    def coefficients(self) -> Coefficients:
+        a = self._gates()
+        B, C = self.dt.unsqueeze(-1) * self.B.unsqueeze(2), a * self.C.unsqueeze(2)
+        a, B, C = (tensor.transpose(1, 2) for tensor in (a, B, C))
+        return Coefficients(a, B, C, self._direct().mT)
+
+    def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        x = values.squeeze(-1).mT  # (batch, length, channels), and so are states before their n
+        a = self._gates()
+        inputs = (self.dt * x).unsqueeze(-1) * self.B.unsqueeze(2)
+        states, end = diagonal_scan(a.transpose(1, 2), inputs.transpose(1, 2), memory.squeeze(-1))
+        with torch.autocast(x.device.type, enabled=False):
+            carried = (a * states.transpose(1, 2)) @ self.C.unsqueeze(-1)
+        y = carried.squeeze(-1) + self._direct() * x
+        return y.mT.unsqueeze(-1), end.unsqueeze(-1)
+
+    def step(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        return self.coefficients().step(values, memory)
 
 
 class S6(LinearRecurrence):
@@ -95,15 +146,18 @@ class S6(LinearRecurrence):
         self.dt_proj = Linear(step_rank, channels, bias=False)
         self.dynamics = _SelectiveDynamics(channels, state_size)
 
-    def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Coefficients, Tensor]:
+    def _most_elements(self, device: torch.device) -> int:
+        if device.type == "cpu":
+            return 2**20  # so that they stay in cache
+        return super()._most_elements(device)
+
+    def _read(self, mixed: Tensor, rest: Tensor) -> tuple[SelectiveSteps, Tensor]:
         x = silu(mixed)
         n = self.state_size
         low, B, C = self.x_proj(x).split((self.step_rank, n, n), dim=-1)
-        dt, a, skip = self.dynamics(self.dt_proj(low))
-        B, C = B.to(dt.dtype), C.to(dt.dtype)
-        direct = dt * (B * C).sum(-1).unsqueeze(1) + skip  # (batch, channels, length)
-        B = dt.unsqueeze(-1) * B.unsqueeze(1)
-        return Coefficients(a, B, a * C.unsqueeze(1), direct), x.mT.to(dt.dtype).unsqueeze(-1)
+        dt, rates, skip = self.dynamics(self.dt_proj(low))
+        steps = SelectiveSteps(dt, rates, B.to(dt.dtype), C.to(dt.dtype), skip)
+        return steps, x.mT.to(dt.dtype).unsqueeze(-1)
 
     def _write(self, y: Tensor, rest: Tensor) -> Tensor:
         return y.squeeze(-1).mT * silu(rest.to(y.dtype))

@@ -213,7 +213,7 @@ def test_long_sequences_are_taken_stretch_by_stretch(
     inputs = [x, *mixer.parameters()]
     whole = mixer(x)
     wanted = torch.autograd.grad(whole.square().sum(), inputs)
-    monkeypatch.setattr("gramian.mixers._linear_recurrence._ELEMENTS", 1)
+    monkeypatch.setattr(type(mixer), "_most_elements", lambda self, device: 1)
     parts = mixer(x)
     assert_close(parts, whole)
     assert_close(torch.autograd.grad(parts.square().sum(), inputs), wanted)
@@ -251,6 +251,17 @@ def test_dynamics_and_memory_stay_in_single_precision(kind: str) -> None:
     assert y.dtype == last.dtype == state.short.dtype == torch.bfloat16
     assert state.memory.dtype == torch.float32
     assert (torch.cat([y, last[:, None]], 1) - expected).norm() < 5e-2 * expected.norm()
+
+
+@every
+@torch.no_grad()
+def test_autocast_leaves_the_recurrence_in_single_precision(kind: str) -> None:
+    mixer = make(kind).float()
+    steps, values, _, _ = mixer._features(torch.randn(2, 40, WIDTH), None, None)
+    memory = values.new_zeros(2, mixer.heads, mixer.state_size, mixer.value_width)
+    expected = steps.run(values, memory)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(steps.run(values, memory), expected)
 
 
 @torch.no_grad()

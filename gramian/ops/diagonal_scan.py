@@ -1,0 +1,146 @@
+r"""Diagonal recurrences, ``x_{t+1} = a_t x_t + w_t``: what a selective scan is made of.
+
+A loop over time: a step reads its coefficients once, writes one state, and is one call. Where a
+step has too little to do for that, several stretches of the sequence take theirs side by side, from
+zeros; what they begin with follows from the same recurrence over stretches, and is added, carried
+by the products of a stretch's gates. Nothing is divided, so gates may be zero or negative.
+
+With μ_t the gradient of x_t and g_t what comes from outside, ``μ_t = g_t + a_t μ_{t+1}``: the
+gradient is the recurrence backwards in time, and the operator is closed under differentiation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_autograd, register_fake, register_vmap
+
+from gramian.ops._operator import operator
+
+__all__ = ["apply_diagonal", "diagonal_scan"]
+
+_CPU_STEP, _STEP = 2**12, 2**20  # numbers in a step from which it is worth a call
+_LEAST = 8  # stretches, below which it is not worth their products
+
+
+def diagonal_scan(a: Tensor, w: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """States of ``x_{t+1} = a_t x_t + w_t`` from ``x_0 = start``.
+
+    Args:
+        a: (*S, L, n), real.
+        w: (*S, L, n), of the dtype of ``a``.
+        start: (*S, n), likewise.
+
+    Returns:
+        The states before every step, (*S, L, n) in the memory layout of ``w``, and the one after
+        the last, (*S, n). Differentiable to any order.
+    """
+    states, end = _scan(a, w, start, False)
+    return states, end
+
+
+def apply_diagonal(
+    a: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``x_{t+1} = a_t x_t + B_t u_t``, ``y_t = C_t · x_t + D_t u_t``.
+
+    Args:
+        a: (*S, L, n), real; B and C likewise.
+        D: (*S, L), the input u likewise.
+        start: (*S, n).
+
+    Returns:
+        y (*S, L), and the last state (*S, n).
+    """
+    states, end = diagonal_scan(a, B * u.unsqueeze(-1), start)
+    return (C * states).sum(-1) + D * u, end
+
+
+@operator("diagonal_scan")
+def _scan(a: Tensor, w: Tensor, start: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The states that every step goes on from, and the last; in reverse the last step is first."""
+    states = torch.empty_like(w)
+    return states, _fill(states, a, w, start, reverse)
+
+
+def _fill(states: Tensor, a: Tensor, w: Tensor, start: Tensor, reverse: bool) -> Tensor:
+    """Write the state before every step, and return the one after all."""
+    length = w.shape[-2]
+    if length == 0:
+        return start.clone()
+    enough = _CPU_STEP if w.device.type == "cpu" else _STEP
+    together = min(enough // max(start.numel(), 1), length // 2)
+    if together < _LEAST:
+        return _loop(states, a, w, start, reverse)
+
+    size = length // together
+    rest = length - size * together
+    if reverse:
+        many, few = slice(rest, None), slice(0, rest)
+    else:
+        many, few = slice(0, length - rest), slice(length - rest, None)
+    inner, gates, inputs = (
+        tensor[..., many, :].unflatten(-2, (together, size)) for tensor in (states, a, w)
+    )
+    zeros = torch.zeros_like(inputs[..., 0, :])
+    ends = _loop(inner, gates, inputs, zeros, reverse)
+    products = torch.empty_like(inner)
+    whole = _loop(products, gates, None, torch.ones_like(zeros), reverse)
+    starts = torch.empty_like(ends)
+    end = _fill(starts, whole, ends, start, reverse)
+    inner.addcmul_(products, starts.unsqueeze(-2))
+    return _fill(states[..., few, :], a[..., few, :], w[..., few, :], end, reverse)
+
+
+def _loop(states: Tensor, a: Tensor, w: Tensor | None, start: Tensor, reverse: bool) -> Tensor:
+    """One step after the other; without inputs, products of the gates."""
+    order = slice(None, None, -1 if reverse else 1)
+    outputs, gates = states.unbind(-2)[order], a.unbind(-2)[order]
+    end = torch.empty_like(start)
+    outputs[0].copy_(start)
+    if w is None:
+        for x, gate, after in zip(outputs, gates, (*outputs[1:], end), strict=True):
+            torch.mul(gate, x, out=after)
+    else:
+        inputs = w.unbind(-2)[order]
+        for x, gate, one, after in zip(outputs, gates, inputs, (*outputs[1:], end), strict=True):
+            torch.addcmul(one, gate, x, out=after)
+    return end
+
+
+@register_fake(_scan)
+def _scan_fake(a: Tensor, w: Tensor, start: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(w), torch.empty_like(start)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    a, _, _, ctx.reverse = inputs
+    ctx.save_for_backward(a, output[0])
+
+
+def _backward(ctx: Any, g: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:
+    a, states = ctx.saved_tensors
+    of_inputs, of_start = _scan(a, g, g_end, not ctx.reverse)
+    of_gates = of_inputs * states if ctx.needs_input_grad[0] else None
+    return of_gates, of_inputs, of_start, None
+
+
+register_autograd(_scan, _backward, setup_context=_setup)
+
+
+@register_vmap(_scan)
+def _scan_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    a: Tensor,
+    w: Tensor,
+    start: Tensor,
+    reverse: bool,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    first = [
+        tensor.expand(info.batch_size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+        for tensor, axis in zip((a, w, start), in_dims, strict=False)
+    ]
+    return _scan(*first, reverse), (0, 0)
