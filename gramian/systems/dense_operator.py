@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gramian.ops.vandermonde import group_channels
+from gramian.systems._finite import FiniteSystem
 from gramian.systems._state import State
-from gramian.systems._system import System, check_tensor, working_dtype
+from gramian.systems._system import LinearRecurrence, check_tensor, working_dtype
 
 __all__ = ["DenseOperator", "DenseOperatorRecurrence", "DenseOperatorState"]
 
@@ -31,7 +32,7 @@ class DenseOperatorState(_Fields, State):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DenseOperator(System):
+class DenseOperator(FiniteSystem):
     """``y = T u`` for a lower-triangular T.
 
     An operator has L steps and no more, as a `TimeVarying` system has. Where its rows are a
@@ -44,6 +45,8 @@ class DenseOperator(System):
         TypeError: if the entries are not a real floating-point tensor.
         ValueError: if they are not square matrices.
     """
+
+    _kind = "dense operator"
 
     entries: Tensor
 
@@ -106,11 +109,7 @@ class DenseOperator(System):
         Raises:
             ValueError: if ``length`` or ``at`` is out of range.
         """
-        length = self.length if length is None else length
-        self._check_steps(0, length)
-        at = length // 2 if at is None else at
-        if not 0 < at < length:
-            raise ValueError(f"`at` must lie in 1 … {length - 1} for length {length}, got {at}.")
+        length, at = self._parted(length, at)
         block = self.entries[..., at:length, :at].double()
         return torch.linalg.svdvals(block).to(self.dtype)
 
@@ -120,10 +119,7 @@ class DenseOperator(System):
         Raises:
             ValueError: for any other form than "dense".
         """
-        if form not in (None, "dense"):
-            raise ValueError(
-                f'a dense operator has the recurrence form "dense" only, got {form!r}.'
-            )
+        self._check_form(form, "dense")
         return DenseOperatorRecurrence(self)
 
     def _apply(self, u: Tensor) -> Tensor:
@@ -150,46 +146,20 @@ class DenseOperator(System):
         with torch.autocast(inputs.device.type, enabled=False):
             return restore(grouped @ rows.reshape(grouped.shape[0], *rows.shape[-2:]).mT)
 
-    def _check_steps(self, start: int, length: int) -> None:
-        if start + length > self.length:
-            taken = f" of which {start} are taken" if start else ""
-            raise ValueError(
-                f"this dense operator has {self.length} steps{taken}; {length} were asked for."
-            )
 
-
-class DenseOperatorRecurrence:
+class DenseOperatorRecurrence(LinearRecurrence):
     """``y_i = T[i, :i + 1] u``: keeps every input. Writes into its buffer."""
 
     form = "dense"
-    error = 0.0
 
     def __init__(self, system: DenseOperator) -> None:
-        self.system = system.frozen()
-        self._dtype = working_dtype(system.entries)
+        self.system: DenseOperator = system.frozen()
+        self._like = system.entries.new_empty(0, dtype=working_dtype(system.entries))
+        self._state_shape = (system.length,)
 
-    def initial_state(
-        self,
-        batch_shape: tuple[int, ...],
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> DenseOperatorState:
-        """A buffer of L zeros for samples of shape ``batch_shape`` = (*B, *C')."""
-        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
-        inputs = torch.zeros(
-            *shape,
-            self.system.length,
-            dtype=dtype or self._dtype,
-            device=device or self.system.device,
-        )
-        return DenseOperatorState(inputs, torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Take the chunk ``u`` (*B, *C', T) at once; continue from ``state`` if given."""
-        if state is None:
-            state = self.initial_state(u.shape[:-1], device=u.device)
-        return self.system._apply_from(u, state)
+    @staticmethod
+    def _state(tensor: Tensor) -> DenseOperatorState:
+        return DenseOperatorState(tensor, torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:

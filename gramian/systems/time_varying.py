@@ -8,7 +8,8 @@ In the notation of linear attention, ``S_t = diag(α_t) S_{t-1} + k_t v_t``, ``o
 system is ``A = α``, ``B = k``, ``C = α q``, ``D = q · k``: here the state is what is remembered
 *before* the present input, whose own contribution is D.
 
-Inputs are taken by blocks (`gramian.ops.scan`): matrix products and about log₂ L rounds.
+Inputs are taken by blocks (`gramian.ops.scan`), matrix products and about log₂ L rounds; one signal
+through a diagonal system step by step (`gramian.ops.diagonal_scan`).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from gramian.ops.diagonal_scan import apply_diagonal
 from gramian.ops.scan import Dense, Diagonal, DiagonalPlusLowRank, Transition, join, scan
 from gramian.ops.vandermonde import group_channels
+from gramian.systems._finite import FiniteSystem
 from gramian.systems._state import State
-from gramian.systems._system import System, check_tensor, working_dtype
+from gramian.systems._system import LinearRecurrence, check_tensor, working_dtype
 
 __all__ = ["TimeVarying", "TimeVaryingRecurrence", "TimeVaryingState"]
 
@@ -44,7 +47,7 @@ class TimeVaryingState(_Fields, State):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TimeVarying(System):
+class TimeVarying(FiniteSystem):
     """``x_{i+1} = A_i x_i + B_i u_i``, ``y_i = C_i x_i + D_i u_i`` for L steps.
 
     A system has L steps and no more: a longer input is an error, and so are chunks that together
@@ -64,6 +67,8 @@ class TimeVarying(System):
         TypeError: if a field is not a real floating-point tensor.
         ValueError: if the shapes do not belong together, or one of p and q is missing.
     """
+
+    _kind = "time-varying system"
 
     A: Tensor
     B: Tensor
@@ -178,11 +183,7 @@ class TimeVarying(System):
         Raises:
             ValueError: if ``length`` or ``at`` is out of range.
         """
-        length = self.length if length is None else length
-        self._check_steps(0, length)
-        at = length // 2 if at is None else at
-        if not 0 < at < length:
-            raise ValueError(f"`at` must lie in 1 … {length - 1} for length {length}, got {at}.")
+        length, at = self._parted(length, at)
         reach, observe = self.factors(at, length)
         with torch.autocast(self.device.type, enabled=False):
             right = torch.linalg.qr(reach.mT, mode="r")[1]
@@ -207,10 +208,7 @@ class TimeVarying(System):
         Raises:
             ValueError: for any other form than "time_varying".
         """
-        if form not in (None, "time_varying"):
-            raise ValueError(
-                f'a time-varying system has the recurrence form "time_varying" only, got {form!r}.'
-            )
+        self._check_form(form, "time_varying")
         return TimeVaryingRecurrence(self)
 
     def _apply(self, u: Tensor) -> Tensor:
@@ -235,22 +233,19 @@ class TimeVarying(System):
         part, dtype = self.steps(start, start + length), x.dtype
         signal, restore = group_channels(u.to(dtype), self.channel_shape)  # (G, R, T)
         first, restore_state = group_channels(x, self.channel_shape)  # (G, R, n)
+        transition, (B, C, D) = part.transition(dtype), part.vectors(dtype)
+        if isinstance(transition, Diagonal) and signal.shape[1] == 1:
+            y, end = apply_diagonal(transition.a, B, C, D, signal.squeeze(1), first.squeeze(1))
+            return restore(y.unsqueeze(1)).to(u.dtype), restore_state(end.unsqueeze(1))
         size = _block_size(length, self.order, signal.shape[1])
         with torch.autocast(self.device.type, enabled=False):
-            blocks = join(part.transition(dtype), *part.vectors(dtype), size)
+            blocks = join(transition, B, C, D, size)
             padded = torch.nn.functional.pad(signal, (0, -length % size))
             samples = padded.unflatten(-1, (-1, size)).permute(0, 2, 3, 1)  # (G, K, c, R)
             starts, end = scan(blocks.transition, blocks.reach @ samples, first.mT)
             y = blocks.inside @ samples + blocks.observe @ starts
         y = y.permute(0, 3, 1, 2).flatten(-2)[..., :length]  # (G, R, T)
         return restore(y).to(u.dtype), restore_state(end.mT)
-
-    def _check_steps(self, start: int, length: int) -> None:
-        if start + length > self.length:
-            taken = f" of which {start} are taken" if start else ""
-            raise ValueError(
-                f"this time-varying system has {self.length} steps{taken}; {length} were asked for."
-            )
 
 
 def _block_size(length: int, order: int, signals: int) -> int:
@@ -259,38 +254,19 @@ def _block_size(length: int, order: int, signals: int) -> int:
     return 1 << (min(wanted, length) - 1).bit_length()
 
 
-class TimeVaryingRecurrence:
+class TimeVaryingRecurrence(LinearRecurrence):
     """``y_i = C_i x + D_i u_i``, ``x ← A_i x + B_i u_i``."""
 
     form = "time_varying"
-    error = 0.0
 
     def __init__(self, system: TimeVarying) -> None:
-        self.system = system.frozen()
-        self._dtype = working_dtype(system.D)
+        self.system: TimeVarying = system.frozen()
+        self._like = system.D.new_empty(0, dtype=working_dtype(system.D))
+        self._state_shape = (system.order,)
 
-    def initial_state(
-        self,
-        batch_shape: tuple[int, ...],
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> TimeVaryingState:
-        """Zeros for samples of shape ``batch_shape`` = (*B, *C')."""
-        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
-        x = torch.zeros(
-            *shape,
-            self.system.order,
-            dtype=dtype or self._dtype,
-            device=device or self.system.device,
-        )
-        return TimeVaryingState(x, torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Take the chunk ``u`` (*B, *C', T) at once, by blocks; go on from ``state`` if given."""
-        if state is None:
-            state = self.initial_state(u.shape[:-1], device=u.device)
-        return self.system._apply_from(u, state)
+    @staticmethod
+    def _state(tensor: Tensor) -> TimeVaryingState:
+        return TimeVaryingState(tensor, torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
