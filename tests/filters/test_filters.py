@@ -60,7 +60,7 @@ def test_makes_a_system_through_which_gradients_flow(name):
     taps = system.impulse_response(40)
     assert torch.isfinite(taps).all()
     short = made(7).impulse_response(7)
-    torch.testing.assert_close(short, taps[:, :7], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(short, taps[:, :7], rtol=1e-4, atol=1e-5)
     taps.square().sum().backward()
     for parameter_name, parameter in made.named_parameters():
         assert parameter.grad is not None, parameter_name
