@@ -275,6 +275,9 @@ def test_train_reports_and_names_mistakes(
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
     status, out, err = call("train --keys", tmp_path)
     assert status == 0 and "optimization.learning_rate" in out and "needed" in out
+    status, out, err = call("train --keys --json", tmp_path)
+    listed = {key["key"]: key["default"] for key in json.loads(out)}
+    assert listed["optimization.warmup"] == "0.05" and listed["model.rms_norm_eps"] == "1.0e-06"
     status, out, err = call("train none.yaml", tmp_path)
     assert (status, out) == (1, "")
     assert err == "gramian: there is no configuration file none.yaml.\n"

@@ -229,7 +229,7 @@ def _run(model: Any, sequence: Tensor) -> None:
     ):
         given = "numbers" if sequence.is_floating_point() else "token ids"
         wanted = "token ids" if name == "input_ids" else "continuous inputs"
-        raise ValueError(f"a {type(model).__name__} takes {wanted} here, and was given {given}.")
+        raise ValueError(f"this {type(model).__name__} reads {wanted}; it was given {given}.")
     find: Any = getattr(model, "get_input_embeddings", None)
     embedding = find() if find is not None and not sequence.is_floating_point() else None
     known = getattr(embedding, "num_embeddings", None)

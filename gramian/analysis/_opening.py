@@ -28,6 +28,7 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gramian.models import ByteTokenizer, load_any
+    from gramian.models.loading import describe_missing
 
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():
@@ -49,6 +50,8 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
         fits = config.input_size is None and config.vocab_size == len(ByteTokenizer())
         return model, ByteTokenizer() if fits else None
     local = path.is_dir()
+    if local and not (path / "config.json").is_file():
+        raise ValueError(describe_missing(path))
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=local)
     return model.eval(), AutoTokenizer.from_pretrained(name, local_files_only=local)
 

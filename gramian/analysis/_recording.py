@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.analysis._scans import SCANS, Scan
-from gramian.mixers import Block, Mixer, SoftmaxAttention
+from gramian.mixers import Block, LinearRecurrence, Mixer, SoftmaxAttention
 from gramian.systems import DenseOperator, System
 
 __all__ = ["Met", "Recorder", "token_mixers"]
@@ -135,7 +135,11 @@ class Recorder:
             return
         x = args[0] if args else kwargs["x"]
         heads = getattr(module, "heads", module.width)
-        kind = "attention" if isinstance(module, SoftmaxAttention) else "convolution"
+        kind = "convolution"
+        if isinstance(module, SoftmaxAttention):
+            kind = "attention"
+        elif isinstance(module, LinearRecurrence):
+            kind = "recurrence"
         try:
             module.operator(x[:, :1], slice(0, 1))  # a bidirectional one refuses
         except ValueError as error:

@@ -95,6 +95,7 @@ class StateReport:
         rtol: relative tolerance, if any.
         unread: path and reason, for every layer that mixes tokens and could not be read.
         seconds: how long it took.
+        source: what was read, if that was told.
     """
 
     model: str
@@ -106,6 +107,7 @@ class StateReport:
     rtol: float | None
     unread: tuple[tuple[str, str], ...]
     seconds: float
+    source: str = ""
 
     @property
     def horizon(self) -> int:
@@ -114,8 +116,11 @@ class StateReport:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The paths of the layers without what all of them begin and end with."""
+        """The paths of the layers without what all of them begin and end with; of one layer, its
+        number."""
         parts = [layer.name.split(".") for layer in self.layers]
+        if len(parts) == 1:
+            return tuple([part for part in parts[0] if part.isdecimal()][:1] or [".".join(*parts)])
         for end in (0, -1):
             while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[end] for p in parts}) == 1:
                 parts = [p[1:] if end == 0 else p[:-1] for p in parts]
@@ -210,6 +215,7 @@ class StateReport:
         return {
             "format": _FORMAT,
             "model": self.model,
+            "source": self.source,
             "measure": self.measure,
             "tol": self.tol,
             "rtol": self.rtol,
@@ -265,6 +271,7 @@ class StateReport:
             rtol=values["rtol"],
             unread=tuple((entry["name"], entry["reason"]) for entry in values["unread"]),
             seconds=values["seconds"],
+            source=values.get("source", ""),
         )
 
     @classmethod
@@ -296,9 +303,10 @@ class StateReport:
         return table
 
     def _summary(self) -> str:
+        source = f" of {self.source}" if self.source else ""
         lines = [
-            f"{self.measure} ESS at {len(self.positions):,} positions of {self.horizon:,} tokens, "
-            f"{self.seconds:.1f} s"
+            f"{self.measure} ESS at {len(self.positions):,} positions of {self.horizon:,} tokens"
+            f"{source}, {self.seconds:.1f} s"
         ]
         if self.layers:
             average, total = float(self.average()), float(self.total())

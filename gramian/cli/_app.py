@@ -27,6 +27,7 @@ __all__ = [
     "Seed",
     "Settings",
     "TaskConfig",
+    "TaskSeed",
     "UserError",
     "app",
     "byte_tokenizer",
@@ -53,9 +54,15 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback if something goes wrong.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+TaskSeed = Annotated[
+    int | None,
+    typer.Option(help="Seed of everything random; if not given, that of --config, or 0."),
+]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Setting of the task; may be repeated."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Setting of the task to change; may be repeated."
+    ),
 ]
 TaskConfig = Annotated[
     Path | None, typer.Option("--config", help="Training configuration whose task to take.")
@@ -179,33 +186,38 @@ def token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> Any:
     return tokenizer(read_text(text), return_tensors="pt", verbose=False).input_ids[0]
 
 
-def find_tasks(names: list[str], settings: list[str], config: Path | None) -> dict[str, Task]:
-    """The tasks of `gramian.tasks` that were named, and the configuration's."""
+def find_tasks(
+    names: list[str], settings: list[str], config: Path | None, seed: int | None
+) -> tuple[dict[str, Task], int]:
+    """The tasks of `gramian.tasks` that were named and the configuration's, with changed settings;
+    and the seed, which is the configuration's if none was given."""
     from gramian import tasks
 
     ours = [name for name in names if name in tasks.names()]
-    if settings and len(ours) != 1:
-        raise typer.BadParameter("--set needs one --task of gramian.tasks.")
+    if settings and len(ours) + (config is not None) != 1:
+        raise typer.BadParameter("--set needs one --task of gramian.tasks, or --config.")
     found = {}
     try:
+        changes: dict[str, Any] = {}
         if settings:
             from gramian.training.configuration import read_change
 
-            values = dict(read_change(setting) for setting in settings)
-            chosen = values.pop("setting", None)
-            found[ours[0]] = tasks.build(ours[0], chosen, **values)
-        else:
-            found = {name: tasks.build(name) for name in ours}
+            changes = dict(read_change(setting) for setting in settings)
+        wanted: list[dict[str, Any]] = [{"name": name} for name in ours]
         if config is not None:
             from gramian.training import load_config
 
-            values = dict(load_config(config).task)
+            loaded = load_config(config)
+            wanted.append(dict(loaded.task))
+            seed = loaded.seed if seed is None else seed
+        for values in wanted:
+            values |= changes
             values.pop("streaming", None)
             name, chosen = values.pop("name"), values.pop("setting", None)
             found[name] = tasks.build(name, chosen, **values)
     except (TypeError, ValueError) as error:
         raise UserError(one_line(error)) from error
-    return found
+    return found, seed or 0
 
 
 def fraction(name: str, text: str) -> float:

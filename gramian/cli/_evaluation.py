@@ -14,9 +14,9 @@ from rich.console import Console
 from gramian.cli._app import (
     Debug,
     Json,
-    Seed,
     Settings,
     TaskConfig,
+    TaskSeed,
     UserError,
     app,
     check_new,
@@ -88,7 +88,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="New folder for the numbers.")
     ] = None,
-    seed: Seed = 0,
+    seed: TaskSeed = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -103,8 +103,9 @@ def evaluate(
     if output is not None:
         check_new(output)
     quiet_transformers()
+    found, seed = find_tasks(task or [], settings or [], config, seed)
     wanted = _wanted(
-        tasks=find_tasks(task or [], settings or [], config),
+        tasks=found,
         harness=_of_the_harness(task or []),
         texts={str(path): read_text(path) for path in text or []},
         split=split,
@@ -136,6 +137,7 @@ def evaluate(
         tuple(measured[model]),
         against,
         () if against is None else tuple(measured[against]),
+        _conditions(wanted),
     )
     if output is not None:
         from gramian._staging import staged_directory
@@ -149,6 +151,24 @@ def evaluate(
         console.print(report)
         if output is not None:
             console.print(f"Written to {output}", highlight=False)
+
+
+def _conditions(wanted: _Wanted) -> dict[str, Any]:
+    """What the numbers were measured on, but for the names of tasks and texts."""
+    from dataclasses import asdict
+
+    from gramian.evaluation._tasks import chosen_split
+
+    conditions: dict[str, Any] = {"seed": wanted.seed}
+    for key in ("limit", "window", "stride", "shots"):
+        if (value := getattr(wanted, key)) is not None:
+            conditions[key] = value
+    if wanted.tasks:
+        conditions["tasks"] = {
+            name: {"split": chosen_split(task, name, wanted.split), **asdict(task)}
+            for name, task in wanted.tasks.items()
+        }
+    return conditions
 
 
 def _wanted(**values: Any) -> _Wanted:
@@ -193,7 +213,16 @@ def _measure(name: str, wanted: _Wanted, device: str, progress: Progress) -> lis
                 f"{name} is a {type(model).__name__}; texts need a causal language model."
             )
         if tokenizer is None:
-            raise UserError(f"{name} has no tokenizer, so it cannot read a text.")
+            reason = f"{name} has no tokenizer, so it cannot read a text."
+            if wanted.harness:
+                from gramian import tasks
+                from gramian._nearest import unknown
+
+                reason = (
+                    f"{name} has no tokenizer, which every task needs that is not ours: "
+                    f"{unknown('task of ours', wanted.harness[0], tasks.names())}"
+                )
+            raise UserError(reason)
 
     def shown(key: str) -> Callable[[int, int], None]:
         return lambda done, total: progress.update(

@@ -17,6 +17,7 @@ from gramian.cli._app import (
     Seed,
     Settings,
     TaskConfig,
+    TaskSeed,
     UserError,
     app,
     byte_tokenizer,
@@ -452,7 +453,7 @@ def analyze(
     html: Annotated[
         Path | None, typer.Option(help="File for one interactive page, which opens offline.")
     ] = None,
-    seed: Seed = 0,
+    seed: TaskSeed = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -464,8 +465,8 @@ def analyze(
         raise typer.BadParameter(
             "give one of --text FILE, --prompt TEXT, --task NAME and --config FILE."
         )
-    if settings and task is None:
-        raise typer.BadParameter("--set needs --task NAME.")
+    if settings and task is None and config is None:
+        raise typer.BadParameter("--set needs --task NAME or --config FILE.")
     if picture not in ("png", "svg"):
         raise typer.BadParameter(f"--format must be png or svg, got {picture!r}.")
     if output is not None:
@@ -473,10 +474,12 @@ def analyze(
     words = read_text(text) if text is not None else prompt
     quiet_transformers()
     sequence: Any = None
-    is_text = True
+    is_text, source = True, "the prompt" if text is None else str(text)
     if words is None:
-        sequence, is_text = _row(task, settings or [], config, split, seed, row)
+        sequence, is_text, source = _row(task, settings or [], config, split, seed, row)
     console = Console(stderr=as_json)
+
+    import dataclasses
 
     from rich.progress import Progress, TaskID
 
@@ -514,13 +517,14 @@ def analyze(
                 )
             except (OSError, ValueError) as error:
                 raise UserError(f"{name}: {one_line(error)}") from error
-        if not as_json:
-            console.print(report)
+        report = dataclasses.replace(report, model=name.rstrip("/"), source=source)
         if not report.layers:
             raise UserError(
                 f"No layer of {name} could be read: "
                 + "; ".join(f"{path}: {reason}" for path, reason in report.unread)
             )
+        if not as_json:
+            console.print(report)
         reports.append(report)
     if output is not None:
         _save_states(reports, output, picture)
@@ -528,6 +532,9 @@ def analyze(
         from gramian.reports import save_state_page
 
         save_state_page(reports, html)
+    for written in (output, html):
+        if written is not None and not as_json:
+            console.print(f"Written to {written}", highlight=False)
     if as_json:
         found = [report.to_dict() for report in reports]
         print(json.dumps(found[0] if len(found) == 1 else {"models": found}))
@@ -593,10 +600,10 @@ def _row(
     settings: list[str],
     config: Path | None,
     split: str | None,
-    seed: int,
+    seed: int | None,
     row: int,
-) -> tuple[Any, bool]:
-    """A row's input, token ids (L) or numbers (L, size), and whether it is text."""
+) -> tuple[Any, bool, str]:
+    """A row's input, token ids (L) or numbers (L, size), whether it is text, and its place."""
     import itertools
 
     import torch
@@ -607,7 +614,8 @@ def _row(
 
     if name is not None and name not in tasks.names():
         raise UserError(unknown("task", name, tasks.names()))
-    [(name, task)] = find_tasks([] if name is None else [name], settings, config).items()
+    found_tasks, seed = find_tasks([] if name is None else [name], settings, config, seed)
+    [(name, task)] = found_tasks.items()
     try:
         split = chosen_split(task, name, split)
         found = next(itertools.islice(task.rows(split, seed), row, None), None)
@@ -615,9 +623,10 @@ def _row(
         raise UserError(one_line(error)) from error
     if found is None:
         raise UserError(f"the {split} split of {name} has no row {row}.")
+    place = f"{name}, {split} split, row {row}, seed {seed}"
     if "input_ids" in found:
-        return torch.as_tensor(found["input_ids"]).long(), task.description().text
-    return torch.as_tensor(found["input_values"]).float(), False
+        return torch.as_tensor(found["input_ids"]).long(), task.description().text, place
+    return torch.as_tensor(found["input_values"]).float(), False, place
 
 
 def _save_states(reports: list[StateReport], output: Path, suffix: str) -> None:

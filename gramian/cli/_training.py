@@ -24,15 +24,37 @@ from gramian.cli._app import (
 def _show_keys(wanted: bool) -> None:
     if not wanted:
         return
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from gramian.training.configuration import keys
 
-    table = Table("key", "default", "meaning")
-    for key in keys():
-        default = "needed" if key.default is None else key.default
-        table.add_row(key.name, default, Text(key.meaning.replace("`", "").replace("None", "null")))
-    Console().print(table, highlight=False)
+    listed = [
+        (
+            key.name,
+            "needed" if key.default is None else key.default,
+            key.meaning.replace("`", "").replace("None", "null"),
+        )
+        for key in keys()
+    ]
+    if "--json" in sys.argv:
+        names = ("key", "default", "meaning")
+        print(json.dumps([dict(zip(names, one, strict=True)) for one in listed], indent=2))
+        raise typer.Exit
+    table = Table(
+        Column("key", no_wrap=True),
+        Column("default", overflow="fold", max_width=16),
+        Column("meaning", overflow="fold"),
+        box=None,
+    )
+    for name, default, meaning in listed:
+        table.add_row(name, default, Text(meaning))
+    console = Console()
+    console.print(table, highlight=False)
+    console.print(
+        "\nSettings of a task, in Python: gramian.tasks.settings(NAME); arguments of a filter and "
+        "of a linear recurrence: the classes in gramian.filters and gramian.mixers.",
+        highlight=False,
+    )
     raise typer.Exit
 
 

@@ -59,6 +59,8 @@ def evaluate_harness(
             'tasks of lm-evaluation-harness need lm-eval: pip install "gramian[evaluate]".',
             name="lm_eval",
         ) from error
+    from gramian import tasks as ours
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     where = None if include_path is None else str(include_path)
     manager = None
@@ -68,9 +70,12 @@ def evaluate_harness(
         manager = TaskManager(include_path=where)
     for task in tasks:
         if task not in manager.all_tasks:
-            near = difflib.get_close_matches(task, manager.all_tasks, n=1, cutoff=0.5)
+            known = [*ours.names(), *manager.all_tasks]
+            near = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
             meant = f" Did you mean {near[0]!r}?" if near else ""
-            raise HarnessError(f"unknown task {task!r} of lm-evaluation-harness.{meant}")
+            raise HarnessError(
+                f"unknown task {task!r}, neither ours nor of lm-evaluation-harness.{meant}"
+            )
     training = model.training
     model.eval()
     try:

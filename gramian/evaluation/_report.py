@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gramian.evaluation._measure import Measure, difference_error
@@ -47,12 +47,14 @@ class EvaluationReport:
         measures: in the order of the tasks.
         against: the name of the model compared with, or None.
         before: its measures.
+        conditions: what was measured on: seed, limit, window, and split and settings of tasks.
     """
 
     model: str
     measures: tuple[Measure, ...]
     against: str | None = None
     before: tuple[Measure, ...] = ()
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
@@ -66,6 +68,7 @@ class EvaluationReport:
         values: dict[str, Any] = {
             "model": self.model,
             "measures": [one.to_dict() for one in self.measures],
+            "conditions": self.conditions,
         }
         if self.against is not None:
             values["against"] = self.against
@@ -98,12 +101,16 @@ class EvaluationReport:
 
     @property
     def summary(self) -> str:
-        """One sentence: what the table shows."""
-        if self.against is None:
-            return f"{self.model}: values ± standard errors; ↑ more is better, ↓ less is."
+        """What the table shows, and on which splits."""
+        compared = "" if self.against is None else f" against {self.against}"
+        differences = "" if self.against is None else ", differences over the same data"
+        splits = [
+            f" {name}: {task['split']} split, seed {self.conditions['seed']}."
+            for name, task in self.conditions.get("tasks", {}).items()
+        ]
         return (
-            f"{self.model} against {self.against}: values ± standard errors, differences over the "
-            "same data; ↑ more is better, ↓ less is."
+            f"{self.model}{compared}: values ± standard errors{differences}; ↑ more is better, ↓ "
+            f"less is.{''.join(splits)}"
         )
 
     def _cells(self) -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gramian._nearest import unknown
 from gramian.systems import System
 
 __all__ = ["Filter", "build", "check_lr", "register"]
@@ -124,9 +126,13 @@ def build(config: dict[str, Any] | Filter, **defaults: Any) -> Filter:
         arguments = {**defaults, **config}
         kind = arguments.pop("type", None)
         if kind not in _REGISTRY:
-            raise ValueError(
-                f"unknown filter type {kind!r}; known are {', '.join(sorted(_REGISTRY))}."
-            )
+            raise ValueError(unknown("filter type", kind, _REGISTRY))
+        accepted = inspect.signature(_REGISTRY[kind]).parameters
+        if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values()):
+            for key in arguments:
+                if key not in accepted:
+                    names = [name for name in accepted if name not in defaults]
+                    raise ValueError(unknown(f"key of a filter {kind!r}", key, names))
         try:
             built = _REGISTRY[kind](**arguments)
         except TypeError as error:

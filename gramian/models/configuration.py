@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from gramian._nearest import unknown
 from gramian.mixers import (
     GLAS6,
     S6,
@@ -70,7 +71,8 @@ class GramianConfig(PreTrainedConfig):
         attention: further arguments of `gramian.mixers.SoftmaxAttention`, such as `kv_heads`,
             `window` and `rotary_base`, for all `softmax_attention` layers.
         linear_recurrence: further arguments of the linear recurrences in `gramian.mixers`, such as
-            `state_size` and `temperature`; each layer takes those that its mixer has.
+            `state_size` and `temperature`; each layer takes those that its mixer has, and what no
+            layer takes is an error.
         max_position_embeddings: `max_length` of the filters. It is no limit on the input: past it
             an FIR filter is zero and a rational one goes on. There is no positional embedding, but
             for the rotations inside attention, which know no limit either.
@@ -346,11 +348,17 @@ def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
 def _validate_attention(attention: Any) -> None:
     if attention is None:
         return
-    accepted = _options(SoftmaxAttention)
-    if not isinstance(attention, Mapping) or not {*attention} <= {*accepted}:
+    _validate_keys("attention", attention, _options(SoftmaxAttention))
+
+
+def _validate_keys(name: str, given: Any, accepted: list[str]) -> None:
+    if not isinstance(given, Mapping):
         raise ValueError(
-            f"attention must be a dict with some of {', '.join(accepted)}; got {attention!r}."
+            f"{name} must be a dict with some of {', '.join(accepted)}; got {given!r}."
         )
+    for key in given:
+        if key not in accepted:
+            raise ValueError(unknown(f"key of {name}", key, accepted))
 
 
 def _options(mixer: Callable[..., Mixer]) -> list[str]:
@@ -368,7 +376,4 @@ def _validate_linear_recurrence(options: Any, mixers: list[str]) -> None:
     present = [LINEAR_RECURRENCES[name] for name in mixers if name in LINEAR_RECURRENCES]
     kinds = present or list(LINEAR_RECURRENCES.values())
     accepted = list(dict.fromkeys(name for kind in kinds for name in _options(kind)))
-    if not isinstance(options, Mapping) or not {*options} <= {*accepted}:
-        raise ValueError(
-            f"linear_recurrence must be a dict with some of {', '.join(accepted)}; got {options!r}."
-        )
+    _validate_keys("linear_recurrence", options, accepted)

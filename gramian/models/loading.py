@@ -55,14 +55,18 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCau
     values = _read_config(folder)
     kind = _class(folder, values)
     if kind is not GramianForCausalLM:
-        raise ValueError(f"{folder} holds a {kind.__name__}; a GramianForCausalLM is needed.")
+        raise ValueError(
+            f"{folder} holds a {kind.__name__}; a GramianForCausalLM is needed (`load_any` reads "
+            "both)."
+        )
     model = _load(folder, kind, values, dtype)
     assert isinstance(model, GramianForCausalLM)
     return model
 
 
 def load_any(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianPreTrainedModel:
-    """A model of whichever class of ours a folder holds: a classifier, a regression and so on.
+    """A model of whichever class of ours a folder holds: a classifier, a regression and so on, in
+    evaluation mode.
 
     Args, errors: as for `load`.
     """
@@ -106,7 +110,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no model folder {folder}.")
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json.")
+        raise FileNotFoundError(describe_missing(folder))
     values = _read_json(file)
     kind = values.get("model_type")
     if kind != GramianConfig.model_type:
@@ -114,6 +118,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds a model of type {kind!r}; {GramianConfig.model_type!r} is needed."
         )
     return values
+
+
+def describe_missing(folder: Path) -> str:
+    """Why a folder without config.json is none of a model."""
+    inside = [folder / name for name in ("best", "last")]
+    models = [str(path) for path in inside if (path / "config.json").is_file()]
+    if models:
+        return f"{folder} is the folder of a training run; its models are {' and '.join(models)}."
+    return f"{folder} is not a model folder: it has no config.json."
 
 
 def _read_json(file: Path) -> dict[str, Any]:

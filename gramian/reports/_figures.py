@@ -194,19 +194,21 @@ def plot_decoding_cost(
 
 
 def plot_training(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Losses against steps and, where it was measured, accuracy beside them.
+    """Losses against steps and, where it was measured, accuracy or relative error beside them.
 
     Args:
-        lines: of a run's `metrics.jsonl`: `step` with `loss`, `eval_loss`, `eval_accuracy`.
+        lines: of a run's `metrics.jsonl`: `step` with `loss`, `eval_loss`, `eval_accuracy` or
+            `eval_relative_error`.
     """
     if not any("loss" in line or "eval_loss" in line for line in lines):
         raise ValueError("plot_training was given no line with a loss; give at least one.")
     curves = {
         key: [(line["step"], line[key]) for line in lines if key in line]
-        for key in ("loss", "eval_loss", "eval_accuracy")
+        for key in ("loss", "eval_loss", "eval_accuracy", "eval_relative_error")
     }
     unit = "mean square" if any("eval_mse" in line for line in lines) else "nats"
-    both = bool(curves["eval_accuracy"])
+    chosen = "eval_accuracy" if curves["eval_accuracy"] else "eval_relative_error"
+    both = bool(curves[chosen])
     figure = _new_figure(8.4 if both else 4.4, 3.3)
     panels = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
     for key, name, colour in (("loss", "training", _BLUE), ("eval_loss", "held out", _ORANGE)):
@@ -218,10 +220,14 @@ def plot_training(lines: Sequence[Mapping[str, Any]]) -> Figure:
     panels[0].legend(frameon=False, fontsize=8)
     _finish(panels[0], title="loss", x="step", y=unit)
     if both:
-        points = curves["eval_accuracy"]
+        points = curves[chosen]
         panels[1].plot(*zip(*points, strict=True), color=_ORANGE, marker="o", ms=3)
-        panels[1].set_ylim(-0.02, 1.02)
-        _finish(panels[1], title="held-out accuracy", x="step", y="share of right answers")
+        if chosen == "eval_accuracy":
+            panels[1].set_ylim(-0.02, 1.02)
+            _finish(panels[1], title="held-out accuracy", x="step", y="share of right answers")
+        else:
+            panels[1].set_ylim(bottom=0)
+            _finish(panels[1], title="held-out relative error", x="step", y="1: as zeros")
     return figure
 
 

@@ -39,14 +39,14 @@ def plot_state_map(report: StateReport) -> Figure:
     bound = _bound(report)
     layers, count = curves.shape
     width = min(16.0, max(5.0, 2.5 + 0.14 * count))
-    figure = _new_figure(width, 1.8 + 0.17 * layers)
+    figure = _new_figure(width, 2.2 + 0.17 * layers)
     axes = figure.subplots()
     image = axes.imshow(curves, aspect="auto", origin="lower", interpolation="nearest")
     veil = np.zeros((*bound.shape, 4))
     veil[..., :3] = 1.0
     veil[..., 3] = 0.45 * bound
     axes.imshow(veil, aspect="auto", origin="lower", interpolation="nearest")
-    figure.colorbar(image, ax=axes, label=f"mean {report.measure} ESS of a head or channel")
+    figure.colorbar(image, ax=axes, label=f"mean {report.measure} ESS")
     _token_ticks(axes, report)
     every = max(1, layers // 24)
     axes.set_yticks(np.arange(0, layers, every), report.labels[::every], fontsize=7)
@@ -75,7 +75,9 @@ def plot_state_curves(report: StateReport) -> Figure:
     axes = figure.subplots()
     shades = colormaps["viridis"](np.linspace(0, 0.92, len(curves)))
     for curve, limited, shade, name in zip(curves, bound, shades, report.labels, strict=True):
-        axes.plot(positions[order], curve[order], color=shade, lw=0.9, alpha=0.8, label=name)
+        axes.plot(
+            positions[order], curve[order], color=shade, lw=0.9, alpha=0.8, label=f"layer {name}"
+        )
         axes.plot(
             positions[order],
             np.where(limited, curve, np.nan)[order],
@@ -131,7 +133,7 @@ def plot_utilization(report: StateReport) -> Figure:
     _finish(
         axes,
         title=f"{report.model}: state in use; line: least to most of a layer's heads",
-        x="ESS / TSS (%)",
+        x="ESS / TSS (%), where the cap does not bind",
         y="layer",
     )
     return figure

@@ -239,6 +239,11 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
 
 
 def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | None:
+    if config.evaluation.ess.rows and getattr(model.config, "bidirectional", False):
+        raise ConfigError(
+            "evaluation.ess.rows must be 0 for a bidirectional model: it looks at the whole "
+            "sequence and has no state."
+        )
     regularization = config.regularization
     if regularization.gates == 0 and regularization.ess.weight == 0:
         return None

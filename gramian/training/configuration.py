@@ -259,7 +259,8 @@ class Key:
 
 
 def keys(kind: type[Any] = TrainingConfig, where: str = "") -> list[Key]:
-    """Every key of a configuration, in the order of the dataclasses, `sweep` apart."""
+    """Every key of a configuration, in the order of the dataclasses; but for those of `sweep`,
+    `task` and `model.filter`, which depend on what they describe."""
     meanings = _meanings(kind.__doc__ or "")
     found = []
     for one in dataclasses.fields(kind):
@@ -273,7 +274,20 @@ def keys(kind: type[Any] = TrainingConfig, where: str = "") -> list[Key]:
             continue
         shown = None if default is dataclasses.MISSING else _yaml(default)
         found.append(Key(name, shown, meanings.get(one.name, "")))
+        if name == "model":
+            found += _model_keys()
     return found
+
+
+def _model_keys() -> list[Key]:
+    """What `GramianConfig` documents of itself."""
+    from gramian.models import GramianConfig
+
+    meanings, defaults = _meanings(GramianConfig.__doc__ or ""), GramianConfig().to_dict()
+    return [
+        Key(f"model.{name}", _yaml(defaults.get(name)), meaning)
+        for name, meaning in meanings.items()
+    ]
 
 
 def _meanings(text: str) -> dict[str, str]:
@@ -283,17 +297,20 @@ def _meanings(text: str) -> dict[str, str]:
     for line in text.partition("Attributes:\n")[2].splitlines():
         if line.startswith(" " * 12):
             found[name] += f" {line.strip()}"
-        elif line.strip():
+        elif line.startswith(" " * 8):
             name, _, meaning = line.strip().partition(": ")
             found[name] = meaning
+        elif line.strip():  # the next section
+            break
     return found
 
 
 def _yaml(value: Any) -> str:
-    """A plain value as it stands in YAML."""
+    """A plain value as it stands in YAML, of which JSON is a part, but for numbers like 1e-06."""
     import json
 
-    return json.dumps(value)  # of which YAML is a superset
+    text = json.dumps(value)
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:

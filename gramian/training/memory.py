@@ -134,6 +134,9 @@ class StateSizeCallback(TrainerCallback):
             report = analyze(
                 model, row, every=self.every, horizon=horizon, max_channels=self.max_channels
             )
+            if not report.layers:
+                reasons = "; ".join(dict.fromkeys(reason for _, reason in report.unread))
+                raise ValueError(f"no layer can be read: {reasons}")
             for name, value in _summary(report).items():
                 found.setdefault(name, []).append(value)
         return {name: sum(values) / len(values) for name, values in found.items()}

@@ -213,8 +213,7 @@ class SweepReport:
         header, *lines = self._cells()
         table = Table(caption=self.summary, caption_justify="left", caption_style="")
         for name in header:
-            measured = name.startswith(("best ", "last ")) or name in STATE_SIZES.values()
-            table.add_column(escape(name), justify="right", no_wrap=measured)
+            table.add_column(escape(name), justify="right", overflow="fold", min_width=5)
         for line in lines:
             table.add_row(*map(escape, line))
         return table

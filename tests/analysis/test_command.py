@@ -79,6 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GramianForPairClassification(pairs).save_pretrained(folder / "pairs")
     recall = GramianConfig(hidden_size=8, num_hidden_layers=1, num_heads=2, vocab_size=40)
     GramianForCausalLM(recall).save_pretrained(folder / "recall")
+    GramianForCausalLM(recall).save_pretrained(folder / "run" / "best")
     (folder / "run.yaml").write_text(
         "output: x\ntask: {name: digits}\nmodel: {}\noptimization: {steps: 1}\n"
     )
@@ -136,6 +137,7 @@ def test_rows_of_tasks_are_read(call: Call, place: Path, monkeypatch: pytest.Mon
     row = list(tasks.build("mqar", **mqar).rows("test", 4))[1]
     expected = gramian.analyze(open_model("recall")[0], torch.as_tensor(row["input_ids"]), every=3)
     assert report.tokens == expected.tokens == tuple(map(str, row["input_ids"]))
+    assert report.source == "mqar, test split, row 1, seed 4" and report.model == "recall"
     assert torch.equal(report.layers[0].ess, expected.layers[0].ess)
 
     status, out, err = call("digits", "--config", "run.yaml", "--horizon", 20, "--json")
@@ -164,11 +166,12 @@ def test_rows_of_tasks_are_read(call: Call, place: Path, monkeypatch: pytest.Mon
         (["recall", "--prompt", "a"], 1, "recall has no tokenizer"),
         (["recall", "--prompt", "a", "--task", "mqar"], 2, "--task"),
         (["recall", "--prompt", "a", "--set", "length=3"], 2, "--set needs --task"),
+        (["run", "--prompt", "a"], 1, "is the folder of a training run; its models are run/best"),
         (["recall", "--task", "mqr"], 1, "unknown task 'mqr'. Did you mean 'mqar'?"),
         (["recall", "--task", "mqar", "--split", "tset"], 1, "Did you mean 'test'?"),
         (["recall", "--task", "digits", "--row", "1000000"], 1, "has no row 1000000"),
-        (["recall", "--task", "digits"], 1, "takes token ids here, and was given numbers"),
-        (["digits", "--task", "mqar"], 1, "takes continuous inputs here, and was given token ids"),
+        (["recall", "--task", "digits"], 1, "reads token ids; it was given numbers"),
+        (["digits", "--task", "mqar"], 1, "reads continuous inputs; it was given token ids"),
     ],
 )
 def test_mistakes_take_one_line(

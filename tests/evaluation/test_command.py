@@ -26,6 +26,7 @@ from gramian.models import (
     GramianForSequenceClassification,
     GramianForSignalRegression,
     load,
+    load_any,
 )
 from gramian.tasks import build
 
@@ -55,7 +56,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     GramianForSignalRegression(signal).save_pretrained(folder / "signal")
     (folder / "text.txt").write_text("All models are wrong, some are small. " * 3)
     (folder / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    run = {"output": "x", "task": LISTOPS, "model": {}, "optimization": {"steps": 1}}
+    run = {"output": "x", "seed": 7, "task": LISTOPS, "model": {}, "optimization": {"steps": 1}}
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     return folder
 
@@ -106,7 +107,19 @@ def test_tasks_with_settings_and_of_a_training_configuration(workplace: Path, ca
         assert one["value"] == pytest.approx(other.value, rel=1e-5) and one["units"] == 5
     status, out, _ = call("classifier --config run.yaml --split validation --json")
     assert status == 0
-    found = json.loads(out)["measures"]
+    report = json.loads(out)
+    found = report["measures"]
+    listops = build(LISTOPS["name"], **{k: v for k, v in LISTOPS.items() if k != "name"})
+    model = load_any(workplace / "classifier")
+    assert isinstance(model, GramianForSequenceClassification)
+    expected = evaluate_task(model, listops, split="validation", seed=7)  # the configuration's
+    assert found[0]["value"] == pytest.approx(expected[0].value, rel=1e-5)
+    assert report["conditions"]["seed"] == 7
+    conditions = report["conditions"]["tasks"]["lra/listops"]
+    assert (conditions["split"], conditions["max_length"]) == ("validation", 24)
+    status, out, _ = call("classifier --config run.yaml --set eval_examples=2 --seed 1")
+    assert status == 0 and "test split, seed 1" in " ".join(out.split())
+    assert " 2 " in out
     assert [(one["task"], one["metric"], one["units"]) for one in found] == [
         ("lra/listops", "loss", 9),
         ("lra/listops", "accuracy", 9),
@@ -129,6 +142,8 @@ def test_tasks_with_settings_and_of_a_training_configuration(workplace: Path, ca
         ("ours --text text.txt --output gpt2", 1, "exists already"),
         ("ours --text text.txt --device nowhere", 1, "--device nowhere"),
         ("small --text text.txt", 1, "has no tokenizer"),
+        ("small --task mqr", 1, "unknown task of ours 'mqr'. Did you mean 'mqar'?"),
+        (".", 2, "at least one of --task"),
         ("small --task mqar --set vocab_size=64 --set pairs=2 --set length=16", 1, "has 64 tokens"),
         ("ours --task mqar --set par=2", 1, "Did you mean 'pairs'"),
         ("ours --task mqar --split tests --set pairs=2 --set vocab_size=80", 1, "unknown split"),

@@ -51,6 +51,15 @@ def make(name: str, max_length: int = 40) -> Filter:
     return build(CONFIGS[name], channels=4, max_length=max_length)
 
 
+def test_an_unknown_key_is_told_with_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"unknown key of a filter 'rtf' 'state'. Did you mean 'state_s"
+    ):
+        build({"type": "rtf", "state": 4}, channels=4, max_length=8)
+    with pytest.raises(ValueError, match=r"unknown filter type 'rft'. Did you mean 'rtf'"):
+        build({"type": "rft"}, channels=4, max_length=8)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_makes_a_system_through_which_gradients_flow(name):
     made = make(name)

@@ -100,7 +100,7 @@ def test_reading_a_filter_gives_a_copy() -> None:
             {"mixers": "softmax_attention", "num_heads": 7},
             "num_heads must divide hidden_size for softmax_attention",
         ),
-        ({"attention": {"heads": 3}}, "attention must be a dict with some of kv_heads, .*heads"),
+        ({"attention": {"heads": 3}}, "unknown key of attention 'heads'. Did you mean 'kv_heads'"),
         ({"attention": 5}, "attention must be a dict .*got 5"),
         ({"filter": [None] * 4}, "filter must be a dict .*got None"),
         ({"mixers": 5}, "mixers must be .*; got int"),

@@ -61,7 +61,7 @@ def test_the_map_shows_every_layer_and_veils_where_the_cap_binds() -> None:
 
 def test_labels_leave_out_what_all_paths_share() -> None:
     assert make().labels == ("0", "1", "2")
-    assert make(layers=1).labels == ("m.0.mix",)
+    assert make(layers=1).labels == ("0",)
 
 
 def test_curves_are_layers_their_average_and_the_cap() -> None:

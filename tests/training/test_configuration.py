@@ -13,6 +13,7 @@ pytest.importorskip("accelerate")
 
 import yaml
 
+from gramian.models import GramianConfig
 from gramian.training import ConfigError, load_config, load_sweep, parse_config
 from gramian.training.configuration import keys, read_values
 
@@ -58,7 +59,16 @@ def test_changes_reach_any_depth_and_keep_types(file: Path) -> None:
 
 def test_every_key_is_listed_with_its_default_and_meaning(file: Path) -> None:
     config = load_config(file).to_dict()
-    listed = keys()
+    everything = keys()
+    of_models = [key for key in everything if key.name.startswith("model.")]
+    listed = [key for key in everything if key not in of_models]
+    defaults = GramianConfig().to_dict()
+    assert {"model.hidden_size", "model.mixers", "model.eos_token_id"} <= {
+        key.name for key in of_models
+    }
+    for key in of_models:
+        value = defaults.get(key.name.removeprefix("model."))
+        assert key.meaning and yaml.safe_load(key.default or "") == value, key
     given = {"output", "task", "model", "optimization.steps"}
     for key in listed:
         assert key.meaning, key.name
@@ -67,7 +77,7 @@ def test_every_key_is_listed_with_its_default_and_meaning(file: Path) -> None:
             value = value[part]
         if key.name not in given:
             assert key.default is not None
-            assert yaml.safe_load(key.default) == value or float(key.default) == value
+            assert yaml.safe_load(key.default) == value, key
     assert [key.name for key in listed if key.default is None] == ["output", "task", "model"]
 
     def leaves(values: dict[str, Any], depth: int = 0) -> int:

@@ -353,6 +353,21 @@ def test_mistakes_in_a_model_leave_no_folder(tmp_path: Path) -> None:
         train(parse_config(mqar(tmp_path / "run", model__hidden_sise=3)))
     with pytest.raises(ConfigError, match="at least the task's 32"):
         train(parse_config(mqar(tmp_path / "run", model__vocab_size=31)))
+    look = {
+        "output": str(tmp_path / "run"),
+        "task": {"name": "digits"},
+        "model": {
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "mixers": "long_convolution",
+            "bidirectional": True,
+            "filter": {"type": "rtf", "state_size": 2},
+        },
+        "optimization": {"steps": 1},
+        "evaluation": {"ess": {"rows": 1}},
+    }
+    with pytest.raises(ConfigError, match=r"evaluation\.ess\.rows must be 0 for a bidirectional"):
+        train(parse_config(look))
     assert not (tmp_path / "run").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from rich.console import Console
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -417,6 +419,10 @@ def test_state_sizes_join_the_table_where_they_were_measured() -> None:
     assert header.endswith("| last accuracy | ESS | ESS / TSS | steps | seconds |")
     assert "| 3.0000 ± 0.0000 | 0.5000 ± 0.0000 | 10 |" in first and "|  |  | 10 |" in second
     assert report.to_dict()["rows"][0]["ess_utilization"]["mean"] == 0.5
+    console = Console(width=80, file=io.StringIO())  # too narrow for all: nothing disappears
+    console.print(report)
+    text = console.file.getvalue()
+    assert all(name in text for name in ("layer", "runs", "steps", " a │", " b │"))
 
 
 def test_bars_where_no_axis_has_numbers() -> None:
