@@ -265,12 +265,15 @@ class _Lanczos:
         lost = float(overlaps.abs().amax()) > self.lost
         coupling = beta
         if lost or self.again:
-            ended = beta <= 64 * self.eps * self.scale  # the basis spans an invariant subspace
+            basis = self.basis[:, : j + 1]
+            image, beta = _orthogonalised(image, beta, basis)
+            # Rounding errors alone are left where the basis spans an invariant subspace.
+            ended = beta <= 64 * self.eps * self.scale
+            coupling = torch.where(ended, 0, beta)
             if bool(ended.any()):  # go on from a fresh direction
                 image = torch.where(ended, self._noise(*image.shape), image)
                 beta = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
-            image, beta = _orthogonalised(image, beta, self.basis[:, : j + 1])
-            coupling = torch.where(ended, 0, beta)
+                image, beta = _orthogonalised(image, beta, basis)
             overlaps = torch.full_like(overlaps, self.eps)
             self.again = lost and not self.again
         self.coupling[:, j + 1 : j + 2] = coupling

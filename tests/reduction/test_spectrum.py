@@ -1,7 +1,9 @@
 """Hankel spectra against dense factorisations."""
 
+import numpy as np
 import pytest
 import scipy.linalg
+import scipy.signal
 import torch
 
 from gramian.ops.hankel import Hankel
@@ -30,6 +32,23 @@ def test_leading_values_are_those_of_the_dense_matrix(smooth_kernel, tail, lengt
         exact = dense_values(channel, tail)[:12]
         assert len(mine) == len(exact)
         torch.testing.assert_close(mine, exact, atol=2e-3 * float(exact[-1]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [5, 7, 21])
+def test_kernels_of_low_order_end_the_iteration_early(count):
+    """Six states are soon found: what is left of a vector after that is rounding, and no vector."""
+    draw = np.random.default_rng(0)
+    kernels = []
+    for _ in range(256):
+        some = draw.uniform(0.05, 0.9, 3) * np.exp(1j * np.pi * draw.random(3))
+        denominator = np.poly(np.concatenate([some, some.conj()])).real
+        numerator = draw.standard_normal(7)
+        kernels.append(scipy.signal.lfilter(numerator, denominator, np.eye(1, 200)[0]))
+    kernel = torch.from_numpy(np.stack(kernels)).float().double()
+    found = hankel_singular_values(kernel, count)
+    for mine, channel in zip(found, kernel, strict=True):
+        exact = dense_values(channel, "zero")[:count]
+        assert float((mine - exact).abs().max()) <= 3e-6 * float(exact[0])
 
 
 @pytest.mark.parametrize("tail", ["zero", "free"])
