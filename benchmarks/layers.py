@@ -19,9 +19,6 @@ at one length, go beside the results.
 import argparse
 import importlib.util
 import json
-import os
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,6 +29,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._child import bound_memory, resident_peak, run
 from benchmarks._published import First, module_from, published_s4
 from benchmarks._report import write
 
@@ -91,8 +89,7 @@ def sides(arguments: argparse.Namespace) -> list[str]:
 
 def child(arguments: argparse.Namespace) -> None:
     """One measurement, in a process of its own: prints JSON."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    resource.setrlimit(resource.RLIMIT_AS, (3 * memory // 4, 3 * memory // 4))
+    bound_memory()
     length, state = arguments.length, arguments.state
     u = torch.randn(arguments.batch, length, CHANNELS).requires_grad_()
     g = torch.randn(arguments.batch, length, CHANNELS)
@@ -108,33 +105,20 @@ def child(arguments: argparse.Namespace) -> None:
             taken.append(1e3 * (time.perf_counter() - start))
             if time.perf_counter() - began > arguments.limit:
                 break
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print(json.dumps({"milliseconds": min(taken[1:] or taken or [0.0]), "peak MiB": peak}))
+    figures = {"milliseconds": min(taken[1:] or taken or [0.0]), "peak MiB": resident_peak()}
+    print(json.dumps(figures))
 
 
 def run_child(
     side: str, length: int, state: int, arguments: argparse.Namespace, idle: bool = False
 ) -> dict[str, float] | None:
-    command = [sys.executable, __file__, "--child", side, "--length", str(length)]
+    command = [__file__, "--child", side, "--length", str(length)]
     command += ["--state", str(state), "--batch", str(arguments.batch)]
     command += ["--limit", str(arguments.limit)] + ["--idle"] * idle
     for name in ("rtf", "s4"):
         if getattr(arguments, name):
             command += [f"--{name}", str(getattr(arguments, name))]
-    try:
-        process = subprocess.run(
-            command, capture_output=True, text=True, timeout=60 + 6 * arguments.limit
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    if process.returncode:
-        last = (process.stderr.strip().splitlines() or ["killed"])[-1]
-        known = ("can't allocate memory", "MemoryError", "killed", "not enough memory")
-        if process.returncode > 0 and not any(word in process.stderr for word in known):
-            raise SystemExit(f"{side} at length {length}, state {state}: {last}")
-        return None
-    return json.loads(process.stdout.splitlines()[-1])
+    return run(command, f"{side} at length {length}, state {state}", 60 + 6 * arguments.limit)
 
 
 def measure(side: str, length: int, state: int, arguments: argparse.Namespace) -> dict[str, Any]:

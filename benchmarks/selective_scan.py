@@ -12,8 +12,6 @@ resident peak above that of an idle process; one that takes over 20 seconds is n
 import argparse
 import importlib.util
 import json
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._child import resident_peak, run
 from benchmarks._report import write
 from gramian.mixers import S6
 
@@ -97,17 +96,16 @@ def child(side: str, batch: int, length: int, width: int, idle: bool) -> None:
         taken.append(1e3 * (time.perf_counter() - start))
         figures["output"], figures["gradient"] = y.norm().item(), x.grad.norm().item()
     figures["milliseconds"] = min(taken, default=0.0)
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    figures["MiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    figures["MiB"] = resident_peak()
     print(json.dumps(figures))
 
 
 def measure(side: str, size: tuple[int, int, int], idle: bool = False) -> dict[str, float]:
-    command = [sys.executable, __file__, "--child", side, "--size", *map(str, size)]
-    run = subprocess.run(command + ["--idle"] * idle, capture_output=True, text=True)
-    if run.returncode:
-        raise SystemExit(f"{side}: {(run.stderr.strip().splitlines() or ['killed'])[-1]}")
-    return json.loads(run.stdout.splitlines()[-1])
+    command = [__file__, "--child", side, "--size", *map(str, size), *["--idle"] * idle]
+    figures = run(command, side)
+    if figures is None:
+        raise SystemExit(f"{side}: out of memory.")
+    return figures
 
 
 def main() -> None:

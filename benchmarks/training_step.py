@@ -21,9 +21,6 @@ seconds, at least one being taken.
 import argparse
 import contextlib
 import json
-import os
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,6 +31,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks._child import bound_memory, resident_peak, run
 from benchmarks._published import First, module_from, published_s4
 from benchmarks._report import write
 from gramian import FIR, parameter_groups
@@ -170,8 +168,7 @@ def child(arguments: argparse.Namespace) -> None:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        resource.setrlimit(resource.RLIMIT_AS, (3 * memory // 4, 3 * memory // 4))
+        bound_memory()
     (name,), side = arguments.cases, arguments.child
     taken: list[float] = []
     figures: dict[str, Any] = {}
@@ -200,33 +197,19 @@ def child(arguments: argparse.Namespace) -> None:
         figures["parameters"] = sum(parameter.numel() for parameter in model.parameters())
         figures["milliseconds"] = min(taken[2:] or taken)
         figures["loss"] = loss.item()
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    figures["MiB"] = torch.cuda.max_memory_allocated() / 2**20 if gpu else held
+    figures["MiB"] = torch.cuda.max_memory_allocated() / 2**20 if gpu else resident_peak()
     print(json.dumps(figures))
 
 
 def run_child(
     name: str, side: str, batch: int, arguments: argparse.Namespace, idle: bool = False
 ) -> dict[str, float] | None:
-    command = [sys.executable, __file__, "--child", side, "--cases", name, "--batch", str(batch)]
+    command = [__file__, "--child", side, "--cases", name, "--batch", str(batch)]
     command += ["--limit", str(arguments.limit)] + ["--idle"] * idle
     for option in ("rtf", "s4"):
         if getattr(arguments, option):
             command += [f"--{option}", str(getattr(arguments, option))]
-    try:
-        process = subprocess.run(
-            command, capture_output=True, text=True, timeout=120 + 4 * arguments.limit
-        )
-    except subprocess.TimeoutExpired:
-        return None
-    if process.returncode:
-        last = (process.stderr.strip().splitlines() or ["killed"])[-1]
-        known = ("can't allocate memory", "MemoryError", "out of memory", "not enough memory")
-        if process.returncode > 0 and not any(word in process.stderr for word in known):
-            raise SystemExit(f"{name}, {side}: {last}")
-        return None
-    return json.loads(process.stdout.splitlines()[-1])
+    return run(command, f"{name}, {side}", 120 + 4 * arguments.limit)
 
 
 def main() -> None:

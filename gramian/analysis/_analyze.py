@@ -224,14 +224,13 @@ def _run(model: Any, sequence: Tensor) -> None:
     if name is None:
         model(sequence)
         return
-    if (name == "input_ids" and sequence.is_floating_point()) or (
-        name == "input_values" and not sequence.is_floating_point()
-    ):
-        given = "numbers" if sequence.is_floating_point() else "token ids"
-        wanted = "token ids" if name == "input_ids" else "continuous inputs"
+    numbers = sequence.is_floating_point()
+    if name == ("input_ids" if numbers else "input_values"):
+        kinds = ("token ids", "continuous inputs")
+        wanted, given = kinds if numbers else kinds[::-1]
         raise ValueError(f"this {type(model).__name__} reads {wanted}; it was given {given}.")
     find: Any = getattr(model, "get_input_embeddings", None)
-    embedding = find() if find is not None and not sequence.is_floating_point() else None
+    embedding = find() if find is not None and not numbers else None
     known = getattr(embedding, "num_embeddings", None)
     if known is not None and not 0 <= int(sequence.min()) <= int(sequence.max()) < known:
         raise ValueError(
@@ -244,7 +243,7 @@ def _run(model: Any, sequence: Tensor) -> None:
         options["use_cache"] = False
     if "logits_to_keep" in accepted:
         options["logits_to_keep"] = 1
-    if not sequence.is_floating_point():
+    if not numbers:
         options["attention_mask"] = torch.ones_like(sequence)
     if "input_ids_2" in accepted:  # a classifier of pairs, of which one sequence is read
         model = model.base_model

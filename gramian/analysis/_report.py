@@ -120,7 +120,9 @@ class StateReport:
         number."""
         parts = [layer.name.split(".") for layer in self.layers]
         if len(parts) == 1:
-            return tuple([part for part in parts[0] if part.isdecimal()][:1] or [".".join(*parts)])
+            return tuple(
+                [part for part in parts[0] if part.isdecimal()][:1] or [self.layers[0].name]
+            )
         for end in (0, -1):
             while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[end] for p in parts}) == 1:
                 parts = [p[1:] if end == 0 else p[:-1] for p in parts]

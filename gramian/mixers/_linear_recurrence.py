@@ -28,7 +28,7 @@ from gramian.ops.packed import Linear
 from gramian.systems import Recurrence, State, System, TimeVarying
 from gramian.systems.time_varying import TimeVaryingState
 
-__all__ = ["Coefficients", "Dynamics", "LinearRecurrence", "LinearRecurrenceState"]
+__all__ = ["Coefficients", "Dynamics", "LinearRecurrence", "LinearRecurrenceState", "Steps"]
 
 _ELEMENTS = 2**24
 

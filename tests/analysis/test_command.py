@@ -170,7 +170,7 @@ def test_rows_of_tasks_are_read(call: Call, place: Path, monkeypatch: pytest.Mon
         (["recall", "--task", "mqr"], 1, "unknown task 'mqr'. Did you mean 'mqar'?"),
         (["recall", "--task", "mqar", "--split", "tset"], 1, "Did you mean 'test'?"),
         (["recall", "--task", "digits", "--row", "1000000"], 1, "has no row 1000000"),
-        (["recall", "--task", "digits"], 1, "reads token ids; it was given numbers"),
+        (["recall", "--task", "digits"], 1, "reads token ids; it was given continuous inputs"),
         (["digits", "--task", "mqar"], 1, "reads continuous inputs; it was given token ids"),
     ],
 )
