@@ -20,6 +20,7 @@ __all__ = [
     "apply_mask",
     "check_divides",
     "check_probability",
+    "for_products",
     "has_small_state",
 ]
 
@@ -319,6 +320,14 @@ def apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return x
     return x * (mask != 0).to(x.dtype).reshape(*mask.shape, *(1,) * (x.ndim - 2))
+
+
+def for_products(x: Tensor) -> Tensor:
+    """x of a whole sequence in a dtype whose range holds products of activations.
+
+    float16, which ends at 65,504, becomes float32; bfloat16, which does not, keeps its memory.
+    """
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def has_small_state(system: System, length: int, copies: int = 1) -> TypeGuard[Modal]:

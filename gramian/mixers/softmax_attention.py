@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gramian.mixers._mixer import Mixer, check_divides
 from gramian.ops.packed import Linear
 from gramian.systems import DenseOperator, Recurrence, State, System
+from gramian.systems._system import working_dtype
 
 __all__ = ["SoftmaxAttention", "SoftmaxAttentionState"]
 
@@ -263,7 +264,9 @@ class SoftmaxAttention(Mixer):
         positions = self._positions(x.shape[1], None, x.device)
         q, k, _ = self._project(x, positions)
         k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
-        scores = q[:, channels] @ k[:, channels].mT / math.sqrt(self.head_width)
+        q, k = (part[:, channels].to(working_dtype(part)) for part in (q, k))
+        with torch.autocast(x.device.type, enabled=False):
+            scores = q @ k.mT / math.sqrt(self.head_width)
         past = positions[0, :, None] - positions[0]  # (length, length)
         hidden = past < 0
         if self.window is not None:
