@@ -110,13 +110,12 @@ class Hyena(Mixer):
         self, x: Tensor, mask: Tensor | None, past: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Gates from the outermost in, the value, and the new past of the short convolution."""
-        z, past = self.short(apply_mask(self.in_proj(x), mask), past)
+        z, past = self.short(apply_mask(self.in_proj(x), mask), past, mask)
         *gates, value = z.split(self.width, dim=-1)
         return gates, value, past
 
-    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
         (last, *gates), value, _ = self._project(x, mask, None)
-        systems = self._systems(x.shape[1])
         value = for_products(value)
         for n, (gate, system) in enumerate(zip(reversed(gates), systems, strict=True)):
             value = causal_convolution(
@@ -127,11 +126,11 @@ class Hyena(Mixer):
             )
         return self._finish(value.to(last.dtype))
 
-    def _operator(self, x: Tensor, channels: slice) -> System:
+    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
         length = x.shape[1]
-        (_, *gates), _, _ = self._project(x, None, None)
+        (_, *gates), _, _ = self._project(x, mask, None)
         dtype = working_dtype(x)
-        inner = [gate.mT[:, channels].to(dtype) for gate in reversed(gates)]
+        inner = [apply_mask(gate, mask).mT[:, channels].to(dtype) for gate in reversed(gates)]
         systems = [system[channels] for system in self._systems(length)]
         if len(systems) == 1 and has_small_state(systems[0], length):
             return gated_convolution(systems[0], torch.ones_like(inner[0]), inner[0])

@@ -112,22 +112,22 @@ class MultiHyena(Mixer):
         self, x: Tensor, mask: Tensor | None, past: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, (batch, heads, length, N), keys masked; and the short convolution's past."""
-        z, past = self.short(apply_mask(self.in_proj(x), mask), past)
+        z, past = self.short(apply_mask(self.in_proj(x), mask), past, mask)
         q, k, v = z.unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)
         if mask is not None:
-            k = k * (mask != 0).to(k.dtype)[:, None, :, None]
+            k = k.masked_fill((mask == 0)[:, None, :, None], 0)
         return q, k, v, past
 
     def _merge(self, y: Tensor) -> Tensor:
         """(batch, heads, length, N) to the output."""
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
-    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
         length = x.shape[1]
         q, k, v, _ = self._project(x, mask, None)
         dtype = q.dtype
         q, k, v = (for_products(part) for part in (q, k, v))
-        kernel = self._kernel(self.filter(length), x)
+        kernel = self._kernel(systems[0], x).flatten(0, 2)  # (heads, taps)
         form = (
             convolved_outer_products
             if prefers_convolution(length, self.head_width)
@@ -137,9 +137,9 @@ class MultiHyena(Mixer):
             y = form(q, k, v, kernel)
         return self._merge(y.to(dtype))
 
-    def _operator(self, x: Tensor, channels: slice) -> System:
+    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
         length = x.shape[1]
-        q, k, _, _ = self._project(x, None, None)
+        q, k, _, _ = self._project(x, mask, None)
         dtype = working_dtype(q)
         q, k = q[:, channels].to(dtype), k[:, channels].to(dtype)  # (batch, heads, length, N)
         system = self.filter(length)[channels]

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
-from gramian.models.cache import GramianCache
+from gramian.mixers import Segments
+from gramian.models.cache import CACHE, GramianCache, one_cache
 from gramian.models.configuration import GramianConfig
 from gramian.models.modeling import GramianModel, GramianPreTrainedModel
+from gramian.models.segments import check_arguments, read_rows
 
 __all__ = ["GramianForSignalRegression"]
 
@@ -47,6 +49,8 @@ class GramianForSignalRegression(GramianPreTrainedModel):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
+        cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """The numbers at every position, and their loss when `labels` are given.
@@ -64,34 +68,39 @@ class GramianForSignalRegression(GramianPreTrainedModel):
         Raises:
             ValueError: also on labels of another shape, or with a mask that hides everything.
         """
+        inputs = (input_ids, inputs_embeds, input_values)
+        segments = read_rows(inputs, attention_mask, position_ids, kwargs)
+        cache_position = kwargs.pop("cache_position", None)
+        check_arguments(type(self).__name__, kwargs)
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            attention_mask=segments,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             input_values=input_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
         )
         logits = self.head(outputs.last_hidden_state)
-        loss = None if labels is None else _squared_error(logits, labels, attention_mask)
+        loss = None if labels is None else _squared_error(logits, labels, segments)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
-def _squared_error(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
+def _squared_error(logits: Tensor, labels: Tensor, segments: Segments | None) -> Tensor:
     """The mean over real positions of (batch, length, num_labels)."""
     if labels.shape != logits.shape:
         raise ValueError(f"labels must be {tuple(logits.shape)}; got {tuple(labels.shape)}.")
     wide = torch.promote_types(logits.dtype, torch.float32)
     error = logits.to(wide) - labels.to(wide)
-    if mask is None:
+    real = None if segments is None else segments.real
+    if real is None:
         return error.square().mean()
-    real = mask[:, -logits.shape[1] :].bool()
     if not torch.compiler.is_compiling() and not real.any():
         raise ValueError("attention_mask must leave a real position; it hides all.")
     error = torch.where(real.unsqueeze(-1), error, 0)  # a padded label may be NaN
