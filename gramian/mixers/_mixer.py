@@ -113,6 +113,7 @@ class Mixer(nn.Module, abc.ABC):
         """
         segments = self._segments(x, mask)
         real = None if segments is None else segments.real
+        x = apply_mask(x, real)
         if segments is not None and not segments.unbroken:
             if segments.packed:
                 raise ValueError("packed rows have one operator for each sequence: take its part.")
@@ -134,7 +135,7 @@ class Mixer(nn.Module, abc.ABC):
         """Whole sequences from a silent past, wherever their tokens stand."""
         if segments is None or segments.unbroken:
             real = None if segments is None else segments.real
-            return self._parallel(x, real, self._filters(x.shape[1]))
+            return self._parallel(apply_mask(x, real), real, self._filters(x.shape[1]))
         parts = segments.parts
         longest = max(part.source.shape[1] for part in parts)
         systems = self._filters(longest)
@@ -160,8 +161,9 @@ class Mixer(nn.Module, abc.ABC):
                 "a state is that of rows of one sequence each: packed rows can neither begin with "
                 "one nor leave one."
             )
-        real = segments.real
-        if not segments.aligned:
+        if segments.aligned:
+            x, real = apply_mask(x, segments.real), segments.real
+        else:
             (part,) = segments.parts
             x, real = part.take(x), part.real
         if operators and not silent:

@@ -68,8 +68,7 @@ class Segments:
         self.real = None if real is None else real != 0
         self.numbers = numbers
         self.device = (real if numbers is None else numbers).device  # type: ignore[union-attr]
-        self._parts: tuple[Part, ...] | None = None
-        self._places: Tensor | None = None
+        self._plan: tuple[tuple[Part, ...], Tensor] | None = None
         self._counts: list[int] | None = None
         self.aligned = False
         """Whether every row is one sequence that ends at the last column."""
@@ -118,16 +117,17 @@ class Segments:
         Rows that are one sequence each are one part, sequence by row; packed rows' sequences are
         sorted by length.
         """
-        if self._parts is None:
-            self._parts, self._places = self._packed() if self.packed else self._turned()
-        return self._parts
+        return self._planned()[0]
 
     @property
     def places(self) -> Tensor:
         """(batch, length), int64: where each token is in the flattened parts, one after another."""
-        assert self.parts
-        assert self._places is not None
-        return self._places
+        return self._planned()[1]
+
+    def _planned(self) -> tuple[tuple[Part, ...], Tensor]:
+        if self._plan is None:
+            self._plan = self._packed() if self.packed else self._turned()
+        return self._plan
 
     def restore(self, made: list[Tensor]) -> Tensor:
         """What was made of every part, each (sequences, length, …), back in the rows; zero where

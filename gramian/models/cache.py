@@ -179,7 +179,8 @@ class GramianCache(Cache):
     layers: list[GramianCacheLayer]
 
     last_hidden_state: Tensor | None
-    """(batch, hidden_size): after the last norm, of each row's last token."""
+    """(batch, hidden_size): after the last norm, of each row's last token; NaN of a row that has
+    seen none."""
 
     padding: Tensor | None
     """(batch), int64: how many of the columns seen were padding; None if none was."""
@@ -210,9 +211,14 @@ class GramianCache(Cache):
             hidden = (~segments.real).sum(1)
             self.padding = hidden if before is None else before.to(hidden.device) + hidden
         last = last_tokens(hidden_states, segments, 1)[:, 0]
-        if segments is not None and segments.has_empty_rows and self.last_hidden_state is not None:
-            new = segments.real.any(1, keepdim=True)  # type: ignore[union-attr]
-            last = torch.where(new, last, self.last_hidden_state.to(last))
+        if segments is not None and segments.has_empty_rows:
+            assert segments.real is not None
+            old = (
+                last.new_tensor(torch.nan)
+                if self.last_hidden_state is None
+                else self.last_hidden_state
+            )
+            last = torch.where(segments.real.any(1, keepdim=True), last, old.to(last))
         # A view of one column would keep all of them.
         self.last_hidden_state = last if hidden_states.shape[1] == 1 else last.clone()
 

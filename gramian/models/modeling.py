@@ -503,6 +503,12 @@ class GramianModel(GramianPreTrainedModel):
         return cache
 
 
+_NOTHING_TO_CONTINUE = (
+    "attention_mask must leave a real token in every row that is to be continued; it hides all of "
+    "one."
+)
+
+
 def _check_positions(
     cache_position: Tensor | None, length: int, cache: GramianCache | None
 ) -> None:
@@ -576,8 +582,9 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Raises:
-            ValueError: also on such a mask with `labels` and no `shift_labels`, and on a row
-                without a token whose last logits are asked for.
+            ValueError: also on such a mask with `labels` and no `shift_labels`, and where the last
+                logits of a row without a token are asked for (with a cache, which later chunks may
+                go on from, they are NaN).
 
         Returns:
             `loss`, `logits` (batch, kept, vocab_size), `past_key_values`, `hidden_states`.
@@ -650,7 +657,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
             one token longer; or the new token alone, with an `attention_mask` as long as the whole.
 
         Raises:
-            ValueError: on a `chunk_size` below 1, and as `forward` does.
+            ValueError: on a `chunk_size` below 1, a row without a token, and as `forward` does.
         """
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"chunk_size must be an integer of at least 1; got {chunk_size!r}.")
@@ -674,7 +681,19 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
             if progress is not None:
                 progress(min(begin + chunk_size, length), length)
         assert outputs is not None
+        if past_key_values is not None and bool(past_key_values.unstarted().any()):
+            raise ValueError(_NOTHING_TO_CONTINUE)
         return outputs
+
+    def _prefill(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super()._prefill(*args, **kwargs)
+        cache = getattr(outputs, CACHE)
+        if cache is not None and bool(cache.unstarted().any()):
+            raise ValueError(_NOTHING_TO_CONTINUE)
+        return outputs
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """None: positions are counted here, and those made from a mask restart after padding."""
 
     def prepare_inputs_for_generation(
         self,
@@ -735,11 +754,8 @@ def _last_hidden(
     kept = last_tokens(hidden_states, segments, count)
     if segments is None or segments.packed or not segments.has_empty_rows:
         return kept
-    if cache is None or cache.unstarted().any():
-        raise ValueError(
-            "attention_mask must leave a real token in every row that is to be continued; it "
-            "hides all of one."
-        )
+    if cache is None:
+        raise ValueError(_NOTHING_TO_CONTINUE)
     assert cache.last_hidden_state is not None
     return torch.cat([kept[:, :-1], cache.last_hidden_state.unsqueeze(1)], dim=1)
 
