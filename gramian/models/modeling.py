@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -45,6 +44,8 @@ from gramian.mixers import (
 from gramian.mixers._linear_recurrence import Dynamics
 from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
+from gramian.models.generation import GramianGenerationMixin
+from gramian.models.labels import classification_loss, token_labels
 from gramian.models.norms import make_norm
 from gramian.models.pooling import pool, recent_mask
 from gramian.ops.packed import Linear
@@ -467,7 +468,7 @@ class GramianModel(GramianPreTrainedModel):
         return cache
 
 
-class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
+class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
     """A `GramianModel` with an output projection: next-token logits, loss and `generate`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -518,7 +519,8 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Raises:
-            ValueError: also on such a mask with `labels` and no `shift_labels`.
+            ValueError: also on such a mask with `labels` and no `shift_labels`, and on labels of
+                another shape or dtype, out of the vocabulary, or all ignored.
 
         Returns:
             `loss`, `logits` (batch, kept, vocab_size), `past_key_values`, `hidden_states`.
@@ -545,8 +547,11 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
+            scored = token_labels(
+                logits, labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
+            )
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits, vocab_size=self.config.vocab_size, **(kwargs | scored)
             )
         return CausalLMOutputWithPast(
             loss=loss,
@@ -686,7 +691,9 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
                 of zeros and ones for several, binary cross-entropy; for regression (batch,
                 num_labels), or (batch) with one label, mean squared error. Which of them it is
                 `config.problem_type` says; if it is None, one label is regression, integers are
-                single labels, and others several.
+                single labels, and others several. A label of -100 is not scored.
+            kwargs: `num_items_in_batch` divides the summed loss in place of their count; others are
+                ignored.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
@@ -694,7 +701,8 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
             `loss`, `logits` (batch, num_labels), `hidden_states`.
 
         Raises:
-            ValueError: also on a mask that hides a whole sequence, or labels of another shape.
+            ValueError: also on a mask that hides a whole sequence, and labels that
+                `classification_loss` refuses.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -706,37 +714,9 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
         )
         logits = self.score(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
         return SequenceClassifierOutput(
-            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            loss=None
+            if labels is None
+            else classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch")),
             logits=logits,
             hidden_states=outputs.hidden_states,
         )
-
-
-def classification_loss(logits: Tensor, labels: Tensor, config: GramianConfig) -> Tensor:
-    """The loss of `config.problem_type`, or of the one that labels and their number ask for.
-
-    Raises:
-        ValueError: on labels of another shape than the problem's.
-    """
-    batch, count = logits.shape
-    problem = config.problem_type
-    if problem is None and count > 1:
-        single = not labels.is_floating_point()
-        problem = "single_label_classification" if single else "multi_label_classification"
-    accepted: list[tuple[int, ...]] = [(batch, count)]
-    if count == 1:
-        accepted.append((batch,))
-    if problem == "single_label_classification":
-        accepted = [(batch,)]
-    if tuple(labels.shape) not in accepted:
-        raise ValueError(
-            f"labels must be {' or '.join(map(str, accepted))} for {problem or 'regression'}; "
-            f"got {tuple(labels.shape)}."
-        )
-    if problem == "single_label_classification":
-        labels = labels.long()
-    else:
-        labels = labels.to(logits.dtype).reshape(logits.shape)
-    return LOSS_MAPPING["ForSequenceClassification"](
-        labels=labels, pooled_logits=logits, config=config
-    )

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
 from gramian.models.configuration import GramianConfig
-from gramian.models.modeling import GramianModel, GramianPreTrainedModel, classification_loss
+from gramian.models.labels import classification_loss
+from gramian.models.modeling import GramianModel, GramianPreTrainedModel
 from gramian.models.pooling import pool
 
 __all__ = ["GramianForPairClassification"]
@@ -61,7 +62,8 @@ class GramianForPairClassification(GramianPreTrainedModel):
             input_values: (batch, length, `config.input_size`), in place of `input_ids`.
             input_values_2: likewise.
             labels: as for `GramianForSequenceClassification`, one row for each pair.
-            kwargs: ignored.
+            kwargs: `num_items_in_batch` divides the summed loss in place of their count; others are
+                ignored.
 
         Returns:
             `loss`, `logits` (batch, num_labels).
@@ -93,10 +95,11 @@ class GramianForPairClassification(GramianPreTrainedModel):
         outputs = self.model(**{name: both}, attention_mask=mask, use_cache=False)
         x, y = pool(outputs.last_hidden_state, mask, self.config.pooling).chunk(2)
         logits = self.head(torch.cat([x, y, x - y, x * y], dim=-1))
-        return SequenceClassifierOutput(
-            loss=None if labels is None else classification_loss(logits, labels, self.config),
-            logits=logits,
-        )
+        loss = None
+        if labels is not None:
+            items = kwargs.get("num_items_in_batch")
+            loss = classification_loss(logits, labels, self.config, items)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 
 from gramian.models.cache import GramianCache
 from gramian.models.configuration import GramianConfig
+from gramian.models.labels import LabelError, check_numbers, squared_error
 from gramian.models.modeling import GramianModel, GramianPreTrainedModel
 
 __all__ = ["GramianForSignalRegression"]
@@ -52,8 +53,11 @@ class GramianForSignalRegression(GramianPreTrainedModel):
         """The numbers at every position, and their loss when `labels` are given.
 
         Args:
-            labels: (batch, length, num_labels) of real numbers. The loss is the mean squared error
-                over the positions that `attention_mask` calls real, in at least single precision.
+            labels: (batch, length, num_labels) of real numbers, -100 where nothing is due. The loss
+                is the mean squared error, in at least single precision, over the numbers that are
+                due at positions that `attention_mask` calls real.
+            kwargs: `num_items_in_batch` divides the summed loss in place of their count; others are
+                ignored.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
@@ -62,7 +66,8 @@ class GramianForSignalRegression(GramianPreTrainedModel):
             so), `past_key_values`, `hidden_states`.
 
         Raises:
-            ValueError: also on labels of another shape, or with a mask that hides everything.
+            ValueError: also on labels of another shape or that are not finite, and where nothing is
+                left to score.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -74,7 +79,9 @@ class GramianForSignalRegression(GramianPreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         logits = self.head(outputs.last_hidden_state)
-        loss = None if labels is None else _squared_error(logits, labels, attention_mask)
+        loss = None
+        if labels is not None:
+            loss = _loss(logits, labels, attention_mask, kwargs.get("num_items_in_batch"))
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -83,16 +90,16 @@ class GramianForSignalRegression(GramianPreTrainedModel):
         )
 
 
-def _squared_error(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over real positions of (batch, length, num_labels)."""
-    if labels.shape != logits.shape:
-        raise ValueError(f"labels must be {tuple(logits.shape)}; got {tuple(labels.shape)}.")
+def _loss(
+    logits: Tensor, labels: Tensor, mask: Tensor | None, num_items_in_batch: Tensor | int | None
+) -> Tensor:
+    """The mean squared error over what is due of (batch, length, num_labels)."""
+    real = None
+    if mask is not None:
+        real = mask[:, -logits.shape[1] :].bool()
+        if not torch.compiler.is_compiling() and not real.any():
+            raise LabelError("attention_mask must leave a real position; it hides all.")
+        real = real.unsqueeze(-1)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    error = logits.to(wide) - labels.to(wide)
-    if mask is None:
-        return error.square().mean()
-    real = mask[:, -logits.shape[1] :].bool()
-    if not torch.compiler.is_compiling() and not real.any():
-        raise ValueError("attention_mask must leave a real position; it hides all.")
-    error = torch.where(real.unsqueeze(-1), error, 0)  # a padded label may be NaN
-    return error.square().sum() / (real.sum() * logits.shape[-1])
+    labels, due = check_numbers(labels.to(logits.device), wide, [tuple(logits.shape)], real=real)
+    return squared_error(logits, labels, due, num_items_in_batch)
