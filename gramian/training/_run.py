@@ -110,8 +110,11 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         torch.set_num_threads(config.hardware.threads)
     set_seed(config.seed)
     model = _model(config, description)
-    data: Any = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
-    held_out: Any = task.dataset(config.evaluation.split, config.seed)
+    try:
+        data: Any = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
+        held_out: Any = task.dataset(config.evaluation.split, config.seed)
+    except ValueError as error:
+        raise ConfigError(f"task {config.task['name']}: {error}") from error
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
     steps = _steps(config, data)
@@ -204,7 +207,13 @@ def _task(config: TrainingConfig) -> Task:
         raise ConfigError(f"task: {error}") from error
     if config.evaluation.split not in task.splits:
         raise ConfigError(unknown("evaluation.split", config.evaluation.split, task.splits))
-    metric, accepted = config.evaluation.metric, METRICS[task.description().kind]
+    description = task.description()
+    if description.kind in ("classification", "pairs") and description.num_labels == 1:
+        raise ConfigError(
+            f"the task {name} has one class, so there is nothing to tell apart; a number is the "
+            "label of a task of the kind 'signal'."
+        )
+    metric, accepted = config.evaluation.metric, METRICS[description.kind]
     if metric not in accepted:
         raise ConfigError(
             f"evaluation.metric must be {' or '.join(accepted)} for the task {name}; got {metric}."

@@ -60,8 +60,6 @@ class Collator:
 
 
 def _pad(sequences: list[Tensor], value: int) -> Tensor:
-    """(batch, longest) of int64."""
-    if len({len(one) for one in sequences}) == 1:
-        return torch.stack(sequences).long()
+    """(batch, longest) of int64, but for numbers, which a label must not be and is not cut to."""
     padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
-    return padded.long()
+    return padded if padded.is_floating_point() else padded.long()

@@ -96,7 +96,9 @@ class Sampler(TrainerCallback):
 
     def _prediction(self, model: Any, row: dict[str, Any], device: torch.device) -> Any:
         batch = {key: value.to(device) for key, value in Collator(self.description)([row]).items()}
-        logits, due = model(**batch).logits[0], batch["labels"][0]
+        due = batch.pop("labels")[0]
+        batch.pop("shift_labels", None)
+        logits = model(**batch).logits[0]
         if self.description.kind == "signal":
             shown = slice(-self.length, None)
             return {"due": due[shown].tolist(), "predicted": logits[shown].tolist()}
