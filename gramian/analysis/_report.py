@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gramian._json import to_json
 from gramian._staging import staged_file
 from gramian.ess import aggregate, utilization
 
@@ -233,7 +234,7 @@ class StateReport:
 
     def to_json(self, indent: int | None = None) -> str:
         """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=indent)
+        return to_json(self.to_dict(), indent=indent)
 
     def save(self, path: str | Path) -> Path:
         """Write a JSON file, complete or not at all."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from gramian._json import to_json
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -121,7 +122,7 @@ class CheckReport:
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return to_json(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
         lines = []

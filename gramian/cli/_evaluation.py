@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from gramian._processes import world_size
 from gramian.cli._app import (
     Debug,
     Json,
@@ -102,6 +102,7 @@ def evaluate(
         raise typer.BadParameter(f"--stride must be at most --window, {window}; got {stride}.")
     if output is not None:
         check_new(output)
+    _require_one_process()
     quiet_transformers()
     found, seed = find_tasks(task or [], settings or [], config, seed)
     wanted = _wanted(
@@ -146,11 +147,29 @@ def evaluate(
             (stage / "evaluation.json").write_text(report.to_json() + "\n", encoding="utf-8")
             (stage / "evaluation.md").write_text(report.to_markdown(), encoding="utf-8")
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(report.to_json())
     else:
         console.print(report)
         if output is not None:
             console.print(f"Written to {output}", highlight=False)
+    if report.unusable:
+        one = report.unusable[0]
+        raise UserError(
+            f"{one.metric} on {one.task} is {one.value}: the model's weights or outputs hold NaN "
+            "or infinity."
+        )
+
+
+def _require_one_process() -> None:
+    try:
+        processes = world_size()
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    if processes > 1:
+        raise UserError(
+            f"evaluate runs in one process, not in {processes} that would each do all of it: start "
+            "it without torchrun."
+        )
 
 
 def _conditions(wanted: _Wanted) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from gramian._json import to_json
 from gramian.cli._app import (
     Debug,
     Json,
@@ -69,7 +69,7 @@ def demo(
         settings = replace(settings, tol=tol)
     report = run_demo(output, settings, Console(stderr=as_json))
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(to_json(report.to_dict(), indent=2))
     if not report.passed:
         raise typer.Exit(1)
 
@@ -264,9 +264,9 @@ def convert(
             "parameters": model.num_parameters(),
             "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
         }
-        (stage / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
+        (stage / "conversion.json").write_text(to_json(report, indent=2) + "\n")
     if as_json:
-        print(json.dumps(report, indent=2))
+        print(to_json(report, indent=2))
         return
     console.print(
         f"{name}: {report['layers']} layers of width {report['width']:,}, "
@@ -332,13 +332,16 @@ def generate(
         sampling["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(seed)
     started = time.perf_counter()
-    sequence = loaded.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=not greedy,
-        **sampling,
-    )[0]
+    try:
+        sequence = loaded.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=not greedy,
+            **sampling,
+        )[0]
+    except FloatingPointError as error:
+        raise UserError(f"{model}: {one_line(error)}") from error
     seconds = time.perf_counter() - started
     if stream:
         return
@@ -355,7 +358,7 @@ def generate(
         "seconds": seconds,
         "state_bytes": loaded.state_bytes(1, len(sequence)),
     }
-    print(json.dumps(result, indent=2))
+    print(to_json(result, indent=2))
 
 
 @app.command()
@@ -537,7 +540,7 @@ def analyze(
             console.print(f"Written to {written}", highlight=False)
     if as_json:
         found = [report.to_dict() for report in reports]
-        print(json.dumps(found[0] if len(found) == 1 else {"models": found}))
+        print(to_json(found[0] if len(found) == 1 else {"models": found}))
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from gramian._json import to_json
 from gramian.cli._app import (
     Debug,
     Json,
@@ -38,7 +38,7 @@ def _show_keys(wanted: bool) -> None:
     ]
     if "--json" in sys.argv:
         names = ("key", "default", "meaning")
-        print(json.dumps([dict(zip(names, one, strict=True)) for one in listed], indent=2))
+        print(to_json([dict(zip(names, one, strict=True)) for one in listed], indent=2))
         raise typer.Exit
     table = Table(
         Column("key", no_wrap=True),
@@ -92,12 +92,12 @@ def train(
     try:
         settings = training.load_config(config, changes or [])
         report = training.train(settings, progress=first and sys.stderr.isatty())
-    except training.ConfigError as error:
+    except (training.ConfigError, training.DivergedError) as error:
         raise UserError(one_line(error)) from error
     if not first:
         return
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(to_json(report.to_dict(), indent=2))
         return
     console = Console()
     console.print(
@@ -154,7 +154,7 @@ def sweep(
         except training.ConfigError as error:
             raise UserError(one_line(error)) from error
     if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
+        print(to_json(report.to_dict(), indent=2))
     else:
         console = Console()
         console.print(report)

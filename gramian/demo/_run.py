@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from gramian._json import to_json
 from gramian._staging import staged_directory
 from gramian.demo.measuring import (
     Agreement,
@@ -169,7 +169,7 @@ def run_demo(
         )
     with staged_directory(output, replace=replace) as stage:
         report = _Demo(settings, stage, console).run()
-        (stage / REPORT).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        (stage / REPORT).write_text(to_json(report.to_dict(), indent=2) + "\n")
     _tell_files(console, output)
     _tell_checks(console, report)
     return report

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gramian._json import to_json
 from gramian.distillation._memory import rank_correlation
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class DistillationReport:
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return to_json(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
         rows = [_COLUMNS, *(layer._row() for layer in self.layers)]

@@ -99,8 +99,10 @@ def evaluate_harness(
         model.train(training)
     assert found is not None
     measures = []
+    every = [sample for samples in found["samples"].values() for sample in samples]
     for task, results in found["results"].items():
         samples = found["samples"].get(task, [])
+        lost = any(_is_lost(one.get("resps")) for one in samples or every)
         higher = found.get("higher_is_better", {}).get(task, {})
         for key, value in results.items():
             metric, comma, kind = key.partition(",")
@@ -115,6 +117,7 @@ def evaluate_harness(
                     float(spread) if isinstance(spread, int | float) else None,
                     higher.get(metric),
                     [one[metric] for one in samples if one["filter"] == kind and metric in one],
+                    lost,
                 )
             )
     return measures
@@ -127,8 +130,11 @@ def _measure(
     error: float | None,
     higher: bool | None,
     samples: list[Any],
+    lost: bool,
 ) -> Measure:
     """With influences, if the value can be had from the documents' own."""
+    if lost:
+        return Measure(task, metric, math.nan, None, len(samples), higher)
     better = bool(higher)
     guesses = []
     if samples and all(isinstance(one, int | float) for one in samples):
@@ -147,6 +153,13 @@ def _measure(
         if math.isclose(guess.value, value, rel_tol=1e-6, abs_tol=1e-9):
             return guess
     return Measure(task, metric, value, error, len(samples), higher)
+
+
+def _is_lost(answers: Any) -> bool:
+    """Whether there is a NaN among the model's answers, whose comparison means nothing."""
+    if isinstance(answers, list | tuple):
+        return any(map(_is_lost, answers))
+    return isinstance(answers, float) and math.isnan(answers)
 
 
 def _is_weighted(sample: Any) -> bool:

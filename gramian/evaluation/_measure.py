@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Measure", "difference_error", "ratio"]
+__all__ = ["Measure", "difference_error", "exponential", "ratio"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Measure:
     Attributes:
         task: what it was measured on.
         metric: its name.
-        value: the number.
+        value: the number; NaN or infinite if the model's outputs are.
         error: its standard error, or None if that is not known.
         units: independent pieces of data (documents, rows, windows) that it is over.
         higher_is_better: or False, or None if that is not known.
@@ -61,16 +61,22 @@ def ratio(
     of: str = "mean",
 ) -> Measure:
     """`scale * Σ totals / Σ weights` with its standard error (`of="mean"`), or e to the power of it
-    (`"exponential"`), or its square root (`"root"`)."""
+    (`"exponential"`), or its square root (`"root"`).
+
+    Where a total is NaN or infinite, so is the value, and its error and influences are not known;
+    so it is with a power that is larger than every number.
+    """
     weight = math.fsum(weights)
     mean = math.fsum(totals) / weight
     if of == "exponential":
-        value = slope = math.exp(min(scale * mean, 700.0))
+        value = slope = exponential(scale * mean)
     elif of == "root":
         value = math.sqrt(scale * mean)
         slope = 0.5 / value if value else 0.0
     else:
         value, slope = scale * mean, 1.0
+    if not math.isfinite(value):
+        return Measure(task, metric, value, None, len(totals), higher_is_better)
     slope *= scale / weight
     influence = tuple(
         slope * (total - mean * one) for total, one in zip(totals, weights, strict=True)
@@ -88,6 +94,14 @@ def difference_error(one: Measure, other: Measure) -> float | None:
     if one.error is None or other.error is None:
         return None
     return math.hypot(one.error, other.error)
+
+
+def exponential(value: float) -> float:
+    """e to the power of `value`, infinite where that is larger than every number."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def _error(influence: Sequence[float]) -> float | None:

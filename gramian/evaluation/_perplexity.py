@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.evaluation._measure import Measure, ratio
+from gramian.evaluation._measure import Measure, exponential, ratio
 
 __all__ = ["Perplexity", "perplexity", "windows"]
 
@@ -50,7 +50,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """Of a token: e to the power of the loss."""
-        return math.exp(min(self.loss, 700.0))
+        return exponential(self.loss)
 
     @property
     def bits_per_byte(self) -> float:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gramian._json import to_json
 from gramian.evaluation._measure import Measure, difference_error
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class EvaluationReport:
     conditions: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def unusable(self) -> tuple[Measure, ...]:
+        """Those of both models whose value is NaN or infinite; null in JSON."""
+        return tuple(one for one in (*self.before, *self.measures) if not math.isfinite(one.value))
+
+    @property
     def comparisons(self) -> tuple[Comparison, ...]:
         """What was measured of both models."""
         others = {(one.task, one.metric): one for one in self.before}
@@ -89,7 +95,7 @@ class EvaluationReport:
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return to_json(self.to_dict(), indent=2)
 
     def to_markdown(self) -> str:
         """The table."""

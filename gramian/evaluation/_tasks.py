@@ -48,15 +48,16 @@ def evaluate_task(
     Returns:
         `loss` and `accuracy`; of `"tokens"` and `"reconstruction"` also `sequence_accuracy`, rows
         without a mistake; of text also `bits_per_byte`; of a `"signal"` `mse` and `relative_error`,
-        the root of it over the targets' own. Standard errors are over rows.
+        the root of it over the targets' own. Standard errors are over rows. Values are NaN where
+        the model's outputs are.
 
     Raises:
         ValueError: for a task of another kind than the model's or another size, an unknown split,
-            or no rows.
+            no rows, or labels that do not fit.
         ImportError: without what `gramian.training` needs.
     """
-    from gramian.training.collation import Collator
-    from gramian.training.trainer import score
+    from gramian.training.collation import Collator, check_labels
+    from gramian.training.trainer import score, whole
 
     description = task.description()
     _check(model, name, description)
@@ -80,6 +81,7 @@ def evaluate_task(
                     inputs["use_cache"] = False  # type: ignore[assignment]
                 logits = model(**inputs).logits
                 _check_answers(logits, labels, model, name, description)
+                check_labels(labels, description, logits.shape[-1])
                 scores.append(score(logits, labels).cpu())
                 if progress is not None:
                     progress(min(first + batch_size, len(rows)), len(rows))
@@ -87,6 +89,8 @@ def evaluate_task(
         model.train(training)
     if description.kind == "signal":
         errors, numbers, energies = torch.cat(scores).T.tolist()
+        if not any(numbers):
+            raise _nothing_due(name, split, len(rows))
         measures = [ratio(name, "mse", errors, numbers, higher_is_better=False)]
         if any(energies):
             measures.append(
@@ -95,21 +99,25 @@ def evaluate_task(
         return measures
     right, due, losses = torch.cat(scores).T.tolist()
     if not any(due):
-        raise ValueError(f"no answer is due in the {len(rows)} {split} rows of the task {name}.")
+        raise _nothing_due(name, split, len(rows))
     measures = [
         ratio(name, "loss", losses, due, higher_is_better=False),
         ratio(name, "accuracy", right, due, higher_is_better=True),
     ]
     if description.kind in ("tokens", "reconstruction"):
-        whole = [float(one == all_) for one, all_ in zip(right, due, strict=True)]
+        rights = [whole(one, all_) for one, all_ in zip(right, due, strict=True)]
         measures.append(
-            ratio(name, "sequence_accuracy", whole, [1.0] * len(whole), higher_is_better=True)
+            ratio(name, "sequence_accuracy", rights, [1.0] * len(rights), higher_is_better=True)
         )
     if description.text:
         measures.append(
             ratio(name, "bits_per_byte", losses, due, higher_is_better=False, scale=1 / math.log(2))
         )
     return measures
+
+
+def _nothing_due(name: str, split: str, rows: int) -> ValueError:
+    return ValueError(f"no answer is due in the {rows} {split} rows of the task {name}.")
 
 
 def chosen_split(task: Task, name: str, split: str | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian._json import to_json
 from gramian.mixers import Mixer
 
 __all__ = ["FORMATS", "Stateful", "check_format", "frozen_for_export", "save_programs"]
@@ -147,7 +147,7 @@ def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
             for name, value in what.states.items()
         ],
     }
-    (folder / MANIFEST).write_text(json.dumps(description, indent=2) + "\n")
+    (folder / MANIFEST).write_text(to_json(description, indent=2) + "\n")
     return description
 
 

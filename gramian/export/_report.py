@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from gramian._json import to_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,7 +48,7 @@ class ExportReport:
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return to_json(self.to_dict(), indent=2)
 
     def _rows(self) -> list[tuple[str, str]]:
         things = "greedy tokens" if self.kind == "language model" else "samples"

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -46,6 +45,8 @@ from gramian.mixers import (
 from gramian.mixers._linear_recurrence import Dynamics
 from gramian.models.cache import CACHE, GramianCache, GramianCacheLayer, one_cache
 from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
+from gramian.models.generation import GramianGenerationMixin
+from gramian.models.labels import classification_loss, token_labels
 from gramian.models.norms import make_norm
 from gramian.models.pooling import pool
 from gramian.models.segments import (
@@ -524,7 +525,7 @@ def _check_positions(
         )
 
 
-class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
+class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
     """A `GramianModel` with an output projection: next-token logits, loss and `generate`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -577,12 +578,13 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
                 logits come as (kept, vocab_size), row after row; `shift_labels` must be those of
                 the same positions then.
             kwargs: those of `GramianModel.forward`, and the loss function's (`num_items_in_batch`,
-                `shift_labels`, `ignore_index`).
+                `shift_labels`).
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Raises:
-            ValueError: also on such a mask with `labels` and no `shift_labels`, and where the last
+            ValueError: also on such a mask with `labels` and no `shift_labels`; on labels of
+                another shape or dtype, out of the vocabulary, or all ignored; and where the last
                 logits of a row without a token are asked for (with a cache, which later chunks may
                 go on from, they are NaN).
 
@@ -591,7 +593,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         """
         segments = read_rows((input_ids, inputs_embeds), attention_mask, position_ids, kwargs)
         cache_position = kwargs.pop("cache_position", None)
-        check_arguments(type(self).__name__, kwargs, "shift_labels", "ignore_index")
+        check_arguments(type(self).__name__, kwargs, "shift_labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=segments,
@@ -617,12 +619,12 @@ class GramianForCausalLM(GramianPreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
-            if segments is not None and kwargs.get("shift_labels") is None:
-                kwargs["shift_labels"] = next_labels(
-                    labels, segments, kwargs.get("ignore_index", -100)
-                )
+            shifted = kwargs.get("shift_labels")
+            if segments is not None and shifted is None:
+                shifted = next_labels(labels, segments)
+            scored = token_labels(logits, labels, shifted, kwargs.get("num_items_in_batch"))
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits, vocab_size=self.config.vocab_size, **(kwargs | scored)
             )
         return CausalLMOutputWithPast(
             loss=loss,
@@ -796,7 +798,9 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
                 of zeros and ones for several, binary cross-entropy; for regression (batch,
                 num_labels), or (batch) with one label, mean squared error. Which of them it is
                 `config.problem_type` says; if it is None, one label is regression, integers are
-                single labels, and others several.
+                single labels, and others several. A label of -100 is not scored.
+            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
+                summed loss in place of their count.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
@@ -804,7 +808,8 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
             `loss`, `logits` (batch, num_labels), `hidden_states`.
 
         Raises:
-            ValueError: also on a mask that hides a whole sequence, or labels of another shape.
+            ValueError: also on a mask that hides a whole sequence, and labels that
+                `classification_loss` refuses.
         """
         inputs = (input_ids, inputs_embeds, input_values)
         segments = read_rows(inputs, attention_mask, position_ids, kwargs)
@@ -819,37 +824,9 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
         )
         logits = self.score(pool(outputs.last_hidden_state, segments, self.config.pooling))
         return SequenceClassifierOutput(
-            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            loss=None
+            if labels is None
+            else classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch")),
             logits=logits,
             hidden_states=outputs.hidden_states,
         )
-
-
-def classification_loss(logits: Tensor, labels: Tensor, config: GramianConfig) -> Tensor:
-    """The loss of `config.problem_type`, or of the one that labels and their number ask for.
-
-    Raises:
-        ValueError: on labels of another shape than the problem's.
-    """
-    batch, count = logits.shape
-    problem = config.problem_type
-    if problem is None and count > 1:
-        single = not labels.is_floating_point()
-        problem = "single_label_classification" if single else "multi_label_classification"
-    accepted: list[tuple[int, ...]] = [(batch, count)]
-    if count == 1:
-        accepted.append((batch,))
-    if problem == "single_label_classification":
-        accepted = [(batch,)]
-    if tuple(labels.shape) not in accepted:
-        raise ValueError(
-            f"labels must be {' or '.join(map(str, accepted))} for {problem or 'regression'}; "
-            f"got {tuple(labels.shape)}."
-        )
-    if problem == "single_label_classification":
-        labels = labels.long()
-    else:
-        labels = labels.to(logits.dtype).reshape(logits.shape)
-    return LOSS_MAPPING["ForSequenceClassification"](
-        labels=labels, pooled_logits=logits, config=config
-    )

@@ -16,7 +16,8 @@ from transformers.utils import can_return_tuple
 
 from gramian.mixers import Segments
 from gramian.models.configuration import GramianConfig
-from gramian.models.modeling import GramianModel, GramianPreTrainedModel, classification_loss
+from gramian.models.labels import classification_loss
+from gramian.models.modeling import GramianModel, GramianPreTrainedModel
 from gramian.models.pooling import pool
 from gramian.models.segments import check_arguments, read_rows
 
@@ -68,7 +69,8 @@ class GramianForPairClassification(GramianPreTrainedModel):
             position_ids: (batch, length), restarting where packed rows have their next sequence:
                 the n-th of them pairs with the n-th of the second sequences.
             position_ids_2: theirs.
-            kwargs: as for `GramianModel.forward`, with a `_2` for the second sequences.
+            kwargs: as for `GramianModel.forward`, with a `_2` for the second sequences; and
+                `num_items_in_batch`, which divides the summed loss in place of their count.
 
         Returns:
             `loss`, `logits` (batch, num_labels).
@@ -99,10 +101,11 @@ class GramianForPairClassification(GramianPreTrainedModel):
         )
         x, y = pool(outputs.last_hidden_state, segments, self.config.pooling).chunk(2)
         logits = self.head(torch.cat([x, y, x - y, x * y], dim=-1))
-        return SequenceClassifierOutput(
-            loss=None if labels is None else classification_loss(logits, labels, self.config),
-            logits=logits,
-        )
+        loss = None
+        if labels is not None:
+            items = kwargs.get("num_items_in_batch")
+            loss = classification_loss(logits, labels, self.config, items)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 def _count(rows: Tensor, segments: Segments | None) -> int:

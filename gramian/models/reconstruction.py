@@ -19,14 +19,13 @@ from transformers.utils import can_return_tuple
 
 from gramian.mixers import Segments
 from gramian.models.configuration import GramianConfig
+from gramian.models.labels import check_classes, cross_entropy
 from gramian.models.modeling import GramianModel, GramianPreTrainedModel
 from gramian.models.norms import make_norm
 from gramian.models.pooling import pool
 from gramian.models.segments import check_arguments, read_rows
 
 __all__ = ["GramianForReconstruction"]
-
-IGNORED = -100
 
 
 class GramianForReconstruction(GramianPreTrainedModel):
@@ -74,6 +73,8 @@ class GramianForReconstruction(GramianPreTrainedModel):
         Args:
             labels: (batch, length) token ids due at their own position, -100 to ignore; to
                 reconstruct everything, `input_ids`.
+            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
+                summed loss in place of their count.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
@@ -82,7 +83,8 @@ class GramianForReconstruction(GramianPreTrainedModel):
             Positions count real tokens only; what stands at padding means nothing.
 
         Raises:
-            ValueError: also on a mask that hides a whole sequence, or labels of another shape.
+            ValueError: also on a mask that hides a whole sequence, and on labels of another shape
+                or dtype, out of the vocabulary, or all ignored.
         """
         segments = read_rows((input_ids, inputs_embeds), attention_mask, position_ids, kwargs)
         check_arguments(type(self).__name__, kwargs)
@@ -102,14 +104,8 @@ class GramianForReconstruction(GramianPreTrainedModel):
         logits = self.head(self.decoder(codes + places))
         loss = None
         if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(
-                    f"labels must be {tuple(logits.shape[:2])}; got {tuple(labels.shape)}."
-                )
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = nn.functional.cross_entropy(
-                wide.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED
-            )
+            labels = check_classes(labels.to(logits.device), logits.shape[-1], [(batch, length)])
+            loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 

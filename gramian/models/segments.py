@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gramian.mixers import Segments
 from gramian.mixers._segments import Part
+from gramian.models.labels import IGNORED
 
 __all__ = [
     "check_arguments",
@@ -165,10 +166,10 @@ def _assert_one_sequence(position_ids: Tensor, real: Tensor | None) -> None:
     torch._assert_async(~(spread & real.any(1)).any(), message)
 
 
-def next_labels(labels: Tensor, segments: Segments, ignored: int = -100) -> Tensor:
+def next_labels(labels: Tensor, segments: Segments) -> Tensor:
     """At every token the label of the next token of its sequence, (batch, length).
 
-    It is `ignored` at the last token of a sequence and at padding: nothing is predicted across a
+    It is -100 at the last token of a sequence and at padding: nothing is predicted across a
     border, or from padding, and no label of padding is due.
     """
     batch, length = labels.shape
@@ -184,7 +185,7 @@ def next_labels(labels: Tensor, segments: Segments, ignored: int = -100) -> Tens
     if segments.numbers is not None:
         numbers = segments.numbers.to(labels.device)
         due = due & (numbers.gather(1, later) == numbers)
-    return torch.where(due, labels.gather(1, later), ignored)
+    return torch.where(due, labels.gather(1, later), IGNORED)
 
 
 def last_tokens(hidden_states: Tensor, segments: Segments | None, count: int) -> Tensor:

@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 from gramian.mixers import Segments
 from gramian.models.cache import CACHE, GramianCache, one_cache
 from gramian.models.configuration import GramianConfig
+from gramian.models.labels import LabelError, check_numbers, squared_error
 from gramian.models.modeling import GramianModel, GramianPreTrainedModel
 from gramian.models.segments import check_arguments, read_rows
 
@@ -56,8 +57,11 @@ class GramianForSignalRegression(GramianPreTrainedModel):
         """The numbers at every position, and their loss when `labels` are given.
 
         Args:
-            labels: (batch, length, num_labels) of real numbers. The loss is the mean squared error
-                over the positions that `attention_mask` calls real, in at least single precision.
+            labels: (batch, length, num_labels) of real numbers, -100 where nothing is due. The loss
+                is the mean squared error, in at least single precision, over the numbers that are
+                due at positions that `attention_mask` calls real.
+            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
+                summed loss in place of their count.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
@@ -66,7 +70,8 @@ class GramianForSignalRegression(GramianPreTrainedModel):
             so), `past_key_values`, `hidden_states`.
 
         Raises:
-            ValueError: also on labels of another shape, or with a mask that hides everything.
+            ValueError: also on labels of another shape or that are not finite, and where nothing is
+                left to score.
         """
         inputs = (input_ids, inputs_embeds, input_values)
         segments = read_rows(inputs, attention_mask, position_ids, kwargs)
@@ -83,7 +88,9 @@ class GramianForSignalRegression(GramianPreTrainedModel):
             cache_position=cache_position,
         )
         logits = self.head(outputs.last_hidden_state)
-        loss = None if labels is None else _squared_error(logits, labels, segments)
+        loss = None
+        if labels is not None:
+            loss = _loss(logits, labels, segments, kwargs.get("num_items_in_batch"))
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -92,16 +99,18 @@ class GramianForSignalRegression(GramianPreTrainedModel):
         )
 
 
-def _squared_error(logits: Tensor, labels: Tensor, segments: Segments | None) -> Tensor:
-    """The mean over real positions of (batch, length, num_labels)."""
-    if labels.shape != logits.shape:
-        raise ValueError(f"labels must be {tuple(logits.shape)}; got {tuple(labels.shape)}.")
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    error = logits.to(wide) - labels.to(wide)
+def _loss(
+    logits: Tensor,
+    labels: Tensor,
+    segments: Segments | None,
+    num_items_in_batch: Tensor | int | None,
+) -> Tensor:
+    """The mean squared error over what is due of (batch, length, num_labels)."""
     real = None if segments is None else segments.real
-    if real is None:
-        return error.square().mean()
-    if not torch.compiler.is_compiling() and not real.any():
-        raise ValueError("attention_mask must leave a real position; it hides all.")
-    error = torch.where(real.unsqueeze(-1), error, 0)  # a padded label may be NaN
-    return error.square().sum() / (real.sum() * logits.shape[-1])
+    if real is not None:
+        if not torch.compiler.is_compiling() and not real.any():
+            raise LabelError("attention_mask must leave a real position; it hides all.")
+        real = real.unsqueeze(-1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    labels, due = check_numbers(labels.to(logits.device), wide, [tuple(logits.shape)], real=real)
+    return squared_error(logits, labels, due, num_items_in_batch)

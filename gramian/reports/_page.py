@@ -7,12 +7,12 @@ its own.
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gramian._json import to_json
 from gramian._staging import staged_file
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def state_page(reports: StateReport | Sequence[StateReport]) -> str:
     for report in several:
         if not report.layers:
             raise ValueError(f"there is nothing to show: no layer of {report.model} was read.")
-    data = json.dumps([_data(report) for report in several], ensure_ascii=True)
+    data = to_json([_data(report) for report in several], ensure_ascii=True)
     # A script element ends at the first "</", whatever it holds.
     data = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     title = html.escape(", ".join(report.model for report in several))

@@ -124,7 +124,8 @@ class Task(ABC):
 
         Raises:
             ImportError: without `datasets`.
-            ValueError: on a split that the task does not have, a negative seed, or no rows.
+            ValueError: on a split that the task does not have, a negative seed, no rows, or a row
+                whose ids or labels are no integers where they must be.
         """
         try:
             from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -139,16 +140,30 @@ class Task(ABC):
         features = self.features()
         if streaming:
             stream = IterableDataset.from_generator(
-                self.rows, features=features, gen_kwargs={"split": split, "seed": seed}
+                self._whole_rows, features=features, gen_kwargs={"split": split, "seed": seed}
             )
             return stream.with_format("torch")
-        rows, parts = self.rows(split, seed), []
+        rows, parts = self._whole_rows(split, seed), []
         while chunk := list(islice(rows, 4096)):
             columns = {name: [row[name] for row in chunk] for name in features}
             parts.append(Dataset.from_dict(columns, features=features))
         if not parts:
             raise ValueError(f"the task has no {split} rows with these settings.")
         return concatenate_datasets(parts).with_format("torch")
+
+    def _whole_rows(self, split: str, seed: int) -> Iterator[Row]:
+        """`rows`, checked where columns are of integers, which `datasets` cuts numbers down to."""
+        features = self.features()
+        integers = [name for name in features if "int" in str(features[name])]
+        for row in self.rows(split, seed):
+            for name in integers:
+                values = np.asarray(row[name])
+                if values.size and values.dtype.kind not in "iub":
+                    raise ValueError(
+                        f"{name} of the task must be integers; a row of the {split} split has "
+                        f"{values.dtype}."
+                    )
+            yield row
 
     def random(self, split: str, seed: int) -> np.random.Generator:
         """A stream of random numbers that no other split, seed or kind of task shares."""

@@ -32,10 +32,12 @@ from gramian.training.configuration import (
 from gramian.training.memory import StateSizeCallback
 from gramian.training.sweep_configuration import SweepConfig, SweepPoint, load_sweep, parse_sweep
 from gramian.training.sweep_report import PointReport, Spread, SweepReport, SweepRow
+from gramian.training.trainer import DivergedError
 
 __all__ = [
     "Checkpoints",
     "ConfigError",
+    "DivergedError",
     "Evaluation",
     "Hardware",
     "Logging",

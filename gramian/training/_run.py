@@ -29,15 +29,17 @@ from transformers.utils import logging
 
 from gramian import tasks
 from gramian._nearest import unknown
+from gramian._processes import world_size
 from gramian._staging import staged_file
 from gramian.models import (
     ByteTokenizer,
     GramianConfig,
 )
+from gramian.models.labels import LabelError
 from gramian.reports import plot_training, save_figure
 from gramian.tasks import Description, Task
 from gramian.training.collation import Collator
-from gramian.training.configuration import METRICS, ConfigError, TrainingConfig
+from gramian.training.configuration import METRICS, ConfigError, Hardware, TrainingConfig
 from gramian.training.kinds import MODELS
 from gramian.training.memory import MemoryLosses, StateSizeCallback
 from gramian.training.recording import (
@@ -95,7 +97,10 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         The report, which is in the folder as well; of a run that is finished already, its own.
 
     Raises:
-        ConfigError: if task, model or batch do not fit, or the folder holds another run.
+        ConfigError: if task, labels, model, batch or processes do not fit, or the folder holds
+            another run.
+        DivergedError: if the loss or a weight is no longer finite. Checkpoints from before are
+            kept, and the same call would go on from the last of them.
         FileNotFoundError: on a missing file of the task.
     """
     folder = Path(config.output)
@@ -105,8 +110,11 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         torch.set_num_threads(config.hardware.threads)
     set_seed(config.seed)
     model = _model(config, description)
-    data: Any = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
-    held_out: Any = task.dataset(config.evaluation.split, config.seed)
+    try:
+        data: Any = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
+        held_out: Any = task.dataset(config.evaluation.split, config.seed)
+    except ValueError as error:
+        raise ConfigError(f"task {config.task['name']}: {error}") from error
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
     steps = _steps(config, data)
@@ -148,7 +156,10 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
 
     began = time.perf_counter()
     with _without_bars():
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        except LabelError as error:
+            raise ConfigError(f"task {config.task['name']}: {error}") from error
         trainer.save_as("last")
     seconds = time.perf_counter() - began
     with arguments.main_process_first(local=False):
@@ -196,7 +207,13 @@ def _task(config: TrainingConfig) -> Task:
         raise ConfigError(f"task: {error}") from error
     if config.evaluation.split not in task.splits:
         raise ConfigError(unknown("evaluation.split", config.evaluation.split, task.splits))
-    metric, accepted = config.evaluation.metric, METRICS[task.description().kind]
+    description = task.description()
+    if description.kind in ("classification", "pairs") and description.num_labels == 1:
+        raise ConfigError(
+            f"the task {name} has one class, so there is nothing to tell apart; a number is the "
+            "label of a task of the kind 'signal'."
+        )
+    metric, accepted = config.evaluation.metric, METRICS[description.kind]
     if metric not in accepted:
         raise ConfigError(
             f"evaluation.metric must be {' or '.join(accepted)} for the task {name}; got {metric}."
@@ -263,7 +280,7 @@ def _steps(config: TrainingConfig, data: Any) -> int:
 
 def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingArguments:
     optimization, evaluation, hardware = config.optimization, config.evaluation, config.hardware
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes, on_cpu = _processes(hardware)
     shares = processes * optimization.accumulation
     if optimization.batch_size % shares:
         raise ConfigError(
@@ -289,7 +306,7 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
         known = TrainingArguments.__dataclass_fields__
         name = "activation_checkpointing"  # the newer name
         recomputing = {name if name in known else "gradient_checkpointing": True}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=share,
@@ -318,19 +335,43 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
         report_to=config.logging.report_to or "none",
         disable_tqdm=not progress,
         seed=config.seed,
-        use_cpu=hardware.device == "cpu",
+        use_cpu=on_cpu,
         bf16=hardware.bf16,
         torch_compile=hardware.compile,
         fsdp=hardware.fsdp or None,
         fsdp_config=sharding if hardware.fsdp else None,
         dataloader_num_workers=hardware.workers,
-        dataloader_pin_memory=hardware.device != "cpu" and torch.cuda.is_available(),
+        dataloader_pin_memory=not on_cpu and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         accelerator_config={"dispatch_batches": False},  # a stream's batches differ in length
         label_names=["labels"],
         **recomputing,
     )
+    if arguments.world_size != processes:
+        raise ConfigError(
+            f"the environment says WORLD_SIZE={processes}, but {arguments.world_size} take part in "
+            "this run: start them all with torchrun."
+        )
+    return arguments
+
+
+def _processes(hardware: Hardware) -> tuple[int, bool]:
+    """How many processes train, and whether on processors: without accelerators those are meant."""
+    try:
+        processes = world_size()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if hardware.device == "cpu" or not torch.accelerator.is_available():
+        return processes, True
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    devices = torch.accelerator.device_count()
+    if processes > 1 and here > devices:
+        raise ConfigError(
+            f"{here} processes of this machine need an accelerator each, and it has {devices}: "
+            "start as many, or give hardware.device=cpu."
+        )
+    return processes, False
 
 
 def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | None:

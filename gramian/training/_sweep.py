@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from gramian._processes import world_size
 from gramian._staging import staged_file
 from gramian.reports import plot_sweep, save_figure
 from gramian.training._run import TrainingReport, check, earlier_report, train
@@ -38,6 +39,7 @@ from gramian.training.configuration import ConfigError, TrainingConfig
 from gramian.training.recording import write_json
 from gramian.training.sweep_configuration import SweepConfig, SweepPoint
 from gramian.training.sweep_report import PointReport, SweepReport
+from gramian.training.trainer import DivergedError
 
 __all__ = ["sweep"]
 
@@ -70,13 +72,23 @@ def sweep(
         The report, which is in the sweep's folder as well.
 
     Raises:
-        ConfigError: if a point's task, model or batch do not fit, or a folder holds another run.
+        ConfigError: if a point's task, model or batch do not fit, a folder holds another run, or
+            the sweep is one of several processes.
         FileNotFoundError: on a missing file of a task.
         ImportError: for an address, without Ray.
         ValueError: for fewer than one job.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1; got {jobs}.")
+    try:
+        processes = world_size()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if processes > 1:
+        raise ConfigError(
+            f"a sweep starts its own processes, so it cannot be one of {processes}: start it "
+            "without torchrun."
+        )
     finished = _check(config)
     folder = Path(config.output)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -334,4 +346,5 @@ def _log(point: SweepPoint) -> str:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, ConfigError) else f"{type(error).__name__}: {text}"
+    told = isinstance(error, ConfigError | DivergedError)
+    return text if told else f"{type(error).__name__}: {text}"

@@ -8,9 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian.models.labels import check_classes, check_numbers
 from gramian.tasks import IGNORED, Description
 
-__all__ = ["Collator"]
+__all__ = ["Collator", "check_labels"]
+
+
+def check_labels(labels: Tensor, description: Description, classes: int) -> None:
+    """Check the labels of a batch for a model of so many classes, or of numbers for a signal.
+
+    Raises:
+        LabelError: on another dtype, classes that there are not, or numbers that are not finite.
+    """
+    shapes = [tuple(labels.shape)]
+    if description.kind == "signal":
+        check_numbers(labels, torch.float32, shapes)
+    else:
+        check_classes(labels, classes, shapes)
 
 
 class Collator:
@@ -46,8 +60,6 @@ class Collator:
 
 
 def _pad(sequences: list[Tensor], value: int) -> Tensor:
-    """(batch, longest) of int64."""
-    if len({len(one) for one in sequences}) == 1:
-        return torch.stack(sequences).long()
+    """(batch, longest) of int64, but for numbers, which a label must not be and is not cut to."""
     padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
-    return padded.long()
+    return padded if padded.is_floating_point() else padded.long()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from gramian._json import to_json
 from gramian._staging import staged_file
 from gramian.tasks import IGNORED, Description
 from gramian.training.collation import Collator
@@ -26,7 +27,8 @@ LEFT_OUT = ("total_flos",)
 
 
 class Recorder(TrainerCallback):
-    """Every line that the trainer logs, as JSON with its step and the seconds since the start."""
+    """Every line that the trainer logs, as JSON with its step and the seconds since the start; what
+    is not finite is null."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,7 +41,7 @@ class Recorder(TrainerCallback):
         line |= {key: value for key, value in logs.items() if key not in LEFT_OUT}
         line["seconds"] = round(time.perf_counter() - self.began, 3)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
 
 
 class Sampler(TrainerCallback):
@@ -71,7 +73,7 @@ class Sampler(TrainerCallback):
                 line = self._continuation(model, row, device)
             else:
                 line = self._prediction(model, row, device)
-            lines.append(json.dumps({"step": state.global_step, **line}) + "\n")
+            lines.append(to_json({"step": state.global_step, **line}) + "\n")
         model.train(training)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(lines)
@@ -79,19 +81,24 @@ class Sampler(TrainerCallback):
     def _continuation(self, model: Any, row: dict[str, Any], device: torch.device) -> Any:
         ids = torch.as_tensor(row["input_ids"]).long()[: max(1, len(row["input_ids"]) // 2)]
         prompt = ids[None].to(device)
-        written = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=self.length,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=self.description.pad_token_id,
-        )[0, len(ids) :]
+        try:
+            written = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=self.length,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=self.description.pad_token_id,
+            )[0, len(ids) :]
+        except FloatingPointError:  # what the loss, which convolves, need not have met
+            return {"prompt": _text(ids), "text": None}
         return {"prompt": _text(ids), "text": _text(written)}
 
     def _prediction(self, model: Any, row: dict[str, Any], device: torch.device) -> Any:
         batch = {key: value.to(device) for key, value in Collator(self.description)([row]).items()}
-        logits, due = model(**batch).logits[0], batch["labels"][0]
+        due = batch.pop("labels")[0]
+        batch.pop("shift_labels", None)
+        logits = model(**batch).logits[0]
         if self.description.kind == "signal":
             shown = slice(-self.length, None)
             return {"due": due[shown].tolist(), "predicted": logits[shown].tolist()}
@@ -110,7 +117,7 @@ def cut_after(path: Path, step: int) -> None:
     if path.is_file():
         kept = [line for line in read_lines(path) if line["step"] <= step]
         with staged_file(path) as stage:
-            stage.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            stage.write_text("".join(to_json(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -127,7 +134,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write_json(path: Path, values: Any) -> None:
     """Write JSON, whole or not at all."""
     with staged_file(path) as stage:
-        stage.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        stage.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
 
 
 def environment(processes: int) -> dict[str, Any]:

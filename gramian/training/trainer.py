@@ -17,15 +17,25 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from gramian.filters import parameter_groups
 from gramian.tasks import IGNORED, Description
+from gramian.training.collation import check_labels
+from gramian.training.configuration import ConfigError
 from gramian.training.memory import MemoryLosses
 
-__all__ = ["GramianTrainer", "Patience", "complete_checkpoints"]
+__all__ = ["DivergedError", "GramianTrainer", "Patience", "complete_checkpoints"]
 
 COMPLETE = "complete"
+
+
+class DivergedError(FloatingPointError):
+    """A run whose loss or weights are no longer finite, so that nothing more can be learned.
+
+    The message is one sentence; it names the last good checkpoint, which is kept.
+    """
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -45,7 +55,8 @@ def score(logits: Any, labels: Tensor) -> Tensor:
     """What `total` needs of every sequence: (batch, 3) of float64.
 
     Right answers, all answers and the sum of -log p; of a signal, whose labels are floating-point,
-    the sum of the squared errors, all numbers and the sum of their squares.
+    the sum of the squared errors, all numbers and the sum of their squares. What is -100 counts
+    nowhere; where logits are NaN, right answers are too.
 
     Args:
         logits: (batch, length, classes), or (batch, classes); (batch, length, numbers) of a signal.
@@ -54,35 +65,50 @@ def score(logits: Any, labels: Tensor) -> Tensor:
     if isinstance(logits, tuple | list):
         logits = logits[0]
     if labels.is_floating_point():
-        due = labels.double().flatten(1)
-        count = torch.full_like(due[:, 0], due.shape[1])
-        errors = (logits.double().flatten(1) - due).square().sum(1)
-        return torch.stack([errors, count, due.square().sum(1)], dim=-1)
+        labels, due = labels.double(), labels != IGNORED
+        errors = torch.where(due, logits.double() - labels, 0).square()
+        energies = torch.where(due, labels, 0).square()
+        columns = (errors, due.double(), energies)
+        return torch.stack([column.flatten(1).sum(1) for column in columns], dim=-1)
     if labels.ndim == 1:
         logits, labels = logits[:, None], labels[:, None]
     due = labels != IGNORED
     losses = nn.functional.cross_entropy(
         logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
     )
-    right = (logits.argmax(-1) == labels) & due
-    columns = (right.sum(1), due.sum(1), losses.double().sum(1))
-    return torch.stack([column.double() for column in columns], dim=-1)
+    right = ((logits.argmax(-1) == labels) & due).double()
+    right = torch.where(losses.isnan(), torch.nan, right)  # among NaN there is no largest
+    columns = (right.sum(1), due.sum(1).double(), losses.double().sum(1))
+    return torch.stack(columns, dim=-1)
+
+
+def whole(right: float, due: float) -> float:
+    """Whether every answer of a sequence is right: 1 or 0, or NaN if that is not known."""
+    return math.nan if math.isnan(right) else float(right == due)
 
 
 def total(prediction: Any, description: Description) -> dict[str, float]:
-    """Metrics from the scores of all sequences."""
+    """Metrics from the scores of all sequences.
+
+    Raises:
+        ConfigError: if nothing is due in any of them.
+    """
     scores = np.asarray(prediction.predictions, dtype=np.float64)
+    if not scores[:, 1].sum():
+        raise ConfigError("no answer is due in the rows that the model is evaluated on.")
     if description.kind == "signal":
         errors, count, energy = scores.sum(0)
         mse = float(errors / count)
-        relative = math.sqrt(errors / energy) if energy else math.inf
-        return {"loss": mse, "mse": mse, "relative_error": relative}
+        metrics = {"loss": mse, "mse": mse}
+        if energy:
+            metrics["relative_error"] = math.sqrt(errors / energy)
+        return metrics
     right, due, losses = scores.sum(0)
-    loss = float(losses / max(due, 1))
+    loss = float(losses / due)
     metrics = {
         "loss": loss,
-        "accuracy": float(right / max(due, 1)),
-        "sequence_accuracy": float((scores[:, 0] == scores[:, 1]).mean()),
+        "accuracy": float(right / due),
+        "sequence_accuracy": float(np.mean([whole(one, all_) for one, all_ in scores[:, :2]])),
     }
     if description.kind in ("classification", "pairs"):
         del metrics["sequence_accuracy"]
@@ -121,6 +147,14 @@ class GramianTrainer(Trainer):
         self.tokenizer = tokenizer
         self.losses = losses
         self.logged: dict[str, list[float]] = {}
+        # Losses are sums over what is due, divided by how much is due in the whole batch: however
+        # it is shared out, over processes or accumulated parts.
+        self.model_accepts_loss_kwargs = True
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, but at least 1: a batch in which nothing is due teaches nothing."""
+        count = super()._get_num_items_in_batch(*args, **kwargs)
+        return count.clamp_min(1) if isinstance(count, Tensor) else count
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the original, but FSDP2 shards over processors too: accelerate passes over them."""
@@ -154,13 +188,18 @@ class GramianTrainer(Trainer):
     ) -> Any:
         """As the original; in training with the logits of those positions alone where something is
         due, and with the losses on memory."""
+        if self.args.torch_compile:  # what is compiled cannot look at values
+            config = self.model.config
+            classes = self.description.kind in ("classification", "pairs")
+            count = config.num_labels if classes else config.vocab_size
+            check_labels(inputs["labels"], self.description, count)
         inputs = self._due(inputs, model.training)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.losses is not None and model.training:
             more, values = self.losses()
-            whole = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
             # A loss that is summed over the parts of a batch is not divided by their number.
-            loss = loss + more / (self.current_gradient_accumulation_steps if whole else 1)
+            summed = kwargs.get("num_items_in_batch") is not None
+            loss = loss + more / (self.current_gradient_accumulation_steps if summed else 1)
             for name, value in values.items():
                 self.logged.setdefault(name, []).append(value)
         return (loss, outputs) if return_outputs else loss
@@ -181,16 +220,44 @@ class GramianTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the original; a line of training has the means of the losses on memory since the last
-        one."""
+        one.
+
+        Raises:
+            DivergedError: after writing a line whose loss is not finite. A checkpoint is written at
+                a step that logs, and afterwards, so none holds a model that had lost its way then.
+        """
         if "loss" in logs:
             logs |= {name: sum(values) / len(values) for name, values in self.logged.items()}
             self.logged = {}
         super().log(logs, *args, **kwargs)
+        for key in ("loss", "eval_loss", f"eval_{self.args.metric_for_best_model}"):
+            if key in logs and not math.isfinite(logs[key]):
+                name = f"held-out {key.removeprefix('eval_')}" if "_" in key else key
+                raise self._diverged(f"the {name} is {logs[key]}")
+
+    def _diverged(self, what: str) -> DivergedError:
+        good = complete_checkpoints(Path(self.args.output_dir))
+        kept = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint is before it"
+        return DivergedError(f"{what} at step {self.state.global_step}; {kept}.")
+
+    def _check_weights(self) -> None:
+        """Raise a `DivergedError` if a weight is not finite. Every process must call it."""
+        wrong = torch.zeros((), device=self.args.device)
+        for parameter in self.model.parameters():
+            shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            wrong += (~shard.detach().isfinite()).any()
+        if bool(self.accelerator.reduce(wrong) > 0):
+            raise self._diverged("a weight is no longer finite")
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the original, with the loss over all answers in place of the mean over batches."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         exact = total(output, self.description)
+        if self.args.metric_for_best_model not in exact:
+            raise ConfigError(
+                f"evaluation.metric is {self.args.metric_for_best_model}, which has no value where "
+                "every target is 0."
+            )
         output.metrics.update({f"{metric_key_prefix}_{key}": exact[key] for key in exact})
         return output
 
@@ -198,7 +265,11 @@ class GramianTrainer(Trainer):
         """Write the model and its tokenizer to `name` in the run's folder, whole or not at all.
 
         Every process must call it.
+
+        Raises:
+            DivergedError: if a weight is not finite.
         """
+        self._check_weights()
         stage, target = self.folder / f".{name}-new", self.folder / name
         if self.is_world_process_zero():
             shutil.rmtree(stage, ignore_errors=True)
@@ -226,6 +297,7 @@ class GramianTrainer(Trainer):
         return better
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_weights()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():

@@ -1,0 +1,36 @@
+"""JSON as the standard has it: what is not a number is null.
+
+Python writes NaN and Infinity as bare words, which no other reader of JSON takes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["to_json"]
+
+
+def to_json(values: Any, **options: Any) -> str:
+    """JSON text in which floating-point numbers that are not finite are null.
+
+    Args:
+        values: plain values, mappings, lists and tuples.
+        options: of `json.dumps`.
+
+    Raises:
+        TypeError: on a value that JSON cannot hold.
+    """
+    return json.dumps(_finite(values), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return value

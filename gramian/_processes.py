@@ -1,0 +1,24 @@
+"""How many processes the environment says there are, as torchrun and its like leave it there."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["world_size"]
+
+
+def world_size() -> int:
+    """`WORLD_SIZE`, or 1 where it is not set.
+
+    Raises:
+        ValueError: if it is no number of at least 1, or if several processes have no `RANK`.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"WORLD_SIZE in the environment must be at least 1; got {text!r}.")
+    if int(text) > 1 and "RANK" not in os.environ:
+        raise ValueError(
+            f"WORLD_SIZE is {text} in the environment but RANK is not set: start the processes "
+            "with torchrun, or unset WORLD_SIZE."
+        )
+    return int(text)

@@ -1,0 +1,90 @@
+"""Generation that ends where logits are no longer finite.
+
+Among logits with a NaN there is no largest one: `argmax` takes the NaN, so greedy search would
+write the same token over and over, as if nothing were wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, LogitsProcessor, StoppingCriteria
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+
+__all__ = ["GramianGenerationMixin"]
+
+
+class GramianGenerationMixin(GenerationMixin):
+    """transformers' `generate`, which refuses logits that are not finite."""
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        *args: Any,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers' `GenerationMixin.generate`.
+
+        Raises:
+            FloatingPointError: if a logit is NaN or infinite, before the token that it would give.
+        """
+        watch = FiniteLogits(at_once=streamer is not None)
+        processors = LogitsProcessorList([watch, *(logits_processor or ())])
+        criteria = StoppingCriteriaList([StopAtNaN(watch), *(stopping_criteria or ())])
+        written = super().generate(
+            inputs, generation_config, processors, criteria, *args, streamer=streamer, **kwargs
+        )
+        watch.check()
+        return written
+
+
+class FiniteLogits(LogitsProcessor):
+    """Looks for a NaN or an infinite logit at every token.
+
+    It sees the logits before a token is taken. On a CPU looking costs nothing; an accelerator would
+    have to wait for each token, so what was seen stays there until generation ends, which
+    `StopAtNaN` sees to. Such a row is flat meanwhile, since sampling from NaN ends the process.
+
+    Args:
+        at_once: whether to look at once anyway, as where tokens are handed out as they come.
+    """
+
+    def __init__(self, at_once: bool) -> None:
+        self.at_once = at_once
+        self.seen: Tensor | None = None  # a boolean, on the logits' device
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        wrong = ~scores.amax(-1).isfinite()  # the largest of a row with a NaN is NaN
+        found = wrong.any()
+        self.seen = found if self.seen is None else self.seen | found
+        if self.at_once or scores.device.type == "cpu":
+            self.check()
+            return scores
+        return torch.where(wrong.unsqueeze(-1), 0, scores)
+
+    def check(self) -> None:
+        """Raise a `FloatingPointError` if there was one."""
+        if self.seen is not None and bool(self.seen):
+            raise FloatingPointError(
+                "the model's logits are not finite, so no token follows; its weights or its "
+                "activations hold NaN or infinity."
+            )
+
+
+class StopAtNaN(StoppingCriteria):
+    """Ends generation once `FiniteLogits` has seen one."""
+
+    def __init__(self, watch: FiniteLogits) -> None:
+        self.watch = watch
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        seen = self.watch.seen
+        if seen is None:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return seen.to(input_ids.device).expand(len(input_ids))

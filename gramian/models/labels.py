@@ -1,0 +1,251 @@
+"""Labels and the losses on them: one reading of what is due, for every model with a head.
+
+A label of -100 is scored by nobody: not as a class, not as a number, which a loss leaves out of its
+sum and its count. Everything else is checked, since a loss takes a NaN or a class out of range for
+what it is and gives a number nobody can use: a `LabelError` says in one sentence what was given.
+Looking at values makes an accelerator wait once for each loss; a compiled graph cannot look.
+
+Losses are means over what is due, in at least single precision. With `num_items_in_batch` they are
+the sums divided by that number, which is how the parts of a batch add up to the loss of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gramian.models.configuration import GramianConfig
+
+__all__ = [
+    "IGNORED",
+    "LabelError",
+    "binary_cross_entropy",
+    "check_classes",
+    "check_numbers",
+    "classification_loss",
+    "cross_entropy",
+    "squared_error",
+    "token_labels",
+]
+
+IGNORED = -100
+"""The label that nobody scores."""
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class LabelError(ValueError):
+    """Labels that do not fit; the message is one sentence."""
+
+
+def check_classes(
+    labels: Tensor, classes: int, shapes: Sequence[tuple[int, ...]], task: str = ""
+) -> Tensor:
+    """Class labels as int64, checked.
+
+    Args:
+        labels: integers from 0 to `classes` - 1, or -100; with two classes booleans too.
+        classes: how many there are.
+        shapes: those that are accepted.
+        task: what the labels are for, for the message.
+
+    Raises:
+        LabelError: on another dtype, shape or value.
+    """
+    _check_shape(labels, shapes, task)
+    if labels.dtype not in INTEGERS and not (labels.dtype == torch.bool and classes == 2):
+        raise LabelError(f"labels must be integers{_for(task)}; got {_name(labels.dtype)}.")
+    labels = labels.long()
+    wrong = ((labels < 0) & (labels != IGNORED)) | (labels >= classes)
+    if _any(wrong):
+        value, place = _first(labels, wrong)
+        raise LabelError(
+            f"labels must lie from 0 to {classes - 1}, or be {IGNORED} where nothing is due; got "
+            f"{value} at {place}."
+        )
+    return labels
+
+
+def token_labels(
+    logits: Tensor,
+    labels: Tensor,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> dict[str, Tensor]:
+    """What a causal language model is scored on, checked and of int64.
+
+    Args:
+        logits: (batch, length, vocab_size), or of a choice of positions.
+        labels: (batch, length), which the loss shifts by one.
+        shift_labels: in their place, those that stand at their own positions, of the logits' shape.
+        num_items_in_batch: what the loss is divided by; without it something must be due.
+
+    Returns:
+        `labels`, and `shift_labels` where they were given, for transformers' loss.
+
+    Raises:
+        LabelError: as `check_classes`, and where nothing is due.
+    """
+    shape = tuple(logits.shape[:-1])
+    given = labels if shift_labels is None else shift_labels
+    given = check_classes(given, logits.shape[-1], [shape])
+    if num_items_in_batch is None:
+        _require((given[..., 1:] if shift_labels is None else given) != IGNORED)
+    return {"labels": given} if shift_labels is None else {"labels": labels, "shift_labels": given}
+
+
+def check_numbers(
+    labels: Tensor,
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, ...]],
+    task: str = "",
+    *,
+    real: Tensor | None = None,
+    shares: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Labels that are real numbers, checked, and which of them are due.
+
+    Args:
+        labels: real numbers, or -100.
+        dtype: that they are compared in.
+        shapes: those that are accepted.
+        task: what the labels are for, for the message.
+        real: booleans that the labels' shape broadcasts against; where it is False nothing is due,
+            and the label may be anything.
+        shares: whether the numbers must lie from 0 to 1.
+
+    Returns:
+        The labels in `dtype` with 0 where nothing is due, and booleans of their shape.
+
+    Raises:
+        LabelError: on complex labels, another shape, or numbers that are not finite.
+    """
+    _check_shape(labels, shapes, task)
+    if labels.is_complex():
+        raise LabelError(f"labels must be real numbers{_for(task)}; got {_name(labels.dtype)}.")
+    due = labels != IGNORED
+    if real is not None:
+        due = due & real
+    values = labels.to(dtype)
+    fitting = (values >= 0) & (values <= 1) if shares else values.isfinite()
+    wrong = due & ~fitting
+    if _any(wrong):
+        value, place = _first(labels, wrong)
+        accepted = "lie from 0 to 1" if shares else "be finite numbers"
+        raise LabelError(
+            f"labels must {accepted}, or be {IGNORED} where nothing is due; got {value:g} at "
+            f"{place}."
+        )
+    return torch.where(due, values, 0), due
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Of logits (…, classes) and labels (…) that `check_classes` gave."""
+    logits, labels = _wide(logits).flatten(0, -2), labels.flatten()
+    if num_items_in_batch is None:
+        _require(labels != IGNORED)
+        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
+    total = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total / num_items_in_batch
+
+
+def squared_error(
+    logits: Tensor, labels: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Of numbers and labels of one shape, those from `check_numbers`."""
+    errors = torch.where(due, _wide(logits) - labels, 0).square()
+    return _mean(errors, due, num_items_in_batch)
+
+
+def binary_cross_entropy(
+    logits: Tensor, labels: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """Of logits and shares of one shape, those from `check_numbers`."""
+    losses = nn.functional.binary_cross_entropy_with_logits(_wide(logits), labels, reduction="none")
+    return _mean(torch.where(due, losses, 0), due, num_items_in_batch)
+
+
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    config: GramianConfig,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """The loss of `config.problem_type`, or of the one that labels and their number ask for, which
+    the configuration keeps.
+
+    A label of -100 is left out: of a sequence with one label, or by itself of several.
+
+    Raises:
+        LabelError: on labels of another shape or dtype than the problem's, classes that there are
+            not, numbers that are not finite, shares of several labels outside of [0, 1], and where
+            nothing is left to score.
+    """
+    batch, count = logits.shape
+    labels, problem = labels.to(logits.device), config.problem_type
+    if problem is None:
+        single = not labels.is_floating_point() and (labels.dtype != torch.bool or labels.ndim == 1)
+        several = "single_label_classification" if single else "multi_label_classification"
+        problem = "regression" if count == 1 else several
+    accepted: list[tuple[int, ...]] = [(batch, count)]
+    if count == 1:
+        accepted.append((batch,))
+    if problem == "single_label_classification":
+        labels = check_classes(labels, count, [(batch,)], problem)
+        loss = cross_entropy(logits, labels, num_items_in_batch)
+    else:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        shares = problem == "multi_label_classification"
+        labels, due = check_numbers(labels, wide, accepted, problem, shares=shares)
+        error = binary_cross_entropy if shares else squared_error
+        shape = logits.shape
+        loss = error(logits, labels.reshape(shape), due.reshape(shape), num_items_in_batch)
+    config.problem_type = problem
+    return loss
+
+
+def _mean(losses: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    if num_items_in_batch is None:
+        _require(due)
+        return losses.sum() / due.sum()
+    return losses.sum() / num_items_in_batch
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _require(due: Tensor) -> None:
+    if _any(~due.any()):
+        raise LabelError(f"labels must leave something to score; all of them are {IGNORED}.")
+
+
+def _check_shape(labels: Tensor, shapes: Sequence[tuple[int, ...]], task: str) -> None:
+    if tuple(labels.shape) not in shapes:
+        accepted = " or ".join(map(str, shapes))
+        raise LabelError(f"labels must be {accepted}{_for(task)}; got {tuple(labels.shape)}.")
+
+
+def _any(wrong: Tensor) -> bool:
+    """Whether there is one; not known of tensors without values."""
+    if torch.compiler.is_compiling() or wrong.is_meta:
+        return False
+    return bool(wrong.any())
+
+
+def _first(labels: Tensor, wrong: Tensor) -> tuple[float, str]:
+    """The first wrong label, and where it stands."""
+    place = wrong.nonzero()[0].tolist()
+    return labels[tuple(place)].item(), f"[{', '.join(map(str, place))}]"
+
+
+def _for(task: str) -> str:
+    return f" for {task}" if task else ""
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

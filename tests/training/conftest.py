@@ -1,0 +1,96 @@
+"""A task of every kind whose labels a test chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gramian.tasks import Description, GeneratedTask, register
+
+CLASSES = 4
+
+
+@register("test/labelled")
+@dataclass(frozen=True, kw_only=True)
+class Labelled(GeneratedTask):
+    """Rows of noise.
+
+    Args:
+        kind: of the task.
+        put: stands in the labels of some rows in place of what would be there, or None.
+        share: of the labels that are -100.
+        split: where `put` stands.
+        integers: whether labels are written as integers.
+        num_labels: classes, or numbers at a position.
+    """
+
+    kind: str = "tokens"
+    put: float | None = None
+    share: float = 0.0
+    split: str = "train"
+    integers: bool = True
+    num_labels: int = CLASSES
+    length: int = 10
+    train_examples: int = 24
+    eval_examples: int = 9
+
+    def description(self) -> Description:
+        signal = self.kind == "signal"
+        return Description(
+            self.kind,
+            self.length,
+            vocab_size=None if signal else CLASSES,
+            num_labels=self.num_labels,
+            input_size=1 if signal else None,
+        )
+
+    def row(self, random: np.random.Generator, split: str) -> dict[str, Any]:
+        shape: tuple[int, ...] = (self.length,)
+        row: dict[str, Any] = {}
+        if self.kind == "signal":
+            row["input_values"] = random.normal(size=(self.length, 1)).astype(np.float32)
+            labels = random.normal(size=(self.length, self.num_labels)).astype(np.float32)
+        else:
+            row["input_ids"] = random.integers(CLASSES, size=self.length)
+            if self.kind == "pairs":
+                row["input_ids_2"] = random.integers(CLASSES, size=self.length)
+            single = self.kind in ("classification", "pairs")
+            labels = random.integers(self.num_labels, size=() if single else shape)
+            labels = np.asarray(labels, dtype=np.int64 if self.integers else np.float64)
+        labels = np.where(random.random(labels.shape) < self.share, -100, labels)
+        if self.put is not None and split == self.split:
+            labels = labels.astype(np.result_type(labels.dtype, type(self.put)))
+            labels.flat[0] = self.put
+        return row | {"labels": labels if labels.ndim else labels[()]}
+
+
+@pytest.fixture
+def run() -> Callable[..., dict[str, Any]]:
+    return configuration
+
+
+def configuration(folder: Path, kind: str, **changes: Any) -> dict[str, Any]:
+    """A configuration of a run of seconds; changes with `__` between section and key."""
+    values: dict[str, Any] = {
+        "output": str(folder),
+        "task": {"name": "test/labelled", "kind": kind},
+        "model": {"hidden_size": 8, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 8},
+        "optimization": {"steps": 4, "batch_size": 8, "learning_rate": 1e-3},
+        "evaluation": {"every": 2, "samples": 1},
+        "checkpoints": {"every": 2},
+        "logging": {"every": 1},
+        "hardware": {"device": "cpu", "threads": 1},
+    }
+    if kind == "signal":
+        del values["model"]["intermediate_size"]
+        values["model"] |= {"mixers": "long_convolution", "block": "mixer"}
+        values["model"]["filter"] = {"type": "rtf", "state_size": 4}
+    for name, change in changes.items():
+        section, _, key = name.partition("__")
+        values.setdefault(section, {})[key] = change
+    return values
