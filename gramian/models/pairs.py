@@ -86,6 +86,12 @@ class GramianForPairClassification(GramianPreTrainedModel):
         )
         if first is None or second is None:
             raise ValueError(f"give {name} and {name}_2, the two sequences of each pair.")
+        for one, mask in ((first, attention_mask), (second, attention_mask_2)):
+            if mask is not None and tuple(mask.shape) != tuple(one.shape[:2]):
+                raise ValueError(
+                    f"an attention mask must be {tuple(one.shape[:2])} here; got "
+                    f"{tuple(mask.shape)}."
+                )
         rows = read_rows((first,), attention_mask, position_ids, kwargs)
         rows_2 = read_rows((second,), attention_mask_2, position_ids_2, kwargs, "_2")
         check_arguments(type(self).__name__, kwargs)
