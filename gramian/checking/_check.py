@@ -20,6 +20,7 @@ from torch import Tensor
 from gramian.checking._report import CheckReport, CheckRow
 from gramian.distillation import distill
 from gramian.filters import ModalFilter
+from gramian.ops._precision import full_precision
 
 if TYPE_CHECKING:
     from gramian.mixers import Mixer
@@ -43,6 +44,7 @@ _CHUNKS = (1, 7, 2, 31, 64)
 """Lengths of the chunks, over and over."""
 
 
+@full_precision()
 @torch.no_grad()
 def check(
     model: GramianForCausalLM,

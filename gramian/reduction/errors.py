@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian.ops._precision import full_precision
 from gramian.ops.double_double import Complex, DoubleDouble
 from gramian.ops.hankel import Hankel
 from gramian.ops.krylov import krylov_vectors, matrix_power
@@ -112,6 +113,7 @@ def tail_energy(poles: Tensor, residues: Tensor, length: int) -> Tensor:
     return torch.where(outside, torch.inf, energy)
 
 
+@full_precision()
 def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
     """Hankel norm of h - ĥ on the infinite horizon, h zero past its end: (B).
 
