@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from gramian.analysis._recording import Met, Recorder
 from gramian.analysis._report import LayerState, StateReport
 from gramian.ess import effective_state_size, theoretical_state_size
+from gramian.ops._precision import full_precision
 
 __all__ = ["analyze"]
 
 _MATRIX_BYTES = 2**27  # of operators made at once, in double precision
 
 
+@full_precision()
 def analyze(
     model: nn.Module,
     inputs: str | Tensor | Sequence[int] | Mapping[str, Any],

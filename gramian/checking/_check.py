@@ -21,6 +21,7 @@ from gramian.checking._report import CheckReport, CheckRow
 from gramian.distillation import distill
 from gramian.filters import ModalFilter
 from gramian.mixers import Segments
+from gramian.ops._precision import full_precision
 
 if TYPE_CHECKING:
     from gramian.mixers import Mixer
@@ -47,6 +48,7 @@ _CHUNKS = (1, 7, 2, 31, 64)
 """Lengths of the chunks, over and over."""
 
 
+@full_precision()
 @torch.no_grad()
 def check(
     model: GramianForCausalLM,

@@ -14,12 +14,14 @@ from gramian.distillation._filters import Goal, reduce_filter
 from gramian.distillation._foreign import FilterReader, ForeignFilter, distill_modules
 from gramian.distillation._report import DistillationReport
 from gramian.filters import ModalFilter
+from gramian.ops._precision import full_precision
 
 __all__ = ["distill"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
+@full_precision()
 def distill(
     model: _Model,
     tol: float = 1e-3,

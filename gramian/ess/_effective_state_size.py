@@ -10,11 +10,13 @@ from torch import Tensor
 from gramian.ess._reading import Positions, Reading
 from gramian.ess.measures import Measure
 from gramian.ess.sketch import sketched_sizes
+from gramian.ops._precision import full_precision
 from gramian.systems import DenseOperator, System
 
 __all__ = ["effective_state_size", "hankel_singular_values", "sketched_state_size"]
 
 
+@full_precision()
 def effective_state_size(
     system_or_matrix: System | Tensor,
     at: Positions = None,
@@ -68,6 +70,7 @@ def effective_state_size(
     return reading.result(reading.differentiable(chosen))
 
 
+@full_precision()
 def hankel_singular_values(
     system_or_matrix: System | Tensor,
     at: Positions = None,
@@ -94,6 +97,7 @@ def hankel_singular_values(
     return reading.result(reading.spectra())
 
 
+@full_precision()
 @torch.no_grad()
 def sketched_state_size(
     matrix: Tensor | DenseOperator,

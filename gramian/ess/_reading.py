@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gramian.ess import dense, recurrent
 from gramian.ess.measures import Measure
+from gramian.ops._operator import is_differentiated
 from gramian.ops._threads import work
 from gramian.systems import (
     FIR,
@@ -87,9 +88,7 @@ class Reading:
         self.inside = sorted({i for i in positions if i > 0})
         self.shape, self.dtype, self.device = source.channel_shape, source.dtype, source.device
         self.system: System = source.reshape_channels(self.shape.numel())
-        self.needs_gradient = torch.is_grad_enabled() and any(
-            leaf.requires_grad for leaf in self._leaves()
-        )
+        self.needs_gradient = any(map(is_differentiated, self._leaves()))
         self._check_finite()
 
     def _leaves(self) -> list[Tensor]:
@@ -274,7 +273,7 @@ class Reading:
             else:
                 assert isinstance(self.system, TimeVarying)
                 reach, observe = self.system.factors(i, self.horizon)
-                values = recurrent.FactoredSingularValues.apply(observe, reach)
+                values = recurrent.factored_singular_values(observe, reach)
             sizes.append(measure(values, floor))
         return torch.stack(sizes, -1) if sizes else floor.new_zeros(len(floor), 0)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gramian.ess._reading import Reading
+from gramian.ops._precision import full_precision
 from gramian.ops._threads import work
 from gramian.systems import DenseOperator, TimeVarying
 
@@ -28,6 +29,7 @@ _GRAM = 1e-5
 """Tolerance from which on right singular vectors may come from Gram matrices."""
 
 
+@full_precision()
 @torch.no_grad()
 def realize(matrix: Tensor | DenseOperator | TimeVarying, tol: float) -> TimeVarying:
     """The smallest recurrence that computes a causal matrix to a tolerance.

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from gramian.ess._reading import Positions, Reading
-from gramian.systems import FIR, DenseOperator, Modal, System
+from gramian.systems import (
+    FIR,
+    DenseOperator,
+    Modal,
+    StateSpace,
+    System,
+    TimeVarying,
+    TransferFunction,
+)
 
 __all__ = ["aggregate", "theoretical_state_size", "utilization"]
 
@@ -33,9 +41,10 @@ def theoretical_state_size(
             and ``horizon``.
 
     Returns:
-        (*C, len(at)), of the dtype of the input (float32 for half precision): n for a recurrence
-        (of each channel, for a modal system), min(i, order) for matrices and FIR systems, which
-        keep their inputs.
+        (*C, len(at)), of the dtype of the input (float32 for half precision): n for a recurrence,
+        of each channel by itself, min(i, order) for matrices and FIR systems, which keep their
+        inputs. States that no input reaches or that no output depends on, because coefficients are
+        zero, do not count: they pad channels of fewer states than others.
 
     Raises:
         TypeError: as `gramian.effective_state_size`.
@@ -47,12 +56,50 @@ def theoretical_state_size(
     if isinstance(system, DenseOperator | FIR):
         sizes = positions.clamp_max(system.order).expand(*reading.shape, -1)
     else:
-        orders = torch.full((reading.shape.numel(),), system.order, device=reading.device)
-        if isinstance(system, Modal):
-            orders = system.orders
-        sizes = orders.double().reshape(*reading.shape, 1).expand(*reading.shape, len(positions))
+        assert isinstance(system_or_matrix, System)
+        orders = _orders(system_or_matrix).double().unsqueeze(-1)
+        sizes = orders.expand(*reading.shape, len(positions))
     dtype = reading.dtype if reading.dtype in (torch.float32, torch.float64) else torch.float32
     return (sizes[..., 0] if reading.scalar else sizes).to(dtype)
+
+
+def _orders(system: System) -> Tensor:
+    """(*C): the states of every channel between its input and its output."""
+    if isinstance(system, Modal):
+        return system.orders
+    if isinstance(system, TransferFunction):
+        place = torch.arange(1, system.order + 1, device=system.device)
+        used = ((system.a != 0) | (system.b != 0)).expand(*system.channel_shape, -1)
+        return torch.nn.functional.pad(used * place, (1, 0)).amax(-1)
+    if isinstance(system, StateSpace):
+        A, B, C = system.A != 0, system.B != 0, system.C != 0
+    elif isinstance(system, TimeVarying):
+        axis = len(system.channel_shape)
+        A, B, C = (_ever(value, axis) for value in (system.A, system.B, system.C))
+        if A.ndim == B.ndim:
+            A = torch.diag_embed(A)
+        if system.p is not None and system.q is not None:
+            A = A | (_ever(system.p, axis).unsqueeze(-1) & _ever(system.q, axis).unsqueeze(-2))
+    else:
+        return torch.full(system.channel_shape, system.order, device=system.device)
+    return (_closure(A, B) & _closure(A.mT, C)).sum(-1)
+
+
+def _ever(value: Tensor, axis: int) -> Tensor:
+    """Where a coefficient is not zero at some step along ``axis``."""
+    if value.shape[axis] and value.stride(axis) == 0:  # constant
+        return value.select(axis, 0) != 0
+    return (value != 0).any(axis)
+
+
+def _closure(edges: Tensor, start: Tensor) -> Tensor:
+    """(*C, n): the states that those of ``start`` (*C, n) act on, through ``edges`` (*C, n, n) from
+    the second index to the first, and these themselves."""
+    while True:
+        further = start | (edges & start.unsqueeze(-2)).any(-1)
+        if bool((further == start).all()):
+            return start
+        start = further
 
 
 def utilization(ess: Tensor, tss: Tensor) -> Tensor:

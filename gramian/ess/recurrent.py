@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gramian.ops._operator import records_derivatives
 from gramian.ops._threads import work
 from gramian.ops.scan import Transition, join
 from gramian.ops.vandermonde import geometric_powers
@@ -30,6 +31,7 @@ from gramian.systems import Modal, TimeVarying
 __all__ = [
     "FactoredSingularValues",
     "factor_spectra",
+    "factored_singular_values",
     "modal_factors",
     "time_varying_factors",
     "time_varying_norm",
@@ -204,18 +206,54 @@ def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator
 
 class FactoredSingularValues(torch.autograd.Function):
     """Singular values of ``left right`` from its factors, (G, m, n) and (G, n, k): O((m + k) n²)
-    operations forwards and backwards, and no m × k matrix."""
+    operations forwards and backwards, and no m × k matrix.
+
+    Use `factored_singular_values`. Both modes of differentiation; second derivatives exist where
+    the factors have full rank and the singular values differ, and are NaN elsewhere.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
-        Q, S = torch.linalg.qr(left)
-        P, R = torch.linalg.qr(right.mT)
-        U, values, Vh = torch.linalg.svd(S @ R.mT, full_matrices=False)
-        ctx.save_for_backward(Q @ U, P @ Vh.mT, left, right)
-        return values
+    def forward(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        U, values, V = _factored_svd(left, right)
+        return values, U, V
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
-        U, V, left, right = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, U, V = output  # what the gradient is made of
+        ctx.mark_non_differentiable(U, V)
+        ctx.save_for_backward(*inputs, U, V)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        left, right, U, V = ctx.saved_tensors
+        if records_derivatives():  # of the gradient, to which the vectors belong
+            U, _, V = _factored_svd(left, right)
         weighted = U * g.unsqueeze(-2)
         return weighted @ (right @ V).mT, (left.mT @ weighted) @ V.mT
+
+    @staticmethod
+    def jvp(ctx: Any, of_left: Tensor | None, of_right: Tensor | None) -> tuple[Tensor, None, None]:
+        left, right = ctx.saved_tensors
+        U, values, V = _factored_svd(left, right)
+        tangent = torch.zeros_like(values)
+        if of_left is not None:
+            tangent = tangent + ((of_left.mT @ U) * (right @ V)).sum(-2)
+        if of_right is not None:
+            tangent = tangent + ((left.mT @ U) * (of_right @ V)).sum(-2)
+        return tangent, None, None
+
+
+def _factored_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (G, m, r), σ (G, r) and V (G, k, r) of ``left right``, r the least of m, n and k."""
+    Q, S = torch.linalg.qr(left)
+    P, R = torch.linalg.qr(right.mT)
+    U, values, Vh = torch.linalg.svd(S @ R.mT, full_matrices=False)
+    return Q @ U, values, P @ Vh.mT
+
+
+def factored_singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """(G, r): see `FactoredSingularValues`."""
+    return FactoredSingularValues.apply(left, right)[0]

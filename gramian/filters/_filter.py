@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gramian._nearest import unknown
+from gramian.ops._precision import full_precision
 from gramian.systems import System
 
 __all__ = ["Filter", "build", "check_lr", "register"]
@@ -45,10 +46,7 @@ class Filter(nn.Module, abc.ABC):
         self.max_length = max_length
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        device = next(self.parameters(), torch.empty(0)).device.type
-        if not torch.is_autocast_enabled(device):
-            return super().__call__(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with full_precision():
             return super().__call__(*args, **kwargs)
 
     @abc.abstractmethod

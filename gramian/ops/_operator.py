@@ -1,14 +1,28 @@
-"""Registration of operators with PyTorch.
+"""Registration of operators with PyTorch, and of their derivatives.
 
 The same as `torch.library.custom_op`, whose operators import `torch._dynamo` when they are first
-called: two seconds and 80 MB that nobody needs who does not compile.
+called: two seconds and 80 MB that nobody needs who does not compile. And `register_autograd` of
+`torch.library` knows reverse mode only: forward mode is zero there without a word, and the
+transforms of `torch.func` fail. Here an operator has both modes, or refuses.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+
+__all__ = [
+    "batch_first",
+    "differentiable",
+    "is_differentiated",
+    "operator",
+    "records_derivatives",
+    "total",
+]
 
 _LIBRARY = torch.library.Library("gramian", "FRAGMENT")
 
@@ -18,7 +32,8 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
 
     Its annotations are the operator's schema. It must not change its arguments, and its results
     must not share memory with them. It computes in the precision of its arguments, also where
-    autocast would have matrix products in half precision.
+    autocast would have matrix products in half precision. `differentiable` gives it derivatives;
+    without them it refuses arguments that need any.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -37,3 +52,116 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
         return getattr(torch.ops.gramian, name).default
 
     return register
+
+
+def records_derivatives() -> bool:
+    """Whether what is computed now may be differentiated: a graph is recorded, or forward mode is
+    on."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def is_differentiated(tensor: Tensor) -> bool:
+    """Whether what is computed now from the tensor has a gradient or a tangent."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def differentiable(
+    op: Any,
+    *,
+    setup: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    jvp: Callable[..., Any] | None = None,
+) -> None:
+    """Gives an operator its derivatives; without any, it refuses in one sentence.
+
+    Args:
+        op: What `operator` returned.
+        setup: ``setup(ctx, inputs, output)``, as in `torch.autograd.Function`.
+        backward: ``backward(ctx, *gradients)``, likewise; made of operations that have derivatives
+            themselves where `records_derivatives`.
+        jvp: ``jvp(inputs, tangents)``: the outputs' tangents, a tensor or a tuple like the outputs,
+            of their dtypes, each None where it is zero. The tangents of inputs that have none are
+            None. It is made of operations that have derivatives themselves.
+    """
+    after_autograd = torch._C._after_autograd_keyset
+
+    def compute(keyset: Any, inputs: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & after_autograd, *inputs)
+
+    def forward(ctx: Any, *inputs_and_context: Any) -> Any:
+        *inputs, keyset, modes = inputs_and_context
+        if modes is None:
+            outputs = compute(keyset, inputs)
+        else:
+            with torch.set_grad_enabled(modes[0]), forward_ad._set_fwd_grad_enabled(modes[1]):
+                outputs = compute(keyset, inputs)
+        assert setup is not None
+        setup(ctx, tuple(inputs), outputs)
+        if forward_ad._current_level >= 0:
+            ctx.of_tangents = inputs, modes
+        return outputs
+
+    def reverse_mode(ctx: Any, *gradients: Any) -> Any:
+        assert backward is not None
+        answer = backward(ctx, *gradients)
+        return *(answer if isinstance(answer, tuple) else (answer,)), None, None
+
+    def forward_mode(ctx: Any, *tangents: Any) -> Any:
+        assert jvp is not None
+        inputs, modes = ctx.of_tangents
+        del ctx.of_tangents
+        if modes is None:
+            return jvp(inputs, tangents[:-2])
+        with forward_ad._set_fwd_grad_enabled(modes[1]):
+            primals = [
+                forward_ad.unpack_dual(value).primal if isinstance(value, Tensor) else value
+                for value in inputs
+            ]
+            return jvp(primals, tangents[:-2])
+
+    recorded: Any = type(
+        op._schema.name.replace("::", "_"),
+        (torch.autograd.Function,),
+        {
+            "forward": staticmethod(forward),
+            "backward": staticmethod(reverse_mode),
+            "jvp": staticmethod(forward_mode),
+        },
+    )
+
+    def dispatched(keyset: Any, *inputs: Any) -> Any:
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        if not any(map(is_differentiated, tensors)):
+            return compute(keyset, inputs)
+        if backward is None or jvp is None:
+            raise NotImplementedError(
+                f"{op._schema.name} has no derivatives: it is itself part of one."
+            )
+        apply = super(torch.autograd.Function, recorded).apply
+        if not torch._C._are_functorch_transforms_active():
+            return apply(*inputs, keyset, None)
+        # A dispatched operator sees one level of the transforms of torch.func: the arguments are
+        # taken apart already, which `torch.autograd.Function.apply` would do once more. What it
+        # calls is differentiated at the levels outside, although not at this one.
+        modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        with enable_single_level_autograd_function():
+            return apply(*inputs, keyset, modes)
+
+    _LIBRARY.impl(op._schema.name.split("::")[1], dispatched, "Autograd", with_keyset=True)
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """The sum of the terms that are not None, which stands for zero."""
+    given = [term for term in terms if term is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
+def batch_first(tensor: Any, axis: int | None, size: int = 1) -> Any:
+    """For a rule of `torch.vmap`: the mapped axis to the front; a tensor that is not mapped gets
+    one of `size`, and what is no tensor stays."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    return tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)

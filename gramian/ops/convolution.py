@@ -17,15 +17,16 @@ in circular order, 0, 1, …, −ahead, …, −1, and both directions take the 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake, register_vmap
+from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import cut
 from gramian.ops._lengths import fft_length
-from gramian.ops._operator import operator
+from gramian.ops._operator import batch_first, differentiable, operator, total
 
 # Numbers in one padded block, a compromise: every call of the FFT sets itself up anew, which asks
 # for many rows, and a block with its spectrum should stay in cache. 16 rows of (batch, length,
@@ -431,17 +432,56 @@ def _backward_backward(
     )
 
 
-register_autograd(_forward, _forward_backward, setup_context=_forward_setup)
-register_autograd(_backward, _backward_backward, setup_context=_backward_setup)
+def _forward_jvp(
+    inputs: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, None]:
+    """The operator is linear in each of u, kernel and gate."""
+    u, kernel, gate, ahead, _ = inputs
+    t_u, t_kernel, t_gate, *_ = tangents
+    terms = [
+        _forward(v, h, gate, ahead, False)[0]
+        for v, h in ((t_u, kernel), (u, t_kernel))
+        if v is not None and h is not None
+    ]
+    if t_gate is not None:
+        terms.append((t_gate * _forward(u, kernel, None, ahead, False)[0]).to(u.dtype))
+    return total(*terms), None
 
 
-def _batch_first(tensor: Tensor | None, axis: int | None, size: int = 1) -> Tensor | None:
-    """The mapped axis to the front; a tensor that is not mapped gets one of `size`."""
-    if tensor is None:
-        return None
-    if axis is None:
-        return tensor.expand(size, *tensor.shape)
-    return tensor.movedim(axis, 0)
+def _backward_jvp(
+    inputs: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Of ``(T_hᵀ p, k(p, u), g (T_h u))``, p = gate g, each of which is linear in what it names."""
+    g, u, kernel, gate, _, ahead, needs = inputs
+    t_g, t_u, t_kernel, t_gate, *_ = tangents
+    p = g if gate is None else gate * g
+    t_p = t_g if gate is None or t_g is None else gate * t_g
+    if t_gate is not None:
+        t_p = total(t_p, t_gate * g)
+    nothing = _empty_spectra(u, kernel, 0)
+    of_u: list[Tensor] = []
+    of_kernel: list[Tensor] = []
+    for q, v, h in ((t_p, u, kernel), (p, t_u, t_kernel)):
+        wanted = [needs[0] and h is not None, needs[1] and v is not None, False]
+        if q is None or not any(wanted):
+            continue
+        v, h = u if v is None else v, kernel if h is None else h
+        first, second, _ = _backward(q, v, h, None, nothing, ahead, wanted)
+        of_u += [first] * wanted[0]
+        of_kernel += [second] * wanted[1]
+    of_gate = []
+    if needs[2]:
+        for f, v, h in ((t_g, u, kernel), (g, t_u, kernel), (g, u, t_kernel)):
+            if f is not None and v is not None and h is not None:
+                of_gate.append(f * _forward(v, h, None, ahead, False)[0])
+    wanted_of = zip(
+        (of_u, of_kernel, of_gate), _empty_gradients(u, kernel, gate, needs), strict=True
+    )
+    return tuple(sum(terms, torch.zeros_like(empty)).to(empty.dtype) for terms, empty in wanted_of)
+
+
+differentiable(_forward, setup=_forward_setup, backward=_forward_backward, jvp=_forward_jvp)
+differentiable(_backward, setup=_backward_setup, backward=_backward_backward, jvp=_backward_jvp)
 
 
 @register_vmap(_forward)
@@ -456,9 +496,9 @@ def _forward_vmap(
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     size = info.batch_size
     y, spectra = _forward(
-        _batch_first(u, in_dims[0], size),
-        _batch_first(kernel, in_dims[1]),
-        _batch_first(gate, in_dims[2], size),
+        batch_first(u, in_dims[0], size),
+        batch_first(kernel, in_dims[1]),
+        batch_first(gate, in_dims[2], size),
         ahead,
         save_spectra,
     )
@@ -478,12 +518,12 @@ def _backward_vmap(
     needs: list[bool],
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     size = info.batch_size
-    mapped = _batch_first(spectra, in_dims[4], size) if spectra.numel() else spectra
+    mapped = batch_first(spectra, in_dims[4], size) if spectra.numel() else spectra
     grads = _backward(
-        _batch_first(g, in_dims[0], size),
-        _batch_first(u, in_dims[1], size),
-        _batch_first(kernel, in_dims[2], size),
-        _batch_first(gate, in_dims[3], size),
+        batch_first(g, in_dims[0], size),
+        batch_first(u, in_dims[1], size),
+        batch_first(kernel, in_dims[2], size),
+        batch_first(gate, in_dims[3], size),
         mapped,
         ahead,
         needs,

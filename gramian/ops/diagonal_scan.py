@@ -11,13 +11,14 @@ gradient is the recurrence backwards in time, and the operator is closed under d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake, register_vmap
+from torch.library import register_fake, register_vmap
 
-from gramian.ops._operator import operator
+from gramian.ops._operator import batch_first, differentiable, operator, total
 
 __all__ = ["apply_diagonal", "diagonal_scan"]
 
@@ -127,7 +128,21 @@ def _backward(ctx: Any, g: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:
     return of_gates, of_inputs, of_start, None
 
 
-register_autograd(_scan, _backward, setup_context=_setup)
+def _jvp(
+    inputs: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same recurrence, driven by the tangents of inputs and, times the states, of gates."""
+    a, w, start, reverse = inputs
+    t_a, t_w, t_start, _ = tangents
+    driven = t_w
+    if t_a is not None:
+        driven = total(t_a * _scan(a, w, start, reverse)[0], t_w)
+    if driven is None:
+        driven = torch.zeros_like(w)
+    return _scan(a, driven, torch.zeros_like(start) if t_start is None else t_start, reverse)
+
+
+differentiable(_scan, setup=_setup, backward=_backward, jvp=_jvp)
 
 
 @register_vmap(_scan)
@@ -140,7 +155,7 @@ def _scan_vmap(
     reverse: bool,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     first = [
-        tensor.expand(info.batch_size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+        batch_first(tensor, axis, info.batch_size)
         for tensor, axis in zip((a, w, start), in_dims, strict=False)
     ]
     return _scan(*first, reverse), (0, 0)

@@ -15,15 +15,16 @@ grow by ``ρ^{-L}``: with N = L and ``ρ^N = 1e-8`` both stay below single preci
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import Task, cut
 from gramian.ops._lengths import fft_length
-from gramian.ops._operator import operator
+from gramian.ops._operator import batch_first, differentiable, operator, records_derivatives
 
 __all__ = ["feedback_kernel"]
 
@@ -142,9 +143,44 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     (taps,) = ctx.saved_tensors
-    if torch.is_grad_enabled():  # a graph of the gradient is wanted: the same formula, recorded
+    if records_derivatives():  # of the gradient: the same formula, recorded
         return _gradient(g, taps, _circle(taps, ctx.precise)), None
     return _feedback_kernel_backward(g, taps, ctx.precise), None
 
 
-register_autograd(_feedback_kernel, _backward, setup_context=_setup)
+def _jvp(inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor | None:
+    taps, precise = inputs
+    tangent, _ = tangents
+    if tangent is None:
+        return None
+    circle = _circle(taps, precise)
+    out, into, inverse = _spectra(taps, circle)
+    damped = tangent[..., 1:, :] * circle.damping
+    t_out, t_into, t_loop = torch.fft.rfft(damped, n=circle.points).unbind(-2)
+    change = t_out * into + out * inverse * (t_into - into * t_loop)
+    answer = torch.fft.irfft(change, n=circle.points)[..., : taps.shape[-1]]
+    return tangent[..., 0, :] - answer / circle.damping
+
+
+differentiable(_feedback_kernel, setup=_setup, backward=_backward, jvp=_jvp)
+differentiable(_feedback_kernel_backward)
+
+
+@register_vmap(_feedback_kernel)
+def _feedback_kernel_vmap(
+    info: Any, in_dims: tuple[int | None, ...], taps: Tensor, precise: bool
+) -> tuple[Tensor, int]:
+    mapped = batch_first(taps, in_dims[0], info.batch_size)  # (size, C, 4, L)
+    return _feedback_kernel(mapped.flatten(0, 1), precise).unflatten(0, mapped.shape[:2]), 0
+
+
+@register_vmap(_feedback_kernel_backward)
+def _feedback_kernel_backward_vmap(
+    info: Any, in_dims: tuple[int | None, ...], g: Tensor, taps: Tensor, precise: bool
+) -> tuple[Tensor, int]:
+    g, taps = (
+        batch_first(tensor, axis, info.batch_size)
+        for tensor, axis in zip((g, taps), in_dims, strict=False)
+    )
+    gradient = _feedback_kernel_backward(g.flatten(0, 1), taps.flatten(0, 1), precise)
+    return gradient.unflatten(0, taps.shape[:2]), 0

@@ -12,14 +12,15 @@ kernel itself.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import cut
-from gramian.ops._operator import operator
+from gramian.ops._operator import batch_first, differentiable, operator, records_derivatives
 
 # Grid points of one block, and the fewest rows that are worth a call to the FFT.
 _CPU_BLOCK = 2**17
@@ -279,7 +280,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     b, a, reciprocals, ratios = ctx.saved_tensors
     grid = ctx.grid
-    if torch.is_grad_enabled():  # a graph of the gradient is wanted: the same formula, recorded
+    if records_derivatives():  # of the gradient: the same formula, recorded
         reciprocal = _spectrum(a, 1.0, grid, g.dtype).reciprocal()
         kernel = _spectrum(b, 0.0, grid, g.dtype) * reciprocal
         # conj_physical, for in the first call of a compiled function PyTorch ignores a lazy conj
@@ -292,4 +293,58 @@ def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return of_b, of_a, g[..., 0].to(ctx.dtype), None, None, None, None
 
 
-register_autograd(_rational_kernel, _backward, setup_context=_setup)
+def _jvp(inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> tuple[Tensor, None, None]:
+    """With tangents of b and a whose spectra are S and T, that of the taps has ``(S - K T) / A``,
+    K = B / A; that of d is added to tap 0."""
+    b, a, _, grid, length, dtype, _ = inputs
+    t_b, t_a, t_d, *_ = tangents
+    tangent = b.new_zeros(*b.shape[:-1], length, dtype=dtype)
+    if t_b is not None or t_a is not None:
+        reciprocal = _spectrum(a, 1.0, grid, dtype).reciprocal()
+        change = torch.zeros_like(reciprocal)
+        if t_b is not None:
+            change = _spectrum(t_b, 0.0, grid, dtype)
+        if t_a is not None:
+            kernel = _spectrum(b, 0.0, grid, dtype) * reciprocal
+            change = change - kernel * _spectrum(t_a, 0.0, grid, dtype)
+        tangent = tangent + torch.fft.irfft(change * reciprocal, n=grid)[..., :length]
+    if t_d is not None:
+        first = t_d.to(dtype).unsqueeze(-1)
+        tangent = tangent + torch.nn.functional.pad(first, (0, length - 1))
+    return tangent, None, None
+
+
+differentiable(_rational_kernel, setup=_setup, backward=_backward, jvp=_jvp)
+differentiable(_rational_kernel_backward)
+
+
+@register_vmap(_rational_kernel)
+def _rational_kernel_vmap(
+    info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    b, a, d, *rest, keep = inputs
+    size, shared = info.batch_size, in_dims[1] is None
+    taps, reciprocals, ratios = _rational_kernel(
+        batch_first(b, in_dims[0], size),
+        batch_first(a, in_dims[1]),
+        batch_first(d, in_dims[2], size),
+        *rest,
+        keep,
+    )
+    if not keep:
+        return (taps, reciprocals, ratios), (0, None, None)
+    if shared:  # one spectrum of the denominators for all that is mapped
+        return (taps, reciprocals.squeeze(0), ratios), (0, None, 0)
+    return (taps, reciprocals, ratios), (0, 0, 0)
+
+
+@register_vmap(_rational_kernel_backward)
+def _rational_kernel_backward_vmap(
+    info: Any, in_dims: tuple[int | None, ...], *inputs: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    *tensors, grid = inputs
+    mapped = [
+        batch_first(tensor, axis, info.batch_size) if tensor.numel() else tensor
+        for tensor, axis in zip(tensors, in_dims, strict=False)
+    ]
+    return _rational_kernel_backward(*mapped, grid), (0, 0)

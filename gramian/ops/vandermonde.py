@@ -14,15 +14,21 @@ work on blocks of channels that stay in cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_autograd, register_fake
+from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import Task, cut
-from gramian.ops._operator import operator
+from gramian.ops._operator import (
+    batch_first,
+    differentiable,
+    operator,
+    records_derivatives,
+    total,
+)
 
 __all__ = [
     "geometric_powers",
@@ -309,7 +315,7 @@ def _setup_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate_product(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
     poles, coefficients = ctx.saved_tensors
-    if torch.is_grad_enabled():  # a graph of the gradient is wanted: the same formula, recorded
+    if records_derivatives():  # of the gradient: the same formula, recorded
         of_coefficients = _transpose_product(poles, g).conj_physical()
         of_poles = (coefficients * _pole_sums(poles, g)).sum(1).conj_physical().to(poles.dtype)
     else:
@@ -327,7 +333,63 @@ def _differentiate_transpose_product(ctx: Any, g: Tensor) -> tuple[Tensor, Tenso
     return of_poles, _product(poles, g.conj_physical(), signal.shape[-1])
 
 
-register_autograd(_product, _differentiate_product, setup_context=_setup_product)
-register_autograd(
-    _transpose_product, _differentiate_transpose_product, setup_context=_setup_transpose_product
+def _product_jvp(inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor | None:
+    """``Re Σ_k t_k λ_k^t`` for the tangents t of the coefficients, and, for those s of the poles,
+    ``t Re Σ_k c_k s_k λ_k^{t-1}``."""
+    poles, coefficients, length = inputs
+    t_poles, t_coefficients, _ = tangents
+    of_poles = None
+    if t_poles is not None:
+        turned = coefficients * t_poles.to(coefficients.dtype).unsqueeze(1)
+        if length == 1:
+            of_poles = torch.zeros_like(coefficients.real[..., :1])
+        else:
+            values = _product(poles, turned, length - 1)
+            time = torch.arange(1, length, dtype=values.dtype, device=values.device)
+            of_poles = torch.nn.functional.pad(time * values, (1, 0))
+    return total(
+        of_poles, None if t_coefficients is None else _product(poles, t_coefficients, length)
+    )
+
+
+def _transpose_product_jvp(
+    inputs: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> Tensor | None:
+    poles, signal = inputs
+    t_poles, t_signal = tangents
+    of_poles = None
+    if t_poles is not None:
+        sums = _pole_sums(poles, signal)
+        of_poles = t_poles.to(sums.dtype).unsqueeze(1) * sums
+    return total(of_poles, None if t_signal is None else _transpose_product(poles, t_signal))
+
+
+differentiable(_product, setup=_setup_product, backward=_differentiate_product, jvp=_product_jvp)
+differentiable(
+    _transpose_product,
+    setup=_setup_transpose_product,
+    backward=_differentiate_transpose_product,
+    jvp=_transpose_product_jvp,
 )
+differentiable(_product_backward)
+
+
+def _register_vmap(op: Any) -> None:
+    """What is mapped are further groups."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        size = info.batch_size
+        values = [
+            batch_first(value, axis, size) for value, axis in zip(inputs, in_dims, strict=True)
+        ]
+        outputs = op(*(v.flatten(0, 1) if isinstance(v, Tensor) else v for v in values))
+        if isinstance(outputs, tuple):
+            return tuple(one.unflatten(0, (size, -1)) for one in outputs), (0,) * len(outputs)
+        return outputs.unflatten(0, (size, -1)), 0
+
+    register_vmap(op, rule)
+
+
+_register_vmap(_product)
+_register_vmap(_transpose_product)
+_register_vmap(_product_backward)

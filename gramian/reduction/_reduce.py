@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian.ops._precision import full_precision
 from gramian.ops._threads import work
 from gramian.reduction import errors
 from gramian.reduction.balanced import balanced, refined_further
@@ -124,6 +125,7 @@ class Reduction:
         return _returned(error, self._kernel.device).reshape(shape)
 
 
+@full_precision()
 @torch.no_grad()
 def reduce(
     kernel_or_system: Tensor | System,

@@ -24,6 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gramian.ops._precision import full_precision
 from gramian.ops.hankel import Hankel
 
 __all__ = [
@@ -322,6 +323,7 @@ def _orthogonalised(image: Tensor, length: Tensor, basis: Tensor) -> tuple[Tenso
     return image, left
 
 
+@full_precision()
 @torch.no_grad()
 def hankel_singular_values(
     kernel: Tensor, count: int | None = None, *, tail: str = "zero"

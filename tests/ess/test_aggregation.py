@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from gramian import FIR, Modal, effective_state_size
+from gramian import FIR, Modal, StateSpace, TimeVarying, TransferFunction, effective_state_size
 from gramian.ess import aggregate, theoretical_state_size, utilization
+from gramian.filters import ModalFilter
+from gramian.mixers import Hyena, MultiHyena
+from gramian.systems import gated_convolution, to_state_space, to_time_varying
 from tests.ess.conftest import SYSTEMS, attention, make
 
 
@@ -26,6 +29,50 @@ def test_what_could_be_used():
     poles = torch.tensor([[0.5 + 0.1j, 0.3 + 0j], [0.9 + 0j, 0j]])
     modal = Modal(poles, torch.tensor([[1.0, 1.0], [1.0, 0.0]]) + 0j, torch.zeros(2))
     assert theoretical_state_size(modal, 7).tolist() == [3, 1]
+
+
+def test_channels_of_fewer_states_than_others():
+    poles = torch.tensor([[0.5 + 0.1j, 0.3 + 0j, 0.2j], [0.9 + 0j, 0j, 0.1j], [0j, 0j, 0j]])
+    residues = torch.tensor([[1.0, 1.0, 2.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]) + 0j
+    modal = Modal(
+        poles.to(torch.complex128), residues.to(torch.complex128), torch.zeros(3).double()
+    )
+    gate = torch.rand(2, 3, 9, dtype=torch.float64)
+    systems = [
+        modal,
+        to_state_space(modal),
+        to_time_varying(modal, 9),
+        gated_convolution(modal, gate, gate),
+        TransferFunction(
+            torch.tensor([[0.1, 0, 0, 0, 0.2], [0.5, 0, 0, 0, 0], [0, 0, 0, 0, 0]]),
+            torch.tensor([[0, 0.1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]),
+            torch.ones(3),
+        ),
+    ]
+    for system in systems:
+        tss = theoretical_state_size(system, 4, horizon=9)
+        assert tss.tolist() in ([5, 1, 0], [[5, 1, 0], [5, 1, 0]]), type(system)
+    shift = torch.diag(torch.ones(3), -1)  # u enters a delay line that nobody reads past state 2
+    line = StateSpace(
+        shift, torch.tensor([1.0, 0, 0, 0]), torch.tensor([0, 1.0, 0, 0]), torch.zeros(())
+    )
+    assert float(theoretical_state_size(line, 4)) == 2
+    u, n = torch.rand(1, 9, 3), torch.zeros(1, 9, 3)
+    u[..., 2] = 0
+    low_rank = TimeVarying(u, u, n + torch.eye(3)[0], u[..., 0], n + torch.eye(3)[0], u)
+    assert float(theoretical_state_size(low_rank, 4)) == 2
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_filters_of_unequal_orders(heads):
+    """Of a mixer whose filters have 2 to 6 states, every channel has its own."""
+    poles = torch.polar(torch.full((4, 3), 0.7), 0.3 + torch.arange(12.0).reshape(4, 3) / 12)
+    residues = (torch.arange(3) < torch.tensor([[1], [3], [2], [1]])).float() + 0j
+    filter = ModalFilter.from_system(Modal(poles, residues, torch.ones(4)), 20)
+    x = torch.randn(1, 60, 4 * heads)
+    mixer = Hyena(4, filter) if heads == 1 else MultiHyena(8, 4, filter)
+    tss = theoretical_state_size(mixer.operator(x), [7, 15])
+    torch.testing.assert_close(tss[0, :, 0].double(), heads * torch.tensor([2.0, 6, 4, 2]).double())
 
 
 def test_nothing_is_used_of_no_state():
