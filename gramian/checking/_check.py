@@ -401,17 +401,20 @@ def _check_model(
 def _generated(model: Any, ids: Tensor) -> float:
     """How far the logits that `generate` writes by are from those of a pass over what it wrote."""
     prompt = ids[:, : max(1, ids.shape[1] // 2)]
-    written = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=_WRITTEN,
-        min_new_tokens=_WRITTEN,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
+    try:
+        written = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=_WRITTEN,
+            min_new_tokens=_WRITTEN,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    except FloatingPointError:  # of logits that are not finite
+        return torch.inf
     made = torch.stack(written.logits, 1)
     again = model(written.sequences, use_cache=False).logits
     begin = prompt.shape[1] - 1

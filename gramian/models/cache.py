@@ -270,6 +270,12 @@ class GramianCache(Cache):
             self.padding = function(self.padding)
 
     @property
+    def is_linear(self) -> list[bool]:
+        """False of every layer: this cache counts the tokens that it has seen, so `generate` takes
+        them off a whole sequence, as it does not for transformers' own linear layers."""
+        return [False] * len(self.layers)
+
+    @property
     def batch_size(self) -> int:
         """Number of sequences, -1 while the cache is empty."""
         return self.layers[0].batch_size
