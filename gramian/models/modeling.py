@@ -29,6 +29,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 from transformers.utils import can_return_tuple
+from typing_extensions import Self
 
 from gramian.filters import Filter, build
 from gramian.mixers import (
@@ -47,7 +48,7 @@ from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
 from gramian.models.norms import make_norm
 from gramian.models.pooling import pool, recent_mask
-from gramian.ops.packed import Linear
+from gramian.ops.packed import Linear, Packing, can_pack
 
 
 def build_mixer(config: GramianConfig, layer: int) -> Mixer:
@@ -192,18 +193,17 @@ _BLOCKS: dict[str, type[nn.Module]] = {
 def _mix_on(mixer: Mixer, x: Tensor, mask: Tensor | None, memory: GramianCacheLayer) -> Tensor:
     """What `mixer` makes of (batch, length, hidden_size) after what `memory` holds."""
     batch, length = x.shape[:2]
-    if memory.recurrence is None:
-        memory.recurrence = mixer.recurrence()
+    recurrence = memory.recurrence_of(mixer, length)
     if torch.is_grad_enabled():  # a frozen snapshot would cut the filters off from the loss
         state = memory.state
         if state is None:
-            state = memory.recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
+            state = recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
         mixed, state = mixer(x, state, mask=mask)
     elif length == 1 and mask is None and memory.state is not None:
-        mixed, state = memory.recurrence.step(x[:, 0], memory.state)
+        mixed, state = recurrence.step(x[:, 0], memory.state)
         mixed = mixed[:, None]
     else:
-        mixed, state = memory.recurrence.prefill(x, memory.state, mask=mask)
+        mixed, state = recurrence.prefill(x, memory.state, mask=mask)
     memory.update_recurrent_state(state, batch_size=batch, tokens=length)
     return mixed
 
@@ -238,12 +238,27 @@ class GramianPreTrainedModel(PreTrainedModel):
     # of them too, the second one loading in bfloat16. The same name in both is refused.
     _keep_in_fp32_modules = [r".*\.mixer\.(?:filter|dynamics)"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [r"mixer\.(?:filter|dynamics)"]  # noqa: RUF012
+    _packing: Packing | None = None  # set by compile_decoding
 
     def __init__(self, config: GramianConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         if config.input_size is not None:
             self.main_input_name = "input_values"
             self._input_embed_layer = "input_proj"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._packing is not None and not torch.compiler.is_compiling():
+            for given in (*args, *kwargs.values()):
+                if isinstance(given, GramianCache):
+                    with self._packing.generation(given, begins=given.batch_size < 0):
+                        return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, or evaluation mode; training drops the packed copies of the weights."""
+        if mode and self._packing is not None:
+            self._packing.clear()
+        return super().train(mode)
 
     def state_bytes(self, batch: int = 1, context: int = 1) -> int:
         """Bytes that `batch` sequences keep between two tokens after `context` tokens.
@@ -275,8 +290,12 @@ class GramianPreTrainedModel(PreTrainedModel):
         """Make steps of one token fast: what `generate` does after the prompt.
 
         What a layer does between its projections is compiled, at the first step of each batch size,
-        and on a CPU the projections multiply by packed copies of their weights, which cost the
-        memory of the weights once more. Results are the same up to rounding. What cannot be
+        and on a CPU, where a cache is given, the projections multiply by packed copies of their
+        weights, which cost the memory of the weights once more. Results are the same up to
+        rounding. Copies follow the weights: whoever changes them, and however, every generation
+        compares the whole of them before it uses a copy, and training drops the copies. Within one
+        generation, from one empty cache on, a change is seen by the version of a weight or by a few
+        of its values, so not an edit of single values through `.data` or numpy. What cannot be
         compiled (attention and online convolution are not) runs as it is; if compiling fails, one
         warning says so. `generate(..., compile_config=CompileConfig(...))` does the same.
 
@@ -284,9 +303,10 @@ class GramianPreTrainedModel(PreTrainedModel):
             enabled: False undoes it.
             options: for `torch.compile`: `backend`, `mode` and `options`.
         """
+        packing = Packing() if enabled and can_pack() else None
         for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack(enabled)
+            if isinstance(module, GramianPreTrainedModel):
+                module._packing = packing
             elif isinstance(module, Mixer):
                 module.compile_step(enabled, **options)
 
