@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 
+from gramian.filters import Filter
 from gramian.mixers import Mixer, MixerRecurrence
 from gramian.models.snapshots import load_cache, save_cache
 from gramian.ops.changes import Record, digest
@@ -47,9 +48,11 @@ class _Source:
         return True
 
 
-def _sources(module: nn.Module) -> list[_Source]:
-    """Parameters and buffers of a module that can be looked at, those that are trained first."""
-    places = [p for part in module.modules() for p in (part._parameters, part._buffers)]
+def _sources(mixer: nn.Module) -> list[_Source]:
+    """Parameters and buffers of a mixer's filters that can be looked at, the trained ones first."""
+    filters = [part for part in mixer.modules() if isinstance(part, Filter)]
+    parts = {id(part): part for one in filters for part in one.modules()}.values()
+    places = [place for part in parts for place in (part._parameters, part._buffers)]
     found = [_Source(p, name) for p in places for name, tensor in p.items() if _is_here(tensor)]
     return sorted(found, key=lambda source: not source.trained)
 
@@ -111,7 +114,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
                 self.recurrence = None
         if self.recurrence is None:
             self.recurrence = mixer.recurrence()
-            self._snapshot = [] if mixer.filter is None else _sources(mixer.filter)
+            self._snapshot = _sources(mixer)
         return self.recurrence
 
     def _is_stale(self, length: int) -> bool:

@@ -46,6 +46,7 @@ from gramian.mixers import (
 from gramian.mixers._linear_recurrence import Dynamics
 from gramian.models.cache import GramianCache, GramianCacheLayer
 from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
+from gramian.models.initialization import Keeping, is_read, reset_unwritten
 from gramian.models.norms import make_norm
 from gramian.models.pooling import pool, recent_mask
 from gramian.ops.packed import Linear, Packing, can_pack
@@ -314,9 +315,17 @@ class GramianPreTrainedModel(PreTrainedModel):
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing: what is saved names this package and takes no copy of its source along."""
 
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        with Keeping(self) as keeping:
+            super()._initialize_missing_keys(*args, **kwargs)
+            reset_unwritten(self, keeping)
+
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
         # Asked to, transformers passes over modules of other packages that own no tensor
-        # themselves, as a filter made of submodules may. `_init_weights` spares what is loaded.
+        # themselves, as a filter made of submodules may: what is passed over is what was read.
+        tensors = [*module.parameters(), *module.buffers()]
+        if tensors and all(is_read(tensor) for tensor in tensors):
+            return
         super()._initialize_weights(module)
 
     @torch.no_grad()
@@ -324,27 +333,13 @@ class GramianPreTrainedModel(PreTrainedModel):
         # Projections onto the residual stream start smaller, as 2 × layers of them add up there.
         small = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, Filter | ShortConvolution | Dynamics):
-            _reset(module)
+            module.reset_parameters()
         elif isinstance(module, Hyena | MultiHyena | SoftmaxAttention | LinearRecurrence):
             nn.init.normal_(module.out_proj.weight, std=small)
         elif isinstance(module, GramianMLP):
             nn.init.normal_(module.down_proj.weight, std=small)
         else:
             super()._init_weights(module)
-
-
-def _reset(module: Filter | ShortConvolution | Dynamics) -> None:
-    """Give a module its own initialisation, keeping what has been read from a file.
-
-    Buffers that are not saved are filled on the way. Filters write their parameters and buffers as
-    they like, not only through `torch.nn.init`, which transformers guards while it loads.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    loaded = [tensor for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]
-    values = [tensor.clone() for tensor in loaded]
-    module.reset_parameters()
-    for tensor, value in zip(loaded, values, strict=True):
-        tensor.copy_(value)
 
 
 class GramianModel(GramianPreTrainedModel):
