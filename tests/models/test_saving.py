@@ -171,6 +171,18 @@ def test_a_model_built_on_meta_has_the_shapes(make_config: MakeConfig, mixer: st
     }
 
 
+def test_a_model_that_is_not_tied_needs_its_head(make_config: MakeConfig, tmp_path: Path) -> None:
+    make(make_config, tie_word_embeddings=False).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing \(lm_head.weight\)"):
+        load(tmp_path)
+    edit(tmp_path / "config.json", tie_word_embeddings=True)
+    model = load(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
