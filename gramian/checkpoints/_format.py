@@ -17,6 +17,7 @@ __all__ = [
     "Progress",
     "Shapes",
     "compare",
+    "has_head",
     "refuse_unless",
     "setting",
     "size",
@@ -134,9 +135,34 @@ def refuse_unless(config: Mapping[str, Any], name: str, *accepted: Any) -> None:
         )
 
 
-def tied(weights: Mapping[str, Tensor], embedding: str, head: str) -> bool:
-    """Whether the output projection is the embedding: missing, or equal to it."""
-    return head not in weights or torch.equal(weights[head], weights[embedding])
+def has_head(config: Mapping[str, Any], shapes: Mapping[str, Any], head: str) -> bool:
+    """Whether a checkpoint has an output projection of its own, ``head``.
+
+    Raises:
+        ValueError: if it has none, and its configuration says that it is not the embedding.
+    """
+    if head not in shapes and _untied(config):
+        raise ValueError(
+            f"the checkpoint has no {head}, and its configuration says, with "
+            f"{_untied(config)}=False, that this is not the embedding."
+        )
+    return head in shapes
+
+
+def tied(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], embedding: str, head: str
+) -> bool:
+    """Whether the output projection is the embedding: missing, or equal to it where the
+    configuration does not say that they are two."""
+    if head not in weights:
+        return True
+    return not _untied(config) and torch.equal(weights[head], weights[embedding])
+
+
+def _untied(config: Mapping[str, Any]) -> str | None:
+    """The setting by which a configuration says that the output projection is no embedding."""
+    names = ("tie_word_embeddings", "tie_embeddings")
+    return next((name for name in names if config.get(name) is False), None)
 
 
 def _some(names: list[str]) -> str:

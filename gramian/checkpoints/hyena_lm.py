@@ -20,6 +20,7 @@ from gramian.checkpoints._format import (
     Format,
     Progress,
     Shapes,
+    has_head,
     refuse_unless,
     setting,
     size,
@@ -105,7 +106,7 @@ class SafariHyena(Format):
             shapes |= _affine(f"{block}mlp.fc2", width, inner)
             shapes |= self._mixer_shapes(f"{block}mixer.")
         shapes |= _affine("backbone.ln_f", width)
-        if HEAD in self.shapes:
+        if has_head(self.config, self.shapes, HEAD):
             shapes[HEAD] = (self.vocabulary, width)
         return shapes
 
@@ -201,7 +202,7 @@ class SafariHyena(Format):
             gated_mlp=False,
             mlp_bias=True,
             hidden_act="gelu_pytorch_tanh",
-            tie_word_embeddings=tied(weights, EMBEDDING, HEAD),
+            tie_word_embeddings=tied(self.config, weights, EMBEDDING, HEAD),
             **self._more_config(),
         )
 

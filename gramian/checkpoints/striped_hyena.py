@@ -20,6 +20,7 @@ from gramian.checkpoints._format import (
     Format,
     Progress,
     Shapes,
+    has_head,
     refuse_unless,
     setting,
     size,
@@ -91,7 +92,7 @@ class StripedHyena(Format):
     def expected(self) -> Shapes:
         width = self.width
         shapes: Shapes = {EMBEDDING: (self.vocabulary, width), "norm.scale": (width,)}
-        if HEAD in self.shapes:
+        if has_head(self.config, self.shapes, HEAD):
             shapes[HEAD] = (self.vocabulary, width)
         for i in range(self.layers):
             block = f"blocks.{i}."
@@ -169,7 +170,7 @@ class StripedHyena(Format):
             rms_norm_eps=self.eps,
             intermediate_size=self.inner,
             hidden_act=self.activation,
-            tie_word_embeddings=tied(weights, EMBEDDING, HEAD),
+            tie_word_embeddings=tied(self.config, weights, EMBEDDING, HEAD),
             **more,
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gramian import __version__
 from gramian._staging import staged_directory
 from gramian.export._blocks import BlockedRecurrence
+from gramian.export._generation import describe
 from gramian.export._mixers import ExportableMixer, fill, named_tensors
 from gramian.export._programs import Stateful, check_format, frozen_for_export, save_programs
 from gramian.export._report import ExportReport
@@ -42,10 +43,11 @@ def export_model(
 
     Both take token ids, int64, (batch, 1) or (batch, length), and the state's tensors, and return
     next-token logits (batch, vocab_size) and the new state; batch and length are open. ``folder``
-    also holds ``export.json``, which describes the states (they start from zeros), the model's
-    configuration and the tokenizer. Padding is not supported: sequences of a batch have one length.
-    What is written is read again and run; it appears in ``folder`` only if its tokens are those of
-    the recurrence in PyTorch.
+    also holds ``export.json``, which describes the states (they start from zeros) and how the next
+    token is chosen, the model's configuration and the tokenizer. Padding is not supported:
+    sequences of a batch have one length. Past the room of its attention a program's logits are not
+    numbers. What is written is read again and run; it appears in ``folder`` only if its tokens are
+    those of the recurrence in PyTorch, and its generation that of ``model.generate``.
 
     Args:
         model: On the CPU, in float32 or float64; every long convolution must have a recurrence of
@@ -66,8 +68,9 @@ def export_model(
         FileExistsError: if ``folder`` exists.
         ImportError: if a package that the format needs is missing.
         TypeError: if ``model`` is not a language model of this library.
-        ValueError: for an unknown format, a model in half precision or a layer that has no
-            recurrence of fixed size; the message says what to do.
+        ValueError: for an unknown format, a model in half precision, a layer that has no
+            recurrence of fixed size, or a setting of ``model.generation_config`` that changes what
+            is written and cannot be honoured, such as beams; the message says what to do.
         RuntimeError: if what was written computes other tokens.
     """
     from gramian.models import GramianForCausalLM
@@ -86,6 +89,7 @@ def export_model(
     _check_device(model.device)
     if verify < 1:
         raise ValueError(f"verify must be at least 1 token, got {verify}.")
+    describe(model.generation_config)  # what is refused is refused before the work
     context = model.config.max_position_embeddings if context is None else context
     with staged_directory(Path(folder)) as stage, frozen_for_export(model):
         exported = _language_model(model, context)
@@ -164,7 +168,7 @@ def _check_device(device: torch.device) -> None:
 
 
 def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
-    from gramian.models.modeling import GramianGLUBlock, _normed
+    from gramian.models.modeling import GramianGLUBlock, GramianMixerBlock, _normed
 
     blocks: list[Any] = list(model.model.layers)
     layers: list[ExportableMixer] = []
@@ -190,7 +194,7 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
         after: dict[str, Tensor] = {}
         for prefix, block, layer in zip(prefixes, blocks, layers, strict=True):
             state = fill(layer.template, tensors)
-            if isinstance(block, GramianGLUBlock):
+            if isinstance(block, GramianGLUBlock | GramianMixerBlock):
                 hidden, state = mix(layer, hidden, state, chunk)
             else:
                 mixed, state = mix(layer, _normed(block.mixer_norm, hidden), state, chunk)
@@ -220,6 +224,7 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
             "kind": "language model",
             "vocab_size": model.config.vocab_size,
             "context": min(rooms, default=None),
+            "generation": describe(model.generation_config),
         },
     )
 

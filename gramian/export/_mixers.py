@@ -104,11 +104,23 @@ class ExportableMixer:
         """One token (batch, width); nothing is written into ``state``."""
         if isinstance(self.inner, SoftmaxAttention):
             state = state.clone()
-        return self.mixer._step(x_t, state, self.long)
+        y, after = self.mixer._step(x_t, state, self.long)
+        return self._inside_room(y[:, None], state)[:, 0], after
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """A chunk (batch, length, width) of any length."""
-        return self._chunk(self.mixer, x, state)
+        y, after = self._chunk(self.mixer, x, state)
+        return self._inside_room(y, state), after
+
+    def _inside_room(self, y: Tensor, state: State) -> Tensor:
+        """Outputs (batch, length, width) after ``state``; NaN for tokens that attention has no room
+        for, as a program cannot raise."""
+        if self.context is None:
+            return y
+        assert isinstance(state, SoftmaxAttentionState)
+        positions = state.real[:, None] + torch.arange(y.shape[1], device=y.device)
+        nothing = torch.full((), math.nan, dtype=y.dtype, device=y.device)
+        return torch.where((positions < self.context)[..., None], y, nothing)
 
     def _chunk(self, mixer: Mixer, x: Tensor, state: State) -> tuple[Tensor, State]:
         if isinstance(mixer, Block):

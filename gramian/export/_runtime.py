@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from gramian.export._generation import Rules
+
 __all__ = ["ExportedModel", "ExportedRecurrence", "ExportedState"]
 
 _Arrays = dict[str, np.ndarray]
@@ -26,11 +28,17 @@ class ExportedState:
 
     Attributes:
         tensors: {name: (batch, …)}, as ``export.json`` lists them.
-        taken: tokens or samples that it has seen.
+        taken: tokens or samples that it has seen; of tensors alone, what attention's own counts in
+            them say, and None where there is no such count.
     """
 
     tensors: dict[str, np.ndarray]
-    taken: int = 0
+    taken: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.taken is None:
+            counts = [int(t.max()) for n, t in self.tensors.items() if _counts(n, t) and t.size]
+            object.__setattr__(self, "taken", max(counts, default=None))
 
     @property
     def batch_size(self) -> int:
@@ -41,6 +49,11 @@ class ExportedState:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _counts(name: str, tensor: np.ndarray) -> bool:
+    """Whether a state's tensor holds the number of tokens that attention has seen."""
+    return name.endswith(".real") and tensor.ndim == 1 and np.issubdtype(tensor.dtype, np.integer)
 
 
 class _Exported:
@@ -89,7 +102,8 @@ class _Exported:
             {
                 state["input"]: np.zeros((batch_size, *state["shape"][1:]), dtype=state["dtype"])
                 for state in self._states
-            }
+            },
+            taken=0,
         )
 
     def _run(
@@ -97,8 +111,8 @@ class _Exported:
     ) -> tuple[np.ndarray, ExportedState]:
         if len(given) != state.batch_size:
             raise ValueError(f"the input has {len(given)} sequences, the state {state.batch_size}.")
-        taken = state.taken + count
-        if self.context is not None and taken > self.context:
+        taken = None if state.taken is None else state.taken + count
+        if self.context is not None and taken is not None and taken > self.context:
             raise ValueError(
                 f"attention here has room for {self.context} tokens, {taken} are wanted: export "
                 "again with a larger context."
@@ -200,34 +214,53 @@ class ExportedModel(_Exported):
         return self._run(self._step, ids, state, 1)
 
     def generate(
-        self, input_ids: Any, max_new_tokens: int, *, temperature: float = 0.0, seed: int = 0
+        self,
+        input_ids: Any,
+        max_new_tokens: int,
+        *,
+        temperature: float | None = None,
+        seed: int = 0,
     ) -> np.ndarray:
-        """Continue (batch, length) token ids: (batch, length + max_new_tokens).
+        """Continue (batch, length) token ids, as the model's own `generate` does.
+
+        The settings of the model's `generation_config` that change what is written are in
+        ``export.json`` and hold here: tokens that are suppressed, forced or penalised, bad words,
+        shortlists for drawing, and ends of text, after which a sequence is padded.
 
         Args:
             input_ids: As for `prefill`.
             max_new_tokens: At least 1.
-            temperature: 0 takes the most likely token; above, tokens are drawn.
+            temperature: 0 takes the most likely token; above, tokens are drawn, from the shortlist
+                that the settings make. By default what the settings say.
             seed: Of the draws.
+
+        Returns:
+            (batch, length + the tokens written), at most ``max_new_tokens`` of them: fewer where
+            every sequence has come to an end.
+
+        Raises:
+            ValueError: for arguments other than these, too many tokens for the room of attention,
+                or where no token is left to choose from.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-        if temperature < 0:
+        if temperature is not None and temperature < 0:
             raise ValueError(f"temperature must be 0 or more, got {temperature}.")
+        rules = Rules(self.description.get("generation", {}), temperature)
         ids = self._checked(input_ids)
-        generator = np.random.default_rng(seed)
+        prompt, draw = ids.shape[1], np.random.default_rng(seed)
+        end = prompt + max_new_tokens
         logits, state = self.prefill(ids)
-        written = [ids]
-        for index in range(max_new_tokens):
-            if temperature:
-                noise = generator.gumbel(size=logits.shape)
-                tokens = (logits / temperature + noise).argmax(-1)
-            else:
-                tokens = logits.argmax(-1)
-            written.append(tokens[:, None])
-            if index + 1 < max_new_tokens:
-                logits, state = self.step(tokens, state)
-        return np.concatenate(written, axis=1)
+        ended = np.zeros(len(ids), dtype=bool)
+        while True:
+            tokens = rules.choose(ids, logits, prompt, end, draw)
+            if len(rules.ends):
+                tokens = np.where(ended, rules.pad, tokens)
+                ended |= np.isin(tokens, rules.ends)
+            ids = np.concatenate([ids, tokens[:, None]], axis=1)
+            if ids.shape[1] == end or ended.all():
+                return ids
+            logits, state = self.step(tokens, state)
 
     def _checked(self, input_ids: Any) -> np.ndarray:
         ids = np.asarray(input_ids)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gramian.export._generation import Rules
 from gramian.export._report import ExportReport
 from gramian.export._runtime import ExportedModel, ExportedRecurrence
 from gramian.mixers import MixerRecurrence
@@ -62,7 +66,7 @@ def verify_model(
 
     As long as all choices agree this is what two free runs would write. A token that differs is a
     tie if PyTorch's logits of the two candidates differ by less than the outputs may; otherwise it
-    is a `RuntimeError`.
+    is a `RuntimeError`. Where the model has generation settings, both generate by them, too.
     """
     from gramian.models.cache import CACHE
 
@@ -97,7 +101,89 @@ def verify_model(
                 use_cache=True,
             )
     differences.check(tolerance)
+    if description["generation"]:
+        _verify_rules(model, ids, description["generation"], tokens, seed)
+        _verify_generation(model, run, ids, tokens, tolerance * differences.scale)
     return _report(run, description, differences, tokens, ties)
+
+
+def _verify_rules(
+    model: GramianForCausalLM, ids: Tensor, settings: dict[str, Any], tokens: int, seed: int
+) -> None:
+    """What the settings make of logits, beside what transformers makes of the same logits.
+
+    Raises:
+        RuntimeError: if a probability of a next token differs.
+    """
+    with torch.random.fork_rng(), _quiet():
+        torch.manual_seed(seed)
+        written = _generate(model, ids, tokens, output_scores=True, output_logits=True)
+    rules, prompt = Rules(settings), ids.shape[1]
+    for index, (logits, scores) in enumerate(zip(written.logits, written.scores, strict=True)):
+        past = written.sequences[:, : prompt + index].numpy()
+        found = rules.scores(past, logits.numpy(), prompt, prompt + tokens)
+        ours, theirs = torch.from_numpy(found).softmax(-1), scores.softmax(-1)
+        if not torch.allclose(ours, theirs, rtol=0, atol=1e-4, equal_nan=True):
+            raise RuntimeError(
+                f"the generation settings give other probabilities than model.generate at place "
+                f"{index}: nothing was written."
+            )
+
+
+def _verify_generation(
+    model: GramianForCausalLM, run: ExportedModel, ids: Tensor, tokens: int, rounding: float
+) -> None:
+    """Both write greedily by themselves; they may part where the best two scores are a tie.
+
+    Raises:
+        RuntimeError: if they part elsewhere, or end at other places.
+    """
+    with _quiet():
+        written = _generate(model, ids, tokens, do_sample=False, output_scores=True)
+    expected, found = written.sequences.numpy(), run.generate(ids.numpy(), tokens, temperature=0)
+    length = min(expected.shape[1], found.shape[1])
+    parted = False
+    for row, (one, other) in enumerate(zip(expected[:, :length], found[:, :length], strict=True)):
+        places = np.flatnonzero(one != other)
+        if len(places):
+            parted = True
+            scores = written.scores[places[0] - ids.shape[1]][row]
+            margin = float(scores[int(one[places[0]])] - scores[int(other[places[0]])])
+            if not margin <= rounding:
+                raise RuntimeError(
+                    "the exported model generates another token than model.generate at place "
+                    f"{places[0] - ids.shape[1]}: nothing was written."
+                )
+    if not parted and expected.shape != found.shape:
+        raise RuntimeError(
+            f"the exported model ends after {found.shape[1]} tokens, model.generate after "
+            f"{expected.shape[1]}: nothing was written."
+        )
+
+
+def _generate(model: GramianForCausalLM, ids: Tensor, tokens: int, **options: Any) -> Any:
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks on settings that go unused."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 @torch.no_grad()

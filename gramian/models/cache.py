@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from gramian.mixers import Segments
+from gramian.filters import Filter
+from gramian.mixers import Mixer, MixerRecurrence, Segments
 from gramian.models.segments import last_tokens
 from gramian.models.snapshots import load_cache, save_cache
+from gramian.ops.changes import Record, digest
 
 if TYPE_CHECKING:
     from gramian.models.configuration import GramianConfig
@@ -42,6 +44,42 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
     return cache if past_key_values is None else past_key_values
 
 
+class _Source:
+    """A tensor of a filter, by its place, and what it was when a recurrence was made of it."""
+
+    def __init__(self, place: dict[str, Any], name: str) -> None:
+        self.place, self.name = place, name
+        self.record, self.digest = Record(place[name]), digest(place[name])
+        self.trained: bool = place[name].requires_grad
+
+    def holds(self) -> bool:
+        """Whether the tensor is what it was; where it has moved, all of its values are compared."""
+        tensor = self.place.get(self.name)
+        if self.record.matches(tensor):
+            return True
+        if tensor is None:
+            return False
+        if _is_here(tensor):
+            if digest(tensor) != self.digest:
+                return False
+            self.record = Record(tensor)
+        return True
+
+
+def _sources(mixer: nn.Module) -> list[_Source]:
+    """Parameters and buffers of a mixer's filters that can be looked at, the trained ones first."""
+    filters = [part for part in mixer.modules() if isinstance(part, Filter)]
+    parts = {id(part): part for one in filters for part in one.modules()}.values()
+    places = [place for part in parts for place in (part._parameters, part._buffers)]
+    found = [_Source(p, name) for p in places for name, tensor in p.items() if _is_here(tensor)]
+    return sorted(found, key=lambda source: not source.trained)
+
+
+def _is_here(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    """Whether a tensor is there as a whole: none that is offloaded or sharded."""
+    return tensor is not None and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
+
+
 class GramianCacheLayer(LinearAttentionCacheLayerMixin):
     """The recurrence of one mixer, its state, and how many tokens it has seen.
 
@@ -54,6 +92,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
     def __init__(self) -> None:
         super().__init__(number_of_states=1)
         self.recurrence: Any = None
+        self._snapshot: list[_Source] = []
         self.tokens = 0
         self.batch_size = -1
 
@@ -66,6 +105,42 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of the state."""
         return 0 if self.state is None else self.state.nbytes
+
+    def recurrence_of(self, mixer: Mixer, length: int) -> MixerRecurrence:
+        """The frozen recurrence of `mixer` for the next `length` tokens, made where there is none.
+
+        Without gradients it must still be one of the filter as it is: it is made anew where it is
+        not and nothing is remembered, as after `reset`. Before several tokens all of the filter's
+        tensors are looked at, before a single one the tensors take turns, so that one step after an
+        optimiser is enough. What is not noticed: single values that were edited through `.data` or
+        numpy, a fused optimiser on a GPU, and filters whose weights are offloaded or sharded.
+
+        Raises:
+            ValueError: if the filter has changed since, or the cache is another model's, and a
+                state is held.
+        """
+        if self.recurrence is not None and not torch.compiler.is_compiling():
+            other = self.recurrence.mixer is not mixer
+            if other or (not torch.is_grad_enabled() and self._is_stale(length)):
+                if self.state is not None:
+                    raise ValueError(
+                        "this cache was filled by another model: begin with a new one."
+                        if other
+                        else "the model's filters have changed since this cache was filled, and "
+                        "its recurrences are those of before: begin with a new cache."
+                    )
+                self.recurrence = None
+        if self.recurrence is None:
+            self.recurrence = mixer.recurrence()
+            self._snapshot = _sources(mixer)
+        return self.recurrence
+
+    def _is_stale(self, length: int) -> bool:
+        looked_at = self._snapshot
+        if length == 1 and looked_at:
+            turns = sum(source.trained for source in looked_at) or len(looked_at)
+            looked_at = [looked_at[self.tokens % turns]]
+        return not all(source.holds() for source in looked_at)
 
     def lazy_initialization(
         self, conv_states: Any = None, recurrent_states: Any = None, state_idx: int = 0
@@ -173,7 +248,10 @@ class GramianCache(Cache):
 
     Its size is fixed by the model and the batch, whatever the length generated, but for the keys
     and values of attention. `reset` keeps the recurrences, so that a cache used again need not make
-    them anew; they are snapshots, so a cache must not outlive a change of the weights.
+    them anew where the filters are what they were. They are snapshots: without gradients, a cache
+    that holds a sequence is refused after a change of the filters. Other weights are shared with
+    the model: after a change of them the next tokens are taken by the new ones, and what the state
+    holds of the past is what the old ones made of it, as it is with keys and values.
     """
 
     layers: list[GramianCacheLayer]

@@ -28,6 +28,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
 )
 from transformers.utils import can_return_tuple
+from typing_extensions import Self
 
 from gramian.filters import Filter, build
 from gramian.mixers import (
@@ -46,6 +47,7 @@ from gramian.mixers._linear_recurrence import Dynamics
 from gramian.models.cache import CACHE, GramianCache, GramianCacheLayer, one_cache
 from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
 from gramian.models.generation import GramianGenerationMixin
+from gramian.models.initialization import Keeping, is_read, reset_unwritten
 from gramian.models.labels import classification_loss, token_labels
 from gramian.models.norms import make_norm
 from gramian.models.pooling import pool
@@ -56,7 +58,7 @@ from gramian.models.segments import (
     read_rows,
     recent_mask,
 )
-from gramian.ops.packed import Linear
+from gramian.ops.packed import Linear, Packing, can_pack
 
 
 def build_mixer(config: GramianConfig, layer: int) -> Mixer:
@@ -201,18 +203,17 @@ _BLOCKS: dict[str, type[nn.Module]] = {
 def _mix_on(mixer: Mixer, x: Tensor, mask: Segments | None, memory: GramianCacheLayer) -> Tensor:
     """What `mixer` makes of (batch, length, hidden_size) after what `memory` holds."""
     batch, length = x.shape[:2]
-    if memory.recurrence is None:
-        memory.recurrence = mixer.recurrence()
+    recurrence = memory.recurrence_of(mixer, length)
     if torch.is_grad_enabled():  # a frozen snapshot would cut the filters off from the loss
         state = memory.state
         if state is None:
-            state = memory.recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
+            state = recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
         mixed, state = mixer(x, state, mask=mask)
     elif length == 1 and mask is None and memory.state is not None:
-        mixed, state = memory.recurrence.step(x[:, 0], memory.state)
+        mixed, state = recurrence.step(x[:, 0], memory.state)
         mixed = mixed[:, None]
     else:
-        mixed, state = memory.recurrence.prefill(x, memory.state, mask=mask)
+        mixed, state = recurrence.prefill(x, memory.state, mask=mask)
     memory.update_recurrent_state(state, batch_size=batch, tokens=length)
     return mixed
 
@@ -247,12 +248,27 @@ class GramianPreTrainedModel(PreTrainedModel):
     # of them too, the second one loading in bfloat16. The same name in both is refused.
     _keep_in_fp32_modules = [r".*\.mixer\.(?:filter|dynamics)"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [r"mixer\.(?:filter|dynamics)"]  # noqa: RUF012
+    _packing: Packing | None = None  # set by compile_decoding
 
     def __init__(self, config: GramianConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         if config.input_size is not None:
             self.main_input_name = "input_values"
             self._input_embed_layer = "input_proj"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._packing is not None and not torch.compiler.is_compiling():
+            for given in (*args, *kwargs.values()):
+                if isinstance(given, GramianCache):
+                    with self._packing.generation(given, begins=given.batch_size < 0):
+                        return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, or evaluation mode; training drops the packed copies of the weights."""
+        if mode and self._packing is not None:
+            self._packing.clear()
+        return super().train(mode)
 
     def state_bytes(self, batch: int = 1, context: int = 1) -> int:
         """Bytes that `batch` sequences keep between two tokens after `context` tokens.
@@ -284,8 +300,12 @@ class GramianPreTrainedModel(PreTrainedModel):
         """Make steps of one token fast: what `generate` does after the prompt.
 
         What a layer does between its projections is compiled, at the first step of each batch size,
-        and on a CPU the projections multiply by packed copies of their weights, which cost the
-        memory of the weights once more. Results are the same up to rounding. What cannot be
+        and on a CPU, where a cache is given, the projections multiply by packed copies of their
+        weights, which cost the memory of the weights once more. Results are the same up to
+        rounding. Copies follow the weights: whoever changes them, and however, every generation
+        compares the whole of them before it uses a copy, and training drops the copies. Within one
+        generation, from one empty cache on, a change is seen by the version of a weight or by a few
+        of its values, so not an edit of single values through `.data` or numpy. What cannot be
         compiled (attention and online convolution are not) runs as it is; if compiling fails, one
         warning says so. `generate(..., compile_config=CompileConfig(...))` does the same.
 
@@ -293,9 +313,10 @@ class GramianPreTrainedModel(PreTrainedModel):
             enabled: False undoes it.
             options: for `torch.compile`: `backend`, `mode` and `options`.
         """
+        packing = Packing() if enabled and can_pack() else None
         for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack(enabled)
+            if isinstance(module, GramianPreTrainedModel):
+                module._packing = packing
             elif isinstance(module, Mixer):
                 module.compile_step(enabled, **options)
 
@@ -303,9 +324,17 @@ class GramianPreTrainedModel(PreTrainedModel):
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing: what is saved names this package and takes no copy of its source along."""
 
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        with Keeping(self) as keeping:
+            super()._initialize_missing_keys(*args, **kwargs)
+            reset_unwritten(self, keeping)
+
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
         # Asked to, transformers passes over modules of other packages that own no tensor
-        # themselves, as a filter made of submodules may. `_init_weights` spares what is loaded.
+        # themselves, as a filter made of submodules may: what is passed over is what was read.
+        tensors = [*module.parameters(), *module.buffers()]
+        if tensors and all(is_read(tensor) for tensor in tensors):
+            return
         super()._initialize_weights(module)
 
     @torch.no_grad()
@@ -313,27 +342,13 @@ class GramianPreTrainedModel(PreTrainedModel):
         # Projections onto the residual stream start smaller, as 2 × layers of them add up there.
         small = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, Filter | ShortConvolution | Dynamics):
-            _reset(module)
+            module.reset_parameters()
         elif isinstance(module, Hyena | MultiHyena | SoftmaxAttention | LinearRecurrence):
             nn.init.normal_(module.out_proj.weight, std=small)
         elif isinstance(module, GramianMLP):
             nn.init.normal_(module.down_proj.weight, std=small)
         else:
             super()._init_weights(module)
-
-
-def _reset(module: Filter | ShortConvolution | Dynamics) -> None:
-    """Give a module its own initialisation, keeping what has been read from a file.
-
-    Buffers that are not saved are filled on the way. Filters write their parameters and buffers as
-    they like, not only through `torch.nn.init`, which transformers guards while it loads.
-    """
-    tensors = [*module.parameters(), *module.buffers()]
-    loaded = [tensor for tensor in tensors if getattr(tensor, "_is_hf_initialized", False)]
-    values = [tensor.clone() for tensor in loaded]
-    module.reset_parameters()
-    for tensor, value in zip(loaded, values, strict=True):
-        tensor.copy_(value)
 
 
 class GramianModel(GramianPreTrainedModel):

@@ -1,72 +1,146 @@
-"""Linear layers that keep a copy of their weights in the layout that few rows at a time want.
+"""Linear layers that multiply few rows by a copy of their weights in another layout.
 
 Decoding multiplies a handful of rows by every weight of a model, once a token: the time is that of
 reading the weights. On a CPU, oneDNN reads them from a layout of its own, packed once, which suits
 that better than the general matrix product (benchmarks/decoding.py measures the whole).
+
+A copy is a risk: the weight may change and the copy stay. Neither the address nor the version of a
+tensor tells, since fused optimisers, ``.data`` and numpy views write without moving either. So
+copies are used inside of `Packing.generation` alone. The first use in a generation compares the
+whole weight with what was copied, by its product ``W r`` with a fixed random vector, which costs
+about as much as one step; every later use compares object, address, version and a few values.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Linear", "can_pack"]
+from gramian.ops.changes import Record
+
+__all__ = ["Linear", "Packing", "can_pack"]
 
 _MAX_ROWS = 64  # above this the general matrix product reads its weights as seldom
 
 
-class _Packed(NamedTuple):
-    weight: Tensor
-    source: int  # where the weight was, and its version then
-    version: int
+class _Copy:
+    """A packed copy of a weight, and what tells whether the weight is still the one copied."""
+
+    def __init__(self, weight: Tensor) -> None:
+        source = weight.detach()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(source)
+        self.record = Record(weight)
+        draw = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (weight.shape[1],), generator=draw) * 2 - 1
+        self._vector = signs * (1 + torch.rand(weight.shape[1], generator=draw))  # none is small
+        self._product = torch.mv(source, self._vector)
+
+    def equals(self, weight: Tensor) -> bool:
+        """Whether the whole weight is the one copied, but for what rounding hides in ``W r``."""
+        return torch.equal(torch.mv(weight.detach(), self._vector), self._product)
+
+
+class Packing:
+    """The packed copies of a model's linear layers, each good for one generation.
+
+    Copies cost the memory of the weights once more. They are never saved, copied or pickled.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[nn.Module, tuple[_Copy, int]] = {}
+        self._owners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._generation = 0
+
+    @contextmanager
+    def generation(self, owner: Any, begins: bool) -> Iterator[None]:
+        """Within, `Linear` layers that are given few rows use packed copies of their weights.
+
+        Args:
+            owner: What the generation belongs to, such as a cache.
+            begins: Whether ``owner`` is empty, so that another generation begins. The first use of
+                an owner begins one too.
+        """
+        if begins or owner not in self._owners:
+            self._owners.add(owner)
+            self._generation += 1
+        before, _current.packing = _current.packing, self
+        try:
+            yield
+        finally:
+            _current.packing = before
+
+    def clear(self) -> None:
+        """Drop all copies; they are made anew where they are needed."""
+        self._copies = {}
+
+    def __len__(self) -> int:
+        return len(self._copies)
+
+    def weight_of(self, layer: nn.Module, weight: Tensor) -> Tensor:
+        """The packed copy of the weight of ``layer`` as it is now."""
+        copy, checked = self._copies.get(layer, (None, 0))
+        if copy is not None and copy.record.matches(weight):
+            if checked == self._generation:
+                return copy.packed
+            if not copy.equals(weight):
+                copy = None
+        else:
+            copy = None
+        if copy is None:
+            copy = _Copy(weight)
+        self._copies[layer] = copy, self._generation
+        return copy.packed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packing:
+        return Packing()
+
+    def __reduce__(self) -> Any:
+        return Packing, ()
+
+
+class _Current(threading.local):
+    """The packing of the generation that this thread is in."""
+
+    packing: Packing | None = None
+
+
+_current = _Current()
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that may be packed: same parameters, same results up to rounding.
+    """``nn.Linear`` whose weight may be packed: same parameters, same results up to rounding.
 
-    A packed layer that is given few rows, without gradients, in float32 on a CPU multiplies by the
-    packed copy. The copy is made anew when the weight has changed since, is never saved, and costs
-    the memory of the weight once more.
+    Within `Packing.generation` a layer that is given few rows, without gradients, in float32 on a
+    CPU multiplies by a packed copy.
     """
 
-    _packed: _Packed | None = None
-    _packing = False
-
-    def pack(self, enabled: bool = True) -> None:
-        """Use a packed copy of the weight from now on, or, disabled, drop it."""
-        self._packing = enabled and can_pack()
-        self._packed = None
-
     def forward(self, x: Tensor) -> Tensor:
-        if self._packing and self._fits(x):
-            weight = self._packed_weight()
-            return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
+        if not torch.compiler.is_compiling():
+            packing = _current.packing
+            if packing is not None:
+                weight = self.weight
+                if self._fits(x, weight):
+                    packed = packing.weight_of(self, weight)
+                    return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
         return super().forward(x)
 
-    def _fits(self, x: Tensor) -> bool:
+    def _fits(self, x: Tensor, weight: Tensor) -> bool:
         return (
-            x.dtype == self.weight.dtype == torch.float32
-            and x.device.type == self.weight.device.type == "cpu"
+            x.dtype == weight.dtype == torch.float32
+            and x.device.type == weight.device.type == "cpu"
             and x.numel() <= _MAX_ROWS * self.in_features
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and type(self.weight) is nn.Parameter
-            and not self.weight.is_inference()
+            and type(weight) is nn.Parameter
+            and not weight.is_inference()
+            and weight.is_contiguous()
         )
-
-    def _packed_weight(self) -> Tensor:
-        weight, packed = self.weight, self._packed
-        at, version = weight.data_ptr(), weight._version
-        if packed is None or packed.source != at or packed.version != version:
-            copied = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-            packed = self._packed = _Packed(copied, at, version)
-        return packed.weight
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
 
 def can_pack() -> bool:

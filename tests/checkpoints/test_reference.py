@@ -206,6 +206,39 @@ def test_heads_are_tied_where_they_are_the_embedding(
     close(logits(tied, expected["input_ids"]), expected["logits"])
 
 
+@pytest.mark.parametrize(
+    ("name", "head", "embedding", "setting"),
+    [
+        ("hyenadna_tiny", "lm_head.weight", "backbone.embeddings.word_embeddings.weight", "word_"),
+        ("safari_hyena_order2", "lm_head.weight", "backbone.embeddings.word_embeddings.weight", ""),
+        ("evo_tiny", "unembed.weight", "embedding_layer.weight", ""),
+        ("stripedhyena_gqa", "unembed.weight", "embedding_layer.weight", "word_"),
+    ],
+)
+def test_a_head_that_is_said_to_be_its_own_is_one(
+    published: Any,
+    write: Callable[..., Path],
+    name: str,
+    head: str,
+    embedding: str,
+    setting: str,
+) -> None:
+    """It is refused where it is missing, and not tied where it equals the embedding."""
+    checkpoint = published(name)
+    tensors = checkpoint.tensors()
+    config = {**checkpoint.config(), f"tie_{setting}embeddings": False}
+    bare, head = head, next((n for n in tensors if n.endswith(head)), head)
+    found = next(n for n in tensors if n.endswith(embedding))
+    without = {n: tensor for n, tensor in tensors.items() if n != head}
+    with pytest.raises(ValueError, match=f"no {bare}.*=False"):
+        checkpoints.load(write(without), config=config)
+    equal = {**tensors, head: tensors[found].clone()}
+    model = checkpoints.load(write(equal), config=config).model
+    assert not model.config.tie_word_embeddings
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
 def test_the_window_of_a_hyenadna_and_of_safari_differ(published: Any) -> None:
     checkpoint = published("hyenadna_tiny")
     expected = checkpoint.expected()

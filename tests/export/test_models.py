@@ -26,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "attention": {"kv_heads": 1, "window": 33},
     },
     "glu": {"mixers": ["long_convolution", "multi_hyena"], "block": "glu"},
+    "mixer": {"mixers": ["hyena", "s6"], "block": "mixer"},
     "hyena_order_3": {"mixers": "hyena", "hyena_order": 3, "hyena_mimo_size": 7},
     "rtf": {"mixers": "multi_hyena", "filter": {"type": "rtf", "state_size": 4}},
     "s4": {"mixers": "hyena", "filter": {"type": "s4", "state_size": 8}},

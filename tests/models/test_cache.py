@@ -185,3 +185,68 @@ def test_state_bytes_of_nothing_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         model.state_bytes(batch, context)
+
+
+def fused_step(model: GramianForCausalLM) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(model.parameters(), lr=0.05, fused=True).step()
+
+
+def load_others(model: GramianForCausalLM) -> None:
+    model.load_state_dict({n: 1.1 * t for n, t in model.state_dict().items()})
+
+
+@torch.no_grad()
+def set_data(model: GramianForCausalLM) -> None:
+    for parameter in model.parameters():
+        parameter.data = 1.1 * parameter.data
+
+
+@pytest.mark.parametrize("change", [fused_step, load_others, set_data])
+def test_a_cache_does_not_outlive_a_change_of_the_filters(
+    make_model: MakeModel,
+    make_tokens: MakeTokens,
+    filter_config: dict[str, Any],
+    change: Callable[[GramianForCausalLM], None],
+) -> None:
+    model = make_model(mixers=["hyena", "softmax_attention"], filter=filter_config)
+    tokens = make_tokens(2, 9)
+    cache = filled(model, tokens[:, :6])
+    copied = copy.deepcopy(cache)
+    change(model)
+    for stale in (cache, copied):
+        with pytest.raises(ValueError, match="filters have changed since this cache was filled"):
+            continued(model, stale, tokens[:, 6:7])
+    cache.reset()  # what is remembered is gone, and recurrences are made anew
+    expected = continued(model, filled(model, tokens[:, :6]), tokens[:, 6:])
+    continued(model, cache, tokens[:, :6])
+    assert torch.equal(continued(model, cache, tokens[:, 6:]), expected)
+
+
+def test_a_cache_outlives_what_changes_no_filter(
+    make_model: MakeModel, make_tokens: MakeTokens, filter_config: dict[str, Any]
+) -> None:
+    """The same values loaded again, a change of other weights, and training across chunks."""
+    model, tokens = make_model(mixers="hyena", filter=filter_config), make_tokens(2, 12)
+    cache = filled(model, tokens[:, :6])
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    expected = continued(model, copy.deepcopy(cache), tokens[:, 6:7])
+    assert torch.equal(continued(model, filled(model, tokens[:, :6]), tokens[:, 6:7]), expected)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    assert not torch.equal(continued(model, copy.deepcopy(cache), tokens[:, 6:7]), expected)
+    model.train()
+    model(tokens[:, 6:9], past_key_values=cache, labels=tokens[:, 6:9]).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    model(tokens[:, 9:], past_key_values=cache)  # with gradients, filters are evaluated anew
+
+
+def test_a_cache_is_of_one_model(make_model: MakeModel, make_tokens: MakeTokens) -> None:
+    model, tokens = make_model(), make_tokens(1, 7)
+    cache, other = filled(model, tokens[:, :6]), copy.deepcopy(model)
+    with pytest.raises(ValueError, match="filled by another model"):
+        continued(other, cache, tokens[:, 6:])
+    cache.reset()
+    assert torch.equal(
+        continued(other, cache, tokens), continued(model, GramianCache(model.config), tokens)
+    )

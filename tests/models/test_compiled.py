@@ -15,7 +15,7 @@ from transformers import CompileConfig
 
 from gramian.mixers._compiled import CompiledStep
 from gramian.models import GramianForCausalLM
-from gramian.ops.packed import Linear, can_pack
+from gramian.ops.packed import can_pack
 
 MakeModel = Callable[..., GramianForCausalLM]
 MakeTokens = Callable[[int, int], torch.Tensor]
@@ -114,26 +114,68 @@ def test_generate_takes_a_compile_config(make_model: MakeModel, make_tokens: Mak
     assert torch.equal(model.generate(tokens, num_beams=3, **settings), beams)
 
 
+def add_to_data(parameter: torch.nn.Parameter) -> None:
+    parameter.data += 0.1 * torch.randn_like(parameter)
+
+
+def step_fused(parameter: torch.nn.Parameter) -> None:
+    parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW([parameter], lr=0.1, fused=True).step()
+
+
+def set_one_value(parameter: torch.nn.Parameter) -> None:
+    parameter.detach().numpy()[3, -1] = 4
+
+
+@pytest.mark.skipif(not can_pack(), reason="needs oneDNN")
+@pytest.mark.parametrize("edit", [add_to_data, step_fused, set_one_value])
+@pytest.mark.parametrize(
+    "mixers", ["hyena", "multi_hyena", "softmax_attention", "gated_delta_net", "s6"]
+)
+def test_copies_follow_the_weights(
+    make_model: MakeModel, make_tokens: MakeTokens, mixers: str, edit: Callable[[Any], None]
+) -> None:
+    """Whatever optimisers, adapters and scripts write into the weights, and wherever it is seen."""
+    options = {"filter": {"type": "modal", "orders": 2}, "tie_word_embeddings": mixers == "s6"}
+    model, tokens = make_model(mixers=mixers, **options).float(), make_tokens(2, 9)
+    model.compile_decoding(backend="eager")
+    before = steps(model, tokens)
+    packing = model._packing
+    assert packing is not None and len(packing) > 6  # all projections, MLPs and the head
+    for name, parameter in model.named_parameters():
+        if name.endswith(("proj.weight", "lm_head.weight", "embed_tokens.weight")):
+            edit(parameter)
+    found, whole = steps(model, tokens), model(tokens).logits
+    model.compile_decoding(False)
+    expected = steps(model, tokens)
+    assert (expected - before).abs().max() > 1e-2
+    assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(whole, model(tokens).logits)  # without a cache nothing is packed
+
+
 @pytest.mark.skipif(not can_pack(), reason="needs oneDNN")
 @torch.no_grad()
-def test_packed_weights_follow_the_weights() -> None:
-    torch.manual_seed(0)
-    layer, x = Linear(33, 17), torch.randn(2, 3, 33)
-    layer.pack()
-    assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
-    assert layer._packed is not None
-    layer.weight.mul_(2)
-    assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
-    layer.weight.data = torch.randn(17, 33)
-    assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
-    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        copied.weight.zero_()
-        assert_close(copied(x), layer.bias.expand(2, 3, 17))
-    assert list(layer.state_dict()) == ["weight", "bias"]
-    layer.pack(False)
-    assert layer._packed is None
-    with torch.enable_grad():
-        layer.pack()
-        layer(x).sum().backward()
-    assert layer.weight.grad is not None
-    assert layer.double()(x.double()).dtype == torch.float64
+def test_training_drops_the_copies_and_no_copy_of_the_model_has_them(
+    make_model: MakeModel, make_tokens: MakeTokens
+) -> None:
+    model, tokens = make_model(mixers="hyena", filter=RAGGED).float(), make_tokens(1, 6)
+    model.compile_decoding(backend="eager")
+    expected = steps(model, tokens)
+    packing = model._packing
+    assert packing is not None and packing is model.model._packing
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other._packing is other.model._packing is not packing
+        assert len(other._packing) == 0
+        assert torch.equal(steps(other, tokens), expected)
+    assert len(packing) > 0
+    model.eval()
+    assert len(packing) > 0
+    model.train()
+    assert len(packing) == 0
+    model.eval()
+    steps(model, tokens)
+    model.half()
+    with torch.autocast("cpu", enabled=False):
+        half = steps(model, tokens)
+    assert half.dtype == torch.float16
+    assert_close(half.float(), expected, rtol=0.1, atol=0.1)

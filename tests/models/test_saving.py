@@ -12,9 +12,19 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.testing import assert_close
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from gramian.models import GramianConfig, GramianForCausalLM, GramianModel, load
+from gramian.filters import Filter, register
+from gramian.models import (
+    GramianConfig,
+    GramianForCausalLM,
+    GramianModel,
+    GramianPreTrainedModel,
+    load,
+)
+from gramian.systems import Modal, System
 
 MakeConfig = Callable[..., GramianConfig]
 MakeTokens = Callable[[int, int], torch.Tensor]
@@ -161,6 +171,18 @@ def test_a_model_built_on_meta_has_the_shapes(make_config: MakeConfig, mixer: st
     }
 
 
+def test_a_model_that_is_not_tied_needs_its_head(make_config: MakeConfig, tmp_path: Path) -> None:
+    make(make_config, tie_word_embeddings=False).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing \(lm_head.weight\)"):
+        load(tmp_path)
+    edit(tmp_path / "config.json", tie_word_embeddings=True)
+    model = load(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
@@ -261,3 +283,178 @@ def test_a_missing_shard_is_named(make_config: MakeConfig, tmp_path: Path) -> No
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=shard.name):
         load(tmp_path)
+
+
+class Scale(nn.Module):
+    """A module with a buffer that is not saved, filled where `reset_parameters` says."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(width))
+        self.register_buffer("ramp", torch.empty(width), persistent=False)
+        self.register_buffer("kept", torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.gain.data.normal_()
+        self.kept.uniform_()
+        self.ramp.copy_(torch.linspace(0, 1, len(self.ramp)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.gain + self.ramp + self.kept
+
+
+class Head(GramianPreTrainedModel):
+    """A user's head of several kinds of modules, and no initialisation of its own."""
+
+    def __init__(self, config: GramianConfig) -> None:
+        super().__init__(config)
+        self.model = GramianModel(config)
+        self.scale = Scale(config.hidden_size)
+        self.head = nn.Sequential(
+            nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, 3)
+        )
+        self.query = nn.Parameter(torch.randn(config.hidden_size))
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.scale(self.model(input_ids).last_hidden_state)
+        return self.head(hidden) + (hidden @ self.query)[..., None]
+
+
+class ByData(Head):
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            module.weight.data.normal_()
+            module.bias = None if module.bias is None else nn.Parameter(module.bias.detach() + 1)
+        if module is self:
+            self.query.data = torch.randn_like(self.query)
+
+
+class ByCopy(Head):
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        for parameter in module.parameters():  # of all modules below, too
+            parameter.copy_(torch.randn_like(parameter))
+
+
+class ByView(Head):
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        parameters = list(module.parameters(recurse=False))
+        if parameters:
+            torch._foreach_mul_(parameters, 3.0)
+        for parameter in parameters:
+            torch.neg(parameter, out=parameter.detach())
+            parameter.view(-1)[::2].fill_(5)
+
+
+class WithoutOurs(Head):
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.ones_(module.weight)
+
+
+class FromInside(Head):
+    """The parent writes into its parts."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, nn.Sequential):
+            module[1].weight.data.zero_()
+        if isinstance(module, Scale):
+            module.reset_parameters()
+
+
+HEADS = [Head, ByData, ByCopy, ByView, WithoutOurs, FromInside]
+
+
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_users_derive_is_read_to_the_bit(
+    make_config: MakeConfig,
+    make_tokens: MakeTokens,
+    tmp_path: Path,
+    filter_config: dict[str, Any],
+    kind: type[Head],
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(3)
+    model = kind(make_config(filter=filter_config, mixers=["hyena", "s6"])).eval()
+    for tensor in model.state_dict().values():
+        tensor.add_(0.01 * torch.randn_like(tensor))
+    model.to(dtype).save_pretrained(tmp_path)
+    read, info = kind.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
+    assert not any(info.values())
+    expected, found = everything(model), everything(read.eval())
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        if name == "scale.ramp":  # it has the precision that it was filled in
+            tensor = tensor.to(found[name].dtype)
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+    if dtype == torch.float32:
+        tokens = make_tokens(2, 7)
+        assert_close(read(tokens), model(tokens))  # up to where memory is aligned
+    if kind in (Head, WithoutOurs):  # what is not in the files, `query`, has no initialiser
+        model.model.save_pretrained(tmp_path / "base")
+        with pytest.raises(ValueError, match=r"^query: not in the files, and nothing initialises"):
+            kind.from_pretrained(tmp_path / "base")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [ByCopy, ByView])
+def test_what_the_files_lack_is_drawn_and_the_rest_kept(
+    make_config: MakeConfig, tmp_path: Path, kind: type[Head]
+) -> None:
+    model = kind(make_config(mixers=["long_convolution", "gated_delta_net"]))
+    model.model.save_pretrained(tmp_path)
+    read = kind.from_pretrained(tmp_path)
+    for name, tensor in everything(model.model).items():
+        assert torch.equal(tensor, everything(read.model)[name]), name
+    for name, tensor in everything(read).items():
+        assert tensor.isfinite().all() and tensor.abs().max() < 30, name
+    assert torch.equal(read.scale.ramp, model.scale.ramp)
+
+
+@register("test_in_place")
+class InPlaceFilter(Filter):
+    """A user's filter that writes in place, by every way there is, and has a buffer not saved."""
+
+    def __init__(self, channels: int, max_length: int) -> None:
+        super().__init__(channels, max_length)
+        self.rate = nn.Parameter(torch.empty(channels, 2))
+        self.gain = nn.Parameter(torch.empty(channels, 2))
+        self.register_buffer("grid", torch.empty(channels), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.rate.data.uniform_(0.5, 2)
+        self.gain.data = torch.randn_like(self.gain)
+        self.grid = torch.linspace(0.1, 1, self.channels, device=self.gain.device)
+
+    def forward(self, length: int | None = None) -> System:
+        poles = torch.exp(-self.rate * self.grid[:, None]).to(torch.complex64)
+        return Modal(poles, self.gain.to(torch.complex64), torch.zeros(self.channels))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer", ["hyena", "multi_hyena", "long_convolution"])
+def test_a_filter_of_ones_own(
+    make_config: MakeConfig, make_tokens: MakeTokens, tmp_path: Path, mixer: str
+) -> None:
+    model = make(make_config, mixers=mixer, filter={"type": "test_in_place"})
+    model.save_pretrained(tmp_path)
+    assert_same(model, load(tmp_path), make_tokens(2, 9))
+    half = GramianForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for name, tensor in everything(half).items():
+        if ".filter." in name:
+            assert torch.equal(tensor, everything(model)[name]), name

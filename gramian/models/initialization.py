@@ -1,0 +1,121 @@
+"""Initialisation while a model is loaded: what was read stays, and what was not is drawn.
+
+transformers builds a model without memory, reads what the files hold, and then initialises the
+rest, module by module. Its initialisers pass over tensors that were read; code that writes in
+place (``weight.data.normal_()``) does not, and what no code writes stays as the memory was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Keeping", "is_read", "reset_unwritten"]
+
+
+def is_read(tensor: Tensor) -> bool:
+    """Whether transformers has read a tensor from a file, or will tie it to one that it has."""
+    return bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+class Keeping(TorchDispatchMode):
+    """Within, operations may write into a model's tensors; what was read is restored at the end.
+
+    Only what is written into is copied, right before. Writes by numpy are not seen.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._read = [(*place, place[2].data) for place in _places(model) if is_read(place[2])]
+        self._aliases = {_storage(alias): alias for *_, alias in self._read}
+        self._unread = {_storage(t) for *_, t in _places(model) if not is_read(t)}
+        self._values: dict[int, Tensor] = {}
+        self._written: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[index] if index < len(args) else kwargs.get(argument.name)
+                for tensor in tree_leaves(given):
+                    if isinstance(tensor, Tensor):
+                        self._note(_storage(tensor))
+        return func(*args, **kwargs)
+
+    def _note(self, storage: int) -> None:
+        if storage in self._aliases and storage not in self._values:
+            self._values[storage] = self._aliases[storage].clone()
+        self._written.add(storage)
+
+    def unwritten(self, module: nn.Module) -> list[str]:
+        """Names of a module's own tensors that were neither read nor written."""
+        return [
+            name
+            for _, name, tensor in _own(module)
+            if tensor.numel()
+            and not is_read(tensor)
+            and _storage(tensor) in self._unread - self._written
+        ]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        with torch.no_grad():
+            for storage, values in self._values.items():
+                self._aliases[storage].copy_(values)
+        for place, name, tensor, alias in self._read:
+            if place.get(name) is not tensor and not is_read(place.get(name, alias)):
+                place[name] = tensor
+            if _storage(tensor) != _storage(alias):
+                tensor.data = alias
+
+
+def reset_unwritten(model: nn.Module, keeping: Keeping) -> None:
+    """Let modules initialise what nobody has, by their `reset_parameters`.
+
+    Raises:
+        ValueError: if tensors remain that nobody initialises.
+    """
+    left = []
+    for path, module in model.named_modules():
+        if keeping.unwritten(module):
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                with torch.no_grad():
+                    reset()
+            left += [f"{path}.{name}".lstrip(".") for name in keeping.unwritten(module)]
+    if left:
+        raise ValueError(
+            f"{', '.join(left[:3])}{', …' if len(left) > 3 else ''}: not in the files, and nothing "
+            "initialises what is not; fill it in _init_weights, in the module's reset_parameters, "
+            "or save it."
+        )
+
+
+def _own(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for place in (module._parameters, module._buffers):
+        for name, tensor in place.items():
+            if tensor is not None:
+                yield place, name, tensor
+
+
+def _places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for module in model.modules():
+        yield from _own(module)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Which memory a tensor lies in, whatever views there are of it."""
+    return int(tensor.untyped_storage()._cdata)
