@@ -20,6 +20,7 @@ from torch import Tensor
 from gramian.checking._report import CheckReport, CheckRow
 from gramian.distillation import distill
 from gramian.filters import ModalFilter
+from gramian.mixers import Segments
 
 if TYPE_CHECKING:
     from gramian.mixers import Mixer
@@ -38,6 +39,9 @@ in higher ones, where convolutions are sums of as many products as there are tap
 
 _ADD_UP = 4
 """What is accepted of a whole model, in multiples of what is accepted of a layer."""
+
+_WRITTEN = 8
+"""Tokens that are generated."""
 
 _CHUNKS = (1, 7, 2, 31, 64)
 """Lengths of the chunks, over and over."""
@@ -231,17 +235,9 @@ def _check_layer(
         parts.append(made)
     differences["chunked"] = _difference(torch.cat(parts, 1), y)
 
-    padding = max(1, x.shape[1] // 5)
-    noise = torch.randn(
-        (len(x), padding, x.shape[2]), generator=torch.Generator().manual_seed(seed)
-    )
-    padded = torch.cat([noise.to(x), x], 1)
-    mask = torch.ones(padded.shape[:2], dtype=torch.bool, device=x.device)
-    mask[:, :padding] = False
-    through, _ = recurrence.prefill(padded, mask=mask)
-    differences["padded"] = max(
-        _difference(made[:, padding:], y) for made in (mixer(padded, mask=mask), through)
-    )
+    for mode, turns in layouts(*x.shape[:2]).items():
+        differences[mode] = _laid_out(mixer, recurrence, x, y, turns, seed)
+    differences["packed"] = _difference(mixer(*_packed(x)).view_as(y), y)
     differences["batched"] = _difference(torch.cat([mixer(one) for one in x.split(1)]), y)
     differences["reloaded"] = _difference(again.model.layers[layer].mixer(x), y)
     if small is not None:
@@ -254,6 +250,84 @@ def _check_layer(
     limits = _limits(own, max(own, 2 * reported) if tolerance is None else own)
     name = type(mixer).__name__
     return CheckRow(_name(x.dtype), layer, name, recurrence.forms, differences, limits)
+
+
+def layouts(batch: int, length: int) -> dict[str, list[Tensor]]:
+    """Where the tokens of every sequence stand, for each mode of padding.
+
+    Returns:
+        For each mode one or two turns, each (batch, columns) of int64: the token that stands in
+        every column, or -1 for padding. The second turn follows the first.
+    """
+    padding = max(1, length // 5)
+    found: dict[str, list[list[list[int]]]] = {"padded": [[]], "right": [[]], "gap": [[]]}
+    found["turn"] = [[], []]
+    most = length - length // 2 + 2
+    for row in range(batch):
+        tokens, silence = list(range(length)), [-1] * padding
+        found["padded"][0].append(silence + tokens)
+        found["right"][0].append(tokens + silence)
+        at = 1 + (length // 3 + 7 * row) % max(1, length - 1)
+        found["gap"][0].append(tokens[:at] + silence + tokens[at:])
+        first = length // 2 - row % min(3, length // 2)  # turns of unequal lengths
+        found["turn"][0].append(tokens[:first] + [-1] * (length // 2 - first))
+        rest, more = tokens[first:], [-1] * (most - length + first)
+        found["turn"][1].append(rest[:row] + more + rest[row:])
+    return {mode: [torch.tensor(turn) for turn in turns] for mode, turns in found.items()}
+
+
+def _laid_out(
+    mixer: Mixer,
+    recurrence: Any,
+    x: Tensor,
+    y: Tensor,
+    turns: list[Tensor],
+    seed: int,
+) -> float:
+    """How much padding changes a mixer that is run at once, from a state, and on its recurrence."""
+    generator = torch.Generator().manual_seed(seed)
+    # What follows the last turn shows the state that it left.
+    ending = torch.randn(len(x), 1, x.shape[2], generator=generator).to(x)
+    after = mixer(torch.cat([x, ending], 1))[:, -1]
+    worst = 0.0
+    for carried in (False, True):
+        made, state = [], None
+        for turn in turns:
+            noise = torch.randn(*turn.shape, x.shape[2], generator=generator).to(x)
+            part, mask = _placed(x, noise, turn)
+            if carried and state is not None:
+                out, state = mixer(part, state, mask=mask)
+            else:
+                out, state = recurrence.prefill(part, state, mask=mask)
+            made.append(out)
+            if len(turns) == 1:
+                worst = max(worst, _difference(_collected([mixer(part, mask=mask)], turns), y))
+        worst = max(worst, _difference(_collected(made, turns), y))
+        worst = max(worst, _difference(recurrence.step(ending[:, 0], state)[0], after))
+    return worst
+
+
+def _placed(x: Tensor, padding: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens' entries of x (batch, length, …) in their columns between ``padding``, and the
+    mask."""
+    mask = (turn >= 0).to(x.device)
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    chosen = x[rows, turn.to(x.device).clamp_min(0)]
+    return torch.where(mask.reshape(*mask.shape, *(1,) * (x.ndim - 2)), chosen, padding), mask
+
+
+def _collected(made: list[Tensor], turns: list[Tensor]) -> Tensor:
+    """The outputs at the tokens, (batch, length, …), of (batch, columns, …) turn by turn."""
+    order = torch.cat(turns, 1).to(made[0].device)
+    outputs = torch.cat(made, 1)
+    return torch.stack([row[at >= 0] for row, at in zip(outputs, order, strict=True)])
+
+
+def _packed(x: Tensor) -> tuple[Tensor, None, Segments]:
+    """Arguments of a mixer: all sequences of x (batch, length, width) in one row."""
+    batch, length = x.shape[:2]
+    numbers = torch.arange(batch, device=x.device).repeat_interleave(length)
+    return x.flatten(0, 1)[None], None, Segments(None, numbers[None])
 
 
 def _stepped(recurrence: Any, x: Tensor) -> Tensor:
@@ -272,6 +346,8 @@ def _check_model(
     again: Any,
     small: Any,
 ) -> CheckRow:
+    from gramian.models.cache import CACHE
+
     model, ids, logits = run.model, run.ids, run.logits
     length = ids.shape[1]
     one_by_one = [slice(t, t + 1) for t in range(length)]
@@ -281,14 +357,29 @@ def _check_model(
     differences["recurrent"] = _difference(_continued(model, ids, one_by_one), logits)
     differences["chunked"] = _difference(_continued(model, ids, list(_chunks(length))), logits)
 
-    padding = max(1, length // 5)
-    padded = torch.cat([ids[:, :padding], ids], 1)
-    mask = torch.ones_like(padded)
-    mask[:, :padding] = 0
-    half = padding + length // 2
-    at_once = model(padded, attention_mask=mask, use_cache=False).logits
-    in_two = _continued(model, padded, [slice(0, half), slice(half, padded.shape[1])], mask)
-    differences["padded"] = max(_difference(y[:, padding:], logits) for y in (at_once, in_two))
+    generator = torch.Generator().manual_seed(0)
+    for mode, turns in layouts(*ids.shape).items():
+        worst, made, cache = 0.0, [], None
+        seen = ids[:, :0]
+        for turn in turns:
+            noise = torch.randint(model.config.vocab_size, turn.shape, generator=generator)
+            part, mask = _placed(ids, noise.to(ids), turn)
+            seen = torch.cat([seen, mask.to(ids)], 1)
+            if len(turns) == 1:
+                at_once = model(part, attention_mask=seen, use_cache=False).logits
+                worst = _difference(_collected([at_once], turns), logits)
+                half = part.shape[1] // 2
+                parts = [slice(0, half), slice(half, part.shape[1])]
+                made.append(_continued(model, part, parts, seen))
+            else:
+                output = model(part, attention_mask=seen, past_key_values=cache, use_cache=True)
+                cache = output[CACHE]
+                made.append(output.logits)
+        differences[mode] = max(worst, _difference(_collected(made, turns), logits))
+    positions = torch.arange(length, device=ids.device).repeat(len(ids))[None]
+    in_one = model(ids.flatten()[None], position_ids=positions, use_cache=False).logits
+    differences["packed"] = _difference(in_one.view_as(logits), logits)
+    differences["generated"] = _generated(model, ids)
     alone = torch.cat([model(one, use_cache=False).logits for one in ids.split(1)])
     differences["batched"] = _difference(alone, logits)
     differences["reloaded"] = _difference(again(ids, use_cache=False).logits, logits)
@@ -305,23 +396,47 @@ def _check_model(
     return CheckRow(dtype, None, type(model).__name__, (), differences, limits)
 
 
+def _generated(model: Any, ids: Tensor) -> float:
+    """How far the logits that `generate` writes by are from those of a pass over what it wrote."""
+    prompt = ids[:, : max(1, ids.shape[1] // 2)]
+    written = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=_WRITTEN,
+        min_new_tokens=_WRITTEN,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    made = torch.stack(written.logits, 1)
+    again = model(written.sequences, use_cache=False).logits
+    begin = prompt.shape[1] - 1
+    return _difference(made, again[:, begin : begin + made.shape[1]])
+
+
 def _continued(
     model: Any, ids: Tensor, parts: Sequence[slice], mask: Tensor | None = None
 ) -> Tensor:
     """Logits of the tokens part by part, through a cache."""
+    from gramian.models.cache import CACHE
+
     cache, made = None, []
     for part in parts:
         seen = None if mask is None else mask[:, : part.stop]
         output = model(ids[:, part], attention_mask=seen, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = output[CACHE]
         made.append(output.logits)
     return torch.cat(made, 1)
 
 
 def _limits(own: float, carried: float) -> dict[str, float]:
     """What is accepted where no state is carried, and where one is."""
-    limits = dict.fromkeys(("recurrent", "chunked", "padded", "stepped"), carried)
-    return limits | {"batched": own, "reloaded": own}
+    limits = dict.fromkeys(("batched", "reloaded", "packed"), own)
+    modes = ("recurrent", "chunked", "stepped", "padded", "right", "gap", "turn")
+    limits |= dict.fromkeys(modes, carried)
+    return limits | {"generated": max(carried, _ACCEPTED[torch.float32])}  # handed over in float32
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -18,14 +18,22 @@ MODES = {
     "parallel": "against the parallel pass of the same weights in float64",
     "recurrent": "one token at a time",
     "chunked": "in chunks of uneven length, state carried from one to the next",
-    "padded": "with padding on the left, parallel and in chunks",
     "batched": "each sequence alone instead of in its batch",
     "reloaded": "saved and loaded again",
     "distilled": "with its long filters reduced; reported, not judged",
     "stepped": "the distilled model, one token at a time against its own parallel pass",
+    "padded": "with padding on the left, parallel and in chunks",
+    "right": "with padding on the right, and going on from there",
+    "gap": "with padding between the tokens",
+    "turn": "in two turns of unequal lengths, padded, the second after the state of the first",
+    "packed": "all sequences in one row",
+    "generated": "the logits that `generate` writes by, against a pass without a cache",
 }
-"""Ways of running a model, and what each is compared with: but for the first and the last, the
-parallel pass in the same precision."""
+"""Ways of running a model, and what each is compared with: where nothing is said, the parallel pass
+in the same precision."""
+
+_TABLES = (tuple(MODES)[:7], tuple(MODES)[7:])
+"""The modes that stand in one table: how the model is run, and where the tokens are."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,8 @@ class CheckRow:
             "failures": list(self.failures),
         }
 
-    def _cells(self) -> list[str]:
-        found = (self.differences.get(mode) for mode in MODES)
+    def _cells(self, modes: tuple[str, ...]) -> list[str]:
+        found = (self.differences.get(mode) for mode in modes)
         cells = ("–" if d is None else "0" if d == 0 else f"{d:.1e}" for d in found)
         return ["model" if self.layer is None else str(self.layer), *cells]
 
@@ -119,14 +127,16 @@ class CheckReport:
     def __str__(self) -> str:
         lines = []
         for dtype, rows in self._by_precision():
-            table = [["layer", *MODES], *(row._cells() for row in rows)]
-            marks = ["", *("  FAIL" if row.failures else "" for row in rows)]
-            widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
             lines.append(dtype)
-            lines += [
-                " ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + mark
-                for row, mark in zip(table, marks, strict=True)
-            ]
+            for modes in _TABLES:
+                table = [["layer", *modes], *(row._cells(modes) for row in rows)]
+                failed = (not set(modes).isdisjoint(row.failures) for row in rows)
+                marks = ["", *("  FAIL" if fails else "" for fails in failed)]
+                widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+                lines += [
+                    " ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + mark
+                    for row, mark in zip(table, marks, strict=True)
+                ]
         return "\n".join([*lines, self._summary()])
 
     def __rich__(self) -> Group:
@@ -137,17 +147,19 @@ class CheckReport:
 
         tables = []
         for dtype, rows in self._by_precision():
-            table = Table(title=dtype, box=SIMPLE_HEAD, padding=0, pad_edge=False)
-            for column in ("layer", *MODES):
-                table.add_column(column, justify="right")
-            for row in rows:
-                label, *cells = row._cells()
-                shown = (
-                    Text(cell, style="bold red" if mode in row.failures else "")
-                    for mode, cell in zip(MODES, cells, strict=True)
-                )
-                table.add_row(label, *shown)
-            tables.append(table)
+            for modes in _TABLES:
+                title = dtype if modes is _TABLES[0] else None
+                table = Table(title=title, box=SIMPLE_HEAD, padding=0, pad_edge=False)
+                for column in ("layer", *modes):
+                    table.add_column(column, justify="right")
+                for row in rows:
+                    label, *cells = row._cells(modes)
+                    shown = (
+                        Text(cell, style="bold red" if mode in row.failures else "")
+                        for mode, cell in zip(modes, cells, strict=True)
+                    )
+                    table.add_row(label, *shown)
+                tables.append(table)
         return Group(*tables, self._summary())
 
     def _by_precision(self) -> list[tuple[str, list[CheckRow]]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gramian.filters import ModalFilter
 from gramian.models import GramianForCausalLM
+from gramian.models.cache import CACHE
 from gramian.systems import Modal
 
 __all__ = [
@@ -134,7 +135,7 @@ class Decoder:
     def __init__(self, model: GramianForCausalLM, context: Tensor) -> None:
         self.model = model
         output = model(context, use_cache=True, logits_to_keep=1)
-        self.cache = output.past_key_values
+        self.cache = output[CACHE]
         self.token = output.logits[:, -1].argmax(-1, keepdim=True)  # (1, 1)
 
     @property

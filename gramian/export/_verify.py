@@ -64,6 +64,8 @@ def verify_model(
     tie if PyTorch's logits of the two candidates differ by less than the outputs may; otherwise it
     is a `RuntimeError`.
     """
+    from gramian.models.cache import CACHE
+
     generator = torch.Generator().manual_seed(seed)
     length = _PROMPT
     if run.context is not None:
@@ -91,7 +93,7 @@ def verify_model(
             found, state = run.step(chosen.numpy(), state)
             output = model(
                 input_ids=chosen[:, None],
-                past_key_values=output.past_key_values,
+                past_key_values=output[CACHE],
                 use_cache=True,
             )
     differences.check(tolerance)

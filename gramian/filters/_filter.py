@@ -26,7 +26,7 @@ class Filter(nn.Module, abc.ABC):
     ``filter(length)`` goes through ``forward``, so that hooks and sharding see it; the system is
     made anew at every call and gradients flow through it. The parameters describe dynamics, where a
     pole of 0.999 must not become 1.0: they stay in float32 when the model is cast to half
-    precision.
+    precision, and the system is made outside of autocast.
 
     Args:
         channels: Number of filters.
@@ -43,6 +43,13 @@ class Filter(nn.Module, abc.ABC):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}.")
         self.channels = channels
         self.max_length = max_length
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        device = next(self.parameters(), torch.empty(0)).device.type
+        if not torch.is_autocast_enabled(device):
+            return super().__call__(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return super().__call__(*args, **kwargs)
 
     @abc.abstractmethod
     def forward(self, length: int | None = None) -> System:

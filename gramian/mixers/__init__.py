@@ -8,6 +8,7 @@ from gramian.mixers._initialization import (
 from gramian.mixers._linear_recurrence import LinearRecurrence, LinearRecurrenceState
 from gramian.mixers._mixer import Mixer, MixerRecurrence, ShortConvolution
 from gramian.mixers._observation import Observer
+from gramian.mixers._segments import Segments
 from gramian.mixers.block import Block
 from gramian.mixers.gated_delta_net import GatedDeltaNet
 from gramian.mixers.gated_linear_attention import GatedLinearAttention
@@ -40,6 +41,7 @@ __all__ = [
     "MultiHyena",
     "MultiHyenaState",
     "Observer",
+    "Segments",
     "ShortConvolution",
     "SoftmaxAttention",
     "SoftmaxAttentionState",

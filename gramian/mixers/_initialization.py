@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gramian.ess import effective_state_size
 from gramian.mixers._linear_recurrence import Dynamics, LinearRecurrence
 from gramian.mixers._observation import Observer
+from gramian.mixers._segments import Segments
 
 __all__ = ["GateInitialization", "InitializedGates", "initialize_gates"]
 
@@ -169,7 +170,7 @@ class _Search:
         self,
         mixer: LinearRecurrence,
         x: Tensor,
-        mask: Tensor | None,
+        mask: Segments | None,
         *,
         at: int | None,
         per_head: bool,

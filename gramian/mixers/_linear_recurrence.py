@@ -184,28 +184,7 @@ class LinearRecurrence(Mixer):
     def _write(self, y: Tensor, rest: Tensor) -> Tensor:
         """(batch, length, inner) from the recurrence's outputs (batch, heads, length, N)."""
 
-    def operator(
-        self, x: Tensor, channels: slice | None = None, mask: Tensor | None = None
-    ) -> TimeVarying:
-        """The system that acts on the values, after projection and short convolution, before norm,
-        output gate and output projection.
-
-        Args:
-            x: (batch, length, width), from a silent past.
-            channels: Which heads; all by default.
-            mask: (batch, length), nonzero for real tokens.
-
-        Returns:
-            Channels (batch, heads), length steps of order ``state_size``: every column of a head's
-            values passes through the one system of the head. Differentiable.
-
-        Raises:
-            ValueError: for a shape other than these.
-        """
-        self.check_input(x, mask)
-        return self._operator(x, slice(None) if channels is None else channels, mask)
-
-    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None = None) -> TimeVarying:
+    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> TimeVarying:
         return TimeVarying(*self._features(x, None, mask)[0].coefficients())[:, channels]
 
     def _features(
@@ -213,14 +192,14 @@ class LinearRecurrence(Mixer):
     ) -> tuple[Steps, Tensor, Tensor, Tensor]:
         """Coefficients, values, the features that are not convolved, and the new past."""
         mixed, rest = self._split(self.in_proj(x))
-        mixed, past = self.short(apply_mask(mixed, mask), past)
+        mixed, past = self.short(apply_mask(mixed, mask), past, mask)
         coefficients, values = self._read(mixed, rest)
         return coefficients if mask is None else coefficients.masked(mask), values, rest, past
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return z[..., : self.convolved], z[..., self.convolved :]
 
-    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
         coefficients, values, rest, _ = self._features(x, None, mask)
         memory = values.new_zeros(x.shape[0], self.heads, self.state_size, self.value_width)
         return self._finish(self._run(coefficients, values, memory)[0], rest)

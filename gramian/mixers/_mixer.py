@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from gramian.filters import Filter
 from gramian.mixers._compiled import CompiledStep
-from gramian.systems import Modal, Recurrence, State, System, TimeInvariantSystem
+from gramian.mixers._segments import Segments
+from gramian.systems import FIR, Modal, Recurrence, State, System, TimeInvariantSystem
+from gramian.systems._pausing import PausedOperator
 
 __all__ = [
     "Mixer",
@@ -20,6 +22,7 @@ __all__ = [
     "apply_mask",
     "check_divides",
     "check_probability",
+    "for_products",
     "has_small_state",
 ]
 
@@ -31,8 +34,10 @@ class Mixer(nn.Module, abc.ABC):
     mask=None) -> (y, state)`` continues from a state, through which gradients flow;
     ``recurrence()`` makes a frozen snapshot for generation. All of them compute the same map.
 
-    The mask, (batch, length), is 1 where a token is real. It zeroes the input of every causal
-    operator, so that padding, on the left or anywhere else, leaves no trace in later outputs.
+    The mask, (batch, length), is 1 where a token is real. Padding is not time: on the left, on the
+    right, in between or before the tokens of a warm state, a row gives the outputs and the state
+    that its tokens give alone. What stands at padding in the output means nothing. Rows that hold
+    several sequences each are told by `Segments` in the mask's place, whole sequences only.
 
     ``kernel_dropout`` is the probability with which a tap of a long convolution is dropped in
     training, whole sequences only: what carries a state is never touched by it.
@@ -46,68 +51,139 @@ class Mixer(nn.Module, abc.ABC):
     _compiled: CompiledStep | None = None
 
     @overload
-    def __call__(self, x: Tensor, state: None = None, mask: Tensor | None = None) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, state: None = None, mask: Tensor | Segments | None = None
+    ) -> Tensor: ...
 
     @overload
     def __call__(
-        self, x: Tensor, state: State, mask: Tensor | None = None
+        self, x: Tensor, state: State, mask: Tensor | Segments | None = None
     ) -> tuple[Tensor, State]: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return super().__call__(*args, **kwargs)
 
     def forward(
-        self, x: Tensor, state: State | None = None, mask: Tensor | None = None
+        self, x: Tensor, state: State | None = None, mask: Tensor | Segments | None = None
     ) -> Tensor | tuple[Tensor, State]:
         """See the class.
 
         Args:
             x: (batch, length, width), length at least 1.
             state: From ``recurrence().initial_state(batch)`` or an earlier call.
-            mask: (batch, length), boolean or numeric, nonzero for real tokens.
+            mask: (batch, length), boolean or numeric, nonzero for real tokens; or `Segments`.
 
         Raises:
-            ValueError: for a shape other than these.
+            TypeError: if ``state`` is none.
+            ValueError: for a shape other than these, or a state with rows of several sequences.
         """
-        self.check_input(x, mask)
+        segments = self._segments(x, mask)
         if state is None:
-            return self._parallel(x, mask)
+            return self._whole(x, segments)
         if not isinstance(state, State):
             raise TypeError(
                 "the second argument is the state that recurrence().initial_state(batch) or an "
                 f"earlier call returned, got {type(state).__name__}; pass a mask by name, mask=…"
             )
-        return self._chunk(x, state, mask, self._systems())
+        return self._carried(x, state, segments, self._systems())
 
-    def operator(self, x: Tensor, channels: slice | None = None) -> System:
+    def operator(
+        self,
+        x: Tensor,
+        channels: slice | None = None,
+        mask: Tensor | Segments | None = None,
+    ) -> System:
         """What the mixer applies to its values on this input: after projections and short
         convolution, before output gate and output projection.
 
         Args:
-            x: (batch, length, width), length at least 1.
+            x: (batch, length, width), length at least 1, from a silent past.
             channels: Which heads or channels; all by default.
+            mask: (batch, length), nonzero for real tokens. What depends on the input passes over
+                padding: its columns are zero. Where padding stands between the tokens of a row,
+                the operator is that of the tokens moved together to the end.
 
         Returns:
             A system of ``length`` steps with channels (batch, heads) or (batch, width), or, where
             it does not depend on the input, a time-invariant one with channels (width).
 
         Raises:
-            ValueError: for an input of another shape, or a mixer that is not causal.
+            ValueError: for an input of another shape, a mixer that is not causal, or rows of
+                several sequences: their operators are one for each of `Segments.parts`.
         """
-        self.check_input(x, None)
-        return self._operator(x, slice(None) if channels is None else channels)
+        segments = self._segments(x, mask)
+        real = None if segments is None else segments.real
+        x = apply_mask(x, real)
+        if segments is not None and not segments.unbroken:
+            if segments.packed:
+                raise ValueError("packed rows have one operator for each sequence: take its part.")
+            (part,) = segments.parts
+            x, real = part.take(x), part.real
+        return self._operator(x, slice(None) if channels is None else channels, real)
 
     def recurrence(self) -> MixerRecurrence:
         """A frozen snapshot for generation; filters are evaluated once, here."""
         return MixerRecurrence(self)
 
-    @abc.abstractmethod
-    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The whole sequence from a silent past."""
+    def _segments(self, x: Tensor, mask: Tensor | Segments | None) -> Segments | None:
+        """The checked mask, where there is one."""
+        self.check_input(x, mask)
+        segments = Segments.of(mask)
+        return None if segments is None else segments.to(x.device)
+
+    def _whole(self, x: Tensor, segments: Segments | None) -> Tensor:
+        """Whole sequences from a silent past, wherever their tokens stand."""
+        if segments is None or segments.unbroken:
+            real = None if segments is None else segments.real
+            return self._parallel(apply_mask(x, real), real, self._filters(x.shape[1]))
+        parts = segments.parts
+        longest = max(part.source.shape[1] for part in parts)
+        systems = self._filters(longest)
+        if len(parts) > 1:  # a kernel is made once for all of them
+            systems = tuple(FIR(_taps(system, x, longest)) for system in systems)
+        return segments.restore(
+            [self._parallel(part.take(x), part.real, systems) for part in parts]
+        )
+
+    def _carried(
+        self,
+        x: Tensor,
+        state: State,
+        segments: Segments | None,
+        operators: tuple[Any, ...],
+        silent: bool = False,
+    ) -> tuple[Tensor, State]:
+        """A chunk from ``state``, which remembers nothing if it is ``silent``."""
+        if segments is None:
+            return self._chunk(x, state, None, operators)
+        if segments.packed:
+            raise ValueError(
+                "a state is that of rows of one sequence each: packed rows can neither begin with "
+                "one nor leave one."
+            )
+        if segments.aligned:
+            x, real = apply_mask(x, segments.real), segments.real
+        else:
+            (part,) = segments.parts
+            x, real = part.take(x), part.real
+        if operators and not silent:
+            pause = segments.pause()
+            operators = tuple(PausedOperator(operator, pause) for operator in operators)
+        y, state = self._chunk(x, state, real, operators)
+        return y if segments.aligned else segments.restore([y]), state
 
     @abc.abstractmethod
-    def _operator(self, x: Tensor, channels: slice) -> System:
+    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
+        """Whole sequences from a silent past, without padding between tokens; ``systems`` are
+        `_filters` of at least their length."""
+
+    @abc.abstractmethod
+    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
         """See `operator`."""
+
+    def _filters(self, length: int) -> tuple[System, ...]:
+        """The systems that `_parallel` convolves with."""
+        return self._systems(length)
 
     @abc.abstractmethod
     def _systems(self, length: int | None = None) -> tuple[System, ...]:
@@ -123,7 +199,11 @@ class Mixer(nn.Module, abc.ABC):
     def _chunk(
         self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
     ) -> tuple[Tensor, State]:
-        """A chunk from ``state``; each of ``operators`` maps (u, state) to (y, state)."""
+        """A chunk from ``state``; each of ``operators`` maps (u, state) to (y, state), all of its
+        columns at once or part by part.
+
+        Where there is a mask, padding stands before the tokens of a row, and moves no state.
+        """
 
     @abc.abstractmethod
     def _step(
@@ -179,7 +259,7 @@ class Mixer(nn.Module, abc.ABC):
             kernel = nn.functional.dropout(kernel, self.kernel_dropout)
         return kernel
 
-    def check_input(self, x: Tensor, mask: Tensor | None) -> None:
+    def check_input(self, x: Tensor, mask: Tensor | Segments | None) -> None:
         """Raise a ValueError unless x is (batch, length ≥ 1, width) and the mask fits."""
         if x.ndim != 3 or x.shape[-1] != self.width or x.shape[1] == 0:
             raise ValueError(
@@ -190,6 +270,11 @@ class Mixer(nn.Module, abc.ABC):
             raise ValueError(
                 f"the mask must be (batch, length) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}."
             )
+
+
+def _taps(system: System, like: Tensor, length: int) -> Tensor:
+    assert isinstance(system, TimeInvariantSystem)
+    return system.kernel_for(like, length)
 
 
 class MixerRecurrence:
@@ -231,14 +316,21 @@ class MixerRecurrence:
 
     @torch.no_grad()
     def prefill(
-        self, x: Tensor, state: State | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        mask: Tensor | Segments | None = None,
     ) -> tuple[Tensor, State]:
-        """Take (batch, T, width) at once; returns y and the state after it."""
-        self.mixer.check_input(x, mask)
+        """Take (batch, T, width) at once; returns y and the state after each row's last token.
+
+        The mask is that of `Mixer.forward`: padding moves no state, wherever it stands.
+        """
+        segments = self.mixer._segments(x, mask)
+        silent = state is None
         if state is None:
             state = self.initial_state(x.shape[0], dtype=x.dtype, device=x.device)
         operators = tuple(recurrence.prefill for recurrence in self.long)
-        return self.mixer._chunk(x, state, mask, operators)
+        return self.mixer._carried(x, state, segments, operators, silent)
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
@@ -278,9 +370,12 @@ class ShortConvolution(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, past: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (batch, length, channels) after the K - 1 inputs ``past``; returns y and new past.
 
+        Where the mask (batch, length) is zero, at the beginning of rows, the past is still to come.
         One token, (batch, channels), comes through here too, since hooks that bring parameters in
         (offloading) see no other method.
         """
@@ -291,11 +386,23 @@ class ShortConvolution(nn.Module):
             extended = nn.functional.pad(x, (0, 0, self.taps - 1, 0))
         else:
             extended = torch.cat([past.to(x.dtype), x], dim=1)
+            if mask is not None:
+                extended = self._moved_past(extended, mask)
         weight = self.weight.flip(-1).to(x.dtype)
         y = self.bias.to(x.dtype)
         for j in range(self.taps):
             y = torch.addcmul(y, extended[:, j : j + length], weight[:, j])
         return y, extended[:, length:]
+
+    def _moved_past(self, extended: Tensor, mask: Tensor) -> Tensor:
+        """The leading K - 1 columns of a row moved to where its first token is."""
+        batch, width = extended.shape[:2]
+        padding = (mask == 0).sum(1, keepdim=True)
+        columns = torch.arange(width, device=extended.device)
+        source = torch.where(columns < self.taps - 1 + padding, columns - padding, columns)
+        rows = torch.arange(batch, device=extended.device)[:, None] * width
+        moved = extended.flatten(0, 1).index_select(0, (rows + source.clamp_min(0)).flatten())
+        return moved.unflatten(0, (batch, width)).masked_fill((source < 0).unsqueeze(-1), 0)
 
     def step(self, x_t: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         """One token (batch, channels)."""
@@ -318,7 +425,15 @@ def apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
     """Zero the positions (batch, length) of x (batch, length, …) where the mask is zero."""
     if mask is None:
         return x
-    return x * (mask != 0).to(x.dtype).reshape(*mask.shape, *(1,) * (x.ndim - 2))
+    return x.masked_fill((mask == 0).reshape(*mask.shape, *(1,) * (x.ndim - 2)), 0)
+
+
+def for_products(x: Tensor) -> Tensor:
+    """x of a whole sequence in a dtype whose range holds products of activations.
+
+    float16, which ends at 65,504, becomes float32; bfloat16, which does not, keeps its memory.
+    """
+    return x.float() if x.dtype == torch.float16 else x
 
 
 def has_small_state(system: System, length: int, copies: int = 1) -> TypeGuard[Modal]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gramian.mixers._linear_recurrence import LinearRecurrence
 from gramian.mixers._mixer import Mixer
+from gramian.mixers._segments import Segments
 from gramian.mixers.block import Block
 from gramian.systems import System
 
@@ -48,7 +48,7 @@ class Observer:
         }
         if not self.mixers:
             raise ValueError(f"{type(model).__name__} has no {kind.__name__} to observe.")
-        self._read: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._read: dict[str, tuple[Tensor, Segments | None]] = {}
         self._hooks = [model.register_forward_pre_hook(self._begin)]
         for path, mixer in self.mixers.items():
             hook = mixer.register_forward_pre_hook(partial(self._keep, path), with_kwargs=True)
@@ -59,10 +59,12 @@ class Observer:
 
     def _keep(self, path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["x"]
-        self._read[path] = x, args[2] if len(args) > 2 else kwargs.get("mask")
+        mask = args[2] if len(args) > 2 else kwargs.get("mask")
+        self._read[path] = x, Segments.of(mask)
 
-    def inputs(self) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """What every mixer that ran read, (batch, length, width), and its mask, by path."""
+    def inputs(self) -> dict[str, tuple[Tensor, Segments | None]]:
+        """What every mixer that ran read, (batch, length, width), and which positions of it are
+        tokens, by path."""
         return dict(self._read)
 
     def operators(
@@ -70,11 +72,11 @@ class Observer:
     ) -> list[System]:
         """Of every mixer that ran in the last forward pass, `mixer.operator` of what it read.
 
-        Masks are those of the pass for linear recurrences; other mixers' operators know none, and
-        read padding as tokens.
+        Padding is passed over, as in the pass. Packed rows give several operators a mixer, of
+        sequences of about one length each.
 
         Args:
-            sequences: At most so many, the first ones of the batch.
+            sequences: At most so many of an operator, the first ones.
             channels: Of a layer with more heads or channels, every n-th from a random one on, so
                 that at most so many are taken.
 
@@ -90,14 +92,12 @@ class Observer:
                 "no mixer has run: call the model first, with use_cache=False if it generates."
             )
         found: list[System] = []
-        for path, (x, mask) in self._read.items():
+        for path, (x, segments) in self._read.items():
             mixer = self.mixers[path]
-            x, mask = x[:sequences], None if mask is None else mask[:sequences]
             chosen = _some(getattr(mixer, "heads", mixer.width), channels)
-            if isinstance(mixer, LinearRecurrence):
-                found.append(mixer.operator(x, chosen, mask))
-            else:
-                found.append(mixer.operator(x, chosen))
+            for part, real in _unpacked(x, segments):
+                real = None if real is None else real[:sequences]
+                found.append(mixer.operator(part[:sequences], chosen, real))
         return found
 
     def close(self) -> None:
@@ -111,6 +111,13 @@ class Observer:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _unpacked(x: Tensor, segments: Segments | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Batches of rows of one sequence each, and where their tokens are."""
+    if segments is None or not segments.packed:
+        return [(x, None if segments is None else segments.real)]
+    return [(part.take(x), part.real) for part in segments.parts]
 
 
 def _some(count: int, at_most: int | None) -> slice:

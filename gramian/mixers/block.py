@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gramian.filters import Filter, build
 from gramian.mixers._mixer import Mixer, check_probability
+from gramian.mixers._segments import Segments
 from gramian.mixers.long_convolution import LongConvolution
 from gramian.ops.packed import Linear
 from gramian.systems import Recurrence, State, System
@@ -107,8 +108,8 @@ class Block(Mixer):
     def _systems(self, length: int | None = None) -> tuple[System, ...]:
         return self.mixer._systems(length)
 
-    def _operator(self, x: Tensor, channels: slice) -> System:
-        return self.mixer._operator(self._normed(x) if self.prenorm else x, channels)
+    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
+        return self.mixer._operator(self._normed(x) if self.prenorm else x, channels, mask)
 
     def _make_state(
         self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
@@ -118,11 +119,15 @@ class Block(Mixer):
     def reserve(self, state: State, tokens: int) -> State:
         return self.mixer.reserve(state, tokens)
 
-    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        mixed = self.mixer(self._normed_whole(x, mask) if self.prenorm else x, mask=mask)
+    def _whole(self, x: Tensor, segments: Segments | None) -> Tensor:
+        real = None if segments is None else segments.real
+        mixed = self.mixer(self._normed_whole(x, real) if self.prenorm else x, mask=segments)
         inner = self._drop(nn.functional.gelu(mixed))
         y = x + self._drop(self._transform(inner))
-        return y if self.prenorm else self._normed_whole(y, mask)
+        return y if self.prenorm else self._normed_whole(y, real)
+
+    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
+        return self._whole(x, Segments.of(mask))
 
     def _chunk(
         self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]

@@ -3,6 +3,9 @@ r"""Hyena: long convolutions interleaved with gates.
 With projections ``x^0, …, x^{N-1}, v`` after a short convolution, ``v ← h^n * (x^n v)`` for n from
 N - 1 down to 1, then ``y = x^0 v`` (Hyena, Poli et al. 2023, definition 3.1; order N ≥ 2).
 
+In half precision what is between the first product and the last gate is float32: v may pass
+float16's largest number, 65,504, where the gate after it brings it back.
+
 Hyena-RTF (Parnichkun et al. 2024, section 4.3) puts ``gelu(W norm(y))`` between y and the output
 projection.
 """
@@ -20,11 +23,13 @@ from gramian.mixers._mixer import (
     ShortConvolution,
     apply_mask,
     check_probability,
+    for_products,
     has_small_state,
 )
 from gramian.ops import causal_convolution
 from gramian.ops.packed import Linear
 from gramian.systems import DenseOperator, Recurrence, State, System, gated_convolution
+from gramian.systems._system import working_dtype
 
 __all__ = ["Hyena", "HyenaState"]
 
@@ -105,13 +110,13 @@ class Hyena(Mixer):
         self, x: Tensor, mask: Tensor | None, past: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Gates from the outermost in, the value, and the new past of the short convolution."""
-        z, past = self.short(apply_mask(self.in_proj(x), mask), past)
+        z, past = self.short(apply_mask(self.in_proj(x), mask), past, mask)
         *gates, value = z.split(self.width, dim=-1)
         return gates, value, past
 
-    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
         (last, *gates), value, _ = self._project(x, mask, None)
-        systems = self._systems(x.shape[1])
+        value = for_products(value)
         for n, (gate, system) in enumerate(zip(reversed(gates), systems, strict=True)):
             value = causal_convolution(
                 apply_mask(gate * value, mask),
@@ -119,19 +124,23 @@ class Hyena(Mixer):
                 gate=last if n == len(gates) - 1 else None,
                 dim=-2,
             )
-        return self._finish(value)
+        return self._finish(value.to(last.dtype))
 
-    def _operator(self, x: Tensor, channels: slice) -> System:
+    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
         length = x.shape[1]
-        (_, *gates), _, _ = self._project(x, None, None)
-        inner = [gate.mT[:, channels] for gate in reversed(gates)]  # (batch, channels, length)
+        (_, *gates), _, _ = self._project(x, mask, None)
+        dtype = working_dtype(x)
+        inner = [apply_mask(gate, mask).mT[:, channels].to(dtype) for gate in reversed(gates)]
         systems = [system[channels] for system in self._systems(length)]
         if len(systems) == 1 and has_small_state(systems[0], length):
             return gated_convolution(systems[0], torch.ones_like(inner[0]), inner[0])
         matrix: Tensor | None = None
-        for gate, system in zip(inner, systems, strict=True):
-            factor = system.matrix(length).to(gate.dtype) * gate.unsqueeze(-2)
-            matrix = factor if matrix is None else factor @ matrix
+        for gate, system in zip(inner, systems, strict=True):  # gates (batch, channels, length)
+            factor = system.matrix(length).to(dtype) * gate.unsqueeze(-2)
+            if matrix is not None:
+                with torch.autocast(x.device.type, enabled=False):
+                    factor = factor @ matrix
+            matrix = factor
         assert matrix is not None
         return DenseOperator(matrix)
 
@@ -151,11 +160,13 @@ class Hyena(Mixer):
         assert isinstance(state, HyenaState)
         (last, *gates), value, past = self._project(x, mask, state.short)
         long = []
+        value = value.to(working_dtype(value))
         for gate, operator, inner in zip(reversed(gates), operators, state.long, strict=True):
             y, inner = operator(apply_mask(gate * value, mask).mT, inner)
             value = y.mT
             long.append(inner)
-        return self._finish(last * value), HyenaState(past, tuple(long))
+        y = (last * value).to(last.dtype)
+        return self._finish(y), HyenaState(past, tuple(long))
 
     def _step(
         self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
@@ -168,7 +179,8 @@ class Hyena(Mixer):
         z, past = self.short.step(z, state.short)
         last, *gates, value = z.split(self.width, dim=-1)
         states = []
+        value = value.to(working_dtype(value))
         for gate, recurrence, inner in zip(reversed(gates), long, state.long, strict=True):
             value, inner = recurrence.step(gate * value, inner)
             states.append(inner)
-        return last * value, HyenaState(past, tuple(states))
+        return (last * value).to(last.dtype), HyenaState(past, tuple(states))

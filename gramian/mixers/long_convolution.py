@@ -75,15 +75,18 @@ class LongConvolution(Mixer):
             )
         return (self.filter(length),)
 
-    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        kernel = self._kernel(self.filter(x.shape[1]), x)
+    def _filters(self, length: int) -> tuple[System, ...]:
+        return (self.filter(length),)
+
+    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
+        kernel = self._kernel(systems[0], x)
         x = apply_mask(x, mask)
         if not self.bidirectional:  # a slice of everything is not free: its gradient is copied
             return causal_convolution(x, kernel, dim=-2)
         past, future = kernel.unflatten(0, (2, self.width)).unbind(0)
         return bidirectional_convolution(x, past, future, dim=-2)
 
-    def _operator(self, x: Tensor, channels: slice) -> System:
+    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
         return self._systems(x.shape[1])[0][channels]
 
     def _make_state(

@@ -5,7 +5,9 @@ Laughing Hyena, Massaroli et al. 2023, section 4: the long convolution acts on t
 
 The same map has two forms. ``(Q Kᵀ ∘ T_h) V`` is attention with a Toeplitz mask in place of the
 softmax, O(L²) in time; the convolution of the outer products by FFT is O(N² L log L) with heads of
-width N. The cheaper one for the size at hand is taken.
+width N. The cheaper one for the size at hand is taken. In half precision, what is between the
+products is float32 where a state is carried and in float16, whose largest number, 65,504, scores
+and outer products may pass.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from gramian.mixers._mixer import (
     apply_mask,
     check_divides,
     check_probability,
+    for_products,
     has_small_state,
 )
 from gramian.ops import causal_convolution
@@ -36,6 +39,7 @@ from gramian.systems import (
     TimeVarying,
     to_time_varying,
 )
+from gramian.systems._system import working_dtype
 
 __all__ = ["MultiHyena", "MultiHyenaState"]
 
@@ -108,31 +112,40 @@ class MultiHyena(Mixer):
         self, x: Tensor, mask: Tensor | None, past: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, (batch, heads, length, N), keys masked; and the short convolution's past."""
-        z, past = self.short(apply_mask(self.in_proj(x), mask), past)
+        z, past = self.short(apply_mask(self.in_proj(x), mask), past, mask)
         q, k, v = z.unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)
         if mask is not None:
-            k = k * (mask != 0).to(k.dtype)[:, None, :, None]
+            k = k.masked_fill((mask == 0)[:, None, :, None], 0)
         return q, k, v, past
 
     def _merge(self, y: Tensor) -> Tensor:
         """(batch, heads, length, N) to the output."""
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
-    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
         length = x.shape[1]
         q, k, v, _ = self._project(x, mask, None)
-        kernel = self._kernel(self.filter(length), x)
-        if prefers_convolution(length, self.head_width):
-            return self._merge(convolved_outer_products(q, k, v, kernel))
-        return self._merge(toeplitz_masked_attention(q, k, v, kernel))
+        dtype = q.dtype
+        q, k, v = (for_products(part) for part in (q, k, v))
+        kernel = self._kernel(systems[0], x).flatten(0, 2)  # (heads, taps)
+        form = (
+            convolved_outer_products
+            if prefers_convolution(length, self.head_width)
+            else toeplitz_masked_attention
+        )
+        with torch.autocast(x.device.type, enabled=False):
+            y = form(q, k, v, kernel)
+        return self._merge(y.to(dtype))
 
-    def _operator(self, x: Tensor, channels: slice) -> System:
+    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
         length = x.shape[1]
-        q, k, _, _ = self._project(x, None, None)
-        q, k = q[:, channels], k[:, channels]  # (batch, heads, length, N)
+        q, k, _, _ = self._project(x, mask, None)
+        dtype = working_dtype(q)
+        q, k = q[:, channels].to(dtype), k[:, channels].to(dtype)  # (batch, heads, length, N)
         system = self.filter(length)[channels]
         if not has_small_state(system, length, self.head_width):
-            return DenseOperator((q @ k.mT) * system.matrix(length).to(q.dtype))
+            with torch.autocast(x.device.type, enabled=False):
+                return DenseOperator((q @ k.mT) * system.matrix(length).to(dtype))
         # The state of a value channel: N copies of the filter's, one for each feature of the keys.
         one = to_time_varying(system, length)
         q, k = q.double(), k.double()
@@ -157,6 +170,8 @@ class MultiHyena(Mixer):
     ) -> tuple[Tensor, State]:
         assert isinstance(state, MultiHyenaState)
         q, k, v, past = self._project(x, mask, state.short)
+        dtype = q.dtype
+        q, k, v = (part.to(working_dtype(part)) for part in (q, k, v))
         long = state.long
         per_sample = q.shape[0] * self.width * self.head_width
         size = max(64, _CHUNK_ELEMENTS // per_sample)
@@ -166,8 +181,10 @@ class MultiHyena(Mixer):
             keys, values = k[:, :, part].mT, v[:, :, part].mT  # (B, H, N, T)
             outer = keys.unsqueeze(3) * values.unsqueeze(2)  # (B, H, N, N, T)
             carried, long = operators[0](outer, long)
-            outputs.append(torch.einsum("bhtn,bhnmt->bhtm", q[:, :, part], carried))
-        return self._merge(torch.cat(outputs, dim=2)), MultiHyenaState(past, long)
+            with torch.autocast(x.device.type, enabled=False):
+                outputs.append(torch.einsum("bhtn,bhnmt->bhtm", q[:, :, part], carried))
+        y = torch.cat(outputs, dim=2).to(dtype)
+        return self._merge(y), MultiHyenaState(past, long)
 
     def _step(
         self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
@@ -178,10 +195,12 @@ class MultiHyena(Mixer):
     def _inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
         assert isinstance(state, MultiHyenaState)
         z, past = self.short.step(z, state.short)
-        q, k, v = z.unflatten(-1, (3, self.heads, self.head_width)).unbind(1)  # (B, H, N)
+        dtype = z.dtype
+        z = z.to(working_dtype(z)).unflatten(-1, (3, self.heads, self.head_width))
+        q, k, v = z.unbind(1)  # (B, H, N)
         carried, inner = long[0].step(k.unsqueeze(-1) * v.unsqueeze(-2), state.long)
         y = (q.unsqueeze(-1) * carried).sum(-2).flatten(1)
-        return y, MultiHyenaState(past, inner)
+        return y.to(dtype), MultiHyenaState(past, inner)
 
 
 def prefers_convolution(length: int, head_width: int) -> bool:

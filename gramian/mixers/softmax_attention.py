@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from gramian.mixers._mixer import Mixer, check_divides
 from gramian.ops.packed import Linear
 from gramian.systems import DenseOperator, Recurrence, State, System
+from gramian.systems._system import working_dtype
 
 __all__ = ["SoftmaxAttention", "SoftmaxAttentionState"]
 
@@ -186,7 +187,7 @@ class SoftmaxAttention(Mixer):
         real = (mask != 0).to(device, torch.int64)
         return real.cumsum(1) - real
 
-    def _parallel(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
         positions = self._positions(x.shape[1], mask, x.device)
         q, k, v = self._project(x, positions)
         return self._merge(self._attend(q, k, v, positions, mask))
@@ -259,15 +260,21 @@ class SoftmaxAttention(Mixer):
             seen = seen & (now - held < self.window)
         return seen.expand(-1, now.shape[1], -1)
 
-    def _operator(self, x: Tensor, channels: slice) -> System:
-        positions = self._positions(x.shape[1], None, x.device)
+    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
+        positions = self._positions(x.shape[1], mask, x.device)
         q, k, _ = self._project(x, positions)
         k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
-        scores = q[:, channels] @ k[:, channels].mT / math.sqrt(self.head_width)
-        past = positions[0, :, None] - positions[0]  # (length, length)
-        hidden = past < 0
+        q, k = (part[:, channels].to(working_dtype(part)) for part in (q, k))
+        with torch.autocast(x.device.type, enabled=False):
+            scores = q @ k.mT / math.sqrt(self.head_width)
+        index = torch.arange(x.shape[1], device=x.device)
+        hidden = (index > index[:, None]).unsqueeze(0)  # (1 or batch, length, length)
         if self.window is not None:
-            hidden = hidden | (past >= self.window)
+            hidden = hidden | (positions[:, :, None] - positions[:, None] >= self.window)
+        if mask is not None:
+            own = index == index[:, None]
+            hidden = hidden | ((mask == 0).to(x.device)[:, None] & ~own)
+        hidden = hidden.unsqueeze(1)
         return DenseOperator(scores.masked_fill(hidden, -math.inf).softmax(-1))
 
     def _chunk(

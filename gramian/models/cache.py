@@ -8,6 +8,7 @@ tokens it has seen. The state is replaced at every update: a recurrence consumes
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,30 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from gramian.mixers import Segments
+from gramian.models.segments import last_tokens
 from gramian.models.snapshots import load_cache, save_cache
 
 if TYPE_CHECKING:
     from gramian.models.configuration import GramianConfig
     from gramian.models.modeling import GramianPreTrainedModel
+
+
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
+"""What the installed release of transformers calls a cache, in outputs and in arguments."""
+
+
+def one_cache(past_key_values: Any, cache: Any) -> Any:
+    """The one cache that was given under either of its names, or None.
+
+    Raises:
+        ValueError: if there are two.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("give one cache: past_key_values and cache are two names of one argument.")
+    return cache if past_key_values is None else past_key_values
 
 
 class GramianCacheLayer(LinearAttentionCacheLayerMixin):
@@ -117,6 +136,11 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         copied.has_previous_state = dict(self.has_previous_state)
         return copied
 
+    def detach(self) -> None:
+        """Cut the state off from the graph."""
+        if self.state is not None:
+            self.recurrent_states[0] = self.state.detach()
+
     def offload(self) -> None:
         """Move the state to the CPU."""
         if self.state is not None:
@@ -154,8 +178,17 @@ class GramianCache(Cache):
 
     layers: list[GramianCacheLayer]
 
+    last_hidden_state: Tensor | None
+    """(batch, hidden_size): after the last norm, of each row's last token; NaN of a row that has
+    seen none."""
+
+    padding: Tensor | None
+    """(batch), int64: how many of the columns seen were padding; None if none was."""
+
     def __init__(self, config: GramianConfig) -> None:
         super().__init__(layers=[GramianCacheLayer() for _ in range(config.num_hidden_layers)])
+        self.last_hidden_state: Tensor | None = None
+        self.padding: Tensor | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens seen."""
@@ -164,6 +197,77 @@ class GramianCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset of a mask over everything seen and `query_length` tokens more."""
         return self.layers[layer_idx].get_mask_sizes(query_length)
+
+    def note(self, hidden_states: Tensor, segments: Segments | None) -> None:
+        """Keep what a forward pass made of each row's last token, and count padding.
+
+        Args:
+            hidden_states: (batch, length, hidden_size), of the columns that the layers have seen.
+            segments: where tokens are in them.
+        """
+        before = self.padding
+        if segments is not None:
+            assert segments.real is not None
+            hidden = (~segments.real).sum(1)
+            self.padding = hidden if before is None else before.to(hidden.device) + hidden
+        last = last_tokens(hidden_states, segments, 1)[:, 0]
+        if segments is not None and segments.has_empty_rows:
+            assert segments.real is not None
+            old = (
+                last.new_tensor(torch.nan)
+                if self.last_hidden_state is None
+                else self.last_hidden_state
+            )
+            last = torch.where(segments.real.any(1, keepdim=True), last, old.to(last))
+        # A view of one column would keep all of them.
+        self.last_hidden_state = last if hidden_states.shape[1] == 1 else last.clone()
+
+    def unstarted(self) -> Tensor:
+        """(batch), boolean: which rows have seen no token yet."""
+        if self.padding is None:
+            return torch.zeros(max(self.batch_size, 0), dtype=torch.bool)
+        return self.padding >= self.get_seq_length()
+
+    def detach(self) -> GramianCache:
+        """Cut the states off from the graph, in place, and return the cache: truncated
+        backpropagation through time."""
+        for layer in self.layers:
+            layer.detach()
+        if self.last_hidden_state is not None:
+            self.last_hidden_state = self.last_hidden_state.detach()
+        return self
+
+    def reset(self) -> None:
+        """Forget the sequences; the recurrences stay."""
+        super().reset()
+        self.last_hidden_state = self.padding = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams that survive."""
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices` (integers, or a boolean mask over the batch)."""
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GramianCache:
+        copied = copy.copy(self)
+        copied.layers = copy.deepcopy(self.layers, memo)
+        copied._map_rows(Tensor.clone)
+        return copied
+
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.last_hidden_state is not None:
+            self.last_hidden_state = function(self.last_hidden_state)
+        if self.padding is not None:
+            self.padding = function(self.padding)
 
     @property
     def batch_size(self) -> int:

@@ -129,7 +129,7 @@ class GramianConfig(PreTrainedConfig):
     """
 
     model_type = "gramian"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the Trainer wants a list)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (the Trainer wants a list)
     attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012
 
     vocab_size: int = 259

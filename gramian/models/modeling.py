@@ -38,16 +38,24 @@ from gramian.mixers import (
     LongConvolution,
     Mixer,
     MultiHyena,
+    Segments,
     ShortConvolution,
     SoftmaxAttention,
 )
 from gramian.mixers._linear_recurrence import Dynamics
-from gramian.models.cache import GramianCache, GramianCacheLayer
+from gramian.models.cache import CACHE, GramianCache, GramianCacheLayer, one_cache
 from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
 from gramian.models.generation import GramianGenerationMixin
 from gramian.models.labels import classification_loss, token_labels
 from gramian.models.norms import make_norm
-from gramian.models.pooling import pool, recent_mask
+from gramian.models.pooling import pool
+from gramian.models.segments import (
+    check_arguments,
+    last_tokens,
+    next_labels,
+    read_rows,
+    recent_mask,
+)
 from gramian.ops.packed import Linear
 
 
@@ -109,7 +117,7 @@ class GramianBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        mask: Tensor | None = None,
+        mask: Segments | None = None,
         past_key_values: GramianCache | None = None,
     ) -> Tensor:
         """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
@@ -152,7 +160,7 @@ class GramianGLUBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        mask: Tensor | None = None,
+        mask: Segments | None = None,
         past_key_values: GramianCache | None = None,
     ) -> Tensor:
         """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
@@ -173,7 +181,7 @@ class GramianMixerBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        mask: Tensor | None = None,
+        mask: Segments | None = None,
         past_key_values: GramianCache | None = None,
     ) -> Tensor:
         """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
@@ -190,7 +198,7 @@ _BLOCKS: dict[str, type[nn.Module]] = {
 }
 
 
-def _mix_on(mixer: Mixer, x: Tensor, mask: Tensor | None, memory: GramianCacheLayer) -> Tensor:
+def _mix_on(mixer: Mixer, x: Tensor, mask: Segments | None, memory: GramianCacheLayer) -> Tensor:
     """What `mixer` makes of (batch, length, hidden_size) after what `memory` holds."""
     batch, length = x.shape[:2]
     if memory.recurrence is None:
@@ -232,7 +240,7 @@ class GramianPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # transformers' own convention, here and below:
     _no_split_modules = [kind.__name__ for kind in _BLOCKS.values()]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
     # Filters and dynamics keep themselves in float32: the first list tells quantizers to keep out
@@ -351,20 +359,27 @@ class GramianModel(GramianPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Segments | None = None,
         past_key_values: GramianCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         input_values: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states of a batch of sequences, or of their continuation.
 
+        Padding is not time: a sequence gives what its tokens give alone, whether padding stands
+        before them, after them, in between, or after what a cache holds. Rows may be packed: every
+        sequence in them then gives what it gives alone.
+
         Args:
             input_ids: (batch, length) token ids; exactly one of it and `inputs_embeds`.
             attention_mask: (batch, length or more), 1 for a real token, 0 for padding; of more
-                columns (`generate` passes the past's too) the last `length` count.
+                columns (`generate` passes the past's too) the last `length` count. Or
+                `gramian.mixers.Segments`.
             past_key_values: the cache of what came before; moved on in place.
             inputs_embeds: (batch, length, hidden_size).
             use_cache: whether to return a cache. By default `config.use_cache`, and never in
@@ -374,26 +389,39 @@ class GramianModel(GramianPreTrainedModel):
                 last one after the last norm.
             input_values: (batch, length, `config.input_size`), in place of `input_ids` where the
                 configuration has an `input_size`.
-            kwargs: ignored; Hugging Face passes positions and the like.
+            position_ids: (batch, length) or (1, length). Positions count real tokens, so all that
+                is read here is where they restart: there the row's next sequence begins.
+            cache: `past_key_values` by the name that newer releases of transformers give it.
+            kwargs: `seq_idx`, (batch, length), which changes where a sequence begins, or
+                `cu_seq_lens_q` and `cu_seq_lens_k`, (sequences + 1), the positions of the flattened
+                rows at which they do; `cache_position`, (length), which must go on from the cache.
 
         Returns:
-            `last_hidden_state` (batch, length, hidden_size), `past_key_values`, `hidden_states`.
+            `last_hidden_state` (batch, length, hidden_size), `past_key_values` (named `cache` where
+            transformers names it so), `hidden_states`. At padding they mean nothing.
 
         Raises:
             ValueError: on both or neither of `input_ids` (or `input_values`) and `inputs_embeds`,
                 the kind of input that the configuration does not have, an empty sequence, a mask
-                that is not (batch, ≥ length), a cache of another batch, a cache together with
-                gradient checkpointing or in a bidirectional model.
-            TypeError: on a cache that is not a `GramianCache`.
+                that is not (batch, ≥ length) of zeros and ones, positions that jump ahead, packed
+                rows with a cache, a cache of another batch, a cache together with gradient
+                checkpointing or in a bidirectional model.
+            TypeError: on a cache that is not a `GramianCache`, and on an argument of which nothing
+                is known.
         """
+        inputs = (input_ids, inputs_embeds, input_values)
+        mask = read_rows(inputs, attention_mask, position_ids, kwargs)
+        cache_position = kwargs.pop("cache_position", None)
+        check_arguments(type(self).__name__, kwargs)
         hidden_states = self.embedding_dropout(self._embed(input_ids, input_values, inputs_embeds))
         if self.config.residual_in_fp32 and hidden_states.dtype.itemsize < 4:
             hidden_states = hidden_states.float()
         batch, length = hidden_states.shape[:2]
         if length == 0:
             raise ValueError("the model needs at least one token; got sequences of length 0.")
-        mask = recent_mask(attention_mask, batch, length)
-        cache = self._cache_for(past_key_values, use_cache, batch)
+        packed = mask is not None and mask.packed
+        cache = self._cache_for(one_cache(past_key_values, cache), use_cache, batch, packed)
+        _check_positions(cache_position, length, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
@@ -405,10 +433,12 @@ class GramianModel(GramianPreTrainedModel):
         hidden_states = _normed(self.norm, hidden_states)
         if output_hidden_states:
             seen[-1] = hidden_states
+        if cache is not None:
+            cache.note(hidden_states, mask)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=cache,
             hidden_states=tuple(seen) if output_hidden_states else None,
+            **{CACHE: cache},
         )
 
     def _embed(
@@ -440,8 +470,14 @@ class GramianModel(GramianPreTrainedModel):
         return self.input_proj(wanted.to(self.input_proj.weight.dtype))
 
     def _cache_for(
-        self, cache: GramianCache | None, use_cache: bool | None, batch: int
+        self, cache: GramianCache | None, use_cache: bool | None, batch: int, packed: bool
     ) -> GramianCache | None:
+        if packed:
+            if cache is not None or use_cache:
+                raise ValueError(
+                    "packed rows have no cache: a row of one holds the past of one sequence."
+                )
+            return None
         if self.config.bidirectional:
             if cache is not None or use_cache:
                 raise ValueError(
@@ -466,6 +502,27 @@ class GramianModel(GramianPreTrainedModel):
                 f"past_key_values holds {cache.batch_size} sequences, the input {batch}."
             )
         return cache
+
+
+_NOTHING_TO_CONTINUE = (
+    "attention_mask must leave a real token in every row that is to be continued; it hides all of "
+    "one."
+)
+
+
+def _check_positions(
+    cache_position: Tensor | None, length: int, cache: GramianCache | None
+) -> None:
+    """Raise a ValueError unless the columns follow those that the cache has seen."""
+    if cache_position is None or torch.compiler.is_compiling():
+        return
+    seen = 0 if cache is None else cache.get_seq_length()
+    expected = torch.arange(seen, seen + length, device=cache_position.device)
+    if not torch.equal(cache_position.flatten().to(torch.int64), expected):
+        raise ValueError(
+            f"cache_position must be {seen} … {seen + length - 1}, the columns after those that "
+            f"the cache has seen; got {cache_position.flatten().tolist()[:8]}."
+        )
 
 
 class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
@@ -504,38 +561,53 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and their loss when `labels` are given.
 
         Args:
             labels: (batch, length) token ids, -100 to ignore; shifted here, so `labels=input_ids`.
-            logits_to_keep: compute the logits of the last so many positions, or of these positions
-                (a 1-D tensor); 0 means all. Or a boolean (batch, length) mask of positions, whose
+                A token predicts the next one of its own sequence: nothing is predicted from
+                padding or across the border of packed sequences, and no label of padding is due.
+            logits_to_keep: compute the logits of the last so many tokens, or of these positions
+                (a 1-D tensor); 0 means all. In a padded batch they are each row's last tokens,
+                wherever its padding stands, and a row without a new token has those after the last
+                one that the cache has seen. Or a boolean (batch, length) mask of positions, whose
                 logits come as (kept, vocab_size), row after row; `shift_labels` must be those of
                 the same positions then.
-            kwargs: passed to the loss function (`num_items_in_batch`, `shift_labels`).
+            kwargs: those of `GramianModel.forward`, and the loss function's (`num_items_in_batch`,
+                `shift_labels`).
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Raises:
-            ValueError: also on such a mask with `labels` and no `shift_labels`, and on labels of
-                another shape or dtype, out of the vocabulary, or all ignored.
+            ValueError: also on such a mask with `labels` and no `shift_labels`; on labels of
+                another shape or dtype, out of the vocabulary, or all ignored; and where the last
+                logits of a row without a token are asked for (with a cache, which later chunks may
+                go on from, they are NaN).
 
         Returns:
             `loss`, `logits` (batch, kept, vocab_size), `past_key_values`, `hidden_states`.
         """
+        segments = read_rows((input_ids, inputs_embeds), attention_mask, position_ids, kwargs)
+        cache_position = kwargs.pop("cache_position", None)
+        check_arguments(type(self).__name__, kwargs, "shift_labels")
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            attention_mask=segments,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
         )
         hidden_states = outputs.last_hidden_state
+        cache = getattr(outputs, CACHE)
         if isinstance(logits_to_keep, int):
-            hidden_states = hidden_states[:, -logits_to_keep:]
+            if logits_to_keep:
+                hidden_states = _last_hidden(hidden_states, segments, logits_to_keep, cache)
         elif logits_to_keep.dtype == torch.bool:
             if labels is not None and "shift_labels" not in kwargs:
                 raise ValueError(
@@ -547,17 +619,18 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
-            scored = token_labels(
-                logits, labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
-            )
+            shifted = kwargs.get("shift_labels")
+            if segments is not None and shifted is None:
+                shifted = next_labels(labels, segments)
+            scored = token_labels(logits, labels, shifted, kwargs.get("num_items_in_batch"))
             loss = self.loss_function(
                 logits=logits, vocab_size=self.config.vocab_size, **(kwargs | scored)
             )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: cache},
         )
 
     @torch.no_grad()
@@ -581,12 +654,12 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
                 each.
 
         Returns:
-            `logits` (batch, 1, vocab_size) of the token that follows, and `past_key_values`. To
-            generate from there, pass the cache and the whole sequence, one token longer; or the
-            new token alone, with an `attention_mask` as long as the whole.
+            `logits` (batch, 1, vocab_size) of the token that follows each row's last real one,
+            and `past_key_values`. To generate from there, pass the cache and the whole sequence,
+            one token longer; or the new token alone, with an `attention_mask` as long as the whole.
 
         Raises:
-            ValueError: on a `chunk_size` below 1, and as `forward` does.
+            ValueError: on a `chunk_size` below 1, a row without a token, and as `forward` does.
         """
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"chunk_size must be an integer of at least 1; got {chunk_size!r}.")
@@ -594,21 +667,35 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         mask = recent_mask(attention_mask, batch, length)
         if progress is not None:
             progress(0, length)
+        some_column = torch.tensor([-1], device=input_ids.device)
         outputs = None
         for begin in range(0, max(length, 1), chunk_size):
             part = slice(begin, begin + chunk_size)
+            ends = begin + chunk_size >= length
             outputs = self(
                 input_ids=input_ids[:, part],
                 attention_mask=None if mask is None else mask[:, part],
                 past_key_values=past_key_values,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=1 if ends else some_column,
             )
-            past_key_values = outputs.past_key_values
+            past_key_values = getattr(outputs, CACHE)
             if progress is not None:
                 progress(min(begin + chunk_size, length), length)
         assert outputs is not None
+        if past_key_values is not None and bool(past_key_values.unstarted().any()):
+            raise ValueError(_NOTHING_TO_CONTINUE)
         return outputs
+
+    def _prefill(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super()._prefill(*args, **kwargs)
+        cache = getattr(outputs, CACHE)
+        if cache is not None and bool(cache.unstarted().any()):
+            raise ValueError(_NOTHING_TO_CONTINUE)
+        return outputs
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """None: positions are counted here, and those made from a mask restart after padding."""
 
     def prepare_inputs_for_generation(
         self,
@@ -617,21 +704,24 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of the next forward; padding concerns the prompt alone when there is a cache."""
+        cache = one_cache(past_key_values, cache)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE: cache},
             **kwargs,
         )
         tokens = inputs["input_ids"]
         written = tokens is not None and tokens.shape[1] == 1 and not is_first_iteration
-        if past_key_values is not None and written:
+        if cache is not None and written:
             inputs["attention_mask"] = None  # what was written is real; looking would stall a GPU
+            inputs.pop("position_ids", None)
         return inputs
 
     def _prepare_cache_for_generation(
@@ -651,17 +741,33 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
             if compile_config.options:
                 options = {"backend": compile_config.backend, "options": compile_config.options}
             self.compile_decoding(**options)
-        if model_kwargs.get("past_key_values") is not None:
+        given = one_cache(*(model_kwargs.pop(name, None) for name in ("past_key_values", "cache")))
+        if given is not None:
+            model_kwargs[CACHE] = given
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = GramianCache(self.config)
+            model_kwargs[CACHE] = GramianCache(self.config)
+
+
+def _last_hidden(
+    hidden_states: Tensor, segments: Segments | None, count: int, cache: GramianCache | None
+) -> Tensor:
+    """The last `count` tokens of every row, (batch, count, hidden_size)."""
+    kept = last_tokens(hidden_states, segments, count)
+    if segments is None or segments.packed or not segments.has_empty_rows:
+        return kept
+    if cache is None:
+        raise ValueError(_NOTHING_TO_CONTINUE)
+    assert cache.last_hidden_state is not None
+    return torch.cat([kept[:, :-1], cache.last_hidden_state.unsqueeze(1)], dim=1)
 
 
 class GramianForSequenceClassification(GramianPreTrainedModel):
     """A `GramianModel` whose hidden states are pooled and mapped to one logit for each label.
 
     Padding on either side, or anywhere, leaves no trace: the mask keeps it out of the mixers and
-    out of the pooling. It is told by `attention_mask` alone, never guessed from token ids.
+    out of the pooling. It is told by `attention_mask` alone, never guessed from token ids. Packed
+    rows, told as to `GramianModel.forward`, give one row of logits for each sequence, in order.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
@@ -682,6 +788,7 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
         input_values: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Logits of a batch of sequences, and their loss when `labels` are given.
@@ -692,8 +799,8 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
                 num_labels), or (batch) with one label, mean squared error. Which of them it is
                 `config.problem_type` says; if it is None, one label is regression, integers are
                 single labels, and others several. A label of -100 is not scored.
-            kwargs: `num_items_in_batch` divides the summed loss in place of their count; others are
-                ignored.
+            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
+                summed loss in place of their count.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
@@ -704,15 +811,18 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
             ValueError: also on a mask that hides a whole sequence, and labels that
                 `classification_loss` refuses.
         """
+        inputs = (input_ids, inputs_embeds, input_values)
+        segments = read_rows(inputs, attention_mask, position_ids, kwargs)
+        check_arguments(type(self).__name__, kwargs)
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=segments,
             inputs_embeds=inputs_embeds,
             input_values=input_values,
             use_cache=False,
             output_hidden_states=output_hidden_states,
         )
-        logits = self.score(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
+        logits = self.score(pool(outputs.last_hidden_state, segments, self.config.pooling))
         return SequenceClassifierOutput(
             loss=None
             if labels is None

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
+from gramian.mixers import Segments
 from gramian.models.configuration import GramianConfig
 from gramian.models.labels import classification_loss
 from gramian.models.modeling import GramianModel, GramianPreTrainedModel
 from gramian.models.pooling import pool
+from gramian.models.segments import check_arguments, read_rows
 
 __all__ = ["GramianForPairClassification"]
 
@@ -50,6 +52,8 @@ class GramianForPairClassification(GramianPreTrainedModel):
         input_values: Tensor | None = None,
         input_values_2: Tensor | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        position_ids_2: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Logits of a batch of pairs, and their loss when `labels` are given.
@@ -62,16 +66,19 @@ class GramianForPairClassification(GramianPreTrainedModel):
             input_values: (batch, length, `config.input_size`), in place of `input_ids`.
             input_values_2: likewise.
             labels: as for `GramianForSequenceClassification`, one row for each pair.
-            kwargs: `num_items_in_batch` divides the summed loss in place of their count; others are
-                ignored.
+            position_ids: (batch, length), restarting where packed rows have their next sequence:
+                the n-th of them pairs with the n-th of the second sequences.
+            position_ids_2: theirs.
+            kwargs: as for `GramianModel.forward`, with a `_2` for the second sequences; and
+                `num_items_in_batch`, which divides the summed loss in place of their count.
 
         Returns:
             `loss`, `logits` (batch, num_labels).
 
         Raises:
-            ValueError: on a missing second sequence, batches of two sizes, masks or labels of
-                another shape, a mask that hides a whole sequence, and as `GramianModel.forward`
-                does.
+            ValueError: on a missing second sequence, unequal numbers of sequences, masks or labels
+                of another shape, a mask that hides a whole sequence, and as
+                `GramianModel.forward` does.
         """
         name = "input_ids" if self.config.input_size is None else "input_values"
         first, second = (
@@ -79,21 +86,20 @@ class GramianForPairClassification(GramianPreTrainedModel):
         )
         if first is None or second is None:
             raise ValueError(f"give {name} and {name}_2, the two sequences of each pair.")
-        if len(first) != len(second):
+        rows = read_rows((first,), attention_mask, position_ids, kwargs)
+        rows_2 = read_rows((second,), attention_mask_2, position_ids_2, kwargs, "_2")
+        check_arguments(type(self).__name__, kwargs)
+        sequences, sequences_2 = _count(first, rows), _count(second, rows_2)
+        if sequences != sequences_2:
             raise ValueError(
-                f"{name} and {name}_2 must hold as many sequences; got {len(first)} and "
-                f"{len(second)}."
+                f"{name} and {name}_2 must hold as many sequences; got {sequences} and "
+                f"{sequences_2}."
             )
-        both = _joined(first, second)
-        mask = None
-        if (
-            attention_mask is not None
-            or attention_mask_2 is not None
-            or first.shape[1] != second.shape[1]
-        ):
-            mask = _joined(_real(first, attention_mask), _real(second, attention_mask_2))
-        outputs = self.model(**{name: both}, attention_mask=mask, use_cache=False)
-        x, y = pool(outputs.last_hidden_state, mask, self.config.pooling).chunk(2)
+        segments = _joined_segments(first, second, rows, rows_2)
+        outputs = self.model(
+            **{name: _joined(first, second)}, attention_mask=segments, use_cache=False
+        )
+        x, y = pool(outputs.last_hidden_state, segments, self.config.pooling).chunk(2)
         logits = self.head(torch.cat([x, y, x - y, x * y], dim=-1))
         loss = None
         if labels is not None:
@@ -102,8 +108,15 @@ class GramianForPairClassification(GramianPreTrainedModel):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
+def _count(rows: Tensor, segments: Segments | None) -> int:
+    """How many sequences there are."""
+    if segments is None or not segments.packed:
+        return len(rows)
+    return len(segments.sequences()[1])
+
+
 def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """One batch, the shorter sequences padded on the right with zeros."""
+    """One batch, the shorter rows padded on the right with zeros."""
     length = max(first.shape[1], second.shape[1])
     padded = []
     for one in (first, second):
@@ -112,11 +125,19 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat(padded)
 
 
-def _real(sequences: Tensor, mask: Tensor | None) -> Tensor:
-    """The mask of (batch, length, …), all of it where there is none."""
-    shape = tuple(sequences.shape[:2])
-    if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=sequences.device)
-    if tuple(mask.shape) != shape:
-        raise ValueError(f"an attention mask must be {shape} here; got {tuple(mask.shape)}.")
-    return mask.bool()
+def _joined_segments(
+    first: Tensor, second: Tensor, rows: Segments | None, rows_2: Segments | None
+) -> Segments | None:
+    """Those of the joined batch."""
+    both = ((first, rows), (second, rows_2))
+    if rows is None and rows_2 is None and first.shape[1] == second.shape[1]:
+        return None
+    real, numbers = [], []
+    for one, segments in both:
+        shape = tuple(one.shape[:2])
+        ones = torch.ones(shape, dtype=torch.bool, device=one.device)
+        zeros = torch.zeros(shape, dtype=torch.int64, device=one.device)
+        real.append(ones if segments is None or segments.real is None else segments.real)
+        numbers.append(zeros if segments is None or segments.numbers is None else segments.numbers)
+    packed = any(segments is not None and segments.packed for _, segments in both)
+    return Segments(_joined(*real), _joined(*numbers) if packed else None)

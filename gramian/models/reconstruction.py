@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.utils import can_return_tuple
 
+from gramian.mixers import Segments
 from gramian.models.configuration import GramianConfig
 from gramian.models.labels import check_classes, cross_entropy
 from gramian.models.modeling import GramianModel, GramianPreTrainedModel
 from gramian.models.norms import make_norm
-from gramian.models.pooling import pool, recent_mask
+from gramian.models.pooling import pool
+from gramian.models.segments import check_arguments, read_rows
 
 __all__ = ["GramianForReconstruction"]
 
@@ -29,7 +31,8 @@ __all__ = ["GramianForReconstruction"]
 class GramianForReconstruction(GramianPreTrainedModel):
     """A `GramianModel` whose pooled hidden state is decoded to the tokens that it read.
 
-    `config.pooling` says which vector that is; the published one is `"last"`.
+    `config.pooling` says which vector that is; the published one is `"last"`. Sequences of packed
+    rows, told as to `GramianModel.forward`, have a vector each.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
@@ -62,6 +65,7 @@ class GramianForReconstruction(GramianPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Logits of the token at every position, and their loss when `labels` are given.
@@ -69,8 +73,8 @@ class GramianForReconstruction(GramianPreTrainedModel):
         Args:
             labels: (batch, length) token ids due at their own position, -100 to ignore; to
                 reconstruct everything, `input_ids`.
-            kwargs: `num_items_in_batch` divides the summed loss in place of their count; others are
-                ignored.
+            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
+                summed loss in place of their count.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
@@ -82,27 +86,46 @@ class GramianForReconstruction(GramianPreTrainedModel):
             ValueError: also on a mask that hides a whole sequence, and on labels of another shape
                 or dtype, out of the vocabulary, or all ignored.
         """
+        segments = read_rows((input_ids, inputs_embeds), attention_mask, position_ids, kwargs)
+        check_arguments(type(self).__name__, kwargs)
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=segments,
             inputs_embeds=inputs_embeds,
             use_cache=False,
             output_hidden_states=output_hidden_states,
         )
         hidden_states = outputs.last_hidden_state
         batch, length = hidden_states.shape[:2]
-        code = pool(hidden_states, attention_mask, self.config.pooling)  # (batch, width)
-        mask = recent_mask(attention_mask, batch, length)
-        positions = torch.arange(length, device=code.device)
-        if mask is not None:
-            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)  # (batch, length)
+        code = pool(hidden_states, segments, self.config.pooling)  # (sequences, width)
+        sequence, positions = _places(segments, batch, length, code.device)
         places = position_codes(positions, code.shape[-1]).to(code.dtype)
-        logits = self.head(self.decoder(code.unsqueeze(1) + places))
+        codes = code.unsqueeze(1) if sequence is None else code[sequence]  # (batch, 1 or length, …)
+        logits = self.head(self.decoder(codes + places))
         loss = None
         if labels is not None:
             labels = check_classes(labels.to(logits.device), logits.shape[-1], [(batch, length)])
             loss = cross_entropy(logits, labels, kwargs.get("num_items_in_batch"))
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+def _places(
+    segments: Segments | None, batch: int, length: int, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """Of every position the sequence, (batch, length), or None if it is the row; and which of the
+    sequence's tokens stands there."""
+    if segments is None:
+        return None, torch.arange(length, device=device)
+    if not segments.packed:
+        assert segments.real is not None
+        return None, (segments.real.long().cumsum(-1) - 1).clamp_min(0)
+    tokens, begins, lengths = segments.sequences()
+    sequence = torch.repeat_interleave(lengths)
+    places = tokens.new_zeros(2, batch * length)
+    places[0, tokens] = sequence
+    places[1, tokens] = torch.arange(len(tokens), device=tokens.device) - begins[sequence]
+    sequence, positions = places.unflatten(1, (batch, length))
+    return sequence, positions
 
 
 def position_codes(positions: Tensor, width: int) -> Tensor:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
-from gramian.models.cache import GramianCache
+from gramian.mixers import Segments
+from gramian.models.cache import CACHE, GramianCache, one_cache
 from gramian.models.configuration import GramianConfig
 from gramian.models.labels import LabelError, check_numbers, squared_error
 from gramian.models.modeling import GramianModel, GramianPreTrainedModel
+from gramian.models.segments import check_arguments, read_rows
 
 __all__ = ["GramianForSignalRegression"]
 
@@ -48,6 +50,8 @@ class GramianForSignalRegression(GramianPreTrainedModel):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
+        cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
         """The numbers at every position, and their loss when `labels` are given.
@@ -56,8 +60,8 @@ class GramianForSignalRegression(GramianPreTrainedModel):
             labels: (batch, length, num_labels) of real numbers, -100 where nothing is due. The loss
                 is the mean squared error, in at least single precision, over the numbers that are
                 due at positions that `attention_mask` calls real.
-            kwargs: `num_items_in_batch` divides the summed loss in place of their count; others are
-                ignored.
+            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
+                summed loss in place of their count.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
@@ -69,34 +73,41 @@ class GramianForSignalRegression(GramianPreTrainedModel):
             ValueError: also on labels of another shape or that are not finite, and where nothing is
                 left to score.
         """
+        inputs = (input_ids, inputs_embeds, input_values)
+        segments = read_rows(inputs, attention_mask, position_ids, kwargs)
+        cache_position = kwargs.pop("cache_position", None)
+        check_arguments(type(self).__name__, kwargs)
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            attention_mask=segments,
+            past_key_values=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             input_values=input_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            cache_position=cache_position,
         )
         logits = self.head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = _loss(logits, labels, attention_mask, kwargs.get("num_items_in_batch"))
+            loss = _loss(logits, labels, segments, kwargs.get("num_items_in_batch"))
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
 def _loss(
-    logits: Tensor, labels: Tensor, mask: Tensor | None, num_items_in_batch: Tensor | int | None
+    logits: Tensor,
+    labels: Tensor,
+    segments: Segments | None,
+    num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
     """The mean squared error over what is due of (batch, length, num_labels)."""
-    real = None
-    if mask is not None:
-        real = mask[:, -logits.shape[1] :].bool()
+    real = None if segments is None else segments.real
+    if real is not None:
         if not torch.compiler.is_compiling() and not real.any():
             raise LabelError("attention_mask must leave a real position; it hides all.")
         real = real.unsqueeze(-1)

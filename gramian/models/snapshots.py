@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gramian.models.modeling import GramianPreTrainedModel
 
 FORMAT = "gramian-cache-1"
+_ROWS = ("last_hidden_state", "padding")  # of a cache, beside its layers
 _SAMPLES = 4096  # values of each parameter that enter a fingerprint
 
 
@@ -57,7 +58,8 @@ def save_cache(cache: GramianCache, path: str | Path, model: GramianPreTrainedMo
         for layer, memory in enumerate(cache.layers)
         for i, leaf in enumerate(tree_leaves(memory.state))
     }
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # none shares memory
+    tensors |= {name: row for name in _ROWS if (row := getattr(cache, name)) is not None}
+    tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}  # none shares
     metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint(model),
@@ -106,6 +108,9 @@ def load_cache(path: str | Path, model: GramianPreTrainedModel) -> GramianCache:
         memory.update_recurrent_state(
             state, batch_size=int(metadata["batch_size"]), tokens=tokens[layer]
         )
+    for name in _ROWS:
+        row = tensors.get(name)
+        setattr(cache, name, None if row is None else row.to(model.device))
     return cache
 
 

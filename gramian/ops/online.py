@@ -69,7 +69,7 @@ class OnlineConvolution:
         inside = at % block + 1  # samples of the current block, this one included
         recent = inputs[..., window + at + 1 - inside : window + at + 1]
         taps = self._reversed[..., -inside:]
-        output = torch.einsum("...t,...t->...", recent, taps) + owed[..., at]
+        output = (recent * taps).sum(-1) + owed[..., at]
 
         at += 1
         if at % block == 0:

@@ -40,6 +40,10 @@ class State(tuple):
         """The streams at ``indices`` (int64), in that order: beam search, finished sequences."""
         return self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
+    def put(self, indices: Tensor, other: Self) -> Self:
+        """This state with the streams at ``indices`` (int64) replaced by those of ``other``."""
+        return _combine(self, other, indices)
+
     def repeat(self, n: int) -> Self:
         """Every stream ``n`` times, copies side by side."""
         return self.map(lambda tensor: tensor.repeat_interleave(n, dim=0))
@@ -81,3 +85,12 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, tuple):
         return tuple(_map(field, function) for field in value)
     return function(value) if value.ndim else value
+
+
+def _combine(value: Any, other: Any, indices: Tensor) -> Any:
+    if isinstance(value, tuple):
+        fields = (_combine(*pair, indices) for pair in zip(value, other, strict=True))
+        return type(value)(*fields) if isinstance(value, State) else tuple(fields)
+    if not value.ndim:
+        return value
+    return value.index_copy(0, indices.to(value.device), other.to(value.dtype))

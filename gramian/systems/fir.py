@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,31 @@ class FIRState(_Fields, State):
     """Buffers of an online convolution: inputs (*B, 2P), owed (*B, P), position ()."""
 
     __slots__ = ()
+
+    def moved(self, u: Tensor, steps: Sequence[int]) -> tuple[Tensor, FIRState]:
+        """A chunk and a past that together hold the same samples, the past ``steps`` later.
+
+        The chunk's first ``steps`` columns are overwritten by the end of the past, so that the
+        past and the rest of the chunk follow each other. What is owed is not moved: an online
+        convolution makes it anew after every chunk.
+
+        Args:
+            u: (batch, …, T).
+            steps: For every stream of the batch, from 0 to T.
+        """
+        inputs, owed, position = self
+        window = inputs.shape[-1] // 2
+        known = window + int(position) % window  # columns of `inputs` that are filled
+        joined = torch.cat([inputs[..., :known], u.to(inputs.dtype)], dim=-1)
+        rows = [
+            torch.nn.functional.pad(
+                torch.cat([row[..., :known], row[..., known + step :]], dim=-1), (step, 0)
+            )
+            for row, step in zip(joined, steps, strict=True)
+        ]
+        joined = torch.stack(rows)
+        past = torch.nn.functional.pad(joined[..., :known], (0, 2 * window - known))
+        return joined[..., known:], FIRState(past, owed, position)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -206,5 +206,6 @@ class StateSpaceRecurrence(LinearRecurrence):
         assert isinstance(state, StateSpaceState)
         (x,) = state
         sample = u_t.to(x.dtype).unsqueeze(-1)
-        new = (self._rows.to(x.dtype) @ x.unsqueeze(-1)).squeeze(-1) + self._inputs * sample
+        with torch.autocast(x.device.type, enabled=False):
+            new = (self._rows.to(x.dtype) @ x.unsqueeze(-1)).squeeze(-1) + self._inputs * sample
         return new[..., -1].to(u_t.dtype), StateSpaceState(new[..., :-1])

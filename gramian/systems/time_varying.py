@@ -285,7 +285,8 @@ class TimeVaryingRecurrence(LinearRecurrence):
         )
         sample = u_t.to(x.dtype)
         y = (C * x).sum(-1) + D * sample
-        new = (A @ x.unsqueeze(-1)).squeeze(-1) if system.A.ndim > system.B.ndim else A * x
+        with torch.autocast(x.device.type, enabled=False):
+            new = (A @ x.unsqueeze(-1)).squeeze(-1) if system.A.ndim > system.B.ndim else A * x
         if system.p is not None and system.q is not None:
             p, q = (value.select(skip, at).to(x.dtype) for value in (system.p, system.q))
             new = new + p * (q * x).sum(-1, keepdim=True)

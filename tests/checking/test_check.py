@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import gramian
 from gramian.checking import MODES
-from gramian.mixers import Hyena
+from gramian.mixers import Hyena, Segments, ShortConvolution
+from gramian.mixers._segments import Part
 from gramian.models import GramianConfig, GramianForCausalLM, GramianForSequenceClassification
+from gramian.models.cache import CACHE
+from gramian.systems._pausing import Pause
 
 FILTERS: dict[str, dict[str, Any]] = {
     "hyena": {"type": "rtf", "state_size": 4, "initialization": "montel"},
@@ -49,7 +53,9 @@ def test_sound_models_pass_in_every_mode(mixer: str) -> None:
     assert [(row.layer, row.dtype) for row in report.rows] == [
         (layer, dtype) for dtype in ("float32", "bfloat16") for layer in (0, 1, None)
     ]
-    assert all(row.differences.keys() == MODES.keys() for row in report.rows)
+    for row in report.rows:
+        expected = MODES.keys() - ({"generated"} if row.layer is not None else set())
+        assert row.differences.keys() == expected
     assert report.rows[0].differences["parallel"] < 1e-5
     assert report.rows[3].differences["parallel"] > 1e-4  # bfloat16 rounds, and it shows
     assert calls == [(done, 6) for done in range(7)]
@@ -61,7 +67,9 @@ def test_given_tokens_without_what_is_optional() -> None:
     report = gramian.check(make(), ids, dtypes=[torch.float64], distill_order=None, reference=False)
     assert report.passed and (report.batch, report.length) == (2, 9)
     expected = MODES.keys() - {"parallel", "distilled", "stepped"}
-    assert all(row.differences.keys() == expected for row in report.rows)
+    for row in report.rows:
+        layer = {"generated"} if row.layer is not None else set()
+        assert row.differences.keys() == expected - layer
     assert max(row.differences["recurrent"] for row in report.rows) < 1e-10
 
 
@@ -97,9 +105,55 @@ def test_a_mixer_that_computes_something_else_fails(
 
 def test_a_leaking_mask_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     parallel = Hyena._parallel
-    monkeypatch.setattr(Hyena, "_parallel", lambda self, x, mask: parallel(self, x, None))
+    monkeypatch.setattr(
+        Hyena, "_parallel", lambda self, x, mask, systems: parallel(self, x, None, systems)
+    )
     report = gramian.check(make(), length=20, dtypes=[torch.float32], distill_order=None)
-    assert [row.failures for row in report.rows] == [("padded",)] * 3
+    assert all("padded" in row.failures for row in report.rows)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "modes"),
+    [
+        (Segments, "pause", ("turn",)),  # a warm state that padding moves on
+        (ShortConvolution, "_moved_past", ("turn",)),  # a past that padding pushes out
+        (Segments, "_turned", ("right", "gap")),  # tokens that are left where they stand
+        (Segments, "_packed", ("packed",)),  # sequences that see each other
+    ],
+)
+def test_padding_that_takes_time_fails(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, modes: tuple[str, ...]
+) -> None:
+    length = 20
+    replacements = {
+        "pause": lambda self: Pause([0] * self.shape[0], self.shape[1]),
+        "_moved_past": lambda self, extended, mask: extended,
+        "_turned": lambda self: _as_it_stands(self),
+        "_packed": lambda self: _as_it_stands(self),
+    }
+    monkeypatch.setattr(owner, name, replacements[name])
+    report = gramian.check(make(), length=length, dtypes=[torch.float32], distill_order=None)
+    for mode in modes:
+        assert all(mode in row.failures for row in report.rows), (mode, str(report))
+
+
+def _as_it_stands(segments: Segments) -> tuple[tuple[Part, ...], Tensor]:
+    batch, length = segments.shape
+    places = torch.arange(batch * length).unflatten(0, (batch, length))
+    return (Part(places, segments.real),), places
+
+
+def test_a_cache_that_is_not_used_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = GramianForCausalLM.prepare_inputs_for_generation
+
+    def swallow(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = prepare(self, *args, **kwargs)
+        inputs.pop(CACHE, None)
+        return inputs
+
+    monkeypatch.setattr(GramianForCausalLM, "prepare_inputs_for_generation", swallow)
+    report = gramian.check(make(), length=20, dtypes=[torch.float32], distill_order=None)
+    assert [row.failures for row in report.rows] == [(), (), ("generated",)]
 
 
 def test_weights_that_are_lost_on_the_way_to_disk_fail() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import transformers
 
 from gramian.models import GramianConfig, GramianForCausalLM
-from gramian.models.configuration import CONVOLUTIONS
+from gramian.models.configuration import CONVOLUTIONS, LINEAR_RECURRENCES
 
 FILTERS: dict[str, dict[str, Any]] = {
     "implicit": {"type": "implicit", "hidden": 16, "embedding_features": 5},
@@ -19,6 +20,19 @@ FILTERS: dict[str, dict[str, Any]] = {
 }
 MAX_LENGTH = 40
 VOCABULARY = 50
+
+KINDS: dict[str, dict[str, Any]] = {
+    **{
+        f"{mixer}/{name}": {"mixers": mixer, "filter": filter_config}
+        for (mixer, (name, filter_config)) in itertools.product(CONVOLUTIONS, FILTERS.items())
+    },
+    **{name: {"mixers": name} for name in LINEAR_RECURRENCES},
+    "attention": {"mixers": "softmax_attention"},
+    "striped": {"mixers": ["hyena", "softmax_attention"]},
+    "delta_hybrid": {"mixers": ["gated_delta_net", "softmax_attention"]},
+    "glu": {"mixers": "long_convolution", "block": "glu"},
+    "mixer": {"mixers": "multi_hyena", "block": "mixer"},
+}
 
 MakeModel = Callable[..., GramianForCausalLM]
 
@@ -47,6 +61,18 @@ def mixer(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(params=FILTERS)
 def filter_config(request: pytest.FixtureRequest) -> dict[str, Any]:
     return FILTERS[request.param]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What makes a model of every kind: each mixer with each filter, hybrids, blocks."""
+    return KINDS[request.param]
+
+
+@pytest.fixture(params=["hyena/implicit", "multi_hyena/modal", "s6", "striped"])
+def some_kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Of them, one of each sort of state."""
+    return KINDS[request.param]
 
 
 @pytest.fixture

@@ -1,0 +1,225 @@
+"""Which positions of a batch of rows hold tokens, and of which sequence.
+
+Padding is not time: a sequence is the tokens that belong to it, wherever they stand. So before
+anything mixes them, the tokens of every sequence are moved together such that all sequences end at
+the last column (`Part.take`), and what was made of them is moved back (`Segments.restore`). Where
+the rows are in order already nothing is moved.
+
+Several sequences may share a row (packing). Those of about one length then form a part, a batch of
+its own, so that a long one does not make a short one expensive.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.systems._pausing import Pause
+
+__all__ = ["Part", "Segments"]
+
+_OVERHEAD = 4096  # columns of padding that cost about as much as one more part
+
+
+class Part(NamedTuple):
+    """Sequences of a batch, one a row, that end together."""
+
+    source: Tensor
+    """(sequences, length), int64: a position of the flattened batch of rows for every column."""
+    real: Tensor | None
+    """(sequences, length), boolean: false before a sequence begins; None if none is shorter."""
+
+    def take(self, x: Tensor) -> Tensor:
+        """The sequences' entries of x (batch, length, …), zero before they begin."""
+        taken = x.flatten(0, 1).index_select(0, self.source.flatten())
+        taken = taken.unflatten(0, tuple(self.source.shape))
+        if self.real is None:
+            return taken
+        hidden = self.real.logical_not().reshape(*self.real.shape, *(1,) * (x.ndim - 2))
+        return taken.masked_fill(hidden, 0)
+
+
+class Segments:
+    """Where the tokens of every sequence stand in a batch of rows.
+
+    Args:
+        real: (batch, length), boolean: true for tokens, false for padding; None if all are tokens.
+        numbers: (batch, length), integers: the tokens of one row that have one number are a
+            sequence, and follow each other but for padding. None: a row is one sequence.
+
+    Raises:
+        ValueError: for shapes other than these, or a number that occurs again after another one.
+
+    In a graph that is traced nothing depends on values: rows are moved whether they need it or
+    not, and packed rows are refused.
+    """
+
+    def __init__(self, real: Tensor | None, numbers: Tensor | None = None) -> None:
+        shapes: set[tuple[int, ...]] = {tuple(x.shape) for x in (real, numbers) if x is not None}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+            raise ValueError(
+                "segments are told by a mask and numbers of one shape (batch, length), got "
+                f"{' and '.join(map(str, sorted(shapes))) or 'neither'}."
+            )
+        batch, length = next(iter(shapes))
+        self.shape = batch, length
+        self.real = None if real is None else real != 0
+        self.numbers = numbers
+        self.device = (real if numbers is None else numbers).device  # type: ignore[union-attr]
+        self._plan: tuple[tuple[Part, ...], Tensor] | None = None
+        self._counts: list[int] | None = None
+        self.aligned = False
+        """Whether every row is one sequence that ends at the last column."""
+        self.unbroken = False
+        """Whether every row is one sequence without padding between its tokens."""
+        self.has_empty_rows = False
+        """Whether a row has no token at all."""
+        if numbers is not None and torch.compiler.is_compiling():
+            raise ValueError("packed rows cannot be traced: give each sequence a row of its own.")
+        if numbers is None and not torch.compiler.is_compiling():
+            assert self.real is not None
+            rises = (self.real[:, 1:] > self.real[:, :-1]).sum(1)
+            broken = (rises + self.real[:, :1].sum(1) > 1).any()
+            empty = ~self.real.any(1)
+            aligned = (self.real[:, -1] | empty).all() & ~broken
+            flags = torch.stack([aligned, broken, empty.any()]).tolist()
+            self.aligned, is_broken, self.has_empty_rows = flags
+            self.unbroken = not is_broken
+
+    @classmethod
+    def of(cls, mask: Tensor | Segments | None) -> Segments | None:
+        """Those of a mask (batch, length), nonzero for real tokens; None for no mask."""
+        if mask is None or isinstance(mask, Segments):
+            return mask
+        return cls(mask)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Segments:
+        """The same on another device."""
+        if self.device == torch.device(device):
+            return self
+        real, numbers = (
+            None if x is None else x.to(device, non_blocking=non_blocking)
+            for x in (self.real, self.numbers)
+        )
+        return Segments(real, numbers)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row may hold several sequences."""
+        return self.numbers is not None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Batches of sequences that together are all of them.
+
+        Rows that are one sequence each are one part, sequence by row; packed rows' sequences are
+        sorted by length.
+        """
+        return self._planned()[0]
+
+    @property
+    def places(self) -> Tensor:
+        """(batch, length), int64: where each token is in the flattened parts, one after another."""
+        return self._planned()[1]
+
+    def _planned(self) -> tuple[tuple[Part, ...], Tensor]:
+        if self._plan is None:
+            self._plan = self._packed() if self.packed else self._turned()
+        return self._plan
+
+    def restore(self, made: list[Tensor]) -> Tensor:
+        """What was made of every part, each (sequences, length, …), back in the rows; zero where
+        there is padding."""
+        flat = (
+            torch.cat([y.flatten(0, 1) for y in made]) if len(made) > 1 else made[0].flatten(0, 1)
+        )
+        rows = flat.index_select(0, self.places.flatten()).unflatten(0, self.shape)
+        if self.real is None:
+            return rows
+        hidden = self.real.logical_not().reshape(*self.shape, *(1,) * (rows.ndim - 2))
+        return rows.masked_fill(hidden, 0)
+
+    def pause(self) -> Pause:
+        """How many columns pass before the first token of each row; of rows that are not aligned,
+        of those of their one part."""
+        assert self.real is not None
+        length = self.shape[1] if self.aligned else self.parts[0].source.shape[1]
+        if self._counts is None:
+            self._counts = self.real.sum(1).tolist()
+        return Pause([length - count for count in self._counts], length)
+
+    def _turned(self) -> tuple[tuple[Part, ...], Tensor]:
+        """Each row's tokens after its padding, and no more columns than the longest row needs."""
+        assert self.real is not None
+        real, (batch, length) = self.real, self.shape
+        count = real.sum(1, keepdim=True)
+        width = length
+        if not torch.compiler.is_compiling():
+            self._counts = count.flatten().tolist()
+            width = max(1, *self._counts)
+        rows = torch.arange(batch, device=real.device)[:, None]
+        order = real.to(torch.int8).argsort(dim=1, stable=True)[:, length - width :]
+        columns = torch.arange(width, device=real.device)
+        kept = columns >= width - count
+        places = rows * width + width - count + real.cumsum(1) - 1
+        part = Part(order + rows * length, kept)
+        return (part,), torch.where(real, places, 0)
+
+    def _packed(self) -> tuple[tuple[Part, ...], Tensor]:
+        """Sequences of about one length together: a part has at most twice its tokens' columns, or
+        few."""
+        assert self.numbers is not None
+        tokens, begins, lengths = self.sequences()
+        sizes = lengths.tolist()
+        groups: dict[int, list[int]] = {}
+        for sequence in sorted(range(len(sizes)), key=sizes.__getitem__):
+            groups.setdefault((sizes[sequence] - 1).bit_length(), []).append(sequence)
+        buckets = list(groups.values())
+        for later in range(len(buckets) - 1, 0, -1):  # a small batch goes along with a longer one
+            earlier = buckets[later - 1]
+            if len(earlier) * sizes[buckets[later][-1]] <= _OVERHEAD:
+                buckets[later - 1 : later + 1] = [earlier + buckets[later]]
+        parts = []
+        places = tokens.new_zeros(self.shape[0] * self.shape[1])
+        offset = 0
+        for bucket in buckets:
+            chosen = torch.tensor(bucket, device=tokens.device)
+            width = sizes[bucket[-1]]
+            first = width - lengths[chosen, None]  # the column of the first token
+            columns = torch.arange(width, device=tokens.device)
+            real = columns >= first
+            index = tokens[(begins[chosen, None] + columns - first).clamp_min(0)]
+            at = offset + torch.arange(len(bucket), device=tokens.device)[:, None] * width + columns
+            places[index[real]] = at[real]
+            parts.append(Part(index, None if sizes[bucket[0]] == width else real))
+            offset += index.numel()
+        return tuple(parts), places.unflatten(0, self.shape)
+
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All sequences in the order of rows and columns.
+
+        Returns:
+            The tokens' positions in the flattened rows (tokens), and of every sequence the number
+            of tokens before it (sequences) and its length (sequences); int64.
+        """
+        batch, length = self.shape
+        device = self.device
+        if self.real is None:
+            tokens = torch.arange(batch * length, device=device)
+        else:
+            tokens = self.real.flatten().nonzero().squeeze(1)
+        new = torch.ones(len(tokens), dtype=torch.bool, device=device)
+        rows = tokens // length
+        new[1:] = rows[1:] != rows[:-1]
+        if self.numbers is not None:
+            numbers = self.numbers.flatten()[tokens]
+            new[1:] |= numbers[1:] != numbers[:-1]
+        begins = new.nonzero().squeeze(1)
+        ends = torch.cat([begins[1:], begins.new_tensor([len(tokens)])])
+        if self.numbers is not None:
+            pairs = torch.stack([rows[begins], numbers[begins]], 1)
+            if len(pairs.unique(dim=0)) < len(pairs):
+                raise ValueError("the tokens of a sequence must follow each other in its row.")
+        return tokens, begins, ends - begins

@@ -1,0 +1,267 @@
+"""What a model's arguments say of its rows: which positions are tokens, and of which sequence.
+
+Rows are padded under an `attention_mask`, or packed: several sequences follow each other in a row,
+told by `position_ids` that restart, by `seq_idx`, or by `cu_seq_lens_q` and `cu_seq_lens_k`, as
+transformers' `DataCollatorWithFlattening` and TRL's padding-free collators hand them over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramian.mixers import Segments
+from gramian.mixers._segments import Part
+from gramian.models.labels import IGNORED
+
+__all__ = [
+    "check_arguments",
+    "last_tokens",
+    "next_labels",
+    "read_rows",
+    "recent_mask",
+    "token_segments",
+]
+
+
+def recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """The last `length` columns as booleans, or None if they are seen to hide nothing.
+
+    Raises:
+        ValueError: on a mask that is not (batch, ≥ length), or that holds other numbers than 0
+            and 1.
+    """
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < length:
+        raise ValueError(
+            "attention_mask must be (batch, length) with 1 for real tokens, here "
+            f"({batch}, {length}) or longer; got {tuple(mask.shape)}."
+        )
+    recent = mask[:, -length:]
+    if torch.compiler.is_compiling():  # a traced graph cannot depend on values
+        return recent.bool()
+    if recent.dtype == torch.bool:
+        return None if bool(recent.all()) else recent
+    if length == 0:
+        return None
+    allowed, hides = torch.stack(
+        [((recent == 0) | (recent == 1)).all(), (recent == 0).any()]
+    ).tolist()
+    if not allowed:
+        raise ValueError(
+            "attention_mask must be 1 for real tokens and 0 for padding; it holds other numbers, "
+            f"such as {recent[(recent != 0) & (recent != 1)][0].item():g}. Packed rows are told by "
+            "position_ids that restart, or by seq_idx."
+        )
+    return recent.bool() if hides else None
+
+
+def token_segments(
+    batch: int,
+    length: int,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+) -> Segments | None:
+    """Where the sequences stand in rows (batch, length); None where each row is one, all of it.
+
+    Args:
+        batch: number of rows.
+        length: of every row.
+        attention_mask: (batch, length or more), 1 for real tokens; the last columns count.
+        position_ids: (batch, length) or (1, length). Only steps between real tokens of a row are
+            read: one up goes on, none or one back begins the next sequence.
+        seq_idx: (batch, length) or (1, length): a sequence begins where it changes.
+        cu_seq_lens_q: (sequences + 1): how many positions of the flattened rows come before each.
+        cu_seq_lens_k: the same.
+
+    Raises:
+        ValueError: on other shapes, positions that jump ahead, lengths that do not end with the
+            rows, or arguments that tell of different sequences.
+    """
+    real = recent_mask(attention_mask, batch, length)
+    told = {"position_ids": position_ids, "seq_idx": seq_idx}
+    for name, value in told.items():
+        if value is not None and tuple(value.shape) not in ((batch, length), (1, length)):
+            raise ValueError(
+                f"{name} must be (batch, length) = ({batch}, {length}) or (1, {length}); got "
+                f"{tuple(value.shape)}."
+            )
+    if torch.compiler.is_compiling():
+        if seq_idx is not None or cu_seq_lens_q is not None:
+            raise ValueError("packed rows cannot be traced: give each sequence a row of its own.")
+        if position_ids is not None and length > 1:
+            _assert_one_sequence(position_ids, real)
+        return None if real is None else Segments(real)
+    if length < 2:
+        return None if real is None else Segments(real)
+
+    device = next((x.device for x in (real, *told.values(), cu_seq_lens_q) if x is not None), None)
+    if device is None:
+        return None
+    tokens = torch.arange(batch * length, device=device)
+    if real is not None:
+        tokens = tokens[real.flatten().to(device)]
+    same_row = tokens[1:] // length == tokens[:-1] // length
+    found: dict[str, Tensor] = {}  # whether each real token but the first begins a sequence
+    if position_ids is not None:
+        steps = position_ids.to(device).expand(batch, length).flatten()[tokens].diff()
+        if bool((same_row & (steps > 1)).any()):
+            raise ValueError(
+                "position_ids must count the real tokens of a sequence one by one, since padding "
+                f"is not time; they jump ahead by {int(steps[same_row].max())}."
+            )
+        found["position_ids"] = same_row & (steps < 1)
+    if seq_idx is not None:
+        steps = seq_idx.to(device).expand(batch, length).flatten()[tokens].diff()
+        found["seq_idx"] = same_row & (steps != 0)
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        begins = _begins(cu_seq_lens_q, cu_seq_lens_k, batch * length).to(device)
+        numbers = torch.bucketize(tokens, begins, right=True)
+        found["cu_seq_lens_q"] = same_row & (numbers.diff() != 0)
+    packing = {name: begin for name, begin in found.items() if bool(begin.any())}
+    if not packing:
+        return None if real is None else Segments(real)
+    name, begin = packing.popitem()
+    for other, differs in packing.items():
+        if not torch.equal(begin, differs):
+            raise ValueError(f"{other} and {name} tell of different sequences.")
+    numbers = torch.zeros(batch * length, dtype=torch.int64, device=device)
+    numbers[tokens[1:]] = begin.cumsum(0)
+    return Segments(real, numbers.unflatten(0, (batch, length)))
+
+
+def _begins(query: Tensor | None, key: Tensor | None, total: int) -> Tensor:
+    """The positions after the first at which sequences begin, of cumulative lengths."""
+    if query is None or key is None or not torch.equal(query, key):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together, and be equal.")
+    if (
+        query.ndim != 1
+        or len(query) < 2
+        or int(query[0]) != 0
+        or int(query[-1]) != total
+        or bool((query.diff() < 0).any())
+    ):
+        raise ValueError(
+            f"cu_seq_lens_q must rise from 0 to {total}, the positions of all rows; got "
+            f"{query.flatten().tolist()[:8]} of shape {tuple(query.shape)}."
+        )
+    return query[1:-1].to(torch.int64)
+
+
+def _assert_one_sequence(position_ids: Tensor, real: Tensor | None) -> None:
+    """In a traced graph: fail when it runs if positions are not those of one sequence a row."""
+    message = "position_ids of packed rows cannot be traced: give each sequence a row of its own."
+    if real is None:
+        torch._assert_async((position_ids.diff() == 1).all(), message)
+        return
+    offset = position_ids - real.long().cumsum(1)
+    low, high = torch.iinfo(offset.dtype).min, torch.iinfo(offset.dtype).max
+    spread = offset.masked_fill(~real, low).amax(1) > offset.masked_fill(~real, high).amin(1)
+    torch._assert_async(~(spread & real.any(1)).any(), message)
+
+
+def next_labels(labels: Tensor, segments: Segments) -> Tensor:
+    """At every token the label of the next token of its sequence, (batch, length).
+
+    It is -100 at the last token of a sequence and at padding: nothing is predicted across a
+    border, or from padding, and no label of padding is due.
+    """
+    batch, length = labels.shape
+    columns = torch.arange(length, device=labels.device).expand(batch, length)
+    if segments.real is not None:
+        columns = columns.masked_fill(~segments.real.to(labels.device), length)
+    later = columns.flip(1).cummin(1).values.flip(1)[:, 1:]  # the next token from here on
+    later = torch.nn.functional.pad(later, (0, 1), value=length)
+    due = later < length
+    if segments.real is not None:
+        due = due & segments.real.to(labels.device)
+    later = later.clamp_max(length - 1)
+    if segments.numbers is not None:
+        numbers = segments.numbers.to(labels.device)
+        due = due & (numbers.gather(1, later) == numbers)
+    return torch.where(due, labels.gather(1, later), IGNORED)
+
+
+def last_tokens(hidden_states: Tensor, segments: Segments | None, count: int) -> Tensor:
+    """The last `count` tokens of each row, (batch, count, …); of a row with fewer tokens, zeros
+    come before them. Packed rows are taken as they stand.
+
+    Args:
+        hidden_states: (batch, length, …).
+        segments: of these rows.
+        count: at least 1.
+    """
+    if segments is None or segments.packed or segments.aligned:
+        return hidden_states[:, -count:]
+    (part,) = segments.parts
+    assert part.real is not None
+    return Part(part.source[:, -count:], part.real[:, -count:]).take(hidden_states)
+
+
+def read_rows(
+    inputs: tuple[Tensor | None, ...],
+    attention_mask: Tensor | Segments | None,
+    position_ids: Tensor | None,
+    arguments: dict[str, Any],
+    suffix: str = "",
+) -> Segments | None:
+    """The segments of a forward pass's rows, whose arguments are taken out of ``arguments``.
+
+    Args:
+        inputs: what may be given as rows, (batch, length, …); the first that is not None counts.
+        attention_mask: see `token_segments`; or segments that are known already.
+        position_ids: see `token_segments`.
+        arguments: the other arguments of the pass; `seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k`
+            are taken out, and `max_length_q` and `max_length_k`, which say nothing more.
+        suffix: of these arguments' names.
+
+    Raises:
+        ValueError: as `token_segments` does.
+    """
+    told = {
+        name: arguments.pop(f"{name}{suffix}", None)
+        for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
+    }
+    for name in ("max_length_q", "max_length_k"):
+        arguments.pop(f"{name}{suffix}", None)
+    rows = next((x for x in inputs if x is not None), None)
+    if rows is None or rows.ndim < 2:  # the model says what is wrong
+        return None
+    if isinstance(attention_mask, Segments):
+        return attention_mask
+    batch, length = rows.shape[:2]
+    return token_segments(batch, length, attention_mask, position_ids, **told)
+
+
+def check_arguments(name: str, arguments: dict[str, Any], *known: str) -> None:
+    """Raise a TypeError for an argument of a forward pass that would be dropped.
+
+    Args:
+        name: of the model.
+        arguments: what is left over; None is as good as not given.
+        known: further ones that change nothing, beside those of every model.
+    """
+    unknown = sorted(
+        key
+        for key, value in arguments.items()
+        if value is not None and key not in known and key not in _HARMLESS
+    )
+    if unknown:
+        raise TypeError(
+            f"{name} does not take {', '.join(unknown)}: nothing here does what it asks for."
+        )
+
+
+_HARMLESS = {
+    "num_items_in_batch",  # a trainer's, for losses that are sums
+    "output_attentions",
+    "return_dict",
+    "token_type_ids",  # tokenizers return them unasked; no embedding here tells types apart
+    "use_cache",
+}

@@ -1,0 +1,130 @@
+r"""Chunks in which the streams of a batch have different numbers of samples.
+
+Sequences of different lengths share a chunk by ending together: stream b starts with ``pause[b]``
+columns that are no time at all. From a silent past zeros there leave no trace; a state that
+remembers something must stay as it is until the stream's first sample.
+
+A finite-dimensional state knows nothing of columns, so streams are taken in pieces of equal
+lengths: each length by itself, or, where there are more lengths than bits, the pieces of their
+binary representations, of which a chunk of T columns has at most ⌊log₂ T⌋ + 1. An FIR system's
+state is its last inputs, which move to where the first sample is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.systems._state import State
+from gramian.systems.fir import FIRState
+
+__all__ = ["Pause", "PausedOperator", "apply_paused"]
+
+Operator = Callable[[Tensor, State], tuple[Tensor, State]]
+
+
+class _Piece(NamedTuple):
+    streams: list[int]
+    begins: list[int]
+    """The first column of the piece in each of them."""
+    length: int
+
+
+class Pause:
+    """How many columns of a chunk are no time, for every stream of a batch.
+
+    Args:
+        steps: (batch) integers from 0 to ``length``.
+        length: Columns of the chunk.
+    """
+
+    def __init__(self, steps: Sequence[int], length: int) -> None:
+        self.steps = tuple(steps)
+        self.length = length
+        self._pieces: list[_Piece] | None = None
+
+    def within(self, begin: int, end: int) -> Pause:
+        """The pause of the columns ``begin`` … ``end - 1``, taken as a chunk of their own."""
+        length = min(end, self.length) - begin
+        return Pause([min(max(step - begin, 0), length) for step in self.steps], length)
+
+    @property
+    def pieces(self) -> list[_Piece]:
+        """Pieces of equal lengths in the order of time."""
+        if self._pieces is None:
+            counts = [self.length - step for step in self.steps]
+            lengths = sorted({count for count in counts if count})
+            bits = [bit for bit in range(self.length.bit_length(), -1, -1) if _any(counts, bit)]
+            self._pieces = []
+            if len(lengths) <= len(bits):
+                for length in lengths:
+                    streams = [b for b, count in enumerate(counts) if count == length]
+                    begins = [self.length - length] * len(streams)
+                    self._pieces.append(_Piece(streams, begins, length))
+            else:
+                for bit in bits:
+                    streams = [b for b, count in enumerate(counts) if count >> bit & 1]
+                    begins = [self.steps[b] + (counts[b] >> bit + 1 << bit + 1) for b in streams]
+                    self._pieces.append(_Piece(streams, begins, 1 << bit))
+        return self._pieces
+
+
+def _any(counts: list[int], bit: int) -> bool:
+    return any(count >> bit & 1 for count in counts)
+
+
+def apply_paused(operator: Operator, u: Tensor, state: State, pause: Pause) -> tuple[Tensor, State]:
+    """``operator(u, state)``, with the state held where the streams pause.
+
+    Args:
+        operator: A system with a state, or its recurrence's ``prefill``.
+        u: (batch, *C', T); what it holds where a stream pauses is not looked at.
+        state: Of the operator, batch first.
+        pause: Of T columns.
+
+    Returns:
+        y of the shape of ``u``, zero where a stream pauses, and the state after the chunk.
+    """
+    if not any(pause.steps):
+        return operator(u, state)
+    if isinstance(state, FIRState):
+        return _apply_to_moved_past(operator, u, state, pause)
+    u = u.movedim(-1, 1)  # (batch, T, *C')
+    y = torch.zeros_like(u)
+    for streams, begins, length in pause.pieces:
+        rows = torch.tensor(streams, device=u.device)
+        columns = torch.tensor(begins, device=u.device)[:, None]
+        place = rows[:, None], columns + torch.arange(length, device=u.device)
+        made, after = operator(u[place].movedim(1, -1), state.select(rows))
+        y = y.index_put(place, made.movedim(-1, 1).to(y.dtype))
+        state = state.put(rows, after)
+    return y.movedim(1, -1), state
+
+
+def _apply_to_moved_past(
+    operator: Operator, u: Tensor, state: FIRState, pause: Pause
+) -> tuple[Tensor, State]:
+    y, after = operator(*state.moved(u, pause.steps))
+    steps = torch.tensor(pause.steps, device=u.device).reshape(-1, *(1,) * (u.ndim - 1))
+    return y.masked_fill(torch.arange(u.shape[-1], device=u.device) < steps, 0), after
+
+
+class PausedOperator:
+    """`apply_paused` for a chunk that is taken at once, or part by part in the order of time.
+
+    Args:
+        operator: A system with a state, or its recurrence's ``prefill``.
+        pause: Of the whole chunk.
+    """
+
+    def __init__(self, operator: Operator, pause: Pause) -> None:
+        self.operator = operator
+        self.pause = pause
+        self._taken = 0
+
+    def __call__(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        begin, self._taken = self._taken, self._taken + u.shape[-1]
+        return apply_paused(self.operator, u, state, self.pause.within(begin, self._taken))
