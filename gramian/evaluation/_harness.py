@@ -115,9 +115,9 @@ def evaluate_harness(
                 measures.append(Measure(task, name, math.nan, None, len(documents), direction))
                 continue
             spread = results.get(f"{metric}_stderr,{kind}")
-            known = float(spread) if isinstance(spread, int | float) else None
+            deviation = float(spread) if isinstance(spread, int | float) else None
             values = [one[metric] for one in documents if metric in one]
-            measures.append(_measure(task, name, float(value), known, direction, values))
+            measures.append(_measure(task, name, float(value), deviation, direction, values))
     return measures
 
 

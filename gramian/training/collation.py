@@ -11,7 +11,10 @@ from torch import Tensor
 from gramian.models.labels import check_classes, check_numbers
 from gramian.tasks import IGNORED, Description
 
-__all__ = ["Collator", "check_labels"]
+__all__ = ["PACKED", "Collator", "Packer", "check_labels"]
+
+PACKED = ("tokens", "classification", "signal")
+"""Kinds of tasks whose sequences can stand in one row."""
 
 
 def check_labels(labels: Tensor, description: Description, classes: int) -> None:
@@ -57,6 +60,81 @@ class Collator:
         else:
             batch["labels"] = torch.stack(labels)
         return batch
+
+
+class Packer:
+    """Puts the sequences of a batch end to end, in place of padding: each is as if alone.
+
+    A row is no longer than the task's longest sequence, or the batch's. `position_ids` restart at 0
+    with every sequence, which is how the models tell them apart; what is left of a row is padding
+    under `attention_mask`, where positions go on. Labels stand where they are due, so nothing is
+    shifted across a border, and -100 at padding; of classification there is one a sequence, in the
+    order in which the rows have them.
+
+    Args:
+        description: of a task of a kind in `PACKED`.
+
+    Raises:
+        ValueError: for a task of another kind.
+    """
+
+    def __init__(self, description: Description) -> None:
+        if description.kind not in PACKED:
+            raise ValueError(
+                f"sequences of a task of the kind {description.kind!r} cannot share a row; those "
+                f"of {', '.join(map(repr, PACKED))} can."
+            )
+        self.description = description
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        name = "input_ids" if self.description.input_size is None else "input_values"
+        inputs = [torch.as_tensor(row[name]) for row in rows]
+        labels = [torch.as_tensor(row["labels"]) for row in rows]
+        plan = fit([len(one) for one in inputs], self.description.length)
+        packed = [torch.cat([inputs[index] for index in row]) for row in plan]
+        lengths = torch.tensor([len(row) for row in packed])
+        longest = int(lengths.max())
+        batch: dict[str, Tensor] = {}
+        if name == "input_ids":
+            batch[name] = _pad(packed, self.description.pad_token_id)
+        else:
+            batch[name] = torch.nn.utils.rnn.pad_sequence(packed, batch_first=True).float()
+        positions = torch.arange(longest).repeat(len(plan), 1)
+        for row, sequences in zip(positions, plan, strict=True):
+            start = 0
+            for index in sequences:
+                row[start:] = torch.arange(longest - start)
+                start += len(inputs[index])
+        batch["position_ids"] = positions
+        if int(lengths.min()) < longest:
+            batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        if self.description.kind == "classification":
+            batch["labels"] = torch.stack([labels[index] for row in plan for index in row])
+            return batch
+        due = [torch.cat([labels[index] for index in row]) for row in plan]
+        batch["labels"] = _pad(due, IGNORED)
+        if self.description.kind == "tokens":
+            batch["shift_labels"] = batch["labels"]
+        return batch
+
+
+def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of `lengths` in rows of at most `room`, or of one that is longer by itself.
+
+    The longest first, each into the first row with room for it: at most 11/9 of the fewest rows
+    there could be, and one more.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+        length = lengths[index]
+        place = next((row for row, free in enumerate(left) if free >= length), len(rows))
+        if place == len(rows):
+            rows.append([])
+            left.append(max(room, length))
+        rows[place].append(index)
+        left[place] -= length
+    return rows
 
 
 def _pad(sequences: list[Tensor], value: int) -> Tensor:

@@ -27,6 +27,7 @@ class Labelled(GeneratedTask):
         split: where `put` stands.
         integers: whether labels are written as integers.
         num_labels: classes, or numbers at a position.
+        ragged: whether sequences differ in length, from 1 to `length`; of tokens and classes.
     """
 
     kind: str = "tokens"
@@ -35,6 +36,7 @@ class Labelled(GeneratedTask):
     split: str = "train"
     integers: bool = True
     num_labels: int = CLASSES
+    ragged: bool = False
     length: int = 10
     train_examples: int = 24
     eval_examples: int = 9
@@ -50,13 +52,14 @@ class Labelled(GeneratedTask):
         )
 
     def row(self, random: np.random.Generator, split: str) -> dict[str, Any]:
-        shape: tuple[int, ...] = (self.length,)
+        length = int(random.integers(1, self.length + 1)) if self.ragged else self.length
+        shape: tuple[int, ...] = (length,)
         row: dict[str, Any] = {}
         if self.kind == "signal":
             row["input_values"] = random.normal(size=(self.length, 1)).astype(np.float32)
             labels = random.normal(size=(self.length, self.num_labels)).astype(np.float32)
         else:
-            row["input_ids"] = random.integers(CLASSES, size=self.length)
+            row["input_ids"] = random.integers(CLASSES, size=length)
             if self.kind == "pairs":
                 row["input_ids_2"] = random.integers(CLASSES, size=self.length)
             single = self.kind in ("classification", "pairs")
