@@ -198,7 +198,11 @@ def check(config: TrainingConfig) -> None:
         _losses(_model(config, task.description()), config)
     _packer(config, task.description())
     for split in ("train", config.evaluation.split):
-        if next(iter(task.rows(split, config.seed)), None) is None:
+        try:
+            first = next(iter(task.checked_rows(split, config.seed)), None)
+        except ValueError as error:
+            raise ConfigError(f"task {config.task['name']}: {error}") from error
+        if first is None:
             raise ConfigError(f"the task has no {split} rows with these settings.")
     if config.optimization.steps is None and config.task.get("streaming"):
         _steps(config, None)

@@ -17,17 +17,23 @@ PACKED = ("tokens", "classification", "signal")
 """Kinds of tasks whose sequences can stand in one row."""
 
 
-def check_labels(labels: Tensor, description: Description, classes: int) -> None:
-    """Check the labels of a batch for a model of so many classes, or of numbers for a signal.
+def check_labels(labels: Tensor, description: Description, shape: tuple[int, ...]) -> None:
+    """Check the labels of a batch.
+
+    Args:
+        labels: of the batch.
+        description: of the task.
+        shape: of the logits: (batch, classes), (batch, length, classes), or of a signal (batch,
+            length, numbers).
 
     Raises:
-        LabelError: on another dtype, classes that there are not, or numbers that are not finite.
+        LabelError: on another dtype or shape, classes that there are not, or numbers that are not
+            finite.
     """
-    shapes = [tuple(labels.shape)]
     if description.kind == "signal":
-        check_numbers(labels, torch.float32, shapes)
+        check_numbers(labels, torch.float32, [shape])
     else:
-        check_classes(labels, classes, shapes)
+        check_classes(labels, shape[-1], [shape[:-1]])
 
 
 class Collator:
@@ -44,7 +50,7 @@ class Collator:
         batch: dict[str, Tensor] = {}
         if self.description.input_size is None:
             for suffix in ("", "_2") if self.description.kind == "pairs" else ("",):
-                ids = [torch.as_tensor(row[f"input_ids{suffix}"]) for row in rows]
+                ids = [torch.as_tensor(row[f"input_ids{suffix}"]).long() for row in rows]
                 batch[f"input_ids{suffix}"] = _pad(ids, self.description.pad_token_id)
                 if len({len(one) for one in ids}) > 1:
                     real = [torch.ones_like(one) for one in ids]
@@ -52,7 +58,7 @@ class Collator:
         else:
             values = [torch.as_tensor(row["input_values"]) for row in rows]
             batch["input_values"] = torch.stack(values).float()
-        labels = [torch.as_tensor(row["labels"]) for row in rows]
+        labels = [_label(row, self.description) for row in rows]
         if self.description.kind == "tokens":
             batch["labels"] = batch["shift_labels"] = _pad(labels, IGNORED)
         elif self.description.kind == "reconstruction":
@@ -89,7 +95,9 @@ class Packer:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         name = "input_ids" if self.description.input_size is None else "input_values"
         inputs = [torch.as_tensor(row[name]) for row in rows]
-        labels = [torch.as_tensor(row["labels"]) for row in rows]
+        if name == "input_ids":
+            inputs = [one.long() for one in inputs]
+        labels = [_label(row, self.description) for row in rows]
         plan = fit([len(one) for one in inputs], self.description.length)
         packed = [torch.cat([inputs[index] for index in row]) for row in plan]
         lengths = torch.tensor([len(row) for row in packed])
@@ -137,7 +145,15 @@ def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
+def _label(row: dict[str, Any], description: Description) -> Tensor:
+    """Labels of one row: of a signal in single precision, integers as int64, others as they are,
+    so that whoever scores them may refuse them."""
+    labels = torch.as_tensor(row["labels"])
+    if description.kind == "signal":
+        return labels if labels.is_complex() else labels.float()
+    return labels if labels.is_floating_point() or labels.is_complex() else labels.long()
+
+
 def _pad(sequences: list[Tensor], value: int) -> Tensor:
-    """(batch, longest) of int64, but for numbers, which a label must not be and is not cut to."""
-    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
-    return padded if padded.is_floating_point() else padded.long()
+    """(batch, longest, …)."""
+    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)

@@ -204,10 +204,12 @@ class GramianTrainer(Trainer):
         """As the original; in training with the logits of those positions alone where something is
         due, and with the losses on memory."""
         if self.args.torch_compile:  # what is compiled cannot look at values
-            config = self.model.config
-            classes = self.description.kind in ("classification", "pairs")
-            count = config.num_labels if classes else config.vocab_size
-            check_labels(inputs["labels"], self.description, count)
+            labels, config = inputs["labels"], self.model.config
+            tokens = self.description.kind in ("tokens", "reconstruction")
+            last = config.vocab_size if tokens else config.num_labels
+            batch = inputs["input_ids" if "input_ids" in inputs else "input_values"].shape[:2]
+            shape = batch if labels.ndim > 1 else batch[:1]
+            check_labels(labels, self.description, (*shape, last))
         inputs = self._due(inputs, model.training)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.losses is not None and model.training:

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gramian.tasks import Description, GeneratedTask, register
+from gramian.tasks import Description, GeneratedTask, _task
 
 CLASSES = 4
 
 
-@register("test/labelled")
 @dataclass(frozen=True, kw_only=True)
 class Labelled(GeneratedTask):
     """Rows of noise.
@@ -23,6 +22,7 @@ class Labelled(GeneratedTask):
     Args:
         kind: of the task.
         put: stands in the labels of some rows in place of what would be there, or None.
+        labels: what else is wrong with a row where `put` would stand.
         share: of the labels that are -100.
         split: where `put` stands.
         integers: whether labels are written as integers.
@@ -32,6 +32,7 @@ class Labelled(GeneratedTask):
 
     kind: str = "tokens"
     put: float | None = None
+    labels: str = ""
     share: float = 0.0
     split: str = "train"
     integers: bool = True
@@ -69,7 +70,24 @@ class Labelled(GeneratedTask):
         if self.put is not None and split == self.split:
             labels = labels.astype(np.result_type(labels.dtype, type(self.put)))
             labels.flat[0] = self.put
-        return row | {"labels": labels if labels.ndim else labels[()]}
+        row["labels"] = labels if labels.ndim else labels[()]
+        return self.spoilt(row) if self.labels and split == self.split else row
+
+    def spoilt(self, row: dict[str, Any]) -> dict[str, Any]:
+        labels = np.asarray(row.pop("labels"))
+        if self.labels == "missing":
+            return row
+        if self.labels == "other tokens":
+            return {"input_ids": row["input_ids"] * 0 + 10, "labels": labels}
+        some = np.atleast_1d(labels)
+        wrong = {"longer": np.concatenate([some, some[:1]]), "nested": labels[None]}
+        return row | {"labels": wrong.get(self.labels, labels.astype(str))}
+
+
+@pytest.fixture(autouse=True)
+def labelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known here as "test/labelled", and nowhere else."""
+    monkeypatch.setitem(_task._REGISTRY, "test/labelled", Labelled)
 
 
 @pytest.fixture
