@@ -108,18 +108,16 @@ def evaluate_harness(
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            documents = [one for one in samples if one["filter"] == kind]
+            direction = higher.get(metric)
+            if lost:
+                measures.append(Measure(task, name, math.nan, None, len(documents), direction))
+                continue
             spread = results.get(f"{metric}_stderr,{kind}")
-            measures.append(
-                _measure(
-                    task,
-                    metric if kind == "none" else f"{metric} ({kind})",
-                    float(value),
-                    float(spread) if isinstance(spread, int | float) else None,
-                    higher.get(metric),
-                    [one[metric] for one in samples if one["filter"] == kind and metric in one],
-                    lost,
-                )
-            )
+            deviation = float(spread) if isinstance(spread, int | float) else None
+            values = [one[metric] for one in documents if metric in one]
+            measures.append(_measure(task, name, float(value), deviation, direction, values))
     return measures
 
 
@@ -130,11 +128,8 @@ def _measure(
     error: float | None,
     higher: bool | None,
     samples: list[Any],
-    lost: bool,
 ) -> Measure:
     """With influences, if the value can be had from the documents' own."""
-    if lost:
-        return Measure(task, metric, math.nan, None, len(samples), higher)
     better = bool(higher)
     guesses = []
     if samples and all(isinstance(one, int | float) for one in samples):

@@ -62,7 +62,7 @@ def evaluate_task(
     description = task.description()
     _check(model, name, description)
     split = chosen_split(task, name, split)
-    rows = list(islice(task.rows(split, seed), examples))
+    rows = list(islice(task.checked_rows(split, seed), examples))
     if not rows:
         raise ValueError(f"the task {name} has no {split} rows with these settings.")
     collate = Collator(description)
@@ -81,7 +81,7 @@ def evaluate_task(
                     inputs["use_cache"] = False  # type: ignore[assignment]
                 logits = model(**inputs).logits
                 _check_answers(logits, labels, model, name, description)
-                check_labels(labels, description, logits.shape[-1])
+                check_labels(labels, description, tuple(logits.shape))
                 scores.append(score(logits, labels).cpu())
                 if progress is not None:
                     progress(min(first + batch_size, len(rows)), len(rows))

@@ -69,6 +69,22 @@ class Description:
     pad_token_id: int = 0
     text: bool = False
 
+    def columns(self) -> dict[str, tuple[bool, tuple[int | None, ...]]]:
+        """The inputs and labels of a row: whether they are integers, and their shape, in which None
+        is the row's length."""
+        found: dict[str, tuple[bool, tuple[int | None, ...]]]
+        found = {"input_values": (False, (None, self.input_size))}
+        if self.input_size is None:
+            found = {"input_ids": (True, (None,))}
+            if self.kind == "pairs":
+                found["input_ids_2"] = (True, (None,))
+        shape: tuple[int | None, ...] = (None,)
+        if self.kind in ("classification", "pairs"):
+            shape = ()
+        elif self.kind == "signal":
+            shape = (None, self.num_labels)
+        return found | {"labels": (self.kind != "signal", shape)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
@@ -125,7 +141,7 @@ class Task(ABC):
         Raises:
             ImportError: without `datasets`.
             ValueError: on a split that the task does not have, a negative seed, no rows, or a row
-                whose ids or labels are no integers where they must be.
+                that `checked_rows` refuses.
         """
         try:
             from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -140,10 +156,10 @@ class Task(ABC):
         features = self.features()
         if streaming:
             stream = IterableDataset.from_generator(
-                self._whole_rows, features=features, gen_kwargs={"split": split, "seed": seed}
+                self.checked_rows, features=features, gen_kwargs={"split": split, "seed": seed}
             )
             return stream.with_format("torch")
-        rows, parts = self._whole_rows(split, seed), []
+        rows, parts = self.checked_rows(split, seed), []
         while chunk := list(islice(rows, 4096)):
             columns = {name: [row[name] for row in chunk] for name in features}
             parts.append(Dataset.from_dict(columns, features=features))
@@ -151,18 +167,48 @@ class Task(ABC):
             raise ValueError(f"the task has no {split} rows with these settings.")
         return concatenate_datasets(parts).with_format("torch")
 
-    def _whole_rows(self, split: str, seed: int) -> Iterator[Row]:
-        """`rows`, checked where columns are of integers, which `datasets` cuts numbers down to."""
-        features = self.features()
-        integers = [name for name in features if "int" in str(features[name])]
+    def checked_rows(self, split: str, seed: int) -> Iterator[Row]:
+        """`rows`, each held against the description.
+
+        A column of a data set takes what comes: it would cut numbers down to integers, and a
+        sequence in place of a label would end in an error about something else.
+
+        Raises:
+            ValueError: on a row that lacks inputs or labels, or whose inputs or labels have another
+                kind of number or of shape; and on token ids outside of the vocabulary.
+        """
+        description = self.description()
+        columns = description.columns().items()
         for row in self.rows(split, seed):
-            for name in integers:
+            length = None
+            for name, (integers, shape) in columns:
+                if name not in row:
+                    raise ValueError(f"a row of the {split} split has no {name}.")
                 values = np.asarray(row[name])
-                if values.size and values.dtype.kind not in "iub":
+                kinds = "iu" if integers else "iufb"
+                if name == "labels" and description.num_labels == 2:
+                    kinds += "b"
+                if values.size and values.dtype.kind not in kinds:
+                    wanted = "integers" if integers else "real numbers"
                     raise ValueError(
-                        f"{name} of the task must be integers; a row of the {split} split has "
-                        f"{values.dtype}."
+                        f"{name} must be {wanted}; a row of the {split} split has {values.dtype}."
                     )
+                if length is None and values.ndim:
+                    length = len(values)
+                due = shape
+                if name == "labels" and shape:
+                    due = (length, *shape[1:])
+                if values.ndim != len(due) or any(
+                    size not in (None, given) for size, given in zip(due, values.shape, strict=True)
+                ):
+                    wanted = ", ".join("length" if size is None else str(size) for size in due)
+                    wanted += "," if len(due) == 1 else ""
+                    raise ValueError(
+                        f"{name} must be of shape ({wanted}); a row of the {split} split has "
+                        f"{values.shape}."
+                    )
+                if name.startswith("input_ids") and values.size:
+                    _check_ids(name, values, description.vocab_size, split)
             yield row
 
     def random(self, split: str, seed: int) -> np.random.Generator:
@@ -299,6 +345,15 @@ def _lookup(name: str) -> type[Task]:
     if name not in _REGISTRY:
         raise ValueError(unknown("task", name, _REGISTRY))
     return _REGISTRY[name]
+
+
+def _check_ids(name: str, ids: np.ndarray, vocabulary: int | None, split: str) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if vocabulary is not None and (low < 0 or high >= vocabulary):
+        raise ValueError(
+            f"{name} must lie from 0 to {vocabulary - 1}; a row of the {split} split has "
+            f"{low if low < 0 else high}."
+        )
 
 
 def require_sizes(task: Task, *names: str, least: int = 1) -> None:

@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,14 @@ from gramian.models import (
 from gramian.models.labels import LabelError
 from gramian.reports import plot_training, save_figure
 from gramian.tasks import Description, Task
-from gramian.training.collation import Collator
-from gramian.training.configuration import METRICS, ConfigError, Hardware, TrainingConfig
+from gramian.training.collation import Collator, Packer
+from gramian.training.configuration import (
+    METRICS,
+    ConfigError,
+    Hardware,
+    TrainingConfig,
+    parse_config,
+)
 from gramian.training.kinds import MODELS
 from gramian.training.memory import MemoryLosses, StateSizeCallback
 from gramian.training.recording import (
@@ -119,7 +125,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
     steps = _steps(config, data)
     arguments = _arguments(config, steps, progress)
-    losses = _losses(model, config)
+    losses, packer = _losses(model, config), _packer(config, description)
 
     with arguments.main_process_first(local=False):
         report = _prepare(folder, config, arguments)
@@ -134,6 +140,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         folder,
         tokenizer=ByteTokenizer() if description.text else None,
         losses=losses,
+        packer=packer,
         model=model,
         args=arguments,
         train_dataset=Rows(data) if hasattr(data, "__len__") else data,
@@ -189,8 +196,13 @@ def check(config: TrainingConfig) -> None:
     task = _task(config)
     with nullcontext() if "path" in config.model else torch.device("meta"):
         _losses(_model(config, task.description()), config)
+    _packer(config, task.description())
     for split in ("train", config.evaluation.split):
-        if next(iter(task.rows(split, config.seed)), None) is None:
+        try:
+            first = next(iter(task.checked_rows(split, config.seed)), None)
+        except ValueError as error:
+            raise ConfigError(f"task {config.task['name']}: {error}") from error
+        if first is None:
             raise ConfigError(f"the task has no {split} rows with these settings.")
     if config.optimization.steps is None and config.task.get("streaming"):
         _steps(config, None)
@@ -265,6 +277,15 @@ def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | No
     if regularization.gates == 0 and regularization.ess.weight == 0:
         return None
     return MemoryLosses(model, regularization)
+
+
+def _packer(config: TrainingConfig, description: Description) -> Packer | None:
+    if not config.optimization.packing:
+        return None
+    try:
+        return Packer(description)
+    except ValueError as error:
+        raise ConfigError(f"optimization.packing: {error}") from error
 
 
 def _steps(config: TrainingConfig, data: Any) -> int:
@@ -381,6 +402,8 @@ def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | Non
     written = folder / "config.yaml"
     if written.is_file():
         before = yaml.safe_load(written.read_text(encoding="utf-8"))
+        with suppress(ConfigError):  # keys that are newer than the run have their defaults
+            before = parse_config(before).to_dict()
         changed = sorted(_differences(before, config.to_dict()))
         if changed:
             raise ConfigError(

@@ -11,20 +11,29 @@ from torch import Tensor
 from gramian.models.labels import check_classes, check_numbers
 from gramian.tasks import IGNORED, Description
 
-__all__ = ["Collator", "check_labels"]
+__all__ = ["PACKED", "Collator", "Packer", "check_labels"]
+
+PACKED = ("tokens", "classification", "signal")
+"""Kinds of tasks whose sequences can stand in one row."""
 
 
-def check_labels(labels: Tensor, description: Description, classes: int) -> None:
-    """Check the labels of a batch for a model of so many classes, or of numbers for a signal.
+def check_labels(labels: Tensor, description: Description, shape: tuple[int, ...]) -> None:
+    """Check the labels of a batch.
+
+    Args:
+        labels: of the batch.
+        description: of the task.
+        shape: of the logits: (batch, classes), (batch, length, classes), or of a signal (batch,
+            length, numbers).
 
     Raises:
-        LabelError: on another dtype, classes that there are not, or numbers that are not finite.
+        LabelError: on another dtype or shape, classes that there are not, or numbers that are not
+            finite.
     """
-    shapes = [tuple(labels.shape)]
     if description.kind == "signal":
-        check_numbers(labels, torch.float32, shapes)
+        check_numbers(labels, torch.float32, [shape])
     else:
-        check_classes(labels, classes, shapes)
+        check_classes(labels, shape[-1], [shape[:-1]])
 
 
 class Collator:
@@ -41,7 +50,7 @@ class Collator:
         batch: dict[str, Tensor] = {}
         if self.description.input_size is None:
             for suffix in ("", "_2") if self.description.kind == "pairs" else ("",):
-                ids = [torch.as_tensor(row[f"input_ids{suffix}"]) for row in rows]
+                ids = [torch.as_tensor(row[f"input_ids{suffix}"]).long() for row in rows]
                 batch[f"input_ids{suffix}"] = _pad(ids, self.description.pad_token_id)
                 if len({len(one) for one in ids}) > 1:
                     real = [torch.ones_like(one) for one in ids]
@@ -49,7 +58,7 @@ class Collator:
         else:
             values = [torch.as_tensor(row["input_values"]) for row in rows]
             batch["input_values"] = torch.stack(values).float()
-        labels = [torch.as_tensor(row["labels"]) for row in rows]
+        labels = [_label(row, self.description) for row in rows]
         if self.description.kind == "tokens":
             batch["labels"] = batch["shift_labels"] = _pad(labels, IGNORED)
         elif self.description.kind == "reconstruction":
@@ -59,7 +68,92 @@ class Collator:
         return batch
 
 
+class Packer:
+    """Puts the sequences of a batch end to end, in place of padding: each is as if alone.
+
+    A row is no longer than the task's longest sequence, or the batch's. `position_ids` restart at 0
+    with every sequence, which is how the models tell them apart; what is left of a row is padding
+    under `attention_mask`, where positions go on. Labels stand where they are due, so nothing is
+    shifted across a border, and -100 at padding; of classification there is one a sequence, in the
+    order in which the rows have them.
+
+    Args:
+        description: of a task of a kind in `PACKED`.
+
+    Raises:
+        ValueError: for a task of another kind.
+    """
+
+    def __init__(self, description: Description) -> None:
+        if description.kind not in PACKED:
+            raise ValueError(
+                f"sequences of a task of the kind {description.kind!r} cannot share a row; those "
+                f"of {', '.join(map(repr, PACKED))} can."
+            )
+        self.description = description
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        name = "input_ids" if self.description.input_size is None else "input_values"
+        inputs = [torch.as_tensor(row[name]) for row in rows]
+        if name == "input_ids":
+            inputs = [one.long() for one in inputs]
+        labels = [_label(row, self.description) for row in rows]
+        plan = fit([len(one) for one in inputs], self.description.length)
+        packed = [torch.cat([inputs[index] for index in row]) for row in plan]
+        lengths = torch.tensor([len(row) for row in packed])
+        longest = int(lengths.max())
+        batch: dict[str, Tensor] = {}
+        if name == "input_ids":
+            batch[name] = _pad(packed, self.description.pad_token_id)
+        else:
+            batch[name] = torch.nn.utils.rnn.pad_sequence(packed, batch_first=True).float()
+        positions = torch.arange(longest).repeat(len(plan), 1)
+        for row, sequences in zip(positions, plan, strict=True):
+            start = 0
+            for index in sequences:
+                row[start:] = torch.arange(longest - start)
+                start += len(inputs[index])
+        batch["position_ids"] = positions
+        if int(lengths.min()) < longest:
+            batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+        if self.description.kind == "classification":
+            batch["labels"] = torch.stack([labels[index] for row in plan for index in row])
+            return batch
+        due = [torch.cat([labels[index] for index in row]) for row in plan]
+        batch["labels"] = _pad(due, IGNORED)
+        if self.description.kind == "tokens":
+            batch["shift_labels"] = batch["labels"]
+        return batch
+
+
+def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of `lengths` in rows of at most `room`, or of one that is longer by itself.
+
+    The longest first, each into the first row with room for it: at most 11/9 of the fewest rows
+    there could be, and one more.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda one: -lengths[one]):
+        length = lengths[index]
+        place = next((row for row, free in enumerate(left) if free >= length), len(rows))
+        if place == len(rows):
+            rows.append([])
+            left.append(max(room, length))
+        rows[place].append(index)
+        left[place] -= length
+    return rows
+
+
+def _label(row: dict[str, Any], description: Description) -> Tensor:
+    """Labels of one row: of a signal in single precision, integers as int64, others as they are,
+    so that whoever scores them may refuse them."""
+    labels = torch.as_tensor(row["labels"])
+    if description.kind == "signal":
+        return labels if labels.is_complex() else labels.float()
+    return labels if labels.is_floating_point() or labels.is_complex() else labels.long()
+
+
 def _pad(sequences: list[Tensor], value: int) -> Tensor:
-    """(batch, longest) of int64, but for numbers, which a label must not be and is not cut to."""
-    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)
-    return padded if padded.is_floating_point() else padded.long()
+    """(batch, longest, …)."""
+    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)

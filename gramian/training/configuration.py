@@ -63,6 +63,8 @@ class Optimization:
         batch_size: sequences of an optimiser step, over all processes and accumulated parts, so
             that a run does not depend on how many processes share it.
         accumulation: parts that a process takes its share of a batch in.
+        packing: whether to put the sequences of a part end to end, in rows no longer than the
+            task's longest, in place of padding each; they learn what they would by themselves.
         learning_rate: at the peak.
         weight_decay: of matrices that are no embeddings and no filters.
         betas: of AdamW.
@@ -77,6 +79,7 @@ class Optimization:
     epochs: float | None = None
     batch_size: int = 32
     accumulation: int = 1
+    packing: bool = False
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
@@ -503,6 +506,14 @@ def _check(config: TrainingConfig) -> None:
         raise ConfigError(
             "regularization reads what layers read and their parameters, which it cannot with "
             "hardware.fsdp or hardware.compile."
+        )
+    if steps.packing and (config.regularization.gates > 0 or penalty.weight > 0):
+        raise ConfigError(
+            "regularization reads rows of one sequence each, which optimization.packing packs."
+        )
+    if steps.packing and hardware.compile:
+        raise ConfigError(
+            "packed rows cannot be compiled: give optimization.packing or hardware.compile."
         )
     choices = {
         "optimization.schedule": (steps.schedule, SCHEDULES),

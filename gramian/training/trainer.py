@@ -18,11 +18,12 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from gramian.filters import parameter_groups
 from gramian.tasks import IGNORED, Description
-from gramian.training.collation import check_labels
+from gramian.training.collation import Packer, check_labels
 from gramian.training.configuration import ConfigError
 from gramian.training.memory import MemoryLosses
 
@@ -125,8 +126,11 @@ class GramianTrainer(Trainer):
         folder: of the run.
         tokenizer: saved beside the best model, or None.
         losses: on the model's memory, added to the task's.
+        packer: collates batches of training, in place of the `data_collator` for all others.
         kwargs: of `Trainer`.
     """
+
+    data_collator: Any
 
     def __init__(
         self,
@@ -134,6 +138,7 @@ class GramianTrainer(Trainer):
         folder: Path,
         tokenizer: Any = None,
         losses: MemoryLosses | None = None,
+        packer: Packer | None = None,
         **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
@@ -146,6 +151,7 @@ class GramianTrainer(Trainer):
         self.folder = folder
         self.tokenizer = tokenizer
         self.losses = losses
+        self.packer = packer
         self.logged: dict[str, list[float]] = {}
         # Losses are sums over what is due, divided by how much is due in the whole batch: however
         # it is shared out, over processes or accumulated parts.
@@ -155,6 +161,15 @@ class GramianTrainer(Trainer):
         """As the original, but at least 1: a batch in which nothing is due teaches nothing."""
         count = super()._get_num_items_in_batch(*args, **kwargs)
         return count.clamp_min(1) if isinstance(count, Tensor) else count
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As the original, of packed rows if they are wanted; what is scored is not packed."""
+        collator = self.data_collator
+        try:
+            self.data_collator = self.packer or collator
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the original, but FSDP2 shards over processors too: accelerate passes over them."""
@@ -189,10 +204,12 @@ class GramianTrainer(Trainer):
         """As the original; in training with the logits of those positions alone where something is
         due, and with the losses on memory."""
         if self.args.torch_compile:  # what is compiled cannot look at values
-            config = self.model.config
-            classes = self.description.kind in ("classification", "pairs")
-            count = config.num_labels if classes else config.vocab_size
-            check_labels(inputs["labels"], self.description, count)
+            labels, config = inputs["labels"], self.model.config
+            tokens = self.description.kind in ("tokens", "reconstruction")
+            last = config.vocab_size if tokens else config.num_labels
+            batch = inputs["input_ids" if "input_ids" in inputs else "input_values"].shape[:2]
+            shape = batch if labels.ndim > 1 else batch[:1]
+            check_labels(labels, self.description, (*shape, last))
         inputs = self._due(inputs, model.training)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.losses is not None and model.training:

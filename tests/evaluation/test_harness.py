@@ -96,6 +96,21 @@ def log_likelihood(model: Any, before: str, text: str) -> float:
     return float(sum(logits[len(ids) - 1 + i, token] for i, token in enumerate(due)))
 
 
+def test_nothing_is_scored_of_a_model_of_nan(folder: Path) -> None:
+    """The harness takes the first of equal answers, and NaN for equal to everything."""
+    one = model(folder, "original")
+    with torch.no_grad():
+        one.model.norm.weight.fill_(math.nan)
+    tasks = ["local_choice", "local_text"]
+    measures = evaluate_harness(one, ByteTokenizer(), tasks, include_path=folder)
+    names = {(measure.task, measure.metric) for measure in measures}
+    assert {("local_choice", "acc"), ("local_text", "bits_per_byte")} <= names
+    assert all(math.isnan(measure.value) for measure in measures)
+    with pytest.raises(HarnessError, match="logits are not finite") as caught:
+        evaluate_harness(one, ByteTokenizer(), ["local_writing"], include_path=folder)
+    assert "\n" not in str(caught.value)
+
+
 def test_scores_are_those_of_the_definitions(folder: Path) -> None:
     for name in ("original", "small"):
         one = model(folder, name)

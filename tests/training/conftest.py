@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gramian.tasks import Description, GeneratedTask, register
+from gramian.tasks import Description, GeneratedTask, _task
 
 CLASSES = 4
 
 
-@register("test/labelled")
 @dataclass(frozen=True, kw_only=True)
 class Labelled(GeneratedTask):
     """Rows of noise.
@@ -23,18 +22,22 @@ class Labelled(GeneratedTask):
     Args:
         kind: of the task.
         put: stands in the labels of some rows in place of what would be there, or None.
+        labels: what else is wrong with a row where `put` would stand.
         share: of the labels that are -100.
         split: where `put` stands.
         integers: whether labels are written as integers.
         num_labels: classes, or numbers at a position.
+        ragged: whether sequences differ in length, from 1 to `length`; of tokens and classes.
     """
 
     kind: str = "tokens"
     put: float | None = None
+    labels: str = ""
     share: float = 0.0
     split: str = "train"
     integers: bool = True
     num_labels: int = CLASSES
+    ragged: bool = False
     length: int = 10
     train_examples: int = 24
     eval_examples: int = 9
@@ -50,13 +53,14 @@ class Labelled(GeneratedTask):
         )
 
     def row(self, random: np.random.Generator, split: str) -> dict[str, Any]:
-        shape: tuple[int, ...] = (self.length,)
+        length = int(random.integers(1, self.length + 1)) if self.ragged else self.length
+        shape: tuple[int, ...] = (length,)
         row: dict[str, Any] = {}
         if self.kind == "signal":
             row["input_values"] = random.normal(size=(self.length, 1)).astype(np.float32)
             labels = random.normal(size=(self.length, self.num_labels)).astype(np.float32)
         else:
-            row["input_ids"] = random.integers(CLASSES, size=self.length)
+            row["input_ids"] = random.integers(CLASSES, size=length)
             if self.kind == "pairs":
                 row["input_ids_2"] = random.integers(CLASSES, size=self.length)
             single = self.kind in ("classification", "pairs")
@@ -66,7 +70,24 @@ class Labelled(GeneratedTask):
         if self.put is not None and split == self.split:
             labels = labels.astype(np.result_type(labels.dtype, type(self.put)))
             labels.flat[0] = self.put
-        return row | {"labels": labels if labels.ndim else labels[()]}
+        row["labels"] = labels if labels.ndim else labels[()]
+        return self.spoilt(row) if self.labels and split == self.split else row
+
+    def spoilt(self, row: dict[str, Any]) -> dict[str, Any]:
+        labels = np.asarray(row.pop("labels"))
+        if self.labels == "missing":
+            return row
+        if self.labels == "other tokens":
+            return {"input_ids": row["input_ids"] * 0 + 10, "labels": labels}
+        some = np.atleast_1d(labels)
+        wrong = {"longer": np.concatenate([some, some[:1]]), "nested": labels[None]}
+        return row | {"labels": wrong.get(self.labels, labels.astype(str))}
+
+
+@pytest.fixture(autouse=True)
+def labelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known here as "test/labelled", and nowhere else."""
+    monkeypatch.setitem(_task._REGISTRY, "test/labelled", Labelled)
 
 
 @pytest.fixture
