@@ -53,6 +53,11 @@ def causal_convolution(
     `y_t = gate_t (Σ_{j≤t} kernel_j u_{t−j} + skip u_t)`, differentiable to any order. Kernels
     longer than the input are cut to it; shorter ones are taken as zero past their end.
 
+    Causal but for rounding errors: a transform mixes all samples of a row, so that every output is
+    off by about eps `‖u‖₂ ‖kernel‖₂` of the whole row, and a sample that is NaN, infinite, or so
+    large that spectra overflow, reaches the outputs before it. Other rows are left alone. What is
+    split into chunks, or stepped through, has no samples that are still to come.
+
     Args:
         u: (*S with the length L at `dim`), real; with `dim=-1` (batch, channels, length), with
             `dim=-2` (batch, length, channels). No layout is copied as a whole.
