@@ -255,7 +255,7 @@ def test_opcheck(gated: bool, save_spectra: bool, dtype: torch.dtype, ahead: int
     _, spectra = forward(u.detach(), kernel, gate, ahead, save_spectra)
     g = draw(2, 4, 3, 9, seed=3, dtype=dtype).requires_grad_()
     for needs in ([True, True, gated], [False, True, False], [True, False, gated]):
-        torch.library.opcheck(backward, (g, u, kernel, gate, spectra.detach(), ahead, needs))
+        torch.library.opcheck(backward, (g, u, kernel, gate, spectra.detach(), ahead, *needs))
 
 
 def test_compiles_as_one_graph() -> None:
