@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gramian.ops._operator import records_derivatives
+
 __all__ = ["Linear", "can_pack"]
 
 _MAX_ROWS = 64  # above this the general matrix product reads its weights as seldom
@@ -50,7 +52,7 @@ class Linear(nn.Linear):
             x.dtype == self.weight.dtype == torch.float32
             and x.device.type == self.weight.device.type == "cpu"
             and x.numel() <= _MAX_ROWS * self.in_features
-            and not torch.is_grad_enabled()
+            and not records_derivatives()
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and type(self.weight) is nn.Parameter
