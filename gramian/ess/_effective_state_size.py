@@ -43,6 +43,8 @@ def effective_state_size(
             ``length``.
         measure: "entropy", ``exp(-Σ p log p)`` of the normalised singular values; or "tolerance",
             the number of singular values above ``tol`` and above ``rtol`` times the largest.
+            A count is exact unless a singular value of the block lies within 1e-13 times the
+            largest of the threshold; below that threshold, rounding errors count.
         tol: Absolute tolerance, as in the paper; for "tolerance" only.
         rtol: Relative tolerance, likewise.
         length: How many positions are reported by default: all that the operator has. A

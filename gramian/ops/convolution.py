@@ -53,6 +53,11 @@ def causal_convolution(
     `y_t = gate_t (Σ_{j≤t} kernel_j u_{t−j} + skip u_t)`, differentiable to any order. Kernels
     longer than the input are cut to it; shorter ones are taken as zero past their end.
 
+    Causal but for rounding errors: a transform mixes all samples of a row, so that every output is
+    off by about eps `‖u‖₂ ‖kernel‖₂` of the whole row, and a sample that is NaN, infinite, or so
+    large that spectra overflow, reaches the outputs before it. Other rows are left alone. What is
+    split into chunks, or stepped through, has no samples that are still to come.
+
     Args:
         u: (*S with the length L at `dim`), real; with `dim=-1` (batch, channels, length), with
             `dim=-2` (batch, length, channels). No layout is copied as a whole.
@@ -284,13 +289,15 @@ def _backward(
     gate: Tensor | None,
     spectra: Tensor,
     ahead: int,
-    needs: list[bool],
+    needs_u: bool,
+    needs_kernel: bool,
+    needs_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `_forward` for its output's gradient g: of u, kernel and gate.
 
-    `needs` says which are wanted; the others come back empty.
+    Those that are not needed come back empty.
     """
-    needs_u, needs_kernel, needs_gate = needs
+    needs = [needs_u, needs_kernel, needs_gate]
     points = _points(u, kernel, ahead)
     rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
     grad_u, grad_kernel, grad_gate = _empty_gradients(u, kernel, gate, needs)
@@ -356,9 +363,11 @@ def _backward_fake(
     gate: Tensor | None,
     spectra: Tensor,
     ahead: int,
-    needs: list[bool],
+    needs_u: bool,
+    needs_kernel: bool,
+    needs_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(u, kernel, gate, needs)
+    return _empty_gradients(u, kernel, gate, [needs_u, needs_kernel, needs_gate])
 
 
 def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -371,12 +380,12 @@ def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _forward_backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     u, kernel, gate, spectra = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grads = _backward(g, u, kernel, gate, spectra, ctx.ahead, needs)
+    grads = _backward(g, u, kernel, gate, spectra, ctx.ahead, *needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None
 
 
 def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    g, u, kernel, gate, _, ctx.ahead, needs = inputs
+    g, u, kernel, gate, _, ctx.ahead, *needs = inputs
     ctx.set_materialize_grads(False)
     ctx.needs = needs
     ctx.save_for_backward(g, u, kernel, gate)
@@ -416,7 +425,7 @@ def _backward_backward(
         needs = [wants_u and h is not None, wants_kernel and v is not None, False]
         if p is not None and any(needs):
             v, h = u if v is None else v, kernel if h is None else h
-            of_u, of_kernel, _ = _backward(p, v, h, None, _empty_spectra(v, h, 0), ahead, needs)
+            of_u, of_kernel, _ = _backward(p, v, h, None, _empty_spectra(v, h, 0), ahead, *needs)
             if needs[0]:
                 add(1, of_u)
             if needs[1]:
@@ -426,9 +435,7 @@ def _backward_backward(
             None if grad is None else grad.to(like.dtype)
             for grad, like in zip(grads, (g, u, kernel, gate), strict=True)
         ),
-        None,
-        None,
-        None,
+        *(None,) * 5,
     )
 
 
@@ -452,7 +459,7 @@ def _backward_jvp(
     inputs: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
     """Of ``(T_hᵀ p, k(p, u), g (T_h u))``, p = gate g, each of which is linear in what it names."""
-    g, u, kernel, gate, _, ahead, needs = inputs
+    g, u, kernel, gate, _, ahead, *needs = inputs
     t_g, t_u, t_kernel, t_gate, *_ = tangents
     p = g if gate is None else gate * g
     t_p = t_g if gate is None or t_g is None else gate * t_g
@@ -466,7 +473,7 @@ def _backward_jvp(
         if q is None or not any(wanted):
             continue
         v, h = u if v is None else v, kernel if h is None else h
-        first, second, _ = _backward(q, v, h, None, nothing, ahead, wanted)
+        first, second, _ = _backward(q, v, h, None, nothing, ahead, *wanted)
         of_u += [first] * wanted[0]
         of_kernel += [second] * wanted[1]
     of_gate = []
@@ -515,7 +522,7 @@ def _backward_vmap(
     gate: Tensor | None,
     spectra: Tensor,
     ahead: int,
-    needs: list[bool],
+    *needs: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
     size = info.batch_size
     mapped = batch_first(spectra, in_dims[4], size) if spectra.numel() else spectra
@@ -526,6 +533,6 @@ def _backward_vmap(
         batch_first(gate, in_dims[3], size),
         mapped,
         ahead,
-        needs,
+        *needs,
     )
     return grads, tuple(0 if need else None for need in needs)

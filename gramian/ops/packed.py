@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.ops._operator import records_derivatives
 from gramian.ops.changes import Record
 
 __all__ = ["Linear", "Packing", "can_pack"]
@@ -135,7 +136,7 @@ class Linear(nn.Linear):
             x.dtype == weight.dtype == torch.float32
             and x.device.type == weight.device.type == "cpu"
             and x.numel() <= _MAX_ROWS * self.in_features
-            and not torch.is_grad_enabled()
+            and not records_derivatives()
             and not torch.is_autocast_enabled("cpu")
             and type(weight) is nn.Parameter
             and not weight.is_inference()

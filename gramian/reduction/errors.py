@@ -37,6 +37,9 @@ bound of flat spectra but takes p³ operations."""
 _RESIDUAL = 1e-4
 """Relative accuracy of a Hankel norm."""
 
+_DOUBLINGS = 60
+"""After which the powers of a stable matrix of doubles are zero, or will not be."""
+
 _CANCELLATION = 1e3
 """So much larger than a sum its terms may be in double precision."""
 
@@ -249,7 +252,9 @@ class _Cascade:
         sums = [(value * weights).real.sum(-1).high for value in self._transforms(Complex.of)]
         c = torch.stack(sums, dim=-1) * self._gains
         middle, power = c.unsqueeze(-1) * self.b.unsqueeze(-2), self.A.mT
-        while float(power.abs().amax()) > torch.finfo(power.dtype).eps:  # Σ_i (Aᵀ)^i c bᵀ (Aᵀ)^i
+        for _ in range(_DOUBLINGS):  # of the terms of Σ_i (Aᵀ)^i c bᵀ (Aᵀ)^i
+            if float(power.abs().amax()) <= torch.finfo(power.dtype).eps:
+                break
             middle = middle + power @ middle @ power
             power = power @ power
         return middle

@@ -222,6 +222,9 @@ class System(abc.ABC):
     def __call__(self, u: Tensor, state: State | None = None) -> Tensor | tuple[Tensor, State]:
         """Apply the system to ``u`` (*B, *C', L), C' broadcasting against the channels C.
 
+        Time-invariant systems transform a whole chunk: causal but for rounding errors, so that a
+        NaN in a stream reaches the outputs of its chunk before it (`gramian.causal_convolution`).
+
         Args:
             u: Real input. Half precision is computed in float32 and cast back.
             state: Where the past left off: a state of ``recurrence()``, or what an earlier call

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from gramian import FIR, Modal, effective_state_size
 from gramian.ess.dense import _TOLERANCE
 from gramian.ess.measures import Measure
+from gramian.systems import gated_convolution
 
 
 def _spectrum(kind: str, n: int) -> torch.Tensor:
@@ -53,3 +55,52 @@ def test_small_eigenvalues_without_a_negative_one_are_trusted():
     for least in (-1e-20, -1e-16):
         negative = torch.cat([torch.full((1, 1), least, dtype=torch.float64), values[:, 1:]], -1)
         assert Measure().unsafe_from_gram(negative, sizes, _TOLERANCE)
+
+
+def _planted(length: int, at: int, values: list[float]) -> torch.Tensor:
+    """A lower triangular matrix whose block at one position has these singular values."""
+    rows = torch.linalg.qr(torch.randn(length - at, len(values), dtype=torch.float64))[0]
+    columns = torch.linalg.qr(torch.randn(at, len(values), dtype=torch.float64))[0]
+    T = torch.zeros(length, length, dtype=torch.float64)
+    T[at:, :at] = rows * torch.tensor(values, dtype=torch.float64) @ columns.mT
+    return T
+
+
+@pytest.mark.parametrize("length", [2, 3, 12, 40, 130])
+@pytest.mark.parametrize("rank", [1, 2, 6, 20])
+def test_counts_are_exact_down_to_rounding_errors(rank, length):
+    torch.manual_seed(0)
+    if rank > length // 2:
+        pytest.skip("no such rank")
+    for decades in (0, 3, 11):
+        values = [10 ** (-decades * j / max(rank - 1, 1)) for j in range(rank)]
+        T = 1e-3 * _planted(length, length // 2, values)
+        for rtol in (1e-2, 1e-5, 1e-7, 3e-8, 1e-8, 3e-9, 1e-10, 1e-12, 1e-13):
+            if min(abs(value - rtol) for value in values) < 1e-13:
+                continue
+            expected = sum(value > rtol for value in values)
+            for tolerance in ({"rtol": rtol}, {"tol": 1e-3 * rtol}):
+                size = effective_state_size(T, length // 2, measure="tolerance", **tolerance)
+                assert float(size) == expected, (decades, tolerance)
+
+
+@pytest.mark.parametrize("rtol", [1e-3, 1e-6, 3e-8, 1e-8, 1e-10, 1e-13])
+def test_blocks_of_rank_one_count_one(rtol):
+    ones = torch.ones(200, 200, dtype=torch.float64).tril()
+    fading = 0.9 ** torch.arange(200, dtype=torch.float64)
+    gate = torch.rand(1, 200, dtype=torch.float64) + 0.1
+    mode = torch.tensor([[0.9 + 0j]], dtype=torch.complex128)
+    modal = Modal(mode, mode, torch.zeros(1, dtype=torch.float64))
+    for operator in (
+        ones,
+        torch.rand(200, 1, dtype=torch.float64) * ones * torch.rand(200, dtype=torch.float64),
+        (fading.unsqueeze(-1) / fading).tril(),
+        FIR(ones[-1]),
+        FIR(0.9 ** torch.arange(400, dtype=torch.float64)),
+        modal,
+        gated_convolution(modal, gate, gate),
+    ):
+        sizes = effective_state_size(
+            operator, [1, 2, 3, 99, 150, 199], horizon=200, measure="tolerance", rtol=rtol
+        )
+        assert bool((sizes == 1).all()), type(operator)

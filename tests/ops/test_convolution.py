@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gramian.ops import bidirectional_convolution, causal_convolution
 from gramian.ops._blocks import cut
+from gramian.ops.online import OnlineConvolution
 
 LENGTHS = [1, 2, 3, 63, 257, 1000]
 
@@ -254,7 +255,7 @@ def test_opcheck(gated: bool, save_spectra: bool, dtype: torch.dtype, ahead: int
     _, spectra = forward(u.detach(), kernel, gate, ahead, save_spectra)
     g = draw(2, 4, 3, 9, seed=3, dtype=dtype).requires_grad_()
     for needs in ([True, True, gated], [False, True, False], [True, False, gated]):
-        torch.library.opcheck(backward, (g, u, kernel, gate, spectra.detach(), ahead, needs))
+        torch.library.opcheck(backward, (g, u, kernel, gate, spectra.detach(), ahead, *needs))
 
 
 def test_compiles_as_one_graph() -> None:
@@ -423,3 +424,46 @@ def test_bad_input_is_one_clear_sentence(
 def test_no_channels_or_batch() -> None:
     assert causal_convolution(torch.zeros(0, 5, 7), torch.zeros(5, 7)).shape == (0, 5, 7)
     assert causal_convolution(torch.zeros(2, 0, 7), torch.zeros(0, 7)).shape == (2, 0, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("size", [1.0, 1e8, 1e30])
+def test_what_comes_later_is_seen_in_rounding_errors_only(dtype, dim, size) -> None:
+    u = draw(2, 3, 257, seed=0, dtype=dtype)
+    kernel, gate = draw(3, 400, seed=1, dtype=dtype), draw(2, 3, 257, seed=2, dtype=dtype)
+    later = u.clone()
+    later[0, 1, 200:] = size * draw(57, seed=3, dtype=dtype)
+    before, after = (
+        causal_convolution(x.transpose(-1, dim), kernel, gate=gate.transpose(-1, dim), dim=dim)
+        for x in (u, later)
+    )
+    before, after = before.transpose(-1, dim), after.transpose(-1, dim)
+    norms = later[0, 1].double().norm() * kernel[1].double().norm()
+    seen = (after - before)[0, 1, :200].double()
+    limit = 4 * torch.finfo(dtype).eps * norms * gate[0, 1, :200].abs()
+    assert bool((seen.abs() <= limit).all())
+    others = torch.ones(2, 3, dtype=torch.bool)
+    others[0, 1] = False
+    torch.testing.assert_close(after[others], before[others])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row_and_its_chunk(bad) -> None:
+    u = draw(2, 3, 90, seed=0)
+    kernel = draw(3, 40, seed=1)
+    expected = causal_convolution(u, kernel)
+    u[0, 1, 70] = bad
+    y = causal_convolution(u, kernel)
+    assert bool(y[0, 1, 70:].isnan().all())
+    y[0, 1] = expected[0, 1]
+    torch.testing.assert_close(y, expected)
+
+    online = OnlineConvolution(kernel)
+    first, buffers = online.extend(
+        u[..., :60], online.buffers((2, 3), torch.float64, torch.device("cpu"))
+    )
+    torch.testing.assert_close(first, expected[..., :60])
+    for t in range(60, 70):
+        sample, buffers = online.step(u[..., t], buffers)
+        torch.testing.assert_close(sample, expected[..., t])

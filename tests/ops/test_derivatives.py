@@ -12,6 +12,7 @@ from gramian.ops.diagonal_scan import apply_diagonal, diagonal_scan
 from gramian.ops.feedback import feedback_kernel
 from gramian.ops.krylov import krylov_product, krylov_sum
 from gramian.ops.online import OnlineConvolution
+from gramian.ops.packed import Linear
 from gramian.ops.polynomial import (
     evaluate_on_roots_of_unity,
     rational_impulse_response,
@@ -267,3 +268,13 @@ def test_gradients_without_a_graph_have_tangents():
     step = 1e-6
     expected = (of_pole(p + step * t) - of_pole(p - step * t)) / (2 * step)
     torch.testing.assert_close(tangent, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_packed_layers_have_tangents():
+    layer = Linear(8, 4)
+    layer.pack()
+    x, t = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+        _, tangent = jvp(layer, (x,), (t,))
+        torch.testing.assert_close(tangent, t @ layer.weight.T)

@@ -121,6 +121,12 @@ def test_poles_near_the_circle(gap: float) -> None:
         )
 
 
+def test_poles_at_the_last_double_before_the_circle() -> None:
+    poles = np.array([np.nextafter(1, 0), np.nextafter(np.nextafter(1, 0), 0)])
+    value = measured(np.ones(3), poles, np.array([1.0, -1.0]) * 1e8)
+    assert np.isfinite(value)
+
+
 def test_unstable_systems_are_infinitely_far() -> None:
     taps = np.array([1.0, 0.5])
     assert measured(taps, np.array([1.0]), np.ones(1)) == np.inf
