@@ -29,6 +29,7 @@ def evaluate_task(
     seed: int = 0,
     examples: int | None = None,
     batch_size: int = 32,
+    tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measure]:
     """Scores over all answers that are due, as `gramian train` counts them.
@@ -43,6 +44,8 @@ def evaluate_task(
         seed: of what is generated; training with the same seed saw the same training split.
         examples: rows at most; None takes all.
         batch_size: rows at once.
+        tokenizer: the model's own. A task whose ids stand for text is read by it, if it was not
+            built with another; without one, the model must have the task's ids.
         progress: called as `progress(rows done, rows)`.
 
     Returns:
@@ -51,13 +54,15 @@ def evaluate_task(
         the root of it over the targets' own. Standard errors are over rows.
 
     Raises:
-        ValueError: for a task of another kind than the model's or another size, an unknown split,
-            or no rows.
+        ValueError: for a task of another kind than the model's, another size or another tokenizer,
+            an unknown split, or no rows.
         ImportError: without what `gramian.training` needs.
     """
     from gramian.training.collation import Collator
     from gramian.training.trainer import score
 
+    if tokenizer is not None:
+        task = task.tokens_of(tokenizer)
     description = task.description()
     _check(model, name, description)
     split = chosen_split(task, name, split)
