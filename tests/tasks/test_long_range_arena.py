@@ -175,3 +175,16 @@ def test_image(tmp_path: Path) -> None:
     assert (len(train), len(held_out)) == (45, 5)
     both = {row["input_values"].numpy().tobytes() for part in (train, held_out) for row in part}
     assert len(both) == 50
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dash": 20}, {"size": 29, "path_length": 40}, {"path_length": 80}]
+)
+def test_settings_without_a_picture_are_refused(
+    settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gramian.tasks.pathfinder.ATTEMPTS", 400)
+    monkeypatch.setattr("gramian.tasks.pathfinder.DASHES", 1_000)
+    task = tasks.build("lra/pathfinder", **settings)
+    with pytest.raises(ValueError, match=r"do not fit into \d+ × \d+ pixels: \d+ attempts"):
+        next(iter(task.rows("train", 0)))
