@@ -33,6 +33,7 @@ __all__ = [
     "names",
     "register",
     "require_files",
+    "require_patterns",
     "require_sizes",
     "settings",
 ]
@@ -332,6 +333,19 @@ def require_files(task: Task, name: str, split: str) -> list[str]:
                     stacklevel=3,
                 )
     return files
+
+
+def require_patterns(task: Task) -> None:
+    """Check that the settings train, validation and test are paths or patterns, or None."""
+    for split in SPLITS:
+        given = getattr(task, split)
+        patterns = given if isinstance(given, list | tuple) else [given]
+        if given is not None and not (
+            patterns and all(isinstance(one, str | os.PathLike) and str(one) for one in patterns)
+        ):
+            raise ValueError(
+                f"{split} must be a path or pattern, or a list of them; got {given!r}."
+            )
 
 
 def require_sizes(task: Task, *names: str, least: int = 1) -> None:

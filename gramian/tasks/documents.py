@@ -25,11 +25,19 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from gramian.tasks import genomes
 
-__all__ = ["FASTA_SUFFIXES", "Document", "blocks", "documents_in", "find_files", "read_documents"]
+__all__ = [
+    "FASTA_SUFFIXES",
+    "Document",
+    "blocks",
+    "documents_in",
+    "find_files",
+    "holds_keys",
+    "read_documents",
+]
 
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".frn", ".faa", ".fas", ".fsa", ".mpfa")
 """What the name of a FASTA file ends in, in either case."""
@@ -39,8 +47,14 @@ _FASTQ = (".fq", ".fastq")  # which the reader of FASTA refuses by what it holds
 _JSON_LINES = (".jsonl", ".ndjson")
 _BLOCK = 2**20
 _BOM = b"\xef\xbb\xbf"
-_WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-_PACKED = {b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "compressed by zstd"}
+_REFUSED = {
+    b"\xff\xfe": "text in UTF-16 or UTF-32",
+    b"\xfe\xff": "text in UTF-16",
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"%PDF": "a PDF",
+    b"PAR1": "a table in Parquet",
+}
 
 
 @dataclass(frozen=True)
@@ -58,14 +72,19 @@ class Document:
     genome: bool = False
 
 
-def find_files(patterns: str | list[str]) -> list[str]:
-    """The files of paths or patterns, each once, sorted within a pattern.
+def holds_keys(file: str | Path) -> bool:
+    """Whether a file's documents stand under a key: JSON lines."""
+    return _suffix(str(file)) in _JSON_LINES
+
+
+def find_files(patterns: Any) -> list[str]:
+    """The files of a path or pattern or a list of them, each once, sorted within a pattern.
 
     Raises:
         FileNotFoundError: for a pattern without a file.
     """
     found: dict[str, None] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in patterns if isinstance(patterns, list | tuple) else [patterns]:
         wanted = str(Path(pattern).expanduser())
         files = [wanted] if Path(wanted).is_file() else sorted(glob.glob(wanted, recursive=True))
         files = [file for file in files if not Path(file).is_dir()]
@@ -85,10 +104,9 @@ def blocks(file: str | Path) -> Iterator[bytes]:
     with open(file, "rb") as raw:
         magic = raw.read(6)
         raw.seek(0)
-        for beginning, kind in (_WIDE | _PACKED).items():
+        for beginning, kind in _REFUSED.items():
             if magic.startswith(beginning):
-                what = f"text in {kind}" if beginning in _WIDE else kind
-                raise ValueError(f"{file} is {what}; give UTF-8, plain or by gzip, bzip2 or xz.")
+                raise ValueError(f"{file} is {kind}; give UTF-8, plain or by gzip, bzip2 or xz.")
         with closing(_decompressed(raw, magic)) as stream:
             first = True
             while True:
@@ -122,7 +140,7 @@ def read_documents(
     Args:
         file: plain or compressed.
         column: key of the text in an object of a `.jsonl` file.
-        any_bytes: take bytes that are no UTF-8 too, as surrogates (`surrogateescape`).
+        any_bytes: take bytes of a text that are no UTF-8 too, as surrogates (`surrogateescape`).
 
     Raises:
         OSError: if it cannot be read.
@@ -140,6 +158,8 @@ def read_documents(
         return
     if b"\0" in content:
         raise ValueError(f"{name} is no text: it holds bytes of value 0.")
+    json_lines = suffix in _JSON_LINES
+    any_bytes = any_bytes and not json_lines
     try:
         text = content.decode("utf-8", errors="surrogateescape" if any_bytes else "strict")
     except UnicodeDecodeError as error:
@@ -148,7 +168,7 @@ def read_documents(
         ) from error
     del content
     text = _with_line_feeds(text)
-    texts = _json_lines(text, name, column) if suffix in _JSON_LINES else iter([text])
+    texts = _json_lines(text, name, column) if json_lines else iter([text])
     yield from (Document(one, name) for one in texts if one)
 
 
@@ -208,4 +228,8 @@ def _json_lines(text: str, file: str, column: str) -> Iterator[str]:
             raise ValueError(
                 f"{where}: {column!r} must be a text, got {type(values[column]).__name__}."
             )
+        try:
+            values[column].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: {column!r} has half of a surrogate pair.") from error
         yield _with_line_feeds(values[column])

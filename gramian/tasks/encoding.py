@@ -31,10 +31,18 @@ _PLAIN_GENOME = re.compile(r"[ACGTUNacgtun\s]+")
 
 
 def load_tokenizer(path: str) -> Any:
-    """A tokenizer of transformers, from a folder or, online, by name."""
+    """A tokenizer of transformers, from a folder or, online, by name.
+
+    Raises:
+        OSError: if there is none, or it cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise OSError(f"the tokenizer {path} cannot be loaded: {reason}") from error
 
 
 class Encoder:

@@ -22,6 +22,7 @@ from gramian.tasks._task import (
     Task,
     register,
     require_files,
+    require_patterns,
     require_sizes,
 )
 from gramian.tasks.documents import blocks
@@ -66,6 +67,7 @@ class Fasta(Task):
 
     def __post_init__(self) -> None:
         require_sizes(self, "length")
+        require_patterns(self)
         if all(getattr(self, split) is None for split in SPLITS):
             raise ValueError("the task fasta needs files: give train, validation or test.")
         for split in SPLITS[1:]:

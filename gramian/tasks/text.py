@@ -30,10 +30,11 @@ from gramian.tasks._task import (
     Task,
     register,
     require_files,
+    require_patterns,
     require_sizes,
 )
 from gramian.tasks.documentation import python_topics
-from gramian.tasks.documents import Document, read_documents
+from gramian.tasks.documents import Document, holds_keys, read_documents
 from gramian.tasks.encoding import Encoder, load_tokenizer
 
 __all__ = ["PythonDocumentation", "Text", "windows"]
@@ -209,11 +210,14 @@ class Text(_TextTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_patterns(self)
         files = any(getattr(self, split) is not None for split in SPLITS)
         if files == (self.corpus is not None):
             raise ValueError("give files (train, validation, test) or a corpus, one of the two.")
-        if self.separator == "":
-            raise ValueError("separator must not be empty.")
+        if self.separator is not None and not (isinstance(self.separator, str) and self.separator):
+            raise ValueError(f"separator must be a text, not empty; got {self.separator!r}.")
+        if self.corpus_config is not None and self.corpus is None:
+            raise ValueError("corpus_config needs a corpus.")
 
     def documents(self, split: str) -> Iterator[Document]:
         found = False
@@ -234,7 +238,13 @@ class Text(_TextTask):
         if self.corpus is not None:
             yield from self._corpus(split)
             return
-        for file in require_files(self, "text", split):
+        files = require_files(self, "text", split)
+        if self.column != "text" and not any(map(holds_keys, files)):
+            raise ValueError(
+                f"column is {self.column!r}, but none of the {split} files has keys: their names "
+                "do not end in .jsonl."
+            )
+        for file in files:
             yield from read_documents(file, column=self.column, any_bytes=self.tokenizer is None)
 
     def _corpus(self, split: str) -> Iterator[Document]:

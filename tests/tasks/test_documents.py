@@ -76,7 +76,7 @@ def test_texts(name: str, data: bytes, expected: list[str], tmp_path: Path) -> N
     ("name", "data", "sentence"),
     [
         ("x.txt", "naïve".encode("latin-1"), "is not UTF-8 text: invalid continuation byte at"),
-        ("x.txt", "naïve".encode("utf-16"), "is text in UTF-16; give UTF-8"),
+        ("x.txt", "naïve".encode("utf-16"), "is text in UTF-16 or UTF-32; give UTF-8"),
         ("x.txt", "text".encode("utf-16-le"), "is no text: it holds bytes of value 0"),
         ("x.fastq", b"@a\nACGT\n+\nIIII\n", "is FASTQ, not FASTA"),
         ("x.fq", b"@a\nACGT\n+\nIIII\n", "is FASTQ, not FASTA"),
@@ -89,6 +89,10 @@ def test_texts(name: str, data: bytes, expected: list[str], tmp_path: Path) -> N
         ("x.jsonl", b'[{"text": "a"}]', "line 1: an object is needed, got list"),
         ("x.jsonl", b'{"text": "a"', "line 1: no JSON"),
         ("x.jsonl", b"{\n", "line 1: no JSON"),
+        ("x.jsonl", b'{"text": "\\ud800"}', "line 1: 'text' has half of a surrogate pair"),
+        ("x.jsonl", b'{"text": "na\xefve"}', "is not UTF-8 text"),
+        ("x.pdf", b"%PDF-1.4", "is a PDF"),
+        ("x.parquet", b"PAR1", "is a table in Parquet"),
     ],
 )
 def test_what_is_no_text_is_refused(name: str, data: bytes, sentence: str, tmp_path: Path) -> None:
@@ -262,3 +266,42 @@ def test_a_task_with_a_tokenizer_of_its_own_refuses_another() -> None:
     assert same is task
     abstract = tasks.build("mqar")
     assert abstract.tokens_of(DNATokenizer()) is abstract and abstract.own_tokenizer() is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"train": []}, "train must be a path or pattern, or a list of them; got []"),
+        ({"train": "x", "test": [None]}, "test must be a path or pattern, or a list of them"),
+        ({"train": ""}, "train must be a path or pattern"),
+    ],
+)
+@pytest.mark.parametrize("name", ["fasta", "text"])
+def test_files_are_paths(name: str, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        tasks.build(name, **settings)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"separator": 1}, "separator must be a text"),
+        ({"separator": ""}, "separator must be a text"),
+        ({"corpus_config": "raw"}, "corpus_config needs a corpus"),
+        ({"column": "body"}, "column is 'body', but none of the train files has keys"),
+    ],
+)
+def test_settings_that_would_do_nothing(
+    settings: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.txt").write_text("text")
+    with pytest.raises(ValueError, match=sentence):
+        list(tasks.build("text", train=tmp_path / "x.txt", **settings).rows("train", 0))
+
+
+@pytest.mark.parametrize("name", ["fasta", "text"])
+def test_a_tokenizer_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
+    task = tasks.build(name, train="x", tokenizer=str(tmp_path / "none"))
+    with pytest.raises(OSError, match=r"the tokenizer .*none cannot be loaded"):
+        task.description()

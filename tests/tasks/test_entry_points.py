@@ -249,3 +249,39 @@ def test_training_goes_on_in_the_tokens_of_the_model(place: Path, name: str) -> 
     )
     (row,) = _task(config).rows("train", 0)
     assert row["input_ids"].tolist() == MODELS[name](GENOME).input_ids[:-1]
+
+
+WORDS = "One line.\nAnother, naïve one.\nThe last."
+TEXTS: dict[str, bytes] = {
+    "lf.txt": WORDS.encode(),
+    "crlf.txt": WORDS.replace("\n", "\r\n").encode(),
+    "cr.txt": WORDS.replace("\n", "\r").encode(),
+    "bom.txt": ("\ufeff" + WORDS).encode(),
+    "packed.txt": gzip.compress(WORDS.encode()),
+    "lines.jsonl": (json.dumps({"text": WORDS}) + "\n\n").encode(),
+    "bom.jsonl": ("\ufeff" + json.dumps({"n": 1, "text": WORDS}) + "\r\n").encode(),
+    "empties.jsonl": "\n".join(json.dumps({"text": one}) for one in ("", WORDS, "")).encode(),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_one_loss_for_one_text(call: Any, place: Path, tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_heads": 2, "initializer_range": 0.5}
+    model = GramianForCausalLM(GramianConfig(**sizes, max_position_embeddings=64)).eval()
+    model.save_pretrained(tmp_path / "words")
+    (tmp_path / name).write_bytes(TEXTS[name])
+    ids = list(WORDS.encode())
+    expected = loss_of(model, ids, 16)
+    line = f"evaluate {tmp_path}/words --text {tmp_path / name} --window 16 --stride 16 --json"
+    status, out, err = call(line)
+    assert status == 0, err
+    assert json.loads(out)["measures"][0]["value"] == pytest.approx(expected, rel=1e-6)
+    line = f"evaluate {tmp_path}/words --task text --set test={tmp_path / name} --set length=16"
+    status, out, err = call(f"{line} --json")
+    assert status == 0, err  # a text's end is due too
+    expected = loss_of(model, [*ids, 257], 16)
+    assert json.loads(out)["measures"][0]["value"] == pytest.approx(expected, rel=1e-6)
+    assert _windows(tmp_path / "words", model, tmp_path / name, 100).flatten().tolist() == ids
+    status, out, err = call(f"analyze {tmp_path}/words --text {tmp_path / name} --every 49 --json")
+    assert status == 0 and len(json.loads(out)["tokens"]) == len(ids), err

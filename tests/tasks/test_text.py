@@ -117,6 +117,7 @@ def test_python_documentation_is_split_by_topics() -> None:
     assert len(set(everything)) == len(everything)
 
 
+@pytest.mark.filterwarnings("ignore:.*ambiguous codes")
 @pytest.mark.parametrize("zipped", [False, True])
 def test_fasta(tmp_path: Path, zipped: bool) -> None:
     text = b">chr1 first\nACGTN\nacgt\n>chr2\nRY\nA\n>chr3\n\n>chr4\nGG\n"
