@@ -1,7 +1,7 @@
 """From documents to token ids, by any tokenizer of transformers.
 
-A tokenizer of nucleotides alone, such as HyenaDNA's, reads every text as a genome: white space and
-digits are skipped, case means nothing, U is T, and a character that is no code of nucleotides is an
+A tokenizer of nucleotides alone, such as HyenaDNA's, reads every text as a genome: white space is
+skipped, case means nothing, U is T, and a character that is no code of nucleotides is an
 error. Evo's, whose ids are bytes, reads a text of A, C, G, T, U, N and white space so, and others
 (with a tag for a species, say) as they are. Further tokenizers read FASTA as upper-case codes and
 other texts as they are.
@@ -168,6 +168,11 @@ class Encoder:
         genome = document.genome or self.nucleotides_only
         genome = genome or (self._bytes_of_genomes and _PLAIN_GENOME.fullmatch(text) is not None)
         if not genome:
+            if self._bytes_of_genomes and text.lstrip().startswith(">"):
+                raise ValueError(
+                    f"{document.name or 'the text'} begins with '>', but is no FASTA by its name "
+                    "or its first line of sequence, which then must hold A, C, G, T, U and N only."
+                )
             return None, text
         if self._spelling is None:
             raise ValueError(
@@ -190,6 +195,6 @@ class Encoder:
         odd: Counter[int] = Counter()
         for index in range(0, len(parts), 2):
             raw = parts[index].encode("utf-8", errors="surrogateescape")
-            parts[index] = genomes.clean(raw, where, odd).decode("ascii")
+            parts[index] = genomes.clean(raw, where, odd, numbers=False).decode("ascii")
         genomes.warn_of(odd, sum(map(len, parts[::2])), where)
         return parts

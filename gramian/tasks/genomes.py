@@ -3,7 +3,8 @@
 A record is a line that begins with `>`, whose first word is its name, and the lines up to the next
 one. Of these lines
 
-- ends are LF, CRLF or CR, and blank lines, white space and digits are skipped;
+- ends are LF, CRLF or CR, and blank lines and white space are skipped, as are numbers that do not
+  follow a letter;
 - those that begin with `;` are comments;
 - letters are read without regard to case (soft-masked bases are bases), and U is T;
 - A, C, G, T and N are nucleotides, the other codes of the IUPAC (and X) stand for one that is not
@@ -26,6 +27,9 @@ AMBIGUOUS = b"RYSWKMBDHVX"
 MARKS = b"-.~?*"
 
 _SKIPPED = b" \t\n\v\f\r0123456789"
+_COMMON = b"ACGTNUacgtnu \t\n\r"
+_DIGIT = re.compile(rb"[0-9]")
+_DIGIT_AFTER_LETTER = re.compile(rb"[^\s0-9][0-9]")
 _AMINO_ACIDS = b"EFIJLOPQZ"  # those whose letters are no codes of nucleotides
 _UPPER = bytes.maketrans(b"abcdefghijklmnopqrstuvwxyzuU", b"ABCDEFGHIJKLMNOPQRSTUVWXYZTT")
 _MARKED_LINE = re.compile(rb"\n[>;]")
@@ -33,26 +37,43 @@ _LONGEST_HEADER = 2**20
 _SUSPICIOUS = 0.1  # share of ambiguous codes above which a warning asks whether this is a genome
 
 
-def clean(letters: bytes, where: str, odd: Counter[int] | None = None) -> bytes:
-    """Sequence lines as upper-case codes without white space and digits, U as T.
+def clean(
+    letters: bytes,
+    where: str,
+    odd: Counter[int] | None = None,
+    *,
+    numbers: bool = True,
+    before: bytes = b"",
+) -> bytes:
+    """Sequence lines as upper-case codes without white space and numbers, U as T.
 
     Args:
         letters: of any number of lines, whole or in part.
         where: names them in errors.
         odd: counts what is no nucleotide.
+        numbers: whether digits are skipped, where they do not follow a letter.
+        before: what stands before `letters` in their line.
 
     Raises:
         ValueError: for anything that is neither a code of the IUPAC nor a mark.
     """
-    codes = letters.translate(_UPPER, _SKIPPED)
-    others = codes.translate(None, NUCLEOTIDES)
-    if others:
+    if letters.translate(None, _COMMON):
+        if not numbers and (found := _DIGIT.search(letters)) is not None:
+            raise ValueError(_refusal(found[0], where))
+        if (found := _DIGIT_AFTER_LETTER.search(before[-1:] + letters)) is not None:
+            raise ValueError(
+                f"{where}: a digit follows a letter in {found[0].decode(errors='replace')!r}; "
+                "colours are no nucleotides, and numbers are skipped where they stand apart."
+            )
+        codes = letters.translate(_UPPER, _SKIPPED)
+        others = codes.translate(None, NUCLEOTIDES)
         strange = others.translate(None, AMBIGUOUS + MARKS)
         if strange:
             raise ValueError(_refusal(strange, where))
         if odd is not None:
             odd.update(others)
-    return codes
+        return codes
+    return letters.translate(_UPPER, _SKIPPED)
 
 
 def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterator[bytes]]]:
@@ -82,11 +103,13 @@ def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterato
 
         def pieces(where: str = where) -> Iterator[bytes]:
             nonlocal header, total
+            before = b""
             for event in events:
                 if event[0]:
                     header = event
                     return
-                codes = clean(event[1], where, odd)
+                codes = clean(event[1], where, odd, before=before)
+                before = event[1][-1:]
                 total += len(codes)
                 if codes:
                     yield codes
@@ -159,14 +182,15 @@ def _not_fasta(beginning: bytes, source: str) -> str:
 def _refusal(strange: bytes, where: str) -> str:
     found = Counter(strange.decode("utf-8", errors="replace"))
     named = ", ".join(repr(letter) for letter, _ in found.most_common(6))
+    verb = "is no code" if len(found) == 1 else "are no codes"
     more = "" if len(found) <= 6 else " and others"
     if strange.translate(None, _AMINO_ACIDS) == b"":
         return (
-            f"{where}: {named}{more} are no codes of nucleotides but of amino acids; a protein "
-            "cannot be read as a genome."
+            f"{where}: {named}{more} {verb} of nucleotides but of amino acids; a protein cannot be "
+            "read as a genome."
         )
     return (
-        f"{where}: {named}{more} {'is no code' if len(found) == 1 else 'are no codes'} of "
+        f"{where}: {named}{more} {verb} of "
         "nucleotides; accepted are A, C, G, T, U, N, the other letters of the IUPAC, and the marks "
         f"{' '.join(MARKS.decode())}."
     )

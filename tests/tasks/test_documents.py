@@ -195,10 +195,22 @@ def test_special_tokens_in_a_prompt_of_nucleotides() -> None:
     assert encode(Document("[BOS]ac[MASK]\nG")).tolist() == [2, 7, 8, 3, 9]
 
 
-@pytest.mark.parametrize("text", ["MKVLE", "A quotation.", "ACGT>", "ACGé"])
+@pytest.mark.parametrize(
+    "text", ["MKVLE", "A quotation.", "ACGT>", "ACGé", "1 ACGT", " 2 4\na ACGT"]
+)
 def test_a_tokenizer_of_nucleotides_refuses_other_texts(text: str) -> None:
     with pytest.raises(ValueError, match="the text: '"):
         Encoder(DNATokenizer())(Document(text))
+
+
+@pytest.mark.parametrize("text", [">a\nRACGT\n", ">p\nMKVLE\n"])
+def test_what_may_be_fasta_is_no_text_to_a_model_of_genomes(text: str) -> None:
+    (document,) = documents_in(text)
+    assert not document.genome
+    for tokenizer in (DNATokenizer(), EvoTokenizer()):
+        with pytest.raises(ValueError, match="'>'"):
+            Encoder(tokenizer)(document)
+    assert Encoder(ByteTokenizer())(document).tolist() == list(text.encode())
 
 
 def test_a_tokenizer_without_nucleotides_refuses_a_genome() -> None:

@@ -79,6 +79,7 @@ def test_any_file_cut_anywhere_is_what_its_lines_say(size: int) -> None:
         (b">a\n>b\nACGT\n", [("b", "ACGT")]),
         (b">a\n1 acgt acgu 8\n9 nn\n", [("a", "ACGTACGTNN")]),
         (b">a ACGT\nA\n>a ACGT\nC", [("a", "A"), ("a", "C")]),
+        (b">a\nT0123\n", None),
         (b">a\nACGT>\n", None),
         (b">a\nAC>GT\n", None),
         (b"#c\n>a\nACGT\n", None),
@@ -117,6 +118,8 @@ def test_odd_files(data: bytes, expected: list[tuple[str, str]] | None, tmp_path
         (b"@a\nACGT\n+\nIIII\n", "is FASTQ, not FASTA"),
         (b">p1\nMKVLE\n", "record 'p1': 'L', 'E' are no codes of nucleotides but of amino acids"),
         (b">a\nAC>GT\n", "record 'a': '>' is no code of nucleotides"),
+        (b">a\nT0123\n", "record 'a': a digit follows a letter in 'T0'"),
+        (b">a\n12 ACG ACGL\n", "record 'a': 'L' is no code of nucleotides but of amino acids"),
         (b"LOCUS  X\n", "is not FASTA: it begins with 'LOCUS  X'"),
         (b">a\n", "holds no bases"),
     ],
@@ -125,6 +128,8 @@ def test_refusals_say_what_was_found(data: bytes, sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
         read(data)
     assert sentence in str(caught.value)
+    with pytest.raises(ValueError):
+        read(data, 1)
 
 
 @pytest.mark.parametrize(
