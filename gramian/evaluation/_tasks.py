@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gramian._nearest import unknown
 from gramian.evaluation._measure import Measure, ratio
+from gramian.tasks.encoding import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +46,9 @@ def evaluate_task(
         seed: of what is generated; training with the same seed saw the same training split.
         examples: rows at most; None takes all.
         batch_size: rows at once.
-        tokenizer: the model's own. A task whose ids stand for text is read by it, if it was not
-            built with another; without one, the model must have the task's ids.
+        tokenizer: the model's own; by default the one in the folder that the model is from. A task
+            whose ids stand for text is read by it, if it was not built with another. Where there is
+            none, the model must have the task's ids, and its end and padding are compared.
         progress: called as `progress(rows done, rows)`.
 
     Returns:
@@ -61,8 +64,7 @@ def evaluate_task(
     from gramian.training.collation import Collator
     from gramian.training.trainer import score
 
-    if tokenizer is not None:
-        task = task.tokens_of(tokenizer)
+    task = _in_tokens_of(model, name, task, tokenizer)
     description = task.description()
     _check(model, name, description)
     split = chosen_split(task, name, split)
@@ -115,6 +117,28 @@ def evaluate_task(
             ratio(name, "bits_per_byte", losses, due, higher_is_better=False, scale=1 / math.log(2))
         )
     return measures
+
+
+def _in_tokens_of(model: Any, name: str, task: Task, tokenizer: Any) -> Task:
+    """The task in the model's own ids, as far as they are known."""
+    own = task.own_tokenizer()
+    if own is None:
+        return task
+    if tokenizer is None:
+        folder = Path(str(getattr(model.config, "_name_or_path", "") or "."))
+        if folder != Path() and (folder / "tokenizer_config.json").is_file():
+            tokenizer = load_tokenizer(str(folder))
+    if tokenizer is not None:
+        return task.tokens_of(tokenizer)
+    for what in ("eos_token_id", "pad_token_id"):
+        has, wanted = getattr(model.config, what, None), getattr(own, what)
+        known = isinstance(has, int) and has < model.config.vocab_size
+        if known and wanted is not None and has != wanted:
+            raise ValueError(
+                f"the task {name} has tokens of another kind than the model, whose {what} is {has} "
+                f"and not {wanted}; give the model's tokenizer."
+            )
+    return task
 
 
 def chosen_split(task: Task, name: str, split: str | None) -> str:

@@ -238,6 +238,18 @@ def test_several_records_are_no_prompt(call: Any, place: Path) -> None:
         gramian.analyze(model, ">a\nACGT\n>b\nACGT", tokenizer=DNATokenizer())
 
 
+def test_a_model_has_its_own_tokenizer_in_python_too(place: Path) -> None:
+    task = tasks.build("fasta", test=str(place / "x.fna"), length=32)
+    for name, tokenizer in MODELS.items():
+        model = gramian.models.load(place / name)
+        expected = loss_of(model, tokenizer(GENOME).input_ids, 32)
+        assert evaluate_task(model, task)[0].value == pytest.approx(expected, rel=1e-6)
+    model = GramianForCausalLM(GramianConfig(**model.config.to_diff_dict() | {"eos_token_id": 0}))
+    with pytest.raises(ValueError, match="whose eos_token_id is 0 and not 1; give the model's"):
+        evaluate_task(model, task)
+    assert evaluate_task(model, task, tokenizer=EvoTokenizer())
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_training_goes_on_in_the_tokens_of_the_model(place: Path, name: str) -> None:
     config = parse_config(
