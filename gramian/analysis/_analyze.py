@@ -15,6 +15,7 @@ from gramian.analysis._recording import Met, Recorder
 from gramian.analysis._report import LayerState, StateReport
 from gramian.ess import effective_state_size, theoretical_state_size
 from gramian.ops._precision import full_precision
+from gramian.tasks import Encoder, documents_in
 
 __all__ = ["analyze"]
 
@@ -46,9 +47,10 @@ def analyze(
 
     Args:
         model: A transformers model, ours included, or any module that contains our mixers.
-        inputs: A text, with ``tokenizer``; token ids, (L) or (1, L), or a sequence of integers; a
-            mapping with ``input_ids``, as tokenizers return it; or, for models of continuous
-            inputs, floating-point numbers (L, size) or (1, L, size). One sequence, not padded.
+        inputs: A text or FASTA record, with ``tokenizer``; token ids, (L) or (1, L), or a sequence
+            of integers; a mapping with ``input_ids``, as tokenizers return it; or, for models of
+            continuous inputs, floating-point numbers (L, size) or (1, L, size). One sequence, not
+            padded.
         tokenizer: Makes tokens of a text and names them in the report.
         at: Positions; position i parts tokens before i from those from i on.
         every: Instead, every so many positions, from 0.
@@ -179,7 +181,10 @@ def _sequence(inputs: Any, tokenizer: Any) -> Tensor:
     if isinstance(inputs, str):
         if tokenizer is None:
             raise ValueError("a text needs a tokenizer: give `tokenizer`, or token ids.")
-        inputs = tokenizer(inputs)
+        documents = documents_in(inputs)
+        if len(documents) > 1:
+            raise ValueError(f"one sequence is needed; the text is {len(documents)} FASTA records.")
+        inputs = Encoder(tokenizer)(documents[0]) if documents else []
     if isinstance(inputs, Mapping) or hasattr(inputs, "input_ids"):
         mask = inputs.get("attention_mask")
         if mask is not None and not bool(torch.as_tensor(mask).all()):

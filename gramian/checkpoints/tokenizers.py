@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gramian.models.tokenizer import byte_level, byte_symbols
@@ -22,7 +22,9 @@ class DNATokenizer(PreTrainedTokenizerFast):
     """HyenaDNA's: one token a character, `[UNK]` 6 for all but the known ones; pads on the left.
 
     Special tokens are `[CLS]` 0, `[SEP]` 1 (the end of a sequence), `[BOS]` 2, `[MASK]` 3,
-    `[PAD]` 4, `[RESERVED]` 5 and `[UNK]` 6; characters follow.
+    `[PAD]` 4, `[RESERVED]` 5 and `[UNK]` 6; characters follow. White space is skipped. Case means
+    nothing (to the published tokenizer a lower-case, soft-masked base is `[UNK]`), unless
+    `characters` has a letter in both cases.
 
     Args:
         characters: the known ones, in the order of their ids from 7 on.
@@ -74,6 +76,14 @@ def _characters(characters: str) -> Tokenizer:
     tokens = [*_DNA_SPECIAL, *characters]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    other = {character.swapcase(): character for character in characters}
+    replaced: list[tuple[Any, str]] = [(Regex(r"\s+"), "")]
+    replaced += [
+        (odd, known) for odd, known in other.items() if len(odd) == 1 and odd not in vocabulary
+    ]
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(pattern, content) for pattern, content in replaced]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["[RESERVED]"])  # the others have names that transformers knows

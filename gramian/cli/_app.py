@@ -18,7 +18,7 @@ except ImportError as missing:
 
 if TYPE_CHECKING:
     from gramian.models import GramianForCausalLM
-    from gramian.tasks import Task
+    from gramian.tasks import Document, Task
 
 __all__ = [
     "Debug",
@@ -40,7 +40,7 @@ __all__ = [
     "main",
     "one_line",
     "quiet_transformers",
-    "read_text",
+    "read_texts",
     "token_ids",
 ]
 
@@ -123,11 +123,14 @@ def _options(
     pass
 
 
-def read_text(text: Path) -> str:
+def read_texts(text: Path) -> list[Document]:
+    """The documents of a file: FASTA's records, JSON lines, or a text."""
+    from gramian.tasks import read_documents
+
     try:
-        return text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{text} is not UTF-8 text: {one_line(error)}") from error
+        return list(read_documents(text))
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
     except OSError as error:
         raise UserError(f"The text {text} cannot be read: {error.strerror}.") from error
 
@@ -180,10 +183,17 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"The tokenizer in {folder} cannot be read: {one_line(error)}") from error
 
 
-def token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> Any:
-    """All tokens of a text file, (count)."""
-    tokenizer = load_tokenizer(folder) or byte_tokenizer(folder, model)
-    return tokenizer(read_text(text), return_tensors="pt", verbose=False).input_ids[0]
+def token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> list[Any]:
+    """All tokens of each document of a file, (count)."""
+    from torch import from_numpy
+
+    from gramian.tasks import Encoder
+
+    encode = Encoder(load_tokenizer(folder) or byte_tokenizer(folder, model))
+    try:
+        return [from_numpy(encode(document)) for document in read_texts(text)]
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
 
 
 def find_tasks(

@@ -23,14 +23,14 @@ from gramian.cli._app import (
     find_tasks,
     one_line,
     quiet_transformers,
-    read_text,
+    read_texts,
 )
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from gramian.evaluation import Measure
-    from gramian.tasks import Task
+    from gramian.tasks import Document, Task
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Wanted:
 
     tasks: dict[str, Task]
     harness: list[str]
-    texts: dict[str, str]
+    texts: dict[str, list[Document]]
     split: str | None
     seed: int
     window: int | None
@@ -65,7 +65,7 @@ def evaluate(
     settings: Settings = None,
     config: TaskConfig = None,
     text: Annotated[
-        list[Path] | None, typer.Option(help="Text file for perplexity; may be repeated.")
+        list[Path] | None, typer.Option(help="Text or FASTA file for perplexity; may be repeated.")
     ] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Tokens of a text at once.")] = None,
     stride: Annotated[
@@ -108,7 +108,7 @@ def evaluate(
     wanted = _wanted(
         tasks=found,
         harness=_of_the_harness(task or []),
-        texts={str(path): read_text(path) for path in text or []},
+        texts={str(path): read_texts(path) for path in text or []},
         split=split,
         seed=seed,
         window=window,
@@ -258,6 +258,7 @@ def _measure(name: str, wanted: _Wanted, device: str, progress: Progress) -> lis
             seed=wanted.seed,
             examples=wanted.limit,
             batch_size=wanted.batch_size,
+            tokenizer=tokenizer,
             progress=shown(key),
         )
     for key, text in wanted.texts.items():

@@ -29,13 +29,14 @@ from gramian.cli._app import (
     load_tokenizer,
     one_line,
     quiet_transformers,
-    read_text,
+    read_texts,
     token_ids,
 )
 
 if TYPE_CHECKING:
     from gramian.analysis import StateReport
     from gramian.models import GramianForCausalLM
+    from gramian.tasks import Document, Task
 
 
 @app.command()
@@ -90,7 +91,7 @@ def distill(
         typer.Option(help="Rise of the loss on --text to stay within, such as 0.1%: finds --tol."),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="Text for --max-increase and --finetune.")
+        Path | None, typer.Option(help="Text or FASTA file for --max-increase and --finetune.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of the text to measure on.")] = 65_536,
     finetune: Annotated[int, typer.Option(help="Steps of training on --text afterwards.")] = 0,
@@ -197,12 +198,19 @@ def _draw_distillation(report: Any, path: Path) -> None:
 
 
 def _windows(folder: Path, model: GramianForCausalLM, text: Path, max_tokens: int) -> Any:
-    """(count, length) windows of a text file's tokens, as long as the filters, spread over it."""
-    ids = token_ids(folder, model, text)
-    length = min(model.config.max_position_embeddings, 2048, len(ids))
+    """(count, length) windows of a text file's tokens, as long as the filters, spread over it.
+
+    No window spans two documents. They are shorter where most of the text is in shorter documents.
+    """
+    documents = token_ids(folder, model, text)
+    longest = max(map(len, documents), default=0)
+    length = min(model.config.max_position_embeddings, 2048, longest)
     if length < 2:
-        raise UserError(f"{text} has too few tokens: {len(ids)}.")
-    windows = ids[: len(ids) // length * length].reshape(-1, length)
+        raise UserError(f"{text} has too few tokens: {longest}.")
+    total = sum(map(len, documents))
+    while length > 2 and 2 * sum(len(one) // length * length for one in documents) < total:
+        length = (length + 1) // 2
+    windows = _cut(documents, length)
     count = min(len(windows), max(1, max_tokens // length))
     return windows[[i * len(windows) // count for i in range(count)]]
 
@@ -279,7 +287,7 @@ def convert(
 @app.command()
 def generate(
     model: ModelFolder,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text or FASTA record to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="Sharper below 1, wilder above.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample from the k best tokens; 0: from all.")] = 50,
@@ -310,7 +318,7 @@ def generate(
 
     import torch
 
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    ids = torch.from_numpy(_prompt_ids(tokenizer, prompt))[None]
     if ids.shape[1] == 0:
         raise UserError("The prompt has no tokens; give some text.")
     if int(ids.max()) >= loaded.config.vocab_size:
@@ -367,7 +375,7 @@ def check(
     batch: Annotated[int, typer.Option(help="Sequences to run, at least 2.")] = 3,
     length: Annotated[int, typer.Option(help="Tokens of each, run one by one too.")] = 200,
     text: Annotated[
-        Path | None, typer.Option(help="Text file to run on; random tokens if not given.")
+        Path | None, typer.Option(help="Text or FASTA file to run on; random tokens if not given.")
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -430,7 +438,9 @@ def analyze(
         list[str],
         typer.Argument(metavar="MODEL...", help="Folder of a saved model, ours or not; GGUF file."),
     ],
-    text: Annotated[Path | None, typer.Option(help="Text file to read.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text or FASTA file, of which the first document is read.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="Text to read, in place of --text.")] = None,
     task: Annotated[
         str | None, typer.Option(help="Task of ours to read a row of, in place of --text.")
@@ -474,12 +484,11 @@ def analyze(
         raise typer.BadParameter(f"--format must be png or svg, got {picture!r}.")
     if output is not None:
         check_new(output)
-    words = read_text(text) if text is not None else prompt
     quiet_transformers()
-    sequence: Any = None
-    is_text, source = True, "the prompt" if text is None else str(text)
-    if words is None:
-        sequence, is_text, source = _row(task, settings or [], config, split, seed, row)
+    document, source = _document(text, prompt)
+    chosen, of_seed = None, 0
+    if document is None:
+        chosen, of_seed = _one_task(task, settings or [], config, seed)
     console = Console(stderr=as_json)
 
     import dataclasses
@@ -487,6 +496,7 @@ def analyze(
     from rich.progress import Progress, TaskID
 
     from gramian import analysis
+    from gramian.tasks import Encoder
 
     reports = []
     for name in models:
@@ -500,17 +510,21 @@ def analyze(
 
             try:
                 model, tokenizer = analysis.open_model(name)
-                if words is not None:
+                if document is not None:
                     if tokenizer is None:
                         raise UserError(
                             f"{name} has no tokenizer, so it cannot read a text; --task and "
                             "--config read a row of a task."
                         )
-                    sequence = tokenizer(words, verbose=False).input_ids
+                    sequence = Encoder(tokenizer)(document).tolist()
+                else:
+                    assert chosen is not None
+                    sequence, names, source = _row(*chosen, tokenizer, split, of_seed, row)
+                    tokenizer = names
                 report = analysis.analyze(
                     model,
                     sequence[:horizon],
-                    tokenizer=tokenizer if is_text else None,
+                    tokenizer=tokenizer,
                     every=every,
                     measure=measure,
                     tol=tol,
@@ -598,38 +612,62 @@ def export(
         console.print(f"Written to {out}", highlight=False)
 
 
+def _document(text: Path | None, prompt: str | None) -> tuple[Document | None, str]:
+    """The first document of a file or prompt, and what to call it; None if there is neither."""
+    from gramian.tasks import documents_in
+
+    if text is not None:
+        documents, source = read_texts(text), str(text)
+    elif prompt is not None:
+        source = "the prompt"
+        try:
+            documents = documents_in(prompt, source)
+        except ValueError as error:
+            raise UserError(one_line(error)) from error
+    else:
+        return None, ""
+    if not documents:
+        raise UserError(f"{source} has no tokens: it is empty.")
+    if len(documents) > 1:
+        name = f", {documents[0].name}" if documents[0].genome else ""
+        source += f", document 1 of {len(documents)}{name}"
+    return documents[0], source
+
+
+def _one_task(
+    name: str | None, settings: list[str], config: Path | None, seed: int | None
+) -> tuple[tuple[str, Task], int]:
+    """A task that was named, or the configuration's, and the seed."""
+    from gramian import tasks
+    from gramian._nearest import unknown
+
+    if name is not None and name not in tasks.names():
+        raise UserError(unknown("task", name, tasks.names()))
+    found, seed = find_tasks([] if name is None else [name], settings, config, seed)
+    [one] = found.items()
+    return one, seed
+
+
 def _row(
-    name: str | None,
-    settings: list[str],
-    config: Path | None,
-    split: str | None,
-    seed: int | None,
-    row: int,
-) -> tuple[Any, bool, str]:
-    """A row's input, token ids (L) or numbers (L, size), whether it is text, and its place."""
+    name: str, task: Task, tokenizer: Any, split: str | None, seed: int, row: int
+) -> tuple[Any, Any, str]:
+    """A row's input, token ids (L) or numbers (L, size), what names its tokens, and its place."""
     import itertools
 
     import torch
 
-    from gramian import tasks
-    from gramian._nearest import unknown
     from gramian.evaluation._tasks import chosen_split
 
-    if name is not None and name not in tasks.names():
-        raise UserError(unknown("task", name, tasks.names()))
-    found_tasks, seed = find_tasks([] if name is None else [name], settings, config, seed)
-    [(name, task)] = found_tasks.items()
-    try:
-        split = chosen_split(task, name, split)
-        found = next(itertools.islice(task.rows(split, seed), row, None), None)
-    except (OSError, ValueError) as error:
-        raise UserError(one_line(error)) from error
+    if tokenizer is not None:
+        task = task.tokens_of(tokenizer)
+    split = chosen_split(task, name, split)
+    found = next(itertools.islice(task.rows(split, seed), row, None), None)
     if found is None:
         raise UserError(f"the {split} split of {name} has no row {row}.")
     place = f"{name}, {split} split, row {row}, seed {seed}"
     if "input_ids" in found:
-        return torch.as_tensor(found["input_ids"]).long(), task.description().text, place
-    return torch.as_tensor(found["input_values"]).float(), False, place
+        return torch.as_tensor(found["input_ids"]).long(), task.own_tokenizer(), place
+    return torch.as_tensor(found["input_values"]).float(), None, place
 
 
 def _save_states(reports: list[StateReport], output: Path, suffix: str) -> None:
@@ -664,13 +702,39 @@ def _dtype(name: str) -> Any:
 
 
 def _tokens(folder: Path, model: GramianForCausalLM, text: Path, batch: int, length: int) -> Any:
-    """(batch, length) tokens from the beginning of a text file."""
-    ids = token_ids(folder, model, text)
-    if len(ids) < batch * length:
+    """(batch, length) tokens from the beginning of a text file, no sequence of two documents."""
+    documents = token_ids(folder, model, text)
+    windows = _cut(documents, length)
+    if len(windows) < batch:
         raise UserError(
-            f"{text} has {len(ids)} tokens; {batch} sequences of {length} need {batch * length}."
+            f"{text} has {sum(map(len, documents))} tokens in {len(documents)} documents; {batch} "
+            f"sequences of {length} need {batch * length}."
         )
-    return ids[: batch * length].reshape(batch, length)
+    return windows[:batch]
+
+
+def _cut(documents: list[Any], length: int) -> Any:
+    """(count, length) windows that stand side by side in documents of tokens."""
+    import torch
+
+    whole = [ids[: len(ids) // length * length].reshape(-1, length) for ids in documents]
+    return torch.cat([torch.empty(0, length, dtype=torch.long), *whole])
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> Any:
+    """Tokens of a prompt, which may be a FASTA record: one sequence."""
+    import numpy as np
+
+    from gramian.tasks import Encoder, documents_in
+
+    try:
+        documents = documents_in(prompt, "the prompt")
+        if len(documents) > 1:
+            raise UserError(f"The prompt is {len(documents)} FASTA records; give one of them.")
+        ids = [Encoder(tokenizer)(document) for document in documents]
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    return ids[0] if ids else np.empty(0, dtype=np.int64)
 
 
 def _check_sampling(

@@ -1,6 +1,7 @@
 """The loss of a causal language model on a text longer than it can take at once, in windows.
 
-Inputs are windows of `window` tokens that begin every `stride` tokens; of each window the losses
+A text may be several documents, such as the records of a FASTA file: no window spans two. Of each,
+inputs are windows of `window` tokens that begin every `stride` tokens; of each window the losses
 count that no earlier window had. So every token but the first is predicted once and, after the
 first window, from at least `window - stride + 1` tokens before it.
 """
@@ -8,14 +9,16 @@ first window, from at least `window - stride + 1` tokens before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gramian.evaluation._measure import Measure, exponential, ratio
+from gramian.tasks import Document, Encoder, documents_in
 
 __all__ = ["Perplexity", "perplexity", "windows"]
 
@@ -26,7 +29,7 @@ class Perplexity:
 
     Attributes:
         nats: summed over the tokens that were predicted.
-        tokens: how many those are: all but the first, which nothing stands before.
+        tokens: how many those are: all but the first of each document, which nothing stands before.
         bytes: of the text that those tokens stand for, in UTF-8.
         window: tokens of an input.
         stride: tokens between the beginnings of inputs.
@@ -87,7 +90,7 @@ class Perplexity:
 def perplexity(
     model: Any,
     tokenizer: Any,
-    text: str,
+    text: str | Sequence[Document],
     *,
     window: int | None = None,
     stride: int | None = None,
@@ -99,7 +102,8 @@ def perplexity(
     Args:
         model: a causal language model of ours or of transformers.
         tokenizer: its own.
-        text: of at least two tokens.
+        text: of at least two tokens; or documents, as `gramian.tasks.read_documents` reads them
+            from a file. A text that is FASTA, by the rule told there, is its records.
         window: tokens of an input; by default what the configuration says the model was made for,
             at most 2,048.
         stride: tokens between the beginnings of inputs, at most `window`; by default half of it. A
@@ -120,10 +124,21 @@ def perplexity(
         raise ValueError(f"stride must lie from 1 to the window, {window}; got {stride}.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
-    ids, size = _encode(tokenizer, text)
-    if len(ids) < 2:
-        raise ValueError(f"the text must have at least 2 tokens; it has {len(ids)}.")
-    places = list(windows(len(ids), window, stride))
+    encode = Encoder(tokenizer)
+    parts = [encode.sized(one) for one in (documents_in(text) if isinstance(text, str) else text)]
+    longest = max((len(part) for part, _ in parts), default=0)
+    if longest < 2:
+        raise ValueError(f"the text must have at least 2 tokens; it has {longest}.")
+    places: list[tuple[int, int, int]] = []
+    before = 0
+    for part, _ in parts:
+        places += (
+            (start + before, begin + before, end + before)
+            for start, begin, end in windows(len(part), window, stride)
+        )
+        before += len(part)
+    ids = torch.from_numpy(np.concatenate([part for part, _ in parts]))
+    size = sum(bytes_ for part, bytes_ in parts if len(part) > 1)
     losses: list[float] = []
     training = model.training
     model.eval()
@@ -177,17 +192,3 @@ def _losses(model: Any, ids: Tensor, places: list[tuple[int, int, int]]) -> list
         losses.append(nn.functional.cross_entropy(predicted, due, reduction="none").double().sum())
     found: list[float] = torch.stack(losses).tolist()
     return found
-
-
-def _encode(tokenizer: Any, text: str) -> tuple[Tensor, int]:
-    """The text's tokens, and the bytes that all but the first of them stand for."""
-    fast = bool(getattr(tokenizer, "is_fast", False))
-    encoded = tokenizer(text, return_offsets_mapping=fast, verbose=False)
-    ids = torch.tensor(encoded["input_ids"], dtype=torch.long)
-    if not len(ids):
-        return ids, 0
-    if fast:
-        unpredicted = text[: encoded["offset_mapping"][0][1]]
-    else:
-        unpredicted = tokenizer.decode(ids[:1], skip_special_tokens=True)
-    return ids, max(1, len(text.encode()) - len(unpredicted.encode()))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gramian._nearest import unknown
 from gramian.evaluation._measure import Measure, ratio
+from gramian.tasks.encoding import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +31,7 @@ def evaluate_task(
     seed: int = 0,
     examples: int | None = None,
     batch_size: int = 32,
+    tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measure]:
     """Scores over all answers that are due, as `gramian train` counts them.
@@ -43,6 +46,9 @@ def evaluate_task(
         seed: of what is generated; training with the same seed saw the same training split.
         examples: rows at most; None takes all.
         batch_size: rows at once.
+        tokenizer: the model's own; by default the one in the folder that the model is from. A task
+            whose ids stand for text is read by it, if it was not built with another. Where there is
+            none, the model must have the task's ids, and its end and padding are compared.
         progress: called as `progress(rows done, rows)`.
 
     Returns:
@@ -52,13 +58,14 @@ def evaluate_task(
         the model's outputs are.
 
     Raises:
-        ValueError: for a task of another kind than the model's or another size, an unknown split,
-            no rows, or labels that do not fit.
+        ValueError: for a task of another kind than the model's, another size or another tokenizer,
+            an unknown split, no rows, or labels that do not fit.
         ImportError: without what `gramian.training` needs.
     """
     from gramian.training.collation import Collator, check_labels
     from gramian.training.trainer import score, whole
 
+    task = _in_tokens_of(model, name, task, tokenizer)
     description = task.description()
     _check(model, name, description)
     split = chosen_split(task, name, split)
@@ -118,6 +125,28 @@ def evaluate_task(
 
 def _nothing_due(name: str, split: str, rows: int) -> ValueError:
     return ValueError(f"no answer is due in the {rows} {split} rows of the task {name}.")
+
+
+def _in_tokens_of(model: Any, name: str, task: Task, tokenizer: Any) -> Task:
+    """The task in the model's own ids, as far as they are known."""
+    own = task.own_tokenizer()
+    if own is None:
+        return task
+    if tokenizer is None:
+        folder = Path(str(getattr(model.config, "_name_or_path", "") or "."))
+        if folder != Path() and (folder / "tokenizer_config.json").is_file():
+            tokenizer = load_tokenizer(str(folder))
+    if tokenizer is not None:
+        return task.tokens_of(tokenizer)
+    for what in ("eos_token_id", "pad_token_id"):
+        has, wanted = getattr(model.config, what, None), getattr(own, what)
+        known = isinstance(has, int) and has < model.config.vocab_size
+        if known and wanted is not None and has != wanted:
+            raise ValueError(
+                f"the task {name} has tokens of another kind than the model, whose {what} is {has} "
+                f"and not {wanted}; give the model's tokenizer."
+            )
+    return task
 
 
 def chosen_split(task: Task, name: str, split: str | None) -> str:

@@ -37,17 +37,23 @@ from gramian.tasks._task import (
     register,
     settings,
 )
+from gramian.tasks.documents import Document, documents_in, read_documents
+from gramian.tasks.encoding import Encoder
 
 __all__ = [
     "IGNORED",
     "KINDS",
     "SPLITS",
     "Description",
+    "Document",
+    "Encoder",
     "GeneratedTask",
     "Task",
     "build",
+    "documents_in",
     "load",
     "names",
+    "read_documents",
     "register",
     "settings",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from gramian._nearest import unknown
+from gramian.tasks.documents import find_files
 
 if TYPE_CHECKING:
     import datasets
@@ -29,6 +32,8 @@ __all__ = [
     "load",
     "names",
     "register",
+    "require_files",
+    "require_patterns",
     "require_sizes",
     "settings",
 ]
@@ -104,6 +109,23 @@ class Task(ABC):
     @abstractmethod
     def rows(self, split: str, seed: int) -> Iterator[Row]:
         """The rows of a split: a row's arrays under `input_ids` or `input_values`, and `labels`."""
+
+    def tokens_of(self, tokenizer: Any) -> Task:
+        """The same task in the ids of a model's own tokenizer, if its ids stand for text.
+
+        The ids of other tasks stand for nothing, and they are returned as they are.
+
+        Args:
+            tokenizer: of transformers.
+
+        Raises:
+            ValueError: if the task was built with another tokenizer.
+        """
+        return self
+
+    def own_tokenizer(self) -> Any:
+        """The tokenizer whose ids the rows have, or None if they stand for no text."""
+        return None
 
     def features(self) -> datasets.Features:
         """Column types of the dataset."""
@@ -354,6 +376,46 @@ def _check_ids(name: str, ids: np.ndarray, vocabulary: int | None, split: str) -
             f"{name} must lie from 0 to {vocabulary - 1}; a row of the {split} split has "
             f"{low if low < 0 else high}."
         )
+
+
+def require_files(task: Task, name: str, split: str) -> list[str]:
+    """The files of a split of a task that has patterns of them in `train` and so on.
+
+    Files that are training's and another split's too are warned of when training reads them.
+
+    Raises:
+        ValueError: if the split has no pattern.
+        FileNotFoundError: for a pattern without files.
+    """
+    patterns = getattr(task, split)
+    if patterns is None:
+        raise ValueError(f"the task {name} has no {split} files; give {split}: PATH.")
+    files = find_files(patterns)
+    if split == "train":
+        for other in SPLITS[1:]:
+            held_out = getattr(task, other)
+            shared = {*map(os.path.realpath, files)}
+            shared &= {*map(os.path.realpath, find_files(held_out) if held_out else [])}
+            if shared:
+                warnings.warn(
+                    f"{len(shared)} of the {other} files are training files too, such as "
+                    f"{min(shared)}: what is measured on them was seen.",
+                    stacklevel=3,
+                )
+    return files
+
+
+def require_patterns(task: Task) -> None:
+    """Check that the settings train, validation and test are paths or patterns, or None."""
+    for split in SPLITS:
+        given = getattr(task, split)
+        patterns = given if isinstance(given, list | tuple) else [given]
+        if given is not None and not (
+            patterns and all(isinstance(one, str | os.PathLike) and str(one) for one in patterns)
+        ):
+            raise ValueError(
+                f"{split} must be a path or pattern, or a list of them; got {given!r}."
+            )
 
 
 def require_sizes(task: Task, *names: str, least: int = 1) -> None:

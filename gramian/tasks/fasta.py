@@ -5,116 +5,156 @@ No row holds two records: each is cut into windows of its own.
 
 from __future__ import annotations
 
-import glob
-import gzip
+import difflib
+import os
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from functools import lru_cache
+from typing import Any
 
-import numpy as np
-
-from gramian.tasks._task import SPLITS, Description, Row, Task, register, require_sizes
-from gramian.tasks.text import windows
+from gramian.tasks import genomes
+from gramian.tasks._task import (
+    SPLITS,
+    Description,
+    Row,
+    Task,
+    register,
+    require_files,
+    require_patterns,
+    require_sizes,
+)
+from gramian.tasks.documents import blocks
+from gramian.tasks.encoding import Encoder
+from gramian.tasks.text import described, in_tokens_of, loaded, windows
 
 __all__ = ["Fasta"]
-
-PAD, UNKNOWN = 4, 6
-NUCLEOTIDES = "ACGTN"  # ids 7 … 11; 0 … 6 are HyenaDNA's special tokens
-VOCABULARY = 12
-_IDS = np.full(256, UNKNOWN, dtype=np.int64)
-for _id, _letter in enumerate(NUCLEOTIDES, 7):
-    _IDS[[ord(_letter), ord(_letter.lower())]] = _id
 
 
 @register("fasta")
 @dataclass(frozen=True, kw_only=True)
 class Fasta(Task):
-    """Next-nucleotide prediction on FASTA files, plain or gzipped, with HyenaDNA's token ids.
+    """Next-nucleotide prediction on FASTA files, plain or compressed.
 
-    Case is ignored. The seed changes nothing.
+    `gramian.tasks.genomes` tells how FASTA is read. Token ids are HyenaDNA's, or those of a model's
+    own tokenizer where one is known; what is no A, C, G, T or N is `[UNK]` to HyenaDNA. A record of
+    a single base has no next one, so it makes no row. The seed changes nothing.
 
     Args:
         train: paths or patterns of the training split's files, one or a list.
         validation: likewise; or leave it out and name records.
         test: likewise.
-        validation_records: names of the records of `train`'s files that are validation instead.
+        validation_records: names of the records of `train`'s files that are validation instead, one
+            or a list. A name is the first word of a record's header.
         test_records: likewise.
         length: nucleotides of a row.
+        tokenizer: a tokenizer of transformers, its folder or its name; by default HyenaDNA's.
+
+    Raises:
+        ValueError: when files are read, for a name that no record has, and for what
+            `gramian.tasks.genomes.records` refuses.
+        FileNotFoundError: on a path or pattern without files, when they are read.
     """
 
-    train: str | list[str]
+    train: str | list[str] | None = None
     validation: str | list[str] | None = None
     test: str | list[str] | None = None
-    validation_records: list[str] | None = None
-    test_records: list[str] | None = None
+    validation_records: str | list[str] | None = None
+    test_records: str | list[str] | None = None
     length: int = 1024
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         require_sizes(self, "length")
+        require_patterns(self)
+        if all(getattr(self, split) is None for split in SPLITS):
+            raise ValueError("the task fasta needs files: give train, validation or test.")
         for split in SPLITS[1:]:
-            if getattr(self, split) and getattr(self, f"{split}_records"):
+            names = self._held_out(split)
+            if names and getattr(self, split):
                 raise ValueError(f"give {split} or {split}_records, not both.")
+            if names and self.train is None:
+                raise ValueError(f"{split}_records are records of train; give train too.")
+        both = self._held_out("validation") & self._held_out("test")
+        if both:
+            raise ValueError(
+                f"the record {min(both)!r} is named in validation_records and test_records; it can "
+                "be in one of them."
+            )
 
     def description(self) -> Description:
-        return Description("tokens", self.length, vocab_size=VOCABULARY, pad_token_id=PAD)
+        return described(self.own_tokenizer(), self.length)
+
+    def own_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            from gramian.checkpoints import DNATokenizer
+
+            return DNATokenizer()
+        return loaded(self.tokenizer)
+
+    def tokens_of(self, tokenizer: Any) -> Task:
+        found: Task = in_tokens_of(self, tokenizer)
+        return found
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        records = (record for _, record in self._records(split))
-        yield from windows(records, self.length, "document", None)
+        encoder = Encoder(self.own_tokenizer(), special_tokens=False)
+        records = (encoder.encode_pieces(pieces) for pieces in self._records(split))
+        return windows(records, self.length, "document", None)
 
-    def _records(self, split: str) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
-        held_out = {other: set(getattr(self, f"{other}_records") or ()) for other in SPLITS[1:]}
-        if split == "train":
-            files, keep = self.train, None
-        elif held_out[split]:
-            files, keep = self.train, held_out[split]
-        else:
-            files, keep = getattr(self, split), None
-        if files is None:
+    def _held_out(self, split: str) -> set[str]:
+        names = getattr(self, f"{split}_records")
+        if names is None:
+            return set()
+        if not isinstance(names, list | tuple):
+            names = [names]
+        if any(not isinstance(name, str | int) or isinstance(name, bool) for name in names):
+            raise ValueError(f"{split}_records must be names of records; got {names!r}.")
+        return {str(name) for name in names}
+
+    def _records(self, split: str) -> Iterator[Iterator[bytes]]:
+        kept = self._held_out(split) if split != "train" else set()
+        if split != "train" and not kept and getattr(self, split) is None:
             raise ValueError(
                 f"the task fasta has no {split} files; give {split} or {split}_records."
             )
-        left_out = held_out["validation"] | held_out["test"] if split == "train" else set()
-        for name, lines in _read(files):
-            if name not in left_out and (keep is None or name in keep):
-                yield name, lines
+        files = require_files(self, "fasta", "train" if kept else split)
+        left_out = set()
+        if split == "train" or kept:
+            left_out = self._held_out("validation") | self._held_out("test")
+            _require_records(left_out, files)
+        for file in files:
+            for name, pieces in genomes.records(blocks(file), file):
+                if name in kept if kept else name not in left_out:
+                    yield pieces
 
 
-def _read(files: str | list[str]) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
-    """Name of each record and its lines as token ids; the lines must be read in turn or not."""
-    for pattern in [files] if isinstance(files, str) else files:
-        found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
-        if not found:
-            raise FileNotFoundError(f"no file matches {pattern}.")
-        for file in found:
-            if file.endswith(".gz"):
-                with gzip.open(file) as lines:
-                    yield from _split(lines, file)
-            else:
-                with open(file, "rb") as lines:
-                    yield from _split(lines, file)
+def _require_records(wanted: set[str], files: list[str]) -> None:
+    """Raises a ValueError unless each name is a record's; warns of those of several records."""
+    if not wanted:
+        return
+    there: Counter[str] = Counter()
+    for file in files:
+        status = os.stat(file)
+        there += _names(file, status.st_size, status.st_mtime_ns)
+    missing = sorted(wanted - there.keys())
+    if missing:
+        close = difflib.get_close_matches(missing[0], sorted(there), n=3, cutoff=0.5)
+        meant = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        some = ", ".join(map(repr, list(there)[:5])) + (", …" if len(there) > 5 else "")
+        raise ValueError(
+            f"no record of the training files is called {missing[0]!r}.{meant} There are "
+            f"{len(there):,} names: {some}."
+        )
+    several = {name: there[name] for name in sorted(wanted) if there[name] > 1}
+    for name, count in several.items():
+        warnings.warn(
+            f"{count} records of the training files are called {name!r}; all of them are held out.",
+            stacklevel=3,
+        )
 
 
-def _split(
-    lines: BinaryIO | gzip.GzipFile, file: str
-) -> Iterator[tuple[str, Iterator[np.ndarray]]]:
-    header = lines.readline()
-    while header:
-        if not header.startswith(b">"):
-            raise ValueError(f"{file} is not FASTA: a record must begin with '>'.")
-        following: list[bytes] = []
-
-        def record(following: list[bytes] = following) -> Iterator[np.ndarray]:
-            for line in lines:
-                if line.startswith(b">"):
-                    following.append(line)
-                    return
-                yield _IDS[np.frombuffer(line.strip(), dtype=np.uint8)]
-
-        body = record()
-        words = header[1:].split()
-        yield (words[0].decode() if words else ""), body
-        for _ in body:  # what the reader left
-            pass
-        header = following[0] if following else b""
+@lru_cache(maxsize=64)
+def _names(file: str, size: int, changed: int) -> Counter[str]:
+    """How many records of a file have each name; `size` and `changed` tell versions apart."""
+    return Counter(genomes.names(blocks(file), file))

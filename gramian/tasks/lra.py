@@ -17,6 +17,7 @@ from gramian.tasks._task import Description, Row, Task, register, require_sizes
 __all__ = ["Image", "Retrieval", "Text"]
 
 BYTES = 257
+_LABELS = {b"0": 0, b"1": 1, b"0.0": 0, b"1.0": 1}
 
 
 def byte_ids(text: bytes, length: int) -> np.ndarray:
@@ -53,8 +54,13 @@ class Text(Task):
     def rows(self, split: str, seed: int) -> Iterator[Row]:
         folder = require_folder(self.path, "it must be aclImdb, unpacked")
         part = "train" if split == "train" else "test"
-        for label, name in enumerate(("neg", "pos")):
-            for file in sorted((folder / part / name).glob("*.txt")):
+        kinds = [sorted((folder / part / name).glob("*.txt")) for name in ("neg", "pos")]
+        if not all(kinds):
+            raise FileNotFoundError(
+                f"there must be reviews *.txt in neg and pos of {folder / part}."
+            )
+        for label, files in enumerate(kinds):
+            for file in files:
                 text = file.read_bytes()
                 if text:
                     yield {"input_ids": byte_ids(text, self.length), "labels": label}
@@ -91,10 +97,17 @@ class Retrieval(Task):
                     raise ValueError(
                         f"{file}, line {number}: five cells are needed; got {len(cells)}."
                     )
+                if cells[0] not in _LABELS:
+                    raise ValueError(
+                        f"{file}, line {number}: the label must be 0 or 1; got "
+                        f"{cells[0].decode(errors='replace')!r}."
+                    )
+                if not (cells[3] and cells[4]):
+                    raise ValueError(f"{file}, line {number}: one of the two texts is empty.")
                 yield {
                     "input_ids": byte_ids(cells[3], self.length),
                     "input_ids_2": byte_ids(cells[4], self.length),
-                    "labels": int(float(cells[0])),
+                    "labels": _LABELS[cells[0]],
                 }
 
 
@@ -143,4 +156,7 @@ class Image(Task):
         data = np.fromfile(file, dtype=np.uint8)
         if len(data) % 3073:
             raise ValueError(f"{file} is not made of records of 3,073 bytes.")
-        return data.reshape(-1, 3073)
+        records = data.reshape(-1, 3073)
+        if len(records) == 0 or records[:, 0].max() > 9:
+            raise ValueError(f"{file} is not CIFAR-10's: it is empty, or a label is above 9.")
+        return records

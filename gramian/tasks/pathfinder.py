@@ -29,6 +29,7 @@ OVERLAP = 1.8  # of two masks, from which dashes cross
 RETRIES = 2  # of a dash
 SNAKE_RETRIES = 4  # of a distractor path
 LEAST_FREE = 0.01  # share of free pixels below which no distractor is begun
+ATTEMPTS, DASHES = 5_000, 20_000  # at most, for an image's paths; "hard" needs 40 and 400
 
 
 class _Dash(NamedTuple):
@@ -36,6 +37,9 @@ class _Dash(NamedTuple):
     orientation: float
     tip: tuple[int, int]
     mask: np.ndarray
+
+
+_Paths = tuple[list[np.ndarray], np.ndarray, list[list[tuple[int, int]]]]
 
 
 @register("lra/pathfinder")
@@ -55,6 +59,10 @@ class Pathfinder(GeneratedTask):
         distractors: their dashes in all; each distractor has a third of a path's.
         path_contrast: brightness of the long paths, relative to the discs'.
         distractor_contrast: likewise, of the short ones.
+
+    Raises:
+        ValueError: when rows are drawn, if 5,000 attempts at the two long paths fail, or 20,000
+            dashes.
     """
 
     train_examples: int = 160_000
@@ -106,10 +114,16 @@ class Pathfinder(GeneratedTask):
         self, random: np.random.Generator, label: int
     ) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
         """An image (size, size), not yet stretched, and the ends of the two paths."""
-        while True:
-            drawn = self._two_paths(random)
-            if drawn is not None:
-                break
+        drawn, dashes, attempts = None, 0, 0
+        while drawn is None and attempts < ATTEMPTS and dashes < DASHES:
+            drawn, tried = self._two_paths(random)
+            attempts, dashes = attempts + 1, dashes + tried
+        if drawn is None:
+            raise ValueError(
+                f"two paths of {self.path_length} dashes of {self.dash} pixels with gaps of "
+                f"{self.gap}, {self.seed_distance} pixels apart, do not fit into {self.size} × "
+                f"{self.size} pixels: {attempts:,} attempts drew none."
+            )
         images, mask, ends = drawn
         image = np.maximum(*images)
         short = self.path_length // 3
@@ -125,9 +139,8 @@ class Pathfinder(GeneratedTask):
             image = np.maximum(image, _disc(self.size, row, column, self.radius))
         return image, ends
 
-    def _two_paths(
-        self, random: np.random.Generator
-    ) -> tuple[list[np.ndarray], np.ndarray, list[list[tuple[int, int]]]] | None:
+    def _two_paths(self, random: np.random.Generator) -> tuple[_Paths | None, int]:
+        """The two paths, if they found room, and how many dashes were tried."""
         mask = np.zeros((self.size, self.size))
         mask[[0, -1]] = mask[:, [0, -1]] = 1
         border = mask.copy()
@@ -135,7 +148,7 @@ class Pathfinder(GeneratedTask):
         border[:edge] = border[-edge:] = border[:, :edge] = border[:, -edge:] = 1
         first = self._begin(random, border)
         if first is None:
-            return None
+            return None, 0
         second = None
         for _ in range(RETRIES + 1):
             angle = random.integers(-180, 180) * math.pi / 180
@@ -148,19 +161,19 @@ class Pathfinder(GeneratedTask):
             if second is not None:
                 break
         if second is None:
-            return None
+            return None, 0
         dashes = [first, second]
         images = [self.path_contrast * self._draw(dash.tip, dash.orientation)[0] for dash in dashes]
-        for _ in range(self.path_length - 1):
+        for step in range(self.path_length - 1):
             for path in range(2):
                 extended = self._extend(random, dashes[path], mask)
                 if extended is None:
-                    return None
+                    return None, 2 * step + path + 1
                 dashes[path], line, mask = extended
                 images[path] = np.maximum(images[path], self.path_contrast * line)
         mask = np.maximum(mask, dashes[1].mask)
         ends = [[begun.tip, dash.tip] for begun, dash in zip((first, second), dashes, strict=True)]
-        return images, mask, ends
+        return (images, mask, ends), 2 * self.path_length
 
     def _distractor(
         self, random: np.random.Generator, image: np.ndarray, mask: np.ndarray, length: int

@@ -83,6 +83,10 @@ def _read(file: Path) -> np.ndarray:
     with wave.open(str(file)) as sound:
         if (sound.getnchannels(), sound.getsampwidth()) != (1, 2):
             raise ValueError(f"{file} must have one channel of 16 bits.")
+        if sound.getframerate() != SAMPLES:
+            raise ValueError(
+                f"{file} must have {SAMPLES:,} samples a second; it has {sound.getframerate():,}."
+            )
         samples = np.frombuffer(sound.readframes(SAMPLES), dtype="<i2")
     return np.pad(samples / 2.0**15, (0, SAMPLES - len(samples)))
 

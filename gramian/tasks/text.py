@@ -12,9 +12,9 @@ first token is asked for by nobody.
 
 from __future__ import annotations
 
-import glob
+import dataclasses
 import itertools
-import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from gramian.tasks._task import SPLITS, Description, Row, Task, register, require_sizes
+from gramian._nearest import unknown
+from gramian.tasks._task import (
+    SPLITS,
+    Description,
+    Row,
+    Task,
+    register,
+    require_files,
+    require_patterns,
+    require_sizes,
+)
 from gramian.tasks.documentation import python_topics
+from gramian.tasks.documents import Document, holds_keys, read_documents
+from gramian.tasks.encoding import Encoder, load_tokenizer
 
 __all__ = ["PythonDocumentation", "Text", "windows"]
 
@@ -76,14 +88,14 @@ def _chain(documents: Iterator[Iterator[np.ndarray]], end: int | None) -> Iterat
 class _TextTask(Task):
     length: int = 1024
     packing: str = "document"
-    tokenizer: str | None = None
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         require_sizes(self, "length")
         if self.packing not in ("document", "concatenate"):
             raise ValueError(f"packing must be 'document' or 'concatenate'; got {self.packing!r}.")
 
-    def documents(self, split: str) -> Iterator[str | bytes]:
+    def documents(self, split: str) -> Iterator[Document]:
         raise NotImplementedError
 
     def description(self) -> Description:
@@ -91,42 +103,61 @@ class _TextTask(Task):
             return Description(
                 "tokens", self.length, vocab_size=BYTES, pad_token_id=PADDING, text=True
             )
-        tokenizer = load_tokenizer(self.tokenizer)
-        pad = tokenizer.pad_token_id
-        return Description(
-            "tokens", self.length, vocab_size=len(tokenizer), pad_token_id=0 if pad is None else pad
-        )
+        return described(self.own_tokenizer(), self.length)
+
+    def own_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            from gramian.models import ByteTokenizer
+
+            return ByteTokenizer()
+        return loaded(self.tokenizer)
+
+    def tokens_of(self, tokenizer: Any) -> Task:
+        return in_tokens_of(self, tokenizer)
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        encode, end = _encoder(self.tokenizer)
+        encode: Callable[[Document], np.ndarray] = _bytes
+        end = END_OF_TEXT
+        if self.tokenizer is not None:
+            tokenizer = self.own_tokenizer()
+            encode, end = Encoder(tokenizer, special_tokens=False), tokenizer.eos_token_id
         tokens = (encode(document) for document in self.documents(split))
         return windows(tokens, self.length, self.packing, end)
 
 
-def load_tokenizer(path: str) -> Any:
-    """A tokenizer of transformers, from a folder or, online, by name."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(path)
+def loaded(tokenizer: Any) -> Any:
+    """The setting `tokenizer` of a task as a tokenizer: a path, a name, or one already."""
+    return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
 
 
-def _encoder(path: str | None) -> tuple[Callable[[str | bytes], np.ndarray], int | None]:
-    if path is None:
+def described(tokenizer: Any, length: int) -> Description:
+    """Of a task of next tokens by a tokenizer of transformers."""
+    pad = tokenizer.pad_token_id
+    return Description(
+        "tokens", length, vocab_size=len(tokenizer), pad_token_id=0 if pad is None else pad
+    )
 
-        def encode_bytes(text: str | bytes) -> np.ndarray:
-            raw = text.encode() if isinstance(text, str) else text
-            return np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
 
-        return encode_bytes, END_OF_TEXT
-    tokenizer = load_tokenizer(path)
+def in_tokens_of(task: Any, tokenizer: Any) -> Any:
+    """A task with the setting `tokenizer`, read by a model's own unless it names another.
 
-    def encode(text: str | bytes) -> np.ndarray:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8", errors="replace")
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return np.array(ids, dtype=np.int64)
+    Raises:
+        ValueError: if it names another.
+    """
+    own = task.own_tokenizer()
+    if own.get_vocab() == tokenizer.get_vocab():
+        return task
+    if task.tokenizer is not None:
+        raise ValueError(
+            f"the task's tokenizer has {len(own):,} tokens that are not the {len(tokenizer):,} of "
+            "the model's own; leave the setting tokenizer out, and the model's is taken."
+        )
+    return dataclasses.replace(task, tokenizer=tokenizer)
 
-    return encode, tokenizer.eos_token_id
+
+def _bytes(document: Document) -> np.ndarray:
+    raw = document.text.encode("utf-8", errors="surrogateescape")
+    return np.frombuffer(raw, dtype=np.uint8).astype(np.int64)
 
 
 @register("text")
@@ -134,22 +165,25 @@ def _encoder(path: str | None) -> tuple[Callable[[str | bytes], np.ndarray], int
 class Text(_TextTask):
     """Text files, or a corpus that `datasets` reads, as bytes or tokens.
 
-    A document is a file, a part of a file between separators, a line of a `.jsonl` file, or a row
-    of the corpus. The seed changes nothing.
+    A document is a file, a line of a `.jsonl` file, a record of a FASTA file or a row of the
+    corpus, or the part of one between separators. `gramian.tasks.documents` tells how files are
+    read: compressed or not, as UTF-8 with line feeds, and what makes a file FASTA. Without a
+    tokenizer, bytes that are no UTF-8 are kept as they are. The seed changes nothing.
 
     Args:
         train: paths or patterns (`books/*.txt`) of the training split's files, one or a list.
         validation: likewise.
         test: likewise.
-        separator: where a file is cut into documents; by default a file is one.
+        separator: where texts are cut into documents, JSON lines and rows of a corpus too; by
+            default each is one. One that is found nowhere is warned of.
         corpus: instead of files, a corpus of `datasets`: a folder of `save_to_disk`, or, online,
             a name on the Hub. Its splits are taken by their names.
         corpus_config: which configuration of it.
         column: of a corpus or of `.jsonl` lines, which holds the text.
         length: tokens of a row.
         packing: `"document"` or `"concatenate"`.
-        tokenizer: folder or name of a tokenizer of transformers; by default bytes, with the ids of
-            `gramian.models.ByteTokenizer`.
+        tokenizer: a tokenizer of transformers, its folder or its name; by default bytes, with the
+            ids of `gramian.models.ByteTokenizer`, or a model's own tokenizer where one is known.
 
     Raises:
         ValueError: on both or neither of files and corpus, an unknown packing.
@@ -176,41 +210,44 @@ class Text(_TextTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_patterns(self)
         files = any(getattr(self, split) is not None for split in SPLITS)
         if files == (self.corpus is not None):
             raise ValueError("give files (train, validation, test) or a corpus, one of the two.")
-        if self.separator == "":
-            raise ValueError("separator must not be empty.")
+        if self.separator is not None and not (isinstance(self.separator, str) and self.separator):
+            raise ValueError(f"separator must be a text, not empty; got {self.separator!r}.")
+        if self.corpus_config is not None and self.corpus is None:
+            raise ValueError("corpus_config needs a corpus.")
 
-    def documents(self, split: str) -> Iterator[str | bytes]:
+    def documents(self, split: str) -> Iterator[Document]:
+        found = False
+        for document in self._uncut(split):
+            parts = [document.text]
+            if self.separator is not None and not document.genome:
+                parts = document.text.split(self.separator)
+                found |= len(parts) > 1
+            yield from (dataclasses.replace(document, text=part) for part in parts if part)
+        if self.separator is not None and not found:
+            warnings.warn(
+                f"the separator {self.separator!r} is nowhere in the {split} split, so no text was "
+                "cut.",
+                stacklevel=2,
+            )
+
+    def _uncut(self, split: str) -> Iterator[Document]:
         if self.corpus is not None:
             yield from self._corpus(split)
             return
-        patterns = getattr(self, split)
-        if patterns is None:
-            raise ValueError(f"the task text has no {split} files; give {split}: PATH.")
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
-            if not found:
-                raise FileNotFoundError(f"no file matches {pattern}.")
-            for file in found:
-                yield from self._file(Path(file))
+        files = require_files(self, "text", split)
+        if self.column != "text" and not any(map(holds_keys, files)):
+            raise ValueError(
+                f"column is {self.column!r}, but none of the {split} files has keys: their names "
+                "do not end in .jsonl."
+            )
+        for file in files:
+            yield from read_documents(file, column=self.column, any_bytes=self.tokenizer is None)
 
-    def _file(self, file: Path) -> Iterator[str | bytes]:
-        if file.suffix == ".jsonl":
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        record = json.loads(line)
-                        if self.column not in record:
-                            raise ValueError(f"{file}, line {number}: no {self.column!r}.")
-                        yield record[self.column]
-        elif self.separator is None:
-            yield file.read_bytes()
-        else:
-            yield from (part for part in file.read_bytes().split(self.separator.encode()) if part)
-
-    def _corpus(self, split: str) -> Iterator[str]:
+    def _corpus(self, split: str) -> Iterator[Document]:
         import datasets
 
         assert self.corpus is not None
@@ -227,9 +264,19 @@ class Text(_TextTask):
             rows = datasets.load_dataset(
                 self.corpus, self.corpus_config, split=split, streaming=True
             )
-        for row in rows:
-            if row[self.column]:
-                yield row[self.column]
+        for number, row in enumerate(rows):
+            if self.column not in row:
+                raise ValueError(unknown(f"column of {self.corpus}", self.column, row))
+            text = row[self.column]
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{self.corpus}, row {number}: {self.column!r} must be a text, got "
+                    f"{type(text).__name__}."
+                )
+            if text:
+                yield Document(text, self.corpus)
 
 
 @register("python_documentation")
@@ -252,7 +299,7 @@ class PythonDocumentation(_TextTask):
         if not 0 < self.held_out < 0.5:
             raise ValueError(f"held_out must lie between 0 and 0.5; got {self.held_out}.")
 
-    def documents(self, split: str) -> Iterator[str | bytes]:
+    def documents(self, split: str) -> Iterator[Document]:
         topics = python_topics()
         ends = list(itertools.accumulate(map(len, topics)))
         bounds = {"train": (0.0, 1 - 2 * self.held_out)}
@@ -262,4 +309,4 @@ class PythonDocumentation(_TextTask):
         for topic, end in zip(topics, ends, strict=True):
             middle = (end - len(topic) / 2) / ends[-1]
             if low <= middle < high:
-                yield topic
+                yield Document(topic)

@@ -32,12 +32,12 @@ from gramian._nearest import unknown
 from gramian._processes import world_size
 from gramian._staging import staged_file
 from gramian.models import (
-    ByteTokenizer,
     GramianConfig,
 )
 from gramian.models.labels import LabelError
 from gramian.reports import plot_training, save_figure
 from gramian.tasks import Description, Task
+from gramian.tasks.encoding import load_tokenizer
 from gramian.training.collation import Collator, Packer
 from gramian.training.configuration import (
     METRICS,
@@ -138,7 +138,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
     trainer = GramianTrainer(
         description,
         folder,
-        tokenizer=ByteTokenizer() if description.text else None,
+        tokenizer=task.own_tokenizer(),
         losses=losses,
         packer=packer,
         model=model,
@@ -215,6 +215,9 @@ def _task(config: TrainingConfig) -> Task:
     settings.pop("streaming", None)
     try:
         task = tasks.build(name, setting, **settings)
+        tokenizer = Path(config.model.get("path") or "", "tokenizer_config.json")
+        if "path" in config.model and tokenizer.is_file():
+            task = task.tokens_of(load_tokenizer(str(tokenizer.parent)))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"task: {error}") from error
     if config.evaluation.split not in task.splits:

@@ -27,7 +27,8 @@ def test_dna_ids_are_the_published_ones(tmp_path: Path) -> None:
         assert len(tokenizer) == 12
         assert tokenizer.convert_ids_to_tokens(range(12)) == PUBLISHED_DNA
         assert tokenizer("ACGTN").input_ids == [7, 8, 9, 10, 11]
-        assert tokenizer("AxC\na").input_ids == [7, 6, 8, 6, 6]
+        assert tokenizer("AxC\r\n ra").input_ids == [7, 6, 8, 6, 7]
+        assert tokenizer("acgtn").input_ids == tokenizer("ACGTN").input_ids
         assert tokenizer("A[MASK]C").input_ids == [7, 3, 8]
         assert tokenizer("").input_ids == []
         assert tokenizer.decode([7, 8, 9, 10, 11, 7]) == "ACGTNA"

@@ -175,3 +175,46 @@ def test_image(tmp_path: Path) -> None:
     assert (len(train), len(held_out)) == (45, 5)
     both = {row["input_values"].numpy().tobytes() for part in (train, held_out) for row in part}
     assert len(both) == 50
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dash": 20}, {"size": 29, "path_length": 40}, {"path_length": 80}]
+)
+def test_settings_without_a_picture_are_refused(
+    settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gramian.tasks.pathfinder.ATTEMPTS", 400)
+    monkeypatch.setattr("gramian.tasks.pathfinder.DASHES", 1_000)
+    task = tasks.build("lra/pathfinder", **settings)
+    with pytest.raises(ValueError, match=r"do not fit into \d+ × \d+ pixels: \d+ attempts"):
+        next(iter(task.rows("train", 0)))
+
+
+def test_reviews_of_one_kind_are_refused(tmp_path: Path) -> None:
+    for name in ("neg", "pos"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    (tmp_path / "train" / "neg" / "a.txt").write_text("bad")
+    with pytest.raises(FileNotFoundError, match="reviews"):
+        next(iter(tasks.build("lra/text", path=str(tmp_path)).rows("train", 0)))
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("2\ta\tb\tx\ty\n", "line 1: the label must be 0 or 1; got '2'"),
+        ("0.5\ta\tb\tx\ty\n", "line 1: the label must be 0 or 1; got '0.5'"),
+        ("1\ta\tb\t\ty\n", "line 1: one of the two texts is empty"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(line: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "new_aan_pairs.train.tsv").write_text(line)
+    with pytest.raises(ValueError) as caught:
+        next(iter(tasks.build("lra/retrieval", path=str(tmp_path)).rows("train", 0)))
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_images_of_other_labels_are_refused(count: int, tmp_path: Path) -> None:
+    np.full((count, 3073), 200, dtype=np.uint8).tofile(tmp_path / "test_batch.bin")
+    with pytest.raises(ValueError, match="it is empty, or a label is above 9"):
+        next(iter(tasks.build("lra/image", path=str(tmp_path)).rows("test", 0)))

@@ -1,0 +1,235 @@
+"""The documents of a file, read in one way for tasks, evaluation, distillation and analysis.
+
+**FASTA or text** is one rule. A file is FASTA if its name ends in one of `FASTA_SUFFIXES`, perhaps
+before the suffix of a compression. Anything else, and a text without a name, is FASTA if its first
+line begins with `>` and its first line of sequence holds none but the letters A, C, G, T, U and N,
+in either case. What FASTA's records are is told in `gramian.tasks.genomes`.
+
+**Compression** (gzip with any number of members, bgzip, bzip2, xz) is recognised by a file's first
+bytes, not by its name.
+
+**Text** is UTF-8. A byte order mark is no part of it, and every end of a line is a line feed, as it
+is to Python's `open`. A `.jsonl` or `.ndjson` file holds a document a line, under a key of an
+object. Empty documents are left out.
+"""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from gramian.tasks import genomes
+
+__all__ = [
+    "FASTA_SUFFIXES",
+    "Document",
+    "blocks",
+    "documents_in",
+    "find_files",
+    "holds_keys",
+    "read_documents",
+]
+
+FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".frn", ".faa", ".fas", ".fsa", ".mpfa")
+"""What the name of a FASTA file ends in, in either case."""
+
+_COMPRESSED = (".gz", ".bgz", ".bz2", ".xz")
+_FASTQ = (".fq", ".fastq")  # which the reader of FASTA refuses by what it holds
+_JSON_LINES = (".jsonl", ".ndjson")
+_BLOCK = 2**20
+_BOM = b"\xef\xbb\xbf"
+_REFUSED = {
+    b"\xff\xfe": "text in UTF-16 or UTF-32",
+    b"\xfe\xff": "text in UTF-16",
+    b"PK\x03\x04": "a zip archive",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"%PDF": "a PDF",
+    b"PAR1": "a table in Parquet",
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that stands for itself: nothing before or after it belongs to it.
+
+    Attributes:
+        text: of a genome, its upper-case codes and nothing else.
+        name: of the FASTA record or the file, or "".
+        genome: whether it was read as nucleotides.
+    """
+
+    text: str
+    name: str = ""
+    genome: bool = False
+
+
+def holds_keys(file: str | Path) -> bool:
+    """Whether a file's documents stand under a key: JSON lines."""
+    return _suffix(str(file)) in _JSON_LINES
+
+
+def find_files(patterns: Any) -> list[str]:
+    """The files of a path or pattern or a list of them, each once, sorted within a pattern.
+
+    Raises:
+        FileNotFoundError: for a pattern without a file.
+    """
+    found: dict[str, None] = {}
+    for pattern in patterns if isinstance(patterns, list | tuple) else [patterns]:
+        wanted = str(Path(pattern).expanduser())
+        files = [wanted] if Path(wanted).is_file() else sorted(glob.glob(wanted, recursive=True))
+        files = [file for file in files if not Path(file).is_dir()]
+        if not files:
+            raise FileNotFoundError(f"no file matches {pattern}.")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def blocks(file: str | Path) -> Iterator[bytes]:
+    """A file's bytes, decompressed and without a byte order mark.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is damaged, an archive, or of an encoding that is not UTF-8.
+    """
+    with open(file, "rb") as raw:
+        magic = raw.read(6)
+        raw.seek(0)
+        for beginning, kind in _REFUSED.items():
+            if magic.startswith(beginning):
+                raise ValueError(f"{file} is {kind}; give UTF-8, plain or by gzip, bzip2 or xz.")
+        with closing(_decompressed(raw, magic)) as stream:
+            first = True
+            while True:
+                try:
+                    block = stream.read(_BLOCK)
+                except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, OSError) as error:
+                    if stream is raw:
+                        raise
+                    raise ValueError(f"{file} is damaged or cut short: {error}") from error
+                if not block:
+                    return
+                yield block.removeprefix(_BOM) if first else block
+                first = False
+
+
+def _decompressed(raw: BinaryIO, magic: bytes) -> BinaryIO:
+    if magic.startswith(b"\x1f\x8b"):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+    if magic.startswith(b"BZh"):
+        return cast(BinaryIO, bz2.BZ2File(raw))
+    if magic.startswith(b"\xfd7zXZ\x00"):
+        return cast(BinaryIO, lzma.LZMAFile(raw))
+    return raw
+
+
+def read_documents(
+    file: str | Path, *, column: str = "text", any_bytes: bool = False
+) -> Iterator[Document]:
+    """The documents of one file: records of FASTA, lines of JSON, or the text itself.
+
+    Args:
+        file: plain or compressed.
+        column: key of the text in an object of a `.jsonl` file.
+        any_bytes: take bytes of a text that are no UTF-8 too, as surrogates (`surrogateescape`).
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: naming the file, if it is neither.
+    """
+    name = str(file)
+    suffix = _suffix(name)
+    stream = blocks(file)
+    if suffix in FASTA_SUFFIXES + _FASTQ:
+        yield from _genomes(stream, name)
+        return
+    content = b"".join(stream)
+    if suffix not in _JSON_LINES and _looks_like_fasta(content[:_BLOCK]):
+        yield from _genomes(iter([content]), name)
+        return
+    if b"\0" in content:
+        raise ValueError(f"{name} is no text: it holds bytes of value 0.")
+    json_lines = suffix in _JSON_LINES
+    any_bytes = any_bytes and not json_lines
+    try:
+        text = content.decode("utf-8", errors="surrogateescape" if any_bytes else "strict")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8 text: {error.reason} at byte {error.start:,}."
+        ) from error
+    del content
+    text = _with_line_feeds(text)
+    texts = _json_lines(text, name, column) if json_lines else iter([text])
+    yield from (Document(one, name) for one in texts if one)
+
+
+def documents_in(text: str, source: str = "the text") -> list[Document]:
+    """The documents of a text that has no name: FASTA's records by the rule above, or one text.
+
+    Raises:
+        ValueError: for FASTA whose letters are no nucleotides'.
+    """
+    if _looks_like_fasta(text[:_BLOCK].encode(errors="replace")):
+        return list(_genomes(iter([text.encode().removeprefix(_BOM)]), source))
+    text = _with_line_feeds(text.removeprefix("\ufeff"))
+    return [Document(text)] if text else []
+
+
+def _genomes(stream: Iterator[bytes], source: str) -> Iterator[Document]:
+    for name, pieces in genomes.records(stream, source):
+        text = b"".join(pieces).decode("ascii")
+        if text:
+            yield Document(text, name, genome=True)
+
+
+def _suffix(name: str) -> str:
+    path = Path(name.lower())
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def _looks_like_fasta(beginning: bytes) -> bool:
+    marked = False
+    for line in beginning.removeprefix(_BOM).replace(b"\r", b"\n").split(b"\n"):
+        line = line.strip()
+        if line.startswith(b">"):
+            marked = True
+        elif line and not line.startswith(b";"):
+            return marked and not line.translate(None, b"ACGTUNacgtun")
+    return False
+
+
+def _with_line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _json_lines(text: str, file: str, column: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: no JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: an object is needed, got {type(values).__name__}.")
+        if column not in values:
+            raise ValueError(f"{where}: no {column!r} among {', '.join(map(repr, values))}.")
+        if not isinstance(values[column], str):
+            raise ValueError(
+                f"{where}: {column!r} must be a text, got {type(values[column]).__name__}."
+            )
+        try:
+            values[column].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: {column!r} has half of a surrogate pair.") from error
+        yield _with_line_feeds(values[column])

@@ -1,0 +1,215 @@
+"""FASTA: the one reader of genomes, by blocks and in bounded memory.
+
+A record is a line that begins with `>`, whose first word is its name, and the lines up to the next
+one. Of these lines
+
+- ends are LF, CRLF or CR, and blank lines and white space are skipped, as are numbers that do not
+  follow a letter;
+- those that begin with `;` are comments;
+- letters are read without regard to case (soft-masked bases are bases), and U is T;
+- A, C, G, T and N are nucleotides, the other codes of the IUPAC (and X) stand for one that is not
+  known exactly;
+- the marks `-`, `.`, `~`, `?` and `*` keep their place as something unknown, with a warning;
+- anything else is an error, so a protein is none that is read as a genome in silence.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+__all__ = ["AMBIGUOUS", "MARKS", "NUCLEOTIDES", "clean", "names", "records", "warn_of"]
+
+NUCLEOTIDES = b"ACGTN"
+AMBIGUOUS = b"RYSWKMBDHVX"
+MARKS = b"-.~?*"
+
+_SKIPPED = b" \t\n\v\f\r0123456789"
+_COMMON = b"ACGTNUacgtnu \t\n\r"
+_DIGIT = re.compile(rb"[0-9]")
+_DIGIT_AFTER_LETTER = re.compile(rb"[^\s0-9][0-9]")
+_AMINO_ACIDS = b"EFIJLOPQZ"  # those whose letters are no codes of nucleotides
+_UPPER = bytes.maketrans(b"abcdefghijklmnopqrstuvwxyzuU", b"ABCDEFGHIJKLMNOPQRSTUVWXYZTT")
+_MARKED_LINE = re.compile(rb"\n[>;]")
+_LONGEST_HEADER = 2**20
+_SUSPICIOUS = 0.1  # share of ambiguous codes above which a warning asks whether this is a genome
+
+
+def clean(
+    letters: bytes,
+    where: str,
+    odd: Counter[int] | None = None,
+    *,
+    numbers: bool = True,
+    before: bytes = b"",
+) -> bytes:
+    """Sequence lines as upper-case codes without white space and numbers, U as T.
+
+    Args:
+        letters: of any number of lines, whole or in part.
+        where: names them in errors.
+        odd: counts what is no nucleotide.
+        numbers: whether digits are skipped, where they do not follow a letter.
+        before: what stands before `letters` in their line.
+
+    Raises:
+        ValueError: for anything that is neither a code of the IUPAC nor a mark.
+    """
+    if letters.translate(None, _COMMON):
+        if not numbers and (found := _DIGIT.search(letters)) is not None:
+            raise ValueError(_refusal(found[0], where))
+        if (found := _DIGIT_AFTER_LETTER.search(before[-1:] + letters)) is not None:
+            raise ValueError(
+                f"{where}: a digit follows a letter in {found[0].decode(errors='replace')!r}; "
+                "colours are no nucleotides, and numbers are skipped where they stand apart."
+            )
+        codes = letters.translate(_UPPER, _SKIPPED)
+        others = codes.translate(None, NUCLEOTIDES)
+        strange = others.translate(None, AMBIGUOUS + MARKS)
+        if strange:
+            raise ValueError(_refusal(strange, where))
+        if odd is not None:
+            odd.update(others)
+        return codes
+    return letters.translate(_UPPER, _SKIPPED)
+
+
+def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Name and sequence of each record, the sequence in pieces as `clean` makes them.
+
+    The pieces must be read in turn or not at all. A record may be without a sequence.
+
+    Args:
+        blocks: of a file, decompressed, cut anywhere.
+        source: the file's name, for errors and warnings.
+
+    Raises:
+        ValueError: for what is not FASTA, or whose letters are no nucleotides'.
+    """
+    events = _events(blocks, source)
+    header = next(events, None)
+    if header is None:
+        raise ValueError(f"{source} is empty: it holds no FASTA record.")
+    if not header[0]:
+        raise ValueError(_not_fasta(header[1], source))
+    odd: Counter[int] = Counter()
+    total = 0
+    while header is not None:
+        name = _name(header[1])
+        where = f"{source}, record {name!r}" if name else f"{source}, a record without a name"
+        header = None
+
+        def pieces(where: str = where) -> Iterator[bytes]:
+            nonlocal header, total
+            before = b""
+            for event in events:
+                if event[0]:
+                    header = event
+                    return
+                codes = clean(event[1], where, odd, before=before)
+                before = event[1][-1:]
+                total += len(codes)
+                if codes:
+                    yield codes
+
+        body = pieces()
+        yield name, body
+        for _ in body:  # what the reader left
+            pass
+    if total == 0:
+        raise ValueError(f"{source} holds no bases: none of its FASTA records has a sequence.")
+    warn_of(odd, total, source)
+
+
+def names(blocks: Iterable[bytes], source: str) -> Iterator[str]:
+    """Names of the records, as `records` gives them, without a look at their sequences."""
+    for is_header, data in _events(blocks, source):
+        if is_header:
+            yield _name(data)
+
+
+def _name(header: bytes) -> str:
+    words = header.split(maxsplit=1)
+    return words[0].decode("utf-8", errors="replace") if words else ""
+
+
+def _events(blocks: Iterable[bytes], source: str) -> Iterator[tuple[bool, bytes]]:
+    """(True, a header without its '>') and (False, sequence lines), in turn; no comments."""
+    line: bytearray | None = None  # the header or comment that is being read
+    fresh = True  # whether the next byte begins a line
+    begun = False  # whether anything was handed out
+    for block in blocks:
+        block = block.replace(b"\r", b"\n")
+        place = 0
+        while place < len(block):
+            if line is None and fresh and block[place] in b">;":
+                line = bytearray()
+            if line is not None:
+                end = block.find(b"\n", place)
+                line += block[place : len(block) if end < 0 else end]
+                if len(line) > _LONGEST_HEADER:
+                    raise ValueError(f"{source} is not FASTA: a header has over a million bytes.")
+                if end < 0:
+                    break
+                if line.startswith(b">"):
+                    begun = True
+                    yield True, bytes(line[1:])
+                line, fresh, place = None, True, end + 1
+                continue
+            found = _MARKED_LINE.search(block, place)
+            end = len(block) if found is None else found.start() + 1
+            if begun or not block[place:end].isspace():
+                begun = True
+                yield False, block[place:end]
+            fresh, place = block[end - 1] == 10, end
+    if line is not None and line.startswith(b">"):
+        yield True, bytes(line[1:])
+
+
+def _not_fasta(beginning: bytes, source: str) -> str:
+    lines = beginning.split(maxsplit=1)
+    first = beginning.strip().split(b"\n")[0][:20].decode("utf-8", errors="replace")
+    if lines and lines[0].startswith(b"@"):
+        return (
+            f"{source} is FASTQ, not FASTA: its first record begins with '@'; give the sequences "
+            "without their qualities, each record beginning with '>'."
+        )
+    return f"{source} is not FASTA: it begins with {first!r}, and a record must begin with '>'."
+
+
+def _refusal(strange: bytes, where: str) -> str:
+    found = Counter(strange.decode("utf-8", errors="replace"))
+    named = ", ".join(repr(letter) for letter, _ in found.most_common(6))
+    verb = "is no code" if len(found) == 1 else "are no codes"
+    more = "" if len(found) <= 6 else " and others"
+    if strange.translate(None, _AMINO_ACIDS) == b"":
+        return (
+            f"{where}: {named}{more} {verb} of nucleotides but of amino acids; a protein cannot be "
+            "read as a genome."
+        )
+    return (
+        f"{where}: {named}{more} {verb} of "
+        "nucleotides; accepted are A, C, G, T, U, N, the other letters of the IUPAC, and the marks "
+        f"{' '.join(MARKS.decode())}."
+    )
+
+
+def warn_of(odd: Counter[int], total: int, source: str) -> None:
+    """Warn of marks among `total` letters, and of too many ambiguous codes for a genome."""
+    marks = {chr(code): count for code, count in odd.items() if code in MARKS}
+    if marks:
+        named = ", ".join(f"{count:,} {mark!r}" for mark, count in sorted(marks.items()))
+        warnings.warn(
+            f"{source} has {named} among {total:,} letters; each keeps its place as something "
+            "unknown.",
+            stacklevel=3,
+        )
+    unknown = sum(count for code, count in odd.items() if code in AMBIGUOUS)
+    if unknown > _SUSPICIOUS * total:
+        warnings.warn(
+            f"{source} has {unknown:,} ambiguous codes among {total:,} letters "
+            f"({unknown / total:.0%}): is it a genome? They are read as something unknown.",
+            stacklevel=3,
+        )
