@@ -16,7 +16,6 @@ from typing_extensions import Self
 
 from gramian.ops import causal_convolution, rational_kernel
 from gramian.ops.recursion import all_pole_filter
-from gramian.systems._hankel import check_spectral_radius, reachability_factor
 from gramian.systems._state import State
 from gramian.systems._system import Recurrence, TimeInvariantSystem, check_tensor
 from gramian.systems.companion import CompanionRecurrence, CompanionState
@@ -28,6 +27,7 @@ from gramian.systems.lattice import (
     lattice_realisation,
 )
 from gramian.systems.modal import Modal, ModalRecurrence, ModalState
+from gramian.systems.state_space import StateSpace
 
 __all__ = ["TransferFunction"]
 
@@ -235,8 +235,9 @@ class TransferFunction(TimeInvariantSystem):
         return torch.cat([self.d.unsqueeze(-1), tail], dim=-1)
 
     def poles(self) -> Tensor:
-        """(*C, n), complex128: the zeros of the denominator, by eigenvalues of the companion."""
-        return torch.linalg.eigvals(self._companion())
+        """(*C, n), complex128: the zeros of the denominator, by eigenvalues of the companion in
+        coordinates where rounding moves them least."""
+        return self._companion_form().poles()
 
     def spectral_radius(self) -> Tensor:
         """(*C), float64: the largest modulus of a pole; 0 without any."""
@@ -319,16 +320,14 @@ class TransferFunction(TimeInvariantSystem):
         top = -self.a.double().unsqueeze(-2)
         return torch.cat([top, shift.expand(*self.channel_shape, -1, -1)], dim=-2)
 
-    def _infinite_hankel_singular_values(self) -> Tensor:
-        if self.order == 0:
-            return self.b.double()
-        A = self._companion()
-        check_spectral_radius(self.spectral_radius())
+    def _companion_form(self) -> StateSpace:
+        """The companion realisation, in float64."""
         first = torch.zeros_like(self.a, dtype=torch.float64)
-        first[..., 0] = 1
-        reach = reachability_factor(A, first)
-        observe = reachability_factor(A.mT, self.b.double())
-        return torch.linalg.svdvals(observe @ reach.mT)
+        first[..., :1] = 1
+        return StateSpace(self._companion(), first, self.b.double(), self.d.double())
+
+    def _infinite_hankel_singular_values(self) -> Tensor:
+        return self._companion_form()._infinite_hankel_singular_values()
 
 
 def exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
