@@ -35,7 +35,7 @@ square of this many units of rounding, three digits."""
 _TRUSTED = 1e6
 """Norm of powers up to which they are good enough to find coordinates from, if not to use."""
 
-_FORCING = 1e-3
+_FORCING = 1e-8
 """The root of Q, relative to how far b moves each coordinate: states that b does not reach are
 carried too, at a cost of as many digits."""
 
@@ -43,7 +43,7 @@ _CANCELLED = 1e3
 """What ‖b̃‖ ‖c̃‖ may be, relative to the norm of the impulse response."""
 
 _DOUBLINGS = 50
-_PASSES = 12
+_PASSES = 16
 _REFINEMENTS = 16
 
 
@@ -260,8 +260,9 @@ def reached(
     """
     factor, power = rows, A
     live = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
-    for _ in range(doublings):
-        live = live & (torch.linalg.matrix_norm(power) <= trusted)
+    for doubling in range(doublings):
+        if doubling:  # A itself is no power
+            live = live & (torch.linalg.matrix_norm(power) <= trusted)
         # The next stretch of the horizon, as long as all before.
         further = torch.where(live[..., None, None], factor @ power.mT, 0)
         factor = torch.linalg.qr(torch.cat([factor, further], dim=-2), mode="r")[1]
@@ -292,36 +293,45 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
     rows, output = Pair.of(torch.cat([A, B.unsqueeze(-1)], dim=-1)), Pair.of(C.unsqueeze(-2))
     factors: list[Tensor] = []
     good, trusted = ready, torch.full_like(B[..., 0], _TRUSTED)
+    forcing = torch.full_like(trusted, _FORCING)
     for _ in range(_PASSES):
         if bool(ready.all()):
             break
-        L = _reach(rows.high[..., :-1], rows.high[..., -1], trusted)
+        A = rows.high[..., :-1]
+        L = _reach(A, rows.high[..., -1], trusted, forcing)
         changed, right = _similar(L, rows)
-        # After a failure a shorter horizon, whose factor is better conditioned.
-        trusted = torch.where(right, trusted, trusted.sqrt())
         use = (~ready & right)[..., None, None]
-        if not bool(use.any()):
-            continue
-        factors.append(torch.where(use, L, identity))
         rows, output = changed.where(use, rows), _times(output, L).where(use, output)
+        if bool(use.any()):
+            factors.append(torch.where(use, L, identity))
+        # After a failure a shorter horizon, whose factor is better conditioned; where nothing
+        # changes any more, larger forces.
+        spread = L.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)
+        trusted = torch.where(right, trusted, trusted.sqrt())
+        flat = spread.max <= 4 * spread.min
+        forcing = torch.where(right & ~flat, forcing, forcing.sqrt())
         A = rows.high[..., :-1]
         good = bounded_powers(A)
         column, row = rows.high[..., -1:], output.high
         size = torch.linalg.matrix_norm(column) * torch.linalg.matrix_norm(row)
         response = torch.linalg.matrix_norm(reached(A / _growth(A), column.mT) @ row.mT)
-        ready = ready | (good & ((size <= _CANCELLED * response) | (response == 0)))
+        ready = ready | (good & (flat | (size <= _CANCELLED * response)))
     return Coordinates(tuple(factors), stepwise=not bool(good.all()))
 
 
-def _reach(A: Tensor, B: Tensor, trusted: Tensor) -> Tensor:
+def _reach(A: Tensor, B: Tensor, trusted: Tensor, forcing: Tensor) -> Tensor:
     """L (*C, n, n): how far B, and small forces on all of the state, move the state."""
     A = A / _growth(A)
     norm = torch.linalg.vector_norm(B, dim=-1, keepdim=True)
-    row = (B / torch.where(norm > 0, norm, 1)).unsqueeze(-2)
-    moved = torch.linalg.vector_norm(reached(A, row, trusted), dim=-2)  # (*C, n)
+    column = (B / torch.where(norm > 0, norm, 1)).unsqueeze(-1)
+    columns = [column]
+    for _ in range(A.shape[-1]):  # until nothing that b reaches is new, powers trusted or not
+        columns.append(A @ columns[-1])
+    rows = torch.cat(columns, dim=-1).mT
+    moved = torch.linalg.vector_norm(reached(A, rows, trusted), dim=-2)  # (*C, n)
     most = moved.amax(-1, keepdim=True)
-    moved = torch.where(moved > 1e-8 * most, moved, torch.where(most > 0, most, 1))
-    rows = torch.cat([row, torch.diag_embed(_FORCING * moved)], dim=-2)
+    moved = torch.where(moved > 0, forcing.unsqueeze(-1) * moved, torch.where(most > 0, most, 1))
+    rows = torch.cat([rows, torch.diag_embed(moved)], dim=-2)
     factor = reached(A, rows, trusted).mT
     # Rows and columns of a triangular factor may have any sign; a positive diagonal is tidier.
     sign = torch.where(factor.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)

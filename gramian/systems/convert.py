@@ -42,6 +42,8 @@ from gramian.systems.time_varying import TimeVarying
 from gramian.systems.transfer_function import TransferFunction, exact_numerator
 
 __all__ = [
+    "TOLERANCE",
+    "conversion_error",
     "gated_convolution",
     "to_dense_operator",
     "to_fir",
@@ -51,7 +53,7 @@ __all__ = [
     "to_transfer_function",
 ]
 
-_TOLERANCE = 1e-8
+TOLERANCE = 1e-8
 """Relative l2 error of the impulse response up to which a conversion passes."""
 
 _TAPS = 4096
@@ -64,7 +66,7 @@ _LONG = 2**20
 _MARGIN = 1e-7
 
 
-def to_transfer_function(system: TimeInvariantSystem, tol: float = _TOLERANCE) -> TransferFunction:
+def to_transfer_function(system: TimeInvariantSystem, tol: float = TOLERANCE) -> TransferFunction:
     """The system as a fraction of polynomials.
 
     The denominator is the product of ``1 - λ z^-1`` over the poles, the numerator the first n
@@ -97,7 +99,7 @@ def to_transfer_function(system: TimeInvariantSystem, tol: float = _TOLERANCE) -
     return _verified(TransferFunction(b, a, taps[..., 0]), system, tol)
 
 
-def to_modal(system: TimeInvariantSystem, tol: float = _TOLERANCE) -> Modal:
+def to_modal(system: TimeInvariantSystem, tol: float = TOLERANCE) -> Modal:
     """The system as poles and residues: partial fractions.
 
     Args:
@@ -355,17 +357,8 @@ def _rotations(system: Modal) -> StateSpace:
 _Converted = TypeVar("_Converted", TransferFunction, Modal)
 
 
-@torch.no_grad()
 def _verified(converted: _Converted, system: TimeInvariantSystem, tol: float) -> _Converted:
-    """The conversion, if its impulse response is the system's: for all time, in exact arithmetic,
-    and as both compute it, on the taps that matter, at most `_TAPS`."""
-    error, memory = _difference(to_state_space(system), to_state_space(converted), tol)
-    length = int(min(_TAPS, max(64, 8 * (system.order + 1), memory)))
-    before = system.to(dtype=torch.float64).impulse_response(length)
-    after = converted.impulse_response(length)
-    norm = torch.linalg.vector_norm(before, dim=-1)
-    computed = torch.linalg.vector_norm(after - before, dim=-1) / torch.where(norm > 0, norm, 1)
-    error = torch.maximum(error, computed.nan_to_num(torch.inf))
+    error = conversion_error(converted, system, tol)
     if not bool((error <= tol).all()):
         kind = type(converted).__name__
         reason = (
@@ -379,6 +372,22 @@ def _verified(converted: _Converted, system: TimeInvariantSystem, tol: float) ->
             "finds a modal system near it."
         )
     return converted
+
+
+@torch.no_grad()
+def conversion_error(
+    converted: TimeInvariantSystem, system: TimeInvariantSystem, tol: float
+) -> Tensor:
+    """Relative l2 error of the impulse response of a conversion, (*C): the larger of that for all
+    time, in exact arithmetic, and that of what both compute on the taps that matter to ``tol``, at
+    most `_TAPS`."""
+    error, memory = _difference(to_state_space(system), to_state_space(converted), tol)
+    length = int(min(_TAPS, max(64, 8 * (system.order + 1), memory)))
+    before = system.to(dtype=torch.float64).impulse_response(length)
+    after = converted.impulse_response(length)
+    norm = torch.linalg.vector_norm(before, dim=-1)
+    computed = torch.linalg.vector_norm(after - before, dim=-1) / torch.where(norm > 0, norm, 1)
+    return torch.maximum(error, computed.nan_to_num(torch.inf))
 
 
 def _difference(before: StateSpace, after: StateSpace, tol: float) -> tuple[Tensor, float]:

@@ -6,7 +6,7 @@ r"""State-space systems with a dense state matrix.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -110,6 +110,57 @@ class StateSpace(TimeInvariantSystem):
             )
         fields = (a.reshape(n, n), b.reshape(n), c.reshape(n), d.reshape(()))
         return cls(*(torch.from_numpy(np.array(f)).to(dtype) for f in fields))
+
+    @classmethod
+    def from_zpk(
+        cls, zeros: ArrayLike, poles: ArrayLike, gain: float, dtype: torch.dtype = torch.float64
+    ) -> Self:
+        """scipy's ``gain Π (z - zeros) / Π (z - poles)`` as a cascade of second-order sections, one
+        channel: no polynomial is expanded, so poles may crowd and coincide.
+
+        Args:
+            zeros: (m,), in conjugate pairs, m ≤ n.
+            poles: (n,), in conjugate pairs.
+            gain: Real.
+            dtype: Of the result.
+
+        Raises:
+            ValueError: if there are more zeros than poles, or complex ones without conjugates.
+        """
+        from gramian.systems.interop import state_space_of_zpk
+
+        return cls._from_fields(state_space_of_zpk(zeros, poles, gain).to(dtype=dtype)._fields())
+
+    @classmethod
+    def from_sos(cls, sos: ArrayLike, dtype: torch.dtype = torch.float64) -> Self:
+        """scipy's second-order sections as a cascade, one channel.
+
+        Args:
+            sos: (sections, 6), rows (b0, b1, b2, a0, a1, a2).
+            dtype: Of the result.
+
+        Raises:
+            ValueError: for another shape, values that are not finite, or an a0 of zero.
+        """
+        from gramian.systems.interop import state_space_of_sos
+
+        return cls._from_fields(state_space_of_sos(sos).to(dtype=dtype)._fields())
+
+    @classmethod
+    def from_control(cls, system: Any, dtype: torch.dtype = torch.float64) -> Self:
+        """A system of python-control as in `gramian.systems.from_control`, with a state matrix: the
+        companion form of a transfer function.
+
+        Raises:
+            ImportError: if python-control is not installed.
+            TypeError: if it is no system of it.
+            ValueError: if it is continuous in time, has several inputs or outputs, or more zeros
+                than poles.
+        """
+        from gramian.systems.convert import to_state_space
+        from gramian.systems.interop import from_control
+
+        return cls._from_fields(to_state_space(from_control(system)).to(dtype=dtype)._fields())
 
     def to_scipy(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """``(A, B, C, D)`` of scipy.signal, float64: (*C, n, n), (*C, n, 1), (*C, 1, n) and

@@ -8,6 +8,7 @@ import scipy.signal
 import torch
 
 DIGITS = 60
+FAMILIES = ("butter", "cheby1", "cheby2", "ellip", "bessel")
 
 
 def stepped_exactly(A, B, C, D, length: int, digits: int = DIGITS) -> np.ndarray:
