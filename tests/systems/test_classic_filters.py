@@ -17,7 +17,6 @@ from gramian.systems import (
     TimeInvariantSystem,
     from_zpk,
     to_modal,
-    to_state_space,
     to_time_varying,
     to_transfer_function,
 )
