@@ -287,7 +287,7 @@ class TimeInvariantSystem(System):
     @torch.no_grad()
     def _warn_of_rounding(self, rounded: Self) -> None:
         channels = self.channel_shape.numel()
-        if not channels or self.device.type == "meta" or torch.compiler.is_compiling():
+        if not channels or rounded.device.type == "meta" or torch.compiler.is_compiling():
             return
         length = max(64, min(_TAPS, _TAPS_IN_ALL // channels))
         before, after = (

@@ -170,14 +170,15 @@ def cascade(parts: list[Section], gain: float = 1.0) -> tuple[np.ndarray, ...]:
     Every section is scaled by a power of two, so that what the sections so far have made of a
     sinusoid is about 1 at most: no state is much larger than another.
     """
-    z = np.exp(1j * np.pi * (np.arange(_POINTS) + 0.5) / _POINTS)
+    turns = [np.angle(pole) for part in parts for pole in part.roots()[1]]
+    z = np.exp(1j * np.array([*np.pi * (np.arange(_POINTS) + 0.5) / _POINTS, *turns]))
     A, B, C, D = np.zeros((0, 0)), np.zeros(0), np.zeros(0), 1.0
     total = np.ones_like(z)
     for part in parts:
         a, b, c, d = part.realise()
-        angles = np.array([np.exp(1j * np.angle(pole)) for pole in part.roots()[1]])
-        total = total * part.response(z)
-        peak = max([np.abs(total).max(), *np.abs(part.response(angles))], default=1.0)
+        with np.errstate(all="ignore"):  # a pole on the unit circle
+            total = total * part.response(z)
+        peak = np.abs(total).max()
         scale = 2.0 ** -round(math.log2(peak)) if 0 < peak < math.inf else 1.0
         total, gain = total * scale, gain / scale
         upper = np.concatenate([A, np.zeros((len(A), len(a)))], axis=1)
