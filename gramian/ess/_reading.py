@@ -30,6 +30,9 @@ Positions = int | Sequence[int] | range | Tensor | None
 _TRUSTED = 1e-10
 """Rounding errors of singular values relative to the largest up to which factors are trusted."""
 
+_TRUSTED_VARYING = 1e-8
+"""The same for time-varying systems, whose blocks are much more work than a convolution's."""
+
 _FACTORS = 2**28
 """Bytes that factors of a block of channels may take."""
 
@@ -169,11 +172,18 @@ class Reading:
             return floor.new_zeros(len(floor), len(self.inside))
         system = self.system
         if self._has_small_state:
+
+            def from_blocks(rows: Tensor) -> Tensor:
+                if isinstance(system, TimeInvariantSystem):
+                    return dense.measure_hankel_blocks(
+                        self.taps()[rows], self.inside, self.horizon, measure, floor[rows]
+                    )
+                return dense.measure_blocks(
+                    self.matrices()[rows], self.inside, measure, floor[rows]
+                )
+
             return self._through_factors(
-                lambda rows, values: measure(values, floor[rows]),
-                lambda rows: dense.measure_hankel_blocks(
-                    self.taps()[rows], self.inside, self.horizon, measure, floor[rows]
-                ),
+                lambda rows, values: measure(values, floor[rows]), from_blocks
             )
         if isinstance(system, TimeInvariantSystem):
             return dense.measure_hankel_blocks(
@@ -241,11 +251,12 @@ class Reading:
                 values.append(value)
                 errors.append(error)
             result = torch.cat(values).transpose(0, 1)  # (R, P, …)
-            if isinstance(self.system, TimeInvariantSystem):
-                doubtful = (~(torch.cat(errors) <= _TRUSTED)).any(0)
-                if bool(doubtful.any()):
-                    result = result.clone()
-                    result[doubtful] = from_blocks(rows[doubtful])
+            varies = not isinstance(self.system, TimeInvariantSystem)
+            trusted = _TRUSTED_VARYING if varies else _TRUSTED
+            doubtful = (~(torch.cat(errors) <= trusted)).any(0)
+            if bool(doubtful.any()):
+                result = result.clone()
+                result[doubtful] = from_blocks(rows[doubtful])
             results.append(result)
         return torch.cat(results)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gramian.ops._operator import records_derivatives
 from gramian.ops._threads import work
-from gramian.ops.scan import Transition, join
+from gramian.ops.scan import Dense, Transition, bounded_products, join
 from gramian.ops.vandermonde import geometric_powers
 from gramian.systems import Modal, TimeVarying
 
@@ -155,17 +155,18 @@ def time_varying_factors(system: TimeVarying, positions: list[int]) -> Iterator[
 
 def time_varying_norm(system: TimeVarying) -> Tensor:
     """(G): ‖T‖_F of channels (G), float64, by blocks."""
-    vectors = system.vectors(torch.float64)
-    transition, reach, observe, inside = join(
-        system.transition(torch.float64), *vectors, min(64, 1 << (system.length - 1).bit_length())
-    )
+    given, vectors = system.transition(torch.float64), system.vectors(torch.float64)
+    size = min(64, 1 << (system.length - 1).bit_length())
+    if isinstance(given, Dense) and not bounded_products(given.a):
+        size = 1
+    transition, reach, observe, inside = join(given, *vectors, size)
     energy = inside.square().sum((1, 2, 3))
     gramian = torch.zeros_like(reach[:, :1] @ reach[:, :1].mT)
     for k in range(inside.shape[1]):  # energies need no square-root factors
         energy = energy + ((observe[:, k] @ gramian[:, 0]) * observe[:, k]).sum((-2, -1))
         block = transition[k : k + 1]
         gramian = block.left(block.left(gramian).mT) + reach[:, k : k + 1] @ reach[:, k : k + 1].mT
-    return energy.sqrt()
+    return energy.clamp_min(0).sqrt()
 
 
 def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator[Factors]:

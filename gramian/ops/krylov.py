@@ -3,7 +3,9 @@ r"""Powers of dense matrices between two vectors, as products of about √L × �
 ``c A^t x`` for t = iJ + j splits into ``(c A^{iJ}) (A^j x)``: about √L rows and as many columns,
 made by doubling with the squares of ``A``, and one matrix product. Neither L powers nor an n × L
 matrix is formed. Powers are taken in double precision: in single precision the 16384th power of a
-matrix of spectral radius 0.999 has no digit left.
+matrix of spectral radius 0.999 has no digit left. Squaring is as accurate as plain steps where no
+power is much larger than the identity; `gramian.ops.similarity` finds coordinates where that is so,
+and `plain_steps` needs none.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["krylov_product", "krylov_sum", "krylov_vectors", "matrix_power"]
+__all__ = ["krylov_product", "krylov_sum", "krylov_vectors", "matrix_power", "plain_steps"]
 
 
 def krylov_vectors(A: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -99,3 +101,27 @@ def krylov_sum(A: Tensor, b: Tensor, signal: Tensor) -> Tensor:
         partial = stride @ partial[..., ::2] + partial[..., 1::2]
         stride = stride @ stride
     return partial.squeeze(-1).to(signal.dtype)
+
+
+def plain_steps(
+    A: Tensor, b: Tensor, c: Tensor, signal: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``y_t = c x_t``, ``x_{t+1} = A x_t + b signal_t`` by a loop over time: what `krylov_product`
+    and `krylov_sum` are equal to, for matrices whose powers cannot be trusted.
+
+    Args:
+        A: (*C, n, n).
+        b: (*C, n).
+        c: (*C, n).
+        signal: (*B, T), ``C`` broadcasting against ``B``.
+        x: (*B, n), the state before the first input.
+
+    Returns:
+        The outputs (*B, T) and the last state (*B, n), in float64; differentiable.
+    """
+    A, b, c, x = (value.double() for value in (A, b, c, x))
+    outputs = []
+    for sample in signal.double().unbind(-1):
+        outputs.append((c * x).sum(-1))
+        x = (A @ x.unsqueeze(-1)).squeeze(-1) + b * sample.unsqueeze(-1)
+    return torch.stack(outputs, dim=-1), x

@@ -11,6 +11,10 @@ so log₂ c rounds of batched matrix products make blocks of c steps, and a scan
 carries the state from one to the next. Nothing is divided by a product of gates, as chunked forms
 in log space do, so gates may be zero or negative.
 
+Merging is as accurate as plain steps where no product of transitions is much larger than the
+identity, which gates and the delta rule never are. `bounded_products` tells where dense ones are
+not, and `step_by_step` is for those.
+
 A transition is diagonal, diagonal plus low rank (products of Householder-like factors in the WY
 form: the delta rule), or dense. All tensors are (G, K, …): groups, then steps or blocks.
 """
@@ -18,6 +22,7 @@ form: the delta rule), or dense. All tensors are (G, K, …): groups, then steps
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,9 +36,14 @@ __all__ = [
     "Diagonal",
     "DiagonalPlusLowRank",
     "Transition",
+    "bounded_products",
     "join",
     "scan",
+    "step_by_step",
 ]
+
+_BOUND = 32.0
+"""Norm of products, relative to that of the identity, up to which merging is accurate."""
 
 
 class Transition(abc.ABC):
@@ -223,3 +233,43 @@ def scan(transition: Transition, inputs: Tensor, start: Tensor) -> tuple[Tensor,
         states = torch.cat([states, end.unsqueeze(1)], dim=1)
         end = (transition[even:].left(end.unsqueeze(1)) + inputs[:, even:]).squeeze(1)
     return states, end
+
+
+def bounded_products(A: Tensor) -> bool:
+    """Whether no product of neighbouring state matrices (G, K, n, n), 2^k of them, is much larger
+    than the identity. The values are looked at, so a GPU waits."""
+    if A.numel() == 0:
+        return True
+    bound = _BOUND * math.sqrt(A.shape[-1])
+    A = A.double()
+    while True:
+        largest = float(torch.linalg.matrix_norm(A).nan_to_num(torch.inf).max())
+        if largest <= 1 or largest > bound or A.shape[1] == 1:
+            return largest <= bound
+        even = A.shape[1] - A.shape[1] % 2
+        A = torch.cat([A[:, 1:even:2] @ A[:, :even:2], A[:, even:]], dim=1)
+
+
+def step_by_step(
+    A: Tensor, B: Tensor, C: Tensor, D: Tensor, signal: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``y_i = C_i x + D_i u_i``, ``x ← A_i x + B_i u_i`` by a loop over time, in float64.
+
+    Args:
+        A: (G, T, n, n).
+        B: (G, T, n).
+        C: (G, T, n).
+        D: (G, T).
+        signal: (G, T, r), r signals side by side.
+        x: (G, n, r), the states before the first step.
+
+    Returns:
+        The outputs (G, T, r) and the last states (G, n, r).
+    """
+    A, B, C, D, signal, x = (value.double() for value in (A, B, C, D, signal, x))
+    outputs = []
+    for i in range(signal.shape[1]):
+        sample = signal[:, i : i + 1]  # (G, 1, r)
+        outputs.append(C[:, i : i + 1] @ x + D[:, i, None, None] * sample)
+        x = A[:, i] @ x + B[:, i].unsqueeze(-1) * sample
+    return torch.cat(outputs, dim=1), x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, overload
 
@@ -16,6 +17,12 @@ from gramian.ops import causal_convolution
 from gramian.systems._state import State
 
 __all__ = ["LinearRecurrence", "Recurrence", "System", "TimeInvariantSystem"]
+
+_TAPS = 4096
+"""Taps over which a system is compared with itself in another precision."""
+
+_TAPS_IN_ALL = 2**24
+"""The same for all channels together."""
 
 
 class Recurrence(Protocol):
@@ -262,6 +269,44 @@ class TimeInvariantSystem(System):
     @abc.abstractmethod
     def impulse_response(self, length: int) -> Tensor:
         """The Markov parameters ``h_0, …, h_{length-1}``, (*C, length)."""
+
+    def to(
+        self,
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """The system on another device, or in another real floating-point dtype.
+
+        Warns:
+            UserWarning: if rounding to a narrower dtype loses more than half of that dtype's digits
+                of the impulse response. Its first 4,096 taps are compared, so a GPU waits; to a
+                wider dtype or another device alone nothing is.
+        """
+        moved = super().to(device, dtype)
+        if torch.finfo(moved.dtype).eps > torch.finfo(self.dtype).eps:
+            self._warn_of_rounding(moved)
+        return moved
+
+    @torch.no_grad()
+    def _warn_of_rounding(self, rounded: Self) -> None:
+        channels = self.channel_shape.numel()
+        if not channels or rounded.device.type == "meta" or torch.compiler.is_compiling():
+            return
+        length = max(64, min(_TAPS, _TAPS_IN_ALL // channels))
+        before, after = (
+            system.to(device=self.device, dtype=torch.float64).impulse_response(length)
+            for system in (self, rounded)
+        )
+        norm = torch.linalg.vector_norm(before, dim=-1)
+        error = torch.linalg.vector_norm(after - before, dim=-1) / torch.where(norm > 0, norm, 1)
+        if not bool((error <= torch.finfo(rounded.dtype).eps ** 0.5).all()):
+            warnings.warn(
+                f"in {str(rounded.dtype)[6:]} the impulse response of this {type(self).__name__} "
+                f"differs by {float(error.nan_to_num(torch.inf).max()):.0e} (relative l2 norm, "
+                f"{length} taps) from that in {str(self.dtype)[6:]}: what cancels in its "
+                "coefficients is lost in rounding.",
+                stacklevel=3,
+            )
 
     @abc.abstractmethod
     def _infinite_hankel_singular_values(self) -> Tensor:

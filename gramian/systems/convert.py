@@ -31,6 +31,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gramian.ops.similarity import reached
 from gramian.systems._system import System, TimeInvariantSystem
 from gramian.systems.dense_operator import DenseOperator
 from gramian.systems.dplr import DPLR
@@ -41,6 +42,8 @@ from gramian.systems.time_varying import TimeVarying
 from gramian.systems.transfer_function import TransferFunction, exact_numerator
 
 __all__ = [
+    "TOLERANCE",
+    "conversion_error",
     "gated_convolution",
     "to_dense_operator",
     "to_fir",
@@ -50,14 +53,20 @@ __all__ = [
     "to_transfer_function",
 ]
 
-_TOLERANCE = 1e-8
+TOLERANCE = 1e-8
 """Relative l2 error of the impulse response up to which a conversion passes."""
 
 _TAPS = 4096
-"""Taps over which impulse responses are compared, at most."""
+"""Taps over which impulse responses are compared as they are computed, at most; and those of a
+system that is not stable, which grow without end."""
+
+_LONG = 2**20
+"""Steps over which a system is compared that has a pole within `_MARGIN` of the unit circle."""
+
+_MARGIN = 1e-7
 
 
-def to_transfer_function(system: TimeInvariantSystem, tol: float = _TOLERANCE) -> TransferFunction:
+def to_transfer_function(system: TimeInvariantSystem, tol: float = TOLERANCE) -> TransferFunction:
     """The system as a fraction of polynomials.
 
     The denominator is the product of ``1 - λ z^-1`` over the poles, the numerator the first n
@@ -90,7 +99,7 @@ def to_transfer_function(system: TimeInvariantSystem, tol: float = _TOLERANCE) -
     return _verified(TransferFunction(b, a, taps[..., 0]), system, tol)
 
 
-def to_modal(system: TimeInvariantSystem, tol: float = _TOLERANCE) -> Modal:
+def to_modal(system: TimeInvariantSystem, tol: float = TOLERANCE) -> Modal:
     """The system as poles and residues: partial fractions.
 
     Args:
@@ -116,20 +125,11 @@ def to_modal(system: TimeInvariantSystem, tol: float = _TOLERANCE) -> Modal:
             )
         residues = torch.nn.functional.pad(kernel[..., 1:2], (0, 2 - min(2, kernel.shape[-1])))
         return Modal(torch.zeros_like(residues) + 0j, residues + 0j, kernel[..., 0])
-    if isinstance(system, TransferFunction):
-        poles, d = system.poles(), system.d.double()
-        numerator = torch.zeros_like(poles)
-        for coefficient in system.b.double().unbind(-1):  # Σ_j b_j λ^(n-j)
-            numerator = numerator * poles + coefficient.unsqueeze(-1)
-        gaps = poles.unsqueeze(-1) - poles.unsqueeze(-2)
-        gaps = gaps + torch.eye(poles.shape[-1], dtype=gaps.dtype, device=gaps.device)
-        residues = numerator / gaps.prod(-1)
-    else:
-        double = _state_space(system).to(dtype=torch.float64)
-        poles, vectors = torch.linalg.eig(double.A)
-        weights = torch.linalg.lstsq(vectors, (double.B + 0j).unsqueeze(-1)).solution.squeeze(-1)
-        residues = ((double.C + 0j).unsqueeze(-2) @ vectors).squeeze(-2) * weights
-        d = double.D
+    dense = to_state_space(system)
+    _, (A, B, C) = dense._realised()
+    poles, vectors = torch.linalg.eig(A)
+    weights = torch.linalg.lstsq(vectors, (B + 0j).unsqueeze(-1)).solution.squeeze(-1)
+    residues = ((C + 0j).unsqueeze(-2) @ vectors).squeeze(-2) * weights
     real = poles.imag == 0
     kept = poles.imag >= 0
     # One of each conjugate pair counts for both; real poles count once, without imaginary part.
@@ -138,7 +138,7 @@ def to_modal(system: TimeInvariantSystem, tol: float = _TOLERANCE) -> Modal:
     modes = int(kept.sum(-1).max()) if kept.numel() else 0
     poles = torch.where(kept, poles, 0).gather(-1, order)[..., :modes]
     residues = torch.where(kept, residues, 0).gather(-1, order)[..., :modes]
-    return _verified(Modal(poles, residues, d), system, tol)
+    return _verified(Modal(poles, residues, dense.D), system, tol)
 
 
 def to_state_space(system: TimeInvariantSystem) -> StateSpace:
@@ -149,9 +149,7 @@ def to_state_space(system: TimeInvariantSystem) -> StateSpace:
 
     Returns:
         A `StateSpace` in float64, channels (*C): the companion form of a transfer function, a
-        rotation for every conjugate pair of a modal system, the shift register of an FIR. High
-        powers of a companion matrix lose digits, which its impulse response and chunks feel and its
-        steps do not.
+        rotation for every conjugate pair of a modal system, the shift register of an FIR.
 
     Raises:
         TypeError: if the system is not a time-invariant one.
@@ -161,10 +159,7 @@ def to_state_space(system: TimeInvariantSystem) -> StateSpace:
     if isinstance(system, FIR):
         system = to_transfer_function(system)
     if isinstance(system, TransferFunction):
-        double = system.to(dtype=torch.float64)
-        first = torch.zeros_like(double.b)
-        first[..., :1] = 1
-        return StateSpace(double._companion(), first, double.b, double.d)
+        return system._companion_form()
     return _state_space(system).to(dtype=torch.float64)
 
 
@@ -203,7 +198,8 @@ def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> T
 
     Args:
         system: A time-invariant system of finite order, or a `TimeVarying` one to cut. A modal
-            system without complex poles becomes a diagonal one, all others dense.
+            system without complex poles becomes a diagonal one, all others dense, in coordinates
+            where products of state matrices are bounded.
         length: L.
 
     Returns:
@@ -221,7 +217,10 @@ def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> T
         A, B, C, D = system.poles.real.double(), ones, system.residues.real.double(), system.d
     else:
         dense = to_state_space(system)
-        A, B, C, D = dense.A, dense.B, dense.C, dense.D
+        found, (A, B, C) = dense._realised()
+        if found.stepwise:
+            A, B, C = dense.A, dense.B, dense.C
+        D = dense.D
 
     def constant(value: Tensor, size: int) -> Tensor:
         """With a time axis before the last ``size`` ones."""
@@ -359,14 +358,8 @@ _Converted = TypeVar("_Converted", TransferFunction, Modal)
 
 
 def _verified(converted: _Converted, system: TimeInvariantSystem, tol: float) -> _Converted:
-    length = min(_TAPS, max(64, 8 * (system.order + 1)))
-    before = system.to(dtype=torch.float64).impulse_response(length)
-    after = converted.impulse_response(length)
-    norm = torch.linalg.vector_norm(before, dim=-1)
-    error = torch.linalg.vector_norm(after - before, dim=-1) / torch.where(norm > 0, norm, 1)
-    error = error.nan_to_num(torch.inf)
-    if bool((error > tol).any()):
-        worst = float(error.max())
+    error = conversion_error(converted, system, tol)
+    if not bool((error <= tol).all()):
         kind = type(converted).__name__
         reason = (
             "its poles coincide, or partial fractions lose what its coefficients hold"
@@ -375,7 +368,63 @@ def _verified(converted: _Converted, system: TimeInvariantSystem, tol: float) ->
         )
         raise ValueError(
             f"this {type(system).__name__} is no {kind} in double precision: {reason} (impulse "
-            f"responses differ by {worst:.1e}, tol is {tol:.1e}); gramian.reduce finds a modal "
-            "system near it."
+            f"responses differ by {float(error.max()):.1e}, tol is {tol:.1e}); gramian.reduce "
+            "finds a modal system near it."
         )
     return converted
+
+
+@torch.no_grad()
+def conversion_error(
+    converted: TimeInvariantSystem, system: TimeInvariantSystem, tol: float
+) -> Tensor:
+    """Relative l2 error of the impulse response of a conversion, (*C): the larger of that for all
+    time, in exact arithmetic, and that of what both compute on the taps that matter to ``tol``, at
+    most `_TAPS`."""
+    error, memory = _difference(to_state_space(system), to_state_space(converted), tol)
+    length = int(min(_TAPS, max(64, 8 * (system.order + 1), memory)))
+    before = system.to(dtype=torch.float64).impulse_response(length)
+    after = converted.impulse_response(length)
+    norm = torch.linalg.vector_norm(before, dim=-1)
+    computed = torch.linalg.vector_norm(after - before, dim=-1) / torch.where(norm > 0, norm, 1)
+    return torch.maximum(error, computed.nan_to_num(torch.inf))
+
+
+def _difference(before: StateSpace, after: StateSpace, tol: float) -> tuple[Tensor, float]:
+    """How far two systems are apart, by a square-root factor of the reachability Gramian of both
+    side by side: no condition number is squared, and the horizon has no end.
+
+    Returns:
+        The l2 norm of the difference of the impulse responses relative to that of the first, (*C),
+        infinite where the first is stable and the second is not; and the steps until the slowest
+        pole of the first has faded to ``tol``.
+    """
+    (one, (A, B, C)), (two, (F, G, H)) = before._realised(), after._realised()
+    radius, other = _radius(A), _radius(F)
+    size, step = before.D.square(), (after.D - before.D).square()
+    order = B.shape[-1]
+    if order + G.shape[-1]:
+        both = torch.nn.functional.pad(A, (0, G.shape[-1], 0, G.shape[-1]))
+        both[..., order:, order:] = F
+        rows = torch.cat([B, G], dim=-1).unsqueeze(-2)
+        outputs = torch.stack([torch.cat([C, 0 * H], dim=-1), torch.cat([-C, H], dim=-1)], dim=-1)
+        energy = (reached(both, rows) @ outputs).square().sum(-2)  # (*C, 2)
+        for slow, horizon in ((radius >= 1 - _MARGIN, _LONG), (radius > 1 + _MARGIN, _TAPS)):
+            if bool(slow.any()):
+                factor = reached(both, rows, torch.inf, horizon.bit_length() - 1)
+                finite = (factor @ outputs).square().sum(-2)
+                energy = torch.where(slow.unsqueeze(-1), finite, energy)
+        size, step = size + energy[..., 0], step + energy[..., 1]
+    error = (step / torch.where(size > 0, size, 1)).sqrt().nan_to_num(torch.inf)
+    unstable = other >= torch.where(radius < 1 - _MARGIN, 1.0, 1 + _MARGIN)
+    lost = (radius <= 1 + _MARGIN) & unstable
+    if one.stepwise or two.stepwise:  # nothing is known for certain
+        lost = torch.ones_like(lost)
+    slowest = float(radius.max()) if radius.numel() else 0.0
+    memory = 0 if slowest == 0 else _TAPS if slowest >= 1 else math.log(tol) / math.log(slowest)
+    return torch.where(lost, torch.inf, error), memory
+
+
+def _radius(A: Tensor) -> Tensor:
+    """The spectral radius, (*C)."""
+    return torch.nn.functional.pad(torch.linalg.eigvals(A).abs(), (0, 1)).amax(-1)

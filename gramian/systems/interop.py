@@ -1,25 +1,30 @@
-"""Systems of python-control, and scipy's zeros, poles and gains."""
+"""Systems of python-control, and scipy's zeros, poles and gains and second-order sections."""
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
 
 from gramian.systems._system import TimeInvariantSystem
-from gramian.systems.convert import to_state_space, to_transfer_function
+from gramian.systems.cascade import Section, cascade, check_roots, partial_fractions, sections
+from gramian.systems.convert import (
+    TOLERANCE,
+    conversion_error,
+    to_state_space,
+    to_transfer_function,
+)
 from gramian.systems.fir import FIR
+from gramian.systems.modal import Modal
 from gramian.systems.state_space import StateSpace
 from gramian.systems.transfer_function import TransferFunction
 
 __all__ = ["from_control", "from_zpk", "to_control", "to_zpk"]
 
-_POINTS = 4096
-"""Points of the upper half circle on which a frequency response is compared."""
-
 _TOLERANCE = 1e-6
-"""Relative l2 error of a frequency response up to which polynomials stand for their zeros."""
+"""Relative l2 error of the impulse response up to which polynomials stand for their zeros."""
 
 
 def to_control(system: TimeInvariantSystem) -> Any:
@@ -83,23 +88,91 @@ def from_zpk(
     Raises:
         ValueError: if there are more zeros than poles, complex ones without their conjugates, or
             the coefficients of the polynomials lose what their zeros hold: high degrees with poles
-            that crowd.
+            that crowd. `StateSpace.from_zpk` and `Modal.from_zpk` expand no polynomial.
     """
-    num, den = (np.atleast_1d(np.poly(np.atleast_1d(np.asarray(r)))) for r in (zeros, poles))
-    for name, polynomial in (("zeros", num), ("poles", den)):
-        if np.iscomplexobj(polynomial):
-            raise ValueError(f"complex {name} must come in conjugate pairs.")
-    z = np.exp(1j * np.pi * (np.arange(_POINTS) + 0.5) / _POINTS)[:, None]
-    given = gain * np.prod(z - np.atleast_1d(zeros), -1) / np.prod(z - np.atleast_1d(poles), -1)
-    expanded = gain * np.polyval(num, z[:, 0]) / np.polyval(den, z[:, 0])
-    error = np.linalg.norm(expanded - given) / max(np.linalg.norm(given), 1e-300)
-    if gain and not error <= _TOLERANCE:
+    z, p = check_roots(zeros, poles, gain)
+    num, den = (np.atleast_1d(np.poly(roots)).real for roots in (z, p))
+    system = _from_polynomials(gain * num, den, torch.float64, checked=True)
+    error = float(conversion_error(system, state_space_of_zpk(z, p, gain), _TOLERANCE))
+    if error > _TOLERANCE:
         raise ValueError(
             f"the coefficients of polynomials of degree {len(den) - 1} lose what these poles hold: "
-            f"in double precision the frequency response is off by {error:.1e} (at most "
-            f"{_TOLERANCE:.0e} is accepted)."
+            f"in double precision the impulse response is off by {error:.1e} (at most "
+            f"{_TOLERANCE:.0e} is accepted); StateSpace.from_zpk and Modal.from_zpk expand none."
         )
-    return _from_polynomials(gain * num, den, dtype)
+    return system.to(dtype=dtype)
+
+
+def state_space_of_zpk(zeros: Any, poles: Any, gain: float) -> StateSpace:
+    """See `StateSpace.from_zpk`."""
+    z, p = check_roots(zeros, poles, gain)
+    return _state_space(sections(z, p), float(gain))
+
+
+def state_space_of_sos(sos: Any) -> StateSpace:
+    """See `StateSpace.from_sos`."""
+    return _state_space(_given_sections(sos))
+
+
+def modal_of_zpk(zeros: Any, poles: Any, gain: float) -> Modal:
+    """See `Modal.from_zpk`."""
+    z, p = check_roots(zeros, poles, gain)
+    return _partial_fractions(z, p, float(gain), state_space_of_zpk(z, p, gain), "from_zpk")
+
+
+def modal_of_sos(sos: Any) -> Modal:
+    """See `Modal.from_sos`."""
+    parts, gain = _given_sections(sos), 1.0
+    zeros: list[complex] = []
+    poles: list[complex] = []
+    for part in parts:
+        more_zeros, more_poles = part.roots()
+        zeros, poles = zeros + more_zeros, poles + more_poles
+        gain *= float(next((value for value in part.b if value), 0))
+    reference = _state_space(parts)
+    z, p = np.array(zeros, dtype=np.complex128), np.array(poles, dtype=np.complex128)
+    return _partial_fractions(z, p, gain, reference, "from_sos")
+
+
+def _partial_fractions(
+    zeros: np.ndarray, poles: np.ndarray, gain: float, reference: StateSpace, name: str
+) -> Modal:
+    with np.errstate(all="ignore"):
+        kept, residues, d = partial_fractions(zeros, poles, gain)
+    system = Modal(
+        torch.from_numpy(kept), torch.from_numpy(residues), torch.tensor(d, dtype=torch.float64)
+    )
+    error = float(conversion_error(system, reference, TOLERANCE))
+    if error > TOLERANCE:
+        raise ValueError(
+            "these poles have no partial fractions in double precision: some coincide, or nearly "
+            f"so (impulse responses differ by {error:.1e}, at most {TOLERANCE:.0e} is "
+            f"accepted); StateSpace.{name} takes them as they are."
+        )
+    return system
+
+
+def _state_space(parts: list[Section], gain: float = 1.0) -> StateSpace:
+    A, B, C, D = cascade(parts, gain)
+    return StateSpace.from_scipy(A, B, C, D)
+
+
+def _given_sections(sos: Any) -> list[Section]:
+    rows = np.atleast_2d(np.asarray(sos, dtype=np.float64))
+    if rows.ndim != 2 or rows.shape[1] != 6 or not len(rows) or not np.isfinite(rows).all():
+        raise ValueError(
+            "second-order sections are rows (b0, b1, b2, a0, a1, a2) of finite numbers, got shape "
+            f"{rows.shape}."
+        )
+    if (rows[:, 3] == 0).any():
+        raise ValueError("the leading denominator coefficient a0 of a section must not be zero.")
+    parts = []
+    for row in rows.tolist():
+        b0, b1, b2, a0, a1, a2 = (Fraction(value) / Fraction(row[3]) for value in row)
+        degree = 2 if a2 or b2 else 1 if a1 or b1 else 0
+        parts.append(Section((b0, b1, b2)[: degree + 1], (a1, a2)[:degree]))
+        assert a0 == 1
+    return parts
 
 
 def to_zpk(system: TransferFunction) -> tuple[np.ndarray, np.ndarray, float]:
@@ -118,8 +191,11 @@ def to_zpk(system: TransferFunction) -> tuple[np.ndarray, np.ndarray, float]:
     return np.roots(numerator), np.roots(a), float(numerator[0])
 
 
-def _from_polynomials(num: np.ndarray, den: np.ndarray, dtype: torch.dtype) -> TransferFunction:
-    """From polynomials in z, the highest power first."""
+def _from_polynomials(
+    num: np.ndarray, den: np.ndarray, dtype: torch.dtype, checked: bool = False
+) -> TransferFunction:
+    """From polynomials in z, the highest power first; ``checked``: what they hold is looked at
+    elsewhere."""
     num = np.trim_zeros(num, "f")
     if len(num) > len(den):
         raise ValueError(
@@ -127,6 +203,8 @@ def _from_polynomials(num: np.ndarray, den: np.ndarray, dtype: torch.dtype) -> T
             f"{len(den) - 1}."
         )
     num = np.pad(num, (len(den) - len(num), 0))
+    if checked:
+        return TransferFunction._normalised(num, den, dtype)
     return TransferFunction.from_scipy(num, den, dtype=dtype)
 
 

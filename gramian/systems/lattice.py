@@ -80,7 +80,7 @@ class LatticeRecurrence(LinearRecurrence):
         taps: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.system: System = lattice_realisation(*(t.detach() for t in (reflection, b, d)))
+        self.system = lattice_realisation(*(t.detach() for t in (reflection, b, d))).frozen()
         self._k = reflection.detach().to(dtype)
         self._weights = self.system.C.to(dtype)
         self._d = self.system.D.to(dtype)

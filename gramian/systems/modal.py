@@ -12,6 +12,7 @@ import functools
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from typing_extensions import Self
 
@@ -138,6 +139,59 @@ class Modal(TimeInvariantSystem):
             )
 
     _counts: ClassVar[tuple[int, ...] | None] = None
+
+    @classmethod
+    def from_zpk(
+        cls, zeros: ArrayLike, poles: ArrayLike, gain: float, dtype: torch.dtype = torch.float64
+    ) -> Modal:
+        """scipy's ``gain Π (z - zeros) / Π (z - poles)`` by partial fractions, one channel: no
+        polynomial is expanded, so poles may crowd, though not coincide.
+
+        Args:
+            zeros: (m,), in conjugate pairs, m ≤ n.
+            poles: (n,), in conjugate pairs.
+            gain: Real.
+            dtype: Of the direct term; poles and residues are complex of that precision.
+
+        Raises:
+            ValueError: if there are more zeros than poles, complex ones without conjugates, or
+                poles so close that their residues cancel more than eight digits: see
+                `StateSpace.from_zpk`.
+        """
+        from gramian.systems.interop import modal_of_zpk
+
+        return modal_of_zpk(zeros, poles, gain).to(dtype=dtype)
+
+    @classmethod
+    def from_sos(cls, sos: ArrayLike, dtype: torch.dtype = torch.float64) -> Modal:
+        """scipy's second-order sections by partial fractions, one channel.
+
+        Args:
+            sos: (sections, 6), rows (b0, b1, b2, a0, a1, a2).
+            dtype: As in `from_zpk`.
+
+        Raises:
+            ValueError: for another shape, values that are not finite, an a0 of zero, or poles that
+                coincide, or nearly so: see `StateSpace.from_sos`.
+        """
+        from gramian.systems.interop import modal_of_sos
+
+        return modal_of_sos(sos).to(dtype=dtype)
+
+    @classmethod
+    def from_control(cls, system: Any, dtype: torch.dtype = torch.float64) -> Modal:
+        """A system of python-control as in `gramian.systems.from_control`, as poles and residues.
+
+        Raises:
+            ImportError: if python-control is not installed.
+            TypeError: if it is no system of it.
+            ValueError: if it is continuous in time, has several inputs or outputs, more zeros than
+                poles, or no modal form: see `gramian.systems.to_modal`.
+        """
+        from gramian.systems.convert import to_modal
+        from gramian.systems.interop import from_control
+
+        return to_modal(from_control(system)).to(dtype=dtype)
 
     @property
     def _static(self) -> Any:

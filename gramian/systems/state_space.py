@@ -6,7 +6,7 @@ r"""State-space systems with a dense state matrix.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gramian.ops import causal_convolution
-from gramian.ops.krylov import krylov_product, krylov_sum, matrix_power
-from gramian.systems._hankel import check_spectral_radius, reachability_factor
+from gramian.ops.krylov import krylov_product, krylov_sum, matrix_power, plain_steps
+from gramian.ops.similarity import Coordinates, coordinates
+from gramian.systems._hankel import check_spectral_radius, infinite_hankel_singular_values
 from gramian.systems._state import State
 from gramian.systems._system import (
     LinearRecurrence,
@@ -26,6 +27,9 @@ from gramian.systems._system import (
 )
 
 __all__ = ["StateSpace", "StateSpaceRecurrence", "StateSpaceState"]
+
+
+_Realised = tuple[Coordinates, tuple[Tensor, Tensor, Tensor]]
 
 
 class _Fields(NamedTuple):
@@ -107,6 +111,57 @@ class StateSpace(TimeInvariantSystem):
         fields = (a.reshape(n, n), b.reshape(n), c.reshape(n), d.reshape(()))
         return cls(*(torch.from_numpy(np.array(f)).to(dtype) for f in fields))
 
+    @classmethod
+    def from_zpk(
+        cls, zeros: ArrayLike, poles: ArrayLike, gain: float, dtype: torch.dtype = torch.float64
+    ) -> Self:
+        """scipy's ``gain Π (z - zeros) / Π (z - poles)`` as a cascade of second-order sections, one
+        channel: no polynomial is expanded, so poles may crowd and coincide.
+
+        Args:
+            zeros: (m,), in conjugate pairs, m ≤ n.
+            poles: (n,), in conjugate pairs.
+            gain: Real.
+            dtype: Of the result.
+
+        Raises:
+            ValueError: if there are more zeros than poles, or complex ones without conjugates.
+        """
+        from gramian.systems.interop import state_space_of_zpk
+
+        return cls._from_fields(state_space_of_zpk(zeros, poles, gain).to(dtype=dtype)._fields())
+
+    @classmethod
+    def from_sos(cls, sos: ArrayLike, dtype: torch.dtype = torch.float64) -> Self:
+        """scipy's second-order sections as a cascade, one channel.
+
+        Args:
+            sos: (sections, 6), rows (b0, b1, b2, a0, a1, a2).
+            dtype: Of the result.
+
+        Raises:
+            ValueError: for another shape, values that are not finite, or an a0 of zero.
+        """
+        from gramian.systems.interop import state_space_of_sos
+
+        return cls._from_fields(state_space_of_sos(sos).to(dtype=dtype)._fields())
+
+    @classmethod
+    def from_control(cls, system: Any, dtype: torch.dtype = torch.float64) -> Self:
+        """A system of python-control as in `gramian.systems.from_control`, with a state matrix: the
+        companion form of a transfer function.
+
+        Raises:
+            ImportError: if python-control is not installed.
+            TypeError: if it is no system of it.
+            ValueError: if it is continuous in time, has several inputs or outputs, or more zeros
+                than poles.
+        """
+        from gramian.systems.convert import to_state_space
+        from gramian.systems.interop import from_control
+
+        return cls._from_fields(to_state_space(from_control(system)).to(dtype=dtype)._fields())
+
     def to_scipy(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """``(A, B, C, D)`` of scipy.signal, float64: (*C, n, n), (*C, n, 1), (*C, 1, n) and
         (*C, 1, 1)."""
@@ -133,19 +188,48 @@ class StateSpace(TimeInvariantSystem):
         return self.B.shape[-1]
 
     def poles(self) -> Tensor:
-        """(*C, n), complex128: the eigenvalues of ``A``."""
-        return torch.linalg.eigvals(self.A.double())
+        """(*C, n), complex128: the eigenvalues of ``A``, in coordinates where rounding moves them
+        least."""
+        return torch.linalg.eigvals(self._realised()[1][0])
 
     def spectral_radius(self) -> Tensor:
         """(*C), float64: the largest modulus of a pole."""
         return torch.nn.functional.pad(self.poles().abs(), (0, 1)).amax(-1)
 
+    def frozen(self) -> Self:
+        system = super().frozen()
+        system.__dict__["_known"] = {}  # its values cannot change: coordinates are found once
+        return system
+
+    def _realised(self) -> _Realised:
+        """Coordinates in which powers of A can be taken, and A, B and C there, in float64."""
+        known = self.__dict__.get("_known")
+        if known:
+            return known["realised"]
+        A, B, C = self.A.double(), self.B.double(), self.C.double()
+        found = coordinates(A, B, C)
+        realised = found, found.system(A, B, C)
+        if known is not None:
+            known["realised"] = realised
+        return realised
+
     def impulse_response(self, length: int) -> Tensor:
         """The Markov parameters (*C, length): O(n² √L + n L + n³ log L) operations."""
         if length == 1 or self.order == 0:
             return torch.nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
-        tail = krylov_product(self.C, self.A, self.B, length - 1)
+        tail = self._free(self.B, length - 1, self._realised())
         return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)
+
+    def _free(self, x: Tensor, length: int, realised: _Realised) -> Tensor:
+        """``C A^t x`` for t = 0 … length - 1 of states x (*B, n), in their dtype."""
+        found, (A, _, C) = realised
+        if found.stepwise:
+            silence = x.new_zeros(*x.shape[:-1], length)
+            return plain_steps(self.A, self.B, self.C, silence, x)[0].to(x.dtype)
+        if not found.factors:
+            return krylov_product(C, A, x, length)
+        # Not rounded before the last product, which may cancel a few digits.
+        return krylov_product(C, A, found.into(x.double()), length).to(x.dtype)
 
     def recurrence(self, form: str | None = None) -> StateSpaceRecurrence:
         """One product with the dense ``A`` a step; the only form of a state-space system.
@@ -171,19 +255,30 @@ class StateSpace(TimeInvariantSystem):
         (x,) = state
         length = u.shape[-1]
         signal = u.to(x.dtype)
-        y = causal_convolution(signal, self.impulse_response(length).to(x.dtype))
-        y = y + krylov_product(self.C, self.A, x, length)
-        power = matrix_power(self.A.double(), length)
-        carried = (power @ x.double().unsqueeze(-1)).squeeze(-1).to(x.dtype)
-        return y.to(u.dtype), StateSpaceState(carried + krylov_sum(self.A, self.B, signal))
+        realised = found, (A, B, _) = self._realised()
+        if found.stepwise:
+            y, end = plain_steps(self.A, self.B, self.C, signal, x)
+            y = y + self.D.double().unsqueeze(-1) * signal
+            return y.to(u.dtype), StateSpaceState(end.to(x.dtype))
+        taps = torch.cat([self.D.unsqueeze(-1), self._free(self.B, length, realised)], dim=-1)
+        y = causal_convolution(signal, taps[..., :length].to(x.dtype))
+        y = y + self._free(x, length, realised)
+        past = found.into(x.double()).unsqueeze(-1)
+        carried = (matrix_power(A, length) @ past).squeeze(-1) + krylov_sum(A, B, signal.double())
+        return y.to(u.dtype), StateSpaceState(found.out_of(carried).to(x.dtype))
 
     def _infinite_hankel_singular_values(self) -> Tensor:
         if self.order == 0:
             return self.B.double()
-        check_spectral_radius(self.spectral_radius())
-        reach = reachability_factor(self.A.double(), self.B.double())
-        observe = reachability_factor(self.A.double().mT, self.C.double())
-        return torch.linalg.svdvals(observe @ reach.mT)
+        found, (A, B, C) = self._realised()
+        if found.stepwise:
+            raise ValueError(
+                "the Hankel singular values of this state-space system cannot be computed in "
+                "double precision: powers of its state matrix lose every digit; give `length` for "
+                "a finite horizon."
+            )
+        check_spectral_radius(torch.linalg.eigvals(A).abs().amax(-1))
+        return infinite_hankel_singular_values(A, B, C)
 
 
 class StateSpaceRecurrence(LinearRecurrence):

@@ -22,7 +22,16 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gramian.ops.diagonal_scan import apply_diagonal
-from gramian.ops.scan import Dense, Diagonal, DiagonalPlusLowRank, Transition, join, scan
+from gramian.ops.scan import (
+    Dense,
+    Diagonal,
+    DiagonalPlusLowRank,
+    Transition,
+    bounded_products,
+    join,
+    scan,
+    step_by_step,
+)
 from gramian.ops.vandermonde import group_channels
 from gramian.systems._finite import FiniteSystem
 from gramian.systems._state import State
@@ -149,6 +158,22 @@ class TimeVarying(FiniteSystem):
         B, C = (value.to(dtype).reshape(groups, length, order) for value in (self.B, self.C))
         return B, C, self.D.to(dtype).reshape(groups, length)
 
+    @property
+    def _stepwise(self) -> bool:
+        """Whether products of the state matrices lose what plain steps keep. Only dense ones can;
+        a GPU waits for the answer."""
+        if self.A.ndim == self.B.ndim:
+            return False
+        transition = self.transition(self.A.dtype)
+        assert isinstance(transition, Dense)
+        return not bounded_products(transition.a.detach())
+
+    def _step_by_step(self, signal: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """All steps on signals (G, L, r) from states (G, n, r), one after the other."""
+        transition = self.transition(torch.float64)
+        assert isinstance(transition, Dense)
+        return step_by_step(transition.a, *self.vectors(torch.float64), signal, x)
+
     def matrix(self, length: int | None = None) -> Tensor:
         """The operator on the first ``length`` samples, by default all L, (*C, length, length).
 
@@ -158,6 +183,12 @@ class TimeVarying(FiniteSystem):
         length = self.length if length is None else length
         self._check_steps(0, length)
         part, dtype = self.steps(0, length), working_dtype(self.D)
+        if part._stepwise:
+            groups = self.channel_shape.numel()
+            impulses = torch.eye(length, dtype=torch.float64, device=self.device)
+            start = impulses.new_zeros(groups, self.order, length)
+            columns, _ = part._step_by_step(impulses.expand(groups, -1, -1), start)
+            return columns.reshape(*self.channel_shape, length, length).to(self.dtype)
         size = 1 << max(length - 1, 0).bit_length()
         with torch.autocast(self.device.type, enabled=False):
             inside = join(part.transition(dtype), *part.vectors(dtype), size).inside
@@ -194,6 +225,8 @@ class TimeVarying(FiniteSystem):
     def factors(self, at: int, length: int) -> tuple[Tensor, Tensor]:
         """The factors of ``T[at:length, :at]``, observability (G, length - at, n) after
         reachability (G, n, at), in float64. Differentiable."""
+        if self.steps(0, length)._stepwise:
+            return self._stepped_factors(at, length)
         parts = []
         for part in (self.steps(0, at), self.steps(at, length)):
             size = 1 << max(part.length - 1, 0).bit_length()
@@ -201,6 +234,17 @@ class TimeVarying(FiniteSystem):
             with torch.autocast(self.device.type, enabled=False):
                 parts.append(join(transition, *vectors, size))
         return parts[0].reach[:, 0, :, :at], parts[1].observe[:, 0, : length - at]
+
+    def _stepped_factors(self, at: int, length: int) -> tuple[Tensor, Tensor]:
+        transition, (B, C, _) = self.transition(torch.float64), self.vectors(torch.float64)
+        assert isinstance(transition, Dense)
+        A = transition.a
+        reach, observe = B[:, 0].unsqueeze(-1), C[:, length - 1].unsqueeze(-2)
+        for i in range(1, at):
+            reach = torch.cat([A[:, i] @ reach, B[:, i].unsqueeze(-1)], dim=-1)
+        for i in range(length - 2, at - 1, -1):
+            observe = torch.cat([C[:, i].unsqueeze(-2), observe @ A[:, i]], dim=-2)
+        return reach, observe
 
     def recurrence(self, form: str | None = None) -> TimeVaryingRecurrence:
         """One step after the other, at most L; the only form of a time-varying system.
@@ -237,6 +281,9 @@ class TimeVarying(FiniteSystem):
         if isinstance(transition, Diagonal) and signal.shape[1] == 1:
             y, end = apply_diagonal(transition.a, B, C, D, signal.squeeze(1), first.squeeze(1))
             return restore(y.unsqueeze(1)).to(u.dtype), restore_state(end.unsqueeze(1))
+        if isinstance(transition, Dense) and part._stepwise:
+            y, end = part._step_by_step(signal.mT, first.mT)
+            return restore(y.mT.to(dtype)).to(u.dtype), restore_state(end.mT.to(dtype))
         size = _block_size(length, self.order, signal.shape[1])
         with torch.autocast(self.device.type, enabled=False):
             blocks = join(transition, B, C, D, size)

@@ -6,6 +6,7 @@ r"""Rational transfer functions, and the choice of a recurrence that computes th
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 
@@ -16,7 +17,6 @@ from typing_extensions import Self
 
 from gramian.ops import causal_convolution, rational_kernel
 from gramian.ops.recursion import all_pole_filter
-from gramian.systems._hankel import check_spectral_radius, reachability_factor
 from gramian.systems._state import State
 from gramian.systems._system import Recurrence, TimeInvariantSystem, check_tensor
 from gramian.systems.companion import CompanionRecurrence, CompanionState
@@ -28,11 +28,18 @@ from gramian.systems.lattice import (
     lattice_realisation,
 )
 from gramian.systems.modal import Modal, ModalRecurrence, ModalState
+from gramian.systems.state_space import StateSpace
 
 __all__ = ["TransferFunction"]
 
 _TOLERANCE = 1e-5
 """Relative l2 error up to which a recurrence counts as the kernel it came from."""
+
+_LOST = 1e-6
+"""Relative error of a frequency response above which coefficients have lost what they stand for."""
+
+_ANGLES = 512
+"""Points of the half circle on which it is looked at, besides the angles of the poles."""
 
 _DENSE_ELEMENTS = 2**20
 """Elements up to which a product with a Toeplitz matrix is taken without an FFT."""
@@ -177,10 +184,23 @@ class TransferFunction(TimeInvariantSystem):
             a: (*C, n + 1), denominator; ``a[..., 0]`` must not be zero.
             dtype: Of the result.
 
+        Warns:
+            UserWarning: if a pole is outside of the unit circle, or if rounding of the coefficients
+                alone moves the frequency response by more than 1e-6 (3e-4 for a dtype of single
+                precision): polynomials of high degree do not hold poles that crowd.
+
         Raises:
             ValueError: if the numerator has more coefficients than the denominator and the rest is
                 not zero (an FIR part belongs into ``FIR``), or ``a[..., 0]`` is zero.
         """
+        system = cls._normalised(b, a, dtype)
+        _warn_of_lost_poles(system)
+        return system
+
+    @classmethod
+    def _normalised(
+        cls, b: np.ndarray | Tensor, a: np.ndarray | Tensor, dtype: torch.dtype
+    ) -> Self:
         num, den = (
             torch.atleast_1d(
                 c.double() if isinstance(c, Tensor) else torch.tensor(np.array(c, float))
@@ -235,8 +255,9 @@ class TransferFunction(TimeInvariantSystem):
         return torch.cat([self.d.unsqueeze(-1), tail], dim=-1)
 
     def poles(self) -> Tensor:
-        """(*C, n), complex128: the zeros of the denominator, by eigenvalues of the companion."""
-        return torch.linalg.eigvals(self._companion())
+        """(*C, n), complex128: the zeros of the denominator, by eigenvalues of the companion in
+        coordinates where rounding moves them least."""
+        return self._companion_form().poles()
 
     def spectral_radius(self) -> Tensor:
         """(*C), float64: the largest modulus of a pole; 0 without any."""
@@ -319,16 +340,14 @@ class TransferFunction(TimeInvariantSystem):
         top = -self.a.double().unsqueeze(-2)
         return torch.cat([top, shift.expand(*self.channel_shape, -1, -1)], dim=-2)
 
-    def _infinite_hankel_singular_values(self) -> Tensor:
-        if self.order == 0:
-            return self.b.double()
-        A = self._companion()
-        check_spectral_radius(self.spectral_radius())
+    def _companion_form(self) -> StateSpace:
+        """The companion realisation, in float64."""
         first = torch.zeros_like(self.a, dtype=torch.float64)
-        first[..., 0] = 1
-        reach = reachability_factor(A, first)
-        observe = reachability_factor(A.mT, self.b.double())
-        return torch.linalg.svdvals(observe @ reach.mT)
+        first[..., :1] = 1
+        return StateSpace(self._companion(), first, self.b.double(), self.d.double())
+
+    def _infinite_hankel_singular_values(self) -> Tensor:
+        return self._companion_form()._infinite_hankel_singular_values()
 
 
 def exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
@@ -339,3 +358,42 @@ def exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
         return causal_convolution(taps, monic)
     shifted = torch.nn.functional.pad(monic, (order - 1, 0)).unfold(-1, order, 1)  # (*C, n, n)
     return (shifted @ taps.flip(-1).unsqueeze(-1)).squeeze(-1)
+
+
+@torch.no_grad()
+def _warn_of_lost_poles(system: TransferFunction) -> None:
+    """Say so where coefficients do not hold a filter, or not a stable one."""
+    if not system.order or not system.a.numel():
+        return
+    poles = system.poles()
+    # Rounding may move a(z) by eps Σ |a_j|, which matters where a(z) is small: near the poles, here
+    # on a circle on which a pole at z = 1 is not a singularity.
+    angles = torch.linspace(0, torch.pi, _ANGLES, dtype=torch.float64, device=system.device)
+    angles = torch.cat([poles.angle(), angles.expand(*system.channel_shape, -1)], dim=-1)
+    delay = torch.polar(torch.full_like(angles, 1 - 2.0**-14), -angles)  # z^-1
+    value = torch.zeros_like(delay)
+    for coefficient in system.a.double().flip(-1).unbind(-1):
+        value = (value + coefficient.unsqueeze(-1)) * delay
+    value = 1 + value
+    magnitude = 1 + system.a.double().abs().sum(-1, keepdim=True)
+    eps = torch.finfo(system.dtype).eps / 2
+    moved = (eps * magnitude / value.abs()).amax(-1)
+    radius = torch.nn.functional.pad(poles.abs(), (0, 1)).amax(-1)
+    instead = (
+        "StateSpace.from_zpk and StateSpace.from_sos take zeros and poles, or second-order "
+        "sections, without expanding polynomials."
+    )
+    if not bool((moved <= max(_LOST, torch.finfo(system.dtype).eps ** 0.5)).all()):
+        warnings.warn(
+            f"coefficients of degree {system.order} in {str(system.dtype)[6:]} do not hold these "
+            f"poles: their rounding alone moves the frequency response by {float(moved.max()):.0e} "
+            f"(relative), and the largest pole has modulus {float(radius.max()):.6g}; {instead}",
+            stacklevel=3,
+        )
+    elif bool((radius > 1 + 1e-9).any()):
+        warnings.warn(
+            f"this denominator has a pole of modulus {float(radius.max()):.9g}, outside of the "
+            f"unit circle, so the impulse response grows without end; if that was not meant, "
+            f"{instead}",
+            stacklevel=3,
+        )
