@@ -72,7 +72,7 @@ class Reduction:
         l1_error: (*C): ‖h - ĥ‖₁ over the L taps, which bounds ‖y - ŷ‖_∞ / ‖u‖_∞ for inputs up to L.
         hankel_singular_values: (*C, k): the leading ones of the kernel followed by zeros,
             descending; NaN past those that were computed. Lanczos estimates: the leading ones to
-            1e-5 or better, the last of a flat spectrum to a percent. Value n + 1 bounds
+            1e-4 or better, the last of a flat spectrum to two percent. Value n + 1 bounds
             ``hankel_error`` from below, to that accuracy, for every system of order n.
         tail_energy: (*C): Σ_{t≥L} ĥ_t² / ‖h‖₂².
         converged: (*C), bool: whether the tolerance was met; true if an order was given.

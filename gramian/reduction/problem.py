@@ -122,7 +122,7 @@ def _spectra(taps: Tensor, count: int, settings: Settings) -> dict[str, Spectrum
     spectra, guess = {}, None
     if "free" in settings.tails:
         spectra["free"] = leading_spectrum(hankel_matrices(taps, "free"), count)
-        guess = spectra["free"].vectors.sum(1)
+        guess = spectra["free"].vectors
     spectra["zero"] = leading_spectrum(hankel_matrices(taps, "zero"), count, guess)
     return spectra
 

@@ -7,12 +7,16 @@ Two Hankel matrices of the taps ``h_1 … h_{L-1}`` are in use:
 - ``tail="free"``: about L/2 × L/2, of taps alone.
 
 A square Hankel matrix is symmetric, so its singular values are the moduli of its eigenvalues and
-its eigenvectors are its singular vectors. The Lanczos iteration finds the leading ones, at both
-ends of the spectrum, with one FFT product a step. The spectra of long filters are flat (σ_16 and
-σ_17 often differ by less than 1%), which takes a Krylov method far fewer products than subspace
-iteration. Orthogonality is kept by partial reorthogonalisation (H. D. Simon, "The Lanczos
-algorithm with partial reorthogonalization", Math. Comp. 42, 1984), whose ω-recurrence estimates
-when it is about to be lost. Short kernels are factored densely.
+its eigenvectors are its singular vectors. A block Lanczos iteration (G. H. Golub, R. Underwood,
+"The block Lanczos method for computing eigenvalues", 1977) finds the leading ones, at both ends of
+the spectrum. The spectra of long filters are flat (σ_16 and σ_17 often differ by less than 1%),
+which takes a Krylov method far fewer products than subspace iteration.
+
+Every block is orthogonalised against all before it and what is left of its inner products is
+measured, so orthogonality is not estimated. A block of b vectors finds b copies of a repeated
+value, such as combs and delays have. Where so many values come out alike, or a channel has not
+converged, it is computed again: densely, or with a block of more vectors than values are sought.
+Short kernels are factored densely from the start.
 """
 
 from __future__ import annotations
@@ -42,7 +46,25 @@ _DENSE_SIZE = 160
 _RESIDUAL = 1e-2
 """Residual from which the span of the Ritz vectors gives the same reduction as the exact one."""
 
-_SINGLE_RANGE = 1e-4
+_BLOCK = 4
+"""Vectors of a block; the largest multiplicity that is found without a second search."""
+
+_ALIKE = 1e-3
+"""Relative distance below which singular values count as one that is repeated."""
+
+_ROUNDING = 64
+"""Rounding errors of a Ritz value, in units of the last place of the largest."""
+
+_DENSE_AGAIN = 512
+"""Matrices up to this size are factored densely where the iteration leaves doubt."""
+
+_PASSES = 4
+"""How often a block is orthogonalised at most; two passes are enough in theory."""
+
+_SMALL_OVERLAP = 1e-2
+"""Inner products that one more pass takes down to rounding errors."""
+
+_SINGLE_RANGE = 1e-3
 """Singular values down to this fraction of the largest are found in single precision."""
 
 
@@ -102,15 +124,12 @@ def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) ->
     Args:
         hankel: (B, rows, columns) Hankel matrices of float64 sequences; square where large.
         count: Number of singular values, at least 1.
-        guess: (B, at most rows): vectors near the span that is sought; the iteration from them
-            takes about half the steps.
+        guess: (B, k, at most rows): vectors near the span that is sought; the iteration from them
+            takes half the steps and less.
     """
     count = min(count, hankel.rows, hankel.columns)
-    if not _is_large(hankel.rows) or 4 * count > hankel.rows:
-        left, values, _ = torch.linalg.svd(hankel.matrix(), full_matrices=False)
-        eps = torch.finfo(values.dtype).eps
-        ritz = (values - 16 * eps * values[:, :1]).clamp(min=0)
-        return Spectrum(values[:, :count], left.mT[:, :count].contiguous(), ritz)
+    if not _is_large(hankel.rows) or 7 * count > hankel.rows:
+        return _dense_spectrum(hankel.matrix(), count, torch.finfo(torch.float64).eps)
     height = hankel.sequence.abs().amax(-1, keepdim=True)
     height = torch.where(height > 0, height, 1)
     # The range of float32 is short.
@@ -118,9 +137,22 @@ def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) ->
     spectrum = lanczos_spectrum(unit.to(torch.float32), count, guess=guess)
     steep = spectrum.values[:, -1] <= _SINGLE_RANGE * spectrum.values[:, 0]
     if bool(steep.any()):
-        some = None if guess is None else guess[steep]
-        spectrum = spectrum.replace(steep, lanczos_spectrum(unit[steep], count, guess=some))
+        spectrum = spectrum.replace(steep, lanczos_spectrum(unit[steep], count))
     return Spectrum(spectrum.values * height, spectrum.vectors, spectrum.ritz * height)
+
+
+def _dense_spectrum(matrix: Tensor, count: int, eps: float) -> Spectrum:
+    """Of matrices (B, rows, columns), float64, that are right to ``eps``."""
+    if matrix.shape[-1] == matrix.shape[-2]:
+        theta, vectors = torch.linalg.eigh(matrix)
+        place = theta.abs().argsort(dim=-1, descending=True)
+        values = theta.abs().gather(-1, place)
+        vectors = vectors.mT.gather(1, place[:, :count, None].expand(-1, -1, matrix.shape[-1]))
+    else:
+        left, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+        vectors = left.mT[:, :count].contiguous()
+    noise = _ROUNDING * eps * values[:, :1]
+    return Spectrum(values[:, :count], vectors, (values - noise).clamp(min=0))
 
 
 class Symmetric(Protocol):
@@ -145,182 +177,194 @@ def lanczos_spectrum(
     residual: float = _RESIDUAL,
     guess: Tensor | None = None,
     magnitude: Tensor | None = None,
+    block: int = _BLOCK,
 ) -> Spectrum:
     """As `leading_spectrum`, for symmetric matrices, in their own precision throughout.
 
-    A Ritz pair is accepted when ‖H u - θ u‖ is at most ``residual`` times the smallest |θ|. The
-    values and vectors are float64 in any case, the vectors orthonormal to float64. Products that
-    are small differences of large terms carry the rounding errors of these: ``magnitude`` (B, 1)
-    says how large they are.
+    A Ritz pair is accepted when ‖H u - θ u‖ is at most ``residual`` times the smallest |θ|. Of a
+    value that occurs more than ``block`` times a block finds ``block`` copies only; the module's
+    docstring says what is done where so many come out alike.
+
+    The values and vectors are float64 in any case, the vectors orthonormal to float64. Products
+    that are small differences of large terms carry the rounding errors of these: ``magnitude``
+    (B, 1) says how large they are.
     """
     batch, size = len(matrices.like), matrices.rows
     pending = torch.arange(batch, device=matrices.like.device)
     new = functools.partial(torch.empty, dtype=torch.float64, device=pending.device)
     values, vectors = new(batch, count), new(batch, count, size)
-    ritz = new(batch, 0)
-    limit = min(size, 8 * count + 128)
-    lanczos = _Lanczos(matrices, limit, guess)
-    if magnitude is not None:
-        lanczos.scale = magnitude.to(lanczos.scale)
-    steps = min(limit, 2 * count + (12 if guess is None else 2))
+    ritz, doubtful = new(batch, 0), torch.zeros_like(pending, dtype=torch.bool)
+    limit = min(size, max(8 * count + 128, 4 * block))
+    if size <= _DENSE_AGAIN:
+        limit = min(limit, 3 * size // 4)
+    krylov = _BlockLanczos(matrices, block, limit, guess, magnitude)
+    steps = (2 * count + 30 if guess is None else count + 8) + block - _BLOCK
     while True:
-        lanczos.extend(steps)
-        found, weights, misfit = lanczos.ritz_pairs()
-        done = (misfit[:, :count] <= residual * found[:, count - 1 : count]).all(-1)
-        done |= steps == limit
-        left = int(done.numel() - done.sum())
-        if 2 * left <= done.numel():  # carry stragglers on alone only where it saves half the work
-            where = pending[done]
-            values[where] = found[done, :count].double()
-            leading = weights[done, :, :count].mT
-            basis = lanczos.basis[:, :steps]
-            vectors[where] = torch.bmm(leading, basis[done] if left else basis).double()
-            ritz = torch.nn.functional.pad(ritz, (0, steps - ritz.shape[-1]))
-            ritz[where] = (found - 16 * lanczos.eps * found[:, :1]).clamp(min=0)[done].double()
+        krylov.extend(min(steps, limit))
+        held = torch.nonzero(pending >= 0).flatten()
+        theta, weights, misfit = krylov.ritz_pairs(held)
+        noise = _ROUNDING * krylov.eps * krylov.scale[held]
+        allowed = torch.maximum(residual * theta[:, count - 1 : count].abs(), noise)
+        converged = (misfit[:, :count] <= allowed).all(-1)
+        done = converged | (krylov.steps == limit)
+        # A channel is taken when it is done, whatever the others of its batch do.
+        here = held[done]
+        where = pending[here]
+        if len(where):
+            values[where] = theta[done, :count].abs().double()
+            basis = krylov.basis[:, : krylov.steps]
+            basis = basis if len(here) == len(basis) else basis[here]
+            vectors[where] = torch.bmm(weights[done, :, :count].mT, basis).double()
+            ritz = torch.nn.functional.pad(ritz, (0, krylov.steps - ritz.shape[-1]))
+            ritz[where] = (theta.abs() - noise).clamp(min=0)[done].double()
+            alike = _alike(theta[:, :count], misfit[:, :count], noise, block)
+            doubtful[where] = (alike | ~converged | krylov.lost[held])[done]
+            pending[here] = -1
+            left = len(held) - len(here)
             if not left:
-                return Spectrum(values, _orthonormal(vectors), ritz)
-            pending = pending[~done]
-            lanczos = lanczos[~done]
-        steps = min(limit, steps + max(16, steps // 3))
+                break
+            if 2 * left <= len(pending):
+                krylov, pending = krylov[pending >= 0], pending[pending >= 0]
+        steps += max(12, steps // 8)
+    # Orthonormal to the precision of the iteration so far.
+    vectors = torch.linalg.qr(vectors.mT).Q.mT
+    spectrum = Spectrum(values, vectors, ritz)
+    if not bool(doubtful.any()):
+        return spectrum
+    some = matrices[doubtful]
+    if size <= _DENSE_AGAIN:
+        unit = torch.eye(size, dtype=matrices.like.dtype, device=pending.device)
+        matrix = (some @ unit.expand(len(some.like), -1, -1)).double()
+        again = _dense_spectrum((matrix + matrix.mT) / 2, count, krylov.eps)
+        return spectrum.replace(doubtful, again)
+    if block <= count:
+        least = None if magnitude is None else magnitude[doubtful]
+        again = lanczos_spectrum(
+            some, count, residual=residual, magnitude=least, block=count + _BLOCK
+        )
+        spectrum = spectrum.replace(doubtful, again)
+    return spectrum
 
 
-def _orthonormal(vectors: Tensor) -> Tensor:
-    """Rows that are orthonormal to single precision, (B, k, size), made so to double precision."""
-    factor = torch.linalg.cholesky(torch.bmm(vectors, vectors.mT))
-    unit = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    return torch.bmm(torch.linalg.solve_triangular(factor, unit, upper=False), vectors)
+class _BlockLanczos:
+    """Orthonormal bases of the block Krylov spaces of a batch of symmetric matrices.
 
+    Every vector is orthogonalised against all before it, and the matrices are compressed to the
+    span by inner products that were taken, not by a recurrence. A direction of which rounding
+    alone is left gives way to a random one.
+    """
 
-class _Lanczos:
-    """Lanczos bases of a batch of symmetric matrices, extended on demand."""
-
-    def __init__(self, matrices: Symmetric, limit: int, guess: Tensor | None) -> None:
-        batch, size = len(matrices.like), matrices.rows
-        new = matrices.like.new_zeros
-        self.eps = torch.finfo(matrices.like.dtype).eps
-        # The overlap of two vectors from which they are orthogonalised anew. Half the digits are
-        # enough for the span of a flat spectrum; float64 is here for steep ones.
-        self.lost = self.eps ** (0.7 if matrices.like.dtype == torch.float64 else 0.5)
+    def __init__(
+        self,
+        matrices: Symmetric,
+        block: int,
+        limit: int,
+        guess: Tensor | None,
+        magnitude: Tensor | None,
+    ) -> None:
+        like = matrices.like
+        batch, size = len(like), matrices.rows
+        self.eps = torch.finfo(like.dtype).eps
         self.matrices = matrices
         self.steps = 0
         # Untouched memory costs nothing, so that there is no need to grow the basis.
-        self.basis = matrices.like.new_empty(batch, limit, size)
-        self.diagonal = new(batch, limit)
-        self.coupling = new(batch, limit + 1)  # coupling_j lies between vectors j - 1 and j
-        self.scale = new(batch, 1)  # estimates ‖H‖
-        self.overlaps = new(batch, 0)  # estimates of vector j - 1 against all before it
-        self.next_overlaps = new(batch, 1) + 1  # of vector j against all up to itself
-        self.again = False  # vectors are orthogonalised in pairs
-        self.generator = torch.Generator().manual_seed(0)
-        start = self._noise(batch, size)
+        self.basis = like.new_empty(batch, limit, size)
+        self.compressed = like.new_zeros(batch, limit, limit)  # lower triangle
+        self.edge = like.new_zeros(batch, block, block)  # Gram matrix of what H leaves behind
+        self.lost = torch.zeros(batch, dtype=torch.bool, device=like.device)  # orthogonality
+        self.scale = like.new_zeros(batch, 1)  # at most ‖H‖ and near it
+        if magnitude is not None:
+            self.scale = magnitude.to(like)
+        start = matrices @ self._noise(block) if guess is None else self._noise(block)
         if guess is not None:  # a little noise, so that what the guess lacks is found all the same
-            start = 1e-3 * torch.nn.functional.normalize(start, dim=-1)
-            guess = torch.nn.functional.pad(guess.to(start), (0, size - guess.shape[-1]))
-            image = (matrices @ guess.unsqueeze(1)).squeeze(1)
-            start = start + torch.nn.functional.normalize(image, dim=-1)
-        self.next = torch.nn.functional.normalize(start, dim=-1)
+            missing = -guess.shape[1] % block
+            guess = torch.nn.functional.pad(guess.to(like), (0, 0, 0, missing))
+            guess = guess.unflatten(1, (-1, block)).sum(1)
+            image = matrices @ torch.nn.functional.pad(guess, (0, size - guess.shape[-1]))
+            image = torch.nn.functional.normalize(image, dim=-1)
+            start = 1e-3 * torch.nn.functional.normalize(start, dim=-1) + image
+        self.next = torch.linalg.qr(start.mT).Q.mT
 
-    def _noise(self, *shape: int) -> Tensor:
+    def _noise(self, count: int) -> Tensor:
         # The same numbers in every batch: what is found for a kernel does not depend on the others.
-        noise = torch.randn(shape[-1], generator=self.generator, dtype=torch.float64)
-        return noise.to(self.matrices.like).expand(shape)
+        generator = torch.Generator().manual_seed(self.steps)
+        noise = torch.randn(count, self.matrices.rows, generator=generator, dtype=torch.float64)
+        noise = torch.nn.functional.normalize(noise, dim=-1)
+        return noise.to(self.matrices.like).expand(len(self.basis), -1, -1)
 
-    def __getitem__(self, index: Tensor) -> _Lanczos:
-        picked = object.__new__(_Lanczos)
+    def __getitem__(self, index: Tensor) -> _BlockLanczos:
+        picked = object.__new__(_BlockLanczos)
         picked.__dict__.update(self.__dict__)
         picked.basis = torch.empty_like(self.basis[: int(index.sum())])
         picked.basis[:, : self.steps] = self.basis[index, : self.steps]
-        for name in (
-            "matrices",
-            "diagonal",
-            "coupling",
-            "scale",
-            "overlaps",
-            "next_overlaps",
-            "next",
-        ):
+        for name in ("matrices", "compressed", "edge", "scale", "lost", "next"):
             setattr(picked, name, getattr(self, name)[index])
         return picked
 
     def extend(self, steps: int) -> None:
-        """Grow the bases to ``steps`` vectors."""
-        for j in range(self.steps, steps):
-            vector, before = self.next, self.coupling[:, j : j + 1]
-            self.basis[:, j] = vector
-            image = (self.matrices @ vector.unsqueeze(1)).squeeze(1)
-            if j:
-                image.addcmul_(self.basis[:, j - 1], before, value=-1)
-            alpha = torch.linalg.vecdot(image, vector).unsqueeze(-1)
-            image.addcmul_(vector, alpha, value=-1)
-            self.diagonal[:, j : j + 1] = alpha
-            beta = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
-            self.scale = torch.maximum(self.scale, alpha.abs() + beta + before)
-            self._take(j, image, beta)
-        self.steps = steps
+        """Grow the bases to ``steps`` vectors or a few more."""
+        while self.steps < steps:
+            first = self.steps
+            self.steps = last = min(first + self.next.shape[1], self.basis.shape[1])
+            here = self.next[:, : last - first]
+            self.basis[:, first:last] = here
+            image = self.matrices @ here
+            self.scale = torch.maximum(self.scale, image.norm(dim=-1).amax(-1, keepdim=True))
+            # H maps what lies further back into what is there: its inner products are zero.
+            near = max(0, first - self.next.shape[1])
+            self.compressed[:, first:last, near:last] = self._projected(image, near)
+            self.edge = torch.bmm(image, image.mT)
+            if last < self.matrices.rows:
+                self.next = self._normalised(image)
 
-    def _take(self, j: int, image: Tensor, beta: Tensor) -> None:
-        """Make the normalised ``image``, of length ``beta``, vector j + 1."""
-        if j + 1 == self.matrices.rows:
-            return  # the basis is complete, and the coupling to the next vector stays zero
-        overlaps = self._estimated_overlaps(j, beta)
-        lost = float(overlaps.abs().amax()) > self.lost
-        coupling = beta
-        if lost or self.again:
-            basis = self.basis[:, : j + 1]
-            image, beta = _orthogonalised(image, beta, basis)
-            # Rounding errors alone are left where the basis spans an invariant subspace.
-            ended = beta <= 64 * self.eps * self.scale
-            coupling = torch.where(ended, 0, beta)
-            if bool(ended.any()):  # go on from a fresh direction
-                image = torch.where(ended, self._noise(*image.shape), image)
-                beta = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
-                image, beta = _orthogonalised(image, beta, basis)
-            overlaps = torch.full_like(overlaps, self.eps)
-            self.again = lost and not self.again
-        self.coupling[:, j + 1 : j + 2] = coupling
-        self.next = image / beta
-        self.overlaps = self.next_overlaps
-        self.next_overlaps = torch.nn.functional.pad(overlaps, (0, 1), value=1.0)
+    def _projected(self, vectors: Tensor, first: int) -> Tensor:
+        """Take from vectors, in place, their projection on the basis from ``first`` on; what the
+        inner products were."""
+        basis = self.basis[:, first : self.steps]
+        overlap = torch.bmm(vectors, basis.mT)
+        vectors.baddbmm_(overlap, basis, alpha=-1)
+        return overlap
 
-    def _estimated_overlaps(self, j: int, beta: Tensor) -> Tensor:
-        """Estimates of ⟨q_{j+1}, q_k⟩ for k = 0 … j (Simon 1984, the ω-recurrence)."""
-        last, old = self.next_overlaps, self.overlaps  # (B, j + 1), (B, j)
-        diagonal, coupling = self.diagonal, self.coupling
-        change = coupling[:, 1 : j + 1] * last[:, 1:]
-        change.addcmul_(diagonal[:, :j] - diagonal[:, j : j + 1], last[:, :-1])
-        change.addcmul_(coupling[:, j : j + 1], old, value=-1)
-        if j > 1:
-            change[:, 1:].addcmul_(coupling[:, 1:j], last[:, : j - 1])
-        tiny = torch.finfo(beta.dtype).tiny
-        noise = self.eps * self.scale + tiny  # so that an image of zero counts as lost
-        change += torch.copysign(noise, change)
-        return torch.cat([change, noise], dim=-1) / beta.clamp(min=tiny)
+    def _normalised(self, image: Tensor) -> Tensor:
+        """An orthonormal basis of the rows of ``image``, orthogonal to all vectors before."""
+        image = image[:, : self.matrices.rows - self.steps]
+        q, r = torch.linalg.qr(image.mT)
+        left, size, _ = torch.linalg.svd(r)
+        vectors = torch.bmm(left.mT, q.mT)  # strongest directions first
+        ended = size <= 64 * self.eps * self.scale
+        if bool(ended.any()):
+            vectors = torch.where(ended.unsqueeze(-1), self._noise(vectors.shape[1]), vectors)
+        for _ in range(_PASSES):
+            overlap = self._projected(vectors, 0)
+            vectors = torch.linalg.qr(vectors.mT).Q.mT.contiguous()
+            large = (overlap.abs() > _SMALL_OVERLAP).any(-1).any(-1)
+            if not bool(large.any()):  # what is left of it is rounding
+                break
+        self.lost |= large
+        return vectors
 
-    def ritz_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """|θ| (B, K) descending, coordinates of the Ritz vectors (B, K, K), residuals (B, K)."""
-        inner = self.coupling[:, 1 : self.steps]
-        compressed = torch.diag_embed(self.diagonal[:, : self.steps])
-        compressed += torch.diag_embed(inner, 1) + torch.diag_embed(inner, -1)
-        theta, weights = torch.linalg.eigh(compressed)
-        values, place = theta.abs().sort(dim=-1, descending=True)
+    def ritz_pairs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the channels ``rows``: θ (B, K) by falling modulus, coordinates of the Ritz vectors
+        (B, K, K), and residuals (B, K)."""
+        theta, weights = torch.linalg.eigh(self.compressed[rows, : self.steps, : self.steps])
+        place = theta.abs().argsort(dim=-1, descending=True)
         weights = weights.gather(-1, place.unsqueeze(-2).expand_as(weights))
-        edge = self.coupling[:, self.steps : self.steps + 1]
-        return values, weights, weights[:, -1].abs() * edge
+        last = weights[:, -self.edge.shape[-1] :]
+        misfit = (last * torch.bmm(self.edge[rows], last)).sum(-2).clamp(min=0).sqrt()
+        return theta.gather(-1, place), weights, misfit
 
 
-def _orthogonalised(image: Tensor, length: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """``image`` (B, size) less its projection on the rows of ``basis``, and what length is left.
-
-    A vector that loses much of its length has lost digits with it, and is projected again.
-    """
-    for _ in range(3):
-        overlap = torch.bmm(image.unsqueeze(1), basis.mT)
-        image = image - torch.bmm(overlap, basis).squeeze(1)
-        left = torch.linalg.vector_norm(image, dim=-1, keepdim=True)
-        if bool((left > 0.5 * length).all()):
-            break
-        length = left
-    return image, left
+def _alike(theta: Tensor, misfit: Tensor, noise: Tensor, block: int) -> Tensor:
+    """Whether so many of the leading Ritz values (B, k) as a block has vectors are alike, within
+    what their residuals can tell, and more than noise (B, 1): (B)."""
+    if block > theta.shape[-1]:
+        return torch.zeros_like(theta[:, 0], dtype=torch.bool)
+    theta, place = theta.sort(dim=-1)
+    misfit = misfit.gather(-1, place)
+    first, last = theta[:, : theta.shape[-1] + 1 - block], theta[:, block - 1 :]
+    size = torch.maximum(first.abs(), last.abs())
+    width = _ALIKE * size + 2 * misfit.unfold(-1, block, 1).amax(-1)
+    return ((last - first <= width) & (size > noise)).any(-1)
 
 
 @full_precision()
@@ -337,9 +381,10 @@ def hankel_singular_values(
             "free": of a square block of taps alone.
 
     Returns:
-        (*C, count), or fewer if the matrices are smaller; float64, descending. Values below 1e-4
-        of the largest, or of short kernels, or all of them, are accurate to rounding in float64;
-        others to about 1e-6 of the largest.
+        (*C, count), or fewer if the matrices are smaller; float64, descending. All of
+        them, and those of short kernels, are accurate to rounding; of long kernels the leading ones
+        are to about 1e-4 and the last of a flat spectrum to two percent, each of its own size as
+        long as that is above a millionth of the largest.
 
     Raises:
         TypeError: if the kernel is not real floating point.

@@ -51,6 +51,96 @@ def test_kernels_of_low_order_end_the_iteration_early(count):
         assert float((mine - exact).abs().max()) <= 3e-6 * float(exact[0])
 
 
+def exact_spectrum(matrix):
+    """Singular values, descending, of a stack of dense matrices."""
+    return torch.from_numpy(np.linalg.svd(matrix.numpy(), compute_uv=False))
+
+
+def check_spectrum(spectrum, hankel, exact):
+    """Values, vectors and bounds beside those of the dense matrices, relative to each value; what
+    lies below a millionth of the largest value is compared with that."""
+    values, vectors = spectrum.values, spectrum.vectors
+    count = values.shape[-1]
+    size = exact[:, :count] + 1e-6 * exact[:, :1]
+    assert bool(((values - exact[:, :count]).abs() <= 2e-2 * size).all())
+    unit = torch.eye(count, dtype=torch.float64)
+    assert float((vectors @ vectors.mT - unit).abs().max()) <= 1e-12
+    # Left singular vectors: Hᵀ u has the length σ, and H Hᵀ u is σ² u as far as that was asked.
+    image = vectors @ hankel.matrix()
+    assert bool(((image.norm(dim=-1) - values).abs() <= 1e-2 * size).all())
+    back = image @ hankel.matrix().mT - values.square().unsqueeze(-1) * vectors
+    smallest = values[:, -1:] + 1e-5 * values[:, :1]
+    assert bool((back.norm(dim=-1) <= 3e-2 * values[:, :1] * smallest).all())
+    ritz = spectrum.ritz
+    assert bool((ritz <= exact[:, : ritz.shape[-1]] + 1e-12 * exact[:, :1]).all())
+
+
+def check_families(families, channels, lengths, seed):
+    draw = np.random.default_rng(seed)
+    total = 0
+    for name, make in families.items():
+        for length in lengths:
+            kernel = torch.from_numpy(np.stack([make(draw, length) for _ in range(channels)]))
+            kernel[channels // 2 :] = kernel[channels // 2 :].float().double()
+            for tail in ("zero", "free"):
+                hankel = hankel_matrices(kernel[:, 1:], tail)
+                exact = exact_spectrum(hankel.matrix())
+                for count in (1, 3, 9, 21):
+                    try:
+                        check_spectrum(leading_spectrum(hankel, count), hankel, exact)
+                    except AssertionError as error:
+                        where = f"{name}, {length} taps, tail {tail}, {count} values: {error}"
+                        raise AssertionError(where) from error
+            total += channels
+    return total
+
+
+def test_spectra_of_every_family(families):
+    check_families(families, channels=2, lengths=[180, 359], seed=0)
+
+
+@pytest.mark.slow
+def test_spectra_of_ten_thousand_kernels(families):
+    lengths = [163, 200, 258, 359, 402]
+    assert check_families(families, channels=84, lengths=lengths, seed=1) >= 10_000
+
+
+def test_a_channel_does_not_depend_on_its_batch(families):
+    draw = np.random.default_rng(2)
+    kernel = np.stack([make(draw, 420) for make in families.values() for _ in range(2)])
+    together = leading_spectrum(hankel_matrices(torch.from_numpy(kernel)[:, 1:], "zero"), 12)
+    for row in range(len(kernel)):
+        hankel = hankel_matrices(torch.from_numpy(kernel)[row : row + 1, 1:], "zero")
+        alone = leading_spectrum(hankel, 12)
+        torch.testing.assert_close(
+            alone.values[0], together.values[row], rtol=1e-5, atol=1e-6 * float(alone.values.max())
+        )
+
+
+@pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 1e-4, 1e-6])
+def test_constants_in_noise(noise):
+    generator = torch.Generator().manual_seed(0)
+    kernel = 1 + noise * torch.randn(20, 200, dtype=torch.float64, generator=generator)
+    exact = hankel_singular_values(kernel)
+    for count in (1, 2, 8, 16, 28):
+        found = hankel_singular_values(kernel, count)
+        assert float((found - exact[:, :count]).abs().max()) <= 1e-5 * float(exact.max())
+
+
+def test_a_comb_has_its_values_as_often_as_its_spacing():
+    """Rows i and columns j of one residue of i + j modulo 10 make a matrix of their own."""
+    teeth = 0.97 ** torch.arange(100, dtype=torch.float64)
+    kernel = torch.zeros(1001, dtype=torch.float64)
+    kernel[1::10][:100] = teeth
+    first, other = (
+        exact_spectrum(hankel_matrices(t.unsqueeze(0), "zero").matrix())[0]
+        for t in (teeth, teeth[1:])
+    )
+    exact = torch.cat([first, other.repeat(9)]).sort(descending=True).values[:24]
+    found = hankel_singular_values(kernel, 24)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("tail", ["zero", "free"])
 def test_all_values(smooth_kernel, tail):
     kernel = smooth_kernel(2, 64)
