@@ -391,10 +391,11 @@ def check(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run MODEL in every way that it can be run, and compare: one table.
+    """Run MODEL in every way that it can be run, and compare: two tables.
 
-    Parallel, recurrent, chunked, left-padded, batched, reloaded and distilled, for every layer and
-    the whole model, in float32 and bfloat16. Exits with status 1 if a difference is too large.
+    Parallel, recurrent, chunked, batched, reloaded and distilled; padded on the left, on the right,
+    in between and in a second turn, packed, and generated with a cache; for every layer and the
+    whole model, in float32 and bfloat16. Exits with status 1 if a difference is too large.
     """
     if order < 0:
         raise UserError(f"--order must be at least 1, or 0 for no distilled copy; got {order}.")
