@@ -67,7 +67,13 @@ def attention_with_forward_mode():
         yield
 
 
-@pytest.mark.parametrize("carried", [False, True], ids=["whole", "with a state"])
+@pytest.mark.parametrize(
+    "carried",
+    [
+        pytest.param(False, id="whole"),
+        pytest.param(True, id="with a state", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", MIXERS)
 def test_forward_reverse_and_differences(name, carried):
     torch.manual_seed(0)
@@ -105,6 +111,7 @@ def test_forward_reverse_and_differences(name, carried):
     torch.testing.assert_close(of_x, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rtf", "modal", "s4", "multi_hyena", "s6", "gated_delta_net"])
 def test_gradients_of_each_sample(name):
     """``vmap(grad)``, what per-sample gradients are made with."""

@@ -96,6 +96,9 @@ def forms(mixer: Mixer, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return outputs
 
 
+SLOW = ("lattice", "hyena_mimo", "multi_hyena_narrow", "attention_window", "gla_s6")
+
+
 def check(mixer: Mixer, x: torch.Tensor, dtype: torch.dtype, autocast: bool) -> None:
     """Every form in half precision against the whole sequence in float64."""
     half = copy.deepcopy(mixer) if autocast else copy.deepcopy(mixer).to(dtype)
@@ -108,7 +111,9 @@ def check(mixer: Mixer, x: torch.Tensor, dtype: torch.dtype, autocast: bool) -> 
 
 
 @autocast
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MIXERS]
+)
 def test_every_form_is_the_map_in_double_precision(name, dtype, autocast):
     torch.manual_seed(0)
     mixer = MIXERS[name]().eval()
@@ -134,7 +139,9 @@ LARGE = [*FILTERS, "hyena", "multi_hyena", "multi_hyena_online", "multi_hyena_na
 
 
 @autocast
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LARGE]
+)
 def test_products_beyond_float16_that_the_gate_brings_back(name, dtype, autocast):
     check(with_large_values(name), torch.randn(2, LENGTH, WIDTH), dtype, autocast)
 

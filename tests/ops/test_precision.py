@@ -129,8 +129,14 @@ RESULTS: dict[str, Callable[[], Any]] = {
 }
 
 
+SLOW = ("check", "distill to a tolerance", "reduce to a tolerance")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the models' own warnings about half layers
-@pytest.mark.parametrize("name", RESULTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RESULTS],
+)
 def test_autocast_changes_nothing(name):
     torch.manual_seed(0)
     with torch.no_grad():
