@@ -9,13 +9,14 @@ values that moves no version; for that there is `digest`.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["Record", "digest"]
 
-_SAMPLES = 3  # each is a miss of the cache, once a token
+_SAMPLES = 2  # each is a miss of the cache, once a token
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
@@ -25,11 +26,14 @@ class Record:
     The memory of the tensor is kept, so that its address is not given to another one.
     """
 
+    __slots__ = ("_at", "_samples", "_values", "_version", "tensor")
+
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self._at = tensor.data_ptr()
         self._version = None if tensor.is_inference() else tensor._version
-        self._samples, self._values = None, b""
+        self._samples: Any = None
+        self._values = b""
         if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
             bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.itemsize]).numpy()
             flat = bits.reshape(tensor.numel(), -1)
