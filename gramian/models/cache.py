@@ -47,6 +47,8 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
 class _Source:
     """A tensor of a filter, by its place, and what it was when a recurrence was made of it."""
 
+    __slots__ = ("digest", "name", "place", "record", "trained")
+
     def __init__(self, place: dict[str, Any], name: str) -> None:
         self.place, self.name = place, name
         self.record, self.digest = Record(place[name]), digest(place[name])
@@ -67,12 +69,11 @@ class _Source:
 
 
 def _sources(mixer: nn.Module) -> list[_Source]:
-    """Parameters and buffers of a mixer's filters that can be looked at, the trained ones first."""
+    """Parameters and buffers of a mixer's filters that can be looked at."""
     filters = [part for part in mixer.modules() if isinstance(part, Filter)]
     parts = {id(part): part for one in filters for part in one.modules()}.values()
     places = [place for part in parts for place in (part._parameters, part._buffers)]
-    found = [_Source(p, name) for p in places for name, tensor in p.items() if _is_here(tensor)]
-    return sorted(found, key=lambda source: not source.trained)
+    return [_Source(p, name) for p in places for name, tensor in p.items() if _is_here(tensor)]
 
 
 def _is_here(tensor: Tensor | None) -> TypeGuard[Tensor]:
@@ -93,6 +94,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         super().__init__(number_of_states=1)
         self.recurrence: Any = None
         self._snapshot: list[_Source] = []
+        self._trained: list[_Source] = []
         self.tokens = 0
         self.batch_size = -1
 
@@ -110,10 +112,9 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         """The frozen recurrence of `mixer` for the next `length` tokens, made where there is none.
 
         Without gradients it must still be one of the filter as it is: it is made anew where it is
-        not and nothing is remembered, as after `reset`. Before several tokens all of the filter's
-        tensors are looked at, before a single one the tensors take turns, so that one step after an
-        optimiser is enough. What is not noticed: single values that were edited through `.data` or
-        numpy, a fused optimiser on a GPU, and filters whose weights are offloaded or sharded.
+        not and nothing is remembered, as after `reset`. Before a single token only what is trained
+        is looked at. What is not noticed: single values that were edited through `.data` or numpy,
+        a fused optimiser on a GPU, and filters whose weights are offloaded or sharded.
 
         Raises:
             ValueError: if the filter has changed since, or the cache is another model's, and a
@@ -133,14 +134,13 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         if self.recurrence is None:
             self.recurrence = mixer.recurrence()
             self._snapshot = _sources(mixer)
+            trained = [source for source in self._snapshot if source.trained]
+            self._trained = trained or self._snapshot
         return self.recurrence
 
     def _is_stale(self, length: int) -> bool:
-        looked_at = self._snapshot
-        if length == 1 and looked_at:
-            turns = sum(source.trained for source in looked_at) or len(looked_at)
-            looked_at = [looked_at[self.tokens % turns]]
-        return not all(source.holds() for source in looked_at)
+        looked_at = self._snapshot if length > 1 else self._trained
+        return any(not source.holds() for source in looked_at)
 
     def lazy_initialization(
         self, conv_states: Any = None, recurrent_states: Any = None, state_idx: int = 0

@@ -8,6 +8,7 @@ values that moves no version; for that there is `digest`.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 
 import torch
@@ -15,43 +16,53 @@ from torch import Tensor
 
 __all__ = ["Record", "digest"]
 
-_SAMPLES = 3  # each is a miss of the cache, once a token
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+
+_WORDS = {
+    8: ctypes.c_uint64.from_address,
+    4: ctypes.c_uint32.from_address,
+    2: ctypes.c_uint16.from_address,
+    1: ctypes.c_uint8.from_address,
+}
 
 
 class Record:
     """What a tensor was: the object, where it lay, its version and, on a CPU, a few of its values.
 
-    The memory of the tensor is kept, so that its address is not given to another one.
+    The tensor is kept, so that its address is not given to another one. Values are read by their
+    address, and only where the tensor still lies there: a numpy view would keep its memory from
+    being freed, as sharding does between layers, and costs more than the misses of the cache.
     """
+
+    __slots__ = ("_at", "_first", "_read", "_second", "_values", "_version", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self._at = tensor.data_ptr()
         self._version = None if tensor.is_inference() else tensor._version
-        self._samples, self._values = None, b""
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel():
-            bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.itemsize]).numpy()
-            flat = bits.reshape(tensor.numel(), -1)
-            step = max(1, len(flat) // _SAMPLES)
-            if tensor.ndim > 1 and step > 1 and step % tensor.shape[-1] == 0:
-                step -= 1  # through different columns
-            self._samples = flat[step // 2 :: step]
-            self._values = self._samples.tobytes()
+        self._read = None
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and self._at:
+            size = tensor.numel() * tensor.itemsize
+            width = next(width for width in _WORDS if width <= size)  # one value, or several
+            self._read = _WORDS[width]
+            self._first = self._at + size // width // 3 * width
+            self._second = self._at + 2 * (size // width) // 3 * width
+            self._values = self._read(self._first).value, self._read(self._second).value
 
     def matches(self, tensor: Tensor | None) -> bool:
         """Whether ``tensor`` is that object, unmoved, with the values that were looked at."""
-        return (
-            tensor is self.tensor
-            and tensor.data_ptr() == self._at
-            and (self._version is None or tensor._version == self._version)
-            and (self._samples is None or self._samples.tobytes() == self._values)
-        )
+        if (
+            tensor is not self.tensor
+            or tensor.data_ptr() != self._at
+            or (self._version is not None and tensor._version != self._version)
+        ):
+            return False
+        read = self._read  # twice by hand: this is asked of every weight once a token
+        return read is None or self._values == (read(self._first).value, read(self._second).value)
 
 
 def digest(tensor: Tensor) -> bytes:
     """A hash of dtype, shape and all values of a tensor."""
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    values = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8)
     found = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=16)
     found.update(values.numpy().data)
     return found.digest()
