@@ -39,6 +39,9 @@ class Mixer(nn.Module, abc.ABC):
     that its tokens give alone. What stands at padding in the output means nothing. Rows that hold
     several sequences each are told by `Segments` in the mask's place, whole sequences only.
 
+    Long convolutions go through FFTs, which mix all samples of a sequence: a NaN, an infinity or a
+    number too large to round the others beside reaches earlier outputs of that sequence as well.
+
     ``kernel_dropout`` is the probability with which a tap of a long convolution is dropped in
     training, whole sequences only: what carries a state is never touched by it.
     """
