@@ -61,7 +61,8 @@ class Optimization:
         steps: optimiser steps; or give `epochs`.
         epochs: passes over the training set.
         batch_size: sequences of an optimiser step, over all processes and accumulated parts, so
-            that a run does not depend on how many processes share it.
+            that a run does not depend on how many processes share it; the last batch of an epoch
+            is filled up with other rows where several do.
         accumulation: parts that a process takes its share of a batch in.
         packing: whether to put the sequences of a part end to end, in rows no longer than the
             task's longest, in place of padding each; they learn what they would by themselves.

@@ -85,7 +85,7 @@ def by_hand(name: str, logits: Tensor, labels: Tensor, real: Tensor | None = Non
         ):
             if label != -100:
                 total = math.log(sum(math.exp(value) for value in row.tolist()))
-                losses.append(total - float(row[int(label)]))
+                losses.append(total - row[int(label)].item())
     else:
         real = torch.ones_like(labels) if real is None else real
         numbers = (logits.reshape(-1), labels.reshape(-1), real.reshape(-1))

@@ -99,7 +99,12 @@ def test_a_run_stops_with_its_last_good_checkpoint(
         json.loads(line, parse_constant=lambda word: pytest.fail(word))
 
 
-@pytest.mark.parametrize("kind", ["tokens", "classification", "pairs", "signal", "reconstruction"])
+OTHERS = ("classification", "pairs", "reconstruction")
+
+
+@pytest.mark.parametrize(
+    "kind", ["tokens", "signal", *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERS)]
+)
 def test_a_rate_that_is_too_large(tmp_path: Path, run: Run, kind: str) -> None:
     values = run(tmp_path / "run", kind, **TOO_FAST, evaluation__every=1)
     with pytest.raises(DivergedError, match="at step 1"):

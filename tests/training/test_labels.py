@@ -24,6 +24,10 @@ Run = Callable[..., dict[str, Any]]
 KINDS = ("tokens", "classification", "pairs", "signal", "reconstruction")
 
 
+def slow(kind: str) -> Any:
+    return pytest.param(kind, marks=pytest.mark.slow)
+
+
 def build(kind: str, **settings: Any) -> tasks.Task:
     return tasks.build("test/labelled", kind=kind, **settings)
 
@@ -60,7 +64,7 @@ def test_what_is_ignored_counts_nowhere(tmp_path: Path, kind: str, run: Run) -> 
         assert one.value == pytest.approx(report.metrics[name], rel=1e-5), one.metric
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["signal", *(slow(kind) for kind in KINDS if kind != "signal")])
 def test_parts_of_a_batch_give_the_losses_of_one(tmp_path: Path, kind: str, run: Run) -> None:
     """Parts in which more and less is due, some of them nothing."""
     losses = []
@@ -133,7 +137,7 @@ def test_evaluation_tells_the_same(kind: str, settings: dict[str, Any], sentence
 
 
 def test_a_run_without_a_label_is_told(tmp_path: Path, run: Run) -> None:
-    for kind in KINDS:
+    for kind in ("tokens", "signal"):
         values = run(tmp_path / kind, kind, task__share=1.0)
         with pytest.raises(ConfigError, match="no answer is due in the rows"):
             train(parse_config(values))

@@ -159,7 +159,7 @@ def test_the_loss_is_that_of_sequences_alone(kind: str, model: str) -> None:
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["tokens", "classification"])
+@pytest.mark.parametrize("kind", ["tokens", pytest.param("classification", marks=pytest.mark.slow)])
 def test_a_run_learns_what_it_would_of_padded_rows(tmp_path: Path, run: Run, kind: str) -> None:
     losses = []
     for packing in (False, True):
