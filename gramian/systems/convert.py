@@ -3,7 +3,9 @@ r"""Changes of realisation between systems.
 The functions of the table return a system with the same impulse response, in float64, or refuse
 with the reason. What is exact in exact arithmetic but may be ruined by rounding (anything that goes
 through the zeros of a polynomial, or from zeros to coefficients) is verified: the impulse responses
-before and after are compared, and the conversion is refused if they differ by more than ``tol``.
+before and after are compared over the infinite horizon, and the conversion is refused if they
+differ by more than ``tol`` or a stable system would become an unstable one. A system with a pole
+within 1e-7 of the unit circle is compared over 2^20 steps, one that is unstable over 4,096.
 
 ==================  =====================  =======================  ==========================
 from \ to           TransferFunction       Modal                    StateSpace

@@ -255,9 +255,8 @@ class TransferFunction(TimeInvariantSystem):
         return torch.cat([self.d.unsqueeze(-1), tail], dim=-1)
 
     def poles(self) -> Tensor:
-        """(*C, n), complex128: the zeros of the denominator, by eigenvalues of the companion in
-        coordinates where rounding moves them least."""
-        return self._companion_form().poles()
+        """(*C, n), complex128: the zeros of the denominator, by eigenvalues of the companion."""
+        return torch.linalg.eigvals(self._companion())
 
     def spectral_radius(self) -> Tensor:
         """(*C), float64: the largest modulus of a pole; 0 without any."""
