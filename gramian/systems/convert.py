@@ -368,10 +368,13 @@ def _verified(converted: _Converted, system: TimeInvariantSystem, tol: float) ->
             if isinstance(converted, Modal)
             else "its coefficients lose what its poles hold"
         )
+        worst = float(error.max())
+        found = f"impulse responses differ by {worst:.1e}, tol is {tol:.1e}"
+        if worst == math.inf:
+            found = "the impulse response would grow or cannot be compared"
         raise ValueError(
-            f"this {type(system).__name__} is no {kind} in double precision: {reason} (impulse "
-            f"responses differ by {float(error.max()):.1e}, tol is {tol:.1e}); gramian.reduce "
-            "finds a modal system near it."
+            f"this {type(system).__name__} is no {kind} in double precision: {reason} ({found}); "
+            "gramian.reduce finds a modal system near it."
         )
     return converted
 
