@@ -39,6 +39,10 @@ _FORCING = 1e-8
 """The root of Q, relative to how far b moves each coordinate: states that b does not reach are
 carried too, at a cost of as many digits."""
 
+_LEAST_TRUSTED = 30.0
+_MOST_FORCING = 0.5
+"""Where these have come to after failures nothing more is tried."""
+
 _CANCELLED = 1e3
 """What ‖b̃‖ ‖c̃‖ may be, relative to the norm of the impulse response."""
 
@@ -293,14 +297,14 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
     rows, output = Pair.of(torch.cat([A, B.unsqueeze(-1)], dim=-1)), Pair.of(C.unsqueeze(-2))
     factors: list[Tensor] = []
     good, trusted = ready, torch.full_like(B[..., 0], _TRUSTED)
-    forcing = torch.full_like(trusted, _FORCING)
+    forcing, hopeless = torch.full_like(trusted, _FORCING), torch.zeros_like(ready)
     for _ in range(_PASSES):
-        if bool(ready.all()):
+        if bool((ready | hopeless).all()):
             break
         A = rows.high[..., :-1]
         L = _reach(A, rows.high[..., -1], trusted, forcing)
         changed, right = _similar(L, rows)
-        use = (~ready & right)[..., None, None]
+        use = (~(ready | hopeless) & right)[..., None, None]
         rows, output = changed.where(use, rows), _times(output, L).where(use, output)
         if bool(use.any()):
             factors.append(torch.where(use, L, identity))
@@ -310,6 +314,7 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
         trusted = torch.where(right, trusted, trusted.sqrt())
         flat = spread.max <= 4 * spread.min
         forcing = torch.where(right & ~flat, forcing, forcing.sqrt())
+        hopeless = hopeless | (trusted < _LEAST_TRUSTED) | (forcing > _MOST_FORCING)
         A = rows.high[..., :-1]
         good = bounded_powers(A)
         column, row = rows.high[..., -1:], output.high

@@ -305,7 +305,7 @@ class TimeInvariantSystem(System):
                 f"differs by {float(error.nan_to_num(torch.inf).max()):.0e} (relative l2 norm, "
                 f"{length} taps) from that in {str(self.dtype)[6:]}: what cancels in its "
                 "coefficients is lost in rounding.",
-                stacklevel=3,
+                stacklevel=4,  # past the decorator and `to`
             )
 
     @abc.abstractmethod

@@ -3,7 +3,9 @@ r"""Changes of realisation between systems.
 The functions of the table return a system with the same impulse response, in float64, or refuse
 with the reason. What is exact in exact arithmetic but may be ruined by rounding (anything that goes
 through the zeros of a polynomial, or from zeros to coefficients) is verified: the impulse responses
-before and after are compared, and the conversion is refused if they differ by more than ``tol``.
+before and after are compared over the infinite horizon, and the conversion is refused if they
+differ by more than ``tol`` or a stable system would become an unstable one. A system with a pole
+within 1e-7 of the unit circle is compared over 2^20 steps, one that is unstable over 4,096.
 
 ==================  =====================  =======================  ==========================
 from \ to           TransferFunction       Modal                    StateSpace
@@ -366,10 +368,13 @@ def _verified(converted: _Converted, system: TimeInvariantSystem, tol: float) ->
             if isinstance(converted, Modal)
             else "its coefficients lose what its poles hold"
         )
+        worst = float(error.max())
+        found = f"impulse responses differ by {worst:.1e}, tol is {tol:.1e}"
+        if worst == math.inf:
+            found = "the impulse response would grow or cannot be compared"
         raise ValueError(
-            f"this {type(system).__name__} is no {kind} in double precision: {reason} (impulse "
-            f"responses differ by {float(error.max()):.1e}, tol is {tol:.1e}); gramian.reduce "
-            "finds a modal system near it."
+            f"this {type(system).__name__} is no {kind} in double precision: {reason} ({found}); "
+            "gramian.reduce finds a modal system near it."
         )
     return converted
 

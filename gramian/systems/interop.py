@@ -97,8 +97,8 @@ def from_zpk(
     if error > _TOLERANCE:
         raise ValueError(
             f"the coefficients of polynomials of degree {len(den) - 1} lose what these poles hold: "
-            f"in double precision the impulse response is off by {error:.1e} (at most "
-            f"{_TOLERANCE:.0e} is accepted); StateSpace.from_zpk and Modal.from_zpk expand none."
+            f"in double precision {_lost(error)} (at most {_TOLERANCE:.0e} is accepted); "
+            "StateSpace.from_zpk and Modal.from_zpk expand none."
         )
     return system.to(dtype=dtype)
 
@@ -146,15 +146,20 @@ def _partial_fractions(
     if error > TOLERANCE:
         raise ValueError(
             "these poles have no partial fractions in double precision: some coincide, or nearly "
-            f"so (impulse responses differ by {error:.1e}, at most {TOLERANCE:.0e} is "
-            f"accepted); StateSpace.{name} takes them as they are."
+            f"so: {_lost(error)} (at most {TOLERANCE:.0e} is accepted); "
+            f"StateSpace.{name} takes them as they are."
         )
     return system
 
 
+def _lost(error: float) -> str:
+    if error == float("inf"):
+        return "the system is no longer stable"
+    return f"the impulse response is off by {error:.1e}"
+
+
 def _state_space(parts: list[Section], gain: float = 1.0) -> StateSpace:
-    A, B, C, D = cascade(parts, gain)
-    return StateSpace.from_scipy(A, B, C, D)
+    return StateSpace(*(torch.from_numpy(np.asarray(value)) for value in cascade(parts, gain)))
 
 
 def _given_sections(sos: Any) -> list[Section]:

@@ -18,6 +18,7 @@ from gramian.ops import causal_convolution
 from gramian.ops.krylov import krylov_product, krylov_sum, matrix_power, plain_steps
 from gramian.ops.similarity import Coordinates, coordinates
 from gramian.systems._hankel import check_spectral_radius, infinite_hankel_singular_values
+from gramian.systems._rounding import delays, warn_of_lost_poles
 from gramian.systems._state import State
 from gramian.systems._system import (
     LinearRecurrence,
@@ -28,6 +29,9 @@ from gramian.systems._system import (
 
 __all__ = ["StateSpace", "StateSpaceRecurrence", "StateSpaceState"]
 
+
+_ANGLES = 64
+"""Points of the half circle on which a response is looked at, besides the angles of the poles."""
 
 _Realised = tuple[Coordinates, tuple[Tensor, Tensor, Tensor]]
 
@@ -98,6 +102,11 @@ class StateSpace(TimeInvariantSystem):
             D: (1, 1).
             dtype: Of the result.
 
+        Warns:
+            UserWarning: if a pole is outside of the unit circle, or if rounding of the matrices
+                alone moves the frequency response by more than 1e-6 (3e-4 for a dtype of single
+                precision), as it does in companion matrices of polynomials of high degree.
+
         Raises:
             ValueError: if the system has several inputs or outputs, or the shapes do not fit.
         """
@@ -109,7 +118,26 @@ class StateSpace(TimeInvariantSystem):
                 f"(1, 1); got {a.shape}, {b.shape}, {c.shape} and {d.shape}."
             )
         fields = (a.reshape(n, n), b.reshape(n), c.reshape(n), d.reshape(()))
-        return cls(*(torch.from_numpy(np.array(f)).to(dtype) for f in fields))
+        system = cls(*(torch.from_numpy(np.array(f)).to(dtype) for f in fields))
+        system._warn_of_lost_poles()
+        return system
+
+    @torch.no_grad()
+    def _warn_of_lost_poles(self) -> None:
+        if not self.order or not bool(self.A.isfinite().all()):
+            return
+        # With R = (zI - A)⁻¹ rounding moves the response by at most eps |c R| |A| |R b|.
+        A, B, C = self.A.double(), self.B.double(), self.C.double()
+        poles = self.poles()
+        z = 1 / delays(poles, _ANGLES)
+        identity = torch.eye(self.order, dtype=torch.float64, device=self.device)
+        resolvent = z[:, None, None] * identity - A
+        column = torch.linalg.solve(resolvent, (B + 0j).unsqueeze(-1)).squeeze(-1)
+        row = torch.linalg.solve(resolvent.mT, (C + 0j).unsqueeze(-1)).squeeze(-1)
+        response = (self.D.double() + (column * C).sum(-1)).abs().amax()
+        change = ((row.abs() @ A.abs()) * column.abs()).sum(-1).amax()
+        moved = torch.finfo(self.dtype).eps / 2 * change / response.clamp_min(1e-300)
+        warn_of_lost_poles("these matrices", moved, poles.abs().amax(), self.dtype, 4)
 
     @classmethod
     def from_zpk(

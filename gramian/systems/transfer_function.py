@@ -6,7 +6,6 @@ r"""Rational transfer functions, and the choice of a recurrence that computes th
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable
 from functools import cached_property
 
@@ -17,6 +16,7 @@ from typing_extensions import Self
 
 from gramian.ops import causal_convolution, rational_kernel
 from gramian.ops.recursion import all_pole_filter
+from gramian.systems._rounding import delays, warn_of_lost_poles
 from gramian.systems._state import State
 from gramian.systems._system import Recurrence, TimeInvariantSystem, check_tensor
 from gramian.systems.companion import CompanionRecurrence, CompanionState
@@ -35,11 +35,8 @@ __all__ = ["TransferFunction"]
 _TOLERANCE = 1e-5
 """Relative l2 error up to which a recurrence counts as the kernel it came from."""
 
-_LOST = 1e-6
-"""Relative error of a frequency response above which coefficients have lost what they stand for."""
-
 _ANGLES = 512
-"""Points of the half circle on which it is looked at, besides the angles of the poles."""
+"""Points of the half circle on which a response is looked at, besides the angles of the poles."""
 
 _DENSE_ELEMENTS = 2**20
 """Elements up to which a product with a Toeplitz matrix is taken without an FFT."""
@@ -255,9 +252,8 @@ class TransferFunction(TimeInvariantSystem):
         return torch.cat([self.d.unsqueeze(-1), tail], dim=-1)
 
     def poles(self) -> Tensor:
-        """(*C, n), complex128: the zeros of the denominator, by eigenvalues of the companion in
-        coordinates where rounding moves them least."""
-        return self._companion_form().poles()
+        """(*C, n), complex128: the zeros of the denominator, by eigenvalues of the companion."""
+        return torch.linalg.eigvals(self._companion())
 
     def spectral_radius(self) -> Tensor:
         """(*C), float64: the largest modulus of a pole; 0 without any."""
@@ -362,38 +358,15 @@ def exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _warn_of_lost_poles(system: TransferFunction) -> None:
-    """Say so where coefficients do not hold a filter, or not a stable one."""
     if not system.order or not system.a.numel():
         return
+    # Rounding may move a(z) by eps Σ |a_j|, which matters where a(z) is small: near the poles.
     poles = system.poles()
-    # Rounding may move a(z) by eps Σ |a_j|, which matters where a(z) is small: near the poles, here
-    # on a circle on which a pole at z = 1 is not a singularity.
-    angles = torch.linspace(0, torch.pi, _ANGLES, dtype=torch.float64, device=system.device)
-    angles = torch.cat([poles.angle(), angles.expand(*system.channel_shape, -1)], dim=-1)
-    delay = torch.polar(torch.full_like(angles, 1 - 2.0**-14), -angles)  # z^-1
+    delay = delays(poles, _ANGLES)
     value = torch.zeros_like(delay)
     for coefficient in system.a.double().flip(-1).unbind(-1):
         value = (value + coefficient.unsqueeze(-1)) * delay
-    value = 1 + value
     magnitude = 1 + system.a.double().abs().sum(-1, keepdim=True)
-    eps = torch.finfo(system.dtype).eps / 2
-    moved = (eps * magnitude / value.abs()).amax(-1)
-    radius = torch.nn.functional.pad(poles.abs(), (0, 1)).amax(-1)
-    instead = (
-        "StateSpace.from_zpk and StateSpace.from_sos take zeros and poles, or second-order "
-        "sections, without expanding polynomials."
-    )
-    if not bool((moved <= max(_LOST, torch.finfo(system.dtype).eps ** 0.5)).all()):
-        warnings.warn(
-            f"coefficients of degree {system.order} in {str(system.dtype)[6:]} do not hold these "
-            f"poles: their rounding alone moves the frequency response by {float(moved.max()):.0e} "
-            f"(relative), and the largest pole has modulus {float(radius.max()):.6g}; {instead}",
-            stacklevel=3,
-        )
-    elif bool((radius > 1 + 1e-9).any()):
-        warnings.warn(
-            f"this denominator has a pole of modulus {float(radius.max()):.9g}, outside of the "
-            f"unit circle, so the impulse response grows without end; if that was not meant, "
-            f"{instead}",
-            stacklevel=3,
-        )
+    moved = (torch.finfo(system.dtype).eps / 2 * magnitude / (1 + value).abs()).amax(-1)
+    given = f"coefficients of degree {system.order}"
+    warn_of_lost_poles(given, moved, poles.abs().amax(-1), system.dtype, 4)

@@ -139,6 +139,8 @@ def test_coefficients_that_lost_their_poles_are_warned_of() -> None:
     for zpk in NARROW:
         with pytest.warns(UserWarning, match=r"do not hold these poles.*StateSpace\.from_sos"):
             TransferFunction.from_scipy(*scipy.signal.zpk2tf(*zpk))
+        with pytest.warns(UserWarning, match=r"do not hold these poles.*StateSpace\.from_sos"):
+            StateSpace.from_scipy(*scipy.signal.tf2ss(*scipy.signal.zpk2tf(*zpk)))
     with pytest.warns(UserWarning, match="modulus 1.5, outside of the unit circle"):
         TransferFunction.from_scipy([1.0, 0], [1.0, -1.5])
     with pytest.warns(UserWarning, match="float32 do not hold"):
@@ -150,7 +152,9 @@ def test_good_coefficients_are_taken_in_silence() -> None:
         warnings.simplefilter("error")
         for order in range(1, 7):
             for cutoff in (0.1, 0.5, 0.9):
-                TransferFunction.from_scipy(*scipy.signal.butter(order, cutoff))
+                b, a = scipy.signal.butter(order, cutoff)
+                TransferFunction.from_scipy(b, a)
+                StateSpace.from_scipy(*scipy.signal.tf2ss(b, a))
         TransferFunction.from_scipy([1.0], [1.0, -1.0])  # an integrator
         TransferFunction.from_scipy([1.0, 2.0, 3.0], [1.0])  # a finite kernel
         TransferFunction.from_scipy([1.0], [1.0])
