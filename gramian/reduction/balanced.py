@@ -38,7 +38,17 @@ _HOPELESS = 30.0
 """A start this many times farther than another one is not refined."""
 
 _LARGEST_GREEDY = 64
-"""The largest order of a greedy start, which takes a transform for every pole."""
+"""The largest order of a greedy start, which takes a transform for every pole: above, a start of
+this order is tried."""
+
+_LEAST_FACTOR = 1e-6
+"""The least decay in a turn of a ring of poles: residues are damped from 1e-9 on."""
+
+_AMISS = 3.0
+"""How far an error may lie above the singular value that is left out: most are below it."""
+
+_STEPS_DOWN = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
+"""By how much lower the orders are that are tried where one has gone amiss."""
 
 _HEAT = 8
 """Steps after which the starts of a channel are compared."""
@@ -70,9 +80,17 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
         poles = _balanced_poles(problem, tail, order, rows)
         starts.append(problem.offer(best, poles, rows, everywhere))
     taps = problem.taps[rows]
-    complete = torch.nonzero(order >= taps.shape[-1]).flatten()
-    if len(complete):
-        problem.offer(best, _ring(taps[complete]), rows, complete)
+    _offer_rings(problem, best, order, rows)
+    amiss = torch.nonzero(_amiss(problem, best, order, rows)).flatten()
+    if len(amiss):
+        starts.append(_lower_orders(problem, order, rows, amiss))
+        problem.keep(best, starts[-1][amiss], amiss)
+    # The windowed Hankel matrix of a short kernel has no more room than this.
+    room = taps.shape[-1] // 2 - 1
+    crowded = amiss[order[amiss] > room]
+    if room > 0 and len(crowded):
+        lower = balanced(problem, torch.full_like(crowded, room), rows[crowded])
+        problem.keep(best, lower, crowded)
     if settings.refine:
         floor = torch.finfo(settings.dtype).eps * taps.norm(dim=-1)
         open_ = torch.nonzero((best.l2_error > floor) & (order < taps.shape[-1])).flatten()
@@ -107,9 +125,10 @@ def _refine(
         some = torch.nonzero((near | (leading == i)) & least.isfinite()).flatten()
         there = fit[open_[some]]
         batch.append((Modes.of(torch.where(there.residues != 0, there.poles, torch.nan)), some))
-    greedy = torch.nonzero(flat & (order[open_] <= _LARGEST_GREEDY)).flatten()
+    greedy = torch.nonzero(flat).flatten()
     if len(greedy):
-        batch.append((greedy_modes(taps[greedy], order[open_[greedy]]), greedy))
+        some = order[open_[greedy]].clamp(max=_LARGEST_GREEDY)
+        batch.append((greedy_modes(taps[greedy], some), greedy))
 
     channel = torch.cat([some for _, some in batch])
     found, errors = refined(
@@ -177,19 +196,75 @@ def _offer_fading(
     problem.keep(best, fit[some], where[some])
 
 
-def _ring(taps: Tensor) -> Tensor:
-    """As many poles as taps, evenly spaced on a circle: they reproduce any taps, (B, T).
+def _amiss(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> Tensor:
+    """Channels whose error is large beside the Hankel singular value that the order leaves out,
+    or whose Hankel matrix has too few rows for the order: a mask (len(rows))."""
+    taps, values = problem.taps[rows], problem.singular_values[rows]
+    values = torch.nn.functional.pad(values, (0, 1))
+    missed = values.gather(1, order.clamp(max=values.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    floor = 16 * torch.finfo(problem.settings.dtype).eps * taps.norm(dim=-1)
+    large = best.l2_error > _AMISS * missed + floor
+    return large | ((order >= taps.shape[-1] // 2) & (best.l2_error > floor))
 
-    Balanced truncation leaves nothing out at this order, and ends in a defective pole at zero.
+
+def _lower_orders(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) -> ModalFit:
+    """For the channels ``rows[amiss]``, the closest of fits of lower orders and of fits with
+    multiple poles spread out; of infinite error for the others.
+
+    The shift of a singular basis that holds rounding errors for vectors has poles that mean
+    nothing, and a multiple pole, of which a modal system has none, comes out as poles that nearly
+    coincide. A random change δ of the shift moves m such poles about δ^(1/m) apart.
     """
-    count = taps.shape[-1]
-    angle = 2 * math.pi / count * torch.arange(count, dtype=taps.dtype, device=taps.device)
-    poles = torch.polar(torch.full_like(angle, 0.25 ** (1 / count)), angle)
-    poles.imag[(angle == 0) | (2 * torch.arange(count, device=taps.device) == count)] = 0
-    return poles.expand(len(taps), -1)
+    found = problem.silence(rows)
+    found.l2_error[:] = torch.inf
+    some, wanted = rows[amiss], order[amiss]
+    spread = math.sqrt(torch.finfo(problem.settings.dtype).eps)
+    for less in _STEPS_DOWN:
+        if less >= int(wanted.max()):
+            break
+        for tail in problem.settings.tails:
+            for change in (0.0, spread) if less else (spread, 100 * spread):
+                lower = (wanted - less).clamp(min=1)
+                poles = _balanced_poles(problem, tail, lower, some, change)
+                problem.offer(found, poles, rows, amiss)
+    return found
 
 
-def _balanced_poles(problem: Problem, tail: str, order: Tensor, rows: Tensor) -> Tensor:
+def _offer_rings(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> None:
+    """For kernels with no more taps than the order before silence: as many poles as taps, evenly
+    spaced on a circle.
+
+    They reproduce any taps, and repeat them after each turn by a factor c smaller. Where there is
+    silence to keep c is small, but no smaller than rounding allows: residues grow as 1 / c.
+    Balanced truncation leaves nothing out at this order, and ends in a multiple pole at zero.
+    """
+    taps = problem.taps[rows]
+    place = torch.arange(1, taps.shape[-1] + 1, device=taps.device)
+    support = torch.where(taps != 0, place, 0).amax(-1)
+    short = (support > 0) & (support <= order)
+    factor = max(math.sqrt(torch.finfo(problem.settings.dtype).eps), _LEAST_FACTOR)
+    for count in support[short].unique().tolist():
+        where = torch.nonzero(short & (support == count)).flatten()
+        size = 0.25 if count == taps.shape[-1] else factor
+        problem.offer(best, _ring(count, size, taps).expand(len(where), -1), rows, where)
+    complete = torch.nonzero(order >= taps.shape[-1]).flatten()
+    if len(complete):
+        ring = _ring(taps.shape[-1], 0.25, taps)
+        problem.offer(best, ring.expand(len(complete), -1), rows, complete)
+
+
+def _ring(count: int, factor: float, like: Tensor) -> Tensor:
+    """Poles with ``λ^count = factor``, (count), in exact conjugate pairs."""
+    turn = torch.arange(count, dtype=like.dtype, device=like.device)
+    angle = 2 * math.pi / count * turn
+    poles = torch.polar(torch.full_like(angle, factor ** (1 / count)), angle)
+    poles.imag[(turn == 0) | (2 * turn == count)] = 0
+    return poles
+
+
+def _balanced_poles(
+    problem: Problem, tail: str, order: Tensor, rows: Tensor, spread: float = 0.0
+) -> Tensor:
     """`balanced_poles` of the channels ``rows`` of a problem, piece after piece."""
     width = int(order.max())
     poles = torch.full((len(rows), width), torch.nan, dtype=torch.complex128, device=rows.device)
@@ -204,18 +279,19 @@ def _balanced_poles(problem: Problem, tail: str, order: Tensor, rows: Tensor) ->
             spectrum = spectrum[some]
         else:
             inside = inside[some.argsort()]
-        found = balanced_poles(spectrum, order[inside])
+        found = balanced_poles(spectrum, order[inside], spread)
         poles[inside, : found.shape[-1]] = found
     return poles
 
 
-def balanced_poles(spectrum: Spectrum, order: Tensor) -> Tensor:
+def balanced_poles(spectrum: Spectrum, order: Tensor, spread: float = 0.0) -> Tensor:
     """The poles of the balanced truncation of B kernels.
 
     Args:
         spectrum: At least as many singular vectors as the largest order.
         order: (B), integers. Singular vectors without a singular value have no poles, nor has the
             last vector of a complete basis, which cannot be shifted.
+        spread: Size of a random change of the shift, which parts multiple poles.
 
     Returns:
         (B, n), complex128, in conjugate pairs; channels of a lower order are padded with NaN.
@@ -240,5 +316,9 @@ def balanced_poles(spectrum: Spectrum, order: Tensor) -> Tensor:
         room = 1 - end.square().sum(-2, keepdim=True)
         gain = torch.where(room > size * torch.finfo(values.dtype).eps, 1 / room, 0)
         small = small + gain * end @ (end.mT @ small)
+        if spread:
+            generator = torch.Generator().manual_seed(n)
+            change = torch.randn(n, n, generator=generator, dtype=small.dtype) / math.sqrt(n)
+            small = small + spread * change.to(small.device)
         poles[rows, :n] = torch.linalg.eigvals(small)
     return poles

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Protocol
 
 import torch
@@ -335,9 +336,11 @@ class _BlockLanczos:
         if bool(ended.any()):
             vectors = torch.where(ended.unsqueeze(-1), self._noise(vectors.shape[1]), vectors)
         for _ in range(_PASSES):
-            overlap = self._projected(vectors, 0)
+            overlap = self._projected(vectors, 0).abs()
+            if float(overlap.amax()) <= math.sqrt(self.eps):  # as orthonormal as before
+                return vectors
             vectors = torch.linalg.qr(vectors.mT).Q.mT.contiguous()
-            large = (overlap.abs() > _SMALL_OVERLAP).any(-1).any(-1)
+            large = (overlap > _SMALL_OVERLAP).any(-1).any(-1)
             if not bool(large.any()):  # what is left of it is rounding
                 break
         self.lost |= large
