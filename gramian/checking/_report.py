@@ -148,7 +148,7 @@ class CheckReport:
         tables = []
         for dtype, rows in self._by_precision():
             for modes in _TABLES:
-                title = dtype if modes is _TABLES[0] else None
+                title = dtype if modes is _TABLES[0] else f"{dtype}: where the tokens stand"
                 table = Table(title=title, box=SIMPLE_HEAD, padding=0, pad_edge=False)
                 for column in ("layer", *modes):
                     table.add_column(column, justify="right")
@@ -193,9 +193,16 @@ class CheckReport:
             if found
             else f"all {judged} comparisons within their limits"
         )
+        accepted = (
+            f"{limit:.1e} {'of the model' if row.layer is None else 'a layer'} in {row.dtype}"
+            for row in self.rows
+            if row.layer in (None, self.rows[0].layer)
+            for limit in [min(row.limits.values())]
+        )
         lines = [
             f"Largest relative differences over {self.batch} sequences of {self.length} tokens: "
             f"{verdict}; {self.seconds:.1f} s.",
+            f"Accepted: {', '.join(accepted)}; more where a converted recurrence reports an error.",
             f"Mixers: {self._mixers()}.",
         ]
         for row in self.rows:

@@ -98,6 +98,10 @@ def distill(
     max_order: Annotated[
         int | None, typer.Option(help="Largest order to try for a tolerance, 256 if not given.")
     ] = None,
+    tail: Annotated[
+        str,
+        typer.Option(help="What filters do past their last tap: auto, free, or zero (they end)."),
+    ] = "auto",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -149,11 +153,11 @@ def distill(
                 if budget is not None:
                     assert windows is not None
                     distilled, report = distillation.distill_to_budget(
-                        loaded, windows, budget, max_order=max_order, progress=tell
+                        loaded, windows, budget, max_order=max_order, tail=tail, progress=tell
                     )
                 else:
                     distilled, report = distillation.distill(
-                        loaded, tol, order, max_order=max_order, progress=advance
+                        loaded, tol, order, max_order=max_order, tail=tail, progress=advance
                     )
                 if windows is not None and budget is None:
                     report = dataclasses.replace(

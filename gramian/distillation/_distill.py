@@ -28,6 +28,7 @@ def distill(
     order: int | None = None,
     *,
     max_order: int | None = None,
+    tail: str = "auto",
     filters: Mapping[str, FilterReader | ForeignFilter] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[_Model, DistillationReport]:
@@ -46,6 +47,9 @@ def distill(
         order: real state dimension of every filter, from 1 to the number of taps less one.
         max_order: where the search for `tol` ends; by default at 256 or the number of taps. One
             filter of high order makes the state of its whole layer large.
+        tail: what a filter may do past its last tap, in inputs longer than the taps: "auto" and
+            "free" leave it to the fit, which is smallest then, and the report says how much is left
+            there; "zero" fits a filter that ends. See `gramian.reduce`.
         filters: by path of a submodule, as in `model.named_modules()`, a function of it that
             returns its kernel, or a `ForeignFilter`.
         progress: called as `progress(layers done, layers)` before the first and after each layer.
@@ -56,11 +60,11 @@ def distill(
 
     Raises:
         TypeError: `model` is not a Gramian model, and no `filters` are given.
-        ValueError: `tol`, `order` or `max_order` out of range, no filter left to distil, a
+        ValueError: `tol`, `order`, `max_order` or `tail` out of range, no filter left to distil, a
             bidirectional model, a path that names no submodule, a kernel that is not (channels,
             taps), real and finite.
     """
-    goal = Goal(tol=None if order is not None else tol, order=order, max_order=max_order)
+    goal = Goal(None if order is not None else tol, order, max_order, tail)
     if filters is not None:
         return distill_modules(model, filters, goal, progress)
     return _distill_layers(model, goal, progress)

@@ -30,10 +30,13 @@ class Goal:
     tol: float | None
     order: int | None
     max_order: int | None = None
+    tail: str = "auto"
 
     def check(self, taps: int) -> None:
         """Raise a ValueError unless filters of so many taps can be asked for it."""
         tol, order = self.tol, self.order
+        if self.tail not in ("auto", "zero", "free"):
+            raise ValueError(f'The tail must be "auto", "zero" or "free"; got {self.tail!r}.')
         if order is not None:
             if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order < taps:
                 raise ValueError(
@@ -49,8 +52,8 @@ class Goal:
     def arguments(self) -> dict[str, Any]:
         """Those of `gramian.reduce`."""
         if self.order is not None:
-            return {"order": self.order}
-        return {"tol": self.tol, "max_order": self.max_order}
+            return {"order": self.order, "tail": self.tail}
+        return {"tol": self.tol, "max_order": self.max_order, "tail": self.tail}
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ def distill_to_budget(
     max_increase: float = 1e-3,
     *,
     max_order: int | None = None,
+    tail: str = "auto",
     progress: Callable[[Trial], None] | None = None,
 ) -> tuple[Any, DistillationReport]:
     """The smallest recurrences with which the loss on a text rises by no more than a budget.
@@ -65,6 +66,7 @@ def distill_to_budget(
         input_ids: (count, length): windows of the text to keep the loss on, length at least 2.
         max_increase: of the mean cross-entropy, relative to the model's own.
         max_order: see `gramian.distill`.
+        tail: likewise.
         progress: called with every trial.
 
     Returns:
@@ -84,7 +86,7 @@ def distill_to_budget(
 
     def keeps(tol: float) -> bool:
         nonlocal found
-        small, report = distill(model, tol, max_order=max_order)
+        small, report = distill(model, tol, max_order=max_order, tail=tail)
         reached = mean_loss(small, input_ids)
         trials.append(Trial(tol, report.mean_order, reached, reached / loss - 1))
         if progress is not None:

@@ -24,6 +24,9 @@ _COLUMNS = (
     "missed",
 )
 
+_AUDIBLE = 1e-2
+"""Energy past the taps, relative to that of the taps, that a summary mentions."""
+
 _ENOUGH = 16
 """Filters from which a rank correlation is told."""
 
@@ -197,6 +200,12 @@ class DistillationReport:
         return max(error for layer in self.layers for error in layer.relative_errors)
 
     @property
+    def max_tail_energy(self) -> float:
+        """The largest energy of any filter past its taps, relative to that of the taps: what an
+        input longer than `context` meets, and no error here counts."""
+        return max(energy for layer in self.layers for energy in layer.tail_energies)
+
+    @property
     def converged(self) -> bool:
         """Whether every filter reached the tolerance; True if an order was asked for."""
         return not any(layer.unconverged for layer in self.layers)
@@ -212,6 +221,7 @@ class DistillationReport:
             "mean_order": self.mean_order,
             "max_order": max(self.orders),
             "max_relative_error": self.max_relative_error,
+            "max_tail_energy": self.max_tail_energy,
             "converged": self.converged,
             "context": self.context,
             "original_state_bytes": self.original_state_bytes,
@@ -254,6 +264,12 @@ class DistillationReport:
             f"{self.mean_order:.1f}{outcome}. State of one sequence at context {self.context:,}: "
             f"{self.original_state_bytes:,} bytes before, {self.distilled_state_bytes:,} after."
         )
+        if self.max_tail_energy > _AUDIBLE:
+            words += (
+                f" Past {self.context:,} tokens the filters go on with up to "
+                f"{self.max_tail_energy:.1e} times their energy, which no error here counts; "
+                'tail="zero" fits filters that fade.'
+            )
         correlation = self.rank_correlation
         if correlation is not None:
             cost = "error" if self.tol is None else "order"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from gramian.tasks import Description, Task
+from gramian.tasks._task import has_rows
 
 __all__ = ["evaluate_task"]
 
@@ -155,7 +156,7 @@ def chosen_split(task: Task, name: str, split: str | None) -> str:
     Raises:
         ValueError: for an unknown split.
     """
-    split = split or ("test" if "test" in task.splits else "validation")
+    split = split or ("test" if has_rows(task, "test") else "validation")
     if split not in task.splits:
         raise ValueError(unknown(f"split of {name}", split, task.splits))
     return split

@@ -53,6 +53,7 @@ from gramian.models.norms import make_norm
 from gramian.models.pooling import pool
 from gramian.models.segments import (
     check_arguments,
+    items_due,
     last_tokens,
     next_labels,
     read_rows,
@@ -477,6 +478,11 @@ class GramianModel(GramianPreTrainedModel):
             assert inputs_embeds is not None
             return inputs_embeds
         if size is None:
+            if wanted.ndim != 2 or wanted.is_floating_point():
+                raise ValueError(
+                    f"input_ids must be (batch, length) of integers; got {tuple(wanted.shape)} of "
+                    f"{wanted.dtype}."
+                )
             return self.embed_tokens(wanted)
         if wanted.ndim != 3 or wanted.shape[-1] != size:
             raise ValueError(
@@ -585,7 +591,8 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         Args:
             labels: (batch, length) token ids, -100 to ignore; shifted here, so `labels=input_ids`.
                 A token predicts the next one of its own sequence: nothing is predicted from
-                padding or across the border of packed sequences, and no label of padding is due.
+                padding or across the border of packed sequences, and labels at padding do not
+                count. A trainer that counted them in `num_items_in_batch` is corrected.
             logits_to_keep: compute the logits of the last so many tokens, or of these positions
                 (a 1-D tensor); 0 means all. In a padded batch they are each row's last tokens,
                 wherever its padding stands, and a row without a new token has those after the last
@@ -637,6 +644,9 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
             shifted = kwargs.get("shift_labels")
             if segments is not None and shifted is None:
                 shifted = next_labels(labels, segments)
+                items = kwargs.get("num_items_in_batch")
+                if items is not None:
+                    kwargs["num_items_in_batch"] = items_due(items, labels, shifted)
             scored = token_labels(logits, labels, shifted, kwargs.get("num_items_in_batch"))
             loss = self.loss_function(
                 logits=logits, vocab_size=self.config.vocab_size, **(kwargs | scored)
@@ -724,6 +734,13 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
     ) -> dict[str, Any]:
         """Inputs of the next forward; padding concerns the prompt alone when there is a cache."""
         cache = one_cache(past_key_values, cache)
+        new = kwargs.get("next_sequence_length")
+        if is_first_iteration and cache is not None and new is not None and new < 1:
+            raise ValueError(
+                f"the cache has seen {cache.get_seq_length()} tokens, and the input has "
+                f"{input_ids.shape[1]}: give generate the whole sequence, or new tokens with an "
+                "attention_mask as long as the whole."
+            )
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             attention_mask=attention_mask,

@@ -18,6 +18,7 @@ from gramian.models.labels import IGNORED
 
 __all__ = [
     "check_arguments",
+    "items_due",
     "last_tokens",
     "next_labels",
     "read_rows",
@@ -186,6 +187,22 @@ def next_labels(labels: Tensor, segments: Segments) -> Tensor:
         numbers = segments.numbers.to(labels.device)
         due = due & (numbers.gather(1, later) == numbers)
     return torch.where(due, labels.gather(1, later), IGNORED)
+
+
+def items_due(items: Tensor | int, labels: Tensor, due: Tensor) -> Tensor | int:
+    """How many labels a loss is divided by, given a trainer's count over all of its batches.
+
+    Trainers count the labels after the first column. Those at padding, and those of each sequence's
+    first token, which nothing predicts, are among them; so the count is taken down by the share of
+    this batch's labels that are due.
+
+    Args:
+        items: the trainer's count.
+        labels: (batch, length).
+        due: (batch, length), `next_labels` of them.
+    """
+    counted = (labels[:, 1:] != IGNORED).sum()
+    return items * ((due != IGNORED).sum() / counted.clamp_min(1))
 
 
 def last_tokens(hidden_states: Tensor, segments: Segments | None, count: int) -> Tensor:

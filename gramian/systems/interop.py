@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from fractions import Fraction
 from typing import Any
 
@@ -106,12 +107,25 @@ def from_zpk(
 def state_space_of_zpk(zeros: Any, poles: Any, gain: float) -> StateSpace:
     """See `StateSpace.from_zpk`."""
     z, p = check_roots(zeros, poles, gain)
+    _warn_if_unstable(p)
     return _state_space(sections(z, p), float(gain))
 
 
 def state_space_of_sos(sos: Any) -> StateSpace:
     """See `StateSpace.from_sos`."""
-    return _state_space(_given_sections(sos))
+    parts = _given_sections(sos)
+    _warn_if_unstable(np.array([pole for part in parts for pole in part.roots()[1]]))
+    return _state_space(parts)
+
+
+def _warn_if_unstable(poles: np.ndarray) -> None:
+    largest = float(np.abs(poles).max(initial=0))
+    if largest > 1:
+        warnings.warn(
+            f"a pole has the modulus {largest:.6g}, outside of the unit circle: the system is "
+            "unstable (poles of an analogue design are not those of a digital one).",
+            stacklevel=4,
+        )
 
 
 def modal_of_zpk(zeros: Any, poles: Any, gain: float) -> Modal:
@@ -143,6 +157,13 @@ def _partial_fractions(
         torch.from_numpy(kept), torch.from_numpy(residues), torch.tensor(d, dtype=torch.float64)
     )
     error = float(conversion_error(system, reference, TOLERANCE))
+    largest = float(np.abs(poles).max(initial=0))
+    if error > TOLERANCE and largest > 1:
+        raise ValueError(
+            f"a pole has the modulus {largest:.6g}, outside of the unit circle, and the partial "
+            f"fractions cannot be verified over a response that grows: StateSpace.{name} takes "
+            "poles as they are."
+        )
     if error > TOLERANCE:
         raise ValueError(
             "these poles have no partial fractions in double precision: some coincide, or nearly "
@@ -154,7 +175,7 @@ def _partial_fractions(
 
 def _lost(error: float) -> str:
     if error == float("inf"):
-        return "the system is no longer stable"
+        return "the modes are not stable, or their responses not finite"
     return f"the impulse response is off by {error:.1e}"
 
 

@@ -378,6 +378,14 @@ def _check_ids(name: str, ids: np.ndarray, vocabulary: int | None, split: str) -
         )
 
 
+def has_rows(task: Task, split: str) -> bool:
+    """Whether a task has a split: one of files has it where files or records are named for it."""
+    if split not in task.splits:
+        return False
+    named = [name for name in (split, f"{split}_records") if hasattr(task, name)]
+    return not named or any(getattr(task, name) for name in named)
+
+
 def require_files(task: Task, name: str, split: str) -> list[str]:
     """The files of a split of a task that has patterns of them in `train` and so on.
 

@@ -12,7 +12,7 @@ from gramian.ops.diagonal_scan import apply_diagonal, diagonal_scan
 from gramian.ops.feedback import feedback_kernel
 from gramian.ops.krylov import krylov_product, krylov_sum
 from gramian.ops.online import OnlineConvolution
-from gramian.ops.packed import Linear
+from gramian.ops.packed import Linear, Packing, can_pack
 from gramian.ops.polynomial import (
     evaluate_on_roots_of_unity,
     rational_impulse_response,
@@ -271,10 +271,10 @@ def test_gradients_without_a_graph_have_tangents():
 
 
 def test_packed_layers_have_tangents():
-    layer = Linear(8, 4)
-    layer.pack()
+    layer, packing = Linear(8, 4), Packing()
     x, t = torch.randn(2, 3, 8)
-    with torch.no_grad():
+    with torch.no_grad(), packing.generation(layer, begins=True):
         torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+        assert len(packing) == can_pack()
         _, tangent = jvp(layer, (x,), (t,))
         torch.testing.assert_close(tangent, t @ layer.weight.T)
