@@ -127,6 +127,50 @@ def test_a_padded_second_turn_of_generate(make_model: MakeModel, some_kind: dict
         assert torch.equal(written[row, joined.shape[1] :], alone[0, one.shape[1] :])
 
 
+@torch.no_grad()
+def test_what_a_cache_has_taken_cannot_be_hidden(
+    make_model: MakeModel, some_kind: dict[str, Any]
+) -> None:
+    model = make_model(**some_kind)
+    ids, mask = batch("right")
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 6}
+    free = model.generate(ids, attention_mask=mask, **settings)
+    settings |= {"eos_token_id": int(free[1, ids.shape[1] + 1]), "return_dict_in_generate": True}
+    output = model.generate(ids, attention_mask=mask, **settings)
+    written = output.sequences[:, ids.shape[1] :]
+    ended = (written == settings["eos_token_id"]).cumsum(1)
+    real = torch.cat([mask, (ended - (written == settings["eos_token_id"]).long() < 1).long()], 1)
+    assert not real[1, -1] and real[:, -1].any()  # row 1 ends while another goes on
+    joined = torch.cat([output.sequences, ids[:, :2]], 1)
+    seen = torch.cat([real, torch.ones_like(ids[:, :2])], 1)
+    with pytest.raises(ValueError, match="which a recurrence cannot take back"):
+        model.generate(joined, attention_mask=seen, **{CACHE: output[CACHE]}, **settings)
+    # A mask by which they are tokens goes on, and so does a new cache.
+    as_taken = torch.cat([mask, torch.ones_like(joined[:, ids.shape[1] :])], 1)
+    model.generate(joined, attention_mask=as_taken, **{CACHE: output[CACHE]}, **settings)
+    model.generate(joined, attention_mask=seen, **settings)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_numbers_at_padding_reach_no_gradient(
+    make_config: Callable[..., GramianConfig], padding: str
+) -> None:
+    torch.manual_seed(0)
+    config = make_config(mixers="hyena", input_size=2, num_labels=2)
+    model = GramianForSignalRegression(config).double()
+    _, mask = batch(padding)
+    signal = torch.randn(*mask.shape, 2, dtype=torch.float64)
+    embedded = torch.randn(*mask.shape, config.hidden_size, dtype=torch.float64)
+    for name, given in (("input_values", signal), ("inputs_embeds", embedded)):
+        found = []
+        for padded in (given, given.masked_fill(mask.unsqueeze(-1) == 0, torch.nan)):
+            model.zero_grad()
+            model(**{name: padded}, attention_mask=mask, labels=signal).loss.backward()
+            found.append([p.grad for p in model.parameters() if p.grad is not None])
+        for one, other in zip(*found, strict=True):
+            close(one, other)
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_the_loss_is_that_of_the_rows(
     make_model: MakeModel, kind: dict[str, Any], padding: str
