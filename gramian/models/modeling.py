@@ -13,6 +13,7 @@ length written.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,7 +56,7 @@ from gramian.models.cache import (
 from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
 from gramian.models.generation import GramianGenerationMixin
 from gramian.models.initialization import Keeping, is_read, reset_unwritten
-from gramian.models.labels import classification_loss, token_labels
+from gramian.models.labels import IGNORED, classification_loss, token_labels
 from gramian.models.norms import make_norm
 from gramian.models.pooling import pool
 from gramian.models.segments import (
@@ -655,6 +656,8 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
             shifted = kwargs.get("shift_labels")
             if segments is not None and shifted is None:
                 shifted = next_labels(labels, segments)
+                if kwargs.get("num_items_in_batch") is not None:
+                    _warn_of_labels_that_are_not_due(labels, shifted)
             scored = token_labels(logits, labels, shifted, kwargs.get("num_items_in_batch"))
             loss = self.loss_function(
                 logits=logits, vocab_size=self.config.vocab_size, **(kwargs | scored)
@@ -793,6 +796,20 @@ def _last_hidden(
         raise ValueError(_NOTHING_TO_CONTINUE)
     assert cache.last_hidden_state is not None
     return torch.cat([kept[:, :-1], cache.last_hidden_state.unsqueeze(1)], dim=1)
+
+
+def _warn_of_labels_that_are_not_due(labels: Tensor, shifted: Tensor) -> None:
+    """Say that a trainer, which counts labels by their columns, divides the loss by too many."""
+    if torch.compiler.is_compiling():
+        return
+    more = int((labels[:, 1:] != IGNORED).sum() - (shifted != IGNORED).sum())
+    if more > 0:
+        warnings.warn(
+            "labels at padding, or of the first token of a sequence that does not begin in the "
+            "first column, are not due, as nothing comes before them; whoever counted them into "
+            f"num_items_in_batch divides the loss by too many: make them {IGNORED}.",
+            stacklevel=3,
+        )
 
 
 class GramianForSequenceClassification(GramianPreTrainedModel):

@@ -191,6 +191,23 @@ def test_the_loss_is_that_of_the_rows(
             close(found, expected, 1e-5)
 
 
+def test_labels_that_are_not_due_are_not_to_be_counted(make_model: MakeModel) -> None:
+    model = make_model()
+    for padding in PADDINGS:
+        ids, mask = batch(padding)
+        labels = ids.masked_fill(mask == 0, -100)
+        counted = int((labels[:, 1:] != -100).sum())
+        if padding == "right":
+            model(ids, attention_mask=mask, labels=labels, num_items_in_batch=counted)
+            continue
+        with pytest.warns(UserWarning, match="nothing comes before them"):
+            model(ids, attention_mask=mask, labels=labels, num_items_in_batch=counted)
+        labels[torch.arange(3), mask.argmax(1)] = -100
+        due = int((labels[:, 1:] != -100).sum())
+        loss = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=due).loss
+        close(loss, model(ids, attention_mask=mask, labels=labels).loss, 1e-6)
+
+
 def test_logits_of_the_last_tokens(make_model: MakeModel) -> None:
     model = make_model()
     ids, mask = batch("right")
