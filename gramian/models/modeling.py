@@ -701,6 +701,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
             raise ValueError(f"chunk_size must be an integer of at least 1; got {chunk_size!r}.")
         batch, length = input_ids.shape
         mask = recent_mask(attention_mask, batch, length)
+        check_past(past_key_values, attention_mask, (input_ids,))
         if progress is not None:
             progress(0, length)
         some_column = torch.tensor([-1], device=input_ids.device)

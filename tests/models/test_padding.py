@@ -145,6 +145,8 @@ def test_what_a_cache_has_taken_cannot_be_hidden(
     seen = torch.cat([real, torch.ones_like(ids[:, :2])], 1)
     with pytest.raises(ValueError, match="which a recurrence cannot take back"):
         model.generate(joined, attention_mask=seen, **{CACHE: output[CACHE]}, **settings)
+    with pytest.raises(ValueError, match="which a recurrence cannot take back"):
+        model.prefill(joined[:, -3:], seen, past_key_values=output[CACHE])
     # A mask by which they are tokens goes on, and so does a new cache.
     as_taken = torch.cat([mask, torch.ones_like(joined[:, ids.shape[1] :])], 1)
     model.generate(joined, attention_mask=as_taken, **{CACHE: output[CACHE]}, **settings)
@@ -189,6 +191,26 @@ def test_the_loss_is_that_of_the_rows(
     ):
         if found is not None and expected is not None:
             close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_a_gradient_of_every_row(
+    make_model: MakeModel, some_kind: dict[str, Any], padding: str
+) -> None:
+    model = make_model(**some_kind)
+    ids, mask = batch(padding, (14, 9, 2))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+        arguments = {"attention_mask": mask[None], "labels": ids[None], "use_cache": False}
+        return torch.func.functional_call(model, weights, ids[None], arguments).loss
+
+    every = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, ids, mask)
+    for row in range(3):
+        one = tokens(ids, mask, row)[0]
+        alone = torch.func.grad(loss)(weights, one, torch.ones_like(one))
+        for name, expected in alone.items():
+            close(every[name][row], expected, 1e-5)
 
 
 def test_labels_that_are_not_due_are_not_to_be_counted(make_model: MakeModel) -> None:
