@@ -24,8 +24,9 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
     r"""``‖A - I‖``: how far state matrices are from the identity, which forgets nothing.
 
     Of every operator the root of the mean, over channels and steps, of ``‖A_t - I‖_F² / n``; then
-    the mean over operators. Added to a loss with a factor λ, it lifts memories that have collapsed,
-    as their gates forget too fast (arXiv 2504.19561, on state collapse). Linear in the number of
+    the mean over operators. A step that neither forgets nor takes in anything, as at padding, does
+    not count. Added to a loss with a factor λ, it lifts memories that have collapsed, as their
+    gates forget too fast (arXiv 2504.19561, on state collapse). Linear in the number of
     coefficients: no operator is made into a matrix.
 
     Args:
@@ -33,8 +34,7 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
             dense ones. Others have no gates and are passed over.
 
     Returns:
-        (), of the operators' dtype; gradients flow through it. Steps that are padded have gates of
-        1 and count as such.
+        (), of the operators' dtype; gradients flow through it.
 
     Raises:
         TypeError: if something is no system.
@@ -43,7 +43,9 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
     distances = []
     for system in _systems(operators):
         if isinstance(system, TimeVarying) and system.A.numel():
-            squares = _distance_from_identity(system).mean() / system.order
+            squares = _distance_from_identity(system)
+            steps = ((squares > 0) | (system.B != 0).any(-1)).sum().clamp_min(1)
+            squares = squares.sum() / (steps * system.order)
             # The root has no slope at zero, where all gates are 1: linear attention.
             there = squares > 0
             distances.append(torch.where(there, torch.where(there, squares, 1).sqrt(), 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from typing import Any, TypeGuard, overload
 
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from gramian.filters import Filter
 from gramian.mixers._compiled import CompiledStep
 from gramian.mixers._segments import Segments
-from gramian.systems import FIR, Modal, Recurrence, State, System, TimeInvariantSystem
+from gramian.systems import (
+    FIR,
+    DenseOperator,
+    Modal,
+    Recurrence,
+    State,
+    System,
+    TimeInvariantSystem,
+    TimeVarying,
+)
 from gramian.systems._pausing import PausedOperator
 
 __all__ = [
@@ -103,8 +113,8 @@ class Mixer(nn.Module, abc.ABC):
             x: (batch, length, width), length at least 1, from a silent past.
             channels: Which heads or channels; all by default.
             mask: (batch, length), nonzero for real tokens. What depends on the input passes over
-                padding: its columns are zero. Where padding stands between the tokens of a row,
-                the operator is that of the tokens moved together to the end.
+                padding: its rows and columns are zero. Where padding stands between the tokens of a
+                row, the operator is that of the tokens moved together to the end.
 
         Returns:
             A system of ``length`` steps with channels (batch, heads) or (batch, width), or, where
@@ -122,7 +132,8 @@ class Mixer(nn.Module, abc.ABC):
                 raise ValueError("packed rows have one operator for each sequence: take its part.")
             (part,) = segments.parts
             x, real = part.take(x), part.real
-        return self._operator(x, slice(None) if channels is None else channels, real)
+        system = self._operator(x, slice(None) if channels is None else channels, real)
+        return system if real is None else _silent_at_padding(system, real)
 
     def recurrence(self) -> MixerRecurrence:
         """A frozen snapshot for generation; filters are evaluated once, here."""
@@ -278,6 +289,17 @@ class Mixer(nn.Module, abc.ABC):
 def _taps(system: System, like: Tensor, length: int) -> Tensor:
     assert isinstance(system, TimeInvariantSystem)
     return system.kernel_for(like, length)
+
+
+def _silent_at_padding(system: System, real: Tensor) -> System:
+    """With rows of zeros where ``real`` (batch, length) is false; channels are (batch, …)."""
+    if not isinstance(system, TimeVarying | DenseOperator):
+        return system
+    hidden = real.logical_not().unsqueeze(1)
+    if isinstance(system, DenseOperator):
+        return DenseOperator(system.entries.masked_fill(hidden.unsqueeze(-1), 0))
+    C, D = system.C.masked_fill(hidden.unsqueeze(-1), 0), system.D.masked_fill(hidden, 0)
+    return dataclasses.replace(system, C=C, D=D)
 
 
 class MixerRecurrence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -84,6 +85,40 @@ class Observer:
             RuntimeError: if nothing ran since the observer was made.
             ValueError: for numbers below 1, and from mixers that are not causal.
         """
+        found: list[System] = []
+        for mixer, x, segments, chosen in self._observed(sequences, channels):
+            for part, real in _unpacked(x, segments):
+                real = None if real is None else real[:sequences]
+                found.append(mixer.operator(part[:sequences], chosen, real))
+        return found
+
+    def sequences(
+        self, *, sequences: int | None = None, channels: int | None = None
+    ) -> list[tuple[System, int, int]]:
+        """The operators on sequences alone, without padding: those of one length together.
+
+        Args:
+            sequences: At most so many of a pass, the first ones.
+            channels: As for `operators`.
+
+        Returns:
+            Of every mixer that ran, and every length, the operator, its length, and the number of
+            sequences.
+
+        Raises:
+            RuntimeError, ValueError: As `operators` does.
+        """
+        found = []
+        for mixer, x, segments, chosen in self._observed(sequences, channels):
+            for alone in _alone(x, segments, sequences):
+                count, length = alone.shape[:2]
+                found.append((mixer.operator(alone, chosen), length, count))
+        return found
+
+    def _observed(
+        self, sequences: int | None, channels: int | None
+    ) -> Iterator[tuple[Mixer, Tensor, Segments | None, slice]]:
+        """Mixers, what they read, and the channels to take."""
         for name, number in (("sequences", sequences), ("channels", channels)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {number}.")
@@ -91,14 +126,9 @@ class Observer:
             raise RuntimeError(
                 "no mixer has run: call the model first, with use_cache=False if it generates."
             )
-        found: list[System] = []
         for path, (x, segments) in self._read.items():
             mixer = self.mixers[path]
-            chosen = _some(getattr(mixer, "heads", mixer.width), channels)
-            for part, real in _unpacked(x, segments):
-                real = None if real is None else real[:sequences]
-                found.append(mixer.operator(part[:sequences], chosen, real))
-        return found
+            yield mixer, x, segments, _some(getattr(mixer, "heads", mixer.width), channels)
 
     def close(self) -> None:
         """Observe no longer."""
@@ -118,6 +148,19 @@ def _unpacked(x: Tensor, segments: Segments | None) -> list[tuple[Tensor, Tensor
     if segments is None or not segments.packed:
         return [(x, None if segments is None else segments.real)]
     return [(part.take(x), part.real) for part in segments.parts]
+
+
+def _alone(x: Tensor, segments: Segments | None, count: int | None) -> list[Tensor]:
+    """The first sequences, (sequences, length, width) of every length there is."""
+    if segments is None:
+        return [x[:count]]
+    tokens, begins, lengths = (part.to(x.device) for part in segments.sequences())
+    begins, lengths = begins[:count], lengths[:count]
+    found = []
+    for length in sorted(set(lengths.tolist())):
+        columns = begins[lengths == length, None] + torch.arange(length, device=x.device)
+        found.append(x.flatten(0, 1)[tokens[columns]])
+    return found
 
 
 def _some(count: int, at_most: int | None) -> slice:

@@ -18,9 +18,22 @@ from torch import Tensor
 
 from gramian.systems._pausing import Pause
 
-__all__ = ["Part", "Segments"]
+__all__ = ["Part", "Segments", "has_values"]
 
 _OVERHEAD = 4096  # columns of padding that cost about as much as one more part
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether what is done may depend on the values of x: not in a graph that is traced, and not
+    under `torch.vmap`, where there are several at once."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return True
 
 
 class Part(NamedTuple):
@@ -52,8 +65,8 @@ class Segments:
     Raises:
         ValueError: for shapes other than these, or a number that occurs again after another one.
 
-    In a graph that is traced nothing depends on values: rows are moved whether they need it or
-    not, and packed rows are refused.
+    In a graph that is traced, and under `torch.vmap`, nothing depends on values: rows are moved
+    whether they need it or not, and packed rows are refused.
     """
 
     def __init__(self, real: Tensor | None, numbers: Tensor | None = None) -> None:
@@ -76,10 +89,9 @@ class Segments:
         """Whether every row is one sequence without padding between its tokens."""
         self.has_empty_rows = False
         """Whether a row has no token at all."""
-        if numbers is not None and torch.compiler.is_compiling():
+        if numbers is not None and not has_values(numbers):
             raise ValueError("packed rows cannot be traced: give each sequence a row of its own.")
-        if numbers is None and not torch.compiler.is_compiling():
-            assert self.real is not None
+        if numbers is None and self.real is not None and has_values(self.real):
             rises = (self.real[:, 1:] > self.real[:, :-1]).sum(1)
             broken = (rises + self.real[:, :1].sum(1) > 1).any()
             empty = ~self.real.any(1)
@@ -156,7 +168,7 @@ class Segments:
         real, (batch, length) = self.real, self.shape
         count = real.sum(1, keepdim=True)
         width = length
-        if not torch.compiler.is_compiling():
+        if has_values(real):
             self._counts = count.flatten().tolist()
             width = max(1, *self._counts)
         rows = torch.arange(batch, device=real.device)[:, None]

@@ -44,6 +44,36 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
     return cache if past_key_values is None else past_key_values
 
 
+def check_past(cache: Any, mask: Any, inputs: tuple[Tensor | None, ...]) -> None:
+    """Raise a ValueError where a mask of past and inputs hides tokens that the cache has taken.
+
+    Such are the ones that `generate` writes after the end of a row while others go on. A state
+    cannot give them back, so the next token would be that of another past.
+
+    Args:
+        cache: what was given for one.
+        mask: (batch, tokens seen and length), 1 for real tokens; of another shape it is not looked
+            at, nor in a graph that is traced.
+        inputs: (batch, length, …), the first that is not None.
+    """
+    rows = next((x for x in inputs if x is not None), None)
+    if not isinstance(cache, GramianCache) or not isinstance(mask, Tensor) or rows is None:
+        return
+    seen = cache.get_seq_length()
+    together = (cache.batch_size, seen + rows.shape[1])
+    if not seen or tuple(mask.shape) != together or torch.compiler.is_compiling():
+        return
+    hidden = (mask[:, :seen] == 0).sum(1)
+    known = 0 if cache.padding is None else cache.padding.to(hidden.device)
+    later = (hidden - known).tolist()
+    if max(later) > 0:
+        row = next(row for row, count in enumerate(later) if count > 0)
+        raise ValueError(
+            f"attention_mask hides {later[row]} of the columns that the cache has taken as tokens "
+            f"of row {row}, which a recurrence cannot take back: begin with a new cache."
+        )
+
+
 class _Source:
     """A tensor of a filter, by its place, and what it was when a recurrence was made of it."""
 

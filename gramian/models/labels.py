@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gramian.mixers._segments import has_values
 from gramian.models.configuration import GramianConfig
 
 __all__ = [
@@ -232,9 +233,7 @@ def _check_shape(labels: Tensor, shapes: Sequence[tuple[int, ...]], task: str) -
 
 def _any(wrong: Tensor) -> bool:
     """Whether there is one; not known of tensors without values."""
-    if torch.compiler.is_compiling() or wrong.is_meta:
-        return False
-    return bool(wrong.any())
+    return has_values(wrong) and bool(wrong.any())
 
 
 def _first(labels: Tensor, wrong: Tensor) -> tuple[float, str]:

@@ -44,7 +44,14 @@ from gramian.mixers import (
     SoftmaxAttention,
 )
 from gramian.mixers._linear_recurrence import Dynamics
-from gramian.models.cache import CACHE, GramianCache, GramianCacheLayer, one_cache
+from gramian.mixers._mixer import apply_mask
+from gramian.models.cache import (
+    CACHE,
+    GramianCache,
+    GramianCacheLayer,
+    check_past,
+    one_cache,
+)
 from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
 from gramian.models.generation import GramianGenerationMixin
 from gramian.models.initialization import Keeping, is_read, reset_unwritten
@@ -394,7 +401,8 @@ class GramianModel(GramianPreTrainedModel):
         Args:
             input_ids: (batch, length) token ids; exactly one of it and `inputs_embeds`.
             attention_mask: (batch, length or more), 1 for a real token, 0 for padding; of more
-                columns (`generate` passes the past's too) the last `length` count. Or
+                columns (`generate` passes the past's too) the last `length` count, and those of the
+                past may hide nothing that the cache has taken as a token. Or
                 `gramian.mixers.Segments`.
             past_key_values: the cache of what came before; moved on in place.
             inputs_embeds: (batch, length, hidden_size).
@@ -420,15 +428,22 @@ class GramianModel(GramianPreTrainedModel):
             ValueError: on both or neither of `input_ids` (or `input_values`) and `inputs_embeds`,
                 the kind of input that the configuration does not have, an empty sequence, a mask
                 that is not (batch, ≥ length) of zeros and ones, positions that jump ahead, packed
-                rows with a cache, a cache of another batch, a cache together with gradient
-                checkpointing or in a bidirectional model.
+                rows with a cache, a cache of another batch, one of tokens that the mask hides, a
+                cache together with gradient checkpointing or in a bidirectional model.
             TypeError: on a cache that is not a `GramianCache`, and on an argument of which nothing
                 is known.
         """
         inputs = (input_ids, inputs_embeds, input_values)
         mask = read_rows(inputs, attention_mask, position_ids, kwargs)
+        past = one_cache(past_key_values, cache)
+        check_past(past, attention_mask, inputs)
         cache_position = kwargs.pop("cache_position", None)
         check_arguments(type(self).__name__, kwargs)
+        if mask is not None:  # numbers at padding, NaN even, reach no gradient either
+            input_values, inputs_embeds = (
+                x if x is None else apply_mask(x, mask.to(x.device).real)
+                for x in (input_values, inputs_embeds)
+            )
         hidden_states = self.embedding_dropout(self._embed(input_ids, input_values, inputs_embeds))
         if self.config.residual_in_fp32 and hidden_states.dtype.itemsize < 4:
             hidden_states = hidden_states.float()
@@ -436,7 +451,7 @@ class GramianModel(GramianPreTrainedModel):
         if length == 0:
             raise ValueError("the model needs at least one token; got sequences of length 0.")
         packed = mask is not None and mask.packed
-        cache = self._cache_for(one_cache(past_key_values, cache), use_cache, batch, packed)
+        cache = self._cache_for(past, use_cache, batch, packed)
         _check_positions(cache_position, length, cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -613,13 +628,16 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         Returns:
             `loss`, `logits` (batch, kept, vocab_size), `past_key_values`, `hidden_states`.
         """
-        segments = read_rows((input_ids, inputs_embeds), attention_mask, position_ids, kwargs)
+        inputs = (input_ids, inputs_embeds)
+        segments = read_rows(inputs, attention_mask, position_ids, kwargs)
+        past = one_cache(past_key_values, cache)
+        check_past(past, attention_mask, inputs)
         cache_position = kwargs.pop("cache_position", None)
         check_arguments(type(self).__name__, kwargs, "shift_labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=segments,
-            past_key_values=one_cache(past_key_values, cache),
+            past_key_values=past,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -690,6 +708,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
             raise ValueError(f"chunk_size must be an integer of at least 1; got {chunk_size!r}.")
         batch, length = input_ids.shape
         mask = recent_mask(attention_mask, batch, length)
+        check_past(past_key_values, attention_mask, (input_ids,))
         if progress is not None:
             progress(0, length)
         some_column = torch.tensor([-1], device=input_ids.device)

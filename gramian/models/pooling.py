@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gramian.mixers import Segments
+from gramian.mixers._segments import has_values
 
 __all__ = ["pool"]
 
@@ -24,7 +25,7 @@ def pool(hidden_states: Tensor, segments: Segments | None, pooling: str) -> Tens
         return _pool_packed(hidden_states, segments, pooling)
     mask = segments.real
     assert mask is not None
-    if not torch.compiler.is_compiling() and not mask.any(-1).all():
+    if has_values(mask) and not mask.any(-1).all():
         hidden = (~mask.any(-1)).nonzero().flatten().tolist()
         raise ValueError(
             "attention_mask must leave a real token in every sequence; it hides all of "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gramian.mixers import Segments
-from gramian.mixers._segments import Part
+from gramian.mixers._segments import Part, has_values
 from gramian.models.labels import IGNORED
 
 __all__ = [
@@ -42,7 +42,7 @@ def recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
             f"({batch}, {length}) or longer; got {tuple(mask.shape)}."
         )
     recent = mask[:, -length:]
-    if torch.compiler.is_compiling():  # a traced graph cannot depend on values
+    if not has_values(recent):
         return recent.bool()
     if recent.dtype == torch.bool:
         return None if bool(recent.all()) else recent
@@ -99,12 +99,11 @@ def token_segments(
         if position_ids is not None and length > 1:
             _assert_one_sequence(position_ids, real)
         return None if real is None else Segments(real)
-    if length < 2:
+    packing_told = [x for x in (*told.values(), cu_seq_lens_q, cu_seq_lens_k) if x is not None]
+    if length < 2 or not packing_told:
         return None if real is None else Segments(real)
 
-    device = next((x.device for x in (real, *told.values(), cu_seq_lens_q) if x is not None), None)
-    if device is None:
-        return None
+    device = packing_told[0].device if real is None else real.device
     tokens = torch.arange(batch * length, device=device)
     if real is not None:
         tokens = tokens[real.flatten().to(device)]

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
 from gramian.mixers import Segments
-from gramian.models.cache import CACHE, GramianCache, one_cache
+from gramian.models.cache import CACHE, GramianCache, check_past, one_cache
 from gramian.models.configuration import GramianConfig
 from gramian.models.labels import LabelError, check_numbers, squared_error
 from gramian.models.modeling import GramianModel, GramianPreTrainedModel
@@ -75,12 +75,14 @@ class GramianForSignalRegression(GramianPreTrainedModel):
         """
         inputs = (input_ids, inputs_embeds, input_values)
         segments = read_rows(inputs, attention_mask, position_ids, kwargs)
+        past = one_cache(past_key_values, cache)
+        check_past(past, attention_mask, inputs)
         cache_position = kwargs.pop("cache_position", None)
         check_arguments(type(self).__name__, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=segments,
-            past_key_values=one_cache(past_key_values, cache),
+            past_key_values=past,
             inputs_embeds=inputs_embeds,
             input_values=input_values,
             use_cache=use_cache,

@@ -109,7 +109,8 @@ def _apply_to_moved_past(
 ) -> tuple[Tensor, State]:
     y, after = operator(*state.moved(u, pause.steps))
     steps = torch.tensor(pause.steps, device=u.device).reshape(-1, *(1,) * (u.ndim - 1))
-    return y.masked_fill(torch.arange(u.shape[-1], device=u.device) < steps, 0), after
+    waits = torch.arange(u.shape[-1], device=u.device) < steps
+    return y.to(u.dtype).masked_fill(waits, 0), after
 
 
 class PausedOperator:

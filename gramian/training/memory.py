@@ -51,16 +51,25 @@ class MemoryLosses:
             losses["gate_regularizer"] = loss.item()
             total = total + config.gates * loss
         if self.mixing is not None:
-            systems = self.mixing.operators(
-                sequences=config.ess.sequences, channels=config.ess.channels
-            )
-            length = next(iter(self.mixing.inputs().values()))[0].shape[1]
-            at = sorted({length * quarter // 4 for quarter in (1, 2, 3)} - {0})
-            goal = {"target": config.ess.target, "share": config.ess.share}
-            loss = ess_penalty(systems, **goal, at=at, horizon=length)
+            loss = self._penalty(self.mixing)
             losses["ess_penalty"] = loss.item()
             total = total + config.ess.weight * loss
         return total, losses
+
+    def _penalty(self, observer: Observer) -> Tensor:
+        """The mean over sequences and mixers, each sequence as if it were alone."""
+        config = self.config.ess
+        total, sequences = torch.zeros(()), 0
+        for system, length, count in observer.sequences(
+            sequences=config.sequences, channels=config.channels
+        ):
+            at = sorted({length * quarter // 4 for quarter in (1, 2, 3)} - {0})
+            if at:  # a single token has no past
+                goal = {"target": config.target, "share": config.share}
+                penalty = ess_penalty(system, **goal, at=at, horizon=length)
+                total = total.to(penalty.device) + count * penalty
+                sequences += count
+        return total / max(sequences, 1)
 
 
 class StateSizeCallback(TrainerCallback):

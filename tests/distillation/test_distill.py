@@ -232,3 +232,15 @@ def test_report_as_json_and_tables() -> None:
         assert f"{report.layers[1].mean_order:.1f} / 3" in text
         assert "tolerance 0.0001" in text
         assert "stayed above it" in text
+
+
+def test_a_tail_of_zero_fades_and_what_is_left_is_told() -> None:
+    model = make(mixers="hyena")
+    _, free = distill(model, order=16)
+    _, zero = distill(model, order=16, tail="zero")
+    assert zero.max_tail_energy < 1e-2 < 1 < free.max_tail_energy
+    assert "Past" not in zero.summary
+    assert "Past 63 tokens" in free.summary
+    assert free.to_dict()["max_tail_energy"] == free.max_tail_energy
+    with pytest.raises(ValueError, match='"auto", "zero" or "free"'):
+        distill(model, tail="none")

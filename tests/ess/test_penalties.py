@@ -55,6 +55,26 @@ def test_gates_of_one_have_neither_distance_nor_slope() -> None:
     assert loss.item() == 0 and bool((A.grad == 0).all())
 
 
+@pytest.mark.parametrize("kind", ["diagonal", "delta", "dense"])
+def test_steps_of_padding_do_not_count(kind: str) -> None:
+    system = make(kind, 9, (2,), 3)
+    real = torch.tensor([False, True, True, True, False, True, False, False, True])
+    at = real.reshape(-1, *(1,) * (system.A.ndim - system.D.ndim))
+    nothing = torch.eye(3).to(system.A) if kind == "dense" else torch.ones(3).to(system.A)
+    padded = TimeVarying(
+        torch.where(at, system.A, nothing),
+        system.B * real[:, None],
+        system.C,
+        system.D,
+        None if system.p is None else system.p * real[:, None],
+        system.q,
+    )
+    pq = [None if x is None else x[..., real, :] for x in (system.p, system.q)]
+    A = system.A[:, real]
+    alone = TimeVarying(A, system.B[:, real], system.C[:, real], system.D[:, real], *pq)
+    torch.testing.assert_close(gate_regularizer(padded), gate_regularizer(alone))
+
+
 def test_operators_without_gates_are_passed_over() -> None:
     gated = make("delta", 6)
     other = DenseOperator(attention(2, length=6))

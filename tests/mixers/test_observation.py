@@ -16,6 +16,7 @@ from gramian.mixers import (
     Hyena,
     LinearRecurrence,
     Observer,
+    Segments,
     WeightedLinearAttention,
 )
 from gramian.systems import TimeVarying
@@ -86,6 +87,28 @@ def test_masks_are_those_of_the_pass() -> None:
     mixer(torch.randn(1, 5, WIDTH), mask=mask)
     (system,) = observer.operators()
     assert bool((system.A[:, :, :2] == 1).all()) and bool((system.A[:, :, 2:] < 1).all())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sequences_are_those_alone(packed: bool) -> None:
+    mixer = model()[0]
+    x = torch.randn(3, 12, WIDTH)
+    real = torch.tensor([[1, 1, 0, 1] * 3, [0] * 5 + [1] * 7, [1] * 9 + [0] * 3]).bool()
+    numbers = torch.arange(12).gt(6).long().expand(3, 12)
+    tokens = []
+    for row in range(3):
+        parts = [real[row] & (numbers[row] == n) for n in (0, 1)] if packed else [real[row]]
+        tokens += [x[row, part] for part in parts]
+    observer = Observer(mixer)
+    mixer(x, mask=Segments(real, numbers if packed else None))
+    for first in (2, len(tokens)):
+        found = observer.sequences(sequences=first)
+        assert sum(count for *_, count in found) == first
+        for system, length, count in found:
+            alone = [mixer.operator(one[None]).matrix() for one in tokens[:first]]
+            alone = [matrix for matrix in alone if matrix.shape[-1] == length]
+            assert len(alone) == count
+            torch.testing.assert_close(system.matrix(), torch.cat(alone))
 
 
 def test_the_next_pass_replaces_the_last() -> None:

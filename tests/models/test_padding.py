@@ -127,6 +127,52 @@ def test_a_padded_second_turn_of_generate(make_model: MakeModel, some_kind: dict
         assert torch.equal(written[row, joined.shape[1] :], alone[0, one.shape[1] :])
 
 
+@torch.no_grad()
+def test_what_a_cache_has_taken_cannot_be_hidden(
+    make_model: MakeModel, some_kind: dict[str, Any]
+) -> None:
+    model = make_model(**some_kind)
+    ids, mask = batch("right")
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 6}
+    free = model.generate(ids, attention_mask=mask, **settings)
+    settings |= {"eos_token_id": int(free[1, ids.shape[1] + 1]), "return_dict_in_generate": True}
+    output = model.generate(ids, attention_mask=mask, **settings)
+    written = output.sequences[:, ids.shape[1] :]
+    ended = (written == settings["eos_token_id"]).cumsum(1)
+    real = torch.cat([mask, (ended - (written == settings["eos_token_id"]).long() < 1).long()], 1)
+    assert not real[1, -1] and real[:, -1].any()  # row 1 ends while another goes on
+    joined = torch.cat([output.sequences, ids[:, :2]], 1)
+    seen = torch.cat([real, torch.ones_like(ids[:, :2])], 1)
+    with pytest.raises(ValueError, match="which a recurrence cannot take back"):
+        model.generate(joined, attention_mask=seen, **{CACHE: output[CACHE]}, **settings)
+    with pytest.raises(ValueError, match="which a recurrence cannot take back"):
+        model.prefill(joined[:, -3:], seen, past_key_values=output[CACHE])
+    # A mask by which they are tokens goes on, and so does a new cache.
+    as_taken = torch.cat([mask, torch.ones_like(joined[:, ids.shape[1] :])], 1)
+    model.generate(joined, attention_mask=as_taken, **{CACHE: output[CACHE]}, **settings)
+    model.generate(joined, attention_mask=seen, **settings)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_numbers_at_padding_reach_no_gradient(
+    make_config: Callable[..., GramianConfig], padding: str
+) -> None:
+    torch.manual_seed(0)
+    config = make_config(mixers="hyena", input_size=2, num_labels=2)
+    model = GramianForSignalRegression(config).double()
+    _, mask = batch(padding)
+    signal = torch.randn(*mask.shape, 2, dtype=torch.float64)
+    embedded = torch.randn(*mask.shape, config.hidden_size, dtype=torch.float64)
+    for name, given in (("input_values", signal), ("inputs_embeds", embedded)):
+        found = []
+        for padded in (given, given.masked_fill(mask.unsqueeze(-1) == 0, torch.nan)):
+            model.zero_grad()
+            model(**{name: padded}, attention_mask=mask, labels=signal).loss.backward()
+            found.append([p.grad for p in model.parameters() if p.grad is not None])
+        for one, other in zip(*found, strict=True):
+            close(one, other)
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_the_loss_is_that_of_the_rows(
     make_model: MakeModel, kind: dict[str, Any], padding: str
@@ -145,6 +191,51 @@ def test_the_loss_is_that_of_the_rows(
     ):
         if found is not None and expected is not None:
             close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_a_gradient_of_every_row(
+    make_model: MakeModel, some_kind: dict[str, Any], padding: str
+) -> None:
+    model = make_model(**some_kind)
+    ids, mask = batch(padding, (14, 9, 2))
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
+        arguments = {"attention_mask": mask[None], "labels": ids[None], "use_cache": False}
+        return torch.func.functional_call(model, weights, ids[None], arguments).loss
+
+    every = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, ids, mask)
+    for row in range(3):
+        one = tokens(ids, mask, row)[0]
+        alone = torch.func.grad(loss)(weights, one, torch.ones_like(one))
+        for name, expected in alone.items():
+            close(every[name][row], expected, 1e-5)
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_a_trainer_s_count_does_not_change_the_loss(make_model: MakeModel, padding: str) -> None:
+    model = make_model()
+    ids, mask = batch(padding)
+    for labels in (ids, ids.masked_fill(mask == 0, -100)):
+        counted = (labels[:, 1:] != -100).sum()  # as transformers' Trainer does
+        loss = model(ids, attention_mask=mask, labels=labels).loss
+        for items in (counted, int(counted)):
+            given = {"labels": labels, "num_items_in_batch": items}
+            close(model(ids, attention_mask=mask, **given).loss, loss, 1e-6)
+
+
+def test_a_turn_that_would_be_taken_for_everything_is_refused(make_model: MakeModel) -> None:
+    model = make_model()
+    prompt, turn = torch.randint(VOCABULARY, (1, 12)), torch.randint(VOCABULARY, (1, 5))
+    cache = model.prefill(prompt)[CACHE]
+    settings: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, CACHE: cache}
+    with pytest.raises(ValueError, match="the cache has seen 12 tokens, and the input has 5"):
+        model.generate(turn, attention_mask=torch.ones_like(turn), **settings)
+    written = model.generate(turn, attention_mask=torch.ones(1, 17), **settings)
+    whole = torch.cat([prompt, turn], 1)
+    expected = model.generate(whole, max_new_tokens=3, do_sample=False)
+    assert torch.equal(written[:, 5:], expected[:, 17:])
 
 
 def test_logits_of_the_last_tokens(make_model: MakeModel) -> None:
@@ -269,6 +360,8 @@ def test_packed_rows_are_not_traced_in_silence(make_model: MakeModel) -> None:
         ({"position_ids": torch.zeros(3, 2, 6)}, ValueError, "position_ids must be"),
         ({"cache_position": torch.arange(1, 7)}, ValueError, "must be 0 … 5"),
         ({"cache_position": torch.arange(6).flip(0)}, ValueError, "got .5, 4, 3"),
+        ({"input_ids": torch.ones(6).long()}, ValueError, r"input_ids must be .batch, length"),
+        ({"input_ids": torch.ones(2, 6)}, ValueError, "of integers; got .2, 6. of torch.float32"),
         ({"attentionmask": torch.ones(2, 6)}, TypeError, "does not take attentionmask"),
         ({"head_mask": torch.ones(2)}, TypeError, "does not take head_mask"),
         ({"past_key_values": 1, "cache": 2}, ValueError, "give one cache"),
@@ -277,11 +370,11 @@ def test_packed_rows_are_not_traced_in_silence(make_model: MakeModel) -> None:
 def test_what_would_be_dropped_is_named(
     model: GramianForCausalLM, arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    ids = torch.randint(VOCABULARY, (2, 6))
+    arguments = {"input_ids": torch.randint(VOCABULARY, (2, 6)), **arguments}
     with pytest.raises(error, match=message):
-        model(ids, **arguments)
+        model(**arguments)
     with pytest.raises(error, match=message):
-        model.model(ids, **arguments)
+        model.model(**arguments)
 
 
 def test_what_changes_nothing_is_taken(model: GramianForCausalLM) -> None:

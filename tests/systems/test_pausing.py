@@ -98,6 +98,15 @@ def test_parts_of_a_chunk_are_the_chunk(recurrence: Recurrence) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_have_the_dtype_of_the_chunk(recurrence: Recurrence, dtype: torch.dtype) -> None:
+    _, warm = recurrence.prefill(torch.randn(2, CHANNELS, 9))
+    u = torch.randn(2, CHANNELS, 5, dtype=dtype)
+    for steps in ([0, 0], [0, 3]):
+        y, _ = apply_paused(recurrence.prefill, u, warm.clone(), Pause(steps, 5))
+        assert y.dtype == dtype
+
+
 def test_gradients_reach_inputs_and_states_of_streams_that_pause() -> None:
     torch.manual_seed(0)
     system = transfer_function()

@@ -185,3 +185,17 @@ def test_speech_commands(tmp_path: Path) -> None:
     np.testing.assert_allclose(row["input_values"][:, 0], sounds["yes/1.wav"][::2], atol=1e-7)
     with pytest.raises(ValueError, match="holds 2 words and num_labels is 35"):
         tasks.load("speech_commands", path=str(tmp_path))
+
+
+def test_the_split_that_is_measured_is_one_with_files() -> None:
+    from gramian.evaluation._tasks import chosen_split
+
+    assert chosen_split(tasks.build("text", train="a", test="b"), "text", None) == "test"
+    assert chosen_split(tasks.build("text", train="a", validation="b"), "text", None) == (
+        "validation"
+    )
+    named = tasks.build("fasta", train="a", validation_records="one", test_records="two")
+    assert chosen_split(named, "fasta", None) == "test"
+    named = tasks.build("fasta", train="a", validation_records="one")
+    assert chosen_split(named, "fasta", None) == "validation"
+    assert chosen_split(named, "fasta", "test") == "test"

@@ -175,6 +175,35 @@ def test_state_sizes_in_transformers_own_trainer(kind: str, tmp_path: Path) -> N
     assert json.dumps(metrics)
 
 
+@pytest.mark.parametrize(
+    "mixers", ["gated_linear_attention", ["hyena", "softmax_attention"], "long_convolution"]
+)
+def test_losses_are_those_of_sequences_alone(mixers: Any) -> None:
+    net = model(mixers).double()
+    config = Regularization(ess=StatePenalty(weight=1.0, target=2.0, sequences=4, channels=99))
+    losses = MemoryLosses(net, config)
+    rows = [torch.randint(0, 32, (length,)) for length in (14, 3, 9, 3)]
+    ids, mask = torch.zeros(2, 4, 15, dtype=torch.int64)
+    for columns, one, row in zip(ids, mask, rows, strict=True):
+        place = torch.randperm(15)[: len(row)].sort().values
+        columns[place], one[place] = row, 1
+    positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    right = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True)
+
+    def penalty(**batch: torch.Tensor) -> float:
+        net(**batch)
+        return losses()[1]["ess_penalty"]
+
+    expected = sum(penalty(input_ids=row[None]) for row in rows) / len(rows)
+    for batch in (
+        {"input_ids": ids, "attention_mask": mask},
+        {"input_ids": right, "attention_mask": real},
+        {"input_ids": torch.cat(rows)[None], "position_ids": positions},
+    ):
+        assert penalty(**batch) == pytest.approx(expected, rel=1e-6)
+
+
 def test_pairs_are_measured_by_their_first_sequence(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GramianConfig(
