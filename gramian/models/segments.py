@@ -193,15 +193,15 @@ def items_due(items: Tensor | int, labels: Tensor, due: Tensor) -> Tensor | int:
 
     Trainers count the labels after the first column. Those at padding, and those of each sequence's
     first token, which nothing predicts, are among them; so the count is taken down by the share of
-    this batch's labels that are due.
+    this batch's labels that are due. Where none is, there is no share, and the count stays.
 
     Args:
         items: the trainer's count.
         labels: (batch, length).
         due: (batch, length), `next_labels` of them.
     """
-    counted = (labels[:, 1:] != IGNORED).sum()
-    return items * ((due != IGNORED).sum() / counted.clamp_min(1))
+    counted, scored = (labels[:, 1:] != IGNORED).sum(), (due != IGNORED).sum()
+    return items * torch.where(scored > 0, scored / counted.clamp_min(1), 1)
 
 
 def last_tokens(hidden_states: Tensor, segments: Segments | None, count: int) -> Tensor:

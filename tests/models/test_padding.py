@@ -225,6 +225,14 @@ def test_a_trainer_s_count_does_not_change_the_loss(make_model: MakeModel, paddi
             close(model(ids, attention_mask=mask, **given).loss, loss, 1e-6)
 
 
+def test_a_batch_in_which_nothing_is_due_adds_nothing(make_model: MakeModel) -> None:
+    model = make_model()
+    ids = torch.randint(VOCABULARY, (2, 4))
+    mask = torch.tensor([[0, 0, 0, 1]] * 2)  # tokens that nothing precedes, yet a trainer counts
+    labels = ids.masked_fill(mask == 0, -100)
+    assert model(ids, attention_mask=mask, labels=labels, num_items_in_batch=7).loss == 0
+
+
 def test_a_turn_that_would_be_taken_for_everything_is_refused(make_model: MakeModel) -> None:
     model = make_model()
     prompt, turn = torch.randint(VOCABULARY, (1, 12)), torch.randint(VOCABULARY, (1, 5))
