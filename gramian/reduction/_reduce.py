@@ -66,7 +66,8 @@ class Reduction:
     Attributes:
         system: `Modal`, channels (*C).
         order: (*C), integers: state dimension over the reals of every channel. Below the order that
-            was asked for where the kernel's Hankel matrix has no more rank.
+            was asked for where the kernel's Hankel matrix has no more rank, or where a fit of a
+            lower order was closer than any found of that one.
         relative_error: (*C): ‖h - ĥ‖₂ / ‖h‖₂ over the L taps; 0 for a silent channel.
         lower_bound: (*C): no system of that order, stable or not, has a smaller ``relative_error``.
         l1_error: (*C): ‖h - ĥ‖₁ over the L taps, which bounds ‖y - ŷ‖_∞ / ‖u‖_∞ for inputs up to L.

@@ -27,7 +27,7 @@ from gramian.reduction.errors import tail_energy
 from gramian.reduction.problem import Problem
 from gramian.reduction.refinement import greedy_modes, refined, relocated
 from gramian.reduction.residues import ModalFit, fit_residues
-from gramian.reduction.spectrum import Spectrum
+from gramian.reduction.spectrum import Spectrum, hankel_matrices
 
 __all__ = ["balanced", "balanced_poles", "refined_further"]
 
@@ -47,8 +47,33 @@ _LEAST_FACTOR = 1e-6
 _AMISS = 3.0
 """How far an error may lie above the singular value that is left out: most are below it."""
 
-_STEPS_DOWN = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192)
-"""By how much lower the orders are that are tried where one has gone amiss."""
+_SHORT = 64
+"""Kernels of at most so many taps are reduced to every lower order that might be closer."""
+
+_STEPS_DOWN = (*range(1, 33), 40, 48, 64, 80, 96, 128, 160, 192)
+"""By how much lower the orders are that are tried for longer kernels."""
+
+_SCATTER = 1.08
+"""How far the closed forms of a flat spectrum scatter about a multiple of the lower bound."""
+
+_TELLING = 1.6
+"""Above this multiple a lower bound says how errors fall, but not how far they may."""
+
+_STEPS_ALWAYS = 4
+"""Steps down that are taken whatever the errors of a flat spectrum let expect."""
+
+_NEAR_BOUND = 0.7
+"""What lower orders leave beyond their lower bounds, as a part of what the order at hand leaves
+beyond its own, where a spectrum falls."""
+
+_FARTHEST = 0.25
+"""The largest part of a lower bound that counts so."""
+
+_SPECTRAL_ROUNDING = 1e-6
+"""Part of a squared Frobenius norm that rounding may take from singular values."""
+
+_SILENT = 1e-12
+"""Relative error below which nothing lower is looked for."""
 
 _HEAT = 8
 """Steps after which the starts of a channel are compared."""
@@ -72,6 +97,23 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
         order: (len(rows)), integers.
         rows: Channels, indices.
     """
+    if problem.taps.shape[-1] >= _SHORT:
+        return _fitted(problem, order, rows, lower=True)
+    best = _fitted(problem, order, rows, lower=False)
+    # Of what lower orders leave, no more than the bound is known before they are tried.
+    least = _least_errors(problem, rows)
+    for less in range(1, int(order.max())):
+        some = torch.nonzero(_may_be_closer(problem, best, order - less, rows, least)).flatten()
+        if not len(some):
+            break
+        fit = _fitted(problem, order[some] - less, rows[some], lower=False)
+        problem.keep(best, fit, some)
+    return best
+
+
+def _fitted(problem: Problem, order: Tensor, rows: Tensor, *, lower: bool) -> ModalFit:
+    """`balanced` of these orders, or, with ``lower``, with the closest closed form of a lower
+    order for one more start."""
     settings = problem.settings
     best = problem.silence(rows)
     everywhere = torch.arange(len(rows), device=rows.device)
@@ -83,14 +125,11 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
     _offer_rings(problem, best, order, rows)
     amiss = torch.nonzero(_amiss(problem, best, order, rows)).flatten()
     if len(amiss):
-        starts.append(_lower_orders(problem, order, rows, amiss))
+        starts.append(_spread_poles(problem, order, rows, amiss))
         problem.keep(best, starts[-1][amiss], amiss)
-    # The windowed Hankel matrix of a short kernel has no more room than this.
-    room = taps.shape[-1] // 2 - 1
-    crowded = amiss[order[amiss] > room]
-    if room > 0 and len(crowded):
-        lower = balanced(problem, torch.full_like(crowded, room), rows[crowded])
-        problem.keep(best, lower, crowded)
+    if lower:
+        starts.append(_lower_orders(problem, best, order, rows))
+        problem.keep(best, starts[-1], everywhere)
     if settings.refine:
         floor = torch.finfo(settings.dtype).eps * taps.norm(dim=-1)
         open_ = torch.nonzero((best.l2_error > floor) & (order < taps.shape[-1])).flatten()
@@ -207,26 +246,92 @@ def _amiss(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> Ten
     return large | ((order >= taps.shape[-1] // 2) & (best.l2_error > floor))
 
 
-def _lower_orders(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) -> ModalFit:
-    """For the channels ``rows[amiss]``, the closest of fits of lower orders and of fits with
-    multiple poles spread out; of infinite error for the others.
+def _spread_poles(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) -> ModalFit:
+    """For the channels ``rows[amiss]``, the closest of fits with multiple poles spread out; of
+    infinite error for the others.
 
-    The shift of a singular basis that holds rounding errors for vectors has poles that mean
-    nothing, and a multiple pole, of which a modal system has none, comes out as poles that nearly
-    coincide. A random change δ of the shift moves m such poles about δ^(1/m) apart.
+    A multiple pole, of which a modal system has none, comes out as poles that nearly coincide. A
+    random change δ of the shift moves m such poles about δ^(1/m) apart.
     """
     found = problem.silence(rows)
     found.l2_error[:] = torch.inf
-    some, wanted = rows[amiss], order[amiss]
     spread = math.sqrt(torch.finfo(problem.settings.dtype).eps)
+    for tail in problem.settings.tails:
+        for change in (spread, 100 * spread):
+            poles = _balanced_poles(problem, tail, order[amiss], rows[amiss], change)
+            problem.offer(found, poles, rows, amiss)
+    return found
+
+
+def _least_errors(problem: Problem, rows: Tensor) -> Tensor:
+    """(len(rows), k + 1): what the orders 0 … k leave at least, over the taps.
+
+    The windowed bound of `gramian.reduction.errors`, exact for short kernels. For long ones it is
+    an estimate: the singular values that were not computed count by what the others leave of the
+    Frobenius norm. Where the tail counts as silence alone, the zero-extended matrix stands for the
+    windowed one; it says much the same of systems that fade.
+    """
+    tail = "free" if "free" in problem.settings.tails else "zero"
+    taps = problem.taps[rows]
+    count = taps.shape[-1]
+    if count < _SHORT:
+        hankel = hankel_matrices(taps, "free")
+        values = torch.linalg.svdvals(hankel.matrix())
+    else:
+        hankel = hankel_matrices(taps, tail)
+        values = problem.ritz(tail)[rows]
+    size = min(hankel.rows, hankel.columns)
+    place = torch.arange(1, count + 1, device=taps.device)
+    times = torch.minimum(place, hankel.rows + hankel.columns - place).clamp(0, size)
+    whole = (times * taps.square()).sum(-1, keepdim=True)
+    left = values.square().flip(-1).cumsum(-1).flip(-1)
+    if values.shape[-1] < size:
+        rest = (1 - _SPECTRAL_ROUNDING) * whole - left[:, :1]
+        left = torch.nn.functional.pad(left, (0, 1)) + rest.clamp(min=0)
+    else:
+        left = torch.nn.functional.pad(left, (0, 1))
+    return (left / size).sqrt()
+
+
+def _may_be_closer(
+    problem: Problem, best: ModalFit, lower: Tensor, rows: Tensor, least: Tensor
+) -> Tensor:
+    """A mask (len(rows)): whether a fit of the order ``lower`` may be closer than ``best``."""
+    floor = max(_SILENT, torch.finfo(problem.settings.dtype).eps)
+    place = lower.clamp(0, least.shape[-1] - 1).unsqueeze(-1)
+    bound = least.gather(-1, place).squeeze(-1)
+    error = best.l2_error
+    silent = error <= floor * problem.taps[rows].norm(dim=-1)
+    return (lower >= 1) & (error > bound) & ~silent
+
+
+def _lower_orders(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> ModalFit:
+    """The closest fits of lower orders in closed form, where they are closer than ``best``; of
+    infinite error elsewhere.
+
+    Of a flat spectrum the poles of one order are by chance closer than those of the next, and the
+    shift of a singular basis that holds rounding errors for vectors has poles that mean nothing.
+    """
+    found = problem.silence(rows)
+    found.l2_error[:] = torch.inf
+    closest = best[torch.arange(len(rows), device=rows.device)]
+    least = _least_errors(problem, rows)
+    bound = least.gather(-1, order.clamp(max=least.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    ratio = best.l2_error / bound.clamp(min=1e-300)
+    falling = 1 + (_NEAR_BOUND * (ratio - 1)).clamp(0, _FARTHEST)
+    flat = best.l2_error > _FLAT * problem.taps[rows].norm(dim=-1)
+    even = torch.where(flat & (ratio > _TELLING), (ratio / _SCATTER).maximum(falling), falling)
     for less in _STEPS_DOWN:
-        if less >= int(wanted.max()):
+        beyond = falling if less <= _STEPS_ALWAYS else even
+        may = _may_be_closer(problem, closest, order - less, rows, beyond.unsqueeze(-1) * least)
+        some = torch.nonzero(may).flatten()
+        if not len(some):
             break
         for tail in problem.settings.tails:
-            for change in (0.0, spread) if less else (spread, 100 * spread):
-                lower = (wanted - less).clamp(min=1)
-                poles = _balanced_poles(problem, tail, lower, some, change)
-                problem.offer(found, poles, rows, amiss)
+            poles = _balanced_poles(problem, tail, order[some] - less, rows[some])
+            fit = problem.offer(closest, poles, rows, some)
+            problem.keep(found, fit, some)
+    found.l2_error[found.l2_error >= best.l2_error] = torch.inf
     return found
 
 

@@ -130,6 +130,8 @@ def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
         poles: (B, m), complex128.
         residues: (B, m), complex128.
     """
+    if poles.shape[-1] == 0:
+        poles, residues = (torch.nn.functional.pad(x, (0, 1)) for x in (poles, residues))
     outside = ((poles.abs() >= 1) & (residues != 0)).any(-1)
     poles = torch.where((residues == 0) | outside.unsqueeze(-1), 0, poles)
     operator = _ErrorOperator(taps, poles, residues)

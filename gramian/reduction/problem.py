@@ -154,6 +154,13 @@ class Problem:
         """(B, k): leading Hankel singular values of the kernels followed by zeros."""
         return torch.cat([piece.spectra["zero"].values for piece in self.pieces])
 
+    def ritz(self, tail: str) -> Tensor:
+        """(B, K): at most the singular values of the Hankel matrices with this tail."""
+        parts = [piece.spectra[tail].ritz for piece in self.pieces]
+        width = max(part.shape[-1] for part in parts)
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(part, (0, width - part.shape[-1])) for part in parts])
+
     def with_settings(self, settings: Settings) -> Problem:
         """The same problem, its spectra shared, under other settings."""
         other = copy.copy(self)
@@ -191,10 +198,5 @@ class Problem:
 
     def bound(self, fit: ModalFit, rows: Tensor | slice) -> Tensor:
         """The squared lower bound that belongs to the orders of ``fit``."""
-        windowed = None
-        if "free" in self.settings.tails:
-            parts = [piece.spectra["free"].ritz for piece in self.pieces]
-            width = max(part.shape[-1] for part in parts)
-            pad = torch.nn.functional.pad
-            windowed = torch.cat([pad(part, (0, width - part.shape[-1])) for part in parts])[rows]
+        windowed = self.ritz("free")[rows] if "free" in self.settings.tails else None
         return errors.squared_lower_bound(self.taps[rows], fit.orders(), windowed)

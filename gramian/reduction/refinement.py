@@ -123,23 +123,29 @@ def _point(taps: Tensor, modes: Modes, ridge: float, infinite: bool) -> _Point:
     size = taps.square().sum(-1)
     error = size - (weights * goal[:, :half]).sum(-1)
     left = goal - (gram[..., :half] @ weights.unsqueeze(-1)).squeeze(-1)
-    if bool(((pivot < _PRECISE_PIVOT) | (error < _PRECISE_ERROR * size)).any()):
-        # Differences of large numbers: from the residual itself instead, refined once.
+    vague = (pivot < _PRECISE_PIVOT) | (error < _PRECISE_ERROR * size)
+    if bool(vague.any()):
+        # Differences of large numbers: from the residual itself instead, refined once. Only there,
+        # so that what comes of a channel does not depend on the others.
+        better = weights
         for again in (True, False):
-            plain = scale0 * weights
+            plain = scale0 * better
             residual = taps - kernels.combine(_residues(plain))
-            left = _stacked(kernels.moments(residual))
+            below = _stacked(kernels.moments(residual))
             if tail is not None:
-                left = left - (tail[..., :half] @ plain.unsqueeze(-1)).squeeze(-1)
-            left = scale * left
-            left[:, :half] -= ridge**2 * weights
+                below = below - (tail[..., :half] @ plain.unsqueeze(-1)).squeeze(-1)
+            below = scale * below
+            below[:, :half] -= ridge**2 * better
             if again:
-                change = torch.cholesky_solve(left[:, :half].unsqueeze(-1), front)
-                weights = weights + change.squeeze(-1)
-        error = residual.square().sum(-1) + ridge**2 * weights.square().sum(-1)
+                change = torch.cholesky_solve(below[:, :half].unsqueeze(-1), front)
+                better = better + change.squeeze(-1)
+        closer = residual.square().sum(-1) + ridge**2 * better.square().sum(-1)
         if tail is not None:
             inside = tail[:, :half, :half] @ plain.unsqueeze(-1)
-            error = error + (plain * inside.squeeze(-1)).sum(-1)
+            closer = closer + (plain * inside.squeeze(-1)).sum(-1)
+        error = torch.where(vague, closer, error)
+        weights = torch.where(vague.unsqueeze(-1), better, weights)
+        left = torch.where(vague.unsqueeze(-1), below, left)
     residues = _residues(scale0 * weights)
     whole = torch.linalg.solve_triangular(factor, left.unsqueeze(-1), upper=False).squeeze(-1)
     # L22ᵀ maps scaled columns of E, their part in Φ removed, to an orthonormal basis.
