@@ -249,6 +249,7 @@ def test_nothing_left_to_choose(exported: ExportedModel, monkeypatch: pytest.Mon
         exported.generate([[1]], 3)
 
 
+@pytest.mark.slow
 def test_settings_are_written_and_compared(
     model: GramianForCausalLM,
     ids: torch.Tensor,
