@@ -66,7 +66,7 @@ _NEAR_BOUND = 0.7
 """What lower orders leave beyond their lower bounds, as a part of what the order at hand leaves
 beyond its own, where a spectrum falls."""
 
-_FARTHEST = 0.25
+_FARTHEST = 0.15
 """The largest part of a lower bound that counts so."""
 
 _SPECTRAL_ROUNDING = 1e-6

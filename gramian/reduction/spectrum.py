@@ -56,6 +56,12 @@ _ALIKE = 1e-3
 _ROUNDING = 64
 """Rounding errors of a Ritz value, in units of the last place of the largest."""
 
+_EQUAL = 3e-6
+"""Relative distance below which single precision does not tell singular vectors apart."""
+
+_DENSE_PAIRS = 400
+"""Matrices up to this size are factored densely where two singular values are equal so."""
+
 _GAP = 0.1
 """Relative distance of a leading singular value from those that a subspace lacks."""
 
@@ -223,7 +229,10 @@ def lanczos_spectrum(
             vectors[where] = torch.bmm(weights[done, :, :count].mT, basis).double()
             ritz = torch.nn.functional.pad(ritz, (0, krylov.steps - ritz.shape[-1]))
             ritz[where] = (theta.abs() - noise).clamp(min=0)[done].double()
-            alike = _alike(theta[:, :count], misfit[:, :count], noise, block)
+            leading = theta[:, :count], misfit[:, :count], noise
+            alike = _alike(*leading, block, _ALIKE)
+            if size <= _DENSE_PAIRS and exact is not None:
+                alike |= _alike(*leading, 2, _EQUAL)
             doubtful[where] = (alike | ~converged | krylov.lost[held])[done]
             pending[here] = -1
             left = len(held) - len(here)
@@ -373,9 +382,9 @@ class _BlockLanczos:
         return theta.gather(-1, place), weights, misfit
 
 
-def _alike(theta: Tensor, misfit: Tensor, noise: Tensor, block: int) -> Tensor:
-    """Whether so many of the leading Ritz values (B, k) as a block has vectors are alike, within
-    what their residuals can tell, and more than noise (B, 1): (B)."""
+def _alike(theta: Tensor, misfit: Tensor, noise: Tensor, block: int, close: float) -> Tensor:
+    """Whether so many of the leading Ritz values (B, k) as a block has vectors are this close, or
+    within what their residuals can tell if that is more, and more than noise (B, 1): (B)."""
     if block > theta.shape[-1]:
         return torch.zeros_like(theta[:, 0], dtype=torch.bool)
     theta, place = theta.sort(dim=-1)
@@ -384,7 +393,9 @@ def _alike(theta: Tensor, misfit: Tensor, noise: Tensor, block: int) -> Tensor:
     size = torch.maximum(first.abs(), last.abs())
     # The error of a Ritz value is the square of its residual by the gap to what is not found.
     inside = misfit.unfold(-1, block, 1).amax(-1).square() / size.clamp(min=1e-30)
-    width = _ALIKE * size + inside / _GAP
+    width = close * size
+    if close == _ALIKE:
+        width = width + inside / _GAP
     return ((last - first <= width) & (size > noise)).any(-1)
 
 
