@@ -56,7 +56,7 @@ _STEPS_DOWN = (*range(1, 33), 40, 48, 64, 80, 96, 128, 160, 192)
 _SCATTER = 1.08
 """How far the closed forms of a flat spectrum scatter about a multiple of the lower bound."""
 
-_TELLING = 1.6
+_TELLING = 1.85
 """Above this multiple a lower bound says how errors fall, but not how far they may."""
 
 _STEPS_ALWAYS = 4
@@ -66,7 +66,7 @@ _NEAR_BOUND = 0.7
 """What lower orders leave beyond their lower bounds, as a part of what the order at hand leaves
 beyond its own, where a spectrum falls."""
 
-_FARTHEST = 0.25
+_FARTHEST = 0.15
 """The largest part of a lower bound that counts so."""
 
 _SPECTRAL_ROUNDING = 1e-6
@@ -121,6 +121,7 @@ def _fitted(problem: Problem, order: Tensor, rows: Tensor, *, lower: bool) -> Mo
     for tail in settings.tails:
         poles = _balanced_poles(problem, tail, order, rows)
         starts.append(problem.offer(best, poles, rows, everywhere))
+    leading = torch.stack([fit.l2_error for fit in starts]).argmin(0)
     taps = problem.taps[rows]
     _offer_rings(problem, best, order, rows)
     amiss = torch.nonzero(_amiss(problem, best, order, rows)).flatten()
@@ -128,7 +129,7 @@ def _fitted(problem: Problem, order: Tensor, rows: Tensor, *, lower: bool) -> Mo
         starts.append(_spread_poles(problem, order, rows, amiss))
         problem.keep(best, starts[-1][amiss], amiss)
     if lower:
-        starts.append(_lower_orders(problem, best, order, rows))
+        starts.append(_lower_orders(problem, best, order, rows, leading))
         problem.keep(best, starts[-1], everywhere)
     if settings.refine:
         floor = torch.finfo(settings.dtype).eps * taps.norm(dim=-1)
@@ -305,9 +306,12 @@ def _may_be_closer(
     return (lower >= 1) & (error > bound) & ~silent
 
 
-def _lower_orders(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> ModalFit:
+def _lower_orders(
+    problem: Problem, best: ModalFit, order: Tensor, rows: Tensor, leading: Tensor
+) -> ModalFit:
     """The closest fits of lower orders in closed form, where they are closer than ``best``; of
-    infinite error elsewhere.
+    infinite error elsewhere. Far down and where bounds tell little, with the treatment ``leading``
+    of the tail alone.
 
     Of a flat spectrum the poles of one order are by chance closer than those of the next, and the
     shift of a singular basis that holds rounding errors for vectors has poles that mean nothing.
@@ -320,17 +324,21 @@ def _lower_orders(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor)
     ratio = best.l2_error / bound.clamp(min=1e-300)
     falling = 1 + (_NEAR_BOUND * (ratio - 1)).clamp(0, _FARTHEST)
     flat = best.l2_error > _FLAT * problem.taps[rows].norm(dim=-1)
-    even = torch.where(flat & (ratio > _TELLING), (ratio / _SCATTER).maximum(falling), falling)
+    dull = flat & (ratio > _TELLING)
+    even = torch.where(dull, (ratio / _SCATTER).maximum(falling), falling)
     for less in _STEPS_DOWN:
-        beyond = falling if less <= _STEPS_ALWAYS else even
+        near = less <= _STEPS_ALWAYS
+        beyond = falling if near else even
         may = _may_be_closer(problem, closest, order - less, rows, beyond.unsqueeze(-1) * least)
         some = torch.nonzero(may).flatten()
         if not len(some):
             break
-        for tail in problem.settings.tails:
-            poles = _balanced_poles(problem, tail, order[some] - less, rows[some])
-            fit = problem.offer(closest, poles, rows, some)
-            problem.keep(found, fit, some)
+        for i, tail in enumerate(problem.settings.tails):
+            here = some if near else some[~dull[some] | (leading[some] == i)]
+            if len(here):
+                poles = _balanced_poles(problem, tail, order[here] - less, rows[here])
+                fit = problem.offer(closest, poles, rows, here)
+                problem.keep(found, fit, here)
     found.l2_error[found.l2_error >= best.l2_error] = torch.inf
     return found
 

@@ -47,7 +47,7 @@ _DENSE_SIZE = 160
 _RESIDUAL = 1e-2
 """Residual from which the span of the Ritz vectors gives the same reduction as the exact one."""
 
-_BLOCK = 4
+_BLOCK = 3
 """Vectors of a block; the largest multiplicity that is found without a second search."""
 
 _ALIKE = 1e-3
@@ -55,6 +55,15 @@ _ALIKE = 1e-3
 
 _ROUNDING = 64
 """Rounding errors of a Ritz value, in units of the last place of the largest."""
+
+_EQUAL = 3e-6
+"""Relative distance below which single precision does not tell singular vectors apart."""
+
+_DENSE_PAIRS = 400
+"""Matrices up to this size are factored densely where two singular values are equal so."""
+
+_GAP = 0.1
+"""Relative distance of a leading singular value from those that a subspace lacks."""
 
 _DENSE_AGAIN = 512
 """Matrices up to this size are factored densely where the iteration leaves doubt."""
@@ -135,7 +144,7 @@ def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) ->
     height = torch.where(height > 0, height, 1)
     # The range of float32 is short.
     unit = Hankel(hankel.sequence / height, hankel.rows, hankel.columns)
-    spectrum = lanczos_spectrum(unit.to(torch.float32), count, guess=guess)
+    spectrum = lanczos_spectrum(unit.to(torch.float32), count, guess=guess, exact=unit)
     steep = spectrum.values[:, -1] <= _SINGLE_RANGE * spectrum.values[:, 0]
     if bool(steep.any()):
         spectrum = spectrum.replace(steep, lanczos_spectrum(unit[steep], count))
@@ -179,6 +188,7 @@ def lanczos_spectrum(
     guess: Tensor | None = None,
     magnitude: Tensor | None = None,
     block: int = _BLOCK,
+    exact: Symmetric | None = None,
 ) -> Spectrum:
     """As `leading_spectrum`, for symmetric matrices, in their own precision throughout.
 
@@ -188,7 +198,8 @@ def lanczos_spectrum(
 
     The values and vectors are float64 in any case, the vectors orthonormal to float64. Products
     that are small differences of large terms carry the rounding errors of these: ``magnitude``
-    (B, 1) says how large they are.
+    (B, 1) says how large they are. ``exact`` are the same matrices in a precision in which to
+    factor what is computed again densely.
     """
     batch, size = len(matrices.like), matrices.rows
     pending = torch.arange(batch, device=matrices.like.device)
@@ -199,7 +210,7 @@ def lanczos_spectrum(
     if size <= _DENSE_AGAIN:
         limit = min(limit, 3 * size // 4)
     krylov = _BlockLanczos(matrices, block, limit, guess, magnitude)
-    steps = (2 * count + 30 if guess is None else count + 8) + block - _BLOCK
+    steps = (2 * count + 42 if guess is None else count + 19) + block - _BLOCK
     while True:
         krylov.extend(min(steps, limit))
         held = torch.nonzero(pending >= 0).flatten()
@@ -218,7 +229,10 @@ def lanczos_spectrum(
             vectors[where] = torch.bmm(weights[done, :, :count].mT, basis).double()
             ritz = torch.nn.functional.pad(ritz, (0, krylov.steps - ritz.shape[-1]))
             ritz[where] = (theta.abs() - noise).clamp(min=0)[done].double()
-            alike = _alike(theta[:, :count], misfit[:, :count], noise, block)
+            leading = theta[:, :count], misfit[:, :count], noise
+            alike = _alike(*leading, block, _ALIKE)
+            if size <= _DENSE_PAIRS and exact is not None:
+                alike |= _alike(*leading, 2, _EQUAL)
             doubtful[where] = (alike | ~converged | krylov.lost[held])[done]
             pending[here] = -1
             left = len(held) - len(here)
@@ -227,24 +241,33 @@ def lanczos_spectrum(
             if 2 * left <= len(pending):
                 krylov, pending = krylov[pending >= 0], pending[pending >= 0]
         steps += max(12, steps // 8)
-    # Orthonormal to the precision of the iteration so far.
-    vectors = torch.linalg.qr(vectors.mT).Q.mT
-    spectrum = Spectrum(values, vectors, ritz)
+    spectrum = Spectrum(values, _orthonormal(vectors), ritz)
     if not bool(doubtful.any()):
         return spectrum
-    some = matrices[doubtful]
     if size <= _DENSE_AGAIN:
-        unit = torch.eye(size, dtype=matrices.like.dtype, device=pending.device)
+        some = (matrices if exact is None else exact)[doubtful]
+        unit = torch.eye(size, dtype=some.like.dtype, device=pending.device)
         matrix = (some @ unit.expand(len(some.like), -1, -1)).double()
-        again = _dense_spectrum((matrix + matrix.mT) / 2, count, krylov.eps)
-        return spectrum.replace(doubtful, again)
+        eps = torch.finfo(some.like.dtype).eps
+        return spectrum.replace(doubtful, _dense_spectrum((matrix + matrix.mT) / 2, count, eps))
     if block <= count:
         least = None if magnitude is None else magnitude[doubtful]
         again = lanczos_spectrum(
-            some, count, residual=residual, magnitude=least, block=count + _BLOCK
+            matrices[doubtful], count, residual=residual, magnitude=least, block=count + _BLOCK
         )
         spectrum = spectrum.replace(doubtful, again)
     return spectrum
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """Of vectors (B, k, rows) that are orthonormal to single precision at least."""
+    factor, failed = torch.linalg.cholesky_ex(torch.bmm(vectors, vectors.mT))
+    if bool((failed != 0).any()):
+        return torch.linalg.qr(vectors.mT).Q.mT
+    # A triangle this small is inverted faster than it is solved with.
+    unit = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
+    return torch.bmm(inverse, vectors)
 
 
 class _BlockLanczos:
@@ -270,7 +293,7 @@ class _BlockLanczos:
         self.steps = 0
         # Untouched memory costs nothing, so that there is no need to grow the basis.
         self.basis = like.new_empty(batch, limit, size)
-        self.compressed = like.new_zeros(batch, limit, limit)  # lower triangle
+        self.compressed = like.new_zeros(batch, 0, 0)  # lower triangle
         self.edge = like.new_zeros(batch, block, block)  # Gram matrix of what H leaves behind
         self.lost = torch.zeros(batch, dtype=torch.bool, device=like.device)  # orthogonality
         self.scale = like.new_zeros(batch, 1)  # at most ‖H‖ and near it
@@ -304,6 +327,8 @@ class _BlockLanczos:
 
     def extend(self, steps: int) -> None:
         """Grow the bases to ``steps`` vectors or a few more."""
+        more = steps + self.next.shape[1] - self.compressed.shape[-1]
+        self.compressed = torch.nn.functional.pad(self.compressed, (0, more, 0, more))
         while self.steps < steps:
             first = self.steps
             self.steps = last = min(first + self.next.shape[1], self.basis.shape[1])
@@ -330,9 +355,9 @@ class _BlockLanczos:
         """An orthonormal basis of the rows of ``image``, orthogonal to all vectors before."""
         image = image[:, : self.matrices.rows - self.steps]
         q, r = torch.linalg.qr(image.mT)
-        left, size, _ = torch.linalg.svd(r)
-        vectors = torch.bmm(left.mT, q.mT)  # strongest directions first
-        ended = size <= 64 * self.eps * self.scale
+        vectors = q.mT.contiguous()
+        # What all of the image holds of a direction: its diagonal entry alone may be small.
+        ended = r.norm(dim=-1) <= 64 * self.eps * self.scale
         if bool(ended.any()):
             vectors = torch.where(ended.unsqueeze(-1), self._noise(vectors.shape[1]), vectors)
         for _ in range(_PASSES):
@@ -357,16 +382,20 @@ class _BlockLanczos:
         return theta.gather(-1, place), weights, misfit
 
 
-def _alike(theta: Tensor, misfit: Tensor, noise: Tensor, block: int) -> Tensor:
-    """Whether so many of the leading Ritz values (B, k) as a block has vectors are alike, within
-    what their residuals can tell, and more than noise (B, 1): (B)."""
+def _alike(theta: Tensor, misfit: Tensor, noise: Tensor, block: int, close: float) -> Tensor:
+    """Whether so many of the leading Ritz values (B, k) as a block has vectors are this close, or
+    within what their residuals can tell if that is more, and more than noise (B, 1): (B)."""
     if block > theta.shape[-1]:
         return torch.zeros_like(theta[:, 0], dtype=torch.bool)
     theta, place = theta.sort(dim=-1)
     misfit = misfit.gather(-1, place)
     first, last = theta[:, : theta.shape[-1] + 1 - block], theta[:, block - 1 :]
     size = torch.maximum(first.abs(), last.abs())
-    width = _ALIKE * size + 2 * misfit.unfold(-1, block, 1).amax(-1)
+    # The error of a Ritz value is the square of its residual by the gap to what is not found.
+    inside = misfit.unfold(-1, block, 1).amax(-1).square() / size.clamp(min=1e-30)
+    width = close * size
+    if close == _ALIKE:
+        width = width + inside / _GAP
     return ((last - first <= width) & (size > noise)).any(-1)
 
 
