@@ -84,7 +84,7 @@ def _box(draw, n):
 
 def _chirp(draw, n):
     time = np.linspace(0, 1, n)
-    return scipy.signal.chirp(time, 0, 1, draw.uniform(2, n / 3)) * np.exp(
+    return scipy.signal.chirp(time, 0, 1, draw.uniform(2, max(3, n / 3))) * np.exp(
         -draw.uniform(0, 4) * time
     )
 
