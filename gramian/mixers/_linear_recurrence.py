@@ -20,10 +20,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from gramian.mixers._mixer import Mixer, ShortConvolution, apply_mask
+from gramian.mixers._recomputation import recomputed
 from gramian.ops.packed import Linear
 from gramian.systems import Recurrence, State, System, TimeVarying
 from gramian.systems.time_varying import TimeVaryingState
@@ -232,7 +232,7 @@ class LinearRecurrence(Mixer):
         outputs = []
         for begin in range(0, length, size):
             part = coefficients.steps(begin, begin + size), values[:, :, begin : begin + size]
-            y, memory = checkpoint(_stretch, *part, memory, use_reentrant=False)
+            y, memory = recomputed(_stretch, *part, memory)
             outputs.append(y)
         return torch.cat(outputs, dim=2), memory
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gramian.filters import Filter, build
 from gramian.mixers._mixer import (
@@ -29,6 +28,7 @@ from gramian.mixers._mixer import (
     for_products,
     has_small_state,
 )
+from gramian.mixers._recomputation import recomputed
 from gramian.ops import causal_convolution
 from gramian.ops.packed import Linear
 from gramian.systems import (
@@ -232,7 +232,7 @@ def toeplitz_masked_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -
     for begin in range(0, length, _ROWS):
         end = min(begin + _ROWS, length)
         part = (q[:, :, begin:end], k[:, :, :end], v[:, :, :end], taps)
-        outputs.append(checkpoint(rows, *part, use_reentrant=False) if recompute else rows(*part))
+        outputs.append(recomputed(rows, *part) if recompute else rows(*part))
     return torch.cat(outputs, dim=2)
 
 
@@ -251,5 +251,5 @@ def convolved_outer_products(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) ->
     y = torch.zeros_like(v)
     for n in range(q.shape[-1]):
         part = (q[..., n : n + 1], k[..., n : n + 1], v, kernel)
-        y = y + (checkpoint(one, *part, use_reentrant=False) if recompute else one(*part))
+        y = y + (recomputed(one, *part) if recompute else one(*part))
     return y

@@ -16,6 +16,7 @@ from gramian.mixers import (
     GatedLinearAttention,
     Hyena,
     LinearAttention,
+    LinearRecurrence,
     LongConvolution,
     MultiHyena,
     SoftmaxAttention,
@@ -129,3 +130,19 @@ def test_gradients_of_each_sample(name):
     for k, key in itertools.product(range(3), parameters):
         alone = grad(value)(parameters, x[k], g[k])[key]
         torch.testing.assert_close(together[key][k], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gated_linear_attention", "s6", "gated_delta_net", "multi_hyena"])
+def test_what_is_recomputed_backward_has_gradients_under_func(name, monkeypatch):
+    torch.manual_seed(0)
+    mixer = MIXERS[name]().double()
+    if isinstance(mixer, LinearRecurrence):  # stretches of 64 steps, the shortest
+        monkeypatch.setattr(type(mixer), "_most_elements", lambda self, device: 1)
+    else:
+        monkeypatch.setattr("gramian.mixers.multi_hyena._SAVED_ELEMENTS", 0)
+    length = 150
+    x, g = torch.randn(2, 2, length, WIDTH, dtype=torch.float64)
+    found = grad(lambda x: (mixer(x) * g).sum())(x)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad((mixer(leaf) * g).sum(), leaf)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
