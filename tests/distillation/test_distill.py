@@ -70,6 +70,7 @@ def test_reported_errors_are_those_of_the_new_filters(mixer: str, tol: float) ->
             assert (reached > tol * 1.01) <= (index in layer.unconverged)
 
 
+@pytest.mark.slow
 def test_what_a_reduction_reaches_the_stored_filter_reaches() -> None:
     """Parameters are rounded after the reduction, and cost no filter its tolerance."""
     model = make(mixers="long_convolution", max_position_embeddings=65)

@@ -96,7 +96,15 @@ def forms(mixer: Mixer, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return outputs
 
 
-SLOW = ("lattice", "hyena_mimo", "multi_hyena_narrow", "attention_window", "gla_s6")
+SLOW = (
+    "lattice",
+    "hyena_mimo",
+    "multi_hyena_narrow",
+    "attention_window",
+    "linear_attention",
+    "weighted_linear_attention",
+    "gla_s6",
+)
 
 
 def check(mixer: Mixer, x: torch.Tensor, dtype: torch.dtype, autocast: bool) -> None:

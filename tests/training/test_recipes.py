@@ -20,6 +20,15 @@ from gramian.training._run import _model, _task
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(RECIPES.rglob("*.yaml"))
+# A sweep's base is a recipe of the same kinds of model and task, or nearly.
+STEPPED = [
+    pytest.param(
+        file,
+        id=str(file.relative_to(RECIPES)),
+        marks=[pytest.mark.slow] * (file.parent.name == "sweeps"),
+    )
+    for file in FILES
+]
 CHANGES = {  # what makes a task small, besides fewer examples
     "lra/listops": {"min_length": 5, "max_length": 30},
     "lra/text": {"length": 32},
@@ -137,7 +146,7 @@ def arguments(task: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in task.items() if name != "streaming"}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(RECIPES)))
+@pytest.mark.parametrize("file", STEPPED)
 def test_one_step_at_a_reduced_size(file: Path, tmp_path: Path) -> None:
     values = next(configurations(file))
     name = values["task"]["name"]

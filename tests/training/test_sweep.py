@@ -283,6 +283,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_runs_that_fail_or_die_leave_the_others_alone(tmp_path: Path) -> None:
     """Of a task of the caller's own, which its processes know too."""
     folder, program = tmp_path / "sweep", tmp_path / "own.py"
