@@ -173,7 +173,7 @@ def test_numbers_at_padding_reach_no_gradient(
             close(one, other)
 
 
-@pytest.mark.parametrize("padding", ["gap", pytest.param("left", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("padding", ["right", "gap", pytest.param("left", marks=pytest.mark.slow)])
 def test_the_loss_is_that_of_the_rows(
     make_model: MakeModel, kind: dict[str, Any], padding: str
 ) -> None:
