@@ -59,6 +59,12 @@ _SCATTER = 1.08
 _TELLING = 1.85
 """Above this multiple a lower bound says how errors fall, but not how far they may."""
 
+_SUSPECT = 1.6
+"""How far above the lower bound an error of a spectrum that is not flat seldom lies."""
+
+_STEPS_FLAT = 8
+"""By how much lower the orders are that are refined for long kernels of flat spectrum."""
+
 _STEPS_ALWAYS = 4
 """Steps down that are taken whatever the errors of a flat spectrum let expect."""
 
@@ -97,18 +103,33 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
         order: (len(rows)), integers.
         rows: Channels, indices.
     """
-    if problem.taps.shape[-1] >= _SHORT:
-        return _fitted(problem, order, rows, lower=True)
-    best = _fitted(problem, order, rows, lower=False)
+    short = problem.taps.shape[-1] < _SHORT
+    best = _fitted(problem, order, rows, lower=not short)
+    if not short and not problem.settings.refine:
+        return best
     # Of what lower orders leave, no more than the bound is known before they are tried.
     least = _least_errors(problem, rows)
     for less in range(1, int(order.max())):
-        some = torch.nonzero(_may_be_closer(problem, best, order - less, rows, least)).flatten()
+        may = _may_be_closer(problem, best, order - less, rows, least)
+        if not short:
+            may &= _is_suspect(problem, best, order, rows, least, less)
+        some = torch.nonzero(may).flatten()
         if not len(some):
             break
         fit = _fitted(problem, order[some] - less, rows[some], lower=False)
         problem.keep(best, fit, some)
     return best
+
+
+def _is_suspect(
+    problem: Problem, best: ModalFit, order: Tensor, rows: Tensor, least: Tensor, less: int
+) -> Tensor:
+    """Return whether fits to long kernels are so far from their lower bounds that a fit whose
+    order is lower by ``less`` is worth its time: a mask (len(rows))."""
+    bound = least.gather(-1, order.clamp(max=least.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    flat = best.l2_error > _FLAT * problem.taps[rows].norm(dim=-1)
+    far = torch.where(flat, _TELLING if less <= _STEPS_FLAT else math.inf, _SUSPECT)
+    return best.l2_error > far * bound
 
 
 def _fitted(problem: Problem, order: Tensor, rows: Tensor, *, lower: bool) -> ModalFit:

@@ -30,14 +30,21 @@ __all__ = [
     "stabilised",
 ]
 
-_SAFE_PIVOT = 1e-10
-"""Smallest squared Cholesky pivot with which the refined normal equations are trusted."""
+_SAFE_EIGENVALUE = 1e-11
+"""Smallest eigenvalue, of normal equations with a unit diagonal, with which they are trusted."""
+
+_SETTLED = 1e-3
+"""Largest part of the residual that another refinement of the normal equations may still remove."""
 
 _CANCELLED = 1e-6
 """Part of ``Σ |λ|^2t`` below which a sum of squares of ``Re λ^t`` or ``Im λ^t`` has lost digits."""
 
-_SMALLEST_DIRECTION = 1e-9
-"""Relative singular value from which a direction of the basis counts; weaker ones are damped."""
+_SMALLEST_DIRECTIONS = (1e-9, 1e-11, 1e-13)
+"""Relative singular values from which a direction of the basis counts; weaker ones are damped. The
+one that leaves the smallest error is taken, with what rounding makes of large residues."""
+
+_ROUNDING = 8
+"""Rounding errors of a mode's taps, in units of the last place of its largest."""
 
 
 @dataclasses.dataclass
@@ -182,19 +189,46 @@ def _by_sums(
     ridge = torch.where(used, eps**2, 1.0)
     gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    pivot = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
 
-    def solved(signal: Tensor, x: Tensor) -> Tensor:
+    def solved(signal: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         (moment,) = kernels.moments(signal, first=False)
         target = scale * torch.cat([moment.real, moment.imag], dim=-1) - ridge * x
-        return torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
+        change = torch.cholesky_solve(target.unsqueeze(-1), factor).squeeze(-1)
+        return change, torch.linalg.vecdot(target, change)
 
-    x = solved(taps, torch.zeros_like(scale))
+    x, energy = solved(taps, torch.zeros_like(scale))
     plain = scale * x
     residual = taps - kernels.combine(torch.complex(plain[:, :modes], -plain[:, modes:]))
-    x = scale * (x + solved(residual, x))  # refined
-    unsafe = (failed != 0) | ~(pivot > _SAFE_PIVOT) | cancelled | ~x.isfinite().all(-1)
-    return x, unsafe
+    change, moved = solved(residual, x)
+    x = scale * (x + change)
+    unsafe = (failed != 0) | _is_singular(factor) | cancelled | ~x.isfinite().all(-1)
+    return x, unsafe | ~_is_settled(energy, moved, residual, taps, eps)
+
+
+def _is_singular(factor: Tensor) -> Tensor:
+    """Return whether equations with these Cholesky factors (B, n, n) are nearly singular: (B).
+
+    Pivots do not tell: where several poles nearly coincide, the last pivots are rounding errors,
+    far above the smallest eigenvalue. The squared norm of a factor's inverse, by contrast, is at
+    least the reciprocal of that eigenvalue.
+    """
+    unit = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    inverse = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
+    return ~(inverse.square().sum((-2, -1)) * _SAFE_EIGENVALUE < 1)
+
+
+def _is_settled(
+    energy: Tensor, moved: Tensor, residual: Tensor, taps: Tensor, eps: float
+) -> Tensor:
+    """Return whether refined normal equations are solved: a mask (B).
+
+    A refinement that moved the fit by the energy ``moved`` (B), after a first solution of
+    ``energy``, leaves about ``moved² / energy`` to the next one: each shrinks the error by the
+    same factor. ``residual`` is what the first solution left of the taps.
+    """
+    left = residual.square().sum(-1) - moved
+    floor = (eps * _SETTLED) ** 2 * taps.square().sum(-1)
+    return moved.square() <= _SETTLED**2 * energy * torch.maximum(left, floor)
 
 
 def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, eps: float) -> Tensor:
@@ -209,10 +243,13 @@ def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, eps: float) -> T
     factor, failed = torch.linalg.cholesky_ex(torch.nan_to_num(gram))
     target = scale * torch.bmm(basis, signal)
     x = torch.cholesky_solve(target, factor)
-    left = scale * torch.bmm(basis, signal - torch.bmm(basis.mT, scale * x))
-    x = x + torch.cholesky_solve(left - ridge.unsqueeze(-1) * x, factor)  # refined
-    pivot = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    unsafe = (failed != 0) | ~(pivot > _SAFE_PIVOT)
+    residual = signal - torch.bmm(basis.mT, scale * x)
+    left = scale * torch.bmm(basis, residual) - ridge.unsqueeze(-1) * x
+    change = torch.cholesky_solve(left, factor)
+    energy, moved = (target * x).sum((-2, -1)), (left * change).sum((-2, -1))
+    x = x + change  # refined
+    settled = _is_settled(energy, moved, residual.squeeze(-1), signal.squeeze(-1), eps)
+    unsafe = (failed != 0) | _is_singular(factor) | ~settled
     if bool(unsafe.any()):
         x[unsafe] = _damped(basis[unsafe] * scale[unsafe], signal[unsafe], eps)
     return (scale * x).squeeze(-1)
@@ -223,7 +260,12 @@ def _damped(basis: Tensor, signal: Tensor, eps: float) -> Tensor:
     basis = torch.nan_to_num(basis, posinf=0.0, neginf=0.0)
     q, r = torch.linalg.qr(basis.mT)
     left, values, right = torch.linalg.svd(r, full_matrices=False)
-    floor = max(eps, _SMALLEST_DIRECTION)
-    damped = values / (values.square() + (floor * values[..., :1]) ** 2)
-    damped = torch.where(values > 0, damped, 0)
-    return right.mT @ (damped.unsqueeze(-1) * (left.mT @ (q.mT @ signal)))
+    moment = left.mT @ (q.mT @ signal)
+    best, least = torch.zeros_like(basis[..., :1]), torch.full_like(signal[:, :1], torch.inf)
+    for floor in sorted({max(eps, direction) for direction in _SMALLEST_DIRECTIONS}):
+        damped = values / (values.square() + (floor * values[..., :1]) ** 2)
+        x = right.mT @ (torch.where(values > 0, damped, 0).unsqueeze(-1) * moment)
+        rounding = _ROUNDING * eps * x.norm(dim=1, keepdim=True)
+        error = torch.hypot((signal - basis.mT @ x).norm(dim=1, keepdim=True), rounding)
+        best, least = torch.where(error < least, x, best), torch.minimum(error, least)
+    return best
