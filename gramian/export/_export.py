@@ -17,8 +17,8 @@ from gramian.export._programs import Stateful, check_format, frozen_for_export, 
 from gramian.export._report import ExportReport
 from gramian.export._runtime import ExportedModel, ExportedRecurrence
 from gramian.export._verify import verify_model, verify_recurrence
-from gramian.mixers import Mixer
-from gramian.systems import FIR, DenseOperator, System, TimeInvariantSystem, TimeVarying
+from gramian.mixers import Mixer, MixerCall
+from gramian.systems import FIR, DenseOperator, State, System, TimeInvariantSystem, TimeVarying
 
 if TYPE_CHECKING:
     from gramian.models import GramianForCausalLM
@@ -168,40 +168,26 @@ def _check_device(device: torch.device) -> None:
 
 
 def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
-    from gramian.models.modeling import GramianGLUBlock, GramianMixerBlock, _normed
+    from gramian.models.norms import apply_norm
 
     blocks: list[Any] = list(model.model.layers)
-    layers: list[ExportableMixer] = []
-    for index, block in enumerate(blocks):
-        name = f"layer {index} ({type(block.mixer).__name__})"
-        mixer = block.block if isinstance(block, GramianGLUBlock) else block.mixer
-        layers.append(ExportableMixer(mixer, name, context))
+    layers = [
+        ExportableMixer(block.mixer, f"layer {index} ({type(block.mixer).__name__})", context)
+        for index, block in enumerate(blocks)
+    ]
     prefixes = [f"layers.{index}.mixer.state" for index in range(len(layers))]
-
-    def mix(layer: ExportableMixer, x: Tensor, state: Any, chunk: bool) -> tuple[Tensor, Any]:
-        if chunk:
-            return layer.prefill(x, state)
-        y, state = layer.step(x[:, 0], state)
-        return y[:, None], state
 
     def run(
         ids: Tensor, states: dict[str, Tensor], chunk: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden = model.model._embed(ids, None, None)
-        if model.config.residual_in_fp32 and hidden.dtype.itemsize < 4:
-            hidden = hidden.float()
+        hidden = model.model.embed(ids)
         tensors = iter(states.values())
         after: dict[str, Tensor] = {}
         for prefix, block, layer in zip(prefixes, blocks, layers, strict=True):
-            state = fill(layer.template, tensors)
-            if isinstance(block, GramianGLUBlock | GramianMixerBlock):
-                hidden, state = mix(layer, hidden, state, chunk)
-            else:
-                mixed, state = mix(layer, _normed(block.mixer_norm, hidden), state, chunk)
-                hidden = hidden + mixed
-                hidden = hidden + block.mlp(_normed(block.mlp_norm, hidden))
-            after.update(named_tensors(state, prefix))
-        hidden = _normed(model.model.norm, hidden[:, -1])
+            carried = _Carried(layer, fill(layer.template, tensors), chunk)
+            hidden = block.mix(hidden, MixerCall(carried, carries_state=True))
+            after.update(named_tensors(carried.state, prefix))
+        hidden = apply_norm(model.model.norm, hidden[:, -1])
         return model.lm_head(hidden), after
 
     states: dict[str, Tensor] = {}
@@ -227,6 +213,22 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
             "generation": describe(model.generation_config),
         },
     )
+
+
+class _Carried:
+    """A layer's mixer on (batch, length, width), and the state that it leaves."""
+
+    def __init__(self, layer: ExportableMixer, state: State, chunk: bool) -> None:
+        self.layer = layer
+        self.state = state
+        self.chunk = chunk
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.chunk:
+            y, self.state = self.layer.prefill(x, self.state)
+            return y
+        y, self.state = self.layer.step(x[:, 0], self.state)
+        return y[:, None]
 
 
 def _mixer(mixer: Mixer, context: int | None) -> Stateful:

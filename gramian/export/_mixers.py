@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,9 +125,7 @@ class ExportableMixer:
 
     def _chunk(self, mixer: Mixer, x: Tensor, state: State) -> tuple[Tensor, State]:
         if isinstance(mixer, Block):
-            inner = mixer._normed(x) if mixer.prenorm else x
-            mixed, state = self._chunk(mixer.mixer, inner, state)
-            return mixer._finish(x, mixed), state
+            return mixer.carry(x, state, partial(self._chunk, mixer.mixer))
         if isinstance(mixer, MultiHyena):
             return _multi_hyena(mixer, self.long[0], x, state)
         if isinstance(mixer, LinearRecurrence):

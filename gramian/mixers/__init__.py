@@ -1,5 +1,6 @@
 """Mixers: modules that mix a sequence."""
 
+from gramian.mixers._call import MixerCall
 from gramian.mixers._initialization import (
     GateInitialization,
     InitializedGates,
@@ -37,6 +38,7 @@ __all__ = [
     "LongConvolution",
     "LongConvolutionState",
     "Mixer",
+    "MixerCall",
     "MixerRecurrence",
     "MultiHyena",
     "MultiHyenaState",

@@ -7,13 +7,15 @@ channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramian.filters import Filter, build
+from gramian.mixers._call import MixerCall
 from gramian.mixers._mixer import Mixer, check_probability
 from gramian.mixers._segments import Segments
 from gramian.mixers.long_convolution import LongConvolution
@@ -119,12 +121,27 @@ class Block(Mixer):
     def reserve(self, state: State, tokens: int) -> State:
         return self.mixer.reserve(state, tokens)
 
+    def mix(self, x: Tensor, call: MixerCall) -> Tensor:
+        """Surround `call`, which takes the mixer's place, by norm, activation, linear map and sum.
+
+        Args:
+            x: (batch, length, width), or one token (batch, width) where a state is carried.
+            call: What the mixer does on these rows.
+
+        Returns:
+            The shape of x.
+        """
+        norm: Callable[[Tensor], Tensor] = self._normed
+        drop: Callable[[Tensor], Tensor] = _unchanged
+        if not call.carries_state:
+            real = None if call.mask is None else call.mask.real
+            norm, drop = partial(self._normed_whole, mask=real), self._drop
+        mixed = call(norm(x) if self.prenorm else x)
+        y = x + drop(self._transform(drop(nn.functional.gelu(mixed))))
+        return y if self.prenorm else norm(y)
+
     def _whole(self, x: Tensor, segments: Segments | None) -> Tensor:
-        real = None if segments is None else segments.real
-        mixed = self.mixer(self._normed_whole(x, real) if self.prenorm else x, mask=segments)
-        inner = self._drop(nn.functional.gelu(mixed))
-        y = x + self._drop(self._transform(inner))
-        return y if self.prenorm else self._normed_whole(y, real)
+        return self.mix(x, MixerCall(partial(self.mixer, mask=segments), segments))
 
     def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
         return self._whole(x, Segments.of(mask))
@@ -132,21 +149,31 @@ class Block(Mixer):
     def _chunk(
         self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
     ) -> tuple[Tensor, State]:
-        inner = self._normed(x) if self.prenorm else x
-        mixed, state = self.mixer._chunk(inner, state, mask, operators)
-        return self._finish(x, mixed), state
+        return self.carry(x, state, lambda z, s: self.mixer._chunk(z, s, mask, operators))
 
     def _step(
         self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
     ) -> tuple[Tensor, State]:
-        inner = self._normed(x_t) if self.prenorm else x_t
-        mixed, state = self.mixer._step(inner, state, long)
-        return self._finish(x_t, mixed), state
+        return self.carry(x_t, state, lambda z, s: self.mixer._step(z, s, long))
 
-    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """What follows the mixer, without dropout: (…, width) to the same."""
-        y = x + self._transform(nn.functional.gelu(mixed))
-        return y if self.prenorm else self._normed(y)
+    def carry(
+        self, x: Tensor, state: State, move: Callable[[Tensor, State], tuple[Tensor, State]]
+    ) -> tuple[Tensor, State]:
+        """Surround `move`, which maps the mixer's input and its state to its output and the next.
+
+        Args:
+            x: (…, width).
+            state: The mixer's.
+            move: What the mixer does.
+        """
+
+        def call(z: Tensor) -> Tensor:
+            nonlocal state
+            y, state = move(z, state)
+            return y
+
+        y = self.mix(x, MixerCall(call, carries_state=True))
+        return y, state
 
     def _transform(self, x: Tensor) -> Tensor:
         y = self.linear(x)
@@ -193,3 +220,7 @@ class Block(Mixer):
             f"prenorm={self.prenorm}, dropout={self.dropout}, tied_dropout={self.tied_dropout}, "
             f"glu={self.glu}"
         )
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from gramian.mixers import (
     SoftmaxAttention,
     WeightedLinearAttention,
 )
+from gramian.models.layers import BLOCKS
+from gramian.models.norms import FINAL_NORMS
 from gramian.models.remote_code import AUTO_MAP, write_module
 
 LINEAR_RECURRENCES: dict[str, Callable[..., LinearRecurrence]] = {
@@ -42,9 +44,6 @@ CONVOLUTIONS = ("multi_hyena", "hyena", "long_convolution")
 MIXERS = (*CONVOLUTIONS, "softmax_attention", *LINEAR_RECURRENCES)
 """Names that `GramianConfig.mixers` takes."""
 
-BLOCKS = ("mlp", "glu", "mixer")
-NORMS = {"mlp": ("rms", "rms_plus_eps", "layer"), "glu": ("rms", "layer", "batch")}
-FINAL_NORMS = (*NORMS["mlp"], "none")
 POOLING = ("mean", "last")
 
 
@@ -175,8 +174,9 @@ class GramianConfig(PreTrainedConfig):
             self.mixers = list(self.mixers)
         if isinstance(self.filter, tuple):
             self.filter = list(self.filter)
+        self._validate_block(kwargs)
         if self.final_norm is None:
-            self.final_norm = {"mlp": self.norm, "mixer": "none"}.get(self.block, "rms")
+            self.final_norm = BLOCKS[self.block].default_final_norm(self.norm)
         self._validate()
         if self.intermediate_size is None:
             inner = 8 * self.hidden_size / 3 if self.gated_mlp else 4 * self.hidden_size
@@ -258,29 +258,8 @@ class GramianConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_act must be among {', '.join(sorted(ACT2FN))}; got {self.hidden_act!r}."
             )
-        choices = {
-            "block": BLOCKS,
-            "norm": NORMS.get(self.block, NORMS["mlp"]),
-            "final_norm": FINAL_NORMS,
-            "pooling": POOLING,
-        }
-        for name, accepted in choices.items():
-            if getattr(self, name) not in accepted:
-                where = f" in {self.block!r} blocks" if name == "norm" else ""
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, accepted))}{where}; got "
-                    f"{getattr(self, name)!r}."
-                )
-        if self.block != "glu" and (self.prenorm, self.tied_dropout) != (True, False):
-            raise ValueError(
-                "prenorm and tied_dropout are options of block='glu'; got them with "
-                f"block={self.block!r}."
-            )
-        if self.block != "mlp" and (self.mlp_bias or self.residual_in_fp32):
-            raise ValueError(
-                "mlp_bias and residual_in_fp32 are options of block='mlp'; got them with "
-                f"block={self.block!r}."
-            )
+        for name, accepted in {"final_norm": FINAL_NORMS, "pooling": POOLING}.items():
+            _validate_choice(name, getattr(self, name), accepted)
         if self.residual_in_fp32 and self.final_norm == "none":
             raise ValueError("residual_in_fp32 needs a final_norm, which ends it; got 'none'.")
         for name in ("dropout", "embedding_dropout", "kernel_dropout"):
@@ -311,6 +290,33 @@ class GramianConfig(PreTrainedConfig):
                     f"num_heads must divide hidden_size for {name} mixers; got {self.num_heads} "
                     f"heads and width {self.hidden_size}."
                 )
+
+    def _validate_block(self, others: Mapping[str, Any]) -> None:
+        """Check the block's own fields; those of registered kinds are among `others`."""
+        _validate_choice("block", self.block, BLOCKS)
+        block = BLOCKS[self.block]
+        _validate_choice("norm", self.norm, block.norms, f" in {self.block!r} blocks")
+        for kind, other in BLOCKS.items():
+            foreign = [name for name in other.options if name not in block.options]
+            given = {name: others.get(name, getattr(self, name, None)) for name in foreign}
+            if any(value != _default(name) for name, value in given.items()):
+                are = "are options" if len(foreign) > 1 else "is an option"
+                raise ValueError(
+                    f"{' and '.join(foreign)} {are} of block={kind!r}; got "
+                    f"{'them' if len(foreign) > 1 else 'it'} with block={self.block!r}."
+                )
+
+
+def _default(field: str) -> Any:
+    return getattr(GramianConfig, field, None)
+
+
+def _validate_choice(name: str, value: Any, accepted: Iterable[str], where: str = "") -> None:
+    choices = tuple(accepted)
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}{where}; got {value!r}."
+        )
 
 
 def _validate_mixers(mixers: Any, layers: int) -> None:
