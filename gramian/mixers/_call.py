@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from gramian.mixers._segments import Segments
+from gramian.mixers.segments import Segments
 
 __all__ = ["MixerCall"]
 

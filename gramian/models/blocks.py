@@ -9,18 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from gramian.filters import build
-from gramian.mixers import (
-    S6,
-    Block,
-    Hyena,
-    LongConvolution,
-    Mixer,
-    MixerCall,
-    MultiHyena,
-    SoftmaxAttention,
-)
-from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
+from gramian.mixers import Block, Mixer, MixerCall, build
+from gramian.models.configuration import GramianConfig
 from gramian.models.layers import GramianLayer, register_block
 from gramian.models.norms import apply_norm, make_norm
 from gramian.ops.packed import Linear
@@ -30,24 +20,16 @@ __all__ = ["GramianBlock", "GramianGLUBlock", "GramianMLP", "GramianMixerBlock",
 
 def build_mixer(config: GramianConfig, layer: int) -> Mixer:
     """Build the mixer of layer `layer`: (batch, length, hidden_size) to the same."""
-    name, width = config.mixer_of(layer), config.hidden_size
-    if name == "softmax_attention":
-        return SoftmaxAttention(width, config.num_heads, **(config.attention or {}))
-    if name in LINEAR_RECURRENCES:
-        kind, options = LINEAR_RECURRENCES[name], config.linear_recurrence_of(layer)
-        heads = () if kind is S6 else (config.num_heads,)
-        return kind(width, *heads, short_kernel=config.short_kernel, **options)
-    filter_config, max_length = config.filter_of(layer), config.max_position_embeddings
-    assert filter_config is not None
-    short, dropout = config.short_kernel, config.kernel_dropout
-    if name == "long_convolution":
-        channels = 2 * width if config.bidirectional else width
-        filter = build(filter_config, channels=channels, max_length=max_length)
-        return LongConvolution(filter, config.bidirectional, dropout)
-    if name == "hyena":
-        order, mimo_size = config.hyena_order, config.hyena_mimo_size
-        return Hyena(width, filter_config, max_length, order, short, dropout, mimo_size)
-    return MultiHyena(width, config.num_heads, filter_config, max_length, short, dropout)
+    return build(
+        config.mixer_config(layer),
+        width=config.hidden_size,
+        heads=config.num_heads,
+        filter=config.filter_of(layer),
+        max_length=config.max_position_embeddings,
+        short_kernel=config.short_kernel,
+        kernel_dropout=config.kernel_dropout,
+        bidirectional=config.bidirectional,
+    )
 
 
 class GramianMLP(nn.Module):

@@ -27,17 +27,9 @@ from transformers.utils import can_return_tuple
 from typing_extensions import Self
 
 from gramian.filters import Filter
-from gramian.mixers import (
-    Hyena,
-    LinearRecurrence,
-    Mixer,
-    MultiHyena,
-    Segments,
-    ShortConvolution,
-    SoftmaxAttention,
-)
-from gramian.mixers._linear_recurrence import Dynamics
-from gramian.mixers._mixer import apply_mask
+from gramian.mixers import Mixer, Segments, ShortConvolution
+from gramian.mixers.linear_recurrence import Dynamics
+from gramian.mixers.mixer import apply_mask
 from gramian.models.blocks import GramianMLP
 from gramian.models.cache import CACHE, GramianCache, check_past, one_cache
 from gramian.models.configuration import GramianConfig
@@ -183,8 +175,10 @@ class GramianPreTrainedModel(PreTrainedModel):
         small = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, Filter | ShortConvolution | Dynamics):
             module.reset_parameters()
-        elif isinstance(module, Hyena | MultiHyena | SoftmaxAttention | LinearRecurrence):
-            nn.init.normal_(module.out_proj.weight, std=small)
+        elif isinstance(module, Mixer):
+            module.reset_parameters()
+            if module.output_projection is not None:
+                nn.init.normal_(module.output_projection.weight, std=small)
         elif isinstance(module, GramianMLP):
             nn.init.normal_(module.down_proj.weight, std=small)
         else:
