@@ -1,12 +1,11 @@
 """Mixers: modules that mix a sequence."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from gramian.mixers._call import MixerCall
-from gramian.mixers._initialization import (
-    GateInitialization,
-    InitializedGates,
-    initialize_gates,
-)
-from gramian.mixers._observation import Observer
 from gramian.mixers.block import Block
 from gramian.mixers.convolution_mixer import ConvolutionMixer
 from gramian.mixers.gated_delta_net import GatedDeltaNet
@@ -31,12 +30,10 @@ __all__ = [
     "S6",
     "Block",
     "ConvolutionMixer",
-    "GateInitialization",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "Hyena",
     "HyenaState",
-    "InitializedGates",
     "LinearAttention",
     "LinearRecurrence",
     "LinearRecurrenceState",
@@ -47,13 +44,19 @@ __all__ = [
     "MixerRecurrence",
     "MultiHyena",
     "MultiHyenaState",
-    "Observer",
     "Segments",
     "ShortConvolution",
     "SoftmaxAttention",
     "SoftmaxAttentionState",
     "WeightedLinearAttention",
     "build",
-    "initialize_gates",
     "register",
 ]
+
+_MOVED = ("GateInitialization", "InitializedGates", "Observer", "initialize_gates")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MOVED:  # which were here
+        return getattr(importlib.import_module("gramian.memory"), name)
+    raise AttributeError(f"module 'gramian.mixers' has no attribute {name!r}")

@@ -31,6 +31,8 @@ from gramian import tasks
 from gramian._nearest import unknown
 from gramian._processes import world_size
 from gramian._staging import staged_file
+from gramian.memory import MemoryLosses
+from gramian.memory.callbacks import StateSizeCallback
 from gramian.models import BLOCKS, GramianConfig
 from gramian.models.labels import LabelError
 from gramian.reports import plot_training, save_figure
@@ -45,7 +47,6 @@ from gramian.training.configuration import (
     parse_config,
 )
 from gramian.training.kinds import MODELS
-from gramian.training.memory import MemoryLosses, StateSizeCallback
 from gramian.training.recording import (
     Recorder,
     Sampler,
@@ -275,7 +276,19 @@ def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | No
     regularization = config.regularization
     if regularization.gates == 0 and regularization.ess.weight == 0:
         return None
-    return MemoryLosses(model, regularization)
+    penalty = regularization.ess
+    try:
+        return MemoryLosses(
+            model,
+            regularization.gates,
+            penalty.weight,
+            target=penalty.target,
+            share=penalty.share,
+            sequences=penalty.sequences,
+            channels=penalty.channels,
+        )
+    except ValueError as error:
+        raise ConfigError(f"regularization.{error}") from error
 
 
 def _packer(config: TrainingConfig, description: Description) -> Packer | None:

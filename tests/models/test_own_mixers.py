@@ -14,7 +14,8 @@ from torch.testing import assert_close
 import gramian
 from gramian.export import ExportedModel, MixerProgram, export_model, register_program
 from gramian.export._mixers import _PROGRAMS
-from gramian.mixers import MIXERS, Mixer, Observer, register
+from gramian.memory import Observer
+from gramian.mixers import MIXERS, Mixer, register
 from gramian.models import GramianConfig, GramianForCausalLM, load
 from gramian.systems import State, System, TimeVarying
 

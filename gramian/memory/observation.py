@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gramian.mixers.mixer import Mixer
-from gramian.mixers.segments import Segments
+from gramian.mixers import Mixer, Segments
 from gramian.systems import System
 
 __all__ = ["Observer"]
@@ -68,7 +67,8 @@ class Observer:
     def operators(
         self, *, sequences: int | None = None, channels: int | None = None
     ) -> list[System]:
-        """Of every mixer that ran in the last forward pass, `mixer.operator` of what it read.
+        """Return `mixer.operator(x)` for every mixer that ran in the last forward pass, x being the
+        input that it read.
 
         Padding is passed over, as in the pass. Packed rows give several operators a mixer, of
         sequences of about one length each.

@@ -10,7 +10,6 @@ and found there by bisection (arXiv 2504.19561, on initialisation informed by ES
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from gramian.ess import effective_state_size
-from gramian.mixers._observation import Observer
-from gramian.mixers.linear_recurrence import Dynamics, LinearRecurrence
-from gramian.mixers.segments import Segments
+from gramian.memory.observation import Observer
+from gramian.memory.penalties import check_goal
+from gramian.mixers import LinearRecurrence, Segments
+from gramian.mixers.linear_recurrence import Dynamics
 
 __all__ = ["GateInitialization", "InitializedGates", "initialize_gates"]
 
@@ -124,12 +124,7 @@ def initialize_gates(
             without linear recurrences, or one whose recurrences did not run; for a position
             outside of the sequence.
     """
-    if (target is None) == (share is None):
-        raise ValueError(f"give target or share, one of the two; got {target!r} and {share!r}.")
-    if target is not None and not (math.isfinite(target) and target > 0):
-        raise ValueError(f"the target must be a positive state-size, got {target!r}.")
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(f"the share must lie above 0 and be at most 1, got {share!r}.")
+    check_goal(target, share)
     entries: list[InitializedGates] = []
     without: list[str] = []
     training = model.training
