@@ -7,6 +7,7 @@ except ImportError as error:
         "gramian.models needs transformers 5: install it with `pip install gramian[models]`."
     ) from error
 
+from gramian.models.backbone import GramianModel
 from gramian.models.blocks import (
     GramianBlock,
     GramianGLUBlock,
@@ -15,16 +16,13 @@ from gramian.models.blocks import (
     build_mixer,
 )
 from gramian.models.cache import GramianCache, GramianCacheLayer
+from gramian.models.classification import GramianForSequenceClassification
 from gramian.models.configuration import MIXERS, GramianConfig
 from gramian.models.layers import BLOCKS, GramianLayer, register_block
 from gramian.models.loading import load, load_any
-from gramian.models.modeling import (
-    GramianForCausalLM,
-    GramianForSequenceClassification,
-    GramianModel,
-    GramianPreTrainedModel,
-)
+from gramian.models.modeling import GramianForCausalLM
 from gramian.models.pairs import GramianForPairClassification
+from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.reconstruction import GramianForReconstruction
 from gramian.models.signal import GramianForSignalRegression
 from gramian.models.tokenizer import ByteTokenizer

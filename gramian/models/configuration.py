@@ -17,7 +17,8 @@ from transformers.activations import ACT2FN
 
 from gramian._checks import check_choice, check_probability, check_sizes
 from gramian._nearest import unknown
-from gramian.mixers.registry import MIXERS, options_of, takes
+from gramian.mixers import Mixer, registry
+from gramian.mixers.registry import options_of, takes
 from gramian.models.layers import BLOCKS
 from gramian.models.norms import FINAL_NORMS
 from gramian.models.remote_code import AUTO_MAP, write_module
@@ -26,6 +27,9 @@ __all__ = ["MIXERS", "POOLING", "GramianConfig"]
 
 _FAMILIES = {"attention": "attention", "linear_recurrence": "recurrence"}
 """Fields that hold further arguments, and of which family of mixers."""
+
+MIXERS: dict[str, type[Mixer]] = registry.MIXERS
+"""What `GramianConfig.mixers` may name: the registered mixers, those of `gramian.mixers`."""
 
 POOLING = ("mean", "last")
 
