@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
+from gramian._modules import SinglePrecisionModule
 from gramian.mixers._recomputation import recomputed
 from gramian.mixers.mixer import Mixer, apply_mask
 from gramian.mixers.short_convolution import ShortConvolution
@@ -112,7 +112,7 @@ class Coefficients(NamedTuple):
         return y, after
 
 
-class Dynamics(nn.Module, abc.ABC):
+class Dynamics(SinglePrecisionModule, abc.ABC):
     """Parameters that decide how fast a memory fades; float32 when a model is cast to half
     precision, as a gate of 0.999 must not become 1.0."""
 
@@ -124,15 +124,6 @@ class Dynamics(nn.Module, abc.ABC):
     def slow(self, amount: Tensor) -> None:
         """Make the memories of the heads fade more slowly, in place: `amount` (heads) more of the
         logits of gates, or less of the logarithms of rates; less than zero makes them faster."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32:
-                return tensor.to(device=moved.device, dtype=torch.float32)
-            return moved
-
-        return super()._apply(keep_precision, recurse)
 
 
 class LinearRecurrence(Mixer):
