@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import Self
 
+from gramian._checks import check_sizes
+from gramian._modules import SinglePrecisionModule
 from gramian._nearest import unknown
 from gramian.ops._precision import full_precision
 from gramian.systems import System
@@ -21,7 +21,7 @@ _REGISTRY: dict[str, type[Filter]] = {}
 _FilterType = TypeVar("_FilterType", bound="type[Filter]")
 
 
-class Filter(nn.Module, abc.ABC):
+class Filter(SinglePrecisionModule, abc.ABC):
     """A module whose parameters make a time-invariant system, one channel for each filter.
 
     ``filter(length)`` goes through ``forward``, so that hooks and sharding see it; the system is
@@ -39,9 +39,7 @@ class Filter(nn.Module, abc.ABC):
 
     def __init__(self, channels: int, max_length: int) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("max_length", max_length)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        check_sizes(channels=channels, max_length=max_length)
         self.channels = channels
         self.max_length = max_length
 
@@ -79,15 +77,6 @@ class Filter(nn.Module, abc.ABC):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.config().items() if k != "type")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.is_floating_point() and torch.finfo(moved.dtype).bits < 32:
-                return tensor.to(device=moved.device, dtype=torch.float32)
-            return moved
-
-        return super()._apply(keep_precision, recurse)
 
 
 def check_lr(lr: float | None) -> float | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gramian._checks import check_choice
 from gramian.filters._filter import Filter, register
 from gramian.ops import rational_impulse_response
 from gramian.ops.reflection import step_down, step_up
@@ -87,8 +88,7 @@ class RTF(Filter):
             ("stability", stability, _STABILITIES),
             ("initialization", initialization, _INITIALIZATIONS),
         ):
-            if value not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {value!r}.")
+            check_choice(name, value, accepted)
         if stability == "schur" and initialization == "xavier":
             raise ValueError(
                 'the initialization "xavier" can be unstable, which stability "schur" cannot hold; '

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian._checks import check_choice
 from gramian.filters._filter import Filter, register
 from gramian.filters._hippo import normal_plus_low_rank
-from gramian.filters.s4d import check_choice, check_state_space
+from gramian.filters.s4d import check_state_space
 from gramian.systems.dplr import DPLR
 
 __all__ = ["S4"]

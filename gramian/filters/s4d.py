@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gramian._checks import check_choice
 from gramian.filters._filter import Filter, register
 from gramian.filters._hippo import normal_plus_low_rank
 from gramian.systems import Modal
@@ -146,9 +147,3 @@ def check_state_space(state_size: Any, dt_min: float, dt_max: float, lr: float) 
         raise ValueError(f"dt_min and dt_max must be 0 < dt_min <= dt_max, got {dt_min}, {dt_max}.")
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}.")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")

@@ -7,25 +7,28 @@ except ImportError as error:
         "gramian.models needs transformers 5: install it with `pip install gramian[models]`."
     ) from error
 
-from gramian.models.cache import GramianCache, GramianCacheLayer
-from gramian.models.configuration import MIXERS, GramianConfig
-from gramian.models.loading import load, load_any
-from gramian.models.modeling import (
+from gramian.models.backbone import GramianModel
+from gramian.models.blocks import (
     GramianBlock,
-    GramianForCausalLM,
-    GramianForSequenceClassification,
     GramianGLUBlock,
     GramianMixerBlock,
     GramianMLP,
-    GramianModel,
-    GramianPreTrainedModel,
+    build_mixer,
 )
+from gramian.models.cache import GramianCache, GramianCacheLayer
+from gramian.models.classification import GramianForSequenceClassification
+from gramian.models.configuration import MIXERS, GramianConfig
+from gramian.models.layers import BLOCKS, GramianLayer, register_block
+from gramian.models.loading import load, load_any
+from gramian.models.modeling import GramianForCausalLM
 from gramian.models.pairs import GramianForPairClassification
+from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.reconstruction import GramianForReconstruction
 from gramian.models.signal import GramianForSignalRegression
 from gramian.models.tokenizer import ByteTokenizer
 
 __all__ = [
+    "BLOCKS",
     "MIXERS",
     "ByteTokenizer",
     "GramianBlock",
@@ -38,12 +41,15 @@ __all__ = [
     "GramianForSequenceClassification",
     "GramianForSignalRegression",
     "GramianGLUBlock",
+    "GramianLayer",
     "GramianMLP",
     "GramianMixerBlock",
     "GramianModel",
     "GramianPreTrainedModel",
+    "build_mixer",
     "load",
     "load_any",
+    "register_block",
 ]
 
 transformers.AutoConfig.register(GramianConfig.model_type, GramianConfig, exist_ok=True)

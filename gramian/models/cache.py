@@ -26,7 +26,7 @@ from gramian.ops.changes import Record, digest
 
 if TYPE_CHECKING:
     from gramian.models.configuration import GramianConfig
-    from gramian.models.modeling import GramianPreTrainedModel
+    from gramian.models.pretrained import GramianPreTrainedModel
 
 
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"

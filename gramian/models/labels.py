@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gramian.mixers._segments import has_values
+from gramian.mixers.segments import has_values
 from gramian.models.configuration import GramianConfig
 
 __all__ = [

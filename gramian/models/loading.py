@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gramian.models.backbone import GramianModel
+from gramian.models.classification import GramianForSequenceClassification
 from gramian.models.configuration import GramianConfig
-from gramian.models.modeling import (
-    GramianForCausalLM,
-    GramianForSequenceClassification,
-    GramianModel,
-    GramianPreTrainedModel,
-)
+from gramian.models.modeling import GramianForCausalLM
 from gramian.models.pairs import GramianForPairClassification
+from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.reconstruction import GramianForReconstruction
 from gramian.models.signal import GramianForSignalRegression
 

@@ -15,10 +15,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
 from gramian.mixers import Segments
+from gramian.models.backbone import GramianModel
 from gramian.models.configuration import GramianConfig
 from gramian.models.labels import classification_loss
-from gramian.models.modeling import GramianModel, GramianPreTrainedModel
 from gramian.models.pooling import pool
+from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.segments import check_arguments, read_rows
 
 __all__ = ["GramianForPairClassification"]

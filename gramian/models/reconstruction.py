@@ -18,11 +18,12 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.utils import can_return_tuple
 
 from gramian.mixers import Segments
+from gramian.models.backbone import GramianModel
 from gramian.models.configuration import GramianConfig
 from gramian.models.labels import check_classes, cross_entropy
-from gramian.models.modeling import GramianModel, GramianPreTrainedModel
 from gramian.models.norms import make_norm
 from gramian.models.pooling import pool
+from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.segments import check_arguments, read_rows
 
 __all__ = ["GramianForReconstruction"]

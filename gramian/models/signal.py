@@ -14,10 +14,11 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
 from gramian.mixers import Segments
+from gramian.models.backbone import GramianModel
 from gramian.models.cache import CACHE, GramianCache, check_past, one_cache
 from gramian.models.configuration import GramianConfig
 from gramian.models.labels import LabelError, check_numbers, squared_error
-from gramian.models.modeling import GramianModel, GramianPreTrainedModel
+from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.segments import check_arguments, read_rows
 
 __all__ = ["GramianForSignalRegression"]

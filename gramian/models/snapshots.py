@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 if TYPE_CHECKING:
     from gramian.models.cache import GramianCache
-    from gramian.models.modeling import GramianPreTrainedModel
+    from gramian.models.pretrained import GramianPreTrainedModel
 
 FORMAT = "gramian-cache-1"
 _ROWS = ("last_hidden_state", "padding")  # of a cache, beside its layers

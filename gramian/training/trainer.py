@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from gramian.filters import parameter_groups
+from gramian.memory import MemoryLosses
 from gramian.tasks import IGNORED, Description
 from gramian.training.collation import Packer, check_labels
 from gramian.training.configuration import ConfigError
-from gramian.training.memory import MemoryLosses
 
 __all__ = ["DivergedError", "GramianTrainer", "Patience", "complete_checkpoints"]
 

@@ -229,9 +229,9 @@ def test_gradients_reach_the_parameters_of_every_parametrisation() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stability": "routh"}, "none, montel, schur"),
-        ({"numerator": "improper"}, "truncated, exact"),
-        ({"initialization": "ones"}, "zeros, xavier"),
+        ({"stability": "routh"}, "'none', 'montel', 'schur'"),
+        ({"numerator": "improper"}, "'truncated', 'exact'"),
+        ({"initialization": "ones"}, "'zeros', 'xavier'"),
         ({"stability": "schur", "initialization": "xavier"}, "unstable"),
     ],
 )

@@ -1,0 +1,238 @@
+"""Gramian models for Hugging Face: an embedding, blocks around mixers, and a last norm.
+
+What surrounds a mixer is in `gramian.models.blocks`. Order in time enters through the mixers alone,
+so there is no positional embedding. Every layer has the mixer that the configuration names for it.
+
+Training and scoring convolve. With a cache the mixers' recurrences run: a prompt is prefilled, then
+each token costs one step, and what is remembered has a size of its own (`state_bytes`) whatever the
+length written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
+
+from gramian.mixers import Segments
+from gramian.mixers.mixer import apply_mask
+from gramian.models.cache import CACHE, GramianCache, check_past, one_cache
+from gramian.models.configuration import GramianConfig
+from gramian.models.layers import BLOCKS
+from gramian.models.norms import apply_norm, make_norm
+from gramian.models.pretrained import GramianPreTrainedModel
+from gramian.models.segments import check_arguments, read_rows
+
+__all__ = ["GramianModel"]
+
+
+class GramianModel(GramianPreTrainedModel):
+    """Embedding, blocks and last norm: token ids, or a continuous input, to hidden states."""
+
+    def __init__(self, config: GramianConfig) -> None:
+        super().__init__(config)
+        if config.input_size is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        else:
+            self.input_proj = nn.Linear(config.input_size, config.hidden_size)
+        kind: Any = BLOCKS[config.block]
+        self.layers = nn.ModuleList(
+            kind(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        assert config.final_norm is not None
+        self.norm = make_norm(config.final_norm, config.hidden_size, config.rms_norm_eps)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | Segments | None = None,
+        past_key_values: GramianCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        input_values: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: GramianCache | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a batch of sequences, or of their continuation.
+
+        Padding is not time: a sequence gives what its tokens give alone, whether padding stands
+        before them, after them, in between, or after what a cache holds. Rows may be packed: every
+        sequence in them then gives what it gives alone.
+
+        Args:
+            input_ids: (batch, length) token ids; exactly one of it and `inputs_embeds`.
+            attention_mask: (batch, length or more), 1 for a real token, 0 for padding; of more
+                columns (`generate` passes the past's too) the last `length` count, and those of the
+                past may hide nothing that the cache has taken as a token. Or
+                `gramian.mixers.Segments`.
+            past_key_values: the cache of what came before; moved on in place.
+            inputs_embeds: (batch, length, hidden_size).
+            use_cache: whether to return a cache. By default `config.use_cache`, and never in
+                training or with gradients on, where it would be made for nothing, or in a graph
+                that is traced, which could not return it.
+            output_hidden_states: whether to return the embeddings and every block's output, the
+                last one after the last norm.
+            input_values: (batch, length, `config.input_size`), in place of `input_ids` where the
+                configuration has an `input_size`.
+            position_ids: (batch, length) or (1, length). Positions count real tokens, so all that
+                is read here is where they restart: there the row's next sequence begins.
+            cache: `past_key_values` by the name that newer releases of transformers give it.
+            kwargs: `seq_idx`, (batch, length), which changes where a sequence begins, or
+                `cu_seq_lens_q` and `cu_seq_lens_k`, (sequences + 1), the positions of the flattened
+                rows at which they do; `cache_position`, (length), which must go on from the cache.
+
+        Returns:
+            `last_hidden_state` (batch, length, hidden_size), `past_key_values` (named `cache` where
+            transformers names it so), `hidden_states`. At padding they mean nothing.
+
+        Raises:
+            ValueError: on both or neither of `input_ids` (or `input_values`) and `inputs_embeds`,
+                the kind of input that the configuration does not have, an empty sequence, a mask
+                that is not (batch, ≥ length) of zeros and ones, positions that jump ahead, packed
+                rows with a cache, a cache of another batch, one of tokens that the mask hides, a
+                cache together with gradient checkpointing or in a bidirectional model.
+            TypeError: on a cache that is not a `GramianCache`, and on an argument of which nothing
+                is known.
+        """
+        inputs = (input_ids, inputs_embeds, input_values)
+        mask = read_rows(inputs, attention_mask, position_ids, kwargs)
+        past = one_cache(past_key_values, cache)
+        check_past(past, attention_mask, inputs)
+        cache_position = kwargs.pop("cache_position", None)
+        check_arguments(type(self).__name__, kwargs)
+        if mask is not None:  # numbers at padding, NaN even, reach no gradient either
+            input_values, inputs_embeds = (
+                x if x is None else apply_mask(x, mask.to(x.device).real)
+                for x in (input_values, inputs_embeds)
+            )
+        hidden_states = self.embed(input_ids, input_values, inputs_embeds)
+        batch, length = hidden_states.shape[:2]
+        if length == 0:
+            raise ValueError("the model needs at least one token; got sequences of length 0.")
+        packed = mask is not None and mask.packed
+        cache = self._cache_for(past, use_cache, batch, packed)
+        _check_positions(cache_position, length, cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        seen = [hidden_states] if output_hidden_states else []
+        for block in self.layers:
+            hidden_states = block(hidden_states, mask=mask, past_key_values=cache)
+            if output_hidden_states:
+                seen.append(hidden_states)
+        hidden_states = apply_norm(self.norm, hidden_states)
+        if output_hidden_states:
+            seen[-1] = hidden_states
+        if cache is not None:
+            cache.note(hidden_states, mask)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(seen) if output_hidden_states else None,
+            **{CACHE: cache},
+        )
+
+    def embed(
+        self,
+        input_ids: Tensor | None = None,
+        input_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the first block reads, (batch, length, hidden_size), of the one input given.
+
+        Raises:
+            ValueError: on an input of another shape or kind than the model's, several, or none.
+        """
+        hidden_states = self.embedding_dropout(self._embed(input_ids, input_values, inputs_embeds))
+        if self.config.residual_in_fp32 and hidden_states.dtype.itemsize < 4:
+            hidden_states = hidden_states.float()
+        return hidden_states
+
+    def _embed(
+        self, input_ids: Tensor | None, input_values: Tensor | None, inputs_embeds: Tensor | None
+    ) -> Tensor:
+        size = self.config.input_size
+        if size is None:
+            name, wanted, other = "input_ids", input_ids, input_values
+        else:
+            name, wanted, other = "input_values", input_values, input_ids
+        if other is not None:
+            raise ValueError(
+                "a model without input_size takes input_ids, not input_values."
+                if size is None
+                else f"a model of input_size {size} takes input_values, not input_ids."
+            )
+        if (wanted is None) == (inputs_embeds is None):
+            raise ValueError(f"give exactly one of {name} and inputs_embeds.")
+        if wanted is None:
+            assert inputs_embeds is not None
+            return inputs_embeds
+        if size is None:
+            if wanted.ndim != 2 or wanted.is_floating_point():
+                raise ValueError(
+                    f"input_ids must be (batch, length) of integers; got {tuple(wanted.shape)} of "
+                    f"{wanted.dtype}."
+                )
+            return self.embed_tokens(wanted)
+        if wanted.ndim != 3 or wanted.shape[-1] != size:
+            raise ValueError(
+                f"input_values must be (batch, length, {size}); got {tuple(wanted.shape)}."
+            )
+        return self.input_proj(wanted.to(self.input_proj.weight.dtype))
+
+    def _cache_for(
+        self, cache: GramianCache | None, use_cache: bool | None, batch: int, packed: bool
+    ) -> GramianCache | None:
+        if packed:
+            if cache is not None or use_cache:
+                raise ValueError(
+                    "packed rows have no cache: a row of one holds the past of one sequence."
+                )
+            return None
+        if self.config.bidirectional:
+            if cache is not None or use_cache:
+                raise ValueError(
+                    "a bidirectional model has no cache: it looks at the whole sequence at once."
+                )
+            return None
+        checkpointing = self.gradient_checkpointing and self.training
+        if cache is None:
+            if use_cache is None:
+                unused = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+                use_cache = self.config.use_cache and not unused
+            return GramianCache(self.config) if use_cache and not checkpointing else None
+        if not isinstance(cache, GramianCache):
+            raise TypeError(
+                "past_key_values must be a GramianCache, such as an earlier forward returned; got "
+                f"{type(cache).__name__}."
+            )
+        if checkpointing:
+            raise ValueError("past_key_values cannot be used in training with checkpointing.")
+        if cache.batch_size not in (-1, batch):
+            raise ValueError(
+                f"past_key_values holds {cache.batch_size} sequences, the input {batch}."
+            )
+        return cache
+
+
+def _check_positions(
+    cache_position: Tensor | None, length: int, cache: GramianCache | None
+) -> None:
+    """Raise a ValueError unless the columns follow those that the cache has seen."""
+    if cache_position is None or torch.compiler.is_compiling():
+        return
+    seen = 0 if cache is None else cache.get_seq_length()
+    expected = torch.arange(seen, seen + length, device=cache_position.device)
+    if not torch.equal(cache_position.flatten().to(torch.int64), expected):
+        raise ValueError(
+            f"cache_position must be {seen} … {seen + length - 1}, the columns after those that "
+            f"the cache has seen; got {cache_position.flatten().tolist()[:8]}."
+        )

@@ -1,0 +1,88 @@
+"""Classification and regression of whole sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import can_return_tuple
+
+from gramian.models.backbone import GramianModel
+from gramian.models.configuration import GramianConfig
+from gramian.models.labels import classification_loss
+from gramian.models.pooling import pool
+from gramian.models.pretrained import GramianPreTrainedModel
+from gramian.models.segments import check_arguments, read_rows
+
+__all__ = ["GramianForSequenceClassification"]
+
+
+class GramianForSequenceClassification(GramianPreTrainedModel):
+    """A `GramianModel` whose hidden states are pooled and mapped to one logit for each label.
+
+    Padding on either side, or anywhere, leaves no trace: the mask keeps it out of the mixers and
+    out of the pooling. It is told by `attention_mask` alone, never guessed from token ids. Packed
+    rows, told as to `GramianModel.forward`, give one row of logits for each sequence, in order.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
+
+    def __init__(self, config: GramianConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GramianModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Logits of a batch of sequences, and their loss when `labels` are given.
+
+        Args:
+            labels: (batch) of integers for one label a sequence, cross-entropy; (batch, num_labels)
+                of zeros and ones for several, binary cross-entropy; for regression (batch,
+                num_labels), or (batch) with one label, mean squared error. Which of them it is
+                `config.problem_type` says; if it is None, one label is regression, integers are
+                single labels, and others several. A label of -100 is not scored.
+            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
+                summed loss in place of their count.
+
+        The other arguments and the errors are those of `GramianModel.forward`.
+
+        Returns:
+            `loss`, `logits` (batch, num_labels), `hidden_states`.
+
+        Raises:
+            ValueError: also on a mask that hides a whole sequence, and labels that
+                `classification_loss` refuses.
+        """
+        inputs = (input_ids, inputs_embeds, input_values)
+        segments = read_rows(inputs, attention_mask, position_ids, kwargs)
+        check_arguments(type(self).__name__, kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=segments,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.score(pool(outputs.last_hidden_state, segments, self.config.pooling))
+        return SequenceClassifierOutput(
+            loss=None
+            if labels is None
+            else classification_loss(logits, labels, self.config, kwargs.get("num_items_in_batch")),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+        )
