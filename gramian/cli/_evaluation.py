@@ -176,7 +176,7 @@ def _conditions(wanted: _Wanted) -> dict[str, Any]:
     """What the numbers were measured on, but for the names of tasks and texts."""
     from dataclasses import asdict
 
-    from gramian.evaluation._tasks import chosen_split
+    from gramian.tasks import choose_split
 
     conditions: dict[str, Any] = {"seed": wanted.seed}
     for key in ("limit", "window", "stride", "shots"):
@@ -184,7 +184,7 @@ def _conditions(wanted: _Wanted) -> dict[str, Any]:
             conditions[key] = value
     if wanted.tasks:
         conditions["tasks"] = {
-            name: {"split": chosen_split(task, name, wanted.split), **asdict(task)}
+            name: {"split": choose_split(task, name, wanted.split), **asdict(task)}
             for name, task in wanted.tasks.items()
         }
     return conditions

@@ -661,11 +661,11 @@ def _row(
 
     import torch
 
-    from gramian.evaluation._tasks import chosen_split
+    from gramian.tasks import choose_split
 
     if tokenizer is not None:
         task = task.tokens_of(tokenizer)
-    split = chosen_split(task, name, split)
+    split = choose_split(task, name, split)
     found = next(itertools.islice(task.rows(split, seed), row, None), None)
     if found is None:
         raise UserError(f"the {split} split of {name} has no row {row}.")

@@ -31,22 +31,19 @@ from gramian import tasks
 from gramian._nearest import unknown
 from gramian._processes import world_size
 from gramian._staging import staged_file
-from gramian.models import (
-    GramianConfig,
-)
+from gramian.models import GramianConfig
 from gramian.models.labels import LabelError
 from gramian.reports import plot_training, save_figure
-from gramian.tasks import Description, Task
+from gramian.tasks import Description, Task, find_kind
 from gramian.tasks.encoding import load_tokenizer
+from gramian.tasks.kinds import higher_is_better
 from gramian.training.collation import Collator, Packer
 from gramian.training.configuration import (
-    METRICS,
     ConfigError,
     Hardware,
     TrainingConfig,
     parse_config,
 )
-from gramian.training.kinds import MODELS
 from gramian.training.memory import MemoryLosses, StateSizeCallback
 from gramian.training.recording import (
     Recorder,
@@ -223,12 +220,15 @@ def _task(config: TrainingConfig) -> Task:
     if config.evaluation.split not in task.splits:
         raise ConfigError(unknown("evaluation.split", config.evaluation.split, task.splits))
     description = task.description()
-    if description.kind in ("classification", "pairs") and description.num_labels == 1:
-        raise ConfigError(
-            f"the task {name} has one class, so there is nothing to tell apart; a number is the "
-            "label of a task of the kind 'signal'."
-        )
-    metric, accepted = config.evaluation.metric, METRICS[description.kind]
+    try:
+        kind = find_kind(description.kind)
+    except ValueError as error:
+        raise ConfigError(f"task {name}: {error}") from error
+    try:
+        kind.check_description(description)
+    except ValueError as error:
+        raise ConfigError(f"the task {name} {error}") from error
+    metric, accepted = config.evaluation.metric, kind.metrics
     if metric not in accepted:
         raise ConfigError(
             f"evaluation.metric must be {' or '.join(accepted)} for the task {name}; got {metric}."
@@ -237,7 +237,8 @@ def _task(config: TrainingConfig) -> Task:
 
 
 def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
-    kind = MODELS[description.kind]
+    kind = find_kind(description.kind)
+    model_class: type[PreTrainedModel] = kind.model_class()
     values = dict(config.model)
     path = values.pop("path", None)
     if path is not None:
@@ -245,7 +246,7 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
             raise ConfigError(f"model has a path, so it cannot have {', '.join(values)} too.")
         if not Path(path).is_dir():
             raise FileNotFoundError(f"there is no model folder {path}.")
-        return kind.from_pretrained(path, local_files_only=True)
+        return model_class.from_pretrained(path, local_files_only=True)
     known = set(GramianConfig.__annotations__)
     for key in values:
         if key not in known:
@@ -262,10 +263,10 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
         values.setdefault("input_size", description.input_size)
     if description.num_labels is not None:
         values["num_labels"] = description.num_labels
-    if description.kind == "reconstruction":
-        values.setdefault("pooling", "last")
+    for key, value in kind.model_options().items():
+        values.setdefault(key, value)
     try:
-        return kind(GramianConfig(**values))
+        return model_class(GramianConfig(**values))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from error
 
@@ -351,7 +352,7 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
         save_steps=config.checkpoints.every or steps,
         save_total_limit=config.checkpoints.keep,
         metric_for_best_model=evaluation.metric,
-        greater_is_better=evaluation.metric == "accuracy",
+        greater_is_better=higher_is_better(evaluation.metric),
         restore_callback_states_from_checkpoint=True,
         logging_strategy="steps",
         logging_steps=config.logging.every,
@@ -476,7 +477,7 @@ def _finish(
         if key.startswith("eval_") and "second" not in key and "runtime" not in key
     }
     metric = f"eval_{config.evaluation.metric}"
-    choose = max if config.evaluation.metric == "accuracy" else min
+    choose = max if higher_is_better(config.evaluation.metric) else min
     best = choose(evaluations, key=lambda line: line[metric])
     report = TrainingReport(
         output=str(folder),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gramian._nearest import unknown
+from gramian.tasks.kinds import metric_names
 
 __all__ = [
     "Checkpoints",
@@ -36,13 +37,6 @@ __all__ = [
 ]
 
 SCHEDULES = ("cosine", "linear", "constant")
-METRICS = {  # by the kind of task
-    "tokens": ("loss", "accuracy"),
-    "classification": ("loss", "accuracy"),
-    "pairs": ("loss", "accuracy"),
-    "signal": ("loss", "mse", "relative_error"),
-    "reconstruction": ("loss", "accuracy"),
-}
 DEVICES = ("auto", "cpu")
 
 
@@ -518,10 +512,7 @@ def _check(config: TrainingConfig) -> None:
         )
     choices = {
         "optimization.schedule": (steps.schedule, SCHEDULES),
-        "evaluation.metric": (
-            evaluation.metric,
-            list(dict.fromkeys(metric for kind in METRICS.values() for metric in kind)),
-        ),
+        "evaluation.metric": (evaluation.metric, metric_names()),
         "hardware.device": (hardware.device, DEVICES),
     }
     for name, (given, accepted) in choices.items():
