@@ -5,6 +5,7 @@ environment.json   versions, machine, command; one more for each time the run wa
 metrics.jsonl      a line for everything logged
 samples.jsonl      what the model made of a few rows at each evaluation
 checkpoints/       what a killed run goes on from
+imports/           modules that registered parts of the user's own
 best/, last/       models, as `from_pretrained` reads them
 training.png       losses and metrics against steps
 report.json        written last: the run is finished
@@ -28,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from gramian import tasks
+from gramian._imports import copy_parts, import_parts
 from gramian._nearest import unknown
 from gramian._processes import world_size
 from gramian._staging import staged_file
@@ -39,6 +41,7 @@ from gramian.tasks.encoding import load_tokenizer
 from gramian.tasks.kinds import higher_is_better
 from gramian.training.collation import Collator, Packer
 from gramian.training.configuration import (
+    IMPORTS,
     ConfigError,
     Hardware,
     TrainingConfig,
@@ -107,6 +110,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         FileNotFoundError: on a missing file of the task.
     """
     folder = Path(config.output)
+    _import(config)
     task = _task(config)
     description = task.description()
     if config.hardware.threads is not None:
@@ -190,6 +194,7 @@ def check(config: TrainingConfig) -> None:
     Raises:
         ConfigError, FileNotFoundError: as `train`.
     """
+    _import(config)
     task = _task(config)
     with nullcontext() if "path" in config.model else torch.device("meta"):
         _losses(_model(config, task.description()), config)
@@ -204,6 +209,15 @@ def check(config: TrainingConfig) -> None:
     if config.optimization.steps is None and config.task.get("streaming"):
         _steps(config, None)
     _arguments(config, config.optimization.steps or 1, False)
+
+
+def _import(config: TrainingConfig) -> None:
+    """Import what registers parts of the run, those of an earlier call from their copies if need
+    be."""
+    try:
+        import_parts(config.imports, Path(config.output, IMPORTS))
+    except ValueError as error:
+        raise ConfigError(f"imports: {error}") from error
 
 
 def _task(config: TrainingConfig) -> Task:
@@ -446,7 +460,9 @@ def _prepare(
             old.rename(folder / name)
     machines = folder / "environment.json"
     earlier = json.loads(machines.read_text(encoding="utf-8")) if machines.is_file() else []
-    write_json(machines, [*earlier, {"from_step": step, **environment(arguments.world_size)}])
+    copies = copy_parts(config.imports, folder / IMPORTS)
+    started = {"from_step": step, "imports": copies, **environment(arguments.world_size)}
+    write_json(machines, [*earlier, started])
     return None
 
 

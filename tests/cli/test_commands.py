@@ -23,7 +23,7 @@ from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM, loa
 
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "120", "NO_COLOR": "1"}
     return subprocess.run(
         [sys.executable, "-m", "gramian", *map(str, arguments)],
@@ -110,7 +110,7 @@ def test_help_does_not_wait_for_transformers(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=300,
