@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gramian._processes import world_size
+from gramian._processes import require_one_process
 from gramian.cli._app import UserError, command, one_line
 from gramian.cli._console import Bar, console_for, finish, running
 from gramian.cli._inputs import check_new, find_tasks, quiet_transformers, read_texts
@@ -130,14 +130,9 @@ def evaluate(
 
 def _require_one_process() -> None:
     try:
-        processes = world_size()
+        require_one_process("evaluate runs in one process")
     except ValueError as error:
         raise UserError(one_line(error)) from error
-    if processes > 1:
-        raise UserError(
-            f"evaluate runs in one process, not in {processes} that would each do all of it: start "
-            "it without torchrun."
-        )
 
 
 def _of_the_harness(names: list[str]) -> list[str]:

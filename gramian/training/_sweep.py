@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from gramian._processes import world_size
+from gramian._processes import require_one_process
 from gramian._staging import staged_file
 from gramian.reports import plot_sweep, save_figure
 from gramian.training._run import TrainingReport, check, earlier_report, train
@@ -81,14 +81,9 @@ def sweep(
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1; got {jobs}.")
     try:
-        processes = world_size()
+        require_one_process("a sweep starts its own processes")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if processes > 1:
-        raise ConfigError(
-            f"a sweep starts its own processes, so it cannot be one of {processes}: start it "
-            "without torchrun."
-        )
     finished = _check(config)
     folder = Path(config.output)
     (folder / "logs").mkdir(parents=True, exist_ok=True)

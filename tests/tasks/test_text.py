@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("datasets")
 
 from gramian import tasks
-from gramian.tasks.text import windows
+from gramian.tasks.tokenized import windows
 
 LENGTHS = [1, 2, 3, 7, 8, 9, 63, 64, 65]
 
