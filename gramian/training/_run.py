@@ -29,13 +29,13 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from gramian import tasks
+from gramian._drawing import save_figure
 from gramian._imports import copy_parts, import_parts
 from gramian._nearest import unknown
 from gramian._processes import world_size
 from gramian._staging import staged_file
 from gramian.models import GramianConfig
 from gramian.models.labels import LabelError
-from gramian.reports import plot_training, save_figure
 from gramian.tasks import Description, Task, find_kind
 from gramian.tasks.encoding import load_tokenizer
 from gramian.tasks.kinds import higher_is_better
@@ -48,6 +48,7 @@ from gramian.training.configuration import (
     parse_config,
 )
 from gramian.training.memory import MemoryLosses, StateSizeCallback
+from gramian.training.plots import plot_training
 from gramian.training.recording import (
     Recorder,
     Sampler,
@@ -483,7 +484,7 @@ def _finish(
     resumed_from: int,
 ) -> None:
     lines = read_lines(folder / "metrics.jsonl")
-    save_figure(plot_training(lines), folder / "training.png")
+    save_figure(plot_training(lines, config.evaluation.metric), folder / "training.png")
     evaluations = [line for line in lines if "eval_loss" in line]
     at_the_end = [line for line in lines if line["step"] == evaluations[-1]["step"]]
     last = {

@@ -31,11 +31,12 @@ from typing import Any
 
 import torch
 
+from gramian._drawing import save_figure
 from gramian._processes import require_one_process
 from gramian._staging import staged_file
-from gramian.reports import plot_sweep, save_figure
 from gramian.training._run import TrainingReport, check, earlier_report, train
 from gramian.training.configuration import ConfigError, TrainingConfig
+from gramian.training.plots import plot_sweep
 from gramian.training.recording import write_json
 from gramian.training.sweep_configuration import SweepConfig, SweepPoint
 from gramian.training.sweep_report import PointReport, SweepReport

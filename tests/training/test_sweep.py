@@ -24,7 +24,6 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 pytest.importorskip("yaml")
 
-from gramian.reports import plot_sweep
 from gramian.training import (
     ConfigError,
     PointReport,
@@ -34,6 +33,7 @@ from gramian.training import (
     load_config,
     load_sweep,
     parse_sweep,
+    plot_sweep,
     sweep,
 )
 from gramian.training.recording import read_lines

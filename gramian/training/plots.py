@@ -1,24 +1,71 @@
-"""The figure of a sweep: what was measured along one axis of it."""
+"""Figures of training: the curves of one run, and the metric of a sweep along one axis."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gramian.reports._figures import _CYCLE, _finish, _new_figure
+from gramian._drawing import BLUE, CYCLE, ORANGE, finish, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gramian.training.sweep_report import SweepReport, SweepRow
 
-__all__ = ["plot_sweep"]
+__all__ = ["plot_sweep", "plot_training"]
 
 _MARKERS = "osD^vP*X"
 
 
+def plot_training(lines: Sequence[Mapping[str, Any]], metric: str = "loss") -> Figure:
+    """Draw losses against steps, and beside them another metric where one was measured.
+
+    That is accuracy, or the relative error, or else `metric`.
+
+    Args:
+        lines: of a run's `metrics.jsonl`: `step` with `loss`, `eval_loss` or another metric behind
+            `eval_`.
+        metric: by which the run chose its best model.
+
+    Raises:
+        ValueError: if no line has a loss.
+    """
+    if not any("loss" in line or "eval_loss" in line for line in lines):
+        raise ValueError("plot_training was given no line with a loss; give at least one.")
+    shown = ("eval_accuracy", "eval_relative_error", f"eval_{metric}")
+    curves = {
+        key: [(line["step"], line[key]) for line in lines if key in line]
+        for key in ("loss", "eval_loss", *shown)
+    }
+    others = [key for key in shown if curves[key] and key not in ("eval_loss", "eval_mse")]
+    unit = "mean square" if any("eval_mse" in line for line in lines) else "nats"
+    figure = new_figure(8.4 if others else 4.4, 3.3)
+    panels = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
+    for key, name, colour in (("loss", "training", BLUE), ("eval_loss", "held out", ORANGE)):
+        if curves[key]:
+            marker = "o" if key != "loss" or len(curves[key]) == 1 else None
+            panels[0].plot(
+                *zip(*curves[key], strict=True), color=colour, label=name, marker=marker, ms=3
+            )
+    panels[0].legend(frameon=False, fontsize=8)
+    finish(panels[0], title="loss", x="step", y=unit)
+    if others:
+        name = others[0].removeprefix("eval_").replace("_", " ")
+        panels[1].plot(*zip(*curves[others[0]], strict=True), color=ORANGE, marker="o", ms=3)
+        label = ""
+        if name == "accuracy":
+            panels[1].set_ylim(-0.02, 1.02)
+            label = "share of right answers"
+        elif name == "relative error":
+            panels[1].set_ylim(bottom=0)
+            label = "1: as zeros"
+        finish(panels[1], title=f"held-out {name}", x="step", y=label)
+    return figure
+
+
 def plot_sweep(report: SweepReport) -> Figure:
-    """The best metric of every run, means over the seeds with their standard deviation.
+    """Draw the best metric of every run, means over the seeds with their standard deviation.
 
     Along the first axis of numbers but the seed, with a line for every combination of the others'
     values; bars where there is none, or where it is the seed alone that varies.
@@ -47,7 +94,7 @@ def plot_sweep(report: SweepReport) -> Figure:
     for row in rows:
         others = {name: value for name, value in row.values.items() if name != along}
         lines.setdefault(_name(others), []).append(row)
-    figure = _new_figure(6.4, 3.8)
+    figure = new_figure(6.4, 3.8)
     axes = figure.subplots()
     for index, (name, line) in enumerate(lines.items()):
         line = sorted(line, key=lambda row: row.values[along])
@@ -55,8 +102,8 @@ def plot_sweep(report: SweepReport) -> Figure:
             [row.values[along] for row in line],
             [row.best.mean for row in line if row.best is not None],
             yerr=[_deviation(row) for row in line],
-            color=_CYCLE[index % len(_CYCLE)],
-            marker=_MARKERS[index // len(_CYCLE) % len(_MARKERS)],
+            color=CYCLE[index % len(CYCLE)],
+            marker=_MARKERS[index // len(CYCLE) % len(_MARKERS)],
             ms=4,
             lw=1.4,
             capsize=2,
@@ -69,22 +116,22 @@ def plot_sweep(report: SweepReport) -> Figure:
     axes.minorticks_off()
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=7)
-    _finish(axes, title="", x=along, y=label)
+    finish(axes, title="", x=along, y=label)
     return figure
 
 
 def _bars(rows: list[SweepRow], label: str) -> Figure:
     names = [_name(row.values) or f"{row.runs} runs" for row in rows]
-    figure = _new_figure(6.4, 0.8 + 0.42 * len(rows))
+    figure = new_figure(6.4, 0.8 + 0.42 * len(rows))
     axes = figure.subplots()
     means = [row.best.mean for row in rows if row.best is not None]
     bars = axes.barh(
-        names, means, xerr=[_deviation(row) for row in rows], color=_CYCLE[0], height=0.62
+        names, means, xerr=[_deviation(row) for row in rows], color=CYCLE[0], height=0.62
     )
     axes.bar_label(bars, labels=[str(row.best) for row in rows], padding=4, fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.25)
-    _finish(axes, title="", x=label, y="")
+    finish(axes, title="", x=label, y="")
     axes.grid(False)
     return figure
 
