@@ -13,6 +13,7 @@ Needs `datasets` (`pip install "gramian[train]"`).
 
 from gramian._labels import IGNORED
 from gramian.tasks import (  # noqa: F401 (each registers its tasks)
+    arrays,
     digits,
     fasta,
     listops,
@@ -23,6 +24,7 @@ from gramian.tasks import (  # noqa: F401 (each registers its tasks)
     pathfinder,
     recall,
     speech_commands,
+    table,
     text,
 )
 from gramian.tasks._task import (

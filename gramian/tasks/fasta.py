@@ -24,7 +24,7 @@ from gramian.tasks._task import (
 )
 from gramian.tasks.documents import blocks
 from gramian.tasks.encoding import Encoder
-from gramian.tasks.tokenized import TokenizedTask, windows
+from gramian.tasks.tokenized import TokenizedTask, dna_tokenizer, windows
 
 __all__ = ["Fasta"]
 
@@ -79,9 +79,7 @@ class Fasta(TokenizedTask):
             )
 
     def default_tokenizer(self) -> Any:
-        from gramian.checkpoints import DNATokenizer
-
-        return DNATokenizer()
+        return dna_tokenizer()
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
         encoder = Encoder(self.own_tokenizer(), special_tokens=False)

@@ -25,7 +25,7 @@ from gramian.tasks._task import (
 from gramian.tasks.documentation import python_topics
 from gramian.tasks.documents import Document, holds_keys, read_documents
 from gramian.tasks.encoding import Encoder
-from gramian.tasks.tokenized import TokenizedTask, windows
+from gramian.tasks.tokenized import TokenizedTask, byte_tokenizer, windows
 
 __all__ = ["PythonDocumentation", "Text"]
 
@@ -46,9 +46,7 @@ class _TextTask(TokenizedTask):
         """Yield the documents of a split."""
 
     def default_tokenizer(self) -> Any:
-        from gramian.models import ByteTokenizer
-
-        return ByteTokenizer()
+        return byte_tokenizer()
 
     def description(self) -> Description:
         if self.tokenizer is None:

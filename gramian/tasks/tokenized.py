@@ -23,7 +23,7 @@ import numpy as np
 from gramian.tasks._task import Description, Row, Task, require_sizes
 from gramian.tasks.encoding import load_tokenizer
 
-__all__ = ["TokenizedTask", "windows"]
+__all__ = ["TokenizedTask", "byte_tokenizer", "dna_tokenizer", "windows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,9 @@ class TokenizedTask(Task):
 
     Args:
         length: tokens of a row.
-        tokenizer: a tokenizer of transformers, its folder or its name; by default the task's own,
-            or a model's where one is known.
+        tokenizer: a tokenizer of transformers, its folder or its name, or `"bytes"` or `"dna"` for
+            `gramian.models.ByteTokenizer` or `gramian.checkpoints.DNATokenizer`; by default the
+            task's own, or a model's where one is known.
     """
 
     length: int = 1024
@@ -49,6 +50,10 @@ class TokenizedTask(Task):
     def own_tokenizer(self) -> Any:
         if self.tokenizer is None:
             return self.default_tokenizer()
+        if self.tokenizer == "bytes":
+            return byte_tokenizer()
+        if self.tokenizer == "dna":
+            return dna_tokenizer()
         if isinstance(self.tokenizer, str):
             return load_tokenizer(self.tokenizer)
         return self.tokenizer
@@ -74,6 +79,20 @@ class TokenizedTask(Task):
             vocab_size=len(tokenizer),
             pad_token_id=0 if pad is None else pad,
         )
+
+
+def byte_tokenizer() -> Any:
+    """Make the tokenizer of bytes."""
+    from gramian.models import ByteTokenizer
+
+    return ByteTokenizer()
+
+
+def dna_tokenizer() -> Any:
+    """Make HyenaDNA's tokenizer of nucleotides."""
+    from gramian.checkpoints import DNATokenizer
+
+    return DNATokenizer()
 
 
 def windows(
