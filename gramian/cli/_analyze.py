@@ -11,7 +11,13 @@ import typer
 
 from gramian.cli._app import UserError, command, one_line
 from gramian.cli._console import Bar, console_for, finish, running
-from gramian.cli._inputs import check_new, find_tasks, quiet_transformers, read_texts
+from gramian.cli._inputs import (
+    SAVE_TOKENIZER,
+    check_new,
+    find_tasks,
+    quiet_transformers,
+    read_texts,
+)
 from gramian.cli._options import Json, Settings, Split, TaskConfig, TaskSeed
 
 if TYPE_CHECKING:
@@ -80,8 +86,8 @@ class _Source:
             return found.inputs, found.tokenizer, found.place
         if tokenizer is None:
             raise UserError(
-                f"{model} has no tokenizer, so it cannot read a text; --task and --config read a "
-                "row of a task."
+                f"{model} has no tokenizer, so it cannot read a text; {SAVE_TOKENIZER}. --task and "
+                "--config read a row of a task."
             )
         assert self.document is not None
         return Encoder(tokenizer)(self.document).tolist(), tokenizer, self.name

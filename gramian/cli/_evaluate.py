@@ -12,7 +12,13 @@ import typer
 from gramian._processes import require_one_process
 from gramian.cli._app import UserError, command, one_line
 from gramian.cli._console import Bar, console_for, finish, running
-from gramian.cli._inputs import check_new, find_tasks, quiet_transformers, read_texts
+from gramian.cli._inputs import (
+    SAVE_TOKENIZER,
+    check_new,
+    find_tasks,
+    quiet_transformers,
+    read_texts,
+)
 from gramian.cli._options import Json, Settings, Split, TaskConfig, TaskSeed
 
 if TYPE_CHECKING:
@@ -254,7 +260,7 @@ def _open(name: str, wanted: _Wanted, device: str) -> tuple[Any, Any]:
     if isinstance(model, GramianPreTrainedModel) and not isinstance(model, GramianForCausalLM):
         raise UserError(f"{name} is a {type(model).__name__}; texts need a causal language model.")
     if tokenizer is None:
-        reason = f"{name} has no tokenizer, so it cannot read a text."
+        reason = f"{name} has no tokenizer, so it cannot read a text; {SAVE_TOKENIZER}."
         if wanted.harness:
             from gramian import tasks
             from gramian._nearest import unknown

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gramian.tasks import Document, Task
 
 __all__ = [
+    "SAVE_TOKENIZER",
     "byte_tokenizer",
     "check_new",
     "check_tolerance",
@@ -29,6 +30,10 @@ __all__ = [
     "read_texts",
     "spread_windows",
 ]
+
+
+SAVE_TOKENIZER = "save the one it was trained with there, by its method save_pretrained"
+"""The cure for a model without a tokenizer."""
 
 
 def check_new(out: Path) -> None:
@@ -93,7 +98,9 @@ def byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
 
     tokenizer = ByteTokenizer()
     if model.config.vocab_size != len(tokenizer):
-        raise UserError(f"{folder} has no tokenizer, so its tokens cannot be read or written.")
+        raise UserError(
+            f"{folder} has no tokenizer, so its tokens cannot be read or written; {SAVE_TOKENIZER}."
+        )
     return tokenizer
 
 

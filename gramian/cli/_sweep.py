@@ -53,7 +53,9 @@ def sweep(
             bar.describe("Training")
             bar(done, total)
 
-        report = training.sweep(settings, jobs=jobs, address=address, progress=show)
+        report = training.sweep(
+            settings, jobs=jobs, address=address, progress=show if errors.is_terminal else True
+        )
     finish(console_for(False), as_json, report.to_dict(), report, report.output)
     for point in report.failed:
         print(f"gramian: {point.name}: {point.error}", file=sys.stderr)

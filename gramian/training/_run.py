@@ -49,6 +49,7 @@ from gramian.training.configuration import (
 )
 from gramian.training.memory import MemoryLosses, StateSizeCallback
 from gramian.training.plots import plot_training
+from gramian.training.progress import Progress, StepCallback
 from gramian.training.recording import (
     Recorder,
     Sampler,
@@ -91,14 +92,15 @@ class TrainingReport:
         return asdict(self)
 
 
-def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
+def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingReport:
     """Train as `config` says, or go on where an earlier call with the same `config` was killed.
 
     Under `torchrun` every process calls it with the same configuration.
 
     Args:
         config: from `load_config` or `parse_config`.
-        progress: whether to show a progress bar on standard error.
+        progress: whether to show progress on standard error, as a bar; or a function, called as
+            `progress(done, total)` with optimizer steps.
 
     Returns:
         The report, which is in the folder as well; of a run that is finished already, its own.
@@ -126,7 +128,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
     steps = _steps(config, data)
-    arguments = _arguments(config, steps, progress)
+    arguments = _arguments(config, steps, progress is True)
     losses, packer = _losses(model, config), _packer(config, description)
 
     with arguments.main_process_first(local=False):
@@ -140,7 +142,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
     trainer = GramianTrainer(
         description,
         folder,
-        tokenizer=task.own_tokenizer(),
+        tokenizer=_tokenizer(config, task),
         losses=losses,
         packer=packer,
         model=model,
@@ -150,6 +152,8 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         data_collator=Collator(description),
     )
     trainer.remove_callback(PrinterCallback)
+    if callable(progress):
+        trainer.add_callback(StepCallback(progress))
     trainer.add_callback(Recorder(folder / "metrics.jsonl"))
     sizes = config.evaluation.ess
     if sizes.rows and not config.hardware.fsdp:
@@ -227,9 +231,9 @@ def _task(config: TrainingConfig) -> Task:
     settings.pop("streaming", None)
     try:
         task = tasks.build(name, setting, **settings)
-        tokenizer = Path(config.model.get("path") or "", "tokenizer_config.json")
-        if "path" in config.model and tokenizer.is_file():
-            task = task.tokens_of(load_tokenizer(str(tokenizer.parent)))
+        tokenizer = _tokenizer_of_model(config)
+        if tokenizer is not None:
+            task = task.tokens_of(tokenizer)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"task: {error}") from error
     if config.evaluation.split not in task.splits:
@@ -249,6 +253,20 @@ def _task(config: TrainingConfig) -> Task:
             f"evaluation.metric must be {' or '.join(accepted)} for the task {name}; got {metric}."
         )
     return task
+
+
+def _tokenizer(config: TrainingConfig, task: Task) -> Any:
+    """Find what is saved with the model: the task's tokenizer, or that of the earlier model."""
+    own = task.own_tokenizer()
+    return _tokenizer_of_model(config) if own is None else own
+
+
+def _tokenizer_of_model(config: TrainingConfig) -> Any:
+    """Load the tokenizer of the saved model that training goes on from, if there is one."""
+    folder = Path(config.model.get("path") or "")
+    if "path" in config.model and (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(folder))
+    return None
 
 
 def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
