@@ -29,7 +29,7 @@ from gramian.demo.measuring import bits_per_byte
 from gramian.demo.text import python_documentation
 from gramian.demo.training import TrainingSettings, train
 from gramian.distillation import distill
-from gramian.distillation._memory import rank_correlation
+from gramian.memory.correlation import rank_correlation
 from gramian.models import GramianConfig, GramianForCausalLM
 
 LENGTH, WIDTH, LAYERS = 256, 64, 2

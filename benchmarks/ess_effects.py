@@ -40,8 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._report import write
 from gramian import effective_state_size, parameter_groups
-from gramian.ess import gate_regularizer, theoretical_state_size
-from gramian.mixers import LinearRecurrence, Mixer, Observer
+from gramian.ess import theoretical_state_size
+from gramian.memory import Observer, gate_regularizer
+from gramian.mixers import LinearRecurrence, Mixer
 from gramian.models import GramianConfig, GramianForCausalLM
 from gramian.reports import save_figure
 from gramian.tasks import IGNORED

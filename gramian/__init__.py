@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gramian import ess, filters, mixers, ops, reduction, systems
+from gramian import ess, filters, memory, mixers, ops, reduction, systems
 from gramian.ess import effective_state_size, realize
 from gramian.filters import parameter_groups
 from gramian.ops import causal_convolution
@@ -53,6 +53,7 @@ __all__ = [
     "effective_state_size",
     "ess",
     "filters",
+    "memory",
     "mixers",
     "ops",
     "parameter_groups",

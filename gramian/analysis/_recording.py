@@ -1,6 +1,6 @@
 r"""Meeting the causal operators of a model while it runs, one at a time.
 
-Four doors, none of which needs to know an architecture:
+There are three ways in, none of which needs to know an architecture:
 
 - our mixers, by `gramian.mixers.Mixer.operator`;
 - softmax attention of transformers, by an attention function registered in its interface. The
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.analysis._scans import SCANS, Scan
-from gramian.mixers import Block, LinearRecurrence, Mixer, SoftmaxAttention
+from gramian.mixers import Mixer
 from gramian.systems import DenseOperator, System
 
 __all__ = ["Met", "Recorder", "token_mixers"]
@@ -69,7 +69,7 @@ def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
     for path, module in model.named_modules():
         name = type(module).__name__
         if isinstance(module, Mixer):
-            mixes = not isinstance(module, Block)
+            mixes = module.core is module
         else:
             mixes = bool(_MIXES.search(name)) and not _MIXES_NOT.search(name)
         if mixes and not isinstance(module, nn.ModuleList):
@@ -134,18 +134,13 @@ class Recorder:
         if not isinstance(module, Mixer):
             return
         x = args[0] if args else kwargs["x"]
-        heads = getattr(module, "heads", module.width)
-        kind = "convolution"
-        if isinstance(module, SoftmaxAttention):
-            kind = "attention"
-        elif isinstance(module, LinearRecurrence):
-            kind = "recurrence"
         try:
             module.operator(x[:, :1], slice(0, 1))  # a bidirectional one refuses
         except ValueError as error:
             self.refused[path] = str(error)
             return
-        self._met(path, module, kind, heads, partial(module.operator, x))
+        operator = partial(module.operator, x)
+        self._met(path, module, module.family, module.channels, operator)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._current.pop()

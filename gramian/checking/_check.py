@@ -158,7 +158,7 @@ def _copy(model: Any, dtype: torch.dtype) -> Any:
 
 def _distilled(model: Any, order: int | None) -> tuple[Any, str | None]:
     """The distilled copy and what it reached, or neither where there is nothing to distil."""
-    filters = [block.mixer.filter for block in model.model.layers]
+    filters = [getattr(block.mixer, "filter", None) for block in model.model.layers]
     long = [f.max_length for f in filters if f is not None and not isinstance(f, ModalFilter)]
     if order is None or not long:
         return None, None

@@ -73,7 +73,7 @@ def distill(
 def _distill_layers(
     model: Any, goal: Goal, progress: Callable[[int, int], None] | None
 ) -> tuple[Any, DistillationReport]:
-    filters = [mixer.filter for mixer in _mixers(model)]
+    filters: list[Any] = [getattr(mixer, "filter", None) for mixer in _mixers(model)]
     if model.config.bidirectional:
         raise ValueError("A bidirectional model cannot be distilled: it has no recurrence.")
     long = [i for i, f in enumerate(filters) if not (f is None or isinstance(f, ModalFilter))]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.distillation._memory import filter_state_sizes
 from gramian.distillation._report import LayerReport
 from gramian.filters import ModalFilter
+from gramian.memory import filter_state_sizes
 from gramian.reduction import reduce
 
 __all__ = ["Goal", "reduce_filter"]

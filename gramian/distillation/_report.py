@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gramian._json import to_json
-from gramian.distillation._memory import rank_correlation
+from gramian.memory.correlation import rank_correlation
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,5 +1,10 @@
-"""Effective state-size: how much of its memory a causal operator uses, losses that change it, and
-the smallest recurrence that computes it."""
+"""Effective state-size: how much of its memory a causal operator uses, and the smallest recurrence
+that computes it. Losses that change it are in `gramian.memory`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 from gramian.ess._effective_state_size import (
     effective_state_size,
@@ -8,16 +13,19 @@ from gramian.ess._effective_state_size import (
 )
 from gramian.ess._realize import realize
 from gramian.ess.aggregation import aggregate, theoretical_state_size, utilization
-from gramian.ess.penalties import ess_penalty, gate_regularizer
 
 __all__ = [
     "aggregate",
     "effective_state_size",
-    "ess_penalty",
-    "gate_regularizer",
     "hankel_singular_values",
     "realize",
     "sketched_state_size",
     "theoretical_state_size",
     "utilization",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("ess_penalty", "gate_regularizer"):  # which were here
+        return getattr(importlib.import_module("gramian.memory"), name)
+    raise AttributeError(f"module 'gramian.ess' has no attribute {name!r}")

@@ -6,6 +6,7 @@ transform; whole chunks are taken by blocks of matrix products.
 """
 
 from gramian.export._export import export_model, export_recurrence
+from gramian.export._mixers import MixerProgram, register_program
 from gramian.export._report import ExportReport
 from gramian.export._runtime import ExportedModel, ExportedRecurrence
 
@@ -13,6 +14,8 @@ __all__ = [
     "ExportReport",
     "ExportedModel",
     "ExportedRecurrence",
+    "MixerProgram",
     "export_model",
     "export_recurrence",
+    "register_program",
 ]

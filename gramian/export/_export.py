@@ -12,13 +12,13 @@ from gramian import __version__
 from gramian._staging import staged_directory
 from gramian.export._blocks import BlockedRecurrence
 from gramian.export._generation import describe
-from gramian.export._mixers import ExportableMixer, fill, named_tensors
+from gramian.export._mixers import MixerProgram, fill, make_program, named_tensors
 from gramian.export._programs import Stateful, check_format, frozen_for_export, save_programs
 from gramian.export._report import ExportReport
 from gramian.export._runtime import ExportedModel, ExportedRecurrence
 from gramian.export._verify import verify_model, verify_recurrence
-from gramian.mixers import Mixer
-from gramian.systems import FIR, DenseOperator, System, TimeInvariantSystem, TimeVarying
+from gramian.mixers import Mixer, MixerCall
+from gramian.systems import FIR, DenseOperator, State, System, TimeInvariantSystem, TimeVarying
 
 if TYPE_CHECKING:
     from gramian.models import GramianForCausalLM
@@ -39,23 +39,23 @@ def export_model(
     threads: int | None = None,
     seed: int = 0,
 ) -> ExportReport:
-    """Write a language model as two programs, ``step`` and ``prefill``, that carry its state.
+    """Write a language model as two programs, `step` and `prefill`, that carry its state.
 
     Both take token ids, int64, (batch, 1) or (batch, length), and the state's tensors, and return
-    next-token logits (batch, vocab_size) and the new state; batch and length are open. ``folder``
-    also holds ``export.json``, which describes the states (they start from zeros) and how the next
+    next-token logits (batch, vocab_size) and the new state; batch and length are open. `folder`
+    also holds `export.json`, which describes the states (they start from zeros) and how the next
     token is chosen, the model's configuration and the tokenizer. Padding is not supported:
     sequences of a batch have one length. Past the room of its attention a program's logits are not
-    numbers. What is written is read again and run; it appears in ``folder`` only if its tokens are
-    those of the recurrence in PyTorch, and its generation that of ``model.generate``.
+    numbers. What is written is read again and run; it appears in `folder` only if its tokens are
+    those of the recurrence in PyTorch, and its generation that of `model.generate`.
 
     Args:
         model: On the CPU, in float32 or float64; every long convolution must have a recurrence of
             fixed size, as distilled and state-space filters do.
         folder: New folder.
-        format: "onnx", for onnxruntime and other runtimes, or "torch", for ``torch.export.load``.
+        format: "onnx", for onnxruntime and other runtimes, or "torch", for `torch.export.load`.
         context: Tokens, prompt and text together, that attention without a window has room for;
-            by default ``model.config.max_position_embeddings``.
+            by default `model.config.max_position_embeddings`.
         tokenizer: Saved beside the programs.
         verify: Greedy tokens of two sequences to compare, at least 1.
         threads: Of onnxruntime while comparing; its own choice by default.
@@ -65,11 +65,11 @@ def export_model(
         What was compared, and how close it was.
 
     Raises:
-        FileExistsError: if ``folder`` exists.
+        FileExistsError: if `folder` exists.
         ImportError: if a package that the format needs is missing.
-        TypeError: if ``model`` is not a language model of this library.
+        TypeError: if `model` is not a language model of this library.
         ValueError: for an unknown format, a model in half precision, a layer that has no
-            recurrence of fixed size, or a setting of ``model.generation_config`` that changes what
+            recurrence of fixed size, or a setting of `model.generation_config` that changes what
             is written and cannot be honoured, such as beams; the message says what to do.
         RuntimeError: if what was written computes other tokens.
     """
@@ -112,18 +112,18 @@ def export_recurrence(
     threads: int | None = None,
     seed: int = 0,
 ) -> ExportReport:
-    """Write one layer or system as two programs, ``step`` and ``prefill``, that carry its state.
+    """Write one layer or system as two programs, `step` and `prefill`, that carry its state.
 
-    Of a mixer, ``step`` takes (batch, width) and ``prefill`` (batch, length, width); of a system of
+    Of a mixer, `step` takes (batch, width) and `prefill` (batch, length, width); of a system of
     channels (*C), (batch, *C) and (batch, *C, length). Both return the outputs, of the same shape,
-    and the new state; batch and length are open. ``export.json`` describes the states.
+    and the new state; batch and length are open. `export.json` describes the states.
 
     Args:
-        target: A mixer, in float32 or float64, or a time-invariant system other than an ``FIR``;
+        target: A mixer, in float32 or float64, or a time-invariant system other than an `FIR`;
             on the CPU.
         folder: New folder.
         format: As for `export_model`, and so are the others.
-        form: Of a system's recurrence, as ``system.recurrence(form)`` takes it: "lattice" or
+        form: Of a system's recurrence, as `system.recurrence(form)` takes it: "lattice" or
             "modal" keep a transfer function's state in single precision.
         context: Samples that attention without a window has room for.
         verify: Random samples of two sequences to compare, at least 1.
@@ -134,7 +134,7 @@ def export_recurrence(
         What was compared, and how close it was.
 
     Raises:
-        TypeError: if ``target`` is neither.
+        TypeError: if `target` is neither.
         ValueError: for what has no recurrence of fixed size, half precision, an unknown format.
         FileExistsError, ImportError, RuntimeError: as `export_model`.
     """
@@ -168,40 +168,26 @@ def _check_device(device: torch.device) -> None:
 
 
 def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
-    from gramian.models.modeling import GramianGLUBlock, GramianMixerBlock, _normed
+    from gramian.models.norms import apply_norm
 
     blocks: list[Any] = list(model.model.layers)
-    layers: list[ExportableMixer] = []
-    for index, block in enumerate(blocks):
-        name = f"layer {index} ({type(block.mixer).__name__})"
-        mixer = block.block if isinstance(block, GramianGLUBlock) else block.mixer
-        layers.append(ExportableMixer(mixer, name, context))
+    layers = [
+        make_program(block.mixer, f"layer {index} ({type(block.mixer).__name__})", context)
+        for index, block in enumerate(blocks)
+    ]
     prefixes = [f"layers.{index}.mixer.state" for index in range(len(layers))]
-
-    def mix(layer: ExportableMixer, x: Tensor, state: Any, chunk: bool) -> tuple[Tensor, Any]:
-        if chunk:
-            return layer.prefill(x, state)
-        y, state = layer.step(x[:, 0], state)
-        return y[:, None], state
 
     def run(
         ids: Tensor, states: dict[str, Tensor], chunk: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden = model.model._embed(ids, None, None)
-        if model.config.residual_in_fp32 and hidden.dtype.itemsize < 4:
-            hidden = hidden.float()
+        hidden = model.model.embed(ids)
         tensors = iter(states.values())
         after: dict[str, Tensor] = {}
         for prefix, block, layer in zip(prefixes, blocks, layers, strict=True):
-            state = fill(layer.template, tensors)
-            if isinstance(block, GramianGLUBlock | GramianMixerBlock):
-                hidden, state = mix(layer, hidden, state, chunk)
-            else:
-                mixed, state = mix(layer, _normed(block.mixer_norm, hidden), state, chunk)
-                hidden = hidden + mixed
-                hidden = hidden + block.mlp(_normed(block.mlp_norm, hidden))
-            after.update(named_tensors(state, prefix))
-        hidden = _normed(model.model.norm, hidden[:, -1])
+            carried = _Carried(layer, fill(layer.template, tensors), chunk)
+            hidden = block.mix(hidden, MixerCall(carried, carries_state=True))
+            after.update(named_tensors(carried.state, prefix))
+        hidden = apply_norm(model.model.norm, hidden[:, -1])
         return model.lm_head(hidden), after
 
     states: dict[str, Tensor] = {}
@@ -210,7 +196,7 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
     rooms = [layer.context for layer in layers if layer.context is not None]
     return Stateful(
         module=model,
-        constants=[long for layer in layers for long in layer.long],
+        constants=[part for layer in layers for part in layer.constants],
         step=lambda ids, states: run(ids, states, chunk=False),
         prefill=lambda ids, states: run(ids, states, chunk=True),
         states=states,
@@ -229,10 +215,26 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
     )
 
 
+class _Carried:
+    """A layer's mixer on (batch, length, width), and the state that it leaves."""
+
+    def __init__(self, layer: MixerProgram, state: State, chunk: bool) -> None:
+        self.layer = layer
+        self.state = state
+        self.chunk = chunk
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.chunk:
+            y, self.state = self.layer.prefill(x, self.state)
+            return y
+        y, self.state = self.layer.step(x[:, 0], self.state)
+        return y[:, None]
+
+
 def _mixer(mixer: Mixer, context: int | None) -> Stateful:
     like = next(mixer.parameters())
     _check_device(like.device)
-    layer = ExportableMixer(mixer, f"this {type(mixer).__name__}", context)
+    layer = make_program(mixer, f"this {type(mixer).__name__}", context)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     halves = [p.dtype for p in mixer.parameters() if p.is_floating_point() and p.itemsize < 4]
     if halves:
@@ -247,7 +249,7 @@ def _mixer(mixer: Mixer, context: int | None) -> Stateful:
 
     return Stateful(
         module=mixer,
-        constants=list(layer.long),
+        constants=list(layer.constants),
         step=wrap(layer.step),
         prefill=wrap(layer.prefill),
         states=dict(named_tensors(layer.template, "state")),

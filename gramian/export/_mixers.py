@@ -7,28 +7,29 @@ form is what a traced graph cannot do: loops over time, Fourier transforms, a ca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gramian.export._blocks import BLOCK, BlockedRecurrence, carry, last_block, split_blocks
 from gramian.mixers import (
     Block,
+    ConvolutionMixer,
     LinearRecurrence,
-    LongConvolution,
+    LinearRecurrenceState,
     Mixer,
     MultiHyena,
+    MultiHyenaState,
     SoftmaxAttention,
+    SoftmaxAttentionState,
 )
-from gramian.mixers._linear_recurrence import Coefficients, LinearRecurrenceState
-from gramian.mixers.multi_hyena import MultiHyenaState
-from gramian.mixers.softmax_attention import SoftmaxAttentionState
+from gramian.mixers.linear_recurrence import Coefficients
 from gramian.ops.scan import Diagonal, DiagonalPlusLowRank, join
 from gramian.systems import State
 
-__all__ = ["ExportableMixer", "fill", "named_tensors"]
+__all__ = ["MixerProgram", "fill", "make_program", "named_tensors", "register_program"]
 
 _DISTIL = (
     "exact online convolution keeps its past in a buffer that is written into at a counted place; "
@@ -49,107 +50,147 @@ def named_tensors(state: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def fill(template: Any, tensors: Iterator[Tensor]) -> Any:
-    """A state like ``template`` around others' tensors, in the order of `named_tensors`."""
+    """A state like `template` around others' tensors, in the order of `named_tensors`."""
     if isinstance(template, Tensor):
         return next(tensors) if template.ndim else torch.zeros_like(template)
     values = [fill(value, tensors) for value in template]
     return type(template)(*values) if isinstance(template, State) else tuple(values)
 
 
-class ExportableMixer:
-    """A mixer's recurrence made ready to be traced.
+class MixerProgram:
+    """A mixer's recurrence made ready to be traced; as it stands, for mixers whose `mix_token` and
+    `mix_chunk` can be traced themselves, for any length, and need no padding.
+
+    A kind of mixer that is traced otherwise has a subclass of this, registered by
+    `register_program`.
 
     Args:
         mixer: What to export; its filters are evaluated here.
         name: What messages call it.
         context: Tokens that attention without a window has room for.
 
+    Attributes:
+        template: The state of a silent past, of one sequence.
+        constants: Modules whose buffers the program reads beside those of the mixer.
+        context: Tokens that the program has room for; None if there is no limit.
+
     Raises:
         ValueError: for a mixer or a filter that cannot be exported.
     """
 
-    def __init__(self, mixer: Mixer, name: str, context: int | None = None) -> None:
+    constants: tuple[nn.Module, ...] = ()
+    context: int | None = None
+
+    def __init__(self, mixer: Any, name: str, context: int | None = None) -> None:
         self.mixer = mixer
-        inner = mixer
-        while isinstance(inner, Block):
-            inner = inner.mixer
-        self.inner = inner
-        if isinstance(inner, LongConvolution) and inner.bidirectional:
-            raise ValueError(
-                f"{name} is bidirectional: it looks at the whole sequence, so it has no recurrence "
-                "to export."
-            )
+        self.template: State = mixer.recurrence().initial_state(1)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Mix one token (batch, width); nothing is written into `state`."""
+        return self.mixer.mix_token(x_t, state.clone())
+
+    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Mix a chunk (batch, length, width) of any length."""
+        return self.mixer.mix_chunk(x, state, None)
+
+
+_PROGRAMS: dict[type[Any], type[MixerProgram]] = {}
+_ProgramType = TypeVar("_ProgramType", bound="type[MixerProgram]")
+
+
+def register_program(*kinds: type[Any]) -> Callable[[_ProgramType], _ProgramType]:
+    """Return a class decorator: mixers of these classes, and of subclasses, are exported so.
+
+    gramian.export.register_program(MyMixer)(gramian.export.MixerProgram)
+    """
+
+    def add(program: _ProgramType) -> _ProgramType:
+        _PROGRAMS.update(dict.fromkeys(kinds, program))
+        return program
+
+    return add
+
+
+def make_program(mixer: Mixer, name: str, context: int | None = None) -> MixerProgram:
+    """Make the program of a mixer's class, or of the nearest one that it inherits from.
+
+    Raises:
+        ValueError: for a mixer that is not causal, or whose classes have no program.
+    """
+    if not mixer.causal:
+        raise ValueError(
+            f"{name} is bidirectional: it looks at the whole sequence, so it has no recurrence "
+            "to export."
+        )
+    for kind in type(mixer).__mro__:
+        if kind in _PROGRAMS:
+            return _PROGRAMS[kind](mixer, name, context)
+    raise ValueError(
+        f"{name} cannot be exported: nothing says how a {type(mixer).__name__} is traced; register "
+        "a MixerProgram for its class with gramian.export.register_program."
+    )
+
+
+@register_program(Block)
+class _BlockProgram(MixerProgram):
+    """The program of the mixer inside, surrounded by the block."""
+
+    def __init__(self, mixer: Block, name: str, context: int | None = None) -> None:
+        self.block = mixer
+        self.inner = make_program(mixer.mixer, name, context)
+        self.template = self.inner.template
+        self.constants = self.inner.constants
+        self.context = self.inner.context
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.block.carry(x_t, state, self.inner.step)
+
+    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.block.carry(x, state, self.inner.prefill)
+
+
+@register_program(ConvolutionMixer)
+class _ConvolutionProgram(MixerProgram):
+    """Long convolutions by blocks of samples."""
+
+    mixer: ConvolutionMixer
+
+    def __init__(self, mixer: ConvolutionMixer, name: str, context: int | None = None) -> None:
+        super().__init__(mixer, name, context)
         recurrence = mixer.recurrence()
         if "online" in recurrence.forms:
             raise ValueError(f"{name} cannot be exported: {_DISTIL}")
-        self.context: int | None = None
-        if isinstance(inner, SoftmaxAttention):
-            if inner.window is None:
-                if context is None or context < 1:
-                    raise ValueError(
-                        f"{name} is attention without a window, whose keys and values need a "
-                        f"fixed room: give context=, the tokens of prompt and text together; got "
-                        f"{context}."
-                    )
-                self.context = context
-            self.template: State = _attention_state(inner, inner.window or context or 0)
-        else:
-            self.template = recurrence.initial_state(1)
-        streams = 2 if isinstance(inner, MultiHyena) else 0
-        self.long: tuple[Any, ...] = tuple(
-            BlockedRecurrence(long, streams) for long in recurrence.long
-        )
+        streams = len(mixer.streams) - 1
+        self.long = tuple(BlockedRecurrence(long, streams) for long in recurrence.long)
+        self.constants = self.long
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token (batch, width); nothing is written into ``state``."""
-        if isinstance(self.inner, SoftmaxAttention):
-            state = state.clone()
-        y, after = self.mixer._step(x_t, state, self.long)
-        return self._inside_room(y[:, None], state)[:, 0], after
+        long: Any = self.long  # they step as recurrences do
+        return self.mixer.convolve_token(x_t, state, long)
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """A chunk (batch, length, width) of any length."""
-        y, after = self._chunk(self.mixer, x, state)
-        return self._inside_room(y, state), after
-
-    def _inside_room(self, y: Tensor, state: State) -> Tensor:
-        """Outputs (batch, length, width) after ``state``; NaN for tokens that attention has no room
-        for, as a program cannot raise."""
-        if self.context is None:
-            return y
-        assert isinstance(state, SoftmaxAttentionState)
-        positions = state.real[:, None] + torch.arange(y.shape[1], device=y.device)
-        nothing = torch.full((), math.nan, dtype=y.dtype, device=y.device)
-        return torch.where((positions < self.context)[..., None], y, nothing)
-
-    def _chunk(self, mixer: Mixer, x: Tensor, state: State) -> tuple[Tensor, State]:
-        if isinstance(mixer, Block):
-            inner = mixer._normed(x) if mixer.prenorm else x
-            mixed, state = self._chunk(mixer.mixer, inner, state)
-            return mixer._finish(x, mixed), state
-        if isinstance(mixer, MultiHyena):
-            return _multi_hyena(mixer, self.long[0], x, state)
-        if isinstance(mixer, LinearRecurrence):
-            return _linear_recurrence(mixer, x, state)
-        if isinstance(mixer, SoftmaxAttention):
-            return _attention(mixer, x, state)
-        return mixer._chunk(x, state, None, tuple(long.prefill for long in self.long))
+        operators = tuple(long.prefill for long in self.long)
+        return self.mixer.convolve_chunk(x, state, None, operators)
 
 
-def _multi_hyena(
-    mixer: MultiHyena, long: BlockedRecurrence, x: Tensor, state: State
-) -> tuple[Tensor, State]:
-    """Block by block: ``(Q Kᵀ ∘ T) V`` inside, and what the state holds of the past."""
-    assert isinstance(state, MultiHyenaState)
-    q, k, v, past = mixer._project(x, None, state.short)  # (batch, heads, length, N)
-    outputs, ends = [], []
-    for part, carried in zip(long.parts, long.pack(state.long), strict=True):
-        queries, keys, values = (part.select(z) for z in (q, k, v))
-        y, end = _outer_products(part, queries, keys, values, carried)
-        outputs.append(y)
-        ends.append(end)
-    y = mixer._merge(long.restore_order(outputs))
-    return y, MultiHyenaState(past, long.unpack(ends, state.long))
+@register_program(MultiHyena)
+class _MultiHyenaProgram(_ConvolutionProgram):
+    """Block by block: `(Q Kᵀ ∘ T) V` inside, and what the state holds of the past."""
+
+    mixer: MultiHyena
+
+    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        assert isinstance(state, MultiHyenaState)
+        (long,) = self.long
+        q, k, v, past = self.mixer.project(x, None, state.short)  # (batch, heads, length, N)
+        outputs, ends = [], []
+        for part, carried in zip(long.parts, long.pack(state.long), strict=True):
+            queries, keys, values = (part.select(z) for z in (q, k, v))
+            y, end = _outer_products(part, queries, keys, values, carried)
+            outputs.append(y)
+            ends.append(end)
+        y = self.mixer.merge(long.restore_order(outputs))
+        return y, MultiHyenaState(past, long.unpack(ends, state.long))
 
 
 def _outer_products(
@@ -184,14 +225,23 @@ def _outer_products(
     return y, end
 
 
-def _linear_recurrence(mixer: LinearRecurrence, x: Tensor, state: State) -> tuple[Tensor, State]:
+@register_program(LinearRecurrence)
+class _LinearRecurrenceProgram(MixerProgram):
     """By blocks of steps, the last completed by steps that leave the memory as it is."""
-    assert isinstance(state, LinearRecurrenceState)
-    steps, values, rest, past = mixer._features(x, state.short, None)
-    coefficients = steps.coefficients()
-    size = 1 << (max(4, min(64, mixer.state_size, mixer.value_width)) - 1).bit_length()
-    y, memory = _by_blocks(coefficients, values, state.memory.to(values.dtype), size)
-    return mixer._finish(y, rest), LinearRecurrenceState(past, memory)
+
+    mixer: LinearRecurrence
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.mixer.mix_token(x_t, state)  # which writes into nothing
+
+    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        assert isinstance(state, LinearRecurrenceState)
+        mixer = self.mixer
+        steps, values, rest, past = mixer.features(x, state.short, None)
+        coefficients = steps.coefficients()
+        size = 1 << (max(4, min(64, mixer.state_size, mixer.value_width)) - 1).bit_length()
+        y, memory = _by_blocks(coefficients, values, state.memory.to(values.dtype), size)
+        return mixer.finish(y, rest), LinearRecurrenceState(past, memory)
 
 
 def _by_blocks(
@@ -240,31 +290,59 @@ def _by_blocks(
     return y, end.reshape(memory.shape)
 
 
-def _attention_state(mixer: SoftmaxAttention, room: int) -> SoftmaxAttentionState:
-    """Empty keys and values with a fixed room, for one sequence."""
-    like = mixer.in_proj.weight
-    keys = like.detach().new_zeros(1, mixer.kv_heads, room, mixer.head_width)
-    counts = torch.zeros(1, dtype=torch.int64, device=like.device)
-    return SoftmaxAttentionState(keys, keys.clone(), counts, torch.zeros((), dtype=torch.int64))
+@register_program(SoftmaxAttention)
+class _AttentionProgram(MixerProgram):
+    """Every query on keys and values with a fixed room, and on the chunk up to its own place."""
 
+    mixer: SoftmaxAttention
 
-def _attention(mixer: SoftmaxAttention, x: Tensor, state: State) -> tuple[Tensor, State]:
-    """Every query on the fixed room and on the chunk up to its own place."""
-    assert isinstance(state, SoftmaxAttentionState)
-    length = x.shape[1]
-    index = torch.arange(length, device=x.device)
-    positions = state.real[:, None] + index
-    q, k, v = mixer._project(x, positions)
-    ahead = index[:, None] - index  # how far back key s is for query t
-    seen = ahead >= 0
-    if mixer.window is not None:
-        seen = seen & (ahead < mixer.window)
-    remembered = mixer._remembered(state, positions[:, :, None])  # (batch, length, room)
-    visible = torch.cat([remembered, seen.expand(x.shape[0], -1, -1)], dim=2)
-    keys = torch.cat([state.keys.to(k.dtype), k], dim=2).unsqueeze(2)
-    values = torch.cat([state.values.to(v.dtype), v], dim=2).unsqueeze(2)
-    q = q.unflatten(1, (mixer.kv_heads, -1))  # (batch, kv_heads, group, length, N)
-    scores = q @ keys.mT / math.sqrt(mixer.head_width)
-    weights = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(-1)
-    y = mixer._merge((weights @ values).flatten(1, 2))
-    return y, mixer._remember(state, k, v, None)
+    def __init__(self, mixer: SoftmaxAttention, name: str, context: int | None = None) -> None:
+        self.mixer = mixer
+        if mixer.window is None:
+            if context is None or context < 1:
+                raise ValueError(
+                    f"{name} is attention without a window, whose keys and values need a "
+                    f"fixed room: give context=, the tokens of prompt and text together; got "
+                    f"{context}."
+                )
+            self.context = context
+        like = mixer.in_proj.weight
+        room = mixer.window or context or 0
+        keys = like.detach().new_zeros(1, mixer.kv_heads, room, mixer.head_width)
+        counts = torch.zeros(1, dtype=torch.int64, device=like.device)
+        nothing = torch.zeros((), dtype=torch.int64)
+        self.template = SoftmaxAttentionState(keys, keys.clone(), counts, nothing)
+
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        y, after = super().step(x_t, state)
+        return self._inside_room(y[:, None], state)[:, 0], after
+
+    def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        assert isinstance(state, SoftmaxAttentionState)
+        mixer, length = self.mixer, x.shape[1]
+        index = torch.arange(length, device=x.device)
+        positions = state.real[:, None] + index
+        q, k, v = mixer.project(x, positions)
+        ahead = index[:, None] - index  # how far back key s is for query t
+        seen = ahead >= 0
+        if mixer.window is not None:
+            seen = seen & (ahead < mixer.window)
+        remembered = mixer.remembered(state, positions[:, :, None])  # (batch, length, room)
+        visible = torch.cat([remembered, seen.expand(x.shape[0], -1, -1)], dim=2)
+        keys = torch.cat([state.keys.to(k.dtype), k], dim=2).unsqueeze(2)
+        values = torch.cat([state.values.to(v.dtype), v], dim=2).unsqueeze(2)
+        q = q.unflatten(1, (mixer.kv_heads, -1))  # (batch, kv_heads, group, length, N)
+        scores = q @ keys.mT / math.sqrt(mixer.head_width)
+        weights = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(-1)
+        y = mixer.merge((weights @ values).flatten(1, 2))
+        return self._inside_room(y, state), mixer.remember(state, k, v, None)
+
+    def _inside_room(self, y: Tensor, state: State) -> Tensor:
+        """Return outputs (batch, length, width) after `state`; NaN for tokens that there is no room
+        for, as a program cannot raise."""
+        if self.context is None:
+            return y
+        assert isinstance(state, SoftmaxAttentionState)
+        positions = state.real[:, None] + torch.arange(y.shape[1], device=y.device)
+        nothing = torch.full((), math.nan, dtype=y.dtype, device=y.device)
+        return torch.where((positions < self.context)[..., None], y, nothing)

@@ -89,18 +89,18 @@ def frozen_for_export(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients and without compiled steps, and back again after."""
     training = {part: part.training for part in module.modules()}
     mixers = [part for part in module.modules() if isinstance(part, Mixer)]
-    compiled = [mixer._compiled for mixer in mixers]
+    compiled = [mixer.compiled_step for mixer in mixers]
     try:
         module.eval()
         for mixer in mixers:
-            mixer._compiled = None
+            mixer.compiled_step = None
         with torch.no_grad():
             yield
     finally:
         for part, mode in training.items():
             part.training = mode
         for mixer, step in zip(mixers, compiled, strict=True):
-            mixer._compiled = step
+            mixer.compiled_step = step
 
 
 def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ _RECOMPILATIONS = 128  # shapes, of layers and batches, before torch gives up
 
 
 class CompiledStep:
-    """``torch.compile(function)`` for tensors of fixed shapes; the function itself if that fails.
+    """`torch.compile(function)` for tensors of fixed shapes; the function itself if that fails.
 
     One failure is reported once for the whole process, and nothing is lost by it: compiling touches
     no state.
@@ -26,13 +26,14 @@ class CompiledStep:
         self._compiled: Callable[..., Any] | None = None
         self._failed = False
 
-    def __call__(self, mixer: Any, z: Any, state: Any, long: tuple[Any, ...]) -> Any:
-        if self._failed or any(recurrence.form == "online" for recurrence in long):
-            return self.function(mixer, z, state, long)
+    def __call__(self, mixer: Any, z: Any, state: Any, *long: tuple[Any, ...]) -> Any:
+        online = any(one.form == "online" for recurrences in long for one in recurrences)
+        if self._failed or online:
+            return self.function(mixer, z, state, *long)
         try:
             if self._compiled is None:
                 self._compiled = _compile(self.function, self.options)
-            return self._compiled(mixer, z, state, long)
+            return self._compiled(mixer, z, state, *long)
         except Exception as error:
             self._failed = True
             if not CompiledStep._warned:
@@ -43,7 +44,7 @@ class CompiledStep:
                     RuntimeWarning,
                     stacklevel=2,
                 )
-            return self.function(mixer, z, state, long)
+            return self.function(mixer, z, state, *long)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledStep:
         return CompiledStep(self.function, **self.options)

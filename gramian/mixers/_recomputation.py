@@ -14,7 +14,7 @@ _Result = TypeVar("_Result")
 
 
 def recomputed(function: Callable[..., _Result], *arguments: object) -> _Result:
-    """``function(*arguments)``, computed again in the backward pass.
+    """`function(*arguments)`, computed again in the backward pass.
 
     Under the transforms of `torch.func`, which know no such thing, what is computed is kept.
     """

@@ -1,4 +1,4 @@
-r"""A residual block to drop into any model: ``x + drop(GLU(W drop(gelu(mixer(norm(x))))))``.
+r"""A residual block to drop into any model: `x + drop(GLU(W drop(gelu(mixer(norm(x))))))`.
 
 The block of the field's long-range models (S4, Gu et al. 2022; RTF, Parnichkun et al. 2024): a
 mixer without projections of its own between a norm, an activation and a gated linear map over
@@ -7,18 +7,21 @@ channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gramian.filters import Filter, build
-from gramian.mixers._mixer import Mixer, check_probability
-from gramian.mixers._segments import Segments
+from gramian._checks import check_choice, check_probability
+from gramian.filters import Filter
+from gramian.mixers._call import MixerCall
 from gramian.mixers.long_convolution import LongConvolution
+from gramian.mixers.mixer import Mixer, MixerRecurrence
+from gramian.mixers.segments import Segments
 from gramian.ops.packed import Linear
-from gramian.systems import Recurrence, State, System
+from gramian.systems import State, System
 
 __all__ = ["Block"]
 
@@ -41,7 +44,7 @@ class Block(Mixer):
         mixer: A mixer of that width; or a filter or its configuration, for a
             `LongConvolution`.
         max_length: For a configuration that does not name it.
-        bidirectional: Of the `LongConvolution`, whose filter then has ``2 width`` channels.
+        bidirectional: Of the `LongConvolution`, whose filter then has `2 width` channels.
         kernel_dropout: Of the `LongConvolution`.
         norm: "layer", "rms" or "batch".
         eps: Added to the variance or mean square in the norm.
@@ -49,12 +52,12 @@ class Block(Mixer):
         dropout: Probability of dropping an activation, after the GELU and at the end.
         tied_dropout: Whether a channel is dropped over the whole length of a sequence or not at
             all.
-        glu: The linear map goes to ``2 width`` and half of it gates the other; else to ``width``.
+        glu: The linear map goes to `2 width` and half of it gates the other; else to `width`.
 
     Raises:
-        TypeError: if ``mixer`` is none of these.
+        TypeError: if `mixer` is none of these.
         ValueError: for an unknown norm, a mixer or filter that does not fit the width, a
-            probability that is none, or ``bidirectional`` or ``kernel_dropout`` beside a mixer,
+            probability that is none, or `bidirectional` or `kernel_dropout` beside a mixer,
             which has its own.
     """
 
@@ -74,17 +77,14 @@ class Block(Mixer):
         glu: bool = True,
     ) -> None:
         super().__init__()
-        if norm not in _NORMS:
-            raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}.")
+        check_choice("norm", norm, _NORMS)
         if not isinstance(mixer, Mixer | Filter | Mapping):
             raise TypeError(
                 f"a mixer, a filter or its configuration is needed, got {type(mixer).__name__}."
             )
         if not isinstance(mixer, Mixer):
-            channels = 2 * width if bidirectional else width
-            defaults = {} if max_length is None else {"max_length": max_length}
-            filter = build(mixer, channels=channels, **defaults)
-            mixer = LongConvolution(filter, bidirectional, kernel_dropout)
+            options = {"width": width, "max_length": max_length}
+            mixer = LongConvolution(mixer, bidirectional, kernel_dropout, **options)
         elif bidirectional or kernel_dropout:
             raise ValueError(
                 "bidirectional and kernel_dropout are for a block that makes its mixer from a "
@@ -102,51 +102,84 @@ class Block(Mixer):
         self.glu = glu
 
     @property
-    def _long_shape(self) -> tuple[int, ...]:
-        return self.mixer._long_shape
+    def channels(self) -> int:
+        return self.mixer.channels
 
-    def _systems(self, length: int | None = None) -> tuple[System, ...]:
-        return self.mixer._systems(length)
+    @property
+    def causal(self) -> bool:
+        return self.mixer.causal
 
-    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
-        return self.mixer._operator(self._normed(x) if self.prenorm else x, channels, mask)
+    @property
+    def core(self) -> Mixer:
+        return self.mixer.core
 
-    def _make_state(
-        self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
-    ) -> State:
-        return self.mixer._make_state(batch, long, dtype, device)
+    def recurrence(self) -> MixerRecurrence:
+        """Make a frozen snapshot of the block around that of its mixer."""
+        return _BlockRecurrence(self)
+
+    def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
+        return self.mixer.make_operator(self._normed(x) if self.prenorm else x, channels, mask)
+
+    def make_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
+        return self.mixer.make_state(batch, dtype, device)
 
     def reserve(self, state: State, tokens: int) -> State:
         return self.mixer.reserve(state, tokens)
 
-    def _whole(self, x: Tensor, segments: Segments | None) -> Tensor:
-        real = None if segments is None else segments.real
-        mixed = self.mixer(self._normed_whole(x, real) if self.prenorm else x, mask=segments)
-        inner = self._drop(nn.functional.gelu(mixed))
-        y = x + self._drop(self._transform(inner))
-        return y if self.prenorm else self._normed_whole(y, real)
+    def mix(self, x: Tensor, call: MixerCall) -> Tensor:
+        """Surround `call`, which takes the mixer's place, by norm, activation, linear map and sum.
 
-    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
+        Args:
+            x: (batch, length, width), or one token (batch, width) where a state is carried.
+            call: What the mixer does on these rows.
+
+        Returns:
+            The shape of x.
+        """
+        norm: Callable[[Tensor], Tensor] = self._normed
+        drop: Callable[[Tensor], Tensor] = _unchanged
+        if not call.carries_state:
+            real = None if call.mask is None else call.mask.real
+            norm, drop = partial(self._normed_whole, mask=real), self._drop
+        mixed = call(norm(x) if self.prenorm else x)
+        y = x + drop(self._transform(drop(nn.functional.gelu(mixed))))
+        return y if self.prenorm else norm(y)
+
+    def carry(
+        self, x: Tensor, state: Any, move: Callable[[Tensor, Any], tuple[Tensor, State]]
+    ) -> tuple[Tensor, State]:
+        """Surround `move`, which maps the mixer's input and its state to its output and the next.
+
+        Args:
+            x: (…, width).
+            state: The mixer's, or what else `move` takes for it.
+            move: What the mixer does.
+        """
+
+        def call(z: Tensor) -> Tensor:
+            nonlocal state
+            y, state = move(z, state)
+            return y
+
+        y = self.mix(x, MixerCall(call, carries_state=True))
+        return y, state
+
+    def mix_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return self._whole(x, Segments.of(mask))
 
-    def _chunk(
-        self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
-    ) -> tuple[Tensor, State]:
-        inner = self._normed(x) if self.prenorm else x
-        mixed, state = self.mixer._chunk(inner, state, mask, operators)
-        return self._finish(x, mixed), state
+    def mix_chunk(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
+        return self._carried(x, state, Segments.of(mask))
 
-    def _step(
-        self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
-    ) -> tuple[Tensor, State]:
-        inner = self._normed(x_t) if self.prenorm else x_t
-        mixed, state = self.mixer._step(inner, state, long)
-        return self._finish(x_t, mixed), state
+    def mix_token(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.carry(x_t, state, self.mixer.mix_token)
 
-    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """What follows the mixer, without dropout: (…, width) to the same."""
-        y = x + self._transform(nn.functional.gelu(mixed))
-        return y if self.prenorm else self._normed(y)
+    def _whole(self, x: Tensor, segments: Segments | None, mix: Any = None) -> Tensor:
+        return self.mix(x, MixerCall(partial(self.mixer, mask=segments), segments))
+
+    def _carried(
+        self, x: Tensor, state: State, segments: Segments | None, mix: Any = None
+    ) -> tuple[Tensor, State]:
+        return self.carry(x, state, lambda z, before: self.mixer(z, before, mask=segments))
 
     def _transform(self, x: Tensor) -> Tensor:
         y = self.linear(x)
@@ -193,3 +226,32 @@ class Block(Mixer):
             f"prenorm={self.prenorm}, dropout={self.dropout}, tied_dropout={self.tied_dropout}, "
             f"glu={self.glu}"
         )
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+class _BlockRecurrence(MixerRecurrence):
+    """A block around the recurrence of its mixer."""
+
+    mixer: Block
+
+    def __init__(self, block: Block) -> None:
+        super().__init__(block)
+        self.inner = block.mixer.recurrence()
+        self.long = self.inner.long
+
+    def _silence(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
+        return self.inner.initial_state(batch, dtype, device)
+
+    @torch.no_grad()
+    def prefill(
+        self, x: Tensor, state: State | None = None, mask: Tensor | Segments | None = None
+    ) -> tuple[Tensor, State]:
+        self.mixer.check_input(x, mask)
+        return self.mixer.carry(x, state, partial(self.inner.prefill, mask=mask))
+
+    @torch.no_grad()
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        return self.mixer.carry(x_t, state, self.inner.step)

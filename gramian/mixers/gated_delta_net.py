@@ -1,4 +1,4 @@
-r"""Gated DeltaNet: ``S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ``, ``y_t = q_tᵀ S_t``.
+r"""Gated DeltaNet: `S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ`, `y_t = q_tᵀ S_t`.
 
 Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464), equation 10: the delta rule replaces what is
 stored under a key, and α fades everything. Queries and keys are normalised to length 1, so a step
@@ -8,13 +8,16 @@ never enlarges the memory.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from gramian.mixers._linear_recurrence import Coefficients, Dynamics, check_sizes, steps_of_time
+from gramian._checks import check_sizes
 from gramian.mixers.linear_attention import LinearAttention
+from gramian.mixers.linear_recurrence import Coefficients, Dynamics, steps_of_time
+from gramian.mixers.registry import register
 
 __all__ = ["GatedDeltaNet"]
 
@@ -22,7 +25,7 @@ _EPS = 1e-6  # beside the squared length of queries and keys
 
 
 class _DeltaDynamics(Dynamics):
-    """``α = exp(-exp(A_log) softplus(x + bias))``, one a head."""
+    """`α = exp(-exp(A_log) softplus(x + bias))`, one a head."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -37,7 +40,7 @@ class _DeltaDynamics(Dynamics):
 
     @torch.no_grad()
     def slow(self, amount: Tensor) -> None:
-        """Divide the rates by ``exp(amount)``."""
+        """Divide the rates by `exp(amount)`."""
         self.A_log.sub_(amount)
 
     def forward(self, logits: Tensor) -> Tensor:
@@ -46,6 +49,7 @@ class _DeltaDynamics(Dynamics):
         return torch.exp(-self.A_log.exp() * dt).mT.unsqueeze(-1)
 
 
+@register("gated_delta_net")
 class GatedDeltaNet(LinearAttention):
     """Linear attention with the gated delta rule.
 
@@ -56,8 +60,8 @@ class GatedDeltaNet(LinearAttention):
     Args:
         width: Channels of input and output.
         heads: Heads of the attention.
-        state_size: n, features of queries and keys; by default ``width / heads``.
-        value_width: N, features of a head's values; by default ``width / heads``.
+        state_size: n, features of queries and keys; by default `width / heads`.
+        value_width: N, features of a head's values; by default `width / heads`.
         short_kernel: Taps of the short convolution.
 
     Raises:
@@ -77,6 +81,11 @@ class GatedDeltaNet(LinearAttention):
         check_sizes(heads=heads)
         self._build(width, heads, state_size, value_width, short_kernel, "silu", 2 * heads)
         self.dynamics = _DeltaDynamics(heads)
+
+    def config(self) -> dict[str, Any]:
+        own = super().config()
+        del own["feature_map"]  # always SiLU
+        return own
 
     def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Coefficients, Tensor]:
         q, k, v = self._qkv(silu(mixed))

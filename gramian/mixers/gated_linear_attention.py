@@ -1,16 +1,20 @@
-r"""Gated linear attention: ``S_t = diag(a_t) S_{t-1} + k_t v_tᵀ``, gates made from the input.
+r"""Gated linear attention: `S_t = diag(a_t) S_{t-1} + k_t v_tᵀ`, gates made from the input.
 
-Yang et al. 2024 (arXiv 2312.06635), equation 3 and section 4.4: ``a_t = σ(W₂ W₁ x_t + b)^(1/τ)``,
+Yang et al. 2024 (arXiv 2312.06635), equation 3 and section 4.4: `a_t = σ(W₂ W₁ x_t + b)^(1/τ)`,
 W₁ of low rank. GLA of arXiv 2504.19561.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from gramian.mixers._linear_recurrence import Dynamics, check_sizes
+from gramian._checks import check_sizes
 from gramian.mixers.linear_attention import LinearAttention, powered_sigmoid
+from gramian.mixers.linear_recurrence import Dynamics
+from gramian.mixers.registry import register
 from gramian.ops.packed import Linear
 
 __all__ = ["GatedLinearAttention"]
@@ -37,6 +41,7 @@ class _SigmoidGates(Dynamics):
         return powered_sigmoid(logits.to(self.bias.dtype) + self.bias, self.temperature)
 
 
+@register("gated_linear_attention")
 class GatedLinearAttention(LinearAttention):
     """`LinearAttention` whose memory fades by gates that the input decides.
 
@@ -68,6 +73,10 @@ class GatedLinearAttention(LinearAttention):
         self._build(width, heads, state_size, value_width, short_kernel, feature_map, gate_rank)
         self.gate_proj = Linear(gate_rank, heads * self.state_size, bias=False)
         self.dynamics = _SigmoidGates(heads, self.state_size, temperature)
+
+    def config(self) -> dict[str, Any]:
+        own = {"temperature": self.dynamics.temperature, "gate_rank": self.gate_features}
+        return super().config() | own
 
     def _gates(self, features: Tensor) -> Tensor:
         logits = self.gate_proj(features).unflatten(-1, (self.heads, self.state_size))

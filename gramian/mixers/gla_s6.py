@@ -1,4 +1,4 @@
-r"""GLA-S6: gated linear attention with S6's gates, ``a_t = exp(-Δ_t (1, 2, …, n) / c)``.
+r"""GLA-S6: gated linear attention with S6's gates, `a_t = exp(-Δ_t (1, 2, …, n) / c)`.
 
 In S6 (`gramian.mixers.s6`) state j fades j times as fast as the first, so a larger state adds
 states that hardly remember, and the effective state-size stalls. Dividing the rates by a
@@ -8,18 +8,22 @@ normalisation factor c that grows with n spreads the same range of rates over mo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from gramian.mixers._linear_recurrence import Coefficients, Dynamics, check_sizes, steps_of_time
+from gramian._checks import check_sizes
 from gramian.mixers.linear_attention import LinearAttention
+from gramian.mixers.linear_recurrence import Coefficients, Dynamics, steps_of_time
+from gramian.mixers.registry import register
 
 __all__ = ["GLAS6"]
 
 
 class _NormalizedDynamics(Dynamics):
-    """``Δ = softplus(x + bias)`` of every head, rates ``a = exp(A_log) / c``."""
+    """`Δ = softplus(x + bias)` of every head, rates `a = exp(A_log) / c`."""
 
     def __init__(self, heads: int, state_size: int, normalization: float) -> None:
         super().__init__()
@@ -36,7 +40,7 @@ class _NormalizedDynamics(Dynamics):
 
     @torch.no_grad()
     def slow(self, amount: Tensor) -> None:
-        """Divide the rates: multiplies the normalisation factor by ``exp(amount)``."""
+        """Divide the rates: multiplies the normalisation factor by `exp(amount)`."""
         self.A_log.sub_(amount.unsqueeze(-1))
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,10 +49,11 @@ class _NormalizedDynamics(Dynamics):
         return dt, torch.exp(-dt * self.A_log.exp().unsqueeze(1) / self.normalization)
 
 
+@register("gla_s6")
 class GLAS6(LinearAttention):
     """Linear attention in heads whose memory fades as S6's does: GLA-S6.
 
-    ``S_t = exp(-Δ_t a / c) S_{t-1} + Δ_t k_t v_tᵀ``, with one Δ_t a head and one rate a for each of
+    `S_t = exp(-Δ_t a / c) S_{t-1} + Δ_t k_t v_tᵀ`, with one Δ_t a head and one rate a for each of
     its n states; queries, keys, values, norm and output gate as in `LinearAttention`.
 
     Args:
@@ -76,6 +81,9 @@ class GLAS6(LinearAttention):
         self._build(width, heads, state_size, value_width, short_kernel, feature_map, heads)
         c = self.state_size if normalization is None else normalization
         self.dynamics = _NormalizedDynamics(heads, self.state_size, c)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"normalization": self.dynamics.normalization}
 
     def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Coefficients, Tensor]:
         dt, a = self.dynamics(rest[..., : self.gate_features])

@@ -1,12 +1,12 @@
 r"""Hyena: long convolutions interleaved with gates.
 
-With projections ``x^0, …, x^{N-1}, v`` after a short convolution, ``v ← h^n * (x^n v)`` for n from
-N - 1 down to 1, then ``y = x^0 v`` (Hyena, Poli et al. 2023, definition 3.1; order N ≥ 2).
+With projections `x^0, …, x^{N-1}, v` after a short convolution, `v ← h^n * (x^n v)` for n from
+N - 1 down to 1, then `y = x^0 v` (Hyena, Poli et al. 2023, definition 3.1; order N ≥ 2).
 
 In half precision what is between the first product and the last gate is float32: v may pass
 float16's largest number, 65,504, where the gate after it brings it back.
 
-Hyena-RTF (Parnichkun et al. 2024, section 4.3) puts ``gelu(W norm(y))`` between y and the output
+Hyena-RTF (Parnichkun et al. 2024, section 4.3) puts `gelu(W norm(y))` between y and the output
 projection.
 """
 
@@ -17,15 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gramian._checks import check_probability
 from gramian.filters import Filter, build
-from gramian.mixers._mixer import (
-    Mixer,
-    ShortConvolution,
-    apply_mask,
-    check_probability,
-    for_products,
-    has_small_state,
-)
+from gramian.mixers.convolution_mixer import ConvolutionMixer, for_products, has_small_state
+from gramian.mixers.mixer import apply_mask
+from gramian.mixers.registry import register
+from gramian.mixers.short_convolution import ShortConvolution
 from gramian.ops import causal_convolution
 from gramian.ops.packed import Linear
 from gramian.systems import DenseOperator, Recurrence, State, System, gated_convolution
@@ -48,25 +45,24 @@ class HyenaState(_Fields, State):
     __slots__ = ()
 
 
-class Hyena(Mixer):
+@register("hyena")
+class Hyena(ConvolutionMixer):
     """The Hyena operator of any order.
 
     Args:
         width: Channels of input and output.
-        filter: A filter of ``(order - 1) width`` channels, or its configuration; channel
-            ``c (order - 1) + n`` belongs to gate n of channel c, as in the published code.
+        filter: A filter of `(order - 1) width` channels, or its configuration; channel
+            `c (order - 1) + n` belongs to gate n of channel c, as in the published code.
         max_length: For a configuration that does not name it.
         order: N ≥ 2: long convolutions and gates plus one.
         short_kernel: Taps of the short convolution.
         kernel_dropout: Probability of dropping a tap of the long convolutions in training.
-        mimo_size: Width of Hyena-RTF's map across channels after the last gate, ``gelu(W norm(y))``
+        mimo_size: Width of Hyena-RTF's map across channels after the last gate, `gelu(W norm(y))`
             with an RMS norm; by default there is none.
 
     Raises:
-        ValueError: if the order is below 2, ``mimo_size`` below 1, or the filter does not fit.
+        ValueError: if the order is below 2, `mimo_size` below 1, or the filter does not fit.
     """
-
-    filter: Filter
 
     def __init__(
         self,
@@ -95,18 +91,23 @@ class Hyena(Mixer):
         else:
             norm = nn.RMSNorm(width, eps=_MIMO_NORM_EPS)
             self.mimo = nn.Sequential(norm, Linear(width, mimo_size), nn.GELU())
+        self.mimo_size = mimo_size
         self.out_proj = Linear(width if mimo_size is None else mimo_size, width)
 
+    def config(self) -> dict[str, Any]:
+        own = {"order": self.order, "short_kernel": self.short.taps, "mimo_size": self.mimo_size}
+        return super().config() | own
+
     @property
-    def _long_shape(self) -> tuple[int, ...]:
+    def streams(self) -> tuple[int, ...]:
         return (self.width,)
 
-    def _systems(self, length: int | None = None) -> tuple[System, ...]:
+    def systems(self, length: int | None = None) -> tuple[System, ...]:
         system = self.filter(length)
         count = self.order - 1
         return tuple(system[n::count] for n in range(count))
 
-    def _project(
+    def project(
         self, x: Tensor, mask: Tensor | None, past: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
         """Gates from the outermost in, the value, and the new past of the short convolution."""
@@ -114,24 +115,24 @@ class Hyena(Mixer):
         *gates, value = z.split(self.width, dim=-1)
         return gates, value, past
 
-    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
-        (last, *gates), value, _ = self._project(x, mask, None)
+    def convolve_whole(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
+        (last, *gates), value, _ = self.project(x, mask, None)
         value = for_products(value)
         for n, (gate, system) in enumerate(zip(reversed(gates), systems, strict=True)):
             value = causal_convolution(
                 apply_mask(gate * value, mask),
-                self._kernel(system, value),
+                self.kernel(system, value),
                 gate=last if n == len(gates) - 1 else None,
                 dim=-2,
             )
-        return self._finish(value.to(last.dtype))
+        return self.finish(value.to(last.dtype))
 
-    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
+    def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
         length = x.shape[1]
-        (_, *gates), _, _ = self._project(x, mask, None)
+        (_, *gates), _, _ = self.project(x, mask, None)
         dtype = working_dtype(x)
         inner = [apply_mask(gate, mask).mT[:, channels].to(dtype) for gate in reversed(gates)]
-        systems = [system[channels] for system in self._systems(length)]
+        systems = [system[channels] for system in self.systems(length)]
         if len(systems) == 1 and has_small_state(systems[0], length):
             return gated_convolution(systems[0], torch.ones_like(inner[0]), inner[0])
         matrix: Tensor | None = None
@@ -144,21 +145,21 @@ class Hyena(Mixer):
         assert matrix is not None
         return DenseOperator(matrix)
 
-    def _finish(self, y: Tensor) -> Tensor:
+    def finish(self, y: Tensor) -> Tensor:
         """What follows the last gate: (…, width) to the same."""
         return self.out_proj(y if self.mimo is None else self.mimo(y))
 
-    def _make_state(
+    def join_state(
         self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
     ) -> State:
         shape = (batch, self.short.taps - 1, (self.order + 1) * self.width)
         return HyenaState(torch.zeros(shape, dtype=dtype, device=device), long)
 
-    def _chunk(
+    def convolve_chunk(
         self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
     ) -> tuple[Tensor, State]:
         assert isinstance(state, HyenaState)
-        (last, *gates), value, past = self._project(x, mask, state.short)
+        (last, *gates), value, past = self.project(x, mask, state.short)
         long = []
         value = value.to(working_dtype(value))
         for gate, operator, inner in zip(reversed(gates), operators, state.long, strict=True):
@@ -166,15 +167,15 @@ class Hyena(Mixer):
             value = y.mT
             long.append(inner)
         y = (last * value).to(last.dtype)
-        return self._finish(y), HyenaState(past, tuple(long))
+        return self.finish(y), HyenaState(past, tuple(long))
 
-    def _step(
+    def convolve_token(
         self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
     ) -> tuple[Tensor, State]:
-        y, state = self._fused(self.in_proj(x_t), state, long)
-        return self._finish(y), state
+        y, state = self.fused(self.in_proj(x_t), state, long)
+        return self.finish(y), state
 
-    def _inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
+    def inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
         assert isinstance(state, HyenaState)
         z, past = self.short.step(z, state.short)
         last, *gates, value = z.split(self.width, dim=-1)

@@ -1,4 +1,4 @@
-r"""Linear attention: ``S_t = S_{t-1} + k_t v_tᵀ``, ``y_t = q_tᵀ S_t`` in every head.
+r"""Linear attention: `S_t = S_{t-1} + k_t v_tᵀ`, `y_t = q_tᵀ S_t` in every head.
 
 Katharopoulos et al. 2020, equations 18–20, with a norm of the output in the denominator's place
 (TransNormer, Qin et al. 2022) and an output gate (Gated Linear Attention, Yang et al. 2024, section
@@ -8,12 +8,16 @@ the same for every input (WLA) or made from it (GLA).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import elu, rms_norm, silu
 
-from gramian.mixers._linear_recurrence import Coefficients, LinearRecurrence, check_sizes
-from gramian.mixers._mixer import check_divides
+from gramian._checks import check_divides, check_sizes
+from gramian.mixers.linear_recurrence import Coefficients, LinearRecurrence
+from gramian.mixers.registry import register
 from gramian.systems._system import working_dtype
 
 __all__ = ["FEATURE_MAPS", "LinearAttention"]
@@ -26,10 +30,11 @@ FEATURE_MAPS = {
 _EPS = 1e-5
 
 
+@register("linear_attention")
 class LinearAttention(LinearRecurrence):
     """Linear attention with a norm in every head and an output gate.
 
-    ``y = W (silu(g) ∘ rms(o))``, ``o_t = q_tᵀ S_t``, ``S_t = S_{t-1} + k_t v_tᵀ``, with queries,
+    `y = W (silu(g) ∘ rms(o))`, `o_t = q_tᵀ S_t`, `S_t = S_{t-1} + k_t v_tᵀ`, with queries,
     keys and values after a short convolution. The input projection's rows are those of all queries,
     keys, values, what else the kind needs, and the output gate, heads in order.
 
@@ -37,8 +42,8 @@ class LinearAttention(LinearRecurrence):
         width: Channels of input and output.
         heads: Heads of the attention.
         state_size: n, features of queries and keys, the state of each column of values; by default
-            ``width / heads``.
-        value_width: N, features of a head's values; by default ``width / heads``.
+            `width / heads`.
+        value_width: N, features of a head's values; by default `width / heads`.
         short_kernel: Taps of the short convolution.
         feature_map: Of queries and keys: "identity", "silu" or "elu" (that is, elu + 1).
 
@@ -69,7 +74,7 @@ class LinearAttention(LinearRecurrence):
         feature_map: str,
         gates: int,
     ) -> None:
-        """Construct with ``gates`` further features of the input projection."""
+        """Construct with `gates` further features of the input projection."""
         check_sizes(width=width, heads=heads)
         if state_size is None or value_width is None:
             check_divides("heads", heads, width)
@@ -95,6 +100,14 @@ class LinearAttention(LinearRecurrence):
         self.feature_map = feature_map
         self.gate_features = gates
         self.norm = _HeadNorm(value_width, eps=_EPS)
+
+    @classmethod
+    def splits_width(cls, options: Mapping[str, Any]) -> bool:
+        return not {"state_size", "value_width"} <= set(options)
+
+    def config(self) -> dict[str, Any]:
+        own = {"heads": self.heads, "value_width": self.value_width}
+        return super().config() | own | {"feature_map": self.feature_map}
 
     def _gates(self, features: Tensor) -> Tensor:
         """a_t, broadcasting to (batch, heads, length, n), from (batch, length, gate features)."""
@@ -135,5 +148,5 @@ class _HeadNorm(nn.RMSNorm):
 
 
 def powered_sigmoid(logits: Tensor, temperature: float) -> Tensor:
-    """``σ(logits)^(1 / temperature)``, (0, 1), near 1 for a high temperature."""
+    """`σ(logits)^(1 / temperature)`, (0, 1), near 1 for a high temperature."""
     return torch.exp(nn.functional.logsigmoid(logits) / temperature)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gramian.filters import Filter
-from gramian.mixers._mixer import Mixer, apply_mask, check_probability
+from gramian._checks import check_probability
+from gramian.filters import Filter, build
+from gramian.mixers.convolution_mixer import ConvolutionMixer
+from gramian.mixers.mixer import apply_mask
+from gramian.mixers.registry import register
 from gramian.ops import bidirectional_convolution, causal_convolution
 from gramian.systems import Recurrence, State, System
 
@@ -25,34 +29,45 @@ class LongConvolutionState(_Fields, State):
     __slots__ = ()
 
 
-class LongConvolution(Mixer):
+@register("long_convolution")
+class LongConvolution(ConvolutionMixer):
     """Every channel of the input convolved with its filter, forward or in both directions.
 
-    ``y_t = Σ_{j≥0} h_j u_{t-j}``; bidirectional, ``+ Σ_{j≥0} g_j u_{t+1+j}``: tap j of the backward
+    `y_t = Σ_{j≥0} h_j u_{t-j}`; bidirectional, `+ Σ_{j≥0} g_j u_{t+1+j}`: tap j of the backward
     kernel acts at lag -(j + 1), so that the present enters once, through h_0.
 
     Args:
         filter: One channel for each of the input's; bidirectional, two: those of h, then those
-            of g.
+            of g. Or its configuration.
         bidirectional: Whether the output also looks ahead. Such a layer is no recurrence: it takes
             whole sequences only.
         kernel_dropout: Probability of dropping a tap in training.
+        width: Channels of input and output; by default the filter says.
+        max_length: For a configuration that does not name it.
 
     Raises:
-        TypeError: if ``filter`` is not a filter.
+        TypeError: if `filter` is neither.
         ValueError: if a bidirectional layer's filter has an odd number of channels, or
-            ``kernel_dropout`` is no probability below 1; and, when a bidirectional layer is asked
+            `kernel_dropout` is no probability below 1; and, when a bidirectional layer is asked
             for a recurrence or given a state, since it has none.
     """
 
-    filter: Filter
-
     def __init__(
-        self, filter: Filter, bidirectional: bool = False, kernel_dropout: float = 0.0
+        self,
+        filter: dict[str, Any] | Filter,
+        bidirectional: bool = False,
+        kernel_dropout: float = 0.0,
+        *,
+        width: int | None = None,
+        max_length: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(filter, Filter):
+        if not isinstance(filter, Filter | Mapping):
             raise TypeError(f"a Filter is needed, got {type(filter).__name__}.")
+        channels = None if width is None else 2 * width if bidirectional else width
+        defaults = {"channels": channels, "max_length": max_length}
+        given = {name: value for name, value in defaults.items() if value is not None}
+        filter = build(filter, **given)
         if bidirectional and filter.channels % 2:
             raise ValueError(
                 "a bidirectional layer takes a filter of two channels for each of its own, got "
@@ -64,49 +79,48 @@ class LongConvolution(Mixer):
         self.width = filter.channels // 2 if bidirectional else filter.channels
 
     @property
-    def _long_shape(self) -> tuple[int, ...]:
+    def causal(self) -> bool:
+        return not self.bidirectional
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"bidirectional": self.bidirectional}
+
+    @property
+    def streams(self) -> tuple[int, ...]:
         return (self.width,)
 
-    def _systems(self, length: int | None = None) -> tuple[System, ...]:
-        if self.bidirectional:
-            raise ValueError(
-                "a bidirectional layer looks at the whole sequence: it has no recurrence and "
-                "carries no state."
-            )
+    def systems(self, length: int | None = None) -> tuple[System, ...]:
         return (self.filter(length),)
 
-    def _filters(self, length: int) -> tuple[System, ...]:
-        return (self.filter(length),)
-
-    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
-        kernel = self._kernel(systems[0], x)
+    def convolve_whole(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
+        kernel = self.kernel(systems[0], x)
         x = apply_mask(x, mask)
         if not self.bidirectional:  # a slice of everything is not free: its gradient is copied
             return causal_convolution(x, kernel, dim=-2)
         past, future = kernel.unflatten(0, (2, self.width)).unbind(0)
         return bidirectional_convolution(x, past, future, dim=-2)
 
-    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
-        return self._systems(x.shape[1])[0][channels]
+    def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
+        return self.filter(x.shape[1])[channels]
 
-    def _make_state(
+    def join_state(
         self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
     ) -> State:
         return LongConvolutionState(*long)
 
-    def _chunk(
+    def convolve_chunk(
         self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
     ) -> tuple[Tensor, State]:
         assert isinstance(state, LongConvolutionState)
         y, long = operators[0](apply_mask(x, mask).mT, state.long)
         return y.mT, LongConvolutionState(long)
 
-    def _step(
+    def convolve_token(
         self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
     ) -> tuple[Tensor, State]:
-        return self._fused(x_t, state, long)
+        return self.fused(x_t, state, long)
 
-    def _inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
+    def inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
         assert isinstance(state, LongConvolutionState)
         y, inner = long[0].step(z, state.long)
         return y, LongConvolutionState(inner)

@@ -1,9 +1,9 @@
-r"""MultiHyena: Hyena with heads, ``y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s`` in every head.
+r"""MultiHyena: Hyena with heads, `y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s` in every head.
 
 Laughing Hyena, Massaroli et al. 2023, section 4: the long convolution acts on the outer products
-``k_s v_sᵀ`` of each head, all of them sharing one filter.
+`k_s v_sᵀ` of each head, all of them sharing one filter.
 
-The same map has two forms. ``(Q Kᵀ ∘ T_h) V`` is attention with a Toeplitz mask in place of the
+The same map has two forms. `(Q Kᵀ ∘ T_h) V` is attention with a Toeplitz mask in place of the
 softmax, O(L²) in time; the convolution of the outer products by FFT is O(N² L log L) with heads of
 width N. The cheaper one for the size at hand is taken. In half precision, what is between the
 products is float32 where a state is carried and in float16, whose largest number, 65,504, scores
@@ -13,22 +13,19 @@ and outer products may pass.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from gramian._checks import check_divides, check_probability
 from gramian.filters import Filter, build
-from gramian.mixers._mixer import (
-    Mixer,
-    ShortConvolution,
-    apply_mask,
-    check_divides,
-    check_probability,
-    for_products,
-    has_small_state,
-)
 from gramian.mixers._recomputation import recomputed
+from gramian.mixers.convolution_mixer import ConvolutionMixer, for_products, has_small_state
+from gramian.mixers.mixer import apply_mask
+from gramian.mixers.registry import register
+from gramian.mixers.short_convolution import ShortConvolution
 from gramian.ops import causal_convolution
 from gramian.ops.packed import Linear
 from gramian.systems import (
@@ -63,13 +60,14 @@ class MultiHyenaState(_Fields, State):
     __slots__ = ()
 
 
-class MultiHyena(Mixer):
+@register("multi_hyena")
+class MultiHyena(ConvolutionMixer):
     """Hyena with heads, and one filter a head.
 
     Args:
         width: Channels of input and output.
         heads: Divides the width.
-        filter: A filter of ``heads`` channels, or its configuration.
+        filter: A filter of `heads` channels, or its configuration.
         max_length: For a configuration that does not name it.
         short_kernel: Taps of the short convolution.
         kernel_dropout: Probability of dropping a tap of the filters in training.
@@ -77,8 +75,6 @@ class MultiHyena(Mixer):
     Raises:
         ValueError: if the heads do not divide the width or the filter does not fit.
     """
-
-    filter: Filter
 
     def __init__(
         self,
@@ -102,13 +98,24 @@ class MultiHyena(Mixer):
         self.out_proj = Linear(width, width)
 
     @property
-    def _long_shape(self) -> tuple[int, ...]:
+    def channels(self) -> int:
+        return self.heads
+
+    @classmethod
+    def splits_width(cls, options: Mapping[str, Any]) -> bool:
+        return True
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"heads": self.heads, "short_kernel": self.short.taps}
+
+    @property
+    def streams(self) -> tuple[int, ...]:
         return (self.heads, self.head_width, self.head_width)
 
-    def _systems(self, length: int | None = None) -> tuple[System, ...]:
+    def systems(self, length: int | None = None) -> tuple[System, ...]:
         return (self.filter(length)[:, None, None],)
 
-    def _project(
+    def project(
         self, x: Tensor, mask: Tensor | None, past: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, (batch, heads, length, N), keys masked; and the short convolution's past."""
@@ -118,16 +125,16 @@ class MultiHyena(Mixer):
             k = k.masked_fill((mask == 0)[:, None, :, None], 0)
         return q, k, v, past
 
-    def _merge(self, y: Tensor) -> Tensor:
+    def merge(self, y: Tensor) -> Tensor:
         """(batch, heads, length, N) to the output."""
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
-    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
+    def convolve_whole(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
         length = x.shape[1]
-        q, k, v, _ = self._project(x, mask, None)
+        q, k, v, _ = self.project(x, mask, None)
         dtype = q.dtype
         q, k, v = (for_products(part) for part in (q, k, v))
-        kernel = self._kernel(systems[0], x).flatten(0, 2)  # (heads, taps)
+        kernel = self.kernel(systems[0], x).flatten(0, 2)  # (heads, taps)
         form = (
             convolved_outer_products
             if prefers_convolution(length, self.head_width)
@@ -135,11 +142,11 @@ class MultiHyena(Mixer):
         )
         with torch.autocast(x.device.type, enabled=False):
             y = form(q, k, v, kernel)
-        return self._merge(y.to(dtype))
+        return self.merge(y.to(dtype))
 
-    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
+    def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
         length = x.shape[1]
-        q, k, _, _ = self._project(x, mask, None)
+        q, k, _, _ = self.project(x, mask, None)
         dtype = working_dtype(q)
         q, k = q[:, channels].to(dtype), k[:, channels].to(dtype)  # (batch, heads, length, N)
         system = self.filter(length)[channels]
@@ -159,17 +166,17 @@ class MultiHyena(Mixer):
         A = A.unsqueeze(1).expand(len(q), -1, length, *A.shape[1:])
         return TimeVarying(A, B, C, one.D * (q * k).sum(-1))
 
-    def _make_state(
+    def join_state(
         self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
     ) -> State:
         shape = (batch, self.short.taps - 1, 3 * self.width)
         return MultiHyenaState(torch.zeros(shape, dtype=dtype, device=device), *long)
 
-    def _chunk(
+    def convolve_chunk(
         self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
     ) -> tuple[Tensor, State]:
         assert isinstance(state, MultiHyenaState)
-        q, k, v, past = self._project(x, mask, state.short)
+        q, k, v, past = self.project(x, mask, state.short)
         dtype = q.dtype
         q, k, v = (part.to(working_dtype(part)) for part in (q, k, v))
         long = state.long
@@ -184,15 +191,15 @@ class MultiHyena(Mixer):
             with torch.autocast(x.device.type, enabled=False):
                 outputs.append(torch.einsum("bhtn,bhnmt->bhtm", q[:, :, part], carried))
         y = torch.cat(outputs, dim=2).to(dtype)
-        return self._merge(y), MultiHyenaState(past, long)
+        return self.merge(y), MultiHyenaState(past, long)
 
-    def _step(
+    def convolve_token(
         self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
     ) -> tuple[Tensor, State]:
-        y, state = self._fused(self.in_proj(x_t), state, long)
+        y, state = self.fused(self.in_proj(x_t), state, long)
         return self.out_proj(y), state
 
-    def _inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
+    def inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
         assert isinstance(state, MultiHyenaState)
         z, past = self.short.step(z, state.short)
         dtype = z.dtype
@@ -209,7 +216,7 @@ def prefers_convolution(length: int, head_width: int) -> bool:
 
 
 def toeplitz_masked_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
-    """``(Q Kᵀ ∘ T_h) V`` in blocks of rows, of which only the causal part is computed.
+    """`(Q Kᵀ ∘ T_h) V` in blocks of rows, of which only the causal part is computed.
 
     Args:
         q, k, v: (batch, heads, length, N).
@@ -237,7 +244,7 @@ def toeplitz_masked_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -
 
 
 def convolved_outer_products(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
-    """The same map by FFT convolution of ``k_n v`` for one n after the other, each recomputed
+    """The same map by FFT convolution of `k_n v` for one n after the other, each recomputed
     backward, so that N rather than N² sequences a head are in memory.
 
     Args and returns: as for `toeplitz_masked_attention`.

@@ -1,4 +1,4 @@
-r"""S6, Mamba's scan: ``h_t = exp(-Δ_t a) h_{t-1} + Δ_t B_t x_t``, ``y_t = C_t · h_t + D x_t``.
+r"""S6, Mamba's scan: `h_t = exp(-Δ_t a) h_{t-1} + Δ_t B_t x_t`, `y_t = C_t · h_t + D x_t`.
 
 Gu and Dao 2023 (arXiv 2312.00752), algorithm 2 and section 3.4: every channel has n states of its
 own; Δ, B and C are made from the input, a = 1, 2, …, n to begin with.
@@ -6,19 +6,15 @@ own; Δ, B and C are made from the input, a = 1, 2, …, n to begin with.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from gramian.mixers._linear_recurrence import (
-    Coefficients,
-    Dynamics,
-    LinearRecurrence,
-    check_sizes,
-    steps_of_time,
-)
+from gramian._checks import check_sizes
+from gramian.mixers.linear_recurrence import Coefficients, Dynamics, LinearRecurrence, steps_of_time
+from gramian.mixers.registry import register
 from gramian.ops.diagonal_scan import diagonal_scan
 from gramian.ops.packed import Linear
 
@@ -26,7 +22,7 @@ __all__ = ["S6"]
 
 
 class _SelectiveDynamics(Dynamics):
-    """``Δ = softplus(x + bias)``, rates ``a = exp(A_log)``, and the skip D."""
+    """`Δ = softplus(x + bias)`, rates `a = exp(A_log)`, and the skip D."""
 
     def __init__(self, channels: int, state_size: int) -> None:
         super().__init__()
@@ -44,7 +40,7 @@ class _SelectiveDynamics(Dynamics):
 
     @torch.no_grad()
     def slow(self, amount: Tensor) -> None:
-        """Divide the rates: a normalisation factor of ``exp(amount)``."""
+        """Divide the rates: a normalisation factor of `exp(amount)`."""
         self.A_log.sub_(amount.unsqueeze(-1))
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,10 +97,11 @@ class SelectiveSteps(NamedTuple):
         return self.coefficients().step(values, memory)
 
 
+@register("s6")
 class S6(LinearRecurrence):
     """Mamba's block: projection, short convolution, selective scan, gate, projection.
 
-    Its operator is a system for each of ``expand × width`` channels, whose values are the channel's
+    Its operator is a system for each of `expand × width` channels, whose values are the channel's
     convolved samples; the skip D is part of it.
 
     Args:
@@ -141,10 +138,14 @@ class S6(LinearRecurrence):
             inner=channels,
             short_kernel=short_kernel,
         )
+        self.expand = expand
         self.step_rank = step_rank
         self.x_proj = Linear(channels, step_rank + 2 * state_size, bias=False)
         self.dt_proj = Linear(step_rank, channels, bias=False)
         self.dynamics = _SelectiveDynamics(channels, state_size)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"expand": self.expand, "step_rank": self.step_rank}
 
     def _most_elements(self, device: torch.device) -> int:
         if device.type == "cpu":

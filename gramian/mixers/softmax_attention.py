@@ -1,4 +1,4 @@
-r"""Softmax attention: ``y_t = Σ_{s≤t} softmax_s(q_t · k_s / √N) v_s`` in every head.
+r"""Softmax attention: `y_t = Σ_{s≤t} softmax_s(q_t · k_s / √N) v_s` in every head.
 
 The baseline, and the partner of long convolutions in hybrid models such as StripedHyena and Evo.
 Several heads may share keys and values (grouped queries, Ainslie et al. 2023), positions enter by
@@ -9,15 +9,18 @@ and a window may end the past.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from gramian.mixers._mixer import Mixer, check_divides
+from gramian._checks import check_divides, check_sizes
+from gramian.mixers.mixer import Mixer
+from gramian.mixers.registry import register
 from gramian.ops.packed import Linear
-from gramian.systems import DenseOperator, Recurrence, State, System
+from gramian.systems import DenseOperator, State, System
 from gramian.systems._system import working_dtype
 
 __all__ = ["SoftmaxAttention", "SoftmaxAttentionState"]
@@ -35,8 +38,8 @@ class _Fields(NamedTuple):
 
 class SoftmaxAttentionState(_Fields, State):
     """Rotated keys and values, (batch, kv_heads, room, N), real tokens only: token p of a sequence
-    stands in slot ``p % room``, so padding takes no room and leaves no trace. ``real`` (batch),
-    int64, is the number of real tokens; ``seen`` (), int64 on the CPU, that of all.
+    stands in slot `p % room`, so padding takes no room and leaves no trace. `real` (batch),
+    int64, is the number of real tokens; `seen` (), int64 on the CPU, that of all.
 
     The room doubles when it is used up, and ends at the window where there is one.
     """
@@ -44,6 +47,7 @@ class SoftmaxAttentionState(_Fields, State):
     __slots__ = ()
 
 
+@register("softmax_attention")
 class SoftmaxAttention(Mixer):
     """Causal multi-head attention with grouped queries, rotary positions and an optional window.
 
@@ -54,21 +58,21 @@ class SoftmaxAttention(Mixer):
     Args:
         width: Channels of input and output.
         heads: Query heads.
-        kv_heads: Heads of keys and values, a divisor of ``heads``; by default as many.
-        head_width: N; by default ``width / heads``.
+        kv_heads: Heads of keys and values, a divisor of `heads`; by default as many.
+        head_width: N; by default `width / heads`.
         window: How many of the last tokens, the present one included, are attended to; all if None.
         rotary_base: Base θ of the rotations' periods, or None for no positions.
         rotary_scaling: Positions are divided by it (linear interpolation, Chen et al. 2023).
         rotary_width: Leading features of a head that are rotated; all by default.
         bias: Whether the input projection has a bias.
-        out_bias: Whether the output projection has one; by default as ``bias`` says.
+        out_bias: Whether the output projection has one; by default as `bias` says.
 
     Raises:
         ValueError: if a number is out of range, the heads do not divide the width where no
-            ``head_width`` is given, or ``kv_heads`` does not divide ``heads``.
+            `head_width` is given, or `kv_heads` does not divide `heads`.
     """
 
-    filter = None
+    family = "attention"
 
     def __init__(
         self,
@@ -92,9 +96,7 @@ class SoftmaxAttention(Mixer):
         rotary_width = head_width if rotary_width is None else rotary_width
         sizes = {"heads": heads, "kv_heads": kv_heads, "head_width": head_width}
         sizes |= {} if window is None else {"window": window}
-        for name, value in sizes.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        check_sizes(**sizes)
         if heads % kv_heads:
             raise ValueError(f"kv_heads must divide the {heads} heads, got {kv_heads}.")
         if rotary_base is not None:
@@ -122,20 +124,32 @@ class SoftmaxAttention(Mixer):
         )
 
     @property
-    def _long_shape(self) -> tuple[int, ...]:
-        return ()
+    def channels(self) -> int:
+        return self.heads
 
-    def _systems(self, length: int | None = None) -> tuple[System, ...]:
-        return ()
+    @classmethod
+    def splits_width(cls, options: Mapping[str, Any]) -> bool:
+        return "head_width" not in options
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_width": self.head_width,
+            "window": self.window,
+            "rotary_base": self.rotary_base,
+            "rotary_scaling": self.rotary_scaling,
+            "rotary_width": self.rotary_width,
+            "bias": self.in_proj.bias is not None,
+            "out_bias": self.out_proj.bias is not None,
+        }
 
     def room(self, tokens: int) -> int:
-        """How many tokens the state has room for after ``tokens`` of them."""
+        """How many tokens the state has room for after `tokens` of them."""
         room = max(_ROOM, 1 << max(tokens - 1, 0).bit_length())
         return room if self.window is None else min(room, self.window)
 
-    def _make_state(
-        self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
-    ) -> State:
+    def make_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
         shape = (batch, self.kv_heads, self.room(0), self.head_width)
         return SoftmaxAttentionState(
             torch.zeros(shape, dtype=dtype, device=device),
@@ -153,9 +167,9 @@ class SoftmaxAttention(Mixer):
         keys, values = (nn.functional.pad(x, grow) for x in (state.keys, state.values))
         return state._replace(keys=keys, values=values)
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (batch, heads, length, N) and keys, and values (batch, kv_heads, …), of
-        x (batch, length, width) at ``positions``, (batch, length) or (1, length)."""
+        x (batch, length, width) at `positions`, (batch, length) or (1, length)."""
         z = self.in_proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
         rotated, v = z.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.rotary_base is not None:
@@ -176,7 +190,7 @@ class SoftmaxAttention(Mixer):
         turned = [first * cos - second * sin, second * cos + first * sin]
         return torch.cat([*turned, x[..., 2 * half :]], dim=-1)
 
-    def _merge(self, y: Tensor) -> Tensor:
+    def merge(self, y: Tensor) -> Tensor:
         """(batch, heads, length, N) to the output."""
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
@@ -187,10 +201,10 @@ class SoftmaxAttention(Mixer):
         real = (mask != 0).to(device, torch.int64)
         return real.cumsum(1) - real
 
-    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
+    def mix_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
         positions = self._positions(x.shape[1], mask, x.device)
-        q, k, v = self._project(x, positions)
-        return self._merge(self._attend(q, k, v, positions, mask))
+        q, k, v = self.project(x, positions)
+        return self.merge(self._attend(q, k, v, positions, mask))
 
     def _attend(
         self,
@@ -232,7 +246,7 @@ class SoftmaxAttention(Mixer):
             seen = seen | (index[first:end] == at)
             if past is not None:
                 seen = seen.expand(batch, -1, -1)
-                seen = torch.cat([self._remembered(past, now), seen], dim=2)
+                seen = torch.cat([self.remembered(past, now), seen], dim=2)
             elif seen.ndim == 2:
                 seen = seen[None]
             part = slice(first, before + end)
@@ -247,8 +261,8 @@ class SoftmaxAttention(Mixer):
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
-    def _remembered(self, past: SoftmaxAttentionState, now: Tensor) -> Tensor:
-        """Which slots queries at positions ``now`` (batch, rows, 1) see: (batch, rows, room)."""
+    def remembered(self, past: SoftmaxAttentionState, now: Tensor) -> Tensor:
+        """Which slots queries at positions `now` (batch, rows, 1) see: (batch, rows, room)."""
         room = past.keys.shape[2]
         slots = torch.arange(room, device=now.device)
         last = past.real[:, None] - 1
@@ -260,9 +274,9 @@ class SoftmaxAttention(Mixer):
             seen = seen & (now - held < self.window)
         return seen.expand(-1, now.shape[1], -1)
 
-    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
+    def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
         positions = self._positions(x.shape[1], mask, x.device)
-        q, k, _ = self._project(x, positions)
+        q, k, _ = self.project(x, positions)
         k = k.repeat_interleave(self.heads // self.kv_heads, dim=1)
         q, k = (part[:, channels].to(working_dtype(part)) for part in (q, k))
         with torch.autocast(x.device.type, enabled=False):
@@ -277,18 +291,16 @@ class SoftmaxAttention(Mixer):
         hidden = hidden.unsqueeze(1)
         return DenseOperator(scores.masked_fill(hidden, -math.inf).softmax(-1))
 
-    def _chunk(
-        self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
-    ) -> tuple[Tensor, State]:
+    def mix_chunk(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
         assert isinstance(state, SoftmaxAttentionState)
         length = x.shape[1]
         positions = state.real[:, None] + self._positions(length, mask, x.device)
-        q, k, v = self._project(x, positions)
+        q, k, v = self.project(x, positions)
         past = None if int(state.seen) == 0 else state
-        y = self._merge(self._attend(q, k, v, positions, mask, past))
-        return y, self._remember(self.reserve(state, length), k, v, mask)
+        y = self.merge(self._attend(q, k, v, positions, mask, past))
+        return y, self.remember(self.reserve(state, length), k, v, mask)
 
-    def _remember(
+    def remember(
         self, state: State, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> SoftmaxAttentionState:
         """The state after the real ones of k and v, (batch, kv_heads, length, N)."""
@@ -314,13 +326,11 @@ class SoftmaxAttention(Mixer):
         values = torch.cat([values, v.to(values.dtype)], dim=2).gather(2, index)
         return SoftmaxAttentionState(keys, values, total, seen + length)
 
-    def _step(
-        self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
-    ) -> tuple[Tensor, State]:
+    def mix_token(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         assert isinstance(state, SoftmaxAttentionState)
         keys, values, count, seen = state
         room = keys.shape[2]
-        q, k, v = self._project(x_t[:, None], count[:, None])
+        q, k, v = self.project(x_t[:, None], count[:, None])
         index = (count % room)[:, None, None, None].expand_as(k)
         keys.scatter_(2, index, k.to(keys.dtype))
         values.scatter_(2, index, v.to(values.dtype))

@@ -1,4 +1,4 @@
-r"""Weighted linear attention: ``S_t = diag(a) S_{t-1} + k_t v_tᵀ``, gates the same for every input.
+r"""Weighted linear attention: `S_t = diag(a) S_{t-1} + k_t v_tᵀ`, gates the same for every input.
 
 WLA of arXiv 2504.19561: between linear attention, which never forgets, and gated linear attention,
 whose gates are made from the input. RetNet (Sun et al. 2023) is a case of it with one fixed gate a
@@ -7,11 +7,14 @@ head; here each row of a head's memory has one, and it is learned.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from gramian.mixers._linear_recurrence import Dynamics
 from gramian.mixers.linear_attention import LinearAttention, powered_sigmoid
+from gramian.mixers.linear_recurrence import Dynamics
+from gramian.mixers.registry import register
 
 __all__ = ["WeightedLinearAttention"]
 
@@ -37,8 +40,9 @@ class _InvariantGates(Dynamics):
         return powered_sigmoid(self.logits, self.temperature).unsqueeze(1)
 
 
+@register("weighted_linear_attention")
 class WeightedLinearAttention(LinearAttention):
-    """`LinearAttention` whose memory fades by learned gates ``σ(logits)^(1/temperature)``.
+    """`LinearAttention` whose memory fades by learned gates `σ(logits)^(1/temperature)`.
 
     Args:
         width: As for `LinearAttention`, and so are the others but for the last.
@@ -63,6 +67,9 @@ class WeightedLinearAttention(LinearAttention):
             raise ValueError(f"temperature must be positive, got {temperature!r}.")
         self._build(width, heads, state_size, value_width, short_kernel, feature_map, 0)
         self.dynamics = _InvariantGates(heads, self.state_size, temperature)
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"temperature": self.dynamics.temperature}
 
     def _gates(self, features: Tensor) -> Tensor:
         return self.dynamics()

@@ -7,16 +7,20 @@ except ImportError as error:
         "gramian.models needs transformers 5: install it with `pip install gramian[models]`."
     ) from error
 
-from gramian.models.cache import GramianCache, GramianCacheLayer
-from gramian.models.configuration import MIXERS, GramianConfig
-from gramian.models.loading import load, load_any
-from gramian.models.modeling import (
+from gramian.models.blocks import (
     GramianBlock,
-    GramianForCausalLM,
-    GramianForSequenceClassification,
     GramianGLUBlock,
     GramianMixerBlock,
     GramianMLP,
+    build_mixer,
+)
+from gramian.models.cache import GramianCache, GramianCacheLayer
+from gramian.models.configuration import MIXERS, GramianConfig
+from gramian.models.layers import BLOCKS, GramianLayer, register_block
+from gramian.models.loading import load, load_any
+from gramian.models.modeling import (
+    GramianForCausalLM,
+    GramianForSequenceClassification,
     GramianModel,
     GramianPreTrainedModel,
 )
@@ -26,6 +30,7 @@ from gramian.models.signal import GramianForSignalRegression
 from gramian.models.tokenizer import ByteTokenizer
 
 __all__ = [
+    "BLOCKS",
     "MIXERS",
     "ByteTokenizer",
     "GramianBlock",
@@ -38,12 +43,15 @@ __all__ = [
     "GramianForSequenceClassification",
     "GramianForSignalRegression",
     "GramianGLUBlock",
+    "GramianLayer",
     "GramianMLP",
     "GramianMixerBlock",
     "GramianModel",
     "GramianPreTrainedModel",
+    "build_mixer",
     "load",
     "load_any",
+    "register_block",
 ]
 
 transformers.AutoConfig.register(GramianConfig.model_type, GramianConfig, exist_ok=True)

@@ -7,44 +7,26 @@ and the shapes of its parameters are read from here before any weight is.
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from gramian._checks import check_choice, check_probability, check_sizes
 from gramian._nearest import unknown
-from gramian.mixers import (
-    GLAS6,
-    S6,
-    GatedDeltaNet,
-    GatedLinearAttention,
-    LinearAttention,
-    LinearRecurrence,
-    Mixer,
-    SoftmaxAttention,
-    WeightedLinearAttention,
-)
+from gramian.mixers.registry import MIXERS, options_of, takes
+from gramian.models.layers import BLOCKS
+from gramian.models.norms import FINAL_NORMS
 from gramian.models.remote_code import AUTO_MAP, write_module
 
-LINEAR_RECURRENCES: dict[str, Callable[..., LinearRecurrence]] = {
-    "linear_attention": LinearAttention,
-    "weighted_linear_attention": WeightedLinearAttention,
-    "gated_linear_attention": GatedLinearAttention,
-    "s6": S6,
-    "gla_s6": GLAS6,
-    "gated_delta_net": GatedDeltaNet,
-}
-CONVOLUTIONS = ("multi_hyena", "hyena", "long_convolution")
-MIXERS = (*CONVOLUTIONS, "softmax_attention", *LINEAR_RECURRENCES)
-"""Names that `GramianConfig.mixers` takes."""
+__all__ = ["MIXERS", "POOLING", "GramianConfig"]
 
-BLOCKS = ("mlp", "glu", "mixer")
-NORMS = {"mlp": ("rms", "rms_plus_eps", "layer"), "glu": ("rms", "layer", "batch")}
-FINAL_NORMS = (*NORMS["mlp"], "none")
+_FAMILIES = {"attention": "attention", "linear_recurrence": "recurrence"}
+"""Fields that hold further arguments, and of which family of mixers."""
+
 POOLING = ("mean", "last")
 
 
@@ -63,8 +45,9 @@ class GramianConfig(PreTrainedConfig):
             must divide `hidden_size`. `s6` has none.
         mixers: `"multi_hyena"`, `"hyena"`, `"long_convolution"`, `"softmax_attention"`, or a linear
             recurrence: `"linear_attention"`, `"weighted_linear_attention"`,
-            `"gated_linear_attention"`, `"s6"`, `"gla_s6"`, `"gated_delta_net"`; or a list with one
-            of them per layer.
+            `"gated_linear_attention"`, `"s6"`, `"gla_s6"`, `"gated_delta_net"`, or the name of a
+            mixer of one's own (`gramian.mixers.register`); or `{"type": name, ...}` with further
+            arguments of that mixer; or a list with one of these per layer.
         filter: configuration of the mixers' filters: `{"type": name, ...}` as for
             `gramian.filters.build`, or a list with one per layer, in which those of
             layers without a convolution's filter are not looked at and may be None.
@@ -124,8 +107,9 @@ class GramianConfig(PreTrainedConfig):
         ValueError: on an unknown mixer, filter or pooling, a list that is not one per layer, a size
             below 1, heads that do not divide the width, an unknown block or norm, an option of
             `"glu"` blocks with others, a dropout that is no probability below 1,
-            `bidirectional` with other mixers than `long_convolution`, an argument that
-            `SoftmaxAttention`, or none of the model's linear recurrences, takes.
+            `bidirectional` with other mixers than `long_convolution`, an `attention` option that
+            `SoftmaxAttention` does not accept, or a `linear_recurrence` option that none of the
+            model's recurrences accepts.
     """
 
     model_type = "gramian"
@@ -136,7 +120,7 @@ class GramianConfig(PreTrainedConfig):
     hidden_size: int = 256
     num_hidden_layers: int = 4
     num_heads: int = 8
-    mixers: str | list[str] = "multi_hyena"
+    mixers: str | dict[str, Any] | list[str | dict[str, Any]] = "multi_hyena"
     filter: dict[str, Any] | list[dict[str, Any] | None] | None = None
     attention: dict[str, Any] | None = None
     linear_recurrence: dict[str, Any] | None = None
@@ -175,8 +159,9 @@ class GramianConfig(PreTrainedConfig):
             self.mixers = list(self.mixers)
         if isinstance(self.filter, tuple):
             self.filter = list(self.filter)
+        self._validate_block(kwargs)
         if self.final_norm is None:
-            self.final_norm = {"mlp": self.norm, "mixer": "none"}.get(self.block, "rms")
+            self.final_norm = BLOCKS[self.block].default_final_norm(self.norm)
         self._validate()
         if self.intermediate_size is None:
             inner = 8 * self.hidden_size / 3 if self.gated_mlp else 4 * self.hidden_size
@@ -214,23 +199,39 @@ class GramianConfig(PreTrainedConfig):
         return ["linear_attention"] * self.num_hidden_layers
 
     def mixer_of(self, layer: int) -> str:
-        """Name of the mixer of layer `layer`."""
-        return self.mixers if isinstance(self.mixers, str) else self.mixers[layer]
+        """Return the name of the mixer of layer `layer`."""
+        return str(self._mixer(layer)["type"])
 
     def filter_of(self, layer: int) -> dict[str, Any] | None:
-        """Configuration of the filter of layer `layer`, a copy; None where there is none."""
-        if self.mixer_of(layer) not in CONVOLUTIONS:
+        """Return the configuration of the filter of layer `layer`, a copy; None where its mixer
+        takes none."""
+        if not takes(self.mixer_of(layer), "filter"):
             return None
         assert self.filter is not None
         one = self.filter if isinstance(self.filter, Mapping) else self.filter[layer]
         assert one is not None
         return dict(one)
 
-    def linear_recurrence_of(self, layer: int) -> dict[str, Any]:
-        """What of `linear_recurrence` the mixer of layer `layer` takes."""
-        accepted = _options(LINEAR_RECURRENCES[self.mixer_of(layer)])
-        given = self.linear_recurrence or {}
-        return {name: value for name, value in given.items() if name in accepted}
+    def mixer_config(self, layer: int) -> dict[str, Any]:
+        """Return what is said of the mixer of layer `layer`, as `gramian.mixers.build` takes it.
+
+        That are fields named after the mixer (`hyena_order`), what it takes of the options of its
+        family (`attention`, `linear_recurrence`), and what `mixers` says, the last of them first.
+        """
+        own = self._mixer(layer)
+        kind = own["type"]
+        options = options_of(kind)
+        found = {name: getattr(self, f"{kind}_{name}", None) for name in options}
+        found = {name: value for name, value in found.items() if value is not None}
+        for field, family in _FAMILIES.items():
+            if MIXERS[kind].family == family:
+                given = getattr(self, field) or {}
+                found |= {name: given[name] for name in options if name in given}
+        return found | own
+
+    def _mixer(self, layer: int) -> dict[str, Any]:
+        one = self.mixers[layer] if isinstance(self.mixers, list) else self.mixers
+        return {"type": one} if isinstance(one, str) else dict(one)
 
     def _validate(self) -> None:
         sizes = {
@@ -247,9 +248,7 @@ class GramianConfig(PreTrainedConfig):
             "hyena_mimo_size": self.hyena_mimo_size,
         }
         sizes |= {name: value for name, value in optional.items() if value is not None}
-        for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+        check_sizes(**sizes)
         if not isinstance(self.hyena_order, int) or self.hyena_order < 2:
             raise ValueError(
                 f"hyena_order must be an integer of at least 2; got {self.hyena_order!r}."
@@ -258,64 +257,58 @@ class GramianConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_act must be among {', '.join(sorted(ACT2FN))}; got {self.hidden_act!r}."
             )
-        choices = {
-            "block": BLOCKS,
-            "norm": NORMS.get(self.block, NORMS["mlp"]),
-            "final_norm": FINAL_NORMS,
-            "pooling": POOLING,
-        }
-        for name, accepted in choices.items():
-            if getattr(self, name) not in accepted:
-                where = f" in {self.block!r} blocks" if name == "norm" else ""
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, accepted))}{where}; got "
-                    f"{getattr(self, name)!r}."
-                )
-        if self.block != "glu" and (self.prenorm, self.tied_dropout) != (True, False):
-            raise ValueError(
-                "prenorm and tied_dropout are options of block='glu'; got them with "
-                f"block={self.block!r}."
-            )
-        if self.block != "mlp" and (self.mlp_bias or self.residual_in_fp32):
-            raise ValueError(
-                "mlp_bias and residual_in_fp32 are options of block='mlp'; got them with "
-                f"block={self.block!r}."
-            )
+        for name, accepted in {"final_norm": FINAL_NORMS, "pooling": POOLING}.items():
+            check_choice(name, getattr(self, name), accepted)
         if self.residual_in_fp32 and self.final_norm == "none":
             raise ValueError("residual_in_fp32 needs a final_norm, which ends it; got 'none'.")
         for name in ("dropout", "embedding_dropout", "kernel_dropout"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < 1:
-                raise ValueError(
-                    f"{name} must be a probability, at least 0 and below 1; got {value!r}."
-                )
+            check_probability(name, getattr(self, name))
         _validate_mixers(self.mixers, self.num_hidden_layers)
         names = [self.mixer_of(layer) for layer in range(self.num_hidden_layers)]
         _validate_filter(self.filter, names)
-        _validate_attention(self.attention)
-        _validate_linear_recurrence(self.linear_recurrence, names)
-        others = {*names} - {"long_convolution"}
+        for field, family in _FAMILIES.items():
+            _validate_options(field, getattr(self, field), family, names)
+        self._validate_layers(names)
+
+    def _validate_layers(self, names: list[str]) -> None:
+        others = sorted({name for name in names if not takes(name, "bidirectional")})
         if self.bidirectional and others:
+            able = " or ".join(repr(name) for name in MIXERS if takes(name, "bidirectional"))
             raise ValueError(
-                "bidirectional needs the mixer 'long_convolution' in every layer; got "
-                f"{', '.join(map(repr, sorted(others)))}."
+                f"bidirectional needs the mixer {able} in every layer; got "
+                f"{', '.join(map(repr, others))}."
             )
-        headed = {"multi_hyena"}
-        if "head_width" not in (self.attention or {}):
-            headed.add("softmax_attention")
-        if not {"state_size", "value_width"} <= {*(self.linear_recurrence or {})}:
-            headed |= {*LINEAR_RECURRENCES} - {"s6"}
-        for name in sorted({*names} & headed):
-            if self.hidden_size % self.num_heads:
+        for layer, name in enumerate(names):
+            split = MIXERS[name].splits_width(self.mixer_config(layer))
+            if split and self.hidden_size % self.num_heads:
                 raise ValueError(
                     f"num_heads must divide hidden_size for {name} mixers; got {self.num_heads} "
                     f"heads and width {self.hidden_size}."
                 )
 
+    def _validate_block(self, others: Mapping[str, Any]) -> None:
+        """Check the block's own fields; those of registered kinds are among `others`."""
+        check_choice("block", self.block, BLOCKS)
+        block = BLOCKS[self.block]
+        check_choice("norm", self.norm, block.norms, f" in {self.block!r} blocks")
+        for kind, other in BLOCKS.items():
+            foreign = [name for name in other.options if name not in block.options]
+            given = {name: others.get(name, getattr(self, name, None)) for name in foreign}
+            if any(value != _default(name) for name, value in given.items()):
+                are = "are options" if len(foreign) > 1 else "is an option"
+                raise ValueError(
+                    f"{' and '.join(foreign)} {are} of block={kind!r}; got "
+                    f"{'them' if len(foreign) > 1 else 'it'} with block={self.block!r}."
+                )
+
+
+def _default(field: str) -> Any:
+    return getattr(GramianConfig, field, None)
+
 
 def _validate_mixers(mixers: Any, layers: int) -> None:
     accepted = ", ".join(map(repr, MIXERS))
-    if not isinstance(mixers, str | list):
+    if not isinstance(mixers, str | list | Mapping):
         raise ValueError(
             f"mixers must be one of {accepted} or a list of them; got {type(mixers).__name__}."
         )
@@ -323,9 +316,13 @@ def _validate_mixers(mixers: Any, layers: int) -> None:
         raise ValueError(
             f"mixers must name one mixer for each of the {layers} layers; got {len(mixers)}."
         )
-    for name in [mixers] if isinstance(mixers, str) else mixers:
-        if name not in MIXERS:
+    for one in mixers if isinstance(mixers, list) else [mixers]:
+        name = one.get("type") if isinstance(one, Mapping) else one
+        if name not in tuple(MIXERS):
             raise ValueError(f"mixers must be among {accepted}; got {name!r}.")
+        for key in one if isinstance(one, Mapping) else ():
+            if key != "type" and key not in options_of(name):
+                raise ValueError(unknown(f"key of a mixer {name!r}", key, options_of(name)))
 
 
 def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
@@ -336,7 +333,7 @@ def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
         )
     listed = filter_config if isinstance(filter_config, list) else [filter_config] * len(mixers)
     for one, name in zip(listed, mixers, strict=True):
-        if name not in CONVOLUTIONS and (one is None or isinstance(one, Mapping)):
+        if not takes(name, "filter") and (one is None or isinstance(one, Mapping)):
             continue
         if not isinstance(one, Mapping) or not isinstance(one.get("type"), str):
             raise ValueError(
@@ -345,35 +342,17 @@ def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
             )
 
 
-def _validate_attention(attention: Any) -> None:
-    if attention is None:
+def _validate_options(field: str, given: Any, family: str, names: list[str]) -> None:
+    """Check the options of a family of mixers: those present, or all where none is."""
+    if given is None:
         return
-    _validate_keys("attention", attention, _options(SoftmaxAttention))
-
-
-def _validate_keys(name: str, given: Any, accepted: list[str]) -> None:
+    kinds = [name for name, kind in MIXERS.items() if kind.family == family]
+    present = [name for name in kinds if name in names] or kinds
+    accepted = list(dict.fromkeys(option for name in present for option in options_of(name)))
     if not isinstance(given, Mapping):
         raise ValueError(
-            f"{name} must be a dict with some of {', '.join(accepted)}; got {given!r}."
+            f"{field} must be a dict with some of {', '.join(accepted)}; got {given!r}."
         )
     for key in given:
         if key not in accepted:
-            raise ValueError(unknown(f"key of {name}", key, accepted))
-
-
-def _options(mixer: Callable[..., Mixer]) -> list[str]:
-    """The arguments of a mixer that have defaults and are not the configuration's own."""
-    return [
-        name
-        for name, parameter in inspect.signature(mixer).parameters.items()
-        if parameter.default is not inspect.Parameter.empty and name != "short_kernel"
-    ]
-
-
-def _validate_linear_recurrence(options: Any, mixers: list[str]) -> None:
-    if options is None:
-        return
-    present = [LINEAR_RECURRENCES[name] for name in mixers if name in LINEAR_RECURRENCES]
-    kinds = present or list(LINEAR_RECURRENCES.values())
-    accepted = list(dict.fromkeys(name for kind in kinds for name in _options(kind)))
-    _validate_keys("linear_recurrence", options, accepted)
+            raise ValueError(unknown(f"key of {field}", key, accepted))

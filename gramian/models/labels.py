@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian._labels import IGNORED
-from gramian.mixers._segments import has_values
+from gramian.mixers.segments import has_values
 from gramian.models.configuration import GramianConfig
 
 __all__ = [

@@ -1,9 +1,7 @@
-"""Gramian models for Hugging Face: residual blocks around mixers.
+"""Gramian models for Hugging Face: an embedding, blocks around mixers, and a last norm.
 
-A block is `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`, the one of `gramian.mixers.Block`, or
-`h ← mixer(h)`; a model is an embedding, the blocks and a last norm. Order in time enters through
-the mixers alone, so there is no positional embedding. Every layer has the mixer that the
-configuration names for it.
+What surrounds a mixer is in `gramian.models.blocks`. Order in time enters through the mixers alone,
+so there is no positional embedding. Every layer has the mixer that the configuration names for it.
 
 Training and scoring convolve. With a cache the mixers' recurrences run: a prompt is prefilled, then
 each token costs one step, and what is remembered has a size of its own (`state_bytes`) whatever the
@@ -20,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -30,33 +26,18 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 from typing_extensions import Self
 
-from gramian.filters import Filter, build
-from gramian.mixers import (
-    S6,
-    Block,
-    Hyena,
-    LinearRecurrence,
-    LongConvolution,
-    Mixer,
-    MultiHyena,
-    Segments,
-    ShortConvolution,
-    SoftmaxAttention,
-)
-from gramian.mixers._linear_recurrence import Dynamics
-from gramian.mixers._mixer import apply_mask
-from gramian.models.cache import (
-    CACHE,
-    GramianCache,
-    GramianCacheLayer,
-    check_past,
-    one_cache,
-)
-from gramian.models.configuration import LINEAR_RECURRENCES, GramianConfig
+from gramian.filters import Filter
+from gramian.mixers import Mixer, Segments, ShortConvolution
+from gramian.mixers.linear_recurrence import Dynamics
+from gramian.mixers.mixer import apply_mask
+from gramian.models.blocks import GramianMLP
+from gramian.models.cache import CACHE, GramianCache, check_past, one_cache
+from gramian.models.configuration import GramianConfig
 from gramian.models.generation import GramianGenerationMixin
 from gramian.models.initialization import Keeping, is_read, reset_unwritten
 from gramian.models.labels import classification_loss, token_labels
-from gramian.models.norms import make_norm
+from gramian.models.layers import BLOCKS
+from gramian.models.norms import apply_norm, make_norm
 from gramian.models.pooling import pool
 from gramian.models.segments import (
     check_arguments,
@@ -67,163 +48,6 @@ from gramian.models.segments import (
     recent_mask,
 )
 from gramian.ops.packed import Linear, Packing, can_pack
-
-
-def build_mixer(config: GramianConfig, layer: int) -> Mixer:
-    """The mixer of layer `layer`: (batch, length, hidden_size) to the same."""
-    name, width = config.mixer_of(layer), config.hidden_size
-    if name == "softmax_attention":
-        return SoftmaxAttention(width, config.num_heads, **(config.attention or {}))
-    if name in LINEAR_RECURRENCES:
-        kind, options = LINEAR_RECURRENCES[name], config.linear_recurrence_of(layer)
-        heads = () if kind is S6 else (config.num_heads,)
-        return kind(width, *heads, short_kernel=config.short_kernel, **options)
-    filter_config, max_length = config.filter_of(layer), config.max_position_embeddings
-    assert filter_config is not None
-    short, dropout = config.short_kernel, config.kernel_dropout
-    if name == "long_convolution":
-        channels = 2 * width if config.bidirectional else width
-        filter = build(filter_config, channels=channels, max_length=max_length)
-        return LongConvolution(filter, config.bidirectional, dropout)
-    if name == "hyena":
-        order, mimo_size = config.hyena_order, config.hyena_mimo_size
-        return Hyena(width, filter_config, max_length, order, short, dropout, mimo_size)
-    return MultiHyena(width, config.num_heads, filter_config, max_length, short, dropout)
-
-
-class GramianMLP(nn.Module):
-    """`W₃ (act(W₁ x) ∘ W₂ x)` when gated, `W₃ act(W₁ x)` when not; biases where asked for."""
-
-    def __init__(self, config: GramianConfig) -> None:
-        super().__init__()
-        assert config.intermediate_size is not None
-        width, inner = config.hidden_size, config.intermediate_size
-        bias = config.mlp_bias
-        self.gate_proj = Linear(width, inner, bias=bias) if config.gated_mlp else None
-        self.up_proj = Linear(width, inner, bias=bias)
-        self.down_proj = Linear(inner, width, bias=bias)
-        self.activation = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(batch, length, hidden_size) to the same."""
-        inner = self.up_proj(hidden_states)
-        if self.gate_proj is None:
-            return self.down_proj(self.activation(inner))
-        return self.down_proj(self.activation(self.gate_proj(hidden_states)) * inner)
-
-
-class GramianBlock(GradientCheckpointingLayer):
-    """One layer: a mixer and an MLP, each after a norm and beside a residual connection."""
-
-    def __init__(self, config: GramianConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.mixer_norm = make_norm(config.norm, config.hidden_size, config.rms_norm_eps)
-        self.mixer = build_mixer(config, layer)
-        self.mlp_norm = make_norm(config.norm, config.hidden_size, config.rms_norm_eps)
-        self.mlp = GramianMLP(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        mask: Segments | None = None,
-        past_key_values: GramianCache | None = None,
-    ) -> Tensor:
-        """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
-        normed = _normed(self.mixer_norm, hidden_states)
-        if past_key_values is None:
-            mixed = self.mixer(normed, mask=mask)
-        else:
-            mixed = _mix_on(self.mixer, normed, mask, past_key_values.layers[self.layer])
-        hidden_states = hidden_states + self.dropout(mixed)
-        return hidden_states + self.dropout(self.mlp(_normed(self.mlp_norm, hidden_states)))
-
-
-def _normed(norm: nn.Module, hidden_states: Tensor) -> Tensor:
-    """The norm, in its own precision, of a residual stream that may have a higher one."""
-    weight = getattr(norm, "weight", hidden_states)  # the identity has none
-    return norm(hidden_states.to(weight.dtype))
-
-
-class GramianGLUBlock(GradientCheckpointingLayer):
-    """One layer: a `gramian.mixers.Block` as the configuration describes it."""
-
-    def __init__(self, config: GramianConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.block = Block(
-            config.hidden_size,
-            build_mixer(config, layer),
-            norm=config.norm,
-            eps=config.rms_norm_eps,
-            prenorm=config.prenorm,
-            dropout=config.dropout,
-            tied_dropout=config.tied_dropout,
-        )
-
-    @property
-    def mixer(self) -> Mixer:
-        """The mixer inside the block; the block's state is this mixer's."""
-        return self.block.mixer
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        mask: Segments | None = None,
-        past_key_values: GramianCache | None = None,
-    ) -> Tensor:
-        """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
-        if past_key_values is None:
-            return self.block(hidden_states, mask=mask)
-        return _mix_on(self.block, hidden_states, mask, past_key_values.layers[self.layer])
-
-
-class GramianMixerBlock(GradientCheckpointingLayer):
-    """One layer: a mixer and nothing else, but for dropout."""
-
-    def __init__(self, config: GramianConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.mixer = build_mixer(config, layer)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        mask: Segments | None = None,
-        past_key_values: GramianCache | None = None,
-    ) -> Tensor:
-        """(batch, length, hidden_size) to the same; a cache, if given, is moved on."""
-        if past_key_values is None:
-            return self.dropout(self.mixer(hidden_states, mask=mask))
-        memory = past_key_values.layers[self.layer]
-        return self.dropout(_mix_on(self.mixer, hidden_states, mask, memory))
-
-
-_BLOCKS: dict[str, type[nn.Module]] = {
-    "mlp": GramianBlock,
-    "glu": GramianGLUBlock,
-    "mixer": GramianMixerBlock,
-}
-
-
-def _mix_on(mixer: Mixer, x: Tensor, mask: Segments | None, memory: GramianCacheLayer) -> Tensor:
-    """What `mixer` makes of (batch, length, hidden_size) after what `memory` holds."""
-    batch, length = x.shape[:2]
-    recurrence = memory.recurrence_of(mixer, length)
-    if torch.is_grad_enabled():  # a frozen snapshot would cut the filters off from the loss
-        state = memory.state
-        if state is None:
-            state = recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
-        mixed, state = mixer(x, state, mask=mask)
-    elif length == 1 and mask is None and memory.state is not None:
-        mixed, state = recurrence.step(x[:, 0], memory.state)
-        mixed = mixed[:, None]
-    else:
-        mixed, state = recurrence.prefill(x, memory.state, mask=mask)
-    memory.update_recurrent_state(state, batch_size=batch, tokens=length)
-    return mixed
 
 
 @contextmanager
@@ -247,8 +71,7 @@ class GramianPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    # transformers' own convention, here and below:
-    _no_split_modules = [kind.__name__ for kind in _BLOCKS.values()]  # noqa: RUF012
+    # A list, here and below, is transformers' own convention.
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
@@ -260,6 +83,7 @@ class GramianPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: GramianConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        self._no_split_modules = [BLOCKS[config.block].__name__]
         if config.input_size is not None:
             self.main_input_name = "input_values"
             self._input_embed_layer = "input_proj"
@@ -351,8 +175,10 @@ class GramianPreTrainedModel(PreTrainedModel):
         small = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, Filter | ShortConvolution | Dynamics):
             module.reset_parameters()
-        elif isinstance(module, Hyena | MultiHyena | SoftmaxAttention | LinearRecurrence):
-            nn.init.normal_(module.out_proj.weight, std=small)
+        elif isinstance(module, Mixer):
+            module.reset_parameters()
+            if module.output_projection is not None:
+                nn.init.normal_(module.output_projection.weight, std=small)
         elif isinstance(module, GramianMLP):
             nn.init.normal_(module.down_proj.weight, std=small)
         else:
@@ -368,7 +194,7 @@ class GramianModel(GramianPreTrainedModel):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         else:
             self.input_proj = nn.Linear(config.input_size, config.hidden_size)
-        kind = _BLOCKS[config.block]
+        kind: Any = BLOCKS[config.block]
         self.layers = nn.ModuleList(
             kind(config, layer) for layer in range(config.num_hidden_layers)
         )
@@ -444,9 +270,7 @@ class GramianModel(GramianPreTrainedModel):
                 x if x is None else apply_mask(x, mask.to(x.device).real)
                 for x in (input_values, inputs_embeds)
             )
-        hidden_states = self.embedding_dropout(self._embed(input_ids, input_values, inputs_embeds))
-        if self.config.residual_in_fp32 and hidden_states.dtype.itemsize < 4:
-            hidden_states = hidden_states.float()
+        hidden_states = self.embed(input_ids, input_values, inputs_embeds)
         batch, length = hidden_states.shape[:2]
         if length == 0:
             raise ValueError("the model needs at least one token; got sequences of length 0.")
@@ -461,7 +285,7 @@ class GramianModel(GramianPreTrainedModel):
             hidden_states = block(hidden_states, mask=mask, past_key_values=cache)
             if output_hidden_states:
                 seen.append(hidden_states)
-        hidden_states = _normed(self.norm, hidden_states)
+        hidden_states = apply_norm(self.norm, hidden_states)
         if output_hidden_states:
             seen[-1] = hidden_states
         if cache is not None:
@@ -472,10 +296,25 @@ class GramianModel(GramianPreTrainedModel):
             **{CACHE: cache},
         )
 
+    def embed(
+        self,
+        input_ids: Tensor | None = None,
+        input_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Return what the first block reads, (batch, length, hidden_size), of the one input given.
+
+        Raises:
+            ValueError: on an input of another shape or kind than the model's, several, or none.
+        """
+        hidden_states = self.embedding_dropout(self._embed(input_ids, input_values, inputs_embeds))
+        if self.config.residual_in_fp32 and hidden_states.dtype.itemsize < 4:
+            hidden_states = hidden_states.float()
+        return hidden_states
+
     def _embed(
         self, input_ids: Tensor | None, input_values: Tensor | None, inputs_embeds: Tensor | None
     ) -> Tensor:
-        """(batch, length, hidden_size) of whichever input there is."""
         size = self.config.input_size
         if size is None:
             name, wanted, other = "input_ids", input_ids, input_values

@@ -10,6 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+NORMS = ("rms", "rms_plus_eps", "layer")
+"""The norms that have weights."""
+
+FINAL_NORMS = (*NORMS, "none")
+"""What may follow the last block."""
+
 
 class PlusEpsRMSNorm(nn.Module):
     """`w x / (√mean(x²) + ε)` over the last dimension.
@@ -35,8 +41,14 @@ class PlusEpsRMSNorm(nn.Module):
 
 
 def make_norm(kind: str, width: int, eps: float) -> nn.Module:
-    """The norm `kind` of `width` features."""
+    """Build the norm `kind` of `width` features."""
     if kind == "none":
         return nn.Identity()
     kinds = {"rms": nn.RMSNorm, "rms_plus_eps": PlusEpsRMSNorm, "layer": nn.LayerNorm}
     return kinds[kind](width, eps=eps)
+
+
+def apply_norm(norm: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Apply a norm, in its own precision, to a residual stream that may have a higher one."""
+    weight = getattr(norm, "weight", hidden_states)  # the identity has none
+    return norm(hidden_states.to(weight.dtype))

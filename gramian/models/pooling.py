@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gramian.mixers import Segments
-from gramian.mixers._segments import has_values
+from gramian.mixers.segments import has_values
 
 __all__ = ["pool"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gramian.mixers import Segments
-from gramian.mixers._segments import Part, has_values
+from gramian.mixers.segments import Part, has_values
 from gramian.models.labels import IGNORED
 
 __all__ = [

@@ -13,6 +13,7 @@ runs a grid of configurations, each in a process of its own, and gathers one tab
 Needs the extra `train` (`pip install "gramian[train]"`).
 """
 
+from gramian.memory.callbacks import StateSizeCallback
 from gramian.training._run import TrainingReport, train
 from gramian.training._sweep import sweep
 from gramian.training.configuration import (
@@ -29,7 +30,6 @@ from gramian.training.configuration import (
     load_config,
     parse_config,
 )
-from gramian.training.memory import StateSizeCallback
 from gramian.training.plots import plot_sweep, plot_training
 from gramian.training.sweep_configuration import SweepConfig, SweepPoint, load_sweep, parse_sweep
 from gramian.training.sweep_report import PointReport, Spread, SweepReport, SweepRow

@@ -34,7 +34,9 @@ from gramian._imports import copy_parts, import_parts
 from gramian._nearest import unknown
 from gramian._processes import world_size
 from gramian._staging import staged_file
-from gramian.models import GramianConfig
+from gramian.memory import MemoryLosses
+from gramian.memory.callbacks import StateSizeCallback
+from gramian.models import BLOCKS, GramianConfig
 from gramian.models.labels import LabelError
 from gramian.tasks import Description, Task, find_kind
 from gramian.tasks.encoding import load_tokenizer
@@ -47,7 +49,6 @@ from gramian.training.configuration import (
     TrainingConfig,
     parse_config,
 )
-from gramian.training.memory import MemoryLosses, StateSizeCallback
 from gramian.training.plots import plot_training
 from gramian.training.progress import Progress, StepCallback
 from gramian.training.recording import (
@@ -62,8 +63,6 @@ from gramian.training.rows import Rows
 from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoints
 
 __all__ = ["TrainingReport", "check", "earlier_report", "train"]
-
-BLOCKS = {"mlp": "GramianBlock", "glu": "GramianGLUBlock", "mixer": "GramianMixerBlock"}
 
 
 @dataclass(frozen=True)
@@ -313,7 +312,19 @@ def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | No
     regularization = config.regularization
     if regularization.gates == 0 and regularization.ess.weight == 0:
         return None
-    return MemoryLosses(model, regularization)
+    penalty = regularization.ess
+    try:
+        return MemoryLosses(
+            model,
+            regularization.gates,
+            penalty.weight,
+            target=penalty.target,
+            share=penalty.share,
+            sequences=penalty.sequences,
+            channels=penalty.channels,
+        )
+    except ValueError as error:
+        raise ConfigError(f"regularization.{error}") from error
 
 
 def _packer(config: TrainingConfig, description: Description) -> Packer | None:
@@ -356,9 +367,6 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
     elif schedule == "constant":
         schedule = "constant_with_warmup"
     warmup = optimization.warmup
-    block = BLOCKS.get(str(config.model.get("block", "mlp")), BLOCKS["mlp"])
-    sharding: dict[str, Any] = {"version": 2, "transformer_layer_cls_to_wrap": [block]}
-    sharding["activation_checkpointing"] = hardware.gradient_checkpointing
     recomputing = {}
     if hardware.gradient_checkpointing and not hardware.fsdp:
         known = TrainingArguments.__dataclass_fields__
@@ -397,7 +405,7 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
         bf16=hardware.bf16,
         torch_compile=hardware.compile,
         fsdp=hardware.fsdp or None,
-        fsdp_config=sharding if hardware.fsdp else None,
+        fsdp_config=_sharding(config) if hardware.fsdp else None,
         dataloader_num_workers=hardware.workers,
         dataloader_pin_memory=not on_cpu and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
@@ -412,6 +420,16 @@ def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingAr
             "this run: start them all with torchrun."
         )
     return arguments
+
+
+def _sharding(config: TrainingConfig) -> dict[str, Any]:
+    """Return the options of FSDP2: one group of parameters for each of the model's blocks."""
+    block = BLOCKS.get(str(config.model.get("block", "mlp")), BLOCKS["mlp"])
+    return {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": [block.__name__],
+        "activation_checkpointing": config.hardware.gradient_checkpointing,
+    }
 
 
 def _processes(hardware: Hardware) -> tuple[int, bool]:

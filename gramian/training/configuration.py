@@ -91,7 +91,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class StatePenalty:
-    """A loss on effective state-size; see `gramian.ess.ess_penalty`.
+    """A loss on effective state-size; see `gramian.memory.ess_penalty`.
 
     Attributes:
         weight: of the loss; 0 leaves it out.
@@ -113,8 +113,8 @@ class Regularization:
     """Losses on the memory of a model, added to the task's and logged by themselves.
 
     Attributes:
-        gates: weight of `gramian.ess.gate_regularizer`, which draws the gates of linear recurrences
-            towards 1; 0 leaves it out.
+        gates: weight of `gramian.memory.gate_regularizer`, which draws the gates of linear
+            recurrences towards 1; 0 leaves it out.
         ess: see there.
     """
 

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from gramian.filters import parameter_groups
+from gramian.memory import MemoryLosses
 from gramian.tasks import Description, find_kind
 from gramian.training.collation import Packer
 from gramian.training.configuration import ConfigError
-from gramian.training.memory import MemoryLosses
 
 __all__ = ["DivergedError", "GramianTrainer", "Patience", "complete_checkpoints"]
 

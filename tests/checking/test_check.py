@@ -13,7 +13,7 @@ from torch import Tensor
 import gramian
 from gramian.checking import MODES
 from gramian.mixers import Hyena, Segments, ShortConvolution
-from gramian.mixers._segments import Part
+from gramian.mixers.segments import Part
 from gramian.models import GramianConfig, GramianForCausalLM, GramianForSequenceClassification
 from gramian.models.cache import CACHE
 from gramian.systems._pausing import Pause
@@ -91,7 +91,12 @@ def _off(method: Any, factor: float) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("method", "mode"), [("_step", "recurrent"), ("_chunk", "chunked"), ("_chunk", "padded")]
+    ("method", "mode"),
+    [
+        ("convolve_token", "recurrent"),
+        ("convolve_chunk", "chunked"),
+        ("convolve_chunk", "padded"),
+    ],
 )
 def test_a_mixer_that_computes_something_else_fails(
     monkeypatch: pytest.MonkeyPatch, method: str, mode: str
@@ -104,9 +109,9 @@ def test_a_mixer_that_computes_something_else_fails(
 
 
 def test_a_leaking_mask_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    parallel = Hyena._parallel
+    whole = Hyena.convolve_whole
     monkeypatch.setattr(
-        Hyena, "_parallel", lambda self, x, mask, systems: parallel(self, x, None, systems)
+        Hyena, "convolve_whole", lambda self, x, mask, systems: whole(self, x, None, systems)
     )
     report = gramian.check(make(), length=20, dtypes=[torch.float32], distill_order=None)
     assert all("padded" in row.failures for row in report.rows)

@@ -30,6 +30,7 @@ PACKAGES = (
     "gramian.evaluation",
     "gramian.export",
     "gramian.filters",
+    "gramian.memory",
     "gramian.mixers",
     "gramian.models",
     "gramian.ops",

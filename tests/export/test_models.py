@@ -249,9 +249,9 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = make(mixers="hyena", num_hidden_layers=1).train()
     model.compile_decoding()
     mixer = model.model.layers[0].mixer
-    compiled = mixer._compiled
+    compiled = mixer.compiled_step
     export_model(model, tmp_path / "out", "torch", verify=1)
-    assert model.training and mixer.training and mixer._compiled is compiled
+    assert model.training and mixer.training and mixer.compiled_step is compiled
     assert compiled is not None
 
 

@@ -212,7 +212,7 @@ def test_in_a_foreign_model() -> None:
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: Block(6, FILTER, 40, norm="group"), "norm must be one of layer, rms, batch"),
+        (lambda: Block(6, FILTER, 40, norm="group"), "norm must be one of 'layer', 'rms', 'batch'"),
         (lambda: Block(6, FILTER, 40, dropout=1.5), "dropout must be a probability"),
         (lambda: Block(6, FILTER), "max_length"),
         (lambda: Block(6, {"type": "unheard"}, 40), "unknown filter type 'unheard'"),

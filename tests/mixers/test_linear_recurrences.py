@@ -164,7 +164,7 @@ def test_the_operator_acts_on_the_values(kind: str) -> None:
     system = mixer.operator(x)
     assert isinstance(system, gramian.TimeVarying)
     assert system.channel_shape == (2, mixer.heads) and system.order == mixer.state_size
-    values = mixer._features(x, None, None)[1]
+    values = mixer.features(x, None, None)[1]
     assert_close(system.matrix(19) @ values, inner)
     sizes = gramian.effective_state_size(system, at=range(1, 19))
     positions = torch.arange(1, 19)
@@ -255,7 +255,7 @@ def test_dynamics_and_memory_stay_in_single_precision(kind: str) -> None:
 @torch.no_grad()
 def test_autocast_leaves_the_recurrence_in_single_precision(kind: str) -> None:
     mixer = make(kind).float()
-    steps, values, _, _ = mixer._features(torch.randn(2, 40, WIDTH), None, None)
+    steps, values, _, _ = mixer.features(torch.randn(2, 40, WIDTH), None, None)
     memory = values.new_zeros(2, mixer.heads, mixer.state_size, mixer.value_width)
     expected = steps.run(values, memory)
     with torch.autocast("cpu", torch.bfloat16):
@@ -309,18 +309,18 @@ def test_normalisation_spreads_the_rates_of_s6() -> None:
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: LinearAttention(8, 3), "heads must divide the width 8, got 3"),
-        (lambda: LinearAttention(8, 0), "heads must be an integer of at least 1, got 0"),
+        (lambda: LinearAttention(8, 3), "heads must divide the width 8; got 3"),
+        (lambda: LinearAttention(8, 0), "heads must be an integer of at least 1; got 0"),
         (lambda: LinearAttention(8, 2, 0), "state_size must be an integer.*got 0"),
         (lambda: LinearAttention(8, 2, feature_map="relu"), "feature_map must be one of.*'relu'"),
         (lambda: WeightedLinearAttention(8, 2, temperature=0.0), "temperature must be positive"),
         (lambda: GatedLinearAttention(8, 2, gate_rank=0), "gate_rank must be an integer.*got 0"),
         (lambda: GatedLinearAttention(8, 2, temperature=-1.0), "temperature must be positive"),
-        (lambda: S6(8, 0), "state_size must be an integer of at least 1, got 0"),
-        (lambda: S6(8, expand=0), "expand must be an integer of at least 1, got 0"),
-        (lambda: S6(8, step_rank=0), "step_rank must be an integer of at least 1, got 0"),
+        (lambda: S6(8, 0), "state_size must be an integer of at least 1; got 0"),
+        (lambda: S6(8, expand=0), "expand must be an integer of at least 1; got 0"),
+        (lambda: S6(8, step_rank=0), "step_rank must be an integer of at least 1; got 0"),
         (lambda: GLAS6(8, 2, normalization=0.0), "normalization must be positive or None, got 0"),
-        (lambda: GatedDeltaNet(8, 5), "heads must divide the width 8, got 5"),
+        (lambda: GatedDeltaNet(8, 5), "heads must divide the width 8; got 5"),
         (lambda: LinearAttention(8, 2).operator(torch.zeros(2, 8)), r"takes \(batch, length, 8\)"),
     ],
 )

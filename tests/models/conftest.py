@@ -10,8 +10,11 @@ import pytest
 import torch
 import transformers
 
+from gramian.mixers import MIXERS
 from gramian.models import GramianConfig, GramianForCausalLM
-from gramian.models.configuration import CONVOLUTIONS, LINEAR_RECURRENCES
+
+CONVOLUTIONS = ["multi_hyena", "hyena", "long_convolution"]
+LINEAR_RECURRENCES = [name for name, kind in MIXERS.items() if kind.family == "recurrence"]
 
 FILTERS: dict[str, dict[str, Any]] = {
     "implicit": {"type": "implicit", "hidden": 16, "embedding_features": 5},

@@ -57,7 +57,7 @@ def test_compiled_equals_eager(
         model.compile_decoding(backend=backend)
         assert_close(steps(model, tokens), expected, rtol=1e-4, atol=1e-4)
         assert_close(steps(model, tokens[:1]), expected[:1], rtol=1e-4, atol=1e-4)
-    compiled = [block.mixer._compiled for block in model.model.layers]
+    compiled = [block.mixer.compiled_step for block in model.model.layers]
     assert all(step is not None and step._compiled is not None for step in compiled)
     model.compile_decoding(False)
     assert_close(steps(model, tokens), expected, rtol=0, atol=0)
@@ -107,7 +107,7 @@ def test_generate_takes_a_compile_config(make_model: MakeModel, make_tokens: Mak
     expected = model.generate(tokens, **settings)
     config = CompileConfig(backend="eager", mode=None)
     assert torch.equal(model.generate(tokens, compile_config=config, **settings), expected)
-    compiled = model.model.layers[0].mixer._compiled
+    compiled = model.model.layers[0].mixer.compiled_step
     assert compiled is not None and compiled._compiled is not None
     beams = model.generate(tokens, num_beams=3, **settings)
     model.compile_decoding(False)

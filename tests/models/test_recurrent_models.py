@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import gramian
+from gramian.mixers import MIXERS
 from gramian.models import GramianConfig, GramianForCausalLM
-from gramian.models.configuration import LINEAR_RECURRENCES
 
 MakeModel = Callable[..., GramianForCausalLM]
 MakeTokens = Callable[[int, int], torch.Tensor]
+LINEAR_RECURRENCES = [name for name, kind in MIXERS.items() if kind.family == "recurrence"]
+
 every = pytest.mark.parametrize("name", LINEAR_RECURRENCES)
 
 
@@ -121,7 +123,7 @@ def test_steps_compile(
             cache = outputs.past_key_values
             made.append(outputs.logits)
     assert_close(torch.cat(made, 1), expected)
-    steps = [block.mixer._compiled for block in model.model.layers]
+    steps = [block.mixer.compiled_step for block in model.model.layers]
     assert all(step is not None and step._compiled is not None for step in steps)
 
 

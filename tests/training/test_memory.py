@@ -16,8 +16,8 @@ pytest.importorskip("yaml")
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import gramian
-from gramian.ess import ess_penalty, gate_regularizer
-from gramian.mixers import LinearRecurrence, Observer
+from gramian.memory import MemoryLosses, Observer, ess_penalty, gate_regularizer
+from gramian.mixers import LinearRecurrence
 from gramian.models import (
     GramianConfig,
     GramianForCausalLM,
@@ -25,8 +25,6 @@ from gramian.models import (
     load,
 )
 from gramian.training import ConfigError, StateSizeCallback, parse_config, train
-from gramian.training.configuration import Regularization, StatePenalty
-from gramian.training.memory import MemoryLosses
 from gramian.training.recording import read_lines
 
 
@@ -118,8 +116,7 @@ def test_parts_of_a_batch_add_up_to_its_loss(tmp_path: Path) -> None:
 
 def test_losses_are_those_of_the_observed_operators() -> None:
     net, ids = model(), torch.randint(0, 32, (3, 20))
-    config = Regularization(gates=0.5, ess=StatePenalty(2.0, target=3.0, sequences=3, channels=8))
-    losses = MemoryLosses(net, config)
+    losses = MemoryLosses(net, 0.5, 2.0, target=3.0, sequences=3, channels=8)
     observer = Observer(net, LinearRecurrence)
     net(ids, use_cache=False)
     total, values = losses()
@@ -180,8 +177,7 @@ def test_state_sizes_in_transformers_own_trainer(kind: str, tmp_path: Path) -> N
 )
 def test_losses_are_those_of_sequences_alone(mixers: Any) -> None:
     net = model(mixers).double()
-    config = Regularization(ess=StatePenalty(weight=1.0, target=2.0, sequences=4, channels=99))
-    losses = MemoryLosses(net, config)
+    losses = MemoryLosses(net, ess=1.0, target=2.0, sequences=4, channels=99)
     rows = [torch.randint(0, 32, (length,)) for length in (14, 3, 9, 3)]
     ids, mask = torch.zeros(2, 4, 15, dtype=torch.int64)
     for columns, one, row in zip(ids, mask, rows, strict=True):

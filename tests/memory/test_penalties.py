@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gramian import FIR, DenseOperator, TimeVarying
-from gramian.ess import ess_penalty, gate_regularizer
+from gramian.memory import ess_penalty, gate_regularizer
 from tests.ess.conftest import attention, entropy_by_definition, make
 
 

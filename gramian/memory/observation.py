@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gramian.mixers._mixer import Mixer
-from gramian.mixers._segments import Segments
-from gramian.mixers.block import Block
+from gramian.mixers import Mixer, Segments
 from gramian.systems import System
 
 __all__ = ["Observer"]
@@ -28,7 +26,7 @@ class Observer:
 
     The inputs of the last forward pass are kept, with their graph, until the next one. The layers'
     operators are made from them when they are asked for, which costs projections, short
-    convolutions and gates once more, and reaches parameters outside of ``forward``: not for sharded
+    convolutions and gates once more, and reaches parameters outside of `forward`: not for sharded
     models.
 
     Args:
@@ -43,9 +41,7 @@ class Observer:
         self.mixers = {
             path: module
             for path, module in model.named_modules()
-            if isinstance(module, Mixer)
-            and isinstance(module, kind)
-            and not isinstance(module, Block)
+            if isinstance(module, Mixer) and isinstance(module, kind) and module.core is module
         }
         if not self.mixers:
             raise ValueError(f"{type(model).__name__} has no {kind.__name__} to observe.")
@@ -71,7 +67,8 @@ class Observer:
     def operators(
         self, *, sequences: int | None = None, channels: int | None = None
     ) -> list[System]:
-        """Of every mixer that ran in the last forward pass, `mixer.operator` of what it read.
+        """Return `mixer.operator(x)` for every mixer that ran in the last forward pass, x being the
+        input that it read.
 
         Padding is passed over, as in the pass. Packed rows give several operators a mixer, of
         sequences of about one length each.
@@ -128,7 +125,7 @@ class Observer:
             )
         for path, (x, segments) in self._read.items():
             mixer = self.mixers[path]
-            yield mixer, x, segments, _some(getattr(mixer, "heads", mixer.width), channels)
+            yield mixer, x, segments, _some(mixer.channels, channels)
 
     def close(self) -> None:
         """Observe no longer."""

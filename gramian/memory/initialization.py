@@ -1,7 +1,7 @@
 """Gates initialised for an effective state-size: how fast a memory fades decides how much is in it.
 
 One number a layer, or a head, moves all of its gates: it is added to the logits of the gates of
-`GatedLinearAttention` and `WeightedLinearAttention`, and ``exp`` of it divides the rates of `S6`,
+`GatedLinearAttention` and `WeightedLinearAttention`, and `exp` of it divides the rates of `S6`,
 `GLAS6` (whose normalisation factor it multiplies) and `GatedDeltaNet`. ESS need not rise with it
 all the way, so it is looked for where ESS crosses the target on a grid, nearest to what there was,
 and found there by bisection (arXiv 2504.19561, on initialisation informed by ESS).
@@ -10,7 +10,6 @@ and found there by bisection (arXiv 2504.19561, on initialisation informed by ES
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from gramian.ess import effective_state_size
-from gramian.mixers._linear_recurrence import Dynamics, LinearRecurrence
-from gramian.mixers._observation import Observer
-from gramian.mixers._segments import Segments
+from gramian.memory.observation import Observer
+from gramian.memory.penalties import check_goal
+from gramian.mixers import LinearRecurrence, Segments
+from gramian.mixers.linear_recurrence import Dynamics
 
 __all__ = ["GateInitialization", "InitializedGates", "initialize_gates"]
 
@@ -103,7 +103,7 @@ def initialize_gates(
 
     Layer after layer, in the order in which they run: what a layer reads depends on the gates of
     those before it. Meant for a model as it was initialised; ESS is the mean over sequences, and
-    over heads unless ``per_head``.
+    over heads unless `per_head`.
 
     Args:
         model: Contains linear recurrences of ours, or is one.
@@ -124,12 +124,7 @@ def initialize_gates(
             without linear recurrences, or one whose recurrences did not run; for a position
             outside of the sequence.
     """
-    if (target is None) == (share is None):
-        raise ValueError(f"give target or share, one of the two; got {target!r} and {share!r}.")
-    if target is not None and not (math.isfinite(target) and target > 0):
-        raise ValueError(f"the target must be a positive state-size, got {target!r}.")
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(f"the share must lie above 0 and be at most 1, got {share!r}.")
+    check_goal(target, share)
     entries: list[InitializedGates] = []
     without: list[str] = []
     training = model.training
@@ -188,7 +183,7 @@ class _Search:
         self.start = {name: p.clone() for name, p in dynamics.named_parameters()}
 
     def set(self, shift: Tensor) -> None:
-        """Gates moved by ``shift``, (heads) or (1), from where they were."""
+        """Gates moved by `shift`, (heads) or (1), from where they were."""
         for name, parameter in self.dynamics.named_parameters():
             parameter.copy_(self.start[name])
         like = next(self.dynamics.parameters())

@@ -11,7 +11,8 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from gramian.distillation import distill
-from gramian.distillation._memory import filter_state_sizes, rank_correlation
+from gramian.memory import filter_state_sizes
+from gramian.memory.correlation import rank_correlation
 from gramian.models import GramianConfig, GramianForCausalLM
 
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gramian.mixers._mixer import Mixer, ShortConvolution, apply_mask
 from gramian.mixers._recomputation import recomputed
+from gramian.mixers.mixer import Mixer, apply_mask
+from gramian.mixers.short_convolution import ShortConvolution
 from gramian.ops.packed import Linear
-from gramian.systems import Recurrence, State, System, TimeVarying
+from gramian.systems import State, TimeVarying
 from gramian.systems.time_varying import TimeVaryingState
 
 __all__ = ["Coefficients", "Dynamics", "LinearRecurrence", "LinearRecurrenceState", "Steps"]
@@ -40,7 +41,7 @@ class Steps(Protocol):
         """With steps that leave the memory as it is where the mask (batch, length) is zero."""
 
     def steps(self, start: int, stop: int) -> Self:
-        """The steps ``start`` … ``stop - 1``."""
+        """The steps `start` … `stop - 1`."""
 
     def coefficients(self) -> Coefficients:
         """As those of a system with channels (batch, heads)."""
@@ -83,7 +84,7 @@ class Coefficients(NamedTuple):
         return self._replace(A=torch.where(real, self.A, 1), B=self.B * real, p=p)
 
     def steps(self, start: int, stop: int) -> Coefficients:
-        """The steps ``start`` … ``stop - 1``."""
+        """The steps `start` … `stop - 1`."""
         part = slice(start, stop)
         return Coefficients(
             *(x[:, :, part] for x in self[:4]),
@@ -121,7 +122,7 @@ class Dynamics(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def slow(self, amount: Tensor) -> None:
-        """Make the memories of the heads fade more slowly, in place: ``amount`` (heads) more of the
+        """Make the memories of the heads fade more slowly, in place: `amount` (heads) more of the
         logits of gates, or less of the logarithms of rates; less than zero makes them faster."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -151,8 +152,6 @@ class LinearRecurrence(Mixer):
         short_kernel: Taps of the short convolution.
     """
 
-    filter = None
-
     def __init__(
         self,
         width: int,
@@ -175,6 +174,14 @@ class LinearRecurrence(Mixer):
         self.short = ShortConvolution(convolved, short_kernel)
         self.out_proj = Linear(inner, width, bias=False)
 
+    @property
+    def channels(self) -> int:
+        return self.heads
+
+    def config(self) -> dict[str, Any]:
+        own = {"state_size": self.state_size, "short_kernel": self.short.taps}
+        return super().config() | own
+
     @abc.abstractmethod
     def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Steps, Tensor]:
         """Coefficients, and values (batch, heads, length, N) of their dtype, from the convolved
@@ -184,10 +191,10 @@ class LinearRecurrence(Mixer):
     def _write(self, y: Tensor, rest: Tensor) -> Tensor:
         """(batch, length, inner) from the recurrence's outputs (batch, heads, length, N)."""
 
-    def _operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> TimeVarying:
-        return TimeVarying(*self._features(x, None, mask)[0].coefficients())[:, channels]
+    def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> TimeVarying:
+        return TimeVarying(*self.features(x, None, mask)[0].coefficients())[:, channels]
 
-    def _features(
+    def features(
         self, x: Tensor, past: Tensor | None, mask: Tensor | None
     ) -> tuple[Steps, Tensor, Tensor, Tensor]:
         """Coefficients, values, the features that are not convolved, and the new past."""
@@ -199,24 +206,22 @@ class LinearRecurrence(Mixer):
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return z[..., : self.convolved], z[..., self.convolved :]
 
-    def _parallel(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
-        coefficients, values, rest, _ = self._features(x, None, mask)
+    def mix_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        coefficients, values, rest, _ = self.features(x, None, mask)
         memory = values.new_zeros(x.shape[0], self.heads, self.state_size, self.value_width)
-        return self._finish(self._run(coefficients, values, memory)[0], rest)
+        return self.finish(self._run(coefficients, values, memory)[0], rest)
 
-    def _chunk(
-        self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
-    ) -> tuple[Tensor, State]:
+    def mix_chunk(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
         assert isinstance(state, LinearRecurrenceState)
-        coefficients, values, rest, past = self._features(x, state.short, mask)
+        coefficients, values, rest, past = self.features(x, state.short, mask)
         y, memory = self._run(coefficients, values, state.memory.to(values.dtype))
-        return self._finish(y, rest), LinearRecurrenceState(past, memory)
+        return self.finish(y, rest), LinearRecurrenceState(past, memory)
 
     def _most_elements(self, device: torch.device) -> int:
         """Coefficients (batch, heads, length, n) of the steps taken at once."""
         return _ELEMENTS
 
-    def _finish(self, y: Tensor, rest: Tensor) -> Tensor:
+    def finish(self, y: Tensor, rest: Tensor) -> Tensor:
         return self.out_proj(self._write(y, rest).to(rest.dtype))
 
     def _run(self, coefficients: Steps, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,13 +241,11 @@ class LinearRecurrence(Mixer):
             outputs.append(y)
         return torch.cat(outputs, dim=2), memory
 
-    def _step(
-        self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
-    ) -> tuple[Tensor, State]:
-        y, state = self._fused(self.in_proj(x_t), state, long)
+    def mix_token(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        y, state = self.fused(self.in_proj(x_t), state)
         return self.out_proj(y), state
 
-    def _inner(self, z: Tensor, state: State, long: tuple[Recurrence, ...]) -> tuple[Tensor, State]:
+    def inner(self, z: Tensor, state: State) -> tuple[Tensor, State]:
         assert isinstance(state, LinearRecurrenceState)
         mixed, rest = self._split(z.unsqueeze(1))
         mixed, past = self.short(mixed, state.short)
@@ -250,16 +253,7 @@ class LinearRecurrence(Mixer):
         y, memory = coefficients.step(values, state.memory.to(values.dtype))
         return self._write(y, rest).squeeze(1).to(z.dtype), LinearRecurrenceState(past, memory)
 
-    @property
-    def _long_shape(self) -> tuple[int, ...]:
-        return ()
-
-    def _systems(self, length: int | None = None) -> tuple[System, ...]:
-        return ()
-
-    def _make_state(
-        self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
-    ) -> State:
+    def make_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
         shape = (batch, self.heads, self.state_size, self.value_width)
         return LinearRecurrenceState(
             torch.zeros(batch, self.short.taps - 1, self.convolved, dtype=dtype, device=device),
@@ -272,13 +266,6 @@ class LinearRecurrence(Mixer):
 
 def _stretch(coefficients: Steps, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     return coefficients.run(values, memory)
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise a ValueError unless all are integers of at least 1."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
 
 
 def steps_of_time(parameter: Tensor, low: float = 1e-3, high: float = 1e-1) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gramian.ess import ess_penalty, gate_regularizer
+from gramian.memory import Observer, ess_penalty, gate_regularizer
 from gramian.mixers import (
     GLAS6,
     S6,
@@ -15,7 +15,6 @@ from gramian.mixers import (
     GatedLinearAttention,
     Hyena,
     LinearRecurrence,
-    Observer,
     Segments,
     WeightedLinearAttention,
 )

@@ -1,6 +1,6 @@
 r"""Losses on the memory of a model: gates drawn towards remembering, state-sizes towards a target.
 
-Both take operators, as `mixer.operator(x)` returns them or `gramian.mixers.Observer` makes
+Both take operators, as `mixer.operator(x)` returns them or `gramian.memory.Observer` makes
 them of a forward pass, and are differentiable in what the operators were made of.
 """
 
@@ -12,18 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gramian.ess._effective_state_size import effective_state_size
-from gramian.ess._reading import Positions
-from gramian.ess.aggregation import theoretical_state_size, utilization
+from gramian.ess import effective_state_size, theoretical_state_size, utilization
 from gramian.systems import System, TimeVarying
 
-__all__ = ["ess_penalty", "gate_regularizer"]
+__all__ = ["check_goal", "ess_penalty", "gate_regularizer"]
 
 
 def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
-    r"""``‖A - I‖``: how far state matrices are from the identity, which forgets nothing.
+    r"""`‖A - I‖`: how far state matrices are from the identity, which forgets nothing.
 
-    Of every operator the root of the mean, over channels and steps, of ``‖A_t - I‖_F² / n``; then
+    Of every operator the root of the mean, over channels and steps, of `‖A_t - I‖_F² / n`; then
     the mean over operators. A step that neither forgets nor takes in anything, as at padding, does
     not count. Added to a loss with a factor λ, it lifts memories that have collapsed, as their
     gates forget too fast (arXiv 2504.19561, on state collapse). Linear in the number of
@@ -58,7 +56,7 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
 
 
 def _distance_from_identity(system: TimeVarying) -> Tensor:
-    """``‖A_t - I‖_F²``, (*C, L)."""
+    """`‖A_t - I‖_F²`, (*C, L)."""
     if system.A.ndim > system.B.ndim:
         eye = torch.eye(system.order, dtype=system.dtype, device=system.device)
         return (system.A - eye).square().sum((-2, -1))
@@ -71,16 +69,27 @@ def _distance_from_identity(system: TimeVarying) -> Tensor:
     return squares + 2 * crossed + p.square().sum(-1) * q.square().sum(-1)
 
 
+def check_goal(target: float | None, share: float | None) -> None:
+    """Raise a ValueError unless just one is given: a positive state-size, or a share of what the
+    state could hold."""
+    if (target is None) == (share is None):
+        raise ValueError(f"give target or share, one of the two; got {target!r} and {share!r}.")
+    if target is not None and not (math.isfinite(target) and target > 0):
+        raise ValueError(f"the target must be a positive state-size, got {target!r}.")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"the share must lie above 0 and be at most 1, got {share!r}.")
+
+
 def ess_penalty(
     operators: System | Sequence[System],
     target: float | None = None,
     *,
     share: float | None = None,
-    at: Positions = None,
+    at: int | Sequence[int] | Tensor | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    r"""How far effective state-sizes are from a target: ``(ESS / target - 1)²``, or with a share
-    ``(ESS / TSS - share)²``, the mean over positions and channels and then over operators.
+    r"""How far effective state-sizes are from a target: `(ESS / target - 1)²`, or with a share
+    `(ESS / TSS - share)²`, the mean over positions and channels and then over operators.
 
     ESS is the entropy-ESS of `gramian.effective_state_size`. For a recurrence a position
     costs O(L n²) operations forwards and backwards, for a matrix a singular value decomposition of
@@ -91,7 +100,7 @@ def ess_penalty(
         target: State-size, positive.
         share: Instead, utilisation of the state there is, in (0, 1].
         at: Positions; by default a quarter, a half and three quarters of an operator's length.
-        horizon: Blocks are ``T[i:horizon, :i]``; see `gramian.effective_state_size`.
+        horizon: Blocks are `T[i:horizon, :i]`; see `gramian.effective_state_size`.
 
     Returns:
         (), with gradients.
@@ -101,12 +110,7 @@ def ess_penalty(
         ValueError: unless just one of target and share is given, within these bounds; for
             positions that do not fit; without positions, for systems that have no end.
     """
-    if (target is None) == (share is None):
-        raise ValueError(f"give target or share, one of the two; got {target!r} and {share!r}.")
-    if target is not None and not (math.isfinite(target) and target > 0):
-        raise ValueError(f"the target must be a positive state-size, got {target!r}.")
-    if share is not None and not 0 < share <= 1:
-        raise ValueError(f"the share must lie above 0 and be at most 1, got {share!r}.")
+    check_goal(target, share)
     penalties = []
     for system in _systems(operators):
         positions = _spread(system) if at is None else at

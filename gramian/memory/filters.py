@@ -1,7 +1,7 @@
-r"""Effective state-size of filters, as fast as they are reduced, and what it says in advance.
+r"""Effective state-size of filters, as fast as they are reduced.
 
 The operator of a filter of L taps is parted in the middle of its context, i = ⌊L / 2⌋: the block
-``T[i:2i, :i]`` is a Hankel matrix of taps h_1 … h_{2i-1} with its columns reversed, square and
+`T[i:2i, :i]` is a Hankel matrix of taps h_1 … h_{2i-1} with its columns reversed, square and
 symmetric, so its singular values are the moduli of its eigenvalues. Blocks up to a size are
 factored. Of larger ones the Lanczos iteration of `gramian.reduction.spectrum` finds the
 leading values; the others are taken to fall off as a power of their index, as fast as their energy,
@@ -9,8 +9,6 @@ which is known, says.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from gramian.ops._threads import work
 from gramian.ops.hankel import Hankel
 from gramian.reduction.spectrum import leading_spectrum
 
-__all__ = ["filter_state_sizes", "rank_correlation"]
+__all__ = ["filter_state_sizes"]
 
 _DENSE = 512
 """Blocks up to this size are factored, which takes about as long as reducing their filters."""
@@ -34,13 +32,13 @@ _BLOCK = 2**23
 
 @torch.no_grad()
 def filter_state_sizes(kernel: Tensor) -> Tensor:
-    """Entropy-ESS of filters before the middle of their context.
+    """Measure the entropy-ESS of filters before the middle of their context.
 
     Args:
         kernel: (C, L), float64, finite.
 
     Returns:
-        ``effective_state_size(FIR(kernel), L // 2, horizon=2 * (L // 2))``, (C): exact up to 1,024
+        `effective_state_size(FIR(kernel), L // 2, horizon=2 * (L // 2))`, (C): exact up to 1,024
         taps, estimated above: to a tenth or so where the spectrum falls off fast, within a factor
         of two where the filter is rough.
     """
@@ -65,7 +63,7 @@ def filter_state_sizes(kernel: Tensor) -> Tensor:
 
 
 def _extrapolated(values: Tensor, hankel: Hankel) -> Tensor:
-    """(B, side): the leading singular values (B, r), then ``σ_r (r / k)^p``, of the energy that
+    """(B, side): the leading singular values (B, r), then `σ_r (r / k)^p`, of the energy that
     is left: the power is found by bisection."""
     energy = (hankel.squared_norm() - values.square().sum(-1)).clamp_min(0).unsqueeze(-1)
     first, last = values.shape[-1], values[:, -1:]
@@ -77,19 +75,3 @@ def _extrapolated(values: Tensor, hankel: Hankel) -> Tensor:
         more = last.square() * (2 * middle * logs).exp().sum(-1, keepdim=True) > energy
         low, high = torch.where(more, middle, low), torch.where(more, high, middle)
     return torch.cat([values, last * (low * logs).exp()], dim=-1)
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, ties at their mean rank; None if one of them is constant."""
-    ranks = torch.stack([_ranks(torch.tensor(values, dtype=torch.float64)) for values in (x, y)])
-    ranks = ranks - ranks.mean(-1, keepdim=True)
-    norms = torch.linalg.vector_norm(ranks, dim=-1)
-    if not bool((norms > 0).all()):
-        return None
-    return float(ranks[0] @ ranks[1] / norms.prod())
-
-
-def _ranks(values: Tensor) -> Tensor:
-    _, place, count = values.unique(sorted=True, return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[place]

@@ -1,4 +1,4 @@
-"""What training does about a model's memory: losses on it, and state-sizes at each evaluation."""
+"""State-sizes at each evaluation of a model in training."""
 
 from __future__ import annotations
 
@@ -11,69 +11,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from gramian.analysis import StateReport, analyze
-from gramian.ess import ess_penalty, gate_regularizer, utilization
-from gramian.mixers import LinearRecurrence, Observer
-from gramian.training.configuration import ConfigError, Regularization
+from gramian.ess import utilization
 
-__all__ = ["MemoryLosses", "StateSizeCallback"]
-
-
-class MemoryLosses:
-    """The losses of the section `regularization`, on the operators of a model's last pass.
-
-    Raises:
-        ConfigError: if the model has nothing to regularise.
-    """
-
-    def __init__(self, model: nn.Module, config: Regularization) -> None:
-        self.config = config
-        self.gated: Observer | None = None
-        self.mixing: Observer | None = None
-        try:
-            if config.gates > 0:
-                key, needed = "gates", "linear recurrences, such as gated_linear_attention"
-                self.gated = Observer(model, LinearRecurrence)
-            if config.ess.weight > 0:
-                key, needed = "ess", "mixers"
-                self.mixing = Observer(model)
-        except ValueError as error:
-            raise ConfigError(
-                f"regularization.{key} needs {needed}; this model has none."
-            ) from error
-
-    def __call__(self) -> tuple[Tensor, dict[str, float]]:
-        """The weighted sum, and the losses before they are weighted, by the names they are logged
-        under."""
-        config, losses = self.config, {}
-        total: Any = 0.0
-        if self.gated is not None:
-            loss = gate_regularizer(self.gated.operators())
-            losses["gate_regularizer"] = loss.item()
-            total = total + config.gates * loss
-        if self.mixing is not None:
-            loss = self._penalty(self.mixing)
-            losses["ess_penalty"] = loss.item()
-            total = total + config.ess.weight * loss
-        return total, losses
-
-    def _penalty(self, observer: Observer) -> Tensor:
-        """The mean over sequences and mixers, each sequence as if it were alone."""
-        config = self.config.ess
-        total, sequences = torch.zeros(()), 0
-        for system, length, count in observer.sequences(
-            sequences=config.sequences, channels=config.channels
-        ):
-            at = sorted({length * quarter // 4 for quarter in (1, 2, 3)} - {0})
-            if at:  # a single token has no past
-                goal = {"target": config.target, "share": config.share}
-                penalty = ess_penalty(system, **goal, at=at, horizon=length)
-                total = total.to(penalty.device) + count * penalty
-                sequences += count
-        return total / max(sequences, 1)
+__all__ = ["StateSizeCallback"]
 
 
 class StateSizeCallback(TrainerCallback):
-    """Logs effective state-sizes at each evaluation, of any model that `gramian.analyze` can read.
+    """Log effective state-sizes at each evaluation, of any model that `gramian.analyze` can read.
 
         trainer.add_callback(StateSizeCallback(trainer))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gramian.memory import initialize_gates
 from gramian.mixers import (
     GLAS6,
     S6,
@@ -17,7 +18,6 @@ from gramian.mixers import (
     LinearAttention,
     LinearRecurrence,
     WeightedLinearAttention,
-    initialize_gates,
 )
 
 WIDTH = 16

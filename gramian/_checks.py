@@ -1,0 +1,43 @@
+"""Checks of arguments: each raises one sentence with what was given and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = ["check_choice", "check_divides", "check_probability", "check_sizes"]
+
+
+def check_sizes(**sizes: object) -> None:
+    """Raise a ValueError unless all are integers of at least 1."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+
+
+def check_probability(name: str, value: float) -> float:
+    """Return `value` as a float, or raise a ValueError unless it is a probability below 1."""
+    if not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be a probability, at least 0 and below 1; got {value!r}.")
+    return float(value)
+
+
+def check_divides(name: str, parts: int, width: int) -> None:
+    """Raise a ValueError unless `parts` is positive and divides `width`."""
+    if parts < 1 or width % parts:
+        raise ValueError(f"{name} must divide the width {width}; got {parts}.")
+
+
+def check_choice(name: str, value: object, accepted: Iterable[str], where: str = "") -> None:
+    """Raise a ValueError unless `value` is among the accepted names.
+
+    Args:
+        name: what the message calls the value.
+        value: what was given.
+        accepted: the names.
+        where: what the message says after them, such as " in 'glu' blocks".
+    """
+    choices = tuple(accepted)
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}{where}; got {value!r}."
+        )

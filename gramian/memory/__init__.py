@@ -1,0 +1,34 @@
+"""Acting on memory: losses on it, observers for them, gates that begin right, and state-sizes of
+filters and of models in training."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gramian.memory.filters import filter_state_sizes
+from gramian.memory.initialization import GateInitialization, InitializedGates, initialize_gates
+from gramian.memory.losses import MemoryLosses
+from gramian.memory.observation import Observer
+from gramian.memory.penalties import ess_penalty, gate_regularizer
+
+if TYPE_CHECKING:
+    from gramian.memory.callbacks import StateSizeCallback
+
+__all__ = [
+    "GateInitialization",
+    "InitializedGates",
+    "MemoryLosses",
+    "Observer",
+    "StateSizeCallback",
+    "ess_penalty",
+    "filter_state_sizes",
+    "gate_regularizer",
+    "initialize_gates",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "StateSizeCallback":  # which needs transformers
+        return importlib.import_module("gramian.memory.callbacks").StateSizeCallback
+    raise AttributeError(f"module 'gramian.memory' has no attribute {name!r}")

@@ -1,0 +1,83 @@
+"""The losses on memory that training adds to a task's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.memory.observation import Observer
+from gramian.memory.penalties import ess_penalty, gate_regularizer
+from gramian.mixers import LinearRecurrence
+
+__all__ = ["MemoryLosses"]
+
+
+class MemoryLosses:
+    """A weighted sum of `gate_regularizer` and `ess_penalty` on a model's last forward pass.
+
+    Args:
+        model: A module that contains mixers.
+        gates: Weight of `gate_regularizer` on its linear recurrences; 0 leaves it out.
+        ess: Weight of `ess_penalty` on its mixers; 0 leaves it out.
+        target: As for `ess_penalty`.
+        share: As for `ess_penalty`.
+        sequences: At most so many of a pass are measured for it; all by default.
+        channels: At most so many heads or channels of a layer are.
+
+    Raises:
+        ValueError: if the model has no such mixers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gates: float = 0.0,
+        ess: float = 0.0,
+        *,
+        target: float | None = None,
+        share: float | None = None,
+        sequences: int | None = None,
+        channels: int | None = None,
+    ) -> None:
+        self.gates, self.ess = gates, ess
+        self.goal = {"target": target, "share": share}
+        self.most = {"sequences": sequences, "channels": channels}
+        self.gated: Observer | None = None
+        self.mixing: Observer | None = None
+        name, needed = "gates", "linear recurrences, such as gated_linear_attention"
+        try:
+            if gates > 0:
+                self.gated = Observer(model, LinearRecurrence)
+            name, needed = "ess", "mixers"
+            if ess > 0:
+                self.mixing = Observer(model)
+        except ValueError as error:
+            raise ValueError(f"{name} needs {needed}; this model has none.") from error
+
+    def __call__(self) -> tuple[Tensor, dict[str, float]]:
+        """Return the weighted sum, and the losses before they are weighted, by the names they are
+        logged under."""
+        losses: dict[str, float] = {}
+        total: Any = 0.0
+        if self.gated is not None:
+            loss = gate_regularizer(self.gated.operators())
+            losses["gate_regularizer"] = loss.item()
+            total = total + self.gates * loss
+        if self.mixing is not None:
+            loss = self._penalty(self.mixing)
+            losses["ess_penalty"] = loss.item()
+            total = total + self.ess * loss
+        return total, losses
+
+    def _penalty(self, observer: Observer) -> Tensor:
+        """Return the mean over sequences and mixers, each sequence as if it were alone."""
+        total, sequences = torch.zeros(()), 0
+        for system, length, count in observer.sequences(**self.most):
+            at = sorted({length * quarter // 4 for quarter in (1, 2, 3)} - {0})
+            if at:  # a single token has no past
+                penalty = ess_penalty(system, **self.goal, at=at, horizon=length)
+                total = total.to(penalty.device) + count * penalty
+                sequences += count
+        return total / max(sequences, 1)

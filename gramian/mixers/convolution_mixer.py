@@ -1,0 +1,180 @@
+"""The contract of mixers that convolve with filters."""
+
+from __future__ import annotations
+
+import abc
+from functools import partial
+from typing import Any, ClassVar, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from gramian.filters import Filter
+from gramian.mixers.mixer import Mixer, MixerRecurrence
+from gramian.mixers.segments import Segments
+from gramian.systems import FIR, Modal, Recurrence, State, System, TimeInvariantSystem
+from gramian.systems._pausing import PausedOperator
+
+__all__ = ["ConvolutionMixer", "ConvolutionRecurrence", "for_products", "has_small_state"]
+
+
+class ConvolutionMixer(Mixer):
+    """A mixer whose memory is that of long convolutions, with what one filter makes.
+
+    Long convolutions go through FFTs, which mix all samples of a sequence: a NaN, an infinity or a
+    number too large to round the others beside reaches earlier outputs of that sequence as well.
+
+    A mixer of one's own makes its systems (`systems`, `streams`) and says how it convolves with
+    them: whole sequences (`convolve_whole`), chunks (`convolve_chunk`) and tokens
+    (`convolve_token`), and what its state is around theirs (`join_state`).
+    """
+
+    family: ClassVar[str] = "convolution"
+
+    filter: Filter
+    """The one filter of all long convolutions."""
+
+    kernel_dropout: float = 0.0
+    """The probability with which a tap of a long convolution is dropped in training, whole
+    sequences only: what carries a state is never touched by it."""
+
+    @abc.abstractmethod
+    def systems(self, length: int | None = None) -> tuple[System, ...]:
+        """Make the long convolutions, in the order of their application, for `length` taps or as
+        many as there are; each broadcasts against `streams`."""
+
+    @property
+    @abc.abstractmethod
+    def streams(self) -> tuple[int, ...]:
+        """Shape of what goes through a long convolution, without the batch."""
+
+    @abc.abstractmethod
+    def convolve_whole(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
+        """Mix whole sequences from a silent past, without padding between tokens; `systems` are of
+        at least their length."""
+
+    @abc.abstractmethod
+    def convolve_chunk(
+        self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
+    ) -> tuple[Tensor, State]:
+        """Mix a chunk from `state`; each of `operators` maps (u, state) to (y, state), all of its
+        columns at once or part by part.
+
+        Where there is a mask, padding stands before the tokens of a row, and moves no state.
+        """
+
+    @abc.abstractmethod
+    def convolve_token(
+        self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
+    ) -> tuple[Tensor, State]:
+        """Mix one token (batch, width) from `state`; `long` are the recurrences of the systems.
+        What is between the projections belongs into `inner`."""
+
+    @abc.abstractmethod
+    def join_state(
+        self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
+    ) -> State:
+        """Make the state of a silent past around the states of the long convolutions."""
+
+    def config(self) -> dict[str, Any]:
+        own = {"filter": self.filter.config(), "kernel_dropout": self.kernel_dropout}
+        return super().config() | own
+
+    def recurrence(self) -> ConvolutionRecurrence:
+        """Make a frozen snapshot for generation; filters are evaluated once, here."""
+        self.check_causal()
+        return ConvolutionRecurrence(self)
+
+    def kernel(self, system: System, like: Tensor) -> Tensor:
+        """Return taps for a whole sequence `like`, (batch, length, …), in training with dropout."""
+        kernel = _taps(system, like, like.shape[1])
+        if self.training and self.kernel_dropout > 0:
+            kernel = nn.functional.dropout(kernel, self.kernel_dropout)
+        return kernel
+
+    def mix_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.convolve_whole(x, mask, self.systems(x.shape[1]))
+
+    def mix_chunk(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
+        return self.convolve_chunk(x, state, mask, self.systems())
+
+    def mix_token(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Mix one token; `recurrence()`, which evaluates the filter once for all, is faster."""
+        return self.recurrence().step(x_t, state)
+
+    def make_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
+        return self.recurrence().initial_state(batch, dtype, device)
+
+    def _whole(self, x: Tensor, segments: Segments | None, mix: Any = None) -> Tensor:
+        parts = () if segments is None or segments.unbroken else segments.parts
+        longest = max((part.source.shape[1] for part in parts), default=x.shape[1])
+        systems = self.systems(longest)
+        if len(parts) > 1:  # a kernel is made once for all of them
+            systems = tuple(FIR(_taps(system, x, longest)) for system in systems)
+        return super()._whole(x, segments, partial(self.convolve_whole, systems=systems))
+
+    def _carried(
+        self,
+        x: Tensor,
+        state: State,
+        segments: Segments | None,
+        mix: Any = None,
+        operators: tuple[Any, ...] | None = None,
+        silent: bool = False,
+    ) -> tuple[Tensor, State]:
+        operators = self.systems() if operators is None else operators
+        if segments is not None and not segments.packed and not silent:
+            pause = segments.pause()
+            operators = tuple(PausedOperator(operator, pause) for operator in operators)
+        mix = partial(self.convolve_chunk, operators=operators)
+        return super()._carried(x, state, segments, mix)
+
+
+class ConvolutionRecurrence(MixerRecurrence):
+    """A convolution mixer made ready to be stepped, with the recurrences of its systems."""
+
+    mixer: ConvolutionMixer
+
+    def __init__(self, mixer: ConvolutionMixer) -> None:
+        super().__init__(mixer)
+        with torch.no_grad():
+            self.long = tuple(system.recurrence() for system in mixer.systems())
+
+    def _silence(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
+        shape = (batch, *self.mixer.streams)
+        long = tuple(recurrence.initial_state(shape, device=device) for recurrence in self.long)
+        return self.mixer.join_state(batch, long, dtype, device)
+
+    def _carry(
+        self, x: Tensor, state: State, segments: Segments | None, silent: bool
+    ) -> tuple[Tensor, State]:
+        operators = tuple(recurrence.prefill for recurrence in self.long)
+        return self.mixer._carried(x, state, segments, operators=operators, silent=silent)
+
+    @torch.no_grad()
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Take one token (batch, width). Consumes `state`: use only the one returned."""
+        return self.mixer.convolve_token(x_t, state, self.long)
+
+
+def _taps(system: System, like: Tensor, length: int) -> Tensor:
+    assert isinstance(system, TimeInvariantSystem)
+    return system.kernel_for(like, length)
+
+
+def for_products(x: Tensor) -> Tensor:
+    """Return x of a whole sequence in a dtype whose range holds products of activations.
+
+    float16, which ends at 65,504, becomes float32; bfloat16, which does not, keeps its memory.
+    """
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def has_small_state(system: System, length: int, copies: int = 1) -> TypeGuard[Modal]:
+    """Return whether `copies` of this system are cheaper to measure as a recurrence than as a
+    matrix of `length` steps.
+
+    Only modal systems qualify; other realisations can be less accurate than the taps they came
+    from.
+    """
+    return isinstance(system, Modal) and 0 < 2 * copies * system.order < length

@@ -1,0 +1,399 @@
+"""The contract of every mixer, and the recurrence that a mixer is made into for generation."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from gramian.mixers._compiled import CompiledStep
+from gramian.mixers.segments import Segments
+from gramian.systems import DenseOperator, Recurrence, State, System, TimeVarying
+
+__all__ = ["Mixer", "MixerRecurrence", "apply_mask"]
+
+
+class Mixer(nn.Module, abc.ABC):
+    """A causal map of a sequence (batch, length, width) that carries a state.
+
+    `mixer(x, mask=None) -> y` takes a whole sequence from a silent past; `mixer(x, state,
+    mask=None) -> (y, state)` continues from a state, through which gradients flow;
+    `recurrence()` makes a frozen snapshot for generation. All of them compute the same map.
+
+    The mask, (batch, length), is 1 where a token is real. Padding is not time: on the left, on the
+    right, in between or before the tokens of a warm state, a row gives the outputs and the state
+    that its tokens give alone. What stands at padding in the output means nothing. Rows that hold
+    several sequences each are told by `Segments` in the mask's place, whole sequences only.
+
+    A mixer of one's own sets `width` and says what happens to a chunk (`mix_chunk`), what a silent
+    past is (`make_state`) and which operator is applied (`make_operator`); `mix_whole` and
+    `mix_token` have defaults that call `mix_chunk`. `gramian.mixers.register` gives it a name. A
+    mixer that convolves with filters is a `gramian.mixers.ConvolutionMixer`.
+    """
+
+    kind: ClassVar[str]
+    """The name under which the class is registered."""
+
+    family: ClassVar[str] = "recurrence"
+    """What reports call the mixer: "attention", "convolution" or "recurrence"."""
+
+    width: int
+    """Channels of input and output."""
+
+    compiled_step: CompiledStep | None = None
+    """What `compile_step` made."""
+
+    @overload
+    def __call__(
+        self, x: Tensor, state: None = None, mask: Tensor | Segments | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, x: Tensor, state: State, mask: Tensor | Segments | None = None
+    ) -> tuple[Tensor, State]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self, x: Tensor, state: State | None = None, mask: Tensor | Segments | None = None
+    ) -> Tensor | tuple[Tensor, State]:
+        """Mix whole sequences, or a chunk from a state; see the class.
+
+        Args:
+            x: (batch, length, width), length at least 1.
+            state: From `recurrence().initial_state(batch)` or an earlier call.
+            mask: (batch, length), boolean or numeric, nonzero for real tokens; or `Segments`.
+
+        Raises:
+            TypeError: if `state` is none.
+            ValueError: for a shape other than these, a state with rows of several sequences, or a
+                state of a mixer that is not causal.
+        """
+        segments = self._segments(x, mask)
+        if state is None:
+            return self._whole(x, segments)
+        if not isinstance(state, State):
+            raise TypeError(
+                "the second argument is the state that recurrence().initial_state(batch) or an "
+                f"earlier call returned, got {type(state).__name__}; pass a mask by name, mask=…"
+            )
+        self.check_causal()
+        return self._carried(x, state, segments)
+
+    def operator(
+        self,
+        x: Tensor,
+        channels: slice | None = None,
+        mask: Tensor | Segments | None = None,
+    ) -> System:
+        """Return what the mixer applies to its values on this input: after projections and short
+        convolution, before output gate and output projection.
+
+        Args:
+            x: (batch, length, width), length at least 1, from a silent past.
+            channels: Which heads or channels; all by default.
+            mask: (batch, length), nonzero for real tokens. What depends on the input passes over
+                padding: its rows and columns are zero. Where padding stands between the tokens of a
+                row, the operator is that of the tokens moved together to the end.
+
+        Returns:
+            A system of `length` steps with channels (batch, heads) or (batch, width), or, where
+            it does not depend on the input, a time-invariant one with channels (width).
+
+        Raises:
+            ValueError: for an input of another shape, a mixer that is not causal, or rows of
+                several sequences: their operators are one for each of `Segments.parts`.
+        """
+        self.check_causal()
+        segments = self._segments(x, mask)
+        real = None if segments is None else segments.real
+        x = apply_mask(x, real)
+        if segments is not None and not segments.unbroken:
+            if segments.packed:
+                raise ValueError("packed rows have one operator for each sequence: take its part.")
+            (part,) = segments.parts
+            x, real = part.take(x), part.real
+        system = self.make_operator(x, slice(None) if channels is None else channels, real)
+        return system if real is None else _silent_at_padding(system, real)
+
+    def recurrence(self) -> MixerRecurrence:
+        """Make a frozen snapshot for generation.
+
+        Raises:
+            ValueError: if the mixer is not causal.
+        """
+        self.check_causal()
+        return MixerRecurrence(self)
+
+    # What a mixer says of itself
+
+    @property
+    def channels(self) -> int:
+        """How many heads or channels `operator` has."""
+        return self.width
+
+    @property
+    def causal(self) -> bool:
+        """Whether no output depends on later inputs; only then there are states and operators."""
+        return True
+
+    @property
+    def core(self) -> Mixer:
+        """The mixer whose state is carried: this one, or the one inside of a block."""
+        return self
+
+    def config(self) -> dict[str, Any]:
+        """Return what `gramian.mixers.build` needs to make this mixer again, ready for JSON."""
+        return {"type": self.kind, "width": self.width}
+
+    @classmethod
+    def splits_width(cls, options: Mapping[str, Any]) -> bool:
+        """Return whether the heads must divide the width, given these arguments."""
+        return False
+
+    def reset_parameters(self) -> None:
+        """Draw anew, in place, the parameters that are the mixer's own and no submodule's."""
+
+    @property
+    def output_projection(self) -> Any:
+        """The map onto the residual stream, whose initial weights models make smaller: `out_proj`,
+        where there is one."""
+        return self._modules.get("out_proj")
+
+    # What a mixer does
+
+    @abc.abstractmethod
+    def mix_chunk(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
+        """Mix a chunk (batch, length, width) that continues from `state`; gradients flow.
+
+        Args:
+            x: Zero where the mask is.
+            state: Of the past; not written into.
+            mask: (batch, length), false for padding, which stands before the tokens of a row and
+                moves no state; None if there is none.
+        """
+
+    @abc.abstractmethod
+    def make_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
+        """Make the state of a silent past.
+
+        Args:
+            batch: Number of sequences.
+            dtype: Of activations.
+            device: Where to, "meta" included.
+        """
+
+    @abc.abstractmethod
+    def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
+        """Make what `operator` returns; the mask is that of `mix_chunk`."""
+
+    def mix_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Mix whole sequences from a silent past; the mask is that of `mix_chunk`, but padding may
+        also stand at the end."""
+        return self.mix_chunk(x, self.make_state(x.shape[0], x.dtype, x.device), mask)[0]
+
+    def mix_token(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Mix one token (batch, width); `state` is consumed: it may be written into."""
+        y, state = self.mix_chunk(x_t.unsqueeze(1), state, None)
+        return y.squeeze(1), state
+
+    def reserve(self, state: State, tokens: int) -> State:
+        """Return `state` with room for so many more tokens, where a mixer's state grows at all."""
+        return state
+
+    def inner(self, *args: Any, **kwargs: Any) -> tuple[Tensor, State]:
+        """Do what a step does between the input and output projections: the part that compiles.
+
+        A mixer that has such a part overrides this, and calls it in `mix_token` as `self.fused`.
+        """
+        raise NotImplementedError
+
+    def fused(self, z: Tensor, state: State, *long: Any) -> tuple[Tensor, State]:
+        """Call `inner`, compiled where that was asked for."""
+        if self.compiled_step is None:
+            return self.inner(z, state, *long)
+        return self.compiled_step(self, z, state, *long)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether steps have a part that `compile_step` compiles."""
+        return type(self).inner is not Mixer.inner
+
+    def compile_step(self, enabled: bool = True, **options: Any) -> None:
+        """Compile what steps do between the projections, or stop doing so.
+
+        Layers of one class and one shape share the result; each other shape, a batch size too,
+        is compiled at its first step. Where that fails, steps run as they are, after one warning.
+
+        Args:
+            enabled: Whether to.
+            options: For `torch.compile`: `backend`, `mode`, `options`.
+        """
+        self.compiled_step = None
+        if enabled and self.compiles:
+            self.compiled_step = CompiledStep(type(self).inner, **options)
+
+    # Checks, and what moves tokens of padded and packed rows
+
+    def check_input(self, x: Tensor, mask: Tensor | Segments | None) -> None:
+        """Raise a ValueError unless x is (batch, length ≥ 1, width) and the mask fits."""
+        if x.ndim != 3 or x.shape[-1] != self.width or x.shape[1] == 0:
+            raise ValueError(
+                f"a mixer of width {self.width} takes (batch, length, {self.width}) with a length "
+                f"of at least 1, got {tuple(x.shape)}."
+            )
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"the mask must be (batch, length) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}."
+            )
+
+    def check_causal(self) -> None:
+        """Raise a ValueError unless the mixer is causal."""
+        if not self.causal:
+            raise ValueError(
+                "a bidirectional layer looks at the whole sequence: it has no recurrence and "
+                "carries no state."
+            )
+
+    def _segments(self, x: Tensor, mask: Tensor | Segments | None) -> Segments | None:
+        """Return the checked mask, where there is one."""
+        self.check_input(x, mask)
+        segments = Segments.of(mask)
+        return None if segments is None else segments.to(x.device)
+
+    def _whole(
+        self,
+        x: Tensor,
+        segments: Segments | None,
+        mix: Callable[[Tensor, Tensor | None], Tensor] | None = None,
+    ) -> Tensor:
+        """Mix whole sequences from a silent past by `mix`, wherever their tokens stand."""
+        mix = self.mix_whole if mix is None else mix
+        if segments is None or segments.unbroken:
+            real = None if segments is None else segments.real
+            return mix(apply_mask(x, real), real)
+        return segments.restore([mix(part.take(x), part.real) for part in segments.parts])
+
+    def _carried(
+        self,
+        x: Tensor,
+        state: State,
+        segments: Segments | None,
+        mix: Callable[[Tensor, State, Tensor | None], tuple[Tensor, State]] | None = None,
+    ) -> tuple[Tensor, State]:
+        """Mix a chunk from `state` by `mix`, wherever its tokens stand."""
+        mix = self.mix_chunk if mix is None else mix
+        if segments is None:
+            return mix(x, state, None)
+        if segments.packed:
+            raise ValueError(
+                "a state is that of rows of one sequence each: packed rows can neither begin with "
+                "one nor leave one."
+            )
+        if segments.aligned:
+            return mix(apply_mask(x, segments.real), state, segments.real)
+        (part,) = segments.parts
+        y, state = mix(part.take(x), state, part.real)
+        return segments.restore([y]), state
+
+
+def _silent_at_padding(system: System, real: Tensor) -> System:
+    """Return `system` with rows of zeros where `real` (batch, length) is false; channels are
+    (batch, …)."""
+    if not isinstance(system, TimeVarying | DenseOperator):
+        return system
+    hidden = real.logical_not().unsqueeze(1)
+    if isinstance(system, DenseOperator):
+        return DenseOperator(system.entries.masked_fill(hidden.unsqueeze(-1), 0))
+    C, D = system.C.masked_fill(hidden.unsqueeze(-1), 0), system.D.masked_fill(hidden, 0)
+    return dataclasses.replace(system, C=C, D=D)
+
+
+class MixerRecurrence:
+    """A mixer made ready to be stepped: its filters evaluated, its other weights shared with it."""
+
+    long: tuple[Recurrence, ...] = ()
+    """The recurrences of the long convolutions, where the mixer has any."""
+
+    def __init__(self, mixer: Mixer) -> None:
+        self.mixer = mixer
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The form that each long convolution steps in."""
+        return tuple(recurrence.form for recurrence in self.long)
+
+    def initial_state(
+        self,
+        batch_size: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> State:
+        """Make the state of a silent past.
+
+        Args:
+            batch_size: Number of sequences, an integer.
+            dtype: Of the short convolution's past; default: the mixer's. Dynamic states keep the
+                dtype that their form needs.
+            device: Default: the mixer's.
+        """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(
+                f"batch_size must be a positive number of sequences, got {batch_size!r}."
+            )
+        parameter = next(self.mixer.parameters())
+        place = torch.device(device) if device is not None else parameter.device
+        return self._silence(batch_size, dtype or parameter.dtype, place)
+
+    def _silence(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
+        return self.mixer.make_state(batch, dtype, device)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        mask: Tensor | Segments | None = None,
+    ) -> tuple[Tensor, State]:
+        """Take (batch, T, width) at once; returns y and the state after each row's last token.
+
+        The mask is that of `Mixer.forward`: padding moves no state, wherever it stands.
+        """
+        segments = self.mixer._segments(x, mask)
+        silent = state is None
+        if state is None:
+            state = self.initial_state(x.shape[0], dtype=x.dtype, device=x.device)
+        return self._carry(x, state, segments, silent)
+
+    def _carry(
+        self, x: Tensor, state: State, segments: Segments | None, silent: bool
+    ) -> tuple[Tensor, State]:
+        """Mix a chunk from `state`, which remembers nothing if it is `silent`."""
+        return self.mixer._carried(x, state, segments)
+
+    @torch.no_grad()
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Take one token (batch, width). Consumes `state`: use only the one returned."""
+        state = self.mixer.reserve(state, 1)
+        return self.mixer.mix_token(x_t, state)
+
+    def state_bytes(
+        self, batch_size: int, dtype: torch.dtype | None = None, context: int = 1
+    ) -> int:
+        """Count the bytes of the state for `batch_size` sequences after `context` tokens, which
+        only attention's depends on; nothing is allocated."""
+        state = self.initial_state(batch_size, dtype=dtype, device="meta")
+        return self.mixer.reserve(state, context).nbytes
+
+
+def apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero the positions (batch, length) of x (batch, length, …) where the mask is zero."""
+    if mask is None:
+        return x
+    return x.masked_fill((mask == 0).reshape(*mask.shape, *(1,) * (x.ndim - 2)), 0)

@@ -1,0 +1,84 @@
+"""The depthwise convolution of a few taps that most mixers share."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ShortConvolution"]
+
+
+class ShortConvolution(nn.Module):
+    """A depthwise causal convolution of a few explicit taps, with bias.
+
+    Args:
+        channels: Number of channels.
+        taps: K ≥ 1; tap 0 acts on the present.
+    """
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        if taps < 1:
+            raise ValueError(f"a short convolution needs at least one tap, got {taps}.")
+        self.taps = taps
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform within ±1/√K, as in torch's depthwise convolutions."""
+        bound = 1 / math.sqrt(self.taps)
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(
+        self, x: Tensor, past: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x (batch, length, channels) after the K - 1 inputs `past`; returns y and new past.
+
+        Where the mask (batch, length) is zero, at the beginning of rows, the past is still to come.
+        One token, (batch, channels), comes through here too, since hooks that bring parameters in
+        (offloading) see no other method.
+        """
+        if x.ndim == 2 and past is not None:
+            return self._one(x, past)
+        length = x.shape[1]
+        if past is None:
+            extended = nn.functional.pad(x, (0, 0, self.taps - 1, 0))
+        else:
+            extended = torch.cat([past.to(x.dtype), x], dim=1)
+            if mask is not None:
+                extended = self._moved_past(extended, mask)
+        weight = self.weight.flip(-1).to(x.dtype)
+        y = self.bias.to(x.dtype)
+        for j in range(self.taps):
+            y = torch.addcmul(y, extended[:, j : j + length], weight[:, j])
+        return y, extended[:, length:]
+
+    def _moved_past(self, extended: Tensor, mask: Tensor) -> Tensor:
+        """The leading K - 1 columns of a row moved to where its first token is."""
+        batch, width = extended.shape[:2]
+        padding = (mask == 0).sum(1, keepdim=True)
+        columns = torch.arange(width, device=extended.device)
+        source = torch.where(columns < self.taps - 1 + padding, columns - padding, columns)
+        rows = torch.arange(batch, device=extended.device)[:, None] * width
+        moved = extended.flatten(0, 1).index_select(0, (rows + source.clamp_min(0)).flatten())
+        return moved.unflatten(0, (batch, width)).masked_fill((source < 0).unsqueeze(-1), 0)
+
+    def step(self, x_t: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """One token (batch, channels)."""
+        y, past = self(x_t, past)
+        return y, past
+
+    def _one(self, x_t: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        weight = self.weight.to(x_t.dtype)
+        past = past.to(x_t.dtype)
+        y = torch.addcmul(self.bias.to(x_t.dtype), x_t, weight[:, 0])
+        for j in range(1, self.taps):
+            y = torch.addcmul(y, past[:, -j], weight[:, j])
+        return y, torch.cat([past, x_t.unsqueeze(1)], dim=1)[:, 1:]
+
+    def extra_repr(self) -> str:
+        return f"channels={self.weight.shape[0]}, taps={self.taps}"

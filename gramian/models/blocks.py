@@ -1,0 +1,122 @@
+"""The kinds of blocks: what surrounds a mixer in one layer of a model.
+
+`h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`; the block of `gramian.mixers.Block`; or
+`h ← mixer(h)`. A kind is one class here and its name in the registry, `gramian.models.layers`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from gramian.mixers import Block, Mixer, MixerCall, build
+from gramian.models.configuration import GramianConfig
+from gramian.models.layers import GramianLayer, register_block
+from gramian.models.norms import apply_norm, make_norm
+from gramian.ops.packed import Linear
+
+__all__ = ["GramianBlock", "GramianGLUBlock", "GramianMLP", "GramianMixerBlock", "build_mixer"]
+
+
+def build_mixer(config: GramianConfig, layer: int) -> Mixer:
+    """Build the mixer of layer `layer`: (batch, length, hidden_size) to the same."""
+    return build(
+        config.mixer_config(layer),
+        width=config.hidden_size,
+        heads=config.num_heads,
+        filter=config.filter_of(layer),
+        max_length=config.max_position_embeddings,
+        short_kernel=config.short_kernel,
+        kernel_dropout=config.kernel_dropout,
+        bidirectional=config.bidirectional,
+    )
+
+
+class GramianMLP(nn.Module):
+    """`W₃ (act(W₁ x) ∘ W₂ x)` when gated, `W₃ act(W₁ x)` when not; biases where asked for."""
+
+    def __init__(self, config: GramianConfig) -> None:
+        super().__init__()
+        assert config.intermediate_size is not None
+        width, inner = config.hidden_size, config.intermediate_size
+        bias = config.mlp_bias
+        self.gate_proj = Linear(width, inner, bias=bias) if config.gated_mlp else None
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map (batch, length, hidden_size) to the same."""
+        inner = self.up_proj(hidden_states)
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(inner))
+        return self.down_proj(self.activation(self.gate_proj(hidden_states)) * inner)
+
+
+@register_block("mlp")
+class GramianBlock(GramianLayer):
+    """One layer: a mixer and an MLP, each after a norm and beside a residual connection."""
+
+    options = ("mlp_bias", "residual_in_fp32")
+
+    def __init__(self, config: GramianConfig, layer: int) -> None:
+        super().__init__(layer)
+        self.mixer_norm = make_norm(config.norm, config.hidden_size, config.rms_norm_eps)
+        self.mixer = build_mixer(config, layer)
+        self.mlp_norm = make_norm(config.norm, config.hidden_size, config.rms_norm_eps)
+        self.mlp = GramianMLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    @classmethod
+    def default_final_norm(cls, norm: str) -> str:
+        return norm
+
+    def mix(self, hidden_states: Tensor, call: MixerCall) -> Tensor:
+        mixed = call(apply_norm(self.mixer_norm, hidden_states))
+        hidden_states = hidden_states + self.dropout(mixed)
+        return hidden_states + self.dropout(self.mlp(apply_norm(self.mlp_norm, hidden_states)))
+
+
+@register_block("glu")
+class GramianGLUBlock(GramianLayer):
+    """One layer: a `gramian.mixers.Block` as the configuration describes it."""
+
+    norms = ("rms", "layer", "batch")
+    options = ("prenorm", "tied_dropout")
+
+    def __init__(self, config: GramianConfig, layer: int) -> None:
+        super().__init__(layer)
+        self.block = Block(
+            config.hidden_size,
+            build_mixer(config, layer),
+            norm=config.norm,
+            eps=config.rms_norm_eps,
+            prenorm=config.prenorm,
+            dropout=config.dropout,
+            tied_dropout=config.tied_dropout,
+        )
+
+    @property
+    def mixer(self) -> Mixer:  # type: ignore[override]  # set once, with the block
+        """The mixer inside the block."""
+        return self.block.mixer
+
+    def mix(self, hidden_states: Tensor, call: MixerCall) -> Tensor:
+        return self.block.mix(hidden_states, call)
+
+
+@register_block("mixer")
+class GramianMixerBlock(GramianLayer):
+    """One layer: a mixer and nothing else, but for dropout."""
+
+    def __init__(self, config: GramianConfig, layer: int) -> None:
+        super().__init__(layer)
+        self.mixer = build_mixer(config, layer)
+        self.dropout = nn.Dropout(config.dropout)
+
+    @classmethod
+    def default_final_norm(cls, norm: str) -> str:
+        return "none"
+
+    def mix(self, hidden_states: Tensor, call: MixerCall) -> Tensor:
+        return self.dropout(call(hidden_states))
