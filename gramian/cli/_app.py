@@ -39,19 +39,21 @@ _Imports = Annotated[
         help="Python file or module that registers your own tasks, filters or mixers; repeatable.",
     ),
 ]
-_EXTRAS = {  # the extra that a missing package comes with, where it is not `models`
+_EXTRAS = {  # the extra that a missing package comes with
     "PIL": "train",
     "accelerate": "train",
     "datasets": "train",
-    "gguf": "analysis",
+    "gguf": "gguf",
     "lm_eval": "evaluate",
     "matplotlib": "plots",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
     "ray": "ray",
+    "safetensors": "models",
     "sklearn": "train",
     "tensorboard": "train",
+    "transformers": "models",
     "yaml": "train",
 }
 
@@ -127,12 +129,14 @@ def _fail(error: Exception) -> NoReturn:
     raise SystemExit(1)
 
 
-def _advice(error: ImportError) -> str:
+def _advice(error: BaseException | None) -> str:
     """Name the extra that a missing package comes with, if the error does not do so itself."""
-    if "pip install" in str(error) or error.name is None:
+    if error is None or "pip install" in str(error):
         return ""
-    extra = _EXTRAS.get(error.name.partition(".")[0], "models")
-    return f' Run: pip install "gramian[{extra}]".'
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if package in _EXTRAS:
+        return f' Run: pip install "gramian[{_EXTRAS[package]}]".'
+    return _advice(error.__cause__)
 
 
 def one_line(error: BaseException) -> str:
