@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["world_size"]
+__all__ = ["require_one_process", "world_size"]
 
 
 def world_size() -> int:
@@ -22,3 +22,19 @@ def world_size() -> int:
             "with torchrun, or unset WORLD_SIZE."
         )
     return int(text)
+
+
+def require_one_process(reason: str) -> None:
+    """Refuse to run as one of several processes.
+
+    Args:
+        reason: why not, as the beginning of a sentence: what runs, and what it does.
+
+    Raises:
+        ValueError: if the environment says that there are several processes, or makes no sense.
+    """
+    processes = world_size()
+    if processes > 1:
+        raise ValueError(
+            f"{reason}, so it cannot be one of {processes}: start it without torchrun."
+        )

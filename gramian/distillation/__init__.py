@@ -7,7 +7,12 @@ model of the same class, together with a `DistillationReport` of what was reache
 
 from gramian.distillation._distill import distill
 from gramian.distillation._foreign import ForeignFilter
-from gramian.distillation._quality import distill_to_budget, finetune, mean_loss
+from gramian.distillation._quality import (
+    distill_to_budget,
+    finetune,
+    mean_loss,
+    measure_quality,
+)
 from gramian.distillation._report import DistillationReport, LayerReport, Quality, Trial
 
 __all__ = [
@@ -20,4 +25,5 @@ __all__ = [
     "distill_to_budget",
     "finetune",
     "mean_loss",
+    "measure_quality",
 ]

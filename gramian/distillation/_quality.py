@@ -19,7 +19,7 @@ from gramian.distillation._distill import distill
 from gramian.distillation._report import DistillationReport, Quality, Trial
 from gramian.filters import parameter_groups
 
-__all__ = ["distill_to_budget", "finetune", "mean_loss"]
+__all__ = ["distill_to_budget", "finetune", "mean_loss", "measure_quality"]
 
 _COARSEST, _FINEST, _STEP = 0.3, 1e-6, 10**0.5
 _HALVINGS = 2
@@ -46,6 +46,25 @@ def mean_loss(model: Any, input_ids: Tensor) -> float:
     return total / input_ids[:, 1:].numel()
 
 
+def measure_quality(
+    original: Any, distilled: Any, report: DistillationReport, input_ids: Tensor
+) -> Quality:
+    """Measure the loss on a text before and after distilling without a budget.
+
+    Args:
+        original: a Gramian causal language model.
+        distilled: what `gramian.distill` made of it.
+        report: what came with that.
+        input_ids: (count, length): windows of the text, length at least 2.
+
+    Returns:
+        The quality, with one trial.
+    """
+    before, after = (mean_loss(model, input_ids) for model in (original, distilled))
+    trial = Trial(report.tol, report.mean_order, after, after / before - 1)
+    return Quality(input_ids.numel(), None, before, (trial,))
+
+
 def distill_to_budget(
     model: Any,
     input_ids: Tensor,
@@ -57,9 +76,9 @@ def distill_to_budget(
 ) -> tuple[Any, DistillationReport]:
     """The smallest recurrences with which the loss on a text rises by no more than a budget.
 
-    Every filter is reduced to one tolerance, the largest of those tried that keeps to the budget:
-    from 0.3 down by factors of √10 until the loss does, and two halvings, on a logarithmic scale,
-    of the last step.
+    Every filter is reduced to one tolerance, the largest of those tried that keeps to the budget.
+    Tolerances are tried from 0.3 down by factors of √10 until the loss does, and then at two
+    halvings, on a logarithmic scale, of the last step. None above 0.3 is tried for any budget.
 
     Args:
         model: a Gramian causal language model, left untouched.

@@ -15,6 +15,7 @@ from gramian.evaluation._harness import HarnessError, evaluate_harness
 from gramian.evaluation._measure import Measure
 from gramian.evaluation._perplexity import Perplexity, perplexity
 from gramian.evaluation._report import Comparison, EvaluationReport
+from gramian.evaluation._rows import TaskRow, read_row
 from gramian.evaluation._tasks import evaluate_task
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "HarnessError",
     "Measure",
     "Perplexity",
+    "TaskRow",
     "evaluate_harness",
     "evaluate_task",
     "perplexity",
+    "read_row",
 ]

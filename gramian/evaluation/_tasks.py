@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -10,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gramian._nearest import unknown
 from gramian.evaluation._measure import Measure, ratio
+from gramian.tasks import choose_split, find_kind
 from gramian.tasks.encoding import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gramian.tasks import Description, Task
-from gramian.tasks._task import has_rows
 
 __all__ = ["evaluate_task"]
 
@@ -63,13 +61,13 @@ def evaluate_task(
             an unknown split, no rows, or labels that do not fit.
         ImportError: without what `gramian.training` needs.
     """
-    from gramian.training.collation import Collator, check_labels
-    from gramian.training.trainer import score, whole
+    from gramian.training.collation import Collator
 
     task = _in_tokens_of(model, name, task, tokenizer)
     description = task.description()
+    kind = find_kind(description.kind)
     _check(model, name, description)
-    split = chosen_split(task, name, split)
+    split = choose_split(task, name, split)
     rows = list(islice(task.checked_rows(split, seed), examples))
     if not rows:
         raise ValueError(f"the task {name} has no {split} rows with these settings.")
@@ -85,47 +83,29 @@ def evaluate_task(
                 labels = batch.pop("labels").to(device)
                 batch.pop("shift_labels", None)
                 inputs = {key: value.to(device) for key, value in batch.items()}
-                if description.kind == "tokens":
-                    inputs["use_cache"] = False  # type: ignore[assignment]
-                logits = model(**inputs).logits
+                logits = model(**inputs, **kind.call_options).logits
                 _check_answers(logits, labels, model, name, description)
-                check_labels(labels, description, tuple(logits.shape))
-                scores.append(score(logits, labels).cpu())
+                kind.check_labels(labels, tuple(logits.shape))
+                scores.append(kind.score(logits, labels).cpu())
                 if progress is not None:
                     progress(min(first + batch_size, len(rows)), len(rows))
     finally:
         model.train(training)
-    if description.kind == "signal":
-        errors, numbers, energies = torch.cat(scores).T.tolist()
-        if not any(numbers):
-            raise _nothing_due(name, split, len(rows))
-        measures = [ratio(name, "mse", errors, numbers, higher_is_better=False)]
-        if any(energies):
-            measures.append(
-                ratio(name, "relative_error", errors, energies, higher_is_better=False, of="root")
-            )
-        return measures
-    right, due, losses = torch.cat(scores).T.tolist()
-    if not any(due):
-        raise _nothing_due(name, split, len(rows))
-    measures = [
-        ratio(name, "loss", losses, due, higher_is_better=False),
-        ratio(name, "accuracy", right, due, higher_is_better=True),
+    metrics = kind.summarize(torch.cat(scores).numpy(), description)
+    if not metrics[0].defined:
+        raise ValueError(f"no answer is due in the {len(rows)} {split} rows of the task {name}.")
+    return [
+        ratio(
+            name,
+            metric.name,
+            metric.totals.tolist(),
+            metric.weights.tolist(),
+            higher_is_better=metric.higher_is_better,
+            scale=1 / metric.unit,
+            of="root" if metric.root else "mean",
+        )
+        for metric in metrics
     ]
-    if description.kind in ("tokens", "reconstruction"):
-        rights = [whole(one, all_) for one, all_ in zip(right, due, strict=True)]
-        measures.append(
-            ratio(name, "sequence_accuracy", rights, [1.0] * len(rights), higher_is_better=True)
-        )
-    if description.text:
-        measures.append(
-            ratio(name, "bits_per_byte", losses, due, higher_is_better=False, scale=1 / math.log(2))
-        )
-    return measures
-
-
-def _nothing_due(name: str, split: str, rows: int) -> ValueError:
-    return ValueError(f"no answer is due in the {rows} {split} rows of the task {name}.")
 
 
 def _in_tokens_of(model: Any, name: str, task: Task, tokenizer: Any) -> Task:
@@ -150,27 +130,13 @@ def _in_tokens_of(model: Any, name: str, task: Task, tokenizer: Any) -> Task:
     return task
 
 
-def chosen_split(task: Task, name: str, split: str | None) -> str:
-    """The split that was asked for, or the test split, or validation where there is none.
-
-    Raises:
-        ValueError: for an unknown split.
-    """
-    split = split or ("test" if has_rows(task, "test") else "validation")
-    if split not in task.splits:
-        raise ValueError(unknown(f"split of {name}", split, task.splits))
-    return split
-
-
 def _check(model: Any, name: str, description: Description) -> None:
     """Raises a ValueError unless the model is one for such a task."""
     from gramian.models import GramianPreTrainedModel
-    from gramian.training.kinds import MODELS
 
+    kind = find_kind(description.kind)
     ours = isinstance(model, GramianPreTrainedModel)
-    if ours and not isinstance(model, MODELS[description.kind]):
-        raise _otherwise(model, name, description)
-    if not ours and description.kind not in ("tokens", "classification"):
+    if not (kind.accepts_model(model) or (kind.accepts_foreign_models and not ours)):
         raise _otherwise(model, name, description)
     config = model.config
     if description.vocab_size is not None and config.vocab_size < description.vocab_size:
@@ -189,13 +155,13 @@ def _check_answers(
     logits: Tensor, labels: Tensor, model: Any, name: str, description: Description
 ) -> None:
     """Raises a ValueError unless the logits are for such labels."""
-    numbers = description.kind == "signal"
-    if logits.ndim != labels.ndim + (not numbers):
+    kind = find_kind(description.kind)
+    if not kind.fits(logits, labels):
         raise _otherwise(model, name, description)
-    given, wanted = logits.shape[-1], description.num_labels
-    if wanted is not None and (given != wanted if numbers else given < wanted):
-        what = "numbers at a position" if numbers else "classes"
-        raise ValueError(f"the task {name} has {wanted} {what} and the model has {given}.")
+    try:
+        kind.check_size(logits.shape[-1], description)
+    except ValueError as error:
+        raise ValueError(f"the task {name} {error}") from error
 
 
 def _inputs(size: int | None) -> str:
@@ -203,9 +169,8 @@ def _inputs(size: int | None) -> str:
 
 
 def _otherwise(model: Any, name: str, description: Description) -> ValueError:
-    from gramian.training.kinds import MODELS
-
+    wanted = find_kind(description.kind).model_class().__name__
     return ValueError(
-        f"the task {name} is of the kind {description.kind!r}, for which a "
-        f"{MODELS[description.kind].__name__} is needed; the model is a {type(model).__name__}."
+        f"the task {name} is of the kind {description.kind!r}, for which a {wanted} is needed; the "
+        f"model is a {type(model).__name__}."
     )

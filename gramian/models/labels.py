@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gramian._labels import IGNORED
 from gramian.mixers.segments import has_values
 from gramian.models.configuration import GramianConfig
 
@@ -30,9 +31,6 @@ __all__ = [
     "squared_error",
     "token_labels",
 ]
-
-IGNORED = -100
-"""The label that nobody scores."""
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

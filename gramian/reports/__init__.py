@@ -1,18 +1,17 @@
-"""Figures: pictures of measurements that other floors made.
+"""Figures of state-sizes, of distillation and of the cost of decoding.
 
 Every `plot_*` takes plain numbers, or the report of a job, and returns a
 `matplotlib.figure.Figure` that belongs to no window or global state; `save_figure` writes it. Needs
 matplotlib (`pip install "gramian[plots]"`). `state_page` makes an interactive HTML page and needs
-nothing.
+nothing. Figures of training are in `gramian.training`.
 """
 
+from gramian._drawing import save_figure
 from gramian.reports._figures import (
     plot_bits_per_byte,
     plot_decoding_cost,
     plot_distillation,
     plot_hankel_spectra,
-    plot_training,
-    save_figure,
 )
 from gramian.reports._page import save_state_page, state_page
 from gramian.reports._state import (
@@ -21,7 +20,6 @@ from gramian.reports._state import (
     plot_state_map,
     plot_utilization,
 )
-from gramian.reports._sweep import plot_sweep
 
 __all__ = [
     "plot_bits_per_byte",
@@ -31,8 +29,6 @@ __all__ = [
     "plot_state_comparison",
     "plot_state_curves",
     "plot_state_map",
-    "plot_sweep",
-    "plot_training",
     "plot_utilization",
     "save_figure",
     "save_state_page",

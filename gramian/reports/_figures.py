@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gramian._staging import staged_file
+from gramian._drawing import BLUE, CYCLE, GREEN, GREY, ORANGE, finish, head, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,31 +20,7 @@ __all__ = [
     "plot_decoding_cost",
     "plot_distillation",
     "plot_hankel_spectra",
-    "plot_training",
-    "save_figure",
 ]
-
-# Colours that people with any kind of colour vision tell apart (Okabe and Ito).
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
-_CYCLE = (_BLUE, _ORANGE, _GREEN, _GREY)
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'Figures need matplotlib: pip install "gramian[plots]".', name="matplotlib"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _finish(axes: Any, *, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, alpha=0.25, linewidth=0.5)
 
 
 def plot_hankel_spectra(
@@ -59,35 +34,39 @@ def plot_hankel_spectra(
     """
     if not spectra:
         raise ValueError("plot_hankel_spectra was given no spectra; give at least one group.")
-    figure = _new_figure(3.1 * len(spectra) + 0.6, 3.2)
+    figure = new_figure(3.1 * len(spectra) + 0.6, 3.2)
     panels = figure.subplots(1, len(spectra), sharey=True, squeeze=False)[0]
     for axes, (name, values) in zip(panels, spectra.items(), strict=True):
         rows = np.asarray(values, dtype=float)  # (filters, values)
         largest = rows[:, :1]
         relative = np.divide(rows, largest, out=np.zeros_like(rows), where=largest > 0)
         visible = np.where(relative > 1e-9, relative, np.nan)
-        axes.semilogy(np.arange(1, rows.shape[1] + 1), visible.T, color=_BLUE, alpha=0.45, lw=0.9)
+        axes.semilogy(np.arange(1, rows.shape[1] + 1), visible.T, color=BLUE, alpha=0.45, lw=0.9)
         if orders is not None and len(orders[name]):
             mean = float(np.mean(orders[name]))
-            axes.axvline(mean, color=_ORANGE, lw=1.2)
+            axes.axvline(mean, color=ORANGE, lw=1.2)
             axes.annotate(
                 f"mean order {mean:.1f}",
                 (mean, 1.0),
                 xytext=(4, -2),
                 textcoords="offset points",
-                color=_ORANGE,
+                color=ORANGE,
                 fontsize=8,
             )
-        _finish(axes, title=name, x="index k", y=r"$\sigma_k / \sigma_1$")
+        finish(axes, title=name, x="index k", y=r"$\sigma_k / \sigma_1$")
         axes.label_outer()
     return figure
 
 
-def plot_distillation(report: DistillationReport) -> Figure:
+def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
     """What distilling reached, layer by layer: Hankel spectra, relative errors with what no
     recurrence of the same order can go below, and orders.
+
+    Args:
+        report: from `gramian.distill`.
+        title: over the whole figure, such as the model's folder.
     """
-    figure = _new_figure(11.4, 3.5)
+    figure = new_figure(11.4, 3.5)
     panels = figure.subplots(1, 3)
     layers = report.layers
     shades = np.linspace(0.25, 1.0, len(layers))
@@ -103,15 +82,15 @@ def plot_distillation(report: DistillationReport) -> Figure:
             with np.errstate(all="ignore"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)
                 median = np.nanmedian(rows, axis=0)
-            panels[0].semilogy(np.arange(1, len(median) + 1), median, color=_BLUE, alpha=shade)
+            panels[0].semilogy(np.arange(1, len(median) + 1), median, color=BLUE, alpha=shade)
     positions = np.arange(len(layers))
     errors = [np.asarray(layer.relative_errors) for layer in layers]
     bounds = [np.asarray(layer.lower_bounds) for layer in layers]
     orders = [np.asarray(layer.orders) for layer in layers]
     for axes, series, colour, label in (
-        (panels[1], errors, _BLUE, "error"),
-        (panels[1], bounds, _GREY, "lower bound"),
-        (panels[2], orders, _GREEN, "order"),
+        (panels[1], errors, BLUE, "error"),
+        (panels[1], bounds, GREY, "lower bound"),
+        (panels[2], orders, GREEN, "order"),
     ):
         middle = np.array([values.mean() for values in series], dtype=float)
         low = np.array([values.min() for values in series], dtype=float)
@@ -121,20 +100,22 @@ def plot_distillation(report: DistillationReport) -> Figure:
     if any(values.max() > 0 for values in errors):
         panels[1].set_yscale("log")
     if report.tol is not None:
-        panels[1].axhline(report.tol, color=_ORANGE, lw=1.2, label="tolerance")
+        panels[1].axhline(report.tol, color=ORANGE, lw=1.2, label="tolerance")
     names = [str(layer.layer) for layer in layers]
     for axes in panels[1:]:
         every = max(1, len(names) // 12)
         axes.set_xticks(positions[::every], names[::every])
         axes.legend(frameon=False, fontsize=7)
-    _finish(
+    finish(
         panels[0],
         title="Hankel spectra, median of each layer",
         x="index k",
         y=r"$\sigma_k / \sigma_1$",
     )
-    _finish(panels[1], title="relative l2 error", x="layer", y="")
-    _finish(panels[2], title="order of the recurrences", x="layer", y="")
+    finish(panels[1], title="relative l2 error", x="layer", y="")
+    finish(panels[2], title="order of the recurrences", x="layer", y="")
+    if title:
+        head(figure, title)
     return figure
 
 
@@ -142,14 +123,14 @@ def plot_bits_per_byte(values: Mapping[str, float]) -> Figure:
     """Horizontal bars of bits per byte, one for each model, in the order given."""
     if not values:
         raise ValueError("plot_bits_per_byte was given no values; give at least one.")
-    figure = _new_figure(6.4, 0.55 + 0.42 * len(values))
+    figure = new_figure(6.4, 0.55 + 0.42 * len(values))
     axes = figure.subplots()
     names = list(values)
-    bars = axes.barh(names, [values[name] for name in names], color=_BLUE, height=0.62)
+    bars = axes.barh(names, [values[name] for name in names], color=BLUE, height=0.62)
     axes.bar_label(bars, labels=[f"{values[name]:.4f}" for name in names], padding=4, fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.14)
-    _finish(axes, title="", x="bits per held-out byte (less is better)", y="")
+    finish(axes, title="", x="bits per held-out byte (less is better)", y="")
     axes.grid(False)
     return figure
 
@@ -165,9 +146,9 @@ def plot_decoding_cost(
     """
     if not milliseconds or not state_bytes:
         raise ValueError("plot_decoding_cost needs at least one curve of times and one of bytes.")
-    figure = _new_figure(9.2, 3.5)
+    figure = new_figure(9.2, 3.5)
     names = list(dict.fromkeys([*milliseconds, *state_bytes]))
-    colours = {name: _CYCLE[i % len(_CYCLE)] for i, name in enumerate(names)}
+    colours = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
     panels = figure.subplots(1, 2)
     for axes, curves, unit in (
         (panels[0], milliseconds, 1.0),
@@ -188,52 +169,6 @@ def plot_decoding_cost(
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8)
-    _finish(panels[0], title="time per token", x="context (tokens)", y="milliseconds")
-    _finish(panels[1], title="carried state", x="context (tokens)", y="MiB")
+    finish(panels[0], title="time per token", x="context (tokens)", y="milliseconds")
+    finish(panels[1], title="carried state", x="context (tokens)", y="MiB")
     return figure
-
-
-def plot_training(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Losses against steps and, where it was measured, accuracy or relative error beside them.
-
-    Args:
-        lines: of a run's `metrics.jsonl`: `step` with `loss`, `eval_loss`, `eval_accuracy` or
-            `eval_relative_error`.
-    """
-    if not any("loss" in line or "eval_loss" in line for line in lines):
-        raise ValueError("plot_training was given no line with a loss; give at least one.")
-    curves = {
-        key: [(line["step"], line[key]) for line in lines if key in line]
-        for key in ("loss", "eval_loss", "eval_accuracy", "eval_relative_error")
-    }
-    unit = "mean square" if any("eval_mse" in line for line in lines) else "nats"
-    chosen = "eval_accuracy" if curves["eval_accuracy"] else "eval_relative_error"
-    both = bool(curves[chosen])
-    figure = _new_figure(8.4 if both else 4.4, 3.3)
-    panels = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
-    for key, name, colour in (("loss", "training", _BLUE), ("eval_loss", "held out", _ORANGE)):
-        if curves[key]:
-            marker = "o" if key != "loss" or len(curves[key]) == 1 else None
-            panels[0].plot(
-                *zip(*curves[key], strict=True), color=colour, label=name, marker=marker, ms=3
-            )
-    panels[0].legend(frameon=False, fontsize=8)
-    _finish(panels[0], title="loss", x="step", y=unit)
-    if both:
-        points = curves[chosen]
-        panels[1].plot(*zip(*points, strict=True), color=_ORANGE, marker="o", ms=3)
-        if chosen == "eval_accuracy":
-            panels[1].set_ylim(-0.02, 1.02)
-            _finish(panels[1], title="held-out accuracy", x="step", y="share of right answers")
-        else:
-            panels[1].set_ylim(bottom=0)
-            _finish(panels[1], title="held-out relative error", x="step", y="1: as zeros")
-    return figure
-
-
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write `figure` in the format of the suffix of `path`, complete or not at all."""
-    path = Path(path)
-    with staged_file(path) as stage:
-        figure.savefig(stage, dpi=150)
-    return path

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gramian.reports._figures import _CYCLE, _GREY, _ORANGE, _finish, _new_figure
+from gramian._drawing import CYCLE, GREY, ORANGE, finish, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ def plot_state_map(report: StateReport) -> Figure:
     bound = _bound(report)
     layers, count = curves.shape
     width = min(16.0, max(5.0, 2.5 + 0.14 * count))
-    figure = _new_figure(width, 2.2 + 0.17 * layers)
+    figure = new_figure(width, 2.2 + 0.17 * layers)
     axes = figure.subplots()
     image = axes.imshow(curves, aspect="auto", origin="lower", interpolation="nearest")
     veil = np.zeros((*bound.shape, 4))
@@ -50,7 +50,7 @@ def plot_state_map(report: StateReport) -> Figure:
     _token_ticks(axes, report)
     every = max(1, layers // 24)
     axes.set_yticks(np.arange(0, layers, every), report.labels[::every], fontsize=7)
-    _finish(
+    finish(
         axes,
         title=f"{report.model}: effective state-size before each token; pale where the cap binds",
         x="token",
@@ -71,7 +71,7 @@ def plot_state_curves(report: StateReport) -> Figure:
 
     curves, positions, bound = _curves(report), np.array(report.positions), _bound(report)
     order = np.argsort(positions)
-    figure = _new_figure(8.0, 3.8)
+    figure = new_figure(8.0, 3.8)
     axes = figure.subplots()
     shades = colormaps["viridis"](np.linspace(0, 0.92, len(curves)))
     for curve, limited, shade, name in zip(curves, bound, shades, report.labels, strict=True):
@@ -85,16 +85,16 @@ def plot_state_curves(report: StateReport) -> Figure:
             lw=0.5,
         )
     average = report.average(over_positions=False).numpy()
-    axes.plot(positions[order], average[order], color=_ORANGE, lw=2.2, label="average")
+    axes.plot(positions[order], average[order], color=ORANGE, lw=2.2, label="average")
     top = 1.08 * float(max(curves.max(), average.max(), 1e-9))
     cap = report.cap.numpy()[order].astype(float)
-    axes.plot(positions[order], cap, color=_GREY, lw=1, ls="--", label="cap min(i, L − i)")
+    axes.plot(positions[order], cap, color=GREY, lw=1, ls="--", label="cap min(i, L − i)")
     axes.set_ylim(0, top)
     handles, labels = axes.get_legend_handles_labels()
     shown = [0, len(curves) - 1, len(curves), len(curves) + 1]
     kept = list(dict.fromkeys(shown))
     axes.legend([handles[i] for i in kept], [labels[i] for i in kept], frameon=False, fontsize=7)
-    _finish(
+    finish(
         axes,
         title=f"{report.model}: each layer; hollow where the cap binds",
         x=f"position i of {report.horizon:,}",
@@ -113,7 +113,7 @@ def plot_utilization(report: StateReport) -> Figure:
         ValueError: if no layer was read.
     """
     _check(report)
-    figure = _new_figure(6.4, 1.0 + 0.22 * len(report.layers))
+    figure = new_figure(6.4, 1.0 + 0.22 * len(report.layers))
     axes = figure.subplots()
     for row, (layer, bound) in enumerate(zip(report.layers, _bound(report), strict=True)):
         free = ~bound & (layer.tss.numpy() > 0).all(0)
@@ -123,14 +123,14 @@ def plot_utilization(report: StateReport) -> Figure:
         axes.barh(
             row,
             heads.mean(),
-            color=_CYCLE[0],
+            color=CYCLE[0],
             alpha=1.0 if free.any() else 0.35,
             height=0.7,
         )
-        axes.plot([heads.min(), heads.max()], [row, row], color=_ORANGE, lw=1.4)
+        axes.plot([heads.min(), heads.max()], [row, row], color=ORANGE, lw=1.4)
     axes.set_yticks(np.arange(len(report.layers)), report.labels, fontsize=7)
     axes.invert_yaxis()
-    _finish(
+    finish(
         axes,
         title=f"{report.model}: state in use; line: least to most of a layer's heads",
         x="ESS / TSS (%), where the cap does not bind",
@@ -150,7 +150,7 @@ def plot_state_comparison(reports: Mapping[str, StateReport]) -> Figure:
     if not reports:
         raise ValueError("plot_state_comparison was given no reports; give at least one.")
     shares = len({report.horizon for report in reports.values()}) > 1
-    figure = _new_figure(10.0, 3.6)
+    figure = new_figure(10.0, 3.6)
     panels = figure.subplots(1, 2)
     for index, (name, report) in enumerate(reports.items()):
         _check(report)
@@ -165,8 +165,8 @@ def plot_state_comparison(reports: Mapping[str, StateReport]) -> Figure:
             axes.plot(
                 x,
                 sizes.numpy()[order],
-                color=_CYCLE[index % len(_CYCLE)],
-                ls=("-", "--", ":")[index // len(_CYCLE) % 3],
+                color=CYCLE[index % len(CYCLE)],
+                ls=("-", "--", ":")[index // len(CYCLE) % 3],
                 lw=1.6,
                 label=name,
             )
@@ -174,7 +174,7 @@ def plot_state_comparison(reports: Mapping[str, StateReport]) -> Figure:
         panels, ("average of a head or channel", "total of all that were measured"), strict=True
     ):
         axes.legend(frameon=False, fontsize=8)
-        _finish(axes, title=title, x="share of the text" if shares else "position i", y="ESS")
+        finish(axes, title=title, x="share of the text" if shares else "position i", y="ESS")
     return figure
 
 

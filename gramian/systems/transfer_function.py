@@ -42,19 +42,6 @@ _DENSE_ELEMENTS = 2**20
 """Elements up to which a product with a Toeplitz matrix is taken without an FFT."""
 
 
-Reducer = Callable[[Tensor, int], tuple[Modal, float]]
-"""Taps (*C, K) and an order to a modal system with nearly these taps, and its relative error."""
-
-_reducer: Reducer | None = None
-
-
-def set_reducer(reducer: Reducer) -> None:
-    """Name the function through which a transfer function finds a modal recurrence: model
-    reduction, which builds on systems, hands itself down here."""
-    global _reducer
-    _reducer = reducer
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class TransferFunction(TimeInvariantSystem):
     """``H(z) = d + b(z) / a(z)``, strictly proper fraction plus direct term.
@@ -282,7 +269,7 @@ class TransferFunction(TimeInvariantSystem):
             forms["lattice"] = lambda: LatticeRecurrence(k, b, d, taps)
         if self.taps is not None:
             kernel = FIR(self.taps)
-            if _reducer is not None and self.order:
+            if self.order:
                 forms["modal"] = self._modal_recurrence
             forms["online"] = kernel.recurrence
         if form is not None:
@@ -301,8 +288,11 @@ class TransferFunction(TimeInvariantSystem):
     @cached_property
     def _modal(self) -> tuple[Modal, float]:
         """A modal system of order n with nearly the known taps, and its relative error."""
-        assert _reducer is not None and self.taps is not None
-        return _reducer(self.taps.detach(), self.order)
+        # Reduction builds on systems, and only this last resort of a system builds on reduction.
+        from gramian.reduction.switching import modal_form
+
+        assert self.taps is not None
+        return modal_form(self.taps.detach(), self.order)
 
     def _modal_recurrence(self) -> ModalRecurrence:
         system, error = self._modal
@@ -315,7 +305,7 @@ class TransferFunction(TimeInvariantSystem):
             return FIR(self.taps)(u, state)
         if isinstance(state, LatticeState) and self.reflection is not None:
             return apply_lattice(lattice_realisation(self.reflection, self.b, self.d), u, state)
-        if isinstance(state, ModalState) and self.taps is not None and _reducer is not None:
+        if isinstance(state, ModalState) and self.taps is not None:
             return self._modal[0](u, state)
         if not isinstance(state, CompanionState):
             raise TypeError(

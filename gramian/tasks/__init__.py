@@ -11,7 +11,9 @@ it as `shift_labels`, as `gramian.training` does.
 Needs `datasets` (`pip install "gramian[train]"`).
 """
 
+from gramian._labels import IGNORED
 from gramian.tasks import (  # noqa: F401 (each registers its tasks)
+    arrays,
     digits,
     fasta,
     listops,
@@ -22,16 +24,16 @@ from gramian.tasks import (  # noqa: F401 (each registers its tasks)
     pathfinder,
     recall,
     speech_commands,
+    table,
     text,
 )
 from gramian.tasks._task import (
-    IGNORED,
-    KINDS,
     SPLITS,
     Description,
     GeneratedTask,
     Task,
     build,
+    choose_split,
     load,
     names,
     register,
@@ -39,21 +41,39 @@ from gramian.tasks._task import (
 )
 from gramian.tasks.documents import Document, documents_in, read_documents
 from gramian.tasks.encoding import Encoder
+from gramian.tasks.kinds import (
+    KINDS,
+    ClassLabels,
+    Column,
+    Kind,
+    Metric,
+    NumberLabels,
+    find_kind,
+    register_kind,
+)
 
 __all__ = [
     "IGNORED",
     "KINDS",
     "SPLITS",
+    "ClassLabels",
+    "Column",
     "Description",
     "Document",
     "Encoder",
     "GeneratedTask",
+    "Kind",
+    "Metric",
+    "NumberLabels",
     "Task",
     "build",
+    "choose_split",
     "documents_in",
+    "find_kind",
     "load",
     "names",
     "read_documents",
     "register",
+    "register_kind",
     "settings",
 ]

@@ -16,19 +16,19 @@ import numpy as np
 
 from gramian._nearest import unknown
 from gramian.tasks.documents import find_files
+from gramian.tasks.kinds import Column, find_kind
 
 if TYPE_CHECKING:
     import datasets
 
 __all__ = [
-    "IGNORED",
-    "KINDS",
     "SPLITS",
     "Description",
     "GeneratedTask",
     "Row",
     "Task",
     "build",
+    "choose_split",
     "load",
     "names",
     "register",
@@ -37,12 +37,6 @@ __all__ = [
     "require_sizes",
     "settings",
 ]
-
-IGNORED = -100
-"""The label that nobody scores."""
-
-KINDS = ("tokens", "classification", "pairs", "signal", "reconstruction")
-"""What a `Description` may ask for."""
 
 SPLITS = ("train", "validation", "test")
 """The splits of a task that has all of them."""
@@ -55,12 +49,15 @@ class Description:
     """What a model for a task must take and give.
 
     Attributes:
-        kind: `"tokens"`, a label at every position; `"classification"`, one a sequence; `"pairs"`,
-            one for two sequences (`input_ids` and `input_ids_2`); `"signal"`, real numbers at
-            every position; `"reconstruction"`, the whole input from its last position.
+        kind: one of `KINDS`: `"tokens"`, a label at every position; `"classification"`, one a
+            sequence; `"pairs"`, one for two sequences (`input_ids` and `input_ids_2`); `"signal"`,
+            real numbers at every position; `"regression"`, real numbers for a sequence;
+            `"reconstruction"`, the whole input from its last position; or one that
+            `register_kind` made known.
         length: of the longest sequence.
         vocab_size: number of token ids, or None for `input_values`.
-        num_labels: number of classes, or of real numbers at a position for `"signal"`.
+        num_labels: number of classes, or of real numbers: at a position for `"signal"`, for a
+            sequence for `"regression"`.
         input_size: features of `input_values` at a position.
         pad_token_id: what to pad `input_ids` with; padding is masked, so any id is right.
         text: whether ids 0 to 255 are bytes of text, those of `gramian.models.ByteTokenizer`.
@@ -73,22 +70,6 @@ class Description:
     input_size: int | None = None
     pad_token_id: int = 0
     text: bool = False
-
-    def columns(self) -> dict[str, tuple[bool, tuple[int | None, ...]]]:
-        """The inputs and labels of a row: whether they are integers, and their shape, in which None
-        is the row's length."""
-        found: dict[str, tuple[bool, tuple[int | None, ...]]]
-        found = {"input_values": (False, (None, self.input_size))}
-        if self.input_size is None:
-            found = {"input_ids": (True, (None,))}
-            if self.kind == "pairs":
-                found["input_ids_2"] = (True, (None,))
-        shape: tuple[int | None, ...] = (None,)
-        if self.kind in ("classification", "pairs"):
-            shape = ()
-        elif self.kind == "signal":
-            shape = (None, self.num_labels)
-        return found | {"labels": (self.kind != "signal", shape)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,25 +110,13 @@ class Task(ABC):
 
     def features(self) -> datasets.Features:
         """Column types of the dataset."""
-        from datasets import Array2D, Features, List, Value
+        from datasets import Features
 
         description = self.description()
-        ids = List(Value("int32"))
-        columns: dict[str, Any] = {}
-        if description.input_size is None:
-            columns["input_ids"] = ids
-        else:
-            shape = (description.length, description.input_size)
-            columns["input_values"] = Array2D(shape, "float32")
-        if description.kind == "pairs":
-            columns["input_ids_2"] = ids
-        if description.kind in ("tokens", "reconstruction"):
-            columns["labels"] = ids
-        elif description.kind == "signal":
-            columns["labels"] = Array2D((description.length, description.num_labels), "float32")
-        else:
-            columns["labels"] = Value("int64")
-        return Features(columns)
+        columns = find_kind(description.kind).columns(description)
+        return Features(
+            {name: _feature(column, description.length) for name, column in columns.items()}
+        )
 
     def dataset(
         self, split: str = "train", seed: int = 0, *, streaming: bool = False
@@ -200,7 +169,7 @@ class Task(ABC):
                 kind of number or of shape; and on token ids outside of the vocabulary.
         """
         description = self.description()
-        columns = description.columns().items()
+        columns = find_kind(description.kind).columns(description).items()
         for row in self.rows(split, seed):
             length = None
             for name, (integers, shape) in columns:
@@ -218,7 +187,7 @@ class Task(ABC):
                 if length is None and values.ndim:
                     length = len(values)
                 due = shape
-                if name == "labels" and shape:
+                if name == "labels" and shape[:1] == (None,):
                     due = (length, *shape[1:])
                 if values.ndim != len(due) or any(
                     size not in (None, given) for size, given in zip(due, values.shape, strict=True)
@@ -376,6 +345,36 @@ def _check_ids(name: str, ids: np.ndarray, vocabulary: int | None, split: str) -
             f"{name} must lie from 0 to {vocabulary - 1}; a row of the {split} split has "
             f"{low if low < 0 else high}."
         )
+
+
+def _feature(column: Column, length: int) -> Any:
+    """Return the type of a column of a dataset: numbers, lists or arrays."""
+    from datasets import Array2D, List, Value
+
+    dtype = "int32" if column.integers else "float32"
+    if not column.shape:
+        return Value("int64" if column.integers else dtype)
+    sizes = [length if size is None else size for size in column.shape]
+    if len(sizes) == 1:
+        return List(Value(dtype))
+    return Array2D((sizes[0], sizes[1]), dtype)
+
+
+def choose_split(task: Task, name: str, split: str | None) -> str:
+    """Return the split that was asked for, or test, or validation where there is no test split.
+
+    Args:
+        task: with the split.
+        name: of the task, for the message.
+        split: that was asked for, or None.
+
+    Raises:
+        ValueError: for an unknown split.
+    """
+    split = split or ("test" if has_rows(task, "test") else "validation")
+    if split not in task.splits:
+        raise ValueError(unknown(f"split of {name}", split, task.splits))
+    return split
 
 
 def has_rows(task: Task, split: str) -> bool:

@@ -17,24 +17,21 @@ from typing import Any
 from gramian.tasks import genomes
 from gramian.tasks._task import (
     SPLITS,
-    Description,
     Row,
-    Task,
     register,
     require_files,
     require_patterns,
-    require_sizes,
 )
 from gramian.tasks.documents import blocks
 from gramian.tasks.encoding import Encoder
-from gramian.tasks.text import described, in_tokens_of, loaded, windows
+from gramian.tasks.tokenized import TokenizedTask, dna_tokenizer, windows
 
 __all__ = ["Fasta"]
 
 
 @register("fasta")
 @dataclass(frozen=True, kw_only=True)
-class Fasta(Task):
+class Fasta(TokenizedTask):
     """Next-nucleotide prediction on FASTA files, plain or compressed.
 
     `gramian.tasks.genomes` tells how FASTA is read. Token ids are HyenaDNA's, or those of a model's
@@ -62,11 +59,9 @@ class Fasta(Task):
     test: str | list[str] | None = None
     validation_records: str | list[str] | None = None
     test_records: str | list[str] | None = None
-    length: int = 1024
-    tokenizer: Any = None
 
     def __post_init__(self) -> None:
-        require_sizes(self, "length")
+        super().__post_init__()
         require_patterns(self)
         if all(getattr(self, split) is None for split in SPLITS):
             raise ValueError("the task fasta needs files: give train, validation or test.")
@@ -83,19 +78,8 @@ class Fasta(Task):
                 "be in one of them."
             )
 
-    def description(self) -> Description:
-        return described(self.own_tokenizer(), self.length)
-
-    def own_tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            from gramian.checkpoints import DNATokenizer
-
-            return DNATokenizer()
-        return loaded(self.tokenizer)
-
-    def tokens_of(self, tokenizer: Any) -> Task:
-        found: Task = in_tokens_of(self, tokenizer)
-        return found
+    def default_tokenizer(self) -> Any:
+        return dna_tokenizer()
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
         encoder = Encoder(self.own_tokenizer(), special_tokens=False)

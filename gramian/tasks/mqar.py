@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gramian.tasks._task import IGNORED, Description, GeneratedTask, Row, register, require_sizes
+from gramian._labels import IGNORED
+from gramian.tasks._task import Description, GeneratedTask, Row, register, require_sizes
 
 __all__ = ["MQAR"]
 

@@ -1,20 +1,11 @@
-"""Language modelling on bytes or tokens of text files or any corpus of `datasets`.
-
-No row holds two documents. A convolution or a recurrence carries what it has read on to whatever
-follows, and no mask makes it forget, so documents that share a sequence leak into each other; here
-each is cut into windows of its own, and the collator pads the short last ones under a mask.
-`packing="concatenate"` is the published practice of WikiText-103 and the like: one stream with an
-end mark after each document, cut into full windows.
-
-A row's labels are the next tokens. Windows of a document overlap in no label, and a document's
-first token is asked for by nobody.
-"""
+"""Language modelling on bytes or tokens of text files or any corpus of `datasets`."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,93 +18,42 @@ from gramian.tasks._task import (
     SPLITS,
     Description,
     Row,
-    Task,
     register,
     require_files,
     require_patterns,
-    require_sizes,
 )
 from gramian.tasks.documentation import python_topics
 from gramian.tasks.documents import Document, holds_keys, read_documents
-from gramian.tasks.encoding import Encoder, load_tokenizer
+from gramian.tasks.encoding import Encoder
+from gramian.tasks.tokenized import TokenizedTask, byte_tokenizer, windows
 
-__all__ = ["PythonDocumentation", "Text", "windows"]
+__all__ = ["PythonDocumentation", "Text"]
 
 BYTES, END_OF_TEXT, PADDING = 259, 257, 258  # as gramian.models.ByteTokenizer has them
 
 
-def windows(
-    documents: Iterator[np.ndarray] | Iterator[Iterator[np.ndarray]],
-    length: int,
-    packing: str,
-    end: int | None,
-) -> Iterator[Row]:
-    """Rows of at most `length` tokens from documents of token ids.
-
-    Args:
-        documents: of token ids (tokens,), or of pieces of them.
-        length: tokens of a row; its labels are one step ahead.
-        packing: `"document"` or `"concatenate"`.
-        end: the id after each document, or None for none.
-    """
-    streams = (iter([one]) if isinstance(one, np.ndarray) else one for one in documents)
-    if packing == "concatenate":
-        streams = (stream for stream in [_chain(streams, end)])  # one endless document
-        end = None
-    for pieces in streams:
-        rest = np.empty(0, dtype=np.int64)
-        for piece in pieces:
-            rest = np.concatenate([rest, piece])
-            starts = range(0, max(0, len(rest) - length), length)
-            for start in starts:
-                window = rest[start : start + length + 1]
-                yield {"input_ids": window[:-1], "labels": window[1:]}
-            rest = rest[len(starts) * length :]
-        if packing == "document":
-            if end is not None:
-                rest = np.append(rest, end)
-            for start in range(0, len(rest) - 1, length):
-                window = rest[start : start + length + 1]
-                yield {"input_ids": window[:-1], "labels": window[1:]}
-
-
-def _chain(documents: Iterator[Iterator[np.ndarray]], end: int | None) -> Iterator[np.ndarray]:
-    for pieces in documents:
-        yield from pieces
-        if end is not None:
-            yield np.array([end])
-
-
 @dataclass(frozen=True, kw_only=True)
-class _TextTask(Task):
-    length: int = 1024
+class _TextTask(TokenizedTask):
     packing: str = "document"
-    tokenizer: Any = None
 
     def __post_init__(self) -> None:
-        require_sizes(self, "length")
+        super().__post_init__()
         if self.packing not in ("document", "concatenate"):
             raise ValueError(f"packing must be 'document' or 'concatenate'; got {self.packing!r}.")
 
+    @abstractmethod
     def documents(self, split: str) -> Iterator[Document]:
-        raise NotImplementedError
+        """Yield the documents of a split."""
+
+    def default_tokenizer(self) -> Any:
+        return byte_tokenizer()
 
     def description(self) -> Description:
         if self.tokenizer is None:
             return Description(
                 "tokens", self.length, vocab_size=BYTES, pad_token_id=PADDING, text=True
             )
-        return described(self.own_tokenizer(), self.length)
-
-    def own_tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            from gramian.models import ByteTokenizer
-
-            return ByteTokenizer()
-        return loaded(self.tokenizer)
-
-    def tokens_of(self, tokenizer: Any) -> Task:
-        return in_tokens_of(self, tokenizer)
+        return super().description()
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
         encode: Callable[[Document], np.ndarray] = _bytes
@@ -123,36 +63,6 @@ class _TextTask(Task):
             encode, end = Encoder(tokenizer, special_tokens=False), tokenizer.eos_token_id
         tokens = (encode(document) for document in self.documents(split))
         return windows(tokens, self.length, self.packing, end)
-
-
-def loaded(tokenizer: Any) -> Any:
-    """The setting `tokenizer` of a task as a tokenizer: a path, a name, or one already."""
-    return load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-
-
-def described(tokenizer: Any, length: int) -> Description:
-    """Of a task of next tokens by a tokenizer of transformers."""
-    pad = tokenizer.pad_token_id
-    return Description(
-        "tokens", length, vocab_size=len(tokenizer), pad_token_id=0 if pad is None else pad
-    )
-
-
-def in_tokens_of(task: Any, tokenizer: Any) -> Any:
-    """A task with the setting `tokenizer`, read by a model's own unless it names another.
-
-    Raises:
-        ValueError: if it names another.
-    """
-    own = task.own_tokenizer()
-    if own.get_vocab() == tokenizer.get_vocab():
-        return task
-    if task.tokenizer is not None:
-        raise ValueError(
-            f"the task's tokenizer has {len(own):,} tokens that are not the {len(tokenizer):,} of "
-            "the model's own; leave the setting tokenizer out, and the model's is taken."
-        )
-    return dataclasses.replace(task, tokenizer=tokenizer)
 
 
 def _bytes(document: Document) -> np.ndarray:

@@ -30,6 +30,7 @@ from gramian.training.configuration import (
     load_config,
     parse_config,
 )
+from gramian.training.plots import plot_sweep, plot_training
 from gramian.training.sweep_configuration import SweepConfig, SweepPoint, load_sweep, parse_sweep
 from gramian.training.sweep_report import PointReport, Spread, SweepReport, SweepRow
 from gramian.training.trainer import DivergedError
@@ -58,6 +59,8 @@ __all__ = [
     "load_sweep",
     "parse_config",
     "parse_sweep",
+    "plot_sweep",
+    "plot_training",
     "sweep",
     "train",
 ]

@@ -5,6 +5,7 @@ environment.json   versions, machine, command; one more for each time the run wa
 metrics.jsonl      a line for everything logged
 samples.jsonl      what the model made of a few rows at each evaluation
 checkpoints/       what a killed run goes on from
+imports/           modules that registered parts of the user's own
 best/, last/       models, as `from_pretrained` reads them
 training.png       losses and metrics against steps
 report.json        written last: the run is finished
@@ -13,7 +14,6 @@ report.json        written last: the run is finished
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -28,25 +28,27 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from gramian import tasks
+from gramian._drawing import save_figure
+from gramian._imports import copy_parts, import_parts
 from gramian._nearest import unknown
-from gramian._processes import world_size
 from gramian._staging import staged_file
 from gramian.memory import MemoryLosses
 from gramian.memory.callbacks import StateSizeCallback
-from gramian.models import BLOCKS, GramianConfig
+from gramian.models import GramianConfig
 from gramian.models.labels import LabelError
-from gramian.reports import plot_training, save_figure
-from gramian.tasks import Description, Task
+from gramian.tasks import Description, Task, find_kind
 from gramian.tasks.encoding import load_tokenizer
+from gramian.tasks.kinds import higher_is_better
+from gramian.training.arguments import count_steps, make_arguments
 from gramian.training.collation import Collator, Packer
 from gramian.training.configuration import (
-    METRICS,
+    IMPORTS,
     ConfigError,
-    Hardware,
     TrainingConfig,
     parse_config,
 )
-from gramian.training.kinds import MODELS
+from gramian.training.plots import plot_training
+from gramian.training.progress import Progress, StepCallback
 from gramian.training.recording import (
     Recorder,
     Sampler,
@@ -87,14 +89,15 @@ class TrainingReport:
         return asdict(self)
 
 
-def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
+def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingReport:
     """Train as `config` says, or go on where an earlier call with the same `config` was killed.
 
     Under `torchrun` every process calls it with the same configuration.
 
     Args:
         config: from `load_config` or `parse_config`.
-        progress: whether to show a progress bar on standard error.
+        progress: whether to show progress on standard error, as a bar; or a function, called as
+            `progress(done, total)` with optimizer steps.
 
     Returns:
         The report, which is in the folder as well; of a run that is finished already, its own.
@@ -107,6 +110,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         FileNotFoundError: on a missing file of the task.
     """
     folder = Path(config.output)
+    _import(config)
     task = _task(config)
     description = task.description()
     if config.hardware.threads is not None:
@@ -120,8 +124,7 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
         raise ConfigError(f"task {config.task['name']}: {error}") from error
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
-    steps = _steps(config, data)
-    arguments = _arguments(config, steps, progress)
+    arguments = make_arguments(config, count_steps(config, data), bar=progress is True)
     losses, packer = _losses(model, config), _packer(config, description)
 
     with arguments.main_process_first(local=False):
@@ -132,19 +135,22 @@ def train(config: TrainingConfig, *, progress: bool = False) -> TrainingReport:
     resumed_from = int(checkpoints[-1].name.rsplit("-", 1)[1]) if checkpoints else 0
 
     set_seed(config.seed)
-    trainer = GramianTrainer(
-        description,
-        folder,
-        tokenizer=task.own_tokenizer(),
-        losses=losses,
-        packer=packer,
-        model=model,
-        args=arguments,
-        train_dataset=Rows(data) if hasattr(data, "__len__") else data,
-        eval_dataset=Rows(held_out),
-        data_collator=Collator(description),
-    )
+    with _tensorboard_in(folder):
+        trainer = GramianTrainer(
+            description,
+            folder,
+            tokenizer=_tokenizer(config, task),
+            losses=losses,
+            packer=packer,
+            model=model,
+            args=arguments,
+            train_dataset=Rows(data) if hasattr(data, "__len__") else data,
+            eval_dataset=Rows(held_out),
+            data_collator=Collator(description),
+        )
     trainer.remove_callback(PrinterCallback)
+    if callable(progress):
+        trainer.add_callback(StepCallback(progress))
     trainer.add_callback(Recorder(folder / "metrics.jsonl"))
     sizes = config.evaluation.ess
     if sizes.rows and not config.hardware.fsdp:
@@ -184,12 +190,28 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Let transformers write TensorBoard's files into the run's folder, for which a trainer asks
+    the environment when it is made."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(folder / "tensorboard")
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def check(config: TrainingConfig) -> None:
     """Raise the errors of `train` that need no training; nothing is written.
 
     Raises:
         ConfigError, FileNotFoundError: as `train`.
     """
+    _import(config)
     task = _task(config)
     with nullcontext() if "path" in config.model else torch.device("meta"):
         _losses(_model(config, task.description()), config)
@@ -202,8 +224,17 @@ def check(config: TrainingConfig) -> None:
         if first is None:
             raise ConfigError(f"the task has no {split} rows with these settings.")
     if config.optimization.steps is None and config.task.get("streaming"):
-        _steps(config, None)
-    _arguments(config, config.optimization.steps or 1, False)
+        count_steps(config, None)
+    make_arguments(config, config.optimization.steps or 1)
+
+
+def _import(config: TrainingConfig) -> None:
+    """Import what registers parts of the run, those of an earlier call from their copies if need
+    be."""
+    try:
+        import_parts(config.imports, Path(config.output, IMPORTS))
+    except ValueError as error:
+        raise ConfigError(f"imports: {error}") from error
 
 
 def _task(config: TrainingConfig) -> Task:
@@ -212,20 +243,23 @@ def _task(config: TrainingConfig) -> Task:
     settings.pop("streaming", None)
     try:
         task = tasks.build(name, setting, **settings)
-        tokenizer = Path(config.model.get("path") or "", "tokenizer_config.json")
-        if "path" in config.model and tokenizer.is_file():
-            task = task.tokens_of(load_tokenizer(str(tokenizer.parent)))
+        tokenizer = _tokenizer_of_model(config)
+        if tokenizer is not None:
+            task = task.tokens_of(tokenizer)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"task: {error}") from error
     if config.evaluation.split not in task.splits:
         raise ConfigError(unknown("evaluation.split", config.evaluation.split, task.splits))
     description = task.description()
-    if description.kind in ("classification", "pairs") and description.num_labels == 1:
-        raise ConfigError(
-            f"the task {name} has one class, so there is nothing to tell apart; a number is the "
-            "label of a task of the kind 'signal'."
-        )
-    metric, accepted = config.evaluation.metric, METRICS[description.kind]
+    try:
+        kind = find_kind(description.kind)
+    except ValueError as error:
+        raise ConfigError(f"task {name}: {error}") from error
+    try:
+        kind.check_description(description)
+    except ValueError as error:
+        raise ConfigError(f"the task {name} {error}") from error
+    metric, accepted = config.evaluation.metric, kind.metrics
     if metric not in accepted:
         raise ConfigError(
             f"evaluation.metric must be {' or '.join(accepted)} for the task {name}; got {metric}."
@@ -233,8 +267,23 @@ def _task(config: TrainingConfig) -> Task:
     return task
 
 
+def _tokenizer(config: TrainingConfig, task: Task) -> Any:
+    """Find what is saved with the model: the task's tokenizer, or that of the earlier model."""
+    own = task.own_tokenizer()
+    return _tokenizer_of_model(config) if own is None else own
+
+
+def _tokenizer_of_model(config: TrainingConfig) -> Any:
+    """Load the tokenizer of the saved model that training goes on from, if there is one."""
+    folder = Path(config.model.get("path") or "")
+    if "path" in config.model and (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(folder))
+    return None
+
+
 def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
-    kind = MODELS[description.kind]
+    kind = find_kind(description.kind)
+    model_class: type[PreTrainedModel] = kind.model_class()
     values = dict(config.model)
     path = values.pop("path", None)
     if path is not None:
@@ -242,7 +291,7 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
             raise ConfigError(f"model has a path, so it cannot have {', '.join(values)} too.")
         if not Path(path).is_dir():
             raise FileNotFoundError(f"there is no model folder {path}.")
-        return kind.from_pretrained(path, local_files_only=True)
+        return model_class.from_pretrained(path, local_files_only=True)
     known = set(GramianConfig.__annotations__)
     for key in values:
         if key not in known:
@@ -259,10 +308,10 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
         values.setdefault("input_size", description.input_size)
     if description.num_labels is not None:
         values["num_labels"] = description.num_labels
-    if description.kind == "reconstruction":
-        values.setdefault("pooling", "last")
+    for key, value in kind.model_options().items():
+        values.setdefault(key, value)
     try:
-        return kind(GramianConfig(**values))
+        return model_class(GramianConfig(**values))
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from error
 
@@ -298,120 +347,6 @@ def _packer(config: TrainingConfig, description: Description) -> Packer | None:
         return Packer(description)
     except ValueError as error:
         raise ConfigError(f"optimization.packing: {error}") from error
-
-
-def _steps(config: TrainingConfig, data: Any) -> int:
-    optimization = config.optimization
-    if optimization.steps is not None:
-        return optimization.steps
-    if not hasattr(data, "__len__"):
-        raise ConfigError("a streamed task has no known length: give optimization.steps.")
-    assert optimization.epochs is not None
-    an_epoch = math.ceil(len(data) / optimization.batch_size)
-    return max(1, round(optimization.epochs * an_epoch))
-
-
-def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingArguments:
-    optimization, evaluation, hardware = config.optimization, config.evaluation, config.hardware
-    processes, on_cpu = _processes(hardware)
-    shares = processes * optimization.accumulation
-    if optimization.batch_size % shares:
-        raise ConfigError(
-            f"optimization.batch_size must be divisible by processes × accumulation, here "
-            f"{processes} × {optimization.accumulation}; got {optimization.batch_size}."
-        )
-    if hardware.fsdp and processes < 2:
-        raise ConfigError("hardware.fsdp needs several processes: start it with torchrun.")
-    share = optimization.batch_size // shares
-    folder = Path(config.output)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    schedule, options = optimization.schedule, {}
-    if schedule == "cosine":
-        schedule, options = "cosine_with_min_lr", {"min_lr_rate": optimization.final_rate}
-    elif schedule == "constant":
-        schedule = "constant_with_warmup"
-    warmup = optimization.warmup
-    recomputing = {}
-    if hardware.gradient_checkpointing and not hardware.fsdp:
-        known = TrainingArguments.__dataclass_fields__
-        name = "activation_checkpointing"  # the newer name
-        recomputing = {name if name in known else "gradient_checkpointing": True}
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=share,
-        per_device_eval_batch_size=evaluation.batch_size or share,
-        gradient_accumulation_steps=optimization.accumulation,
-        learning_rate=optimization.learning_rate,
-        weight_decay=optimization.weight_decay,
-        adam_beta1=optimization.betas[0],
-        adam_beta2=optimization.betas[1],
-        adam_epsilon=optimization.epsilon,
-        lr_scheduler_type=schedule,
-        lr_scheduler_kwargs=options,
-        warmup_steps=round(warmup * steps) if warmup < 1 else round(warmup),
-        max_grad_norm=optimization.clip_norm,
-        eval_strategy="steps",
-        eval_steps=evaluation.every or steps,
-        save_strategy="steps",
-        save_steps=config.checkpoints.every or steps,
-        save_total_limit=config.checkpoints.keep,
-        metric_for_best_model=evaluation.metric,
-        greater_is_better=evaluation.metric == "accuracy",
-        restore_callback_states_from_checkpoint=True,
-        logging_strategy="steps",
-        logging_steps=config.logging.every,
-        logging_nan_inf_filter=False,
-        report_to=config.logging.report_to or "none",
-        disable_tqdm=not progress,
-        seed=config.seed,
-        use_cpu=on_cpu,
-        bf16=hardware.bf16,
-        torch_compile=hardware.compile,
-        fsdp=hardware.fsdp or None,
-        fsdp_config=_sharding(config) if hardware.fsdp else None,
-        dataloader_num_workers=hardware.workers,
-        dataloader_pin_memory=not on_cpu and torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        remove_unused_columns=False,
-        accelerator_config={"dispatch_batches": False},  # a stream's batches differ in length
-        label_names=["labels"],
-        **recomputing,
-    )
-    if arguments.world_size != processes:
-        raise ConfigError(
-            f"the environment says WORLD_SIZE={processes}, but {arguments.world_size} take part in "
-            "this run: start them all with torchrun."
-        )
-    return arguments
-
-
-def _sharding(config: TrainingConfig) -> dict[str, Any]:
-    """Return the options of FSDP2: one group of parameters for each of the model's blocks."""
-    block = BLOCKS.get(str(config.model.get("block", "mlp")), BLOCKS["mlp"])
-    return {
-        "version": 2,
-        "transformer_layer_cls_to_wrap": [block.__name__],
-        "activation_checkpointing": config.hardware.gradient_checkpointing,
-    }
-
-
-def _processes(hardware: Hardware) -> tuple[int, bool]:
-    """How many processes train, and whether on processors: without accelerators those are meant."""
-    try:
-        processes = world_size()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if hardware.device == "cpu" or not torch.accelerator.is_available():
-        return processes, True
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    devices = torch.accelerator.device_count()
-    if processes > 1 and here > devices:
-        raise ConfigError(
-            f"{here} processes of this machine need an accelerator each, and it has {devices}: "
-            "start as many, or give hardware.device=cpu."
-        )
-    return processes, False
 
 
 def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | None:
@@ -461,7 +396,9 @@ def _prepare(
             old.rename(folder / name)
     machines = folder / "environment.json"
     earlier = json.loads(machines.read_text(encoding="utf-8")) if machines.is_file() else []
-    write_json(machines, [*earlier, {"from_step": step, **environment(arguments.world_size)}])
+    copies = copy_parts(config.imports, folder / IMPORTS)
+    started = {"from_step": step, "imports": copies, **environment(arguments.world_size)}
+    write_json(machines, [*earlier, started])
     return None
 
 
@@ -482,7 +419,8 @@ def _finish(
     resumed_from: int,
 ) -> None:
     lines = read_lines(folder / "metrics.jsonl")
-    save_figure(plot_training(lines), folder / "training.png")
+    figure = plot_training(lines, config.evaluation.metric, str(folder))
+    save_figure(figure, folder / "training.png")
     evaluations = [line for line in lines if "eval_loss" in line]
     at_the_end = [line for line in lines if line["step"] == evaluations[-1]["step"]]
     last = {
@@ -492,7 +430,7 @@ def _finish(
         if key.startswith("eval_") and "second" not in key and "runtime" not in key
     }
     metric = f"eval_{config.evaluation.metric}"
-    choose = max if config.evaluation.metric == "accuracy" else min
+    choose = max if higher_is_better(config.evaluation.metric) else min
     best = choose(evaluations, key=lambda line: line[metric])
     report = TrainingReport(
         output=str(folder),

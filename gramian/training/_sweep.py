@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -31,11 +32,13 @@ from typing import Any
 
 import torch
 
-from gramian._processes import world_size
+from gramian._drawing import save_figure
+from gramian._processes import require_one_process
 from gramian._staging import staged_file
-from gramian.reports import plot_sweep, save_figure
 from gramian.training._run import TrainingReport, check, earlier_report, train
 from gramian.training.configuration import ConfigError, TrainingConfig
+from gramian.training.plots import plot_sweep
+from gramian.training.progress import Lines, Progress
 from gramian.training.recording import write_json
 from gramian.training.sweep_configuration import SweepConfig, SweepPoint
 from gramian.training.sweep_report import PointReport, SweepReport
@@ -44,7 +47,6 @@ from gramian.training.trainer import DivergedError
 __all__ = ["sweep"]
 
 POLL = 0.5  # seconds between looks at how far the runs are
-Progress = Callable[[float, int], None]
 
 
 def sweep(
@@ -52,7 +54,7 @@ def sweep(
     *,
     jobs: int = 1,
     address: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = False,
 ) -> SweepReport:
     """Run what is not finished of a sweep, and gather the results.
 
@@ -66,7 +68,9 @@ def sweep(
         address: of a Ray cluster, `"auto"` for the one of this machine; runs go to its machines,
             which share the file system and the working directory, and `jobs` is of no account.
             Each asks for `hardware.threads` cores and, where the cluster has any, one accelerator.
-        progress: called as `progress(done, points)`, runs under way counting for their part.
+        progress: whether to show progress on standard error, as a line for every run that ends and
+            at least every 30 seconds; or a function, called as `progress(done, total)` with runs,
+            those under way counting for their part.
 
     Returns:
         The report, which is in the sweep's folder as well.
@@ -81,14 +85,9 @@ def sweep(
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1; got {jobs}.")
     try:
-        processes = world_size()
+        require_one_process("a sweep starts its own processes")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if processes > 1:
-        raise ConfigError(
-            f"a sweep starts its own processes, so it cannot be one of {processes}: start it "
-            "without torchrun."
-        )
     finished = _check(config)
     folder = Path(config.output)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -96,7 +95,7 @@ def sweep(
     waiting = [point for point in config.points if point.name not in finished]
     outcomes: dict[str, TrainingReport | str] = dict(finished)
     count = len(config.points)
-    show = progress or (lambda done, total: None)
+    show = progress if callable(progress) else Lines("runs") if progress else _show_nothing
     show(len(outcomes), count)
     if waiting:
         runs = _by_ray(waiting, address) if address is not None else _by_processes(waiting, jobs)
@@ -105,6 +104,10 @@ def sweep(
                 outcomes[outcome.point.name] = outcome.result
             show(len(outcomes) + outcome.under_way, count)
     return _gather(config, outcomes)
+
+
+def _show_nothing(done: float, total: int) -> None:
+    """Take the place of a function that shows progress."""
 
 
 def _check(config: SweepConfig) -> dict[str, TrainingReport]:
@@ -317,15 +320,18 @@ def _work_remotely(
 
 def _share(point: SweepPoint) -> float:
     """The share of its steps that a run has taken, as far as its folder tells."""
-    steps = point.config.optimization.steps
+    optimization = point.config.optimization
     lines = Path(point.config.output) / "metrics.jsonl"
-    if steps is None or not lines.is_file():
+    if not lines.is_file():
         return 0.0
+    key, total = "step", optimization.steps or math.inf
+    if optimization.epochs is not None:
+        key, total = "epoch", optimization.epochs
     with lines.open("rb") as file:
         file.seek(max(0, lines.stat().st_size - 4096))
         for line in reversed(file.read().splitlines()):
             try:
-                return min(1.0, float(json.loads(line)["step"]) / steps)
+                return min(1.0, float(json.loads(line)[key]) / total)
             except (ValueError, KeyError, TypeError):  # cut off at either end
                 continue
     return 0.0

@@ -8,32 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.models.labels import check_classes, check_numbers
-from gramian.tasks import IGNORED, Description
+from gramian.tasks import IGNORED, KINDS, Description, find_kind
 
-__all__ = ["PACKED", "Collator", "Packer", "check_labels"]
-
-PACKED = ("tokens", "classification", "signal")
-"""Kinds of tasks whose sequences can stand in one row."""
-
-
-def check_labels(labels: Tensor, description: Description, shape: tuple[int, ...]) -> None:
-    """Check the labels of a batch.
-
-    Args:
-        labels: of the batch.
-        description: of the task.
-        shape: of the logits: (batch, classes), (batch, length, classes), or of a signal (batch,
-            length, numbers).
-
-    Raises:
-        LabelError: on another dtype or shape, classes that there are not, or numbers that are not
-            finite.
-    """
-    if description.kind == "signal":
-        check_numbers(labels, torch.float32, [shape])
-    else:
-        check_classes(labels, shape[-1], [shape[:-1]])
+__all__ = ["Collator", "Packer"]
 
 
 class Collator:
@@ -45,27 +22,23 @@ class Collator:
 
     def __init__(self, description: Description) -> None:
         self.description = description
+        self.kind = find_kind(description.kind)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch: dict[str, Tensor] = {}
-        if self.description.input_size is None:
-            for suffix in ("", "_2") if self.description.kind == "pairs" else ("",):
-                ids = [torch.as_tensor(row[f"input_ids{suffix}"]).long() for row in rows]
-                batch[f"input_ids{suffix}"] = _pad(ids, self.description.pad_token_id)
-                if len({len(one) for one in ids}) > 1:
-                    real = [torch.ones_like(one) for one in ids]
-                    batch[f"attention_mask{suffix}"] = _pad(real, 0)
-        else:
-            values = [torch.as_tensor(row["input_values"]) for row in rows]
-            batch["input_values"] = torch.stack(values).float()
-        labels = [_label(row, self.description) for row in rows]
-        if self.description.kind == "tokens":
-            batch["labels"] = batch["shift_labels"] = _pad(labels, IGNORED)
-        elif self.description.kind == "reconstruction":
-            batch["labels"] = _pad(labels, IGNORED)
-        else:
-            batch["labels"] = torch.stack(labels)
-        return batch
+        for name in self.kind.input_names(self.description):
+            inputs = [torch.as_tensor(row[name]) for row in rows]
+            if not name.startswith("input_ids"):
+                batch[name] = torch.stack(inputs).float()
+                continue
+            batch[name] = _pad([one.long() for one in inputs], self.description.pad_token_id)
+            if len({len(one) for one in inputs}) > 1:
+                real = [torch.ones(len(one), dtype=torch.int64) for one in inputs]
+                batch[name.replace("input_ids", "attention_mask")] = _pad(real, 0)
+        labels = [self.kind.label_tensor(row["labels"]) for row in rows]
+        ragged = self.kind.label_column(self.description).shape[:1] == (None,)
+        together = _pad(labels, IGNORED) if ragged else torch.stack(labels)
+        return batch | self.kind.batch_labels(together)
 
 
 class Packer:
@@ -74,30 +47,32 @@ class Packer:
     A row is no longer than the task's longest sequence, or the batch's. `position_ids` restart at 0
     with every sequence, which is how the models tell them apart; what is left of a row is padding
     under `attention_mask`, where positions go on. Labels stand where they are due, so nothing is
-    shifted across a border, and -100 at padding; of classification there is one a sequence, in the
-    order in which the rows have them.
+    shifted across a border, and -100 at padding; labels of whole sequences come in the order in
+    which the rows have the sequences.
 
     Args:
-        description: of a task of a kind in `PACKED`.
+        description: of a task of a kind that is `packable`.
 
     Raises:
         ValueError: for a task of another kind.
     """
 
     def __init__(self, description: Description) -> None:
-        if description.kind not in PACKED:
+        self.description = description
+        self.kind = find_kind(description.kind)
+        if not self.kind.packable:
+            packable = [repr(name) for name, kind in KINDS.items() if kind.packable]
             raise ValueError(
                 f"sequences of a task of the kind {description.kind!r} cannot share a row; those "
-                f"of {', '.join(map(repr, PACKED))} can."
+                f"of {', '.join(packable)} can."
             )
-        self.description = description
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        name = "input_ids" if self.description.input_size is None else "input_values"
+        (name,) = self.kind.input_names(self.description)
         inputs = [torch.as_tensor(row[name]) for row in rows]
         if name == "input_ids":
             inputs = [one.long() for one in inputs]
-        labels = [_label(row, self.description) for row in rows]
+        labels = [self.kind.label_tensor(row["labels"]) for row in rows]
         plan = fit([len(one) for one in inputs], self.description.length)
         packed = [torch.cat([inputs[index] for index in row]) for row in plan]
         lengths = torch.tensor([len(row) for row in packed])
@@ -116,14 +91,11 @@ class Packer:
         batch["position_ids"] = positions
         if int(lengths.min()) < longest:
             batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-        if self.description.kind == "classification":
-            batch["labels"] = torch.stack([labels[index] for row in plan for index in row])
-            return batch
-        due = [torch.cat([labels[index] for index in row]) for row in plan]
-        batch["labels"] = _pad(due, IGNORED)
-        if self.description.kind == "tokens":
-            batch["shift_labels"] = batch["labels"]
-        return batch
+        if self.kind.label_column(self.description).shape[:1] != (None,):
+            together = torch.stack([labels[index] for row in plan for index in row])
+        else:
+            together = _pad([torch.cat([labels[index] for index in row]) for row in plan], IGNORED)
+        return batch | self.kind.batch_labels(together)
 
 
 def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -143,15 +115,6 @@ def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
         rows[place].append(index)
         left[place] -= length
     return rows
-
-
-def _label(row: dict[str, Any], description: Description) -> Tensor:
-    """Labels of one row: of a signal in single precision, integers as int64, others as they are,
-    so that whoever scores them may refuse them."""
-    labels = torch.as_tensor(row["labels"])
-    if description.kind == "signal":
-        return labels if labels.is_complex() else labels.float()
-    return labels if labels.is_floating_point() or labels.is_complex() else labels.long()
 
 
 def _pad(sequences: list[Tensor], value: int) -> Tensor:

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gramian._imports import find_copy, import_parts
 from gramian._nearest import unknown
+from gramian.tasks.kinds import metric_names
 
 __all__ = [
     "Checkpoints",
@@ -28,6 +30,7 @@ __all__ = [
     "StatePenalty",
     "StateSizes",
     "TrainingConfig",
+    "add_imports",
     "load_config",
     "parse_config",
     "read_change",
@@ -36,14 +39,9 @@ __all__ = [
 ]
 
 SCHEDULES = ("cosine", "linear", "constant")
-METRICS = {  # by the kind of task
-    "tokens": ("loss", "accuracy"),
-    "classification": ("loss", "accuracy"),
-    "pairs": ("loss", "accuracy"),
-    "signal": ("loss", "mse", "relative_error"),
-    "reconstruction": ("loss", "accuracy"),
-}
 DEVICES = ("auto", "cpu")
+IMPORTS = "imports"
+"""The folder of a run that keeps the modules that it imports."""
 
 
 class ConfigError(ValueError):
@@ -227,6 +225,8 @@ class TrainingConfig:
         model: the fields of `gramian.models.GramianConfig`, or `path`, the folder of a saved model
             to go on from. What the task decides (vocabulary, labels, input size, and the filters'
             length unless it is given) is filled in.
+        imports: Python files or modules that register tasks, filters or mixers of your own; the
+            run's folder keeps a copy of each.
         seed: of data, initial weights and everything else random.
         optimization: see there, and so on for the others.
     """
@@ -234,6 +234,7 @@ class TrainingConfig:
     output: str
     task: dict[str, Any]
     model: dict[str, Any]
+    imports: list[str] = field(default_factory=list)
     seed: int = 0
     optimization: Optimization = field(default_factory=Optimization)
     regularization: Regularization = field(default_factory=Regularization)
@@ -317,22 +318,51 @@ def _yaml(value: Any) -> str:
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), imports: Sequence[str] = ()
+) -> TrainingConfig:
     """Read a YAML file, with changes such as `"optimization.steps=100"`.
+
+    The modules under `imports` are imported, those of a finished or interrupted run's own file as
+    the run's folder keeps them.
 
     Args:
         path: the file.
         overrides: `key=value`, the key with dots, the value in YAML.
+        imports: modules to add to the key `imports`.
 
     Raises:
         FileNotFoundError: no such file.
-        ConfigError: text that is no YAML, an unknown key, a value that does not fit.
+        ConfigError: text that is no YAML, an unknown key, a value that does not fit, a module that
+            cannot be imported.
     """
     values = read_values(path)
     for override in overrides:
         key, value = read_change(override)
         set_value(values, key.split("."), value)
+    add_imports(values, imports, path)
     return parse_config(values)
+
+
+def add_imports(values: dict[str, Any], imports: Sequence[str], path: str | Path) -> None:
+    """Add modules to the key `imports` of plain values in place, and import all of them.
+
+    Args:
+        values: what the file holds.
+        imports: modules to add.
+        path: the file. Copies that a run keeps beside its own are imported in place of modules.
+
+    Raises:
+        ConfigError: for a module that cannot be imported.
+    """
+    named = _value(list[str], values.get("imports") or [], "imports")
+    values["imports"] = list(dict.fromkeys([*named, *imports]))
+    copies = Path(path).parent / IMPORTS
+    found = [(find_copy(name, copies), name) for name in values["imports"]]
+    try:
+        import_parts([name if copy is None else str(copy) for copy, name in found])
+    except ValueError as error:
+        raise ConfigError(f"imports: {error}") from error
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
@@ -452,6 +482,11 @@ def _check(config: TrainingConfig) -> None:
     penalty = config.regularization.ess
     if (steps.steps is None) == (steps.epochs is None):
         raise ConfigError("give optimization.steps or optimization.epochs, one of the two.")
+    files = [Path(name).name for name in config.imports]
+    if len(set(files)) < len(files):
+        raise ConfigError(
+            f"imports must be modules whose files have names of their own; got {config.imports}."
+        )
     if "name" not in config.task:
         raise ConfigError("task lacks a name, such as mqar.")
     sizes = {
@@ -518,10 +553,7 @@ def _check(config: TrainingConfig) -> None:
         )
     choices = {
         "optimization.schedule": (steps.schedule, SCHEDULES),
-        "evaluation.metric": (
-            evaluation.metric,
-            list(dict.fromkeys(metric for kind in METRICS.values() for metric in kind)),
-        ),
+        "evaluation.metric": (evaluation.metric, metric_names()),
         "hardware.device": (hardware.device, DEVICES),
     }
     for name, (given, accepted) in choices.items():

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from gramian._json import to_json
 from gramian._staging import staged_file
-from gramian.tasks import IGNORED, Description
+from gramian.tasks import Description, find_kind
 from gramian.training.collation import Collator
 
 __all__ = ["Recorder", "Sampler", "cut_after", "environment", "read_lines", "write_json"]
@@ -99,13 +99,7 @@ class Sampler(TrainerCallback):
         due = batch.pop("labels")[0]
         batch.pop("shift_labels", None)
         logits = model(**batch).logits[0]
-        if self.description.kind == "signal":
-            shown = slice(-self.length, None)
-            return {"due": due[shown].tolist(), "predicted": logits[shown].tolist()}
-        predicted = logits.argmax(-1)
-        if due.ndim:
-            predicted, due = predicted[due != IGNORED], due[due != IGNORED]
-        return {"due": due.tolist(), "predicted": predicted.tolist()}
+        return find_kind(self.description.kind).show(logits, due, self.length)
 
 
 def _text(ids: torch.Tensor) -> str:

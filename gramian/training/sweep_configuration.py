@@ -27,6 +27,7 @@ from typing import Any
 from gramian.training.configuration import (
     ConfigError,
     TrainingConfig,
+    add_imports,
     parse_config,
     read_change,
     read_values,
@@ -35,7 +36,7 @@ from gramian.training.configuration import (
 
 __all__ = ["SweepConfig", "SweepPoint", "load_sweep", "parse_sweep"]
 
-FIXED = ("output", "evaluation.metric", "sweep")
+FIXED = ("output", "imports", "evaluation.metric", "sweep")
 LONGEST = 60
 
 
@@ -76,17 +77,20 @@ class SweepConfig:
         return self.points[0].config.evaluation.metric
 
 
-def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Read a sweep from a YAML file.
+def load_sweep(
+    path: str | Path, overrides: Sequence[str] = (), imports: Sequence[str] = ()
+) -> SweepConfig:
+    """Read a sweep from a YAML file, and import the modules under `imports`.
 
     Args:
         path: the file.
         overrides: `key=value` for the configuration that all points share, the key with dots, the
             value in YAML; `"sweep.task.vocab_size=[10, 20]"` sets an axis.
+        imports: modules to add to the key `imports`, which all points share.
 
     Raises:
         FileNotFoundError: no such file.
-        ConfigError: as `parse_sweep`, and text that is no YAML.
+        ConfigError: as `parse_sweep`, text that is no YAML, and a module that cannot be imported.
     """
     values = read_values(path)
     for override in overrides:
@@ -96,6 +100,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
         if key in _axes(values):
             raise ConfigError(f"{key} is swept; change the axis: sweep.{key}=[…].")
         set_value(values, keys, value)
+    add_imports(values, imports, path)
     return parse_sweep(values)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -23,8 +24,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from gramian.filters import parameter_groups
 from gramian.memory import MemoryLosses
-from gramian.tasks import IGNORED, Description
-from gramian.training.collation import Packer, check_labels
+from gramian.tasks import Description, find_kind
+from gramian.training.collation import Packer
 from gramian.training.configuration import ConfigError
 
 __all__ = ["DivergedError", "GramianTrainer", "Patience", "complete_checkpoints"]
@@ -52,70 +53,27 @@ class Patience(EarlyStoppingCallback):
         pass
 
 
-def score(logits: Any, labels: Tensor) -> Tensor:
-    """What `total` needs of every sequence: (batch, 3) of float64.
-
-    Right answers, all answers and the sum of -log p; of a signal, whose labels are floating-point,
-    the sum of the squared errors, all numbers and the sum of their squares. What is -100 counts
-    nowhere; where logits are NaN, right answers are too.
-
-    Args:
-        logits: (batch, length, classes), or (batch, classes); (batch, length, numbers) of a signal.
-        labels: (batch, length), or (batch); (batch, length, numbers).
-    """
-    if isinstance(logits, tuple | list):
-        logits = logits[0]
-    if labels.is_floating_point():
-        labels, due = labels.double(), labels != IGNORED
-        errors = torch.where(due, logits.double() - labels, 0).square()
-        energies = torch.where(due, labels, 0).square()
-        columns = (errors, due.double(), energies)
-        return torch.stack([column.flatten(1).sum(1) for column in columns], dim=-1)
-    if labels.ndim == 1:
-        logits, labels = logits[:, None], labels[:, None]
-    due = labels != IGNORED
-    losses = nn.functional.cross_entropy(
-        logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-    )
-    right = ((logits.argmax(-1) == labels) & due).double()
-    right = torch.where(losses.isnan(), torch.nan, right)  # among NaN there is no largest
-    columns = (right.sum(1), due.sum(1).double(), losses.double().sum(1))
-    return torch.stack(columns, dim=-1)
-
-
-def whole(right: float, due: float) -> float:
-    """Whether every answer of a sequence is right: 1 or 0, or NaN if that is not known."""
-    return math.nan if math.isnan(right) else float(right == due)
-
-
 def total(prediction: Any, description: Description) -> dict[str, float]:
-    """Metrics from the scores of all sequences.
+    """Compute metrics from the scores of all sequences; `loss` is the first of them.
 
     Raises:
         ConfigError: if nothing is due in any of them.
     """
     scores = np.asarray(prediction.predictions, dtype=np.float64)
-    if not scores[:, 1].sum():
+    metrics = find_kind(description.kind).summarize(scores, description)
+    if not metrics[0].defined:
         raise ConfigError("no answer is due in the rows that the model is evaluated on.")
-    if description.kind == "signal":
-        errors, count, energy = scores.sum(0)
-        mse = float(errors / count)
-        metrics = {"loss": mse, "mse": mse}
-        if energy:
-            metrics["relative_error"] = math.sqrt(errors / energy)
-        return metrics
-    right, due, losses = scores.sum(0)
-    loss = float(losses / due)
-    metrics = {
-        "loss": loss,
-        "accuracy": float(right / due),
-        "sequence_accuracy": float(np.mean([whole(one, all_) for one, all_ in scores[:, :2]])),
-    }
-    if description.kind in ("classification", "pairs"):
-        del metrics["sequence_accuracy"]
-    if description.text:
-        metrics["bits_per_byte"] = loss / math.log(2)
-    return metrics
+    return {"loss": metrics[0].value()} | {metric.name: metric.value() for metric in metrics}
+
+
+def _shard_this_process(state: AcceleratorState, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Change accelerate's state of the whole process, which it keeps in two places, to sharding.
+
+    It lasts for every trainer that the process makes afterwards, as accelerate's own choice does.
+    """
+    state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = plugin
 
 
 class GramianTrainer(Trainer):
@@ -142,8 +100,11 @@ class GramianTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
+        self.kind = kind = find_kind(description.kind)
         super().__init__(
-            preprocess_logits_for_metrics=score,
+            preprocess_logits_for_metrics=lambda outputs, labels: kind.score(
+                outputs[0] if isinstance(outputs, tuple | list) else outputs, labels
+            ),
             compute_metrics=lambda prediction: {},  # counted below, where the loss is in reach
             **kwargs,
         )
@@ -174,11 +135,9 @@ class GramianTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As the original, but FSDP2 shards over processors too: accelerate passes over them."""
         super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        if self.args.fsdp and state.distributed_type is DistributedType.MULTI_CPU:
-            state.distributed_type = DistributedType.FSDP
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # both are read
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        if self.args.fsdp and self.accelerator.distributed_type is DistributedType.MULTI_CPU:
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            _shard_this_process(self.accelerator.state, plugin)
             self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -203,14 +162,12 @@ class GramianTrainer(Trainer):
     ) -> Any:
         """As the original; in training with the logits of those positions alone where something is
         due, and with the losses on memory."""
-        if self.args.torch_compile:  # what is compiled cannot look at values
-            labels, config = inputs["labels"], self.model.config
-            tokens = self.description.kind in ("tokens", "reconstruction")
-            last = config.vocab_size if tokens else config.num_labels
-            batch = inputs["input_ids" if "input_ids" in inputs else "input_values"].shape[:2]
-            shape = batch if labels.ndim > 1 else batch[:1]
-            check_labels(labels, self.description, (*shape, last))
-        inputs = self._due(inputs, model.training)
+        if self.args.torch_compile:  # what is compiled cannot look at values, and has fixed shapes
+            shape = inputs["input_ids" if "input_ids" in inputs else "input_values"].shape
+            due = self.kind.logits_shape(shape[0], shape[1], self.model.config)
+            self.kind.check_labels(inputs["labels"], due)
+        elif model.training:
+            inputs = self.kind.select_due(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.losses is not None and model.training:
             more, values = self.losses()
@@ -220,20 +177,6 @@ class GramianTrainer(Trainer):
             for name, value in values.items():
                 self.logged.setdefault(name, []).append(value)
         return (loss, outputs) if return_outputs else loss
-
-    def _due(self, inputs: Any, training: bool) -> Any:
-        """The inputs, in training with only those positions to be read off where something is due.
-
-        Recall tasks ask at a few positions, and the logits over a large vocabulary are most of the
-        work of a small model. A compiled graph has fixed shapes, so it makes them all.
-        """
-        if self.description.kind != "tokens" or not training or self.args.torch_compile:
-            return inputs
-        due = inputs["shift_labels"] != IGNORED
-        if 2 * int(due.sum()) >= due.numel():
-            return inputs
-        answers = inputs["shift_labels"][due]
-        return {**inputs, "logits_to_keep": due, "shift_labels": answers}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the original; a line of training has the means of the losses on memory since the last

@@ -163,7 +163,11 @@ def test_rows_of_tasks_are_read(call: Call, place: Path, monkeypatch: pytest.Mon
         (["text.txt", "--prompt", "a"], 1, "GGUF"),
         (["empty", "--prompt", "a"], 1, "empty"),
         (["foreign", "--prompt", "a"], 1, "foreign"),
-        (["recall", "--prompt", "a"], 1, "recall has no tokenizer"),
+        (
+            ["recall", "--prompt", "a"],
+            1,
+            "recall has no tokenizer, so it cannot read a text; save the one",
+        ),
         (["recall", "--prompt", "a", "--task", "mqar"], 2, "--task"),
         (["recall", "--prompt", "a", "--set", "length=3"], 2, "--set needs --task"),
         (["run", "--prompt", "a"], 1, "is the folder of a training run; its models are run/best"),

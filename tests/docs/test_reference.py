@@ -134,11 +134,13 @@ def documented(package: str, name: str, value: Any) -> bool:
 
 
 def constants_with_docstrings(package: str) -> set[str]:
-    """Names assigned in a module of the package whose next statement is a text."""
+    """Names assigned in a module of the package, or in one that all packages share, whose next
+    statement is a text."""
     module = importlib.import_module(package)
     assert module.__file__ is not None
     found = set()
-    for file in Path(module.__file__).parent.glob("*.py"):
+    folder = Path(module.__file__).parent
+    for file in [*folder.glob("*.py"), *folder.parent.glob("_*.py")]:
         body = ast.parse(file.read_text(encoding="utf-8")).body
         for statement, following in itertools.pairwise(body):
             if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):

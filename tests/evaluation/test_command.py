@@ -141,7 +141,7 @@ def test_tasks_with_settings_and_of_a_training_configuration(workplace: Path, ca
         ("ours --text text.txt --window 4 --stride 5", 2, "--stride must be at most --window, 4"),
         ("ours --text text.txt --output gpt2", 1, "exists already"),
         ("ours --text text.txt --device nowhere", 1, "--device nowhere"),
-        ("small --text text.txt", 1, "has no tokenizer"),
+        ("small --text text.txt", 1, "has no tokenizer, so it cannot read a text; save the one"),
         ("small --task mqr", 1, "unknown task of ours 'mqr'. Did you mean 'mqar'?"),
         (".", 2, "at least one of --task"),
         ("small --task mqar --set vocab_size=64 --set pairs=2 --set length=16", 1, "has 64 tokens"),

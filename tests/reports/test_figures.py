@@ -15,7 +15,6 @@ from gramian.reports import (
     plot_decoding_cost,
     plot_distillation,
     plot_hankel_spectra,
-    plot_training,
     save_figure,
 )
 
@@ -63,6 +62,7 @@ def test_distillation_shows_every_layer_and_the_tolerance() -> None:
         for name, errors in (("first", (1e-3, 2e-3)), ("second", (0.0, 0.0)))
     )
     report = DistillationReport(0.01, None, layers, 20, 100, 10, 0.5)
+    assert plot_distillation(report, "model to small").get_suptitle() == "model to small"
     spectra, errors, orders = plot_distillation(report).axes
     assert [list(line.get_ydata()) for line in spectra.lines] == [[1.0, 0.5, 0.25]] * 2
     assert list(np.asarray(errors.lines[0].get_ydata())) == [1.5e-3, 0.0]
@@ -90,28 +90,13 @@ def test_costs_are_drawn_for_every_way_in_its_own_colour() -> None:
     assert list(np.asarray(right.lines[0].get_ydata())) == [1.0, 2.0]  # MiB
 
 
-def test_training_curves_hold_every_line_that_has_a_value() -> None:
-    lines = [
-        {"step": 2, "loss": 3.0},
-        {"step": 4, "loss": 2.0},
-        {"step": 4, "eval_loss": 2.5, "eval_accuracy": 0.25},
-    ]
-    losses, accuracy = plot_training(lines).axes
-    training, held_out = losses.lines
-    assert list(training.get_xdata()) == [2, 4] and list(training.get_ydata()) == [3.0, 2.0]
-    assert list(held_out.get_xdata()) == [4] and list(held_out.get_ydata()) == [2.5]
-    assert list(accuracy.lines[0].get_ydata()) == [0.25]
-    assert len(plot_training(lines[:2]).axes) == 1
-
-
 @pytest.mark.parametrize(
     "plot",
     [
         lambda: plot_hankel_spectra({}),
         lambda: plot_bits_per_byte({}),
-        lambda: plot_training([{"step": 1}]),
     ],
-    ids=["spectra", "bars", "training"],
+    ids=["spectra", "bars"],
 )
 def test_nothing_to_plot_is_refused(plot) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="at least one"):

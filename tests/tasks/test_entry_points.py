@@ -20,7 +20,7 @@ pytest.importorskip("accelerate")
 import gramian
 from gramian import cli, tasks
 from gramian.checkpoints import DNATokenizer, EvoTokenizer
-from gramian.cli._models import _windows
+from gramian.cli._inputs import spread_windows
 from gramian.evaluation import evaluate_task, perplexity
 from gramian.models import GramianConfig, GramianForCausalLM
 from gramian.training import parse_config
@@ -135,7 +135,7 @@ def test_distillation_and_analysis_read_the_same_tokens(
 ) -> None:
     ids = MODELS[name](GENOME).input_ids
     model = gramian.models.load(place / name)
-    windows = _windows(place / name, model, place / file, 65_536)
+    windows = spread_windows(place / name, model, place / file, 65_536)
     assert windows.shape == (2, 64) and windows.flatten().tolist() == ids[:128]
     status, out, err = call(f"analyze {name} --text {file} --horizon 20 --every 19 --json")
     assert status == 0, err
@@ -180,7 +180,7 @@ def test_no_window_spans_two_records(call: Any, place: Path, name: str) -> None:
     task = tasks.build("fasta", test=str(place / "two.fa"), length=64)
     found = evaluate_task(model, task, tokenizer=tokenizer)
     assert found[0].value == pytest.approx(expected, rel=1e-6)
-    windows = _windows(place / name, model, place / "two.fa", 65_536)
+    windows = spread_windows(place / name, model, place / "two.fa", 65_536)
     starts = [(0, 0), (1, 0), (1, 32), (1, 64)]  # half as long, as most would be lost otherwise
     assert windows.tolist() == [tokenizer(parts[p][i : i + 32]).input_ids for p, i in starts]
     status, _, err = call(f"check {name} --text two.fa --batch 4 --length 50")
@@ -194,7 +194,7 @@ def test_windows_of_many_short_records(place: Path, tmp_path: Path) -> None:
     records = [f">long\n{GENOME[:64]}", *(f">r{i}\n{GENOME[i : i + 20]}" for i in range(60))]
     (tmp_path / "x.fa").write_text("\n".join(records))
     model = gramian.models.load(place / "dna")
-    windows = _windows(place / "dna", model, tmp_path / "x.fa", 65_536)
+    windows = spread_windows(place / "dna", model, tmp_path / "x.fa", 65_536)
     assert windows.shape[1] == 16 and windows.numel() >= (64 + 60 * 20) / 2
 
 
@@ -295,6 +295,6 @@ def test_one_loss_for_one_text(call: Any, place: Path, tmp_path: Path, name: str
     assert status == 0, err  # a text's end is due too
     expected = loss_of(model, [*ids, 257], 16)
     assert json.loads(out)["measures"][0]["value"] == pytest.approx(expected, rel=1e-6)
-    assert _windows(tmp_path / "words", model, tmp_path / name, 100).flatten().tolist() == ids
+    assert spread_windows(tmp_path / "words", model, tmp_path / name, 100).flatten().tolist() == ids
     status, out, err = call(f"analyze {tmp_path}/words --text {tmp_path / name} --every 49 --json")
     assert status == 0 and len(json.loads(out)["tokens"]) == len(ids), err

@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mqar": {},
 }
 READ_FROM_FILES = {
+    "arrays",
     "digits",
     "fasta",
     "lra/image",
@@ -36,6 +37,7 @@ READ_FROM_FILES = {
     "lra/text",
     "python_documentation",
     "speech_commands",
+    "table",
     "text",
 }
 

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("datasets")
 
 from gramian import tasks
-from gramian.tasks.text import windows
+from gramian.tasks.tokenized import windows
 
 LENGTHS = [1, 2, 3, 7, 8, 9, 63, 64, 65]
 
@@ -188,14 +188,14 @@ def test_speech_commands(tmp_path: Path) -> None:
 
 
 def test_the_split_that_is_measured_is_one_with_files() -> None:
-    from gramian.evaluation._tasks import chosen_split
+    from gramian.tasks import choose_split
 
-    assert chosen_split(tasks.build("text", train="a", test="b"), "text", None) == "test"
-    assert chosen_split(tasks.build("text", train="a", validation="b"), "text", None) == (
+    assert choose_split(tasks.build("text", train="a", test="b"), "text", None) == "test"
+    assert choose_split(tasks.build("text", train="a", validation="b"), "text", None) == (
         "validation"
     )
     named = tasks.build("fasta", train="a", validation_records="one", test_records="two")
-    assert chosen_split(named, "fasta", None) == "test"
+    assert choose_split(named, "fasta", None) == "test"
     named = tasks.build("fasta", train="a", validation_records="one")
-    assert chosen_split(named, "fasta", None) == "validation"
-    assert chosen_split(named, "fasta", "test") == "test"
+    assert choose_split(named, "fasta", None) == "validation"
+    assert choose_split(named, "fasta", "test") == "test"

@@ -43,22 +43,23 @@ class Labelled(GeneratedTask):
     eval_examples: int = 9
 
     def description(self) -> Description:
-        signal = self.kind == "signal"
+        numbers = self.kind in ("signal", "regression")
         return Description(
             self.kind,
             self.length,
-            vocab_size=None if signal else CLASSES,
+            vocab_size=None if numbers else CLASSES,
             num_labels=self.num_labels,
-            input_size=1 if signal else None,
+            input_size=1 if numbers else None,
         )
 
     def row(self, random: np.random.Generator, split: str) -> dict[str, Any]:
         length = int(random.integers(1, self.length + 1)) if self.ragged else self.length
         shape: tuple[int, ...] = (length,)
         row: dict[str, Any] = {}
-        if self.kind == "signal":
+        if self.kind in ("signal", "regression"):
             row["input_values"] = random.normal(size=(self.length, 1)).astype(np.float32)
-            labels = random.normal(size=(self.length, self.num_labels)).astype(np.float32)
+            size = (self.length, self.num_labels) if self.kind == "signal" else self.num_labels
+            labels = random.normal(size=size).astype(np.float32)
         else:
             row["input_ids"] = random.integers(CLASSES, size=length)
             if self.kind == "pairs":

@@ -17,8 +17,8 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
 from gramian.cli import main
+from gramian.tasks import find_kind
 from gramian.training import DivergedError, parse_config, parse_sweep, sweep, train
-from gramian.training.kinds import MODELS
 from gramian.training.recording import read_lines
 from gramian.training.trainer import GramianTrainer
 
@@ -27,7 +27,7 @@ TOO_FAST = {"optimization__learning_rate": 1e30, "optimization__warmup": 0}
 
 
 def finite(folder: Path, kind: str = "tokens") -> bool:
-    weights = MODELS[kind].from_pretrained(folder).state_dict().values()
+    weights = find_kind(kind).model_class().from_pretrained(folder).state_dict().values()
     return all(bool(value.isfinite().all()) for value in weights)
 
 

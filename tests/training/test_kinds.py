@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
@@ -16,18 +19,30 @@ pytest.importorskip("yaml")
 
 from transformers import TrainingArguments
 
+from gramian.evaluation import evaluate_task
 from gramian.models import (
     GramianConfig,
     GramianForCausalLM,
     GramianForPairClassification,
     GramianForReconstruction,
+    GramianForSequenceClassification,
     GramianForSignalRegression,
+    GramianPreTrainedModel,
 )
-from gramian.tasks import KINDS, build
+from gramian.tasks import (
+    KINDS,
+    Column,
+    Description,
+    GeneratedTask,
+    Kind,
+    Metric,
+    _task,
+    build,
+    kinds,
+    register_kind,
+)
 from gramian.training import ConfigError, parse_config, train
-from gramian.training._run import MODELS
 from gramian.training.collation import Collator
-from gramian.training.configuration import METRICS
 from gramian.training.recording import read_lines
 from gramian.training.trainer import GramianTrainer
 
@@ -68,8 +83,10 @@ def held_out(task: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
     return list(build(task["name"], **settings).dataset("validation", 0))
 
 
-def test_no_kind_is_left_out() -> None:
-    assert set(MODELS) == set(METRICS) == set(KINDS)
+def test_every_kind_is_a_kind_of_model_and_of_metric() -> None:
+    for name, kind in KINDS.items():
+        assert kind.name == name and kind.metrics["loss"] is False
+        assert issubclass(kind.model_class(), GramianPreTrainedModel)
 
 
 def test_delay_is_learnt_by_a_linear_model(tmp_path: Path) -> None:
@@ -203,3 +220,117 @@ def test_logits_are_made_where_answers_are_due(tmp_path: Path, pairs: int, answe
         torch.testing.assert_close(one, other)
     assert made == [3 * 16, 3 * answered]
     assert trainer.compute_loss(model.eval(), batch, return_outputs=True)[1].logits.ndim == 3
+
+
+class Tags(Kind):
+    """A kind from outside of the library: several tags for a sequence, each there or not."""
+
+    metrics: ClassVar[Mapping[str, bool]] = {"loss": False, "tags_right": True}
+
+    def model_class(self) -> type[Any]:
+        return GramianForSequenceClassification
+
+    def model_options(self) -> dict[str, Any]:
+        return {"problem_type": "multi_label_classification"}
+
+    def label_column(self, description: Description) -> Column:
+        return Column(False, (description.num_labels,))
+
+    def label_tensor(self, labels: Any) -> Tensor:
+        return torch.as_tensor(labels).float()
+
+    def logits_shape(self, batch: int, length: int, config: Any) -> tuple[int, ...]:
+        return (batch, config.num_labels)
+
+    def check_labels(self, labels: Tensor, logits_shape: tuple[int, ...]) -> None:
+        assert labels.shape == logits_shape
+
+    def fits(self, logits: Tensor, labels: Tensor) -> bool:
+        return logits.shape == labels.shape
+
+    def score(self, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = nn.functional.binary_cross_entropy_with_logits(
+            logits.double(), labels.double(), reduction="none"
+        )
+        right = ((logits > 0) == (labels > 0.5)).double()
+        columns = (losses, right, torch.ones_like(right))
+        return torch.stack([column.sum(1) for column in columns], dim=-1)
+
+    def summarize(self, scores: np.ndarray, description: Description) -> list[Metric]:
+        losses, right, count = scores.T
+        return [Metric("loss", losses, count, False), Metric("tags_right", right, count, True)]
+
+    def show(self, logits: Tensor, labels: Tensor, length: int) -> dict[str, Any]:
+        return {"due": labels.tolist(), "predicted": (logits > 0).long().tolist()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhichTokens(GeneratedTask):
+    """Which of the tokens 0 and 1 a sequence of eight ids holds."""
+
+    train_examples: int = 64
+    eval_examples: int = 20
+
+    def description(self) -> Description:
+        return Description("tags", 8, vocab_size=6, num_labels=2)
+
+    def row(self, random: np.random.Generator, split: str) -> dict[str, Any]:
+        ids = random.integers(6, size=8)
+        return {"input_ids": ids, "labels": np.array([0.0 + (one in ids) for one in (0, 1)])}
+
+
+@pytest.fixture
+def tags(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kind "tags" and a task of it, known here and nowhere else."""
+    monkeypatch.setitem(_task._REGISTRY, "test/tags", WhichTokens)
+    register_kind("tags")(Tags)
+    yield
+    del kinds._REGISTRY["tags"]
+
+
+def test_a_kind_from_outside_is_trained_and_evaluated(tmp_path: Path, tags: None) -> None:
+    task = {"name": "test/tags"}
+    model = {"mixers": "multi_hyena", "num_heads": 2, "hidden_size": 16}
+    sections = {
+        "optimization": {"steps": 80},
+        "evaluation": {"every": 40, "metric": "tags_right"},
+    }
+    report = train(run(tmp_path / "run", task, model, **sections))
+    assert report.metrics["tags_right"] > 0.8  # 0.64 by chance
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    found = [line["eval_tags_right"] for line in lines if "eval_tags_right" in line]
+    assert len(found) == 2 and report.best["tags_right"] == max(found)
+    saved = GramianForSequenceClassification.from_pretrained(tmp_path / "run" / "last")
+    measured = evaluate_task(saved, build("test/tags"), split="validation")
+    assert [one.metric for one in measured] == ["loss", "tags_right"]
+    assert [one.higher_is_better for one in measured] == [False, True]
+    for one in measured:
+        assert one.value == pytest.approx(report.metrics[one.metric], rel=1e-5)
+    rows, right = held_out(task), 0
+    with torch.no_grad():
+        for row in rows:
+            right += int(((saved(row["input_ids"][None]).logits[0] > 0) == row["labels"]).sum())
+    assert report.metrics["tags_right"] == right / (2 * len(rows))
+    samples = read_lines(tmp_path / "run" / "samples.jsonl")
+    assert samples[0]["due"] == rows[0]["labels"].tolist()
+    with pytest.raises(ConfigError, match="must be loss or tags_right for the task test/tags"):
+        train(run(tmp_path / "other", task, model, evaluation={"metric": "accuracy"}))
+
+
+def test_a_kind_has_a_name_of_its_own_and_no_metric_turned_round(tags: None) -> None:
+    with pytest.raises(ValueError, match="there is a kind 'tags' already: Tags"):
+        register_kind("tags")(Tags)
+
+    class Turned(Tags):
+        metrics: ClassVar[Mapping[str, bool]] = {"loss": False, "accuracy": False}
+
+    with pytest.raises(ValueError, match="'turned' calls lower values of accuracy better, and the"):
+        register_kind("turned")(Turned)
+    assert "turned" not in KINDS
+
+
+def test_an_unknown_kind_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = {"name": "test/tags"}
+    monkeypatch.setitem(_task._REGISTRY, "test/tags", WhichTokens)
+    with pytest.raises(ConfigError, match=r"task test/tags: unknown kind of task 'tags'\..*signal"):
+        train(run(tmp_path / "run", task, {}))

@@ -15,13 +15,13 @@ pytest.importorskip("datasets")
 
 from gramian import tasks
 from gramian.evaluation import evaluate_task
+from gramian.tasks import find_kind
 from gramian.training import ConfigError, parse_config, train
 from gramian.training.collation import Collator
-from gramian.training.kinds import MODELS
 from gramian.training.recording import read_lines
 
 Run = Callable[..., dict[str, Any]]
-KINDS = ("tokens", "classification", "pairs", "signal", "reconstruction")
+KINDS = ("tokens", "classification", "pairs", "signal", "reconstruction", "regression")
 
 
 def slow(kind: str) -> Any:
@@ -36,7 +36,7 @@ def build(kind: str, **settings: Any) -> tasks.Task:
 def test_what_is_ignored_counts_nowhere(tmp_path: Path, kind: str, run: Run) -> None:
     """The last evaluation beside one label after another, and beside `evaluate_task`."""
     report = train(parse_config(run(tmp_path / "run", kind, task__share=0.4)))
-    model = MODELS[kind].from_pretrained(tmp_path / "run" / "last").double().eval()
+    model = find_kind(kind).model_class().from_pretrained(tmp_path / "run" / "last").double().eval()
     task = build(kind, share=0.4)
     losses, right = [], []
     for row in task.rows("validation", 0):
@@ -45,7 +45,7 @@ def test_what_is_ignored_counts_nowhere(tmp_path: Path, kind: str, run: Run) -> 
         batch.pop("shift_labels", None)
         with torch.no_grad():
             logits = model(**batch).logits[0]
-        if kind == "signal":
+        if kind in ("signal", "regression"):
             pairs = zip(logits.flatten().tolist(), labels.flatten().tolist(), strict=True)
             losses += [(value - label) ** 2 for value, label in pairs if label != -100]
             continue
@@ -101,6 +101,9 @@ WRONG = [
     ("signal", {"put": math.nan}, "labels must be finite numbers, or be -100 .* got nan at"),
     ("signal", {"put": math.inf}, "labels must be finite numbers, .* got inf at"),
     ("signal", {"put": -math.inf}, "labels must be finite numbers, .* got -inf at"),
+    ("regression", {"put": math.nan}, "labels must be finite numbers, or be -100 .* got nan at"),
+    ("regression", {"labels": "longer"}, r"labels must be of shape \(4,\); .* has \(5,\)"),
+    ("regression", {"labels": "nested"}, r"of shape \(4,\); .* has \(1, 4\)"),
 ]
 
 
@@ -128,8 +131,8 @@ def test_evaluation_tells_the_same(kind: str, settings: dict[str, Any], sentence
         "vocab_size": description.vocab_size or 4,
         "input_size": description.input_size,
         "num_labels": description.num_labels,
-    }
-    model = MODELS[kind](GramianConfig(**sizes, **taken))
+    } | find_kind(kind).model_options()
+    model = find_kind(kind).model_class()(GramianConfig(**sizes, **taken))
     task = build(kind, **settings, split="test")
     with pytest.raises(ValueError, match=sentence) as caught:
         evaluate_task(model, task)

@@ -15,13 +15,13 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 
 from gramian.models import GramianConfig
-from gramian.tasks import Description
+from gramian.tasks import Description, find_kind
 from gramian.training import ConfigError, parse_config, train
 from gramian.training.collation import Collator, Packer, fit
-from gramian.training.kinds import MODELS
 from gramian.training.recording import read_lines
 
 Run = Callable[..., dict[str, Any]]
+WHOLE = ("classification", "regression")  # of sequences, not of positions
 LENGTHS: dict[str, list[int]] = {
     "one": [5],
     "all of them longest": [8, 8, 8],
@@ -47,6 +47,8 @@ def rows(kind: str, lengths: list[int]) -> list[dict[str, Any]]:
             made.append({"input_values": torch.randn(length, 2), "labels": torch.randn(length, 3)})
             continue
         labels: Any = torch.randint(6, (length,)) if kind == "tokens" else number % 3
+        if kind == "regression":
+            labels = torch.randn(3)
         made.append({"input_ids": torch.randint(6, (length,)), "labels": labels})
     return made
 
@@ -64,19 +66,19 @@ def taken_apart(batch: dict[str, Tensor], kind: str) -> list[dict[str, Tensor]]:
             count = torch.arange(end - begin)
             assert torch.equal(batch["position_ids"][row, begin:end], count)
             part = {name: batch[name][row, begin:end]}
-            if kind != "classification":
+            if kind not in WHOLE:
                 part["labels"] = batch["labels"][row, begin:end]
             found.append(part)
-        if kind != "classification":
+        if kind not in WHOLE:
             assert (batch["labels"][row][~real] == -100).all()
-    if kind == "classification":
+    if kind in WHOLE:
         assert len(batch["labels"]) == len(found)
         for part, label in zip(found, batch["labels"], strict=True):
             part["labels"] = label
     return found
 
 
-@pytest.mark.parametrize("kind", ["tokens", "classification", "signal"])
+@pytest.mark.parametrize("kind", ["tokens", "classification", "signal", "regression"])
 @pytest.mark.parametrize("name", LENGTHS)
 def test_every_sequence_is_there_once(kind: str, name: str) -> None:
     given = rows(kind, LENGTHS[name])
@@ -128,7 +130,7 @@ MODEL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("model", MODEL)
-@pytest.mark.parametrize("kind", ["tokens", "classification", "signal"])
+@pytest.mark.parametrize("kind", ["tokens", "classification", "signal", "regression"])
 def test_the_loss_is_that_of_sequences_alone(kind: str, model: str) -> None:
     """Packed, and each by itself: the sum over what is due, and its gradients."""
     told = description(kind)
@@ -140,9 +142,10 @@ def test_the_loss_is_that_of_sequences_alone(kind: str, model: str) -> None:
         input_size=told.input_size,
         max_position_embeddings=16,
         **MODEL[model],
+        **find_kind(kind).model_options(),
     )
     torch.manual_seed(0)
-    trained = MODELS[kind](config).double().train()
+    trained = find_kind(kind).model_class()(config).double().train()
     given = rows(kind, LENGTHS["as many as fit"])
     for row in given:
         row["labels"] = torch.as_tensor(row["labels"])

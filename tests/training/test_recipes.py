@@ -53,7 +53,7 @@ class Tokenizer:
 
 @pytest.fixture(autouse=True)
 def offline_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gramian.tasks.text.load_tokenizer", lambda path: Tokenizer())
+    monkeypatch.setattr("gramian.tasks.tokenized.load_tokenizer", lambda path: Tokenizer())
 
 
 def configurations(file: Path) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ pytest.importorskip("yaml")
 
 from gramian.models import GramianForCausalLM, GramianForSequenceClassification, load
 from gramian.tasks import build
+from gramian.tasks.encoding import load_tokenizer
 from gramian.training import ConfigError, parse_config, train
 from gramian.training.collation import Collator
 from gramian.training.recording import read_lines
@@ -334,6 +336,23 @@ def test_text_is_sampled_and_its_model_knows_its_tokenizer(tmp_path: Path) -> No
     samples = read_lines(tmp_path / "run" / "samples.jsonl")
     assert samples[0]["prompt"] == "the same line ag"
     assert (tmp_path / "run" / "best" / "tokenizer.json").is_file()
+
+
+def test_a_model_of_genomes_and_one_trained_on_keep_their_tokenizers(tmp_path: Path) -> None:
+    """Also where the task that a model is trained on stands for no text."""
+    genome = tmp_path / "genome.fa"
+    genome.write_text(">one\n" + "ACGTTGCA" * 20 + "\n>two\nACGTACGT\n")
+    values = mqar(tmp_path / "first")
+    records = {"validation_records": "two", "length": 16}
+    values["task"] = {"name": "fasta", "train": str(genome), **records}
+    train(parse_config(values))
+    values = mqar(tmp_path / "second")
+    values["task"] |= {"vocab_size": 12, "length": 4, "pairs": 1}
+    values["model"] = {"path": str(tmp_path / "first" / "best")}
+    train(parse_config(values))
+    for run, name in itertools.product(("first", "second"), ("best", "last")):
+        tokenizer = load_tokenizer(str(tmp_path / run / name))
+        assert tokenizer("ACGTN").input_ids == [7, 8, 9, 10, 11], (run, name)
 
 
 def test_shares_of_a_batch_must_be_whole(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from gramian.reduction._reduce import reduce
 from gramian.systems import Modal
-from gramian.systems.transfer_function import set_reducer
 
 
 def modal_form(taps: Tensor, order: int) -> tuple[Modal, float]:
@@ -19,6 +18,3 @@ def modal_form(taps: Tensor, order: int) -> tuple[Modal, float]:
         taps if finite else taps.nan_to_num(), order=max(1, min(order, taps.shape[-1] - 1))
     )
     return found.system, float(found.relative_error.max()) if finite else math.inf
-
-
-set_reducer(modal_form)

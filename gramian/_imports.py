@@ -1,0 +1,155 @@
+"""Modules of a user's own, which register tasks, filters, mixers and other parts.
+
+A module is named by its file (`parts/my_task.py`) or as `import` names it (`my_lab.parts`). A file
+is known to Python by its stem. Whoever trains with a module keeps a copy of it beside the results,
+from which it is imported where the original is not there any more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from gramian._staging import staged_file
+
+__all__ = ["copy_parts", "find_copy", "import_parts"]
+
+_LOADED: dict[str, ModuleType] = {}
+"""Modules by the hash of their files: a copy of what is imported already registers nothing."""
+
+
+def import_parts(names: Sequence[str], copies: str | Path | None = None) -> None:
+    """Import modules, each once, for what they register.
+
+    Args:
+        names: paths of Python files, relative to the working directory, or dotted names of modules
+            in it or installed.
+        copies: folder where `copy_parts` put copies of them, if there is one. They are imported in
+            place of modules that are not found.
+
+    Raises:
+        ValueError: if there is no such module, it is not what its copy was made of, or it fails
+            while it is imported.
+    """
+    for name in names:
+        source = _find(name)
+        copy = None if copies is None else find_copy(name, copies)
+        if source is not None and copy is not None and _hash(source) != _hash(copy):
+            raise ValueError(f"{name} is not what it was when {copy} was made of it.")
+        if copy is not None and source is None:
+            _import_file(name, copy)
+        elif not name.endswith(".py"):
+            _import_module(name)
+        elif source is not None:
+            _import_file(name, source)
+        else:
+            raise ValueError(f"there is no file {name} to import.")
+
+
+def find_copy(name: str, copies: str | Path) -> Path | None:
+    """Return the copy of a module that `copy_parts` put into a folder, if there is one."""
+    copy = Path(copies, _copy_name(name))
+    return copy if copy.is_file() else None
+
+
+def copy_parts(names: Sequence[str], folder: str | Path) -> dict[str, str]:
+    """Copy the files of modules into a folder, those that are not there yet.
+
+    Args:
+        names: as for `import_parts`. Of a package only its `__init__.py` is copied.
+        folder: for the copies; made if there are any.
+
+    Returns:
+        SHA-256 of the copy of each module, by the module's name.
+    """
+    hashes = {}
+    for name in names:
+        source, copy = _find(name), Path(folder, _copy_name(name))
+        if source is not None and not copy.is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with staged_file(copy) as stage:
+                shutil.copyfile(source, stage)
+        if copy.is_file():  # not of a module that is no Python file
+            hashes[name] = _hash(copy)
+    return hashes
+
+
+def _find(name: str) -> Path | None:
+    """Return the Python file that a name stands for, if it is there."""
+    if name.endswith(".py"):
+        file = Path(name)
+    else:
+        with _working_directory_on_path():
+            try:
+                spec = importlib.util.find_spec(name)
+            except (ImportError, ValueError):  # no such package, or a module made by hand
+                spec = None
+        file = Path((spec and spec.origin) or "")
+    return file.resolve() if file.suffix == ".py" and file.is_file() else None
+
+
+def _copy_name(name: str) -> str:
+    return Path(name).name if name.endswith(".py") else f"{name}.py"
+
+
+def _import_file(name: str, file: Path) -> None:
+    digest = _hash(file)
+    if digest in _LOADED:
+        return
+    stem = file.stem
+    if stem in sys.modules or _find(stem) not in (None, file):  # json.py, say
+        stem = f"{stem}_{digest[:8]}"
+    spec = importlib.util.spec_from_file_location(stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[stem] = module  # as `import` does, before the module runs
+    try:
+        with _working_directory_on_path():
+            spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[stem]
+        raise _failure(name, error) from error
+    _LOADED[digest] = module
+
+
+def _import_module(name: str) -> None:
+    try:
+        with _working_directory_on_path():
+            module = importlib.import_module(name)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(
+                f"there is no module {name} to import; a file's name ends in .py."
+            ) from error
+        raise _failure(name, error) from error
+    file = _find(name)
+    if file is not None:
+        _LOADED[_hash(file)] = module
+
+
+def _failure(name: str, error: Exception) -> ValueError:
+    message = " ".join(str(error).split())
+    return ValueError(f"{name} cannot be imported: {type(error).__name__}: {message}")
+
+
+@contextmanager
+def _working_directory_on_path() -> Iterator[None]:
+    """Let modules be found in the working directory, as `python -m` does, while one is imported."""
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,85 @@
+"""The command that compares all ways of running a model: check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gramian.cli._app import UserError, command
+from gramian.cli._console import console_for, finish, running
+from gramian.cli._inputs import first_windows, load_model
+from gramian.cli._options import Json, ModelFolder, Seed
+
+
+@command
+def check(
+    model: ModelFolder,
+    batch: Annotated[int, typer.Option(help="Number of sequences to run, at least 2.")] = 3,
+    length: Annotated[
+        int, typer.Option(help="Tokens of a sequence, which are also run one by one.")
+    ] = 200,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text or FASTA file to run on (default: random tokens)."),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Precision to check, such as float64 or float16; repeatable (default: float32 "
+            "and bfloat16)."
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative difference accepted in a layer.")
+    ] = None,
+    order: Annotated[
+        int,
+        typer.Option(
+            help="Order of the filters in a distilled copy, which is checked too; 0 makes none."
+        ),
+    ] = 16,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Run MODEL in every way that it can be run, and compare the results in two tables.
+
+    MODEL runs in parallel, as a recurrence, in chunks, in batches, reloaded and distilled; padded
+    on the left, on the right, in between and in a second turn; packed, and generating with a cache;
+    in float32 and bfloat16. Every layer and the whole model are compared. The command exits with
+    status 1 if a difference is too large.
+    """
+    if order < 0:
+        raise UserError(f"--order must be at least 1, or 0 for no distilled copy; got {order}.")
+    console = console_for(as_json)
+    loaded = load_model(model)
+    dtypes = [_dtype(name) for name in dtype] if dtype else None
+    ids = None if text is None else first_windows(model, loaded, text, batch, length)
+
+    from gramian import checking
+
+    with running(console, "Checking") as bar:
+        report = checking.check(
+            loaded,
+            ids,
+            batch=batch,
+            length=length,
+            dtypes=dtypes,
+            tolerance=tolerance,
+            distill_order=order or None,
+            seed=seed,
+            progress=bar,
+        )
+    finish(console, as_json, report.to_dict(), report)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise UserError(f"--dtype must name a floating-point type such as float32; got {name!r}.")
+    return found

@@ -1,0 +1,146 @@
+"""The command that writes text with a model: generate."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gramian._json import to_json
+from gramian.cli._app import UserError, command, one_line
+from gramian.cli._inputs import byte_tokenizer, load_model, load_tokenizer, prompt_ids
+from gramian.cli._options import Json, ModelFolder, Seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gramian.models import GramianForCausalLM
+
+_Prompt = Annotated[str, typer.Option(help="Text or FASTA record to continue.")]
+_MaxNewTokens = Annotated[int, typer.Option(help="Largest number of tokens to generate.")]
+_Temperature = Annotated[
+    float,
+    typer.Option(help="Sampling temperature: below 1 likely tokens become more likely still."),
+]
+_TopK = Annotated[
+    int, typer.Option(help="Sample from the k most likely tokens; 0 samples from all.")
+]
+_TopP = Annotated[
+    float,
+    typer.Option(help="Sample from the most likely tokens whose probabilities add up to this."),
+]
+_Greedy = Annotated[
+    bool, typer.Option("--greedy", help="Take the most likely token instead of sampling.")
+]
+_Stream = Annotated[
+    bool, typer.Option("--stream", help="Print each word as soon as it is generated.")
+]
+_PrefillChunk = Annotated[
+    int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")
+]
+_Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the decoding step first: this takes seconds and pays off for long texts.",
+    ),
+]
+
+
+@command
+def generate(
+    model: ModelFolder,
+    prompt: _Prompt,
+    max_new_tokens: _MaxNewTokens = 200,
+    temperature: _Temperature = 0.8,
+    top_k: _TopK = 50,
+    top_p: _TopP = 1.0,
+    greedy: _Greedy = False,
+    stream: _Stream = False,
+    prefill_chunk: _PrefillChunk = None,
+    compiled: _Compile = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with MODEL, one recurrent step per token."""
+    if stream and as_json:
+        raise typer.BadParameter("give --stream or --json, not both.")
+    _check_sampling(prompt, max_new_tokens, temperature, top_k, top_p)
+    loaded = load_model(model)
+    tokenizer = load_tokenizer(model) or byte_tokenizer(model, loaded)
+    ids = _encode(tokenizer, prompt, model, loaded)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": not greedy}
+    if not greedy:
+        options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if compiled:
+        loaded.compile_decoding()
+    if prefill_chunk is not None:
+        options["prefill_chunk_size"] = prefill_chunk
+    if stream:
+        from transformers import TextStreamer
+
+        sys.stdout.write(prompt)
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sequence, seconds = _run(model, loaded, ids, seed, options)
+    if stream:
+        return
+    new = sequence[ids.shape[1] :]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    if not as_json:
+        sys.stdout.write(f"{prompt}{text}\n")
+        return
+    result = {
+        "prompt": prompt,
+        "text": text,
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(new),
+        "seconds": seconds,
+        "state_bytes": loaded.state_bytes(1, len(sequence)),
+    }
+    print(to_json(result, indent=2))
+
+
+def _encode(tokenizer: Any, prompt: str, folder: Path, model: GramianForCausalLM) -> Tensor:
+    """Encode the prompt to (1, tokens) that the model knows."""
+    ids = prompt_ids(tokenizer, prompt)
+    if int(ids.max()) >= model.config.vocab_size:
+        raise UserError(
+            f"The tokenizer in {folder} knows more tokens than the model's "
+            f"{model.config.vocab_size}: they do not belong together."
+        )
+    return ids
+
+
+def _run(
+    folder: Path, model: GramianForCausalLM, ids: Tensor, seed: int, options: dict[str, Any]
+) -> tuple[Tensor, float]:
+    """Return the prompt with what follows, (tokens,), and the seconds that it took."""
+    import torch
+
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    try:
+        sequence = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
+    except FloatingPointError as error:
+        raise UserError(f"{folder}: {one_line(error)}") from error
+    return sequence, time.perf_counter() - started
+
+
+def _check_sampling(
+    prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    if not prompt:
+        raise UserError("The prompt is empty; give some text.")
+    if max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1; got {max_new_tokens}.")
+    if not temperature > 0:
+        raise UserError(
+            f"--temperature must be above 0; got {temperature:g} (--greedy takes the best token)."
+        )
+    if top_k < 0:
+        raise UserError(f"--top-k must be 0 (all tokens) or more; got {top_k}.")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p must be above 0 and at most 1; got {top_p:g}.")

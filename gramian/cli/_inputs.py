@@ -1,0 +1,224 @@
+"""What commands read: models, tokenizers, texts, tasks and numbers; each is right or refused."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gramian.cli._app import UserError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gramian.models import GramianForCausalLM
+    from gramian.tasks import Document, Task
+
+__all__ = [
+    "SAVE_TOKENIZER",
+    "byte_tokenizer",
+    "check_new",
+    "check_tolerance",
+    "find_tasks",
+    "first_windows",
+    "fraction",
+    "load_model",
+    "load_tokenizer",
+    "prompt_ids",
+    "quiet_transformers",
+    "read_texts",
+    "require_training",
+    "spread_windows",
+]
+
+
+SAVE_TOKENIZER = "save the one it was trained with there, by its method save_pretrained"
+"""The cure for a model without a tokenizer."""
+
+
+def check_new(out: Path) -> None:
+    """Refuse a path where something is already."""
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{out} exists already; name a folder that does not.")
+
+
+def check_tolerance(tol: float) -> None:
+    """Refuse a relative error that is not between 0 and 1."""
+    if not 0 < tol < 1:
+        raise UserError(f"The tolerance must lie between 0 and 1, both excluded; got {tol:g}.")
+
+
+def fraction(name: str, text: str) -> float:
+    """Read a number, or one followed by a percent sign."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise UserError(f"{name} takes a positive number or percentage; got {text!r}.")
+    return value
+
+
+def require_training() -> None:
+    """Refuse to train, or to read what training is told, without the packages for it."""
+    for package in ("yaml", "accelerate", "datasets"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'Training needs {package}: pip install "gramian[train]".')
+
+
+def quiet_transformers() -> None:
+    """Keep transformers from writing beside what a command prints."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_model(folder: Path) -> GramianForCausalLM:
+    """Read a language model of ours."""
+    if not folder.is_dir():  # before seconds of imports
+        raise UserError(f"there is no model folder {folder}.")
+    quiet_transformers()
+    from gramian.models import load
+
+    try:
+        return load(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Read the tokenizer saved with a model, or return None."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"The tokenizer in {folder} cannot be read: {one_line(error)}") from error
+
+
+def byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
+    """Make the tokenizer of a model that has none of its own but a vocabulary of bytes."""
+    from gramian.models import ByteTokenizer
+
+    tokenizer = ByteTokenizer()
+    if model.config.vocab_size != len(tokenizer):
+        raise UserError(
+            f"{folder} has no tokenizer, so its tokens cannot be read or written; {SAVE_TOKENIZER}."
+        )
+    return tokenizer
+
+
+def read_texts(text: Path) -> list[Document]:
+    """Read the documents of a file: records of FASTA, JSON lines, or one text."""
+    from gramian.tasks import read_documents
+
+    try:
+        return list(read_documents(text))
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    except OSError as error:
+        raise UserError(f"The text {text} cannot be read: {error.strerror}.") from error
+
+
+def first_windows(
+    folder: Path, model: GramianForCausalLM, text: Path, batch: int, length: int
+) -> Tensor:
+    """Read (batch, length) tokens from the beginning of a file; no row spans two documents."""
+    from gramian.tasks.windows import cut_windows
+
+    documents = _token_ids(folder, model, text)
+    windows = cut_windows(documents, length)
+    if len(windows) < batch:
+        raise UserError(
+            f"{text} has {sum(map(len, documents))} tokens in {len(documents)} documents; {batch} "
+            f"sequences of {length} need {batch * length}."
+        )
+    return windows[:batch]
+
+
+def spread_windows(folder: Path, model: GramianForCausalLM, text: Path, max_tokens: int) -> Tensor:
+    """Read (count, length) windows spread over a file, as long as the model's filters allow."""
+    from gramian.tasks import windows
+
+    documents = _token_ids(folder, model, text)
+    length = min(model.config.max_position_embeddings, 2048)
+    try:
+        return windows.spread_windows(documents, length, max_tokens)
+    except ValueError as error:
+        raise UserError(f"{text}: {one_line(error)}") from error
+
+
+def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> list[Tensor]:
+    """Encode each document of a file, to (count,) tokens."""
+    from torch import from_numpy
+
+    from gramian.tasks import Encoder
+
+    encode = Encoder(load_tokenizer(folder) or byte_tokenizer(folder, model))
+    try:
+        return [from_numpy(encode(document)) for document in read_texts(text)]
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
+    """Encode a prompt, which may be a FASTA record, to (1, count) tokens."""
+    import torch
+
+    from gramian.tasks import Encoder, documents_in
+
+    try:
+        documents = documents_in(prompt, "the prompt")
+        if len(documents) > 1:
+            raise UserError(f"The prompt is {len(documents)} FASTA records; give one of them.")
+        ids = [torch.from_numpy(Encoder(tokenizer)(document)) for document in documents]
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    if not ids or not len(ids[0]):
+        raise UserError("The prompt has no tokens; give some text.")
+    return ids[0][None]
+
+
+def find_tasks(
+    names: list[str], settings: list[str], config: Path | None, seed: int | None
+) -> tuple[dict[str, Task], int]:
+    """Build the tasks of `gramian.tasks` that were named and the configuration's.
+
+    Returns:
+        The tasks by name, with changed settings; and the seed, which is the configuration's if none
+        was given.
+    """
+    from gramian import tasks
+
+    wanted: list[dict[str, Any]] = []
+    try:
+        if config is not None:
+            require_training()
+            from gramian.training.configuration import load_config
+
+            loaded = load_config(config)  # imports what registers its tasks
+            wanted.append(dict(loaded.task))
+            seed = loaded.seed if seed is None else seed
+        ours = [name for name in names if name in tasks.names()]
+        wanted[:0] = [{"name": name} for name in ours]
+        if settings and len(wanted) != 1:
+            raise typer.BadParameter("--set needs one --task of gramian.tasks, or --config.")
+        changes: dict[str, Any] = {}
+        if settings:
+            from gramian.training.configuration import read_change
+
+            changes = dict(read_change(setting) for setting in settings)
+        found = {}
+        for values in wanted:
+            values |= changes
+            values.pop("streaming", None)
+            name, chosen = values.pop("name"), values.pop("setting", None)
+            found[name] = tasks.build(name, chosen, **values)
+    except (TypeError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    return found, seed or 0

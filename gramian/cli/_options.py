@@ -1,0 +1,50 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "Changes",
+    "Json",
+    "ModelFolder",
+    "NewFolder",
+    "Seed",
+    "Settings",
+    "Split",
+    "TaskConfig",
+    "TaskSeed",
+]
+
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")]
+NewFolder = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist yet.")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Values that replace those of the file, such as optimization.steps=100.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
+TaskConfig = Annotated[
+    Path | None,
+    typer.Option("--config", help="Read the task from this training configuration (YAML)."),
+]
+TaskSeed = Annotated[
+    int | None,
+    typer.Option(help="Seed of the task's rows (default: that of --config, otherwise 0)."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the task; repeatable."),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(help="Split of the task to read (default: test if there is one)."),
+]

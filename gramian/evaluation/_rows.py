@@ -1,0 +1,60 @@
+"""One row of a task's split, for measurements that read a single sequence."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gramian.tasks import choose_split
+
+if TYPE_CHECKING:
+    from gramian.tasks import Task
+
+__all__ = ["TaskRow", "read_row"]
+
+
+@dataclass(frozen=True, eq=False)
+class TaskRow:
+    """A row of a task's split.
+
+    Attributes:
+        inputs: token ids (length,) or numbers (length, size).
+        tokenizer: what names the tokens, or None.
+        place: where the row is from, in words.
+    """
+
+    inputs: Tensor
+    tokenizer: Any
+    place: str
+
+
+def read_row(
+    task: Task, name: str, tokenizer: Any, split: str | None, seed: int, index: int
+) -> TaskRow:
+    """Read one row of a task in the tokens of a model.
+
+    Args:
+        task: from `gramian.tasks.build`.
+        name: what the task is called.
+        tokenizer: the model's own, or None.
+        split: of the task; by default the test split, or the validation split where there is none.
+        seed: of what is generated.
+        index: of the row, counted from 0.
+
+    Raises:
+        ValueError: for an unknown split, or one without such a row.
+    """
+    if tokenizer is not None:
+        task = task.tokens_of(tokenizer)
+    split = choose_split(task, name, split)
+    found = next(itertools.islice(task.rows(split, seed), index, None), None)
+    if found is None:
+        raise ValueError(f"the {split} split of {name} has no row {index}.")
+    place = f"{name}, {split} split, row {index}, seed {seed}"
+    if "input_ids" in found:
+        return TaskRow(torch.as_tensor(found["input_ids"]).long(), task.own_tokenizer(), place)
+    return TaskRow(torch.as_tensor(found["input_values"]).float(), None, place)

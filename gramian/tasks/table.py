@@ -1,0 +1,167 @@
+"""A table of sequences and labels: CSV or TSV files with a line for each sequence."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from gramian._nearest import unknown
+from gramian.tasks._task import (
+    SPLITS,
+    Description,
+    Row,
+    has_rows,
+    register,
+    require_files,
+    require_patterns,
+)
+from gramian.tasks.documents import Document, blocks
+from gramian.tasks.encoding import Encoder
+from gramian.tasks.tokenized import TokenizedTask, byte_tokenizer
+
+__all__ = ["Table"]
+
+KINDS = ("classification", "regression")
+
+
+@register("table")
+@dataclass(frozen=True, kw_only=True)
+class Table(TokenizedTask):
+    """Sequences with a class or a number each, from tables in CSV, or in TSV by the name `.tsv`.
+
+    The first line names the columns. Files may be compressed. Classes are the different labels of
+    all files, in order: of numbers where all labels are integers, of the alphabet otherwise. The
+    seed changes nothing.
+
+    Args:
+        train: paths or patterns of the training split's files, one or a list.
+        validation: likewise.
+        test: likewise.
+        sequence: column of the sequences.
+        label: column of the labels.
+        kind: `"classification"`, or `"regression"` for labels that are numbers.
+        length: most tokens of a sequence.
+        tokenizer: a tokenizer of transformers, its folder or its name, or `"dna"` for that of
+            HyenaDNA; by default bytes, or a model's own where one is known.
+
+    Raises:
+        ValueError: when files are read, for one without the columns, and for a line whose sequence
+            is empty or longer than `length`, or whose label is missing or no number.
+        FileNotFoundError: on a path or pattern without files, when they are read.
+    """
+
+    train: str | list[str] | None = None
+    validation: str | list[str] | None = None
+    test: str | list[str] | None = None
+    sequence: str = "sequence"
+    label: str = "label"
+    kind: str = "classification"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_patterns(self)
+        if all(getattr(self, split) is None for split in SPLITS):
+            raise ValueError("the task table needs files: give train, validation or test.")
+        if self.kind not in KINDS:
+            raise ValueError(unknown("kind of table", self.kind, KINDS))
+
+    def default_tokenizer(self) -> Any:
+        return byte_tokenizer()
+
+    def classes(self) -> list[str]:
+        """Return the classes in the order of their numbers; none for regression."""
+        if self.kind == "regression":
+            return []
+        lines = (line for split in SPLITS if has_rows(self, split) for line in self._lines(split))
+        found = {label for _, _, label in lines}
+        return sorted(found, key=int if all(map(_is_integer, found)) else str)
+
+    def description(self) -> Description:
+        tokens = super().description()
+        return Description(
+            self.kind,
+            self.length,
+            vocab_size=tokens.vocab_size,
+            num_labels=1 if self.kind == "regression" else len(self.classes()),
+            pad_token_id=tokens.pad_token_id,
+        )
+
+    def rows(self, split: str, seed: int) -> Iterator[Row]:
+        encode = Encoder(self.own_tokenizer(), special_tokens=False)
+        numbers = {name: number for number, name in enumerate(self.classes())}
+        for where, sequence, label in self._lines(split):
+            ids = encode(Document(sequence, where))
+            if not 0 < len(ids) <= self.length:
+                raise ValueError(
+                    f"{where}: {self.sequence} has {len(ids):,} tokens and must have from 1 to "
+                    f"{self.length:,}, the setting length."
+                )
+            if self.kind == "classification":
+                yield {"input_ids": ids, "labels": numbers[label]}
+            else:
+                yield {"input_ids": ids, "labels": np.array([_number(label, where, self.label)])}
+
+    def _lines(self, split: str) -> Iterator[tuple[str, str, str]]:
+        """Yield the place, the sequence and the label of every line."""
+        for file in require_files(self, "table", split):
+            status = os.stat(file)
+            columns = (self.sequence, self.label)
+            for number, values in _read(file, columns, status.st_size, status.st_mtime_ns):
+                yield f"{file}, line {number}", *values
+
+
+@lru_cache(maxsize=16)
+def _read(
+    file: str, columns: tuple[str, str], size: int, changed: int
+) -> list[tuple[int, tuple[str, str]]]:
+    """Read two columns of a file with the numbers of their lines; `size` and `changed` tell
+    versions of it apart."""
+    try:
+        text = b"".join(blocks(file)).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error.reason}.") from error
+    tabs = ".tsv" in os.path.basename(file).lower()
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",")
+    try:
+        header = reader.fieldnames or []
+        for column in columns:
+            if column not in header:
+                raise ValueError(f"{file}: {unknown('column', column, header)}")
+        found = []
+        for line in reader:
+            values = tuple(line[column] for column in columns)
+            for column, value in zip(columns, values, strict=True):
+                if not value:
+                    raise ValueError(f"{file}, line {reader.line_num}: {column} is empty.")
+            found.append((reader.line_num, (values[0], values[1].strip())))
+    except csv.Error as error:
+        raise ValueError(
+            f"{file}, line {reader.line_num} is no line of a table: {error}."
+        ) from error
+    return found
+
+
+def _number(label: str, where: str, column: str) -> float:
+    try:
+        number = float(label)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: {column} must be a finite number; got {label!r}.")
+    return number
+
+
+def _is_integer(label: str) -> bool:
+    try:
+        int(label)
+    except ValueError:
+        return False
+    return True

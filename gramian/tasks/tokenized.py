@@ -1,0 +1,137 @@
+"""Tasks of next tokens, whose ids a tokenizer makes of documents: their base and their rows.
+
+No row holds two documents. A convolution or a recurrence carries what it has read on to whatever
+follows, and no mask makes it forget, so documents that share a sequence leak into each other; here
+each is cut into windows of its own, and the collator pads the short last ones under a mask.
+`packing="concatenate"` is the published practice of WikiText-103 and the like: one stream with an
+end mark after each document, cut into full windows.
+
+A row's labels are the next tokens. Windows of a document overlap in no label, and a document's
+first token is asked for by nobody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gramian.tasks._task import Description, Row, Task, require_sizes
+from gramian.tasks.encoding import load_tokenizer
+
+__all__ = ["TokenizedTask", "byte_tokenizer", "dna_tokenizer", "windows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedTask(Task):
+    """Base of tasks that predict the next token of documents.
+
+    Args:
+        length: tokens of a row.
+        tokenizer: a tokenizer of transformers, its folder or its name, or `"bytes"` or `"dna"` for
+            `gramian.models.ByteTokenizer` or `gramian.checkpoints.DNATokenizer`; by default the
+            task's own, or a model's where one is known.
+    """
+
+    length: int = 1024
+    tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        require_sizes(self, "length")
+
+    @abstractmethod
+    def default_tokenizer(self) -> Any:
+        """Return the tokenizer that reads the documents where none is given."""
+
+    def own_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            return self.default_tokenizer()
+        if self.tokenizer == "bytes":
+            return byte_tokenizer()
+        if self.tokenizer == "dna":
+            return dna_tokenizer()
+        if isinstance(self.tokenizer, str):
+            return load_tokenizer(self.tokenizer)
+        return self.tokenizer
+
+    def tokens_of(self, tokenizer: Any) -> Task:
+        own = self.own_tokenizer()
+        if own.get_vocab() == tokenizer.get_vocab():
+            return self
+        if self.tokenizer is not None:
+            raise ValueError(
+                f"the task's tokenizer has {len(own):,} tokens that are not the "
+                f"{len(tokenizer):,} of the model's own; leave the setting tokenizer out, and the "
+                "model's is taken."
+            )
+        return dataclasses.replace(self, tokenizer=tokenizer)
+
+    def description(self) -> Description:
+        tokenizer = self.own_tokenizer()
+        pad = tokenizer.pad_token_id
+        return Description(
+            "tokens",
+            self.length,
+            vocab_size=len(tokenizer),
+            pad_token_id=0 if pad is None else pad,
+        )
+
+
+def byte_tokenizer() -> Any:
+    """Make the tokenizer of bytes."""
+    from gramian.models import ByteTokenizer
+
+    return ByteTokenizer()
+
+
+def dna_tokenizer() -> Any:
+    """Make HyenaDNA's tokenizer of nucleotides."""
+    from gramian.checkpoints import DNATokenizer
+
+    return DNATokenizer()
+
+
+def windows(
+    documents: Iterator[np.ndarray] | Iterator[Iterator[np.ndarray]],
+    length: int,
+    packing: str,
+    end: int | None,
+) -> Iterator[Row]:
+    """Yield rows of at most `length` tokens from documents of token ids.
+
+    Args:
+        documents: of token ids (tokens,), or of pieces of them.
+        length: tokens of a row; its labels are one step ahead.
+        packing: `"document"` or `"concatenate"`.
+        end: the id after each document, or None for none.
+    """
+    streams = (iter([one]) if isinstance(one, np.ndarray) else one for one in documents)
+    if packing == "concatenate":
+        streams = (stream for stream in [_chain(streams, end)])  # one endless document
+        end = None
+    for pieces in streams:
+        rest = np.empty(0, dtype=np.int64)
+        for piece in pieces:
+            rest = np.concatenate([rest, piece])
+            starts = range(0, max(0, len(rest) - length), length)
+            for start in starts:
+                window = rest[start : start + length + 1]
+                yield {"input_ids": window[:-1], "labels": window[1:]}
+            rest = rest[len(starts) * length :]
+        if packing == "document":
+            if end is not None:
+                rest = np.append(rest, end)
+            for start in range(0, len(rest) - 1, length):
+                window = rest[start : start + length + 1]
+                yield {"input_ids": window[:-1], "labels": window[1:]}
+
+
+def _chain(documents: Iterator[Iterator[np.ndarray]], end: int | None) -> Iterator[np.ndarray]:
+    for pieces in documents:
+        yield from pieces
+        if end is not None:
+            yield np.array([end])

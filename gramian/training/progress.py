@@ -1,0 +1,61 @@
+"""Progress of `train` and `sweep`: one meaning of the argument for both."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+__all__ = ["Lines", "Progress", "StepCallback"]
+
+Progress = bool | Callable[[float, int], None]
+"""Whether to show progress on standard error, or a function called as `progress(done, total)`."""
+
+SILENCE = 30.0
+"""Most seconds between two lines."""
+
+
+class Lines:
+    """Print a line on standard error for every part that is done, and otherwise every 30 seconds.
+
+    Args:
+        what: the parts are, such as `"runs"`.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._done = -1
+        self._told = -math.inf
+
+    def __call__(self, done: float, total: int) -> None:
+        """Tell how many of `total` parts are done, where that is due."""
+        now = time.monotonic()
+        whole = math.floor(done)
+        if whole == self._done and now - self._told < SILENCE:
+            return
+        self._done, self._told = whole, now
+        shown = f"{whole} of {total} {self.what} done"
+        if done > whole:
+            shown += f", {done - whole:.0%} of the work of one more"
+        print(f"gramian: {shown}", file=sys.stderr, flush=True)
+
+
+class StepCallback(TrainerCallback):
+    """Call a function with the steps that are done and all of them, at the start and every step."""
+
+    def __init__(self, progress: Callable[[float, int], None]) -> None:
+        self.progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tell(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tell(state)
+
+    def _tell(self, state: Any) -> None:
+        if state.is_world_process_zero:
+            self.progress(state.global_step, state.max_steps)
