@@ -17,6 +17,7 @@ from typing_extensions import Self
 from gramian.filters._filter import Filter, register
 from gramian.ops import rational_impulse_response
 from gramian.ops.reflection import step_down, step_up
+from gramian.reduction import find_modal_form
 from gramian.systems import TransferFunction
 
 __all__ = ["RTF"]
@@ -226,7 +227,7 @@ class RTF(Filter):
         reflection = self.reflection().unsqueeze(1) if self.stability == "schur" else None
         if self.numerator == "truncated":
             system = TransferFunction.from_truncated(
-                b, a, d, self.grid, length, torch.float64, reflection
+                b, a, d, self.grid, length, torch.float64, reflection, find_modal_form
             )
         else:
             b, d, a = b.double(), d.double(), a.double()
@@ -235,7 +236,9 @@ class RTF(Filter):
             else:
                 taps = rational_impulse_response(b, a, d, length)
             known = reflection if reflection is None else reflection.expand(b.shape)
-            system = TransferFunction(b, a.expand(b.shape), d, taps=taps, reflection=known)
+            system = TransferFunction(
+                b, a.expand(b.shape), d, taps=taps, reflection=known, reducer=find_modal_form
+            )
         return system.reshape_channels(self.channels)
 
     def config(self) -> dict[str, Any]:
