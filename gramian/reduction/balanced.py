@@ -62,8 +62,8 @@ _TELLING = 1.85
 _SUSPECT = 1.6
 """How far above the lower bound an error of a spectrum that is not flat seldom lies."""
 
-_STEPS_FLAT = 8
-"""By how much lower the orders are that are refined for long kernels of flat spectrum."""
+_STEPS_REFINED = 8
+"""By how much lower the orders are that are refined, too, for long kernels."""
 
 _STEPS_ALWAYS = 4
 """Steps down that are taken whatever the errors of a flat spectrum let expect."""
@@ -105,14 +105,14 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
     """
     short = problem.taps.shape[-1] < _SHORT
     best = _fitted(problem, order, rows, lower=not short)
-    if not short and not problem.settings.refine:
+    if not short and not (problem.settings.refine and problem.settings.lower):
         return best
     # Of what lower orders leave, no more than the bound is known before they are tried.
     least = _least_errors(problem, rows)
-    for less in range(1, int(order.max())):
+    for less in range(1, int(order.max()) if short else _STEPS_REFINED + 1):
         may = _may_be_closer(problem, best, order - less, rows, least)
         if not short:
-            may &= _is_suspect(problem, best, order, rows, least, less)
+            may &= _is_suspect(problem, best, order, rows, least)
         some = torch.nonzero(may).flatten()
         if not len(some):
             break
@@ -122,14 +122,14 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
 
 
 def _is_suspect(
-    problem: Problem, best: ModalFit, order: Tensor, rows: Tensor, least: Tensor, less: int
+    problem: Problem, best: ModalFit, order: Tensor, rows: Tensor, least: Tensor
 ) -> Tensor:
-    """Return whether fits to long kernels are so far from their lower bounds that a fit whose
-    order is lower by ``less`` is worth its time: a mask (len(rows))."""
+    """Return whether refined fits to long kernels are so far from their lower bounds that those of
+    lower orders are worth their time: a mask (len(rows))."""
     bound = least.gather(-1, order.clamp(max=least.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
     flat = best.l2_error > _FLAT * problem.taps[rows].norm(dim=-1)
-    far = torch.where(flat, _TELLING if less <= _STEPS_FLAT else math.inf, _SUSPECT)
-    return best.l2_error > far * bound
+    far = best.l2_error > torch.where(flat, _TELLING, _SUSPECT) * bound
+    return far & (order <= torch.where(flat, _STEPS_REFINED, _LARGEST_GREEDY))
 
 
 def _fitted(problem: Problem, order: Tensor, rows: Tensor, *, lower: bool) -> ModalFit:
