@@ -103,9 +103,10 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
         order: (len(rows)), integers.
         rows: Channels, indices.
     """
-    short = problem.taps.shape[-1] < _SHORT
+    settings = problem.settings
+    short = settings.lower and problem.taps.shape[-1] < _SHORT
     best = _fitted(problem, order, rows, lower=not short)
-    if not short and not (problem.settings.refine and problem.settings.lower):
+    if not short and not (settings.refine and settings.lower):
         return best
     # Of what lower orders leave, no more than the bound is known before they are tried.
     least = _least_errors(problem, rows)
