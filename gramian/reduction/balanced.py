@@ -278,9 +278,9 @@ def _spread_poles(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) 
     """
     found = problem.silence(rows)
     found.l2_error[:] = torch.inf
-    spread = math.sqrt(torch.finfo(problem.settings.dtype).eps)
+    eps = torch.finfo(problem.settings.dtype).eps
     for tail in problem.settings.tails:
-        for change in (spread, 100 * spread):
+        for change in (eps, 30 * eps, math.sqrt(eps), 100 * math.sqrt(eps)):
             poles = _balanced_poles(problem, tail, order[amiss], rows[amiss], change)
             problem.offer(found, poles, rows, amiss)
     return found
@@ -381,6 +381,9 @@ def _offer_rings(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) 
     for count in support[short].unique().tolist():
         where = torch.nonzero(short & (support == count)).flatten()
         size = 0.25 if count == taps.shape[-1] else factor
+        if count == 2:  # the real part of an imaginary pair holds one tap, its imaginary part one
+            pair = torch.tensor([1j, -1j], dtype=torch.complex128, device=taps.device)
+            problem.offer(best, _LEAST_FACTOR * pair.expand(len(where), -1), rows, where)
         problem.offer(best, _ring(count, size, taps).expand(len(where), -1), rows, where)
     complete = torch.nonzero(order >= taps.shape[-1]).flatten()
     if len(complete):

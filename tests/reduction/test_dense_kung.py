@@ -41,7 +41,8 @@ def dense_kung(kernel, order, tail, dtype):
     basis = basis / np.maximum(np.linalg.norm(basis, axis=0), 1e-300)
     weights = np.linalg.lstsq(basis, taps, rcond=8 * np.finfo(dtype).eps)[0]
     error = np.linalg.norm(taps - basis @ weights.astype(dtype).astype(float))
-    return error + ROUNDING * np.linalg.norm(weights), unique
+    rounding = max(ROUNDING, 4 * np.finfo(dtype).eps) * np.linalg.norm(weights)
+    return error + rounding, unique
 
 
 def check_against_dense_kung(families, length, dtype, count, orders, refine):
