@@ -229,7 +229,15 @@ def reduce(
     if taps == 1:
         flat = torch.nn.functional.pad(flat, (0, 1))  # silence behind the direct term
     told = _Progress(progress, len(flat))
-    settings = Settings(_TAILS[tail], stable, dtype, refine, options, told.advance)
+    settings = Settings(
+        _TAILS[tail],
+        stable,
+        dtype,
+        refine,
+        lower=order is not None,
+        gradient=options,
+        tick=told.advance,
+    )
     source = _source_modes(kernel_or_system, work_device) if method == "modal" else None
     solve = _METHODS[method]
     told.advance(0)

@@ -62,8 +62,8 @@ _TELLING = 1.85
 _SUSPECT = 1.6
 """How far above the lower bound an error of a spectrum that is not flat seldom lies."""
 
-_STEPS_FLAT = 8
-"""By how much lower the orders are that are refined for long kernels of flat spectrum."""
+_STEPS_REFINED = 8
+"""By how much lower the orders are that are refined, too, for long kernels."""
 
 _STEPS_ALWAYS = 4
 """Steps down that are taken whatever the errors of a flat spectrum let expect."""
@@ -103,16 +103,17 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
         order: (len(rows)), integers.
         rows: Channels, indices.
     """
-    short = problem.taps.shape[-1] < _SHORT
+    settings = problem.settings
+    short = settings.lower and problem.taps.shape[-1] < _SHORT
     best = _fitted(problem, order, rows, lower=not short)
-    if not short and not problem.settings.refine:
+    if not short and not (settings.refine and settings.lower):
         return best
     # Of what lower orders leave, no more than the bound is known before they are tried.
     least = _least_errors(problem, rows)
-    for less in range(1, int(order.max())):
+    for less in range(1, int(order.max()) if short else _STEPS_REFINED + 1):
         may = _may_be_closer(problem, best, order - less, rows, least)
         if not short:
-            may &= _is_suspect(problem, best, order, rows, least, less)
+            may &= _is_suspect(problem, best, order, rows, least)
         some = torch.nonzero(may).flatten()
         if not len(some):
             break
@@ -122,14 +123,14 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
 
 
 def _is_suspect(
-    problem: Problem, best: ModalFit, order: Tensor, rows: Tensor, least: Tensor, less: int
+    problem: Problem, best: ModalFit, order: Tensor, rows: Tensor, least: Tensor
 ) -> Tensor:
-    """Return whether fits to long kernels are so far from their lower bounds that a fit whose
-    order is lower by ``less`` is worth its time: a mask (len(rows))."""
+    """Return whether refined fits to long kernels are so far from their lower bounds that those of
+    lower orders are worth their time: a mask (len(rows))."""
     bound = least.gather(-1, order.clamp(max=least.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
     flat = best.l2_error > _FLAT * problem.taps[rows].norm(dim=-1)
-    far = torch.where(flat, _TELLING if less <= _STEPS_FLAT else math.inf, _SUSPECT)
-    return best.l2_error > far * bound
+    far = best.l2_error > torch.where(flat, _TELLING, _SUSPECT) * bound
+    return far & (order <= torch.where(flat, _STEPS_REFINED, _LARGEST_GREEDY))
 
 
 def _fitted(problem: Problem, order: Tensor, rows: Tensor, *, lower: bool) -> ModalFit:
@@ -277,9 +278,9 @@ def _spread_poles(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) 
     """
     found = problem.silence(rows)
     found.l2_error[:] = torch.inf
-    spread = math.sqrt(torch.finfo(problem.settings.dtype).eps)
+    eps = torch.finfo(problem.settings.dtype).eps
     for tail in problem.settings.tails:
-        for change in (spread, 100 * spread):
+        for change in (eps, 30 * eps, math.sqrt(eps), 100 * math.sqrt(eps)):
             poles = _balanced_poles(problem, tail, order[amiss], rows[amiss], change)
             problem.offer(found, poles, rows, amiss)
     return found
@@ -380,6 +381,9 @@ def _offer_rings(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) 
     for count in support[short].unique().tolist():
         where = torch.nonzero(short & (support == count)).flatten()
         size = 0.25 if count == taps.shape[-1] else factor
+        if count == 2:  # the real part of an imaginary pair holds one tap, its imaginary part one
+            pair = torch.tensor([1j, -1j], dtype=torch.complex128, device=taps.device)
+            problem.offer(best, _LEAST_FACTOR * pair.expand(len(where), -1), rows, where)
         problem.offer(best, _ring(count, size, taps).expand(len(where), -1), rows, where)
     complete = torch.nonzero(order >= taps.shape[-1]).flatten()
     if len(complete):

@@ -57,6 +57,8 @@ class Settings:
         stable: Whether poles must lie inside the unit circle.
         dtype: Real dtype of the result, float32 or float64.
         refine: Whether balanced truncation is refined.
+        lower: Whether to look further for a lower order that is closer, as only a search for a
+            tolerance does without.
         gradient: Options of the gradient method.
         tick: Told of every bit of work that is done, in channels.
     """
@@ -65,6 +67,7 @@ class Settings:
     stable: bool
     dtype: torch.dtype
     refine: bool = True
+    lower: bool = True
     gradient: GradientOptions = GradientOptions()
     tick: Callable[[float], None] = lambda channels: None
 

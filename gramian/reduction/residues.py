@@ -39,9 +39,10 @@ _SETTLED = 1e-3
 _CANCELLED = 1e-6
 """Part of ``Σ |λ|^2t`` below which a sum of squares of ``Re λ^t`` or ``Im λ^t`` has lost digits."""
 
-_SMALLEST_DIRECTIONS = (1e-9, 1e-11, 1e-13)
-"""Relative singular values from which a direction of the basis counts; weaker ones are damped. The
-one that leaves the smallest error is taken, with what rounding makes of large residues."""
+_SMALLEST_DIRECTIONS = (1e-5, 1e-6, 1e-7, 1e-9, 1e-11, 1e-13)
+"""Relative singular values from which a direction of the basis counts; weaker ones are damped. Of
+those above rounding errors the one that leaves the smallest error is taken, measured with residues
+as they are rounded."""
 
 _ROUNDING = 8
 """Rounding errors of a mode's taps, in units of the last place of its largest."""
@@ -115,7 +116,7 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
     if bool(unsafe.any()):
         basis = real_basis(poles[unsafe], taps.shape[-1])
         signal = taps[unsafe].unsqueeze(-1)
-        weights[unsafe] = _least_squares(basis, used[unsafe], signal, torch.finfo(dtype).eps)
+        weights[unsafe] = _least_squares(basis, used[unsafe], signal, dtype)
     weights = weights.to(dtype).double()
     residues = torch.complex(weights[:, :modes], -weights[:, modes:])
     residues = torch.where(present, residues, 0)
@@ -231,8 +232,9 @@ def _is_settled(
     return moved.square() <= _SETTLED**2 * energy * torch.maximum(left, floor)
 
 
-def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, eps: float) -> Tensor:
+def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, dtype: torch.dtype) -> Tensor:
     """The same from the basis itself: (B, 2m). ``signal`` is (B, T, 1)."""
+    eps = torch.finfo(dtype).eps
     gram = torch.bmm(basis, basis.mT)
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
     scale = torch.where(scale > 0, 1 / scale, 0) * used
@@ -251,21 +253,23 @@ def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, eps: float) -> T
     settled = _is_settled(energy, moved, residual.squeeze(-1), signal.squeeze(-1), eps)
     unsafe = (failed != 0) | _is_singular(factor) | ~settled
     if bool(unsafe.any()):
-        x[unsafe] = _damped(basis[unsafe] * scale[unsafe], signal[unsafe], eps)
+        x[unsafe] = _damped(basis[unsafe], scale[unsafe], signal[unsafe], dtype)
     return (scale * x).squeeze(-1)
 
 
-def _damped(basis: Tensor, signal: Tensor, eps: float) -> Tensor:
+def _damped(basis: Tensor, scale: Tensor, signal: Tensor, dtype: torch.dtype) -> Tensor:
     """The same by QR and a singular value decomposition, for poles that nearly coincide."""
+    eps = torch.finfo(dtype).eps
     basis = torch.nan_to_num(basis, posinf=0.0, neginf=0.0)
-    q, r = torch.linalg.qr(basis.mT)
+    q, r = torch.linalg.qr((basis * scale).mT)
     left, values, right = torch.linalg.svd(r, full_matrices=False)
     moment = left.mT @ (q.mT @ signal)
     best, least = torch.zeros_like(basis[..., :1]), torch.full_like(signal[:, :1], torch.inf)
     for floor in sorted({max(eps, direction) for direction in _SMALLEST_DIRECTIONS}):
         damped = values / (values.square() + (floor * values[..., :1]) ** 2)
         x = right.mT @ (torch.where(values > 0, damped, 0).unsqueeze(-1) * moment)
-        rounding = _ROUNDING * eps * x.norm(dim=1, keepdim=True)
-        error = torch.hypot((signal - basis.mT @ x).norm(dim=1, keepdim=True), rounding)
+        left_over = signal - basis.mT @ (scale * x).to(dtype).double()
+        rounding = _ROUNDING * torch.finfo(torch.float64).eps * x.norm(dim=1, keepdim=True)
+        error = torch.hypot(left_over.norm(dim=1, keepdim=True), rounding)
         best, least = torch.where(error < least, x, best), torch.minimum(error, least)
     return best

@@ -141,13 +141,15 @@ def test_hankel_errors_of_exact_reductions_are_rounding_errors(families):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_a_fir_kernel_needs_no_more_states_than_taps(dtype):
     """Its only pole is a multiple one at zero, which modes near a circle stand for."""
-    kernel = torch.zeros(3, 400, dtype=dtype)
+    kernel = torch.zeros(4, 400, dtype=dtype)
     kernel[0, 71] = kernel[1, 20] = 1
     kernel[2, 1:31] = 1
+    kernel[3, 1:3] = torch.tensor([1, 0.5])
     close = 5e-4 if dtype == torch.float32 else 2e-6
     for order in (71, 128):
         assert float(reduce(kernel, order).relative_error.max()) <= close
-    assert bool((reduce(kernel, tol=1e-2).order <= torch.tensor([71, 20, 30])).all())
+    assert bool((reduce(kernel, tol=1e-2).order <= torch.tensor([71, 20, 30, 2])).all())
+    assert float(reduce(kernel[3], 2).relative_error) <= 1e-7
 
 
 def check_that_errors_do_not_rise(families, length, count, orders, refine):
