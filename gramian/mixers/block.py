@@ -165,18 +165,18 @@ class Block(Mixer):
         return y, state
 
     def mix_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return self._whole(x, Segments.of(mask))
+        return self.mix_rows(x, Segments.of(mask))
 
     def mix_chunk(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
-        return self._carried(x, state, Segments.of(mask))
+        return self.continue_rows(x, state, Segments.of(mask))
 
     def mix_token(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
         return self.carry(x_t, state, self.mixer.mix_token)
 
-    def _whole(self, x: Tensor, segments: Segments | None, mix: Any = None) -> Tensor:
+    def mix_rows(self, x: Tensor, segments: Segments | None, mix: Any = None) -> Tensor:
         return self.mix(x, MixerCall(partial(self.mixer, mask=segments), segments))
 
-    def _carried(
+    def continue_rows(
         self, x: Tensor, state: State, segments: Segments | None, mix: Any = None
     ) -> tuple[Tensor, State]:
         return self.carry(x, state, lambda z, before: self.mixer(z, before, mask=segments))

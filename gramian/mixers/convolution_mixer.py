@@ -105,15 +105,15 @@ class ConvolutionMixer(Mixer):
     def make_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
         return self.recurrence().initial_state(batch, dtype, device)
 
-    def _whole(self, x: Tensor, segments: Segments | None, mix: Any = None) -> Tensor:
+    def mix_rows(self, x: Tensor, segments: Segments | None, mix: Any = None) -> Tensor:
         parts = () if segments is None or segments.unbroken else segments.parts
         longest = max((part.source.shape[1] for part in parts), default=x.shape[1])
         systems = self.systems(longest)
         if len(parts) > 1:  # a kernel is made once for all of them
             systems = tuple(FIR(_taps(system, x, longest)) for system in systems)
-        return super()._whole(x, segments, partial(self.convolve_whole, systems=systems))
+        return super().mix_rows(x, segments, partial(self.convolve_whole, systems=systems))
 
-    def _carried(
+    def continue_rows(
         self,
         x: Tensor,
         state: State,
@@ -127,7 +127,7 @@ class ConvolutionMixer(Mixer):
             pause = segments.pause()
             operators = tuple(PausedOperator(operator, pause) for operator in operators)
         mix = partial(self.convolve_chunk, operators=operators)
-        return super()._carried(x, state, segments, mix)
+        return super().continue_rows(x, state, segments, mix)
 
 
 class ConvolutionRecurrence(MixerRecurrence):
@@ -149,7 +149,7 @@ class ConvolutionRecurrence(MixerRecurrence):
         self, x: Tensor, state: State, segments: Segments | None, silent: bool
     ) -> tuple[Tensor, State]:
         operators = tuple(recurrence.prefill for recurrence in self.long)
-        return self.mixer._carried(x, state, segments, operators=operators, silent=silent)
+        return self.mixer.continue_rows(x, state, segments, operators=operators, silent=silent)
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:

@@ -75,16 +75,16 @@ class Mixer(nn.Module, abc.ABC):
             ValueError: for a shape other than these, a state with rows of several sequences, or a
                 state of a mixer that is not causal.
         """
-        segments = self._segments(x, mask)
+        segments = self.read_mask(x, mask)
         if state is None:
-            return self._whole(x, segments)
+            return self.mix_rows(x, segments)
         if not isinstance(state, State):
             raise TypeError(
                 "the second argument is the state that recurrence().initial_state(batch) or an "
                 f"earlier call returned, got {type(state).__name__}; pass a mask by name, mask=…"
             )
         self.check_causal()
-        return self._carried(x, state, segments)
+        return self.continue_rows(x, state, segments)
 
     def operator(
         self,
@@ -111,7 +111,7 @@ class Mixer(nn.Module, abc.ABC):
                 several sequences: their operators are one for each of `Segments.parts`.
         """
         self.check_causal()
-        segments = self._segments(x, mask)
+        segments = self.read_mask(x, mask)
         real = None if segments is None else segments.real
         x = apply_mask(x, real)
         if segments is not None and not segments.unbroken:
@@ -261,13 +261,13 @@ class Mixer(nn.Module, abc.ABC):
                 "carries no state."
             )
 
-    def _segments(self, x: Tensor, mask: Tensor | Segments | None) -> Segments | None:
+    def read_mask(self, x: Tensor, mask: Tensor | Segments | None) -> Segments | None:
         """Return the checked mask, where there is one."""
         self.check_input(x, mask)
         segments = Segments.of(mask)
         return None if segments is None else segments.to(x.device)
 
-    def _whole(
+    def mix_rows(
         self,
         x: Tensor,
         segments: Segments | None,
@@ -280,7 +280,7 @@ class Mixer(nn.Module, abc.ABC):
             return mix(apply_mask(x, real), real)
         return segments.restore([mix(part.take(x), part.real) for part in segments.parts])
 
-    def _carried(
+    def continue_rows(
         self,
         x: Tensor,
         state: State,
@@ -365,7 +365,7 @@ class MixerRecurrence:
 
         The mask is that of `Mixer.forward`: padding moves no state, wherever it stands.
         """
-        segments = self.mixer._segments(x, mask)
+        segments = self.mixer.read_mask(x, mask)
         silent = state is None
         if state is None:
             state = self.initial_state(x.shape[0], dtype=x.dtype, device=x.device)
@@ -375,7 +375,7 @@ class MixerRecurrence:
         self, x: Tensor, state: State, segments: Segments | None, silent: bool
     ) -> tuple[Tensor, State]:
         """Mix a chunk from `state`, which remembers nothing if it is `silent`."""
-        return self.mixer._carried(x, state, segments)
+        return self.mixer.continue_rows(x, state, segments)
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:

@@ -152,6 +152,7 @@ def test_its_options_stand_beside_its_name() -> None:
     model = make([{"type": "level", "slowness": 3.0}, "level"])
     first, second = (block.mixer.logits for block in model.model.layers)
     assert first.eq(3.0).all() and second.eq(2.0).all()
+    assert GramianConfig(**model.config.to_dict()).mixers == model.config.mixers
     assert make({"type": "level", "slowness": 1.0}).config.mixer_of(1) == "level"
     with pytest.raises(ValueError, match=r"unknown key of a mixer 'level' 'slownes'\. Did"):
         make([{"type": "level", "slownes": 3.0}, "level"])
