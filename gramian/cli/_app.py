@@ -56,8 +56,8 @@ _EXTRAS = {  # the extra that a missing package comes with
     "transformers": "models",
     "yaml": "train",
 }
-_REGISTERED = tuple(f"unknown {kind} '" for kind in ("task", "filter type", "mixer type"))
-"""What a message says where a module that registers parts may be missing."""
+_REGISTERED = ("unknown task '", "unknown filter type '", "mixers must be among ")
+"""What messages say where a module that registers parts may be missing."""
 
 
 class UserError(Exception):
