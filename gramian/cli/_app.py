@@ -56,6 +56,8 @@ _EXTRAS = {  # the extra that a missing package comes with
     "transformers": "models",
     "yaml": "train",
 }
+_REGISTERED = ("unknown task '", "unknown filter type '", "mixers must be among ")
+"""What messages say where a module that registers parts may be missing."""
 
 
 class UserError(Exception):
@@ -121,6 +123,8 @@ def _failures(debug: bool = False) -> Iterator[None]:
 
 def _fail(error: Exception) -> NoReturn:
     message = one_line(error)
+    if any(kind in message for kind in _REGISTERED):
+        message += " Parts of your own need --import MODULE."
     if isinstance(error, ImportError):
         message += _advice(error)
     elif not isinstance(error, UserError | OSError):

@@ -106,6 +106,7 @@ def test_a_run_keeps_a_copy_that_every_command_finds(
 ) -> None:
     status, _, err = call("train config.yaml", place)
     assert status == 1 and "unknown task 'promoters'" in err
+    assert err.endswith("Parts of your own need --import MODULE.\n")
     status, out, err = call("train config.yaml --import my_parts.py", place)
     assert status == 0, err
     assert "with a copy of my_parts.py" in " ".join(out.split())
@@ -125,7 +126,7 @@ def test_a_run_keeps_a_copy_that_every_command_finds(
 
     forget()
     status, _, err = call("generate run/best --prompt ACGT", place)
-    assert status == 1 and "'my_hyena'" in err
+    assert status == 1 and "'my_hyena'" in err and "--import MODULE" in err
     for command in (
         "generate run/best --prompt ACGT --max-new-tokens 2",
         "check run/best --batch 2 --length 6 --order 0 --dtype float32",
