@@ -1,9 +1,10 @@
 """Systems: causal operators as immutable value objects, one file per realisation."""
 
 from gramian.systems._modal_recurrence import ModalRecurrence, ModalState
+from gramian.systems._pausing import Pause, PausedOperator
 from gramian.systems._recurrence import Recurrence
 from gramian.systems._state import State, define_state
-from gramian.systems._system import System, TimeInvariantSystem
+from gramian.systems._system import System, TimeInvariantSystem, working_dtype
 from gramian.systems.blocks import BlockForm, Blocks
 from gramian.systems.companion import CompanionRecurrence, CompanionState
 from gramian.systems.convert import (
@@ -48,6 +49,8 @@ __all__ = [
     "Modal",
     "ModalRecurrence",
     "ModalState",
+    "Pause",
+    "PausedOperator",
     "Recurrence",
     "State",
     "StateSpace",
@@ -71,4 +74,5 @@ __all__ = [
     "to_time_varying",
     "to_transfer_function",
     "to_zpk",
+    "working_dtype",
 ]

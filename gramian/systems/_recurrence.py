@@ -80,7 +80,6 @@ class Recurrence(abc.ABC, Generic[StateT]):
         self._check_state(state, u_t.shape)
         return self._advance(u_t, state)
 
-    @torch.no_grad()
     def step(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
         """Take one sample (*B, *C') in place: `advance` in the memory of `state`.
 
@@ -92,7 +91,10 @@ class Recurrence(abc.ABC, Generic[StateT]):
             ValueError: if the shape of `state` does not fit the system and `u_t`.
         """
         self._check_state(state, u_t.shape)
-        return self._step(u_t, state)
+        if not torch.is_grad_enabled():  # entering `no_grad` costs more than the check
+            return self._step(u_t, state)
+        with torch.no_grad():
+            return self._step(u_t, state)
 
     def block_form(self, size: int, streams: int = 0) -> BlockForm[StateT]:
         """Return the matrices that take `size` samples at once, in the layout of the state.

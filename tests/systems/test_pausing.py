@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gramian import FIR, Modal, StateSpace, TransferFunction
-from gramian.systems import DPLR, Recurrence
-from gramian.systems._pausing import Pause, PausedOperator, apply_paused
+from gramian.systems import DPLR, Pause, PausedOperator, Recurrence
+from gramian.systems._pausing import apply_paused
 
 CHANNELS = 3
 
