@@ -2,9 +2,9 @@
 
 Five parts, each by itself with `--part`:
 
-`era` compares the closed form (`refine=False`) with pyMOR. Speed: 1,024 implicit filters in the
-published configuration (33 features of time, three hidden layers of 64 sines at frequency 10,
-exponential windows), 2,048 taps, order 16, otherwise default arguments; pyMOR's `ERAReductor`,
+`era` compares the closed form (`Balanced(refine=False)`) with pyMOR. Speed: 1,024 implicit filters
+in the published configuration (33 features of time, three hidden layers of 64 sines at frequency
+10, exponential windows), 2,048 taps, order 16, otherwise default arguments; pyMOR's `ERAReductor`,
 which factors one dense Hankel matrix after the other, on a few of them.
 
 Accuracy: 32 seeded filters at order 16, sixteen as initialised and sixteen from a small Hyena
@@ -14,7 +14,7 @@ taps alone and leaves unstable poles as they come, as `tail="free", stable=False
 ‖h - ĥ‖₂ over the taps behind the direct term, which both sides hold exactly.
 
 `gradient` reduces the same filters, half of them trained, with the default method and with
-`method="gradient"` at 20,000 steps, each in one run of all filters: for how many is the error
+`method=Gradient(…)` at 20,000 steps, each in one run of all filters: for how many is the error
 smaller, and what is the ratio of the times. Nothing of that is extrapolated; with `--quick` the
 steps are fewer, and the output says so. Our gradient method has gradients in closed form from
 √L × √L blocks; beside it stands the published formulation, in which the modal form is materialised
@@ -56,6 +56,7 @@ from gramian import reduce
 from gramian.demo.text import python_documentation
 from gramian.filters import ImplicitFilter
 from gramian.mixers import Hyena
+from gramian.reduction import Balanced, Gradient
 from gramian.reduction.basis import Modes
 from gramian.reduction.refinement import greedy_modes, insert_mode, refined, remainder
 
@@ -121,11 +122,11 @@ def pymor_error(taps: np.ndarray, force_stability: bool) -> tuple[float, float]:
 def throughput(count: int, repeats: int) -> dict[str, Any]:
     """The fastest of some runs over `count` filters: noise only ever adds time."""
     kernel = untrained(count, seed=0)
-    reduce(kernel[:64], ORDER, refine=False)
+    reduce(kernel[:64], ORDER, method=Balanced(refine=False))
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        reduction = reduce(kernel, ORDER, refine=False)
+        reduction = reduce(kernel, ORDER, method=Balanced(refine=False))
         seconds.append(time.perf_counter() - start)
         print(f"  {count} filters in {seconds[-1]:.2f} s: {count / seconds[-1]:.0f} a second")
     return {
@@ -143,7 +144,7 @@ def accuracy(kernels: dict[str, Tensor]) -> dict[str, Any]:
     for treatment, arguments in TREATMENTS.items():
         for origin, kernel in kernels.items():
             double = kernel.double()
-            reduction = reduce(double, ORDER, refine=False, **arguments)
+            reduction = reduce(double, ORDER, method=Balanced(refine=False), **arguments)
             ours = (reduction.system.impulse_response(LENGTH) - double)[:, 1:].norm(dim=-1)
             theirs = []
             for channel in double:
@@ -242,7 +243,7 @@ def against_gradient(options: argparse.Namespace) -> dict[str, Any]:
     runs = [timed("default", kernel) for _ in range(options.repeats)]
     ours, our_seconds = min(runs, key=lambda run: run[1])
     step = published_step(kernel, options.published_steps)
-    theirs, their_seconds = timed("gradient", kernel, method="gradient", steps=steps)
+    theirs, their_seconds = timed("gradient", kernel, method=Gradient(steps=steps))
     smaller = ours.relative_error < theirs.relative_error
     norm = kernel[:, 1:].norm(dim=-1) / kernel.norm(dim=-1)
     for origin, rows in (("untrained", slice(half)), ("trained", slice(half, None))):
@@ -292,7 +293,7 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
         used = time.process_time() - before
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
         some = slice(0, None, max(1, count // 192))
-        plain = reduce(kernel[some], ORDER, refine=False).relative_error
+        plain = reduce(kernel[some], ORDER, method=Balanced(refine=False)).relative_error
         better = reduction.relative_error[some]
         print(
             f"  {count} filters in {seconds:.1f} s, {count / seconds:.0f} a second, {used:.1f} s "
@@ -319,7 +320,7 @@ def optimum(options: argparse.Namespace) -> dict[str, Any]:
     for length in options.search_lengths:
         torch.manual_seed(3)
         kernel = ImplicitFilter(options.search_filters, length)().kernel.detach().double()
-        plain = reduce(kernel, ORDER, refine=False)
+        plain = reduce(kernel, ORDER, method=Balanced(refine=False))
         refined_ = reduce(kernel, ORDER)
         searched = searched_error(kernel, options.chains, options.hops)
         found = torch.minimum(searched, refined_.relative_error)
@@ -388,7 +389,7 @@ def smooth(options: argparse.Namespace) -> dict[str, Any]:
         refined_ = reduce(kernel, order).relative_error
         result: dict[str, Any] = {"relative_error": refined_.mean().item()}
         for name, treatment in (("zero", {"tail": "zero"}), ("auto", {})):
-            plain = reduce(kernel, order, refine=False, **treatment).relative_error
+            plain = reduce(kernel, order, method=Balanced(refine=False), **treatment).relative_error
             result[name] = {
                 "relative_error": plain.mean().item(),
                 "ratio_of_mean_errors": (refined_.mean() / plain.mean()).item(),

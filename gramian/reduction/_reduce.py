@@ -7,7 +7,6 @@ import functools
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,30 +15,12 @@ from gramian.ops._precision import full_precision
 from gramian.ops._threads import work
 from gramian.reduction import errors
 from gramian.reduction.balanced import balanced, refined_further
-from gramian.reduction.gradient import modal_interpolation
-from gramian.reduction.modal_truncation import modal_truncation
-from gramian.reduction.problem import (
-    INITIALIZATIONS,
-    OBJECTIVES,
-    GradientOptions,
-    Problem,
-    Settings,
-    SourceModes,
-    lanczos_block,
-)
+from gramian.reduction.methods import Balanced, Method, ModalTruncation, method_of
+from gramian.reduction.problem import Problem, Settings, SourceModes, lanczos_block
 from gramian.reduction.residues import ModalFit, fit_residues
 from gramian.systems import FIR, Modal, System, TimeInvariantSystem, TransferFunction
 
 __all__ = ["Reduction", "reduce"]
-
-_Method = Callable[[Problem, Tensor, Tensor], ModalFit]
-
-_METHODS: dict[str, _Method] = {
-    "balanced": balanced,
-    "modal": modal_truncation,
-    "gradient": modal_interpolation,
-}
-"""Fits of given orders to some channels of a problem."""
 
 _TAILS = {"auto": ("zero", "free"), "zero": ("zero",), "free": ("free",)}
 
@@ -132,18 +113,12 @@ def reduce(
     kernel_or_system: Tensor | System,
     order: int | Tensor | None = None,
     tol: float | None = None,
-    method: str = "balanced",
+    method: str | Method = "balanced",
     tail: str = "auto",
     stable: bool = True,
     *,
     length: int | None = None,
     max_order: int | None = None,
-    refine: bool = True,
-    steps: int | None = None,
-    learning_rate: float | None = None,
-    objective: str | None = None,
-    initialization: str | None = None,
-    seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Reduction:
     """Find a small modal system with nearly the same impulse response, for every channel.
@@ -173,25 +148,18 @@ def reduce(
         tol: The relative l2 error over the taps to reach, above 0, instead of an order. Every
             channel gets the smallest order that reaches it (as far as the error falls with the
             order), or else the closest fit that was found, and ``converged`` false.
-        method: "balanced", "modal" or "gradient".
+        method: "balanced", "modal" or "gradient"; or, with options of its own, a
+            `gramian.reduction.Balanced`, `ModalTruncation` or `Gradient`.
         tail: What to assume past the last tap. "zero": silence, for a recurrence that fades after L
             as the kernel does. "free": nothing; usually closer over the taps, but see
             ``tail_energy``. "auto": whichever of the two is closer over the taps, per channel;
             under a tolerance, whichever meets it and leaves less past the taps. With
             "zero" poles are refined for the error on the infinite horizon, with the others for
-            that over the taps. Where "gradient" is given no objective, "zero" means "h2".
+            that over the taps.
         stable: Keep poles inside the unit circle: those outside are moved there before the residues
             are fitted. False: leave them.
         length: Number of taps to take of a system; by default an FIR's own. Not for kernels.
         max_order: Where the search for ``tol`` ends; by default 256, or L - 1 if that is less.
-        refine: False: balanced truncation in closed form only, in a fraction of the time.
-        steps: Of "gradient"; by default 20,000.
-        learning_rate: Of "gradient", above 0; by default 3e-3, annealed to 0.
-        objective: Of "gradient": "l2", the error over the taps, or "h2", that of the transfer
-            function on roots of unity; by default according to ``tail``.
-        initialization: Of "gradient": "even" (the default), poles at evenly spaced angles close
-            to the unit circle, or "ring", at random there.
-        seed: Of the initialisation of "gradient"; by default 0.
         progress: Called as ``progress(done, total)``, in channels, as work is done; from one
             thread at a time, not always the caller's.
 
@@ -200,21 +168,14 @@ def reduce(
 
     Raises:
         TypeError: if the first argument is neither a real floating-point tensor nor a system.
-        ValueError: if an argument is out of range, or a kernel is not finite.
+        ValueError: if an argument is out of range, a method has no such name, or a kernel is not
+            finite.
     """
     kernel = _kernel_of(kernel_or_system, length)
     if (order is None) == (tol is None):
         raise ValueError(f"give either order or tol, not both or none; got {order=} and {tol=}.")
-    _check_choice("method", method, tuple(_METHODS))
+    method = method_of(method)
     _check_choice("tail", tail, tuple(_TAILS))
-    given = {
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "objective": objective,
-        "initialization": initialization,
-        "seed": seed,
-    }
-    options = _gradient_options(method, {k: v for k, v in given.items() if v is not None})
     shape, taps = kernel.shape[:-1], kernel.shape[-1]
     if tol is not None and not (isinstance(tol, int | float) and 0 < tol < math.inf):
         raise ValueError(f"tol must be a finite number above 0, got {tol!r}.")
@@ -233,29 +194,28 @@ def reduce(
         _TAILS[tail],
         stable,
         dtype,
-        refine,
+        isinstance(method, Balanced) and method.refine,
         lower=order is not None,
-        gradient=options,
         tick=told.advance,
     )
-    source = _source_modes(kernel_or_system, work_device) if method == "modal" else None
-    solve = _METHODS[method]
+    modal = isinstance(method, ModalTruncation)
+    source = _source_modes(kernel_or_system, work_device) if modal else None
     told.advance(0)
     if orders is not None:
         orders = orders.reshape(-1).to(work_device)
         size = _block_size(flat, int(orders.max()))
-        if method == "modal":
+        if modal:
             size = lanczos_block(flat, int(orders.max()))
         pieces = [None] * -(-len(flat) // size) if source is None else source.split(size)
         blocks = list(zip(flat.split(size), orders.split(size), pieces, strict=True))
-        parts = work(lambda block: _reduce_to_order(*block, solve, settings), blocks, flat)
+        parts = work(lambda block: _reduce_to_order(*block, method, settings), blocks, flat)
     else:
         assert tol is not None
         largest = min(max(1, taps - 1), _MAX_ORDER if max_order is None else max_order)
         size = lanczos_block(flat, _FIRST_LEVEL)
         pieces = [None] * -(-len(flat) // size) if source is None else source.split(size)
         parts = work(
-            lambda block: _reduce_to_tolerance(*block, tol, largest, solve, settings),
+            lambda block: _reduce_to_tolerance(*block, tol, largest, method, settings),
             list(zip(flat.split(size), pieces, strict=True)),
             flat,
         )
@@ -281,24 +241,6 @@ class _Progress:
 
     def finish(self) -> None:
         self.advance(self.total - self.done)
-
-
-def _gradient_options(method: str, given: dict[str, Any]) -> GradientOptions:
-    if given and method != "gradient":
-        name = next(iter(given))
-        raise ValueError(f"{name} goes with method='gradient', got it with method={method!r}.")
-    options = GradientOptions(**given)
-    if not isinstance(options.steps, int) or options.steps < 1:
-        raise ValueError(f"steps must be an integer, at least 1, got {options.steps!r}.")
-    rate = options.learning_rate
-    if not (isinstance(rate, int | float) and 0 < rate < math.inf):
-        raise ValueError(f"learning_rate must be a finite number above 0, got {rate!r}.")
-    if options.objective is not None:
-        _check_choice("objective", options.objective, OBJECTIVES)
-    _check_choice("initialization", options.initialization, INITIALIZATIONS)
-    if not isinstance(options.seed, int):
-        raise ValueError(f"seed must be an integer, got {options.seed!r}.")
-    return options
 
 
 def _source_modes(source: Tensor | System, device: torch.device) -> SourceModes | None:
@@ -411,12 +353,12 @@ class _Part:
 
 
 def _reduce_to_order(
-    kernel: Tensor, order: Tensor, source: SourceModes | None, solve: _Method, settings: Settings
+    kernel: Tensor, order: Tensor, source: SourceModes | None, method: Method, settings: Settings
 ) -> _Part:
     everything = slice(None)
     largest = int(order.max())
     problem = Problem(kernel[:, 1:], largest + 1, settings, source)
-    fit = solve(problem, order, torch.arange(len(kernel), device=kernel.device))
+    fit = method.solve(problem, order, torch.arange(len(kernel), device=kernel.device))
     settings.tick(len(kernel))
     return _Part(
         fit,
@@ -432,11 +374,11 @@ class _Search:
     ``fit`` holds the fits of order ``high``, ``met`` the channels where those meet their goal.
     """
 
-    def __init__(self, problem: Problem, solve: _Method, goal: Tensor, low: int, high: int) -> None:
-        self.problem, self.solve, self.goal = problem, solve, goal
+    def __init__(self, problem: Problem, method: Method, goal: Tensor, low: int, high: int) -> None:
+        self.problem, self.method, self.goal = problem, method, goal
         self.rows = torch.arange(len(goal), device=goal.device)
         self.low, self.high = torch.full_like(self.rows, low), torch.full_like(self.rows, high)
-        self.fit = solve(problem, self.high, self.rows)
+        self.fit = method.solve(problem, self.high, self.rows)
 
     @property
     def met(self) -> Tensor:
@@ -446,11 +388,11 @@ class _Search:
         """Solve the channels ``where`` (mask) again."""
         some = self.rows[where]
         if len(some):
-            self.fit.put(some, self.solve(self.problem, self.high[some], some))
+            self.fit.put(some, self.method.solve(self.problem, self.high[some], some))
 
     def _try(self, order: Tensor, some: Tensor) -> Tensor:
         """Try lower orders of the channels ``some``; which of them were low enough."""
-        trial = self.solve(self.problem, order, some)
+        trial = self.method.solve(self.problem, order, some)
         good = trial.l2_error <= self.goal[some]
         self.fit.put(some[good], trial[good])
         self.high[some[good]], self.low[some[~good]] = order[good], order[~good]
@@ -479,7 +421,7 @@ def _reduce_to_tolerance(
     source: SourceModes | None,
     tol: float,
     largest: int,
-    solve: _Method,
+    method: Method,
     settings: Settings,
 ) -> _Part:
     """Double the order until the error is small enough, then bisect, every channel for itself; then
@@ -491,14 +433,14 @@ def _reduce_to_tolerance(
     values = taps.new_full((len(taps), 0), torch.nan)
     pending = everywhere[best.l2_error > allowed]
     converged = best.l2_error <= allowed
-    refine = settings.refine and solve is balanced
+    refine = settings.refine
     plain = dataclasses.replace(settings, refine=False, tick=lambda channels: None)
     failed, level = 0, min(_FIRST_LEVEL, largest)
     while len(pending):
         problem = Problem(
             taps[pending], level + 1, plain, None if source is None else source[pending]
         )
-        search = _Search(problem, solve, allowed[pending], failed, level)
+        search = _Search(problem, method, allowed[pending], failed, level)
         if refine:
             refined = problem.with_settings(dataclasses.replace(plain, refine=True))
             near = search.fit.l2_error <= (math.inf if level == largest else _REACH) * search.goal

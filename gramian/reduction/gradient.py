@@ -26,14 +26,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gramian.ops._lengths import fft_length
 from gramian.reduction.basis import Vandermonde
-from gramian.reduction.problem import GradientOptions, Problem
+from gramian.reduction.problem import Problem
 from gramian.reduction.residues import ModalFit, measured
+
+if TYPE_CHECKING:
+    from gramian.reduction.methods import Gradient
 
 __all__ = ["modal_interpolation"]
 
@@ -42,15 +46,18 @@ _REPORTED = 50
 """How often progress is told in a run."""
 
 
-def modal_interpolation(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
-    """Fits of the given orders to the channels ``rows`` of a problem, by descent.
+def modal_interpolation(
+    problem: Problem, order: Tensor, rows: Tensor, options: Gradient
+) -> ModalFit:
+    """Fit the channels ``rows`` of a problem by descent.
 
     Args:
         problem: Kernels and settings.
         order: (len(rows)), integers.
         rows: Channels, indices.
+        options: How to descend.
     """
-    settings, options = problem.settings, problem.settings.gradient
+    settings = problem.settings
     taps = problem.taps[rows]
     best = problem.silence(rows)
     size = taps.norm(dim=-1, keepdim=True)
@@ -87,7 +94,7 @@ def _slots(order: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _initial(
-    order: Tensor, present: Tensor, paired: Tensor, length: int, options: GradientOptions
+    order: Tensor, present: Tensor, paired: Tensor, length: int, options: Gradient
 ) -> Tensor:
     """Radii, angles, real and imaginary parts of the residues: (4, B, m)."""
     generator = torch.Generator().manual_seed(options.seed)
@@ -116,7 +123,7 @@ def _descended(
     loss: Callable[[Tensor], tuple[Tensor, Tensor]],
     moving: Tensor,
     ceiling: float,
-    options: GradientOptions,
+    options: Gradient,
     tick: Callable[[float], None],
 ) -> Tensor:
     """The best parameters of a run of Adam, (4, B, m), channel by channel."""

@@ -17,7 +17,6 @@ from gramian.reduction.spectrum import Spectrum, hankel_matrices, leading_spectr
 __all__ = [
     "INITIALIZATIONS",
     "OBJECTIVES",
-    "GradientOptions",
     "Problem",
     "Settings",
     "SourceModes",
@@ -27,25 +26,6 @@ __all__ = [
 
 OBJECTIVES = ("l2", "h2")
 INITIALIZATIONS = ("ring", "even")
-
-
-@dataclasses.dataclass(frozen=True)
-class GradientOptions:
-    """How to descend.
-
-    Args:
-        steps: Number of steps.
-        learning_rate: Of Adam, at the first step.
-        objective: "l2" or "h2"; None: "h2" where the tail counts as silence, else "l2".
-        initialization: "ring" or "even".
-        seed: Of the initialisation.
-    """
-
-    steps: int = 20_000
-    learning_rate: float = 3e-3
-    objective: str | None = None
-    initialization: str = "even"
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +39,6 @@ class Settings:
         refine: Whether balanced truncation is refined.
         lower: Whether to look further for a lower order that is closer, as only a search for a
             tolerance does without.
-        gradient: Options of the gradient method.
         tick: Told of every bit of work that is done, in channels.
     """
 
@@ -68,7 +47,6 @@ class Settings:
     dtype: torch.dtype
     refine: bool = True
     lower: bool = True
-    gradient: GradientOptions = GradientOptions()
     tick: Callable[[float], None] = lambda channels: None
 
     @property

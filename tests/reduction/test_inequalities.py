@@ -9,6 +9,7 @@ import scipy.signal
 import torch
 
 from gramian import reduce
+from gramian.reduction import Balanced, Gradient
 
 
 def kernels(make, count, length, draw):
@@ -17,9 +18,9 @@ def kernels(make, count, length, draw):
 
 METHODS = [
     {"method": "balanced"},
-    {"method": "balanced", "refine": False},
+    {"method": Balanced(refine=False)},
     {"method": "modal"},
-    {"method": "gradient", "steps": 5},
+    {"method": Gradient(steps=5)},
 ]
 LENGTHS = [2, 3, 4, 9, 16, 33, 64, 101, 200]
 SLACK = 1e-9
@@ -124,7 +125,7 @@ def test_tolerances_that_are_said_to_be_met_are_met(families, refine):
     draw = np.random.default_rng(2)
     for make in families.values():
         kernel = kernels(make, 3, 60, draw)
-        reduction = reduce(kernel, tol=0.2, max_order=12, refine=refine)
+        reduction = reduce(kernel, tol=0.2, max_order=12, method=Balanced(refine=refine))
         check(reduction, kernel, np.full(3, 12), True, draw)
         assert torch.equal(reduction.converged, reduction.relative_error <= 0.2)
 
@@ -158,7 +159,7 @@ def check_that_errors_do_not_rise(families, length, count, orders, refine):
     kernel = torch.cat([kernels(make, count, length, draw) for make in families.values()])
     least = torch.full((len(kernel),), torch.inf, dtype=torch.float64)
     for order in orders:
-        error = reduce(kernel, order, refine=refine).relative_error
+        error = reduce(kernel, order, method=Balanced(refine=refine)).relative_error
         assert bool((error <= 1.01 * least + 1e-7).all())
         least = torch.minimum(least, error)
 
@@ -188,7 +189,8 @@ def test_reductions_of_textbook_filters_stay_inside_their_bounds():
         for cutoff in (0.1, 0.3):
             kernel = torch.from_numpy(scipy.signal.firwin(length, cutoff))
             for order in (8, 16, 32):
-                found = reduce(torch.stack([kernel, kernel.roll(1)]), order, refine=False)
+                both = torch.stack([kernel, kernel.roll(1)])
+                found = reduce(both, order, method=Balanced(refine=False))
                 assert bool((found.lower_bound <= found.relative_error).all())
                 largest = found.hankel_singular_values[:, 0]
                 assert bool((largest <= kernel.abs().sum() * (1 + 1e-5)).all())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gramian import Modal, TransferFunction, reduce
+from gramian.reduction import Balanced, Gradient, Method
 from gramian.reduction.gradient import _FrequencyLoss, _TimeLoss
 from gramian.reduction.modal_truncation import dominant_modes
 
@@ -13,7 +14,7 @@ METHODS = ["balanced", "modal", "gradient"]
 
 
 def options(method, **more):
-    return {"method": method, **({"steps": 5} if method == "gradient" else {}), **more}
+    return {"method": Gradient(steps=5) if method == "gradient" else method, **more}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,12 +84,12 @@ def test_losses_are_errors_in_time_and_frequency():
 def test_descent_descends(smooth_kernel, objective, initialization):
     kernel = smooth_kernel(4, 128, 1e-2)
     arguments = {
-        "method": "gradient",
         "objective": objective,
         "initialization": initialization,
         "learning_rate": 1e-2,
     }
-    errors = [reduce(kernel, 6, steps=n, **arguments).relative_error for n in (1, 30, 300)]
+    methods = [Gradient(steps=n, **arguments) for n in (1, 30, 300)]
+    errors = [reduce(kernel, 6, method=method).relative_error for method in methods]
     assert float(errors[2].mean()) < float(errors[1].mean()) < 1
     assert float(errors[2].mean()) < 0.96 * float(errors[0].mean())
 
@@ -96,22 +97,22 @@ def test_descent_descends(smooth_kernel, objective, initialization):
 def test_descent_finds_a_single_mode():
     time = torch.arange(100, dtype=torch.float64)
     kernel = torch.cat([torch.zeros(1), 0.97**time * torch.cos(1.5 * time + 0.4)]).double()
-    reduction = reduce(kernel, 2, method="gradient", steps=1500, learning_rate=1e-2)
+    reduction = reduce(kernel, 2, method=Gradient(steps=1500, learning_rate=1e-2))
     assert float(reduction.relative_error) < 1e-3
     real = torch.cat([torch.zeros(1), 0.97**time]).double()
-    assert float(reduce(real, 1, method="gradient", steps=1500).relative_error) < 1e-2
+    assert float(reduce(real, 1, method=Gradient(steps=1500)).relative_error) < 1e-2
 
 
 def test_descents_depend_on_the_seed_alone():
     kernel = torch.randn(3, 50, dtype=torch.float64)
-    arguments = {"order": 4, "method": "gradient", "steps": 20, "initialization": "ring"}
+    arguments = {"order": 4, "method": Gradient(steps=20, initialization="ring")}
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = reduce(kernel, **arguments)
     assert torch.equal(torch.get_rng_state(), before)
     alone = reduce(kernel[1], **arguments)
     torch.testing.assert_close(alone.system.poles, first.system.poles[1])
-    other = reduce(kernel, seed=1, **arguments)
+    other = reduce(kernel, 4, method=Gradient(steps=20, initialization="ring", seed=1))
     assert not torch.equal(other.system.poles, first.system.poles)
 
 
@@ -195,7 +196,7 @@ def test_a_reduction_prints_as_a_summary(smooth_kernel):
 
 def test_out_of_reach_the_closest_order_tried_is_returned(smooth_kernel):
     kernel = smooth_kernel(4, 90, 1e-1)
-    arguments = {"method": "gradient", "steps": 60}
+    arguments = {"method": Gradient(steps=60)}
     levels = [reduce(kernel, order, **arguments) for order in (16, 32, 64, 89)]
     found = reduce(kernel, tol=1e-9, **arguments)
     assert not bool(found.converged.any())
@@ -208,17 +209,37 @@ def test_out_of_reach_the_closest_order_tried_is_returned(smooth_kernel):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"steps": 5}, "steps goes with method='gradient'"),
-        ({"method": "modal", "objective": "l2"}, "objective goes with"),
-        ({"method": "gradient", "steps": 0}, "steps must be"),
-        ({"method": "gradient", "steps": 1.5}, "steps must be"),
-        ({"method": "gradient", "learning_rate": -1.0}, "learning_rate must be"),
-        ({"method": "gradient", "learning_rate": math.nan}, "learning_rate must be"),
-        ({"method": "gradient", "objective": "l1"}, "'l2', 'h2'"),
-        ({"method": "gradient", "initialization": "zeros"}, "'ring', 'even'"),
-        ({"method": "gradient", "seed": 0.5}, "seed must be"),
+        ({"steps": 0}, "steps must be"),
+        ({"steps": 1.5}, "steps must be"),
+        ({"learning_rate": -1.0}, "learning_rate must be"),
+        ({"learning_rate": math.nan}, "learning_rate must be"),
+        ({"objective": "l1"}, "'l2', 'h2'"),
+        ({"initialization": "zeros"}, "'ring', 'even'"),
+        ({"seed": 0.5}, "seed must be"),
     ],
 )
 def test_wrong_options_get_one_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
-        reduce(torch.randn(2, 20), 2, **arguments)
+        Gradient(**arguments)
+
+
+def test_a_method_that_there_is_not_gets_one_sentence():
+    with pytest.raises(ValueError, match="'balanced', 'modal', 'gradient' or a gramian"):
+        reduce(torch.randn(2, 20), 2, method="balance")
+    with pytest.raises(ValueError, match="refine must be true or false"):
+        Balanced(refine=2)
+
+
+def test_a_method_of_ones_own_is_taken():
+    class Last(Method):
+        """One mode at a place that is given."""
+
+        def solve(self, problem, order, rows):
+            best = problem.silence(rows)
+            poles = torch.full((len(rows), 1), 0.5, dtype=torch.complex128)
+            problem.offer(best, poles, rows, torch.arange(len(rows)))
+            return best
+
+    kernel = 0.5 ** torch.arange(20.0)
+    reduction = reduce(kernel, 3, method=Last())
+    assert int(reduction.order) == 1 and float(reduction.relative_error) < 1e-6

@@ -1,0 +1,132 @@
+"""The methods of `gramian.reduce`, and the options of each."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import ClassVar
+
+from torch import Tensor
+
+from gramian.reduction.balanced import balanced
+from gramian.reduction.gradient import modal_interpolation
+from gramian.reduction.modal_truncation import modal_truncation
+from gramian.reduction.problem import INITIALIZATIONS, OBJECTIVES, Problem
+from gramian.reduction.residues import ModalFit
+
+__all__ = ["METHODS", "Balanced", "Gradient", "Method", "ModalTruncation", "method_of"]
+
+
+class Method(abc.ABC):
+    """A way to find poles and residues of a given order."""
+
+    name: ClassVar[str]
+    """What `reduce` calls the method with its default options."""
+
+    @abc.abstractmethod
+    def solve(self, problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
+        """Fit channels of a problem.
+
+        Args:
+            problem: The kernels and what was asked for.
+            order: (len(rows)), integers: the order of every fit, or more than it.
+            rows: The channels, as indices.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Balanced(Method):
+    """Take the poles of a balanced truncation (S. Kung, 1978) and refine them.
+
+    Args:
+        refine: Whether to refine the poles by variable projection. Without it a reduction is in
+            closed form and takes a fraction of the time.
+    """
+
+    name = "balanced"
+    refine: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.refine, bool):
+            raise ValueError(f"refine must be true or false, got {self.refine!r}.")
+
+    def solve(self, problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
+        return balanced(problem, order, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModalTruncation(Method):
+    """Keep the modes with the most energy."""
+
+    name = "modal"
+
+    def solve(self, problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
+        return modal_truncation(problem, order, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient(Method):
+    """Descend on poles and residues with Adam (arXiv 2310.18780, section 3.2).
+
+    Args:
+        steps: Number of steps, at least 1.
+        learning_rate: Learning rate of the first step, above 0, annealed to 0.
+        objective: "l2", the error over the taps, or "h2", that of the transfer function on roots
+            of unity. None takes "h2" where the tail counts as silence, else "l2".
+        initialization: "even", poles at evenly spaced angles close to the unit circle, or "ring",
+            at random there.
+        seed: Seed of the initialization.
+
+    Raises:
+        ValueError: if an option is out of range.
+    """
+
+    name = "gradient"
+    steps: int = 20_000
+    learning_rate: float = 3e-3
+    objective: str | None = None
+    initialization: str = "even"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be an integer, at least 1, got {self.steps!r}.")
+        rate = self.learning_rate
+        if not (isinstance(rate, int | float) and 0 < rate < math.inf):
+            raise ValueError(f"learning_rate must be a finite number above 0, got {rate!r}.")
+        for option, accepted in (
+            ("objective", (None, *OBJECTIVES)),
+            ("initialization", INITIALIZATIONS),
+        ):
+            value = getattr(self, option)
+            if value not in accepted:
+                names = ", ".join(map(repr, accepted))
+                raise ValueError(f"{option} must be one of {names}, got {value!r}.")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}.")
+
+    def solve(self, problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
+        return modal_interpolation(problem, order, rows, self)
+
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Balanced, ModalTruncation, Gradient)
+}
+"""The methods by name."""
+
+
+def method_of(method: str | Method) -> Method:
+    """Return a method as it is, or the one of this name with its default options.
+
+    Raises:
+        ValueError: for a name that no method has.
+    """
+    if isinstance(method, Method):
+        return method
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(
+            f"method must be one of {', '.join(map(repr, METHODS))} or a "
+            f"gramian.reduction.Method, got {method!r}."
+        )
+    return METHODS[method]()
