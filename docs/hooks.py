@@ -1,6 +1,7 @@
 """What the documentation site does while it is built.
 
-It makes the reference of the command line, and drops reStructuredText's roles from docstrings.
+It makes the references of the command line and of a configuration's keys, and drops
+reStructuredText's roles from docstrings.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import typer.main
 
 MARK = "<!-- the commands of gramian -->"
 PAGE = "reference/command-line.md"
+KEYS_MARK = "<!-- the keys of a configuration -->"
+KEYS_PAGE = "reference/training.md"
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Put the commands where `MARK` stands in their page, as mkdocs asks for it."""
-    if page.file.src_uri != PAGE:
-        return markdown
-    if MARK not in markdown:
-        raise ValueError(f"{PAGE} lacks the line {MARK}.")
-    return markdown.replace(MARK, commands())
+    """Put the commands and the keys where their marks stand, as mkdocs asks for it."""
+    for place, mark, text in ((PAGE, MARK, commands), (KEYS_PAGE, KEYS_MARK, training_keys)):
+        if page.file.src_uri == place:
+            if mark not in markdown:
+                raise ValueError(f"{place} lacks the line {mark}.")
+            return markdown.replace(mark, text())
+    return markdown
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -34,6 +38,18 @@ def commands() -> str:
 
     group: Any = typer.main.get_command(app)
     return "\n\n".join(_command(name, command) for name, command in group.commands.items())
+
+
+def training_keys() -> str:
+    """Markdown of every key of a training configuration, read from the dataclasses themselves."""
+    from gramian.training.configuration import keys as listed
+
+    rows = [
+        f"| `{key.name}` | {key.meaning.replace('|', chr(92) + '|')} | "
+        f"{'needed' if key.default is None else f'`{key.default}`'} |"
+        for key in listed()
+    ]
+    return "\n".join(["| key | meaning | default |", "|---|---|---|", *rows])
 
 
 def _command(name: str, command: Any) -> str:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from gramian.distillation import mean_loss
 from gramian.filters import ModalFilter
 from gramian.models import GramianForCausalLM
 from gramian.models.cache import CACHE
@@ -32,16 +33,9 @@ __all__ = [
 ]
 
 
-@torch.no_grad()
 def bits_per_byte(model: GramianForCausalLM, windows: Tensor) -> float:
-    """Mean bits of every byte of windows (count, length) but each window's first."""
-    total = 0.0
-    for part in windows.long().split(8):
-        logits = model(part[:, :-1], use_cache=False).logits
-        total += nn.functional.cross_entropy(
-            logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
-        ).item()
-    return total / windows[:, 1:].numel() / math.log(2)
+    """Measure the mean bits of every byte of windows (count, length) but each window's first."""
+    return mean_loss(model, windows.long()) / math.log(2)
 
 
 @torch.no_grad()

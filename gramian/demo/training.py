@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gramian.filters import Filter
+from gramian.filters import parameter_groups
 from gramian.models import GramianForCausalLM
 
 __all__ = ["TrainingSettings", "train"]
@@ -52,44 +52,25 @@ def train(
         The loss of every step, in bits per byte.
     """
     data = data.long()
-    optimizer = torch.optim.AdamW(_parameter_groups(model, settings), betas=(0.9, 0.98))
+    rate = settings.learning_rate
+    groups = parameter_groups(model, lr=rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: settings.rate_at(n) / rate)
     offsets = torch.arange(settings.length + 1)
     losses = []
     model.train()
     for step in range(settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate_at(step)
         starts = torch.randint(len(data) - settings.length, (settings.batch_size, 1))
         windows = data[starts + offsets]  # (batch, length + 1)
-        logits = model(windows[:, :-1], use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        due = windows[:, 1:].contiguous()
+        loss = model(windows[:, :-1], labels=due, shift_labels=due, use_cache=False).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         optimizer.step()
+        schedule.step()
         losses.append(loss.item() / math.log(2))
         if on_step is not None:
             on_step(step + 1, losses[-1])
     model.eval()
     return losses
-
-
-def _parameter_groups(
-    model: nn.Module, settings: TrainingSettings
-) -> list[dict[str, list[nn.Parameter] | float]]:
-    """Weight decay for matrices only, and for none of a filter's: they shape dynamics."""
-    dynamics = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, Filter)
-        for parameter in module.parameters()
-    }
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        kept = id(parameter) in dynamics or parameter.ndim < 2
-        (free if kept else decayed).append(parameter)
-    return [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]

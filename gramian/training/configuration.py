@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from gramian._imports import find_copy, import_parts
 from gramian._nearest import unknown
 from gramian.tasks.kinds import metric_names
+from gramian.training.keys import Key, list_keys, setting
 
 __all__ = [
     "Checkpoints",
@@ -54,188 +55,178 @@ class Optimization:
 
     Parameters of filters get the learning rate and decay that the filters ask for, by
     `gramian.parameter_groups`.
-
-    Attributes:
-        steps: optimiser steps; or give `epochs`.
-        epochs: passes over the training set.
-        batch_size: sequences of an optimiser step, over all processes and accumulated parts, so
-            that a run does not depend on how many processes share it; the last batch of an epoch
-            is filled up with other rows where several do.
-        accumulation: parts that a process takes its share of a batch in.
-        packing: whether to put the sequences of a part end to end, in rows no longer than the
-            task's longest, in place of padding each; they learn what they would by themselves.
-        learning_rate: at the peak.
-        weight_decay: of matrices that are no embeddings and no filters.
-        betas: of AdamW.
-        epsilon: of AdamW.
-        warmup: steps of linear warm-up if at least 1, share of the steps if below.
-        schedule: `"cosine"`, `"linear"` or `"constant"`, after the warm-up.
-        final_rate: at the end of the cosine, as a share of the peak.
-        clip_norm: largest norm of the gradient; 0 does not clip.
     """
 
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 32
-    accumulation: int = 1
-    packing: bool = False
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.1
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    epsilon: float = 1e-8
-    warmup: float = 0.05
-    schedule: str = "cosine"
-    final_rate: float = 0.05
-    clip_norm: float = 1.0
+    steps: int | None = setting("number of optimizer steps; or give `epochs`.", None)
+    epochs: float | None = setting("number of passes over the training set.", None)
+    batch_size: int = setting(
+        "number of sequences in an optimizer step, over all processes and micro-batches, so that "
+        "a run does not depend on how many processes share it; where several do, the last batch "
+        "of an epoch is filled up with other rows.",
+        32,
+    )
+    accumulation: int = setting(
+        "number of gradient-accumulation steps: micro-batches per process and optimizer step.", 1
+    )
+    packing: bool = setting(
+        "whether to put the sequences of a micro-batch end to end, in rows no longer than the "
+        "task's longest, instead of padding each; what is learned stays the same.",
+        False,
+    )
+    learning_rate: float = setting("learning rate at its peak.", 1e-3)
+    weight_decay: float = setting(
+        "weight decay of matrices that are no embeddings and no filters.", 0.1
+    )
+    betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.98], metadata={"help": "the two betas of AdamW."}
+    )
+    epsilon: float = setting("the epsilon of AdamW.", 1e-8)
+    warmup: float = setting(
+        "linear warm-up: a number of steps if at least 1, a share of them if below.", 0.05
+    )
+    schedule: str = setting(
+        '`"cosine"`, `"linear"` or `"constant"`, the schedule after the warm-up.', "cosine"
+    )
+    final_rate: float = setting(
+        "learning rate at the end of the cosine, as a share of the peak.", 0.05
+    )
+    clip_norm: float = setting("largest norm of the gradient; 0 turns clipping off.", 1.0)
 
 
 @dataclass(frozen=True)
 class StatePenalty:
-    """A loss on effective state-size; see `gramian.memory.ess_penalty`.
+    """Set a loss on effective state-size; see `gramian.memory.ess_penalty`."""
 
-    Attributes:
-        weight: of the loss; 0 leaves it out.
-        target: state-size that every head or channel is drawn to.
-        share: or share of the state there is.
-        sequences: of a process's batch that are measured.
-        channels: heads or channels of a layer that are measured, others at each step.
-    """
-
-    weight: float = 0.0
-    target: float | None = None
-    share: float | None = None
-    sequences: int = 2
-    channels: int = 8
+    weight: float = setting("weight of the loss; 0 turns it off.", 0.0)
+    target: float | None = setting("state-size towards which every head or channel is drawn.", None)
+    share: float | None = setting("or the share of the state that it is drawn to.", None)
+    sequences: int = setting("number of sequences of a process's batch that are measured.", 2)
+    channels: int = setting(
+        "number of heads or channels of a layer that are measured; others at each step.", 8
+    )
 
 
 @dataclass(frozen=True)
 class Regularization:
-    """Losses on the memory of a model, added to the task's and logged by themselves.
+    """Set losses on the memory of a model, added to the task's and logged by themselves."""
 
-    Attributes:
-        gates: weight of `gramian.memory.gate_regularizer`, which draws the gates of linear
-            recurrences towards 1; 0 leaves it out.
-        ess: see there.
-    """
-
-    gates: float = 0.0
+    gates: float = setting(
+        "weight of `gramian.memory.gate_regularizer`, which draws the gates of linear "
+        "recurrences towards 1; 0 turns it off.",
+        0.0,
+    )
     ess: StatePenalty = field(default_factory=StatePenalty)
 
 
 @dataclass(frozen=True)
 class StateSizes:
-    """Effective state-sizes at each evaluation; see `StateSizeCallback`.
+    """Measure effective state-sizes at each evaluation; see `StateSizeCallback`."""
 
-    Attributes:
-        rows: of the held-out set that are read; 0 does not measure.
-        every: positions between those that are measured.
-        channels: at most so many heads or channels of a layer.
-    """
-
-    rows: int = 0
-    every: int = 16
-    channels: int = 16
+    rows: int = setting("number of held-out rows that are read; 0 measures nothing.", 0)
+    every: int = setting("number of positions from one that is measured to the next.", 16)
+    channels: int = setting("largest number of heads or channels of a layer that are measured.", 16)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """When and on what to evaluate; the end of training is always evaluated.
+    """Set when and on what to evaluate; the end of training is always evaluated."""
 
-    Attributes:
-        every: optimiser steps between evaluations; None evaluates at the end only.
-        split: of the task.
-        examples: at most so many rows; None takes all.
-        batch_size: sequences of a process at once; None takes the training's.
-        metric: by which the best model is chosen: `"loss"` or `"accuracy"`; of a signal `"loss"`,
-            the same as `"mse"`, or `"relative_error"`, the root of it over the targets' own.
-        patience: evaluations without a better metric after which training stops; None goes on.
-        samples: rows of which predictions, or continuations of text, are written down.
-        sample_length: tokens of a continuation, or last steps of a signal.
-        ess: state-sizes to log; see there.
-    """
-
-    every: int | None = None
-    split: str = "validation"
-    examples: int | None = None
-    batch_size: int | None = None
-    metric: str = "loss"
-    patience: int | None = None
-    samples: int = 2
-    sample_length: int = 128
+    every: int | None = setting(
+        "optimizer steps from one evaluation to the next; None evaluates at the end only.", None
+    )
+    split: str = setting("split of the task to evaluate on.", "validation")
+    examples: int | None = setting("largest number of rows; None takes all.", None)
+    batch_size: int | None = setting(
+        "number of sequences in a batch of a process; None takes that of training.", None
+    )
+    metric: str = setting(
+        'the metric by which the best model is chosen: `"loss"` or `"accuracy"`; where labels are '
+        'numbers `"loss"`, the same as `"mse"`, or `"relative_error"`: RMSE divided by the RMS of '
+        "the targets.",
+        "loss",
+    )
+    patience: int | None = setting(
+        "number of evaluations without a better metric after which training stops; None never "
+        "stops it.",
+        None,
+    )
+    samples: int = setting(
+        "number of rows whose predictions, or continuations of text, are written down.", 2
+    )
+    sample_length: int = setting(
+        "number of tokens of a continuation, or of last steps of a signal.", 128
+    )
     ess: StateSizes = field(default_factory=StateSizes)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What a killed run goes on from.
+    """Set what an interrupted run goes on from."""
 
-    Attributes:
-        every: optimiser steps between checkpoints; None keeps the one at the end only.
-        keep: how many, at least 2: the last may be incomplete.
-    """
-
-    every: int | None = None
-    keep: int = 2
+    every: int | None = setting(
+        "optimizer steps from one checkpoint to the next; None writes one at the end only.", None
+    )
+    keep: int = setting("number of checkpoints to keep, at least 2: the last may be incomplete.", 2)
 
 
 @dataclass(frozen=True)
 class Logging:
-    """Where figures go besides `metrics.jsonl`.
+    """Set where figures go besides `metrics.jsonl`."""
 
-    Attributes:
-        every: optimiser steps between lines.
-        report_to: `"tensorboard"`, or any other that transformers' `Trainer` knows.
-    """
-
-    every: int = 10
-    report_to: list[str] = field(default_factory=list)
+    every: int = setting("optimizer steps from one line to the next.", 10)
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": 'further targets: `"tensorboard"`, or another of transformers\' `Trainer`.'
+        },
+    )
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """How to compute; nothing here changes what is learned, but for rounding.
+    """Set how to compute; nothing here changes what is learned, except for rounding."""
 
-    Attributes:
-        device: `"auto"` takes accelerators where there are any, `"cpu"` does not.
-        bf16: mixed precision; filters keep to float32.
-        compile: `torch.compile`.
-        gradient_checkpointing: keep a block's input only and compute the rest again.
-        fsdp: shard parameters over the processes (FSDP2).
-        workers: processes that load data, for each training process.
-        threads: of PyTorch on the processor; None leaves it alone.
-    """
-
-    device: str = "auto"
-    bf16: bool = False
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    fsdp: bool = False
-    workers: int = 0
-    threads: int | None = None
+    device: str = setting(
+        '`"auto"` uses accelerators where there are any, `"cpu"` does not.', "auto"
+    )
+    bf16: bool = setting("whether to train in mixed precision; filters stay in float32.", False)
+    compile: bool = setting("whether to use `torch.compile`.", False)
+    gradient_checkpointing: bool = setting(
+        "whether to keep only the input of each block and compute the rest again.", False
+    )
+    fsdp: bool = setting("whether to shard parameters over the processes (FSDP2).", False)
+    workers: int = setting("number of processes that load data, for each training process.", 0)
+    threads: int | None = setting(
+        "number of threads of PyTorch on the processor; None leaves it alone.", None
+    )
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A training run.
+    """Describe a training run; `gramian train --keys` lists the meaning of every key."""
 
-    Attributes:
-        output: the run's folder.
-        task: `name` of a task of `gramian.tasks`, perhaps `setting` and `streaming`, and changes
-            to the task's settings.
-        model: the fields of `gramian.models.GramianConfig`, or `path`, the folder of a saved model
-            to go on from. What the task decides (vocabulary, labels, input size, and the filters'
-            length unless it is given) is filled in.
-        imports: Python files or modules that register tasks, filters or mixers of your own; the
-            run's folder keeps a copy of each.
-        seed: of data, initial weights and everything else random.
-        optimization: see there, and so on for the others.
-    """
-
-    output: str
-    task: dict[str, Any]
-    model: dict[str, Any]
-    imports: list[str] = field(default_factory=list)
-    seed: int = 0
+    output: str = field(metadata={"help": "folder of the run."})
+    task: dict[str, Any] = field(
+        metadata={
+            "help": "`name` of a task of `gramian.tasks`, optionally `setting` and `streaming`, "
+            "and changes to the task's settings."
+        }
+    )
+    model: dict[str, Any] = field(
+        metadata={
+            "help": "the fields of `gramian.models.GramianConfig`, or `path`, the folder of a "
+            "saved model to go on from. What the task decides (vocabulary, labels, input size, and "
+            "the filters' length unless it is given) is filled in."
+        }
+    )
+    imports: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Python files or modules that register tasks, filters or mixers of your own; "
+            "the run's folder keeps a copy of each."
+        },
+    )
+    seed: int = setting("seed of data, initial weights and everything else that is random.", 0)
     optimization: Optimization = field(default_factory=Optimization)
     regularization: Regularization = field(default_factory=Regularization)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -248,74 +239,9 @@ class TrainingConfig:
         return dataclasses.asdict(self)
 
 
-@dataclass(frozen=True)
-class Key:
-    """A key of a configuration.
-
-    Attributes:
-        name: with dots, such as `optimization.steps`.
-        default: in YAML, or None if the key must be given.
-        meaning: what its dataclass says of it.
-    """
-
-    name: str
-    default: str | None
-    meaning: str
-
-
-def keys(kind: type[Any] = TrainingConfig, where: str = "") -> list[Key]:
-    """Every key of a configuration, in the order of the dataclasses; but for those of `sweep`,
-    `task` and `model.filter`, which depend on what they describe."""
-    meanings = _meanings(kind.__doc__ or "")
-    found = []
-    for one in dataclasses.fields(kind):
-        name = f"{where}{one.name}"
-        if one.default_factory is not dataclasses.MISSING:
-            default: Any = one.default_factory()
-        else:
-            default = one.default
-        if dataclasses.is_dataclass(default) and default is not dataclasses.MISSING:
-            found += keys(type(default), f"{name}.")
-            continue
-        shown = None if default is dataclasses.MISSING else _yaml(default)
-        found.append(Key(name, shown, meanings.get(one.name, "")))
-        if name == "model":
-            found += _model_keys()
-    return found
-
-
-def _model_keys() -> list[Key]:
-    """What `GramianConfig` documents of itself."""
-    from gramian.models import GramianConfig
-
-    meanings, defaults = _meanings(GramianConfig.__doc__ or ""), GramianConfig().to_dict()
-    return [
-        Key(f"model.{name}", _yaml(defaults.get(name)), meaning)
-        for name, meaning in meanings.items()
-    ]
-
-
-def _meanings(text: str) -> dict[str, str]:
-    """The entries of a docstring's section of attributes, each on one line."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in text.partition("Attributes:\n")[2].splitlines():
-        if line.startswith(" " * 12):
-            found[name] += f" {line.strip()}"
-        elif line.startswith(" " * 8):
-            name, _, meaning = line.strip().partition(": ")
-            found[name] = meaning
-        elif line.strip():  # the next section
-            break
-    return found
-
-
-def _yaml(value: Any) -> str:
-    """A plain value as it stands in YAML, of which JSON is a part, but for numbers like 1e-06."""
-    import json
-
-    text = json.dumps(value)
-    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
+def keys() -> list[Key]:
+    """List every key of a configuration."""
+    return list_keys(TrainingConfig)
 
 
 def load_config(

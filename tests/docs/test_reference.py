@@ -163,6 +163,9 @@ def test_the_reference_of_the_command_line_has_every_command() -> None:
     page = (ROOT / "docs" / hooks.PAGE).read_text(encoding="utf-8")
     assert hooks.MARK in page
     text = hooks.commands()
+    page = (ROOT / "docs" / hooks.KEYS_PAGE).read_text(encoding="utf-8")
+    assert hooks.KEYS_MARK in page
+    assert "| `optimization.steps` | number of optimizer steps; or give" in hooks.training_keys()
     for command in app.registered_commands:
         assert command.callback is not None
         name = command.name or command.callback.__name__

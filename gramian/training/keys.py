@@ -1,0 +1,94 @@
+"""The keys of a configuration as data: what each means stands in the field that declares it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Key", "list_keys", "setting"]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a configuration.
+
+    Attributes:
+        name: its name with dots, such as `optimization.steps`.
+        default: its default in YAML, or None if the key must be given.
+        meaning: one line about it.
+    """
+
+    name: str
+    default: str | None
+    meaning: str
+
+
+def setting(meaning: str, default: Any) -> Any:
+    """Declare a field of a configuration together with its meaning.
+
+    Args:
+        meaning: one line for whoever writes a configuration.
+        default: of the field, which cannot be changed in place.
+    """
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
+def list_keys(kind: type[Any], where: str = "") -> list[Key]:
+    """List every key of a configuration, in the order of the dataclasses, except for those of
+    `sweep`, `task` and `model.filter`, which depend on what they describe.
+
+    Args:
+        kind: dataclass of the configuration, or of a section.
+        where: prefix of the section's keys, with a dot at the end.
+    """
+    found = []
+    for one in dataclasses.fields(kind):
+        name = f"{where}{one.name}"
+        if one.default_factory is not dataclasses.MISSING:
+            default: Any = one.default_factory()
+        else:
+            default = one.default
+        if dataclasses.is_dataclass(default) and default is not dataclasses.MISSING:
+            found += list_keys(type(default), f"{name}.")
+            continue
+        shown = None if default is dataclasses.MISSING else _yaml(default)
+        found.append(Key(name, shown, one.metadata["help"]))
+        if name == "model":
+            found += _model_keys()
+    return found
+
+
+def _model_keys() -> list[Key]:
+    """List the fields of `GramianConfig`, whose docstring, as usual in transformers, has their
+    meanings."""
+    from gramian.models import GramianConfig
+
+    defaults = GramianConfig().to_dict()
+    return [
+        Key(f"model.{name}", _yaml(defaults.get(name)), meaning)
+        for name, meaning in _attributes(GramianConfig).items()
+    ]
+
+
+def _attributes(kind: type[Any]) -> dict[str, str]:
+    """Read the section of attributes of a docstring: each entry on one line."""
+    section = (inspect.getdoc(kind) or "").partition("\nAttributes:\n")[2]
+    found: dict[str, str] = {}
+    name = ""
+    for line in textwrap.dedent(section.partition("\n\n")[0]).splitlines():
+        if line.startswith(" "):
+            found[name] += f" {line.strip()}"
+        else:
+            name, _, meaning = line.partition(": ")
+            found[name] = meaning
+    return found
+
+
+def _yaml(value: Any) -> str:
+    """Write a plain value as in YAML, of which JSON is a part, except for numbers like 1e-06."""
+    text = json.dumps(value)
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
