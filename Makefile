@@ -29,10 +29,11 @@ test: $(VENV)/installed-dev ## the tests, but for the slow ones
 test-all: $(VENV)/installed-dev ## every test
 	$(BIN)/python -m pytest -q $(ARGS)
 
-lint: $(VENV)/installed-dev ## ruff (rules and format) and mypy
+lint: $(VENV)/installed-dev ## ruff (rules and format), mypy and the layers of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: $(VENV)/installed-dev ## every benchmark; each measures both sides and writes JSON
 	@for script in benchmarks/[a-z]*.py; do \
