@@ -37,7 +37,7 @@ from gramian.tasks._task import (
     register,
     settings,
 )
-from gramian.tasks.documents import Document, documents_in, read_documents
+from gramian.tasks.documents import Document, documents_in, read_documents, register_reader
 from gramian.tasks.encoding import Encoder
 
 __all__ = [
@@ -55,5 +55,6 @@ __all__ = [
     "names",
     "read_documents",
     "register",
+    "register_reader",
     "settings",
 ]
