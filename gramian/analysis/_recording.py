@@ -1,6 +1,6 @@
 r"""Meeting the causal operators of a model while it runs, one at a time.
 
-Operators are met at three places, none of which needs to know an architecture:
+Four doors, none of which needs to know an architecture:
 
 - our mixers, by `gramian.mixers.Mixer.operator`;
 - softmax attention of transformers, by an attention function registered in its interface. The
