@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS)
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench docs clean
+.PHONY: help demo test test-all coverage lint bench docs wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,10 +29,15 @@ test: $(VENV)/installed-dev ## the tests, but for the slow ones
 test-all: $(VENV)/installed-dev ## every test
 	$(BIN)/python -m pytest -q $(ARGS)
 
-lint: $(VENV)/installed-dev ## ruff (rules and format) and mypy
+coverage: $(VENV)/installed-dev ## the tests of `make test`, with the share of lines and branches that they run
+	$(BIN)/coverage run -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/coverage report
+
+lint: $(VENV)/installed-dev ## ruff (rules and format), mypy and the layers of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: $(VENV)/installed-dev ## every benchmark; each measures both sides and writes JSON
 	@for script in benchmarks/[a-z]*.py; do \
@@ -43,8 +48,13 @@ bench: $(VENV)/installed-dev ## every benchmark; each measures both sides and wr
 docs: $(VENV)/installed-docs ## the documentation site, into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
+wheel: $(VENV)/installed ## a wheel, into dist/, installed by itself without extras and imported
+	rm -rf dist
+	$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/python .ci/bare.py dist/gramian-*.whl
+
 clean: ## remove the environment and everything that tools left behind
-	rm -rf $(VENV) demo-output site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo-output dist site .coverage .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch comes first, by itself, so that nothing else decides which build of it is taken.

@@ -7,7 +7,17 @@ where one is known. Each format is one file: safari's Hyena language models and 
 (`striped_hyena.py`).
 """
 
-from gramian.checkpoints._load import FORMATS, LoadedCheckpoint, load
+from gramian.checkpoints import hyena_lm, hyena_rtf, striped_hyena  # noqa: F401
+from gramian.checkpoints._format import FORMATS, Format, register
+from gramian.checkpoints._load import LoadedCheckpoint, load
 from gramian.checkpoints.tokenizers import DNATokenizer, EvoTokenizer
 
-__all__ = ["FORMATS", "DNATokenizer", "EvoTokenizer", "LoadedCheckpoint", "load"]
+__all__ = [
+    "FORMATS",
+    "DNATokenizer",
+    "EvoTokenizer",
+    "Format",
+    "LoadedCheckpoint",
+    "load",
+    "register",
+]

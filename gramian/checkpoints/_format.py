@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,12 +13,14 @@ from transformers import PreTrainedTokenizerFast
 from gramian.models import GramianConfig
 
 __all__ = [
+    "FORMATS",
     "Format",
     "Progress",
     "Shapes",
     "compare",
     "has_head",
     "refuse_unless",
+    "register",
     "setting",
     "size",
     "tied",
@@ -43,6 +45,9 @@ class Format(abc.ABC):
     name: ClassVar[str]
     """What `load` calls the format."""
 
+    embedding: ClassVar[str]
+    """Name of the embedding, stripped; the model takes its dtype where none is asked for."""
+
     layers: int
     """Number of layers."""
 
@@ -53,6 +58,11 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def strip(cls, names: Iterable[str]) -> dict[str, str] | None:
         """The names without wrappers' prefixes, by name; None if they are of another format."""
+
+    @classmethod
+    def meant_by(cls, config: Mapping[str, Any]) -> bool:
+        """Return whether a configuration names this format, among those that share its keys."""
+        return False
 
     @abc.abstractmethod
     def expected(self) -> Shapes:
@@ -69,6 +79,24 @@ class Format(abc.ABC):
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """The tokenizer that belongs to every checkpoint of the format, if there is one."""
         return None
+
+
+FORMATS: dict[str, type[Format]] = {}
+"""The formats that can be read, by name."""
+
+_T = TypeVar("_T", bound=type[Format])
+
+
+def register(format: _T) -> _T:
+    """Make a format known to `load` under its `name`, as a class decorator.
+
+    Raises:
+        ValueError: if the name is taken by another class.
+    """
+    if FORMATS.get(format.name, format) is not format:
+        raise ValueError(f"the format {format.name!r} is already registered.")
+    FORMATS[format.name] = format
+    return format
 
 
 def compare(

@@ -10,19 +10,11 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gramian.checkpoints._format import Format, Progress, compare
+from gramian.checkpoints._format import FORMATS, Format, Progress, compare
 from gramian.checkpoints.files import find_config, read_config, read_tensors
-from gramian.checkpoints.hyena_lm import HyenaDNA, SafariHyena
-from gramian.checkpoints.hyena_rtf import HyenaRTF
-from gramian.checkpoints.striped_hyena import StripedHyena
 from gramian.models import GramianForCausalLM
 
-__all__ = ["FORMATS", "LoadedCheckpoint", "load"]
-
-FORMATS: dict[str, type[Format]] = {
-    cls.name: cls for cls in (SafariHyena, HyenaDNA, HyenaRTF, StripedHyena)
-}
-"""The formats that can be read, by name."""
+__all__ = ["LoadedCheckpoint", "load"]
 
 
 class LoadedCheckpoint(NamedTuple):
@@ -93,7 +85,7 @@ def load(
         f"{path}, taken for a checkpoint of format {cls.name},", names, shapes, source.expected()
     )
 
-    dtype = _embedding_dtype(weights) if dtype is None else dtype
+    dtype = weights[cls.embedding].dtype if dtype is None else dtype
     model_config = source.model_config(weights)
     state = source.translate(weights, progress or (lambda done, total: None))
     model, info = GramianForCausalLM.from_pretrained(
@@ -132,14 +124,7 @@ def _recognise(
                 f"{' or '.join(cls.name for cls in fitting)}."
             )
         return FORMATS[format]
-    if HyenaDNA in fitting:
-        return HyenaDNA if HyenaDNA.meant_by(config) else SafariHyena
-    return fitting[0]
-
-
-def _embedding_dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
-    name = next(name for name in weights if name.endswith(("embeddings.weight", "_layer.weight")))
-    return weights[name].dtype
+    return next((cls for cls in fitting if cls.meant_by(config)), fitting[0])
 
 
 def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:

@@ -22,6 +22,7 @@ from gramian.checkpoints._format import (
     Shapes,
     has_head,
     refuse_unless,
+    register,
     setting,
     size,
     tied,
@@ -38,10 +39,12 @@ _METRICS = ("train_torchmetrics.", "val_torchmetrics.", "test_torchmetrics.")
 _DNA_TOKENS = 12
 
 
+@register
 class SafariHyena(Format):
     """A `SimpleLMHeadModel` with implicit filters."""
 
     name = "safari"
+    embedding = EMBEDDING
     filter_class: ClassVar[str] = "hyena-filter"
     default_shift: ClassVar[float] = 0.0
 
@@ -281,6 +284,7 @@ class SafariHyena(Format):
         return torch.arange(self.filters)
 
 
+@register
 class HyenaDNA(SafariHyena):
     """A Lightning checkpoint with its `config.json`, or a Hugging Face folder."""
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from gramian.checkpoints._format import Shapes, setting, size
+from gramian.checkpoints._format import Shapes, register, setting, size
 from gramian.checkpoints.hyena_lm import SafariHyena
 from gramian.filters import RTF
 
 __all__ = ["HyenaRTF"]
 
 
+@register
 class HyenaRTF(SafariHyena):
     """A `SimpleLMHeadModel` of the layer `hyena` with `filter_cls: rtf`."""
 

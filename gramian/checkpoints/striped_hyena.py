@@ -22,6 +22,7 @@ from gramian.checkpoints._format import (
     Shapes,
     has_head,
     refuse_unless,
+    register,
     setting,
     size,
     tied,
@@ -38,10 +39,12 @@ HEAD = "unembed.weight"
 _EVO_VOCABULARY = 512
 
 
+@register
 class StripedHyena(Format):
     """A `StripedHyena` model, of its own library or in a Hugging Face folder."""
 
     name = "striped_hyena"
+    embedding = EMBEDDING
 
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         super().__init__(shapes, config)

@@ -57,7 +57,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCau
     if kind is not GramianForCausalLM:
         raise ValueError(
             f"{folder} holds a {kind.__name__}; a GramianForCausalLM is needed (`load_any` reads "
-            "both)."
+            "every class)."
         )
     model = _load(folder, kind, values, dtype)
     assert isinstance(model, GramianForCausalLM)

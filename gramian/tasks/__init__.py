@@ -39,7 +39,7 @@ from gramian.tasks._task import (
     register,
     settings,
 )
-from gramian.tasks.documents import Document, documents_in, read_documents
+from gramian.tasks.documents import Document, documents_in, read_documents, register_reader
 from gramian.tasks.encoding import Encoder
 from gramian.tasks.kinds import (
     KINDS,
@@ -75,5 +75,6 @@ __all__ = [
     "read_documents",
     "register",
     "register_kind",
+    "register_reader",
     "settings",
 ]

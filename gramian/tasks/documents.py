@@ -21,11 +21,11 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from gramian.tasks import genomes
 
@@ -37,6 +37,7 @@ __all__ = [
     "find_files",
     "holds_keys",
     "read_documents",
+    "register_reader",
 ]
 
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".frn", ".faa", ".fas", ".fsa", ".mpfa")
@@ -70,6 +71,38 @@ class Document:
     text: str
     name: str = ""
     genome: bool = False
+
+
+Reader = Callable[[Iterator[bytes], str, str], Iterator[Document]]
+_READERS: dict[str, Reader] = {}
+_R = TypeVar("_R", bound=Reader)
+
+
+def register_reader(*suffixes: str) -> Callable[[_R], _R]:
+    """Make a function the reader of files with some suffixes, as a decorator.
+
+    The function gets the bytes of a file, decompressed and in blocks, the file's name, and the key
+    under which texts stand (`column` of `read_documents`), and yields the file's documents.
+
+    Args:
+        suffixes: what the names of the files end in, such as `".gb"`, in lower case and without
+            the suffix of a compression.
+
+    Raises:
+        ValueError: on a suffix without a leading period or in upper case, and on one that has a
+            reader already.
+    """
+    for suffix in suffixes:
+        if not suffix.startswith(".") or suffix != suffix.lower():
+            raise ValueError(f"a suffix must begin with a period, in lower case; got {suffix!r}.")
+        if suffix in _READERS:
+            raise ValueError(f"files in {suffix} have a reader already.")
+
+    def add(reader: _R) -> _R:
+        _READERS.update(dict.fromkeys(suffixes, reader))
+        return reader
+
+    return add
 
 
 def holds_keys(file: str | Path) -> bool:
@@ -147,29 +180,37 @@ def read_documents(
         ValueError: naming the file, if it is neither.
     """
     name = str(file)
-    suffix = _suffix(name)
     stream = blocks(file)
-    if suffix in FASTA_SUFFIXES + _FASTQ:
-        yield from _genomes(stream, name)
+    reader = _READERS.get(_suffix(name))
+    if reader is not None:
+        yield from reader(stream, name, column)
         return
     content = b"".join(stream)
-    if suffix not in _JSON_LINES and _looks_like_fasta(content[:_BLOCK]):
+    if _looks_like_fasta(content[:_BLOCK]):
         yield from _genomes(iter([content]), name)
         return
+    text = _decoded(content, name, "surrogateescape" if any_bytes else "strict")
+    del content
+    text = _with_line_feeds(text)
+    if text:
+        yield Document(text, name)
+
+
+@register_reader(*_JSON_LINES)
+def _texts_under_keys(stream: Iterator[bytes], name: str, column: str) -> Iterator[Document]:
+    text = _with_line_feeds(_decoded(b"".join(stream), name, "strict"))
+    yield from (Document(one, name) for one in _json_lines(text, name, column) if one)
+
+
+def _decoded(content: bytes, name: str, errors: str) -> str:
     if b"\0" in content:
         raise ValueError(f"{name} is no text: it holds bytes of value 0.")
-    json_lines = suffix in _JSON_LINES
-    any_bytes = any_bytes and not json_lines
     try:
-        text = content.decode("utf-8", errors="surrogateescape" if any_bytes else "strict")
+        return content.decode("utf-8", errors=errors)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{name} is not UTF-8 text: {error.reason} at byte {error.start:,}."
         ) from error
-    del content
-    text = _with_line_feeds(text)
-    texts = _json_lines(text, name, column) if json_lines else iter([text])
-    yield from (Document(one, name) for one in texts if one)
 
 
 def documents_in(text: str, source: str = "the text") -> list[Document]:
@@ -184,7 +225,8 @@ def documents_in(text: str, source: str = "the text") -> list[Document]:
     return [Document(text)] if text else []
 
 
-def _genomes(stream: Iterator[bytes], source: str) -> Iterator[Document]:
+@register_reader(*FASTA_SUFFIXES, *_FASTQ)
+def _genomes(stream: Iterator[bytes], source: str, column: str = "") -> Iterator[Document]:
     for name, pieces in genomes.records(stream, source):
         text = b"".join(pieces).decode("ascii")
         if text:

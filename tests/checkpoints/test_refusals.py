@@ -340,3 +340,10 @@ def test_a_translation_that_forgets_a_weight_makes_no_model(
     monkeypatch.setattr(format, "translate", forgetful)
     with pytest.raises(RuntimeError, match=r"not translated whole.*mixer\.short\.bias"):
         checkpoints.load(published("hyenadna_tiny").file)
+
+
+def test_a_name_belongs_to_one_format() -> None:
+    other = type("Other", (checkpoints.FORMATS["safari"],), {"name": "hyenadna"})
+    with pytest.raises(ValueError, match="the format 'hyenadna' is already registered"):
+        checkpoints.register(other)
+    assert checkpoints.FORMATS["hyenadna"] is not other

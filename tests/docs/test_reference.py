@@ -179,7 +179,11 @@ def slug(heading: str) -> str:
 
 @pytest.mark.parametrize(
     "page",
-    [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").rglob("*.md"))],
+    [
+        *sorted(ROOT.glob("*.md")),
+        ROOT / "recipes/README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ],
     ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_links_lead_somewhere_on_github_too(page: Path) -> None:

@@ -170,7 +170,7 @@ def test_a_class_that_there_is_not_is_refused(name: str, score: Score, value: An
         score(name, labels)
 
 
-@pytest.mark.parametrize("name", ("tokens", "reconstruction"))
+@pytest.mark.parametrize("name", ["tokens", "reconstruction"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
 def test_tokens_of_another_dtype_are_refused(name: str, score: Score, dtype: torch.dtype) -> None:
     with pytest.raises(LabelError, match=f"must be integers; got {str(dtype)[6:]}"):

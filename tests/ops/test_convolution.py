@@ -78,7 +78,9 @@ def two_sided_product(u: Tensor, kernel: Tensor, ahead: Tensor, dim: int) -> Ten
     return toeplitz_product(u, kernel, None, None, dim) + mirrored
 
 
-@pytest.mark.parametrize("taps, ahead", [(1, 1), (4, 63), (63, 4), (1, 300), (300, 1), (257, 257)])
+@pytest.mark.parametrize(
+    ("taps", "ahead"), [(1, 1), (4, 63), (63, 4), (1, 300), (300, 1), (257, 257)]
+)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("dim", [-1, -2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -102,7 +104,7 @@ def test_bidirectional_is_the_sum_over_past_and_future(
 
 
 @pytest.mark.parametrize("length", [2, 5])
-@pytest.mark.parametrize("taps, ahead", [(1, 4), (4, 1), (4, 4)])
+@pytest.mark.parametrize(("taps", "ahead"), [(1, 4), (4, 1), (4, 4)])
 @pytest.mark.parametrize("channels", [(3,), (1,), (2, 3)])
 def test_bidirectional_has_second_derivatives(
     length: int, taps: int, ahead: int, channels: tuple[int, ...]
@@ -148,7 +150,9 @@ def test_more_channels_in_the_kernel_enlarge_the_result() -> None:
     torch.testing.assert_close(y, toeplitz_product(u.expand(2, 5, 63), kernel, None, None, -1))
 
 
-@pytest.mark.parametrize("batch, channels, length", [(5, 70, 1000), (2, 130, 4099), (40, 3, 3001)])
+@pytest.mark.parametrize(
+    ("batch", "channels", "length"), [(5, 70, 1000), (2, 130, 4099), (40, 3, 3001)]
+)
 @pytest.mark.parametrize("shared", [False, True])
 def test_many_blocks_and_every_gradient(
     batch: int, channels: int, length: int, shared: bool
@@ -388,7 +392,7 @@ def test_blocks_cover_every_row_once(own: tuple[int, ...], elements: int) -> Non
 
 
 @pytest.mark.parametrize(
-    "arguments, error, message",
+    ("arguments", "error", "message"),
     [
         ({"u": torch.zeros(2, 0), "kernel": torch.zeros(3)}, ValueError, "empty"),
         ({"u": torch.zeros(2, 5), "kernel": torch.zeros(2, 0)}, ValueError, "no taps"),

@@ -37,7 +37,7 @@ def spectrum_kernel(b: Tensor, a: Tensor, d: Tensor, grid: int) -> np.ndarray:
     return (ratio @ (z[:, None] ** np.arange(grid)) / grid).real
 
 
-@pytest.mark.parametrize("order, grid", [(1, 2), (1, 3), (2, 3), (3, 63), (5, 64), (17, 257)])
+@pytest.mark.parametrize(("order", "grid"), [(1, 2), (1, 3), (2, 3), (3, 63), (5, 64), (17, 257)])
 @pytest.mark.parametrize("shared", SHARED)
 def test_kernel_is_the_inverse_transform_of_the_ratio(
     order: int, grid: int, shared: tuple[int, ...]
@@ -48,7 +48,7 @@ def test_kernel_is_the_inverse_transform_of_the_ratio(
 
 
 @pytest.mark.parametrize("order", [1, 4, 64])
-@pytest.mark.parametrize("length, grid", [(300, 1000), (63, 257)])
+@pytest.mark.parametrize(("length", "grid"), [(300, 1000), (63, 257)])
 def test_kernel_is_the_impulse_response_where_nothing_aliases(
     order: int, length: int, grid: int
 ) -> None:
@@ -172,7 +172,7 @@ def test_opcheck_and_compile() -> None:
     )
 
 
-@pytest.mark.parametrize("count, points", [(1, 1), (1, 8), (3, 3), (5, 64), (63, 257)])
+@pytest.mark.parametrize(("count", "points"), [(1, 1), (1, 8), (3, 3), (5, 64), (63, 257)])
 def test_evaluation_on_roots_of_unity(count: int, points: int) -> None:
     c = torch.randn(4, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     z = np.exp(2j * np.pi * np.arange(points // 2 + 1) / points)
@@ -183,7 +183,7 @@ def test_evaluation_on_roots_of_unity(count: int, points: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "change, error, message",
+    ("change", "error", "message"),
     [
         ({"grid": 4}, ValueError, "grid of 4"),
         ({"b": torch.zeros(6, 0)}, ValueError, "b has shape"),

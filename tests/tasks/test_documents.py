@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from gramian import tasks
 from gramian.checkpoints import DNATokenizer, EvoTokenizer
 from gramian.models import ByteTokenizer
-from gramian.tasks import Document, Encoder, documents_in, read_documents
+from gramian.tasks import Document, Encoder, documents_in, read_documents, register_reader
 
 QUOTE = "> A quotation.\nThe answer.\n"
 
@@ -317,3 +317,16 @@ def test_a_tokenizer_that_is_not_there_is_named(name: str, tmp_path: Path) -> No
     task = tasks.build(name, train="x", tokenizer=str(tmp_path / "none"))
     with pytest.raises(OSError, match=r"the tokenizer .*none cannot be loaded"):
         task.description()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "message"),
+    [
+        (".fa", r"files in \.fa have a reader already"),
+        ("gb", "must begin with a period, in lower case; got 'gb'"),
+        (".GB", "must begin with a period, in lower case; got '.GB'"),
+    ],
+)
+def test_a_reader_is_registered_for_a_suffix_of_its_own(suffix: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        register_reader(suffix)

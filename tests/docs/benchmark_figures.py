@@ -1,0 +1,425 @@
+"""The figures of docs/results/benchmarks.md, computed from benchmarks/results/*.json.
+
+Each section of the page has a list here, and each row of its table an entry, in the page's order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+
+Results = dict[str, Any]
+
+
+# The file of results (None where the run was not kept) and the figure that follows from them.
+Row = tuple["str | None", Callable[[Results], str]]
+
+
+def load(file: str) -> Results:
+    results: Results = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+    return results
+
+
+def machine(results: Results) -> str:
+    """The machine of a row, as the page writes it."""
+    found = results["machine"]
+    processor = found["processor"].replace("(R)", "").removesuffix(" Processor")
+    threads = found["threads"]
+    return f"{processor}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def spread(values: Iterable[float], form: str) -> str:
+    """The smallest and the largest of some values, without repetition."""
+    ordered = sorted(values)
+    low, high = format(ordered[0], form), format(ordered[-1], form)
+    return low if low == high else f"{low} to {high}"
+
+
+# --- reduction ---------------------------------------------------------------------------------
+
+
+def _speed(r: Results) -> str:
+    speed = r["speed"]
+    return (
+        f"{speed['filters_per_second']:.0f} a second; pyMOR {speed['pymor_filters_per_second']:.2f}"
+    )
+
+
+def _against_pymor(r: Results) -> str:
+    parts = [part for part in r["accuracy"].values() if isinstance(part, dict)]
+    return f"at most {max(part['largest_ratio'] for part in parts):.3f}"
+
+
+def _optimum(r: Results) -> str:
+    return ", ".join(f"{r[taps]['refined']:.2f}" for taps in ("512", "1024", "2048"))
+
+
+def _searched(r: Results) -> str:
+    return ", ".join(f"{r[taps]['searched']:.2f}" for taps in ("512", "1024", "2048"))
+
+
+def _closer(r: Results) -> str:
+    return f"{r['share_with_smaller_error'] * r['filters']:.0f} of {r['filters']}"
+
+
+def _smooth(r: Results) -> str:
+    return ", ".join(f"{r[n]['relative_error']:.0e}".replace("e-0", "e-") for n in ("4", "8", "16"))
+
+
+def _large(r: Results) -> str:
+    run = r["49152"]
+    return f"{run['filters_per_second']:.0f} a second, peak {run['peak_resident_gib']:.1f} GiB"
+
+
+# --- layers and training steps -----------------------------------------------------------------
+
+
+def _layer(other: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        summary = r["summary"][other]
+        return (
+            f"{summary['speed-up, geometric mean']:.1f} times faster, "
+            f"at most {summary['largest memory ratio']:.2f} of the memory"
+        )
+
+    return text
+
+
+def _mean(pair: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        ratios = {k: v for k, v in r["ratios"][pair].items() if k != "geometric mean"}
+        mean = r["ratios"][pair]["geometric mean"]
+        return f"{mean:.1f} times faster ({spread(ratios.values(), '.1f')})"
+
+    return text
+
+
+def _constant(r: Results) -> str:
+    time, memory = (
+        r["ratios"][f"RTF at the largest state over the smallest, {unit}"]
+        for unit in ("milliseconds", "MiB")
+    )
+    return f"{time:.2f} of the time, {memory:.2f} of the memory"
+
+
+def _recipes(side: str, prefix: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        rows = [
+            row
+            for row in r["rows"]
+            if row["recipe"].startswith(prefix) and row["side"] == side and "milliseconds" in row
+        ]
+        faster = spread((row["time over ours"] for row in rows), ".3g")
+        memory = spread((1 / row["memory over ours"] for row in rows), ".2f")
+        return f"{faster} times faster, {memory} of the memory"
+
+    return text
+
+
+def _failed(r: Results) -> str:
+    failed = [row["recipe"] for row in r["rows"] if "milliseconds" not in row]
+    return ", ".join(f"`{recipe}`" for recipe in failed)
+
+
+def _selective(side: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        rows = [row for row in r["rows"] if row["side"] == f"transformers, {side}"]
+        faster = [row["time over ours"] for row in rows]
+        low, high = (f"{x:.0f}" if x > 100 else f"{x:.1f}" for x in (min(faster), max(faster)))
+        memory = spread((1 / row["memory over ours"] for row in rows), ".2f")
+        return f"{low} to {high} times faster, {memory} of the memory"
+
+    return text
+
+
+def _packing(lengths: str) -> Callable[[Results], str]:
+    return lambda r: spread((row["speed"] for row in r["rows"] if row["lengths"] == lengths), ".2f")
+
+
+def _throughput(r: Results) -> str:
+    names = {
+        "bytes_multi_hyena": "bytes",
+        "digits_rtf": "digits",
+        "delay_rtf": "Delay",
+        "mqar_multi_hyena": "MQAR",
+    }
+    ratios = {name: r["results"][case]["ratio by wall time"] for case, name in names.items()}
+    return ", ".join(f"{ratio:.2f} ({name})" for name, ratio in ratios.items())
+
+
+# --- generation --------------------------------------------------------------------------------
+
+
+def _decoding(setting: str, cache: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        ratios = r[setting][f"ratio_to_{cache}"]
+        parts = []
+        for key, name in (("hyena", "Hyena"), ("multi_hyena", "MultiHyena")):
+            plain, compiled = (f"{ratios[f'{key}{mode}']:.2g}" for mode in ("", " compiled"))
+            parts.append(f"{name} {plain} ({compiled})")
+        return ", ".join(parts)
+
+    return text
+
+
+def _exact(r: Results) -> str:
+    return ", ".join(
+        f"{name} {r[key]['ratio']['distilled']:.1f}"
+        for key, name in (("hyena", "Hyena"), ("multi_hyena", "MultiHyena"))
+    )
+
+
+def _million(r: Results) -> str:
+    return f"{r['seconds']:.0f} s of the processor, peak {r['peak_gib']:.1f} GiB"
+
+
+def _online(side: str) -> Callable[[Results], str]:
+    return lambda r: f"{r['ratio_to_online'][side]:.0f} times faster"
+
+
+def _forms(r: Results) -> str:
+    lengths = sorted({row["length"] for row in r["rows"]})
+    won = []
+    for length in lengths:
+        widths = [
+            row["head_width"]
+            for row in r["rows"]
+            if row["length"] == length and row["fft_seconds"] < row["attention_seconds"]
+        ]
+        won.append(f"{max(widths)} at {length:,}")
+    return ", ".join(won)
+
+
+def _order(order: int) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        (row,) = [row for row in r["orders"] if row["order"] == order]
+        return f"{row['increase']:+.3%} (filters' error {row['relative error']['mean']:.2f})"
+
+    return text
+
+
+def _switching(r: Results) -> str:
+    return f"{min(row['within 1e-4'] for row in r['rows']):.0%}"
+
+
+def _float32(r: Results) -> str:
+    return f"{min(row['float32 companion within 1e-4'] for row in r['rows']):.0%}"
+
+
+# --- effective state-size ----------------------------------------------------------------------
+
+
+def _agreement(r: Results) -> str:
+    errors = r["agreement"]["largest_error_relative_to_largest_value"].values()
+    return f"{max(errors):.1e} of the largest"
+
+
+def _recurrence(r: Results) -> str:
+    return f"{r['recurrence']['ratio']:.0f} times faster"
+
+
+def _attention(r: Results) -> str:
+    run = r["attention"]["tokens_512"]
+    error = f"{run['largest_relative_error']:.0e}".replace("e-0", "e-")
+    return f"{run['seconds']:.0f} s, {run['peak_memory_gib']:.1f} GiB, within {error}"
+
+
+def _attention_long(r: Results) -> str:
+    return f"{r['attention']['tokens_1024']['ratio']:.1f} times faster"
+
+
+def _application(r: Results) -> str:
+    return ", ".join(f"{part['ratio']:.1f} ({name})" for name, part in r["application"].items())
+
+
+def _modulation(part: str) -> Callable[[Results], str]:
+    return lambda r: f"{r[part]['ratio']:.3f} (elsewhere {r[part]['control_ratio']:.3f})"
+
+
+def _twins(mixer: str) -> Callable[[Results], str]:
+    return lambda r: spread((run["ratio"] for run in r["twins"] if run["mixer"] == mixer), ".3f")
+
+
+def _ranks(values: list[float]) -> list[float]:
+    return [
+        sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values
+    ]
+
+
+def _correlation(x: list[float], y: list[float]) -> float:
+    n = len(x)
+    mean_x, mean_y = sum(x) / n, sum(y) / n
+    products = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    squares = (sum((a - mean_x) ** 2 for a in x), sum((b - mean_y) ** 2 for b in y))
+    return products / math.sqrt(squares[0] * squares[1])
+
+
+def _recall(size: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        accuracy = [run["accuracy"] for run in r["runs"]]
+        sizes = [run[size] / run["pairs"] for run in r["runs"]]
+        ranks = _correlation(_ranks(sizes), _ranks(accuracy))
+        return f"{ranks:.2f} (Pearson {_correlation(sizes, accuracy):.2f})"
+
+    return text
+
+
+def _growth(label: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        means = []
+        for state in (16, 64):
+            sizes = [
+                run["ess_before"]
+                for run in r["runs"]
+                if (run["label"], run["state"], run["steps"]) == (label, state, 0)
+            ]
+            means.append(f"{sum(sizes) / len(sizes):.1f}")
+        return " to ".join(means)
+
+    return text
+
+
+def _lifted(mixer: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        means = []
+        for penalty in (0.0, 0.1):
+            right = [
+                run["accuracy"]
+                for run in r["runs"]
+                if run["mixer"] == mixer and run["penalty"] == penalty
+            ]
+            means.append(f"{sum(right) / len(right):.2f}")
+        return " to ".join(means)
+
+    return text
+
+
+def _rank_correlation(what: str) -> Callable[[Results], str]:
+    return lambda r: f"{r['rank correlations']['4'][what]:.2f}"
+
+
+def _task(task: str, layer: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        values = r["results"][task][layer]
+        return f"{sum(values) / len(values):.3f}"
+
+    return text
+
+
+def _stands(text: str) -> Callable[[Results], str]:
+    """A figure whose run was not kept as JSON."""
+    return lambda _: text
+
+
+FIGURES: dict[str, list[Row]] = {
+    "Reduction": [
+        ("reduction", _speed),
+        ("reduction", _against_pymor),
+        ("reduction_large", _large),
+        ("reduction_optimum", _optimum),
+        ("reduction_optimum", _searched),
+        ("reduction_gradient", _closer),
+        ("reduction_gradient", lambda r: f"{r['ratio_of_times']:.0f} times faster"),
+        (
+            "reduction_gradient",
+            lambda r: (
+                f"{r['published_formulation']['extrapolated_ratio_of_times']:,.0f} times faster"
+            ),
+        ),
+        ("reduction_smooth", _smooth),
+    ],
+    "One RTF layer": [
+        ("convolution_layer", _layer("published computation")),
+        ("convolution_layer", _layer("published file")),
+    ],
+    "Layers against length and state": [
+        ("layers", _mean("RTF here over the published RTF")),
+        ("layers", _mean("RTF here over the published S4, state 64")),
+        ("layers", _mean("S4D here over the published S4D")),
+        ("layers", _mean("S4 here over the published S4")),
+        ("layers", _constant),
+    ],
+    "Whole models": [
+        ("training_step", _recipes("RTF, published", "lra")),
+        ("training_step", _recipes("S4, published", "lra")),
+        ("training_step", _recipes("RTF, published", "speech")),
+        ("training_step", _recipes("RTF, published", "wikitext103_hyena_rtf")),
+        ("training_step", _recipes("S4, published", "wikitext103_hyena_rtf")),
+        ("training_step", _failed),
+    ],
+    "S6 in training": [
+        ("selective_scan", _selective("scan of mambapy")),
+        ("selective_scan", _selective("loop over time")),
+    ],
+    "Generation": [
+        ("decoding_transformer", _decoding("batch 16, context 4096", "dynamic")),
+        ("decoding_transformer", _decoding("batch 16, context 4096", "static")),
+        ("decoding_transformer", _decoding("batch 1, context 512", "dynamic")),
+        ("decoding_exact", _exact),
+        ("decoding_trained", lambda r: f"{r['ratio']['distilled']:.1f}"),
+        (None, _stands("2.2")),
+        (None, _stands("1.2")),
+        ("decoding_million", _million),
+    ],
+    "Online convolution": [
+        ("online_convolution", _online("FFT recomputation")),
+        ("online_convolution", _online("dot product")),
+    ],
+    "Quality against order": [
+        ("distillation_order", _order(4)),
+        ("distillation_order", _order(16)),
+        ("distillation_order", _order(64)),
+    ],
+    "Packed rows": [
+        ("packing", _packing("alike")),
+        ("packing", _packing("uneven")),
+        ("packing", _packing("long and short")),
+    ],
+    "The trainer": [
+        ("trainer_throughput", _throughput),
+    ],
+    "Training at equal state": [
+        ("training", _task("Delay", "RTF, none")),
+        ("training", _task("Delay", "S4D")),
+        ("training", _task("Delay", "S4")),
+    ],
+    "Recurrences of rational filters": [
+        ("switching", _switching),
+        ("switching", _float32),
+    ],
+    "Forms of MultiHyena": [
+        ("forms", _forms),
+    ],
+    "Effective state-size": [
+        ("ess_agreement", _agreement),
+        ("ess_recurrence", _recurrence),
+        ("ess_attention", _attention),
+        ("ess_attention", _attention_long),
+        ("ess_application", _application),
+    ],
+    "Memory at delimiters": [
+        ("state_modulation", _modulation("documents")),
+        ("state_modulation", _modulation("sentences")),
+        ("state_modulation_twins", _twins("softmax_attention")),
+        ("state_modulation_twins", _twins("gated_linear_attention")),
+    ],
+    "Memory and recall": [
+        ("ess_effects_recall", _recall("ess")),
+        ("ess_effects_recall", _recall("tss")),
+        ("ess_effects_state", _growth("S6")),
+        ("ess_effects_state", _growth("GLA")),
+        ("ess_effects_state", _growth("GLA-S6, c = 1")),
+        ("ess_effects_state", _growth("GLA-S6, c = n")),
+        ("ess_effects_regularizer", _lifted("GLA")),
+    ],
+    "Memory and distillation": [
+        ("ess_distillation", _rank_correlation("error")),
+        ("ess_distillation", _rank_correlation("divergence")),
+        ("ess_distillation", _rank_correlation("increase")),
+    ],
+}

@@ -1,0 +1,60 @@
+"""The figures that the documentation quotes are those of benchmarks/results/*.json."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs.benchmark_figures import FIGURES, load, machine
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/results/benchmarks.md").read_text(encoding="utf-8")
+SECTIONS = {
+    section.split("\n", 1)[0]: section for section in re.split(r"^## ", PAGE, flags=re.M)[1:]
+}
+
+
+def rows(section: str) -> list[list[str]]:
+    """The cells of a section's table, below its head."""
+    lines = [line for line in SECTIONS[section].splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+def test_every_section_is_checked() -> None:
+    assert list(SECTIONS) == list(FIGURES)
+
+
+@pytest.mark.parametrize("section", FIGURES)
+def test_figures_and_machines_are_those_of_the_results(section: str) -> None:
+    expected = []
+    for file, text in FIGURES[section]:
+        results = load(file) if file else {}
+        expected.append([text(results), machine(results) if file else "not kept"])
+    assert [row[1:] for row in rows(section)] == expected
+
+
+def test_every_script_has_a_section_with_its_command() -> None:
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
+    commands = set(re.findall(r"^python benchmarks/(\S+)", PAGE, flags=re.M))
+    assert commands == scripts
+    for section in SECTIONS.values():
+        assert "\npython benchmarks/" in section
+
+
+def test_headline_figures_are_those_of_the_results() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    speed = load("reduction")["speed"]
+    decoding = load("decoding_transformer")["batch 16, context 4096"]["ratio_to_dynamic"]
+    attention = load("ess_attention")["attention"]["tokens_512"]
+    error = f"{attention['largest_relative_error']:.0e}".replace("e-0", "e-")
+    against_pymor = FIGURES["Reduction"][1][1](load("reduction"))
+    for cell in (
+        f"to order 16, with errors {against_pymor} of pyMOR's |",
+        f"| **{speed['filters_per_second']:.0f} a second**, "
+        f"pyMOR {speed['pymor_filters_per_second']:.2f} |",
+        f"| **{decoding['hyena']:.0f} times** the tokens per second |",
+        f"| **{attention['seconds']:.0f} s**, within {error} of SVDs |",
+    ):
+        assert cell in readme

@@ -1,0 +1,99 @@
+"""What the project says about itself in several places is said once, or alike."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gramian
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+yaml = pytest.importorskip("yaml")
+
+ROOT = Path(__file__).parents[1]
+SETTINGS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT: dict[str, Any] = SETTINGS["project"]
+WORKFLOWS = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
+    for path in sorted((ROOT / ".github/workflows").glob("*.yml"))
+}
+
+
+def test_the_version_has_one_source() -> None:
+    assert "version" not in PROJECT
+    assert PROJECT["dynamic"] == ["version"]
+    source = (ROOT / SETTINGS["tool"]["hatch"]["version"]["path"]).read_text(encoding="utf-8")
+    assert re.findall(r'^__version__ = "(.*)"$', source, flags=re.MULTILINE) == [
+        gramian.__version__
+    ]
+    assert "version:" not in (ROOT / "CITATION.cff").read_text(encoding="utf-8").split("\n", 1)[1]
+
+
+def lower_bound(requirements: list[str], name: str) -> str:
+    (found,) = [text for text in requirements if re.match(rf"{name}\b", text)]
+    match = re.search(r">=([\d.]+)", found)
+    assert match is not None
+    return match[1]
+
+
+def test_continuous_integration_runs_both_ends_of_what_is_accepted() -> None:
+    lowest, highest = WORKFLOWS["ci"]["jobs"]["range"]["strategy"]["matrix"]["include"]
+    assert PROJECT["requires-python"] == f">={lowest['python']}"
+    pythons = [
+        text.rsplit(" ", 1)[1]
+        for text in PROJECT["classifiers"]
+        if re.search(r"Python :: 3\.\d", text)
+    ]
+    assert [lowest["python"], highest["python"]] == [pythons[0], pythons[-1]]
+    torch = lower_bound(PROJECT["dependencies"], "torch")
+    transformers = lower_bound(PROJECT["optional-dependencies"]["models"], "transformers")
+    assert lowest["versions"] == f"torch=={torch}.* transformers=={transformers}.*"
+
+
+def test_every_target_that_is_called_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    texts = [(ROOT / ".ci/run").read_text(encoding="utf-8")]
+    for workflow in WORKFLOWS.values():
+        texts += [
+            step["run"]
+            for job in workflow["jobs"].values()
+            for step in job["steps"]
+            if "run" in step
+        ]
+    called = {
+        target
+        for text in texts
+        for line in re.findall(r"^make (.*)$", text, flags=re.MULTILINE)
+        for target in re.findall(r"(?:^| )([a-z-]+)(?= |$)", line)
+    }
+    assert {"lint", "test", "docs", "wheel", "test-all", "coverage"} <= called
+    assert called <= targets
+
+
+def test_only_publishing_may_speak_for_the_project() -> None:
+    for name, workflow in WORKFLOWS.items():
+        assert workflow["permissions"] == {"contents": "read"}, name
+        for job, settings in workflow["jobs"].items():
+            expected = {"id-token": "write"} if (name, job) == ("release", "publish") else None
+            assert settings.get("permissions") == expected, (name, job)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "CITATION.cff",
+        ".pre-commit-config.yaml",
+        *(f".github/ISSUE_TEMPLATE/{name}.yml" for name in ("bug", "config", "feature")),
+    ],
+)
+def test_files_for_services_are_valid_yaml(path: str) -> None:
+    assert isinstance(yaml.safe_load((ROOT / path).read_text(encoding="utf-8")), dict)
