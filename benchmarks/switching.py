@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks._report import write
 from gramian import TransferFunction
 from gramian.ops.reflection import step_up
+from gramian.reduction import find_modal_form
 from gramian.systems import LatticeRecurrence, Recurrence
 
 LENGTH = 1024
@@ -80,7 +81,9 @@ def draw(sampler: str, order: int, count: int, rng: np.random.Generator) -> dict
     b = torch.from_numpy(rng.standard_normal((count, order)).astype(np.float32))
     d = torch.from_numpy(rng.standard_normal(count).astype(np.float32))
     a, k = torch.cat(kept_a)[:count], torch.cat(kept_k)[:count]
-    system = TransferFunction.from_truncated(b, a, d, LENGTH, dtype=torch.float64)
+    system = TransferFunction.from_truncated(
+        b, a, d, LENGTH, dtype=torch.float64, reducer=find_modal_form
+    )
     return {"system": system, "reflection": k, "stable": stable_share}
 
 

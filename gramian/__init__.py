@@ -5,8 +5,8 @@ the memory that it needs. Parametrise that operator (filters, mixers), measure i
 (`effective_state_size`), shrink it (`reduce`, `realize`, `distill`) and run
 it (convolution and recurrence).
 
-``import gramian`` does not import transformers; ``import gramian.models`` does, and registers its
-classes with transformers' Auto classes.
+``import gramian`` imports nothing else until a name is used. ``import gramian.models`` imports
+transformers and registers its classes with transformers' Auto classes.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gramian import ess, filters, memory, mixers, ops, reduction, systems
-from gramian.ess import effective_state_size, realize
-from gramian.filters import parameter_groups
-from gramian.ops import causal_convolution
-from gramian.reduction import Reduction, reduce
-from gramian.systems import (
-    FIR,
-    DenseOperator,
-    Modal,
-    StateSpace,
-    TimeVarying,
-    TransferFunction,
-)
-
 if TYPE_CHECKING:
+    from gramian import ess, filters, memory, mixers, ops, reduction, systems
     from gramian.analysis import StateReport, analyze
     from gramian.checking import CheckReport, check
     from gramian.distillation import DistillationReport, distill
+    from gramian.ess import effective_state_size, realize
+    from gramian.filters import parameter_groups
+    from gramian.ops import causal_convolution
+    from gramian.reduction import Reduction, reduce
+    from gramian.systems import (
+        FIR,
+        DenseOperator,
+        Modal,
+        StateSpace,
+        TimeVarying,
+        TransferFunction,
+    )
 
 __version__ = "0.1.0"
 
@@ -63,18 +62,39 @@ __all__ = [
     "systems",
 ]
 
-
-_WHOLE_MODEL = {  # these jobs need transformers
-    "StateReport": "analysis",
-    "analyze": "analysis",
+_PACKAGES = ("ess", "filters", "memory", "mixers", "ops", "reduction", "systems")
+_HOMES = {
+    "FIR": "systems",
     "CheckReport": "checking",
-    "check": "checking",
+    "DenseOperator": "systems",
     "DistillationReport": "distillation",
+    "Modal": "systems",
+    "Reduction": "reduction",
+    "StateReport": "analysis",
+    "StateSpace": "systems",
+    "TimeVarying": "systems",
+    "TransferFunction": "systems",
+    "analyze": "analysis",
+    "causal_convolution": "ops",
+    "check": "checking",
     "distill": "distillation",
+    "effective_state_size": "ess",
+    "parameter_groups": "filters",
+    "realize": "ess",
+    "reduce": "reduction",
 }
+"""The package of each public name, imported when the name is first used."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHOLE_MODEL:
-        return getattr(importlib.import_module(f"gramian.{_WHOLE_MODEL[name]}"), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"gramian.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"gramian.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'gramian' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

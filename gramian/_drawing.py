@@ -10,11 +10,23 @@ from gramian._staging import staged_file
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["BLUE", "CYCLE", "GREEN", "GREY", "ORANGE", "finish", "new_figure", "save_figure"]
+__all__ = [
+    "BLUE",
+    "CYCLE",
+    "GREEN",
+    "GREY",
+    "ORANGE",
+    "finish",
+    "head",
+    "new_figure",
+    "save_figure",
+]
 
 # Colours that people with any kind of colour vision tell apart (Okabe and Ito).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 CYCLE = (BLUE, ORANGE, GREEN, GREY)
+
+_LONGEST_TITLE = 70
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -33,6 +45,12 @@ def finish(axes: Any, *, title: str, x: str, y: str) -> None:
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, alpha=0.25, linewidth=0.5)
+
+
+def head(figure: Figure, title: str) -> None:
+    """Put a title over a whole figure, such as the folder that it shows: the end of a long one."""
+    shown = title if len(title) <= _LONGEST_TITLE else f"…{title[1 - _LONGEST_TITLE :]}"
+    figure.suptitle(shown, fontsize=9, color=GREY, x=0.01, ha="left", parse_math=False)
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

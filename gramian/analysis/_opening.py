@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
     Raises:
         OSError: if there is no such model, or it has no tokenizer.
         ValueError: if it cannot be read.
+        ImportError: for a GGUF file, without `gguf`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,6 +36,8 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
     if path.suffix == ".gguf" and path.is_file():
         import torch
 
+        if importlib.util.find_spec("gguf") is None:
+            raise ImportError('GGUF files need gguf: pip install "gramian[gguf]".', name="gguf")
         folder, file = path.resolve().parent, path.name
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(

@@ -48,8 +48,18 @@ class LayerState:
 
     @property
     def utilization(self) -> Tensor:
-        """(len(channels), P): ESS / TSS, 0 where there is no state."""
+        """(len(channels), P): ESS / TSS, 0 where there is no state.
+
+        The mean in the table is `in_use`, which leaves those places out.
+        """
         return utilization(self.ess, self.tss)
+
+    @property
+    def in_use(self) -> float | None:
+        """The mean of ESS / TSS over channels and positions where there is a state, or None if
+        there is none anywhere."""
+        share = self.utilization[self.tss > 0]
+        return float(share.mean()) if share.numel() else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as what JSON can hold."""
@@ -67,8 +77,7 @@ class LayerState:
     def _row(self, label: str) -> tuple[str, ...]:
         counted = len(self.channels)
         measured = f"{counted:,}" if counted == self.count else f"{counted:,} of {self.count:,}"
-        inside = self.tss > 0
-        share = self.utilization[inside]
+        share = self.in_use
         return (
             label,
             self.mixer,
@@ -76,7 +85,7 @@ class LayerState:
             f"{float(self.ess.mean()):.2f}",
             f"{float(self.ess.max()):.2f}",
             f"{float(self.tss.mean()):.1f}",
-            f"{100 * float(share.mean()):.1f} %" if share.numel() else "",
+            "" if share is None else f"{100 * share:.1f} %",
         )
 
 

@@ -9,6 +9,7 @@ name ends the reading before a single object is made.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import zipfile
@@ -21,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["find_config", "read_config", "read_tensors"]
+__all__ = ["find_config", "hash_weights", "read_config", "read_tensors"]
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "weights.ckpt")
 _SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -67,6 +68,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{path} holds no tensors.")
     return tensors
+
+
+def hash_weights(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of weights that `read_tensors` reads, by the file's name.
+
+    Args:
+        path: as for `read_tensors`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_tensors`.
+    """
+    hashes = {}
+    for file in _weight_files(path):
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+        hashes[file.name] = digest.hexdigest()
+    return hashes
 
 
 def find_config(path: Path) -> Path | None:

@@ -28,7 +28,7 @@ _Models = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL...",
-        help="Folder of a saved model, Gramian's or any of transformers; or a GGUF file.",
+        help="Folder of a saved model, of Gramian or of transformers; or a GGUF file.",
     ),
 ]
 _Text = Annotated[
@@ -46,11 +46,11 @@ _Measure = Annotated[
 ]
 _Tol = Annotated[
     float | None,
-    typer.Option(help="Absolute tolerance: singular values above it count as state."),
+    typer.Option(help="With --measure tolerance: count singular values above this."),
 ]
 _Rtol = Annotated[
     float | None,
-    typer.Option(help="Tolerance relative to the largest singular value."),
+    typer.Option(help="The same, relative to the largest singular value."),
 ]
 _MaxChannels = Annotated[
     int, typer.Option(min=0, help="Largest number of channels to measure in a layer; 0 takes all.")

@@ -39,21 +39,25 @@ _Imports = Annotated[
         help="Python file or module that registers your own tasks, filters or mixers; repeatable.",
     ),
 ]
-_EXTRAS = {  # the extra that a missing package comes with, where it is not `models`
+_EXTRAS = {  # the extra that a missing package comes with
     "PIL": "train",
     "accelerate": "train",
     "datasets": "train",
-    "gguf": "analysis",
+    "gguf": "gguf",
     "lm_eval": "evaluate",
     "matplotlib": "plots",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
     "ray": "ray",
+    "safetensors": "models",
     "sklearn": "train",
     "tensorboard": "train",
+    "transformers": "models",
     "yaml": "train",
 }
+_REGISTERED = tuple(f"unknown {kind} '" for kind in ("task", "filter type", "mixer type"))
+"""What a message says where a module that registers parts may be missing."""
 
 
 class UserError(Exception):
@@ -119,6 +123,8 @@ def _failures(debug: bool = False) -> Iterator[None]:
 
 def _fail(error: Exception) -> NoReturn:
     message = one_line(error)
+    if any(kind in message for kind in _REGISTERED):
+        message += " Parts of your own need --import MODULE."
     if isinstance(error, ImportError):
         message += _advice(error)
     elif not isinstance(error, UserError | OSError):
@@ -127,12 +133,14 @@ def _fail(error: Exception) -> NoReturn:
     raise SystemExit(1)
 
 
-def _advice(error: ImportError) -> str:
+def _advice(error: BaseException | None) -> str:
     """Name the extra that a missing package comes with, if the error does not do so itself."""
-    if "pip install" in str(error) or error.name is None:
+    if error is None or "pip install" in str(error):
         return ""
-    extra = _EXTRAS.get(error.name.partition(".")[0], "models")
-    return f' Run: pip install "gramian[{extra}]".'
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if package in _EXTRAS:
+        return f' Run: pip install "gramian[{_EXTRAS[package]}]".'
+    return _advice(error.__cause__)
 
 
 def one_line(error: BaseException) -> str:

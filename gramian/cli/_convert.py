@@ -35,7 +35,8 @@ def convert(
 ) -> None:
     """Make a published Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo CHECKPOINT a model in OUT.
 
-    Files are read as tensors only: no code from a checkpoint runs.
+    Files are read as tensors only: no code from a checkpoint runs. OUT also gets conversion.json,
+    which says where the weights came from, with the SHA-256 of each file.
     """
     check_new(out)
     quiet_transformers()
@@ -43,6 +44,7 @@ def convert(
 
     from gramian import checkpoints
     from gramian._staging import staged_directory
+    from gramian.checkpoints.files import hash_weights
 
     with staged_directory(out) as stage, running(console, "Converting") as bar:
         model, tokenizer, name = checkpoints.load(
@@ -53,6 +55,8 @@ def convert(
             tokenizer.save_pretrained(stage)
         settings = model.config
         report = {
+            "checkpoint": str(checkpoint.resolve()),
+            "sha256": hash_weights(checkpoint),
             "format": name,
             "layers": settings.num_hidden_layers,
             "width": settings.hidden_size,

@@ -20,9 +20,12 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for models, figures and numbers.")
     ] = Path("demo-output"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of training steps.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of training steps (default: 600).")
+    ] = None,
     tol: Annotated[
-        float | None, typer.Option(help="Largest relative l2 error of a distilled filter.")
+        float | None,
+        typer.Option(help="Largest relative l2 error of a distilled filter (default: 0.02)."),
     ] = None,
     seed: Seed = 0,
     as_json: Json = False,

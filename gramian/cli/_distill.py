@@ -118,7 +118,7 @@ def distill(
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         (stage / "distillation.json").write_text(report.to_json() + "\n")
-        _draw(report, stage / "distillation.png")
+        _draw(report, f"{model}, distilled to {out}", stage / "distillation.png")
     finish(console, as_json, report.to_dict(), report, out)
 
 
@@ -161,10 +161,10 @@ def _distill(
     return distilled, report
 
 
-def _draw(report: DistillationReport, path: Path) -> None:
+def _draw(report: DistillationReport, title: str, path: Path) -> None:
     from gramian.reports import plot_distillation, save_figure
 
     try:
-        save_figure(plot_distillation(report), path)
+        save_figure(plot_distillation(report, title), path)
     except ImportError as error:  # a picture is not worth the result
         print(f"gramian: no figure: {one_line(error)}", file=sys.stderr)

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 _Model = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="Folder of a saved model, Gramian's or any of transformers."
-    ),
+    typer.Argument(metavar="MODEL", help="Folder of a saved model, of Gramian or of transformers."),
 ]
 _Against = Annotated[
     str | None, typer.Option(help="Model to compare MODEL with, such as the original.")

@@ -24,7 +24,7 @@ def export(
         ),
     ] = None,
     verify: Annotated[
-        int, typer.Option(min=1, help="Number of greedy tokens to compare with the model's.")
+        int, typer.Option(min=1, help="Number of greedy tokens to compare with those of MODEL.")
     ] = 100,
     threads: Annotated[
         int | None, typer.Option(min=1, help="onnxruntime threads for the comparison.")

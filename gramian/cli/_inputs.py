@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "prompt_ids",
     "quiet_transformers",
     "read_texts",
+    "require_training",
     "spread_windows",
 ]
 
@@ -57,6 +59,13 @@ def fraction(name: str, text: str) -> float:
     if not 0 < value < float("inf"):
         raise UserError(f"{name} takes a positive number or percentage; got {text!r}.")
     return value
+
+
+def require_training() -> None:
+    """Refuse to train, or to read what training is told, without the packages for it."""
+    for package in ("yaml", "accelerate", "datasets"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'Training needs {package}: pip install "gramian[train]".')
 
 
 def quiet_transformers() -> None:
@@ -189,6 +198,7 @@ def find_tasks(
     wanted: list[dict[str, Any]] = []
     try:
         if config is not None:
+            require_training()
             from gramian.training.configuration import load_config
 
             loaded = load_config(config)  # imports what registers its tasks

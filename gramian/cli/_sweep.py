@@ -10,7 +10,7 @@ import typer
 
 from gramian.cli._app import UserError, command
 from gramian.cli._console import console_for, finish, running
-from gramian.cli._inputs import quiet_transformers
+from gramian.cli._inputs import quiet_transformers, require_training
 from gramian.cli._options import Changes, Json
 
 
@@ -42,6 +42,7 @@ def sweep(
     """
     if not config.is_file():  # before seconds of imports
         raise UserError(f"there is no configuration file {config}.")
+    require_training()
     quiet_transformers()
     from gramian import training
 

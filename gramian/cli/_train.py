@@ -12,7 +12,7 @@ import typer
 from gramian._json import to_json
 from gramian.cli._app import UserError, command, one_line
 from gramian.cli._console import console_for, finish
-from gramian.cli._inputs import quiet_transformers
+from gramian.cli._inputs import quiet_transformers, require_training
 from gramian.cli._options import Changes, Json
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def train(
         raise typer.BadParameter("give the file CONFIG.yaml, or --keys.")
     if not config.is_file():  # before seconds of imports
         raise UserError(f"there is no configuration file {config}.")
+    require_training()
     quiet_transformers()
     from gramian import training
 

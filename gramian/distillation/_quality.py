@@ -76,9 +76,9 @@ def distill_to_budget(
 ) -> tuple[Any, DistillationReport]:
     """The smallest recurrences with which the loss on a text rises by no more than a budget.
 
-    Every filter is reduced to one tolerance, the largest of those tried that keeps to the budget:
-    from 0.3 down by factors of √10 until the loss does, and two halvings, on a logarithmic scale,
-    of the last step.
+    Every filter is reduced to one tolerance, the largest of those tried that keeps to the budget.
+    Tolerances are tried from 0.3 down by factors of √10 until the loss does, and then at two
+    halvings, on a logarithmic scale, of the last step. None above 0.3 is tried for any budget.
 
     Args:
         model: a Gramian causal language model, left untouched.

@@ -284,9 +284,8 @@ def _told(quality: Quality, tol: float | None) -> str:
     if chosen:
         words += f", {chosen[-1].loss:.4f} ({chosen[-1].increase:+.3%}) after"
     if quality.max_increase is not None:
-        words += (
-            f"; {quality.max_increase:.3%} were allowed, {len(quality.trials)} tolerances tried"
-        )
+        tried = f"{len(quality.trials)} tolerance{'s' if len(quality.trials) > 1 else ''} tried"
+        words += f"; {quality.max_increase:.3%} were allowed, {tried}"
     if quality.finetuned is not None:
         before, after = quality.finetuned
         words += f"; fine-tuned, held-out loss {before:.4f} to {after:.4f}"

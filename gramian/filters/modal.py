@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gramian.filters._filter import Filter, check_lr, register
+from gramian.filters._filter import check_lr, register
+from gramian.filters._rational import RationalFilter, with_conjugates
 from gramian.reduction.residues import fit_residues
 from gramian.systems import Modal
 
@@ -26,7 +27,7 @@ _MIN_LOG_DECAY = -30.0  # |λ| = 1 - 1e-13: the slowest decay that a parameter c
 
 
 @register("modal")
-class ModalFilter(Filter):
+class ModalFilter(RationalFilter):
     """``h_0 = d``, ``h_t = Re Σ_k residues_k λ_k^(t-1)``: what distillation makes of a filter.
 
     Args:
@@ -183,6 +184,14 @@ class ModalFilter(Filter):
         padded = pad(poles.to(self.residues.dtype)), pad(self.residues)
         # A copy: a sharded parameter is whole until this function returns, and a system may stay.
         return Modal(*padded, self.d.clone(), counts=self.orders)
+
+    @torch.no_grad()
+    def poles(self) -> Tensor:
+        """Return the poles of every channel, conjugates included: (channels, n), complex128.
+
+        Channels of fewer modes than others are padded with zeros.
+        """
+        return with_conjugates(self(1).poles)
 
     def config(self) -> dict[str, Any]:
         return {

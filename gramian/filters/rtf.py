@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gramian.filters._filter import Filter, register
+from gramian.filters._filter import register
+from gramian.filters._rational import RationalFilter
 from gramian.ops import rational_impulse_response
 from gramian.ops.reflection import step_down, step_up
+from gramian.reduction import find_modal_form
 from gramian.systems import TransferFunction
 
 __all__ = ["RTF"]
@@ -33,7 +35,7 @@ _SLACK = 1e-6
 
 
 @register("rtf")
-class RTF(Filter):
+class RTF(RationalFilter):
     """Rational filters, with the truncated numerator of the published parametrisation or without.
 
     Coefficients are transformed and divided in float64, since in float32 the spectrum itself is off
@@ -202,15 +204,10 @@ class RTF(Filter):
 
     @torch.no_grad()
     def poles(self) -> Tensor:
-        """(num_denominators, n), complex128: the zeros of the denominators."""
+        """Return the zeros of the denominators: (num_denominators, n), complex128."""
         a = self.denominator()
         none = torch.zeros_like(a)
         return TransferFunction(none, a, none[:, 0]).poles()
-
-    @torch.no_grad()
-    def spectral_radius(self) -> Tensor:
-        """(num_denominators,), float64: the largest modulus of a pole."""
-        return self.poles().abs().amax(-1)
 
     @property
     def grid(self) -> int:
@@ -226,7 +223,7 @@ class RTF(Filter):
         reflection = self.reflection().unsqueeze(1) if self.stability == "schur" else None
         if self.numerator == "truncated":
             system = TransferFunction.from_truncated(
-                b, a, d, self.grid, length, torch.float64, reflection
+                b, a, d, self.grid, length, torch.float64, reflection, find_modal_form
             )
         else:
             b, d, a = b.double(), d.double(), a.double()
@@ -235,7 +232,9 @@ class RTF(Filter):
             else:
                 taps = rational_impulse_response(b, a, d, length)
             known = reflection if reflection is None else reflection.expand(b.shape)
-            system = TransferFunction(b, a.expand(b.shape), d, taps=taps, reflection=known)
+            system = TransferFunction(
+                b, a.expand(b.shape), d, taps=taps, reflection=known, reducer=find_modal_form
+            )
         return system.reshape_channels(self.channels)
 
     def config(self) -> dict[str, Any]:

@@ -21,16 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.filters._filter import Filter, register
+from gramian.filters._filter import register
 from gramian.filters._hippo import normal_plus_low_rank
+from gramian.filters._rational import RationalFilter
 from gramian.filters.s4d import check_choice, check_state_space
-from gramian.systems.dplr import DPLR
+from gramian.systems import DPLR
 
 __all__ = ["S4"]
 
 
 @register("s4")
-class S4(Filter):
+class S4(RationalFilter):
     """State spaces with ``A = Λ - P P*``: ``state_size / 2`` conjugate pairs for every channel.
 
     Real parameters: ``log_dt`` and ``D`` (channels), ``log_A_real`` and ``A_imag`` (channels,
@@ -106,6 +107,10 @@ class S4(Filter):
         output = C * poles - reads * _both(C, enters)  # C Ā
         d = self.D + _both(C, first).squeeze(-1)
         return DPLR(poles, first, output, enters, reads, d.to(self.D.dtype))
+
+    @torch.no_grad()
+    def poles(self) -> Tensor:
+        return self(1).state_space().poles()
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Options of the optimiser for the parameters of the dynamics: a learning rate of at most

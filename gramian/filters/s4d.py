@@ -16,10 +16,11 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gramian.filters._filter import Filter, register
+from gramian.filters._filter import register
 from gramian.filters._hippo import normal_plus_low_rank
+from gramian.filters._rational import RationalFilter, with_conjugates
 from gramian.systems import Modal
 
 __all__ = ["S4D"]
@@ -29,7 +30,7 @@ _DISCRETIZATIONS = ("zoh", "bilinear")
 
 
 @register("s4d")
-class S4D(Filter):
+class S4D(RationalFilter):
     """Diagonal state spaces: ``state_size / 2`` conjugate pairs of modes for every channel.
 
     Real parameters: ``log_dt`` (channels), ``log_A_real`` and ``A_imag`` (channels, n / 2) for
@@ -114,6 +115,10 @@ class S4D(Filter):
         first = 2 * C.to(B.dtype) * B  # h_t = Re Σ first poles^t
         d = self.D + first.real.sum(-1)
         return Modal(poles, (first * poles).to(C.dtype), d.to(self.D.dtype))
+
+    @torch.no_grad()
+    def poles(self) -> Tensor:
+        return with_conjugates(self(1).poles)
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Options of the optimiser for the parameters of the dynamics: a learning rate of at most

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gramian._drawing import BLUE, CYCLE, GREEN, GREY, ORANGE, finish, new_figure
+from gramian._drawing import BLUE, CYCLE, GREEN, GREY, ORANGE, finish, head, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,9 +58,13 @@ def plot_hankel_spectra(
     return figure
 
 
-def plot_distillation(report: DistillationReport) -> Figure:
+def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
     """What distilling reached, layer by layer: Hankel spectra, relative errors with what no
     recurrence of the same order can go below, and orders.
+
+    Args:
+        report: from `gramian.distill`.
+        title: over the whole figure, such as the model's folder.
     """
     figure = new_figure(11.4, 3.5)
     panels = figure.subplots(1, 3)
@@ -110,6 +114,8 @@ def plot_distillation(report: DistillationReport) -> Figure:
     )
     finish(panels[1], title="relative l2 error", x="layer", y="")
     finish(panels[2], title="order of the recurrences", x="layer", y="")
+    if title:
+        head(figure, title)
     return figure
 
 

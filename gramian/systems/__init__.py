@@ -1,7 +1,10 @@
 """Systems: causal operators as immutable value objects, one file per realisation."""
 
-from gramian.systems._state import State
-from gramian.systems._system import Recurrence, System, TimeInvariantSystem
+from gramian.systems._modal_recurrence import ModalRecurrence, ModalState
+from gramian.systems._recurrence import Recurrence
+from gramian.systems._state import State, define_state
+from gramian.systems._system import System, TimeInvariantSystem
+from gramian.systems.blocks import BlockForm, Blocks
 from gramian.systems.companion import CompanionRecurrence, CompanionState
 from gramian.systems.convert import (
     gated_convolution,
@@ -21,7 +24,7 @@ from gramian.systems.dplr import DPLR, DPLRRecurrence, DPLRState
 from gramian.systems.fir import FIR, FIRRecurrence, FIRState
 from gramian.systems.interop import from_control, from_zpk, to_control, to_zpk
 from gramian.systems.lattice import LatticeRecurrence, LatticeState
-from gramian.systems.modal import Modal, ModalRecurrence, ModalState
+from gramian.systems.modal import Modal
 from gramian.systems.state_space import StateSpace, StateSpaceRecurrence, StateSpaceState
 from gramian.systems.time_varying import TimeVarying, TimeVaryingRecurrence, TimeVaryingState
 from gramian.systems.transfer_function import TransferFunction
@@ -29,6 +32,8 @@ from gramian.systems.transfer_function import TransferFunction
 __all__ = [
     "DPLR",
     "FIR",
+    "BlockForm",
+    "Blocks",
     "CompanionRecurrence",
     "CompanionState",
     "DPLRRecurrence",
@@ -54,6 +59,7 @@ __all__ = [
     "TimeVaryingRecurrence",
     "TimeVaryingState",
     "TransferFunction",
+    "define_state",
     "from_control",
     "from_zpk",
     "gated_convolution",

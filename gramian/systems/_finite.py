@@ -1,22 +1,19 @@
-"""What systems of a number of steps share: when all are taken, there are no more."""
+"""Base class of systems with a fixed number of steps; stepping past the last is an error."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import ClassVar
 
+from gramian.systems._state import StateT
 from gramian.systems._system import System
 
 __all__ = ["FiniteSystem"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FiniteSystem(System):
+class FiniteSystem(System[StateT]):
     """A system of L steps, which its states count."""
-
-    _kind: ClassVar[str]
-    """What messages call it."""
 
     @property
     @abc.abstractmethod
@@ -24,7 +21,7 @@ class FiniteSystem(System):
         """L, the number of steps."""
 
     def _check_steps(self, start: int, length: int) -> None:
-        """Raise a ValueError unless there are ``length`` steps from ``start`` on."""
+        """Raise a ValueError unless there are `length` steps from `start` on."""
         if start + length > self.length:
             taken = f" of which {start} are taken" if start else ""
             raise ValueError(
@@ -32,7 +29,7 @@ class FiniteSystem(System):
             )
 
     def _parted(self, length: int | None, at: int | None) -> tuple[int, int]:
-        """A horizon, by default L, and where past and future part, by default in its middle."""
+        """Return a horizon (default: L) and where past and future part (default: its middle)."""
         length = self.length if length is None else length
         self._check_steps(0, length)
         at = length // 2 if at is None else at

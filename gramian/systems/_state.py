@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections import namedtuple
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, TypeVar, dataclass_transform
 
-__all__ = ["State"]
+__all__ = [
+    "State",
+    "StateT",
+    "broadcasts",
+    "check_state",
+    "define_state",
+    "vector_fits",
+    "wrong_shapes",
+]
 
 
 class State(tuple):
-    """Mixin for the named tuples that recurrences carry from step to step.
+    """Base class of the named tuples that recurrences carry from step to step.
 
     Fields are real tensors with the batch in their first dimension, tuples of such fields, or
     further states. A tensor without dimensions (a position, say) belongs to the whole batch and is
-    left alone by everything here.
+    left alone by everything here. `define_state` makes a named tuple of a subclass.
     """
 
     __slots__ = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "_fields"):  # what `define_state` makes a named tuple of
+            return
         pytree.register_pytree_node(
             cls,
             lambda state: (list(state), None),
@@ -33,33 +45,33 @@ class State(tuple):
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """A state of the same type with ``function`` applied to every batched tensor."""
+        """Return a state of the same type with `function` applied to every batched tensor."""
         return _map(self, function)
 
     def select(self, indices: Tensor) -> Self:
-        """The streams at ``indices`` (int64), in that order: beam search, finished sequences."""
+        """Take the streams at `indices` (int64), in that order, as beam search does."""
         return self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def put(self, indices: Tensor, other: Self) -> Self:
-        """This state with the streams at ``indices`` (int64) replaced by those of ``other``."""
+        """Replace the streams at `indices` (int64) by those of `other`."""
         return _combine(self, other, indices)
 
     def repeat(self, n: int) -> Self:
-        """Every stream ``n`` times, copies side by side."""
+        """Repeat every stream `n` times, copies side by side."""
         return self.map(lambda tensor: tensor.repeat_interleave(n, dim=0))
 
     def detach(self) -> Self:
-        """The same values, cut off from the graph: truncated backpropagation through time."""
+        """Cut the values off from the graph, for truncated backpropagation through time."""
         return self.map(Tensor.detach)
 
     def clone(self) -> Self:
-        """A copy that a step, which consumes its state, cannot touch."""
+        """Copy the state, so that a step, which consumes its state, cannot touch the copy."""
         return self.map(Tensor.clone)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
-        """The state on another device or in another floating-point dtype; counts stay integers."""
+        """Move to another device or floating-point dtype; counts stay integers."""
         return self.map(
             lambda tensor: tensor.to(
                 device=device, dtype=dtype if tensor.is_floating_point() else None
@@ -77,6 +89,81 @@ class State(tuple):
 
         self.map(count)
         return sum(sizes)
+
+
+StateT = TypeVar("StateT", bound=State, default=Any)
+"""The type of the states that a recurrence, and the system it was made from, carry."""
+
+_StateClass = TypeVar("_StateClass", bound=State)
+
+
+@dataclass_transform(frozen_default=True)
+def define_state(cls: type[_StateClass]) -> type[_StateClass]:
+    """Make a named tuple of a subclass of `State` whose body annotates the fields in their order.
+
+    ```python
+    @define_state
+    class PairState(State):
+        first: Tensor
+        second: Tensor
+    ```
+
+    Raises:
+        TypeError: if the class annotates no field.
+    """
+    names = list(inspect.get_annotations(cls))
+    if not names:
+        raise TypeError(f"the state {cls.__name__} has no annotated field.")
+    fields: Any = namedtuple("_Fields", names)  # type: ignore[misc]
+    kept = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    body = {**kept, "__qualname__": cls.__qualname__, "__slots__": ()}
+    return type(cls.__name__, (fields, *cls.__bases__), body)
+
+
+def check_state(owner: str, state: object, accepted: Sequence[type[State]]) -> None:
+    """Raise a TypeError unless `state` is of an accepted type.
+
+    Args:
+        owner: What continues from the state, as the subject of a sentence.
+        state: The state that was given.
+        accepted: The types that the owner continues from.
+    """
+    if not isinstance(state, tuple(accepted)):
+        names = " or ".join(kind.__name__ for kind in accepted)
+        given = type(state).__name__
+        raise TypeError(f"{owner} continues from a state of type {names}, got {given}.")
+
+
+def vector_fits(x: Tensor, own: tuple[int, ...], shape: torch.Size) -> bool:
+    """Return whether a tensor (*B, *C', *own) is one of a state for samples of `shape`."""
+    split = x.ndim - len(own)
+    if split < 0 or x.shape[split:] != own:
+        return False
+    return x.shape[:split] == shape or broadcasts(x.shape[:split], shape)
+
+
+def broadcasts(*shapes: torch.Size, onto: torch.Size | None = None) -> bool:
+    """Return whether shapes broadcast against each other, and to `onto` where that is given."""
+    try:
+        shape = torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return False
+    return onto is None or shape == onto
+
+
+def wrong_shapes(state: State, shape: torch.Size) -> ValueError:
+    """Make the error for a state that does not belong to samples of `shape`."""
+    found: list[str] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(str(tuple(tensor.shape)))
+        return tensor
+
+    state.map(note)
+    return ValueError(
+        f"samples of shape {tuple(shape)} need a state as initial_state makes one for them, got a "
+        f"{type(state).__name__} of the shapes {', '.join(found)}."
+    )
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

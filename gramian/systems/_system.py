@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable
-from typing import Any, Protocol, overload
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
 
 import torch
 import torch.utils._pytree as pytree
@@ -14,9 +15,24 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gramian.ops import causal_convolution
-from gramian.systems._state import State
+from gramian.systems._state import State, StateT, broadcasts, check_state, vector_fits, wrong_shapes
 
-__all__ = ["LinearRecurrence", "Recurrence", "System", "TimeInvariantSystem"]
+if TYPE_CHECKING:
+    from gramian.systems._recurrence import Recurrence
+    from gramian.systems.state_space import StateSpace
+
+__all__ = [
+    "STATIC",
+    "System",
+    "TimeInvariantSystem",
+    "check_single",
+    "check_tensor",
+    "import_control",
+    "working_dtype",
+]
+
+STATIC = {"static": True}
+"""Metadata of a dataclass field that holds no tensor but what is hashable: structure."""
 
 _TAPS = 4096
 """Taps over which a system is compared with itself in another precision."""
@@ -25,94 +41,20 @@ _TAPS_IN_ALL = 2**24
 """The same for all channels together."""
 
 
-class Recurrence(Protocol):
-    """A system made ready to be stepped: a frozen snapshot, through which no gradient flows."""
-
-    form: str
-    """How it steps: "modal", "lattice", "companion", "state_space", "dplr", "online",
-    "time_varying" or "dense"."""
-
-    error: float
-    """Relative l2 error of the impulse response that it steps through, where that was converted."""
-
-    def initial_state(
-        self,
-        batch_shape: tuple[int, ...],
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> State:
-        """The state of a silent past, for samples of shape ``batch_shape`` = (*B, *C')."""
-
-    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Take the chunk ``u`` (*B, *C', T) at once; returns y (*B, *C', T) and the new state."""
-
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Take one sample (*B, *C'). Consumes ``state``: use only the one returned."""
-
-
-class LinearRecurrence(abc.ABC):
-    """What the recurrences of finite-dimensional systems share: one state tensor (*B, *C', *S).
-
-    A subclass sets ``_state`` (the type of its states), ``_like`` (a tensor of their dtype and
-    device) and ``_state_shape`` S, and steps.
-    """
-
-    form: str
-    error: float = 0.0
-    """Largest relative l2 error, over channels, of the impulse response that the recurrence steps
-    through against the taps that the system was made from; 0 where it was made from no taps."""
-
-    system: System
-    _state: Callable[[Tensor], State]
-    _like: Tensor
-    _state_shape: tuple[int, ...]
-
-    def initial_state(
-        self,
-        batch_shape: tuple[int, ...],
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> Any:
-        """Zeros for samples of shape ``batch_shape`` = (*B, *C')."""
-        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
-        return self._state(
-            self._like.new_zeros(*shape, *self._state_shape, dtype=dtype, device=device)
-        )
-
-    @torch.no_grad()
-    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Take the chunk ``u`` (*B, *C', T) at once, by blocks; go on from ``state`` if given."""
-        if state is None:
-            state = self.initial_state(u.shape[:-1], device=u.device)
-        return self.system._apply_from(u, state)
-
-    @abc.abstractmethod
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Take one sample (*B, *C'). Consumes ``state``: use only the one returned."""
-
-    def _measured_error(self, taps: Tensor) -> float:
-        """Largest relative l2 error, over channels, of the impulse response as stepped against
-        ``taps`` (*C, K); infinite where the recurrence overflows."""
-        state = self.initial_state(taps.shape[:-1])
-        sample = torch.ones_like(taps[..., 0])
-        outputs = []
-        for _ in range(taps.shape[-1]):
-            y, state = self.step(sample, state)
-            outputs.append(y)
-            sample = torch.zeros_like(sample)
-        difference = torch.linalg.vector_norm(torch.stack(outputs, -1) - taps, dim=-1)
-        scale = torch.linalg.vector_norm(taps, dim=-1).clamp_min(torch.finfo(taps.dtype).tiny)
-        return float((difference / scale).nan_to_num(torch.inf).amax()) if taps.numel() else 0.0
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class System(abc.ABC):
-    """A causal operator ``y = T u`` on every channel of a batch.
+class System(abc.ABC, Generic[StateT]):
+    """A causal operator `y = T u` on every channel of a batch.
 
-    Fields are tensors whose leading dimensions ``(*C)`` are the channels. A system is immutable and
-    a pytree; gradients flow through it to whatever its fields were made of. Constructors check
-    shapes and dtypes, never values.
+    Fields are tensors whose leading dimensions `(*C)` are the channels, and static ones, marked
+    with the metadata `STATIC`. A system is immutable and a pytree; gradients flow through it to
+    whatever its fields were made of. Constructors check shapes and dtypes, never values.
     """
+
+    _kind: ClassVar[str] = "system"
+    """What messages call it."""
+
+    _state_types: ClassVar[tuple[type[State], ...]] = (State,)
+    """The types of the states that it continues from."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -124,21 +66,27 @@ class System(abc.ABC):
         )
 
     def _fields(self) -> list[Any]:
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+        """Return the tensors, in the order of their fields."""
+        return [getattr(self, field.name) for field in _split_fields(type(self))[0]]
 
     @property
-    def _static(self) -> Any:
-        """What belongs to the system besides its tensors; hashable."""
-        return None
+    def _static(self) -> tuple[Any, ...]:
+        """The values of the static fields, hashable."""
+        return tuple(getattr(self, field.name) for field in _split_fields(type(self))[1])
 
     @classmethod
-    def _from_fields(cls, values: Any, static: Any = None) -> Self:
+    def _from_fields(cls, values: Iterable[Any], static: tuple[Any, ...] | None = None) -> Self:
+        """Make a system of its tensors and static values (None: their defaults), unchecked."""
         system = object.__new__(cls)
-        for field, value in zip(dataclasses.fields(cls), values, strict=True):
+        tensors, rest = _split_fields(cls)
+        if static is None:
+            static = tuple(field.default for field in rest)
+        for field, value in zip((*tensors, *rest), (*values, *static), strict=True):
             object.__setattr__(system, field.name, value)
         return system
 
-    def _map(self, function: Any) -> Self:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply `function` to every tensor; static fields stay."""
         return self._from_fields(
             [function(value) if value is not None else None for value in self._fields()],
             self._static,
@@ -147,7 +95,7 @@ class System(abc.ABC):
     @property
     @abc.abstractmethod
     def channel_shape(self) -> torch.Size:
-        """The channel dimensions ``(*C)``."""
+        """The channel dimensions `(*C)`."""
 
     @property
     @abc.abstractmethod
@@ -166,42 +114,51 @@ class System(abc.ABC):
 
     @abc.abstractmethod
     def matrix(self, length: int) -> Tensor:
-        """The operator on ``length`` samples, (*C, length, length), lower triangular."""
+        """Return the operator on `length` samples, (*C, length, length), lower triangular."""
 
     @abc.abstractmethod
     def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
-        """Singular values of the Hankel block ``T[at:length, :at]``, (*C, k), descending."""
+        """Return the singular values of a Hankel block `T[at:length, :at]`, (*C, k), descending."""
 
     @abc.abstractmethod
-    def recurrence(self, form: str | None = None) -> Recurrence:
-        """The system as a recurrence; ``form=None`` picks the one that is safe."""
+    def recurrence(self, form: str | None = None) -> Recurrence[StateT]:
+        """Return the system as a recurrence; `form=None` picks the one that is safe."""
 
     @abc.abstractmethod
     def _apply(self, u: Tensor) -> Tensor:
-        """Outputs from a silent past."""
+        """Return the outputs from a silent past."""
 
     @abc.abstractmethod
-    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        """Outputs and final state of a chunk that starts in ``state``."""
+    def _apply_from(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
+        """Return the outputs and the final state of a chunk that starts in `state`."""
+
+    @property
+    def _state_shape(self) -> tuple[int, ...]:
+        """The dimensions of a state's tensor after those of the channels."""
+        return (self.order,)
+
+    def _fits(self, state: StateT, shape: torch.Size) -> bool:
+        """Return whether the shapes of a state are those that samples of `shape` need."""
+        return vector_fits(state[0], self._state_shape, shape)
 
     def __getitem__(self, index: Any) -> Self:
-        """Index the channel dimensions, as with a tensor: ``system[::2]``, ``system[:, None]``."""
+        """Index the channel dimensions, as with a tensor: `system[::2]`, `system[:, None]`."""
         index = index if isinstance(index, tuple) else (index,)
         if Ellipsis in index:
             raise IndexError("a system is indexed along its channels; `...` is not accepted.")
         return self._map(lambda value: value[index])
 
     def reshape_channels(self, *shape: int) -> Self:
-        """The same channels in another shape."""
+        """Return the same channels in another shape."""
         skip = len(self.channel_shape)
-        return self._map(lambda value: value.reshape(*shape, *value.shape[skip:]))
+        return self._map(lambda value: value.reshape((*shape, *value.shape[skip:])))
 
     def to(
         self,
         device: torch.device | torch.dtype | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """The system on another device, or in another real floating-point dtype."""
+        """Move to another device, or another real floating-point dtype."""
 
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -213,47 +170,49 @@ class System(abc.ABC):
         return self._map(move)
 
     def detach(self) -> Self:
-        """The same values, cut off from the graph."""
+        """Return the same values, cut off from the graph."""
         return self._map(Tensor.detach)
 
     def frozen(self) -> Self:
-        """A copy of the values, cut off from the graph and from later changes of parameters."""
+        """Copy the values, cut off from the graph and from later changes of parameters."""
         return self._map(lambda value: value.detach().clone())
 
     @overload
     def __call__(self, u: Tensor) -> Tensor: ...
 
     @overload
-    def __call__(self, u: Tensor, state: State) -> tuple[Tensor, State]: ...
+    def __call__(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]: ...
 
-    def __call__(self, u: Tensor, state: State | None = None) -> Tensor | tuple[Tensor, State]:
-        """Apply the system to ``u`` (*B, *C', L), C' broadcasting against the channels C.
+    def __call__(self, u: Tensor, state: StateT | None = None) -> Tensor | tuple[Tensor, StateT]:
+        """Apply the system to `u` (*B, *C', L), C' broadcasting against the channels C.
 
         Time-invariant systems transform a whole chunk: causal but for rounding errors, so that a
         NaN in a stream reaches the outputs of its chunk before it (`gramian.causal_convolution`).
 
         Args:
             u: Real input. Half precision is computed in float32 and cast back.
-            state: Where the past left off: a state of ``recurrence()``, or what an earlier call
+            state: Where the past left off: a state of `recurrence()`, or what an earlier call
                 returned. None: a silent past.
 
         Returns:
-            y of the shape of ``u``; with a state, ``(y, new state)``.
+            y of the shape of `u`; with a state, `(y, new state)`.
 
         Raises:
-            ValueError: if the channels of ``u`` do not broadcast against the system's.
+            TypeError: if `u` is not real floating point, or the state is none of this system.
+            ValueError: if the channels of `u` do not broadcast against the system's, or the state
+                has other shapes.
         """
-        self._check_input(u, u.shape[:-1])
+        shape = u.shape[:-1]
+        self._check_input(u, shape)
         if state is None:
             return self._apply(u)
+        check_state(f"this {self._kind}", state, self._state_types)
+        if not self._fits(state, shape):
+            raise wrong_shapes(state, shape)
         return self._apply_from(u, state)
 
     def _check_input(self, u: Tensor, shape: torch.Size) -> None:
-        try:
-            fits = torch.broadcast_shapes(shape, self.channel_shape) == shape
-        except RuntimeError:
-            fits = False
-        if not fits:
+        if not broadcasts(self.channel_shape, shape, onto=shape):
             raise ValueError(
                 f"the input's channels {tuple(shape)} do not broadcast against the system's "
                 f"{tuple(self.channel_shape)}."
@@ -263,19 +222,23 @@ class System(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TimeInvariantSystem(System):
-    """A system that is a convolution: ``y_t = Σ_j h_j u_{t-j}``."""
+class TimeInvariantSystem(System[StateT]):
+    """A system that is a convolution: `y_t = Σ_j h_j u_{t-j}`."""
 
     @abc.abstractmethod
     def impulse_response(self, length: int) -> Tensor:
-        """The Markov parameters ``h_0, …, h_{length-1}``, (*C, length)."""
+        """Return the Markov parameters `h_0, …, h_{length-1}`, (*C, length)."""
+
+    @abc.abstractmethod
+    def state_space(self) -> StateSpace:
+        """Return the same system with a state matrix, in float64."""
 
     def to(
         self,
         device: torch.device | torch.dtype | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """The system on another device, or in another real floating-point dtype.
+        """Move to another device, or another real floating-point dtype.
 
         Warns:
             UserWarning: if rounding to a narrower dtype loses more than half of that dtype's digits
@@ -310,38 +273,45 @@ class TimeInvariantSystem(System):
 
     @abc.abstractmethod
     def _infinite_hankel_singular_values(self) -> Tensor:
-        """Hankel singular values over the infinite horizon, float64, descending."""
+        """Return the Hankel singular values over the infinite horizon, float64, descending."""
 
     def _apply(self, u: Tensor) -> Tensor:
         return causal_convolution(u, self.kernel_for(u, u.shape[-1]))
 
     def to_control(self) -> Any:
-        """The system for python-control: a discrete-time ``control.TransferFunction`` of a transfer
-        function or FIR, a ``control.StateSpace`` of others.
+        """Return the system for python-control, in discrete time.
+
+        Returns:
+            A `control.TransferFunction` of a transfer function or FIR, a `control.StateSpace` of
+            others.
 
         Raises:
             ImportError: if python-control is not installed.
             ValueError: if the system has several channels: index one.
         """
-        from gramian.systems.interop import to_control
+        control = import_control()
+        check_single(self)
+        return self._as_control(control)
 
-        return to_control(self)
+    def _as_control(self, control: Any) -> Any:
+        """Return the single channel as a system of the module `control`."""
+        return control.StateSpace(*self.state_space().to_scipy(), True)
 
     def kernel_for(self, u: Tensor, length: int) -> Tensor:
-        """``impulse_response(length)`` in the precision in which ``u`` is convolved: float64 for
+        """Return `impulse_response(length)` in the precision in which `u` is convolved: float64 for
         a float64 input, float32 otherwise."""
         return self.impulse_response(length).to(working_dtype(u))
 
     def matrix(self, length: int) -> Tensor:
-        """The operator on ``length`` samples, (*C, length, length), lower triangular."""
+        """Return the operator on `length` samples, (*C, length, length), lower triangular."""
         taps = torch.nn.functional.pad(self.impulse_response(length), (length - 1, 0))
         return taps.unfold(-1, length, 1).flip(-1)
 
     def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
-        """Singular values of the Hankel block, through which the past reaches the future.
+        """Return the singular values of a Hankel block, through which the past acts on the future.
 
         Args:
-            length: Horizon L: the values of ``T[at:L, :at]``. None: the infinite horizon.
+            length: Horizon L: the values of `T[at:L, :at]`. None: the infinite horizon.
             at: Where past and future part, 1 … L - 1; by default L // 2.
 
         Returns:
@@ -349,7 +319,7 @@ class TimeInvariantSystem(System):
 
         Raises:
             ValueError: if the horizon is infinite and a pole is not inside the unit circle, or
-                ``at`` is out of range.
+                `at` is out of range.
         """
         if length is None:
             if at is not None:
@@ -364,11 +334,39 @@ class TimeInvariantSystem(System):
 
 
 def working_dtype(u: Tensor) -> torch.dtype:
-    """The dtype in which a signal is convolved: float64 stays, all else is float32."""
+    """Return the dtype in which a signal is convolved: float64 stays, all else is float32."""
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Raise a TypeError unless ``value`` is a tensor (or a stand-in that a transform put there)."""
+    """Raise a TypeError unless `value` is a tensor (or a stand-in that a transform put there)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
+
+
+def check_single(system: System) -> None:
+    """Raise a ValueError unless the system has one channel and no channel dimension."""
+    if system.channel_shape:
+        raise ValueError(
+            f"one channel at a time: index the system, whose channels are "
+            f"{tuple(system.channel_shape)}, as in system[0]."
+        )
+
+
+def import_control() -> Any:
+    """Return python-control, or raise an ImportError that says what to install."""
+    try:
+        import control
+    except ImportError as error:
+        raise ImportError("this needs python-control: pip install control") from error
+    return control
+
+
+@functools.cache
+def _split_fields(
+    cls: type[System],
+) -> tuple[tuple[dataclasses.Field, ...], tuple[dataclasses.Field, ...]]:
+    """Return the fields of a class that hold tensors, and the static ones."""
+    fields = dataclasses.fields(cls)
+    static = tuple(field for field in fields if field.metadata.get("static"))
+    return tuple(field for field in fields if field not in static), static

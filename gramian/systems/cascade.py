@@ -46,7 +46,7 @@ class Section(NamedTuple):
         num = np.polyval([float(value) for value in self.b], z)
         return num / np.polyval([1.0, *(float(value) for value in self.a)], z)
 
-    def realise(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    def realize(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """(A, B, C, D), float64."""
         direct = self.b[0]
         rest = [b - direct * a for b, a in zip(self.b[1:], self.a, strict=True)]
@@ -175,7 +175,7 @@ def cascade(parts: list[Section], gain: float = 1.0) -> tuple[np.ndarray, ...]:
     A, B, C, D = np.zeros((0, 0)), np.zeros(0), np.zeros(0), 1.0
     total = np.ones_like(z)
     for part in parts:
-        a, b, c, d = part.realise()
+        a, b, c, d = part.realize()
         with np.errstate(all="ignore"):  # a pole on the unit circle
             total = total * part.response(z)
         peak = np.abs(total).max()

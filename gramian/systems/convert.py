@@ -4,7 +4,7 @@ The functions of the table return a system with the same impulse response, in fl
 with the reason. What is exact in exact arithmetic but may be ruined by rounding (anything that goes
 through the zeros of a polynomial, or from zeros to coefficients) is verified: the impulse responses
 before and after are compared over the infinite horizon, and the conversion is refused if they
-differ by more than ``tol`` or a stable system would become an unstable one. A system with a pole
+differ by more than `tol` or a stable system would become an unstable one. A system with a pole
 within 1e-7 of the unit circle is compared over 2^20 steps, one that is unstable over 4,096.
 
 ==================  =====================  =======================  ==========================
@@ -14,11 +14,11 @@ TransferFunction    itself                 partial fractions        companion fo
 Modal               products of the poles  itself                   2 × 2 blocks
 StateSpace          eigenvalues            eigenvectors             itself
 DPLR                eigenvalues            eigenvectors             dense
-FIR                 ``a = 0``              a single delay only      shift register
+FIR                 `a = 0`              a single delay only      shift register
 ==================  =====================  =======================  ==========================
 
-A rational system has no last tap, so only a finite kernel is an ``FIR``;
-``FIR(system.impulse_response(length))`` cuts one, and `gramian.reduce` approximates where a
+A rational system has no last tap, so only a finite kernel is an `FIR`;
+`FIR(system.impulse_response(length))` cuts one, and `gramian.reduce` approximates where a
 conversion is refused.
 
 Every system is a `to_dense_operator`, every recurrence on L steps a `to_time_varying`
@@ -36,7 +36,6 @@ from torch import Tensor
 from gramian.ops.similarity import reached
 from gramian.systems._system import System, TimeInvariantSystem
 from gramian.systems.dense_operator import DenseOperator
-from gramian.systems.dplr import DPLR
 from gramian.systems.fir import FIR
 from gramian.systems.modal import Modal
 from gramian.systems.state_space import StateSpace
@@ -71,7 +70,7 @@ _MARGIN = 1e-7
 def to_transfer_function(system: TimeInvariantSystem, tol: float = TOLERANCE) -> TransferFunction:
     """The system as a fraction of polynomials.
 
-    The denominator is the product of ``1 - λ z^-1`` over the poles, the numerator the first n
+    The denominator is the product of `1 - λ z^-1` over the poles, the numerator the first n
     coefficients of its product with the impulse response. Its degree is that of the largest
     channel; channels of a lower order have poles at zero.
 
@@ -94,7 +93,7 @@ def to_transfer_function(system: TimeInvariantSystem, tol: float = TOLERANCE) ->
     if isinstance(system, Modal):
         poles = _all_poles(system)
     else:
-        poles = _state_space(system).poles()
+        poles = to_state_space(system).poles()
     a = _polynomial(poles).real
     taps = system.to(dtype=torch.float64).impulse_response(a.shape[-1] + 1)
     b = exact_numerator(a, taps[..., 1:]) if a.shape[-1] else a
@@ -128,7 +127,7 @@ def to_modal(system: TimeInvariantSystem, tol: float = TOLERANCE) -> Modal:
         residues = torch.nn.functional.pad(kernel[..., 1:2], (0, 2 - min(2, kernel.shape[-1])))
         return Modal(torch.zeros_like(residues) + 0j, residues + 0j, kernel[..., 0])
     dense = to_state_space(system)
-    _, (A, B, C) = dense._realised()
+    _, (A, B, C) = dense._realized()
     poles, vectors = torch.linalg.eig(A)
     weights = torch.linalg.lstsq(vectors, (B + 0j).unsqueeze(-1)).solution.squeeze(-1)
     residues = ((C + 0j).unsqueeze(-2) @ vectors).squeeze(-2) * weights
@@ -156,13 +155,12 @@ def to_state_space(system: TimeInvariantSystem) -> StateSpace:
     Raises:
         TypeError: if the system is not a time-invariant one.
     """
-    if isinstance(system, Modal):
-        return _rotations(system)
-    if isinstance(system, FIR):
-        system = to_transfer_function(system)
-    if isinstance(system, TransferFunction):
-        return system._companion_form()
-    return _state_space(system).to(dtype=torch.float64)
+    if not isinstance(system, TimeInvariantSystem):
+        raise TypeError(
+            "a time-invariant system is needed (TransferFunction, Modal, StateSpace, DPLR or FIR), "
+            f"got {type(system).__name__}."
+        )
+    return system.state_space()
 
 
 def to_fir(system: TimeInvariantSystem) -> FIR:
@@ -185,7 +183,7 @@ def to_fir(system: TimeInvariantSystem) -> FIR:
     elif isinstance(system, Modal):
         finite = bool(((system.poles == 0) | (system.residues == 0)).all())
     else:
-        A = _state_space(system).A.double()
+        A = to_state_space(system).A
         finite = bool((torch.linalg.matrix_power(A, max(1, A.shape[-1])) == 0).all())
     if not finite:
         raise ValueError(
@@ -196,7 +194,7 @@ def to_fir(system: TimeInvariantSystem) -> FIR:
 
 
 def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> TimeVarying:
-    """The first ``length`` steps of a system as a time-varying one.
+    """The first `length` steps of a system as a time-varying one.
 
     Args:
         system: A time-invariant system of finite order, or a `TimeVarying` one to cut. A modal
@@ -219,13 +217,13 @@ def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> T
         A, B, C, D = system.poles.real.double(), ones, system.residues.real.double(), system.d
     else:
         dense = to_state_space(system)
-        found, (A, B, C) = dense._realised()
+        found, (A, B, C) = dense._realized()
         if found.stepwise:
             A, B, C = dense.A, dense.B, dense.C
         D = dense.D
 
     def constant(value: Tensor, size: int) -> Tensor:
-        """With a time axis before the last ``size`` ones."""
+        """With a time axis before the last `size` ones."""
         lead, own = value.shape[: value.ndim - size], value.shape[value.ndim - size :]
         return value.unsqueeze(-1 - size).expand(*lead, length, *own)
 
@@ -234,7 +232,7 @@ def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> T
 
 
 def gated_convolution(system: TimeInvariantSystem, q: Tensor, k: Tensor) -> TimeVarying:
-    """``diag(q) T diag(k)``: the convolution T between two gates, what Hyena applies on one input.
+    """`diag(q) T diag(k)`: the convolution T between two gates, what Hyena applies on one input.
 
     Args:
         system: A time-invariant system of finite order, channels (*C).
@@ -269,7 +267,7 @@ def gated_convolution(system: TimeInvariantSystem, q: Tensor, k: Tensor) -> Time
 
 
 def to_dense_operator(system: System, length: int) -> DenseOperator:
-    """The first ``length`` steps of any system as a matrix, in the system's dtype.
+    """The first `length` steps of any system as a matrix, in the system's dtype.
 
     Args:
         system: Any system, channels (*C).
@@ -279,17 +277,6 @@ def to_dense_operator(system: System, length: int) -> DenseOperator:
         ValueError: if the system has fewer steps.
     """
     return DenseOperator(system.matrix(length))
-
-
-def _state_space(system: TimeInvariantSystem) -> StateSpace:
-    if isinstance(system, DPLR):
-        return system.state_space()
-    if not isinstance(system, StateSpace):
-        raise TypeError(
-            "a time-invariant system is needed (TransferFunction, Modal, StateSpace, DPLR or FIR), "
-            f"got {type(system).__name__}."
-        )
-    return system
 
 
 def _all_poles(system: Modal) -> Tensor:
@@ -306,7 +293,7 @@ def _all_poles(system: Modal) -> Tensor:
 
 
 def _polynomial(zeros: Tensor) -> Tensor:
-    """Coefficients a_1 … a_n of ``Π (1 - λ z^-1)``, (*C, n), complex128.
+    """Coefficients a_1 … a_n of `Π (1 - λ z^-1)`, (*C, n), complex128.
 
     The zeros are taken in the order of Leja, each as far as possible from those before it, which
     keeps the coefficients on the way from growing beyond the last ones.
@@ -333,27 +320,6 @@ def _leja(points: Tensor) -> Tensor:
         gap = (points - point).abs().clamp_min(1e-300).log()
         distance = (distance + gap).scatter(-1, index, -math.inf)
     return torch.cat(chosen, dim=-1)
-
-
-def _rotations(system: Modal) -> StateSpace:
-    poles, residues = system.poles.to(torch.complex128), system.residues.to(torch.complex128)
-    modes = poles.shape[-1]
-    shape = poles.shape[:-1]
-    A = poles.real.new_zeros(*shape, modes, 2, modes, 2)
-    index = torch.arange(modes, device=poles.device)
-    # x ← λ x + u in real and imaginary part; y = Re (r x)
-    A[..., index, 0, index, 0] = A[..., index, 1, index, 1] = poles.real
-    A[..., index, 0, index, 1] = -poles.imag
-    A[..., index, 1, index, 0] = poles.imag
-    B = torch.zeros_like(torch.view_as_real(residues))
-    B[..., 0] = 1
-    C = torch.stack([residues.real, -residues.imag], dim=-1)
-    A, B, C = A.reshape(*shape, 2 * modes, 2 * modes), B.flatten(-2), C.flatten(-2)
-    # A real pole leaves its imaginary part at zero: those rows are no state.
-    idle = (poles.imag == 0).all(dim=tuple(range(poles.ndim - 1)))
-    keep = torch.stack([torch.ones_like(idle), ~idle], dim=-1).flatten().nonzero().flatten()
-    A = A.index_select(-1, keep).index_select(-2, keep)
-    return StateSpace(A, B.index_select(-1, keep), C.index_select(-1, keep), system.d.double())
 
 
 _Converted = TypeVar("_Converted", TransferFunction, Modal)
@@ -384,7 +350,7 @@ def conversion_error(
     converted: TimeInvariantSystem, system: TimeInvariantSystem, tol: float
 ) -> Tensor:
     """Relative l2 error of the impulse response of a conversion, (*C): the larger of that for all
-    time, in exact arithmetic, and that of what both compute on the taps that matter to ``tol``, at
+    time, in exact arithmetic, and that of what both compute on the taps that matter to `tol`, at
     most `_TAPS`."""
     error, memory = _difference(to_state_space(system), to_state_space(converted), tol)
     length = int(min(_TAPS, max(64, 8 * (system.order + 1), memory)))
@@ -402,9 +368,9 @@ def _difference(before: StateSpace, after: StateSpace, tol: float) -> tuple[Tens
     Returns:
         The l2 norm of the difference of the impulse responses relative to that of the first, (*C),
         infinite where the first is stable and the second is not; and the steps until the slowest
-        pole of the first has faded to ``tol``.
+        pole of the first has faded to `tol`.
     """
-    (one, (A, B, C)), (two, (F, G, H)) = before._realised(), after._realised()
+    (one, (A, B, C)), (two, (F, G, H)) = before._realized(), after._realized()
     radius, other = _radius(A), _radius(F)
     size, step = before.D.square(), (after.D - before.D).square()
     order = B.shape[-1]

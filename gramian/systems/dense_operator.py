@@ -1,39 +1,36 @@
 r"""Dense causal operators: a lower-triangular matrix with no structure that is known.
 
-``y_i = Σ_{j≤i} T_ij u_j``: what softmax attention applies to its values on one input. The state is
+`y_i = Σ_{j≤i} T_ij u_j`: what softmax attention applies to its values on one input. The state is
 every input so far; `gramian.realize` finds the smallest recurrence.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gramian.ops.vandermonde import group_channels
 from gramian.systems._finite import FiniteSystem
-from gramian.systems._state import State
-from gramian.systems._system import LinearRecurrence, check_tensor, working_dtype
+from gramian.systems._recurrence import VectorRecurrence
+from gramian.systems._state import State, define_state
+from gramian.systems._system import check_tensor, working_dtype
 
 __all__ = ["DenseOperator", "DenseOperatorRecurrence", "DenseOperatorState"]
 
 
-class _Fields(NamedTuple):
+@define_state
+class DenseOperatorState(State):
+    """inputs (*B, *C', L), zero from `position` (), int64 on the CPU, on."""
+
     inputs: Tensor
     position: Tensor
 
 
-class DenseOperatorState(_Fields, State):
-    """inputs (*B, *C', L), zero from ``position`` (), int64 on the CPU, on."""
-
-    __slots__ = ()
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class DenseOperator(FiniteSystem):
-    """``y = T u`` for a lower-triangular T.
+class DenseOperator(FiniteSystem[DenseOperatorState]):
+    """`y = T u` for a lower-triangular T.
 
     An operator has L steps and no more, as a `TimeVarying` system has. Where its rows are a
     softmax over all of the past, a further token is a further row: another operator.
@@ -47,6 +44,7 @@ class DenseOperator(FiniteSystem):
     """
 
     _kind = "dense operator"
+    _state_types = (DenseOperatorState,)
 
     entries: Tensor
 
@@ -86,7 +84,10 @@ class DenseOperator(FiniteSystem):
         return max(self.length - 1, 0)
 
     def matrix(self, length: int | None = None) -> Tensor:
-        """The operator on the first ``length`` samples, by default all L, (*C, length, length).
+        """Return the operator on the first `length` samples (default: all L), a square matrix.
+
+        Returns:
+            (*C, length, length), lower triangular.
 
         Raises:
             ValueError: if there are fewer steps.
@@ -96,10 +97,10 @@ class DenseOperator(FiniteSystem):
         return self.entries[..., :length, :length].tril()
 
     def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
-        """Singular values of ``T[at:length, :at]``, through which the past reaches the future.
+        """Return the singular values of a Hankel block, through which the past acts on the future.
 
         Args:
-            length: Horizon; by default L.
+            length: Horizon: the values of `T[at:length, :at]`; by default L.
             at: Where past and future part, 1 … length - 1; by default length // 2.
 
         Returns:
@@ -107,14 +108,14 @@ class DenseOperator(FiniteSystem):
             system's dtype.
 
         Raises:
-            ValueError: if ``length`` or ``at`` is out of range.
+            ValueError: if `length` or `at` is out of range.
         """
         length, at = self._parted(length, at)
         block = self.entries[..., at:length, :at].double()
         return torch.linalg.svdvals(block).to(self.dtype)
 
     def recurrence(self, form: str | None = None) -> DenseOperatorRecurrence:
-        """One row after the other, O(L) a step; the only form of a dense operator.
+        """Return the recurrence that takes row after row, O(L) a step, the only form.
 
         Raises:
             ValueError: for any other form than "dense".
@@ -125,11 +126,13 @@ class DenseOperator(FiniteSystem):
     def _apply(self, u: Tensor) -> Tensor:
         return self._rows(u.to(working_dtype(u)), 0).to(u.dtype)
 
-    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        if not isinstance(state, DenseOperatorState):
-            raise TypeError(
-                f"a dense operator continues from a DenseOperatorState, got {type(state).__name__}."
-            )
+    @property
+    def _state_shape(self) -> tuple[int, ...]:
+        return (self.length,)
+
+    def _apply_from(
+        self, u: Tensor, state: DenseOperatorState
+    ) -> tuple[Tensor, DenseOperatorState]:
         inputs, position = state
         start, end = int(position), int(position) + u.shape[-1]
         self._check_steps(start, u.shape[-1])
@@ -138,7 +141,7 @@ class DenseOperator(FiniteSystem):
         return self._rows(past, start).to(u.dtype), DenseOperatorState(new, position + u.shape[-1])
 
     def _rows(self, inputs: Tensor, start: int) -> Tensor:
-        """Outputs ``start`` … from all inputs (*B, *C', end) up to the last of them."""
+        """Return the outputs `start` … from all inputs (*B, *C', end) up to the last of them."""
         end = inputs.shape[-1]
         self._check_steps(0, end)
         rows = self.entries[..., start:end, :end].tril(start).to(inputs.dtype)
@@ -147,29 +150,25 @@ class DenseOperator(FiniteSystem):
             return restore(grouped @ rows.reshape(grouped.shape[0], *rows.shape[-2:]).mT)
 
 
-class DenseOperatorRecurrence(LinearRecurrence):
-    """``y_i = T[i, :i + 1] u``: keeps every input. Writes into its buffer."""
+class DenseOperatorRecurrence(VectorRecurrence[DenseOperatorState]):
+    """`y_i = T[i, :i + 1] u`: keeps every input; a step past the last one is a ValueError."""
 
     form = "dense"
+    state_type = DenseOperatorState
 
     def __init__(self, system: DenseOperator) -> None:
         self.system: DenseOperator = system.frozen()
         self._like = system.entries.new_empty(0, dtype=working_dtype(system.entries))
         self._state_shape = (system.length,)
 
-    @staticmethod
-    def _state(tensor: Tensor) -> DenseOperatorState:
+    def _make_state(self, tensor: Tensor) -> DenseOperatorState:
         return DenseOperatorState(tensor, torch.zeros((), dtype=torch.int64))
 
-    @torch.no_grad()
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Take one sample (*B, *C'). Consumes ``state``: use only the one returned.
+    def _advance(self, u_t: Tensor, state: DenseOperatorState) -> tuple[Tensor, DenseOperatorState]:
+        return self._step(u_t, state.clone())
 
-        Raises:
-            ValueError: if every step is taken.
-        """
-        assert isinstance(state, DenseOperatorState)
-        inputs, position = state
+    def _step(self, u_t: Tensor, state: DenseOperatorState) -> tuple[Tensor, DenseOperatorState]:
+        inputs, position = state.inputs, state.position
         at = int(position)
         self.system._check_steps(at, 1)
         inputs[..., at] = u_t

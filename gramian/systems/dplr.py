@@ -1,6 +1,6 @@
 r"""Diagonal plus low-rank systems: modes that feed back into each other through one number.
 
-``x_{t+1} = Λ x_t - p v_t + B u_t``, ``v_t = 2 Re q x_t``, ``y_t = 2 Re C x_t + D u_t``: the state
+`x_{t+1} = Λ x_t - p v_t + B u_t`, `v_t = 2 Re q x_t`, `y_t = 2 Re C x_t + D u_t`: the state
 matrix of S4 (Gu et al. 2022, arXiv 2111.00396) after the bilinear transform, which keeps a diagonal
 plus rank-one matrix one. One complex entry stands for a mode and its conjugate, so the matrix acts
 on a complex vector as a real-linear map only.
@@ -13,7 +13,6 @@ of modes times length.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,44 +24,41 @@ from gramian.ops.vandermonde import (
     vandermonde_product,
     vandermonde_transpose_product,
 )
-from gramian.systems._state import State
-from gramian.systems._system import (
-    LinearRecurrence,
-    TimeInvariantSystem,
-    check_tensor,
-    working_dtype,
-)
+from gramian.systems._recurrence import VectorRecurrence
+from gramian.systems._state import State, define_state
+from gramian.systems._system import TimeInvariantSystem, check_tensor, working_dtype
+from gramian.systems.blocks import BlockForm, VectorBlockForm
 from gramian.systems.state_space import StateSpace
 
 __all__ = ["DPLR", "DPLRRecurrence", "DPLRState"]
 
 
-class _Fields(NamedTuple):
+@define_state
+class DPLRState(State):
+    """(*B, *C', m, 2), real and imaginary part of every mode."""
+
     modes: Tensor
 
 
-class DPLRState(_Fields, State):
-    """(*B, *C', m, 2), real and imaginary part of every mode."""
-
-    __slots__ = ()
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class DPLR(TimeInvariantSystem):
-    """``h_0 = D``, ``h_t = C A^(t-1) B`` with A diagonal plus rank one, in conjugate pairs.
+class DPLR(TimeInvariantSystem[DPLRState]):
+    """`h_0 = D`, `h_t = C A^(t-1) B` with A diagonal plus rank one, in conjugate pairs.
 
     Args:
         poles: (*C, m), complex: Λ.
         B: (*C, m), complex: the input vector.
-        C: (*C, m), complex: the output vector, ``y = 2 Re C x``.
+        C: (*C, m), complex: the output vector, `y = 2 Re C x`.
         p: (*C, m), complex: where the feedback enters.
-        q: (*C, m), complex: what it reads, ``v = 2 Re q x``.
+        q: (*C, m), complex: what it reads, `v = 2 Re q x`.
         D: (*C), real: the direct term.
 
     Raises:
         TypeError: if D is not real or another field not complex.
         ValueError: if the shapes do not belong together.
     """
+
+    _kind = "DPLR system"
+    _state_types = (DPLRState,)
 
     poles: Tensor
     B: Tensor
@@ -105,8 +101,12 @@ class DPLR(TimeInvariantSystem):
         """2 m: both modes of every pair."""
         return 2 * self.poles.shape[-1]
 
+    @property
+    def _state_shape(self) -> tuple[int, ...]:
+        return (self.poles.shape[-1], 2)
+
     def state_space(self) -> StateSpace:
-        """The same system with a dense state matrix, on the state (Re x, Im x), in float64."""
+        """Return the same system with a dense matrix, on the state (Re x, Im x), in float64."""
         poles, B, C, p, q = (
             field.to(torch.complex128) for field in (self.poles, self.B, self.C, self.p, self.q)
         )
@@ -120,21 +120,21 @@ class DPLR(TimeInvariantSystem):
         return StateSpace(A, torch.cat([B.real, B.imag], dim=-1), output, self.D.double())
 
     def impulse_response(self, length: int) -> Tensor:
-        """The Markov parameters (*C, length): O(n L) operations as matrix products, and FFTs."""
+        """Return the Markov parameters (*C, length), by matrix products of O(n L) and FFTs."""
         if length == 1 or self.order == 0:
             return nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
         tail = feedback_kernel(self._open_loop(length - 1), self.dtype)
         return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)
 
     def _open_loop(self, length: int) -> Tensor:
-        """Kernels (*C, 4, length), float64, from u to y, v to y, u to v and v to v, at the lags
-        1 … length; at lag 0 there is only D."""
+        """Return kernels (*C, 4, length), float64, from u to y, v to y, u to v and v to v, at the
+        lags 1 … length; at lag 0 there is only D."""
         rows = (self.C * self.B, self.C * self.p, self.q * self.B, self.q * self.p)
         coefficients = 2 * torch.stack(rows, dim=-2).to(torch.complex128)
         return vandermonde_product(self.poles.unsqueeze(-2), coefficients, length)
 
     def recurrence(self, form: str | None = None) -> DPLRRecurrence:
-        """O(n) a step; the only form of a DPLR system.
+        """Return the recurrence that takes O(n) a step, the only form of a DPLR system.
 
         Raises:
             ValueError: for any other form than "dplr".
@@ -143,11 +143,7 @@ class DPLR(TimeInvariantSystem):
             raise ValueError(f'a DPLR system has the recurrence form "dplr" only, got {form!r}.')
         return DPLRRecurrence(self)
 
-    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        if not isinstance(state, DPLRState):
-            raise TypeError(
-                f"a DPLR system continues from a DPLRState, got {type(state).__name__}."
-            )
+    def _apply_from(self, u: Tensor, state: DPLRState) -> tuple[Tensor, DPLRState]:
         past = torch.view_as_complex(state.modes).to(torch.complex128)
         signal, length = u.double(), u.shape[-1]
         yu, yv, vu, vv = self._open_loop(length).unbind(-2)
@@ -171,33 +167,52 @@ class DPLR(TimeInvariantSystem):
         return self.state_space()._infinite_hankel_singular_values()
 
 
-class DPLRRecurrence(LinearRecurrence):
-    """``x ← Λ x - p v + B u`` with ``v = 2 Re q x``, ``y = 2 Re C x + D u``."""
+class DPLRRecurrence(VectorRecurrence[DPLRState]):
+    """`x ← Λ x - p v + B u` with `v = 2 Re q x`, `y = 2 Re C x + D u`."""
 
     form = "dplr"
-    _state = DPLRState
+    state_type = DPLRState
 
     def __init__(self, system: DPLR) -> None:
         self.system: DPLR = system.frozen()
         dtype = working_dtype(system.D)
         double = self.system.to(dtype=torch.float64)
         self._poles = double.poles.to(dtype.to_complex())
+        self._turn = self._poles.real.clone(), self._poles.imag.clone()
         # Re (r x) = (Re r)(Re x) - (Im r)(Im x): inner products of real pairs.
         rows = torch.stack([double.C, double.q], dim=-2).conj_physical()
         self._rows = 2 * torch.view_as_real(rows).flatten(-2).to(dtype)  # (*C, 2, 2m)
         columns = torch.view_as_real(torch.stack([double.B, -double.p], dim=-2))
         self._B, self._p = columns.to(dtype).unbind(-3)  # (*C, m, 2)
         self._D = double.D.to(dtype)
-        self._like, self._state_shape = self._D, self._B.shape[-2:]
+        self._like, self._state_shape = self._D, self.system._state_shape
 
-    @torch.no_grad()
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        assert isinstance(state, DPLRState)
-        (modes,) = state
+    def _read(self, u_t: Tensor, modes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y, v and the sample in the dtype of the modes."""
         sample = u_t.to(modes.dtype)
         read = (self._rows * modes.flatten(-2).unsqueeze(-2)).sum(-1)  # (*B, *C', 2)
-        y = torch.addcmul(read[..., 0], self._D, sample)
+        return torch.addcmul(read[..., 0], self._D, sample), read[..., 1], sample
+
+    def _advance(self, u_t: Tensor, state: DPLRState) -> tuple[Tensor, DPLRState]:
+        y, v, sample = self._read(u_t, state.modes)
+        re, im = state.modes.unbind(-1)
+        real, imaginary = self._turn
+        new = torch.stack([re * real - im * imaginary, re * imaginary + im * real], dim=-1)
+        new = new + self._B * sample[..., None, None] + self._p * v[..., None, None]
+        return y.to(u_t.dtype), DPLRState(new)
+
+    def _step(self, u_t: Tensor, state: DPLRState) -> tuple[Tensor, DPLRState]:
+        modes = state.modes
+        y, v, sample = self._read(u_t, modes)
         torch.view_as_complex(modes).mul_(self._poles)
         modes.addcmul_(self._B, sample[..., None, None])
-        modes.addcmul_(self._p, read[..., 1, None, None])
+        modes.addcmul_(self._p, v[..., None, None])
         return y.to(u_t.dtype), state
+
+    def block_form(self, size: int, streams: int = 0) -> BlockForm[DPLRState]:
+        dense = self.system.state_space()
+        # From all real parts, then all imaginary ones, to pairs.
+        pairs = torch.arange(dense.order, device=dense.device).reshape(2, -1).mT.flatten()
+        A = dense.A.index_select(-1, pairs).index_select(-2, pairs)
+        paired = StateSpace(A, dense.B[..., pairs], dense.C[..., pairs], dense.D)
+        return VectorBlockForm.from_state_space(paired, size, self._like.dtype, streams)

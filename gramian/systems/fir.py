@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gramian.ops.online import OnlineBuffers, OnlineConvolution
-from gramian.systems._state import State
+from gramian.systems._recurrence import Recurrence
+from gramian.systems._state import State, broadcasts, define_state
 from gramian.systems._system import TimeInvariantSystem, check_tensor, working_dtype
+from gramian.systems.companion import companion_form
+from gramian.systems.state_space import StateSpace
 
 __all__ = ["FIR", "FIRRecurrence", "FIRState"]
 
 
-class _Fields(NamedTuple):
+@define_state
+class FIRState(State):
+    """Buffers of an online convolution: inputs (*B, 2P), owed (*B, P), position ()."""
+
     inputs: Tensor
     owed: Tensor
     position: Tensor
 
-
-class FIRState(_Fields, State):
-    """Buffers of an online convolution: inputs (*B, 2P), owed (*B, P), position ()."""
-
-    __slots__ = ()
-
     def moved(self, u: Tensor, steps: Sequence[int]) -> tuple[Tensor, FIRState]:
-        """A chunk and a past that together hold the same samples, the past ``steps`` later.
+        """Return a chunk and a past that together hold the same samples, the past `steps` later.
 
-        The chunk's first ``steps`` columns are overwritten by the end of the past, so that the
+        The chunk's first `steps` columns are overwritten by the end of the past, so that the
         past and the rest of the chunk follow each other. What is owed is not moved: an online
         convolution makes it anew after every chunk.
 
@@ -54,8 +55,8 @@ class FIRState(_Fields, State):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FIR(TimeInvariantSystem):
-    """``y_t = Σ_{j<K} kernel_j u_{t-j}``: a finite impulse response, zero past its end.
+class FIR(TimeInvariantSystem[FIRState]):
+    """`y_t = Σ_{j<K} kernel_j u_{t-j}`: a finite impulse response, zero past its end.
 
     Args:
         kernel: (*C, K), real floating point, K ≥ 1.
@@ -64,6 +65,9 @@ class FIR(TimeInvariantSystem):
         TypeError: if the kernel is not a real floating-point tensor.
         ValueError: if it has no taps.
     """
+
+    _kind = "FIR system"
+    _state_types = (FIRState,)
 
     kernel: Tensor
 
@@ -103,7 +107,7 @@ class FIR(TimeInvariantSystem):
         return kernel.to(working_dtype(u))
 
     def recurrence(self, form: str | None = None) -> FIRRecurrence:
-        """Online convolution: exact, amortised O(log² K) a sample; the only form of an FIR.
+        """Return the online convolution: exact, amortised O(log² K) a sample, the only form.
 
         Raises:
             ValueError: for any other form than "online".
@@ -112,8 +116,20 @@ class FIR(TimeInvariantSystem):
             raise ValueError(f'an FIR system has the recurrence form "online" only, got {form!r}.')
         return FIRRecurrence(self)
 
-    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        return extend(OnlineConvolution(self.kernel_for(u, self.kernel.shape[-1])), u, state)
+    def state_space(self) -> StateSpace:
+        """Return the shift register of the last inputs, in float64."""
+        kernel = self.kernel.double()
+        return companion_form(kernel[..., 1:], torch.zeros_like(kernel[..., 1:]), kernel[..., 0])
+
+    def _as_control(self, control: Any) -> Any:
+        kernel = self.kernel.detach().double().cpu().numpy()
+        return control.TransferFunction(kernel, np.eye(1, len(kernel))[0], True)
+
+    def _apply_from(self, u: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
+        return _extend(OnlineConvolution(self.kernel_for(u, self.kernel.shape[-1])), u, state)
+
+    def _fits(self, state: FIRState, shape: torch.Size) -> bool:
+        return _fits(state, OnlineConvolution(self.kernel).window, shape)
 
     def _infinite_hankel_singular_values(self) -> Tensor:
         taps = self.kernel[..., 1:].double()
@@ -125,14 +141,18 @@ class FIR(TimeInvariantSystem):
         )
 
 
-class FIRRecurrence:
-    """An FIR system one sample at a time, by online convolution. Writes into its buffers."""
+class FIRRecurrence(Recurrence[FIRState]):
+    """An FIR system one sample at a time, by online convolution.
+
+    `step` writes into its buffers and `advance` into a copy of them. Where both are depends on how
+    many samples were taken, which a traced program cannot know.
+    """
 
     form = "online"
-    error = 0.0
+    state_type = FIRState
 
     def __init__(self, system: FIR) -> None:
-        self.system = system.frozen()
+        self.system: FIR = system.frozen()
         kernel = self.system.kernel
         self._dtype = working_dtype(kernel)
         self._online = OnlineConvolution(kernel.to(self._dtype))
@@ -143,30 +163,34 @@ class FIRRecurrence:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> FIRState:
-        """Buffers of a silent past for samples of shape ``batch_shape`` = (*B, *C')."""
         shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
         return FIRState(
             *self._online.buffers(shape, dtype or self._dtype, device or self.system.device)
         )
 
-    @torch.no_grad()
-    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Take the chunk ``u`` (*B, *C', T) at once, by FFT; continue from ``state`` if given."""
-        if state is None:
-            state = self.initial_state(u.shape[:-1], device=u.device)
-        return extend(self._online, u, state)
+    def _prefill(self, u: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
+        return _extend(self._online, u, state)
 
-    @torch.no_grad()
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Take one sample (*B, *C'). Consumes ``state``: use only the one returned."""
-        assert isinstance(state, FIRState)
+    def _advance(self, u_t: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
+        return self._step(u_t, state.clone())
+
+    def _step(self, u_t: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
         y, buffers = self._online.step(u_t, OnlineBuffers(*state))
         return y.to(u_t.dtype), FIRState(*buffers)
 
+    def _fits(self, state: FIRState, shape: torch.Size) -> bool:
+        return _fits(state, self._online.window, shape)
 
-def extend(online: OnlineConvolution, u: Tensor, state: State) -> tuple[Tensor, State]:
-    """Outputs of a chunk and the buffers after it, in the dtype of ``u`` and of the buffers."""
-    if not isinstance(state, FIRState):
-        raise TypeError(f"an FIR system continues from an FIRState, got {type(state).__name__}.")
+
+def _extend(online: OnlineConvolution, u: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
+    """Return the outputs of a chunk and the buffers after it, in the dtypes of both."""
     y, buffers = online.extend(u.to(state.inputs.dtype), OnlineBuffers(*state))
     return y.to(u.dtype), FIRState(*buffers)
+
+
+def _fits(state: FIRState, window: int, shape: torch.Size) -> bool:
+    """Return whether the buffers are those of a window for samples of `shape`."""
+    inputs, owed = state.inputs.shape, state.owed.shape
+    if inputs[:-1] != owed[:-1] or inputs[-1:] != (2 * window,) or owed[-1:] != (window,):
+        return False
+    return inputs[:-1] == shape or broadcasts(inputs[:-1], shape)

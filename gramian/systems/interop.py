@@ -9,15 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gramian.systems._system import TimeInvariantSystem
+from gramian.systems._system import TimeInvariantSystem, check_single, import_control
 from gramian.systems.cascade import Section, cascade, check_roots, partial_fractions, sections
-from gramian.systems.convert import (
-    TOLERANCE,
-    conversion_error,
-    to_state_space,
-    to_transfer_function,
-)
-from gramian.systems.fir import FIR
+from gramian.systems.convert import TOLERANCE, conversion_error
 from gramian.systems.modal import Modal
 from gramian.systems.state_space import StateSpace
 from gramian.systems.transfer_function import TransferFunction
@@ -29,21 +23,16 @@ _TOLERANCE = 1e-6
 
 
 def to_control(system: TimeInvariantSystem) -> Any:
-    """See `TimeInvariantSystem.to_control`."""
-    control = _control()
-    _check_single(system)
-    if isinstance(system, TransferFunction | FIR):
-        b, a = to_transfer_function(system).to_scipy()
-        return control.TransferFunction(b, a, True)
-    return control.StateSpace(*to_state_space(system).to_scipy(), True)
+    """Return a system for python-control: see `TimeInvariantSystem.to_control`."""
+    return system.to_control()
 
 
 def from_control(system: Any, dtype: torch.dtype = torch.float64) -> TransferFunction | StateSpace:
     """A system of python-control, discrete in time, as one channel.
 
     Args:
-        system: ``control.TransferFunction`` or ``control.StateSpace`` with one input and one
-            output; its ``dt`` (a number above 0, or True) is not kept.
+        system: `control.TransferFunction` or `control.StateSpace` with one input and one
+            output; its `dt` (a number above 0, or True) is not kept.
         dtype: Of the result.
 
     Returns:
@@ -55,7 +44,7 @@ def from_control(system: Any, dtype: torch.dtype = torch.float64) -> TransferFun
         ValueError: if it is continuous in time, has several inputs or outputs, or more zeros than
             poles.
     """
-    control = _control()
+    control = import_control()
     if not isinstance(system, control.TransferFunction | control.StateSpace):
         raise TypeError(
             "a control.TransferFunction or control.StateSpace is needed, got "
@@ -78,7 +67,7 @@ def from_control(system: Any, dtype: torch.dtype = torch.float64) -> TransferFun
 def from_zpk(
     zeros: Any, poles: Any, gain: float, dtype: torch.dtype = torch.float64
 ) -> TransferFunction:
-    """scipy's ``gain Π (z - zeros) / Π (z - poles)`` as one channel.
+    """scipy's `gain Π (z - zeros) / Π (z - poles)` as one channel.
 
     Args:
         zeros: (m,), in conjugate pairs, m ≤ n.
@@ -202,13 +191,13 @@ def _given_sections(sos: Any) -> list[Section]:
 
 
 def to_zpk(system: TransferFunction) -> tuple[np.ndarray, np.ndarray, float]:
-    """scipy's ``(zeros, poles, gain)`` of a transfer function of one channel, with
-    ``H(z) = gain Π (z - zeros) / Π (z - poles)``.
+    """scipy's `(zeros, poles, gain)` of a transfer function of one channel, with
+    `H(z) = gain Π (z - zeros) / Π (z - poles)`.
 
     Raises:
         ValueError: if the system has several channels: index one.
     """
-    _check_single(system)
+    check_single(system)
     b, a = system.to_scipy()
     nonzero = np.flatnonzero(b)
     if not len(nonzero):
@@ -220,7 +209,7 @@ def to_zpk(system: TransferFunction) -> tuple[np.ndarray, np.ndarray, float]:
 def _from_polynomials(
     num: np.ndarray, den: np.ndarray, dtype: torch.dtype, checked: bool = False
 ) -> TransferFunction:
-    """From polynomials in z, the highest power first; ``checked``: what they hold is looked at
+    """From polynomials in z, the highest power first; `checked`: what they hold is looked at
     elsewhere."""
     num = np.trim_zeros(num, "f")
     if len(num) > len(den):
@@ -230,21 +219,5 @@ def _from_polynomials(
         )
     num = np.pad(num, (len(den) - len(num), 0))
     if checked:
-        return TransferFunction._normalised(num, den, dtype)
+        return TransferFunction._normalized(num, den, dtype)
     return TransferFunction.from_scipy(num, den, dtype=dtype)
-
-
-def _check_single(system: TimeInvariantSystem) -> None:
-    if system.channel_shape:
-        raise ValueError(
-            f"one channel at a time: index the system, whose channels are "
-            f"{tuple(system.channel_shape)}, as in system[0]."
-        )
-
-
-def _control() -> Any:
-    try:
-        import control
-    except ImportError as error:
-        raise ImportError("this needs python-control: pip install control") from error
-    return control

@@ -1,6 +1,6 @@
 r"""The lattice: a rational system stepped on its reflection coefficients.
 
-With ``x`` the backward prediction errors of the last step, a step of the two-multiplier lattice
+With `x` the backward prediction errors of the last step, a step of the two-multiplier lattice
 
     f_m = u - Σ_{j>m} k_j x_{j-1},   x_m ← x_{m-1} + k_m f_{m-1},   x_0 ← f_0,   y = d u + Σ e_m x_m
 
@@ -11,38 +11,34 @@ rounding moves poles but never across the unit circle, so that single precision 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from gramian.ops.reflection import ladder_weights
-from gramian.systems._state import State
-from gramian.systems._system import LinearRecurrence, System
+from gramian.systems._recurrence import VectorRecurrence
+from gramian.systems._state import State, define_state
+from gramian.systems.blocks import BlockForm, VectorBlockForm
 from gramian.systems.state_space import StateSpace, StateSpaceState
 
 __all__ = ["LatticeRecurrence", "LatticeState"]
 
 
-class _Fields(NamedTuple):
+@define_state
+class LatticeState(State):
+    """Backward prediction errors of the last step: (*B, *C', n)."""
+
     x: Tensor
 
 
-class LatticeState(_Fields, State):
-    """Backward prediction errors of the last step: (*B, *C', n)."""
-
-    __slots__ = ()
-
-
 def _lattice_step(k: Tensor, x: Tensor, sample: Tensor) -> Tensor:
-    """The next state, from k (*C, n), x (*B, *C', n) and sample (*B, *C', 1)."""
+    """Return the next state from k (*C, n), x (*B, *C', n) and sample (*B, *C', 1)."""
     forward = sample - (k * x).flip(-1).cumsum(-1).flip(-1)  # f_0 … f_{n-1}
     later = torch.addcmul(x[..., :-1], k[..., :-1], forward[..., :-1])
     return torch.cat([forward[..., :1], later], dim=-1)
 
 
-def lattice_realisation(reflection: Tensor, b: Tensor, d: Tensor) -> StateSpace:
-    """The lattice as a dense state space in float64: for chunks, which go by blocks.
+def lattice_realization(reflection: Tensor, b: Tensor, d: Tensor) -> StateSpace:
+    """Return the lattice as a dense state space in float64: for chunks, which go by blocks.
 
     Args:
         reflection: (*C, n) or broadcasting against it.
@@ -58,7 +54,7 @@ def lattice_realisation(reflection: Tensor, b: Tensor, d: Tensor) -> StateSpace:
     return StateSpace(A, B, ladder_weights(k, b), d.double())
 
 
-class LatticeRecurrence(LinearRecurrence):
+class LatticeRecurrence(VectorRecurrence[LatticeState]):
     """Steps in the precision of the coefficients' taps, single by default.
 
     Args:
@@ -70,7 +66,7 @@ class LatticeRecurrence(LinearRecurrence):
     """
 
     form = "lattice"
-    _state = LatticeState
+    state_type = LatticeState
 
     def __init__(
         self,
@@ -80,7 +76,8 @@ class LatticeRecurrence(LinearRecurrence):
         taps: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.system = lattice_realisation(*(t.detach() for t in (reflection, b, d))).frozen()
+        fields = (reflection.detach(), b.detach(), d.detach())
+        self.system: StateSpace = lattice_realization(*fields).frozen()
         self._k = reflection.detach().to(dtype)
         self._weights = self.system.C.to(dtype)
         self._d = self.system.D.to(dtype)
@@ -88,24 +85,23 @@ class LatticeRecurrence(LinearRecurrence):
         if taps is not None:
             self.error = self._measured_error(taps.detach())
 
-    @torch.no_grad()
-    def prefill(self, u: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        if state is None:
-            state = self.initial_state(u.shape[:-1], device=u.device)
-        assert isinstance(state, LatticeState)
+    def _prefill(self, u: Tensor, state: LatticeState) -> tuple[Tensor, LatticeState]:
         return apply_lattice(self.system, u, state)
 
-    @torch.no_grad()
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        assert isinstance(state, LatticeState)
-        (x,) = state
+    def _advance(self, u_t: Tensor, state: LatticeState) -> tuple[Tensor, LatticeState]:
+        x = state.x
         sample = u_t.to(x.dtype)
         y = torch.addcmul((self._weights * x).sum(-1), self._d, sample)
         new = _lattice_step(self._k.to(x.dtype), x, sample.unsqueeze(-1))
         return y.to(u_t.dtype), LatticeState(new)
 
+    def block_form(self, size: int, streams: int = 0) -> BlockForm[LatticeState]:
+        return VectorBlockForm.from_state_space(self.system, size, self._like.dtype, streams)
 
-def apply_lattice(realisation: System, u: Tensor, state: LatticeState) -> tuple[Tensor, State]:
-    """A chunk from ``state``, through the lattice's `lattice_realisation`."""
-    y, new = realisation._apply_from(u, StateSpaceState(*state))
-    return y, LatticeState(*new)
+
+def apply_lattice(
+    realization: StateSpace, u: Tensor, state: LatticeState
+) -> tuple[Tensor, LatticeState]:
+    """Take a chunk from `state`, through the lattice's `lattice_realization`."""
+    y, new = realization._apply_from(u, StateSpaceState(state.x))
+    return y, LatticeState(new.x)

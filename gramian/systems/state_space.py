@@ -1,12 +1,12 @@
 r"""State-space systems with a dense state matrix.
 
-``x_{t+1} = A x_t + B u_t``, ``y_t = C x_t + D u_t``, so ``h_0 = D`` and ``h_t = C A^(t-1) B``.
+`x_{t+1} = A x_t + B u_t`, `y_t = C x_t + D u_t`, so `h_0 = D` and `h_t = C A^(t-1) B`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,14 +18,11 @@ from gramian.ops import causal_convolution
 from gramian.ops.krylov import krylov_product, krylov_sum, matrix_power, plain_steps
 from gramian.ops.similarity import Coordinates, coordinates
 from gramian.systems._hankel import check_spectral_radius, infinite_hankel_singular_values
+from gramian.systems._recurrence import VectorRecurrence
 from gramian.systems._rounding import delays, warn_of_lost_poles
-from gramian.systems._state import State
-from gramian.systems._system import (
-    LinearRecurrence,
-    TimeInvariantSystem,
-    check_tensor,
-    working_dtype,
-)
+from gramian.systems._state import State, define_state
+from gramian.systems._system import TimeInvariantSystem, check_tensor, working_dtype
+from gramian.systems.blocks import BlockForm, VectorBlockForm
 
 __all__ = ["StateSpace", "StateSpaceRecurrence", "StateSpaceState"]
 
@@ -33,33 +30,35 @@ __all__ = ["StateSpace", "StateSpaceRecurrence", "StateSpaceState"]
 _ANGLES = 64
 """Points of the half circle on which a response is looked at, besides the angles of the poles."""
 
-_Realised = tuple[Coordinates, tuple[Tensor, Tensor, Tensor]]
+_Realized = tuple[Coordinates, tuple[Tensor, Tensor, Tensor]]
 
 
-class _Fields(NamedTuple):
+@define_state
+class StateSpaceState(State):
+    """The state vector: (*B, *C', n)."""
+
     x: Tensor
 
 
-class StateSpaceState(_Fields, State):
-    """The state vector: (*B, *C', n)."""
-
-    __slots__ = ()
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class StateSpace(TimeInvariantSystem):
-    """``x_{t+1} = A x_t + B u_t``, ``y_t = C x_t + D u_t``: one input and one output a channel.
+class StateSpace(TimeInvariantSystem[StateSpaceState]):
+    """`x_{t+1} = A x_t + B u_t`, `y_t = C x_t + D u_t`: one input and one output a channel.
 
     Args:
         A: (*C, n, n), real: the state matrix.
         B: (*C, n), real: the input vector.
         C: (*C, n), real: the output vector.
-        D: (*C), real: the direct term ``h_0``.
+        D: (*C), real: the direct term `h_0`.
 
     Raises:
         TypeError: if a field is not a real floating-point tensor.
         ValueError: if the shapes do not belong together.
     """
+
+    _kind = "state-space system"
+    _state_types = (StateSpaceState,)
+    _known: ClassVar[dict[str, _Realized] | None] = None
+    """What a frozen copy remembers of its coordinates."""
 
     A: Tensor
     B: Tensor
@@ -93,7 +92,7 @@ class StateSpace(TimeInvariantSystem):
         D: ArrayLike,
         dtype: torch.dtype = torch.float64,
     ) -> Self:
-        """From scipy's matrices ``(A, B, C, D)`` of a discrete-time system: a single channel.
+        """Take scipy's matrices `(A, B, C, D)` of a discrete-time system: a single channel.
 
         Args:
             A: (n, n).
@@ -143,8 +142,10 @@ class StateSpace(TimeInvariantSystem):
     def from_zpk(
         cls, zeros: ArrayLike, poles: ArrayLike, gain: float, dtype: torch.dtype = torch.float64
     ) -> Self:
-        """scipy's ``gain Π (z - zeros) / Π (z - poles)`` as a cascade of second-order sections, one
-        channel: no polynomial is expanded, so poles may crowd and coincide.
+        """Make one channel of scipy's `gain Π (z - zeros) / Π (z - poles)`.
+
+        It is a cascade of second-order sections. No polynomial is expanded, so poles may crowd and
+        coincide.
 
         Args:
             zeros: (m,), in conjugate pairs, m ≤ n.
@@ -161,7 +162,7 @@ class StateSpace(TimeInvariantSystem):
 
     @classmethod
     def from_sos(cls, sos: ArrayLike, dtype: torch.dtype = torch.float64) -> Self:
-        """scipy's second-order sections as a cascade, one channel.
+        """Make one channel of scipy's second-order sections, a cascade.
 
         Args:
             sos: (sections, 6), rows (b0, b1, b2, a0, a1, a2).
@@ -176,8 +177,8 @@ class StateSpace(TimeInvariantSystem):
 
     @classmethod
     def from_control(cls, system: Any, dtype: torch.dtype = torch.float64) -> Self:
-        """A system of python-control as in `gramian.systems.from_control`, with a state matrix: the
-        companion form of a transfer function.
+        """Take a system of python-control as `gramian.systems.from_control` does, with a state
+        matrix: the companion form of a transfer function.
 
         Raises:
             ImportError: if python-control is not installed.
@@ -191,7 +192,7 @@ class StateSpace(TimeInvariantSystem):
         return cls._from_fields(to_state_space(from_control(system)).to(dtype=dtype)._fields())
 
     def to_scipy(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """``(A, B, C, D)`` of scipy.signal, float64: (*C, n, n), (*C, n, 1), (*C, 1, n) and
+        """Return scipy.signal's `(A, B, C, D)`, float64: (*C, n, n), (*C, n, 1), (*C, 1, n) and
         (*C, 1, 1)."""
         a, b, c, d = (
             field.detach().double().cpu().numpy() for field in (self.A, self.B, self.C, self.D)
@@ -216,41 +217,41 @@ class StateSpace(TimeInvariantSystem):
         return self.B.shape[-1]
 
     def poles(self) -> Tensor:
-        """(*C, n), complex128: the eigenvalues of ``A``, in coordinates where rounding moves them
-        least."""
-        return torch.linalg.eigvals(self._realised()[1][0])
+        """Return the eigenvalues of `A`, (*C, n), complex128, in coordinates where rounding moves
+        them least."""
+        return torch.linalg.eigvals(self._realized()[1][0])
 
     def spectral_radius(self) -> Tensor:
-        """(*C), float64: the largest modulus of a pole."""
+        """Return the largest modulus of a pole, (*C), float64."""
         return torch.nn.functional.pad(self.poles().abs(), (0, 1)).amax(-1)
 
     def frozen(self) -> Self:
         system = super().frozen()
-        system.__dict__["_known"] = {}  # its values cannot change: coordinates are found once
+        object.__setattr__(system, "_known", {})  # values cannot change: they are found once
         return system
 
-    def _realised(self) -> _Realised:
-        """Coordinates in which powers of A can be taken, and A, B and C there, in float64."""
-        known = self.__dict__.get("_known")
+    def _realized(self) -> _Realized:
+        """Return coordinates in which powers of A can be taken, and A, B, C there, in float64."""
+        known = self._known
         if known:
-            return known["realised"]
+            return known["realized"]
         A, B, C = self.A.double(), self.B.double(), self.C.double()
         found = coordinates(A, B, C)
-        realised = found, found.system(A, B, C)
+        realized = found, found.system(A, B, C)
         if known is not None:
-            known["realised"] = realised
-        return realised
+            known["realized"] = realized
+        return realized
 
     def impulse_response(self, length: int) -> Tensor:
-        """The Markov parameters (*C, length): O(n² √L + n L + n³ log L) operations."""
+        """Return the Markov parameters (*C, length): O(n² √L + n L + n³ log L) operations."""
         if length == 1 or self.order == 0:
             return torch.nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
-        tail = self._free(self.B, length - 1, self._realised())
+        tail = self._free(self.B, length - 1, self._realized())
         return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)
 
-    def _free(self, x: Tensor, length: int, realised: _Realised) -> Tensor:
-        """``C A^t x`` for t = 0 … length - 1 of states x (*B, n), in their dtype."""
-        found, (A, _, C) = realised
+    def _free(self, x: Tensor, length: int, realized: _Realized) -> Tensor:
+        """Return `C A^t x` for t = 0 … length - 1 of states x (*B, n), in their dtype."""
+        found, (A, _, C) = realized
         if found.stepwise:
             silence = x.new_zeros(*x.shape[:-1], length)
             return plain_steps(self.A, self.B, self.C, silence, x)[0].to(x.dtype)
@@ -260,7 +261,7 @@ class StateSpace(TimeInvariantSystem):
         return krylov_product(C, A, found.into(x.double()), length).to(x.dtype)
 
     def recurrence(self, form: str | None = None) -> StateSpaceRecurrence:
-        """One product with the dense ``A`` a step; the only form of a state-space system.
+        """Return the recurrence that takes one product with the dense `A` a step, the only form.
 
         `gramian.systems.to_modal` and `gramian.systems.to_transfer_function` lead to
         cheaper ones where they exist.
@@ -274,23 +275,22 @@ class StateSpace(TimeInvariantSystem):
             )
         return StateSpaceRecurrence(self)
 
-    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        if not isinstance(state, StateSpaceState):
-            raise TypeError(
-                f"a state-space system continues from a StateSpaceState, got "
-                f"{type(state).__name__}."
-            )
-        (x,) = state
+    def state_space(self) -> StateSpace:
+        """Return the system itself in float64."""
+        return self.to(dtype=torch.float64)
+
+    def _apply_from(self, u: Tensor, state: StateSpaceState) -> tuple[Tensor, StateSpaceState]:
+        x = state.x
         length = u.shape[-1]
         signal = u.to(x.dtype)
-        realised = found, (A, B, _) = self._realised()
+        realized = found, (A, B, _) = self._realized()
         if found.stepwise:
             y, end = plain_steps(self.A, self.B, self.C, signal, x)
             y = y + self.D.double().unsqueeze(-1) * signal
             return y.to(u.dtype), StateSpaceState(end.to(x.dtype))
-        taps = torch.cat([self.D.unsqueeze(-1), self._free(self.B, length, realised)], dim=-1)
+        taps = torch.cat([self.D.unsqueeze(-1), self._free(self.B, length, realized)], dim=-1)
         y = causal_convolution(signal, taps[..., :length].to(x.dtype))
-        y = y + self._free(x, length, realised)
+        y = y + self._free(x, length, realized)
         past = found.into(x.double()).unsqueeze(-1)
         carried = (matrix_power(A, length) @ past).squeeze(-1) + krylov_sum(A, B, signal.double())
         return y.to(u.dtype), StateSpaceState(found.out_of(carried).to(x.dtype))
@@ -298,7 +298,7 @@ class StateSpace(TimeInvariantSystem):
     def _infinite_hankel_singular_values(self) -> Tensor:
         if self.order == 0:
             return self.B.double()
-        found, (A, B, C) = self._realised()
+        found, (A, B, C) = self._realized()
         if found.stepwise:
             raise ValueError(
                 "the Hankel singular values of this state-space system cannot be computed in "
@@ -309,11 +309,11 @@ class StateSpace(TimeInvariantSystem):
         return infinite_hankel_singular_values(A, B, C)
 
 
-class StateSpaceRecurrence(LinearRecurrence):
-    """``y_t = C x + D u_t``, ``x ← A x + B u_t``."""
+class StateSpaceRecurrence(VectorRecurrence[StateSpaceState]):
+    """`y_t = C x + D u_t`, `x ← A x + B u_t`."""
 
     form = "state_space"
-    _state = StateSpaceState
+    state_type = StateSpaceState
 
     def __init__(self, system: StateSpace) -> None:
         self.system: StateSpace = system.frozen()
@@ -324,11 +324,12 @@ class StateSpaceRecurrence(LinearRecurrence):
         self._rows, self._inputs = rows, inputs
         self._like, self._state_shape = inputs, (self.system.order,)
 
-    @torch.no_grad()
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        assert isinstance(state, StateSpaceState)
-        (x,) = state
+    def _advance(self, u_t: Tensor, state: StateSpaceState) -> tuple[Tensor, StateSpaceState]:
+        x = state.x
         sample = u_t.to(x.dtype).unsqueeze(-1)
         with torch.autocast(x.device.type, enabled=False):
             new = (self._rows.to(x.dtype) @ x.unsqueeze(-1)).squeeze(-1) + self._inputs * sample
         return new[..., -1].to(u_t.dtype), StateSpaceState(new[..., :-1])
+
+    def block_form(self, size: int, streams: int = 0) -> BlockForm[StateSpaceState]:
+        return VectorBlockForm.from_state_space(self.system, size, self._like.dtype, streams)

@@ -1,11 +1,11 @@
 r"""Time-varying systems: linear recurrences with other coefficients at every step.
 
-``x_{i+1} = A_i x_i + B_i u_i``, ``y_i = C_i x_i + D_i u_i`` for i = 0 … L - 1: what gated linear
+`x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i` for i = 0 … L - 1: what gated linear
 attention, selective state spaces and the delta rule apply to their values on one input. The state
-matrix is diagonal (gates), diagonal plus rank one (the delta rule's ``α (I - β k kᵀ)``), or dense.
+matrix is diagonal (gates), diagonal plus rank one (the delta rule's `α (I - β k kᵀ)`), or dense.
 
-In the notation of linear attention, ``S_t = diag(α_t) S_{t-1} + k_t v_t``, ``o_t = q_t S_t``, the
-system is ``A = α``, ``B = k``, ``C = α q``, ``D = q · k``: here the state is what is remembered
+In the notation of linear attention, `S_t = diag(α_t) S_{t-1} + k_t v_t`, `o_t = q_t S_t`, the
+system is `A = α`, `B = k`, `C = α q`, `D = q · k`: here the state is what is remembered
 *before* the present input, whose own contribution is D.
 
 Inputs are taken by blocks (`gramian.ops.scan`), matrix products and about log₂ L rounds; one signal
@@ -15,7 +15,6 @@ through a diagonal system step by step (`gramian.ops.diagonal_scan`).
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,34 +33,32 @@ from gramian.ops.scan import (
 )
 from gramian.ops.vandermonde import group_channels
 from gramian.systems._finite import FiniteSystem
-from gramian.systems._state import State
-from gramian.systems._system import LinearRecurrence, check_tensor, working_dtype
+from gramian.systems._recurrence import VectorRecurrence
+from gramian.systems._state import State, define_state
+from gramian.systems._system import check_tensor, working_dtype
 
 __all__ = ["TimeVarying", "TimeVaryingRecurrence", "TimeVaryingState"]
 
 
-class _Fields(NamedTuple):
+@define_state
+class TimeVaryingState(State):
+    """x (*B, *C', n), and position (), int64 on the CPU: the steps that are taken."""
+
     x: Tensor
     position: Tensor
 
-
-class TimeVaryingState(_Fields, State):
-    """x (*B, *C', n), and position (), int64 on the CPU: the steps that are taken."""
-
-    __slots__ = ()
-
     def restart(self) -> TimeVaryingState:
-        """The same memory before the first step: to go on with the system of the next stretch."""
+        """Return the same memory before the first step, to go on with the next stretch's system."""
         return TimeVaryingState(self.x, torch.zeros_like(self.position))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TimeVarying(FiniteSystem):
-    """``x_{i+1} = A_i x_i + B_i u_i``, ``y_i = C_i x_i + D_i u_i`` for L steps.
+class TimeVarying(FiniteSystem[TimeVaryingState]):
+    """`x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i` for L steps.
 
     A system has L steps and no more: a longer input is an error, and so are chunks that together
     are longer. An input may be shorter; then the first steps are taken. The state counts the
-    steps, and ``state.restart()`` carries the memory into another system, the next stretch of an
+    steps, and `state.restart()` carries the memory into another system, the next stretch of an
     endless input.
 
     Args:
@@ -69,7 +66,7 @@ class TimeVarying(FiniteSystem):
         B: (*C, L, n), real: the input vectors.
         C: (*C, L, n), real: the output vectors.
         D: (*C, L), real: the direct terms.
-        p: (*C, L, n), real, or None: with q, the rank-one part of ``A_i = diag(A_i) + p_i q_iᵀ``.
+        p: (*C, L, n), real, or None: with q, the rank-one part of `A_i = diag(A_i) + p_i q_iᵀ`.
         q: (*C, L, n), real, or None.
 
     Raises:
@@ -78,6 +75,7 @@ class TimeVarying(FiniteSystem):
     """
 
     _kind = "time-varying system"
+    _state_types = (TimeVaryingState,)
 
     A: Tensor
     B: Tensor
@@ -134,12 +132,12 @@ class TimeVarying(FiniteSystem):
         return self.B.shape[-1]
 
     def steps(self, start: int, stop: int) -> Self:
-        """The steps ``start`` … ``stop - 1`` as a system of their own."""
+        """Return the steps `start` … `stop - 1` as a system of their own."""
         skip = len(self.channel_shape)
         return self._map(lambda value: value.narrow(skip, start, stop - start))
 
     def transition(self, dtype: torch.dtype) -> Transition:
-        """The state matrices with the channels in one dimension, (G, L, …)."""
+        """Return the state matrices with the channels in one dimension, (G, L, …)."""
         A, p, q = self.A, self.p, self.q
         groups = self.channel_shape.numel()
 
@@ -153,7 +151,7 @@ class TimeVarying(FiniteSystem):
         return DiagonalPlusLowRank(grouped(A), grouped(p).unsqueeze(-1), grouped(q).unsqueeze(-1))
 
     def vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """B (G, L, n), C (G, L, n) and D (G, L), the channels in one dimension."""
+        """Return B (G, L, n), C (G, L, n) and D (G, L), the channels in one dimension."""
         groups, length, order = self.channel_shape.numel(), self.length, self.order
         B, C = (value.to(dtype).reshape(groups, length, order) for value in (self.B, self.C))
         return B, C, self.D.to(dtype).reshape(groups, length)
@@ -169,13 +167,16 @@ class TimeVarying(FiniteSystem):
         return not bounded_products(transition.a.detach())
 
     def _step_by_step(self, signal: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """All steps on signals (G, L, r) from states (G, n, r), one after the other."""
+        """Take all steps on signals (G, L, r) from states (G, n, r), one after the other."""
         transition = self.transition(torch.float64)
         assert isinstance(transition, Dense)
         return step_by_step(transition.a, *self.vectors(torch.float64), signal, x)
 
     def matrix(self, length: int | None = None) -> Tensor:
-        """The operator on the first ``length`` samples, by default all L, (*C, length, length).
+        """Return the operator on the first `length` samples (default: all L), a square matrix.
+
+        Returns:
+            (*C, length, length), lower triangular.
 
         Raises:
             ValueError: if there are fewer steps.
@@ -199,12 +200,12 @@ class TimeVarying(FiniteSystem):
         )
 
     def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
-        """Singular values of ``T[at:length, :at]``, through which the past reaches the future.
+        """Return the singular values of a Hankel block, through which the past acts on the future.
 
         They are those of a product of two triangular factors; no Gramian is formed.
 
         Args:
-            length: Horizon; by default L.
+            length: Horizon: the values of `T[at:length, :at]`; by default L.
             at: Where past and future part, 1 … length - 1; by default length // 2.
 
         Returns:
@@ -212,7 +213,7 @@ class TimeVarying(FiniteSystem):
             the system's dtype.
 
         Raises:
-            ValueError: if ``length`` or ``at`` is out of range.
+            ValueError: if `length` or `at` is out of range.
         """
         length, at = self._parted(length, at)
         reach, observe = self.factors(at, length)
@@ -223,8 +224,8 @@ class TimeVarying(FiniteSystem):
         return values.reshape(*self.channel_shape, -1).to(self.dtype)
 
     def factors(self, at: int, length: int) -> tuple[Tensor, Tensor]:
-        """The factors of ``T[at:length, :at]``, observability (G, length - at, n) after
-        reachability (G, n, at), in float64. Differentiable."""
+        """Return the factors of `T[at:length, :at]`, in float64 and differentiable: reachability
+        (G, n, at) and observability (G, length - at, n)."""
         if self.steps(0, length)._stepwise:
             return self._stepped_factors(at, length)
         parts = []
@@ -247,7 +248,7 @@ class TimeVarying(FiniteSystem):
         return reach, observe
 
     def recurrence(self, form: str | None = None) -> TimeVaryingRecurrence:
-        """One step after the other, at most L; the only form of a time-varying system.
+        """Return the recurrence that takes step after step, at most L, the only form.
 
         Raises:
             ValueError: for any other form than "time_varying".
@@ -259,17 +260,12 @@ class TimeVarying(FiniteSystem):
         x = self.D.new_zeros(*u.shape[:-1], self.order, dtype=working_dtype(u))
         return self._run(u, x, 0)[0]
 
-    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        if not isinstance(state, TimeVaryingState):
-            raise TypeError(
-                f"a time-varying system continues from a TimeVaryingState, got "
-                f"{type(state).__name__}."
-            )
+    def _apply_from(self, u: Tensor, state: TimeVaryingState) -> tuple[Tensor, TimeVaryingState]:
         y, x = self._run(u, state.x, int(state.position))
         return y, TimeVaryingState(x, state.position + u.shape[-1])
 
     def _run(self, u: Tensor, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Outputs, and the state after them, of the steps from ``start`` on."""
+        """Return the outputs, and the state after them, of the steps from `start` on."""
         length = u.shape[-1]
         self._check_steps(start, length)
         if length == 0:
@@ -296,34 +292,27 @@ class TimeVarying(FiniteSystem):
 
 
 def _block_size(length: int, order: int, signals: int) -> int:
-    """Steps in a block: about as many as make its operator as cheap as carrying the states."""
+    """Return the steps of a block: as many as make its operator as cheap as the states' way."""
     wanted = max(4, min(64, order, signals))
     return 1 << (min(wanted, length) - 1).bit_length()
 
 
-class TimeVaryingRecurrence(LinearRecurrence):
-    """``y_i = C_i x + D_i u_i``, ``x ← A_i x + B_i u_i``."""
+class TimeVaryingRecurrence(VectorRecurrence[TimeVaryingState]):
+    """`y_i = C_i x + D_i u_i`, `x ← A_i x + B_i u_i`; a step past the last one is a ValueError."""
 
     form = "time_varying"
+    state_type = TimeVaryingState
 
     def __init__(self, system: TimeVarying) -> None:
         self.system: TimeVarying = system.frozen()
         self._like = system.D.new_empty(0, dtype=working_dtype(system.D))
         self._state_shape = (system.order,)
 
-    @staticmethod
-    def _state(tensor: Tensor) -> TimeVaryingState:
+    def _make_state(self, tensor: Tensor) -> TimeVaryingState:
         return TimeVaryingState(tensor, torch.zeros((), dtype=torch.int64))
 
-    @torch.no_grad()
-    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Take one sample (*B, *C').
-
-        Raises:
-            ValueError: if every step is taken.
-        """
-        assert isinstance(state, TimeVaryingState)
-        x, position = state
+    def _advance(self, u_t: Tensor, state: TimeVaryingState) -> tuple[Tensor, TimeVaryingState]:
+        x, position = state.x, state.position
         system, at = self.system, int(position)
         system._check_steps(at, 1)
         skip = len(system.channel_shape)

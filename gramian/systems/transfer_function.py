@@ -1,13 +1,14 @@
 r"""Rational transfer functions, and the choice of a recurrence that computes them.
 
-``H(z) = d + (b_1 z^-1 + … + b_n z^-n) / (1 + a_1 z^-1 + … + a_n z^-n)``.
+`H(z) = d + (b_1 z^-1 + … + b_n z^-n) / (1 + a_1 z^-1 + … + a_n z^-n)`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +17,23 @@ from typing_extensions import Self
 
 from gramian.ops import causal_convolution, rational_kernel
 from gramian.ops.recursion import all_pole_filter
+from gramian.systems._modal_recurrence import ModalRecurrence, ModalState
+from gramian.systems._recurrence import Recurrence
 from gramian.systems._rounding import delays, warn_of_lost_poles
-from gramian.systems._state import State
-from gramian.systems._system import Recurrence, TimeInvariantSystem, check_tensor
-from gramian.systems.companion import CompanionRecurrence, CompanionState
+from gramian.systems._state import State, check_state
+from gramian.systems._system import STATIC, TimeInvariantSystem, check_tensor
+from gramian.systems.companion import CompanionRecurrence, CompanionState, companion_form
 from gramian.systems.fir import FIR, FIRState
 from gramian.systems.lattice import (
     LatticeRecurrence,
     LatticeState,
     apply_lattice,
-    lattice_realisation,
+    lattice_realization,
 )
-from gramian.systems.modal import Modal, ModalRecurrence, ModalState
+from gramian.systems.modal import Modal
 from gramian.systems.state_space import StateSpace
 
-__all__ = ["TransferFunction"]
+__all__ = ["TransferFunction", "TruncatedTransferFunction", "exact_numerator"]
 
 _TOLERANCE = 1e-5
 """Relative l2 error up to which a recurrence counts as the kernel it came from."""
@@ -45,39 +48,38 @@ _DENSE_ELEMENTS = 2**20
 Reducer = Callable[[Tensor, int], tuple[Modal, float]]
 """Taps (*C, K) and an order to a modal system with nearly these taps, and its relative error."""
 
-_reducer: Reducer | None = None
-
-
-def set_reducer(reducer: Reducer) -> None:
-    """Name the function through which a transfer function finds a modal recurrence: model
-    reduction, which builds on systems, hands itself down here."""
-    global _reducer
-    _reducer = reducer
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TransferFunction(TimeInvariantSystem):
-    """``H(z) = d + b(z) / a(z)``, strictly proper fraction plus direct term.
+class TransferFunction(TimeInvariantSystem[Any]):
+    """`H(z) = d + b(z) / a(z)`, strictly proper fraction plus direct term.
 
-    Unlike scipy's, ``b`` starts at ``z^-1`` and ``a`` omits its leading 1: see `from_scipy`.
+    Unlike scipy's, `b` starts at `z^-1` and `a` omits its leading 1: see `from_scipy`.
 
     Args:
-        b: (*C, n), real: numerator coefficients ``b_1 … b_n``.
-        a: (*C, n), real: denominator coefficients ``a_1 … a_n``.
-        d: (*C), real: the direct term ``h_0``.
+        b: (*C, n), real: numerator coefficients `b_1 … b_n`.
+        a: (*C, n), real: denominator coefficients `a_1 … a_n`.
+        d: (*C), real: the direct term `h_0`.
 
     Raises:
         TypeError: if a field is not a real floating-point tensor.
         ValueError: if the shapes do not belong together.
     """
 
+    _kind = "transfer function"
+    _state_types = (CompanionState, LatticeState, ModalState, FIRState)
+
     b: Tensor
     a: Tensor
     d: Tensor
     taps: Tensor | None = dataclasses.field(default=None, repr=False, kw_only=True)
-    """The first taps, where they were known before ``b`` was: see `from_truncated`."""
+    """The first taps, where they were known before `b` was: see `from_truncated`."""
     reflection: Tensor | None = dataclasses.field(default=None, repr=False, kw_only=True)
-    """(*C, n): the reflection coefficients of ``a``, where ``a`` was made from them."""
+    """(*C, n): the reflection coefficients of `a`, where `a` was made from them."""
+    reducer: Reducer | None = dataclasses.field(
+        default=None, repr=False, kw_only=True, metadata=STATIC
+    )
+    """How a modal system with nearly the known taps is found, for recurrences of the form "modal":
+    `gramian.reduction.find_modal_form`, which filters give their systems."""
 
     def __post_init__(self) -> None:
         for name in ("b", "a", "d"):
@@ -103,13 +105,14 @@ class TransferFunction(TimeInvariantSystem):
         length: int | None = None,
         dtype: torch.dtype | None = None,
         reflection: Tensor | None = None,
-    ) -> Self:
-        """From a truncated numerator: the parametrisation of RTF (section 3.2).
+        reducer: Reducer | None = None,
+    ) -> TransferFunction:
+        """Make a system of a truncated numerator, the parametrisation of RTF (section 3.2).
 
-        On ``grid`` roots of unity ``b / a + d`` is the spectrum of a kernel truncated to ``grid``
-        taps. The exact numerator is the first n coefficients of ``a`` times that kernel, so the
+        On `grid` roots of unity `b / a + d` is the spectrum of a kernel truncated to `grid`
+        taps. The exact numerator is the first n coefficients of `a` times that kernel, so the
         recurrence reproduces it; no linear system is solved. Sampling a spectrum aliases time:
-        tap 0 holds ``d`` and tap ``grid`` of the rational function.
+        tap 0 holds `d` and tap `grid` of the rational function.
 
         Args:
             b: (*C, n), real: truncated numerator.
@@ -119,8 +122,9 @@ class TransferFunction(TimeInvariantSystem):
             length: Taps to keep for `impulse_response`; default: all of the grid.
             dtype: Of the system; default: that of the coefficients. In float32 the spectrum
                 itself is off by more than 1e-4 for most stable systems beyond n = 16.
-            reflection: The reflection coefficients of ``a``, of its shape, if it was made from
+            reflection: The reflection coefficients of `a`, of its shape, if it was made from
                 such.
+            reducer: As the field of that name.
 
         Raises:
             ValueError: if the grid is not larger than the order.
@@ -133,39 +137,9 @@ class TransferFunction(TimeInvariantSystem):
         a = a.to(kernel.dtype).expand(b.shape)
         if reflection is not None:
             reflection = reflection.expand(b.shape)
-        return cls._deferred(a, kernel[..., 0], kernel, reflection)
-
-    @classmethod
-    def _deferred(cls, a: Tensor, d: Tensor, taps: Tensor, reflection: Tensor | None) -> Self:
-        """The system with these taps, whose numerator is read off them when it is first needed:
-        a convolution only takes the taps, and n coefficients of each of many channels are work."""
-        system = object.__new__(cls)
-        system.__dict__.update(a=a, d=d, taps=taps, reflection=reflection)
-        return system
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name != "b" or "taps" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        with torch.enable_grad():  # it may be asked for without gradients first
-            taps = self.__dict__["taps"][..., 1 : self.order + 1]
-            b = exact_numerator(self.a, taps) if self.order else taps
-        self.__dict__["b"] = b
-        return b
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        if "b" in self.__dict__ or self.taps is None:
-            return super()._map(function)
-        reflection = None if self.reflection is None else function(self.reflection)
-        return self._deferred(function(self.a), function(self.d), function(self.taps), reflection)
-
-    def to(
-        self,
-        device: torch.device | torch.dtype | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Self:
-        """The system on another device, or in another real floating-point dtype."""
-        self._fields()  # the numerator too, before what it is read off is rounded
-        return super().to(device, dtype)
+        return TruncatedTransferFunction(
+            None, a, kernel[..., 0], taps=kernel, reflection=reflection, reducer=reducer
+        )
 
     @classmethod
     def from_scipy(
@@ -174,11 +148,11 @@ class TransferFunction(TimeInvariantSystem):
         a: np.ndarray | Tensor,
         dtype: torch.dtype = torch.float64,
     ) -> Self:
-        """From scipy's ``(b, a)``: ``(b[0] + b[1] z^-1 + …) / (a[0] + a[1] z^-1 + …)``.
+        """Take scipy's `(b, a)`: `(b[0] + b[1] z^-1 + …) / (a[0] + a[1] z^-1 + …)`.
 
         Args:
             b: (*C, m + 1), numerator.
-            a: (*C, n + 1), denominator; ``a[..., 0]`` must not be zero.
+            a: (*C, n + 1), denominator; `a[..., 0]` must not be zero.
             dtype: Of the result.
 
         Warns:
@@ -188,14 +162,14 @@ class TransferFunction(TimeInvariantSystem):
 
         Raises:
             ValueError: if the numerator has more coefficients than the denominator and the rest is
-                not zero (an FIR part belongs into ``FIR``), or ``a[..., 0]`` is zero.
+                not zero (an FIR part belongs into `FIR`), or `a[..., 0]` is zero.
         """
-        system = cls._normalised(b, a, dtype)
+        system = cls._normalized(b, a, dtype)
         _warn_of_lost_poles(system)
         return system
 
     @classmethod
-    def _normalised(
+    def _normalized(
         cls, b: np.ndarray | Tensor, a: np.ndarray | Tensor, dtype: torch.dtype
     ) -> Self:
         num, den = (
@@ -215,7 +189,7 @@ class TransferFunction(TimeInvariantSystem):
         return cls(strict.to(dtype), den[..., 1:].to(dtype), d.to(dtype))
 
     def to_scipy(self) -> tuple[np.ndarray, np.ndarray]:
-        """``(b, a)`` of scipy.signal, float64, each (*C, n + 1): ``b = [d, b + d a]``."""
+        """Return scipy.signal's `(b, a)`, float64, each (*C, n + 1): `b = [d, b + d a]`."""
         b, a, d = (value.detach().double().cpu() for value in (self.b, self.a, self.d))
         num = torch.cat([d.unsqueeze(-1), b + d.unsqueeze(-1) * a], dim=-1)
         den = torch.cat([torch.ones_like(d).unsqueeze(-1), a], dim=-1)
@@ -252,27 +226,30 @@ class TransferFunction(TimeInvariantSystem):
         return torch.cat([self.d.unsqueeze(-1), tail], dim=-1)
 
     def poles(self) -> Tensor:
-        """(*C, n), complex128: the zeros of the denominator, by eigenvalues of the companion."""
-        return torch.linalg.eigvals(self._companion())
+        """Return the zeros of the denominator, (*C, n), complex128: the companion's eigenvalues."""
+        return torch.linalg.eigvals(companion_form(self.a, self.a, self.d).A)
 
     def spectral_radius(self) -> Tensor:
-        """(*C), float64: the largest modulus of a pole; 0 without any."""
+        """Return the largest modulus of a pole, (*C), float64; 0 without any."""
         return torch.nn.functional.pad(self.poles().abs(), (0, 1)).amax(-1)
 
     def recurrence(self, form: str | None = None) -> Recurrence:
-        """The system as a recurrence. Its ``form`` says which was taken, its ``error`` how far its
-        impulse response is from the known taps (relative l2 norm, largest of all channels).
+        """Return the system as a recurrence.
+
+        Its `form` says which was taken, its `error` how far its impulse response is from the known
+        taps (relative l2 norm, largest of all channels).
 
         Args:
             form: "companion", O(n) a step in double precision; "lattice", O(n) a step on the
-                reflection coefficients, in single precision; "modal", poles and residues of a
-                reduction of the known taps to order n; "online", exact convolution with the known
-                taps; None: the first of these that is there and reproduces the known taps to 1e-5.
-                Where no taps are known the coefficients are the definition: "companion".
+                reflection coefficients, in single precision; "modal", poles and residues of what
+                the `reducer` makes of the known taps at order n; "online", exact convolution with
+                the known taps; None: the first of these that is there and reproduces the known
+                taps to 1e-5. Where no taps are known the coefficients are the definition:
+                "companion".
 
         Raises:
             ValueError: for another form, "lattice" where no reflection coefficients are known, or
-                "modal" or "online" where no taps are.
+                "modal" or "online" where no taps are, or "modal" without a reducer.
         """
         forms: dict[str, Callable[[], Recurrence]] = {
             "companion": lambda: CompanionRecurrence(self)
@@ -282,15 +259,15 @@ class TransferFunction(TimeInvariantSystem):
             forms["lattice"] = lambda: LatticeRecurrence(k, b, d, taps)
         if self.taps is not None:
             kernel = FIR(self.taps)
-            if _reducer is not None and self.order:
+            if self.reducer is not None and self.order:
                 forms["modal"] = self._modal_recurrence
             forms["online"] = kernel.recurrence
         if form is not None:
             if form not in forms:
                 raise ValueError(
                     f"this transfer function has the recurrence forms {', '.join(forms)}; got "
-                    f'{form!r} ("lattice" needs reflection coefficients, "modal" and "online" the '
-                    "taps of a finite kernel)."
+                    f'{form!r} ("lattice" needs reflection coefficients, "online" the taps of a '
+                    'finite kernel, "modal" those and a reducer).'
                 )
             return forms[form]()
         if self.taps is None:
@@ -300,9 +277,9 @@ class TransferFunction(TimeInvariantSystem):
 
     @cached_property
     def _modal(self) -> tuple[Modal, float]:
-        """A modal system of order n with nearly the known taps, and its relative error."""
-        assert _reducer is not None and self.taps is not None
-        return _reducer(self.taps.detach(), self.order)
+        """A modal system of at most order n with nearly the known taps, and its relative error."""
+        assert self.reducer is not None and self.taps is not None
+        return self.reducer(self.taps.detach(), self.order)
 
     def _modal_recurrence(self) -> ModalRecurrence:
         system, error = self._modal
@@ -310,18 +287,20 @@ class TransferFunction(TimeInvariantSystem):
         recurrence.error = error
         return recurrence
 
-    def _apply_from(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+    def _fits(self, state: State, shape: torch.Size) -> bool:
+        if isinstance(state, FIRState | ModalState):  # its own system looks at it
+            return True
+        return super()._fits(state, shape)
+
+    def _apply_from(self, u: Tensor, state: Any) -> tuple[Tensor, Any]:
         if isinstance(state, FIRState) and self.taps is not None:
             return FIR(self.taps)(u, state)
         if isinstance(state, LatticeState) and self.reflection is not None:
-            return apply_lattice(lattice_realisation(self.reflection, self.b, self.d), u, state)
-        if isinstance(state, ModalState) and self.taps is not None and _reducer is not None:
+            return apply_lattice(lattice_realization(self.reflection, self.b, self.d), u, state)
+        if isinstance(state, ModalState) and self.taps is not None and self.reducer is not None:
             return self._modal[0](u, state)
-        if not isinstance(state, CompanionState):
-            raise TypeError(
-                f"a transfer function continues from a CompanionState, got {type(state).__name__}."
-            )
-        (past,) = state
+        check_state("this transfer function", state, [CompanionState])
+        past = state.past
         if self.order == 0:
             return u * self.d.unsqueeze(-1).to(u.dtype), state
         a, b, d = self.a.double(), self.b.double(), self.d.double()
@@ -331,23 +310,82 @@ class TransferFunction(TimeInvariantSystem):
         y = y + d.unsqueeze(-1) * u.double()
         return y.to(u.dtype), CompanionState(history[..., -self.order :].flip(-1))
 
-    def _companion(self) -> Tensor:
-        shift = torch.eye(self.order, dtype=torch.float64, device=self.device)[:-1]
-        top = -self.a.double().unsqueeze(-2)
-        return torch.cat([top, shift.expand(*self.channel_shape, -1, -1)], dim=-2)
+    def state_space(self) -> StateSpace:
+        """Return the companion form, in float64."""
+        return companion_form(self.b, self.a, self.d)
 
-    def _companion_form(self) -> StateSpace:
-        """The companion realisation, in float64."""
-        first = torch.zeros_like(self.a, dtype=torch.float64)
-        first[..., :1] = 1
-        return StateSpace(self._companion(), first, self.b.double(), self.d.double())
+    def _as_control(self, control: Any) -> Any:
+        return control.TransferFunction(*self.to_scipy(), True)
 
     def _infinite_hankel_singular_values(self) -> Tensor:
-        return self._companion_form()._infinite_hankel_singular_values()
+        return self.state_space()._infinite_hankel_singular_values()
+
+
+class TruncatedTransferFunction(TransferFunction):
+    """A transfer function that is known by its taps, as `TransferFunction.from_truncated` makes it.
+
+    Its numerator is read off the taps when it is first needed: a convolution only takes the taps,
+    and n coefficients of each of many channels are work.
+
+    Args:
+        b: (*C, n), real: the numerator where it is known already, or None.
+        a: (*C, n), real: denominator coefficients.
+        d: (*C), real: the direct term.
+        taps: (*C, K), K > n: the first taps.
+        reflection: (*C, n): the reflection coefficients of `a`, where it was made from them.
+        reducer: As in `TransferFunction`.
+    """
+
+    taps: Tensor
+    _numerator: Tensor | None
+
+    def __init__(
+        self,
+        b: Tensor | None,
+        a: Tensor,
+        d: Tensor,
+        *,
+        taps: Tensor,
+        reflection: Tensor | None = None,
+        reducer: Reducer | None = None,
+    ) -> None:
+        known = {"taps": taps, "reflection": reflection, "reducer": reducer}
+        for name, value in {"_numerator": b, "a": a, "d": d, **known}.items():
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def b(self) -> Tensor:
+        """The numerator: the first n coefficients of `a` times the taps, (*C, n)."""
+        if self._numerator is not None:
+            return self._numerator
+        with torch.enable_grad():  # it may be asked for without gradients first
+            taps = self.taps[..., 1 : self.order + 1]
+            return exact_numerator(self.a, taps) if self.order else taps
+
+    @classmethod
+    def _from_fields(cls, values: Iterable[Any], static: tuple[Any, ...] | None = None) -> Self:
+        b, a, d, taps, reflection = values
+        reducer = static[0] if static else None
+        return cls(b, a, d, taps=taps, reflection=reflection, reducer=reducer)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        fields = (self._numerator, self.a, self.d, self.taps, self.reflection)
+        mapped = (None if value is None else function(value) for value in fields)
+        return self._from_fields(mapped, self._static)
+
+    def to(
+        self,
+        device: torch.device | torch.dtype | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Move to another device, or another real floating-point dtype."""
+        if self._numerator is None:  # read it off before the taps are rounded
+            return self._from_fields(self._fields(), self._static).to(device, dtype)
+        return super().to(device, dtype)
 
 
 def exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
-    """``b_j = Σ_{i<j} a_i h_{j-i}``, a_0 = 1, from the taps h_1 … h_n (*C, n)."""
+    """Return `b_j = Σ_{i<j} a_i h_{j-i}`, a_0 = 1, from the taps h_1 … h_n (*C, n)."""
     order = taps.shape[-1]
     monic = torch.cat([torch.ones_like(a[..., :1]), a[..., :-1]], dim=-1)  # a_0 … a_{n-1}
     if a.numel() * order > _DENSE_ELEMENTS:

@@ -38,6 +38,8 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    import gramian.models  # noqa: F401 (else transformers asks to run the code of folders of ours)
+
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

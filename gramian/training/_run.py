@@ -520,7 +520,8 @@ def _finish(
     resumed_from: int,
 ) -> None:
     lines = read_lines(folder / "metrics.jsonl")
-    save_figure(plot_training(lines, config.evaluation.metric), folder / "training.png")
+    figure = plot_training(lines, config.evaluation.metric, str(folder))
+    save_figure(figure, folder / "training.png")
     evaluations = [line for line in lines if "eval_loss" in line]
     at_the_end = [line for line in lines if line["step"] == evaluations[-1]["step"]]
     last = {

@@ -356,6 +356,9 @@ def add_imports(values: dict[str, Any], imports: Sequence[str], path: str | Path
         ConfigError: for a module that cannot be imported.
     """
     named = _value(list[str], values.get("imports") or [], "imports")
+    if not named and not imports:
+        values.pop("imports", None)
+        return
     values["imports"] = list(dict.fromkeys([*named, *imports]))
     copies = Path(path).parent / IMPORTS
     found = [(find_copy(name, copies), name) for name in values["imports"]]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gramian._drawing import BLUE, CYCLE, ORANGE, finish, new_figure
+from gramian._drawing import BLUE, CYCLE, ORANGE, finish, head, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,7 +18,9 @@ __all__ = ["plot_sweep", "plot_training"]
 _MARKERS = "osD^vP*X"
 
 
-def plot_training(lines: Sequence[Mapping[str, Any]], metric: str = "loss") -> Figure:
+def plot_training(
+    lines: Sequence[Mapping[str, Any]], metric: str = "loss", title: str = ""
+) -> Figure:
     """Draw losses against steps, and beside them another metric where one was measured.
 
     That is accuracy, or the relative error, or else `metric`.
@@ -27,6 +29,7 @@ def plot_training(lines: Sequence[Mapping[str, Any]], metric: str = "loss") -> F
         lines: of a run's `metrics.jsonl`: `step` with `loss`, `eval_loss` or another metric behind
             `eval_`.
         metric: by which the run chose its best model.
+        title: over the whole figure, such as the run's folder.
 
     Raises:
         ValueError: if no line has a loss.
@@ -61,11 +64,15 @@ def plot_training(lines: Sequence[Mapping[str, Any]], metric: str = "loss") -> F
             panels[1].set_ylim(bottom=0)
             label = "1: as zeros"
         finish(panels[1], title=f"held-out {name}", x="step", y=label)
+    if title:
+        head(figure, title)
     return figure
 
 
 def plot_sweep(report: SweepReport) -> Figure:
     """Draw the best metric of every run, means over the seeds with their standard deviation.
+
+    The figure is headed by the sweep's folder.
 
     Along the first axis of numbers but the seed, with a line for every combination of the others'
     values; bars where there is none, or where it is the seed alone that varies.
@@ -89,7 +96,7 @@ def plot_sweep(report: SweepReport) -> Figure:
     )
     label = f"best {report.metric}"
     if along is None:
-        return _bars(rows, label)
+        return _bars(rows, label, report.output)
     lines: dict[str, list[SweepRow]] = {}
     for row in rows:
         others = {name: value for name, value in row.values.items() if name != along}
@@ -117,10 +124,11 @@ def plot_sweep(report: SweepReport) -> Figure:
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=7)
     finish(axes, title="", x=along, y=label)
+    head(figure, report.output)
     return figure
 
 
-def _bars(rows: list[SweepRow], label: str) -> Figure:
+def _bars(rows: list[SweepRow], label: str, title: str) -> Figure:
     names = [_name(row.values) or f"{row.runs} runs" for row in rows]
     figure = new_figure(6.4, 0.8 + 0.42 * len(rows))
     axes = figure.subplots()
@@ -133,6 +141,7 @@ def _bars(rows: list[SweepRow], label: str) -> Figure:
     axes.margins(x=0.25)
     finish(axes, title="", x=label, y="")
     axes.grid(False)
+    head(figure, title)
     return figure
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def test_every_checkpoint(call: Any, every: Any, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
     assert report["format"] == every.format
     assert json.loads((folder / "conversion.json").read_text()) == report
+    assert report["checkpoint"] == str(every.file.resolve())
+    for name, digest in report["sha256"].items():
+        file = every.file if every.file.is_file() else every.file / name
+        assert name == file.name and digest == sha256(file.read_bytes()).hexdigest()
+    assert report["sha256"]
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert report["parameters"] == model.num_parameters()
     expected = every.expected()

@@ -21,6 +21,8 @@ from gramian import cli
 from gramian.distillation import distill
 from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM, load
 
+Call = Callable[..., tuple[int, str, str]]
+
 
 def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
@@ -83,12 +85,18 @@ def test_version_and_help(tmp_path: Path) -> None:
         assert command in overview.stdout
 
 
-def test_help_does_not_wait_for_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["generate", "--help"], ["generate", "missing", "--prompt", "x"]]
+)
+def test_an_answer_that_needs_no_model_waits_for_nothing(
+    tmp_path: Path, arguments: list[str]
+) -> None:
     program = (
-        "import sys; sys.argv = ['gramian', '--help']\n"
+        f"import sys; sys.argv = ['gramian', *{arguments}]\n"
         "from gramian.cli import main\n"
         "try: main()\n"
-        "except SystemExit: print('transformers' in sys.modules, 'matplotlib' in sys.modules)\n"
+        "except SystemExit:\n"
+        "    print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -97,7 +105,7 @@ def test_help_does_not_wait_for_transformers(tmp_path: Path) -> None:
         text=True,
         timeout=300,
     )
-    assert done.stdout.splitlines()[-1] == "False False"
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +136,7 @@ def test_help_does_not_wait_for_transformers(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_get_one_line_and_change_nothing(
-    workplace: Path, call: Callable[..., tuple[int, str, str]], arguments: str, sentence: str
+    workplace: Path, call: Call, arguments: str, sentence: str
 ) -> None:
     before = contents(workplace)
     status, out, err = call(arguments, workplace)
@@ -151,9 +159,7 @@ def test_mistakes_get_one_line_and_change_nothing(
         "generate model --prompt x --prefill-chunk 0",
     ],
 )
-def test_wrong_usage_is_status_two(
-    workplace: Path, call: Callable[..., tuple[int, str, str]], arguments: str
-) -> None:
+def test_wrong_usage_is_status_two(workplace: Path, call: Call, arguments: str) -> None:
     before = contents(workplace)
     status, out, err = call(arguments, workplace)
     assert (status, out) == (2, "")
@@ -169,6 +175,15 @@ def test_a_traceback_is_shown_with_debug_only(workplace: Path) -> None:
     assert len(plain.stderr.splitlines()) == 1
     assert "Traceback" in debug.stderr
     assert contents(workplace) == before
+
+
+def test_debug_is_an_option_and_no_word_of_a_prompt(workplace: Path, call: Call) -> None:
+    status, out, err = call("generate missing --prompt=--debug", workplace)
+    assert (status, out, err) == (1, "", "gramian: there is no model folder missing.\n")
+    status, out, err = call("train --keyz", workplace)
+    assert status == 2
+    status, out, err = call("train", workplace)
+    assert status == 2 and "CONFIG.yaml" in err
 
 
 def test_distil_and_generate(workplace: Path, tmp_path: Path) -> None:
@@ -214,9 +229,7 @@ def test_greedy_text_is_the_models_own(
 
 
 @pytest.mark.parametrize("options", ["--stream", "--prefill-chunk 2", "--compile --stream"])
-def test_ways_of_generating_write_the_same_text(
-    workplace: Path, call: Callable[..., tuple[int, str, str]], options: str
-) -> None:
+def test_ways_of_generating_write_the_same_text(workplace: Path, call: Call, options: str) -> None:
     """The model's filters are long, so --compile packs its projections and compiles nothing."""
     command = "generate model --prompt abcdefg --max-new-tokens 20 --seed 5"
     status, plain, _ = call(command, workplace)
@@ -224,7 +237,7 @@ def test_ways_of_generating_write_the_same_text(
 
 
 def test_a_stream_comes_in_pieces(
-    workplace: Path, call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    workplace: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import TextStreamer
 
@@ -242,9 +255,7 @@ def test_a_stream_comes_in_pieces(
     assert len(pieces) > 20
 
 
-def test_train_reports_and_names_mistakes(
-    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_train_reports_and_names_mistakes(tmp_path: Path, call: Call) -> None:
     pytest.importorskip("datasets")
     (tmp_path / "config.yaml").write_text(
         "output: run\n"
@@ -284,9 +295,7 @@ def test_demo_with_too_little_training_fails_its_checks(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_check_prints_a_table_and_its_exit_status_tells(
-    workplace: Path, call: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_check_prints_a_table_and_its_exit_status_tells(workplace: Path, call: Call) -> None:
     arguments = "check model --batch 2 --length 11 --order 3"
     status, out, _ = call(arguments, workplace)
     assert status == 0 and "bfloat16" in out and "distilled" in out
@@ -297,7 +306,7 @@ def test_check_prints_a_table_and_its_exit_status_tells(
     assert {row["dtype"] for row in report["rows"]} == {"float32"}
 
 
-def test_check_reads_text(workplace: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+def test_check_reads_text(workplace: Path, call: Call) -> None:
     (workplace / "text.txt").write_text("The state of a recurrence. " * 3)
     arguments = "check model --batch 2 --order 0 --dtype float32 --text text.txt --json"
     status, out, _ = call(f"{arguments} --length 12", workplace)
@@ -317,16 +326,12 @@ def test_check_reads_text(workplace: Path, call: Callable[..., tuple[int, str, s
         ("check model --text nowhere.txt", "nowhere.txt"),
     ],
 )
-def test_check_refuses(
-    workplace: Path, call: Callable[..., tuple[int, str, str]], arguments: str, message: str
-) -> None:
+def test_check_refuses(workplace: Path, call: Call, arguments: str, message: str) -> None:
     status, out, err = call(arguments, workplace)
     assert status == 1 and out == "" and message in err and err.count("\n") == 1
 
 
-def test_distill_under_a_budget_of_quality_on_a_text(
-    workplace: Path, call: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_distill_under_a_budget_of_quality_on_a_text(workplace: Path, call: Call) -> None:
     (workplace / "budget.txt").write_text("Poles, residues and Markov parameters. " * 20)
     arguments = "distill model budgeted --max-increase 5% --text budget.txt --finetune 2 --json"
     status, out, _ = call(arguments, workplace)
@@ -339,9 +344,7 @@ def test_distill_under_a_budget_of_quality_on_a_text(
     assert load(workplace / "budgeted").config.filter[0]["type"] == "modal"
 
 
-def test_distill_to_an_order_tells_the_loss_on_a_text(
-    workplace: Path, call: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_distill_to_an_order_tells_the_loss_on_a_text(workplace: Path, call: Call) -> None:
     (workplace / "words.txt").write_text("Hankel singular values. " * 9)
     status, out, _ = call("distill model told --order 3 --text words.txt", workplace)
     assert status == 0 and "Loss on" in out and "after" in out
@@ -362,7 +365,7 @@ def test_distill_to_an_order_tells_the_loss_on_a_text(
 )
 def test_distill_refuses_options_that_do_not_go_together(
     workplace: Path,
-    call: Callable[..., tuple[int, str, str]],
+    call: Call,
     arguments: str,
     status: int,
     message: str,

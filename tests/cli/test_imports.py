@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ pytest.importorskip("accelerate")
 
 from gramian import _imports
 from gramian.filters import _filter
+from gramian.mixers import MIXERS
 from gramian.tasks import _task
 from gramian.training import ConfigError, load_config, parse_config, train
 
@@ -29,13 +31,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gramian import filters, tasks
+from gramian import filters, mixers, tasks
 from gramian.filters import ImplicitFilter
+from gramian.mixers import MultiHyena
 
 
 @filters.register("mine")
 class Mine(ImplicitFilter):
     """An implicit filter by another name."""
+
+
+@mixers.register("my_hyena")
+class MyHyena(MultiHyena):
+    """MultiHyena by another name."""
 
 
 @tasks.register("promoters")
@@ -60,6 +68,7 @@ model:
   hidden_size: 8
   num_hidden_layers: 1
   num_heads: 2
+  mixers: my_hyena
   filter: {type: mine, frequency: 1.0}
 optimization: {steps: 1, batch_size: 2}
 hardware: {device: cpu}
@@ -69,16 +78,14 @@ hardware: {device: cpu}
 @pytest.fixture
 def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """Forget what modules registered, as a new process would not know it; again at the end."""
-    known = {
-        "tasks": dict(_task._REGISTRY),
-        "filters": dict(_filter._REGISTRY),
-        "modules": set(sys.modules),
-    }
+    registries: tuple[dict[str, Any], ...] = (_task._REGISTRY, _filter._REGISTRY, MIXERS)
+    known = [dict(registry) for registry in registries]
 
     def back() -> None:
         monkeypatch.setattr(_imports, "_LOADED", {})
-        monkeypatch.setattr(_task, "_REGISTRY", dict(known["tasks"]))
-        monkeypatch.setattr(_filter, "_REGISTRY", dict(known["filters"]))
+        for registry, before in zip(registries, known, strict=True):
+            registry.clear()
+            registry.update(before)
         for name in [name for name in sys.modules if name.startswith("my_")]:
             del sys.modules[name]
 
@@ -99,6 +106,7 @@ def test_a_run_keeps_a_copy_that_every_command_finds(
 ) -> None:
     status, _, err = call("train config.yaml", place)
     assert status == 1 and "unknown task 'promoters'" in err
+    assert err.endswith("Parts of your own need --import MODULE.\n")
     status, out, err = call("train config.yaml --import my_parts.py", place)
     assert status == 0, err
     assert "with a copy of my_parts.py" in " ".join(out.split())
@@ -118,7 +126,7 @@ def test_a_run_keeps_a_copy_that_every_command_finds(
 
     forget()
     status, _, err = call("generate run/best --prompt ACGT", place)
-    assert status == 1 and "unknown filter type 'mine'" in err
+    assert status == 1 and "'my_hyena'" in err and "--import MODULE" in err
     for command in (
         "generate run/best --prompt ACGT --max-new-tokens 2",
         "check run/best --batch 2 --length 6 --order 0 --dtype float32",

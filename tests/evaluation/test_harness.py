@@ -16,6 +16,8 @@ import torch
 pytest.importorskip("lm_eval")
 pytest.importorskip("typer")
 
+from transformers.utils import logging
+
 import gramian.cli
 from gramian.distillation import distill
 from gramian.evaluation import EvaluationReport, HarnessError, Measure, evaluate_harness
@@ -205,6 +207,20 @@ def test_before_and_after_a_distillation(
         assert line["error"] == pytest.approx(pair.error, rel=1e-4, abs=1e-9)
     bits = found["local_text", "bits_per_byte"]
     assert bits["difference"] != 0 and bits["error"] > 0
+
+
+def test_long_texts_are_not_said_to_end_in_errors(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = ByteTokenizer(model_max_length=4)
+    logging.set_verbosity_warning()
+    evaluate_harness(
+        model(folder, "small"), tokenizer, ["local_text"], include_path=folder, limit=1
+    )
+    assert "indexing errors" not in "".join(capfd.readouterr())
+    tokenizer.deprecation_warnings.clear()
+    tokenizer("a long text")
+    assert "indexing errors" in capfd.readouterr().err
 
 
 @pytest.mark.slow  # the harness reads its thousands of task files to know their names

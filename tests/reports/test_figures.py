@@ -62,6 +62,7 @@ def test_distillation_shows_every_layer_and_the_tolerance() -> None:
         for name, errors in (("first", (1e-3, 2e-3)), ("second", (0.0, 0.0)))
     )
     report = DistillationReport(0.01, None, layers, 20, 100, 10, 0.5)
+    assert plot_distillation(report, "model to small").get_suptitle() == "model to small"
     spectra, errors, orders = plot_distillation(report).axes
     assert [list(line.get_ydata()) for line in spectra.lines] == [[1.0, 0.5, 0.25]] * 2
     assert list(np.asarray(errors.lines[0].get_ydata())) == [1.5e-3, 0.0]

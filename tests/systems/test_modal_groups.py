@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from gramian.filters import ModalFilter
 from gramian.systems import Modal
-from gramian.systems.modal import group_channels
+from gramian.systems._modal_recurrence import partition_channels
 
 COUNTS = {
     "one_large": (2,) * 20 + (64,) + (2,) * 10,
@@ -75,7 +75,7 @@ def test_states_have_little_padding(kind: str) -> None:
 
 def test_one_filter_of_many_modes_does_not_inflate_its_layer() -> None:
     counts = (8,) * 511 + (128,)
-    assert [group.modes for group in group_channels(counts)] == [8, 128]
+    assert [group.modes for group in partition_channels(counts)] == [8, 128]
     state = ModalFilter(512, counts, 64)().recurrence().initial_state((1, 512))
     assert state.nbytes == 8 * sum(counts)
 
@@ -85,7 +85,7 @@ def test_the_partition_is_the_best() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         counts = tuple(torch.randint(1, 12, (9,), generator=generator).tolist())
-        groups = group_channels(counts)
+        groups = partition_channels(counts)
         reached = sum(len(group.channels or counts) * group.modes for group in groups)
         ordered = sorted(counts)
         best = min(
@@ -98,7 +98,7 @@ def test_the_partition_is_the_best() -> None:
 
 def test_counts_follow_the_channels() -> None:
     system = make(COUNTS["one_large"])
-    assert system[3:25].groups == group_channels(COUNTS["one_large"][3:25])
+    assert system[3:25].groups == partition_channels(COUNTS["one_large"][3:25])
     assert system[::2].recurrence().initial_state((1, 16)).nbytes < 16 * (15 * 2 + 65)
     assert len(system[[20, 3]].groups) == 1  # unknown after other indices
     leaves, spec = pytree.tree_flatten(system)

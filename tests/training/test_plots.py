@@ -22,6 +22,10 @@ def test_training_curves_hold_every_line_that_has_a_value() -> None:
     assert list(held_out.get_xdata()) == [4] and list(held_out.get_ydata()) == [2.5]
     assert list(accuracy.lines[0].get_ydata()) == [0.25]
     assert len(plot_training(lines[:2]).axes) == 1
+    assert plot_training(lines).get_suptitle() == ""
+    assert plot_training(lines, title="runs/a").get_suptitle() == "runs/a"
+    long = plot_training(lines, title="x" * 99 + "/run").get_suptitle()
+    assert len(long) == 70 and long.startswith("…") and long.endswith("x/run")
 
 
 def test_the_metric_of_a_kind_from_outside_is_drawn() -> None:

@@ -433,6 +433,7 @@ def test_bars_where_no_axis_has_numbers() -> None:
         for name, score in zip(names, (0.25, 0.75), strict=True)
     )
     report = SweepReport("out", "accuracy", {"layer": names}, points)
+    assert plot_sweep(report).get_suptitle() == "out"
     (axes,) = plot_sweep(report).axes
     assert [bar.get_width() for bar in axes.patches] == [0.25, 0.75]
     failed = SweepReport("out", "accuracy", {"layer": ["a"]}, (PointReport("a", {}, error="x"),))

@@ -1,0 +1,270 @@
+"""The recurrence of modal systems, and the groups in which its states hold the channels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gramian.systems._recurrence import Recurrence
+from gramian.systems._state import State, broadcasts, define_state
+from gramian.systems._system import working_dtype
+from gramian.systems.blocks import BlockForm, RotationBlocks
+
+if TYPE_CHECKING:
+    from gramian.systems.modal import Modal
+
+__all__ = ["Group", "ModalRecurrence", "ModalState", "modes_fit", "partition_channels"]
+
+
+_MAX_GROUPS = 4
+_PADDING = 0.1  # share of padding that is tolerated rather than making one more group
+
+
+@define_state
+class ModalState(State):
+    """`x_{t+1} = λ x_t + u_t` for every mode, real and imaginary parts.
+
+    One tensor for each group of channels with nearly as many modes, so that one channel of many
+    does not make all of them large: (*B, *C'[:-1], 2, m, C'[-1]). The last of the channel
+    dimensions comes last: it is what a processor's vectors run along.
+    """
+
+    modes: tuple[Tensor, ...]
+
+
+class Group(NamedTuple):
+    """Channels, along the first of their dimensions, that are stepped together."""
+
+    channels: tuple[int, ...] | None  # None: all of them, in order
+    modes: int
+
+
+@functools.lru_cache(maxsize=1024)
+def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
+    """Partition channels of `counts` modes into few groups with little padding.
+
+    The fewest groups, at most four, whose padding is within a tenth of all modes, and of those the
+    partition with the least, by dynamic programming over the different counts.
+    """
+    sizes = sorted(set(counts))
+    many = [counts.count(size) for size in sizes]
+    # least[g][j]: slots of the j smallest sizes in g groups, and where the last of them begins
+    least: list[list[tuple[float, int]]] = [[(0.0, 0)] + [(torch.inf, 0)] * len(sizes)]
+    groups = 0
+    while groups < _MAX_GROUPS:
+        groups += 1
+        row = [(torch.inf, 0)]
+        for j in range(1, len(sizes) + 1):
+            costs = [least[-1][i][0] + sum(many[i:j]) * sizes[j - 1] for i in range(j)]
+            best = min(range(j), key=costs.__getitem__)
+            row.append((costs[best], best))
+        least.append(row)
+        if row[-1][0] <= (1 + _PADDING) * sum(counts):
+            break
+    if groups == 1:
+        return (Group(None, sizes[-1]),)
+    found, end = [], len(sizes)
+    for g in range(groups, 0, -1):
+        begin = least[g][end][1]
+        inside = {*sizes[begin:end]}
+        members = tuple(c for c, count in enumerate(counts) if count in inside)
+        found.append(Group(members, sizes[end - 1]))
+        end = begin
+    return tuple(reversed(found))
+
+
+def modes_fit(state: ModalState, groups: tuple[Group, ...], dims: int, shape: torch.Size) -> bool:
+    """Return whether a state of these groups of channels, of `dims` dimensions, is one for samples
+    of `shape`."""
+    if len(state.modes) != len(groups):
+        return False
+    for (channels, modes), tensor in zip(groups, state.modes, strict=True):
+        found = tensor.shape
+        pair = len(found) - (3 if dims else 2)
+        if pair < 0 or found[pair : pair + 2] != (2, modes):
+            return False
+        lead = found[:pair] + found[pair + 2 :]
+        wanted = shape
+        if channels is not None:
+            wanted = torch.Size((*shape[:-dims], len(channels), *shape[len(shape) - dims + 1 :]))
+        if lead != wanted and not broadcasts(lead, wanted):
+            return False
+    return True
+
+
+class _GroupStep(NamedTuple):
+    """What stepping a group needs, shaped against its state."""
+
+    channels: Tensor | None
+    real: Tensor  # of the poles, (*C[:-1], m, C[-1])
+    imaginary: Tensor
+    read_real: Tensor  # Re (r x) = (Re r)(Re x) - (Im r)(Im x)
+    read_imaginary: Tensor
+
+    def widen(self, width: int) -> _GroupStep:
+        """Repeat the numbers side by side, for streams that share a filter along the last
+        dimension."""
+
+        channels, *values = self
+        assert all(value is not None for value in values)
+        return _GroupStep(
+            channels, *(value.expand(*value.shape[:-1], width).contiguous() for value in values)
+        )
+
+
+class ModalRecurrence(Recurrence[ModalState]):
+    """`y_t = Re Σ_k residues_k x_k + d u_t`, `x ← λ x + u_t`, in real numbers."""
+
+    form = "modal"
+    state_type = ModalState
+
+    def __init__(self, system: Modal) -> None:
+        self.system: Modal = system.frozen()
+        dtype = working_dtype(system.d)
+        self._d = self._like = self.system.d.to(dtype)
+        self._pair = self.system._pair
+        self._widened: dict[int, list[_GroupStep]] = {}
+        self._partition = self.system.groups
+        self._groups = []
+        for group in self._partition:
+            part = self.system._part(group)
+            poles = part.poles.movedim(-1, self._pair + 1)
+            residues = part.residues.movedim(-1, self._pair + 1)
+            channels = group.channels
+            self._groups.append(
+                _GroupStep(
+                    None if channels is None else torch.tensor(channels, device=poles.device),
+                    poles.real.to(dtype).contiguous(),
+                    poles.imag.to(dtype).contiguous(),
+                    residues.real.to(dtype).contiguous(),
+                    -residues.imag.to(dtype).contiguous(),
+                )
+            )
+        order = [group.channels for group in self._groups if group.channels is not None]
+        self._place = torch.cat(order).argsort() if order else None
+
+    def initial_state(
+        self,
+        batch_shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> ModalState:
+        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
+        split = len(shape) - self._d.ndim
+        if self._d.ndim and self._d.shape[-1] == 1 and shape[-1] not in self._widened:
+            self._widened[shape[-1]] = [group.widen(shape[-1]) for group in self._groups]
+        states = []
+        for group in self._partition:
+            channels = list(shape[split:])
+            if group.channels is not None:
+                channels[0] = len(group.channels)
+            size = (*shape[:split], *channels[:-1], 2, group.modes, *channels[-1:])
+            states.append(self._like.new_zeros(size, dtype=dtype, device=device))
+        return ModalState(tuple(states))
+
+    def _fits(self, state: ModalState, shape: torch.Size) -> bool:
+        return modes_fit(state, self._partition, self._d.ndim, shape)
+
+    def _prefill(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
+        return self.system._apply_from(u, state)
+
+    def _groups_for(self, sample: Tensor) -> list[_GroupStep]:
+        return self._widened.get(sample.shape[-1] if self._d.ndim else 1, self._groups)
+
+    def _select(self, sample: Tensor, group: _GroupStep) -> Tensor:
+        """Take the channels of a group."""
+        if group.channels is None:
+            return sample
+        return sample.index_select(-self._d.ndim, group.channels)
+
+    def _read(self, outputs: list[Tensor], sample: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return y, from what the modes of every group give."""
+        y = outputs[0]
+        if self._place is not None:
+            dims = self._d.ndim
+            y = torch.cat(outputs, dim=-dims).index_select(-dims, self._place)
+        return torch.addcmul(y, self._d, sample).to(dtype)
+
+    def _advance(self, u_t: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
+        pair = self._pair
+        sample = u_t.to(state.modes[0].dtype)
+        outputs, states = [], []
+        for group, modes in zip(self._groups_for(sample), state.modes, strict=True):
+            re, im = modes.unbind(pair)
+            outputs.append((re * group.read_real + im * group.read_imaginary).sum(pair + 1))
+            entered = self._select(sample, group).unsqueeze(pair + 1)
+            turned = re * group.real - im * group.imaginary + entered
+            states.append(torch.stack([turned, im * group.real + re * group.imaginary], dim=pair))
+        return self._read(outputs, sample, u_t.dtype), ModalState(tuple(states))
+
+    def _step(self, u_t: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
+        pair = self._pair
+        sample = u_t.to(state.modes[0].dtype)
+        outputs = []
+        for group, modes in zip(self._groups_for(sample), state.modes, strict=True):
+            re, im = modes.unbind(pair)  # (*B, *C'[:-1], m, C'[-1])
+            read = torch.addcmul(re * group.read_real, im, group.read_imaginary)
+            outputs.append(read.sum(pair + 1))
+            turned = im * group.imaginary
+            im.mul_(group.real).addcmul_(re, group.imaginary)
+            entered = self._select(sample, group).unsqueeze(pair + 1)
+            re.mul_(group.real).sub_(turned).add_(entered)
+        return self._read(outputs, sample, u_t.dtype), state
+
+    def block_form(self, size: int, streams: int = 0) -> BlockForm[ModalState]:
+        return ModalBlockForm(self.system, size, self._like.dtype, streams)
+
+
+class ModalBlockForm(BlockForm[ModalState]):
+    """The block form of a modal system, a part for each group of channels.
+
+    Args:
+        system: The modal system.
+        size: c.
+        dtype: The dtype of the state.
+        streams: As in `BlockForm`.
+    """
+
+    def __init__(self, system: Modal, size: int, dtype: torch.dtype, streams: int = 0) -> None:
+        parts = []
+        for group in system.groups:
+            part, channels = system._part(group), group.channels
+            poles, residues = (
+                value.reshape(-1, value.shape[-1]) for value in (part.poles, part.residues)
+            )
+            index = None if channels is None else torch.tensor(channels, device=poles.device)
+            d = part.d.flatten()
+            parts.append(RotationBlocks.from_modes(poles, residues, d, size, dtype, index))
+        super().__init__(parts, streams)
+        self._channels = bool(system.channel_shape)
+
+    def pack(self, state: ModalState) -> list[Tensor]:
+        packed = []
+        for part, modes in zip(self.parts, state.modes, strict=True):
+            if self.streams:  # (batch, heads, N, 2, m, N)
+                x = modes.permute(0, 1, 3, 4, 2, 5)
+                packed.append(x.flatten(2, 3).flatten(3, 4))
+            elif self._channels:  # (batch, *C[:-1], 2, m, C[-1])
+                x = modes.movedim(-1, -3)
+                packed.append(x.reshape(x.shape[0], part.inside.shape[0], -1, 1))
+            else:
+                packed.append(modes.reshape(modes.shape[0], 1, -1, 1))
+        return packed
+
+    def unpack(self, packed: Sequence[Tensor], like: ModalState) -> ModalState:
+        states = []
+        for x, old in zip(packed, like.modes, strict=True):
+            shape = old.shape
+            if self.streams:
+                x = x.unflatten(3, (shape[2], shape[5])).unflatten(2, (2, shape[4]))
+                states.append(x.permute(0, 1, 4, 2, 3, 5))
+            elif self._channels:
+                inner = x.reshape(shape[0], *shape[1:-3], shape[-1], 2, shape[-2])
+                states.append(inner.movedim(-3, -1))
+            else:
+                states.append(x.reshape(shape))
+        return ModalState(tuple(state.contiguous() for state in states))

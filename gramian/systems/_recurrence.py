@@ -1,0 +1,179 @@
+"""The contract of every recurrence: a frozen system that steps and carries a state."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, ClassVar, Generic
+
+import torch
+from torch import Tensor
+
+from gramian.systems._state import State, StateT, check_state, vector_fits, wrong_shapes
+from gramian.systems._system import System
+from gramian.systems.blocks import BlockForm
+
+__all__ = ["Recurrence", "VectorRecurrence"]
+
+
+class Recurrence(abc.ABC, Generic[StateT]):
+    """A system made ready to be stepped: a frozen snapshot, through which no gradient flows.
+
+    A subclass names the type of its states and the dtype and device of a new one (`_like`), makes
+    an initial state, and computes `_advance`. Where a step can reuse the memory of its state, the
+    subclass computes `_step` too.
+    """
+
+    form: str
+    """How it steps: "modal", "lattice", "companion", "state_space", "dplr", "online",
+    "time_varying" or "dense"."""
+
+    error: float = 0.0
+    """Largest relative l2 error, over channels, of the impulse response that the recurrence steps
+    through against the taps that the system was made from; 0 where it was made from no taps."""
+
+    state_type: ClassVar[type[State]]
+    """The type of the states that it carries."""
+
+    system: System
+    """The frozen copy of the system that it steps."""
+
+    @abc.abstractmethod
+    def initial_state(
+        self,
+        batch_shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> StateT:
+        """Return the state of a silent past for samples of shape `batch_shape` = (*B, *C')."""
+
+    @torch.no_grad()
+    def prefill(self, u: Tensor, state: StateT | None = None) -> tuple[Tensor, StateT]:
+        """Take the chunk `u` (*B, *C', T) at once.
+
+        Args:
+            u: The chunk.
+            state: Where the past left off; None: a silent past.
+
+        Returns:
+            y (*B, *C', T) and the new state.
+
+        Raises:
+            TypeError: if `state` is not of `state_type`.
+            ValueError: if the shape of `state` does not fit the system and `u`.
+        """
+        if state is None:
+            state = self.initial_state(u.shape[:-1], device=u.device)
+        else:
+            self._check_state(state, u.shape[:-1])
+        return self._prefill(u, state)
+
+    def advance(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
+        """Take one sample (*B, *C') and write into nothing.
+
+        Returns:
+            y (*B, *C') and the new state; `state` stays as it was. What `torch.export` traces.
+
+        Raises:
+            TypeError: if `state` is not of `state_type`.
+            ValueError: if the shape of `state` does not fit the system and `u_t`.
+        """
+        self._check_state(state, u_t.shape)
+        return self._advance(u_t, state)
+
+    @torch.no_grad()
+    def step(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
+        """Take one sample (*B, *C') in place: `advance` in the memory of `state`.
+
+        Returns:
+            y (*B, *C') and the new state. `state` is consumed: use only the one returned.
+
+        Raises:
+            TypeError: if `state` is not of `state_type`.
+            ValueError: if the shape of `state` does not fit the system and `u_t`.
+        """
+        self._check_state(state, u_t.shape)
+        return self._step(u_t, state)
+
+    def block_form(self, size: int, streams: int = 0) -> BlockForm[StateT]:
+        """Return the matrices that take `size` samples at once, in the layout of the state.
+
+        Args:
+            size: Samples in a block, a power of two, at least 2.
+            streams: Dimensions of size 1 after the first channel dimension along which the system
+                is shared, as by the outer products of MultiHyena.
+
+        Raises:
+            ValueError: if the recurrence has no state matrix that is the same at every step.
+        """
+        raise ValueError(
+            f'a recurrence of the form "{self.form}" has no constant state matrix, so it has no '
+            "block form."
+        )
+
+    @abc.abstractmethod
+    def _prefill(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
+        """Compute `prefill` from a state that was checked."""
+
+    @abc.abstractmethod
+    def _advance(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
+        """Compute `advance` from a state that was checked."""
+
+    def _step(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
+        """Compute `step` from a state that was checked; by default as `advance` does."""
+        return self._advance(u_t, state)
+
+    def _fits(self, state: StateT, shape: torch.Size) -> bool:
+        """Return whether the shapes of a state are those that samples of `shape` need."""
+        return self.system._fits(state, shape)
+
+    def _check_state(self, state: StateT, shape: torch.Size) -> None:
+        if not isinstance(state, self.state_type):
+            check_state(f'this recurrence of the form "{self.form}"', state, [self.state_type])
+        if not self._fits(state, shape):
+            raise wrong_shapes(state, shape)
+
+
+class VectorRecurrence(Recurrence[StateT]):
+    """Base class of the recurrences whose state holds one tensor (*B, *C', *S).
+
+    A subclass sets `_like` (a tensor of the dtype and device of the state) and `_state_shape` S.
+    """
+
+    _like: Tensor
+    _state_shape: tuple[int, ...]
+
+    def initial_state(
+        self,
+        batch_shape: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> StateT:
+        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
+        return self._make_state(
+            self._like.new_zeros(*shape, *self._state_shape, dtype=dtype, device=device)
+        )
+
+    def _make_state(self, tensor: Tensor) -> StateT:
+        """Return a state around its tensor."""
+        make: Any = self.state_type
+        return make(tensor)
+
+    def _prefill(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
+        return self.system._apply_from(u, state)
+
+    def _fits(self, state: StateT, shape: torch.Size) -> bool:
+        return vector_fits(state[0], self._state_shape, shape)
+
+    def _measured_error(self, taps: Tensor) -> float:
+        """Largest relative l2 error, over channels, of the impulse response as stepped against
+        `taps` (*C, K); infinite where the recurrence overflows."""
+        state = self.initial_state(taps.shape[:-1])
+        sample = torch.ones_like(taps[..., 0])
+        outputs = []
+        for _ in range(taps.shape[-1]):
+            y, state = self.step(sample, state)
+            outputs.append(y)
+            sample = torch.zeros_like(sample)
+        difference = torch.linalg.vector_norm(torch.stack(outputs, -1) - taps, dim=-1)
+        scale = torch.linalg.vector_norm(taps, dim=-1).clamp_min(torch.finfo(taps.dtype).tiny)
+        return float((difference / scale).nan_to_num(torch.inf).amax()) if taps.numel() else 0.0

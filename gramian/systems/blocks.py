@@ -1,0 +1,231 @@
+r"""The block form of time-invariant recurrences: c samples at a time as matrix products.
+
+With the realisation `x ← A x + B u`, `y = C x + D u`, a block of c samples takes
+
+    y_block = T u_block + O x,  O = [C; CA; …; CA^(c-1)],  T = Toeplitz(D, CB, CAB, …),
+    x ← A^c x + R u_block,      R = [A^(c-1)B, …, AB, B],
+
+so outputs and inputs to the state are matrix products over all blocks at once, and only `A^c x`
+goes from block to block. Matrices are computed in double precision and rounded to the dtype of the
+state. Powers of a state matrix are taken one step after the other, as `gramian.ops.krylov` takes
+them where they cannot be squared: the companion matrix of poles that crowd has powers of norm 1e10
+and more, and the error of a squared power grows with the square of that norm.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Generic
+
+import torch
+from torch import Tensor
+
+from gramian.ops.vandermonde import integer_power
+from gramian.systems._state import StateT
+
+if TYPE_CHECKING:
+    from gramian.systems.state_space import StateSpace
+
+__all__ = ["BlockForm", "Blocks", "MatrixBlocks", "RotationBlocks", "VectorBlockForm"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocks(abc.ABC):
+    """The block matrices of G channels with states (batch, G, n, streams) of one size n."""
+
+    inside: Tensor
+    """T, (G, c, c)."""
+    observe: Tensor
+    """O, (G, c, n)."""
+    reach: Tensor
+    """R, (G, n, c)."""
+    whole: Tensor
+    """A^c, in the form that `advance` takes."""
+    powers: Tensor
+    """Lower powers of A, in the form that `advance_by` takes."""
+    channels: Tensor | None = None
+    """The indices of the channels along their first dimension; None: all of them."""
+
+    @abc.abstractmethod
+    def advance(self, x: Tensor) -> Tensor:
+        """Return `A^c x` for x (batch, G, n, streams)."""
+
+    @abc.abstractmethod
+    def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
+        """Return `A^steps x` for an integer tensor () below c."""
+
+    def select(self, u: Tensor) -> Tensor:
+        """Take these channels of u (batch, channels, …)."""
+        return u if self.channels is None else u.index_select(1, self.channels)
+
+
+class RotationBlocks(Blocks):
+    """Blocks of modes: A multiplies pairs of numbers, all real parts then all imaginary ones.
+
+    `whole` is (2, G, m, 1), real and imaginary parts of λ^c, and `powers` (c, 2, G, m, 1), those of
+    λ^0 … λ^(c-1).
+    """
+
+    @classmethod
+    def from_modes(
+        cls,
+        poles: Tensor,
+        residues: Tensor,
+        d: Tensor,
+        size: int,
+        dtype: torch.dtype,
+        channels: Tensor | None = None,
+    ) -> RotationBlocks:
+        """Make the blocks of `h_0 = d`, `h_t = Re Σ_k residues_k poles_k^(t-1)`.
+
+        Args:
+            poles: (G, m), complex.
+            residues: (G, m), complex.
+            d: (G), real.
+            size: c.
+            dtype: The dtype of the state.
+            channels: The indices of the channels; None: all of them.
+        """
+        poles, residues = poles.to(torch.complex128), residues.to(torch.complex128)
+        powers = torch.stack([integer_power(poles, t) for t in range(size + 1)])
+        read = (residues * powers).movedim(0, 1)[:, :size]  # (G, c, m)
+        taps = torch.cat([d.double().unsqueeze(-1), read.real.sum(-1)[:, : size - 1]], dim=-1)
+        enter = powers[:size].flip(0).movedim(0, 2)  # (G, m, c)
+        planes = torch.stack([powers.real, powers.imag], dim=1).unsqueeze(-1).to(dtype)
+        return cls(
+            inside=_toeplitz(taps).to(dtype),
+            observe=torch.cat([read.real, -read.imag], dim=-1).to(dtype),
+            reach=torch.cat([enter.real, enter.imag], dim=1).to(dtype),
+            whole=planes[size],
+            powers=planes[:size],
+            channels=channels,
+        )
+
+    def advance(self, x: Tensor) -> Tensor:
+        return _rotate(x, self.whole)
+
+    def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
+        return _rotate(x, self.powers.index_select(0, steps.reshape(1)).squeeze(0))
+
+
+class MatrixBlocks(Blocks):
+    """Blocks of a dense state matrix: `whole` is A^c, (G, n, n), and `powers` (log₂ c, G, n, n)
+    are A, A², A⁴, …"""
+
+    @classmethod
+    def from_matrices(
+        cls, A: Tensor, B: Tensor, C: Tensor, D: Tensor, size: int, dtype: torch.dtype
+    ) -> MatrixBlocks:
+        """Make the blocks of a realisation.
+
+        Args:
+            A: (*C, n, n).
+            B: (*C, n).
+            C: (*C, n).
+            D: (*C).
+            size: c, a power of two, at least 2.
+            dtype: The dtype of the state.
+        """
+        order, groups = B.shape[-1], D.numel()
+        A, D = A.double().reshape(groups, order, order), D.double().reshape(groups)
+        B, C = (vector.double().reshape(groups, order) for vector in (B, C))
+        rows, columns, power, powers = [C], [B], A, []
+        for t in range(1, size):
+            rows.append((rows[-1].unsqueeze(-2) @ A).squeeze(-2))
+            columns.append((A @ columns[-1].unsqueeze(-1)).squeeze(-1))
+            if not t & (t - 1):
+                powers.append(power)
+            power = A @ power
+        observe = torch.stack(rows, dim=-2)
+        markov = (observe @ B.unsqueeze(-1)).squeeze(-1)
+        taps = torch.cat([D.unsqueeze(-1), markov[:, : size - 1]], dim=-1)
+        return cls(
+            inside=_toeplitz(taps).to(dtype),
+            observe=observe.to(dtype),
+            reach=torch.stack(columns[::-1], dim=-1).to(dtype),
+            whole=power.to(dtype),
+            powers=torch.stack(powers).to(dtype),
+        )
+
+    def advance(self, x: Tensor) -> Tensor:
+        return self.whole @ x
+
+    def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
+        for bit, power in enumerate(self.powers.unbind()):
+            wanted = torch.div(steps, 2**bit, rounding_mode="floor") % 2 == 1
+            x = torch.where(wanted, power @ x, x)
+        return x
+
+
+class BlockForm(abc.ABC, Generic[StateT]):
+    """A recurrence as block matrices, and the way of its states into their layout and back.
+
+    Args:
+        parts: Blocks for each group of channels that the state keeps together.
+        streams: Dimensions after the first channel dimension along which the system is shared.
+    """
+
+    def __init__(self, parts: Sequence[Blocks], streams: int = 0) -> None:
+        self.parts = tuple(parts)
+        self.streams = streams
+
+    @abc.abstractmethod
+    def pack(self, state: StateT) -> list[Tensor]:
+        """Return the tensors of a state as (batch, G, n, streams), one for each part."""
+
+    @abc.abstractmethod
+    def unpack(self, packed: Sequence[Tensor], like: StateT) -> StateT:
+        """Return the state of which `pack` makes `packed`, with the shapes of `like`."""
+
+    def restore_order(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the channels of all parts, (batch, channels, …) each, in their own order."""
+        channels = [part.channels for part in self.parts if part.channels is not None]
+        if len(outputs) == 1 or not channels:
+            return outputs[0]
+        return torch.cat([*outputs], dim=1).index_select(1, torch.cat(channels).argsort())
+
+
+class VectorBlockForm(BlockForm[StateT]):
+    """The block form of a state with one tensor (batch, *C, *S), a vector for each channel."""
+
+    @classmethod
+    def from_state_space(
+        cls, system: StateSpace, size: int, dtype: torch.dtype, streams: int = 0
+    ) -> VectorBlockForm[StateT]:
+        """Make the block form of a recurrence from a realisation on its flattened state.
+
+        Args:
+            system: The realisation.
+            size: c, a power of two, at least 2.
+            dtype: The dtype of the state.
+            streams: As in `BlockForm`.
+        """
+        matrices = system.A, system.B, system.C, system.D
+        return cls([MatrixBlocks.from_matrices(*matrices, size, dtype)], streams)
+
+    def pack(self, state: StateT) -> list[Tensor]:
+        x: Tensor = state[0]
+        if self.streams:  # (batch, heads, *streams, *S)
+            x = x.flatten(2 + self.streams)
+            return [x.flatten(2, 1 + self.streams).mT]
+        return [x.reshape(x.shape[0], self.parts[0].inside.shape[0], -1, 1)]
+
+    def unpack(self, packed: Sequence[Tensor], like: StateT) -> StateT:
+        shape = like[0].shape
+        x = packed[0].mT if self.streams else packed[0]
+        kind: Any = type(like)
+        return kind(x.reshape(shape))
+
+
+def _toeplitz(taps: Tensor) -> Tensor:
+    """Return the lower triangular Toeplitz matrices (G, c, c) of taps (G, c)."""
+    size = taps.shape[-1]
+    return torch.nn.functional.pad(taps, (size - 1, 0)).unfold(-1, size, 1).flip(-1)
+
+
+def _rotate(x: Tensor, factor: Tensor) -> Tensor:
+    re, im = x.chunk(2, dim=2)
+    real, imaginary = factor[0], factor[1]
+    return torch.cat([re * real - im * imaginary, re * imaginary + im * real], dim=2)
