@@ -14,7 +14,7 @@ __all__ = ["check_spectral_radius", "infinite_hankel_singular_values"]
 
 
 def infinite_hankel_singular_values(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """(*C, n), descending, of a state matrix inside the unit circle whose powers are bounded.
+    """Compute the values (*C, n), descending, for a stable state matrix with bounded powers.
 
     Args:
         A: (*C, n, n), float64.

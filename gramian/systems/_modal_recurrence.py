@@ -108,7 +108,6 @@ class _GroupStep(NamedTuple):
     def widen(self, width: int) -> _GroupStep:
         """Repeat the numbers side by side, for streams that share a filter along the last
         dimension."""
-
         channels, *values = self
         assert all(value is not None for value in values)
         return _GroupStep(

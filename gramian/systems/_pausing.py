@@ -1,6 +1,6 @@
 r"""Chunks in which the streams of a batch have different numbers of samples.
 
-Sequences of different lengths share a chunk by ending together: stream b starts with ``pause[b]``
+Sequences of different lengths share a chunk by ending together: stream b starts with `pause[b]`
 columns that are no time at all. From a silent past zeros there leave no trace; a state that
 remembers something must stay as it is until the stream's first sample.
 
@@ -34,10 +34,10 @@ class _Piece(NamedTuple):
 
 
 class Pause:
-    """How many columns of a chunk are no time, for every stream of a batch.
+    """The number of columns of a chunk that are no time, for every stream of a batch.
 
     Args:
-        steps: (batch) integers from 0 to ``length``.
+        steps: (batch) integers from 0 to `length`.
         length: Columns of the chunk.
     """
 
@@ -47,7 +47,7 @@ class Pause:
         self._pieces: list[_Piece] | None = None
 
     def within(self, begin: int, end: int) -> Pause:
-        """The pause of the columns ``begin`` … ``end - 1``, taken as a chunk of their own."""
+        """Return the pause of the columns `begin` … `end - 1` as a chunk of their own."""
         length = min(end, self.length) - begin
         return Pause([min(max(step - begin, 0), length) for step in self.steps], length)
 
@@ -77,16 +77,16 @@ def _any(counts: list[int], bit: int) -> bool:
 
 
 def apply_paused(operator: Operator, u: Tensor, state: State, pause: Pause) -> tuple[Tensor, State]:
-    """``operator(u, state)``, with the state held where the streams pause.
+    """Compute `operator(u, state)` with the state held where the streams pause.
 
     Args:
-        operator: A system with a state, or its recurrence's ``prefill``.
+        operator: A system with a state, or its recurrence's `prefill`.
         u: (batch, *C', T); what it holds where a stream pauses is not looked at.
         state: Of the operator, batch first.
         pause: Of T columns.
 
     Returns:
-        y of the shape of ``u``, zero where a stream pauses, and the state after the chunk.
+        y of the shape of `u`, zero where a stream pauses, and the state after the chunk.
     """
     if not any(pause.steps):
         return operator(u, state)
@@ -117,7 +117,7 @@ class PausedOperator:
     """`apply_paused` for a chunk that is taken at once, or part by part in the order of time.
 
     Args:
-        operator: A system with a state, or its recurrence's ``prefill``.
+        operator: A system with a state, or its recurrence's `prefill`.
         pause: Of the whole chunk.
     """
 

@@ -1,4 +1,4 @@
-"""What rounding of the numbers that a system is given by does to its frequency response."""
+"""Warnings where rounding of a system's numbers changes its frequency response."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _LOST = 1e-6
 of the digits in single precision and below."""
 
 _RADIUS = 1 + 2.0**-14
-"""Of the circle on which it is looked at: a pole at z = 1 is no singularity there."""
+"""Radius of the circle on which a response is evaluated: a pole at z = 1 is regular there."""
 
 
 def delays(poles: Tensor, points: int) -> Tensor:
-    """``z^-1`` at the angles of the poles (*C, n) and at ``points`` more of the upper half circle,
-    (*C, n + points)."""
+    """Return `z^-1` at the angles of the poles (*C, n) and at `points` more of the upper half
+    circle, (*C, n + points)."""
     grid = torch.linspace(0, torch.pi, points, dtype=torch.float64, device=poles.device)
     angles = torch.cat([poles.angle(), grid.expand(*poles.shape[:-1], -1)], dim=-1)
     return torch.polar(torch.full_like(angles, 1 / _RADIUS), -angles)

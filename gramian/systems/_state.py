@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-class State(tuple):
+class State(tuple[Any, ...]):
     """Base class of the named tuples that recurrences carry from step to step.
 
     Fields are real tensors with the batch in their first dimension, tuples of such fields, or

@@ -159,7 +159,6 @@ class System(abc.ABC, Generic[StateT]):
         dtype: torch.dtype | None = None,
     ) -> Self:
         """Move to another device, or another real floating-point dtype."""
-
         if isinstance(device, torch.dtype):
             device, dtype = None, device
 
@@ -365,7 +364,7 @@ def import_control() -> Any:
 @functools.cache
 def _split_fields(
     cls: type[System],
-) -> tuple[tuple[dataclasses.Field, ...], tuple[dataclasses.Field, ...]]:
+) -> tuple[tuple[dataclasses.Field[Any], ...], tuple[dataclasses.Field[Any], ...]]:
     """Return the fields of a class that hold tensors, and the static ones."""
     fields = dataclasses.fields(cls)
     static = tuple(field for field in fields if field.metadata.get("static"))

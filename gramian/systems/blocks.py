@@ -111,8 +111,10 @@ class RotationBlocks(Blocks):
 
 
 class MatrixBlocks(Blocks):
-    """Blocks of a dense state matrix: `whole` is A^c, (G, n, n), and `powers` (log₂ c, G, n, n)
-    are A, A², A⁴, …"""
+    """Blocks of a dense state matrix.
+
+    `whole` is A^c, (G, n, n), and `powers` (log₂ c, G, n, n) are A, A², A⁴ and so on.
+    """
 
     @classmethod
     def from_matrices(

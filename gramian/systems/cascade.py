@@ -1,11 +1,11 @@
-r"""Realisations of zeros, poles and gains that expand no polynomial.
+r"""Realizations of zeros, poles and gains that expand no polynomial.
 
 The coefficients of a polynomial of degree 10 whose zeros crowd do not hold them in double
 precision. Here a pair of poles stays a pair: a cascade of sections of second order
 
     H_s(z) = (b_0 z² + b_1 z + b_2) / (z² + a_1 z + a_2),
 
-each as ``A = [[σ, -ω² / m], [m, σ]]``, ``B = (1, 0)`` with poles σ ± iω: a rotation for m = ω, and
+each as `A = [[σ, -ω² / m], [m, σ]]`, `B = (1, 0)` with poles σ ± iω: a rotation for m = ω, and
 for poles that coincide still a matrix with bounded powers. What a section subtracts is computed in
 rational arithmetic, so that a zero near a pole loses nothing. Partial fractions of zeros and poles
 are products of quotients of differences, each accurate to the last digits.
@@ -31,13 +31,13 @@ _PAIRED = 100 * np.finfo(np.float64).eps
 
 
 class Section(NamedTuple):
-    """``(b_0 z^n + … + b_n) / (z^n + … + a_n)``, of degree n = len(a) ≤ 2, exact."""
+    """`(b_0 z^n + … + b_n) / (z^n + … + a_n)`, of degree n = len(a) ≤ 2, exact."""
 
     b: tuple[Fraction, ...]
     a: tuple[Fraction, ...]
 
     def roots(self) -> tuple[list[complex], list[complex]]:
-        """Zeros and poles, as near as double precision has them."""
+        """Return zeros and poles, as near as double precision has them."""
         first = next((k for k, value in enumerate(self.b) if value), len(self.b))
         top = self.b[first:] or (Fraction(1),)
         return _roots([value / top[0] for value in top[1:]]), _roots(self.a)
@@ -47,7 +47,7 @@ class Section(NamedTuple):
         return num / np.polyval([1.0, *(float(value) for value in self.a)], z)
 
     def realize(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
-        """(A, B, C, D), float64."""
+        """Return (A, B, C, D), float64."""
         direct = self.b[0]
         rest = [b - direct * a for b, a in zip(self.b[1:], self.a, strict=True)]
         if len(self.a) < 2:
@@ -64,7 +64,7 @@ class Section(NamedTuple):
 
 
 def _roots(a: Iterable[Fraction]) -> list[complex]:
-    """Of ``z^n + a_1 z^(n-1) + …``, n ≤ 2."""
+    """Return the roots of `z^n + a_1 z^(n-1) + …`, n ≤ 2."""
     match [*a]:
         case []:
             return []
@@ -82,7 +82,7 @@ def _roots(a: Iterable[Fraction]) -> list[complex]:
 
 
 def check_roots(zeros: ArrayLike, poles: ArrayLike, gain: float) -> list[np.ndarray]:
-    """Zeros and poles as complex vectors.
+    """Return zeros and poles as complex vectors.
 
     Raises:
         ValueError: if there are more zeros than poles, roots without their conjugates, or values
@@ -102,7 +102,7 @@ def check_roots(zeros: ArrayLike, poles: ArrayLike, gain: float) -> list[np.ndar
 
 
 def _pairs(name: str, roots: np.ndarray) -> tuple[list[complex], list[float]]:
-    """The roots above the real axis, one of each conjugate pair, and the real ones."""
+    """Return the roots above the real axis, one of each conjugate pair, and the real ones."""
     scale = _PAIRED * np.abs(roots)
     real = np.abs(roots.imag) <= scale
     upper, lower = ([*roots[~real & (sign * roots.imag > 0)]] for sign in (1, -1))
@@ -117,8 +117,10 @@ def _pairs(name: str, roots: np.ndarray) -> tuple[list[complex], list[float]]:
 
 
 def sections(zeros: np.ndarray, poles: np.ndarray) -> list[Section]:
-    """Zeros and poles in sections with leading coefficients 1 or 0, those whose poles are nearest
-    to the unit circle last, each with the zeros that are nearest to its poles.
+    """Group zeros and poles into sections with leading coefficients 1 or 0.
+
+    Sections whose poles are nearest to the unit circle come last, each with the zeros that are
+    nearest to its poles.
 
     Args:
         zeros: (m,), complex, of `check_roots`.
@@ -151,7 +153,7 @@ def sections(zeros: np.ndarray, poles: np.ndarray) -> list[Section]:
 
 
 def _expanded(roots: list[complex], degree: int) -> tuple[Fraction, ...]:
-    """``Π (z - root)`` of at most two real roots or one conjugate pair, the power ``degree``
+    """Expand `Π (z - root)` of at most two real roots or one conjugate pair, the power `degree`
     first."""
     real = [Fraction(root.real) for root in roots]
     if len(roots) == 2:
@@ -165,7 +167,7 @@ def _expanded(roots: list[complex], degree: int) -> tuple[Fraction, ...]:
 
 
 def cascade(parts: list[Section], gain: float = 1.0) -> tuple[np.ndarray, ...]:
-    """Sections after one another as (A, B, C, D), float64: (n, n), (n,), (n,) and ().
+    """Connect sections in series as (A, B, C, D), float64: (n, n), (n,), (n,) and ().
 
     Every section is scaled by a power of two, so that what the sections so far have made of a
     sinusoid is about 1 at most: no state is much larger than another.
@@ -191,7 +193,8 @@ def cascade(parts: list[Section], gain: float = 1.0) -> tuple[np.ndarray, ...]:
 def partial_fractions(
     zeros: np.ndarray, poles: np.ndarray, gain: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """One pole of each conjugate pair with its residue, which counts for both, and the direct term.
+    """Return one pole of each conjugate pair, its residue, which counts for both, and the direct
+    term.
 
     Args:
         zeros: (m,), complex, of `check_roots`.

@@ -1,4 +1,4 @@
-r"""Changes of realisation between systems.
+r"""Changes of realization between systems.
 
 The functions of the table return a system with the same impulse response, in float64, or refuse
 with the reason. What is exact in exact arithmetic but may be ruined by rounding (anything that goes
@@ -58,17 +58,17 @@ TOLERANCE = 1e-8
 """Relative l2 error of the impulse response up to which a conversion passes."""
 
 _TAPS = 4096
-"""Taps over which impulse responses are compared as they are computed, at most; and those of a
-system that is not stable, which grow without end."""
+"""Largest number of taps over which impulse responses are compared as they are computed, and the
+horizon of systems that are not stable, whose responses grow without end."""
 
 _LONG = 2**20
-"""Steps over which a system is compared that has a pole within `_MARGIN` of the unit circle."""
+"""Steps over which a system with a pole within `_MARGIN` of the unit circle is compared."""
 
 _MARGIN = 1e-7
 
 
 def to_transfer_function(system: TimeInvariantSystem, tol: float = TOLERANCE) -> TransferFunction:
-    """The system as a fraction of polynomials.
+    """Convert to a fraction of polynomials.
 
     The denominator is the product of `1 - λ z^-1` over the poles, the numerator the first n
     coefficients of its product with the impulse response. Its degree is that of the largest
@@ -101,7 +101,7 @@ def to_transfer_function(system: TimeInvariantSystem, tol: float = TOLERANCE) ->
 
 
 def to_modal(system: TimeInvariantSystem, tol: float = TOLERANCE) -> Modal:
-    """The system as poles and residues: partial fractions.
+    """Convert to poles and residues, by partial fractions.
 
     Args:
         system: A time-invariant system, channels (*C).
@@ -143,7 +143,7 @@ def to_modal(system: TimeInvariantSystem, tol: float = TOLERANCE) -> Modal:
 
 
 def to_state_space(system: TimeInvariantSystem) -> StateSpace:
-    """The system with a state matrix; always exact.
+    """Convert to a system with a state matrix; always exact.
 
     Args:
         system: A time-invariant system, channels (*C).
@@ -164,7 +164,7 @@ def to_state_space(system: TimeInvariantSystem) -> StateSpace:
 
 
 def to_fir(system: TimeInvariantSystem) -> FIR:
-    """The system as a finite kernel.
+    """Convert to a finite kernel.
 
     Args:
         system: An `FIR`, or a system of which every pole is zero.
@@ -194,7 +194,7 @@ def to_fir(system: TimeInvariantSystem) -> FIR:
 
 
 def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> TimeVarying:
-    """The first `length` steps of a system as a time-varying one.
+    """Convert the first `length` steps of a system to a time-varying one.
 
     Args:
         system: A time-invariant system of finite order, or a `TimeVarying` one to cut. A modal
@@ -223,7 +223,7 @@ def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> T
         D = dense.D
 
     def constant(value: Tensor, size: int) -> Tensor:
-        """With a time axis before the last `size` ones."""
+        """Insert a time axis before the last `size` ones."""
         lead, own = value.shape[: value.ndim - size], value.shape[value.ndim - size :]
         return value.unsqueeze(-1 - size).expand(*lead, length, *own)
 
@@ -232,7 +232,7 @@ def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> T
 
 
 def gated_convolution(system: TimeInvariantSystem, q: Tensor, k: Tensor) -> TimeVarying:
-    """`diag(q) T diag(k)`: the convolution T between two gates, what Hyena applies on one input.
+    """Make `diag(q) T diag(k)`: the convolution T between two gates, as Hyena applies it.
 
     Args:
         system: A time-invariant system of finite order, channels (*C).
@@ -267,7 +267,7 @@ def gated_convolution(system: TimeInvariantSystem, q: Tensor, k: Tensor) -> Time
 
 
 def to_dense_operator(system: System, length: int) -> DenseOperator:
-    """The first `length` steps of any system as a matrix, in the system's dtype.
+    """Convert the first `length` steps of any system to a matrix, in the system's dtype.
 
     Args:
         system: Any system, channels (*C).
@@ -280,7 +280,7 @@ def to_dense_operator(system: System, length: int) -> DenseOperator:
 
 
 def _all_poles(system: Modal) -> Tensor:
-    """(*C, n): the poles of every channel with the conjugates of pairs, padded with zeros."""
+    """Return every channel's poles with the conjugates of pairs, (*C, n), padded with zeros."""
     poles, residues = system.poles.to(torch.complex128), system.residues
     tiny = torch.finfo(system.poles.real.dtype).eps
     used = residues != 0
@@ -293,7 +293,7 @@ def _all_poles(system: Modal) -> Tensor:
 
 
 def _polynomial(zeros: Tensor) -> Tensor:
-    """Coefficients a_1 … a_n of `Π (1 - λ z^-1)`, (*C, n), complex128.
+    """Return the coefficients a_1 … a_n of `Π (1 - λ z^-1)`, (*C, n), complex128.
 
     The zeros are taken in the order of Leja, each as far as possible from those before it, which
     keeps the coefficients on the way from growing beyond the last ones.
@@ -307,7 +307,7 @@ def _polynomial(zeros: Tensor) -> Tensor:
 
 
 def _leja(points: Tensor) -> Tensor:
-    """The points (*C, n) reordered: each has the largest product of distances to those before."""
+    """Reorder points (*C, n): each has the largest product of distances to those before."""
     count = points.shape[-1]
     if count < 3:
         return points
@@ -349,9 +349,11 @@ def _verified(converted: _Converted, system: TimeInvariantSystem, tol: float) ->
 def conversion_error(
     converted: TimeInvariantSystem, system: TimeInvariantSystem, tol: float
 ) -> Tensor:
-    """Relative l2 error of the impulse response of a conversion, (*C): the larger of that for all
-    time, in exact arithmetic, and that of what both compute on the taps that matter to `tol`, at
-    most `_TAPS`."""
+    """Measure the relative l2 error of the impulse response of a conversion, (*C).
+
+    It is the larger of two: that for all time, in exact arithmetic, and that of what both systems
+    compute on the taps that matter to `tol`, at most `_TAPS`.
+    """
     error, memory = _difference(to_state_space(system), to_state_space(converted), tol)
     length = int(min(_TAPS, max(64, 8 * (system.order + 1), memory)))
     before = system.to(dtype=torch.float64).impulse_response(length)
@@ -362,8 +364,10 @@ def conversion_error(
 
 
 def _difference(before: StateSpace, after: StateSpace, tol: float) -> tuple[Tensor, float]:
-    """How far two systems are apart, by a square-root factor of the reachability Gramian of both
-    side by side: no condition number is squared, and the horizon has no end.
+    """Measure how far two systems are apart, over an infinite horizon.
+
+    A square-root factor of the reachability Gramian of both side by side gives it, so that no
+    condition number is squared.
 
     Returns:
         The l2 norm of the difference of the impulse responses relative to that of the first, (*C),
@@ -397,5 +401,5 @@ def _difference(before: StateSpace, after: StateSpace, tol: float) -> tuple[Tens
 
 
 def _radius(A: Tensor) -> Tensor:
-    """The spectral radius, (*C)."""
+    """Return the spectral radius, (*C)."""
     return torch.nn.functional.pad(torch.linalg.eigvals(A).abs(), (0, 1)).amax(-1)

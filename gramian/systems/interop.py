@@ -1,4 +1,4 @@
-"""Systems of python-control, and scipy's zeros, poles and gains and second-order sections."""
+"""Conversions from and to python-control, and scipy's zeros and poles and sections."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def to_control(system: TimeInvariantSystem) -> Any:
 
 
 def from_control(system: Any, dtype: torch.dtype = torch.float64) -> TransferFunction | StateSpace:
-    """A system of python-control, discrete in time, as one channel.
+    """Take a system of python-control, discrete in time, as one channel.
 
     Args:
         system: `control.TransferFunction` or `control.StateSpace` with one input and one
@@ -67,7 +67,7 @@ def from_control(system: Any, dtype: torch.dtype = torch.float64) -> TransferFun
 def from_zpk(
     zeros: Any, poles: Any, gain: float, dtype: torch.dtype = torch.float64
 ) -> TransferFunction:
-    """scipy's `gain Π (z - zeros) / Π (z - poles)` as one channel.
+    """Make one channel of scipy's `gain Π (z - zeros) / Π (z - poles)`.
 
     Args:
         zeros: (m,), in conjugate pairs, m ≤ n.
@@ -191,7 +191,7 @@ def _given_sections(sos: Any) -> list[Section]:
 
 
 def to_zpk(system: TransferFunction) -> tuple[np.ndarray, np.ndarray, float]:
-    """scipy's `(zeros, poles, gain)` of a transfer function of one channel, with
+    """Return scipy's `(zeros, poles, gain)` of a transfer function of one channel, with
     `H(z) = gain Π (z - zeros) / Π (z - poles)`.
 
     Raises:
@@ -209,8 +209,8 @@ def to_zpk(system: TransferFunction) -> tuple[np.ndarray, np.ndarray, float]:
 def _from_polynomials(
     num: np.ndarray, den: np.ndarray, dtype: torch.dtype, checked: bool = False
 ) -> TransferFunction:
-    """From polynomials in z, the highest power first; `checked`: what they hold is looked at
-    elsewhere."""
+    """Make a system of polynomials in z, the highest power first; `checked`: the caller has looked
+    at what they hold."""
     num = np.trim_zeros(num, "f")
     if len(num) > len(den):
         raise ValueError(

@@ -47,7 +47,7 @@ def schur() -> TransferFunction:
 
 
 def gains() -> TransferFunction:
-    """A system without a state."""
+    """Return a system without a state."""
     nothing = torch.zeros(CHANNELS, 0, dtype=torch.float64)
     return TransferFunction(nothing, nothing, torch.randn(CHANNELS, dtype=torch.float64))
 
@@ -79,7 +79,7 @@ def recurrence_of(name: str) -> Recurrence:
 
 
 def warm(recurrence: Recurrence, steps: int = 70) -> State:
-    """A state after some samples of two streams."""
+    """Return the state after some samples of two streams."""
     return recurrence.prefill(torch.randn(2, CHANNELS, steps, dtype=torch.float64))[1]
 
 
