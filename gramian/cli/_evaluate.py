@@ -107,6 +107,7 @@ def evaluate(
         raise typer.BadParameter("give at least one of --task, --config and --text.")
     if window is not None and stride is not None and stride > window:
         raise typer.BadParameter(f"--stride must be at most --window, {window}; got {stride}.")
+    _require_one_process()
     for name in [model] if against is None else [against, model]:
         if not Path(name).exists():
             raise UserError(f"there is no model {name}.")
@@ -114,7 +115,6 @@ def evaluate(
         raise UserError(f"there is no folder {include_path} of task files.")
     if output is not None:
         check_new(output)
-    _require_one_process()
     quiet_transformers()
     found, seed = find_tasks(task or [], settings or [], config, seed)
     texts = {str(path): read_texts(path) for path in text or []}

@@ -14,7 +14,6 @@ report.json        written last: the run is finished
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -32,20 +31,19 @@ from gramian import tasks
 from gramian._drawing import save_figure
 from gramian._imports import copy_parts, import_parts
 from gramian._nearest import unknown
-from gramian._processes import world_size
 from gramian._staging import staged_file
 from gramian.memory import MemoryLosses
 from gramian.memory.callbacks import StateSizeCallback
-from gramian.models import BLOCKS, GramianConfig
+from gramian.models import GramianConfig
 from gramian.models.labels import LabelError
 from gramian.tasks import Description, Task, find_kind
 from gramian.tasks.encoding import load_tokenizer
 from gramian.tasks.kinds import higher_is_better
+from gramian.training.arguments import count_steps, make_arguments
 from gramian.training.collation import Collator, Packer
 from gramian.training.configuration import (
     IMPORTS,
     ConfigError,
-    Hardware,
     TrainingConfig,
     parse_config,
 )
@@ -126,8 +124,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
         raise ConfigError(f"task {config.task['name']}: {error}") from error
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
-    steps = _steps(config, data)
-    arguments = _arguments(config, steps, progress is True)
+    arguments = make_arguments(config, count_steps(config, data), bar=progress is True)
     losses, packer = _losses(model, config), _packer(config, description)
 
     with arguments.main_process_first(local=False):
@@ -138,18 +135,19 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
     resumed_from = int(checkpoints[-1].name.rsplit("-", 1)[1]) if checkpoints else 0
 
     set_seed(config.seed)
-    trainer = GramianTrainer(
-        description,
-        folder,
-        tokenizer=_tokenizer(config, task),
-        losses=losses,
-        packer=packer,
-        model=model,
-        args=arguments,
-        train_dataset=Rows(data) if hasattr(data, "__len__") else data,
-        eval_dataset=Rows(held_out),
-        data_collator=Collator(description),
-    )
+    with _tensorboard_in(folder):
+        trainer = GramianTrainer(
+            description,
+            folder,
+            tokenizer=_tokenizer(config, task),
+            losses=losses,
+            packer=packer,
+            model=model,
+            args=arguments,
+            train_dataset=Rows(data) if hasattr(data, "__len__") else data,
+            eval_dataset=Rows(held_out),
+            data_collator=Collator(description),
+        )
     trainer.remove_callback(PrinterCallback)
     if callable(progress):
         trainer.add_callback(StepCallback(progress))
@@ -192,6 +190,21 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def _tensorboard_in(folder: Path) -> Iterator[None]:
+    """Let transformers write TensorBoard's files into the run's folder, for which a trainer asks
+    the environment when it is made."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    before = os.environ.get(name)
+    os.environ[name] = str(folder / "tensorboard")
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def check(config: TrainingConfig) -> None:
     """Raise the errors of `train` that need no training; nothing is written.
 
@@ -211,8 +224,8 @@ def check(config: TrainingConfig) -> None:
         if first is None:
             raise ConfigError(f"the task has no {split} rows with these settings.")
     if config.optimization.steps is None and config.task.get("streaming"):
-        _steps(config, None)
-    _arguments(config, config.optimization.steps or 1, False)
+        count_steps(config, None)
+    make_arguments(config, config.optimization.steps or 1)
 
 
 def _import(config: TrainingConfig) -> None:
@@ -334,120 +347,6 @@ def _packer(config: TrainingConfig, description: Description) -> Packer | None:
         return Packer(description)
     except ValueError as error:
         raise ConfigError(f"optimization.packing: {error}") from error
-
-
-def _steps(config: TrainingConfig, data: Any) -> int:
-    optimization = config.optimization
-    if optimization.steps is not None:
-        return optimization.steps
-    if not hasattr(data, "__len__"):
-        raise ConfigError("a streamed task has no known length: give optimization.steps.")
-    assert optimization.epochs is not None
-    an_epoch = math.ceil(len(data) / optimization.batch_size)
-    return max(1, round(optimization.epochs * an_epoch))
-
-
-def _arguments(config: TrainingConfig, steps: int, progress: bool) -> TrainingArguments:
-    optimization, evaluation, hardware = config.optimization, config.evaluation, config.hardware
-    processes, on_cpu = _processes(hardware)
-    shares = processes * optimization.accumulation
-    if optimization.batch_size % shares:
-        raise ConfigError(
-            f"optimization.batch_size must be divisible by processes × accumulation, here "
-            f"{processes} × {optimization.accumulation}; got {optimization.batch_size}."
-        )
-    if hardware.fsdp and processes < 2:
-        raise ConfigError("hardware.fsdp needs several processes: start it with torchrun.")
-    share = optimization.batch_size // shares
-    folder = Path(config.output)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")
-    schedule, options = optimization.schedule, {}
-    if schedule == "cosine":
-        schedule, options = "cosine_with_min_lr", {"min_lr_rate": optimization.final_rate}
-    elif schedule == "constant":
-        schedule = "constant_with_warmup"
-    warmup = optimization.warmup
-    recomputing = {}
-    if hardware.gradient_checkpointing and not hardware.fsdp:
-        known = TrainingArguments.__dataclass_fields__
-        name = "activation_checkpointing"  # the newer name
-        recomputing = {name if name in known else "gradient_checkpointing": True}
-    arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=steps,
-        per_device_train_batch_size=share,
-        per_device_eval_batch_size=evaluation.batch_size or share,
-        gradient_accumulation_steps=optimization.accumulation,
-        learning_rate=optimization.learning_rate,
-        weight_decay=optimization.weight_decay,
-        adam_beta1=optimization.betas[0],
-        adam_beta2=optimization.betas[1],
-        adam_epsilon=optimization.epsilon,
-        lr_scheduler_type=schedule,
-        lr_scheduler_kwargs=options,
-        warmup_steps=round(warmup * steps) if warmup < 1 else round(warmup),
-        max_grad_norm=optimization.clip_norm,
-        eval_strategy="steps",
-        eval_steps=evaluation.every or steps,
-        save_strategy="steps",
-        save_steps=config.checkpoints.every or steps,
-        save_total_limit=config.checkpoints.keep,
-        metric_for_best_model=evaluation.metric,
-        greater_is_better=higher_is_better(evaluation.metric),
-        restore_callback_states_from_checkpoint=True,
-        logging_strategy="steps",
-        logging_steps=config.logging.every,
-        logging_nan_inf_filter=False,
-        report_to=config.logging.report_to or "none",
-        disable_tqdm=not progress,
-        seed=config.seed,
-        use_cpu=on_cpu,
-        bf16=hardware.bf16,
-        torch_compile=hardware.compile,
-        fsdp=hardware.fsdp or None,
-        fsdp_config=_sharding(config) if hardware.fsdp else None,
-        dataloader_num_workers=hardware.workers,
-        dataloader_pin_memory=not on_cpu and torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        remove_unused_columns=False,
-        accelerator_config={"dispatch_batches": False},  # a stream's batches differ in length
-        label_names=["labels"],
-        **recomputing,
-    )
-    if arguments.world_size != processes:
-        raise ConfigError(
-            f"the environment says WORLD_SIZE={processes}, but {arguments.world_size} take part in "
-            "this run: start them all with torchrun."
-        )
-    return arguments
-
-
-def _sharding(config: TrainingConfig) -> dict[str, Any]:
-    """Return the options of FSDP2: one group of parameters for each of the model's blocks."""
-    block = BLOCKS.get(str(config.model.get("block", "mlp")), BLOCKS["mlp"])
-    return {
-        "version": 2,
-        "transformer_layer_cls_to_wrap": [block.__name__],
-        "activation_checkpointing": config.hardware.gradient_checkpointing,
-    }
-
-
-def _processes(hardware: Hardware) -> tuple[int, bool]:
-    """How many processes train, and whether on processors: without accelerators those are meant."""
-    try:
-        processes = world_size()
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if hardware.device == "cpu" or not torch.accelerator.is_available():
-        return processes, True
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    devices = torch.accelerator.device_count()
-    if processes > 1 and here > devices:
-        raise ConfigError(
-            f"{here} processes of this machine need an accelerator each, and it has {devices}: "
-            "start as many, or give hardware.device=cpu."
-        )
-    return processes, False
 
 
 def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -63,6 +64,16 @@ def total(prediction: Any, description: Description) -> dict[str, float]:
     if not metrics[0].defined:
         raise ConfigError("no answer is due in the rows that the model is evaluated on.")
     return {"loss": metrics[0].value()} | {metric.name: metric.value() for metric in metrics}
+
+
+def _shard_this_process(state: AcceleratorState, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Change accelerate's state of the whole process, which it keeps in two places, to sharding.
+
+    It lasts for every trainer that the process makes afterwards, as accelerate's own choice does.
+    """
+    state.distributed_type = DistributedType.FSDP
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = plugin
 
 
 class GramianTrainer(Trainer):
@@ -124,11 +135,9 @@ class GramianTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As the original, but FSDP2 shards over processors too: accelerate passes over them."""
         super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        if self.args.fsdp and state.distributed_type is DistributedType.MULTI_CPU:
-            state.distributed_type = DistributedType.FSDP
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # both are read
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+        if self.args.fsdp and self.accelerator.distributed_type is DistributedType.MULTI_CPU:
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            _shard_this_process(self.accelerator.state, plugin)
             self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

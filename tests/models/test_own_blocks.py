@@ -23,7 +23,7 @@ from gramian.models import (
 )
 from gramian.models.norms import apply_norm, make_norm
 from gramian.training import parse_config
-from gramian.training._run import _sharding
+from gramian.training.arguments import _sharding
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,9 @@ def test_tensorboard_shows_what_was_logged(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    before = dict(os.environ)
     run(tmp_path / "run", logging={"report_to": "tensorboard"})
+    assert os.environ.get("TENSORBOARD_LOGGING_DIR") == before.get("TENSORBOARD_LOGGING_DIR")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     for tag, key in (("train/loss", "loss"), ("eval/loss", "eval_loss")):

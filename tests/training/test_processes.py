@@ -140,7 +140,7 @@ def test_a_size_that_training_does_not_have_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a launcher's variables are left over, or accelerate sees another number."""
-    monkeypatch.setattr("gramian.training._run.world_size", lambda: 2)
+    monkeypatch.setattr("gramian.training.arguments.world_size", lambda: 2)
     with pytest.raises(ConfigError, match="says WORLD_SIZE=2, but 1 take part in this run"):
         train(parse_config(mqar(tmp_path / "run")))
 
