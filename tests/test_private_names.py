@@ -19,12 +19,8 @@ REMAINING = {
     "checking": {
         "ops._precision.full_precision",
     },
-    "cli": {
-        "evaluation._tasks.chosen_split",
-    },
     "distillation": {
         "ops._precision.full_precision",
-        "ops._threads.work",
     },
     "ess": {
         "ops._operator.is_differentiated",
@@ -32,27 +28,16 @@ REMAINING = {
         "ops._precision.full_precision",
         "ops._threads.work",
     },
-    "evaluation": {
-        "tasks._task.has_rows",
-    },
-    "export": {
-        "mixers._linear_recurrence.Coefficients",
-        "mixers._linear_recurrence.LinearRecurrenceState",
-        "models.modeling._normed",
-    },
     "filters": {
         "ops._precision.full_precision",
+    },
+    "memory": {
+        "ops._threads.work",
     },
     "mixers": {
         "systems._pausing.Pause",
         "systems._pausing.PausedOperator",
         "systems._system.working_dtype",
-    },
-    "models": {
-        "mixers._linear_recurrence.Dynamics",
-        "mixers._mixer.apply_mask",
-        "mixers._segments.Part",
-        "mixers._segments.has_values",
     },
     "reduction": {
         "ops._lengths.fft_length",

@@ -18,9 +18,14 @@ pytest.importorskip("datasets")
 
 FOLDER = Path(__file__).parents[2] / "docs/contributing"
 PAGES = sorted(path.stem for path in FOLDER.glob("*.md") if path.stem != "index")
+EXPORTING = ("mixer",)  # which takes the tracer of torch.export long
 REGISTRIES = (
     ("gramian.filters._filter", "_REGISTRY"),
+    ("gramian.mixers.registry", "MIXERS"),
+    ("gramian.models.layers", "BLOCKS"),
+    ("gramian.export._mixers", "_PROGRAMS"),
     ("gramian.tasks._task", "_REGISTRY"),
+    ("gramian.tasks.kinds", "_REGISTRY"),
     ("gramian.tasks.documents", "_READERS"),
     ("gramian.checkpoints._format", "FORMATS"),
 )
@@ -53,7 +58,10 @@ def run(page: str) -> types.ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page in EXPORTING else ()) for page in PAGES],
+)
 def test_the_steps_of_a_page_work(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,7 +130,8 @@ def documented(package: str, name: str, value: Any) -> bool:
         # Dataclasses and named tuples without a docstring have one that shows their signature.
         text = value.__dict__.get("__doc__") or ""
         return bool(text) and not text.startswith(f"{name}(")
-    return name in constants_with_docstrings(package)
+    owners = [one for one in PACKAGES if public(one).get(name) is value]  # constants are shared
+    return any(name in constants_with_docstrings(owner) for owner in owners)
 
 
 def constants_with_docstrings(package: str) -> set[str]:
