@@ -81,6 +81,9 @@ _SPECTRAL_ROUNDING = 1e-6
 _SILENT = 1e-12
 """Relative error below which nothing lower is looked for."""
 
+_CLOSE = 0.05
+"""Half the relative distance below which two poles are tried as a double one."""
+
 _HEAT = 8
 """Steps after which the starts of a channel are compared."""
 
@@ -261,9 +264,12 @@ def _offer_fading(
 def _amiss(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> Tensor:
     """Channels whose error is large beside the Hankel singular value that the order leaves out,
     or whose Hankel matrix has too few rows for the order: a mask (len(rows))."""
-    taps, values = problem.taps[rows], problem.singular_values[rows]
-    values = torch.nn.functional.pad(values, (0, 1))
-    missed = values.gather(1, order.clamp(max=values.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    taps = problem.taps[rows]
+    missed = torch.full_like(best.l2_error, torch.inf)
+    for tail in problem.settings.tails:
+        values = torch.nn.functional.pad(problem.leading_values(tail)[rows], (0, 1))
+        place = order.clamp(max=values.shape[-1] - 1).unsqueeze(-1)
+        missed = torch.minimum(missed, values.gather(1, place).squeeze(-1))
     floor = 16 * torch.finfo(problem.settings.dtype).eps * taps.norm(dim=-1)
     large = best.l2_error > _AMISS * missed + floor
     return large | ((order >= taps.shape[-1] // 2) & (best.l2_error > floor))
@@ -280,10 +286,37 @@ def _spread_poles(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) 
     found.l2_error[:] = torch.inf
     eps = torch.finfo(problem.settings.dtype).eps
     for tail in problem.settings.tails:
-        for change in (eps, 30 * eps, math.sqrt(eps), 100 * math.sqrt(eps)):
+        for change in (0.0, eps, 30 * eps, math.sqrt(eps), 100 * math.sqrt(eps)):
             poles = _balanced_poles(problem, tail, order[amiss], rows[amiss], change)
-            problem.offer(found, poles, rows, amiss)
+            if change:
+                problem.offer(found, poles, rows, amiss)
+            problem.offer(found, _turned(poles), rows, amiss)
     return found
+
+
+def _turned(poles: Tensor) -> Tensor:
+    """Replace poles that nearly coincide on the real axis by closer conjugate pairs: (B, n).
+
+    Real poles a distance δ apart stand for a double pole with residues of 1 / δ that cancel. The
+    real and the imaginary part of a conjugate pair do so without cancellation, however close.
+    """
+    real = (poles.imag == 0) & ~poles.isnan()
+    place = torch.where(real, poles.real, torch.inf).argsort(dim=-1)
+    poles = poles.gather(-1, place)  # real poles first, ascending
+    value = torch.where(real.gather(-1, place), poles.real, torch.nan)
+    free = torch.ones_like(value[:, 0], dtype=torch.bool)
+    poles = poles.clone()
+    for k in range(value.shape[-1] - 1):
+        left, right = value[:, k], value[:, k + 1]
+        middle, half = (left + right) / 2, (right - left) / 2
+        close = free & (half <= _CLOSE * middle.abs())  # false for what is not real
+        turn = _LEAST_FACTOR * middle.abs()
+        poles[close, k] = torch.complex(middle, turn)[close]
+        poles[close, k + 1] = torch.complex(middle, -turn)[close]
+        free = ~close
+    least = _LEAST_FACTOR * poles.real.abs()
+    flat = (poles.imag != 0) & (poles.imag.abs() <= _CLOSE * poles.real.abs())
+    return torch.where(flat, torch.complex(poles.real, least * poles.imag.sign()), poles)
 
 
 def _least_errors(problem: Problem, rows: Tensor) -> Tensor:

@@ -133,7 +133,11 @@ class Problem:
     @property
     def singular_values(self) -> Tensor:
         """(B, k): leading Hankel singular values of the kernels followed by zeros."""
-        return torch.cat([piece.spectra["zero"].values for piece in self.pieces])
+        return self.leading_values("zero")
+
+    def leading_values(self, tail: str) -> Tensor:
+        """(B, k): leading singular values of the Hankel matrices with this tail."""
+        return torch.cat([piece.spectra[tail].values for piece in self.pieces])
 
     def ritz(self, tail: str) -> Tensor:
         """(B, K): at most the singular values of the Hankel matrices with this tail."""

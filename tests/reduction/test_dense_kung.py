@@ -98,3 +98,14 @@ def test_residues_of_poles_that_nearly_coincide_are_the_best(length):
         fit = fit_residues(torch.from_numpy(kernel)[None], both[None], torch.float64)
         rounding = 1e-8 + 16 * ROUNDING * np.linalg.norm(weights)
         assert float(fit.l2_error) <= 1.1 * least + rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("length", [20, 63, 400])
+def test_double_poles_are_reached(length, dtype):
+    """A conjugate pair close to the real axis holds `(a + b t) λ^t` without cancellation."""
+    time = torch.arange(length, dtype=torch.float64)
+    radius = torch.tensor([-0.9, -0.3, 0.2, 0.5, 0.77, 0.93]).double().unsqueeze(-1)
+    kernel = ((1 + 0.3 * time) * radius**time).to(dtype)
+    found = reduce(kernel, 2, method=Balanced(refine=False))
+    assert float(found.relative_error.max()) <= (2e-6 if dtype == torch.float32 else 1e-10)
