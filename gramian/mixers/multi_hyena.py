@@ -42,9 +42,7 @@ __all__ = ["MultiHyena", "MultiHyenaState"]
 
 _ROWS = 256  # rows of the masked attention computed at once
 _CHUNK_ELEMENTS = 2**24  # outer products (batch, heads, N, N, T) held at once while prefilling
-_SAVED_ELEMENTS = (
-    2**26
-)  # scores above which the masked attention recomputes them in the backward pass
+_SAVED_ELEMENTS = 2**26  # scores above which the backward pass recomputes them
 _FFT_COST = 10.0
 """Cost of the FFT form's N L log2(2L) relative to the attention form's L²; measured on a CPU by
 benchmarks/multi_hyena_forms.py."""
