@@ -25,7 +25,7 @@ _SPECTRUM = 64
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked of every filter: a relative l2 error `tol`, or an `order`."""
+    """The goal for every filter: a relative l2 error `tol`, or an `order`."""
 
     tol: float | None
     order: int | None
