@@ -1,4 +1,4 @@
-"""Tracing of steps and prefills, with explicit states, to `torch.export` programs and ONNX files."""
+"""Tracing of steps and prefills with explicit states, to `torch.export` programs and ONNX."""
 
 from __future__ import annotations
 
