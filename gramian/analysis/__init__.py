@@ -1,4 +1,4 @@
-"""How much of its memory a whole model uses, layer by layer, on your text."""
+"""Measurement of how much of its memory a whole model uses, layer by layer, on a text."""
 
 from gramian.analysis._analyze import analyze
 from gramian.analysis._opening import open_model

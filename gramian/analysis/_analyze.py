@@ -1,4 +1,4 @@
-"""`analyze`: state-sizes of every layer of a model while it reads a text."""
+"""The function `analyze`: state-sizes of every layer of a model while it reads a text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gramian.tasks import Encoder, documents_in
 
 __all__ = ["analyze"]
 
-_MATRIX_BYTES = 2**27  # of operators made at once, in double precision
+_MATRIX_BYTES = 2**27  # maximal bytes of operators held at once, in double precision
 
 
 @full_precision()
@@ -37,41 +37,40 @@ def analyze(
     max_channels: int | None = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> StateReport:
-    """Effective state-size of every layer, head and position of a model on one input.
+    """Measure the effective state-size of every layer, head and position of a model on one input.
 
-    The model runs once. Each causal operator is measured when it is met and dropped, so no more
-    than one layer's is held. Read are our own mixers, softmax attention of every architecture of
-    transformers that takes its attention function from there, selective scans (Mamba, FalconMamba,
+    The model runs once. Each causal operator is measured when its layer runs and then dropped, so
+    no more than one layer's is held. The function reads our own mixers, softmax attention of every
+    architecture that uses transformers' attention interface, selective scans (Mamba, FalconMamba,
     Jamba, Zamba; Mamba2, Bamba, Falcon-H1, Nemotron-H), and the gated delta rule (Qwen3-Next,
     Qwen3.5, OLMo-Hybrid). Other layers that mix tokens are named in the report.
 
     Args:
         model: A transformers model, ours included, or any module that contains our mixers.
-        inputs: A text or FASTA record, with ``tokenizer``; token ids, (L) or (1, L), or a sequence
-            of integers; a mapping with ``input_ids``, as tokenizers return it; or, for models of
+        inputs: A text or FASTA record, with `tokenizer`; token ids, (L) or (1, L), or a sequence
+            of integers; a mapping with `input_ids`, as tokenizers return it; or, for models of
             continuous inputs, floating-point numbers (L, size) or (1, L, size). One sequence, not
             padded.
-        tokenizer: Makes tokens of a text and names them in the report.
-        at: Positions; position i parts tokens before i from those from i on.
-        every: Instead, every so many positions, from 0.
-        horizon: How many tokens are read, all by default. The rank of ``T[i:horizon, :i]`` is at
-            most min(i, horizon - i), so read on past the last position of interest.
+        tokenizer: Tokenizer of a text, which also gives the names of tokens in the report.
+        at: Positions; position i separates the tokens before i from token i and later ones.
+        every: Used in place of `at`: distance between positions, from 0 on.
+        horizon: Number of tokens to read, all by default. The rank of `T[i:horizon, :i]` is at
+            most min(i, horizon - i), so it should be well past the last position of interest.
         measure: "entropy" or "tolerance", as in `gramian.effective_state_size`.
         tol: Absolute tolerance.
         rtol: Relative tolerance.
-        max_channels: Of a layer with more heads or channels, every n-th is measured, so that at
-            most so many are; None measures all.
-        progress: Called with the number of layers read and that of all layers known.
+        max_channels: Maximal number of heads or channels to measure in a layer; if there are more,
+            every n-th is measured. None measures all.
+        progress: Called with the number of layers read and the number of known layers.
 
     Returns:
-        The report; it prints as a table.
+        The report, which prints as a table.
 
     Raises:
         TypeError: for inputs or a model of another kind.
         ValueError: for a model without layers that mix tokens, inputs that are empty, padded, or
-            more than one sequence, positions or a horizon that do not fit, a measure that is not
-            known, a text without a tokenizer, and, naming the layer, for operators that are not
-            finite.
+            more than one sequence, positions or a horizon that do not fit, an unknown measure, a
+            text without a tokenizer, and operators that are not finite, whose layer is named.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model to analyse must be a torch module, got {type(model).__name__}.")
@@ -87,7 +86,7 @@ def analyze(
     length = sequence.shape[1]
     positions = _positions(at, every, length)
     options: dict[str, Any] = {"measure": measure, "tol": tol, "rtol": rtol}
-    effective_state_size(torch.eye(2), **options)  # an unknown measure is an error before the model
+    effective_state_size(torch.eye(2), **options)  # checks the measure before the model runs
     started = time.perf_counter()
     layers: list[LayerState] = []
 
@@ -128,7 +127,7 @@ def _layer(
     max_channels: int | None,
     options: dict[str, Any],
 ) -> LayerState:
-    """A layer's state-sizes, some channels at a time."""
+    """Measure a layer's state-sizes, a few channels at a time."""
     step = 1 if max_channels is None else math.ceil(met.count / max_channels)
     chosen = range(0, met.count, step)
     size = max(1, _MATRIX_BYTES // (8 * length * length))
@@ -155,7 +154,7 @@ def _layer(
 
 
 def _joined(layers: list[LayerState]) -> Iterator[LayerState]:
-    """Layers whose heads were met one after the other, as one layer each."""
+    """Yield the layers, joining those whose heads were recorded one after the other."""
     by_name: dict[str, list[LayerState]] = {}
     for layer in layers:
         by_name.setdefault(layer.name, []).append(layer)
@@ -177,7 +176,7 @@ def _joined(layers: list[LayerState]) -> Iterator[LayerState]:
 
 
 def _sequence(inputs: Any, tokenizer: Any) -> Tensor:
-    """Token ids (1, L), or continuous inputs (1, L, size)."""
+    """Return token ids (1, L), or continuous inputs (1, L, size)."""
     if isinstance(inputs, str):
         if tokenizer is None:
             raise ValueError("a text needs a tokenizer: give `tokenizer`, or token ids.")
@@ -252,7 +251,7 @@ def _run(model: Any, sequence: Tensor) -> None:
         options["logits_to_keep"] = 1
     if not numbers:
         options["attention_mask"] = torch.ones_like(sequence)
-    if "input_ids_2" in accepted:  # a classifier of pairs, of which one sequence is read
+    if "input_ids_2" in accepted:  # the base model of a classifier of pairs reads one sequence
         model = model.base_model
     if "attention_mask" not in accepted:
         options.pop("attention_mask", None)

@@ -11,16 +11,16 @@ __all__ = ["open_model"]
 
 
 def open_model(name: str | Path) -> tuple[Any, Any]:
-    """A model in evaluation mode, and its tokenizer.
+    """Return a model in evaluation mode, and its tokenizer.
 
     Args:
-        name: A folder that ``save_pretrained`` wrote, of any model of ours or a causal language
-            model of transformers; a GGUF file, whose weights are expanded; or what else
-            ``from_pretrained`` takes.
+        name: A folder that `save_pretrained` wrote, with any model of ours or a causal language
+            model of transformers; a GGUF file, whose weights are expanded; or any other name that
+            `from_pretrained` accepts.
 
     Returns:
-        The model and the tokenizer. A model of ours without a tokenizer gets that of bytes, if it
-        reads tokens and its vocabulary is that large, and None otherwise.
+        The model and the tokenizer. A model of ours without a tokenizer gets the byte tokenizer if
+        it reads tokens and its vocabulary is large enough, and None otherwise.
 
     Raises:
         OSError: if there is no such model, or it has no tokenizer.
@@ -61,7 +61,7 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
 
 
 def _kind(folder: Path) -> str | None:
-    """The type of model that a folder says it holds."""
+    """Return the model type in a folder's configuration."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):

@@ -1,16 +1,16 @@
-r"""Meeting the causal operators of a model while it runs, one at a time.
+r"""Recording of the causal operators of a model while it runs, one at a time.
 
-There are three ways in, none of which needs to know an architecture:
+Operators are found in three ways, none of which depends on an architecture:
 
 - our mixers, by `gramian.mixers.Mixer.operator`;
 - softmax attention of transformers, by an attention function registered in its interface. The
-  layer's own ``eager_attention_forward`` computes the map, so soft caps, sinks, position biases,
-  grouped queries and masks (of sliding windows, too) are the model's; the map is then held against
-  the layer's output and handed on;
+  layer's own `eager_attention_forward` computes the map, so soft caps, sinks, position biases,
+  grouped queries and masks (of sliding windows, too) are the model's; the map is then compared with
+  the layer's output and passed on;
 - selective scans (Mamba and Mamba2's kin) and the gated delta rule, by the arguments of the
-  functions that the modelling files of transformers call (`gramian.analysis._scans`).
+  functions that the modeling files of transformers call (`gramian.analysis._scans`).
 
-Whatever is met goes to one visitor and is dropped: nothing is kept for the whole model.
+Every operator is passed to one visitor and then dropped: nothing is kept for the whole model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gramian.systems import DenseOperator, System
 __all__ = ["Met", "Recorder", "token_mixers"]
 
 _IMPLEMENTATION = "gramian_capture"
-_AGREEMENT = 1e-3  # relative difference of a map applied to its values from the layer's output
+_AGREEMENT = 1e-3  # accepted relative difference of a map on its values from the layer's output
 
 _MIXES = re.compile(
     "Attention|Mamba|DeltaNet|Mixer|SSM|Rwkv|RWKV|LSTM|Recurrent|ShortConv|Retention|Hyena"
@@ -43,14 +43,14 @@ _MIXES_NOT = re.compile("Norm|Rotary|Embedding|MLP|Mlp|FeedForward|Cache|Output$
 
 
 class Met:
-    """An operator that was met.
+    """A recorded operator.
 
     Args:
         name: path of the module.
-        mixer: its class.
+        mixer: class of the module.
         kind: "attention", "recurrence" or "convolution".
-        count: its heads or channels.
-        system: makes the system of some of them, channels (*1, n).
+        count: number of heads or channels.
+        system: function from a slice of heads or channels to their system, channels (*1, n).
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Met:
 
 
 def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
-    """The innermost modules whose class says that they mix tokens, and mixers of ours, by path."""
+    """Return the innermost modules whose class is known to mix tokens, and our mixers, by path."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         name = type(module).__name__
@@ -86,11 +86,11 @@ def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class Recorder:
-    """Runs a model's layers past a visitor.
+    """A recorder that passes the operators of a model's layers to a visitor.
 
     Args:
         model: The model.
-        visit: Called with each operator met, during the forward pass.
+        visit: Called with each operator during the forward pass.
     """
 
     def __init__(self, model: nn.Module, visit: Callable[[Met], None]) -> None:
@@ -105,7 +105,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """While this lasts, forward passes of the model are recorded."""
+        """Record the forward passes of the model within this context."""
         with ExitStack() as stack:
             for path, module in self.mixers.items():
                 before = module.register_forward_pre_hook(
@@ -120,7 +120,7 @@ class Recorder:
             yield
 
     def unread(self) -> tuple[tuple[str, str], ...]:
-        """Path and reason, for what ran and could not be read."""
+        """Return path and reason for every module that ran and could not be read."""
         reasons = dict(self.refused)
         for path, module in self.mixers.items():
             near = [r for r in self.read if r == path or r.startswith(f"{path}.")]
@@ -162,7 +162,7 @@ class Recorder:
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
-        """All attention layers that ask transformers' interface call `_attend`."""
+        """Make all attention layers that use transformers' interface call `_attend`."""
         from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
         from transformers.masking_utils import eager_mask
 
@@ -197,8 +197,10 @@ class Recorder:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """The attention function: what the layer's own eager one computes, in single precision at
-        least. Queries, keys and values are (batch, heads, length, N)."""
+        """Compute the layer's own eager attention, in at least single precision.
+
+        Queries, keys and values are (batch, heads, length, N).
+        """
         path = self.paths.get(id(module), type(module).__name__)
         if not self._current or self._current[-1][1] is not module:
             self.ran[path] += 1
@@ -223,7 +225,7 @@ class Recorder:
 
     @contextmanager
     def _scans(self) -> Iterator[None]:
-        """The modelling files' scans tell their arguments first."""
+        """Make the scans of the modeling files pass their arguments to `_scan` first."""
         places: dict[str, ModuleType] = {}
         for module in self.mixers.values():
             for cls in type(module).__mro__:
@@ -252,7 +254,7 @@ class Recorder:
 
 
 def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """The attention function that the layer would use without an interface."""
+    """Return the attention function that the layer would use without an interface."""
     for cls in type(module).__mro__:
         place = sys.modules.get(cls.__module__)
         function = getattr(place, "eager_attention_forward", None)
@@ -262,15 +264,20 @@ def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
 
 
 def _not_a_causal_map(weights: Tensor | None, value: Tensor, output: Tensor) -> str | None:
-    """Why (batch, heads, L, L) weights are no causal map of the values (batch, kv_heads, L, N) to
-    the output (batch, L, heads, N); None if they are."""
+    """Return why the weights are not a causal map from the values to the output, or None.
+
+    Args:
+        weights: (batch, heads, L, L).
+        value: (batch, kv_heads, L, N).
+        output: (batch, L, heads, N).
+    """
     if weights is None or weights.ndim != 4:
         return "its attention function returns no map."
     if weights.shape[-1] != weights.shape[-2]:
         rows, columns = weights.shape[-2:]
         return f"it maps {columns} positions to {rows}: not those of one sequence."
     if not bool(weights.isfinite().all()):
-        return None  # the measurement names what is not finite
+        return None  # the measurement reports numbers that are not finite
     if bool(weights[0].triu(1).any()):
         return "it is not causal: it looks ahead."
     value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)

@@ -1,4 +1,4 @@
-"""What `analyze` measured: state-sizes of every layer, head and position, and what they mean."""
+"""The report of `analyze`: state-sizes of every layer, head and position, and their summaries."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _COLUMNS = ("layer", "mixer", "heads or channels", "ESS mean", "ESS max", "TSS m
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
-    """One layer's state-sizes.
+    """The state-sizes of one layer.
 
     Attributes:
         name: path of the module in the model.
-        mixer: its class.
+        mixer: class of the module.
         kind: "attention", "recurrence" or "convolution".
-        channels: which heads or channels were measured.
-        count: how many there are.
+        channels: indices of the measured heads or channels.
+        count: number of all heads or channels.
         ess: (len(channels), P), effective state-size before each position.
-        tss: (len(channels), P), the state there is.
+        tss: (len(channels), P), theoretically realizable state-size, the size of the state.
     """
 
     name: str
@@ -48,7 +48,7 @@ class LayerState:
 
     @property
     def utilization(self) -> Tensor:
-        """(len(channels), P): ESS / TSS, 0 where there is no state.
+        """ESS / TSS, (len(channels), P), 0 where there is no state.
 
         The mean in the table is `in_use`, which leaves those places out.
         """
@@ -56,13 +56,12 @@ class LayerState:
 
     @property
     def in_use(self) -> float | None:
-        """The mean of ESS / TSS over channels and positions where there is a state, or None if
-        there is none anywhere."""
+        """The mean of ESS / TSS over channels and positions with a state, or None without any."""
         share = self.utilization[self.tss > 0]
         return float(share.mean()) if share.numel() else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can hold."""
+        """Return all fields as values that JSON can hold."""
         return {
             "name": self.name,
             "mixer": self.mixer,
@@ -91,21 +90,21 @@ class LayerState:
 
 @dataclass(frozen=True, eq=False)
 class StateReport:
-    """What `analyze` measured. Printing it gives a table, a row for each layer.
+    """The report of `analyze`, which prints as a table with a row for each layer.
 
-    Position i parts the tokens before it from token i and what follows.
+    Position i separates the tokens before it from token i and later ones.
 
     Attributes:
-        model: what was measured.
-        layers: in the order in which they ran.
-        positions: where, P of them.
+        model: name of the model.
+        layers: state-sizes of the layers, in the order in which they ran.
+        positions: the P measured positions.
         tokens: text of every token that was read.
         measure: "entropy" or "tolerance".
         tol: absolute tolerance, if any.
         rtol: relative tolerance, if any.
         unread: path and reason, for every layer that mixes tokens and could not be read.
-        seconds: how long it took.
-        source: what was read, if that was told.
+        seconds: duration of the analysis.
+        source: name of the input, if given.
     """
 
     model: str
@@ -121,13 +120,15 @@ class StateReport:
 
     @property
     def horizon(self) -> int:
-        """Number of tokens read: blocks are ``T[i:horizon, :i]``."""
+        """The number of tokens read; blocks are `T[i:horizon, :i]`."""
         return len(self.tokens)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The paths of the layers without what all of them begin and end with; of one layer, its
-        number."""
+        """The paths of the layers without their common beginning and end.
+
+        The label of a single layer is its number.
+        """
         parts = [layer.name.split(".") for layer in self.layers]
         if len(parts) == 1:
             return tuple(
@@ -140,45 +141,45 @@ class StateReport:
 
     @property
     def cap(self) -> Tensor:
-        """(P): min(i, horizon - i), the rank that no block can exceed."""
+        """The bound min(i, horizon - i) of the rank of every block, (P)."""
         positions = torch.tensor(self.positions)
         return torch.minimum(positions, self.horizon - positions)
 
     @property
     def ess(self) -> tuple[Tensor, ...]:
-        """(heads or channels, P) of every layer."""
+        """The effective state-sizes of every layer, (heads or channels, P)."""
         return tuple(layer.ess for layer in self.layers)
 
     def average(self, *, over_positions: bool = True) -> Tensor:
-        """Average ESS: the mean over heads, then over layers, (); or (P)."""
+        """Return the average ESS: the mean over heads, then over layers, (); or (P)."""
         return aggregate(self.ess, "average", over_positions=over_positions)
 
     def total(self, *, over_positions: bool = True) -> Tensor:
-        """Total ESS: the sum over all heads or channels measured of all layers, (); or (P)."""
+        """Return the total ESS: the sum over all measured heads or channels, (); or (P)."""
         return aggregate(self.ess, "total", over_positions=over_positions)
 
     def layer_curves(self) -> Tensor:
-        """(layers, P): mean ESS over the heads or channels of each layer."""
+        """Return the mean ESS over the heads or channels of each layer, (layers, P)."""
         return torch.stack([layer.ess.double().mean(0) for layer in self.layers])
 
     def modulation(
         self, delimiter: Callable[[str], bool] | Sequence[str], reach: int = 4
     ) -> dict[str, Any]:
-        """Whether ESS drops where a context ends: state modulation.
+        """Measure state modulation: whether ESS drops where a context ends.
 
-        For every delimiter token, ESS just after it (the delimiter is the last of the past) over
-        the mean ESS at the nearest positions before and after that do not follow a delimiter, up
-        to ``reach`` on each side. As many on both sides, so that a straight rise cancels. A ratio
-        below 1 is a drop.
+        For every delimiter token, this is the ratio of ESS just after it (when the delimiter is the
+        last token of the past) to the mean ESS at the nearest positions before and after that do
+        not follow a delimiter, up to `reach` on each side. Both sides have equally many positions,
+        so that a linear trend cancels. A ratio below 1 is a drop.
 
         Args:
-            delimiter: Tells delimiters by their text; or texts to look for in a token.
+            delimiter: Predicate of a token's text; or texts to look for in a token.
             reach: Positions on each side, at least 1.
 
         Returns:
-            "delimiters", how many were compared; "average_ratio", of the model's average ESS; and
-            "head_ratios", one tensor (heads or channels) for each layer. Ratios are means over
-            delimiters.
+            "delimiters", the number of delimiters compared; "average_ratio", the ratio for the
+            model's average ESS; and "head_ratios", one tensor (heads or channels) for each layer.
+            Ratios are means over delimiters.
 
         Raises:
             ValueError: if no delimiter has measured positions on both sides.
@@ -211,7 +212,7 @@ class StateReport:
             )
 
         def ratios(sizes: Tensor) -> Tensor:
-            """(…, P) to (…)."""
+            """Return the mean ratios (…) of sizes (…, P)."""
             sizes = sizes.double()
             each = [sizes[..., at] / sizes[..., around].mean(-1) for at, around in compared]
             return torch.stack(each).nan_to_num(1.0, posinf=1.0).mean(0)
@@ -223,7 +224,7 @@ class StateReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can hold."""
+        """Return all fields as values that JSON can hold."""
         return {
             "format": _FORMAT,
             "model": self.model,
@@ -242,11 +243,11 @@ class StateReport:
         }
 
     def to_json(self, indent: int | None = None) -> str:
-        """`to_dict` as JSON."""
+        """Return `to_dict` as JSON text."""
         return to_json(self.to_dict(), indent=indent)
 
     def save(self, path: str | Path) -> Path:
-        """Write a JSON file, complete or not at all."""
+        """Write a JSON file, whole or not at all."""
         path = Path(path)
         with staged_file(path) as stage:
             stage.write_text(self.to_json() + "\n", encoding="utf-8")
@@ -254,10 +255,10 @@ class StateReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StateReport:
-        """The report that `to_dict` was made of.
+        """Return the report from which `to_dict` made `values`.
 
         Raises:
-            ValueError: if it is something else.
+            ValueError: if `values` are not those of a report.
         """
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
             raise ValueError(f"a state report of format {_FORMAT!r} is needed.")
@@ -288,11 +289,11 @@ class StateReport:
 
     @classmethod
     def load(cls, path: str | Path) -> StateReport:
-        """The report that `save` wrote.
+        """Return the report that `save` wrote.
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: if it holds something else.
+            ValueError: if it does not hold a report.
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -328,5 +329,5 @@ class StateReport:
 
 
 def _numbers(values: Tensor) -> list[list[float]]:
-    """Nine digits, which give a float32 back."""
+    """Round to nine digits, which determine a float32."""
     return [[float(f"{value:.9g}") for value in row] for row in values.tolist()]

@@ -1,10 +1,10 @@
-r"""The scans of transformers' modelling files as time-varying systems.
+r"""The scans of transformers' modeling files as time-varying systems.
 
-Each reader takes the arguments of one function as a layer calls it, and says which recurrence that
-function applies to its values. A state S_t that includes the present input becomes the state before
-the present one: ``A = a_t``, ``B = b_t``, ``C = a_t c_t``, ``D = c_t · b_t``, plus the skip's.
-Output gates and projections are left out, and so is, of the values, all but one channel of a head:
-they share the operator.
+Each reader takes the arguments with which a layer calls one function, and returns the recurrence
+that this function applies to its values. Where the published state S_t includes the present input,
+it is replaced by the state before that input: `A = a_t`, `B = b_t`, `C = a_t c_t`, `D = c_t · b_t`,
+plus the skip. Output gates and projections are left out. All value channels of a head share one
+operator.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gramian.systems import System, TimeVarying
 __all__ = ["SCANS", "Scan"]
 
 Scan = Callable[..., tuple[int, Callable[[slice], System]]]
-"""The arguments of a scan to its number of heads or channels, and the system of some of them."""
+"""A function from a scan's arguments to its number of channels and the system of some of them."""
 
 
 def selective_scan(
@@ -35,18 +35,18 @@ def selective_scan(
     delta_softplus: bool = False,
     **kwargs: Any,
 ) -> tuple[int, Callable[[slice], System]]:
-    """Mamba's scan (Gu and Dao 2023, algorithm 2): a recurrence for each channel.
+    """Read Mamba's scan (Gu and Dao 2023, algorithm 2): a recurrence for each channel.
 
     Args:
         hidden_states: (batch, channels, L), the values.
-        dt: Likewise, time steps before bias and softplus.
+        dt: (batch, channels, L), time steps before bias and softplus.
         A: (channels, n), negative.
         B: (batch, n, L).
         C: (batch, n, L).
         D: (channels), the skip.
         delta_bias: (channels).
-        delta_softplus: Whether softplus makes time steps of dt.
-        **kwargs: Not of interest, an output gate among them.
+        delta_softplus: Whether softplus is applied to dt.
+        **kwargs: Ignored, an output gate among them.
     """
     B, C = B[0].double().mT, C[0].double().mT  # (L, n)
 
@@ -77,7 +77,7 @@ def chunk_scan(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     **kwargs: Any,
 ) -> tuple[int, Callable[[slice], System]]:
-    """Mamba2's scan (Dao and Gu 2024): a recurrence with one gate for each head.
+    """Read Mamba2's scan (Dao and Gu 2024): a recurrence with one gate for each head.
 
     Args:
         hidden_states: (batch, L, heads, N), the values.
@@ -85,12 +85,12 @@ def chunk_scan(
         A: (heads), negative.
         B: (batch, L, groups, n).
         C: (batch, L, groups, n).
-        chunk_size: Of the computation; not of interest.
+        chunk_size: Ignored, as it does not change the recurrence.
         D: (heads), the skip.
         dt_bias: (heads).
-        dt_softplus: Whether softplus makes time steps of dt.
-        dt_limit: Least and largest time step.
-        **kwargs: Not of interest.
+        dt_softplus: Whether softplus is applied to dt.
+        dt_limit: Smallest and largest time step.
+        **kwargs: Ignored.
     """
     heads = hidden_states.shape[2]
     group = torch.arange(heads, device=B.device) // (heads // B.shape[2])
@@ -123,16 +123,16 @@ def gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **kwargs: Any,
 ) -> tuple[int, Callable[[slice], System]]:
-    """The gated delta rule (Yang et al. 2024), ``S_t = (I - β k kᵀ) e^g S_{t-1} + β k vᵀ``.
+    """Read the gated delta rule (Yang et al. 2024), `S_t = (I - β k kᵀ) e^g S_{t-1} + β k vᵀ`.
 
     Args:
         query: (batch, L, key heads, n).
-        key: Likewise.
+        key: (batch, L, key heads, n).
         value: (batch, L, heads, N).
         g: (batch, L, heads), logarithms of gates.
         beta: (batch, L, heads).
-        use_qk_l2norm_in_kernel: Whether queries and keys are normalised.
-        **kwargs: Not of interest.
+        use_qk_l2norm_in_kernel: Whether queries and keys are normalized.
+        **kwargs: Ignored.
     """
     heads = value.shape[2]
     group = torch.arange(heads, device=key.device) // (heads // key.shape[2])
@@ -162,4 +162,4 @@ SCANS: dict[str, Scan] = {
     "mamba2_chunk_scan": chunk_scan,
     "torch_chunk_gated_delta_rule": gated_delta_rule,
 }
-"""Readers by the name of the function that layers call."""
+"""The readers by the name of the function that layers call."""

@@ -1,4 +1,4 @@
-"""Does a model compute one map, however it is run? Every way of running it, compared."""
+"""A check that a model computes the same map in every way of running it."""
 
 from gramian.checking._check import check
 from gramian.checking._report import MODES, CheckReport, CheckRow

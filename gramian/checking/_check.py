@@ -1,8 +1,8 @@
-"""Every way of running a model, compared: for every layer and the whole model, in every precision.
+"""Comparison of all ways of running a model, for every layer, the model, and every precision.
 
-A mixer is one causal map, and so is a model of mixers; how it is run must not show. Layers are fed
-what they see in the model's own parallel pass, so that the differences of one do not add to those
-of the next; the whole model is fed tokens and compared by its logits.
+A mixer is one causal map, and so is a model of mixers; its output must not depend on how it is run.
+Layers read their inputs from the model's own parallel pass, so that the differences of one layer do
+not add to those of the next; the whole model reads tokens, and its logits are compared.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _ACCEPTED = {
     torch.float16: 1e-2,
     torch.bfloat16: 6e-2,
 }
-"""Relative differences accepted of a layer: a few units in the last place of half precision; more
-in higher ones, where convolutions are sums of as many products as there are taps."""
+"""Accepted relative differences of a layer: a few units in the last place in half precision, and
+more in higher precisions, where a convolution sums as many products as it has taps."""
 
 _ADD_UP = 4
-"""What is accepted of a whole model, in multiples of what is accepted of a layer."""
+"""The accepted difference of a whole model, in multiples of that of a layer."""
 
 _WRITTEN = 8
-"""Tokens that are generated."""
+"""Number of generated tokens."""
 
 _CHUNKS = (1, 7, 2, 31, 64)
-"""Lengths of the chunks, over and over."""
+"""Lengths of the chunks, repeated."""
 
 
 @full_precision()
@@ -63,25 +63,25 @@ def check(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Run a model in every way that it can be run, and compare.
+    """Run a model in every possible way, and compare the outputs.
 
     Args:
         model: a Gramian causal language model, left untouched.
         input_ids: (batch, length) tokens to run it on; by default `batch` sequences of `length`
-            random ones. Steps are taken one by one, so the time grows with the length; what is past
-            the filters' last tap is only seen beyond `max_position_embeddings`.
+            random ones. Steps are taken one by one, so the time grows with the length. Only tokens
+            beyond `max_position_embeddings` show the filters past their last tap.
         dtypes: precisions of the weights; by default float32 and bfloat16. Filters keep float32.
-        tolerance: the relative difference accepted of a layer in every precision; by default
-            1.5e-5 in float32 and 6e-2 in bfloat16, or, where states are carried, twice the error
-            that a converted recurrence reports, if that is more. The model as a whole is granted
-            four times it.
-        distill_order: order of the filters of the distilled copy; None: make none.
-        reference: whether to compare with the model in float64, for which it is held a second time.
-        seed: of the random tokens and the padding.
+        tolerance: accepted relative difference of a layer in every precision; by default 1.5e-5
+            in float32 and 6e-2 in bfloat16, or, where states are carried, twice the error that a
+            converted recurrence reports, if that is larger. The whole model may differ by four
+            times as much.
+        distill_order: order of the filters of the distilled copy; None for no such copy.
+        reference: whether to compare with a second copy of the model in float64.
+        seed: seed of the random tokens and the padding.
         progress: called as `progress(done, total)` before the first and after each row.
 
     Returns:
-        The report: `passed`, and a table when printed.
+        The report, with `passed`; it prints as a table.
 
     Raises:
         TypeError: for another kind of model.
@@ -127,7 +127,7 @@ def _checked(
     tolerance: float | None,
     seed: int,
 ) -> Tensor:
-    """The tokens to run, or an error that says what is wrong."""
+    """Return the tokens to run, or raise an error for arguments that are wrong."""
     from gramian.models import GramianForCausalLM
 
     if not isinstance(model, GramianForCausalLM):
@@ -157,7 +157,7 @@ def _copy(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _distilled(model: Any, order: int | None) -> tuple[Any, str | None]:
-    """The distilled copy and what it reached, or neither where there is nothing to distil."""
+    """Return the distilled copy and its summary, or None twice if no filter can be distilled."""
     filters = [getattr(block.mixer, "filter", None) for block in model.model.layers]
     long = [f.max_length for f in filters if f is not None and not isinstance(f, ModalFilter)]
     if order is None or not long:
@@ -168,7 +168,7 @@ def _distilled(model: Any, order: int | None) -> tuple[Any, str | None]:
 
 @contextmanager
 def _reloaded(model: Any) -> Iterator[Any]:
-    """The model, saved and read again."""
+    """Yield the model, saved and loaded again."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder, dtype="auto", local_files_only=True)
@@ -176,7 +176,7 @@ def _reloaded(model: Any) -> Iterator[Any]:
 
 
 class _Run:
-    """A model, what its parallel pass made of the tokens, and what each mixer saw and made."""
+    """A model, the output of its parallel pass, and the input and output of each mixer."""
 
     def __init__(self, model: Any, ids: Tensor) -> None:
         self.model, self.ids = model, ids
@@ -199,7 +199,7 @@ class _Run:
 
 
 def _difference(y: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference, relative to the largest number of the same sequence."""
+    """Return the largest difference, relative to the largest number of the same sequence."""
     y, expected = y.double().flatten(1), expected.double().flatten(1)
     scale = expected.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
     relative = (y - expected).abs().amax(1) / scale
@@ -255,10 +255,10 @@ def _check_layer(
 
 
 def layouts(batch: int, length: int) -> dict[str, list[Tensor]]:
-    """Where the tokens of every sequence stand, for each mode of padding.
+    """Return the positions of the tokens of every sequence, for each mode of padding.
 
     Returns:
-        For each mode one or two turns, each (batch, columns) of int64: the token that stands in
+        For each mode one or two turns, each (batch, columns) of int64: the index of the token in
         every column, or -1 for padding. The second turn follows the first.
     """
     padding = max(1, length // 5)
@@ -286,9 +286,9 @@ def _laid_out(
     turns: list[Tensor],
     seed: int,
 ) -> float:
-    """How much padding changes a mixer that is run at once, from a state, and on its recurrence."""
+    """Return how much padding changes the outputs of a mixer at once, from a state, and stepped."""
     generator = torch.Generator().manual_seed(seed)
-    # What follows the last turn shows the state that it left.
+    # The output after the last turn depends on the state at its end.
     ending = torch.randn(len(x), 1, x.shape[2], generator=generator).to(x)
     after = mixer(torch.cat([x, ending], 1))[:, -1]
     worst = 0.0
@@ -310,8 +310,11 @@ def _laid_out(
 
 
 def _placed(x: Tensor, padding: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens' entries of x (batch, length, …) in their columns between ``padding``, and the
-    mask."""
+    """Place the tokens' entries of x (batch, length, …) in their columns between `padding`.
+
+    Returns:
+        The padded rows and their mask.
+    """
     mask = (turn >= 0).to(x.device)
     rows = torch.arange(len(x), device=x.device)[:, None]
     chosen = x[rows, turn.to(x.device).clamp_min(0)]
@@ -319,14 +322,14 @@ def _placed(x: Tensor, padding: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _collected(made: list[Tensor], turns: list[Tensor]) -> Tensor:
-    """The outputs at the tokens, (batch, length, …), of (batch, columns, …) turn by turn."""
+    """Collect the outputs at the tokens, (batch, length, …), from turns (batch, columns, …)."""
     order = torch.cat(turns, 1).to(made[0].device)
     outputs = torch.cat(made, 1)
     return torch.stack([row[at >= 0] for row, at in zip(outputs, order, strict=True)])
 
 
 def _packed(x: Tensor) -> tuple[Tensor, None, Segments]:
-    """Arguments of a mixer: all sequences of x (batch, length, width) in one row."""
+    """Return a mixer's arguments for all sequences of x (batch, length, width) in one row."""
     batch, length = x.shape[:2]
     numbers = torch.arange(batch, device=x.device).repeat_interleave(length)
     return x.flatten(0, 1)[None], None, Segments(None, numbers[None])
@@ -399,7 +402,7 @@ def _check_model(
 
 
 def _generated(model: Any, ids: Tensor) -> float:
-    """How far the logits that `generate` writes by are from those of a pass over what it wrote."""
+    """Return the difference of the logits in `generate` from those of a pass over its output."""
     prompt = ids[:, : max(1, ids.shape[1] // 2)]
     try:
         written = model.generate(
@@ -413,7 +416,7 @@ def _generated(model: Any, ids: Tensor) -> float:
             output_logits=True,
             return_dict_in_generate=True,
         )
-    except FloatingPointError:  # of logits that are not finite
+    except FloatingPointError:  # logits are not finite
         return torch.inf
     made = torch.stack(written.logits, 1)
     again = model(written.sequences, use_cache=False).logits
@@ -424,7 +427,7 @@ def _generated(model: Any, ids: Tensor) -> float:
 def _continued(
     model: Any, ids: Tensor, parts: Sequence[slice], mask: Tensor | None = None
 ) -> Tensor:
-    """Logits of the tokens part by part, through a cache."""
+    """Return the logits of the tokens, computed in parts through a cache."""
     from gramian.models.cache import CACHE
 
     cache, made = None, []
@@ -437,11 +440,11 @@ def _continued(
 
 
 def _limits(own: float, carried: float) -> dict[str, float]:
-    """What is accepted where no state is carried, and where one is."""
+    """Return the accepted difference of every mode, `carried` where a state is carried."""
     limits = dict.fromkeys(("batched", "reloaded", "packed"), own)
     modes = ("recurrent", "chunked", "stepped", "padded", "right", "gap", "turn")
     limits |= dict.fromkeys(modes, carried)
-    return limits | {"generated": max(carried, _ACCEPTED[torch.float32])}  # handed over in float32
+    return limits | {"generated": max(carried, _ACCEPTED[torch.float32])}  # written in float32
 
 
 def _name(dtype: torch.dtype) -> str:

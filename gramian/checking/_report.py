@@ -1,4 +1,4 @@
-"""What checking a model found: one row for each layer, the whole model and each precision."""
+"""The report of a check, with a row for each layer and the whole model in each precision."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ MODES = {
     "packed": "all sequences in one row",
     "generated": "the logits that `generate` writes by, against a pass without a cache",
 }
-"""Ways of running a model, and what each is compared with: where nothing is said, the parallel pass
-in the same precision."""
+"""Ways of running a model, and their references: by default, the parallel pass in the same
+precision."""
 
 _TABLES = (tuple(MODES)[:7], tuple(MODES)[7:])
-"""The modes that stand in one table: how the model is run, and where the tokens are."""
+"""The modes of each table: ways of running the model, and positions of the tokens."""
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One layer's mixer, or the whole model, in one precision.
+    """The differences of one layer's mixer, or of the whole model, in one precision.
 
     Attributes:
-        dtype: of the weights: "float32", "bfloat16", …
-        layer: index of the layer, or None for the whole model, whose output are the logits.
+        dtype: dtype of the weights: "float32", "bfloat16", …
+        layer: index of the layer, or None for the whole model, whose outputs are logits.
         name: class of the mixer, or of the model.
-        forms: forms that the recurrences of the mixer's long convolutions take.
-        differences: for each of `MODES` the largest difference of any number of the output,
+        forms: forms of the recurrences of the mixer's long convolutions.
+        differences: for each of `MODES`, the largest difference of any number of the output,
             relative to the largest number of the same sequence; infinite where an output is not
-            finite. A mode that does not apply is left out.
-        limits: for each mode that is judged, the difference that is accepted.
+            finite. Modes that do not apply are left out.
+        limits: for each mode that is judged, the accepted difference.
     """
 
     dtype: str
@@ -68,7 +68,7 @@ class CheckRow:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can hold; an infinite difference is None."""
+        """Return all fields as values that JSON can hold; an infinite difference is None."""
         finite = {m: d if math.isfinite(d) else None for m, d in self.differences.items()}
         return {
             "dtype": self.dtype,
@@ -88,14 +88,14 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `gramian.check` found. Printing it gives the table.
+    """The report of `gramian.check`, which prints as a table.
 
     Attributes:
-        rows: precision by precision, the layers in order and then the whole model.
+        rows: for each precision, the layers in order and then the whole model.
         batch: number of sequences that were run.
-        length: tokens of each.
-        distillation: what the distilled copy reached, in words, or None where there was none.
-        seconds: how long it took.
+        length: tokens of each sequence.
+        distillation: summary of the distilled copy, or None if there was none.
+        seconds: duration of the check.
     """
 
     rows: tuple[CheckRow, ...]
@@ -110,7 +110,7 @@ class CheckReport:
         return not any(row.failures for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can hold."""
+        """Return all fields as values that JSON can hold."""
         return {
             "passed": self.passed,
             "batch": self.batch,
@@ -121,7 +121,7 @@ class CheckReport:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON text."""
+        """Return `to_dict` as indented JSON text."""
         return to_json(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
@@ -167,7 +167,7 @@ class CheckReport:
         return [(name, [row for row in self.rows if row.dtype == name]) for name in precisions]
 
     def _mixers(self) -> str:
-        """What the layers are, neighbours together."""
+        """Return the mixers of the layers in words, with equal neighbors grouped."""
         runs: list[tuple[str, list[int]]] = []
         for row in self._by_precision()[0][1]:
             if row.layer is None:

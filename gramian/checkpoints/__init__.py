@@ -1,6 +1,6 @@
-"""Checkpoints of published models, made into Gramian models.
+"""Loading of checkpoints of published models as Gramian models.
 
-`load(path)` recognises a checkpoint from its keys, shapes and configuration, and returns a
+`load(path)` recognizes a checkpoint from its keys, shapes and configuration, and returns a
 `GramianForCausalLM` that computes what the published implementation computes, and its tokenizer
 where one is known. Each format is one file: safari's Hyena language models and HyenaDNA
 (`hyena_lm.py`), the published Hyena-RTF (`hyena_rtf.py`), StripedHyena and Evo

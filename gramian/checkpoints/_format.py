@@ -1,4 +1,4 @@
-"""What every format of checkpoints knows about itself, and what is compared before all else."""
+"""The interface of every format of checkpoints, and the checks before a model is made."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ Progress = Callable[[int, int], None]
 
 
 class Format(abc.ABC):
-    """One checkpoint of one format, its names stripped of wrappers' prefixes.
+    """A checkpoint of one format, with names stripped of wrappers' prefixes.
 
     Args:
-        shapes: of all tensors, by stripped name.
+        shapes: shapes of all tensors, by stripped name.
         config: the checkpoint's configuration.
 
     Raises:
-        ValueError: from the constructor, on a configuration that lacks something, describes what
-            our models cannot express, or contradicts the tensors' shapes.
+        ValueError: from the constructor, on a configuration that lacks an entry, describes a model
+            that our models cannot express, or contradicts the tensors' shapes.
     """
 
     name: ClassVar[str]
-    """What `load` calls the format."""
+    """The name of the format in `load`."""
 
     embedding: ClassVar[str]
-    """Name of the embedding, stripped; the model takes its dtype where none is asked for."""
+    """The stripped name of the embedding, whose dtype is the default of the model's."""
 
     layers: int
-    """Number of layers."""
+    """The number of layers."""
 
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         self.shapes = shapes
@@ -57,27 +57,27 @@ class Format(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def strip(cls, names: Iterable[str]) -> dict[str, str] | None:
-        """The names without wrappers' prefixes, by name; None if they are of another format."""
+        """Return names without wrappers' prefixes, by name; None if they are of another format."""
 
     @classmethod
     def meant_by(cls, config: Mapping[str, Any]) -> bool:
-        """Return whether a configuration names this format, among those that share its keys."""
+        """Return whether a configuration is of this format, among those with the same keys."""
         return False
 
     @abc.abstractmethod
     def expected(self) -> Shapes:
-        """Names and shapes of the tensors that must be there, no more and no fewer."""
+        """Return names and shapes of exactly the tensors that the checkpoint must have."""
 
     @abc.abstractmethod
     def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
-        """The state dict of our model; takes the tensors that it has used out of `weights`."""
+        """Return the state dict of our model, and remove the used tensors from `weights`."""
 
     @abc.abstractmethod
     def model_config(self, weights: Mapping[str, Tensor]) -> GramianConfig:
-        """The configuration of our model; called before `translate`."""
+        """Return the configuration of our model; called before `translate`."""
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """The tokenizer that belongs to every checkpoint of the format, if there is one."""
+        """Return the tokenizer of all checkpoints of the format, if there is one."""
         return None
 
 
@@ -88,10 +88,10 @@ _T = TypeVar("_T", bound=type[Format])
 
 
 def register(format: _T) -> _T:
-    """Make a format known to `load` under its `name`, as a class decorator.
+    """Register a format for `load` under its `name`; a class decorator.
 
     Raises:
-        ValueError: if the name is taken by another class.
+        ValueError: if another class has that name.
     """
     if FORMATS.get(format.name, format) is not format:
         raise ValueError(f"the format {format.name!r} is already registered.")
@@ -102,13 +102,13 @@ def register(format: _T) -> _T:
 def compare(
     source: str, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], expected: Shapes
 ) -> None:
-    """Raise a ValueError naming the keys that do not fit, if there are any.
+    """Raise a ValueError that names the keys that do not fit, if there are any.
 
     Args:
-        source: what to call the checkpoint.
-        names: stripped names by the checkpoint's own.
-        shapes: of the tensors, by stripped name.
-        expected: of the tensors that must be there, by stripped name.
+        source: name of the checkpoint in the message.
+        names: stripped names, by the checkpoint's own names.
+        shapes: shapes of the tensors, by stripped name.
+        expected: shapes of the required tensors, by stripped name.
     """
     original = {stripped: name for name, stripped in names.items()}
     missing = sorted(expected.keys() - shapes.keys())
@@ -127,8 +127,9 @@ def compare(
 def setting(
     config: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *default: Any
 ) -> Any:
-    """`config[name]`, checked to be of type `kind`; the default, if one is given, where it is
-    missing or None.
+    """Return `config[name]`, checked to be of type `kind`.
+
+    If it is missing or None, the default is returned, if one is given.
 
     Raises:
         ValueError: if it is missing and has no default, or is of another type.
@@ -144,7 +145,7 @@ def setting(
 
 
 def size(config: Mapping[str, Any], name: str, *default: Any) -> Any:
-    """`setting` of an integer that must be at least 1."""
+    """Return a `setting` that must be an integer of at least 1."""
     value = setting(config, name, int, *default)
     if isinstance(value, int) and value < 1:
         raise ValueError(
@@ -164,10 +165,10 @@ def refuse_unless(config: Mapping[str, Any], name: str, *accepted: Any) -> None:
 
 
 def has_head(config: Mapping[str, Any], shapes: Mapping[str, Any], head: str) -> bool:
-    """Whether a checkpoint has an output projection of its own, ``head``.
+    """Return whether a checkpoint has a separate output projection, `head`.
 
     Raises:
-        ValueError: if it has none, and its configuration says that it is not the embedding.
+        ValueError: if it has none, although its configuration says that it is not the embedding.
     """
     if head not in shapes and _untied(config):
         raise ValueError(
@@ -180,15 +181,17 @@ def has_head(config: Mapping[str, Any], shapes: Mapping[str, Any], head: str) ->
 def tied(
     config: Mapping[str, Any], weights: Mapping[str, Tensor], embedding: str, head: str
 ) -> bool:
-    """Whether the output projection is the embedding: missing, or equal to it where the
-    configuration does not say that they are two."""
+    """Return whether the output projection is the embedding.
+
+    It is if it is missing, or if both are equal and the configuration does not separate them.
+    """
     if head not in weights:
         return True
     return not _untied(config) and torch.equal(weights[head], weights[embedding])
 
 
 def _untied(config: Mapping[str, Any]) -> str | None:
-    """The setting by which a configuration says that the output projection is no embedding."""
+    """Return the setting by which a configuration separates output projection and embedding."""
     names = ("tie_word_embeddings", "tie_embeddings")
     return next((name for name in names if config.get(name) is False), None)
 

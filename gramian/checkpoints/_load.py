@@ -1,4 +1,4 @@
-"""Loading: recognise, compare, translate, and only then make a model."""
+"""Loading of checkpoints: recognize, compare, translate, and only then make a model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["LoadedCheckpoint", "load"]
 
 
 class LoadedCheckpoint(NamedTuple):
-    """What `load` makes of a checkpoint.
+    """The result of `load`.
 
     Attributes:
-        model: in evaluation mode.
-        tokenizer: the one that belongs to it, or None where none is known.
-        format: which of `FORMATS` it was in.
+        model: the model, in evaluation mode.
+        tokenizer: the tokenizer of the model, or None if none is known.
+        format: name of the checkpoint's format in `FORMATS`.
     """
 
     model: GramianForCausalLM
@@ -39,31 +39,31 @@ def load(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> LoadedCheckpoint:
-    """The model in a published checkpoint, as one of ours that computes the same.
+    """Load a published checkpoint as a Gramian model that computes the same outputs.
 
-    Everything is compared with what the format asks for before a model is made, so nothing is ever
-    loaded in part, and files are read as tensors and nothing else (`gramian.checkpoints.files`).
+    Names and shapes are compared with those of the format before a model is made, so a checkpoint
+    is never loaded in part, and files are read only as tensors (`gramian.checkpoints.files`).
 
     Args:
         path: a checkpoint file, or a folder that holds one.
-        config: the checkpoint's configuration, or a JSON or YAML file with it; by default the one
-            that lies beside the checkpoint (`config.json`, `NAME.config.json`, `NAME.json`, and
-            .yml likewise). It is needed: not all of what a model computes is in its shapes.
-        format: one of `FORMATS`, in place of what keys and configuration say. Safari's Hyena and
-            HyenaDNA have the same keys; without it, one with HyenaDNA's vocabulary is a HyenaDNA.
-        dtype: of the weights; by default the embedding's. Filters are held in float32.
+        config: the checkpoint's configuration, or a JSON or YAML file with it; by default the file
+            beside the checkpoint (`config.json`, `NAME.config.json`, `NAME.json`, or the same
+            names with .yml). It is required, since shapes do not determine a model completely.
+        format: one of `FORMATS`; by default it is recognized from keys and configuration. Safari's
+            Hyena and HyenaDNA have the same keys; without `format`, a checkpoint with HyenaDNA's
+            vocabulary is a HyenaDNA.
+        dtype: dtype of the weights; by default, that of the embedding. Filters are held in float32.
         progress: called as `progress(layers done, layers)`.
 
     Returns:
-        The model, the tokenizer that belongs to it or None, and the name of the format. A tokenizer
-        that lies in the checkpoint's folder is taken where transformers can read it without running
-        code from there.
+        The model, its tokenizer or None, and the name of the format. A tokenizer in the
+        checkpoint's folder is used if transformers can read it without running code from there.
 
     Raises:
-        FileNotFoundError: no checkpoint, or no configuration beside it.
-        ValueError: a file that cannot be read or would make anything but tensors, keys of none of
-            the formats, a configuration that lacks something or describes what Gramian's models do
-            not express, missing, unexpected or misshapen tensors, which are named.
+        FileNotFoundError: if there is no checkpoint, or no configuration beside it.
+        ValueError: on a file that cannot be read or would make anything but tensors, keys of none
+            of the formats, a configuration that lacks an entry or describes a model that Gramian's
+            models do not express, and missing, unexpected or misshapen tensors, which are named.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
@@ -91,7 +91,7 @@ def load(
     model, info = GramianForCausalLM.from_pretrained(
         None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    if any(info.values()):  # a format's own mistake; never a model with weights at random
+    if any(info.values()):  # a bug in the format; never return random weights
         raise RuntimeError(f"{cls.name} was not translated whole: {info}")
     model.eval()
     tokenizer = source.tokenizer() or _own_tokenizer(path)
@@ -115,7 +115,7 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
 def _recognise(
     path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], format: str | None
 ) -> type[Format]:
-    """The format that the keys, and the configuration where keys are shared, belong to."""
+    """Return the format of the keys, or of the configuration if formats share the keys."""
     fitting = [cls for cls in FORMATS.values() if cls.strip(weights)]
     if format is not None:
         if FORMATS[format] not in fitting:
@@ -128,17 +128,17 @@ def _recognise(
 
 
 def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a checkpoint's folder, if it is one of transformers' own."""
+    """Return the tokenizer in a checkpoint's folder, if it is one of transformers' own."""
     if not (path / "tokenizer.json").is_file():
         return None
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):  # a tokenizer with code of its own, or a broken one
+    except (OSError, ValueError, KeyError):  # a tokenizer with its own code, or a broken one
         return None
 
 
 def _never_write_what_has_no_text(model: GramianForCausalLM, tokens: int) -> None:
-    """Rows that pad a vocabulary to a round size have no token: keep `generate` from them."""
+    """Keep `generate` from the rows without tokens that pad a vocabulary to a round size."""
     if model.generation_config is not None and tokens < model.config.vocab_size:
         rows = list(range(tokens, model.config.vocab_size))
         model.generation_config.suppress_tokens = rows

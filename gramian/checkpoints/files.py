@@ -1,10 +1,10 @@
-"""What a checkpoint's files hold: tensors by name, and a configuration; nothing else is made.
+"""Reading of a checkpoint's files as tensors by name and a configuration, and nothing else.
 
 safetensors files hold nothing but tensors. Files written by `torch.save` are pickles, read with
 `weights_only=True`: no name in them is looked up or called, except for those of tensors. Lightning
 writes its own bookkeeping beside the weights, objects of omegaconf and the like; for names of those
-packages an empty class of ours stands in, which takes what it is given and keeps nothing. Any other
-name ends the reading before a single object is made.
+packages an empty placeholder class is used, which accepts any arguments and keeps nothing. Any
+other name ends the reading before a single object is made.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _BOOKKEEPING_TYPES = {
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by name, on the CPU.
+    """Return all tensors of a checkpoint by name, on the CPU.
 
     Args:
         path: a file, or a folder with `model.safetensors`, `pytorch_model.bin` (either may be
@@ -54,9 +54,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             or .pth.
 
     Raises:
-        FileNotFoundError: there is no such file, or no checkpoint in the folder.
-        ValueError: several files that could be meant, a file that cannot be read, or one that holds
-            or asks for anything but tensors and bookkeeping.
+        FileNotFoundError: if there is no such file, or no checkpoint in the folder.
+        ValueError: on several possible files, a file that cannot be read, or one that holds or
+            refers to anything but tensors and bookkeeping.
     """
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(path):
@@ -90,10 +90,10 @@ def hash_weights(path: Path) -> dict[str, str]:
 
 
 def find_config(path: Path) -> Path | None:
-    """The configuration that lies beside a checkpoint, or None.
+    """Return the configuration file beside a checkpoint, or None.
 
-    For a folder its `config.json` or `config.yml`; for `NAME.ckpt` first `NAME.config.json`,
-    `NAME.json` and the like.
+    For a folder it is `config.json` or `config.yml`; for `NAME.ckpt`, `NAME.config.json`,
+    `NAME.json` and the like come first.
     """
     folder = path if path.is_dir() else path.parent
     names = ["config"] if path.is_dir() else [f"{path.stem}.config", path.stem, "config"]
@@ -105,11 +105,11 @@ def find_config(path: Path) -> Path | None:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The mapping in a JSON or YAML file.
+    """Return the mapping in a JSON or YAML file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or holds something else.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read or does not hold a mapping.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no configuration {file}.")
@@ -132,7 +132,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, ended by one full stop."""
+    """Return the first line of an error's message, ending in one period."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
 
@@ -173,10 +173,10 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        # what PyTorch wrote before 1.6 is no archive, and is read without placeholders
+        # files of PyTorch before 1.6 are not archives, and are read without placeholders
         archive = zipfile.is_zipfile(file)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if archive else []
-    except Exception as error:  # whatever a broken file makes the disassembler stumble over
+    except Exception as error:  # a broken file can cause any error in the disassembler
         raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
     foreign = sorted(name for name in names if not _is_bookkeeping(name))
     if foreign:
@@ -215,7 +215,7 @@ def _is_bookkeeping(name: str) -> bool:
 
 
 class _Placeholder:
-    """Stands for an object of bookkeeping; takes any arguments and any state and keeps nothing."""
+    """A placeholder for bookkeeping, which accepts any arguments and state and keeps nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Placeholder:
         return super().__new__(cls)
@@ -228,6 +228,6 @@ class _Placeholder:
 
 
 def _placeholder(name: str) -> type[_Placeholder]:
-    """A class of ours that the reader takes for the one called `name`."""
+    """Return a class of ours that the reader uses as the one called `name`."""
     module, _, own = name.rpartition(".")
     return type(own, (_Placeholder,), {"__module__": module, "__qualname__": own})

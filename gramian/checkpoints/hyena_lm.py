@@ -1,9 +1,9 @@
 r"""Hyena language models of safari (`SimpleLMHeadModel`, layer `hyena`) and HyenaDNA.
 
 Both are an embedding, prenorm blocks with layer norms (a Hyena mixer and an MLP with tanh-GELU and
-biases), a last layer norm and a tied head. They differ in what their configuration does not say:
-the window's `shift` is 0.05 in HyenaDNA and 0 in safari, HyenaDNA adds the filter's bias always,
-and with an order above 2 safari numbers filters by channel, then gate, HyenaDNA by gate, then
+biases), a last layer norm and a tied head. They differ in points that their configuration does not
+state: the window's `shift` is 0.05 in HyenaDNA and 0 in safari, HyenaDNA always adds the filter's
+bias, and with an order above 2 safari numbers filters by channel, then gate, HyenaDNA by gate, then
 channel. Dropout of gated values inside the mixers has no counterpart here and is left out.
 """
 
@@ -94,7 +94,7 @@ class SafariHyena(Format):
         return not any(".filter_fn.ab" in name for name in names)
 
     def _as_safari(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The model's part of the configuration of a whole experiment."""
+        """Return the model's part of the configuration of an experiment."""
         inner = config.get("model")
         return inner if "layer" not in config and isinstance(inner, Mapping) else config
 
@@ -142,8 +142,10 @@ class SafariHyena(Format):
         return shapes | dict.fromkeys(frequencies, (1, hidden))
 
     def _frequencies(self, filter: str, found: Iterable[str]) -> list[str]:
-        """Names of the sines' frequencies. All layers share one tensor, which safetensors saves
-        under one of its names; so those that were found, and all if none was."""
+        """Return the names of the sines' frequencies that were found, or all if none was.
+
+        All layers share one tensor, which safetensors saves under one of its names.
+        """
         if not self._trains_frequency:
             return []
         numbers = range(1, 2 * self._hidden_layers, 2)
@@ -210,7 +212,7 @@ class SafariHyena(Format):
         )
 
     def _more_config(self) -> dict[str, Any]:
-        """Further arguments of the configuration."""
+        """Return further arguments of the configuration."""
         return {}
 
     def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
@@ -232,7 +234,7 @@ class SafariHyena(Format):
             for theirs, name in names.items():
                 for kind in ("weight", "bias"):
                     state[f"{ours}{name}.{kind}"] = weights.pop(f"{block}{theirs}.{kind}")
-            # tap 0 of ours acts on the present, the last one of theirs
+            # our tap 0 acts on the present, as their last tap does
             taps = weights.pop(f"{block}mixer.short_filter.weight")
             state[f"{ours}mixer.short.weight"] = taps.squeeze(1).flip(-1)
             state[f"{ours}mixer.short.bias"] = weights.pop(f"{block}mixer.short_filter.bias")
@@ -245,7 +247,7 @@ class SafariHyena(Format):
     def _translate_mixer(
         self, weights: dict[str, Tensor], theirs: str, ours: str
     ) -> dict[str, Tensor]:
-        """The filter, and whatever else of the mixer is not in every Hyena."""
+        """Translate the filter, and the parts of the mixer that not every Hyena has."""
         theirs, ours = f"{theirs}filter_fn.", f"{ours}filter."
         _check_time(weights.pop(f"{theirs}pos_emb.t"), f"{theirs}pos_emb.t")
         channels = self._channel_order()
@@ -280,7 +282,10 @@ class SafariHyena(Format):
         return state
 
     def _channel_order(self) -> Tensor:
-        """Where the filter of channel c and gate n, number `c (order - 1) + n` here, is theirs."""
+        """Return the published index of each filter.
+
+        Our index is `c (order - 1) + n` for channel c and gate n.
+        """
         return torch.arange(self.filters)
 
 
@@ -293,15 +298,17 @@ class HyenaDNA(SafariHyena):
 
     @classmethod
     def meant_by(cls, config: Mapping[str, Any]) -> bool:
-        """Whether a configuration of a Hyena language model is one of HyenaDNA's: its type says so,
-        or its vocabulary is that of the DNA tokenizer."""
+        """Return whether the configuration of a Hyena language model is that of a HyenaDNA.
+
+        Its type says so, or its vocabulary is that of the DNA tokenizer.
+        """
         kind = config.get("model_type")
         return kind == "hyenadna" or (kind is None and config.get("vocab_size") == _DNA_TOKENS)
 
     def _as_safari(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         if "max_seq_len" not in config:
             return super()._as_safari(config)
-        refuse_unless(config, "layer_norm_epsilon", 1e-5)  # the blocks' norms have 1e-5 always
+        refuse_unless(config, "layer_norm_epsilon", 1e-5)  # the blocks' norms always use 1e-5
         return {
             "d_model": size(config, "d_model", 256),
             "n_layer": size(config, "n_layer", 12),
@@ -354,7 +361,7 @@ def _affine(name: str, *shape: int) -> Shapes:
 
 
 def _check_time(time: Tensor, name: str) -> None:
-    """The window runs over the same time in all published filters; another would be lost."""
+    """Raise a ValueError unless the window's time is that of all published filters."""
     expected = torch.linspace(0, 1, time.numel())
     tolerance = 2 * torch.finfo(time.dtype).eps
     if not torch.allclose(time.flatten().float(), expected, rtol=tolerance, atol=tolerance):

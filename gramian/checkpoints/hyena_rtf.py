@@ -1,8 +1,8 @@
 r"""The published Hyena-RTF: safari's language model with rational filters (arXiv 2405.06147).
 
-Two things are not what they seem. The filter's direct term enters twice, once in the kernel and
-once as the convolution's skip, so tap 0 is `2 h_0` and the aliased rest. And between the last gate
-and the output projection there is `gelu(W norm(y))`, a map across channels through 384 of them.
+Two details are easy to miss. The filter's direct term enters twice, once in the kernel and once as
+the convolution's skip, so tap 0 is `2 h_0` plus the aliased taps. And `gelu(W norm(y))`, a map from
+the channels to 384 features, stands between the last gate and the output projection.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["HyenaRTF"]
 
 @register
 class HyenaRTF(SafariHyena):
-    """A `SimpleLMHeadModel` of the layer `hyena` with `filter_cls: rtf`."""
+    """A `SimpleLMHeadModel` with the layer `hyena` and `filter_cls: rtf`."""
 
     name = "hyena_rtf"
     filter_class = "rtf"

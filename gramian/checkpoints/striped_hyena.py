@@ -1,10 +1,10 @@
 r"""StripedHyena and Evo: Hyena blocks with modal filters, some of them with attention instead.
 
-A filter is `h_t = Re Σ r λ^t` from tap 0 on, beside a skip `D`; ours has `λ^(t-1)` and its own tap
-0, so residues are `r λ` and the direct term is `D + Re Σ r`. Poles are free and may lie outside of
-the unit circle. With `column_split_hyena` the rows of the projection and of the short convolution
-are grouped by head, each head's outer gate, inner gate and value in turn. Without fused kernels an
-RMS norm divides by `rms(x) + ε`, with them by `√(mean(x²) + ε)`.
+A filter is `h_t = Re Σ r λ^t` from tap 0 on, plus a skip `D`. Ours has `λ^(t-1)` and a separate tap
+0, so its residues are `r λ` and its direct term is `D + Re Σ r`. Poles are unconstrained and may
+lie outside of the unit circle. With `column_split_hyena` the rows of the projection and of the
+short convolution are grouped by head: outer gate, inner gate and value of each head in turn.
+Without fused kernels an RMS norm divides by `rms(x) + ε`, with them by `√(mean(x²) + ε)`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StripedHyena(Format):
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         super().__init__(shapes, config)
         self.config = config
-        # a Hugging Face folder's configuration has defaults of its own
+        # the configuration of a Hugging Face folder has its own defaults
         hugging = config.get("model_type") == "stripedhyena"
         self.width = size(config, "hidden_size")
         self.layers = size(config, "num_layers")
@@ -82,7 +82,7 @@ class StripedHyena(Format):
         self.inner = self._inner_size()
 
     def _inner_size(self) -> int:
-        """What the configuration says, or the published rule where it says nothing."""
+        """Return the configured inner size of the MLP, or that of the published rule."""
         multiple = size(self.config, "inner_size_multiple_of", 64)
         least = int(2 * self.width * 4 / 3)
         return size(self.config, "inner_mlp_size", -(-least // multiple) * multiple)
@@ -189,7 +189,7 @@ class StripedHyena(Format):
         }
 
     def _filter(self, weights: Mapping[str, Tensor], name: str) -> ModalFilter:
-        """The modal filter of all channels, made from poles and residues that groups share."""
+        """Return the modal filter of all channels, from poles and residues that groups share."""
         poles, residues = (
             torch.view_as_complex(weights[f"{name}{kind}"].double()).squeeze(-1)
             for kind in ("poles", "residues")
@@ -242,7 +242,7 @@ class StripedHyena(Format):
         return {ours + name: value for name, value in state.items()}
 
     def _rows(self) -> Tensor:
-        """Where the rows of the outer gate, then the inner gate, then the value are theirs."""
+        """Return the published indices of the rows of outer gate, inner gate and value."""
         rows = torch.arange(3 * self.width)
         if self.split:
             rows = rows.reshape(self.heads, 3, -1).transpose(0, 1).flatten()

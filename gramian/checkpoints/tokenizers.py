@@ -1,7 +1,7 @@
-"""Tokenizers of published models, as fast ones that `AutoTokenizer` reads without this package.
+"""Tokenizers of published models, as fast tokenizers that `AutoTokenizer` reads by itself.
 
-Neither adds a special token by itself: a prompt is continued where it ends. The published ones of
-HyenaDNA append `[SEP]`, the token that ends a sequence.
+They need no code of this package. Neither adds a special token: a prompt is continued where it
+ends. The published tokenizers of HyenaDNA append `[SEP]`, the token that ends a sequence.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _DNA_SPECIAL = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UN
 
 
 class DNATokenizer(PreTrainedTokenizerFast):
-    """HyenaDNA's: one token a character, `[UNK]` 6 for all but the known ones; pads on the left.
+    """HyenaDNA's tokenizer: one token per character, `[UNK]` for unknown ones, padding on the left.
 
     Special tokens are `[CLS]` 0, `[SEP]` 1 (the end of a sequence), `[BOS]` 2, `[MASK]` 3,
-    `[PAD]` 4, `[RESERVED]` 5 and `[UNK]` 6; characters follow. White space is skipped. Case means
-    nothing (to the published tokenizer a lower-case, soft-masked base is `[UNK]`), unless
+    `[PAD]` 4, `[RESERVED]` 5 and `[UNK]` 6; characters follow. White space is skipped. Case is
+    ignored (the published tokenizer maps a lower-case, soft-masked base to `[UNK]`), unless
     `characters` has a letter in both cases.
 
     Args:
-        characters: the known ones, in the order of their ids from 7 on.
+        characters: known characters, in the order of their ids from 7 on.
         kwargs: as for any fast tokenizer of transformers.
     """
 
@@ -49,10 +49,10 @@ class DNATokenizer(PreTrainedTokenizerFast):
 
 
 class EvoTokenizer(PreTrainedTokenizerFast):
-    """Evo's: the UTF-8 bytes of a text as ids 0–255; byte 0 ends a text, byte 1 is padding.
+    """Evo's tokenizer: UTF-8 bytes as ids 0–255; byte 0 ends a text, byte 1 is padding.
 
-    It pads on the left, as generation needs. Published decoding shows ids below 32 as spaces; here
-    they are the bytes that they are.
+    It pads on the left, as generation needs. The published decoder shows ids below 32 as spaces;
+    here they are decoded as bytes.
 
     Args:
         kwargs: as for any fast tokenizer of transformers.
@@ -86,5 +86,5 @@ def _characters(characters: str) -> Tokenizer:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(["[RESERVED]"])  # the others have names that transformers knows
+    tokenizer.add_special_tokens(["[RESERVED]"])  # transformers knows the names of the others
     return tokenizer

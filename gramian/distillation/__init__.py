@@ -1,8 +1,8 @@
-"""Distillation: a model whose long filters become small recurrences.
+"""Distillation: replacing the long filters of a model by small recurrences.
 
 `distill(model, tol=...)` reduces every filter of a model (Laughing Hyena Distillery,
 arXiv 2310.18780, by balanced truncation in place of the paper's gradient descent) and returns a
-model of the same class, together with a `DistillationReport` of what was reached.
+model of the same class, together with a `DistillationReport` of its orders and errors.
 """
 
 from gramian.distillation._distill import distill

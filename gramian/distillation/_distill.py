@@ -1,4 +1,4 @@
-"""Every filter of a model reduced, and the model rebuilt around what it was reduced to."""
+"""Reduction of every filter of a model, and construction of the distilled model."""
 
 from __future__ import annotations
 
@@ -35,34 +35,35 @@ def distill(
     """Replace every long filter of a model by a small recurrence (arXiv 2310.18780).
 
     Each filter's kernel, over the model's `max_position_embeddings` taps, is reduced with
-    `gramian.reduce`; the `ModalFilter`s that hold the results take the filters' places in a copy of
-    the model. The copy is of the same class, with `config.filter` one configuration per layer, and
-    is saved, loaded, trained and generated from like any other. Filters that are modal already, and
-    layers of attention, stay as they are. The given model is left untouched.
+    `gramian.reduce`; `ModalFilter`s with the results replace the filters in a copy of the model.
+    The copy has the same class, with one configuration per layer in `config.filter`, and can be
+    saved, loaded, trained and used for generation like any other model. Filters that are modal
+    already, and attention layers, are not changed. The given model is left untouched.
 
     Args:
         model: any Gramian model that is not bidirectional.
-        tol: relative l2 error `‖h − ĥ‖₂ / ‖h‖₂` asked of every filter; each gets the smallest order
-            that reaches it. Between 0 and 1, both excluded. Ignored when `order` is given.
-        order: real state dimension of every filter, from 1 to the number of taps less one.
-        max_order: where the search for `tol` ends; by default at 256 or the number of taps. One
+        tol: tolerance of the relative l2 error `‖h − ĥ‖₂ / ‖h‖₂` of every filter, each of which
+            gets the smallest order that reaches it. Between 0 and 1, both excluded. Ignored if
+            `order` is given.
+        order: real state dimension of every filter, from 1 to the number of taps minus one.
+        max_order: largest order in the search for `tol`; by default 256 or the number of taps. One
             filter of high order makes the state of its whole layer large.
-        tail: what a filter may do past its last tap, in inputs longer than the taps: "auto" and
-            "free" leave it to the fit, which is smallest then, and the report says how much is left
-            there; "zero" fits a filter that ends. See `gramian.reduce`.
-        filters: by path of a submodule, as in `model.named_modules()`, a function of it that
-            returns its kernel, or a `ForeignFilter`.
+        tail: behavior of a filter past its last tap, in inputs longer than the taps: "auto" and
+            "free" leave it to the fit, which gives the smallest orders, and the report states the
+            energy there; "zero" fits a filter that ends. See `gramian.reduce`.
+        filters: a mapping from the path of a submodule, as in `model.named_modules()`, to a
+            function of the submodule that returns its kernel, or to a `ForeignFilter`.
         progress: called as `progress(layers done, layers)` before the first and after each layer.
 
     Returns:
-        The distilled model and a report. Filters that stay above `tol` are named in the report,
-        never silently accepted: see `DistillationReport.converged`.
+        The distilled model and a report. Filters that stay above `tol` are never silently
+        accepted: the report names them, see `DistillationReport.converged`.
 
     Raises:
-        TypeError: `model` is not a Gramian model, and no `filters` are given.
-        ValueError: `tol`, `order`, `max_order` or `tail` out of range, no filter left to distil, a
-            bidirectional model, a path that names no submodule, a kernel that is not (channels,
-            taps), real and finite.
+        TypeError: if `model` is not a Gramian model, and no `filters` are given.
+        ValueError: if `tol`, `order`, `max_order` or `tail` is out of range, the model has no
+            filter to distil or is bidirectional, a path names no submodule, or a kernel is not
+            (channels, taps), real and finite.
     """
     goal = Goal(None if order is not None else tol, order, max_order, tail)
     if filters is not None:

@@ -1,4 +1,4 @@
-"""One layer's long filters, reduced, and what was reached."""
+"""Reduction of the long filters of one layer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gramian.reduction import reduce
 
 __all__ = ["Goal", "reduce_filter"]
 
-# A filter is held in float32: its error may exceed what float64 reached by this much, relatively.
+# A filter is held in float32: its error may exceed that of float64 by this relative amount.
 _ROUNDING = 1e-3
 
 _SPECTRUM = 64
-"""Leading Hankel singular values that a report keeps of each filter."""
+"""Number of leading Hankel singular values of each filter in a report."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked of every filter: a relative l2 error ``tol``, or an ``order``."""
+    """The goal for every filter: a relative l2 error `tol`, or an `order`."""
 
     tol: float | None
     order: int | None
@@ -33,7 +33,7 @@ class Goal:
     tail: str = "auto"
 
     def check(self, taps: int) -> None:
-        """Raise a ValueError unless filters of so many taps can be asked for it."""
+        """Raise a ValueError unless the goal is valid for filters of `taps` taps."""
         tol, order = self.tol, self.order
         if self.tail not in ("auto", "zero", "free"):
             raise ValueError(f'The tail must be "auto", "zero" or "free"; got {self.tail!r}.')
@@ -50,7 +50,7 @@ class Goal:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Those of `gramian.reduce`."""
+        """The arguments of `gramian.reduce`."""
         if self.order is not None:
             return {"order": self.order, "tail": self.tail}
         return {"tol": self.tol, "max_order": self.max_order, "tail": self.tail}
@@ -60,15 +60,15 @@ class Goal:
 def reduce_filter(
     kernel: Tensor, goal: Goal, layer: int | str, mixer: str
 ) -> tuple[ModalFilter, LayerReport]:
-    """A modal filter for the kernels (channels, taps) of a layer, and what it reached.
+    """Return a modal filter for the kernels (channels, taps) of a layer, and its report.
 
     Raises:
-        ValueError: if the kernels cannot be reduced: it names the layer.
+        ValueError: if the kernels cannot be reduced; the message names the layer.
     """
     taps, kernel = kernel.shape[-1], kernel.double()
     try:
-        # In float32, as a ModalFilter holds it: poles and residues that need more digits, or lie
-        # closer to the unit circle, would not survive it.
+        # Reduce in float32, the dtype of a ModalFilter: poles and residues that need more digits,
+        # or poles that lie closer to the unit circle, could not be represented in it.
         reduction = reduce(kernel.float(), **goal.arguments)
     except ValueError as reason:
         raise ValueError(f"Layer {layer} cannot be distilled: {reason}") from reason

@@ -1,4 +1,4 @@
-"""Distilling modules of other libraries, whose filters the user can name."""
+"""Distillation of modules of other libraries, with filters named by the user."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gramian.systems import FIR
 __all__ = ["FilterReader", "ForeignFilter", "distill_modules"]
 
 FilterReader = Callable[[Any], Tensor]
-"""A submodule to its kernel, (channels, taps), real."""
+"""A function from a submodule to its kernel, (channels, taps), real."""
 
 
 def _long_convolution(module: nn.Module, filter: ModalFilter) -> nn.Module:
@@ -29,14 +29,14 @@ def _long_convolution(module: nn.Module, filter: ModalFilter) -> nn.Module:
 
 @dataclass(frozen=True)
 class ForeignFilter:
-    """How to read the kernel of a submodule, and what to put in its place.
+    """A reader of the kernel of a submodule, and a factory of its replacement.
 
     Attributes:
-        kernel: the submodule to its kernel, (channels, taps), real.
-        replace: the submodule, and the `ModalFilter` that its kernel was reduced to, to the module
-            that takes its place; by default a `LongConvolution` of that filter. A module that hands
-            out its kernel can be replaced by one that hands out
-            ``filter(length).impulse_response(length)``.
+        kernel: function from the submodule to its kernel, (channels, taps), real.
+        replace: function from the submodule, and the `ModalFilter` to which its kernel was reduced,
+            to the module that replaces it; by default it makes a `LongConvolution` of that filter.
+            A module that returns its kernel can be replaced by one that returns
+            `filter(length).impulse_response(length)`.
     """
 
     kernel: FilterReader
@@ -49,7 +49,7 @@ def distill_modules(
     goal: Goal,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Any, DistillationReport]:
-    """See `gramian.distill`."""
+    """Distil the filters of named submodules; see `gramian.distill`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"distill takes a module; it was given a {type(model).__name__}.")
     if not filters:
@@ -86,7 +86,7 @@ def distill_modules(
 
 @torch.no_grad()
 def _kernel(model: nn.Module, path: str, reader: FilterReader | ForeignFilter) -> Tensor:
-    """The kernel of the submodule at ``path``, checked."""
+    """Return the kernel of the submodule at `path`, checked."""
     try:
         module = model.get_submodule(path)
     except AttributeError:

@@ -1,7 +1,8 @@
-"""Distilling under a budget of quality: the smallest recurrences whose loss on a text stays close.
+"""Distillation within a budget for the increase of the loss on a text.
 
-What a filter's error does to the model's loss depends on the model, so tolerances are tried and the
-loss is measured: first coarser and coarser ones are ruled out, then the last step is halved.
+The effect of a filter's error on the model's loss depends on the model, so several tolerances are
+tried and the loss is measured for each: tolerances are lowered until the budget is kept, then the
+last step is halved.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ _COARSEST, _FINEST, _STEP = 0.3, 1e-6, 10**0.5
 _HALVINGS = 2
 
 _TOKENS = 2**13
-"""Tokens in one forward pass while a loss is measured."""
+"""Number of tokens in one forward pass when a loss is measured."""
 
 
 @torch.no_grad()
 def mean_loss(model: Any, input_ids: Tensor) -> float:
-    """Mean cross-entropy in nats of every token of the windows (count, length) but each one's
-    first, in evaluation mode."""
+    """Return the mean cross-entropy, in nats, of the tokens of windows (count, length).
+
+    The first token of each window does not count. The model runs in evaluation mode.
+    """
     training, total = model.training, 0.0
     model.eval()
     try:
@@ -53,8 +56,8 @@ def measure_quality(
 
     Args:
         original: a Gramian causal language model.
-        distilled: what `gramian.distill` made of it.
-        report: what came with that.
+        distilled: the distilled model that `gramian.distill` returned.
+        report: the report that it returned.
         input_ids: (count, length): windows of the text, length at least 2.
 
     Returns:
@@ -74,26 +77,26 @@ def distill_to_budget(
     tail: str = "auto",
     progress: Callable[[Trial], None] | None = None,
 ) -> tuple[Any, DistillationReport]:
-    """The smallest recurrences with which the loss on a text rises by no more than a budget.
+    """Distil to the smallest recurrences that keep the increase of a text's loss within a budget.
 
-    Every filter is reduced to one tolerance, the largest of those tried that keeps to the budget.
-    Tolerances are tried from 0.3 down by factors of √10 until the loss does, and then at two
-    halvings, on a logarithmic scale, of the last step. None above 0.3 is tried for any budget.
+    All filters are reduced to the same tolerance, the largest of those tried that keeps the budget.
+    Tolerances are lowered from 0.3 by factors of √10 until the budget is kept; then the last step
+    is halved twice on a logarithmic scale. No tolerance above 0.3 is tried, whatever the budget.
 
     Args:
         model: a Gramian causal language model, left untouched.
-        input_ids: (count, length): windows of the text to keep the loss on, length at least 2.
-        max_increase: of the mean cross-entropy, relative to the model's own.
+        input_ids: (count, length): windows of the text whose loss is kept, length at least 2.
+        max_increase: largest increase of the mean cross-entropy, relative to that of the model.
         max_order: see `gramian.distill`.
-        tail: likewise.
+        tail: see `gramian.distill`.
         progress: called with every trial.
 
     Returns:
         The distilled model and its report, whose `quality` has all trials.
 
     Raises:
-        TypeError, ValueError: as `gramian.distill`; for windows that are not (count, length);
-            for a budget that is not positive, or that is not kept at a tolerance of 1e-6.
+        TypeError, ValueError: as `gramian.distill`; also for windows that are not (count, length),
+            and for a budget that is not positive or is exceeded even at a tolerance of 1e-6.
     """
     check_windows(model, input_ids)
     if not max_increase > 0:
@@ -110,7 +113,7 @@ def distill_to_budget(
         trials.append(Trial(tol, report.mean_order, reached, reached / loss - 1))
         if progress is not None:
             progress(trials[-1])
-        if not trials[-1].increase <= max_increase:  # nor is one that is not a number
+        if not trials[-1].increase <= max_increase:  # NaN does not keep the budget
             return False
         found = (small, report)
         return True
@@ -148,26 +151,26 @@ def finetune(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[float, float]:
-    """Train a model briefly, in place, to make up for what distilling it lost.
+    """Train a distilled model briefly, in place, to recover lost quality.
 
-    All weights move (AdamW without decay, warm-up over a tenth of the steps and cosine to zero),
-    those of the dynamics as their filters ask. Every tenth window is held out; a model that came
-    out worse on those is put back as it was.
+    All weights are trained (AdamW without decay, warm-up over a tenth of the steps and cosine decay
+    to zero), those of the dynamics with the optimizer hints of their filters. Every tenth window is
+    held out; if the loss on these becomes worse, the weights are restored.
 
     Args:
         model: a Gramian causal language model.
         input_ids: (count, length): windows of text, at least 2, of length at least 2.
-        steps: at least 1.
-        lr: the largest learning rate.
-        batch: windows of one step.
-        seed: of their order.
+        steps: number of steps, at least 1.
+        lr: peak learning rate.
+        batch: windows per step.
+        seed: seed of the order of windows.
         progress: called as `progress(steps done, steps)`.
 
     Returns:
-        The loss on the held-out windows before and after: the same twice if nothing was gained.
+        The loss on the held-out windows before and after; both are equal if there was no gain.
 
     Raises:
-        ValueError: for other windows, or fewer than one step.
+        ValueError: for windows other than these, or fewer than one step.
     """
     check_windows(model, input_ids)
     if len(input_ids) < 2:
@@ -209,7 +212,7 @@ def finetune(
 
 
 def check_windows(model: Any, input_ids: Tensor) -> None:
-    """Raise an error unless the model is a language model and these are windows of its tokens."""
+    """Raise an error unless the model is a language model and `input_ids` are windows of tokens."""
     from gramian.models import GramianForCausalLM
 
     if not isinstance(model, GramianForCausalLM):

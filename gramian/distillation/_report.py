@@ -1,4 +1,4 @@
-"""What distilling reached: orders and errors of every filter, and the state before and after."""
+"""The report of a distillation: orders and errors of every filter, and sizes of the state."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _COLUMNS = (
 )
 
 _AUDIBLE = 1e-2
-"""Energy past the taps, relative to that of the taps, that a summary mentions."""
+"""Energy past the taps, relative to that of the taps, above which a summary mentions it."""
 
 _ENOUGH = 16
-"""Filters from which a rank correlation is told."""
+"""Smallest number of filters for which a rank correlation is reported."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer's filters; every tuple has one entry for each filter.
+    """The report on one layer; every tuple has one entry for each filter.
 
     Attributes:
         layer: index of the layer in the model, or path of the submodule.
@@ -41,15 +41,17 @@ class LayerReport:
         taps: length of the kernels that were reduced.
         orders: real state dimension of each reduced filter.
         relative_errors: `‖h − ĥ‖₂ / ‖h‖₂` over the taps, of the filter as the new model holds it.
-        lower_bounds: what no recurrence of that order, stable or not, can go below (relative too).
-        l1_errors: `‖h − ĥ‖₁` over the taps: bounds `‖y − ŷ‖∞ / ‖u‖∞` for inputs up to that length.
-        tail_energies: energy of ĥ past the taps, over that of h.
-        hankel_singular_values: leading ones of each kernel, descending; fewer where fewer were
+        lower_bounds: lower bound of the relative error of any recurrence of that order, stable or
+            not.
+        l1_errors: `‖h − ĥ‖₁` over the taps, which bounds `‖y − ŷ‖∞ / ‖u‖∞` for inputs up to that
+            length.
+        tail_energies: energy of ĥ past the taps, divided by that of h.
+        hankel_singular_values: leading ones of each kernel, descending; fewer if fewer were
             needed.
         effective_state_sizes: entropy-ESS of each original filter before the middle of its taps,
-            with the taps as horizon: how much memory it uses. Estimated above 1,024 taps.
+            with the taps as horizon, a measure of the memory it uses. An estimate above 1,024 taps.
         unconverged: indices of the filters whose relative error stayed above the tolerance; empty
-            if an order was asked for.
+            if an order was given.
     """
 
     layer: int | str
@@ -70,7 +72,7 @@ class LayerReport:
         return sum(self.orders) / len(self.orders)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can hold."""
+        """Return all fields as values that JSON can hold."""
         return {
             "layer": self.layer,
             "mixer": self.mixer,
@@ -107,13 +109,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Trial:
-    """Filters that were tried, and the loss with them.
+    """One trial of a distillation, and its loss.
 
     Attributes:
-        tol: the relative l2 error asked of every filter, or None if an order was.
-        mean_order: of the filters.
+        tol: tolerance of every filter's relative l2 error, or None if an order was given.
+        mean_order: mean order of the filters.
         loss: mean cross-entropy on the text, in nats.
-        increase: of the loss, relative to the original's.
+        increase: increase of the loss, relative to the original's.
     """
 
     tol: float | None
@@ -124,14 +126,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured on a text.
+    """The loss on a text before and after distilling.
 
     Attributes:
-        tokens: of the text.
-        max_increase: the relative increase of the loss that was allowed, or None if none was asked.
+        tokens: number of tokens of the text.
+        max_increase: the allowed relative increase of the loss, or None if there was no budget.
         loss: the original's mean cross-entropy on the text, in nats.
-        trials: everything that was tried, in that order.
-        finetuned: loss on held-out windows before and after a fine-tuning, if there was one.
+        trials: all trials, in their order.
+        finetuned: loss on held-out windows before and after fine-tuning, if there was any.
     """
 
     tokens: int
@@ -143,20 +145,21 @@ class Quality:
 
 @dataclass(frozen=True)
 class DistillationReport:
-    """What `distill` reached. Printing it gives a table: of every layer the mean effective
-    state-size, the orders, the relative l2 errors, the largest lower bound of them, and how many
-    filters missed the tolerance.
+    """The report of `distill`, which prints as a table.
+
+    The table shows, for every layer, the mean effective state-size, the orders, the relative l2
+    errors, the largest of their lower bounds, and the number of filters that missed the tolerance.
 
     Attributes:
-        tol: the relative l2 error asked of every filter, or None if an order was asked for.
-        order: the order asked of every filter, or None if a tolerance was.
+        tol: tolerance of every filter's relative l2 error, or None if an order was given.
+        order: order of every filter, or None if a tolerance was given.
         layers: one report for every layer that had long filters.
-        context: the context length of the two figures that follow: the original's filter length.
-        original_state_bytes: what one sequence of that length carries in the original (exact online
-            convolution).
+        context: the original's filter length, which is the context of the next two figures.
+        original_state_bytes: state of one sequence of that length in the original (exact online
+            convolution), in bytes.
         distilled_state_bytes: the same in the distilled model, at any length.
-        seconds: how long it took.
-        quality: what was measured on a text, where one was given.
+        seconds: duration of the distillation.
+        quality: the loss on a text, if one was given.
     """
 
     tol: float | None
@@ -185,9 +188,12 @@ class DistillationReport:
 
     @property
     def rank_correlation(self) -> float | None:
-        """Whether ESS tells in advance what distilling costs: Spearman's rank correlation over all
-        filters of effective state-size with the relative error, where an order was asked for; with
-        the order, where a tolerance was. None for fewer than 16 filters, or if all are equal."""
+        """Spearman's rank correlation of effective state-size with the cost of distilling.
+
+        It shows how well ESS predicts that cost, over all filters. The cost is the relative error
+        if an order was given, and the order if a tolerance was given. None for fewer than 16
+        filters, or if all are equal.
+        """
         if len(self.orders) < _ENOUGH:
             return None
         errors = [error for layer in self.layers for error in layer.relative_errors]
@@ -201,17 +207,19 @@ class DistillationReport:
 
     @property
     def max_tail_energy(self) -> float:
-        """The largest energy of any filter past its taps, relative to that of the taps: what an
-        input longer than `context` meets, and no error here counts."""
+        """The largest energy of any filter past its taps, relative to that of the taps.
+
+        It affects inputs longer than `context`, and no error in this report includes it.
+        """
         return max(energy for layer in self.layers for energy in layer.tail_energies)
 
     @property
     def converged(self) -> bool:
-        """Whether every filter reached the tolerance; True if an order was asked for."""
+        """Whether every filter reached the tolerance; True if an order was given."""
         return not any(layer.unconverged for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can hold."""
+        """Return all fields as values that JSON can hold."""
         return {
             "tol": self.tol,
             "order": self.order,
@@ -232,7 +240,7 @@ class DistillationReport:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON text."""
+        """Return `to_dict` as indented JSON text."""
         return to_json(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
@@ -255,7 +263,7 @@ class DistillationReport:
 
     @property
     def summary(self) -> str:
-        """One sentence or two: what was asked for and reached, and the state before and after."""
+        """Return one or two sentences: goal, mean order, and the state before and after."""
         goal = f"tolerance {self.tol:g}" if self.tol is not None else f"order {self.order}"
         missed = sum(len(layer.unconverged) for layer in self.layers)
         outcome = f"; {missed} filters stayed above it" if missed else ""
@@ -278,7 +286,7 @@ class DistillationReport:
 
 
 def _told(quality: Quality, tol: float | None) -> str:
-    """What was measured on the text, in words."""
+    """Return a sentence about the loss on the text."""
     words = f"Loss on {quality.tokens:,} tokens: {quality.loss:.4f} nats before"
     chosen = [trial for trial in quality.trials if trial.tol == tol]
     if chosen:

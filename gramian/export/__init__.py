@@ -1,8 +1,8 @@
-"""Recurrences outside of PyTorch: step and prefill as ONNX or `torch.export` programs.
+"""Export of recurrences: step and prefill as ONNX or `torch.export` programs.
 
-The state is explicit: a program takes the input and the state's tensors and returns the output and
-the new ones, so a loop feeds outputs back. No program holds a complex number or a Fourier
-transform; whole chunks are taken by blocks of matrix products.
+The state is explicit: a program maps the input and the state's tensors to the output and the new
+tensors, so a loop feeds these back. No program contains complex numbers or Fourier transforms;
+whole chunks are processed by blocks of matrix products.
 """
 
 from gramian.export._export import export_model, export_recurrence

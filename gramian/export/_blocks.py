@@ -1,9 +1,10 @@
-"""Recurrences as modules that `torch.export` traces: one step or any chunk at a time.
+"""Recurrences as modules that `torch.export` traces, for one step or any chunk at a time.
 
-What a chunk is multiplied with, and how states are laid out for it, belongs to the recurrence
-(`gramian.systems.BlockForm`). Here blocks are cut from a chunk whose length programs leave open,
-and only the state goes from block to block, by a scan. The last block may have any number r < c of
-samples: the state after it is `A^r x` plus R on those samples, moved to the block's end.
+The recurrence defines the matrices that a chunk is multiplied with, and the layout of states for
+them (`gramian.systems.BlockForm`). This module cuts a chunk, whose length is open in programs, into
+blocks, and only the state passes from block to block, by a scan. The last block may have any number
+r < c of samples: the state after it is `A^r x` plus R applied to those samples, moved to the end of
+the block.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from gramian.systems import Blocks, Recurrence, State
 __all__ = ["BLOCK", "BlockedRecurrence", "TracedBlocks", "carry", "last_block", "split_blocks"]
 
 BLOCK = 32
-"""Samples in a block: about as many as a state has numbers, so that T costs what O and R do."""
+"""Samples in a block: about as many as a state has numbers, so that T, O and R cost the same."""
 
 
 def split_blocks(x: Tensor, size: int = BLOCK, silent: float = 0.0) -> Tensor:
-    """Cut (…, length) into (…, K, size), `silent` after the end.
+    """Cut (…, length) into (…, K, size), filled with `silent` after the end.
 
-    There is always one block more than is needed, so that no number of blocks or of fillings is
-    special, and a traced graph is good for all.
+    There is always one block more than needed, so that no number of blocks or of filled samples is
+    a special case, and one traced graph works for all lengths.
     """
     length = x.shape[-1]
     count = length // size + 2
@@ -36,8 +37,10 @@ def split_blocks(x: Tensor, size: int = BLOCK, silent: float = 0.0) -> Tensor:
 
 
 def last_block(x: Tensor, size: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Return the `length % size` samples (…, length) after the last whole block, at the end of
-    (…, size) with zeros before them, and their number."""
+    """Return the `length % size` samples after the last whole block of (…, length).
+
+    They stand at the end of (…, size), with zeros before them; their number is returned, too.
+    """
     length = x.shape[-1]
     rest = length - length // size * size
     latest = torch.nn.functional.pad(x, (size, 0))[..., length:]
@@ -54,7 +57,7 @@ def carry(
     """Compute `x_{k+1} = advance(x_k, *others_k) + inputs_k` from `start`.
 
     Args:
-        advance: Linear in its first argument.
+        advance: A map that is linear in its first argument.
         inputs: (K, …).
         start: (…).
         others: (K, …) each.
@@ -73,10 +76,10 @@ def carry(
 
 
 class TracedBlocks(nn.Module):
-    """Block matrices as buffers: what a scan's body uses must belong to the module that is traced.
+    """Block matrices as buffers, since tensors in a scan's body must belong to the traced module.
 
     Args:
-        blocks: Of a group of channels.
+        blocks: Block matrices of a group of channels.
     """
 
     inside: Tensor
@@ -94,7 +97,7 @@ class TracedBlocks(nn.Module):
 
     @property
     def blocks(self) -> Blocks:
-        """The block matrices around the buffers."""
+        """The block matrices, made from the buffers."""
         return dataclasses.replace(self._like, **{n: getattr(self, n) for n in self._names})
 
     @property
@@ -115,10 +118,9 @@ class TracedBlocks(nn.Module):
         return self.blocks.select(x)
 
     def convolve(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs (batch, G, length) of u from the state x (batch, G, n, 1), and the
-        state after.
+        """Return the outputs (batch, G, length) of u from the state x (batch, G, n, 1).
 
-        All blocks are one batched product, channel by channel.
+        The state after u is returned, too. All blocks form one batched product, channel by channel.
         """
         batch, groups, length = u.shape
         signal = u.to(self.dtype)
@@ -137,12 +139,12 @@ class TracedBlocks(nn.Module):
 
 
 class BlockedRecurrence(nn.Module):
-    """A frozen recurrence as functions that write into nothing.
+    """A frozen recurrence as functions without side effects.
 
     Args:
-        recurrence: Of any finite-dimensional time-invariant system.
-        streams: Dimensions after the channels that share a filter, as the outer products of
-            MultiHyena do: the system's channels there are (heads, 1, 1).
+        recurrence: The recurrence of any finite-dimensional time-invariant system.
+        streams: Number of dimensions after the channels that share a filter, as the outer products
+            of MultiHyena do: its system has channels (heads, 1, 1).
 
     Raises:
         ValueError: for a recurrence of another kind.
@@ -157,11 +159,11 @@ class BlockedRecurrence(nn.Module):
         self.parts: Any = nn.ModuleList(TracedBlocks(part) for part in self._blocks.parts)
 
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Compute the recurrence's step and write nothing into `state`."""
+        """Compute the recurrence's step without writing into `state`."""
         return self.recurrence.advance(u_t, state)
 
     def prefill(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        """Take a chunk (batch, *C, length), the channels being the system's own, by blocks."""
+        """Process a chunk (batch, *C, length) in blocks, where *C are the system's channels."""
         channels = u.shape[1:-1]
         outputs, ends = [], []
         for part, x in zip(self.parts, self.pack(state), strict=True):
@@ -172,7 +174,7 @@ class BlockedRecurrence(nn.Module):
         return y.to(u.dtype), self.unpack(ends, state)
 
     def restore_order(self, outputs: list[Tensor]) -> Tensor:
-        """Return the channels of all parts, (batch, channels, …) each, in their order."""
+        """Return the channels of all parts, (batch, channels, …) each, in their original order."""
         return self._blocks.restore_order(outputs)
 
     def pack(self, state: State) -> list[Tensor]:
@@ -180,5 +182,5 @@ class BlockedRecurrence(nn.Module):
         return self._blocks.pack(state)
 
     def unpack(self, packed: list[Tensor], like: State) -> State:
-        """Return the state of which `pack` makes `packed`."""
+        """Return the state from which `pack` makes `packed`."""
         return self._blocks.unpack(packed, like)

@@ -1,4 +1,4 @@
-"""Whole models, single mixers and systems as programs that step and prefill."""
+"""Export of whole models, single mixers and systems as programs that step and prefill."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["export_model", "export_recurrence"]
 
-_EXAMPLE = 37  # a length that no block divides, to trace with
+_EXAMPLE = 37  # the length used in tracing, not a multiple of a block
 
 
 def export_model(
@@ -45,33 +45,33 @@ def export_model(
     next-token logits (batch, vocab_size) and the new state; batch and length are open. `folder`
     also holds `export.json`, which describes the states (they start from zeros) and how the next
     token is chosen, the model's configuration and the tokenizer. Padding is not supported:
-    sequences of a batch have one length. Past the room of its attention a program's logits are not
-    numbers. What is written is read again and run; it appears in `folder` only if its tokens are
-    those of the recurrence in PyTorch, and its generation that of `model.generate`.
+    all sequences of a batch must have the same length. Past the room of its attention a program's
+    logits are NaN. The files are loaded again and run; they appear in `folder` only if their tokens
+    equal those of the recurrence in PyTorch, and their generation equals `model.generate`.
 
     Args:
-        model: On the CPU, in float32 or float64; every long convolution must have a recurrence of
-            fixed size, as distilled and state-space filters do.
-        folder: New folder.
+        model: A model on the CPU, in float32 or float64. Every long convolution must have a
+            recurrence of fixed size, as distilled and state-space filters do.
+        folder: Path of the new folder.
         format: "onnx", for onnxruntime and other runtimes, or "torch", for `torch.export.load`.
-        context: Tokens, prompt and text together, that attention without a window has room for;
-            by default `model.config.max_position_embeddings`.
-        tokenizer: Saved beside the programs.
-        verify: Greedy tokens of two sequences to compare, at least 1.
-        threads: Of onnxruntime while comparing; its own choice by default.
-        seed: Of the prompts that they continue.
+        context: Number of tokens, prompt and text together, for which attention without a window
+            has room; by default `model.config.max_position_embeddings`.
+        tokenizer: A tokenizer to save with the programs.
+        verify: Number of greedy tokens of two sequences to compare, at least 1.
+        threads: onnxruntime threads for the comparison; onnxruntime chooses by default.
+        seed: Seed of the prompts of the comparison.
 
     Returns:
-        What was compared, and how close it was.
+        A report of the comparison.
 
     Raises:
         FileExistsError: if `folder` exists.
         ImportError: if a package that the format needs is missing.
         TypeError: if `model` is not a language model of this library.
         ValueError: for an unknown format, a model in half precision, a layer that has no
-            recurrence of fixed size, or a setting of `model.generation_config` that changes what
-            is written and cannot be honoured, such as beams; the message says what to do.
-        RuntimeError: if what was written computes other tokens.
+            recurrence of fixed size, or a setting of `model.generation_config` that changes the
+            generated text and is not supported, such as beams; the message says what to do.
+        RuntimeError: if the exported programs compute other tokens.
     """
     from gramian.models import GramianForCausalLM
 
@@ -89,7 +89,7 @@ def export_model(
     _check_device(model.device)
     if verify < 1:
         raise ValueError(f"verify must be at least 1 token, got {verify}.")
-    describe(model.generation_config)  # what is refused is refused before the work
+    describe(model.generation_config)  # fail early
     context = model.config.max_position_embeddings if context is None else context
     with staged_directory(Path(folder)) as stage, frozen_for_export(model):
         exported = _language_model(model, context)
@@ -114,28 +114,29 @@ def export_recurrence(
 ) -> ExportReport:
     """Write one layer or system as two programs, `step` and `prefill`, that carry its state.
 
-    Of a mixer, `step` takes (batch, width) and `prefill` (batch, length, width); of a system of
-    channels (*C), (batch, *C) and (batch, *C, length). Both return the outputs, of the same shape,
-    and the new state; batch and length are open. `export.json` describes the states.
+    For a mixer, `step` takes (batch, width) and `prefill` (batch, length, width); for a system with
+    channels (*C), they take (batch, *C) and (batch, *C, length). Both return the outputs, of the
+    same shape, and the new state; batch and length are open. `export.json` describes the states.
 
     Args:
-        target: A mixer, in float32 or float64, or a time-invariant system other than an `FIR`;
+        target: A mixer in float32 or float64, or a time-invariant system other than an `FIR`,
             on the CPU.
-        folder: New folder.
-        format: As for `export_model`, and so are the others.
-        form: Of a system's recurrence, as `system.recurrence(form)` takes it: "lattice" or
+        folder: Path of the new folder.
+        format: As for `export_model`.
+        form: Form of a system's recurrence, as in `system.recurrence(form)`: "lattice" and
             "modal" keep a transfer function's state in single precision.
-        context: Samples that attention without a window has room for.
-        verify: Random samples of two sequences to compare, at least 1.
-        threads: Of onnxruntime while comparing.
-        seed: Of these samples.
+        context: Number of samples for which attention without a window has room.
+        verify: Number of random samples of two sequences to compare, at least 1.
+        threads: onnxruntime threads for the comparison.
+        seed: Seed of these samples.
 
     Returns:
-        What was compared, and how close it was.
+        A report of the comparison.
 
     Raises:
-        TypeError: if `target` is neither.
-        ValueError: for what has no recurrence of fixed size, half precision, an unknown format.
+        TypeError: if `target` is neither a mixer nor a system.
+        ValueError: for a target without a recurrence of fixed size or in half precision, or an
+            unknown format.
         FileExistsError, ImportError, RuntimeError: as `export_model`.
     """
     check_format(format)
@@ -216,7 +217,7 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
 
 
 class _Carried:
-    """A layer's mixer on (batch, length, width), and the state that it leaves."""
+    """A call of a layer's mixer on (batch, length, width), which keeps the new state."""
 
     def __init__(self, layer: MixerProgram, state: State, chunk: bool) -> None:
         self.layer = layer

@@ -1,8 +1,8 @@
-"""How the next token is chosen, as transformers' `generate` chooses it: the settings of a model's
-`generation_config` that change what is written, in numpy.
+"""The choice of the next token in numpy, as transformers' `generate` makes it.
 
-`describe` says at export which settings there are, or refuses the one that cannot be honoured;
-`Rules` applies them to logits, in the order in which transformers does.
+It follows the settings of a model's `generation_config` that change the generated text. At export,
+`describe` returns the settings, or refuses a setting that is not supported; `Rules` applies them
+to logits, in the order in which transformers does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SCORES = (
 )
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _HONOURED = ("do_sample", "eos_token_id", "pad_token_id", *_SCORES, *_SAMPLING)
-_NEUTRAL = (  # they change what is returned, how fast, or what only other settings use
+_NEUTRAL = (  # they do not change the text, or only in combination with other settings
     "max_length",
     "max_new_tokens",
     "early_stopping",
@@ -63,7 +63,7 @@ _NEUTRAL = (  # they change what is returned, how fast, or what only other setti
     "low_memory",
     "transformers_version",
 )
-_IDLE: dict[str, Any] = {  # values under which a setting does nothing, beside None and False
+_IDLE: dict[str, Any] = {  # values with which a setting has no effect, besides None and False
     "repetition_penalty": 1,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
@@ -86,16 +86,16 @@ _IDLE: dict[str, Any] = {  # values under which a setting does nothing, beside N
 
 
 def describe(config: Any) -> dict[str, Any]:
-    """What a `transformers.GenerationConfig` says about the tokens that are written, for JSON.
+    """Return the settings of a `transformers.GenerationConfig` that change the text, for JSON.
 
     Raises:
-        ValueError: for a setting that an exported model cannot honour.
+        ValueError: for a setting that exported models do not support.
     """
     found: dict[str, Any] = {}
     for name in type(config)().__dict__:
         value = getattr(config, name, None)
         if name == "top_k" and value is None:
-            value = 50  # transformers' own default, where it draws
+            value = 50  # the default of transformers when sampling
         idle = value is None or value is False or value == _IDLE.get(name, object())
         if name.startswith("_") or name in _NEUTRAL or idle:
             continue
@@ -119,12 +119,12 @@ def _plain(name: str, value: Any) -> Any:
 
 
 class Rules:
-    """Which token comes next, after ``generation`` of an ``export.json``.
+    """The rules that choose the next token, by the entry `generation` of an `export.json`.
 
     Args:
-        settings: What `describe` returned.
-        temperature: 0 takes the most likely token, above tokens are drawn; None leaves it to the
-            settings.
+        settings: The settings that `describe` returned.
+        temperature: 0 chooses the most likely token; with a positive temperature tokens are
+            sampled; None leaves it to the settings.
     """
 
     def __init__(self, settings: dict[str, Any], temperature: float | None = None) -> None:
@@ -140,17 +140,17 @@ class Rules:
     def choose(
         self, ids: np.ndarray, logits: np.ndarray, prompt: int, end: int, draw: np.random.Generator
     ) -> np.ndarray:
-        """Tokens (batch) after ids (batch, length), given their logits (batch, vocab_size).
+        """Choose tokens (batch) after ids (batch, length), from logits (batch, vocab_size).
 
         Args:
-            ids: Prompt and what was written.
-            logits: Of the token that follows.
+            ids: Token ids of the prompt and the text generated so far.
+            logits: Logits of the next token.
             prompt: Length of the prompt.
             end: Length at which generation ends.
-            draw: For what is drawn.
+            draw: Random generator for sampling.
 
         Raises:
-            ValueError: if no token is left to choose, as all are suppressed or not numbers.
+            ValueError: if no token is left to choose, as all are suppressed or NaN.
         """
         scores = self.scores(ids, logits, prompt, end)
         best = scores.max(-1)
@@ -163,7 +163,7 @@ class Rules:
         return np.asarray(scores.argmax(-1))
 
     def scores(self, ids: np.ndarray, logits: np.ndarray, prompt: int, end: int) -> np.ndarray:
-        """Logits (batch, vocab_size) after all settings; -inf for what may not be written."""
+        """Return logits (batch, vocab_size) after all settings; -inf for excluded tokens."""
         scores = logits.astype(np.float32)  # as transformers does
         with np.errstate(invalid="ignore", over="ignore"):
             for name in _SCORES:

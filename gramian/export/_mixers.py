@@ -1,7 +1,7 @@
-"""Mixers as pure functions of tensors: one token or a chunk of any length, and the state's tensors.
+"""Mixers as pure functions of one token or a chunk of any length, and of the state's tensors.
 
-Projections, gates and short convolutions are the mixers' own code. What differs from their chunked
-form is what a traced graph cannot do: loops over time, Fourier transforms, a cache that grows.
+Projections, gates and short convolutions are the mixers' own code. The programs replace what a
+traced graph cannot contain: loops over time, Fourier transforms, and a growing cache.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _DISTIL = (
 
 
 def named_tensors(state: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a state's batched tensors, by field and index."""
+    """Yield names and tensors of a state's batched tensors, by field and index."""
     if isinstance(state, Tensor):
-        if state.ndim:  # a count of the whole batch is no part of what is carried
+        if state.ndim:  # a count for the whole batch is not carried
             yield prefix, state
         return
     names = getattr(state, "_fields", range(len(state)))
@@ -50,7 +50,7 @@ def named_tensors(state: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def fill(template: Any, tensors: Iterator[Tensor]) -> Any:
-    """A state like `template` around others' tensors, in the order of `named_tensors`."""
+    """Return a state like `template` with other tensors, in the order of `named_tensors`."""
     if isinstance(template, Tensor):
         return next(tensors) if template.ndim else torch.zeros_like(template)
     values = [fill(value, tensors) for value in template]
@@ -58,21 +58,21 @@ def fill(template: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 class MixerProgram:
-    """A mixer's recurrence made ready to be traced; as it stands, for mixers whose `mix_token` and
-    `mix_chunk` can be traced themselves, for any length, and need no padding.
+    """A mixer's recurrence in a form that can be traced.
 
-    A kind of mixer that is traced otherwise has a subclass of this, registered by
+    This class is for mixers whose `mix_token` and `mix_chunk` can be traced themselves, for any
+    length, and need no padding. Any other mixer needs a subclass, registered with
     `register_program`.
 
     Args:
-        mixer: What to export; its filters are evaluated here.
-        name: What messages call it.
-        context: Tokens that attention without a window has room for.
+        mixer: The mixer to export; its filters are evaluated here.
+        name: Name of the mixer in messages.
+        context: Number of tokens for which attention without a window has room.
 
     Attributes:
-        template: The state of a silent past, of one sequence.
-        constants: Modules whose buffers the program reads beside those of the mixer.
-        context: Tokens that the program has room for; None if there is no limit.
+        template: The zero state of one sequence.
+        constants: Modules whose buffers the program reads, besides the mixer.
+        context: Number of tokens for which the program has room; None if there is no limit.
 
     Raises:
         ValueError: for a mixer or a filter that cannot be exported.
@@ -86,7 +86,7 @@ class MixerProgram:
         self.template: State = mixer.recurrence().initial_state(1)
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mix one token (batch, width); nothing is written into `state`."""
+        """Mix one token (batch, width) without writing into `state`."""
         return self.mixer.mix_token(x_t, state.clone())
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -99,9 +99,10 @@ _ProgramType = TypeVar("_ProgramType", bound="type[MixerProgram]")
 
 
 def register_program(*kinds: type[Any]) -> Callable[[_ProgramType], _ProgramType]:
-    """Return a class decorator: mixers of these classes, and of subclasses, are exported so.
+    """Return a class decorator that registers a program for mixers of these classes.
 
-    gramian.export.register_program(MyMixer)(gramian.export.MixerProgram)
+    It also applies to their subclasses. For example:
+    `gramian.export.register_program(MyMixer)(gramian.export.MixerProgram)`.
     """
 
     def add(program: _ProgramType) -> _ProgramType:
@@ -133,7 +134,7 @@ def make_program(mixer: Mixer, name: str, context: int | None = None) -> MixerPr
 
 @register_program(Block)
 class _BlockProgram(MixerProgram):
-    """The program of the mixer inside, surrounded by the block."""
+    """The program of a block: that of its inner mixer with the block's maps around it."""
 
     def __init__(self, mixer: Block, name: str, context: int | None = None) -> None:
         self.block = mixer
@@ -151,7 +152,7 @@ class _BlockProgram(MixerProgram):
 
 @register_program(ConvolutionMixer)
 class _ConvolutionProgram(MixerProgram):
-    """Long convolutions by blocks of samples."""
+    """The program of long convolutions, by blocks of samples."""
 
     mixer: ConvolutionMixer
 
@@ -165,7 +166,7 @@ class _ConvolutionProgram(MixerProgram):
         self.constants = self.long
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        long: Any = self.long  # they step as recurrences do
+        long: Any = self.long  # they have the interface of recurrences
         return self.mixer.convolve_token(x_t, state, long)
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -175,7 +176,7 @@ class _ConvolutionProgram(MixerProgram):
 
 @register_program(MultiHyena)
 class _MultiHyenaProgram(_ConvolutionProgram):
-    """Block by block: `(Q Kᵀ ∘ T) V` inside, and what the state holds of the past."""
+    """The program of MultiHyena: `(Q Kᵀ ∘ T) V` within a block, plus the output of the state."""
 
     mixer: MultiHyena
 
@@ -196,7 +197,7 @@ class _MultiHyenaProgram(_ConvolutionProgram):
 def _outer_products(
     part: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(batch, heads, length, N) and the state (batch, heads, n, N²) after it."""
+    """Return the outputs (batch, heads, length, N) and the next state (batch, heads, n, N²)."""
     from torch._higher_order_ops.scan import scan
 
     width, length = q.shape[-1], q.shape[2]
@@ -227,12 +228,15 @@ def _outer_products(
 
 @register_program(LinearRecurrence)
 class _LinearRecurrenceProgram(MixerProgram):
-    """By blocks of steps, the last completed by steps that leave the memory as it is."""
+    """The program of linear recurrences, by blocks of steps.
+
+    The last block is filled up with steps that leave the memory unchanged.
+    """
 
     mixer: LinearRecurrence
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        return self.mixer.mix_token(x_t, state)  # which writes into nothing
+        return self.mixer.mix_token(x_t, state)  # it does not write into the state
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         assert isinstance(state, LinearRecurrenceState)
@@ -247,11 +251,14 @@ class _LinearRecurrenceProgram(MixerProgram):
 def _by_blocks(
     coefficients: Coefficients, values: Tensor, memory: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of values (batch, heads, length, N) and the memory (batch, heads, n, N) after."""
+    """Return outputs for values (batch, heads, length, N), and the next memory.
+
+    The memory is (batch, heads, n, N).
+    """
     batch, heads, length, width = values.shape
 
     def blocks(z: Tensor, silent: float = 0.0) -> Tensor:
-        """(batch, heads, length, f) to (batch heads K, size, f)."""
+        """Cut (batch, heads, length, f) into (batch heads K, size, f)."""
         split = split_blocks(z.mT, size, silent)  # (batch, heads, f, K, size)
         return split.permute(0, 1, 3, 4, 2).reshape(-1, size, z.shape[-1])
 
@@ -266,7 +273,7 @@ def _by_blocks(
     count = length // size + 2
 
     def by_time(z: Tensor) -> Tensor:
-        """(batch heads K, 1, …) to (K, batch heads, 1, …)."""
+        """Rearrange (batch heads K, 1, …) to (K, batch heads, 1, …)."""
         return z.reshape(batch * heads, count, *z.shape[1:]).transpose(0, 1).contiguous()
 
     factors: list[Tensor] = []
@@ -292,7 +299,7 @@ def _by_blocks(
 
 @register_program(SoftmaxAttention)
 class _AttentionProgram(MixerProgram):
-    """Every query on keys and values with a fixed room, and on the chunk up to its own place."""
+    """The program of attention, with a fixed room for keys and values."""
 
     mixer: SoftmaxAttention
 
@@ -338,8 +345,10 @@ class _AttentionProgram(MixerProgram):
         return self._inside_room(y, state), mixer.remember(state, k, v, None)
 
     def _inside_room(self, y: Tensor, state: State) -> Tensor:
-        """Return outputs (batch, length, width) after `state`; NaN for tokens that there is no room
-        for, as a program cannot raise."""
+        """Return outputs (batch, length, width) after `state`, with NaN for tokens past the room.
+
+        A program cannot raise an error.
+        """
         if self.context is None:
             return y
         assert isinstance(state, SoftmaxAttentionState)

@@ -1,4 +1,4 @@
-"""Tracing: steps and prefills of explicit states as `torch.export` programs and ONNX files."""
+"""Tracing of steps and prefills with explicit states, to `torch.export` programs and ONNX."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ from gramian.mixers import Mixer
 __all__ = ["FORMATS", "Stateful", "check_format", "frozen_for_export", "save_programs"]
 
 FORMATS = {"onnx": "onnx", "torch": "pt2"}
-"""Formats and what their files end in."""
+"""Formats and the suffixes of their files."""
 
 MANIFEST = "export.json"
 WEIGHTS = "weights.bin"
-_SMALL = 1024  # bytes of a tensor that is not worth looking up
+_SMALL = 1024  # bytes up to which a tensor is not worth looking up
 
 _NEEDS = 'exporting to ONNX needs onnx, onnxscript and onnxruntime: pip install "gramian[export]".'
 
 
 @dataclass(frozen=True)
 class Stateful:
-    """What is exported: functions of an input and named state tensors.
+    """The target of an export: functions of an input and named state tensors.
 
     Attributes:
-        module: holds the parameters, so that programs know them by their names.
-        constants: hold what was derived from them.
-        step: (input, {name: state}) to (output, {name: new state}), one token or sample.
-        prefill: the same of a chunk.
+        module: module that holds the parameters, so that programs use their names.
+        constants: modules that hold tensors derived from the parameters.
+        step: function from (input, {name: state}) to (output, {name: new state}) for one token or
+            sample.
+        prefill: the same function for a chunk.
         states: an empty state of one sequence, {name: (1, …)}.
-        step_input: an input of a step with a batch of 2.
-        prefill_input: (…): the same of a chunk, of a length that stays open.
-        time: the dimension of ``prefill_input`` that is time.
+        step_input: example input of a step, with a batch of 2.
+        prefill_input: (…): example input of a chunk, whose length is open.
+        time: the time dimension of `prefill_input`.
         input: name of the input.
         output: name of the output.
-        description: more lines of the description of the folder.
+        description: further entries for the description of the folder.
     """
 
     module: nn.Module
@@ -72,7 +73,7 @@ class _Program(nn.Module):
 
 
 def check_format(format: str) -> None:
-    """Raise unless the format is known and what it needs is installed."""
+    """Raise an error unless the format is known and the packages that it needs are installed."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
     if format == "onnx":
@@ -86,7 +87,7 @@ def check_format(format: str) -> None:
 
 @contextmanager
 def frozen_for_export(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients and without compiled steps, and back again after."""
+    """Set evaluation mode, without gradients and compiled steps, and restore the mode at exit."""
     training = {part: part.training for part in module.modules()}
     mixers = [part for part in module.modules() if isinstance(part, Mixer)]
     compiled = [mixer.compiled_step for mixer in mixers]
@@ -104,7 +105,7 @@ def frozen_for_export(module: nn.Module) -> Iterator[None]:
 
 
 def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
-    """Write both programs and their description, ``export.json``, into an empty folder."""
+    """Write both programs and their description, `export.json`, into an empty folder."""
     suffix = FORMATS[format]
     open_ = torch.export.Dim.DYNAMIC
     states = {
@@ -152,7 +153,7 @@ def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
 
 
 def _save_onnx(programs: dict[str, Any], folder: Path, what: Stateful) -> None:
-    """Both files, and one with the weights of both."""
+    """Write both files, and one with the weights that they share."""
     import onnx_ir
 
     models = {}
@@ -196,7 +197,7 @@ def _content(tensor: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that are not installed."""
+    """Suppress the exporter's remarks on packages that are not installed."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -213,7 +214,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _open(tensor: Tensor, time: int | None = None) -> list[int | str]:
-    """The shape, with names for the dimensions that are open."""
+    """Return the shape, with names for the open dimensions."""
     shape: list[int | str] = list(tensor.shape)
     shape[0] = "batch"
     if time is not None:

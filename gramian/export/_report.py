@@ -1,4 +1,4 @@
-"""What was compared after exporting, and how close it was."""
+"""The report of the comparison after an export."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["ExportReport"]
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export_model` and `export_recurrence` return. Printing it gives the table.
+    """The result of `export_model` and `export_recurrence`, which prints as a table.
 
     Attributes:
         kind: "language model", "mixer" or "system".
         format: "onnx" or "torch".
         states: number of state tensors.
-        state_bytes: their bytes for one sequence.
-        context: tokens that attention has room for; None where nothing bounds them.
-        compared: greedy tokens, or samples, of each of two sequences that were compared.
-        ties: of these tokens, those where the program preferred another token that PyTorch's own
-            logits tell apart by no more than rounding does.
+        state_bytes: bytes of the state tensors for one sequence.
+        context: number of tokens for which attention has room; None if there is no limit.
+        compared: number of greedy tokens, or samples, compared in each of two sequences.
+        ties: number of these tokens at which the program preferred another token whose logit, in
+            PyTorch, differs by no more than rounding.
         prefill_difference: largest difference of an output after a whole prompt or chunk.
-        step_difference: the same of steps.
-        scale: the largest output, which the differences compare with.
+        step_difference: largest difference of an output after a step.
+        scale: the largest output, to which the differences compare.
     """
 
     kind: str
@@ -43,11 +43,11 @@ class ExportReport:
     scale: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can hold."""
+        """Return all fields as values that JSON can hold."""
         return asdict(self)
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON text."""
+        """Return `to_dict` as indented JSON text."""
         return to_json(self.to_dict(), indent=2)
 
     def _rows(self) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Running exported programs: numpy arrays in and out, the state fed back.
+"""Running of exported programs with numpy arrays, feeding back the state.
 
 ONNX files run in onnxruntime, `torch.export` programs in PyTorch. Nothing else is needed, and no
 model is built.
@@ -24,12 +24,12 @@ _Program = Callable[[np.ndarray, _Arrays], tuple[np.ndarray, _Arrays]]
 
 @dataclass(frozen=True)
 class ExportedState:
-    """What is carried from call to call.
+    """The state that is carried from call to call.
 
     Attributes:
-        tensors: {name: (batch, …)}, as ``export.json`` lists them.
-        taken: tokens or samples that it has seen; of tensors alone, what attention's own counts in
-            them say, and None where there is no such count.
+        tensors: {name: (batch, …)}, as `export.json` lists them.
+        taken: number of tokens or samples seen. If only `tensors` are given, it is read from the
+            counts of attention among them, and is None if there are none.
     """
 
     tensors: dict[str, np.ndarray]
@@ -52,7 +52,7 @@ class ExportedState:
 
 
 def _counts(name: str, tensor: np.ndarray) -> bool:
-    """Whether a state's tensor holds the number of tokens that attention has seen."""
+    """Return whether a state's tensor holds the number of tokens that attention has seen."""
     return name.endswith(".real") and tensor.ndim == 1 and np.issubdtype(tensor.dtype, np.integer)
 
 
@@ -93,7 +93,7 @@ class _Exported:
             )
 
     def initial_state(self, batch_size: int = 1) -> ExportedState:
-        """The state of a silent past for so many sequences: zeros."""
+        """Return the zero state, that before the first token, for `batch_size` sequences."""
         if batch_size < 1:
             raise ValueError(
                 f"batch_size must be a positive number of sequences, got {batch_size}."
@@ -164,14 +164,14 @@ class ExportedModel(_Exported):
     """A language model that `gramian.export.export_model` wrote.
 
     Args:
-        folder: What it wrote.
-        threads: Of onnxruntime within one operation; its own choice by default.
-        providers: Of onnxruntime; the CPU by default.
+        folder: The folder that it wrote.
+        threads: onnxruntime threads within one operation; onnxruntime chooses by default.
+        providers: onnxruntime's execution providers; the CPU by default.
 
     Raises:
-        FileNotFoundError: if the folder is not there or holds nothing exported.
+        FileNotFoundError: if the folder does not exist or holds no export.
         ImportError: if onnxruntime is missing.
-        ValueError: if it holds something else that was exported.
+        ValueError: if it holds an export of another kind.
     """
 
     _kinds = ("language model",)
@@ -180,19 +180,19 @@ class ExportedModel(_Exported):
     def prefill(
         self, input_ids: Any, state: ExportedState | None = None, *, chunk_size: int = 1024
     ) -> tuple[np.ndarray, ExportedState]:
-        """Read a prompt of any length, without padding, chunk after chunk.
+        """Read a prompt of any length, without padding, in chunks.
 
         Args:
             input_ids: (batch, length ≥ 1), integers.
-            state: Where the past left off; by default nothing has been read.
-            chunk_size: Tokens taken at once.
+            state: The state from which to continue; by default, the zero state.
+            chunk_size: Number of tokens read at once.
 
         Returns:
             Logits (batch, vocab_size) of the token that follows, and the state.
 
         Raises:
-            ValueError: for another shape, a token that the model has not, or too many tokens for
-                the room of its attention.
+            ValueError: for another shape, a token outside of the vocabulary, or too many tokens
+                for the room of its attention.
         """
         ids = self._checked(input_ids)
         if chunk_size < 1:
@@ -206,7 +206,7 @@ class ExportedModel(_Exported):
         return logits, state
 
     def step(self, tokens: Any, state: ExportedState) -> tuple[np.ndarray, ExportedState]:
-        """One token (batch) or (batch, 1) of each sequence; returns as `prefill`."""
+        """Read one token of each sequence, (batch) or (batch, 1), and return as `prefill` does."""
         ids = np.asarray(tokens)
         ids = self._checked(ids[:, None] if ids.ndim == 1 else ids)
         if ids.shape[1] != 1:
@@ -223,24 +223,24 @@ class ExportedModel(_Exported):
     ) -> np.ndarray:
         """Continue (batch, length) token ids, as the model's own `generate` does.
 
-        The settings of the model's `generation_config` that change what is written are in
-        ``export.json`` and hold here: tokens that are suppressed, forced or penalised, bad words,
-        shortlists for drawing, and ends of text, after which a sequence is padded.
+        The settings of the model's `generation_config` that change the text are in `export.json`
+        and apply here: suppressed, forced and penalized tokens, bad words, restrictions of
+        sampling, and ends of text, after which a sequence is padded.
 
         Args:
             input_ids: As for `prefill`.
-            max_new_tokens: At least 1.
-            temperature: 0 takes the most likely token; above, tokens are drawn, from the shortlist
-                that the settings make. By default what the settings say.
-            seed: Of the draws.
+            max_new_tokens: Maximal number of new tokens, at least 1.
+            temperature: 0 chooses the most likely token; with a positive temperature, tokens are
+                sampled within the restrictions of the settings. By default, the settings decide.
+            seed: Seed of the sampling.
 
         Returns:
-            (batch, length + the tokens written), at most ``max_new_tokens`` of them: fewer where
-            every sequence has come to an end.
+            (batch, length + new tokens), with at most `max_new_tokens` new tokens, fewer if all
+            sequences have ended.
 
         Raises:
             ValueError: for arguments other than these, too many tokens for the room of attention,
-                or where no token is left to choose from.
+                or if no token is left to choose from.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
@@ -287,7 +287,7 @@ class ExportedRecurrence(_Exported):
     def prefill(
         self, x: Any, state: ExportedState | None = None
     ) -> tuple[np.ndarray, ExportedState]:
-        """Take a chunk: (batch, length, width) of a mixer, (batch, *C, length) of a system.
+        """Process a chunk: (batch, length, width) for a mixer, (batch, *C, length) for a system.
 
         Returns:
             The outputs, of the same shape, and the state.
@@ -298,7 +298,7 @@ class ExportedRecurrence(_Exported):
         return self._run(self._prefill, x, state, x.shape[time])
 
     def step(self, x_t: Any, state: ExportedState) -> tuple[np.ndarray, ExportedState]:
-        """Take one sample: (batch, width) of a mixer, (batch, *C) of a system."""
+        """Process one sample: (batch, width) for a mixer, (batch, *C) for a system."""
         return self._run(self._step, self._checked(x_t, "step"), state, 1)
 
     def _checked(self, x: Any, program: str) -> np.ndarray:

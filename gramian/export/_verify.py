@@ -1,4 +1,4 @@
-"""What was exported, run against the recurrence in PyTorch that it came from."""
+"""Comparison of exported programs with the recurrence in PyTorch from which they were made."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["verify_model", "verify_recurrence"]
 
-_PROMPT = 45  # tokens or samples that are taken as one chunk
+_PROMPT = 45  # tokens or samples that are processed as one chunk
 _SINGLE, _DOUBLE = 1e-4, 1e-9
-"""Differences accepted of outputs, relative to the largest, of programs that compute in single
-precision anywhere, and of others."""
+"""Accepted differences of outputs, relative to the largest output, for programs that use single
+precision anywhere, and for others."""
 
 
 class _Differences:
@@ -62,11 +62,12 @@ def verify_model(
     tokens: int,
     seed: int,
 ) -> ExportReport:
-    """Greedy tokens of two random prompts by both, each fed PyTorch's choice.
+    """Compare greedy tokens after two random prompts, feeding PyTorch's choice to both.
 
-    As long as all choices agree this is what two free runs would write. A token that differs is a
-    tie if PyTorch's logits of the two candidates differ by less than the outputs may; otherwise it
-    is a `RuntimeError`. Where the model has generation settings, both generate by them, too.
+    As long as all choices agree, two independent runs would write the same. A token that differs is
+    a tie if PyTorch's logits of the two candidates differ by less than the accepted difference of
+    outputs; otherwise it is a `RuntimeError`. If the model has generation settings, generation by
+    these is compared, too.
     """
     from gramian.models.cache import CACHE
 
@@ -110,7 +111,7 @@ def verify_model(
 def _verify_rules(
     model: GramianForCausalLM, ids: Tensor, settings: dict[str, Any], tokens: int, seed: int
 ) -> None:
-    """What the settings make of logits, beside what transformers makes of the same logits.
+    """Compare the probabilities after the settings with those that transformers computes.
 
     Raises:
         RuntimeError: if a probability of a next token differs.
@@ -133,10 +134,10 @@ def _verify_rules(
 def _verify_generation(
     model: GramianForCausalLM, run: ExportedModel, ids: Tensor, tokens: int, rounding: float
 ) -> None:
-    """Both write greedily by themselves; they may part where the best two scores are a tie.
+    """Compare independent greedy generation, which may diverge where the best scores are a tie.
 
     Raises:
-        RuntimeError: if they part elsewhere, or end at other places.
+        RuntimeError: if it diverges elsewhere, or ends at different lengths.
     """
     with _quiet():
         written = _generate(model, ids, tokens, do_sample=False, output_scores=True)
@@ -173,7 +174,7 @@ def _generate(model: GramianForCausalLM, ids: Tensor, tokens: int, **options: An
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remarks on settings that go unused."""
+    """Suppress transformers' remarks on unused settings."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -195,7 +196,7 @@ def verify_recurrence(
     samples: int,
     seed: int,
 ) -> ExportReport:
-    """Random samples of two sequences: a chunk, then steps, by both."""
+    """Compare the outputs for random samples of two sequences, a chunk followed by steps."""
     dtype = getattr(torch, description["input"]["dtype"])
     length = _PROMPT
     if run.context is not None:

@@ -1,5 +1,7 @@
-"""Acting on memory: losses on it, observers for them, gates that begin right, and state-sizes of
-filters and of models in training."""
+"""Measuring and shaping memory: losses, observers, initialization of gates, and state-sizes.
+
+State-sizes are those of filters, and of models in training.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +31,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "StateSizeCallback":  # which needs transformers
+    if name == "StateSizeCallback":  # this one needs transformers
         return importlib.import_module("gramian.memory.callbacks").StateSizeCallback
     raise AttributeError(f"module 'gramian.memory' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""State-sizes at each evaluation of a model in training."""
+"""A trainer callback that logs state-sizes at each evaluation."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ __all__ = ["StateSizeCallback"]
 
 
 class StateSizeCallback(TrainerCallback):
-    """Log effective state-sizes at each evaluation, of any model that `gramian.analyze` can read.
+    """A callback that logs effective state-sizes at each evaluation.
 
         trainer.add_callback(StateSizeCallback(trainer))
 
-    Logged are `eval_ess`, the average over layers, `eval_ess_utilization`, the share of the state
-    in use, and `eval_ess_layer_NAME` for every layer: means over rows and positions. They join the
-    metrics that `trainer.evaluate()` returns, and go wherever the trainer's logs go. Training goes
-    on where they cannot be measured, with a warning.
+    It works for any model that `gramian.analyze` can read. It logs `eval_ess`, the average over
+    layers, `eval_ess_utilization`, the share of the state in use, and `eval_ess_layer_NAME` for
+    every layer; all are means over rows and positions. They are added to the metrics that
+    `trainer.evaluate()` returns and appear in the trainer's logs. If they cannot be measured,
+    training continues with a warning.
 
     Args:
-        trainer: The `transformers.Trainer` that it is added to.
-        rows: How many rows of the trainer's evaluation set to read, or the rows: token ids,
-            floating-point numbers (length, size), or mappings with `input_ids` or `input_values`,
-            and perhaps an `attention_mask`, whose padding is left out.
-        every: Positions between those that are measured.
-        horizon: At most so many tokens of a row are read; all by default.
-        max_channels: Of a layer with more heads or channels, every n-th is measured.
+        trainer: The `transformers.Trainer` to which the callback is added.
+        rows: Number of rows of the trainer's evaluation set to read, or the rows themselves: token
+            ids, floating-point numbers (length, size), or mappings with `input_ids` or
+            `input_values` and optionally an `attention_mask`, whose padding is left out.
+        every: Distance between measured positions.
+        horizon: Maximal number of tokens of a row to read; all by default.
+        max_channels: Maximal number of heads or channels to measure; in a layer with more, every
+            n-th is measured.
 
     Raises:
         ValueError: for numbers below 1, or if there are no rows.
@@ -80,7 +82,7 @@ class StateSizeCallback(TrainerCallback):
         self.trainer.log(dict(sizes))
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """What is logged, of a model as it is."""
+        """Measure the logged numbers for the present weights of a model."""
         found: dict[str, list[float]] = {}
         for row in self.rows:
             horizon = None if self.horizon is None else min(self.horizon, len(row))
@@ -96,7 +98,7 @@ class StateSizeCallback(TrainerCallback):
 
 
 def _summary(report: StateReport) -> dict[str, float]:
-    inside = torch.tensor(report.positions) > 0  # there is no past before the first
+    inside = torch.tensor(report.positions) > 0  # the first position has no past
     if not report.layers or not bool(inside.any()):
         return {}
     sizes = [layer.ess[:, inside] for layer in report.layers]
@@ -114,7 +116,7 @@ def _summary(report: StateReport) -> dict[str, float]:
 
 
 def _first(dataset: Any, count: int) -> list[Any]:
-    """The first rows of an evaluation set, or of the first of several by name."""
+    """Return the first rows of an evaluation set, or of the first set in a dictionary."""
     if isinstance(dataset, Mapping):
         dataset = next(iter(dataset.values()), None)
     if dataset is None or count < 1:
@@ -123,7 +125,7 @@ def _first(dataset: Any, count: int) -> list[Any]:
 
 
 def _sequence(row: Any) -> Tensor:
-    """(length), integers, or (length, size), without padding."""
+    """Return the tokens of a row, integers (length) or numbers (length, size), unpadded."""
     if not isinstance(row, Mapping):
         return torch.as_tensor(row)
     sequence = torch.as_tensor(row["input_ids"] if "input_ids" in row else row["input_values"])

@@ -1,11 +1,11 @@
-r"""Effective state-size of filters, as fast as they are reduced.
+r"""Effective state-size of filters, computed about as fast as filters are reduced.
 
-The operator of a filter of L taps is parted in the middle of its context, i = ⌊L / 2⌋: the block
-`T[i:2i, :i]` is a Hankel matrix of taps h_1 … h_{2i-1} with its columns reversed, square and
-symmetric, so its singular values are the moduli of its eigenvalues. Blocks up to a size are
-factored. Of larger ones the Lanczos iteration of `gramian.reduction.spectrum` finds the
-leading values; the others are taken to fall off as a power of their index, as fast as their energy,
-which is known, says.
+The operator of a filter of L taps is split in the middle of its context, i = ⌊L / 2⌋: the block
+`T[i:2i, :i]` is a Hankel matrix of taps h_1 … h_{2i-1} with its columns reversed. The Hankel matrix
+is square and symmetric, so its singular values are the moduli of its eigenvalues. Small blocks are
+factored. For larger ones, the Lanczos iteration of `gramian.reduction.spectrum` finds the leading
+singular values; the others are assumed to decay as a power of their index, with the exponent that
+matches their energy, which is known.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from gramian.reduction.spectrum import leading_spectrum
 __all__ = ["filter_state_sizes"]
 
 _DENSE = 512
-"""Blocks up to this size are factored, which takes about as long as reducing their filters."""
+"""Size up to which blocks are factored, which takes about as long as reducing their filters."""
 
 _LEADING = 32
-"""Singular values that are found of larger ones."""
+"""Number of singular values that are computed of larger blocks."""
 
 _BLOCK = 2**23
-"""Entries of the matrices that are held at once, and of Lanczos bases."""
+"""Maximal number of entries of the matrices, or Lanczos bases, that are held at once."""
 
 
 @torch.no_grad()
@@ -39,8 +39,8 @@ def filter_state_sizes(kernel: Tensor) -> Tensor:
 
     Returns:
         `effective_state_size(FIR(kernel), L // 2, horizon=2 * (L // 2))`, (C): exact up to 1,024
-        taps, estimated above: to a tenth or so where the spectrum falls off fast, within a factor
-        of two where the filter is rough.
+        taps, and an estimate above. The estimate is accurate to about a tenth if the spectrum
+        decays fast, and within a factor of two if the filter is rough.
     """
     side = kernel.shape[-1] // 2
     if side == 0:
@@ -63,8 +63,10 @@ def filter_state_sizes(kernel: Tensor) -> Tensor:
 
 
 def _extrapolated(values: Tensor, hankel: Hankel) -> Tensor:
-    """(B, side): the leading singular values (B, r), then `σ_r (r / k)^p`, of the energy that
-    is left: the power is found by bisection."""
+    """Extend the leading singular values (B, r) to (B, side) by `σ_r (r / k)^p`.
+
+    The power p, found by bisection, gives the extension the remaining energy.
+    """
     energy = (hankel.squared_norm() - values.square().sum(-1)).clamp_min(0).unsqueeze(-1)
     first, last = values.shape[-1], values[:, -1:]
     index = torch.arange(first + 1, hankel.rows + 1, dtype=values.dtype, device=values.device)

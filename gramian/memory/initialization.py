@@ -1,10 +1,11 @@
-"""Gates initialised for an effective state-size: how fast a memory fades decides how much is in it.
+"""Initialization of gates for a target effective state-size.
 
-One number a layer, or a head, moves all of its gates: it is added to the logits of the gates of
-`GatedLinearAttention` and `WeightedLinearAttention`, and `exp` of it divides the rates of `S6`,
-`GLAS6` (whose normalisation factor it multiplies) and `GatedDeltaNet`. ESS need not rise with it
-all the way, so it is looked for where ESS crosses the target on a grid, nearest to what there was,
-and found there by bisection (arXiv 2504.19561, on initialisation informed by ESS).
+How fast a memory decays determines how much it holds. One number per layer, or per head, shifts all
+of its gates: it is added to the logits of the gates of `GatedLinearAttention` and
+`WeightedLinearAttention`, and its exponential divides the rates of `S6`, `GLAS6` (that is,
+multiplies the normalization factor) and `GatedDeltaNet`. ESS is not always monotonic in this shift,
+so a grid is searched for the crossing of the target nearest to a shift of zero, which is then
+refined by bisection (arXiv 2504.19561, on initialization informed by ESS).
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ _ABOUT = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class InitializedGates:
-    """A layer, or one head of it, whose gates were initialised.
+    """A layer, or one head of it, whose gates were initialized.
 
     Attributes:
         name: path of the mixer in the model.
-        head: which head; None for all of the layer's together.
-        target: state-size that was asked for.
-        before: mean state-size that there was.
-        reached: mean state-size that there is.
-        shift: what was added to the logits of gates, or taken off the logarithms of rates.
-        converged: whether the target is reached, to the tolerance.
+        head: index of the head; None for all heads of the layer together.
+        target: target state-size.
+        before: mean state-size before initialization.
+        reached: mean state-size after initialization.
+        shift: number added to the logits of gates, or subtracted from the logarithms of rates.
+        converged: whether the target is reached to the tolerance.
     """
 
     name: str
@@ -68,11 +69,11 @@ class InitializedGates:
 
 @dataclasses.dataclass(frozen=True)
 class GateInitialization:
-    """What `initialize_gates` reached. Printing it gives a line for each.
+    """The result of `initialize_gates`, which prints as one line per entry.
 
     Attributes:
         gates: one entry for each layer, or each head.
-        without: paths of linear recurrences that have no gates to move.
+        without: paths of linear recurrences that have no gates.
     """
 
     gates: tuple[InitializedGates, ...]
@@ -98,30 +99,30 @@ def initialize_gates(
     at: int | None = None,
     tolerance: float = 0.02,
 ) -> GateInitialization:
-    """Move the gates of a model's linear recurrences, in place, so that their effective state-size
-    on a batch reaches a target.
+    """Shift the gates of a model's linear recurrences so that their ESS reaches a target.
 
-    Layer after layer, in the order in which they run: what a layer reads depends on the gates of
-    those before it. Meant for a model as it was initialised; ESS is the mean over sequences, and
-    over heads unless `per_head`.
+    The effective state-size (ESS) is measured on a batch, and the gates are changed in place. The
+    layers are processed in the order in which they run, since the input of a layer depends on the
+    gates of those before it. The function is meant for a freshly initialized model. ESS is averaged
+    over sequences, and over heads unless `per_head`.
 
     Args:
-        model: Contains linear recurrences of ours, or is one.
-        inputs: What the model is called with, a batch: a tensor, or a mapping of arguments.
+        model: A module that contains linear recurrences of ours, or is one.
+        inputs: A batch with which the model is called: a tensor, or a mapping of arguments.
         target: Entropy-ESS of every head, positive.
-        share: Instead, share of the state size n, above 0 and at most 1.
-        per_head: Whether every head gets a shift of its own.
-        at: Position; by default the middle. Read far enough that min(at, length - at) does not
-            limit ESS.
+        share: The target as a share of the state size n, above 0 and at most 1.
+        per_head: Whether every head has its own shift.
+        at: Position; by default the middle. The input should be long enough that
+            min(at, length - at) does not limit ESS.
         tolerance: Relative error up to which a target counts as reached.
 
     Returns:
-        What was reached where, and which targets could not be: gates that forget nothing may hold
-        less than the target, and so do too few tokens. Those layers get the closest shift.
+        The state-sizes reached, and which targets are out of reach: even gates that forget nothing
+        may hold less than the target, and so may too few tokens. Such layers get the closest shift.
 
     Raises:
-        ValueError: unless just one of target and share is given, within these bounds; for a model
-            without linear recurrences, or one whose recurrences did not run; for a position
+        ValueError: unless exactly one of `target` and `share` is given, within these bounds; for a
+            model without linear recurrences, or one whose recurrences did not run; for a position
             outside of the sequence.
     """
     check_goal(target, share)
@@ -183,14 +184,14 @@ class _Search:
         self.start = {name: p.clone() for name, p in dynamics.named_parameters()}
 
     def set(self, shift: Tensor) -> None:
-        """Gates moved by `shift`, (heads) or (1), from where they were."""
+        """Shift the gates by `shift`, (heads) or (1), from their original values."""
         for name, parameter in self.dynamics.named_parameters():
             parameter.copy_(self.start[name])
         like = next(self.dynamics.parameters())
         self.dynamics.slow(shift.to(like).expand(self.mixer.heads))
 
     def sizes(self, shift: Tensor) -> Tensor:
-        """Mean state-size, (heads) or (1), float64."""
+        """Return the mean state-size at a shift, (heads) or (1), float64."""
         self.set(shift)
         sizes = effective_state_size(self.mixer.operator(self.x, mask=self.mask), self.at)
         of_heads = sizes.double().mean(0)
@@ -224,9 +225,12 @@ class _Search:
 
 
 def _crossing(grid: Tensor, curve: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every column of a curve (grid, heads), the interval nearest to 0 in which it crosses the
-    target, and whether it rises there. Where it does not cross, both ends are the smallest shift
-    that is about as close to the target as any: larger ones would only saturate the gates."""
+    """Return, for every column of a curve (grid, heads), where it crosses the target.
+
+    The result is the crossing interval nearest to 0, and whether the curve rises there. If it does
+    not cross, both ends of the interval are the smallest shift that is about as close to the target
+    as any: larger ones would only saturate the gates.
+    """
     above = curve > target
     crosses = above[1:] != above[:-1]  # (grid - 1, heads)
     distance = (grid[1:] + grid[:-1]).abs().unsqueeze(-1).expand_as(curve[1:])

@@ -1,4 +1,4 @@
-"""The losses on memory that training adds to a task's own."""
+"""The losses on memory that training adds to the loss of a task."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class MemoryLosses:
         ess: Weight of `ess_penalty` on its mixers; 0 leaves it out.
         target: As for `ess_penalty`.
         share: As for `ess_penalty`.
-        sequences: At most so many of a pass are measured for it; all by default.
-        channels: At most so many heads or channels of a layer are.
+        sequences: Maximal number of sequences per pass that the ESS loss measures; all by default.
+        channels: Maximal number of heads or channels per layer that it measures; all by default.
 
     Raises:
         ValueError: if the model has no such mixers.
@@ -57,8 +57,7 @@ class MemoryLosses:
             raise ValueError(f"{name} needs {needed}; this model has none.") from error
 
     def __call__(self) -> tuple[Tensor, dict[str, float]]:
-        """Return the weighted sum, and the losses before they are weighted, by the names they are
-        logged under."""
+        """Return the weighted sum, and the unweighted losses by the names used in logs."""
         losses: dict[str, float] = {}
         total: Any = 0.0
         if self.gated is not None:
@@ -72,7 +71,7 @@ class MemoryLosses:
         return total, losses
 
     def _penalty(self, observer: Observer) -> Tensor:
-        """Return the mean over sequences and mixers, each sequence as if it were alone."""
+        """Return the mean penalty over sequences and mixers, each sequence taken alone."""
         total, sequences = torch.zeros(()), 0
         for system, length, count in observer.sequences(**self.most):
             at = sorted({length * quarter // 4 for quarter in (1, 2, 3)} - {0})

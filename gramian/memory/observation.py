@@ -1,4 +1,4 @@
-"""The operators of a model's mixers on what they read in its last forward pass."""
+"""The operators of a model's mixers on their inputs in its last forward pass."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ __all__ = ["Observer"]
 
 
 class Observer:
-    """Keeps what the mixers of a model read, for losses on the operators that they applied to it.
+    """An observer that keeps the inputs of a model's mixers, for losses on their operators.
 
         observer = Observer(model, LinearRecurrence)
         …
         loss = model(ids, labels=ids).loss + 1e-3 * gate_regularizer(observer.operators())
 
     The inputs of the last forward pass are kept, with their graph, until the next one. The layers'
-    operators are made from them when they are asked for, which costs projections, short
-    convolutions and gates once more, and reaches parameters outside of `forward`: not for sharded
-    models.
+    operators are made from them on request. This computes projections, short convolutions and gates
+    once more, and reads parameters outside of `forward`, so it does not work for sharded models.
 
     Args:
         model: A module that contains mixers, or is one.
-        kind: Which mixers; all by default.
+        kind: Class of the mixers to observe; all mixers by default.
 
     Raises:
         ValueError: if the model has no such mixer.
@@ -60,23 +59,24 @@ class Observer:
         self._read[path] = x, Segments.of(mask)
 
     def inputs(self) -> dict[str, tuple[Tensor, Segments | None]]:
-        """What every mixer that ran read, (batch, length, width), and which positions of it are
-        tokens, by path."""
+        """Return the input of every mixer that ran, by path.
+
+        Each is (batch, length, width), with the positions of its tokens.
+        """
         return dict(self._read)
 
     def operators(
         self, *, sequences: int | None = None, channels: int | None = None
     ) -> list[System]:
-        """Return `mixer.operator(x)` for every mixer that ran in the last forward pass, x being the
-        input that it read.
+        """Return `mixer.operator(x)` for every mixer that ran in the last forward pass.
 
-        Padding is passed over, as in the pass. Packed rows give several operators a mixer, of
-        sequences of about one length each.
+        Here x is the mixer's input in that pass. Padding is skipped, as in the pass. With packed
+        rows a mixer has several operators, each for sequences of similar length.
 
         Args:
-            sequences: At most so many of an operator, the first ones.
-            channels: Of a layer with more heads or channels, every n-th from a random one on, so
-                that at most so many are taken.
+            sequences: Maximal number of sequences of an operator; the first ones are used.
+            channels: Maximal number of heads or channels of a layer; if there are more, every n-th
+                is used, beginning with a random one.
 
         Raises:
             RuntimeError: if nothing ran since the observer was made.
@@ -92,18 +92,18 @@ class Observer:
     def sequences(
         self, *, sequences: int | None = None, channels: int | None = None
     ) -> list[tuple[System, int, int]]:
-        """The operators on sequences alone, without padding: those of one length together.
+        """Return the operators on single sequences without padding, batched by equal length.
 
         Args:
-            sequences: At most so many of a pass, the first ones.
+            sequences: Maximal number of sequences of a pass; the first ones are used.
             channels: As for `operators`.
 
         Returns:
-            Of every mixer that ran, and every length, the operator, its length, and the number of
+            For every mixer that ran, and every length, the operator, its length, and the number of
             sequences.
 
         Raises:
-            RuntimeError, ValueError: As `operators` does.
+            RuntimeError, ValueError: as `operators` does.
         """
         found = []
         for mixer, x, segments, chosen in self._observed(sequences, channels):
@@ -115,7 +115,7 @@ class Observer:
     def _observed(
         self, sequences: int | None, channels: int | None
     ) -> Iterator[tuple[Mixer, Tensor, Segments | None, slice]]:
-        """Mixers, what they read, and the channels to take."""
+        """Yield the mixers, their inputs, and the channels to use."""
         for name, number in (("sequences", sequences), ("channels", channels)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {number}.")
@@ -128,7 +128,7 @@ class Observer:
             yield mixer, x, segments, _some(mixer.channels, channels)
 
     def close(self) -> None:
-        """Observe no longer."""
+        """Stop observing."""
         for hook in self._hooks:
             hook.remove()
         self._read.clear()
@@ -141,14 +141,14 @@ class Observer:
 
 
 def _unpacked(x: Tensor, segments: Segments | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Batches of rows of one sequence each, and where their tokens are."""
+    """Return batches of rows with one sequence each, and the masks of their tokens."""
     if segments is None or not segments.packed:
         return [(x, None if segments is None else segments.real)]
     return [(part.take(x), part.real) for part in segments.parts]
 
 
 def _alone(x: Tensor, segments: Segments | None, count: int | None) -> list[Tensor]:
-    """The first sequences, (sequences, length, width) of every length there is."""
+    """Return the first sequences, one batch (sequences, length, width) for every length."""
     if segments is None:
         return [x[:count]]
     tokens, begins, lengths = (part.to(x.device) for part in segments.sequences())

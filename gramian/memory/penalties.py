@@ -1,7 +1,7 @@
-r"""Losses on the memory of a model: gates drawn towards remembering, state-sizes towards a target.
+r"""Losses that draw the gates of a model towards remembering, and state-sizes towards a target.
 
-Both take operators, as `mixer.operator(x)` returns them or `gramian.memory.Observer` makes
-them of a forward pass, and are differentiable in what the operators were made of.
+Both take operators, as returned by `mixer.operator(x)` or made by `gramian.memory.Observer` from a
+forward pass, and are differentiable in the tensors from which the operators were made.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ __all__ = ["check_goal", "ess_penalty", "gate_regularizer"]
 
 
 def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
-    r"""`‖A - I‖`: how far state matrices are from the identity, which forgets nothing.
+    r"""Return `‖A - I‖`, the distance of state matrices from the identity, which forgets nothing.
 
-    Of every operator the root of the mean, over channels and steps, of `‖A_t - I‖_F² / n`; then
-    the mean over operators. A step that neither forgets nor takes in anything, as at padding, does
-    not count. Added to a loss with a factor λ, it lifts memories that have collapsed, as their
-    gates forget too fast (arXiv 2504.19561, on state collapse). Linear in the number of
-    coefficients: no operator is made into a matrix.
+    For every operator this is the root of the mean, over channels and steps, of
+    `‖A_t - I‖_F² / n`; the result is the mean over operators. Steps that neither forget nor read
+    anything, as at padding, do not count. Added to a loss with a factor λ, it restores memories
+    that have collapsed because their gates forget too fast (arXiv 2504.19561, on state collapse).
+    Its cost is linear in the number of coefficients, as no operator is made into a matrix.
 
     Args:
-        operators: `TimeVarying` systems, with diagonal state matrices, diagonal plus rank one, or
-            dense ones. Others have no gates and are passed over.
+        operators: `TimeVarying` systems with state matrices that are diagonal, diagonal plus rank
+            one, or dense. Other systems have no gates and are skipped.
 
     Returns:
-        (), of the operators' dtype; gradients flow through it.
+        A scalar of the operators' dtype, through which gradients flow.
 
     Raises:
-        TypeError: if something is no system.
-        ValueError: if there is no `TimeVarying` system with a state among them.
+        TypeError: if an operator is not a system.
+        ValueError: if no operator is a `TimeVarying` system with a state.
     """
     distances = []
     for system in _systems(operators):
@@ -44,7 +44,7 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
             squares = _distance_from_identity(system)
             steps = ((squares > 0) | (system.B != 0).any(-1)).sum().clamp_min(1)
             squares = squares.sum() / (steps * system.order)
-            # The root has no slope at zero, where all gates are 1: linear attention.
+            # The root is not differentiable at zero, where all gates are 1 (linear attention).
             there = squares > 0
             distances.append(torch.where(there, torch.where(there, squares, 1).sqrt(), 0))
     if not distances:
@@ -56,7 +56,7 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
 
 
 def _distance_from_identity(system: TimeVarying) -> Tensor:
-    """`‖A_t - I‖_F²`, (*C, L)."""
+    """Return `‖A_t - I‖_F²`, (*C, L)."""
     if system.A.ndim > system.B.ndim:
         eye = torch.eye(system.order, dtype=system.dtype, device=system.device)
         return (system.A - eye).square().sum((-2, -1))
@@ -70,8 +70,10 @@ def _distance_from_identity(system: TimeVarying) -> Tensor:
 
 
 def check_goal(target: float | None, share: float | None) -> None:
-    """Raise a ValueError unless just one is given: a positive state-size, or a share of what the
-    state could hold."""
+    """Raise a ValueError unless exactly one of target and share is given, within its bounds.
+
+    The target is a positive state-size, the share that of the state size.
+    """
     if (target is None) == (share is None):
         raise ValueError(f"give target or share, one of the two; got {target!r} and {share!r}.")
     if target is not None and not (math.isfinite(target) and target > 0):
@@ -88,27 +90,27 @@ def ess_penalty(
     at: int | Sequence[int] | Tensor | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    r"""How far effective state-sizes are from a target: `(ESS / target - 1)²`, or with a share
-    `(ESS / TSS - share)²`, the mean over positions and channels and then over operators.
+    r"""Return the squared relative distance of effective state-sizes from a target.
 
-    ESS is the entropy-ESS of `gramian.effective_state_size`. For a recurrence a position
-    costs O(L n²) operations forwards and backwards, for a matrix a singular value decomposition of
-    a block: take few positions, channels and sequences.
+    It is `(ESS / target - 1)²`, or with a share `(ESS / TSS - share)²`, averaged over positions
+    and channels and then over operators. ESS is the entropy-ESS of `gramian.effective_state_size`.
+    A position costs O(L n²) operations forward and backward for a recurrence, and a singular value
+    decomposition of a block for a matrix, so use few positions, channels and sequences.
 
     Args:
-        operators: One or more; of each, all channels count.
+        operators: One or more systems, all of whose channels count.
         target: State-size, positive.
-        share: Instead, utilisation of the state there is, in (0, 1].
+        share: Used in place of `target`: utilization of the state (ESS / TSS), in (0, 1].
         at: Positions; by default a quarter, a half and three quarters of an operator's length.
         horizon: Blocks are `T[i:horizon, :i]`; see `gramian.effective_state_size`.
 
     Returns:
-        (), with gradients.
+        A scalar, through which gradients flow.
 
     Raises:
-        TypeError: if something is no system.
-        ValueError: unless just one of target and share is given, within these bounds; for
-            positions that do not fit; without positions, for systems that have no end.
+        TypeError: if an operator is not a system.
+        ValueError: unless exactly one of `target` and `share` is given, within these bounds; for
+            positions that do not fit; and, without positions, for systems of unlimited length.
     """
     check_goal(target, share)
     penalties = []
@@ -128,7 +130,7 @@ def ess_penalty(
 
 
 def _spread(system: System) -> list[int] | None:
-    """Quarters of a system's length; None if it has no end."""
+    """Return the quarters of a system's length, or None if its length is unlimited."""
     length = getattr(system, "length", None)
     if length is None:
         return None

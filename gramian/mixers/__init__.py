@@ -57,6 +57,6 @@ _MOVED = ("GateInitialization", "InitializedGates", "Observer", "initialize_gate
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MOVED:  # which were here
+    if name in _MOVED:  # which used to be here
         return getattr(importlib.import_module("gramian.memory"), name)
     raise AttributeError(f"module 'gramian.mixers' has no attribute {name!r}")

@@ -12,16 +12,16 @@ __all__ = ["MixerCall"]
 
 
 class MixerCall:
-    """A mixer as the block around it calls it: `call(x)` is what the mixer makes of `x`.
+    """A mixer as the block around it calls it: `call(x)` returns the mixer's output for `x`.
 
-    The same block is run on whole sequences, on chunks from a state, on single tokens and in
-    exported programs; each passes a call of its own.
+    The same block runs on whole sequences, on chunks from a state, on single tokens and in
+    exported programs; each of these passes a call of its own.
 
     Args:
         function: Maps (batch, length, width), or one token (batch, width), to the same shape.
-        mask: Which positions are tokens, and where sequences begin; None if all are.
-        carries_state: Whether the mixer goes on from a state. A block then leaves out what only
-            whole sequences have, such as dropout in `gramian.mixers.Block`.
+        mask: Which positions are tokens, and where sequences begin; None if all are tokens.
+        carries_state: Whether the mixer continues from a state. A block then skips what applies
+            to whole sequences only, such as dropout in `gramian.mixers.Block`.
     """
 
     __slots__ = ("carries_state", "function", "mask")

@@ -1,4 +1,4 @@
-"""Compiled parts of steps, which fall back to the plain ones."""
+"""Compiled parts of steps, with a fallback to the uncompiled functions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _RECOMPILATIONS = 128  # shapes, of layers and batches, before torch gives up
 class CompiledStep:
     """`torch.compile(function)` for tensors of fixed shapes; the function itself if that fails.
 
-    One failure is reported once for the whole process, and nothing is lost by it: compiling touches
-    no state.
+    A failure is reported once per process. It is harmless, since compiling does not touch any
+    state.
     """
 
     _warned = False

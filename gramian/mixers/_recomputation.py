@@ -1,4 +1,4 @@
-"""Parts of a pass that are computed again backward, so that their memory need not be kept."""
+"""Parts of a forward pass that are recomputed in the backward pass to save memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _Result = TypeVar("_Result")
 
 
 def recomputed(function: Callable[..., _Result], *arguments: object) -> _Result:
-    """`function(*arguments)`, computed again in the backward pass.
+    """Return `function(*arguments)`, recomputed in the backward pass.
 
-    Under the transforms of `torch.func`, which know no such thing, what is computed is kept.
+    The transforms of `torch.func` do not support recomputation; under them, intermediate results
+    are kept.
     """
     if torch._C._are_functorch_transforms_active():
         return function(*arguments)

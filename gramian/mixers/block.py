@@ -31,34 +31,38 @@ _NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm1d}
 class Block(Mixer):
     """Norm, mixer, GELU, linear map with GLU, and dropout, beside a residual connection.
 
-    It is a mixer itself: (batch, length, width) to the same, with a mask, a state and a recurrence
-    where the mixer inside has them; the state is that mixer's. Dropout acts in training on whole
-    sequences; where a state is carried, nothing is dropped.
+    The block is a mixer itself: it maps (batch, length, width) to the same shape, and accepts a
+    mask, a state and a recurrence where the inner mixer does; the state is the inner mixer's.
+    Dropout acts on whole sequences in training; nothing is dropped where a state is carried.
 
-    A batch norm takes its statistics over the real tokens of whole sequences in training, and its
-    running ones everywhere else; so padding does not enter them, and a recurrence can be stepped.
-    Checkpointing, which computes a block twice, counts a batch twice in the running ones.
+    In training, a batch norm computes its statistics over the real tokens of whole sequences;
+    everywhere else it uses its running statistics. So padding does not affect them, and a
+    recurrence can be stepped. Checkpointing computes a block twice, so each batch enters the
+    running statistics twice.
 
     Args:
         width: Channels of input and output.
         mixer: A mixer of that width; or a filter or its configuration, for a
             `LongConvolution`.
-        max_length: For a configuration that does not name it.
-        bidirectional: Of the `LongConvolution`, whose filter then has `2 width` channels.
-        kernel_dropout: Of the `LongConvolution`.
+        max_length: The filter's `max_length`, if its configuration does not give one.
+        bidirectional: Whether the `LongConvolution` is bidirectional; its filter then has
+            `2 width` channels.
+        kernel_dropout: `kernel_dropout` of the `LongConvolution`.
         norm: "layer", "rms" or "batch".
         eps: Added to the variance or mean square in the norm.
-        prenorm: The norm before the mixer, as above, or after the residual connection.
+        prenorm: Whether the norm comes before the mixer, as above, or after the residual
+            connection.
         dropout: Probability of dropping an activation, after the GELU and at the end.
-        tied_dropout: Whether a channel is dropped over the whole length of a sequence or not at
-            all.
-        glu: The linear map goes to `2 width` and half of it gates the other; else to `width`.
+        tied_dropout: Whether a channel is dropped either over the whole length of a sequence or
+            not at all.
+        glu: Whether the linear map has `2 width` outputs, one half of which gates the other
+            half; if not, it has `width` outputs.
 
     Raises:
         TypeError: if `mixer` is none of these.
-        ValueError: for an unknown norm, a mixer or filter that does not fit the width, a
-            probability that is none, or `bidirectional` or `kernel_dropout` beside a mixer,
-            which has its own.
+        ValueError: for an unknown norm, a mixer or filter that does not fit the width, an invalid
+            probability, or `bidirectional` or `kernel_dropout` together with a mixer, which has
+            its own.
     """
 
     def __init__(
@@ -127,14 +131,14 @@ class Block(Mixer):
         return self.mixer.reserve(state, tokens)
 
     def mix(self, x: Tensor, call: MixerCall) -> Tensor:
-        """Surround `call`, which takes the mixer's place, by norm, activation, linear map and sum.
+        """Apply the block around `call`: norm, activation, linear map and residual sum.
 
         Args:
             x: (batch, length, width), or one token (batch, width) where a state is carried.
-            call: What the mixer does on these rows.
+            call: The call of the mixer on these rows.
 
         Returns:
-            The shape of x.
+            A tensor of the shape of x.
         """
         norm: Callable[[Tensor], Tensor] = self._normed
         drop: Callable[[Tensor], Tensor] = _unchanged
@@ -148,12 +152,12 @@ class Block(Mixer):
     def carry(
         self, x: Tensor, state: Any, move: Callable[[Tensor, Any], tuple[Tensor, State]]
     ) -> tuple[Tensor, State]:
-        """Surround `move`, which maps the mixer's input and its state to its output and the next.
+        """Apply the block around `move`, which maps (input, state) to (output, next state).
 
         Args:
             x: (…, width).
-            state: The mixer's, or what else `move` takes for it.
-            move: What the mixer does.
+            state: The mixer's state, or whatever `move` accepts in its place.
+            move: The map of the mixer.
         """
 
         def call(z: Tensor) -> Tensor:
@@ -186,7 +190,7 @@ class Block(Mixer):
         return nn.functional.glu(y) if self.glu else y
 
     def _drop(self, x: Tensor) -> Tensor:
-        """Dropout of (batch, length, width) in training."""
+        """Apply dropout to (batch, length, width) in training."""
         if not self.training or self.dropout == 0:
             return x
         if self.tied_dropout:
@@ -194,11 +198,11 @@ class Block(Mixer):
         return nn.functional.dropout(x, self.dropout)
 
     def _normed(self, x: Tensor) -> Tensor:
-        """The norm of (…, width) with running statistics, where it has any."""
+        """Apply the norm to (…, width), with running statistics where it has any."""
         if not isinstance(self.norm, nn.BatchNorm1d):
             return self.norm(x)
         norm, flat = self.norm, x.reshape(-1, self.width)
-        if not norm.training:  # by its own forward, where offloaded weights are fetched
+        if not norm.training:  # call its forward: its hooks fetch offloaded weights
             return norm(flat).reshape(x.shape)
         flat = nn.functional.batch_norm(
             flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
@@ -206,7 +210,7 @@ class Block(Mixer):
         return flat.reshape(x.shape)
 
     def _normed_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The norm of whole sequences, in training with the statistics of their real tokens."""
+        """Apply the norm to whole sequences; in training, use the statistics of real tokens."""
         if not (self.training and isinstance(self.norm, nn.BatchNorm1d)):
             return self._normed(x)
         real = None if mask is None or bool(mask.all()) else mask != 0

@@ -1,4 +1,4 @@
-"""The contract of mixers that convolve with filters."""
+"""The interface of mixers that convolve with filters."""
 
 from __future__ import annotations
 
@@ -19,48 +19,54 @@ __all__ = ["ConvolutionMixer", "ConvolutionRecurrence", "for_products", "has_sma
 
 
 class ConvolutionMixer(Mixer):
-    """A mixer whose memory is that of long convolutions, with what one filter makes.
+    """A mixer whose memory is the state of long convolutions, all made by one filter.
 
-    Long convolutions go through FFTs, which mix all samples of a sequence: a NaN, an infinity or a
-    number too large to round the others beside reaches earlier outputs of that sequence as well.
+    Long convolutions use FFTs, which mix all samples of a sequence: a NaN, an infinity, or a
+    number so large that the others are lost in its rounding error also affects earlier outputs of
+    that sequence.
 
-    A mixer of one's own makes its systems (`systems`, `streams`) and says how it convolves with
-    them: whole sequences (`convolve_whole`), chunks (`convolve_chunk`) and tokens
-    (`convolve_token`), and what its state is around theirs (`join_state`).
+    A subclass makes its systems (`systems`, `streams`) and defines how it convolves whole
+    sequences (`convolve_whole`), chunks (`convolve_chunk`) and tokens (`convolve_token`) with
+    them, and how their states become its own (`join_state`).
     """
 
     family: ClassVar[str] = "convolution"
 
     filter: Filter
-    """The one filter of all long convolutions."""
+    """The filter that makes all long convolutions."""
 
     kernel_dropout: float = 0.0
-    """The probability with which a tap of a long convolution is dropped in training, whole
-    sequences only: what carries a state is never touched by it."""
+    """The probability of dropping a tap of a long convolution in training. It applies to whole
+    sequences only, never where a state is carried."""
 
     @abc.abstractmethod
     def systems(self, length: int | None = None) -> tuple[System, ...]:
-        """Make the long convolutions, in the order of their application, for `length` taps or as
-        many as there are; each broadcasts against `streams`."""
+        """Make the long convolutions in the order in which they are applied.
+
+        They are made for `length` taps, or for as many as the filter has; each broadcasts against
+        `streams`.
+        """
 
     @property
     @abc.abstractmethod
     def streams(self) -> tuple[int, ...]:
-        """Shape of what goes through a long convolution, without the batch."""
+        """Return the shape of the input of a long convolution, without batch and length."""
 
     @abc.abstractmethod
     def convolve_whole(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
-        """Mix whole sequences from a silent past, without padding between tokens; `systems` are of
-        at least their length."""
+        """Mix whole sequences from a zero state, without padding between tokens.
+
+        The `systems` have at least as many taps as the sequences are long.
+        """
 
     @abc.abstractmethod
     def convolve_chunk(
         self, x: Tensor, state: State, mask: Tensor | None, operators: tuple[Any, ...]
     ) -> tuple[Tensor, State]:
-        """Mix a chunk from `state`; each of `operators` maps (u, state) to (y, state), all of its
-        columns at once or part by part.
+        """Mix a chunk from `state`.
 
-        Where there is a mask, padding stands before the tokens of a row, and moves no state.
+        Each of `operators` maps (u, state) to (y, state), for all columns at once or in parts. If
+        a mask is given, padding comes before the tokens of a row and leaves the state unchanged.
         """
 
     @abc.abstractmethod
@@ -68,25 +74,27 @@ class ConvolutionMixer(Mixer):
         self, x_t: Tensor, state: State, long: tuple[Recurrence, ...]
     ) -> tuple[Tensor, State]:
         """Mix one token (batch, width) from `state`; `long` are the recurrences of the systems.
-        What is between the projections belongs into `inner`."""
+
+        Computations between the projections belong in `inner`.
+        """
 
     @abc.abstractmethod
     def join_state(
         self, batch: int, long: tuple[State, ...], dtype: torch.dtype, device: torch.device
     ) -> State:
-        """Make the state of a silent past around the states of the long convolutions."""
+        """Make the zero state from the states of the long convolutions."""
 
     def config(self) -> dict[str, Any]:
         own = {"filter": self.filter.config(), "kernel_dropout": self.kernel_dropout}
         return super().config() | own
 
     def recurrence(self) -> ConvolutionRecurrence:
-        """Make a frozen snapshot for generation; filters are evaluated once, here."""
+        """Make a frozen snapshot for generation, which evaluates the filters once."""
         self.check_causal()
         return ConvolutionRecurrence(self)
 
     def kernel(self, system: System, like: Tensor) -> Tensor:
-        """Return taps for a whole sequence `like`, (batch, length, …), in training with dropout."""
+        """Return taps for a whole sequence `like`, (batch, length, …), with dropout in training."""
         kernel = _taps(system, like, like.shape[1])
         if self.training and self.kernel_dropout > 0:
             kernel = nn.functional.dropout(kernel, self.kernel_dropout)
@@ -99,7 +107,7 @@ class ConvolutionMixer(Mixer):
         return self.convolve_chunk(x, state, mask, self.systems())
 
     def mix_token(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mix one token; `recurrence()`, which evaluates the filter once for all, is faster."""
+        """Mix one token; `recurrence()` is faster, as it evaluates the filter only once."""
         return self.recurrence().step(x_t, state)
 
     def make_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
@@ -109,7 +117,7 @@ class ConvolutionMixer(Mixer):
         parts = () if segments is None or segments.unbroken else segments.parts
         longest = max((part.source.shape[1] for part in parts), default=x.shape[1])
         systems = self.systems(longest)
-        if len(parts) > 1:  # a kernel is made once for all of them
+        if len(parts) > 1:  # make the kernel once for all of them
             systems = tuple(FIR(_taps(system, x, longest)) for system in systems)
         return super().mix_rows(x, segments, partial(self.convolve_whole, systems=systems))
 
@@ -131,7 +139,7 @@ class ConvolutionMixer(Mixer):
 
 
 class ConvolutionRecurrence(MixerRecurrence):
-    """A convolution mixer made ready to be stepped, with the recurrences of its systems."""
+    """The snapshot of a convolution mixer for stepping, with the recurrences of its systems."""
 
     mixer: ConvolutionMixer
 
@@ -153,7 +161,7 @@ class ConvolutionRecurrence(MixerRecurrence):
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Take one token (batch, width). Consumes `state`: use only the one returned."""
+        """Mix one token (batch, width); `state` is consumed: use only the one returned."""
         return self.mixer.convolve_token(x_t, state, self.long)
 
 
@@ -165,7 +173,8 @@ def _taps(system: System, like: Tensor, length: int) -> Tensor:
 def for_products(x: Tensor) -> Tensor:
     """Return x of a whole sequence in a dtype whose range holds products of activations.
 
-    float16, which ends at 65,504, becomes float32; bfloat16, which does not, keeps its memory.
+    float16, whose largest number is 65,504, becomes float32; bfloat16, which has the range of
+    float32, stays as it is and saves memory.
     """
     return x.float() if x.dtype == torch.float16 else x
 
@@ -174,7 +183,7 @@ def has_small_state(system: System, length: int, copies: int = 1) -> TypeGuard[M
     """Return whether `copies` of this system are cheaper to measure as a recurrence than as a
     matrix of `length` steps.
 
-    Only modal systems qualify; other realisations can be less accurate than the taps they came
+    Only modal systems qualify; other realizations can be less accurate than the taps they came
     from.
     """
     return isinstance(system, Modal) and 0 < 2 * copies * system.order < length

@@ -1,7 +1,7 @@
 r"""Gated DeltaNet: `S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ`, `y_t = q_tᵀ S_t`.
 
 Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464), equation 10: the delta rule replaces what is
-stored under a key, and α fades everything. Queries and keys are normalised to length 1, so a step
+stored under a key, and α fades everything. Queries and keys are normalized to length 1, so a step
 never enlarges the memory.
 """
 
@@ -21,11 +21,11 @@ from gramian.mixers.registry import register
 
 __all__ = ["GatedDeltaNet"]
 
-_EPS = 1e-6  # beside the squared length of queries and keys
+_EPS = 1e-6  # added to the squared length of queries and keys
 
 
 class _DeltaDynamics(Dynamics):
-    """`α = exp(-exp(A_log) softplus(x + bias))`, one a head."""
+    """`α = exp(-exp(A_log) softplus(x + bias))`, one per head."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _DeltaDynamics(Dynamics):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Rates uniform on a logarithmic scale in [1, 16], Δ in [0.001, 0.1]."""
+        """Draw rates log-uniformly from [1, 16] and Δ log-uniformly from [0.001, 0.1]."""
         nn.init.uniform_(self.A_log, 0.0, math.log(16.0))
         steps_of_time(self.dt_bias)
 
@@ -44,7 +44,7 @@ class _DeltaDynamics(Dynamics):
         self.A_log.sub_(amount)
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Gates (batch, heads, length, 1) of logits (batch, length, heads)."""
+        """Return gates (batch, heads, length, 1) for logits (batch, length, heads)."""
         dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias)
         return torch.exp(-self.A_log.exp() * dt).mT.unsqueeze(-1)
 
@@ -53,9 +53,9 @@ class _DeltaDynamics(Dynamics):
 class GatedDeltaNet(LinearAttention):
     """Linear attention with the gated delta rule.
 
-    Queries, keys and values pass a short convolution and SiLU; the output has a norm in every head
-    and a gate, as in `LinearAttention`. The input projection's rows are those of all
-    queries, keys, values, then β, α and the output gate, heads in order.
+    Queries, keys and values pass through a short convolution and SiLU; the output has a norm in
+    every head and a gate, as in `LinearAttention`. The rows of the input projection are those of
+    all queries, keys and values, then β, α and the output gate, heads in order.
 
     Args:
         width: Channels of input and output.

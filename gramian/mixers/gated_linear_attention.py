@@ -1,7 +1,7 @@
-r"""Gated linear attention: `S_t = diag(a_t) S_{t-1} + k_t v_tᵀ`, gates made from the input.
+r"""Gated linear attention: `S_t = diag(a_t) S_{t-1} + k_t v_tᵀ`, with input-dependent gates.
 
 Yang et al. 2024 (arXiv 2312.06635), equation 3 and section 4.4: `a_t = σ(W₂ W₁ x_t + b)^(1/τ)`,
-W₁ of low rank. GLA of arXiv 2504.19561.
+with W₁ of low rank. This is GLA in arXiv 2504.19561.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _SigmoidGates(Dynamics):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zeros: at a temperature of 16, gates of about 0.96."""
+        """Set the bias to zero, which gives gates of about 0.96 at a temperature of 16."""
         nn.init.zeros_(self.bias)
 
     @torch.no_grad()
@@ -37,17 +37,17 @@ class _SigmoidGates(Dynamics):
         self.bias.add_(amount.unsqueeze(-1))
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Gates of logits (batch, length, heads, n)."""
+        """Return the gates for logits (batch, length, heads, n)."""
         return powered_sigmoid(logits.to(self.bias.dtype) + self.bias, self.temperature)
 
 
 @register("gated_linear_attention")
 class GatedLinearAttention(LinearAttention):
-    """`LinearAttention` whose memory fades by gates that the input decides.
+    """`LinearAttention` whose memory decays by input-dependent gates.
 
     Args:
-        width: As for `LinearAttention`, and so are the others but for the last two.
-        temperature: τ of the gates, positive; they start near 1 if it is high.
+        width: As for `LinearAttention`, like all others but the last two.
+        temperature: τ of the gates, positive; a high one makes them start near 1.
         gate_rank: Rank of the map from the input to the gates.
 
     Raises:

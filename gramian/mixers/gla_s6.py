@@ -1,8 +1,8 @@
 r"""GLA-S6: gated linear attention with S6's gates, `a_t = exp(-Δ_t (1, 2, …, n) / c)`.
 
-In S6 (`gramian.mixers.s6`) state j fades j times as fast as the first, so a larger state adds
-states that hardly remember, and the effective state-size stalls. Dividing the rates by a
-normalisation factor c that grows with n spreads the same range of rates over more states
+In S6 (`gramian.mixers.s6`) state j decays j times as fast as the first, so a larger state adds
+states with hardly any memory, and the effective state-size stalls. Dividing the rates by a
+normalization factor c that grows with n spreads the same range of rates over more states
 (arXiv 2504.19561, on GLA-S6).
 """
 
@@ -33,35 +33,35 @@ class _NormalizedDynamics(Dynamics):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """a = (1 … n) / c, Δ log-uniform in [0.001, 0.1]."""
+        """Set a to (1 … n) / c and draw Δ log-uniformly from [0.001, 0.1]."""
         steps_of_time(self.dt_bias)
         rates = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device)
         self.A_log.detach().copy_(rates.log())
 
     @torch.no_grad()
     def slow(self, amount: Tensor) -> None:
-        """Divide the rates: multiplies the normalisation factor by `exp(amount)`."""
+        """Divide the rates by `exp(amount)`, that is, multiply the normalization factor by it."""
         self.A_log.sub_(amount.unsqueeze(-1))
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Δ (batch, heads, length, 1) and gates (…, n) of logits (batch, length, heads)."""
+        """Return Δ (batch, heads, length, 1) and gates (…, n) for logits (batch, length, heads)."""
         dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias).mT.unsqueeze(-1)
         return dt, torch.exp(-dt * self.A_log.exp().unsqueeze(1) / self.normalization)
 
 
 @register("gla_s6")
 class GLAS6(LinearAttention):
-    """Linear attention in heads whose memory fades as S6's does: GLA-S6.
+    """GLA-S6: linear attention in heads whose memory decays as in S6.
 
-    `S_t = exp(-Δ_t a / c) S_{t-1} + Δ_t k_t v_tᵀ`, with one Δ_t a head and one rate a for each of
-    its n states; queries, keys, values, norm and output gate as in `LinearAttention`.
+    `S_t = exp(-Δ_t a / c) S_{t-1} + Δ_t k_t v_tᵀ`, with one Δ_t per head and one rate a for each of
+    its n states; queries, keys, values, norm and output gate are those of `LinearAttention`.
 
     Args:
-        width: As for `LinearAttention`, and so are the others but for the last.
+        width: As for `LinearAttention`, like all others but the last.
         normalization: c, positive; n by default, 1 for the rates of S6.
 
     Raises:
-        ValueError: as `LinearAttention`, and if the normalisation is not positive.
+        ValueError: as `LinearAttention`, and if the normalization is not positive.
     """
 
     def __init__(

@@ -3,8 +3,8 @@ r"""Hyena: long convolutions interleaved with gates.
 With projections `x^0, …, x^{N-1}, v` after a short convolution, `v ← h^n * (x^n v)` for n from
 N - 1 down to 1, then `y = x^0 v` (Hyena, Poli et al. 2023, definition 3.1; order N ≥ 2).
 
-In half precision what is between the first product and the last gate is float32: v may pass
-float16's largest number, 65,504, where the gate after it brings it back.
+In half precision, everything between the first product and the last gate is float32: v may exceed
+float16's largest number, 65,504, before the next gate brings it back into range.
 
 Hyena-RTF (Parnichkun et al. 2024, section 4.3) puts `gelu(W norm(y))` between y and the output
 projection.
@@ -53,8 +53,8 @@ class Hyena(ConvolutionMixer):
         width: Channels of input and output.
         filter: A filter of `(order - 1) width` channels, or its configuration; channel
             `c (order - 1) + n` belongs to gate n of channel c, as in the published code.
-        max_length: For a configuration that does not name it.
-        order: N ≥ 2: long convolutions and gates plus one.
+        max_length: The filter's `max_length`, if its configuration does not give one.
+        order: N ≥ 2; there are N - 1 long convolutions.
         short_kernel: Taps of the short convolution.
         kernel_dropout: Probability of dropping a tap of the long convolutions in training.
         mimo_size: Width of Hyena-RTF's map across channels after the last gate, `gelu(W norm(y))`
@@ -110,7 +110,7 @@ class Hyena(ConvolutionMixer):
     def project(
         self, x: Tensor, mask: Tensor | None, past: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Gates from the outermost in, the value, and the new past of the short convolution."""
+        """Return the gates, outermost first, the value, and the short convolution's new past."""
         z, past = self.short(apply_mask(self.in_proj(x), mask), past, mask)
         *gates, value = z.split(self.width, dim=-1)
         return gates, value, past
@@ -146,7 +146,7 @@ class Hyena(ConvolutionMixer):
         return DenseOperator(matrix)
 
     def finish(self, y: Tensor) -> Tensor:
-        """What follows the last gate: (…, width) to the same."""
+        """Apply the maps after the last gate to (…, width)."""
         return self.out_proj(y if self.mimo is None else self.mimo(y))
 
     def join_state(

@@ -1,9 +1,9 @@
 r"""Linear attention: `S_t = S_{t-1} + k_t v_tᵀ`, `y_t = q_tᵀ S_t` in every head.
 
-Katharopoulos et al. 2020, equations 18–20, with a norm of the output in the denominator's place
+Katharopoulos et al. 2020, equations 18–20, with a norm of the output in place of the denominator
 (TransNormer, Qin et al. 2022) and an output gate (Gated Linear Attention, Yang et al. 2024, section
-4.4). LA of arXiv 2504.19561; its weighted and gated kin let the memory fade, with gates that are
-the same for every input (WLA) or made from it (GLA).
+4.4). This is LA in arXiv 2504.19561; in its weighted and gated variants the memory decays by gates
+that are the same for every input (WLA) or computed from it (GLA).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class LinearAttention(LinearRecurrence):
     """Linear attention with a norm in every head and an output gate.
 
     `y = W (silu(g) ∘ rms(o))`, `o_t = q_tᵀ S_t`, `S_t = S_{t-1} + k_t v_tᵀ`, with queries,
-    keys and values after a short convolution. The input projection's rows are those of all queries,
-    keys, values, what else the kind needs, and the output gate, heads in order.
+    keys and values after a short convolution. The rows of the input projection are those of all
+    queries, keys and values, of the gates of a variant, and of the output gate, heads in order.
 
     Args:
         width: Channels of input and output.
@@ -45,7 +45,7 @@ class LinearAttention(LinearRecurrence):
             `width / heads`.
         value_width: N, features of a head's values; by default `width / heads`.
         short_kernel: Taps of the short convolution.
-        feature_map: Of queries and keys: "identity", "silu" or "elu" (that is, elu + 1).
+        feature_map: The feature map of queries and keys: "identity", "silu" or "elu" (elu + 1).
 
     Raises:
         ValueError: if a number is out of range, the heads do not divide the width where a size is
@@ -74,7 +74,7 @@ class LinearAttention(LinearRecurrence):
         feature_map: str,
         gates: int,
     ) -> None:
-        """Construct with `gates` further features of the input projection."""
+        """Construct the modules, with `gates` more features in the input projection."""
         check_sizes(width=width, heads=heads)
         if state_size is None or value_width is None:
             check_divides("heads", heads, width)
@@ -110,11 +110,17 @@ class LinearAttention(LinearRecurrence):
         return super().config() | own | {"feature_map": self.feature_map}
 
     def _gates(self, features: Tensor) -> Tensor:
-        """a_t, broadcasting to (batch, heads, length, n), from (batch, length, gate features)."""
+        """Return a_t for (batch, length, gate features).
+
+        It broadcasts to (batch, heads, length, n).
+        """
         return features.new_ones((), dtype=working_dtype(features))
 
     def _qkv(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries and keys (batch, heads, length, n) and values (…, N), in working precision."""
+        """Return queries and keys (batch, heads, length, n) and values (…, N).
+
+        They are in working precision.
+        """
         n, N = self.heads * self.state_size, self.heads * self.value_width
         heads = (
             part.to(working_dtype(mixed)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -124,7 +130,7 @@ class LinearAttention(LinearRecurrence):
         return q, k, v
 
     def _mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The features of queries, scaled by 1/√n, and of keys."""
+        """Return the features of queries, scaled by 1/√n, and of keys."""
         phi = FEATURE_MAPS[self.feature_map]
         return phi(q) * self.state_size**-0.5, phi(k)
 
@@ -141,12 +147,12 @@ class LinearAttention(LinearRecurrence):
 
 
 class _HeadNorm(nn.RMSNorm):
-    """An RMS norm in the precision of its input, whatever that of its weight."""
+    """An RMS norm in the precision of its input, whatever the dtype of its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def powered_sigmoid(logits: Tensor, temperature: float) -> Tensor:
-    """`σ(logits)^(1 / temperature)`, (0, 1), near 1 for a high temperature."""
+    """Return `σ(logits)^(1 / temperature)` in (0, 1), near 1 for a high temperature."""
     return torch.exp(nn.functional.logsigmoid(logits) / temperature)

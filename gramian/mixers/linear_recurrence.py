@@ -1,14 +1,16 @@
-r"""Mixers that are linear recurrences of their values, with coefficients made from the input.
+r"""Mixers that are linear recurrences of their values, with input-dependent coefficients.
 
-In every head a matrix S (state × value width) is what is remembered:
+The memory of every head is a matrix S (state × value width):
 
     S_t = A_t S_{t-1} + B_t v_tᵀ,  y_t = C_tᵀ S_{t-1} + D_t v_t,  A_t = diag(a_t) + p_t q_tᵀ,
 
 which is a `gramian.TimeVarying` system on each column of values. Linear attention, gated or
-not, S6 and the gated delta rule differ in how they make the coefficients; everything else is here.
+not, S6 and the gated delta rule differ in how they compute the coefficients; this module has the
+rest.
 
-A whole sequence is taken by blocks of steps (`gramian.ops.scan`): matrix products inside, a
-scan across, nothing divided by a product of gates. Coefficients and memory are float32, or float64.
+A whole sequence is processed in blocks of steps (`gramian.ops.scan`): matrix products within a
+block and a scan across blocks, without division by a product of gates. Coefficients and memory
+are float32 or float64.
 """
 
 from __future__ import annotations
@@ -35,22 +37,22 @@ _ELEMENTS = 2**24
 
 
 class Steps(Protocol):
-    """What a mixer does with a sequence of inputs, step by step, made from them."""
+    """The steps of a recurrence over a sequence, computed from its inputs."""
 
     def masked(self, mask: Tensor) -> Self:
-        """With steps that leave the memory as it is where the mask (batch, length) is zero."""
+        """Return steps that leave the memory unchanged where the mask (batch, length) is zero."""
 
     def steps(self, start: int, stop: int) -> Self:
-        """The steps `start` … `stop - 1`."""
+        """Return the steps `start` … `stop - 1`."""
 
     def coefficients(self) -> Coefficients:
-        """As those of a system with channels (batch, heads)."""
+        """Return the coefficients of a system with channels (batch, heads)."""
 
     def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs of values (batch, heads, length, N), and the memory after them."""
+        """Return the outputs for values (batch, heads, length, N), and the memory after them."""
 
     def step(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """`run` for a length of 1."""
+        """Do what `run` does for a length of 1."""
 
 
 class _Fields(NamedTuple):
@@ -59,14 +61,17 @@ class _Fields(NamedTuple):
 
 
 class LinearRecurrenceState(_Fields, State):
-    """The last inputs of the short convolution, (batch, taps - 1, channels), and what the heads
-    remember, (batch, heads, n, N), float32 or float64: heads × n × N numbers, whatever came."""
+    """The last inputs of the short convolution and the memory of the heads.
+
+    Their shapes are (batch, taps - 1, channels) and (batch, heads, n, N). The memory is float32 or
+    float64 and has heads × n × N numbers per sequence, whatever the length of the input.
+    """
 
     __slots__ = ()
 
 
 class Coefficients(NamedTuple):
-    """Of a `gramian.TimeVarying` system with channels (batch, heads)."""
+    """The coefficients of a `gramian.TimeVarying` system with channels (batch, heads)."""
 
     A: Tensor
     """(batch, heads, length, n), the gates; B, C, p and q likewise."""
@@ -78,13 +83,13 @@ class Coefficients(NamedTuple):
     q: Tensor | None = None
 
     def masked(self, mask: Tensor) -> Coefficients:
-        """With steps that leave the memory as it is where the mask (batch, length) is zero."""
+        """Return steps that leave the memory unchanged where the mask (batch, length) is zero."""
         real = (mask != 0).to(self.A.device)[:, None, :, None]
         p = None if self.p is None else self.p * real
         return self._replace(A=torch.where(real, self.A, 1), B=self.B * real, p=p)
 
     def steps(self, start: int, stop: int) -> Coefficients:
-        """The steps `start` … `stop - 1`."""
+        """Return the steps `start` … `stop - 1`."""
         part = slice(start, stop)
         return Coefficients(
             *(x[:, :, part] for x in self[:4]),
@@ -95,14 +100,14 @@ class Coefficients(NamedTuple):
         return self
 
     def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs of values (batch, heads, length, N), and the memory after them, by blocks."""
+        """Return the outputs for values (batch, heads, length, N), and the memory after them."""
         state = TimeVaryingState(memory.permute(3, 0, 1, 2), torch.zeros((), dtype=torch.int64))
         y, after = TimeVarying(*self)(values.permute(3, 0, 1, 2), state)
         assert isinstance(after, TimeVaryingState)
         return y.permute(1, 2, 3, 0), after.x.permute(1, 2, 3, 0)
 
     def step(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """`run` for a length of 1, where a few products do it."""
+        """Do what `run` does for a length of 1, with a few products."""
         A, B, C = (x[:, :, 0, :, None] for x in self[:3])  # (batch, heads, n, 1)
         y = (C * memory).sum(-2, keepdim=True) + self.D[..., None] * values
         after = A * memory + B * values
@@ -113,32 +118,39 @@ class Coefficients(NamedTuple):
 
 
 class Dynamics(SinglePrecisionModule, abc.ABC):
-    """Parameters that decide how fast a memory fades; float32 when a model is cast to half
-    precision, as a gate of 0.999 must not become 1.0."""
+    """Parameters that determine how fast a memory decays.
+
+    They stay float32 when a model is cast to half precision, as a gate of 0.999 must not become
+    1.0.
+    """
 
     @abc.abstractmethod
     def reset_parameters(self) -> None:
-        """Initialise anew."""
+        """Initialize the parameters again."""
 
     @abc.abstractmethod
     def slow(self, amount: Tensor) -> None:
-        """Make the memories of the heads fade more slowly, in place: `amount` (heads) more of the
-        logits of gates, or less of the logarithms of rates; less than zero makes them faster."""
+        """Make the memories of the heads decay more slowly, in place.
+
+        Args:
+            amount: (heads), added to the logits of gates or subtracted from the logarithms of
+                rates; a negative one makes the decay faster.
+        """
 
 
 class LinearRecurrence(Mixer):
     """Projection, short convolution, linear recurrence, projection; see the module.
 
-    Subclasses make the coefficients (`_read`) and treat the outputs (`_write`). Where
-    the mask is zero the short convolution reads zeros and the memory stays as it is.
+    Subclasses compute the coefficients (`_read`) and process the outputs (`_write`). Where
+    the mask is zero, the short convolution reads zeros and the memory stays unchanged.
 
     Args:
         width: Channels of input and output.
-        heads: Of the recurrence.
+        heads: Heads of the recurrence.
         state_size: n, the rows of a head's memory.
-        value_width: N, its columns.
-        convolved: Leading features of the input projection that the short convolution takes.
-        others: Features after them.
+        value_width: N, the columns of a head's memory.
+        convolved: Leading features of the input projection that the short convolution reads.
+        others: Features of the input projection after those.
         inner: Features before the output projection.
         short_kernel: Taps of the short convolution.
     """
@@ -175,12 +187,16 @@ class LinearRecurrence(Mixer):
 
     @abc.abstractmethod
     def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Steps, Tensor]:
-        """Coefficients, and values (batch, heads, length, N) of their dtype, from the convolved
-        features (batch, length, …) and the others."""
+        """Return the coefficients, and values (batch, heads, length, N) in their dtype.
+
+        Args:
+            mixed: (batch, length, convolved), the convolved features.
+            rest: (batch, length, others), the other features.
+        """
 
     @abc.abstractmethod
     def _write(self, y: Tensor, rest: Tensor) -> Tensor:
-        """(batch, length, inner) from the recurrence's outputs (batch, heads, length, N)."""
+        """Map the recurrence's outputs (batch, heads, length, N) to (batch, length, inner)."""
 
     def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> TimeVarying:
         return TimeVarying(*self.features(x, None, mask)[0].coefficients())[:, channels]
@@ -188,7 +204,7 @@ class LinearRecurrence(Mixer):
     def features(
         self, x: Tensor, past: Tensor | None, mask: Tensor | None
     ) -> tuple[Steps, Tensor, Tensor, Tensor]:
-        """Coefficients, values, the features that are not convolved, and the new past."""
+        """Return coefficients, values, the features that are not convolved, and the new past."""
         mixed, rest = self._split(self.in_proj(x))
         mixed, past = self.short(apply_mask(mixed, mask), past, mask)
         coefficients, values = self._read(mixed, rest)
@@ -209,15 +225,17 @@ class LinearRecurrence(Mixer):
         return self.finish(y, rest), LinearRecurrenceState(past, memory)
 
     def _most_elements(self, device: torch.device) -> int:
-        """Coefficients (batch, heads, length, n) of the steps taken at once."""
+        """Return the most coefficients (batch, heads, length, n) that are held at once."""
         return _ELEMENTS
 
     def finish(self, y: Tensor, rest: Tensor) -> Tensor:
         return self.out_proj(self._write(y, rest).to(rest.dtype))
 
     def _run(self, coefficients: Steps, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """A long sequence stretch by stretch, recomputed backward, so that working memory is
-        bounded by a stretch's."""
+        """Run a long sequence in stretches, recomputed in the backward pass.
+
+        This bounds the working memory by that of one stretch.
+        """
         length = values.shape[2]
         size = max(
             64,
@@ -260,7 +278,7 @@ def _stretch(coefficients: Steps, values: Tensor, memory: Tensor) -> tuple[Tenso
 
 
 def steps_of_time(parameter: Tensor, low: float = 1e-3, high: float = 1e-1) -> None:
-    """Fill with softplus⁻¹(Δ), Δ log-uniform in [low, high] (Mamba, section 3.6)."""
+    """Fill with softplus⁻¹(Δ), where Δ is log-uniform in [low, high] (Mamba, section 3.6)."""
     with torch.no_grad():
         step = parameter.uniform_(math.log(low), math.log(high)).exp()
         parameter.copy_(step + torch.log(-torch.expm1(-step)))

@@ -1,4 +1,4 @@
-"""A filter and nothing else, in one direction or in both."""
+"""A mixer that only convolves with a filter, in one direction or in both."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ class LongConvolutionState(_Fields, State):
 
 @register("long_convolution")
 class LongConvolution(ConvolutionMixer):
-    """Every channel of the input convolved with its filter, forward or in both directions.
+    """A convolution of every input channel with its own filter, forward or in both directions.
 
-    `y_t = Σ_{j≥0} h_j u_{t-j}`; bidirectional, `+ Σ_{j≥0} g_j u_{t+1+j}`: tap j of the backward
-    kernel acts at lag -(j + 1), so that the present enters once, through h_0.
+    `y_t = Σ_{j≥0} h_j u_{t-j}`; if bidirectional, plus `Σ_{j≥0} g_j u_{t+1+j}`: tap j of the
+    backward kernel acts at lag -(j + 1), so that the present enters once, through h_0.
 
     Args:
-        filter: One channel for each of the input's; bidirectional, two: those of h, then those
-            of g. Or its configuration.
-        bidirectional: Whether the output also looks ahead. Such a layer is no recurrence: it takes
-            whole sequences only.
+        filter: A filter with one channel for each input channel; if bidirectional, with two,
+            first those of h, then those of g. Or its configuration.
+        bidirectional: Whether the output also depends on later inputs. Such a layer has no
+            recurrence and accepts whole sequences only.
         kernel_dropout: Probability of dropping a tap in training.
-        width: Channels of input and output; by default the filter says.
-        max_length: For a configuration that does not name it.
+        width: Channels of input and output; by default, they follow from the filter.
+        max_length: The filter's `max_length`, if its configuration does not give one.
 
     Raises:
         TypeError: if `filter` is neither.
         ValueError: if a bidirectional layer's filter has an odd number of channels, or
-            `kernel_dropout` is no probability below 1; and, when a bidirectional layer is asked
-            for a recurrence or given a state, since it has none.
+            `kernel_dropout` is not a probability below 1; also if a bidirectional layer is asked
+            for a recurrence or given a state, as it has neither.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LongConvolution(ConvolutionMixer):
     def convolve_whole(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
         kernel = self.kernel(systems[0], x)
         x = apply_mask(x, mask)
-        if not self.bidirectional:  # a slice of everything is not free: its gradient is copied
+        if not self.bidirectional:  # even a full slice has a cost: its gradient is copied
             return causal_convolution(x, kernel, dim=-2)
         past, future = kernel.unflatten(0, (2, self.width)).unbind(0)
         return bidirectional_convolution(x, past, future, dim=-2)

@@ -1,4 +1,4 @@
-"""The contract of every mixer, and the recurrence that a mixer is made into for generation."""
+"""The interface of every mixer, and of the recurrence that it provides for generation."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ __all__ = ["Mixer", "MixerRecurrence", "apply_mask"]
 class Mixer(nn.Module, abc.ABC):
     """A causal map of a sequence (batch, length, width) that carries a state.
 
-    `mixer(x, mask=None) -> y` takes a whole sequence from a silent past; `mixer(x, state,
+    `mixer(x, mask=None) -> y` maps a whole sequence from a zero state; `mixer(x, state,
     mask=None) -> (y, state)` continues from a state, through which gradients flow;
     `recurrence()` makes a frozen snapshot for generation. All of them compute the same map.
 
-    The mask, (batch, length), is 1 where a token is real. Padding is not time: on the left, on the
-    right, in between or before the tokens of a warm state, a row gives the outputs and the state
-    that its tokens give alone. What stands at padding in the output means nothing. Rows that hold
-    several sequences each are told by `Segments` in the mask's place, whole sequences only.
+    The mask, (batch, length), is 1 where a token is real. Padding is not time: wherever it
+    stands (on the left, on the right, between tokens, or after a state from earlier tokens), a row
+    has the outputs and the state that its tokens alone would have. Outputs at padding are
+    meaningless. Rows that hold several sequences are described by `Segments` in place of the
+    mask, for whole sequences only.
 
-    A mixer of one's own sets `width` and says what happens to a chunk (`mix_chunk`), what a silent
-    past is (`make_state`) and which operator is applied (`make_operator`); `mix_whole` and
-    `mix_token` have defaults that call `mix_chunk`. `gramian.mixers.register` gives it a name. A
-    mixer that convolves with filters is a `gramian.mixers.ConvolutionMixer`.
+    A subclass sets `width` and defines how a chunk is mixed (`mix_chunk`), what the zero state is
+    (`make_state`) and which operator is applied (`make_operator`); `mix_whole` and
+    `mix_token` call `mix_chunk` by default. `gramian.mixers.register` gives the class a name.
+    Mixers that convolve with filters derive from `gramian.mixers.ConvolutionMixer`.
     """
 
     kind: ClassVar[str]
     """The name under which the class is registered."""
 
     family: ClassVar[str] = "recurrence"
-    """What reports call the mixer: "attention", "convolution" or "recurrence"."""
+    """The mixer's family in reports: "attention", "convolution" or "recurrence"."""
 
     width: int
     """Channels of input and output."""
 
     compiled_step: CompiledStep | None = None
-    """What `compile_step` made."""
+    """The compiled step, set by `compile_step`."""
 
     @overload
     def __call__(
@@ -71,9 +72,9 @@ class Mixer(nn.Module, abc.ABC):
             mask: (batch, length), boolean or numeric, nonzero for real tokens; or `Segments`.
 
         Raises:
-            TypeError: if `state` is none.
-            ValueError: for a shape other than these, a state with rows of several sequences, or a
-                state of a mixer that is not causal.
+            TypeError: if `state` is not a `State`.
+            ValueError: for a shape other than these, a state together with rows of several
+                sequences, or a state for a mixer that is not causal.
         """
         segments = self.read_mask(x, mask)
         if state is None:
@@ -92,23 +93,25 @@ class Mixer(nn.Module, abc.ABC):
         channels: slice | None = None,
         mask: Tensor | Segments | None = None,
     ) -> System:
-        """Return what the mixer applies to its values on this input: after projections and short
-        convolution, before output gate and output projection.
+        """Return the operator that the mixer applies to its values on this input.
+
+        It acts after the projections and the short convolution, and before the output gate and
+        the output projection.
 
         Args:
-            x: (batch, length, width), length at least 1, from a silent past.
+            x: (batch, length, width), length at least 1, from a zero state.
             channels: Which heads or channels; all by default.
-            mask: (batch, length), nonzero for real tokens. What depends on the input passes over
-                padding: its rows and columns are zero. Where padding stands between the tokens of a
-                row, the operator is that of the tokens moved together to the end.
+            mask: (batch, length), nonzero for real tokens. In an operator that depends on the
+                input, rows and columns at padding are zero. Where padding stands between the
+                tokens of a row, the operator is that of the tokens moved together to the end.
 
         Returns:
-            A system of `length` steps with channels (batch, heads) or (batch, width), or, where
-            it does not depend on the input, a time-invariant one with channels (width).
+            A system of `length` steps with channels (batch, heads) or (batch, width), or, if it
+            does not depend on the input, a time-invariant one with channels (width).
 
         Raises:
             ValueError: for an input of another shape, a mixer that is not causal, or rows of
-                several sequences: their operators are one for each of `Segments.parts`.
+                several sequences, which have one operator for each of `Segments.parts`.
         """
         self.check_causal()
         segments = self.read_mask(x, mask)
@@ -131,25 +134,28 @@ class Mixer(nn.Module, abc.ABC):
         self.check_causal()
         return MixerRecurrence(self)
 
-    # What a mixer says of itself
+    # Properties of a mixer
 
     @property
     def channels(self) -> int:
-        """How many heads or channels `operator` has."""
+        """The number of heads or channels of `operator`."""
         return self.width
 
     @property
     def causal(self) -> bool:
-        """Whether no output depends on later inputs; only then there are states and operators."""
+        """Whether no output depends on later inputs; only then are there states and operators."""
         return True
 
     @property
     def core(self) -> Mixer:
-        """The mixer whose state is carried: this one, or the one inside of a block."""
+        """The mixer whose state is carried: this one, or the one inside a block."""
         return self
 
     def config(self) -> dict[str, Any]:
-        """Return what `gramian.mixers.build` needs to make this mixer again, ready for JSON."""
+        """Return the configuration from which `gramian.mixers.build` makes this mixer again.
+
+        It can be written as JSON.
+        """
         return {"type": self.kind, "width": self.width}
 
     @classmethod
@@ -158,64 +164,69 @@ class Mixer(nn.Module, abc.ABC):
         return False
 
     def reset_parameters(self) -> None:
-        """Draw anew, in place, the parameters that are the mixer's own and no submodule's."""
+        """Initialize again, in place, the mixer's own parameters, not those of submodules."""
 
     @property
     def output_projection(self) -> Any:
-        """The map onto the residual stream, whose initial weights models make smaller: `out_proj`,
-        where there is one."""
+        """The map onto the residual stream: `out_proj`, if the mixer has one.
+
+        Models make its initial weights smaller.
+        """
         return self._modules.get("out_proj")
 
-    # What a mixer does
+    # Maps of a mixer
 
     @abc.abstractmethod
     def mix_chunk(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
         """Mix a chunk (batch, length, width) that continues from `state`; gradients flow.
 
         Args:
-            x: Zero where the mask is.
-            state: Of the past; not written into.
-            mask: (batch, length), false for padding, which stands before the tokens of a row and
-                moves no state; None if there is none.
+            x: The chunk, zero where the mask is false.
+            state: The state of the past, which is not written into.
+            mask: (batch, length), false for padding, which comes before the tokens of a row and
+                leaves the state unchanged; None if there is no padding.
         """
 
     @abc.abstractmethod
     def make_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
-        """Make the state of a silent past.
+        """Make the zero state, that before the first token.
 
         Args:
             batch: Number of sequences.
-            dtype: Of activations.
-            device: Where to, "meta" included.
+            dtype: Dtype of activations.
+            device: Device of the state, "meta" included.
         """
 
     @abc.abstractmethod
     def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
-        """Make what `operator` returns; the mask is that of `mix_chunk`."""
+        """Make the system that `operator` returns; the mask is that of `mix_chunk`."""
 
     def mix_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Mix whole sequences from a silent past; the mask is that of `mix_chunk`, but padding may
-        also stand at the end."""
+        """Mix whole sequences from a zero state.
+
+        The mask is that of `mix_chunk`, but padding may also come at the end.
+        """
         return self.mix_chunk(x, self.make_state(x.shape[0], x.dtype, x.device), mask)[0]
 
     def mix_token(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mix one token (batch, width); `state` is consumed: it may be written into."""
+        """Mix one token (batch, width); `state` is consumed, as it may be written into."""
         y, state = self.mix_chunk(x_t.unsqueeze(1), state, None)
         return y.squeeze(1), state
 
     def reserve(self, state: State, tokens: int) -> State:
-        """Return `state` with room for so many more tokens, where a mixer's state grows at all."""
+        """Return `state` with room for `tokens` more tokens, if the mixer's state grows."""
         return state
 
     def inner(self, *args: Any, **kwargs: Any) -> tuple[Tensor, State]:
-        """Do what a step does between the input and output projections: the part that compiles.
+        """Compute the part of a step between input and output projections, which is compiled.
 
-        A mixer that has such a part overrides this, and calls it in `mix_token` as `self.fused`.
+        A mixer that has such a part overrides this method and calls it in `mix_token` as
+        `self.fused`.
         """
         raise NotImplementedError
 
     def fused(self, z: Tensor, state: State, *long: Any) -> tuple[Tensor, State]:
-        """Call `inner`, compiled where that was asked for."""
+        """Call `inner`, compiled if `compile_step` was called."""
         if self.compiled_step is None:
             return self.inner(z, state, *long)
         return self.compiled_step(self, z, state, *long)
@@ -226,20 +237,21 @@ class Mixer(nn.Module, abc.ABC):
         return type(self).inner is not Mixer.inner
 
     def compile_step(self, enabled: bool = True, **options: Any) -> None:
-        """Compile what steps do between the projections, or stop doing so.
+        """Compile the part of a step between the projections, or stop doing so.
 
-        Layers of one class and one shape share the result; each other shape, a batch size too,
-        is compiled at its first step. Where that fails, steps run as they are, after one warning.
+        Layers of one class and one shape share the result; every other shape, including every
+        other batch size, is compiled at its first step. If compiling fails, a warning is given
+        once, and steps run uncompiled.
 
         Args:
-            enabled: Whether to.
-            options: For `torch.compile`: `backend`, `mode`, `options`.
+            enabled: Whether to compile.
+            options: Arguments of `torch.compile`: `backend`, `mode`, `options`.
         """
         self.compiled_step = None
         if enabled and self.compiles:
             self.compiled_step = CompiledStep(type(self).inner, **options)
 
-    # Checks, and what moves tokens of padded and packed rows
+    # Checks, and the handling of padded and packed rows
 
     def check_input(self, x: Tensor, mask: Tensor | Segments | None) -> None:
         """Raise a ValueError unless x is (batch, length ≥ 1, width) and the mask fits."""
@@ -262,7 +274,7 @@ class Mixer(nn.Module, abc.ABC):
             )
 
     def read_mask(self, x: Tensor, mask: Tensor | Segments | None) -> Segments | None:
-        """Return the checked mask, where there is one."""
+        """Return the checked mask as segments, or None if there is no mask."""
         self.check_input(x, mask)
         segments = Segments.of(mask)
         return None if segments is None else segments.to(x.device)
@@ -273,7 +285,7 @@ class Mixer(nn.Module, abc.ABC):
         segments: Segments | None,
         mix: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> Tensor:
-        """Mix whole sequences from a silent past by `mix`, wherever their tokens stand."""
+        """Mix whole sequences from a zero state by `mix`, wherever their tokens stand."""
         mix = self.mix_whole if mix is None else mix
         if segments is None or segments.unbroken:
             real = None if segments is None else segments.real
@@ -316,17 +328,17 @@ def _silent_at_padding(system: System, real: Tensor) -> System:
 
 
 class MixerRecurrence:
-    """A mixer made ready to be stepped: its filters evaluated, its other weights shared with it."""
+    """The snapshot of a mixer for stepping: filters are evaluated, other weights are shared."""
 
     long: tuple[Recurrence, ...] = ()
-    """The recurrences of the long convolutions, where the mixer has any."""
+    """The recurrences of the long convolutions, if the mixer has any."""
 
     def __init__(self, mixer: Mixer) -> None:
         self.mixer = mixer
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The form that each long convolution steps in."""
+        """The form in which each long convolution is stepped."""
         return tuple(recurrence.form for recurrence in self.long)
 
     def initial_state(
@@ -335,13 +347,13 @@ class MixerRecurrence:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> State:
-        """Make the state of a silent past.
+        """Make the zero state, that before the first token.
 
         Args:
             batch_size: Number of sequences, an integer.
-            dtype: Of the short convolution's past; default: the mixer's. Dynamic states keep the
-                dtype that their form needs.
-            device: Default: the mixer's.
+            dtype: Dtype of the short convolution's past; by default, the mixer's. Dynamic states
+                keep the dtype that their form needs.
+            device: Device of the state; by default, the mixer's.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(
@@ -361,9 +373,9 @@ class MixerRecurrence:
         state: State | None = None,
         mask: Tensor | Segments | None = None,
     ) -> tuple[Tensor, State]:
-        """Take (batch, T, width) at once; returns y and the state after each row's last token.
+        """Mix (batch, T, width) at once; return y and the state after each row's last token.
 
-        The mask is that of `Mixer.forward`: padding moves no state, wherever it stands.
+        The mask is that of `Mixer.forward`: padding leaves the state unchanged, wherever it stands.
         """
         segments = self.mixer.read_mask(x, mask)
         silent = state is None
@@ -374,20 +386,22 @@ class MixerRecurrence:
     def _carry(
         self, x: Tensor, state: State, segments: Segments | None, silent: bool
     ) -> tuple[Tensor, State]:
-        """Mix a chunk from `state`, which remembers nothing if it is `silent`."""
+        """Mix a chunk from `state`, which is the zero state if `silent`."""
         return self.mixer.continue_rows(x, state, segments)
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Take one token (batch, width). Consumes `state`: use only the one returned."""
+        """Mix one token (batch, width); `state` is consumed: use only the one returned."""
         state = self.mixer.reserve(state, 1)
         return self.mixer.mix_token(x_t, state)
 
     def state_bytes(
         self, batch_size: int, dtype: torch.dtype | None = None, context: int = 1
     ) -> int:
-        """Count the bytes of the state for `batch_size` sequences after `context` tokens, which
-        only attention's depends on; nothing is allocated."""
+        """Count the bytes of the state for `batch_size` sequences after `context` tokens.
+
+        Only attention's state depends on `context`. Nothing is allocated.
+        """
         state = self.initial_state(batch_size, dtype=dtype, device="meta")
         return self.mixer.reserve(state, context).nbytes
 

@@ -5,9 +5,9 @@ Laughing Hyena, Massaroli et al. 2023, section 4: the long convolution acts on t
 
 The same map has two forms. `(Q Kᵀ ∘ T_h) V` is attention with a Toeplitz mask in place of the
 softmax, O(L²) in time; the convolution of the outer products by FFT is O(N² L log L) with heads of
-width N. The cheaper one for the size at hand is taken. In half precision, what is between the
-products is float32 where a state is carried and in float16, whose largest number, 65,504, scores
-and outer products may pass.
+width N. The cheaper one for the given size is used. In half precision, intermediate results
+between the products are float32 where a state is carried, and always with float16, whose largest
+number, 65,504, scores and outer products may exceed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["MultiHyena", "MultiHyenaState"]
 
 _ROWS = 256  # rows of the masked attention computed at once
 _CHUNK_ELEMENTS = 2**24  # outer products (batch, heads, N, N, T) held at once while prefilling
-_SAVED_ELEMENTS = 2**26  # scores above which the masked attention recomputes them backward
+_SAVED_ELEMENTS = 2**26  # scores above which the backward pass recomputes them
 _FFT_COST = 10.0
 """Cost of the FFT form's N L log2(2L) relative to the attention form's L²; measured on a CPU by
 benchmarks/multi_hyena_forms.py."""
@@ -54,21 +54,24 @@ class _Fields(NamedTuple):
 
 
 class MultiHyenaState(_Fields, State):
-    """The last inputs of the short convolution, (batch, taps - 1, 3 width), and the state of the
-    filter on the outer products, (batch, heads, N, N, …): width × N numbers for each of its own."""
+    """The last inputs of the short convolution and the filter's state on the outer products.
+
+    Their shapes are (batch, taps - 1, 3 width) and (batch, heads, N, N, …): the latter has
+    width × N numbers for each number in the state of the filter of one head.
+    """
 
     __slots__ = ()
 
 
 @register("multi_hyena")
 class MultiHyena(ConvolutionMixer):
-    """Hyena with heads, and one filter a head.
+    """Hyena with heads, and one filter per head.
 
     Args:
         width: Channels of input and output.
-        heads: Divides the width.
+        heads: Number of heads, a divisor of the width.
         filter: A filter of `heads` channels, or its configuration.
-        max_length: For a configuration that does not name it.
+        max_length: The filter's `max_length`, if its configuration does not give one.
         short_kernel: Taps of the short convolution.
         kernel_dropout: Probability of dropping a tap of the filters in training.
 
@@ -118,7 +121,10 @@ class MultiHyena(ConvolutionMixer):
     def project(
         self, x: Tensor, mask: Tensor | None, past: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, (batch, heads, length, N), keys masked; and the short convolution's past."""
+        """Return q, k and v, (batch, heads, length, N), and the short convolution's past.
+
+        Keys are masked.
+        """
         z, past = self.short(apply_mask(self.in_proj(x), mask), past, mask)
         q, k, v = z.unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)
         if mask is not None:
@@ -126,7 +132,7 @@ class MultiHyena(ConvolutionMixer):
         return q, k, v, past
 
     def merge(self, y: Tensor) -> Tensor:
-        """(batch, heads, length, N) to the output."""
+        """Map (batch, heads, length, N) to the output."""
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
     def convolve_whole(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
@@ -211,16 +217,16 @@ class MultiHyena(ConvolutionMixer):
 
 
 def prefers_convolution(length: int, head_width: int) -> bool:
-    """Whether the FFT form is expected to be cheaper than the masked attention."""
+    """Return whether the FFT form is expected to be cheaper than the masked attention."""
     return head_width * _FFT_COST * math.log2(2 * length) < length
 
 
 def toeplitz_masked_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
-    """`(Q Kᵀ ∘ T_h) V` in blocks of rows, of which only the causal part is computed.
+    """Compute `(Q Kᵀ ∘ T_h) V` in blocks of rows, the causal part only.
 
     Args:
         q, k, v: (batch, heads, length, N).
-        kernel: (heads, K); zero past its end.
+        kernel: (heads, K); taps past its end are zero.
 
     Returns:
         (batch, heads, length, N).
@@ -244,10 +250,10 @@ def toeplitz_masked_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -
 
 
 def convolved_outer_products(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
-    """The same map by FFT convolution of `k_n v` for one n after the other, each recomputed
-    backward, so that N rather than N² sequences a head are in memory.
+    """Compute the same map by FFT convolution of `k_n v`, for one n after the other.
 
-    Args and returns: as for `toeplitz_masked_attention`.
+    Each is recomputed in the backward pass, so that N rather than N² sequences per head are in
+    memory. Arguments and result are those of `toeplitz_masked_attention`.
     """
 
     def one(q_n: Tensor, k_n: Tensor, v: Tensor, kernel: Tensor) -> Tensor:

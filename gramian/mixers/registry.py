@@ -29,10 +29,10 @@ _SHARED = {
 
 
 def register(kind: str) -> Callable[[_MixerType], _MixerType]:
-    """Return a class decorator that makes a mixer known to configurations as `kind`.
+    """Return a class decorator that registers a mixer under the name `kind`.
 
     Raises:
-        ValueError: if the name is taken by another class.
+        ValueError: if another class has that name.
     """
 
     def add(cls: _MixerType) -> _MixerType:
@@ -50,13 +50,13 @@ def build(config: str | Mapping[str, Any] | Mixer, **defaults: Any) -> Mixer:
 
     Args:
         config: `{"type": name, …}` with the constructor's arguments, the name alone, or a mixer,
-            returned as is.
-        defaults: Arguments for those mixers that take them, such as `width`, `heads`, `filter` and
-            `max_length`, where `config` leaves them out.
+            which is returned unchanged.
+        defaults: Arguments that `config` may omit, such as `width`, `heads`, `filter` and
+            `max_length`; a mixer is given those that it accepts.
 
     Raises:
-        ValueError: for an unknown type or arguments that the mixer does not take, or where
-            `config` contradicts the width asked for.
+        ValueError: for an unknown type, arguments that the mixer does not accept, or a `config`
+            that contradicts the requested width.
     """
     if isinstance(config, Mixer):
         built = config
@@ -82,7 +82,7 @@ def build(config: str | Mapping[str, Any] | Mixer, **defaults: Any) -> Mixer:
 
 
 def takes(kind: str, argument: str) -> bool:
-    """Return whether a registered mixer has an argument."""
+    """Return whether a registered mixer accepts an argument."""
     return argument in inspect.signature(MIXERS[kind]).parameters
 
 

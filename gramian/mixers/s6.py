@@ -1,7 +1,7 @@
 r"""S6, Mamba's scan: `h_t = exp(-Δ_t a) h_{t-1} + Δ_t B_t x_t`, `y_t = C_t · h_t + D x_t`.
 
 Gu and Dao 2023 (arXiv 2312.00752), algorithm 2 and section 3.4: every channel has n states of its
-own; Δ, B and C are made from the input, a = 1, 2, …, n to begin with.
+own; Δ, B and C are computed from the input, and a is initialized to 1, 2, …, n.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _SelectiveDynamics(Dynamics):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """a = 1 … n, Δ log-uniform in [0.001, 0.1], D = 1."""
+        """Set a to 1 … n and D to 1, and draw Δ log-uniformly from [0.001, 0.1]."""
         nn.init.ones_(self.D)
         steps_of_time(self.dt_bias)
         rates = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device)
@@ -40,16 +40,16 @@ class _SelectiveDynamics(Dynamics):
 
     @torch.no_grad()
     def slow(self, amount: Tensor) -> None:
-        """Divide the rates: a normalisation factor of `exp(amount)`."""
+        """Divide the rates by `exp(amount)`, a normalization factor."""
         self.A_log.sub_(amount.unsqueeze(-1))
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Δ (batch, length, channels), rates (channels, n), and D (channels)."""
+        """Return Δ (batch, length, channels), rates (channels, n), and D (channels)."""
         return softplus(logits.to(self.dt_bias.dtype) + self.dt_bias), self.A_log.exp(), self.D
 
 
 class SelectiveSteps(NamedTuple):
-    """What a selective scan is made of: n times less than the coefficients that follow from it."""
+    """The inputs of a selective scan, n times smaller than the coefficients made from them."""
 
     dt: Tensor
     """Δ, (batch, length, channels)."""
@@ -62,7 +62,7 @@ class SelectiveSteps(NamedTuple):
     """D, (channels)."""
 
     def masked(self, mask: Tensor) -> SelectiveSteps:
-        """With steps that take no time where the mask (batch, length) is zero."""
+        """Return steps with Δ = 0 where the mask (batch, length) is zero."""
         return self._replace(dt=self.dt * (mask != 0).to(self.dt.device).unsqueeze(-1))
 
     def steps(self, start: int, stop: int) -> SelectiveSteps:
@@ -70,11 +70,11 @@ class SelectiveSteps(NamedTuple):
         return self._replace(dt=dt, B=B, C=C)
 
     def _gates(self) -> Tensor:
-        """(batch, length, channels, n)."""
+        """Return the gates, (batch, length, channels, n)."""
         return torch.exp(self.dt.unsqueeze(-1) * -self.rates)
 
     def _direct(self) -> Tensor:
-        """What the present input adds to an output, (batch, length, channels)."""
+        """Return the factor of the present input in each output, (batch, length, channels)."""
         return self.dt * (self.B * self.C).sum(-1, keepdim=True) + self.skip
 
     def coefficients(self) -> Coefficients:
@@ -101,8 +101,8 @@ class SelectiveSteps(NamedTuple):
 class S6(LinearRecurrence):
     """Mamba's block: projection, short convolution, selective scan, gate, projection.
 
-    Its operator is a system for each of `expand × width` channels, whose values are the channel's
-    convolved samples; the skip D is part of it.
+    Its operator has one system for each of `expand × width` channels, which acts on the
+    channel's convolved samples and includes the skip D.
 
     Args:
         width: Channels of input and output.

@@ -1,12 +1,12 @@
-"""Which positions of a batch of rows hold tokens, and of which sequence.
+"""The positions of tokens in a batch of rows, and the sequences to which they belong.
 
-Padding is not time: a sequence is the tokens that belong to it, wherever they stand. So before
-anything mixes them, the tokens of every sequence are moved together such that all sequences end at
-the last column (`Part.take`), and what was made of them is moved back (`Segments.restore`). Where
-the rows are in order already nothing is moved.
+Padding is not time: a sequence consists of its tokens, wherever they stand. So before mixing, the
+tokens of every sequence are moved together such that all sequences end at the last column
+(`Part.take`), and the outputs are moved back afterwards (`Segments.restore`). Rows that are in
+this order already are not moved.
 
-Several sequences may share a row (packing). Those of about one length then form a part, a batch of
-its own, so that a long one does not make a short one expensive.
+Several sequences may share a row (packing). Sequences of similar length then form a part, which is
+a batch of its own, so that a long sequence does not make a short one expensive.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ _OVERHEAD = 4096  # columns of padding that cost about as much as one more part
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether what is done may depend on the values of x: not in a graph that is traced, and not
-    under `torch.vmap`, where there are several at once."""
+    """Return whether control flow may depend on the values of x.
+
+    It may not in a traced graph, nor under `torch.vmap`, where x has several values at once.
+    """
     if torch.compiler.is_compiling() or x.is_meta:
         return False
     functorch = torch._C._functorch
@@ -40,12 +42,12 @@ class Part(NamedTuple):
     """Sequences of a batch, one a row, that end together."""
 
     source: Tensor
-    """(sequences, length), int64: a position of the flattened batch of rows for every column."""
+    """(sequences, length), int64: the position in the flattened batch of rows of every column."""
     real: Tensor | None
-    """(sequences, length), boolean: false before a sequence begins; None if none is shorter."""
+    """(sequences, length), boolean: false before a sequence begins; None if all have one length."""
 
     def take(self, x: Tensor) -> Tensor:
-        """The sequences' entries of x (batch, length, …), zero before they begin."""
+        """Return the sequences' entries of x (batch, length, …), zero before they begin."""
         taken = x.flatten(0, 1).index_select(0, self.source.flatten())
         taken = taken.unflatten(0, tuple(self.source.shape))
         if self.real is None:
@@ -55,18 +57,18 @@ class Part(NamedTuple):
 
 
 class Segments:
-    """Where the tokens of every sequence stand in a batch of rows.
+    """The positions of the tokens of every sequence in a batch of rows.
 
     Args:
         real: (batch, length), boolean: true for tokens, false for padding; None if all are tokens.
-        numbers: (batch, length), integers: the tokens of one row that have one number are a
-            sequence, and follow each other but for padding. None: a row is one sequence.
+        numbers: (batch, length), integers: tokens of a row with the same number form a sequence,
+            and only padding may stand between them. If None, every row is one sequence.
 
     Raises:
         ValueError: for shapes other than these, or a number that occurs again after another one.
 
-    In a graph that is traced, and under `torch.vmap`, nothing depends on values: rows are moved
-    whether they need it or not, and packed rows are refused.
+    In a traced graph, and under `torch.vmap`, nothing depends on values: rows are always moved,
+    and packed rows are refused.
     """
 
     def __init__(self, real: Tensor | None, numbers: Tensor | None = None) -> None:
@@ -102,13 +104,13 @@ class Segments:
 
     @classmethod
     def of(cls, mask: Tensor | Segments | None) -> Segments | None:
-        """Those of a mask (batch, length), nonzero for real tokens; None for no mask."""
+        """Return the segments of a mask (batch, length), nonzero for real tokens, or None."""
         if mask is None or isinstance(mask, Segments):
             return mask
         return cls(mask)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Segments:
-        """The same on another device."""
+        """Return the same segments on another device."""
         if self.device == torch.device(device):
             return self
         real, numbers = (
@@ -119,21 +121,24 @@ class Segments:
 
     @property
     def packed(self) -> bool:
-        """Whether a row may hold several sequences."""
+        """Return whether a row may hold several sequences."""
         return self.numbers is not None
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Batches of sequences that together are all of them.
+        """Return batches of sequences that together contain every sequence once.
 
-        Rows that are one sequence each are one part, sequence by row; packed rows' sequences are
-        sorted by length.
+        If every row is one sequence, there is one part, with sequences in the order of rows; the
+        sequences of packed rows are sorted by length.
         """
         return self._planned()[0]
 
     @property
     def places(self) -> Tensor:
-        """(batch, length), int64: where each token is in the flattened parts, one after another."""
+        """Return the position of each token in the concatenated flattened parts.
+
+        The result is (batch, length), int64.
+        """
         return self._planned()[1]
 
     def _planned(self) -> tuple[tuple[Part, ...], Tensor]:
@@ -142,8 +147,10 @@ class Segments:
         return self._plan
 
     def restore(self, made: list[Tensor]) -> Tensor:
-        """What was made of every part, each (sequences, length, …), back in the rows; zero where
-        there is padding."""
+        """Move the outputs of all parts, each (sequences, length, …), back into the rows.
+
+        Padding is zero.
+        """
         flat = (
             torch.cat([y.flatten(0, 1) for y in made]) if len(made) > 1 else made[0].flatten(0, 1)
         )
@@ -154,8 +161,10 @@ class Segments:
         return rows.masked_fill(hidden, 0)
 
     def pause(self) -> Pause:
-        """How many columns pass before the first token of each row; of rows that are not aligned,
-        of those of their one part."""
+        """Return the number of columns before the first token of each row.
+
+        If rows are not aligned, these are columns of their one part.
+        """
         assert self.real is not None
         length = self.shape[1] if self.aligned else self.parts[0].source.shape[1]
         if self._counts is None:
@@ -163,7 +172,7 @@ class Segments:
         return Pause([length - count for count in self._counts], length)
 
     def _turned(self) -> tuple[tuple[Part, ...], Tensor]:
-        """Each row's tokens after its padding, and no more columns than the longest row needs."""
+        """Plan one part: each row's tokens at its end, in as many columns as the longest needs."""
         assert self.real is not None
         real, (batch, length) = self.real, self.shape
         count = real.sum(1, keepdim=True)
@@ -180,8 +189,10 @@ class Segments:
         return (part,), torch.where(real, places, 0)
 
     def _packed(self) -> tuple[tuple[Part, ...], Tensor]:
-        """Sequences of about one length together: a part has at most twice its tokens' columns, or
-        few."""
+        """Plan parts of sequences of similar length.
+
+        A part has at most twice as many columns as tokens, unless it is small.
+        """
         assert self.numbers is not None
         tokens, begins, lengths = self.sequences()
         sizes = lengths.tolist()
@@ -189,7 +200,7 @@ class Segments:
         for sequence in sorted(range(len(sizes)), key=sizes.__getitem__):
             groups.setdefault((sizes[sequence] - 1).bit_length(), []).append(sequence)
         buckets = list(groups.values())
-        for later in range(len(buckets) - 1, 0, -1):  # a small batch goes along with a longer one
+        for later in range(len(buckets) - 1, 0, -1):  # merge small batches into longer ones
             earlier = buckets[later - 1]
             if len(earlier) * sizes[buckets[later][-1]] <= _OVERHEAD:
                 buckets[later - 1 : later + 1] = [earlier + buckets[later]]
@@ -210,11 +221,11 @@ class Segments:
         return tuple(parts), places.unflatten(0, self.shape)
 
     def sequences(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All sequences in the order of rows and columns.
+        """Return all sequences in the order of rows and columns.
 
         Returns:
-            The tokens' positions in the flattened rows (tokens), and of every sequence the number
-            of tokens before it (sequences) and its length (sequences); int64.
+            The tokens' positions in the flattened rows (tokens); and for every sequence, the
+            number of tokens before it (sequences) and its length (sequences); all int64.
         """
         batch, length = self.shape
         device = self.device

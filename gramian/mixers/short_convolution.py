@@ -1,4 +1,4 @@
-"""The depthwise convolution of a few taps that most mixers share."""
+"""The depthwise convolution with a few taps that most mixers share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["ShortConvolution"]
 
 
 class ShortConvolution(nn.Module):
-    """A depthwise causal convolution of a few explicit taps, with bias.
+    """A depthwise causal convolution with a few explicit taps and a bias.
 
     Args:
         channels: Number of channels.
@@ -28,7 +28,7 @@ class ShortConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform within ±1/√K, as in torch's depthwise convolutions."""
+        """Draw weights uniformly from ±1/√K, as torch's depthwise convolutions do."""
         bound = 1 / math.sqrt(self.taps)
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
@@ -36,11 +36,14 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Tensor, past: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x (batch, length, channels) after the K - 1 inputs `past`; returns y and new past.
+        """Convolve x (batch, length, channels) after the K - 1 inputs `past`.
 
-        Where the mask (batch, length) is zero, at the beginning of rows, the past is still to come.
-        One token, (batch, channels), comes through here too, since hooks that bring parameters in
-        (offloading) see no other method.
+        Where the mask (batch, length) is zero, at the beginning of rows, the past has not begun to
+        act. Single tokens, (batch, channels), also go through this method, since the hooks that
+        fetch offloaded parameters are attached to no other.
+
+        Returns:
+            y and the new past.
         """
         if x.ndim == 2 and past is not None:
             return self._one(x, past)
@@ -58,7 +61,7 @@ class ShortConvolution(nn.Module):
         return y, extended[:, length:]
 
     def _moved_past(self, extended: Tensor, mask: Tensor) -> Tensor:
-        """The leading K - 1 columns of a row moved to where its first token is."""
+        """Move the leading K - 1 columns of each row to the place before its first token."""
         batch, width = extended.shape[:2]
         padding = (mask == 0).sum(1, keepdim=True)
         columns = torch.arange(width, device=extended.device)
@@ -68,7 +71,7 @@ class ShortConvolution(nn.Module):
         return moved.unflatten(0, (batch, width)).masked_fill((source < 0).unsqueeze(-1), 0)
 
     def step(self, x_t: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """One token (batch, channels)."""
+        """Convolve one token (batch, channels)."""
         y, past = self(x_t, past)
         return y, past
 

@@ -1,9 +1,9 @@
 r"""Softmax attention: `y_t = Σ_{s≤t} softmax_s(q_t · k_s / √N) v_s` in every head.
 
-The baseline, and the partner of long convolutions in hybrid models such as StripedHyena and Evo.
-Several heads may share keys and values (grouped queries, Ainslie et al. 2023), positions enter by
-rotation (RoFormer, Su et al. 2021, equation 34, in the half-split layout of GPT-NeoX and Llama),
-and a window may end the past.
+It is the baseline, and the partner of long convolutions in hybrid models such as StripedHyena and
+Evo. Several heads may share keys and values (grouped queries, Ainslie et al. 2023), positions enter
+by rotation (RoFormer, Su et al. 2021, equation 34, in the half-split layout of GPT-NeoX and Llama),
+and a window may limit the past.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ class _Fields(NamedTuple):
 
 
 class SoftmaxAttentionState(_Fields, State):
-    """Rotated keys and values, (batch, kv_heads, room, N), real tokens only: token p of a sequence
-    stands in slot `p % room`, so padding takes no room and leaves no trace. `real` (batch),
-    int64, is the number of real tokens; `seen` (), int64 on the CPU, that of all.
+    """Rotated keys and values, (batch, kv_heads, room, N), of real tokens only.
 
-    The room doubles when it is used up, and ends at the window where there is one.
+    Token p of a sequence stands in slot `p % room`, so padding has no slot and no effect. `real`
+    (batch), int64, is the number of real tokens; `seen` (), int64 on the CPU, is the number of all
+    tokens.
+
+    The room doubles when it is full, up to the window if there is one.
     """
 
     __slots__ = ()
@@ -53,19 +55,19 @@ class SoftmaxAttention(Mixer):
 
     The input projection is one matrix whose rows are those of all queries, then keys, then values,
     heads in order; so separate projections of other libraries are concatenated, and a fused one is
-    taken as it is. A token's position is the number of real tokens before it.
+    used unchanged. A token's position is the number of real tokens before it.
 
     Args:
         width: Channels of input and output.
         heads: Query heads.
-        kv_heads: Heads of keys and values, a divisor of `heads`; by default as many.
+        kv_heads: Heads of keys and values, a divisor of `heads`; by default equal to `heads`.
         head_width: N; by default `width / heads`.
         window: How many of the last tokens, the present one included, are attended to; all if None.
         rotary_base: Base θ of the rotations' periods, or None for no positions.
-        rotary_scaling: Positions are divided by it (linear interpolation, Chen et al. 2023).
+        rotary_scaling: Divisor of positions (linear interpolation, Chen et al. 2023).
         rotary_width: Leading features of a head that are rotated; all by default.
         bias: Whether the input projection has a bias.
-        out_bias: Whether the output projection has one; by default as `bias` says.
+        out_bias: Whether the output projection has a bias; by default equal to `bias`.
 
     Raises:
         ValueError: if a number is out of range, the heads do not divide the width where no
@@ -145,7 +147,7 @@ class SoftmaxAttention(Mixer):
         }
 
     def room(self, tokens: int) -> int:
-        """How many tokens the state has room for after `tokens` of them."""
+        """Return the room of the state, in tokens, after `tokens` tokens."""
         room = max(_ROOM, 1 << max(tokens - 1, 0).bit_length())
         return room if self.window is None else min(room, self.window)
 
@@ -168,8 +170,15 @@ class SoftmaxAttention(Mixer):
         return state._replace(keys=keys, values=values)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries (batch, heads, length, N) and keys, and values (batch, kv_heads, …), of
-        x (batch, length, width) at `positions`, (batch, length) or (1, length)."""
+        """Return rotated queries and keys, and values.
+
+        Args:
+            x: (batch, length, width).
+            positions: (batch, length) or (1, length).
+
+        Returns:
+            Queries (batch, heads, length, N), keys and values (batch, kv_heads, length, N).
+        """
         z = self.in_proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
         rotated, v = z.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.rotary_base is not None:
@@ -178,7 +187,7 @@ class SoftmaxAttention(Mixer):
         return q, k, v
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn features i and i + half by position × θ^(-i/half), half = rotary_width / 2."""
+        """Rotate features i and i + half by position × θ^(-i/half), half = rotary_width / 2."""
         assert self.rotary_base is not None
         half = self.rotary_width // 2
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -191,11 +200,14 @@ class SoftmaxAttention(Mixer):
         return torch.cat([*turned, x[..., 2 * half :]], dim=-1)
 
     def merge(self, y: Tensor) -> Tensor:
-        """(batch, heads, length, N) to the output."""
+        """Map (batch, heads, length, N) to the output."""
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
     def _positions(self, length: int, mask: Tensor | None, device: torch.device) -> Tensor:
-        """How many real tokens come before each: (batch, length), or (1, length) without a mask."""
+        """Return the number of real tokens before each token.
+
+        The result is (batch, length), or (1, length) without a mask.
+        """
         if mask is None:
             return torch.arange(length, device=device)[None]
         real = (mask != 0).to(device, torch.int64)
@@ -215,9 +227,10 @@ class SoftmaxAttention(Mixer):
         mask: Tensor | None,
         past: SoftmaxAttentionState | None = None,
     ) -> Tensor:
-        """Each query on the past and on the keys up to its own, (batch, heads, length, N).
+        """Attend with each query to the past and to the keys up to its own.
 
-        A padded query sees its own key, so that its output, which nobody reads, is finite.
+        The result is (batch, heads, length, N). A query at padding sees its own key, so that its
+        output, which is never read, is finite.
         """
         batch, _, length, _ = q.shape
         grouped = self.heads != self.kv_heads
@@ -262,7 +275,10 @@ class SoftmaxAttention(Mixer):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def remembered(self, past: SoftmaxAttentionState, now: Tensor) -> Tensor:
-        """Which slots queries at positions `now` (batch, rows, 1) see: (batch, rows, room)."""
+        """Return which slots the queries at positions `now` (batch, rows, 1) see.
+
+        The result is boolean, (batch, rows, room).
+        """
         room = past.keys.shape[2]
         slots = torch.arange(room, device=now.device)
         last = past.real[:, None] - 1
@@ -303,7 +319,7 @@ class SoftmaxAttention(Mixer):
     def remember(
         self, state: State, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> SoftmaxAttentionState:
-        """The state after the real ones of k and v, (batch, kv_heads, length, N)."""
+        """Return the state after the real tokens of k and v, (batch, kv_heads, length, N)."""
         assert isinstance(state, SoftmaxAttentionState)
         keys, values, count, seen = state
         length, room = k.shape[2], keys.shape[2]
@@ -334,7 +350,7 @@ class SoftmaxAttention(Mixer):
         index = (count % room)[:, None, None, None].expand_as(k)
         keys.scatter_(2, index, k.to(keys.dtype))
         values.scatter_(2, index, v.to(values.dtype))
-        held = torch.arange(room, device=x_t.device) <= count[:, None]  # all once it is full
+        held = torch.arange(room, device=x_t.device) <= count[:, None]  # all once the room is full
         q = q.reshape(-1, self.kv_heads, self.heads // self.kv_heads, self.head_width)
         y = scaled_dot_product_attention(
             q, keys.to(q.dtype), values.to(q.dtype), attn_mask=held[:, None, None]

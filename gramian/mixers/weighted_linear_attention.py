@@ -1,8 +1,8 @@
-r"""Weighted linear attention: `S_t = diag(a) S_{t-1} + k_t v_tᵀ`, gates the same for every input.
+r"""Weighted linear attention: `S_t = diag(a) S_{t-1} + k_t v_tᵀ`, with input-independent gates.
 
-WLA of arXiv 2504.19561: between linear attention, which never forgets, and gated linear attention,
-whose gates are made from the input. RetNet (Sun et al. 2023) is a case of it with one fixed gate a
-head; here each row of a head's memory has one, and it is learned.
+This is WLA in arXiv 2504.19561. It stands between linear attention, which never forgets, and gated
+linear attention, whose gates are computed from the input. RetNet (Sun et al. 2023) is a special
+case with one fixed gate per head; here each row of a head's memory has a gate, which is learned.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _InvariantGates(Dynamics):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform logits: at a temperature of 16, memories of 23 to 2,400 steps."""
+        """Draw logits uniformly: memories of 23 to 2,400 steps at a temperature of 16."""
         nn.init.uniform_(self.logits, 0.0, 5.0)
 
     @torch.no_grad()
@@ -36,17 +36,17 @@ class _InvariantGates(Dynamics):
         self.logits.add_(amount.unsqueeze(-1))
 
     def forward(self) -> Tensor:
-        """(heads, 1, n)."""
+        """Return the gates, (heads, 1, n)."""
         return powered_sigmoid(self.logits, self.temperature).unsqueeze(1)
 
 
 @register("weighted_linear_attention")
 class WeightedLinearAttention(LinearAttention):
-    """`LinearAttention` whose memory fades by learned gates `σ(logits)^(1/temperature)`.
+    """`LinearAttention` whose memory decays by learned gates `σ(logits)^(1/temperature)`.
 
     Args:
-        width: As for `LinearAttention`, and so are the others but for the last.
-        temperature: τ of the gates, positive; they start near 1 if it is high.
+        width: As for `LinearAttention`, like all others but the last.
+        temperature: τ of the gates, positive; a high one makes them start near 1.
 
     Raises:
         ValueError: as `LinearAttention`, and if the temperature is not positive.

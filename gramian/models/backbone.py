@@ -1,11 +1,11 @@
 """Gramian models for Hugging Face: an embedding, blocks around mixers, and a last norm.
 
-What surrounds a mixer is in `gramian.models.blocks`. Order in time enters through the mixers alone,
-so there is no positional embedding. Every layer has the mixer that the configuration names for it.
+The blocks around the mixers are in `gramian.models.blocks`. Order in time enters through the mixers
+alone, so there is no positional embedding. The configuration names the mixer of every layer.
 
-Training and scoring convolve. With a cache the mixers' recurrences run: a prompt is prefilled, then
-each token costs one step, and what is remembered has a size of its own (`state_bytes`) whatever the
-length written.
+Training and scoring use convolutions. With a cache the mixers' recurrences run: a prompt is
+prefilled, then each token costs one step, and the state has a fixed size (`state_bytes`) whatever
+the length of the text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["GramianModel"]
 
 
 class GramianModel(GramianPreTrainedModel):
-    """Embedding, blocks and last norm: token ids, or a continuous input, to hidden states."""
+    """Embedding, blocks and last norm, from token ids or a continuous input to hidden states."""
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__(config)
@@ -62,46 +62,46 @@ class GramianModel(GramianPreTrainedModel):
         cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of a batch of sequences, or of their continuation.
+        """Return the hidden states of a batch of sequences, or of their continuation.
 
-        Padding is not time: a sequence gives what its tokens give alone, whether padding stands
-        before them, after them, in between, or after what a cache holds. Rows may be packed: every
-        sequence in them then gives what it gives alone.
+        Padding is not time: a sequence has the outputs that its tokens alone would have, whether
+        padding stands before them, after them, between them, or after the tokens in a cache. Rows
+        may be packed: each of their sequences also has the outputs that it would have alone.
 
         Args:
-            input_ids: (batch, length) token ids; exactly one of it and `inputs_embeds`.
-            attention_mask: (batch, length or more), 1 for a real token, 0 for padding; of more
-                columns (`generate` passes the past's too) the last `length` count, and those of the
-                past may hide nothing that the cache has taken as a token. Or
+            input_ids: (batch, length) token ids; give either these or `inputs_embeds`.
+            attention_mask: (batch, length or more), 1 for a real token, 0 for padding. If there
+                are more columns (`generate` also passes those of the past), the last `length`
+                count, and those of the past must not hide a token that the cache has seen. Or
                 `gramian.mixers.Segments`.
-            past_key_values: the cache of what came before; moved on in place.
+            past_key_values: the cache of the tokens before these; updated in place.
             inputs_embeds: (batch, length, hidden_size).
-            use_cache: whether to return a cache. By default `config.use_cache`, and never in
-                training or with gradients on, where it would be made for nothing, or in a graph
-                that is traced, which could not return it.
+            use_cache: whether to return a cache; by default `config.use_cache`. No cache is
+                returned in training or with gradients enabled, where it would be of no use, or in
+                a traced graph, which could not return it.
             output_hidden_states: whether to return the embeddings and every block's output, the
                 last one after the last norm.
-            input_values: (batch, length, `config.input_size`), in place of `input_ids` where the
+            input_values: (batch, length, `config.input_size`), in place of `input_ids` if the
                 configuration has an `input_size`.
-            position_ids: (batch, length) or (1, length). Positions count real tokens, so all that
-                is read here is where they restart: there the row's next sequence begins.
-            cache: `past_key_values` by the name that newer releases of transformers give it.
+            position_ids: (batch, length) or (1, length). Positions count real tokens, so only the
+                places where they restart are read: there the row's next sequence begins.
+            cache: the name of `past_key_values` in newer releases of transformers.
             kwargs: `seq_idx`, (batch, length), which changes where a sequence begins, or
-                `cu_seq_lens_q` and `cu_seq_lens_k`, (sequences + 1), the positions of the flattened
-                rows at which they do; `cache_position`, (length), which must go on from the cache.
+                `cu_seq_lens_q` and `cu_seq_lens_k`, (sequences + 1), the positions in the flattened
+                rows at which sequences begin; `cache_position`, (length), which must continue from
+                the cache.
 
         Returns:
             `last_hidden_state` (batch, length, hidden_size), `past_key_values` (named `cache` where
-            transformers names it so), `hidden_states`. At padding they mean nothing.
+            transformers names it so), `hidden_states`. They are meaningless at padding.
 
         Raises:
             ValueError: on both or neither of `input_ids` (or `input_values`) and `inputs_embeds`,
-                the kind of input that the configuration does not have, an empty sequence, a mask
+                a kind of input that the configuration does not have, an empty sequence, a mask
                 that is not (batch, ≥ length) of zeros and ones, positions that jump ahead, packed
-                rows with a cache, a cache of another batch, one of tokens that the mask hides, a
-                cache together with gradient checkpointing or in a bidirectional model.
-            TypeError: on a cache that is not a `GramianCache`, and on an argument of which nothing
-                is known.
+                rows with a cache, a cache of another batch size, a cache of tokens that the mask
+                hides, or a cache with gradient checkpointing or in a bidirectional model.
+            TypeError: on a cache that is not a `GramianCache`, and on an unknown argument.
         """
         inputs = (input_ids, inputs_embeds, input_values)
         mask = read_rows(inputs, attention_mask, position_ids, kwargs)
@@ -109,7 +109,7 @@ class GramianModel(GramianPreTrainedModel):
         check_past(past, attention_mask, inputs)
         cache_position = kwargs.pop("cache_position", None)
         check_arguments(type(self).__name__, kwargs)
-        if mask is not None:  # numbers at padding, NaN even, reach no gradient either
+        if mask is not None:  # values at padding, even NaN, do not reach gradients either
             input_values, inputs_embeds = (
                 x if x is None else apply_mask(x, mask.to(x.device).real)
                 for x in (input_values, inputs_embeds)
@@ -146,10 +146,10 @@ class GramianModel(GramianPreTrainedModel):
         input_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Return what the first block reads, (batch, length, hidden_size), of the one input given.
+        """Return the input of the first block, (batch, length, hidden_size).
 
         Raises:
-            ValueError: on an input of another shape or kind than the model's, several, or none.
+            ValueError: on several inputs or none, or one of another shape or kind than the model's.
         """
         hidden_states = self.embedding_dropout(self._embed(input_ids, input_values, inputs_embeds))
         if self.config.residual_in_fp32 and hidden_states.dtype.itemsize < 4:

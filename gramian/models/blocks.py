@@ -1,4 +1,4 @@
-"""The kinds of blocks: what surrounds a mixer in one layer of a model.
+"""The kinds of blocks: the norms, maps and residual connections around a layer's mixer.
 
 `h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`; the block of `gramian.mixers.Block`; or
 `h ← mixer(h)`. A kind is one class here and its name in the registry, `gramian.models.layers`.
@@ -19,7 +19,7 @@ __all__ = ["GramianBlock", "GramianGLUBlock", "GramianMLP", "GramianMixerBlock",
 
 
 def build_mixer(config: GramianConfig, layer: int) -> Mixer:
-    """Build the mixer of layer `layer`: (batch, length, hidden_size) to the same."""
+    """Build the mixer of layer `layer`, which maps (batch, length, hidden_size) to the same."""
     return build(
         config.mixer_config(layer),
         width=config.hidden_size,
@@ -33,7 +33,7 @@ def build_mixer(config: GramianConfig, layer: int) -> Mixer:
 
 
 class GramianMLP(nn.Module):
-    """`W₃ (act(W₁ x) ∘ W₂ x)` when gated, `W₃ act(W₁ x)` when not; biases where asked for."""
+    """`W₃ (act(W₁ x) ∘ W₂ x)` when gated, `W₃ act(W₁ x)` when not; biases are optional."""
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class GramianGLUBlock(GramianLayer):
 
 @register_block("mixer")
 class GramianMixerBlock(GramianLayer):
-    """One layer: a mixer and nothing else, but for dropout."""
+    """One layer: a mixer and dropout, and nothing else."""
 
     def __init__(self, config: GramianConfig, layer: int) -> None:
         super().__init__(layer)

@@ -1,8 +1,9 @@
-"""What a Gramian model remembers while it generates: one recurrence and its state per layer.
+"""The memory of a Gramian model during generation: one recurrence and its state per layer.
 
-A layer of the cache holds the frozen recurrence of its mixer, made by the block inside its own
-forward at first use, where sharded parameters are whole; the recurrence's state; and the number of
-tokens it has seen. The state is replaced at every update: a recurrence consumes what it is given.
+A layer of the cache holds the frozen recurrence of its mixer, the recurrence's state, and the
+number of tokens it has seen. The block makes the recurrence at first use, inside its own forward,
+where sharded parameters are gathered. The state is replaced at every update, since a recurrence
+consumes the state that it is given.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
 
 
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
-"""What the installed release of transformers calls a cache, in outputs and in arguments."""
+"""The name of a cache in outputs and arguments of the installed release of transformers."""
 
 
 def one_cache(past_key_values: Any, cache: Any) -> Any:
-    """The one cache that was given under either of its names, or None.
+    """Return the cache that was given under either of its names, or None.
 
     Raises:
-        ValueError: if there are two.
+        ValueError: if two caches were given.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("give one cache: past_key_values and cache are two names of one argument.")
@@ -45,16 +46,16 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
 
 
 def check_past(cache: Any, mask: Any, inputs: tuple[Tensor | None, ...]) -> None:
-    """Raise a ValueError where a mask of past and inputs hides tokens that the cache has taken.
+    """Raise a ValueError if a mask of past and inputs hides tokens that the cache has seen.
 
-    Such are the ones that `generate` writes after the end of a row while others go on. A state
-    cannot give them back, so the next token would be that of another past.
+    These are, for example, the tokens that `generate` writes after the end of a row while other
+    rows continue. A state cannot take them back, so the next token would follow another past.
 
     Args:
-        cache: what was given for one.
-        mask: (batch, tokens seen and length), 1 for real tokens; of another shape it is not looked
-            at, nor in a graph that is traced.
-        inputs: (batch, length, …), the first that is not None.
+        cache: the argument given as a cache.
+        mask: (batch, tokens seen and length), 1 for real tokens. A mask of another shape is not
+            checked, nor is any mask in a traced graph.
+        inputs: (batch, length, …); the first that is not None counts.
     """
     rows = next((x for x in inputs if x is not None), None)
     if not isinstance(cache, GramianCache) or not isinstance(mask, Tensor) or rows is None:
@@ -75,7 +76,7 @@ def check_past(cache: Any, mask: Any, inputs: tuple[Tensor | None, ...]) -> None
 
 
 class _Source:
-    """A tensor of a filter, by its place, and what it was when a recurrence was made of it."""
+    """The place of a filter's tensor, and its value when a recurrence was made from it."""
 
     __slots__ = ("digest", "name", "place", "record", "trained")
 
@@ -85,7 +86,10 @@ class _Source:
         self.trained: bool = place[name].requires_grad
 
     def holds(self) -> bool:
-        """Whether the tensor is what it was; where it has moved, all of its values are compared."""
+        """Return whether the tensor is unchanged.
+
+        If another tensor has taken its place, all values are compared.
+        """
         tensor = self.place.get(self.name)
         if self.record.matches(tensor):
             return True
@@ -99,7 +103,7 @@ class _Source:
 
 
 def _sources(mixer: nn.Module) -> list[_Source]:
-    """Parameters and buffers of a mixer's filters that can be looked at."""
+    """Return the parameters and buffers of a mixer's filters whose values can be read."""
     filters = [part for part in mixer.modules() if isinstance(part, Filter)]
     parts = {id(part): part for one in filters for part in one.modules()}.values()
     places = [place for part in parts for place in (part._parameters, part._buffers)]
@@ -107,15 +111,15 @@ def _sources(mixer: nn.Module) -> list[_Source]:
 
 
 def _is_here(tensor: Tensor | None) -> TypeGuard[Tensor]:
-    """Whether a tensor is there as a whole: none that is offloaded or sharded."""
+    """Return whether a tensor is complete, neither offloaded nor sharded."""
     return tensor is not None and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
 
 
 class GramianCacheLayer(LinearAttentionCacheLayerMixin):
     """The recurrence of one mixer, its state, and how many tokens it has seen.
 
-    transformers' own linear-attention layer keeps a convolution state and a single tensor, counts
-    no tokens and cannot be repeated; a mixer's state is a `State` of several tensors.
+    transformers' own linear-attention layer keeps a convolution state and a single tensor, does not
+    count tokens and cannot be repeated; a mixer's state is a `State` of several tensors.
     """
 
     is_compileable = False  # an online convolution branches on its step counter
@@ -139,16 +143,17 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         return 0 if self.state is None else self.state.nbytes
 
     def recurrence_of(self, mixer: Mixer, length: int) -> MixerRecurrence:
-        """The frozen recurrence of `mixer` for the next `length` tokens, made where there is none.
+        """Return the frozen recurrence of `mixer` for the next `length` tokens, made if missing.
 
-        Without gradients it must still be one of the filter as it is: it is made anew where it is
-        not and nothing is remembered, as after `reset`. Before a single token only what is trained
-        is looked at. What is not noticed: single values that were edited through `.data` or numpy,
-        a fused optimiser on a GPU, and filters whose weights are offloaded or sharded.
+        Without gradients, the recurrence must agree with the filter's present weights: it is made
+        again if it does not and no state is held, as after `reset`. Before a single token, only
+        trainable tensors are compared. Some changes go unnoticed: single values edited through
+        `.data` or numpy, the steps of a fused optimizer on a GPU, and filters whose weights are
+        offloaded or sharded.
 
         Raises:
-            ValueError: if the filter has changed since, or the cache is another model's, and a
-                state is held.
+            ValueError: if a state is held, and the filter has changed since or the cache belongs
+                to another model.
         """
         if self.recurrence is not None and not torch.compiler.is_compiling():
             other = self.recurrence.mixer is not mixer
@@ -175,7 +180,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
     def lazy_initialization(
         self, conv_states: Any = None, recurrent_states: Any = None, state_idx: int = 0
     ) -> None:
-        """Note that a state is held from now on, and where."""
+        """Record that a state is held from now on, and on which device."""
         leaves = tree_leaves(recurrent_states)  # a tensor without dimensions may be elsewhere
         self.device = next(leaf.device for leaf in leaves if leaf.ndim)
         self.is_recurrent_states_initialized[0] = True
@@ -183,7 +188,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
     def update_recurrent_state(
         self, recurrent_states: Any, state_idx: int = 0, *, batch_size: int = -1, tokens: int = 0
     ) -> Any:
-        """Replace the state by the one after `tokens` more tokens of `batch_size` sequences."""
+        """Replace the state by that after `tokens` more tokens of `batch_size` sequences."""
         if not self.is_recurrent_states_initialized[0]:
             self.lazy_initialization(recurrent_states=recurrent_states)
         self.recurrent_states[0] = recurrent_states
@@ -193,15 +198,15 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         return recurrent_states
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0) -> Tensor:
-        """Refused: the short convolution's samples are part of the mixer's one state."""
+        """Raise a TypeError: the short convolution's samples are part of the mixer's state."""
         raise TypeError("a Gramian cache layer holds one recurrent state and no convolution state.")
 
     def get_seq_length(self) -> int:
-        """Number of tokens seen."""
+        """Return the number of tokens seen."""
         return self.tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a mask over everything seen and `query_length` tokens more."""
+        """Return length and offset of a mask over all tokens seen and `query_length` more."""
         return self.tokens + query_length, 0
 
     def reset(self) -> None:
@@ -234,7 +239,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         self.batch_size *= repeats
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GramianCacheLayer:
-        """A copy with a state of its own: the recurrence is shared, as it holds the mixer."""
+        """Return a copy with its own state; the recurrence is shared, as it holds the mixer."""
         copied = copy.copy(self)
         copied.recurrent_states = {0: None if self.state is None else self.state.clone()}
         copied.is_recurrent_states_initialized = dict(self.is_recurrent_states_initialized)
@@ -252,21 +257,21 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
             self.recurrent_states[0] = self.state.to("cpu")
 
     def prefetch(self) -> None:
-        """Move the state back to where it was made."""
+        """Move the state back to the device on which it was made."""
         if self.state is not None:
             self.recurrent_states[0] = self.state.to(self.device)
 
     @property
     def is_croppable(self) -> bool:
-        """False: a recurrence does not run backwards."""
+        """Return False, as a recurrence does not run backwards."""
         return False
 
     def activate_past_recording(self) -> None:
-        """Refused, as `crop` is."""
+        """Raise a ValueError, as `crop` does."""
         raise ValueError("a Gramian cache cannot record its past: a recurrence keeps one state.")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: the tokens to take back are no longer there."""
+        """Raise a ValueError: the state cannot take tokens back."""
         raise ValueError("a Gramian cache cannot be cropped: a recurrence keeps one state.")
 
 
@@ -276,22 +281,22 @@ class GramianCache(Cache):
     Args:
         config: the model's configuration.
 
-    Its size is fixed by the model and the batch, whatever the length generated, but for the keys
-    and values of attention. `reset` keeps the recurrences, so that a cache used again need not make
-    them anew where the filters are what they were. They are snapshots: without gradients, a cache
-    that holds a sequence is refused after a change of the filters. Other weights are shared with
-    the model: after a change of them the next tokens are taken by the new ones, and what the state
-    holds of the past is what the old ones made of it, as it is with keys and values.
+    Its size depends on the model and the batch but not on the length generated, except for the
+    keys and values of attention. `reset` keeps the recurrences, so that a cache can be used again
+    without making them again if the filters have not changed. The recurrences are snapshots:
+    without gradients, a cache that holds a sequence is refused after a change of the filters. Other
+    weights are shared with the model: after a change the new ones process the next tokens, while
+    the state of the past is still that of the old ones, as with keys and values.
     """
 
     layers: list[GramianCacheLayer]
 
     last_hidden_state: Tensor | None
-    """(batch, hidden_size): after the last norm, of each row's last token; NaN of a row that has
-    seen none."""
+    """(batch, hidden_size): the output of the last norm at each row's last token; NaN for a row
+    that has seen no token."""
 
     padding: Tensor | None
-    """(batch), int64: how many of the columns seen were padding; None if none was."""
+    """(batch), int64: the number of columns seen that were padding; None if there was none."""
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__(layers=[GramianCacheLayer() for _ in range(config.num_hidden_layers)])
@@ -299,19 +304,19 @@ class GramianCache(Cache):
         self.padding: Tensor | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of tokens seen."""
+        """Return the number of tokens seen."""
         return self.layers[layer_idx].get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Length and offset of a mask over everything seen and `query_length` tokens more."""
+        """Return length and offset of a mask over all tokens seen and `query_length` more."""
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
     def note(self, hidden_states: Tensor, segments: Segments | None) -> None:
-        """Keep what a forward pass made of each row's last token, and count padding.
+        """Keep the hidden state of each row's last token, and count padding.
 
         Args:
             hidden_states: (batch, length, hidden_size), of the columns that the layers have seen.
-            segments: where tokens are in them.
+            segments: where tokens stand in them.
         """
         before = self.padding
         if segments is not None:
@@ -331,14 +336,16 @@ class GramianCache(Cache):
         self.last_hidden_state = last if hidden_states.shape[1] == 1 else last.clone()
 
     def unstarted(self) -> Tensor:
-        """(batch), boolean: which rows have seen no token yet."""
+        """Return which rows have seen no token yet, (batch), boolean."""
         if self.padding is None:
             return torch.zeros(max(self.batch_size, 0), dtype=torch.bool)
         return self.padding >= self.get_seq_length()
 
     def detach(self) -> GramianCache:
-        """Cut the states off from the graph, in place, and return the cache: truncated
-        backpropagation through time."""
+        """Cut the states off from the graph, in place, and return the cache.
+
+        This gives truncated backpropagation through time.
+        """
         for layer in self.layers:
             layer.detach()
         if self.last_hidden_state is not None:
@@ -379,8 +386,11 @@ class GramianCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """False of every layer: this cache counts the tokens that it has seen, so `generate` takes
-        them off a whole sequence, as it does not for transformers' own linear layers."""
+        """False for every layer.
+
+        This cache counts the tokens that it has seen, so `generate` removes them from the sequence,
+        which it does not do for transformers' own linear layers.
+        """
         return [False] * len(self.layers)
 
     @property
@@ -397,8 +407,8 @@ class GramianCache(Cache):
         """Write the state to a file, for `load`; see `gramian.models.snapshots`.
 
         Args:
-            path: the file, written whole or not at all.
-            model: the one that filled the cache; a fingerprint of it goes into the file.
+            path: the file, which is written whole or not at all.
+            model: the model that filled the cache; its fingerprint is stored in the file.
 
         Raises:
             ValueError: on an empty cache, or one of another number of layers.
@@ -407,10 +417,10 @@ class GramianCache(Cache):
 
     @classmethod
     def load(cls, path: str | Path, model: GramianPreTrainedModel) -> GramianCache:
-        """The cache that `save` wrote, on the device of `model`.
+        """Return the cache that `save` wrote, on the device of `model`.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it holds no cache, or one of a model with other weights.
+            FileNotFoundError: if there is no such file.
+            ValueError: if it holds no cache, or that of a model with other weights.
         """
         return load_cache(path, model)

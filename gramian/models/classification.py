@@ -21,9 +21,9 @@ __all__ = ["GramianForSequenceClassification"]
 class GramianForSequenceClassification(GramianPreTrainedModel):
     """A `GramianModel` whose hidden states are pooled and mapped to one logit for each label.
 
-    Padding on either side, or anywhere, leaves no trace: the mask keeps it out of the mixers and
-    out of the pooling. It is told by `attention_mask` alone, never guessed from token ids. Packed
-    rows, told as to `GramianModel.forward`, give one row of logits for each sequence, in order.
+    Padding has no effect, wherever it stands: the mask keeps it out of the mixers and of the
+    pooling. Only `attention_mask` marks it; it is never guessed from token ids. Packed rows, given
+    as for `GramianModel.forward`, have one row of logits for each sequence, in order.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
@@ -47,16 +47,17 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits of a batch of sequences, and their loss when `labels` are given.
+        """Return the logits of a batch of sequences, and their loss if `labels` are given.
 
         Args:
-            labels: (batch) of integers for one label a sequence, cross-entropy; (batch, num_labels)
-                of zeros and ones for several, binary cross-entropy; for regression (batch,
-                num_labels), or (batch) with one label, mean squared error. Which of them it is
-                `config.problem_type` says; if it is None, one label is regression, integers are
-                single labels, and others several. A label of -100 is not scored.
+            labels: for one label per sequence, integers (batch), scored by cross-entropy; for
+                several, zeros and ones (batch, num_labels), scored by binary cross-entropy; for
+                regression, (batch, num_labels), or (batch) with one label, scored by the mean
+                squared error. `config.problem_type` names the problem; if it is None, one label
+                means regression, integers mean single labels, and other dtypes several labels. A
+                label of -100 is not scored.
             kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
-                summed loss in place of their count.
+                summed loss in place of the number of labels.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 

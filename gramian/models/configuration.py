@@ -1,8 +1,8 @@
 """The configuration of a Gramian model: residual blocks around any mixers and filters.
 
-What mixes the sequence is named in `mixers` and what each mixer convolves with in `filter`, either
-once for all layers or once per layer: after distillation every layer has filters of its own orders,
-and the shapes of its parameters are read from here before any weight is.
+`mixers` names the mixers and `filter` the filters that they convolve with, either once for all
+layers or once per layer: after distillation every layer has filters of its own orders, and the
+shapes of its parameters follow from the configuration before any weight is read.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from gramian.models.remote_code import AUTO_MAP, write_module
 __all__ = ["MIXERS", "POOLING", "GramianConfig"]
 
 _FAMILIES = {"attention": "attention", "linear_recurrence": "recurrence"}
-"""Fields that hold further arguments, and of which family of mixers."""
+"""Fields that hold further arguments, and the family of mixers to which each belongs."""
 
 MIXERS: dict[str, type[Mixer]] = registry.MIXERS
-"""What `GramianConfig.mixers` may name: the registered mixers, those of `gramian.mixers`."""
+"""The names that `GramianConfig.mixers` accepts: the mixers registered in `gramian.mixers`."""
 
 POOLING = ("mean", "last")
 
 
 class GramianConfig(PreTrainedConfig):
-    """Configuration of `GramianModel` and of the models with a head, such as `GramianForCausalLM`.
+    """The configuration of `GramianModel` and of models with a head, such as `GramianForCausalLM`.
 
     Further keyword arguments are those of any configuration of transformers: `num_labels`,
     `problem_type`, ...
@@ -49,69 +49,69 @@ class GramianConfig(PreTrainedConfig):
             must divide `hidden_size`. `s6` has none.
         mixers: `"multi_hyena"`, `"hyena"`, `"long_convolution"`, `"softmax_attention"`, or a linear
             recurrence: `"linear_attention"`, `"weighted_linear_attention"`,
-            `"gated_linear_attention"`, `"s6"`, `"gla_s6"`, `"gated_delta_net"`, or the name of a
-            mixer of one's own (`gramian.mixers.register`); or `{"type": name, ...}` with further
-            arguments of that mixer; or a list with one of these per layer.
+            `"gated_linear_attention"`, `"s6"`, `"gla_s6"`, `"gated_delta_net"`, or the name of
+            another registered mixer (`gramian.mixers.register`); or `{"type": name, ...}` with
+            further arguments of that mixer; or a list with one of these per layer.
         filter: configuration of the mixers' filters: `{"type": name, ...}` as for
-            `gramian.filters.build`, or a list with one per layer, in which those of
-            layers without a convolution's filter are not looked at and may be None.
+            `gramian.filters.build`, or a list with one per layer, in which entries of layers
+            without a filter are ignored and may be None.
         attention: further arguments of `gramian.mixers.SoftmaxAttention`, such as `kv_heads`,
             `window` and `rotary_base`, for all `softmax_attention` layers.
         linear_recurrence: further arguments of the linear recurrences in `gramian.mixers`, such as
-            `state_size` and `temperature`; each layer takes those that its mixer has, and what no
-            layer takes is an error.
-        max_position_embeddings: `max_length` of the filters. It is no limit on the input: past it
-            an FIR filter is zero and a rational one goes on. There is no positional embedding, but
-            for the rotations inside attention, which know no limit either.
-        hyena_order: number of projections of `hyena` mixers less one.
+            `state_size` and `temperature`; each layer uses those that its mixer accepts, and an
+            argument that no layer uses is an error.
+        max_position_embeddings: `max_length` of the filters. It does not limit the input: past it
+            an FIR filter is zero and a rational one continues. There is no positional embedding,
+            except for the rotations inside attention, which have no limit either.
+        hyena_order: order N of `hyena` mixers, which have N - 1 long convolutions.
         short_kernel: taps of the mixers' short convolutions.
         hyena_mimo_size: width of the map across channels before the output projection of `hyena`
-            mixers, which Hyena-RTF has; none by default.
+            mixers, as in Hyena-RTF; by default there is no such map.
         block: `"mlp"`, a mixer and an MLP, each after a norm and beside a residual connection,
-            as language models have; or `"glu"`, a `gramian.mixers.Block`, as models of long
-            continuous sequences have, in which a mixer is followed by one gated linear map; or
-            `"mixer"`, the mixer and nothing else, no norm and no residual connection, as the linear
-            models of the Delay task have.
-        norm: of `"mlp"` blocks: `"rms"`, `"rms_plus_eps"` (StripedHyena's, where the epsilon is
-            added to the root and not under it) or `"layer"`; of `"glu"` blocks: `"rms"`, `"layer"`
-            or `"batch"`, the last not for `GramianForCausalLM`, as its statistics look ahead.
-        final_norm: the one after the last block, `"rms"`, `"rms_plus_eps"`, `"layer"` or
-            `"none"`. By default that of `"mlp"` blocks, `"rms"` after `"glu"` blocks and `"none"`
-            after `"mixer"` blocks.
+            as in language models; or `"glu"`, a `gramian.mixers.Block`, in which one gated linear
+            map follows a mixer, as in models of long continuous sequences; or `"mixer"`, a mixer
+            without norm and residual connection, as in the linear models of the Delay task.
+        norm: norm of the blocks. For `"mlp"` blocks: `"rms"`, `"rms_plus_eps"` (StripedHyena's,
+            where the epsilon is added to the root and not under it) or `"layer"`; for `"glu"`
+            blocks: `"rms"`, `"layer"` or `"batch"`. `"batch"` is not for `GramianForCausalLM`, as
+            its statistics look ahead.
+        final_norm: norm after the last block, `"rms"`, `"rms_plus_eps"`, `"layer"` or `"none"`. By
+            default, `norm` after `"mlp"` blocks, `"rms"` after `"glu"` blocks and `"none"` after
+            `"mixer"` blocks.
         prenorm: whether the norm of a `"glu"` block comes before its mixer, or after the residual
             connection.
         tied_dropout: whether the dropout of `"glu"` blocks drops a channel over the whole length.
-        bidirectional: whether the mixers look ahead too, all of them `long_convolution`; their
-            filters then have 2 × `hidden_size` channels. Not for `GramianForCausalLM`.
+        bidirectional: whether the mixers also look ahead. All of them must be `long_convolution`;
+            their filters then have 2 × `hidden_size` channels. Not for `GramianForCausalLM`.
         input_size: features of a continuous input (1 for the samples of a signal or the pixels of a
-            grey image): the model reads `input_values` through a linear map. By default it reads
+            gray image): the model reads `input_values` through a linear map. By default it reads
             token ids. Not for `GramianForCausalLM`.
-        pooling: what `GramianForSequenceClassification` makes of the hidden states: their `"mean"`
-            over the real tokens, or the `"last"` real token's.
-        dropout: probability of dropping, in training, a number of what a mixer or MLP adds to the
-            residual stream.
-        embedding_dropout: probability of dropping, in training, a number of the embeddings.
+        pooling: how `GramianForSequenceClassification` pools the hidden states: by their `"mean"`
+            over the real tokens, or by taking the `"last"` real token's.
+        dropout: probability of dropping, in training, an element of the output of a mixer or MLP
+            before it is added to the residual stream.
+        embedding_dropout: probability of dropping, in training, an element of the embeddings.
         kernel_dropout: probability of dropping, in training, a tap of a long convolution.
-        residual_in_fp32: whether the residual stream between `"mlp"` blocks is in single precision
-            when the weights are in half. Hidden states are then, too.
+        residual_in_fp32: whether the residual stream between `"mlp"` blocks, and with it the hidden
+            states, is in single precision when the weights are in half precision.
         intermediate_size: inner width of the MLP of `"mlp"` blocks. By default 4 × `hidden_size`,
-            and 8/3 of it when gated, rounded up to a multiple of 16.
+            or 8/3 × `hidden_size` rounded up to a multiple of 16 when gated.
         gated_mlp: `act(W₁ x) ∘ W₂ x` if true, `act(W₁ x)` if not, each followed by a projection.
         mlp_bias: whether the maps in the MLP have biases.
-        hidden_act: the activation in the MLP.
-        rms_norm_eps: added to the mean square or the variance in the norms, whatever their kind.
+        hidden_act: activation of the MLP.
+        rms_norm_eps: number added to the mean square or the variance in norms of every kind.
         initializer_range: standard deviation of the initial embeddings and projections.
-        use_cache: whether a forward without gradients returns its cache.
+        use_cache: whether a forward pass without gradients returns its cache.
         tie_word_embeddings: whether the output projection is the embedding matrix.
-        pad_token_id: id of the padding; there is none by default.
-        bos_token_id: likewise, of a beginning.
-        eos_token_id: likewise, of an end; or a list of them.
+        pad_token_id: id of the padding token; None by default.
+        bos_token_id: id of the token that begins a text; None by default.
+        eos_token_id: id of the token that ends a text, or a list of such ids; None by default.
 
     Raises:
-        ValueError: on an unknown mixer, filter or pooling, a list that is not one per layer, a size
-            below 1, heads that do not divide the width, an unknown block or norm, an option of
-            `"glu"` blocks with others, a dropout that is no probability below 1,
-            `bidirectional` with other mixers than `long_convolution`, an `attention` option that
+        ValueError: on an unknown mixer, filter or pooling, a list without exactly one entry per
+            layer, a size below 1, heads that do not divide the width, an unknown block or norm, an
+            option of `"glu"` blocks with other blocks, a dropout that is not a probability below 1,
+            `bidirectional` with mixers other than `long_convolution`, an `attention` option that
             `SoftmaxAttention` does not accept, or a `linear_recurrence` option that none of the
             model's recurrences accepts.
     """
@@ -170,21 +170,21 @@ class GramianConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             inner = 8 * self.hidden_size / 3 if self.gated_mlp else 4 * self.hidden_size
             self.intermediate_size = 16 * -int(-inner // 16)
-        kwargs.pop("auto_map", None)  # of a file that was read; `save_pretrained` writes its own
+        kwargs.pop("auto_map", None)  # from a file; `save_pretrained` writes its own
         super().__post_init__(**kwargs)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """Write `config.json`, and beside it the module that lets transformers load the folder.
+        """Write `config.json`, and beside it the module with which transformers loads the folder.
 
-        Where this package has not been imported, the Auto classes need `trust_remote_code=True`.
+        If this package has not been imported, the Auto classes need `trust_remote_code=True`.
 
         Args:
-            save_directory: the folder, made if it is not there.
-            push_to_hub: as for any configuration of transformers; and so are `kwargs`.
+            save_directory: the folder, created if it does not exist.
+            push_to_hub: as for any configuration of transformers, like `kwargs`.
         """
-        if not os.path.isfile(save_directory):  # which is refused below
+        if not os.path.isfile(save_directory):  # a file is refused below
             os.makedirs(save_directory, exist_ok=True)
             write_module(Path(save_directory))
         self.auto_map = AUTO_MAP
@@ -195,11 +195,11 @@ class GramianConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: what is saved names this package and takes no copy of its source along."""
+        """Do nothing: saved folders name this package and hold no copy of its source."""
 
     @property
     def layer_types(self) -> list[str]:
-        """What transformers calls every one of our mixers; their names are in `mixers`."""
+        """The name that transformers has for our mixers, for every layer; see `mixers`."""
         return ["linear_attention"] * self.num_hidden_layers
 
     def mixer_of(self, layer: int) -> str:
@@ -207,8 +207,7 @@ class GramianConfig(PreTrainedConfig):
         return str(self._mixer(layer)["type"])
 
     def filter_of(self, layer: int) -> dict[str, Any] | None:
-        """Return the configuration of the filter of layer `layer`, a copy; None where its mixer
-        takes none."""
+        """Return a copy of the filter configuration of layer `layer`; None if it has no filter."""
         if not takes(self.mixer_of(layer), "filter"):
             return None
         assert self.filter is not None
@@ -217,10 +216,11 @@ class GramianConfig(PreTrainedConfig):
         return dict(one)
 
     def mixer_config(self, layer: int) -> dict[str, Any]:
-        """Return what is said of the mixer of layer `layer`, as `gramian.mixers.build` takes it.
+        """Return the configuration of the mixer of layer `layer`, for `gramian.mixers.build`.
 
-        That are fields named after the mixer (`hyena_order`), what it takes of the options of its
-        family (`attention`, `linear_recurrence`), and what `mixers` says, the last of them first.
+        It consists of the entry in `mixers`, the options of the mixer's family that the mixer
+        accepts (`attention`, `linear_recurrence`), and the fields named after the mixer
+        (`hyena_order`), in this order of precedence.
         """
         own = self._mixer(layer)
         kind = own["type"]
@@ -291,7 +291,7 @@ class GramianConfig(PreTrainedConfig):
                 )
 
     def _validate_block(self, others: Mapping[str, Any]) -> None:
-        """Check the block's own fields; those of registered kinds are among `others`."""
+        """Check the fields of the block; those of registered kinds are among `others`."""
         check_choice("block", self.block, BLOCKS)
         block = BLOCKS[self.block]
         check_choice("norm", self.norm, block.norms, f" in {self.block!r} blocks")
@@ -347,7 +347,7 @@ def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
 
 
 def _validate_options(field: str, given: Any, family: str, names: list[str]) -> None:
-    """Check the options of a family of mixers: those present, or all where none is."""
+    """Check options against the family's mixers in the model, or against all if it has none."""
     if given is None:
         return
     kinds = [name for name, kind in MIXERS.items() if kind.family == family]

@@ -1,7 +1,7 @@
-"""Generation that ends where logits are no longer finite.
+"""Generation that ends with an error as soon as logits are not finite.
 
-Among logits with a NaN there is no largest one: `argmax` takes the NaN, so greedy search would
-write the same token over and over, as if nothing were wrong.
+Logits with a NaN have no maximum: `argmax` returns the NaN's index, so greedy search would write
+the same token over and over without an error.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class GramianGenerationMixin(GenerationMixin):
         streamer: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' `GenerationMixin.generate`.
+        """Generate as transformers' `GenerationMixin.generate` does.
 
         Raises:
-            FloatingPointError: if a logit is NaN or infinite, before the token that it would give.
+            FloatingPointError: if a logit is NaN or infinite, before a token is chosen from it.
         """
         watch = FiniteLogits(at_once=streamer is not None)
         processors = LogitsProcessorList([watch, *(logits_processor or ())])
@@ -45,14 +45,15 @@ class GramianGenerationMixin(GenerationMixin):
 
 
 class FiniteLogits(LogitsProcessor):
-    """Looks for a NaN or an infinite logit at every token.
+    """A logits processor that looks for NaN or infinite logits at every token.
 
-    It sees the logits before a token is taken. On a CPU looking costs nothing; an accelerator would
-    have to wait for each token, so what was seen stays there until generation ends, which
-    `StopAtNaN` sees to. Such a row is flat meanwhile, since sampling from NaN ends the process.
+    It reads the logits before a token is chosen. On a CPU the test costs nothing. An accelerator
+    would have to wait for each token, so the result stays there until generation ends, and
+    `StopAtNaN` ends it. Meanwhile, the logits of such a row are replaced by equal ones, since
+    sampling from NaN ends the process.
 
     Args:
-        at_once: whether to look at once anyway, as where tokens are handed out as they come.
+        at_once: whether to raise at once in any case, as when tokens are streamed.
     """
 
     def __init__(self, at_once: bool) -> None:
@@ -60,7 +61,7 @@ class FiniteLogits(LogitsProcessor):
         self.seen: Tensor | None = None  # a boolean, on the logits' device
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        wrong = ~scores.amax(-1).isfinite()  # the largest of a row with a NaN is NaN
+        wrong = ~scores.amax(-1).isfinite()  # the maximum of a row with a NaN is NaN
         found = wrong.any()
         self.seen = found if self.seen is None else self.seen | found
         if self.at_once or scores.device.type == "cpu":
@@ -69,7 +70,7 @@ class FiniteLogits(LogitsProcessor):
         return torch.where(wrong.unsqueeze(-1), 0, scores)
 
     def check(self) -> None:
-        """Raise a `FloatingPointError` if there was one."""
+        """Raise a `FloatingPointError` if logits were not finite."""
         if self.seen is not None and bool(self.seen):
             raise FloatingPointError(
                 "the model's logits are not finite, so no token follows; its weights or its "
@@ -78,7 +79,7 @@ class FiniteLogits(LogitsProcessor):
 
 
 class StopAtNaN(StoppingCriteria):
-    """Ends generation once `FiniteLogits` has seen one."""
+    """A stopping criterion that ends generation once `FiniteLogits` has found such logits."""
 
     def __init__(self, watch: FiniteLogits) -> None:
         self.watch = watch

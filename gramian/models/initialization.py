@@ -1,8 +1,9 @@
-"""Initialisation while a model is loaded: what was read stays, and what was not is drawn.
+"""Initialization of a model while it is loaded: tensors that were read stay unchanged.
 
-transformers builds a model without memory, reads what the files hold, and then initialises the
-rest, module by module. Its initialisers pass over tensors that were read; code that writes in
-place (``weight.data.normal_()``) does not, and what no code writes stays as the memory was found.
+transformers builds a model without memory, reads the tensors in the files, and then initializes
+the others, module by module. Its initializers skip tensors that were read; code that writes in
+place (`weight.data.normal_()`) does not, and tensors that no code writes keep what the memory
+happened to hold.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ __all__ = ["Keeping", "is_read", "reset_unwritten"]
 
 
 def is_read(tensor: Tensor) -> bool:
-    """Whether transformers has read a tensor from a file, or will tie it to one that it has."""
+    """Return whether transformers has read a tensor from a file, or will tie it to one it read."""
     return bool(getattr(tensor, "_is_hf_initialized", False))
 
 
 class Keeping(TorchDispatchMode):
-    """Within, operations may write into a model's tensors; what was read is restored at the end.
+    """A context in which tensors may be written into; those read from files are restored on exit.
 
-    Only what is written into is copied, right before. Writes by numpy are not seen.
+    A tensor is copied only when it is about to be written into. Writes by numpy are not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -56,7 +57,7 @@ class Keeping(TorchDispatchMode):
         self._written.add(storage)
 
     def unwritten(self, module: nn.Module) -> list[str]:
-        """Names of a module's own tensors that were neither read nor written."""
+        """Return the names of a module's own tensors that were neither read nor written."""
         return [
             name
             for _, name, tensor in _own(module)
@@ -83,10 +84,10 @@ class Keeping(TorchDispatchMode):
 
 
 def reset_unwritten(model: nn.Module, keeping: Keeping) -> None:
-    """Let modules initialise what nobody has, by their `reset_parameters`.
+    """Call `reset_parameters` of modules with tensors that were neither read nor written.
 
     Raises:
-        ValueError: if tensors remain that nobody initialises.
+        ValueError: if tensors remain uninitialized.
     """
     left = []
     for path, module in model.named_modules():
@@ -117,5 +118,5 @@ def _places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Which memory a tensor lies in, whatever views there are of it."""
+    """Return the address of a tensor's memory, the same for all its views."""
     return int(tensor.untyped_storage()._cdata)

@@ -1,12 +1,12 @@
-"""Labels and the losses on them: one reading of what is due, for every model with a head.
+"""Labels and their losses, the same for every model with a head.
 
-A label of -100 is scored by nobody: not as a class, not as a number, which a loss leaves out of its
-sum and its count. Everything else is checked, since a loss takes a NaN or a class out of range for
-what it is and gives a number nobody can use: a `LabelError` says in one sentence what was given.
-Looking at values makes an accelerator wait once for each loss; a compiled graph cannot look.
+A label of -100 is never scored, neither as a class nor as a number: losses leave it out of their
+sum and their count. All other labels are checked, since with a NaN or a class out of range a loss
+would silently be meaningless: a `LabelError` says in one sentence what was given. Checking values
+makes an accelerator wait once for each loss; a compiled graph cannot check them.
 
-Losses are means over what is due, in at least single precision. With `num_items_in_batch` they are
-the sums divided by that number, which is how the parts of a batch add up to the loss of the whole.
+Losses are means over the scored labels, in at least single precision. With `num_items_in_batch`
+they are sums divided by that number, so that the parts of a batch add up to the loss of the whole.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class LabelError(ValueError):
 def check_classes(
     labels: Tensor, classes: int, shapes: Sequence[tuple[int, ...]], task: str = ""
 ) -> Tensor:
-    """Class labels as int64, checked.
+    """Check class labels and return them as int64.
 
     Args:
-        labels: integers from 0 to `classes` - 1, or -100; with two classes booleans too.
-        classes: how many there are.
-        shapes: those that are accepted.
-        task: what the labels are for, for the message.
+        labels: integers from 0 to `classes` - 1, or -100; with two classes, booleans too.
+        classes: number of classes.
+        shapes: accepted shapes.
+        task: purpose of the labels, for the message.
 
     Raises:
         LabelError: on another dtype, shape or value.
@@ -73,19 +73,20 @@ def token_labels(
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> dict[str, Tensor]:
-    """What a causal language model is scored on, checked and of int64.
+    """Return the labels of a causal language model, checked and as int64.
 
     Args:
-        logits: (batch, length, vocab_size), or of a choice of positions.
+        logits: (batch, length, vocab_size), or those of selected positions.
         labels: (batch, length), which the loss shifts by one.
-        shift_labels: in their place, those that stand at their own positions, of the logits' shape.
-        num_items_in_batch: what the loss is divided by; without it something must be due.
+        shift_labels: used in place of `labels`: labels that are already shifted, of the shape of
+            the logits without `vocab_size`.
+        num_items_in_batch: divisor of the loss; without it at least one label must be scored.
 
     Returns:
-        `labels`, and `shift_labels` where they were given, for transformers' loss.
+        `labels`, and `shift_labels` if they were given, for transformers' loss.
 
     Raises:
-        LabelError: as `check_classes`, and where nothing is due.
+        LabelError: as `check_classes`, and if no label is scored.
     """
     shape = tuple(logits.shape[:-1])
     given = labels if shift_labels is None else shift_labels
@@ -104,19 +105,20 @@ def check_numbers(
     real: Tensor | None = None,
     shares: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Labels that are real numbers, checked, and which of them are due.
+    """Check labels that are real numbers, and return them and which of them are scored.
 
     Args:
         labels: real numbers, or -100.
-        dtype: that they are compared in.
-        shapes: those that are accepted.
-        task: what the labels are for, for the message.
-        real: booleans that the labels' shape broadcasts against; where it is False nothing is due,
-            and the label may be anything.
+        dtype: dtype of the result.
+        shapes: accepted shapes.
+        task: purpose of the labels, for the message.
+        real: booleans that broadcast against the labels; where they are False, labels are not
+            scored and may have any value.
         shares: whether the numbers must lie from 0 to 1.
 
     Returns:
-        The labels in `dtype` with 0 where nothing is due, and booleans of their shape.
+        The labels in `dtype`, 0 where they are not scored; and booleans of their shape, true where
+        they are.
 
     Raises:
         LabelError: on complex labels, another shape, or numbers that are not finite.
@@ -143,7 +145,7 @@ def check_numbers(
 def cross_entropy(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Of logits (…, classes) and labels (…) that `check_classes` gave."""
+    """Return the cross-entropy of logits (…, classes) and labels (…) from `check_classes`."""
     logits, labels = _wide(logits).flatten(0, -2), labels.flatten()
     if num_items_in_batch is None:
         _require(labels != IGNORED)
@@ -155,7 +157,7 @@ def cross_entropy(
 def squared_error(
     logits: Tensor, labels: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Of numbers and labels of one shape, those from `check_numbers`."""
+    """Return the mean squared error of numbers and labels from `check_numbers`, of one shape."""
     errors = torch.where(due, _wide(logits) - labels, 0).square()
     return _mean(errors, due, num_items_in_batch)
 
@@ -163,7 +165,7 @@ def squared_error(
 def binary_cross_entropy(
     logits: Tensor, labels: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Of logits and shares of one shape, those from `check_numbers`."""
+    """Return the binary cross-entropy of logits and shares from `check_numbers`, of one shape."""
     losses = nn.functional.binary_cross_entropy_with_logits(_wide(logits), labels, reduction="none")
     return _mean(torch.where(due, losses, 0), due, num_items_in_batch)
 
@@ -174,15 +176,16 @@ def classification_loss(
     config: GramianConfig,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """The loss of `config.problem_type`, or of the one that labels and their number ask for, which
-    the configuration keeps.
+    """Return the loss for `config.problem_type`.
 
-    A label of -100 is left out: of a sequence with one label, or by itself of several.
+    If that is None, it is inferred from the labels and their number, and stored in the
+    configuration. A label of -100 is left out: the whole sequence if it has one label, or just
+    that label if there are several.
 
     Raises:
-        LabelError: on labels of another shape or dtype than the problem's, classes that there are
-            not, numbers that are not finite, shares of several labels outside of [0, 1], and where
-            nothing is left to score.
+        LabelError: on labels of another shape or dtype than the problem's, classes out of range,
+            numbers that are not finite, shares of several labels outside of [0, 1], and if no
+            label is scored.
     """
     batch, count = logits.shape
     labels, problem = labels.to(logits.device), config.problem_type
@@ -230,12 +233,12 @@ def _check_shape(labels: Tensor, shapes: Sequence[tuple[int, ...]], task: str) -
 
 
 def _any(wrong: Tensor) -> bool:
-    """Whether there is one; not known of tensors without values."""
+    """Return whether any label is wrong, or False for tensors without values."""
     return has_values(wrong) and bool(wrong.any())
 
 
 def _first(labels: Tensor, wrong: Tensor) -> tuple[float, str]:
-    """The first wrong label, and where it stands."""
+    """Return the first wrong label and its index."""
     place = wrong.nonzero()[0].tolist()
     return labels[tuple(place)].item(), f"[{', '.join(map(str, place))}]"
 

@@ -1,8 +1,8 @@
-"""The contract of every block of a model, and the registry of their kinds.
+"""The interface of a model's blocks, and the registry of their kinds.
 
-A block says in `mix` what surrounds its mixer. Forward passes with and without a cache, exported
-programs, sharding and the checks of `GramianConfig` all read the block's class, so a kind of one's
-own needs no change elsewhere:
+The method `mix` of a block applies everything around its mixer. Forward passes with and without a
+cache, exported programs, sharding and the checks of `GramianConfig` all use the block's class, so a
+new kind needs no change elsewhere:
 
     @register_block("post_norm")
     class PostNormBlock(GramianLayer):
@@ -34,26 +34,26 @@ if TYPE_CHECKING:
 __all__ = ["BLOCKS", "GramianLayer", "register_block"]
 
 BLOCKS: dict[str, type[GramianLayer]] = {}
-"""The kinds of blocks by the names that `GramianConfig.block` takes."""
+"""The kinds of blocks by their names in `GramianConfig.block`."""
 
 _BlockType = TypeVar("_BlockType", bound="type[GramianLayer]")
 
 
 class GramianLayer(GradientCheckpointingLayer, abc.ABC):
-    """One layer of a model: a mixer and what surrounds it.
+    """The base class of blocks: one layer of a model, a mixer and everything around it.
 
     A subclass is built as `kind(config, layer)`, makes its mixer with
     `gramian.models.build_mixer(config, layer)`, and is registered with `register_block`.
 
     Args:
-        layer: number of the layer, whose part of a cache it reads.
+        layer: number of the layer, which selects its part of a cache.
     """
 
     kind: ClassVar[str]
     """The name under which the class is registered."""
 
     norms: ClassVar[tuple[str, ...]] = NORMS
-    """What `GramianConfig.norm` may be."""
+    """The accepted values of `GramianConfig.norm`."""
 
     options: ClassVar[tuple[str, ...]] = ()
     """Fields of `GramianConfig` that are refused with other kinds of blocks."""
@@ -70,8 +70,8 @@ class GramianLayer(GradientCheckpointingLayer, abc.ABC):
 
         Args:
             hidden_states: (batch, length, hidden_size).
-            call: the mixer, called once. It may be run on whole sequences, from a state, or in a
-                program that is traced.
+            call: the mixer, to be called once. It may run on whole sequences, from a state, or in
+                a traced program.
 
         Returns:
             (batch, length, hidden_size).
@@ -79,7 +79,7 @@ class GramianLayer(GradientCheckpointingLayer, abc.ABC):
 
     @classmethod
     def default_final_norm(cls, norm: str) -> str:
-        """Return the norm after the last block where `GramianConfig.final_norm` is None.
+        """Return the norm after the last block if `GramianConfig.final_norm` is None.
 
         Args:
             norm: `GramianConfig.norm`.
@@ -92,7 +92,7 @@ class GramianLayer(GradientCheckpointingLayer, abc.ABC):
         mask: Segments | None = None,
         past_key_values: GramianCache | None = None,
     ) -> Tensor:
-        """Map (batch, length, hidden_size) to the same; a cache, if given, is moved on."""
+        """Map (batch, length, hidden_size) to the same; a cache, if given, is updated."""
         mixer = self.mixer
         if past_key_values is None:
             return self.mix(hidden_states, MixerCall(lambda x: mixer(x, mask=mask), mask))
@@ -102,10 +102,10 @@ class GramianLayer(GradientCheckpointingLayer, abc.ABC):
 
 
 def register_block(kind: str) -> Callable[[_BlockType], _BlockType]:
-    """Return a class decorator that makes a block known to `GramianConfig` as `block=kind`.
+    """Return a class decorator that registers a block for `GramianConfig` as `block=kind`.
 
     Raises:
-        ValueError: if the name is taken by another class.
+        ValueError: if another class has that name.
     """
 
     def add(cls: _BlockType) -> _BlockType:
@@ -119,7 +119,7 @@ def register_block(kind: str) -> Callable[[_BlockType], _BlockType]:
 
 
 def _mix_on(mixer: Mixer, x: Tensor, mask: Segments | None, memory: GramianCacheLayer) -> Tensor:
-    """Apply `mixer` to (batch, length, hidden_size) after what `memory` holds."""
+    """Apply `mixer` to (batch, length, hidden_size) from the state in `memory`."""
     batch, length = x.shape[:2]
     recurrence = memory.recurrence_of(mixer, length)
     if torch.is_grad_enabled():  # a frozen snapshot would cut the filters off from the loss

@@ -1,4 +1,4 @@
-"""Reading a saved model, whole or not at all, with one sentence on what is wrong with a folder."""
+"""Reading a saved model, whole or not at all, with one sentence about a folder that is wrong."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCausalLM:
-    """The language model that `save_pretrained` wrote into a folder, in evaluation mode.
+    """Return the language model that `save_pretrained` wrote into a folder, in evaluation mode.
 
-    The names and shapes in the files are compared with those the configuration asks for before any
-    tensor is read, so a model is never loaded in part.
+    The names and shapes in the files are compared with those that the configuration requires before
+    any tensor is read, so a model is never loaded in part.
 
     Args:
         path: the folder.
-        dtype: of the weights; by default the one they were saved in. Filters stay float32.
+        dtype: dtype of the weights; by default, that of the files. Filters stay float32.
 
     Raises:
-        FileNotFoundError: no such folder, or no `config.json` or weights in it.
-        ValueError: a model of another kind, a configuration that is not valid, files that cannot be
-            read, weights that are missing, left over or of other shapes.
+        FileNotFoundError: if there is no such folder, or it lacks `config.json` or weights.
+        ValueError: on a model of another kind, an invalid configuration, files that cannot be
+            read, or weights that are missing, left over or of other shapes.
     """
     folder = Path(path)
     values = _read_config(folder)
@@ -63,10 +63,9 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCau
 
 
 def load_any(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianPreTrainedModel:
-    """A model of whichever class of ours a folder holds: a classifier, a regression and so on, in
-    evaluation mode.
+    """Return the model in a folder, of any class of ours, in evaluation mode.
 
-    Args, errors: as for `load`.
+    Arguments and errors are those of `load`.
     """
     folder = Path(path)
     values = _read_config(folder)
@@ -93,7 +92,7 @@ def _load(
 
 
 def _class(folder: Path, values: dict[str, Any]) -> type[GramianPreTrainedModel]:
-    """The class that a configuration names; without a name, the language model."""
+    """Return the class that a configuration names; without a name, the language model."""
     names = values.get("architectures") or [GramianForCausalLM.__name__]
     known = [CLASSES[name] for name in names if name in CLASSES]
     if not known:
@@ -119,7 +118,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def describe_missing(folder: Path) -> str:
-    """Why a folder without config.json is none of a model."""
+    """Return a sentence on why a folder without config.json does not hold a model."""
     inside = [folder / name for name in ("best", "last")]
     models = [str(path) for path in inside if (path / "config.json").is_file()]
     if models:
@@ -138,7 +137,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in the folder's safetensors files."""
+    """Return names and shapes of all tensors in the folder's safetensors files."""
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
@@ -164,7 +163,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _expected_shapes(
     folder: Path, kind: type[GramianPreTrainedModel], config: GramianConfig
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Names and shapes of the tensors that must be there, and names tied to them that may be."""
+    """Return names and shapes of the required tensors, and the optional names tied to them."""
     try:
         with torch.device("meta"):
             model = kind(config)
@@ -202,6 +201,6 @@ def _some(names: list[str]) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """The first line of an error's message, ended by one full stop."""
+    """Return the first line of an error's message, ending in one period."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".") + "."

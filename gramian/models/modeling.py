@@ -75,29 +75,30 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits, and their loss when `labels` are given.
+        """Return next-token logits, and their loss if `labels` are given.
 
         Args:
-            labels: (batch, length) token ids, -100 to ignore; shifted here, so `labels=input_ids`.
-                A token predicts the next one of its own sequence: nothing is predicted from
-                padding or across the border of packed sequences, and labels at padding do not
-                count. A trainer that counted them in `num_items_in_batch` is corrected.
-            logits_to_keep: compute the logits of the last so many tokens, or of these positions
-                (a 1-D tensor); 0 means all. In a padded batch they are each row's last tokens,
-                wherever its padding stands, and a row without a new token has those after the last
-                one that the cache has seen. Or a boolean (batch, length) mask of positions, whose
-                logits come as (kept, vocab_size), row after row; `shift_labels` must be those of
-                the same positions then.
-            kwargs: those of `GramianModel.forward`, and the loss function's (`num_items_in_batch`,
-                `shift_labels`).
+            labels: (batch, length) token ids, -100 to ignore. They are shifted here, so pass
+                `labels=input_ids`. A token predicts the next one of its own sequence: nothing is
+                predicted from padding or across the border of packed sequences, and labels at
+                padding do not count. If a trainer counted them in `num_items_in_batch`, the count
+                is corrected.
+            logits_to_keep: number of last tokens whose logits to compute, or a 1-D tensor of
+                positions; 0 means all. In a padded batch these are each row's last tokens,
+                wherever its padding stands; a row without a new token has the logits after the
+                last token that the cache has seen. Or a boolean (batch, length) mask of positions,
+                whose logits are returned as (kept, vocab_size), row after row; `shift_labels` must
+                then be those of the same positions.
+            kwargs: those of `GramianModel.forward`, and those of the loss function
+                (`num_items_in_batch`, `shift_labels`).
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Raises:
-            ValueError: also on such a mask with `labels` and no `shift_labels`; on labels of
-                another shape or dtype, out of the vocabulary, or all ignored; and where the last
-                logits of a row without a token are asked for (with a cache, which later chunks may
-                go on from, they are NaN).
+            ValueError: also on a mask of positions with `labels` but without `shift_labels`; on
+                labels of another shape or dtype, outside of the vocabulary, or all ignored; and if
+                the last logits of a row without a token are requested (with a cache, from which
+                later chunks may continue, they are NaN instead).
 
         Returns:
             `loss`, `logits` (batch, kept, vocab_size), `past_key_values`, `hidden_states`.
@@ -160,12 +161,12 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         chunk_size: int = 16_384,
         progress: Callable[[int, int], None] | None = None,
     ) -> CausalLMOutputWithPast:
-        """Read a prompt of any length, chunk after chunk: memory is that of one chunk.
+        """Read a prompt of any length in chunks, with the memory of one chunk.
 
         Args:
             input_ids: (batch, length) token ids.
             attention_mask: (batch, length), 1 for a real token, 0 for padding.
-            past_key_values: the cache of what came before; moved on in place.
+            past_key_values: the cache of the tokens before these; updated in place.
             chunk_size: tokens read at once.
             progress: called as `progress(tokens read, tokens)` before the first chunk and after
                 each.
@@ -173,7 +174,8 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         Returns:
             `logits` (batch, 1, vocab_size) of the token that follows each row's last real one,
             and `past_key_values`. To generate from there, pass the cache and the whole sequence,
-            one token longer; or the new token alone, with an `attention_mask` as long as the whole.
+            one token longer; or the new token alone, with an `attention_mask` for the whole
+            sequence.
 
         Raises:
             ValueError: on a `chunk_size` below 1, a row without a token, and as `forward` does.
@@ -213,7 +215,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         return outputs
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """None: positions are counted here, and those made from a mask restart after padding."""
+        """Do nothing: the model counts positions; those made from a mask restart after padding."""
 
     def prepare_inputs_for_generation(
         self,
@@ -225,7 +227,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Inputs of the next forward; padding concerns the prompt alone when there is a cache."""
+        """Return the inputs of the next forward; with a cache, only the prompt has padding."""
         cache = one_cache(past_key_values, cache)
         new = kwargs.get("next_sequence_length")
         if is_first_iteration and cache is not None and new is not None and new < 1:
@@ -245,7 +247,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         tokens = inputs["input_ids"]
         written = tokens is not None and tokens.shape[1] == 1 and not is_first_iteration
         if cache is not None and written:
-            inputs["attention_mask"] = None  # what was written is real; looking would stall a GPU
+            inputs["attention_mask"] = None  # written tokens are real; a check would stall a GPU
             inputs.pop("position_ids", None)
         return inputs
 
@@ -277,7 +279,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
 def _last_hidden(
     hidden_states: Tensor, segments: Segments | None, count: int, cache: GramianCache | None
 ) -> Tensor:
-    """The last `count` tokens of every row, (batch, count, hidden_size)."""
+    """Return the last `count` tokens of every row, (batch, count, hidden_size)."""
     kept = last_tokens(hidden_states, segments, count)
     if segments is None or segments.packed or not segments.has_empty_rows:
         return kept

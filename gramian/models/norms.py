@@ -1,8 +1,8 @@
 """The norms of `"mlp"` blocks and after the last block, by the names that `GramianConfig` knows.
 
-`"rms"` is `w x / √(mean(x²) + ε)`, `"rms_plus_eps"` is `w x / (√mean(x²) + ε)`, as StripedHyena has
-it, which is another map where activations are small; `"layer"` is PyTorch's, with a bias; `"none"`
-is the identity.
+`"rms"` is `w x / √(mean(x²) + ε)`; `"rms_plus_eps"` is StripedHyena's `w x / (√mean(x²) + ε)`,
+which differs where activations are small; `"layer"` is PyTorch's, with a bias; `"none"` is the
+identity.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ NORMS = ("rms", "rms_plus_eps", "layer")
 """The norms that have weights."""
 
 FINAL_NORMS = (*NORMS, "none")
-"""What may follow the last block."""
+"""The norms that may follow the last block."""
 
 
 class PlusEpsRMSNorm(nn.Module):
-    """`w x / (√mean(x²) + ε)` over the last dimension.
+    """The norm `w x / (√mean(x²) + ε)` over the last dimension.
 
     Args:
         width: size of the last dimension.
@@ -31,7 +31,7 @@ class PlusEpsRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, width) to the same."""
+        """Map (…, width) to the same shape."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         root = wide.square().mean(-1, keepdim=True).sqrt()
         return self.weight * (wide / (root + self.eps)).to(x.dtype)
@@ -49,6 +49,6 @@ def make_norm(kind: str, width: int, eps: float) -> nn.Module:
 
 
 def apply_norm(norm: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Apply a norm, in its own precision, to a residual stream that may have a higher one."""
+    """Apply a norm in its own precision to a residual stream, whose precision may be higher."""
     weight = getattr(norm, "weight", hidden_states)  # the identity has none
     return norm(hidden_states.to(weight.dtype))

@@ -1,8 +1,8 @@
-"""Classification of two sequences: does one paper cite the other, does a sentence follow.
+"""Classification of pairs of sequences: whether one paper cites the other, say.
 
-Both go through one model, as one batch, and are pooled; the head reads `[x, y, x - y, x ∘ y]`
-through one hidden layer, as S4 has it for the Long Range Arena's Retrieval (after Nyströmformer,
-arXiv 2102.03902).
+Both sequences go through one model, as one batch, and are pooled; the head reads
+`[x, y, x - y, x ∘ y]` through one hidden layer, as S4 does for Retrieval in the Long Range Arena
+(after Nyströmformer, arXiv 2102.03902).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["GramianForPairClassification"]
 
 
 class GramianForPairClassification(GramianPreTrainedModel):
-    """A `GramianModel` that two sequences go through, and a head that compares them.
+    """A `GramianModel` that reads two sequences, and a head that compares them.
 
-    As in `GramianForSequenceClassification`, padding anywhere leaves no trace.
+    As in `GramianForSequenceClassification`, padding has no effect, wherever it stands.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
@@ -57,21 +57,22 @@ class GramianForPairClassification(GramianPreTrainedModel):
         position_ids_2: Tensor | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits of a batch of pairs, and their loss when `labels` are given.
+        """Return the logits of a batch of pairs, and their loss if `labels` are given.
 
         Args:
             input_ids: (batch, length) token ids of the first sequences.
             attention_mask: (batch, length), 1 for a real token, 0 for padding.
             input_ids_2: (batch, another length) of the second sequences.
-            attention_mask_2: theirs.
+            attention_mask_2: the mask of the second sequences.
             input_values: (batch, length, `config.input_size`), in place of `input_ids`.
-            input_values_2: likewise.
+            input_values_2: the same for the second sequences.
             labels: as for `GramianForSequenceClassification`, one row for each pair.
-            position_ids: (batch, length), restarting where packed rows have their next sequence:
-                the n-th of them pairs with the n-th of the second sequences.
-            position_ids_2: theirs.
-            kwargs: as for `GramianModel.forward`, with a `_2` for the second sequences; and
-                `num_items_in_batch`, which divides the summed loss in place of their count.
+            position_ids: (batch, length), which restart where the next sequence of a packed row
+                begins: the n-th sequence pairs with the n-th of the second sequences.
+            position_ids_2: the positions of the second sequences.
+            kwargs: as for `GramianModel.forward`, with the suffix `_2` for the second sequences;
+                and `num_items_in_batch`, which divides the summed loss in place of the number of
+                labels.
 
         Returns:
             `loss`, `logits` (batch, num_labels).
@@ -116,14 +117,14 @@ class GramianForPairClassification(GramianPreTrainedModel):
 
 
 def _count(rows: Tensor, segments: Segments | None) -> int:
-    """How many sequences there are."""
+    """Return the number of sequences."""
     if segments is None or not segments.packed:
         return len(rows)
     return len(segments.sequences()[1])
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """One batch, the shorter rows padded on the right with zeros."""
+    """Join two batches, padding the shorter rows on the right with zeros."""
     length = max(first.shape[1], second.shape[1])
     padded = []
     for one in (first, second):
@@ -135,7 +136,7 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
 def _joined_segments(
     first: Tensor, second: Tensor, rows: Segments | None, rows_2: Segments | None
 ) -> Segments | None:
-    """Those of the joined batch."""
+    """Return the segments of the joined batch."""
     both = ((first, rows), (second, rows_2))
     if rows is None and rows_2 is None and first.shape[1] == second.shape[1]:
         return None

@@ -1,4 +1,4 @@
-"""From hidden states to one vector a sequence, over the tokens that a mask calls real."""
+"""Pooling of hidden states to one vector per sequence, over real tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ __all__ = ["pool"]
 
 
 def pool(hidden_states: Tensor, segments: Segments | None, pooling: str) -> Tensor:
-    """(batch, length, width) to (sequences, width): the `"mean"` of real tokens, or the `"last"`
-    one. A row is a sequence, unless rows are packed: then theirs follow in order.
+    """Pool (batch, length, width) to (sequences, width).
+
+    The result is the `"mean"` of the real tokens, or the `"last"` one. Every row is a sequence,
+    unless rows are packed: then their sequences follow each other in order.
 
     Raises:
         ValueError: on a mask that hides a whole sequence.

@@ -1,4 +1,4 @@
-"""The base of all Gramian models of transformers: initialisation, loading, size of the state."""
+"""The base class of all Gramian models: initialization, loading, size of the state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["GramianPreTrainedModel"]
 
 @contextmanager
 def _whole(module: nn.Module) -> Iterator[None]:
-    """Gathers the parameters of a module that FSDP2 has sharded, outside of its forward."""
+    """Gather the parameters of a module that FSDP2 has sharded, outside of its forward."""
     sharded: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
     for part in sharded:
         part.unshard()
@@ -39,19 +39,20 @@ def _whole(module: nn.Module) -> Iterator[None]:
 
 
 class GramianPreTrainedModel(PreTrainedModel):
-    """Initialisation, saving, loading and the size of the generation state."""
+    """The base class of Gramian models: initialization, saving, loading, size of the state."""
 
     config: GramianConfig
     config_class = GramianConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    # A list, here and below, is transformers' own convention.
+    # transformers expects a list, here and below.
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
-    # Filters and dynamics keep themselves in float32: the first list tells quantizers to keep out
-    # of them too, the second one loading in bfloat16. The same name in both is refused.
+    # Filters and dynamics stay in float32 by themselves: the first list keeps quantizers away from
+    # them, the second keeps loading in bfloat16 from casting them. transformers refuses a name that
+    # is in both.
     _keep_in_fp32_modules = [r".*\.mixer\.(?:filter|dynamics)"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [r"mixer\.(?:filter|dynamics)"]  # noqa: RUF012
     _packing: Packing | None = None  # set by compile_decoding
@@ -72,21 +73,22 @@ class GramianPreTrainedModel(PreTrainedModel):
         return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode, or evaluation mode; training drops the packed copies of the weights."""
+        """Set training or evaluation mode; training drops the packed copies of the weights."""
         if mode and self._packing is not None:
             self._packing.clear()
         return super().train(mode)
 
     def state_bytes(self, batch: int = 1, context: int = 1) -> int:
-        """Bytes that `batch` sequences keep between two tokens after `context` tokens.
+        """Return the bytes of state that `batch` sequences keep after `context` tokens.
 
-        The sum over layers of the bytes of the state of the mixer's recurrence, asked of the
-        recurrence itself and equal to `GramianCache.nbytes`; nothing is run. No convolution's state
-        grows with the context: a modal filter's has one complex number per mode and stream, an FIR
-        filter's its last inputs, bounded by `max_position_embeddings` from the first token on.
-        Attention's keys and values grow up to its window, their room doubling each time. The
-        snapshot of the filters is not counted: it belongs to the model and is shared by the batch.
-        Where FSDP2 has sharded the model, all its processes call this together.
+        This is the sum over layers of the bytes of the state of the mixer's recurrence, as the
+        recurrence reports them; it equals `GramianCache.nbytes`, and nothing is run. The state of a
+        convolution does not grow with the context: that of a modal filter has one complex number
+        per mode and stream, that of an FIR filter its last inputs, bounded by
+        `max_position_embeddings` from the first token on. The keys and values of attention grow up
+        to its window, their room doubling each time. The snapshot of the filters is not counted,
+        since it belongs to the model and is shared by the batch. If FSDP2 has sharded the model,
+        all its processes must call this together.
 
         Raises:
             ValueError: if `batch` or `context` is below 1, or the model is bidirectional, which
@@ -104,21 +106,22 @@ class GramianPreTrainedModel(PreTrainedModel):
         return total
 
     def compile_decoding(self, enabled: bool = True, **options: Any) -> None:
-        """Make steps of one token fast: what `generate` does after the prompt.
+        """Make steps of one token fast, as `generate` takes them after the prompt.
 
-        What a layer does between its projections is compiled, at the first step of each batch size,
-        and on a CPU, where a cache is given, the projections multiply by packed copies of their
-        weights, which cost the memory of the weights once more. Results are the same up to
-        rounding. Copies follow the weights: whoever changes them, and however, every generation
-        compares the whole of them before it uses a copy, and training drops the copies. Within one
-        generation, from one empty cache on, a change is seen by the version of a weight or by a few
-        of its values, so not an edit of single values through `.data` or numpy. What cannot be
-        compiled (attention and online convolution are not) runs as it is; if compiling fails, one
-        warning says so. `generate(..., compile_config=CompileConfig(...))` does the same.
+        The computation between the projections of a layer is compiled at the first step of each
+        batch size. On a CPU, if a cache is given, the projections multiply by packed copies of
+        their weights, which need the memory of the weights once more. Results are the same up to
+        rounding. The copies follow the weights: every generation compares all values before it
+        uses a copy, however they were changed, and training drops the copies. Within one
+        generation, that is, from one empty cache on, a change is detected by the version of a
+        weight or by a few of its values, so an edit of single values through `.data` or numpy goes
+        unnoticed. Attention and online convolution cannot be compiled and run unchanged; if
+        compiling fails, a warning is given once. `generate(...,
+        compile_config=CompileConfig(...))` does the same.
 
         Args:
-            enabled: False undoes it.
-            options: for `torch.compile`: `backend`, `mode` and `options`.
+            enabled: whether to compile; False undoes it.
+            options: arguments of `torch.compile`: `backend`, `mode` and `options`.
         """
         packing = Packing() if enabled and can_pack() else None
         for module in self.modules():
@@ -129,7 +132,7 @@ class GramianPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing: what is saved names this package and takes no copy of its source along."""
+        """Do nothing: saved folders name this package and hold no copy of its source."""
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
         with Keeping(self) as keeping:
@@ -137,8 +140,8 @@ class GramianPreTrainedModel(PreTrainedModel):
             reset_unwritten(self, keeping)
 
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
-        # Asked to, transformers passes over modules of other packages that own no tensor
-        # themselves, as a filter made of submodules may: what is passed over is what was read.
+        # transformers can skip modules of other packages, and does so if they own no tensor
+        # themselves, as a filter made of submodules may: skip only modules that were read.
         tensors = [*module.parameters(), *module.buffers()]
         if tensors and all(is_read(tensor) for tensor in tensors):
             return
@@ -146,7 +149,7 @@ class GramianPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Projections onto the residual stream start smaller, as 2 × layers of them add up there.
+        # Projections onto the residual stream start smaller, as 2 × layers of them add up in it.
         small = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, Filter | ShortConvolution | Dynamics):
             module.reset_parameters()

@@ -1,10 +1,10 @@
-"""Reconstruction of a sequence of tokens from one vector: what MAD's compression asks for.
+"""Reconstruction of a sequence of tokens from one vector, the compression task of MAD.
 
-The model's hidden states are pooled to one vector (its last token's, in the published task). The
-decoder adds a sinusoidal code to it for every position, and reads the token there through two
-layers, position by position: whatever it knows of the sequence came through that vector (the MAD
-suite, Poli et al., arXiv 2403.17844). The vector has been through the model's last norm, which the
-published model lacks there.
+The model's hidden states are pooled to one vector (that of the last token, in the published task).
+For every position the decoder adds a sinusoidal code to it and predicts the token through two
+layers, position by position, so all information about the sequence passes through that vector (the
+MAD suite, Poli et al., arXiv 2403.17844). The vector has passed through the model's last norm,
+which the published model does not have there.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = ["GramianForReconstruction"]
 class GramianForReconstruction(GramianPreTrainedModel):
     """A `GramianModel` whose pooled hidden state is decoded to the tokens that it read.
 
-    `config.pooling` says which vector that is; the published one is `"last"`. Sequences of packed
-    rows, told as to `GramianModel.forward`, have a vector each.
+    `config.pooling` names the pooling; the published one is `"last"`. Each sequence of packed rows,
+    given as for `GramianModel.forward`, has its own vector.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
@@ -69,19 +69,19 @@ class GramianForReconstruction(GramianPreTrainedModel):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
-        """Logits of the token at every position, and their loss when `labels` are given.
+        """Return the logits of the token at every position, and their loss if `labels` are given.
 
         Args:
-            labels: (batch, length) token ids due at their own position, -100 to ignore; to
-                reconstruct everything, `input_ids`.
+            labels: (batch, length) token ids at their own positions, -100 to ignore; to
+                reconstruct everything, pass `input_ids`.
             kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
-                summed loss in place of their count.
+                summed loss in place of the number of labels.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Returns:
             `loss`, the mean cross-entropy, `logits` (batch, length, vocab_size), `hidden_states`.
-            Positions count real tokens only; what stands at padding means nothing.
+            Positions count real tokens only; outputs at padding are meaningless.
 
         Raises:
             ValueError: also on a mask that hides a whole sequence, and on labels of another shape
@@ -113,8 +113,10 @@ class GramianForReconstruction(GramianPreTrainedModel):
 def _places(
     segments: Segments | None, batch: int, length: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor]:
-    """Of every position the sequence, (batch, length), or None if it is the row; and which of the
-    sequence's tokens stands there."""
+    """Return the sequence of every position, and the index of its token within the sequence.
+
+    Both are (batch, length); the first is None if every row is one sequence.
+    """
     if segments is None:
         return None, torch.arange(length, device=device)
     if not segments.packed:
@@ -130,9 +132,9 @@ def _places(
 
 
 def position_codes(positions: Tensor, width: int) -> Tensor:
-    """Sines, then cosines, of position × 10,000^(-k / (half - 1)): (…) to (…, width) of float32.
+    """Return sines, then cosines, of position × 10,000^(-k / (half - 1)).
 
-    Half is ⌊width / 2⌋; an odd width ends with a zero.
+    Positions (…) give (…, width) of float32. Half is ⌊width / 2⌋; an odd width ends with a zero.
     """
     half = width // 2
     steps = torch.arange(half, device=positions.device, dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""What a saved folder needs so that others load it with `trust_remote_code=True`.
+"""The module in a saved folder with which `trust_remote_code=True` loads it.
 
-transformers looks in `config.json` under `auto_map` for the module that defines a model of a type
-it does not know, and runs that module from the folder. Ours holds no model: it imports this
-package, and says how to install it where it is missing.
+For a model of an unknown type, transformers looks up the module that defines it under `auto_map` in
+`config.json`, and runs that module from the folder. Our module defines no model: it imports this
+package, or says how to install it if it is missing.
 """
 
 from __future__ import annotations
@@ -52,5 +52,5 @@ __all__ = [
 
 
 def write_module(folder: Path) -> None:
-    """Put the module that `AUTO_MAP` names into `folder`."""
+    """Write the module that `AUTO_MAP` names into `folder`."""
     (folder / f"{MODULE}.py").write_text(SOURCE, encoding="utf-8")

@@ -1,8 +1,8 @@
-"""What a model's arguments say of its rows: which positions are tokens, and of which sequence.
+"""The segments of a model's rows: which positions are tokens, and of which sequence.
 
-Rows are padded under an `attention_mask`, or packed: several sequences follow each other in a row,
-told by `position_ids` that restart, by `seq_idx`, or by `cu_seq_lens_q` and `cu_seq_lens_k`, as
-transformers' `DataCollatorWithFlattening` and TRL's padding-free collators hand them over.
+Rows are padded, with an `attention_mask`, or packed: several sequences follow each other in a row,
+described by `position_ids` that restart, by `seq_idx`, or by `cu_seq_lens_q` and `cu_seq_lens_k`,
+as transformers' `DataCollatorWithFlattening` and TRL's padding-free collators make them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = [
 
 
 def recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The last `length` columns as booleans, or None if they are seen to hide nothing.
+    """Return the last `length` columns as booleans, or None if they hide nothing.
 
     Raises:
-        ValueError: on a mask that is not (batch, ≥ length), or that holds other numbers than 0
+        ValueError: on a mask that is not (batch, ≥ length), or that holds numbers other than 0
             and 1.
     """
     if mask is None:
@@ -69,21 +69,22 @@ def token_segments(
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
 ) -> Segments | None:
-    """Where the sequences stand in rows (batch, length); None where each row is one, all of it.
+    """Return the sequences in rows (batch, length), or None if each row is one whole sequence.
 
     Args:
         batch: number of rows.
-        length: of every row.
+        length: length of every row.
         attention_mask: (batch, length or more), 1 for real tokens; the last columns count.
-        position_ids: (batch, length) or (1, length). Only steps between real tokens of a row are
-            read: one up goes on, none or one back begins the next sequence.
+        position_ids: (batch, length) or (1, length). Only differences between real tokens of a
+            row are read: +1 continues a sequence, 0 or less begins the next one.
         seq_idx: (batch, length) or (1, length): a sequence begins where it changes.
-        cu_seq_lens_q: (sequences + 1): how many positions of the flattened rows come before each.
-        cu_seq_lens_k: the same.
+        cu_seq_lens_q: (sequences + 1): the number of positions in the flattened rows before each
+            sequence, and of all.
+        cu_seq_lens_k: equal to `cu_seq_lens_q`.
 
     Raises:
         ValueError: on other shapes, positions that jump ahead, lengths that do not end with the
-            rows, or arguments that tell of different sequences.
+            rows, or arguments that describe different sequences.
     """
     real = recent_mask(attention_mask, batch, length)
     told = {"position_ids": position_ids, "seq_idx": seq_idx}
@@ -137,7 +138,7 @@ def token_segments(
 
 
 def _begins(query: Tensor | None, key: Tensor | None, total: int) -> Tensor:
-    """The positions after the first at which sequences begin, of cumulative lengths."""
+    """Return the positions, except the first, at which sequences of cumulative lengths begin."""
     if query is None or key is None or not torch.equal(query, key):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together, and be equal.")
     if (
@@ -155,7 +156,7 @@ def _begins(query: Tensor | None, key: Tensor | None, total: int) -> Tensor:
 
 
 def _assert_one_sequence(position_ids: Tensor, real: Tensor | None) -> None:
-    """In a traced graph: fail when it runs if positions are not those of one sequence a row."""
+    """Let a traced graph fail when it runs, unless positions are of one sequence per row."""
     message = "position_ids of packed rows cannot be traced: give each sequence a row of its own."
     if real is None:
         torch._assert_async((position_ids.diff() == 1).all(), message)
@@ -167,10 +168,10 @@ def _assert_one_sequence(position_ids: Tensor, real: Tensor | None) -> None:
 
 
 def next_labels(labels: Tensor, segments: Segments) -> Tensor:
-    """At every token the label of the next token of its sequence, (batch, length).
+    """Return, for every token, the label of the next token of its sequence, (batch, length).
 
     It is -100 at the last token of a sequence and at padding: nothing is predicted across a
-    border, or from padding, and no label of padding is due.
+    border or from padding, and labels at padding are not scored.
     """
     batch, length = labels.shape
     columns = torch.arange(length, device=labels.device).expand(batch, length)
@@ -189,29 +190,32 @@ def next_labels(labels: Tensor, segments: Segments) -> Tensor:
 
 
 def items_due(items: Tensor | int, labels: Tensor, due: Tensor) -> Tensor | int:
-    """How many labels a loss is divided by, given a trainer's count over all of its batches.
+    """Return the divisor of a loss, given a trainer's count of labels over all of its batches.
 
-    Trainers count the labels after the first column. Those at padding, and those of each sequence's
-    first token, which nothing predicts, are among them; so the count is taken down by the share of
-    this batch's labels that are due. Where none is, there is no share, and the count stays.
+    Trainers count all labels after the first column, including those at padding and those of each
+    sequence's first token, which nothing predicts. So the count is multiplied by the share of this
+    batch's labels that are scored. If the batch has no labels, there is no such share, and the
+    count stays unchanged.
 
     Args:
         items: the trainer's count.
         labels: (batch, length).
-        due: (batch, length), `next_labels` of them.
+        due: (batch, length), the result of `next_labels`.
     """
     counted, scored = (labels[:, 1:] != IGNORED).sum(), (due != IGNORED).sum()
     return items * torch.where(scored > 0, scored / counted.clamp_min(1), 1)
 
 
 def last_tokens(hidden_states: Tensor, segments: Segments | None, count: int) -> Tensor:
-    """The last `count` tokens of each row, (batch, count, …); of a row with fewer tokens, zeros
-    come before them. Packed rows are taken as they stand.
+    """Return the last `count` tokens of each row, (batch, count, …).
+
+    In a row with fewer tokens, zeros come before them. In packed rows, the last columns are
+    returned.
 
     Args:
         hidden_states: (batch, length, …).
-        segments: of these rows.
-        count: at least 1.
+        segments: the segments of these rows.
+        count: number of tokens, at least 1.
     """
     if segments is None or segments.packed or segments.aligned:
         return hidden_states[:, -count:]
@@ -227,15 +231,15 @@ def read_rows(
     arguments: dict[str, Any],
     suffix: str = "",
 ) -> Segments | None:
-    """The segments of a forward pass's rows, whose arguments are taken out of ``arguments``.
+    """Return the segments of a forward pass's rows, and remove their arguments from `arguments`.
 
     Args:
-        inputs: what may be given as rows, (batch, length, …); the first that is not None counts.
+        inputs: the possible inputs, (batch, length, …); the first that is not None counts.
         attention_mask: see `token_segments`; or segments that are known already.
         position_ids: see `token_segments`.
         arguments: the other arguments of the pass; `seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k`
-            are taken out, and `max_length_q` and `max_length_k`, which say nothing more.
-        suffix: of these arguments' names.
+            are removed, and so are `max_length_q` and `max_length_k`, which add no information.
+        suffix: suffix of these arguments' names.
 
     Raises:
         ValueError: as `token_segments` does.
@@ -247,7 +251,7 @@ def read_rows(
     for name in ("max_length_q", "max_length_k"):
         arguments.pop(f"{name}{suffix}", None)
     rows = next((x for x in inputs if x is not None), None)
-    if rows is None or rows.ndim < 2:  # the model says what is wrong
+    if rows is None or rows.ndim < 2:  # the model raises the error
         return None
     if isinstance(attention_mask, Segments):
         return attention_mask
@@ -256,12 +260,12 @@ def read_rows(
 
 
 def check_arguments(name: str, arguments: dict[str, Any], *known: str) -> None:
-    """Raise a TypeError for an argument of a forward pass that would be dropped.
+    """Raise a TypeError for an argument of a forward pass that would be ignored.
 
     Args:
-        name: of the model.
-        arguments: what is left over; None is as good as not given.
-        known: further ones that change nothing, beside those of every model.
+        name: name of the model.
+        arguments: the remaining arguments; None counts as not given.
+        known: names of arguments that change nothing, besides those of every model.
     """
     unknown = sorted(
         key

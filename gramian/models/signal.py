@@ -1,7 +1,7 @@
-"""Regression at every position: a signal, or tokens, to a signal of the same length.
+"""Regression at every position, from a signal or tokens to a signal of the same length.
 
-What the Delay task asks for, and with it filtering, denoising and one-step forecasts: the hidden
-states, mapped to `num_labels` real numbers, against the mean squared error.
+The hidden states are mapped to `num_labels` real numbers, with the mean squared error as the loss.
+This covers the Delay task, filtering, denoising and one-step forecasts.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["GramianForSignalRegression"]
 class GramianForSignalRegression(GramianPreTrainedModel):
     """A `GramianModel` whose hidden states are mapped to real numbers, position by position.
 
-    It is causal unless the configuration is `bidirectional` or has batch norms, and then streams:
-    with a cache a signal may be given piece by piece. With `block="mixer"` it is linear.
+    It is causal unless the configuration is `bidirectional` or has batch norms. A causal model can
+    stream: with a cache, a signal may be given piece by piece. With `block="mixer"` it is linear.
     """
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
@@ -55,24 +55,24 @@ class GramianForSignalRegression(GramianPreTrainedModel):
         cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """The numbers at every position, and their loss when `labels` are given.
+        """Return the numbers at every position, and their loss if `labels` are given.
 
         Args:
-            labels: (batch, length, num_labels) of real numbers, -100 where nothing is due. The loss
-                is the mean squared error, in at least single precision, over the numbers that are
-                due at positions that `attention_mask` calls real.
+            labels: (batch, length, num_labels) of real numbers, -100 where nothing is scored. The
+                loss is the mean squared error, in at least single precision, over the other
+                numbers at positions that are real by `attention_mask`.
             kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
-                summed loss in place of their count.
+                summed loss in place of the number of labels.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Returns:
-            `loss`, `logits` (batch, length, num_labels; transformers calls what a regression gives
-            so), `past_key_values`, `hidden_states`.
+            `loss`, `logits` (batch, length, num_labels; the name that transformers gives to the
+            output of a regression), `past_key_values`, `hidden_states`.
 
         Raises:
-            ValueError: also on labels of another shape or that are not finite, and where nothing is
-                left to score.
+            ValueError: also on labels of another shape or that are not finite, and if no label is
+                scored.
         """
         inputs = (input_ids, inputs_embeds, input_values)
         segments = read_rows(inputs, attention_mask, position_ids, kwargs)
@@ -108,7 +108,7 @@ def _loss(
     segments: Segments | None,
     num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
-    """The mean squared error over what is due of (batch, length, num_labels)."""
+    """Return the mean squared error over the scored labels (batch, length, num_labels)."""
     real = None if segments is None else segments.real
     if real is not None:
         if not torch.compiler.is_compiling() and not real.any():

@@ -1,7 +1,7 @@
-"""A generation state on disk: what a prompt left behind, to go on from later or elsewhere.
+"""A generation state on disk, from which to continue a prompt later or elsewhere.
 
-One safetensors file: the tensors of every layer's state in the order of its fields, and a
-fingerprint of the model that wrote them, for a state means nothing to another model.
+It is one safetensors file with the tensors of every layer's state in the order of its fields, and
+a fingerprint of the model that wrote them, since a state is meaningless to another model.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from gramian.models.pretrained import GramianPreTrainedModel
 
 FORMAT = "gramian-cache-1"
-_ROWS = ("last_hidden_state", "padding")  # of a cache, beside its layers
+_ROWS = ("last_hidden_state", "padding")  # tensors of a cache besides its layers
 _SAMPLES = 4096  # values of each parameter that enter a fingerprint
 
 
 @torch.no_grad()
 def fingerprint(model: GramianPreTrainedModel) -> str:
-    """A hash of names, shapes, dtypes and evenly spaced values of all parameters of the blocks.
+    """Return a hash of names, shapes, dtypes and evenly spaced values of the blocks' parameters.
 
-    Any training changes it; casting to another dtype does too.
+    Any training changes it, and so does casting to another dtype.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.base_model.state_dict().items()):
@@ -59,7 +59,7 @@ def save_cache(cache: GramianCache, path: str | Path, model: GramianPreTrainedMo
         for i, leaf in enumerate(tree_leaves(memory.state))
     }
     tensors |= {name: row for name in _ROWS if (row := getattr(cache, name)) is not None}
-    tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}  # none shares
+    tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}  # no aliases
     metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint(model),
@@ -77,11 +77,11 @@ def save_cache(cache: GramianCache, path: str | Path, model: GramianPreTrainedMo
 
 @torch.no_grad()
 def load_cache(path: str | Path, model: GramianPreTrainedModel) -> GramianCache:
-    """The cache that `save_cache` wrote, on the model's device, ready to be continued from.
+    """Return the cache that `save_cache` wrote, on the model's device, ready to continue from.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no cache, or one of another model.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no cache, or that of another model.
     """
     from gramian.models.cache import GramianCache
 

@@ -13,8 +13,8 @@ SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "
 class ByteTokenizer(PreTrainedTokenizerFast):
     """UTF-8 bytes as ids 0–255, then `<|bos|>` 256, `<|eos|>` 257 and `<|pad|>` 258.
 
-    It pads on the left, adds no special token, and takes the names of the special tokens in a text
-    for the text they are. What it saves is read by `AutoTokenizer` without this package.
+    It pads on the left, adds no special token, and treats the names of special tokens in a text as
+    plain text. `AutoTokenizer` reads its files without this package.
 
     Args:
         kwargs: as for any fast tokenizer of transformers.
@@ -33,14 +33,14 @@ class ByteTokenizer(PreTrainedTokenizerFast):
 
 
 def _with_special_tokens() -> Tokenizer:
-    """Bytes, and the special tokens after them."""
+    """Return a tokenizer over bytes, with the special tokens after them."""
     tokenizer = byte_level()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     return tokenizer
 
 
 def byte_level() -> Tokenizer:
-    """Byte-level pair encoding without a single merge: the id of a byte is its value."""
+    """Return byte-level pair encoding without merges: the id of a byte is its value."""
     vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -49,7 +49,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_symbols() -> list[str]:
-    """The characters that stand for the 256 bytes in byte-level encoders.
+    """Return the characters that stand for the 256 bytes in byte-level encoders.
 
     A byte that is a visible Latin-1 character stands for itself; the others, in order, are written
     as the characters from U+0100 on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
-from gramian.distillation import Trial, distill_to_budget, finetune, mean_loss
+from gramian.distillation import Quality, Trial, distill, distill_to_budget, finetune, mean_loss
 from gramian.filters import ModalFilter
 from gramian.models import GramianConfig, GramianForCausalLM, GramianModel
 
@@ -67,6 +68,14 @@ def test_budget_is_kept_by_the_largest_tolerance_tried(
     assert "0.100% were allowed" in str(report)
 
 
+@pytest.mark.parametrize(("count", "words"), [(1, "1 tolerance tried"), (2, "2 tolerances tried")])
+def test_the_summary_counts_tolerances(count: int, words: str) -> None:
+    _, report = distill(make(), order=1)
+    trials = (Trial(tol=0.3, mean_order=1.0, loss=1.0, increase=0.0),) * count
+    quality = Quality(tokens=10, max_increase=1e-3, loss=1.0, trials=trials)
+    assert f"0.100% were allowed, {words}." in replace(report, quality=quality).summary
+
+
 def test_a_budget_that_cannot_be_kept(
     model: GramianForCausalLM, text: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,8 +85,6 @@ def test_a_budget_that_cannot_be_kept(
 
 
 def test_finetuning_recovers_what_a_coarse_distillation_lost(text: Tensor) -> None:
-    from gramian.distillation import distill
-
     small, _ = distill(make(), order=1)
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
     calls: list[tuple[int, int]] = []
