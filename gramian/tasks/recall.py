@@ -59,7 +59,7 @@ class _RecallTask(GeneratedTask):
 @register("associative_recall")
 @dataclass(frozen=True, kw_only=True)
 class AssociativeRecall(_RecallTask):
-    """Key-value pairs from one dictionary per sequence, then the mark and a key, whose value is due.
+    """Key-value pairs from one dictionary per sequence, the mark, and a key whose value is due.
 
     Keys are the lower half of the ordinary tokens, values the upper half.
 
