@@ -356,7 +356,7 @@ class _Demo:
     def _prompt(self) -> Tensor:
         return torch.tensor([list(self.settings.prompt.encode())])
 
-    # --- what is told ---------------------------------------------------------------------------
+    # --- the output -----------------------------------------------------------------------------
 
     def _progress(self, *fields: str) -> Progress:
         return Progress(

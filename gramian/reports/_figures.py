@@ -88,7 +88,7 @@ def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
     errors = [np.asarray(layer.relative_errors) for layer in layers]
     bounds = [np.asarray(layer.lower_bounds) for layer in layers]
     orders = [np.asarray(layer.orders) for layer in layers]
-    for axes, series, colour, label in (
+    for axes, series, color, label in (
         (panels[1], errors, BLUE, "error"),
         (panels[1], bounds, GREY, "lower bound"),
         (panels[2], orders, GREEN, "order"),
@@ -96,8 +96,8 @@ def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
         middle = np.array([values.mean() for values in series], dtype=float)
         low = np.array([values.min() for values in series], dtype=float)
         high = np.array([values.max() for values in series], dtype=float)
-        axes.plot(positions, middle, "o-", ms=4, lw=1.4, color=colour, label=f"{label}, mean")
-        axes.fill_between(positions, low, high, color=colour, alpha=0.18, lw=0, label="least, most")
+        axes.plot(positions, middle, "o-", ms=4, lw=1.4, color=color, label=f"{label}, mean")
+        axes.fill_between(positions, low, high, color=color, alpha=0.18, lw=0, label="least, most")
     if any(values.max() > 0 for values in errors):
         panels[1].set_yscale("log")
     if report.tol is not None:
@@ -149,7 +149,7 @@ def plot_decoding_cost(
         raise ValueError("plot_decoding_cost needs at least one curve of times and one of bytes.")
     figure = new_figure(9.2, 3.5)
     names = list(dict.fromkeys([*milliseconds, *state_bytes]))
-    colours = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
+    colors = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
     panels = figure.subplots(1, 2)
     for axes, curves, unit in (
         (panels[0], milliseconds, 1.0),
@@ -163,7 +163,7 @@ def plot_decoding_cost(
                 marker="o",
                 ms=4,
                 lw=1.6,
-                color=colours[name],
+                color=colors[name],
                 label=name,
             )
         ticks = sorted({context for curve in curves.values() for context in curve})

@@ -62,7 +62,7 @@ def clean(
         if (found := _DIGIT_AFTER_LETTER.search(before[-1:] + letters)) is not None:
             raise ValueError(
                 f"{where}: a digit follows a letter in {found[0].decode(errors='replace')!r}; "
-                "colours are no nucleotides, and numbers are skipped where they stand apart."
+                "color-space codes are not nucleotides, and only numbers apart are skipped."
             )
         codes = letters.translate(_UPPER, _SKIPPED)
         others = codes.translate(None, NUCLEOTIDES)

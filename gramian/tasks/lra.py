@@ -147,8 +147,8 @@ class Image(Task):
         for record in records:
             red, green, blue = record[1:].astype(np.int64).reshape(3, 1024)
             # Convert to gray and round as image libraries do (ITU-R 601).
-            grey = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
-            values = (grey / 255 - 122.6 / 255) / (61.0 / 255)
+            gray = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+            values = (gray / 255 - 122.6 / 255) / (61.0 / 255)
             yield {"input_values": values[:, None].astype(np.float32), "labels": int(record[0])}
 
     @staticmethod

@@ -107,8 +107,8 @@ class Pathfinder(GeneratedTask):
         label = int(random.integers(2))
         image, _ = self.picture(random, label)
         low, high = float(image.min()), float(image.max())
-        grey = np.floor((image - low) / max(high - low, 1e-9) * 255 + 0.5)
-        values = grey.reshape(-1, 1) / 127.5 - 1
+        gray = np.floor((image - low) / max(high - low, 1e-9) * 255 + 0.5)
+        values = gray.reshape(-1, 1) / 127.5 - 1
         return {"input_values": values.astype(np.float32), "labels": label}
 
     def picture(
@@ -283,11 +283,11 @@ def _dash_patch(
     from PIL import Image, ImageDraw
 
     radius = length + math.ceil(thickness) + gap
-    centre = radius * SCALE
-    head = _move((centre, centre), angle, length * SCALE)
-    fine = Image.new("L", (2 * centre + 1, 2 * centre + 1))
+    center = radius * SCALE
+    head = _move((center, center), angle, length * SCALE)
+    fine = Image.new("L", (2 * center + 1, 2 * center + 1))
     ImageDraw.Draw(fine).line(
-        [(centre, centre), (head[1], head[0])], fill=255, width=round(thickness * SCALE)
+        [(center, center), (head[1], head[0])], fill=255, width=round(thickness * SCALE)
     )
     pixels = np.asarray(fine)
     mask = _dilate(pixels, _disc_structure(gap * SCALE))
@@ -301,11 +301,11 @@ def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(image).astype(np.float64) / 255
 
 
-def _place(patch: np.ndarray, centre: tuple[int, int], size: int) -> np.ndarray:
-    """Place the middle of `patch` at `centre` of a (size, size) image, cropped to the image."""
+def _place(patch: np.ndarray, center: tuple[int, int], size: int) -> np.ndarray:
+    """Place the middle of `patch` at `center` of a (size, size) image, cropped to the image."""
     radius = patch.shape[0] // 2
     padded = np.zeros((size + 2 * patch.shape[0],) * 2)
-    row, column = (value + patch.shape[0] - radius for value in centre)
+    row, column = (value + patch.shape[0] - radius for value in center)
     padded[row : row + patch.shape[0], column : column + patch.shape[0]] = patch
     edge = patch.shape[0]
     return padded[edge : edge + size, edge : edge + size]

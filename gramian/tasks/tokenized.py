@@ -65,8 +65,8 @@ class TokenizedTask(Task):
         if self.tokenizer is not None:
             raise ValueError(
                 f"the task's tokenizer has {len(own):,} tokens that are not the "
-                f"{len(tokenizer):,} of the model's own; leave the setting tokenizer out, and the "
-                "model's is taken."
+                f"{len(tokenizer):,} of the model's own; leave the setting tokenizer out to use "
+                "the model's."
             )
         return dataclasses.replace(self, tokenizer=tokenizer)
 

@@ -45,11 +45,11 @@ def plot_training(
     unit = "mean square" if any("eval_mse" in line for line in lines) else "nats"
     figure = new_figure(8.4 if others else 4.4, 3.3)
     panels = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
-    for key, name, colour in (("loss", "training", BLUE), ("eval_loss", "held out", ORANGE)):
+    for key, name, color in (("loss", "training", BLUE), ("eval_loss", "held out", ORANGE)):
         if curves[key]:
             marker = "o" if key != "loss" or len(curves[key]) == 1 else None
             panels[0].plot(
-                *zip(*curves[key], strict=True), color=colour, label=name, marker=marker, ms=3
+                *zip(*curves[key], strict=True), color=color, label=name, marker=marker, ms=3
             )
     panels[0].legend(frameon=False, fontsize=8)
     finish(panels[0], title="loss", x="step", y=unit)
