@@ -1,12 +1,12 @@
 """Gramian: the memory of causal sequence models.
 
-Every causal mixer applies a lower-triangular operator ``y = T u``; the rank of its Hankel blocks is
-the memory that it needs. Parametrise that operator (filters, mixers), measure it
-(`effective_state_size`), shrink it (`reduce`, `realize`, `distill`) and run
-it (convolution and recurrence).
+Every causal mixer applies a lower-triangular operator `y = T u`, and the rank of its Hankel blocks
+is the memory that it needs. The library parametrizes that operator (filters, mixers), measures it
+(`effective_state_size`), shrinks it (`reduce`, `realize`, `distill`) and runs it (convolution and
+recurrence).
 
-``import gramian`` imports nothing else until a name is used. ``import gramian.models`` imports
-transformers and registers its classes with transformers' Auto classes.
+`import gramian` imports nothing else until a name is used. `import gramian.models` imports
+transformers and registers our classes with its Auto classes.
 """
 
 from __future__ import annotations

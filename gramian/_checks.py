@@ -1,4 +1,4 @@
-"""Checks of arguments: each raises one sentence with what was given and what is accepted."""
+"""Checks of arguments, whose errors say in one sentence what was given and what is accepted."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def check_choice(name: str, value: object, accepted: Iterable[str], where: str =
     """Raise a ValueError unless `value` is among the accepted names.
 
     Args:
-        name: what the message calls the value.
-        value: what was given.
-        accepted: the names.
-        where: what the message says after them, such as " in 'glu' blocks".
+        name: name of the value in the message.
+        value: the given value.
+        accepted: the accepted names.
+        where: text that follows them in the message, such as " in 'glu' blocks".
     """
     choices = tuple(accepted)
     if value not in choices:

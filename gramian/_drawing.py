@@ -1,4 +1,4 @@
-"""What all figures share: colours, an empty figure, the look of its axes, and writing it."""
+"""Parts that all figures share: colors, an empty figure, the style of axes, and saving."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
     "save_figure",
 ]
 
-# Colours that people with any kind of colour vision tell apart (Okabe and Ito).
+# Colors that people with any kind of color vision can distinguish (Okabe and Ito).
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 CYCLE = (BLUE, ORANGE, GREEN, GREY)
 
@@ -48,13 +48,13 @@ def finish(axes: Any, *, title: str, x: str, y: str) -> None:
 
 
 def head(figure: Figure, title: str) -> None:
-    """Put a title over a whole figure, such as the folder that it shows: the end of a long one."""
+    """Put a title over a whole figure, such as its folder; a long title is cut at its start."""
     shown = title if len(title) <= _LONGEST_TITLE else f"…{title[1 - _LONGEST_TITLE :]}"
     figure.suptitle(shown, fontsize=9, color=GREY, x=0.01, ha="left", parse_math=False)
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write `figure` in the format of the suffix of `path`, complete or not at all."""
+    """Write `figure` in the format that the suffix of `path` names, completely or not at all."""
     path = Path(path)
     with staged_file(path) as stage:
         figure.savefig(stage, dpi=150)

@@ -1,8 +1,8 @@
-"""Modules of a user's own, which register tasks, filters, mixers and other parts.
+"""Imports of the user's own modules, which register tasks, filters, mixers and other parts.
 
-A module is named by its file (`parts/my_task.py`) or as `import` names it (`my_lab.parts`). A file
-is known to Python by its stem. Whoever trains with a module keeps a copy of it beside the results,
-from which it is imported where the original is not there any more.
+A module is given as a file (`parts/my_task.py`) or by its dotted name (`my_lab.parts`). Python
+knows a file by its stem. Training keeps a copy of each module beside the results, which is imported
+if the original no longer exists.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from gramian._staging import staged_file
 __all__ = ["copy_parts", "find_copy", "import_parts"]
 
 _LOADED: dict[str, ModuleType] = {}
-"""Modules by the hash of their files: a copy of what is imported already registers nothing."""
+"""Modules by the hash of their files, so that a copy of an imported module is not imported."""
 
 
 def import_parts(names: Sequence[str], copies: str | Path | None = None) -> None:
-    """Import modules, each once, for what they register.
+    """Import modules that register parts, each once.
 
     Args:
         names: paths of Python files, relative to the working directory, or dotted names of modules
-            in it or installed.
-        copies: folder where `copy_parts` put copies of them, if there is one. They are imported in
-            place of modules that are not found.
+            that are in it or installed.
+        copies: folder of the copies that `copy_parts` made, or None. Copies are imported in place
+            of modules that are not found.
 
     Raises:
-        ValueError: if there is no such module, it is not what its copy was made of, or it fails
-            while it is imported.
+        ValueError: if a module does not exist, differs from its copy, or fails while it is
+            imported.
     """
     for name in names:
         source = _find(name)
@@ -55,17 +55,17 @@ def import_parts(names: Sequence[str], copies: str | Path | None = None) -> None
 
 
 def find_copy(name: str, copies: str | Path) -> Path | None:
-    """Return the copy of a module that `copy_parts` put into a folder, if there is one."""
+    """Return the copy of a module that `copy_parts` put into a folder, or None."""
     copy = Path(copies, _copy_name(name))
     return copy if copy.is_file() else None
 
 
 def copy_parts(names: Sequence[str], folder: str | Path) -> dict[str, str]:
-    """Copy the files of modules into a folder, those that are not there yet.
+    """Copy the files of modules into a folder, unless it has them already.
 
     Args:
-        names: as for `import_parts`. Of a package only its `__init__.py` is copied.
-        folder: for the copies; made if there are any.
+        names: as for `import_parts`. Only the `__init__.py` of a package is copied.
+        folder: folder of the copies, which is created if needed.
 
     Returns:
         SHA-256 of the copy of each module, by the module's name.
@@ -77,13 +77,13 @@ def copy_parts(names: Sequence[str], folder: str | Path) -> dict[str, str]:
             copy.parent.mkdir(parents=True, exist_ok=True)
             with staged_file(copy) as stage:
                 shutil.copyfile(source, stage)
-        if copy.is_file():  # not of a module that is no Python file
+        if copy.is_file():  # a module without a Python file has no copy
             hashes[name] = _hash(copy)
     return hashes
 
 
 def _find(name: str) -> Path | None:
-    """Return the Python file that a name stands for, if it is there."""
+    """Return the Python file of a name, or None if it does not exist."""
     if name.endswith(".py"):
         file = Path(name)
     else:
@@ -142,7 +142,7 @@ def _failure(name: str, error: Exception) -> ValueError:
 
 @contextmanager
 def _working_directory_on_path() -> Iterator[None]:
-    """Let modules be found in the working directory, as `python -m` does, while one is imported."""
+    """Add the working directory to the path during an import, as `python -m` does."""
     here = os.getcwd()
     sys.path.append(here)
     try:

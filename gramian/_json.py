@@ -1,6 +1,6 @@
-"""JSON as the standard has it: what is not a number is null.
+"""Standard JSON, in which NaN and infinities become null.
 
-Python writes NaN and Infinity as bare words, which no other reader of JSON takes.
+Python writes NaN and Infinity as bare words, which other JSON parsers reject.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ __all__ = ["to_json"]
 
 
 def to_json(values: Any, **options: Any) -> str:
-    """JSON text in which floating-point numbers that are not finite are null.
+    """Return JSON text in which floating-point numbers that are not finite are null.
 
     Args:
         values: plain values, mappings, lists and tuples.
-        options: of `json.dumps`.
+        options: options of `json.dumps`.
 
     Raises:
         TypeError: on a value that JSON cannot hold.

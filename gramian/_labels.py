@@ -3,4 +3,4 @@
 __all__ = ["IGNORED"]
 
 IGNORED = -100
-"""The label that nobody scores; PyTorch's losses leave it out by default."""
+"""The label that is never scored; PyTorch's losses ignore it by default."""

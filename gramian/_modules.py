@@ -1,4 +1,4 @@
-"""Modules of PyTorch that more than one package builds on."""
+"""PyTorch modules that several packages build on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was probably meant by a name that is unknown."""
+"""Error messages for unknown names, which suggest the nearest known one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["unknown"]
 
 
 def unknown(what: str, name: object, accepted: Iterable[str]) -> str:
-    """One sentence: `what` `name` is unknown, the nearest accepted name, all of them."""
+    """Return a message that `what` `name` is unknown, with the nearest and all accepted names."""
     names = sorted(accepted)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     meant = f" Did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""How many processes the environment says there are, as torchrun and its like leave it there."""
+"""The number of processes, which torchrun and similar launchers set in the environment."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["require_one_process", "world_size"]
 
 
 def world_size() -> int:
-    """`WORLD_SIZE`, or 1 where it is not set.
+    """Return `WORLD_SIZE`, or 1 if it is not set.
 
     Raises:
-        ValueError: if it is no number of at least 1, or if several processes have no `RANK`.
+        ValueError: if it is not an integer of at least 1, or if several processes have no `RANK`.
     """
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
@@ -28,10 +28,10 @@ def require_one_process(reason: str) -> None:
     """Refuse to run as one of several processes.
 
     Args:
-        reason: why not, as the beginning of a sentence: what runs, and what it does.
+        reason: reason for the refusal, as the beginning of the error's sentence.
 
     Raises:
-        ValueError: if the environment says that there are several processes, or makes no sense.
+        ValueError: if the environment describes several processes, or is invalid.
     """
     processes = world_size()
     if processes > 1:

@@ -1,7 +1,7 @@
-"""Outputs that are complete or absent: write beside the target, then rename.
+"""Outputs that are either complete or absent: they are written beside the target, then renamed.
 
-A rename within one folder is atomic, so whoever looks at the target sees the old state of the
-disk or the finished output, whatever happens while it is being written.
+A rename within one folder is atomic, so readers of the target see either the old state of the disk
+or the finished output, whatever happens while it is written.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["staged_directory", "staged_file"]
 def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `target` that becomes `target` when the block succeeds.
 
-    With `replace`, an existing `target` gives way at the end; without it, an existing one is a
-    `FileExistsError` at the start. An exception removes what was written, and any parent folders
-    that had to be made, and leaves `target` as it was.
+    With `replace`, an existing `target` is replaced at the end; without it, an existing one raises
+    `FileExistsError` at the start. After an exception, what was written and any parent folders that
+    were created are removed, and `target` is unchanged.
     """
     target = Path(os.path.abspath(target))
     if not replace and (target.exists() or target.is_symlink()):

@@ -67,7 +67,7 @@ _Page = Annotated[
 
 @dataclass(frozen=True)
 class _Source:
-    """What all models read: a document, or a row of a task."""
+    """The input that all models read: a document, or a row of a task."""
 
     name: str
     document: Document | None = None
@@ -166,7 +166,7 @@ def _check(
 
 
 def _document(text: Path | None, prompt: str | None) -> _Source | None:
-    """Read the first document of a file or prompt, or None if there is neither."""
+    """Read the first document of a file or prompt; return None if neither is given."""
     from gramian.tasks import documents_in
 
     if text is not None:
@@ -190,7 +190,7 @@ def _document(text: Path | None, prompt: str | None) -> _Source | None:
 def _one_task(
     name: str | None, settings: list[str], config: Path | None, seed: int | None
 ) -> tuple[str, Task, int]:
-    """Build a task that was named, or the configuration's; return its name, itself and the seed."""
+    """Build the named task, or the configuration's; return its name, the task and the seed."""
     from gramian import tasks
     from gramian._nearest import unknown
 

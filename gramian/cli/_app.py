@@ -1,4 +1,4 @@
-"""The app itself, how its commands register, and how they fail: in one line."""
+"""The app, the registration of its commands, and their one-line errors."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ _EXTRAS = {  # the extra that a missing package comes with
     "yaml": "train",
 }
 _REGISTERED = ("unknown task '", "unknown filter type '", "mixers must be among ")
-"""What messages say where a module that registers parts may be missing."""
+"""Beginnings of messages whose cause may be a missing module that registers parts."""
 
 
 class UserError(Exception):
-    """Something the user can put right; its message is one sentence."""
+    """An error that the user can correct; its message is one sentence."""
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a function as the command of its name, with the options `--import` and `--debug`.
 
-    The modules of `--import` are imported before the function runs, which takes the list itself if
-    it has a parameter `imports`. Errors of the function end the process in one line, or with
-    `--debug` in a traceback.
+    The modules of `--import` are imported before the function runs. The function receives their
+    list if it has a parameter `imports`. Its errors end the process with one line, or with a
+    traceback under `--debug`.
     """
     signature = inspect.signature(function)
     wants_imports = "imports" in signature.parameters
@@ -109,7 +109,7 @@ def main() -> None:
 
 @contextmanager
 def _failures(debug: bool = False) -> Iterator[None]:
-    """Turn every exception but Typer's own into an exit status of 1 and what is known of it."""
+    """Turn every exception except Typer's own into an exit status of 1 and a line about it."""
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -134,7 +134,7 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _advice(error: BaseException | None) -> str:
-    """Name the extra that a missing package comes with, if the error does not do so itself."""
+    """Return advice on the extra that provides a missing package, unless the error names it."""
     if error is None or "pip install" in str(error):
         return ""
     package = (getattr(error, "name", None) or "").partition(".")[0]

@@ -1,4 +1,4 @@
-"""What every command shows: progress while it works, its report when it is done."""
+"""The output of all commands: progress while they work, and a report at the end."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Bar", "console_for", "finish", "running"]
 
 
 def console_for(as_json: bool) -> Console:
-    """Return a console on standard error if standard output is to hold JSON, else on the latter."""
+    """Return a console on standard output, or on standard error if the former is to hold JSON."""
     return Console(stderr=as_json)
 
 
 class Bar:
-    """A progress bar that knows its total once it is told."""
+    """A progress bar that learns its total from its first call."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
@@ -39,7 +39,7 @@ class Bar:
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
-        """Take the bar away while something else shows its own."""
+        """Hide the bar while another one is shown."""
         self._progress.stop()
         try:
             yield
@@ -55,12 +55,12 @@ def running(
     about: str | None = None,
     errors: tuple[type[Exception], ...] = (OSError, ValueError),
 ) -> Iterator[Bar]:
-    """Show a progress bar on a terminal, and turn what the library refuses into one sentence.
+    """Show a progress bar on a terminal, and turn errors of the library into one sentence.
 
     Args:
-        console: where the bar is shown.
+        console: console that shows the bar.
         title: text in front of the bar.
-        about: what the sentence begins with, such as the name of a model.
+        about: beginning of the sentence, such as the name of a model.
         errors: exceptions whose messages are meant for users.
     """
     from rich.progress import Progress
@@ -81,15 +81,15 @@ def finish(
     *written: str | os.PathLike[str] | None,
     indent: int | None = 2,
 ) -> None:
-    """Print the outcome of a command, once, as JSON or as text.
+    """Print the outcome of a command as JSON or as text.
 
     Args:
-        console: where text goes.
+        console: console for text.
         as_json: whether to print JSON on standard output instead.
         values: plain values for JSON.
-        shown: what the console prints: a report or text; None if that is done already.
-        written: files and folders that hold the outcome; None is left out.
-        indent: of JSON.
+        shown: report or text for the console; None if it was printed already.
+        written: files and folders that hold the outcome; None is skipped.
+        indent: indentation of JSON.
     """
     if as_json:
         print(to_json(values, indent=indent))

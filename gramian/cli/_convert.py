@@ -28,7 +28,7 @@ def convert(
         str | None,
         typer.Option(
             help="Format of the checkpoint: safari, hyenadna, hyena_rtf or striped_hyena "
-            "(default: recognised from its tensors and configuration)."
+            "(default: recognized from its tensors and configuration)."
         ),
     ] = None,
     as_json: Json = False,

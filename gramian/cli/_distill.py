@@ -66,7 +66,7 @@ _Tail = Annotated[
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What the filters are reduced to."""
+    """The requested sizes or errors of the reduced filters."""
 
     tol: float
     order: int | None
@@ -166,5 +166,5 @@ def _draw(report: DistillationReport, title: str, path: Path) -> None:
 
     try:
         save_figure(plot_distillation(report, title), path)
-    except ImportError as error:  # a picture is not worth the result
+    except ImportError as error:  # a missing figure must not lose the result
         print(f"gramian: no figure: {one_line(error)}", file=sys.stderr)

@@ -64,7 +64,7 @@ _Output = Annotated[Path | None, typer.Option("--output", "-o", help="New folder
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is asked of a model: tasks of ours, names that the harness knows, texts."""
+    """The requested evaluations: tasks of ours, names of harness tasks, and texts."""
 
     tasks: dict[str, Task]
     harness: list[str]
@@ -140,7 +140,7 @@ def _require_one_process() -> None:
 
 
 def _of_the_harness(names: list[str]) -> list[str]:
-    """Return the names that are no tasks of ours, if the harness is there to know them."""
+    """Return the names that are not tasks of ours, if the harness is installed."""
     import importlib.util
 
     from gramian import tasks
@@ -158,7 +158,7 @@ def _of_the_harness(names: list[str]) -> list[str]:
 def _compare(
     model: str, against: str | None, wanted: _Wanted, device: str, as_json: bool
 ) -> EvaluationReport:
-    """Measure the model, after the other one."""
+    """Measure the reference model, if there is one, and then the model."""
     from gramian.evaluation import EvaluationReport
 
     measured = {}
@@ -170,7 +170,7 @@ def _compare(
 
 
 def _conditions(wanted: _Wanted) -> dict[str, Any]:
-    """Return what the numbers were measured on, but for the names of tasks and texts."""
+    """Return the conditions of the measurements, without the names of tasks and texts."""
     from dataclasses import asdict
 
     from gramian.tasks import choose_split
@@ -196,7 +196,7 @@ def _save(report: EvaluationReport, output: Path) -> None:
 
 
 def _measure(name: str, wanted: _Wanted, device: str, bar: Bar) -> list[Measure]:
-    """Measure everything that is wanted of one model."""
+    """Run all requested evaluations of one model."""
     from gramian import evaluation
 
     model, tokenizer = _open(name, wanted, device)
@@ -244,7 +244,7 @@ def _measure(name: str, wanted: _Wanted, device: str, bar: Bar) -> list[Measure]
 
 
 def _open(name: str, wanted: _Wanted, device: str) -> tuple[Any, Any]:
-    """Load a model that can do what is wanted, and its tokenizer."""
+    """Load a model that supports the requested evaluations, and its tokenizer."""
     from gramian.analysis import open_model
     from gramian.models import GramianForCausalLM, GramianPreTrainedModel
 

@@ -104,7 +104,7 @@ def generate(
 
 
 def _encode(tokenizer: Any, prompt: str, folder: Path, model: GramianForCausalLM) -> Tensor:
-    """Encode the prompt to (1, tokens) that the model knows."""
+    """Encode the prompt as token ids (1, tokens) within the model's vocabulary."""
     ids = prompt_ids(tokenizer, prompt)
     if int(ids.max()) >= model.config.vocab_size:
         raise UserError(
@@ -117,7 +117,7 @@ def _encode(tokenizer: Any, prompt: str, folder: Path, model: GramianForCausalLM
 def _run(
     folder: Path, model: GramianForCausalLM, ids: Tensor, seed: int, options: dict[str, Any]
 ) -> tuple[Tensor, float]:
-    """Return the prompt with what follows, (tokens,), and the seconds that it took."""
+    """Return the prompt with its continuation, (tokens,), and the seconds that it took."""
     import torch
 
     torch.manual_seed(seed)

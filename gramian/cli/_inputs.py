@@ -1,4 +1,4 @@
-"""What commands read: models, tokenizers, texts, tasks and numbers; each is right or refused."""
+"""Readers of the commands' inputs: models, tokenizers, texts, tasks and numbers, all checked."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ __all__ = [
 
 
 SAVE_TOKENIZER = "save the one it was trained with there, by its method save_pretrained"
-"""The cure for a model without a tokenizer."""
+"""The advice for a model without a tokenizer."""
 
 
 def check_new(out: Path) -> None:
-    """Refuse a path where something is already."""
+    """Refuse a path that exists already."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; name a folder that does not.")
 
@@ -62,14 +62,14 @@ def fraction(name: str, text: str) -> float:
 
 
 def require_training() -> None:
-    """Refuse to train, or to read what training is told, without the packages for it."""
+    """Refuse to train, or to read a training configuration, without the packages for it."""
     for package in ("yaml", "accelerate", "datasets"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'Training needs {package}: pip install "gramian[train]".')
 
 
 def quiet_transformers() -> None:
-    """Keep transformers from writing beside what a command prints."""
+    """Keep transformers from writing into a command's output."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -102,7 +102,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
-    """Make the tokenizer of a model that has none of its own but a vocabulary of bytes."""
+    """Make a byte tokenizer for a model that has no tokenizer but a vocabulary of bytes."""
     from gramian.models import ByteTokenizer
 
     tokenizer = ByteTokenizer()
@@ -187,11 +187,10 @@ def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
 def find_tasks(
     names: list[str], settings: list[str], config: Path | None, seed: int | None
 ) -> tuple[dict[str, Task], int]:
-    """Build the tasks of `gramian.tasks` that were named and the configuration's.
+    """Build the named tasks of `gramian.tasks` and that of the configuration.
 
     Returns:
-        The tasks by name, with changed settings; and the seed, which is the configuration's if none
-        was given.
+        The tasks by name, with changed settings; and the seed, by default the configuration's.
     """
     from gramian import tasks
 

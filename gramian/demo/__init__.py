@@ -1,7 +1,7 @@
 """The demo: train on real English, distil, generate in constant memory, and measure all of it.
 
 `run_demo` trains a MultiHyena language model on the text behind Python's `help()`, reduces its long
-filters to small recurrences, and checks every claim it makes on the spot. Needs the extra `cli`.
+filters to small recurrences, and checks every claim during the run. It needs the extra `cli`.
 """
 
 from gramian.demo._run import Check, DemoReport, DemoSettings, run_demo

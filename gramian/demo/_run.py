@@ -1,4 +1,4 @@
-"""The demo from the first byte of text to the last check."""
+"""The whole demo, from reading the text to the last check."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ __all__ = ["Check", "DemoReport", "DemoSettings", "run_demo"]
 
 REPORT = "demo.json"
 
-# What the demo claims, each checked on the run at hand.
+# The demo's claims, each of which is checked in every run.
 LEAST_GAIN_OF_LONG_FILTERS = 0.02  # bits per byte, relative
 MOST_CHANGE_BY_DISTILLING = 0.001  # bits per byte, relative
 MOST_MEAN_ORDER = 32
@@ -63,18 +63,18 @@ MOST_SLOWDOWN_WITH_CONTEXT = 1.1
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of everything; the defaults take a few minutes on two cores.
+    """Settings of the demo; with the defaults it takes a few minutes on two cores.
 
     Attributes:
-        seed: of initialisation, training windows and sampling.
+        seed: seed of initialization, training windows and sampling.
         tol: relative l2 error of every distilled filter.
-        hidden_size, layers, heads, frequency: the model; `frequency` is that of its implicit
-            filters' sine activations. The filters have as many taps as a training window.
-        training: how it is trained.
-        prompt, written: what both models continue, and by how many bytes.
-        greedy_tokens: how many tokens recurrence and recomputation are compared over.
+        hidden_size, layers, heads, frequency: sizes of the model, and the frequency of the sine
+            activations of its implicit filters. The filters have as many taps as a training window.
+        training: settings of training.
+        prompt, written: the prompt that both models continue, and the number of bytes to write.
+        greedy_tokens: number of tokens on which recurrence and recomputation are compared.
         contexts: context lengths at which generation is timed.
-        timed_tokens, timed_rounds: tokens of one timing, and timings of each context.
+        timed_tokens, timed_rounds: tokens per timing, and timings per context.
     """
 
     seed: int = 0
@@ -94,7 +94,7 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Check:
-    """One claim, whether this run bears it out, and the numbers behind it."""
+    """A claim, whether this run confirms it, and the numbers behind it."""
 
     claim: str
     passed: bool
@@ -103,16 +103,16 @@ class Check:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Everything that a run measured.
+    """All measurements of a run.
 
     Attributes:
-        checks: the claims.
-        bits_per_byte: of the bigram model and of the three networks, on held-out bytes.
+        checks: the claims and their checks.
+        bits_per_byte: bits per byte of the bigram model and the three networks on held-out text.
         distillation: orders and errors of every filter.
-        agreement: greedy generation by recurrence against recomputation.
-        milliseconds_per_token, state_bytes: for every way to generate, by context length.
-        texts: what each model wrote.
-        seconds: how long each part took.
+        agreement: agreement of greedy generation by recurrence with recomputation.
+        milliseconds_per_token, state_bytes: costs of every method of generation, by context length.
+        texts: text that each model wrote.
+        seconds: duration of each part.
     """
 
     settings: DemoSettings
@@ -127,11 +127,11 @@ class DemoReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every check did."""
+        """Return whether every check passed."""
         return all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can hold."""
+        """Return the whole report as values that JSON can hold."""
         return {
             "passed": self.passed,
             "checks": [asdict(check) for check in self.checks],
@@ -149,15 +149,15 @@ class DemoReport:
 def run_demo(
     output: str | Path, settings: DemoSettings | None = None, console: Console | None = None
 ) -> DemoReport:
-    """Run the demo, telling what happens on `console`, and write models, figures and numbers.
+    """Run the demo, report its progress on `console`, and write models, figures and numbers.
 
     The folder `output` then holds `original/` and `distilled/` (models with their tokenizer),
-    `hankel_spectra.png`, `quality.png`, `cost.png` and `demo.json`. It appears when everything is
-    done, and replaces the output of an earlier run.
+    `hankel_spectra.png`, `quality.png`, `cost.png` and `demo.json`. It is created when everything
+    is done, and replaces the output of an earlier run.
 
     Raises:
-        FileExistsError: `output` exists and is not what an earlier run wrote.
-        RuntimeError: this Python lacks the text to train on.
+        FileExistsError: if `output` exists and was not written by an earlier run.
+        RuntimeError: if this Python lacks the text to train on.
     """
     output = Path(output)
     settings = DemoSettings() if settings is None else settings
@@ -176,7 +176,7 @@ def run_demo(
 
 
 class _Demo:
-    """One run: the parts in order, and what they leave for each other."""
+    """One run of the demo: its parts in order, and the values that they share."""
 
     def __init__(self, settings: DemoSettings, stage: Path, console: Console) -> None:
         self.settings, self.stage, self.console = settings, stage, console
@@ -265,7 +265,7 @@ class _Demo:
             train(model, corpus.train, self.settings.training, show)
 
     def _distill(self, model: GramianForCausalLM) -> tuple[GramianForCausalLM, DistillationReport]:
-        """Distil, save both models, and go on with the distilled one as it is read back."""
+        """Distil, save both models, and return the distilled one as loaded from its folder."""
         with self._progress() as progress:
             task = progress.add_task("Distilling", total=None)
             distilled, report = distill(
@@ -318,8 +318,8 @@ class _Demo:
     def _measure_cost(
         self, model: GramianForCausalLM, distilled: GramianForCausalLM, corpus: Corpus
     ) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, int]], float]:
-        """Milliseconds and bytes for every way to generate and context, and the distilled model's
-        cost of a token at the longest context relative to the shortest."""
+        """Measure milliseconds and bytes for every method of generation and context, and the
+        distilled model's cost of a token at the longest context relative to the shortest."""
         settings = self.settings
         contexts = settings.contexts
         context = corpus.train[: max(contexts)].long().unsqueeze(0)  # (1, length)
@@ -335,7 +335,7 @@ class _Demo:
             )
             times = {"distilled": {n: min(seconds) for n, seconds in rounds.items()}}
             slowdown = median_ratio(rounds[max(contexts)], rounds[min(contexts)])
-            # Online convolution does its large blocks once in as many steps as there are taps.
+            # Online convolution computes its largest blocks once in as many steps as taps.
             decoders = {n: Decoder(model, context[:, :n]) for n in (min(contexts), max(contexts))}
             name = "original, online convolution"
             sizes[name] = {n: decoder.state_bytes for n, decoder in decoders.items()}
@@ -356,7 +356,7 @@ class _Demo:
     def _prompt(self) -> Tensor:
         return torch.tensor([list(self.settings.prompt.encode())])
 
-    # --- what is told ---------------------------------------------------------------------------
+    # --- the output -----------------------------------------------------------------------------
 
     def _progress(self, *fields: str) -> Progress:
         return Progress(

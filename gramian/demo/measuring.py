@@ -1,4 +1,4 @@
-"""What the demo measures: quality, spectra, agreement of two ways to generate, and cost."""
+"""The demo's measurements: quality, spectra, agreement of two methods of generation, and cost."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ __all__ = [
 
 
 def bits_per_byte(model: GramianForCausalLM, windows: Tensor) -> float:
-    """Measure the mean bits of every byte of windows (count, length) but each window's first."""
+    """Measure the mean bits per byte of windows (count, length), each window's first excluded."""
     return mean_loss(model, windows.long()) / math.log(2)
 
 
 @torch.no_grad()
 def cut_to_tap_zero(model: GramianForCausalLM) -> GramianForCausalLM:
-    """A copy whose long filters keep tap 0 only: what is left if the long memory goes."""
+    """Copy a model and keep only tap 0 of its long filters, which removes their long memory."""
     cut = copy.deepcopy(model)
     for block in cut.model.layers:
         mixer: Any = block.mixer
@@ -53,7 +53,7 @@ def cut_to_tap_zero(model: GramianForCausalLM) -> GramianForCausalLM:
 
 @torch.no_grad()
 def hankel_spectra(model: GramianForCausalLM, taps: int) -> dict[str, Tensor]:
-    """Singular values of `T[taps/2:, :taps/2]` of every filter of every layer, float64."""
+    """Return the singular values of `T[taps/2:, :taps/2]` of each layer's filters, float64."""
     spectra = {}
     for index, block in enumerate(model.model.layers):
         mixer: Any = block.mixer
@@ -64,13 +64,13 @@ def hankel_spectra(model: GramianForCausalLM, taps: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far greedy generation by recurrence and by full recomputation agree.
+    """The agreement of greedy generation by recurrence with that by full recomputation.
 
     Attributes:
-        tokens: tokens generated.
+        tokens: number of generated tokens.
         first_difference: index of the first token that differs, or None.
-        gap: at that token, how far the two best logits of the recomputation lie apart.
-        max_logit_difference: largest difference of any logit while the texts were the same.
+        gap: difference of the two largest logits of the recomputation at that token.
+        max_logit_difference: largest difference of any logit while the texts were equal.
     """
 
     tokens: int
@@ -79,7 +79,7 @@ class Agreement:
     max_logit_difference: float
 
     def holds(self, tie: float = 1e-4) -> bool:
-        """Whether all tokens are the same, or the first different one was a tie within `tie`."""
+        """Return whether all tokens are equal, or the first to differ was a tie within `tie`."""
         return self.gap is None or self.gap <= tie
 
 
@@ -90,7 +90,7 @@ def compare_greedy(
     tokens: int,
     on_token: Callable[[int], None] | None = None,
 ) -> Agreement:
-    """Generate greedily with the model's cache; repeat by recomputing everything at every token.
+    """Generate greedily with the model's cache, then by recomputing everything at every token.
 
     Args:
         prompt: (1, length) token ids.
@@ -119,7 +119,7 @@ def compare_greedy(
 
 
 class Decoder:
-    """A model that has read a context and writes on, one token at a time.
+    """A model that has read a context and continues it, one token at a time.
 
     Args:
         context: (1, length) token ids.
@@ -134,12 +134,12 @@ class Decoder:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of what it remembers."""
+        """Return the size of the model's state in bytes."""
         return self.cache.nbytes
 
     @torch.no_grad()
     def seconds_per_token(self, tokens: int) -> float:
-        """Write `tokens` tokens greedily; returns the mean time of one."""
+        """Write `tokens` tokens greedily, and return the mean time of one."""
         started = time.perf_counter()
         for _ in range(tokens):
             logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits
@@ -154,10 +154,10 @@ def interleaved_seconds(
     rounds: int,
     on_round: Callable[[int], None] | None = None,
 ) -> dict[int, list[float]]:
-    """Seconds per token of each decoder, in each of `rounds` runs of `tokens` tokens.
+    """Measure each decoder's seconds per token in each of `rounds` runs of `tokens` tokens.
 
-    The decoders take turns, in alternating order, so that whatever else the machine does meets all
-    of them alike.
+    The decoders take turns, in alternating order, so that other load on the machine affects all of
+    them alike.
     """
     samples: dict[int, list[float]] = {key: [] for key in decoders}
     for decoder in decoders.values():
@@ -177,7 +177,7 @@ def interleaved_seconds(
 
 
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """Median of `first / second` over rounds: both of a round met the same machine."""
+    """Return the median of `first / second` over rounds, within which the load is the same."""
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
@@ -185,9 +185,9 @@ def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
 def recomputation_seconds(
     model: GramianForCausalLM, context: Tensor, lengths: Sequence[int]
 ) -> dict[int, float]:
-    """Seconds that a token costs without a cache: one pass over the whole context.
+    """Measure the seconds per token without a cache, which is one pass over the whole context.
 
-    The least of three passes.
+    The result is the shortest of three passes.
     """
     costs = {}
     for length in lengths:

@@ -1,6 +1,6 @@
-"""Real English that every Python carries, and the bigram model that a network must beat on it.
+"""English text that ships with Python, and the bigram model that a network must outperform on it.
 
-The text is the reference documentation behind `help()`, each paragraph once.
+The text is the reference documentation behind `help()`, with each paragraph once.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ __all__ = ["BigramModel", "Corpus", "python_documentation"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Bytes to train on and bytes held out, both uint8 of one dimension; the latter come last."""
+    """Training bytes and held-out bytes, which come last in the text; both are 1-D and uint8."""
 
     train: Tensor
     held_out: Tensor
 
 
 def python_documentation(held_out_fraction: float = 0.1) -> Corpus:
-    """The text behind Python's `help()`, each paragraph once, its last part held out.
+    """Return the text behind Python's `help()`, each paragraph once, with its last part held out.
 
     Raises:
-        RuntimeError: this Python was installed without `pydoc_data`.
+        RuntimeError: if this Python was installed without `pydoc_data`.
     """
     text = "\n\n".join(python_topics()).encode()
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -36,10 +36,10 @@ def python_documentation(held_out_fraction: float = 0.1) -> Corpus:
 
 
 class BigramModel:
-    """`P(next | previous)` from counts, smoothed towards `P(next)` as Witten and Bell do.
+    """A model of `P(next | previous)` from counts, with Witten-Bell smoothing towards `P(next)`.
 
-    A context seen c times with t different successors trusts its counts with weight c / (c + t);
-    `P(next)` itself has one added to every count, so no byte is impossible.
+    The counts of a context seen c times with t different successors have weight c / (c + t);
+    `P(next)` itself has one added to every count, so every byte has a positive probability.
     """
 
     def __init__(self, train: Tensor) -> None:
@@ -56,7 +56,7 @@ class BigramModel:
         )  # (previous, next), rows sum to 1
 
     def bits_per_byte(self, windows: Tensor) -> float:
-        """Mean `-log2 P` over all bytes of windows (count, length) but each window's first."""
+        """Return the mean `-log2 P` per byte of windows (count, length), each first excluded."""
         windows = windows.long()
         chosen = self.probabilities[windows[:, :-1], windows[:, 1:]]
         return -chosen.log2().mean().item()

@@ -1,4 +1,4 @@
-"""Training a small byte-level language model in a couple of minutes on two cores."""
+"""Training of a small byte-level language model in a couple of minutes on two cores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["TrainingSettings", "train"]
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How to train: AdamW, linear warm-up, then a cosine down to a twentieth of the peak rate."""
+    """Settings of AdamW with linear warm-up, then a cosine to a twentieth of the peak rate."""
 
     steps: int = 600
     batch_size: int = 4
@@ -28,7 +28,7 @@ class TrainingSettings:
     clip_norm: float = 1.0
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of step 0, 1, …, `steps` - 1."""
+        """Return the learning rate of step 0, 1, …, `steps` - 1."""
         warmup = max(1, round(self.steps * self.warmup_fraction))
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup

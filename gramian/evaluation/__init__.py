@@ -1,4 +1,4 @@
-"""What a model is worth on held-out data, and the difference to another's, with standard errors.
+"""Evaluation of a model on held-out data, alone or against another, with standard errors.
 
     from gramian import evaluation
 
@@ -8,7 +8,7 @@
     report = evaluation.EvaluationReport("small", measures, against="original", before=others)
 
 Models are ours or any causal language model of transformers. Tasks of `gramian.tasks` need the
-extra `train`, those of lm-evaluation-harness the extra `evaluate`, imported when it is used.
+extra `train`. Those of lm-evaluation-harness need the extra `evaluate`, which is imported on use.
 """
 
 from gramian.evaluation._harness import HarnessError, evaluate_harness

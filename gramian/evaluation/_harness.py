@@ -15,11 +15,11 @@ __all__ = ["HarnessError", "evaluate_harness"]
 
 
 class HarnessError(ValueError):
-    """What the harness could not do; the message is one sentence."""
+    """An error of the harness; the message is one sentence."""
 
 
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
-"""What transformers notes on a tokenizer that has warned of a text longer than it was made for."""
+"""The key under which transformers notes that a tokenizer has warned of a text that is too long."""
 
 
 def evaluate_harness(
@@ -33,26 +33,26 @@ def evaluate_harness(
     batch_size: int = 1,
     seed: int = 0,
 ) -> list[Measure]:
-    """Scores of tasks of lm-evaluation-harness.
+    """Score a model on tasks of lm-evaluation-harness.
 
     Args:
         model: a causal language model of ours or of transformers.
-        tokenizer: its own.
-        tasks: names that the harness knows, or that YAML files under `include_path` give.
+        tokenizer: the model's tokenizer.
+        tasks: names of tasks that the harness knows or that YAML files under `include_path` define.
         include_path: a folder of the caller's own task files.
-        limit: documents of each task at most; None takes all.
-        shots: examples before each question; None takes the tasks' own.
-        batch_size: requests at once.
-        seed: of what the tasks draw.
+        limit: largest number of documents of each task; None uses all.
+        shots: number of examples before each question; None uses each task's own number.
+        batch_size: number of requests in a batch.
+        seed: seed of everything that the tasks draw at random.
 
     Returns:
-        Every metric of every task and group. Where a metric is a mean over documents, or a function
-        of one, its influences are known and so are paired differences between models; of others the
-        harness's own standard error is taken, if it has one.
+        Every metric of every task and group. If a metric is a mean over documents, or a function of
+        one, its influences are known, and hence paired differences between models. Other metrics
+        have the harness's own standard error, if it gives one.
 
     Raises:
-        ImportError: without lm-evaluation-harness.
-        HarnessError: on an unknown task, or whatever the harness fails with.
+        ImportError: if lm-evaluation-harness is not installed.
+        HarnessError: on an unknown task, or any failure of the harness.
     """
     try:
         from lm_eval import simple_evaluate
@@ -82,7 +82,7 @@ def evaluate_harness(
             )
     training = model.training
     model.eval()
-    # The harness cuts what is too long for a model by itself, so "indexing errors" cannot follow.
+    # The harness itself truncates texts that are too long, so no "indexing errors" can follow.
     getattr(tokenizer, "deprecation_warnings", {})[_TOO_LONG] = True
     try:
         found = simple_evaluate(
@@ -97,7 +97,7 @@ def evaluate_harness(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    except Exception as error:  # of a hundred kinds
+    except Exception as error:  # the harness raises many kinds
         raise HarnessError(
             f"lm-evaluation-harness failed on {', '.join(tasks)}: {type(error).__name__}: {error}"
         ) from error
@@ -135,7 +135,7 @@ def _measure(
     higher: bool | None,
     samples: list[Any],
 ) -> Measure:
-    """With influences, if the value can be had from the documents' own."""
+    """Make a measure, with influences if the value follows from those of the documents."""
     better = bool(higher)
     guesses = []
     if samples and all(isinstance(one, int | float) for one in samples):
@@ -157,14 +157,14 @@ def _measure(
 
 
 def _is_lost(answers: Any) -> bool:
-    """Whether there is a NaN among the model's answers, whose comparison means nothing."""
+    """Return whether the model's answers contain NaN, which makes comparisons meaningless."""
     if isinstance(answers, list | tuple):
         return any(map(_is_lost, answers))
     return isinstance(answers, float) and math.isnan(answers)
 
 
 def _is_weighted(sample: Any) -> bool:
-    """Whether it is a log-likelihood and a number of words or bytes."""
+    """Return whether a sample is a log-likelihood with a number of words or bytes."""
     return (
         isinstance(sample, list | tuple)
         and len(sample) == 2

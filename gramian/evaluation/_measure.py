@@ -1,9 +1,9 @@
-"""One number about a model with its standard error, by the influence of each unit of data.
+"""A measured number with its standard error, computed from the influence of each unit of data.
 
 A mean over units is `v = Σ a_i / Σ w_i`, and unit i moves `g(v)` by `g'(v) (a_i - v w_i) / Σ w_j`
-(the delta method, for ratios as for functions of them). The standard error is that of a sum of n
-such influences; of a difference between two models on the same units, that of the differences of
-influences, in which what is hard for both cancels.
+(the delta method, for ratios and for functions of them). The standard error is that of a sum of n
+such influences. For the difference between two models on the same units it is that of the sum of
+the differences of influences, in which difficulty that both models share cancels.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Measure:
     """One number about a model.
 
     Attributes:
-        task: what it was measured on.
-        metric: its name.
+        task: name of the task or text.
+        metric: name of the metric.
         value: the number; NaN or infinite if the model's outputs are.
-        error: its standard error, or None if that is not known.
-        units: independent pieces of data (documents, rows, windows) that it is over.
-        higher_is_better: or False, or None if that is not known.
-        influence: of every unit on the value, or None.
+        error: standard error of the value, or None if it is not known.
+        units: number of independent units of data (documents, rows, windows).
+        higher_is_better: whether larger values are better, or None if that is not known.
+        influence: influence of every unit on the value, or None.
     """
 
     task: str
@@ -39,7 +39,7 @@ class Measure:
     influence: tuple[float, ...] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the influences."""
+        """Return everything but the influences as plain values."""
         return {
             "task": self.task,
             "metric": self.metric,
@@ -60,11 +60,11 @@ def ratio(
     scale: float = 1.0,
     of: str = "mean",
 ) -> Measure:
-    """`scale * Σ totals / Σ weights` with its standard error (`of="mean"`), or e to the power of it
-    (`"exponential"`), or its square root (`"root"`).
+    """Return `scale * Σ totals / Σ weights` with its standard error (`of="mean"`), or its
+    exponential (`"exponential"`), or its square root (`"root"`).
 
-    Where a total is NaN or infinite, so is the value, and its error and influences are not known;
-    so it is with a power that is larger than every number.
+    If a total is NaN or infinite, so is the value, and its error and influences are not known. The
+    same holds if the exponential overflows.
     """
     weight = math.fsum(weights)
     mean = math.fsum(totals) / weight
@@ -87,7 +87,7 @@ def ratio(
 
 
 def difference_error(one: Measure, other: Measure) -> float | None:
-    """Standard error of `one.value - other.value`: over pairs of units where they are the same."""
+    """Return the standard error of `one.value - other.value`, over pairs if the units are equal."""
     if one.influence is not None and other.influence is not None and one.units == other.units:
         pairs = zip(one.influence, other.influence, strict=True)
         return _error([first - second for first, second in pairs])
@@ -97,7 +97,7 @@ def difference_error(one: Measure, other: Measure) -> float | None:
 
 
 def exponential(value: float) -> float:
-    """e to the power of `value`, infinite where that is larger than every number."""
+    """Return the exponential of `value`, or infinity if it overflows."""
     try:
         return math.exp(value)
     except OverflowError:

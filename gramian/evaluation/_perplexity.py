@@ -1,9 +1,10 @@
-"""The loss of a causal language model on a text longer than it can take at once, in windows.
+"""The loss of a causal language model, in windows, on a text longer than its context.
 
-A text may be several documents, such as the records of a FASTA file: no window spans two. Of each,
-inputs are windows of `window` tokens that begin every `stride` tokens; of each window the losses
-count that no earlier window had. So every token but the first is predicted once and, after the
-first window, from at least `window - stride + 1` tokens before it.
+A text may consist of several documents, such as the records of a FASTA file; no window spans two.
+The inputs are windows of `window` tokens, one beginning every `stride` tokens of a document, and
+each window contributes the losses of the tokens that no earlier window predicted. So every token
+but the first of a document is predicted once and, after the first window, from at least
+`window - stride + 1` tokens before it.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ class Perplexity:
     """The loss on a text.
 
     Attributes:
-        nats: summed over the tokens that were predicted.
-        tokens: how many those are: all but the first of each document, which nothing stands before.
-        bytes: of the text that those tokens stand for, in UTF-8.
-        window: tokens of an input.
-        stride: tokens between the beginnings of inputs.
-        losses: nats of every window, over the tokens that count there.
-        counts: of those tokens.
+        nats: sum of the losses over the predicted tokens.
+        tokens: number of predicted tokens: all but the first of each document.
+        bytes: number of bytes of UTF-8 that these tokens encode.
+        window: number of tokens in an input.
+        stride: number of tokens between the beginnings of inputs.
+        losses: nats of every window, summed over the tokens that count in it.
+        counts: number of tokens that count in every window.
     """
 
     nats: float
@@ -47,23 +48,23 @@ class Perplexity:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Return the mean loss in nats per token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """Of a token: e to the power of the loss."""
+        """Return the perplexity per token, the exponential of the loss."""
         return exponential(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits a byte, which models of different vocabularies can be compared by."""
+        """Return the bits per byte, which are comparable across vocabularies."""
         return self.nats / math.log(2) / self.bytes
 
     def measures(self, name: str) -> list[Measure]:
-        """Loss, perplexity and bits per byte of the text called `name`.
+        """Return the loss, perplexity and bits per byte of the text called `name`.
 
-        Standard errors take windows as the independent pieces of data that they nearly are.
+        Standard errors treat windows as independent units of data, which they nearly are.
         """
         per_byte = self.tokens / self.bytes / math.log(2)
         return [
@@ -97,22 +98,23 @@ def perplexity(
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """The loss of a causal language model on a text, with a sliding window.
+    """Compute the loss of a causal language model on a text, with a sliding window.
 
     Args:
         model: a causal language model of ours or of transformers.
-        tokenizer: its own.
-        text: of at least two tokens; or documents, as `gramian.tasks.read_documents` reads them
-            from a file. A text that is FASTA, by the rule told there, is its records.
-        window: tokens of an input; by default what the configuration says the model was made for,
-            at most 2,048.
-        stride: tokens between the beginnings of inputs, at most `window`; by default half of it. A
-            smaller stride leaves more tokens before each one that counts, and takes longer.
-        batch_size: windows at once.
+        tokenizer: the model's tokenizer.
+        text: a text of at least two tokens, or documents, which `gramian.tasks.read_documents`
+            reads from a file. A text in FASTA, by the rule in `gramian.tasks.documents`, is split
+            into its records.
+        window: number of tokens in an input; by default the context length in the model's
+            configuration, at most 2,048.
+        stride: number of tokens between the beginnings of inputs, at most `window`; by default half
+            of it. A smaller stride gives each counted token more context, and takes longer.
+        batch_size: number of windows in a batch.
         progress: called as `progress(windows done, windows)`.
 
     Raises:
-        ValueError: for a window or stride that is not in order, or a text of fewer than two tokens.
+        ValueError: on an invalid window or stride, or a text of fewer than two tokens.
     """
     if window is None:
         window = min(int(getattr(model.config, "max_position_embeddings", None) or 2048), 2048)
@@ -155,9 +157,9 @@ def perplexity(
 
 
 def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """`(start, begin, end)` of every window.
+    """Yield `(start, begin, end)` of every window.
 
-    Its input is tokens start … end - 2, and what counts are its predictions of begin … end - 1.
+    The window's input is tokens start … end - 2; its predictions of begin … end - 1 count.
     """
     begin, start = 1, 0
     while begin < tokens:
@@ -169,7 +171,7 @@ def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 def _equally_long(
     places: list[tuple[int, int, int]],
 ) -> Iterator[list[tuple[int, int, int]]]:
-    """The windows in their order; the last ones may be shorter and go by themselves."""
+    """Group the windows, in order, by length; the last ones may be shorter than the others."""
     group: list[tuple[int, int, int]] = []
     for place in places:
         if group and place[2] - place[0] != group[0][2] - group[0][0]:
@@ -181,7 +183,7 @@ def _equally_long(
 
 @torch.no_grad()
 def _losses(model: Any, ids: Tensor, places: list[tuple[int, int, int]]) -> list[float]:
-    """Nats of each window, over the tokens that count."""
+    """Return the nats of each window, summed over the tokens that count."""
     device = next(model.parameters()).device
     inputs = torch.stack([ids[start : end - 1] for start, _, end in places]).to(device)
     logits = model(inputs, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""What was measured of a model, perhaps beside another."""
+"""The report of an evaluation of one model, or of two side by side."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Comparison:
     """One metric of two models.
 
     Attributes:
-        before: of the model compared with.
-        after: of the model itself.
+        before: the measure of the reference model.
+        after: the measure of the model itself.
         difference: after minus before.
-        error: standard error of the difference, over the same pieces of data where they are the
-            same; None if it is not known.
+        error: standard error of the difference, paired if both were measured on the same data; None
+            if it is not known.
     """
 
     before: Measure
@@ -41,14 +41,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What was measured of a model. Printing it gives a table.
+    """The measures of a model, which print as a table.
 
     Attributes:
-        model: its name.
-        measures: in the order of the tasks.
-        against: the name of the model compared with, or None.
-        before: its measures.
-        conditions: what was measured on: seed, limit, window, and split and settings of tasks.
+        model: name of the model.
+        measures: measures of the model, in the order of the tasks.
+        against: name of the reference model, or None.
+        before: measures of the reference model.
+        conditions: seed, limit, window, and splits and settings of the tasks.
     """
 
     model: str
@@ -59,18 +59,18 @@ class EvaluationReport:
 
     @property
     def unusable(self) -> tuple[Measure, ...]:
-        """Those of both models whose value is NaN or infinite; null in JSON."""
+        """Return the measures of both models that are NaN or infinite, which are null in JSON."""
         return tuple(one for one in (*self.before, *self.measures) if not math.isfinite(one.value))
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
-        """What was measured of both models."""
+        """Return the comparisons of all that was measured of both models."""
         others = {(one.task, one.metric): one for one in self.before}
         pairs = ((others.get((one.task, one.metric)), one) for one in self.measures)
         return tuple(Comparison(before, after) for before, after in pairs if before is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can hold."""
+        """Return the whole report as values that JSON can hold."""
         values: dict[str, Any] = {
             "model": self.model,
             "measures": [one.to_dict() for one in self.measures],
@@ -94,11 +94,11 @@ class EvaluationReport:
         return values
 
     def to_json(self) -> str:
-        """`to_dict` as indented JSON text."""
+        """Return `to_dict` as indented JSON text."""
         return to_json(self.to_dict(), indent=2)
 
     def to_markdown(self) -> str:
-        """The table."""
+        """Return the table."""
         header, *lines = self._cells()
         rule = f"|{'---|' * len(header)}"
         text = [f"| {' | '.join(header)} |", rule]
@@ -107,7 +107,7 @@ class EvaluationReport:
 
     @property
     def summary(self) -> str:
-        """What the table shows, and on which splits."""
+        """Describe the table's contents and the splits in words."""
         compared = "" if self.against is None else f" against {self.against}"
         differences = "" if self.against is None else ", differences over the same data"
         splits = [

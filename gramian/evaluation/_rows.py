@@ -23,8 +23,8 @@ class TaskRow:
 
     Attributes:
         inputs: token ids (length,) or numbers (length, size).
-        tokenizer: what names the tokens, or None.
-        place: where the row is from, in words.
+        tokenizer: tokenizer that names the tokens, or None.
+        place: origin of the row, in words.
     """
 
     inputs: Tensor
@@ -38,15 +38,15 @@ def read_row(
     """Read one row of a task in the tokens of a model.
 
     Args:
-        task: from `gramian.tasks.build`.
-        name: what the task is called.
-        tokenizer: the model's own, or None.
-        split: of the task; by default the test split, or the validation split where there is none.
-        seed: of what is generated.
-        index: of the row, counted from 0.
+        task: a task from `gramian.tasks.build`.
+        name: name of the task.
+        tokenizer: the model's own tokenizer, or None.
+        split: split of the task; by default test, or validation for a task without a test split.
+        seed: seed of the generated rows.
+        index: index of the row, from 0.
 
     Raises:
-        ValueError: for an unknown split, or one without such a row.
+        ValueError: on an unknown split, or one without such a row.
     """
     if tokenizer is not None:
         task = task.tokens_of(tokenizer)

@@ -33,33 +33,33 @@ def evaluate_task(
     tokenizer: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measure]:
-    """Scores over all answers that are due, as `gramian train` counts them.
+    """Score a model over all labels of a split, as `gramian train` does.
 
     Args:
-        model: of ours, of the class that `gramian train` makes for the task; or of transformers,
-            for tasks of the kind `"tokens"` with logits at every position, for `"classification"`
-            of a whole sequence.
-        task: from `gramian.tasks.build`.
-        name: for the measures.
-        split: of the task; by default the test split, or the validation split where there is none.
-        seed: of what is generated; training with the same seed saw the same training split.
-        examples: rows at most; None takes all.
-        batch_size: rows at once.
-        tokenizer: the model's own; by default the one in the folder that the model is from. A task
-            whose ids stand for text is read by it, if it was not built with another. Where there is
-            none, the model must have the task's ids, and its end and padding are compared.
+        model: a model of ours, of the class that `gramian train` makes for the task; or a model of
+            transformers, with logits at every position for tasks of the kind `"tokens"`, or with
+            one set of logits per sequence for `"classification"`.
+        task: a task from `gramian.tasks.build`.
+        name: name of the task in the measures.
+        split: split of the task; by default test, or validation for a task without a test split.
+        seed: seed of the generated rows; training with the same seed used the same training split.
+        examples: largest number of rows; None uses all.
+        batch_size: number of rows in a batch.
+        tokenizer: the model's own tokenizer; by default the one saved in the model's folder. It
+            encodes a task of text, unless the task was built with another. Without a tokenizer, the
+            model must use the task's ids; the ids of its end and padding are compared.
         progress: called as `progress(rows done, rows)`.
 
     Returns:
-        `loss` and `accuracy`; of `"tokens"` and `"reconstruction"` also `sequence_accuracy`, rows
-        without a mistake; of text also `bits_per_byte`; of a `"signal"` `mse` and `relative_error`,
-        the root of it over the targets' own. Standard errors are over rows. Values are NaN where
-        the model's outputs are.
+        `loss` and `accuracy`; for `"tokens"` and `"reconstruction"` also `sequence_accuracy`, the
+        share of rows without a mistake; for text also `bits_per_byte`; for a `"signal"` `mse` and
+        `relative_error`, the RMSE divided by the RMS of the targets. Standard errors are over rows.
+        Values are NaN if the model's outputs are.
 
     Raises:
-        ValueError: for a task of another kind than the model's, another size or another tokenizer,
-            an unknown split, no rows, or labels that do not fit.
-        ImportError: without what `gramian.training` needs.
+        ValueError: if the task does not match the model's kind, size or tokenizer, on an unknown
+            split, an empty split, or invalid labels.
+        ImportError: without the packages that `gramian.training` needs.
     """
     from gramian.training.collation import Collator
 
@@ -109,7 +109,7 @@ def evaluate_task(
 
 
 def _in_tokens_of(model: Any, name: str, task: Task, tokenizer: Any) -> Task:
-    """The task in the model's own ids, as far as they are known."""
+    """Return the task in the model's own ids, as far as they are known."""
     own = task.own_tokenizer()
     if own is None:
         return task
@@ -131,7 +131,7 @@ def _in_tokens_of(model: Any, name: str, task: Task, tokenizer: Any) -> Task:
 
 
 def _check(model: Any, name: str, description: Description) -> None:
-    """Raises a ValueError unless the model is one for such a task."""
+    """Check that the model fits the task."""
     from gramian.models import GramianPreTrainedModel
 
     kind = find_kind(description.kind)
@@ -154,7 +154,7 @@ def _check(model: Any, name: str, description: Description) -> None:
 def _check_answers(
     logits: Tensor, labels: Tensor, model: Any, name: str, description: Description
 ) -> None:
-    """Raises a ValueError unless the logits are for such labels."""
+    """Check that the logits and the labels fit together."""
     kind = find_kind(description.kind)
     if not kind.fits(logits, labels):
         raise _otherwise(model, name, description)

@@ -1,4 +1,4 @@
-"""The figures themselves."""
+"""Figures of Hankel spectra, distillation, bits per byte and the cost of decoding."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ __all__ = [
 def plot_hankel_spectra(
     spectra: Mapping[str, Any], orders: Mapping[str, Sequence[int]] | None = None
 ) -> Figure:
-    """Hankel singular values of every filter, relative to its largest, one panel for each group.
+    """Plot the Hankel singular values of every filter, relative to its largest, in one panel per
+    group.
 
     Args:
-        spectra: for every group (a layer, say) an array (filters, values), each row descending.
-        orders: for every group the orders its filters were reduced to; their mean is marked.
+        spectra: for every group, such as a layer, an array (filters, values) with descending rows.
+        orders: for every group, the orders of its reduced filters, whose mean is marked.
     """
     if not spectra:
         raise ValueError("plot_hankel_spectra was given no spectra; give at least one group.")
@@ -59,12 +60,12 @@ def plot_hankel_spectra(
 
 
 def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
-    """What distilling reached, layer by layer: Hankel spectra, relative errors with what no
-    recurrence of the same order can go below, and orders.
+    """Plot the outcome of distillation, layer by layer: Hankel spectra, relative errors with the
+    lower bound for recurrences of the same order, and orders.
 
     Args:
-        report: from `gramian.distill`.
-        title: over the whole figure, such as the model's folder.
+        report: a report from `gramian.distill`.
+        title: title of the whole figure, such as the model's folder.
     """
     figure = new_figure(11.4, 3.5)
     panels = figure.subplots(1, 3)
@@ -87,7 +88,7 @@ def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
     errors = [np.asarray(layer.relative_errors) for layer in layers]
     bounds = [np.asarray(layer.lower_bounds) for layer in layers]
     orders = [np.asarray(layer.orders) for layer in layers]
-    for axes, series, colour, label in (
+    for axes, series, color, label in (
         (panels[1], errors, BLUE, "error"),
         (panels[1], bounds, GREY, "lower bound"),
         (panels[2], orders, GREEN, "order"),
@@ -95,8 +96,8 @@ def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
         middle = np.array([values.mean() for values in series], dtype=float)
         low = np.array([values.min() for values in series], dtype=float)
         high = np.array([values.max() for values in series], dtype=float)
-        axes.plot(positions, middle, "o-", ms=4, lw=1.4, color=colour, label=f"{label}, mean")
-        axes.fill_between(positions, low, high, color=colour, alpha=0.18, lw=0, label="least, most")
+        axes.plot(positions, middle, "o-", ms=4, lw=1.4, color=color, label=f"{label}, mean")
+        axes.fill_between(positions, low, high, color=color, alpha=0.18, lw=0, label="least, most")
     if any(values.max() > 0 for values in errors):
         panels[1].set_yscale("log")
     if report.tol is not None:
@@ -120,7 +121,7 @@ def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
 
 
 def plot_bits_per_byte(values: Mapping[str, float]) -> Figure:
-    """Horizontal bars of bits per byte, one for each model, in the order given."""
+    """Plot bits per byte as horizontal bars, one for each model, in the given order."""
     if not values:
         raise ValueError("plot_bits_per_byte was given no values; give at least one.")
     figure = new_figure(6.4, 0.55 + 0.42 * len(values))
@@ -138,17 +139,17 @@ def plot_bits_per_byte(values: Mapping[str, float]) -> Figure:
 def plot_decoding_cost(
     milliseconds: Mapping[str, Mapping[int, float]], state_bytes: Mapping[str, Mapping[int, float]]
 ) -> Figure:
-    """Time per generated token and state bytes against context length, side by side.
+    """Plot the time per generated token and the state bytes against context length, side by side.
 
     Args:
-        milliseconds: for every way to generate, time per token at each context length.
-        state_bytes: likewise, what is carried from token to token.
+        milliseconds: for every method of generation, the time per token at each context length.
+        state_bytes: likewise, the size of the state carried from token to token.
     """
     if not milliseconds or not state_bytes:
         raise ValueError("plot_decoding_cost needs at least one curve of times and one of bytes.")
     figure = new_figure(9.2, 3.5)
     names = list(dict.fromkeys([*milliseconds, *state_bytes]))
-    colours = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
+    colors = {name: CYCLE[i % len(CYCLE)] for i, name in enumerate(names)}
     panels = figure.subplots(1, 2)
     for axes, curves, unit in (
         (panels[0], milliseconds, 1.0),
@@ -162,7 +163,7 @@ def plot_decoding_cost(
                 marker="o",
                 ms=4,
                 lw=1.6,
-                color=colours[name],
+                color=colors[name],
                 label=name,
             )
         ticks = sorted({context for curve in curves.values() for context in curve})

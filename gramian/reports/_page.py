@@ -1,7 +1,7 @@
-"""One interactive HTML page of state-size reports: it opens offline and refers to nothing else.
+"""An interactive HTML page of state-size reports, which opens offline and loads nothing else.
 
-The page is a template beside this file with the reports as JSON inside; no library, two canvases of
-its own.
+The page is the template beside this file with the reports embedded as JSON. It draws on two
+canvases and uses no library.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ __all__ = ["save_state_page", "state_page"]
 
 
 def state_page(reports: StateReport | Sequence[StateReport]) -> str:
-    """A self-contained HTML page: heat maps of layers and of the heads of one layer, curves with
-    the cap, the text; hovering tells token, layer, head and values.
+    """Return a self-contained HTML page of reports on effective state-size.
+
+    The page shows heat maps of the layers and of one layer's heads, curves with the cap, and the
+    text. Hovering shows the token, layer, head and values.
 
     Args:
-        reports: One report or several, among which the page's reader chooses.
+        reports: one report, or several among which the reader of the page can choose.
 
     Raises:
-        ValueError: if there are no reports, or no layer of one was read.
+        ValueError: if there are no reports, or one in which no layer was read.
     """
     several = list(reports) if isinstance(reports, Sequence) else [reports]
     if not several:
@@ -38,7 +40,7 @@ def state_page(reports: StateReport | Sequence[StateReport]) -> str:
         if not report.layers:
             raise ValueError(f"there is nothing to show: no layer of {report.model} was read.")
     data = to_json([_data(report) for report in several], ensure_ascii=True)
-    # A script element ends at the first "</", whatever it holds.
+    # A script element ends at the first "</", even within a string.
     data = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     title = html.escape(", ".join(report.model for report in several))
     template = files("gramian.reports").joinpath("state_page.html").read_text(encoding="utf-8")

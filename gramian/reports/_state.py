@@ -1,7 +1,7 @@
-"""Figures of effective state-size: where a model holds how much, on its text.
+"""Figures of effective state-size: how much each layer of a model holds at each position of a text.
 
-Everywhere the cap ``min(i, L - i)`` on the rank of ``T[i:L, :i]`` is marked where it binds: where
-it is below the state there is, so that a full state could not show.
+All figures mark where the cap `min(i, L - i)` on the rank of `T[i:L, :i]` binds, that is, where it
+is below the size of the state, so that the measure could not show a full state.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _TICKS = 40
 
 
 def plot_state_map(report: StateReport) -> Figure:
-    """Mean ESS of every layer at every position, layer × token. Cells are veiled where the cap
-    binds.
+    """Plot the mean ESS of every layer at every position, layer × token.
+
+    Cells are veiled where the cap binds.
 
     Raises:
         ValueError: if no layer was read.
@@ -61,8 +62,8 @@ def plot_state_map(report: StateReport) -> Figure:
 
 
 def plot_state_curves(report: StateReport) -> Figure:
-    """Mean ESS of each layer against position, from the first layer (dark) to the last (bright),
-    their average, and the cap.
+    """Plot the mean ESS of each layer against position, from the first layer (dark) to the last
+    (bright), their average, and the cap.
 
     Raises:
         ValueError: if no layer was read.
@@ -104,10 +105,10 @@ def plot_state_curves(report: StateReport) -> Figure:
 
 
 def plot_utilization(report: StateReport) -> Figure:
-    """ESS / TSS of each layer, mean over its heads or channels, and the least and most of them.
+    """Plot ESS / TSS of each layer: the mean, minimum and maximum over its heads or channels.
 
-    Taken where the cap does not bind; of layers where it binds everywhere, at all positions, and
-    their bars are pale.
+    Only positions where the cap does not bind count. For layers where it binds everywhere, all
+    positions count, and the bars are pale.
 
     Raises:
         ValueError: if no layer was read.
@@ -140,12 +141,12 @@ def plot_utilization(report: StateReport) -> Figure:
 
 
 def plot_state_comparison(reports: Mapping[str, StateReport]) -> Figure:
-    """Average ESS of several models on one text, per head or channel, and total.
+    """Plot the average ESS of several models on one text, per head or channel, and the total.
 
-    Positions are shares of the text where the models read different numbers of tokens.
+    Positions are fractions of the text if the models read different numbers of tokens.
 
     Raises:
-        ValueError: if there are no reports, or no layer of one was read.
+        ValueError: if there are no reports, or one in which no layer was read.
     """
     if not reports:
         raise ValueError("plot_state_comparison was given no reports; give at least one.")
@@ -189,7 +190,7 @@ def _curves(report: StateReport) -> np.ndarray:
 
 
 def _bound(report: StateReport) -> np.ndarray:
-    """(layers, P): whether the cap is below the state there is."""
+    """Return whether the cap is below the size of the state, (layers, P)."""
     cap = report.cap.numpy()
     return np.stack([cap < layer.tss.numpy().mean(0) for layer in report.layers])
 

@@ -4,9 +4,9 @@
     gramian.tasks.names()
     gramian.tasks.settings("mqar")
 
-One convention holds for all: `labels` are what is due *at* their position, nothing is shifted, and
--100 is scored by nobody. A causal language model of transformers shifts labels itself; hand ours to
-it as `shift_labels`, as `gramian.training` does.
+All tasks follow one convention: a label is the answer that is due *at* its own position, labels are
+not shifted, and positions labelled -100 are not scored. A causal language model of transformers
+shifts `labels` itself, so pass ours as `shift_labels`, as `gramian.training` does.
 
 Needs `datasets` (`pip install "gramian[train]"`).
 """

@@ -1,4 +1,4 @@
-"""What a task is: settings, a description for whoever builds a model, rows by split and seed."""
+"""The interface of a task: settings, a description for models, and rows by split and seed."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation", "test")
-"""The splits of a task that has all of them."""
+"""Names of the splits; a task may have fewer."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a model for a task must take and give.
+    """The inputs and outputs that a model for a task needs.
 
     Attributes:
-        kind: one of `KINDS`: `"tokens"`, a label at every position; `"classification"`, one a
-            sequence; `"pairs"`, one for two sequences (`input_ids` and `input_ids_2`); `"signal"`,
-            real numbers at every position; `"regression"`, real numbers for a sequence;
-            `"reconstruction"`, the whole input from its last position; or one that
-            `register_kind` made known.
-        length: of the longest sequence.
+        kind: one of `KINDS`: `"tokens"` (a class at every position), `"classification"` (one class
+            per sequence), `"pairs"` (one class for two sequences, `input_ids` and `input_ids_2`),
+            `"signal"` (real numbers at every position), `"regression"` (real numbers per sequence),
+            `"reconstruction"` (the whole input, decoded from its last position), or a kind added
+            with `register_kind`.
+        length: length of the longest sequence.
         vocab_size: number of token ids, or None for `input_values`.
-        num_labels: number of classes, or of real numbers: at a position for `"signal"`, for a
-            sequence for `"regression"`.
-        input_size: features of `input_values` at a position.
-        pad_token_id: what to pad `input_ids` with; padding is masked, so any id is right.
+        num_labels: number of classes; for `"signal"` the number of real numbers per position, for
+            `"regression"` per sequence.
+        input_size: number of features of `input_values` at each position.
+        pad_token_id: id that pads `input_ids`; padding is masked, so any id works.
         text: whether ids 0 to 255 are bytes of text, those of `gramian.models.ByteTokenizer`.
     """
 
@@ -76,8 +76,8 @@ class Description:
 class Task(ABC):
     """A task with its settings, which are the fields of the subclass.
 
-    Subclasses implement `description` and `rows`. `published` names settings from the literature;
-    the defaults are published ones too.
+    Subclasses implement `description` and `rows`. `published` maps names to settings from the
+    literature; the defaults come from the literature too.
     """
 
     splits: ClassVar[tuple[str, ...]] = SPLITS
@@ -85,19 +85,19 @@ class Task(ABC):
 
     @abstractmethod
     def description(self) -> Description:
-        """What a model must take and give."""
+        """Return the inputs and outputs that a model for the task needs."""
 
     @abstractmethod
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        """The rows of a split: a row's arrays under `input_ids` or `input_values`, and `labels`."""
+        """Yield the rows of a split: `input_ids` or `input_values`, and `labels`, as arrays."""
 
     def tokens_of(self, tokenizer: Any) -> Task:
-        """The same task in the ids of a model's own tokenizer, if its ids stand for text.
+        """Return the same task in the ids of a model's own tokenizer, if the task is one of text.
 
-        The ids of other tasks stand for nothing, and they are returned as they are.
+        Tasks whose ids do not encode text are returned unchanged.
 
         Args:
-            tokenizer: of transformers.
+            tokenizer: a tokenizer of transformers.
 
         Raises:
             ValueError: if the task was built with another tokenizer.
@@ -105,11 +105,11 @@ class Task(ABC):
         return self
 
     def own_tokenizer(self) -> Any:
-        """The tokenizer whose ids the rows have, or None if they stand for no text."""
+        """Return the tokenizer that made the ids, or None if the ids do not encode text."""
         return None
 
     def features(self) -> datasets.Features:
-        """Column types of the dataset."""
+        """Return the column types of the dataset."""
         from datasets import Features
 
         description = self.description()
@@ -121,18 +121,18 @@ class Task(ABC):
     def dataset(
         self, split: str = "train", seed: int = 0, *, streaming: bool = False
     ) -> datasets.Dataset | datasets.IterableDataset:
-        """The split as a dataset that gives torch tensors.
+        """Return a split as a dataset of torch tensors.
 
         Args:
             split: one of `splits`.
-            seed: of what is generated; loaders take it for what they shuffle.
-            streaming: give an `IterableDataset`, which makes the same rows as they are read and
-                keeps none.
+            seed: seed of the generated rows; tasks that load files use it for shuffling.
+            streaming: return an `IterableDataset`, which makes the same rows while they are read
+                and stores none of them.
 
         Raises:
             ImportError: without `datasets`.
-            ValueError: on a split that the task does not have, a negative seed, no rows, or a row
-                that `checked_rows` refuses.
+            ValueError: on a split that the task does not have, a negative seed, an empty split, or
+                a row that `checked_rows` refuses.
         """
         try:
             from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -159,14 +159,14 @@ class Task(ABC):
         return concatenate_datasets(parts).with_format("torch")
 
     def checked_rows(self, split: str, seed: int) -> Iterator[Row]:
-        """`rows`, each held against the description.
+        """Yield `rows`, after checking each row against the description.
 
-        A column of a data set takes what comes: it would cut numbers down to integers, and a
-        sequence in place of a label would end in an error about something else.
+        `datasets` does not check values: an integer column would truncate real numbers, and a
+        sequence in place of a label would raise an unrelated error.
 
         Raises:
-            ValueError: on a row that lacks inputs or labels, or whose inputs or labels have another
-                kind of number or of shape; and on token ids outside of the vocabulary.
+            ValueError: on a row without inputs or labels, or whose inputs or labels have the wrong
+                type of number or the wrong shape, and on token ids outside of the vocabulary.
         """
         description = self.description()
         columns = find_kind(description.kind).columns(description).items()
@@ -203,18 +203,18 @@ class Task(ABC):
             yield row
 
     def random(self, split: str, seed: int) -> np.random.Generator:
-        """A stream of random numbers that no other split, seed or kind of task shares."""
+        """Return a generator whose random stream is unique to this split, seed and task class."""
         kind = zlib.crc32(type(self).__name__.encode())
         return np.random.default_rng([seed, SPLITS.index(split), kind])
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedTask(Task):
-    """A task whose rows are drawn: subclasses give one row at a time.
+    """A task whose rows are drawn at random; subclasses implement `row`.
 
     Args:
-        train_examples: rows of the training split.
-        eval_examples: rows of the validation split, and of the test split.
+        train_examples: number of rows in the training split.
+        eval_examples: number of rows in the validation split, and in the test split.
     """
 
     train_examples: int = 10_000
@@ -225,7 +225,7 @@ class GeneratedTask(Task):
 
     @abstractmethod
     def row(self, random: np.random.Generator, split: str) -> Row:
-        """One row."""
+        """Draw one row."""
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
         random = self.random(split, seed)
@@ -238,7 +238,7 @@ _T = TypeVar("_T", bound=type[Task])
 
 
 def register(name: str) -> Callable[[_T], _T]:
-    """Class decorator: make a `Task` known as `name`.
+    """Decorate a subclass of `Task` to register it as `name`.
 
     Raises:
         ValueError: if the name is taken.
@@ -254,12 +254,12 @@ def register(name: str) -> Callable[[_T], _T]:
 
 
 def names() -> list[str]:
-    """Names of all tasks, sorted."""
+    """Return the names of all tasks, sorted."""
     return sorted(_REGISTRY)
 
 
 def settings(name: str) -> dict[str, dict[str, Any]]:
-    """Published settings of a task by name; `"default"` are all settings with their defaults.
+    """Return the published settings of a task by name; `"default"` holds the defaults of all.
 
     Raises:
         ValueError: on an unknown task.
@@ -273,15 +273,15 @@ def settings(name: str) -> dict[str, dict[str, Any]]:
 
 
 def build(name: str, setting: str | None = None, **settings: Any) -> Task:
-    """The task `name` with a published setting and changes to it.
+    """Build the task `name` with a published setting and changes to it.
 
     Args:
         name: one of `names()`.
-        setting: name of a published setting, one of `settings(name)`; by default the defaults.
-        settings: the task's own settings, which win over the published ones.
+        setting: name of a published setting, a key of `settings(name)`; by default `"default"`.
+        settings: the task's own settings, which override the published ones.
 
     Raises:
-        ValueError: on an unknown task, published setting or setting, or a value that does not fit.
+        ValueError: on an unknown task, published setting or setting, or an invalid value.
     """
     kind = _lookup(name)
     chosen: dict[str, Any] = {}
@@ -313,21 +313,22 @@ def load(
     streaming: bool = False,
     **settings: Any,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """A split of a task as a `datasets.Dataset` of torch tensors.
+    """Load a split of a task as a `datasets.Dataset` of torch tensors.
 
-    Equal arguments give equal rows; splits of one seed, and seeds, share no random numbers.
+    Equal arguments give equal rows. Different splits and different seeds use independent random
+    streams.
 
     Args:
         name: one of `names()`.
         split: `"train"`, `"validation"` or `"test"`, where the task has it.
-        seed: of what is generated.
+        seed: seed of the generated rows.
         setting: name of a published setting.
-        streaming: give an `IterableDataset` instead.
+        streaming: return an `IterableDataset` instead.
         settings: changes to the setting.
 
     Raises:
-        ValueError: on an unknown task, setting or split, or a value that does not fit.
-        FileNotFoundError: on a missing file of a task that reads files.
+        ValueError: on an unknown task, setting or split, or an invalid value.
+        FileNotFoundError: if a file that the task reads is missing.
     """
     return build(name, setting, **settings).dataset(split, seed, streaming=streaming)
 
@@ -348,7 +349,7 @@ def _check_ids(name: str, ids: np.ndarray, vocabulary: int | None, split: str) -
 
 
 def _feature(column: Column, length: int) -> Any:
-    """Return the type of a column of a dataset: numbers, lists or arrays."""
+    """Return the `datasets` type of a column: a number, a list or an array."""
     from datasets import Array2D, List, Value
 
     dtype = "int32" if column.integers else "float32"
@@ -361,12 +362,12 @@ def _feature(column: Column, length: int) -> Any:
 
 
 def choose_split(task: Task, name: str, split: str | None) -> str:
-    """Return the split that was asked for, or test, or validation where there is no test split.
+    """Return the requested split; by default test, or validation for a task without a test split.
 
     Args:
-        task: with the split.
-        name: of the task, for the message.
-        split: that was asked for, or None.
+        task: the task.
+        name: name of the task, for the error message.
+        split: the requested split, or None for the default.
 
     Raises:
         ValueError: for an unknown split.
@@ -378,7 +379,7 @@ def choose_split(task: Task, name: str, split: str | None) -> str:
 
 
 def has_rows(task: Task, split: str) -> bool:
-    """Whether a task has a split: one of files has it where files or records are named for it."""
+    """Return whether a task has a split; tasks that read files need files or records for it."""
     if split not in task.splits:
         return False
     named = [name for name in (split, f"{split}_records") if hasattr(task, name)]
@@ -386,9 +387,9 @@ def has_rows(task: Task, split: str) -> bool:
 
 
 def require_files(task: Task, name: str, split: str) -> list[str]:
-    """The files of a split of a task that has patterns of them in `train` and so on.
+    """Return the files of a split, for a task with patterns in `train`, `validation` and `test`.
 
-    Files that are training's and another split's too are warned of when training reads them.
+    Reading the training split warns of files that belong to another split as well.
 
     Raises:
         ValueError: if the split has no pattern.

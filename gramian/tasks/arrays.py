@@ -1,4 +1,4 @@
-"""Arrays of one's own from numpy's files: sequences to classes, to numbers, or to sequences."""
+"""A user's own arrays from numpy files: sequences to classes, to numbers, or to sequences."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ KINDS = (*INTEGERS, "regression", "signal")
 @register("arrays")
 @dataclass(frozen=True, kw_only=True)
 class Arrays(Task):
-    """Rows of numpy's `.npz` files, each with an array of inputs and one of labels.
+    """Rows from numpy's `.npz` files, each of which holds an array of inputs and one of labels.
 
         numpy.savez("train.npz", inputs=inputs, labels=labels)
 
     Inputs are real numbers, (rows, length) or (rows, length, features), or integers (rows, length),
-    which are token ids. The labels decide the kind of the task, unless `kind` does:
+    which are token ids. The labels determine the kind of the task, unless `kind` is given:
 
     | labels | shape | kind |
     |---|---|---|
@@ -47,7 +47,7 @@ class Arrays(Task):
     | real numbers | (rows, length) or (rows, length, numbers) | `"signal"`, numbers at a position |
     | integers, of token ids | (rows, length) | `"tokens"`, a token id at every position |
 
-    A label of -100 is scored by nobody, where a task has some. The seed changes nothing.
+    Labels of -100 are not scored. The seed has no effect.
 
     Args:
         train: paths or patterns of the training split's files, one or a list.
@@ -55,14 +55,14 @@ class Arrays(Task):
         test: likewise.
         inputs: name of the array of inputs in a file.
         labels: name of the array of labels.
-        kind: of the task, `"classification"`, `"regression"`, `"signal"` or `"tokens"`, where it
-            should be another one than the table says.
-        num_labels: number of classes, if there are more than the files hold.
-        vocab_size: number of token ids, if there are more than the files hold.
+        kind: `"classification"`, `"regression"`, `"signal"` or `"tokens"`, to override the kind
+            that the table gives.
+        num_labels: number of classes, if some of them do not occur in the files.
+        vocab_size: number of token ids, if some of them do not occur in the files.
 
     Raises:
-        ValueError: when files are read, for one that is no `.npz` file, lacks an array, or has
-            arrays whose shapes, or whose kinds of numbers, do not fit.
+        ValueError: when files are read, on one that is not an `.npz` file, lacks an array, or has
+            arrays of the wrong shapes or types of numbers.
         FileNotFoundError: on a path or pattern without files, when they are read.
     """
 
@@ -139,7 +139,7 @@ class Arrays(Task):
 
 
 class _Layout(NamedTuple):
-    """What a file's arrays are: `numbers` of a label or None, `ids` and `classes` from 0 on."""
+    """The layout of a file's arrays: `numbers` per label or None; `ids`, `classes` count from 0."""
 
     kind: str
     length: int
@@ -164,7 +164,7 @@ class _Arrays(NamedTuple):
 def _read(
     file: str, inputs: str, labels: str, kind: str | None, size: int, changed: int
 ) -> _Arrays:
-    """Read a file's arrays; `size` and `changed` tell versions of it apart."""
+    """Read a file's arrays; `size` and `changed` distinguish its versions in the cache."""
     x, y = _load(file, (inputs, labels))
     ids = x.dtype.kind in "iu"
     if x.ndim not in ((2,) if ids else (2, 3)) or not x.size:
@@ -226,7 +226,7 @@ def _not_arrays(file: str) -> str:
 
 
 def _kind(x: np.ndarray, y: np.ndarray) -> str:
-    """Return the kind that the labels ask for."""
+    """Return the kind of task that the labels imply."""
     everywhere = y.ndim >= 2 and y.shape[1] == x.shape[1]
     if y.dtype.kind in "iu":
         return "tokens" if everywhere else "classification"
@@ -234,10 +234,10 @@ def _kind(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _labels(y: np.ndarray, kind: str, x: np.ndarray, what: str) -> np.ndarray:
-    """Return the labels in the layout of the kind.
+    """Convert the labels to the layout of the kind.
 
     Raises:
-        ValueError: if they cannot be.
+        ValueError: if they cannot be converted.
     """
     rows, length = x.shape[:2]
     integers = kind in INTEGERS

@@ -15,9 +15,9 @@ __all__ = ["Digits"]
 @register("digits")
 @dataclass(frozen=True, kw_only=True)
 class Digits(Task):
-    """1,797 digits as sequences of 64 grey values in [-1, 1]: 1,257, 180 and 360 by split.
+    """1,797 digits as sequences of 64 gray values in [-1, 1]: 1,257, 180 and 360 by split.
 
-    The splits are fixed; the seed changes nothing.
+    The splits are fixed; the seed has no effect.
     """
 
     def description(self) -> Description:

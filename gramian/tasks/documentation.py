@@ -1,7 +1,7 @@
-"""Real English that every Python carries: the reference documentation behind `help()`.
+"""English text that ships with Python: the reference documentation behind `help()`.
 
-The text quotes itself at length, so every paragraph is kept at its first occurrence only:
-otherwise a good part of the held-out bytes would stand word for word in the training part.
+The text repeats itself at length, so each paragraph is kept only at its first occurrence.
+Otherwise many of the held-out bytes would occur word for word in the training part.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ __all__ = ["python_topics"]
 
 
 def python_topics() -> list[str]:
-    """Every topic's text in order, each paragraph once; topics with nothing new are left out.
+    """Return every topic's text in order, with each paragraph once; skip topics with nothing new.
 
     Raises:
-        RuntimeError: this Python was installed without `pydoc_data`.
+        RuntimeError: if this Python was installed without `pydoc_data`.
     """
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics

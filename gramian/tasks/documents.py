@@ -1,16 +1,16 @@
-"""The documents of a file, read in one way for tasks, evaluation, distillation and analysis.
+"""The documents of a file, read in the same way for tasks, evaluation, distillation and analysis.
 
-**FASTA or text** is one rule. A file is FASTA if its name ends in one of `FASTA_SUFFIXES`, perhaps
-before the suffix of a compression. Anything else, and a text without a name, is FASTA if its first
-line begins with `>` and its first line of sequence holds none but the letters A, C, G, T, U and N,
-in either case. What FASTA's records are is told in `gramian.tasks.genomes`.
+**FASTA or text.** A file is FASTA if its name ends in one of `FASTA_SUFFIXES`, possibly followed by
+the suffix of a compression format. Any other file, and a text without a name, is FASTA if its first
+line begins with `>` and its first sequence line consists of the letters A, C, G, T, U and N, in
+either case. `gramian.tasks.genomes` defines how FASTA records are read.
 
-**Compression** (gzip with any number of members, bgzip, bzip2, xz) is recognised by a file's first
+**Compression** (gzip with any number of members, bgzip, bzip2, xz) is recognized by a file's first
 bytes, not by its name.
 
-**Text** is UTF-8. A byte order mark is no part of it, and every end of a line is a line feed, as it
-is to Python's `open`. A `.jsonl` or `.ndjson` file holds a document a line, under a key of an
-object. Empty documents are left out.
+**Text** is UTF-8. A byte order mark is dropped, and every line ending becomes a line feed, as with
+Python's `open`. Each line of a `.jsonl` or `.ndjson` file is an object that holds one document
+under a key. Empty documents are skipped.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ __all__ = [
 ]
 
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".frn", ".faa", ".fas", ".fsa", ".mpfa")
-"""What the name of a FASTA file ends in, in either case."""
+"""Suffixes of FASTA files, in either case."""
 
 _COMPRESSED = (".gz", ".bgz", ".bz2", ".xz")
-_FASTQ = (".fq", ".fastq")  # which the reader of FASTA refuses by what it holds
+_FASTQ = (".fq", ".fastq")  # read as FASTA, whose reader refuses the content with a clear error
 _JSON_LINES = (".jsonl", ".ndjson")
 _BLOCK = 2**20
 _BOM = b"\xef\xbb\xbf"
@@ -60,11 +60,11 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Document:
-    """A text that stands for itself: nothing before or after it belongs to it.
+    """A text of its own, independent of the documents before and after it.
 
     Attributes:
-        text: of a genome, its upper-case codes and nothing else.
-        name: of the FASTA record or the file, or "".
+        text: the text; for a genome, its upper-case codes and nothing else.
+        name: name of the FASTA record or the file, or "".
         genome: whether it was read as nucleotides.
     """
 
@@ -79,18 +79,18 @@ _R = TypeVar("_R", bound=Reader)
 
 
 def register_reader(*suffixes: str) -> Callable[[_R], _R]:
-    """Make a function the reader of files with some suffixes, as a decorator.
+    """Decorate a function to register it as the reader of files with these suffixes.
 
-    The function gets the bytes of a file, decompressed and in blocks, the file's name, and the key
-    under which texts stand (`column` of `read_documents`), and yields the file's documents.
+    The function receives the file's decompressed bytes in blocks, the file's name, and the key of
+    the texts (`column` of `read_documents`), and yields the file's documents.
 
     Args:
-        suffixes: what the names of the files end in, such as `".gb"`, in lower case and without
-            the suffix of a compression.
+        suffixes: ends of the files' names, such as `".gb"`, in lower case and without the suffix of
+            a compression format.
 
     Raises:
-        ValueError: on a suffix without a leading period or in upper case, and on one that has a
-            reader already.
+        ValueError: on a suffix without a leading period or in upper case, and on one that already
+            has a reader.
     """
     for suffix in suffixes:
         if not suffix.startswith(".") or suffix != suffix.lower():
@@ -106,15 +106,17 @@ def register_reader(*suffixes: str) -> Callable[[_R], _R]:
 
 
 def holds_keys(file: str | Path) -> bool:
-    """Whether a file's documents stand under a key: JSON lines."""
+    """Return whether a file is one of JSON lines, whose documents are stored under a key."""
     return _suffix(str(file)) in _JSON_LINES
 
 
 def find_files(patterns: Any) -> list[str]:
-    """The files of a path or pattern or a list of them, each once, sorted within a pattern.
+    """Return the files that match a path, a pattern or a list of them, sorted within each pattern.
+
+    A file that matches several patterns is listed once.
 
     Raises:
-        FileNotFoundError: for a pattern without a file.
+        FileNotFoundError: if no file matches a pattern.
     """
     found: dict[str, None] = {}
     for pattern in patterns if isinstance(patterns, list | tuple) else [patterns]:
@@ -128,11 +130,11 @@ def find_files(patterns: Any) -> list[str]:
 
 
 def blocks(file: str | Path) -> Iterator[bytes]:
-    """A file's bytes, decompressed and without a byte order mark.
+    """Yield a file's bytes in blocks, decompressed and without a byte order mark.
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: if it is damaged, an archive, or of an encoding that is not UTF-8.
+        ValueError: if it is damaged, is an archive, or is encoded in anything but UTF-8.
     """
     with open(file, "rb") as raw:
         magic = raw.read(6)
@@ -168,16 +170,16 @@ def _decompressed(raw: BinaryIO, magic: bytes) -> BinaryIO:
 def read_documents(
     file: str | Path, *, column: str = "text", any_bytes: bool = False
 ) -> Iterator[Document]:
-    """The documents of one file: records of FASTA, lines of JSON, or the text itself.
+    """Yield the documents of one file: FASTA records, JSON lines, or the text itself.
 
     Args:
-        file: plain or compressed.
-        column: key of the text in an object of a `.jsonl` file.
-        any_bytes: take bytes of a text that are no UTF-8 too, as surrogates (`surrogateescape`).
+        file: the file, plain or compressed.
+        column: key of the text in the objects of a `.jsonl` file.
+        any_bytes: accept bytes that are not UTF-8, as surrogates (`surrogateescape`).
 
     Raises:
         OSError: if it cannot be read.
-        ValueError: naming the file, if it is neither.
+        ValueError: if it is not valid in its format; the message names the file.
     """
     name = str(file)
     stream = blocks(file)
@@ -214,10 +216,10 @@ def _decoded(content: bytes, name: str, errors: str) -> str:
 
 
 def documents_in(text: str, source: str = "the text") -> list[Document]:
-    """The documents of a text that has no name: FASTA's records by the rule above, or one text.
+    """Return the documents of a text without a name: FASTA records by the rule above, or one text.
 
     Raises:
-        ValueError: for FASTA whose letters are no nucleotides'.
+        ValueError: on FASTA whose letters are not codes of nucleotides.
     """
     if _looks_like_fasta(text[:_BLOCK].encode(errors="replace")):
         return list(_genomes(iter([text.encode().removeprefix(_BOM)]), source))

@@ -1,10 +1,10 @@
-"""From documents to token ids, by any tokenizer of transformers.
+"""Encoding of documents as token ids with any tokenizer of transformers.
 
-A tokenizer of nucleotides alone, such as HyenaDNA's, reads every text as a genome: white space is
-skipped, case means nothing, U is T, and a character that is no code of nucleotides is an
-error. Evo's, whose ids are bytes, reads a text of A, C, G, T, U, N and white space so, and others
-(with a tag for a species, say) as they are. Further tokenizers read FASTA as upper-case codes and
-other texts as they are.
+A tokenizer that knows only nucleotides, such as HyenaDNA's, reads every text as a genome: white
+space is skipped, case is ignored, U is read as T, and a character that is not a code of nucleotides
+is an error. Evo's tokenizer, whose ids are bytes, reads a text of A, C, G, T, U, N and white space
+in the same way, and other texts (with a species tag, for example) unchanged. All other tokenizers
+read FASTA as upper-case codes and other texts unchanged.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _PLAIN_GENOME = re.compile(r"[ACGTUNacgtun\s]+")
 
 
 def load_tokenizer(path: str) -> Any:
-    """A tokenizer of transformers, from a folder or, online, by name.
+    """Load a tokenizer of transformers from a folder or, online, by name.
 
     Raises:
-        OSError: if there is none, or it cannot be read.
+        OSError: if it does not exist or cannot be read.
     """
     from transformers import AutoTokenizer
 
-    import gramian.models  # noqa: F401 (else transformers asks to run the code of folders of ours)
+    import gramian.models  # noqa: F401 (else transformers asks to run code from our folders)
 
     try:
         return AutoTokenizer.from_pretrained(path)
@@ -48,16 +48,16 @@ def load_tokenizer(path: str) -> Any:
 
 
 class Encoder:
-    """Encodes documents as a tokenizer does, and large genomes without calling it.
+    """An encoder of documents that gives the tokenizer's ids, for large genomes without calling it.
 
     Args:
-        tokenizer: of transformers.
-        special_tokens: whether to add those that the tokenizer adds by itself.
+        tokenizer: a tokenizer of transformers.
+        special_tokens: whether to add the special tokens that the tokenizer adds by default.
 
     Attributes:
-        nucleotides_only: whether all that the tokenizer knows is made of codes of nucleotides.
-        letters: (256,) the id of each code, by its byte, for a tokenizer to which each is a token;
-            or None.
+        nucleotides_only: whether the vocabulary consists of codes of nucleotides alone.
+        letters: (256,) the id of each code, indexed by its byte, if every code is one token; or
+            None.
     """
 
     def __init__(self, tokenizer: Any, *, special_tokens: bool = True) -> None:
@@ -92,11 +92,11 @@ class Encoder:
             self._around = (ids[:place], ids[place + 1 :])
 
     def __call__(self, document: Document) -> np.ndarray:
-        """Token ids (tokens,), int64.
+        """Return the token ids (tokens,), int64.
 
         Raises:
-            ValueError: for a text that is no genome, if nothing else is known to the tokenizer, and
-                for a genome whose nucleotides it does not know.
+            ValueError: on a text that is not a genome, if the tokenizer knows only nucleotides, and
+                on a genome whose nucleotides it does not know.
         """
         codes, text = self._spelled(document)
         if codes is not None:
@@ -104,7 +104,7 @@ class Encoder:
         return np.array(self.tokenizer(text, **self._options)["input_ids"], dtype=np.int64)
 
     def sized(self, document: Document) -> tuple[np.ndarray, int]:
-        """Token ids, and how many bytes of UTF-8 all but the first of them stand for."""
+        """Return the token ids, and the bytes of UTF-8 that all but the first token encode."""
         codes, text = self._spelled(document)
         if codes is not None:
             unpredicted = 0 if self._around[0] else 1
@@ -121,7 +121,8 @@ class Encoder:
         return ids, max(1, len(text.encode()) - len(first.encode()))
 
     def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Ids of a genome in pieces, one by one if each code is a token, or all at once."""
+        """Yield the ids of a genome given in pieces: piece by piece if each code is one token,
+        otherwise all at once."""
         if self.letters is not None:
             before, after = self._around
             if before:
@@ -146,7 +147,7 @@ class Encoder:
         return ids
 
     def _knows(self, spelling: dict[int, str]) -> bool:
-        """Whether A, C, G and T are something to the tokenizer if they are spelled so."""
+        """Return whether the tokenizer knows A, C, G and T in this spelling."""
         unknown = self.tokenizer.unk_token_id
         found = []
         for letter in "ACGT":
@@ -165,7 +166,7 @@ class Encoder:
         return None if letters[list(b"ACGT")].min() < 0 else letters
 
     def _spelled(self, document: Document) -> tuple[bytes | None, str]:
-        """A genome's codes, if each is a token, or else the text for the tokenizer."""
+        """Return a genome's codes if each is one token, or else None and the text to encode."""
         text = document.text
         genome = document.genome or self.nucleotides_only
         genome = genome or (self._bytes_of_genomes and _PLAIN_GENOME.fullmatch(text) is not None)
@@ -191,7 +192,7 @@ class Encoder:
         return None, "".join(parts)
 
     def _as_genome(self, text: str, where: str) -> list[str]:
-        """Codes of a genome, and at odd places the special tokens between them."""
+        """Split a genome into runs of codes and, at odd indices, the special tokens between."""
         pattern = "|".join(map(re.escape, self._special_tokens))
         parts = re.split(f"({pattern})", text) if pattern else [text]
         odd: Counter[int] = Counter()

@@ -1,6 +1,6 @@
-"""Genomes from FASTA files, as HyenaDNA reads them: one nucleotide, one token.
+"""Genomes from FASTA files, as HyenaDNA reads them: one token per nucleotide.
 
-No row holds two records: each is cut into windows of its own.
+Each record is cut into its own windows, so no row spans two records.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ __all__ = ["Fasta"]
 class Fasta(TokenizedTask):
     """Next-nucleotide prediction on FASTA files, plain or compressed.
 
-    `gramian.tasks.genomes` tells how FASTA is read. Token ids are HyenaDNA's, or those of a model's
-    own tokenizer where one is known; what is no A, C, G, T or N is `[UNK]` to HyenaDNA. A record of
-    a single base has no next one, so it makes no row. The seed changes nothing.
+    `gramian.tasks.genomes` defines how FASTA is read. Token ids are those of the model's own
+    tokenizer if it is known, otherwise HyenaDNA's, which maps everything but A, C, G, T and N to
+    `[UNK]`. A record of a single base gives no row, because there is nothing to predict. The seed
+    has no effect.
 
     Args:
         train: paths or patterns of the training split's files, one or a list.
-        validation: likewise; or leave it out and name records.
-        test: likewise.
-        validation_records: names of the records of `train`'s files that are validation instead, one
-            or a list. A name is the first word of a record's header.
-        test_records: likewise.
-        length: nucleotides of a row.
+        validation: the same for the validation split; or omit it and name records.
+        test: the same for the test split.
+        validation_records: names of records in the files of `train` that belong to the validation
+            split instead, one or a list. A name is the first word of a record's header.
+        test_records: the same for the test split.
+        length: number of nucleotides in a row.
         tokenizer: a tokenizer of transformers, its folder or its name; by default HyenaDNA's.
 
     Raises:
-        ValueError: when files are read, for a name that no record has, and for what
+        ValueError: when files are read, on a name that no record has, and on files that
             `gramian.tasks.genomes.records` refuses.
         FileNotFoundError: on a path or pattern without files, when they are read.
     """
@@ -114,7 +115,7 @@ class Fasta(TokenizedTask):
 
 
 def _require_records(wanted: set[str], files: list[str]) -> None:
-    """Raises a ValueError unless each name is a record's; warns of those of several records."""
+    """Check that a record exists for every name, and warn of names that several records share."""
     if not wanted:
         return
     there: Counter[str] = Counter()
@@ -140,5 +141,5 @@ def _require_records(wanted: set[str], files: list[str]) -> None:
 
 @lru_cache(maxsize=64)
 def _names(file: str, size: int, changed: int) -> Counter[str]:
-    """How many records of a file have each name; `size` and `changed` tell versions apart."""
+    """Count the records of each name; `size` and `changed` distinguish versions in the cache."""
     return Counter(genomes.names(blocks(file), file))

@@ -1,16 +1,15 @@
-"""FASTA: the one reader of genomes, by blocks and in bounded memory.
+"""FASTA, the one reader of genomes, which works by blocks and in bounded memory.
 
-A record is a line that begins with `>`, whose first word is its name, and the lines up to the next
-one. Of these lines
+A record is a header, which is a line that begins with `>` and whose first word is the record's
+name, and the lines up to the next header. These lines are read as follows:
 
-- ends are LF, CRLF or CR, and blank lines and white space are skipped, as are numbers that do not
+- lines end in LF, CRLF or CR; blank lines and white space are skipped, as are numbers that do not
   follow a letter;
-- those that begin with `;` are comments;
-- letters are read without regard to case (soft-masked bases are bases), and U is T;
-- A, C, G, T and N are nucleotides, the other codes of the IUPAC (and X) stand for one that is not
-  known exactly;
-- the marks `-`, `.`, `~`, `?` and `*` keep their place as something unknown, with a warning;
-- anything else is an error, so a protein is none that is read as a genome in silence.
+- lines that begin with `;` are comments;
+- case is ignored (soft-masked bases are bases), and U is read as T;
+- A, C, G, T and N are nucleotides, and the other IUPAC codes (and X) are ambiguous nucleotides;
+- the marks `-`, `.`, `~`, `?` and `*` keep their place as unknown positions, with a warning;
+- any other character is an error, so a protein is never read as a genome silently.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _SKIPPED = b" \t\n\v\f\r0123456789"
 _COMMON = b"ACGTNUacgtnu \t\n\r"
 _DIGIT = re.compile(rb"[0-9]")
 _DIGIT_AFTER_LETTER = re.compile(rb"[^\s0-9][0-9]")
-_AMINO_ACIDS = b"EFIJLOPQZ"  # those whose letters are no codes of nucleotides
+_AMINO_ACIDS = b"EFIJLOPQZ"  # whose letters are not codes of nucleotides
 _UPPER = bytes.maketrans(b"abcdefghijklmnopqrstuvwxyzuU", b"ABCDEFGHIJKLMNOPQRSTUVWXYZTT")
 _MARKED_LINE = re.compile(rb"\n[>;]")
 _LONGEST_HEADER = 2**20
@@ -45,17 +44,17 @@ def clean(
     numbers: bool = True,
     before: bytes = b"",
 ) -> bytes:
-    """Sequence lines as upper-case codes without white space and numbers, U as T.
+    """Return sequence lines as upper-case codes, without white space and numbers and with U as T.
 
     Args:
-        letters: of any number of lines, whole or in part.
-        where: names them in errors.
-        odd: counts what is no nucleotide.
-        numbers: whether digits are skipped, where they do not follow a letter.
-        before: what stands before `letters` in their line.
+        letters: bytes of any number of lines, complete or not.
+        where: name of the lines in error messages.
+        odd: counter of the characters that are not nucleotides.
+        numbers: whether to skip digits that do not follow a letter.
+        before: the part of the line before `letters`.
 
     Raises:
-        ValueError: for anything that is neither a code of the IUPAC nor a mark.
+        ValueError: on a character that is neither an IUPAC code nor a mark.
     """
     if letters.translate(None, _COMMON):
         if not numbers and (found := _DIGIT.search(letters)) is not None:
@@ -63,7 +62,7 @@ def clean(
         if (found := _DIGIT_AFTER_LETTER.search(before[-1:] + letters)) is not None:
             raise ValueError(
                 f"{where}: a digit follows a letter in {found[0].decode(errors='replace')!r}; "
-                "colours are no nucleotides, and numbers are skipped where they stand apart."
+                "color-space codes are not nucleotides, and only numbers apart are skipped."
             )
         codes = letters.translate(_UPPER, _SKIPPED)
         others = codes.translate(None, NUCLEOTIDES)
@@ -77,16 +76,16 @@ def clean(
 
 
 def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Name and sequence of each record, the sequence in pieces as `clean` makes them.
+    """Yield the name and the sequence of each record, the sequence in pieces from `clean`.
 
-    The pieces must be read in turn or not at all. A record may be without a sequence.
+    The pieces must be read in order or not at all. A record may have an empty sequence.
 
     Args:
-        blocks: of a file, decompressed, cut anywhere.
+        blocks: decompressed blocks of a file, of any size.
         source: the file's name, for errors and warnings.
 
     Raises:
-        ValueError: for what is not FASTA, or whose letters are no nucleotides'.
+        ValueError: on text that is not FASTA, or whose letters are not codes of nucleotides.
     """
     events = _events(blocks, source)
     header = next(events, None)
@@ -116,7 +115,7 @@ def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterato
 
         body = pieces()
         yield name, body
-        for _ in body:  # what the reader left
+        for _ in body:  # pieces that the caller did not read
             pass
     if total == 0:
         raise ValueError(f"{source} holds no bases: none of its FASTA records has a sequence.")
@@ -124,7 +123,7 @@ def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterato
 
 
 def names(blocks: Iterable[bytes], source: str) -> Iterator[str]:
-    """Names of the records, as `records` gives them, without a look at their sequences."""
+    """Yield the names of the records, as `records` does, without checking their sequences."""
     for is_header, data in _events(blocks, source):
         if is_header:
             yield _name(data)
@@ -136,10 +135,10 @@ def _name(header: bytes) -> str:
 
 
 def _events(blocks: Iterable[bytes], source: str) -> Iterator[tuple[bool, bytes]]:
-    """(True, a header without its '>') and (False, sequence lines), in turn; no comments."""
-    line: bytearray | None = None  # the header or comment that is being read
+    """Yield (True, header without its '>') and (False, sequence lines) in order, no comments."""
+    line: bytearray | None = None  # the unfinished header or comment
     fresh = True  # whether the next byte begins a line
-    begun = False  # whether anything was handed out
+    begun = False  # whether anything was yielded
     for block in blocks:
         block = block.replace(b"\r", b"\n")
         place = 0

@@ -1,16 +1,16 @@
-"""Kinds of tasks: which model a kind trains, how its labels lie in a batch, how answers are scored.
+"""Kinds of tasks: the model that a kind trains, the layout of its labels, and its scores.
 
 Everything that depends on the kind of a task is a method of one object, which training and
-evaluation look up by the name in `Description.kind`. A kind of one's own is a subclass of
-`ClassLabels`, `NumberLabels` or `Kind` under the decorator `register_kind`:
+evaluation look up by the name in `Description.kind`. To define a new kind, decorate a subclass of
+`ClassLabels`, `NumberLabels` or `Kind` with `register_kind`:
 
     @register_kind("ages")
     class Ages(NumberLabels):
         def model_class(self):
             return ModelOfAges
 
-A batch is scored row by row: `score` gives a few sums for each row, and `summarize` makes metrics
-of the sums of all rows, so that no metric depends on how rows were batched.
+A batch is scored row by row: `score` returns a few sums for each row, and `summarize` computes
+metrics from the sums of all rows, so that no metric depends on how rows were batched.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gramian._nearest import unknown
 if TYPE_CHECKING:
     from gramian.tasks._task import Description
 
-# `gramian.models` loads transformers, so methods import it when a model is wanted.
+# `gramian.models` loads transformers, so methods import it when they need a model.
 
 __all__ = [
     "KINDS",
@@ -50,8 +50,8 @@ class Column(NamedTuple):
     """The layout of the inputs or the labels of one row.
 
     Attributes:
-        integers: whether the numbers are integers, or real numbers.
-        shape: their shape, in which None stands for the row's length.
+        integers: whether the numbers are integers; otherwise they are real.
+        shape: shape of the column, with None for the row's length.
     """
 
     integers: bool
@@ -60,14 +60,14 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, as sums over rows: `Σ totals / Σ weights`.
+    """One metric, as a ratio of sums over rows: `Σ totals / Σ weights`.
 
     Attributes:
-        name: its name.
-        totals: (rows,) what each row adds.
-        weights: (rows,) by how much it counts.
-        higher_is_better: whether a larger value is the better one.
-        unit: the ratio is divided by it.
+        name: name of the metric.
+        totals: (rows,) each row's term of the numerator.
+        weights: (rows,) each row's term of the denominator.
+        higher_is_better: whether larger values are better.
+        unit: divisor of the ratio.
         root: whether the metric is the square root of the ratio.
     """
 
@@ -80,7 +80,7 @@ class Metric:
 
     @property
     def defined(self) -> bool:
-        """Whether any row counts."""
+        """Return whether any row has a positive weight."""
         return bool(np.any(self.weights))
 
     def value(self) -> float:
@@ -94,11 +94,11 @@ class Kind(ABC):
     """Everything that training and evaluation need to know about one kind of task.
 
     Attributes:
-        name: of the kind, set by `register_kind`.
-        metrics: those by which the best model can be chosen, and whether higher values are better.
+        name: name of the kind, set by `register_kind`.
+        metrics: metrics that can select the best model, and whether higher values are better.
         packable: whether several sequences can share a row of a batch.
-        accepts_foreign_models: whether `evaluate_task` takes models of transformers as well.
-        call_options: what a model is called with in evaluation besides its inputs.
+        accepts_foreign_models: whether `evaluate_task` also accepts models of transformers.
+        call_options: further arguments of the model's call in evaluation, besides its inputs.
     """
 
     name: ClassVar[str]
@@ -111,21 +111,21 @@ class Kind(ABC):
 
     @abstractmethod
     def model_class(self) -> type[Any]:
-        """Return the class of models that are trained."""
+        """Return the class of model that is trained."""
 
     def model_options(self) -> dict[str, Any]:
-        """Return fields of `GramianConfig` that the kind sets where the user leaves them out."""
+        """Return fields of `GramianConfig` that the kind sets unless the user does."""
         return {}
 
     def accepts_model(self, model: Any) -> bool:
-        """Return whether a model of this library answers tasks of this kind."""
+        """Return whether a model of this library can be scored on tasks of this kind."""
         return isinstance(model, self.model_class())
 
     def check_description(self, description: Description) -> None:  # noqa: B027 (need not check)
-        """Check that there is something to learn.
+        """Check that the task leaves something to learn.
 
         Raises:
-            ValueError: if there is not; the message goes on from "the task NAME".
+            ValueError: if it does not; the message continues "the task NAME".
         """
 
     # Rows and batches.
@@ -149,70 +149,70 @@ class Kind(ABC):
 
     @abstractmethod
     def label_tensor(self, labels: Any) -> Tensor:
-        """Convert the labels of one row, without refusing any."""
+        """Convert the labels of one row to a tensor, without checking them."""
 
     def batch_labels(self, labels: Tensor) -> dict[str, Tensor]:
-        """Name the labels of a batch as the model wants them."""
+        """Return the labels of a batch under the names of the model's arguments."""
         return {"labels": labels}
 
     def select_due(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Restrict a training batch to the positions with an answer, where that saves work."""
+        """Restrict a training batch to the labelled positions, where that saves work."""
         return batch
 
     # Answers.
 
     @abstractmethod
     def logits_shape(self, batch: int, length: int, config: Any) -> tuple[int, ...]:
-        """Return the shape of the model's answers to a batch of sequences of one length."""
+        """Return the shape of the logits for a batch of sequences of one length."""
 
     @abstractmethod
     def check_labels(self, labels: Tensor, logits_shape: tuple[int, ...]) -> None:
         """Check the labels of a batch.
 
         Raises:
-            LabelError: on another dtype or shape, or values that do not fit.
+            LabelError: on a wrong dtype or shape, or invalid values.
         """
 
     @abstractmethod
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
-        """Return whether the answers are of the kind that the labels are, whatever their size."""
+        """Return whether the layout of the logits matches the labels, whatever its last size."""
 
     def check_size(self, size: int, description: Description) -> None:  # noqa: B027 (need not)
-        """Check the last size of a model's answers.
+        """Check the last dimension of the logits.
 
         Raises:
-            ValueError: if it is not the task's; the message goes on from "the task NAME".
+            ValueError: if it does not match the task; the message continues "the task NAME".
         """
 
     @abstractmethod
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum up every row of a batch: (batch, sums) of float64, for `summarize`."""
+        """Return the sums of every row of a batch, (batch, sums) in float64, for `summarize`."""
 
     @abstractmethod
     def summarize(self, scores: np.ndarray, description: Description) -> list[Metric]:
-        """Make metrics of the scores (rows, sums) of all rows; the first one is the loss.
+        """Compute the metrics from the scores (rows, sums) of all rows; the first one is the loss.
 
-        Where the first one is not defined, no answer is due in any row.
+        The loss is undefined if no row has a label to score.
         """
 
     @abstractmethod
     def show(self, logits: Tensor, labels: Tensor, length: int) -> dict[str, Any]:
-        """Write down what was due in one row and what was predicted, as plain values.
+        """Return the targets and the predictions of one row as plain values.
 
         Args:
-            logits: of the row, without a batch dimension.
-            labels: of the row.
-            length: of the part of a signal that is shown.
+            logits: logits of the row, without a batch dimension.
+            labels: labels of the row.
+            length: number of positions of a signal to show.
         """
 
 
 class ClassLabels(Kind):
-    """A kind whose labels are classes, at every position or one for a sequence.
+    """A kind whose labels are classes, one per position or one per sequence.
 
-    Subclasses give `model_class`.
+    Subclasses implement `model_class`.
 
     Attributes:
-        per_position: whether there are labels at every position, or for the whole sequence.
+        per_position: whether each position has a label; otherwise the whole sequence has one.
     """
 
     metrics: ClassVar[Mapping[str, bool]] = {"loss": False, "accuracy": True}
@@ -222,7 +222,7 @@ class ClassLabels(Kind):
         return Column(True, (None,) if self.per_position else ())
 
     def label_tensor(self, labels: Any) -> Tensor:
-        """Convert integers to int64; others stay as they are, so that scoring may refuse them."""
+        """Convert integers to int64; keep other types, which `check_labels` refuses."""
         tensor = torch.as_tensor(labels)
         return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.long()
 
@@ -252,8 +252,8 @@ class ClassLabels(Kind):
             raise ValueError(f"has {wanted} classes and the model has {size}.")
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Count right answers and all answers, and sum up -log p; where logits are NaN, right
-        answers are too."""
+        """Count the correct and all labels, and sum -log p; NaN logits make the count of correct
+        labels NaN too."""
         if labels.ndim == 1:
             logits, labels = logits[:, None], labels[:, None]
         due = labels != IGNORED
@@ -261,7 +261,7 @@ class ClassLabels(Kind):
             logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
         )
         right = ((logits.argmax(-1) == labels) & due).double()
-        right = torch.where(losses.isnan(), torch.nan, right)  # among NaN there is no largest
+        right = torch.where(losses.isnan(), torch.nan, right)  # NaN logits have no largest value
         columns = (right.sum(1), due.sum(1).double(), losses.double().sum(1))
         return torch.stack(columns, dim=-1)
 
@@ -285,10 +285,10 @@ class ClassLabels(Kind):
 class NumberLabels(Kind):
     """A kind whose labels are real numbers, scored by squared errors.
 
-    Subclasses give `model_class`.
+    Subclasses implement `model_class`.
 
     Attributes:
-        per_position: whether there are labels at every position, or for the whole sequence.
+        per_position: whether each position has labels; otherwise the whole sequence has them.
     """
 
     metrics: ClassVar[Mapping[str, bool]] = {"loss": False, "mse": False, "relative_error": False}
@@ -299,7 +299,7 @@ class NumberLabels(Kind):
         return Column(False, (None, size) if self.per_position else (size,))
 
     def label_tensor(self, labels: Any) -> Tensor:
-        """Convert to single precision; complex numbers stay, so that scoring may refuse them."""
+        """Convert to single precision; keep complex numbers, which `check_labels` refuses."""
         tensor = torch.as_tensor(labels)
         return tensor if tensor.is_complex() else tensor.float()
 
@@ -322,7 +322,7 @@ class NumberLabels(Kind):
             )
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum up squared errors, count numbers that are due, and sum up their squares."""
+        """Return the sum of squared errors, the count of targets and the sum of their squares."""
         labels, due = labels.double(), labels != IGNORED
         errors = torch.where(due, logits.double() - labels, 0).square()
         energies = torch.where(due, labels, 0).square()
@@ -330,8 +330,8 @@ class NumberLabels(Kind):
         return torch.stack([column.flatten(1).sum(1) for column in columns], dim=-1)
 
     def summarize(self, scores: np.ndarray, description: Description) -> list[Metric]:
-        """Make `mse` and, unless every target is 0, `relative_error`: the root mean squared error
-        divided by the root mean square of the targets."""
+        """Compute `mse` and, unless every target is 0, `relative_error`: the root mean squared
+        error divided by the root mean square of the targets."""
         errors, count, energies = scores.T
         metrics = [Metric("mse", errors, count, False)]
         if np.any(energies):
@@ -352,7 +352,7 @@ _T = TypeVar("_T", bound=type[Kind])
 
 
 def register_kind(name: str) -> Callable[[_T], _T]:
-    """Decorate a subclass of `Kind` to make it known as `name`.
+    """Decorate a subclass of `Kind` to register it as `name`.
 
     Raises:
         ValueError: if the name is taken, or the kind and another one disagree on whether higher
@@ -380,7 +380,7 @@ def find_kind(name: str) -> Kind:
     """Return the kind `name`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no kind has this name.
     """
     if name not in _REGISTRY:
         raise ValueError(unknown("kind of task", name, _REGISTRY))
@@ -388,22 +388,22 @@ def find_kind(name: str) -> Kind:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Return whether larger values of a metric are better, by the kinds that choose models by it.
+    """Return whether larger values of a metric are better.
 
     Raises:
-        KeyError: for a metric of no kind.
+        KeyError: on a metric that no kind lists in `metrics`.
     """
     return next(kind.metrics[metric] for kind in KINDS.values() if metric in kind.metrics)
 
 
 def metric_names() -> list[str]:
-    """List the metrics by which a model can be chosen, of all kinds."""
+    """List the metrics of all kinds that can select the best model."""
     return list(dict.fromkeys(metric for kind in KINDS.values() for metric in kind.metrics))
 
 
 @register_kind("tokens")
 class Tokens(ClassLabels):
-    """A label at every position, for a causal language model."""
+    """A class at every position, for a causal language model."""
 
     packable = True
     accepts_foreign_models = True
@@ -416,13 +416,13 @@ class Tokens(ClassLabels):
         return GramianForCausalLM
 
     def batch_labels(self, labels: Tensor) -> dict[str, Tensor]:
-        """Give the labels as `shift_labels` too, which transformers does not shift."""
+        """Return the labels also as `shift_labels`, which transformers does not shift."""
         return {"labels": labels, "shift_labels": labels}
 
     def select_due(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ask for the logits of those positions alone where less than half have an answer.
+        """Compute logits at the labelled positions alone if they are less than half of all.
 
-        Recall tasks ask at a few positions, and the logits over a large vocabulary are most of the
+        Recall tasks label few positions, and the logits over a large vocabulary are most of the
         work of a small model.
         """
         due = batch["shift_labels"] != IGNORED
@@ -433,7 +433,7 @@ class Tokens(ClassLabels):
 
 @register_kind("classification")
 class Classification(ClassLabels):
-    """One class for a sequence."""
+    """One class per sequence."""
 
     packable = True
     accepts_foreign_models = True
@@ -476,7 +476,7 @@ class Signal(NumberLabels):
 
 @register_kind("reconstruction")
 class Reconstruction(ClassLabels):
-    """The whole input, from the last position."""
+    """The whole input, decoded from the last position."""
 
     per_position = True
 
@@ -491,7 +491,7 @@ class Reconstruction(ClassLabels):
 
 @register_kind("regression")
 class Regression(NumberLabels):
-    """Real numbers for a sequence."""
+    """Real numbers per sequence."""
 
     packable = True
 

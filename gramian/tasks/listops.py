@@ -1,7 +1,7 @@
 """ListOps of the Long Range Arena (Tay et al., arXiv 2011.04006): nested lists of digits.
 
-An expression such as `[MAX 4 [MIN 2 3 ] 1 [SM 5 6 ] ]` is to be evaluated; the value is a digit.
-Brackets and digits are tokens, so length is counted in tokens.
+The task is to evaluate an expression such as `[MAX 4 [MIN 2 3 ] 1 [SM 5 6 ] ]`, whose value is a
+digit. Brackets and digits are tokens, so length is counted in tokens.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ NESTED = 0.25  # probability that an argument is a list
 @register("lra/listops")
 @dataclass(frozen=True, kw_only=True)
 class ListOps(GeneratedTask):
-    """Expressions as the Long Range Arena generates them, none twice; the label is the value.
+    """Distinct expressions, generated as in the Long Range Arena, labelled with their values.
 
     Tokens: padding 0, unknown 1 (never used), end 2, digits 3 … 12, `[MIN [MAX [MED [SM` 13 … 16,
-    `]` 17; the vocabulary and the end token are those of S4's loader, which RTF took over.
+    `]` 17. The vocabulary and the end token are those of S4's loader, which RTF uses too.
 
     Args:
-        max_depth: of nesting.
-        max_arguments: of a list; it has 2 at least.
-        min_length: excluded, as published; in tokens, without the end.
-        max_length: excluded, as published.
+        max_depth: largest depth of nesting.
+        max_arguments: largest number of arguments of a list; the smallest is 2.
+        min_length: exclusive lower bound of the length in tokens, without the end, as published.
+        max_length: exclusive upper bound, as published.
     """
 
     train_examples: int = 96_000
@@ -73,7 +73,7 @@ class ListOps(GeneratedTask):
         )
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        """Expressions that no other split of the seed has."""
+        """Yield expressions that occur in no other split of the seed."""
         random = self.random(split, seed)
         others: set[bytes] = set()
         for _ in range(self.train_examples if split == "train" else self.eval_examples):
@@ -93,9 +93,9 @@ class ListOps(GeneratedTask):
         return {"input_ids": np.array([*tokens, END]), "labels": evaluate(tokens)}
 
     def _expression(self, random: np.random.Generator, tokens: list[int], depth: int) -> bool:
-        """Append a list, with `depth` lists around it and itself; False where it grows too long.
+        """Append a list at nesting level `depth`; return False if the expression grows too long.
 
-        A lone digit is an expression too, but too short for any `min_length`: the root is a list.
+        A lone digit is too short for any `min_length`, so the root is always a list.
         """
         arguments = int(random.integers(2, self.max_arguments + 1))
         tokens.append(int(random.integers(OPERATORS, CLOSE)))
@@ -112,7 +112,7 @@ class ListOps(GeneratedTask):
 
 
 def evaluate(tokens: list[int]) -> int:
-    """The value of an expression; the median of an even number is rounded down."""
+    """Return the value of an expression; the median of an even number of digits is rounded down."""
     stack: list[list[int]] = [[]]
     for token in tokens:
         if DIGIT <= token < DIGIT + 10:

@@ -21,7 +21,7 @@ _LABELS = {b"0": 0, b"1": 1, b"0.0": 0, b"1.0": 1}
 
 
 def byte_ids(text: bytes, length: int) -> np.ndarray:
-    """Ids of the first `length` bytes."""
+    """Return the ids of the first `length` bytes."""
     return np.frombuffer(text[:length], dtype=np.uint8).astype(np.int64) + 1
 
 
@@ -35,11 +35,11 @@ def require_folder(path: str | Path, what: str) -> Path:
 @register("lra/text")
 @dataclass(frozen=True, kw_only=True)
 class Text(Task):
-    """Reviews of the IMDb, good (1) or bad (0); the test set is the validation set, as published.
+    """IMDb reviews, positive (1) or negative (0); validation uses the test set, as published.
 
     Args:
         path: the folder `aclImdb` of the data set's archive, with `train/pos/*.txt` and so on.
-        length: bytes that are read of a review.
+        length: number of bytes to read of a review.
     """
 
     path: str
@@ -73,8 +73,8 @@ class Retrieval(Task):
 
     Args:
         path: folder with `new_aan_pairs.train.tsv`, `.eval.tsv` and `.test.tsv` of the Arena's
-            release: label, two names, two texts, tabs between them.
-        length: bytes that are read of a paper.
+            release, whose tab-separated columns are a label, two names and two texts.
+        length: number of bytes to read of a paper.
     """
 
     path: str
@@ -114,12 +114,12 @@ class Retrieval(Task):
 @register("lra/image")
 @dataclass(frozen=True, kw_only=True)
 class Image(Task):
-    """CIFAR-10 in grey, pixel by pixel, standardised with the published mean and deviation.
+    """CIFAR-10 in gray, pixel by pixel, standardized with the published mean and deviation.
 
     Args:
         path: the folder `cifar-10-batches-bin` of the data set's binary version.
-        validation: share of the training images that are the validation split.
-        split_seed: of which images those are.
+        validation: share of the training images in the validation split.
+        split_seed: seed that selects those images.
     """
 
     path: str
@@ -146,9 +146,9 @@ class Image(Task):
             records = records[chosen]
         for record in records:
             red, green, blue = record[1:].astype(np.int64).reshape(3, 1024)
-            # Grey as image libraries make it (ITU-R 601), rounded as they round it.
-            grey = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
-            values = (grey / 255 - 122.6 / 255) / (61.0 / 255)
+            # Convert to gray and round as image libraries do (ITU-R 601).
+            gray = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+            values = (gray / 255 - 122.6 / 255) / (61.0 / 255)
             yield {"input_values": values[:, None].astype(np.float32), "labels": int(record[0])}
 
     @staticmethod

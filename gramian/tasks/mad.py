@@ -1,8 +1,8 @@
 """The MAD suite: mechanistic architecture design (Poli et al., arXiv 2403.17844; athms/mad-lab).
 
-Defaults are the suite's baselines; its variations are a few settings away. As published, the recall
-tasks train on every next token and are scored on the values of keys that came before; memorisation
-and copying are scored on their answers in training too.
+The defaults are the suite's baselines; its variations change a few settings. As published, the
+recall tasks train on every next token and are evaluated on the values of keys that occurred before;
+memorization and copying use only their answers, in training too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _NoisyTask(_MADTask):
 
     @property
     def _special(self) -> int:
-        """Special tokens; they are the last of the vocabulary."""
+        """Return the number of special tokens, which come last in the vocabulary."""
         return 0
 
     @property
@@ -71,13 +71,13 @@ class _NoisyTask(_MADTask):
 @register("mad/in-context-recall")
 @dataclass(frozen=True, kw_only=True)
 class InContextRecall(_NoisyTask):
-    """Key-value pairs from a dictionary drawn for each sequence; a known key's value is due.
+    """Key-value pairs from a dictionary drawn for each sequence; a repeated key's value is due.
 
     Args:
         vocab_size: lower half keys, upper half values, then noise tokens, and the copy mark where
             `multi_query` is off.
         length: tokens of the pairs, even; the sequence has one less (two with the mark one more).
-        multi_query: score the value of every key that came before, not of the last alone.
+        multi_query: whether to score the value of every repeated key, or only of the last key.
         noise: share of pairs that are replaced by noise tokens.
         noise_vocab_size: number of noise tokens.
     """
@@ -101,7 +101,7 @@ class InContextRecall(_NoisyTask):
         values_of = random.integers(half, self._ordinary, size=half)  # this sequence's dictionary
         keys = random.integers(half, size=pairs - 1)
         noisy = random.random(pairs - 1) < self.noise
-        kept = int(random.integers(pairs))  # one place is spared, so that there is a pair
+        kept = int(random.integers(pairs))  # one place without noise, so that a pair remains
         if kept < pairs - 1:
             noisy[kept] = False
         elif noisy.all():
@@ -144,18 +144,18 @@ class NoisyRecall(InContextRecall):
 class FuzzyRecall(_NoisyTask):
     """In-context recall with keys and values of several tokens each.
 
-    In training keys and values have any size up to the largest; evaluation asks with keys of the
-    largest. Sequences are padded on the left. The pair that is asked for at the end always stands
-    in the sequence; the published generator leaves it out when the random place that it draws for
-    it lies past the last pair.
+    Training keys and values have any size up to the largest; evaluation queries keys of the largest
+    size. Sequences are padded on the left. The pair that is queried at the end always occurs in the
+    sequence; the published generator omits it when the random place that it draws for the pair lies
+    past the last one.
 
     Args:
         vocab_size: lower half keys, upper half values, then noise tokens, the padding token, and
             the copy mark where `multi_query` is off.
-        length: of a sequence.
+        length: length of a sequence.
         key_size: largest number of tokens of a key, all different.
-        value_size: likewise of a value.
-        multi_query: score the value of every key that came before, not of the last alone.
+        value_size: largest number of tokens of a value, all different.
+        multi_query: whether to score the value of every repeated key, or only of the last key.
         noise: share of pairs that are replaced by noise tokens.
         noise_vocab_size: number of noise tokens.
     """
@@ -239,12 +239,12 @@ class FuzzyRecall(_NoisyTask):
 @register("mad/memorization")
 @dataclass(frozen=True, kw_only=True)
 class Memorization(_NoisyTask):
-    """A fixed dictionary of keys and values; after each key stands a mark, where the value is due.
+    """A fixed dictionary of keys and values; a mark follows each key, and the value is due there.
 
     Args:
         vocab_size: lower half keys, upper half values, then noise tokens, then the mark.
-        length: of a sequence; even.
-        dictionary_seed: of the dictionary, which all splits and seeds share.
+        length: length of a sequence, even.
+        dictionary_seed: seed of the dictionary, which all splits and seeds share.
         noise: share of pairs that are replaced by noise tokens.
         noise_vocab_size: number of noise tokens.
     """
@@ -268,7 +268,7 @@ class Memorization(_NoisyTask):
         return Description("tokens", self.length, vocab_size=self.vocab_size)
 
     def dictionary(self) -> Mapping[int, int]:
-        """The value of every key, no value twice."""
+        """Return the value of every key; all values are different."""
         half = self._ordinary // 2
         random = np.random.default_rng(self.dictionary_seed)
         values = half + random.permutation(self._ordinary - half)[:half]
@@ -290,13 +290,13 @@ class Memorization(_NoisyTask):
 @register("mad/compression")
 @dataclass(frozen=True, kw_only=True)
 class Compression(_NoisyTask):
-    """Random tokens and a last mark, from whose position alone the whole input is to be decoded.
+    """Random tokens and a final mark; the whole input is decoded from the mark's position alone.
 
-    Noise tokens are due too, as published.
+    Noise tokens must be decoded too, as published.
 
     Args:
         vocab_size: ordinary tokens, then noise tokens, then the mark.
-        length: of a sequence, with the mark.
+        length: length of a sequence, with the mark.
         noise: share of tokens that are replaced by noise tokens.
         noise_vocab_size: number of noise tokens.
     """
@@ -321,11 +321,11 @@ class Compression(_NoisyTask):
 @register("mad/selective-copying")
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopying(_MADTask):
-    """Tokens scattered among blanks, a mark, then as many blanks, at which the tokens are due.
+    """Tokens scattered among blanks, a mark, then one blank per token, where the tokens are due.
 
     Args:
         vocab_size: ordinary tokens, then the blank, then the mark.
-        length: of a sequence.
+        length: length of a sequence.
         tokens: number of tokens to copy.
     """
 
@@ -348,7 +348,7 @@ class SelectiveCopying(_MADTask):
         blank, mark = self.vocab_size - 2, self.vocab_size - 1
         blanks = self.length - 2 * self.tokens - 1
         copied = random.integers(blank, size=self.tokens)
-        # Blanks go before a token, never after the last one.
+        # Blanks are inserted before a token, never after the last one.
         before = random.integers(self.tokens, size=blanks)
         scattered = np.insert(copied, before, blank)
         tokens = np.concatenate([scattered, [mark], np.full(self.tokens, blank)])

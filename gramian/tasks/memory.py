@@ -18,7 +18,7 @@ __all__ = ["Copying", "Delay"]
 @register("copying")
 @dataclass(frozen=True, kw_only=True)
 class Copying(GeneratedTask):
-    """Tokens, then blanks, then as many marks, at which the tokens are due in their order.
+    """Tokens, then blanks, then one mark per token, where the tokens are due in their order.
 
     Args:
         vocab_size: blank 0, tokens 1 … vocab_size - 2, mark vocab_size - 1.
@@ -67,14 +67,14 @@ class Copying(GeneratedTask):
 @register("delay")
 @dataclass(frozen=True, kw_only=True)
 class Delay(GeneratedTask):
-    """White noise below a frequency; the input some steps ago is due, at one or several lags.
+    """Band-limited white noise; the target is the input some steps ago, at one or several lags.
 
     Args:
-        length: of a signal.
+        length: length of a signal.
         lag: distance in steps; the k-th target is the input k × lag steps ago.
         lags: number of targets.
         step: seconds between samples.
-        frequency: up to which the noise has power, in Hz; at most 1 / (2 × step).
+        frequency: upper limit of the noise band in Hz, at most 1 / (2 × step).
     """
 
     train_examples: int = 16_384
@@ -115,7 +115,7 @@ class Delay(GeneratedTask):
         }
 
     def _noise(self, random: np.random.Generator, rms: float = 0.5) -> np.ndarray:
-        """Power `rms²` spread over the band, moved so that the signal starts at 0."""
+        """Draw noise of power `rms²` over the band, shifted so that the signal starts at 0."""
         half = -(-self.length // 2)
         scale = rms * np.sqrt(0.5)
         real = random.normal(0.0, scale, half + 1)

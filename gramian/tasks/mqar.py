@@ -1,9 +1,9 @@
 """Multi-query associative recall (Zoology: Arora, Eyuboglu et al., arXiv 2312.04927).
 
-A sequence begins with key-value pairs; later every key comes once more and its value is due there.
-The gap between a pair and its query follows a power law, as gaps between repeated bigrams do in
-text. Keys are the lower half of the vocabulary without 0, values the upper half; what is neither
-pair nor query is a random token.
+A sequence begins with key-value pairs; later every key occurs once more, and its value is due
+there. The gap between a pair and its query follows a power law, as gaps between repeated bigrams do
+in text. Keys are the lower half of the vocabulary without 0, values the upper half; all other
+positions hold random tokens.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class MQAR(GeneratedTask):
 
     Args:
         vocab_size: keys are 1 … vocab_size // 2 - 1, values vocab_size // 2 … vocab_size - 1.
-        length: of a sequence, even.
+        length: length of a sequence, even.
         pairs: number of different keys.
-        passes: how often the pairs are shown before the queries.
-        power: a of the density `a x^(a-1)` of gaps; 1 is uniform.
-        random_non_queries: whether free positions hold random tokens, of the whole vocabulary, or
-            zeros.
+        passes: number of times that the pairs are shown before the queries.
+        power: exponent a of the density `a x^(a-1)` of gaps; 1 is uniform.
+        random_non_queries: whether free positions hold random tokens of the whole vocabulary;
+            otherwise they hold zeros.
 
     Raises:
-        ValueError: on an odd length, one not below `vocab_size`, or too short for pairs and
+        ValueError: on a length that is odd, not below `vocab_size`, or too short for the pairs and
             queries.
     """
 
@@ -88,7 +88,7 @@ class MQAR(GeneratedTask):
         labels = np.full(self.length, IGNORED, dtype=np.int64)
         tokens[:context] = np.tile(np.stack([keys, values], -1).ravel(), self.passes)
 
-        # Gaps one after another without replacement: the order of Gumbel-perturbed log densities.
+        # Sampling gaps without replacement: sort log densities perturbed by Gumbel noise.
         space = (self.length - context) // 2
         density = (self.power - 1) * np.log(np.arange(1, space + 1))
         gaps = np.argsort(-(density + random.gumbel(size=space)))[: self.pairs]

@@ -1,14 +1,15 @@
-"""Pathfinder of the Long Range Arena: do two discs lie on one dashed path?
+"""Pathfinder of the Long Range Arena: tell whether two discs lie on one dashed path.
 
-After Linsley et al. (NeurIPS 2018), by the generator that the Arena used (drewlinsley/pathfinder)
-with its settings for 32 × 32 pixels. Two long paths begin near each other; a disc is drawn on the
-beginning of one and a disc on the end of the same (label 1) or of the other (label 0). Short
-distractor paths fill the rest. Brightness is stretched over each image, as the generator's files
-are; they are read as grey values in [-1, 1], pixel by pixel.
+The task is that of Linsley et al. (NeurIPS 2018), made by the generator that the Arena used
+(drewlinsley/pathfinder) with its settings for 32 × 32 pixels. Two long paths begin near each other;
+one disc marks the beginning of a path, and another disc marks the end of the same path (label 1) or
+of the other one (label 0). Short distractor paths fill the rest. The brightness of each image is
+stretched to the full range, as in the generator's files, and the image is read pixel by pixel as
+gray values in [-1, 1].
 
-A path grows dash by dash. A mask holds what is taken: every dash with a margin around it. The next
-dash starts where the last one points, its direction is drawn with weight `cos²(c Δ)` of the turn Δ,
-c the `continuity`, where the mask leaves room.
+A path grows dash by dash. A mask holds the occupied pixels: every dash with a margin around it. The
+next dash starts where the last one points; its direction is drawn where the mask leaves room, with
+weight `cos²(c Δ)` for a turn by Δ, where c is the `continuity`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from gramian.tasks._task import Description, GeneratedTask, Row, register, requi
 
 __all__ = ["Pathfinder"]
 
-FREE = 0.3  # a mask value up to which a pixel counts as free
-OVERLAP = 1.8  # of two masks, from which dashes cross
-RETRIES = 2  # of a dash
-SNAKE_RETRIES = 4  # of a distractor path
+FREE = 0.3  # largest mask value of a free pixel
+OVERLAP = 1.8  # sum of two masks from which dashes count as crossing
+RETRIES = 2  # per dash
+SNAKE_RETRIES = 4  # per distractor path
 LEAST_FREE = 0.01  # share of free pixels below which no distractor is begun
-ATTEMPTS, DASHES = 5_000, 20_000  # at most, for an image's paths; "hard" needs 40 and 400
+ATTEMPTS, DASHES = 5_000, 20_000  # limits for the paths of one image; "hard" needs 40 and 400
 
 
 class _Dash(NamedTuple):
@@ -48,21 +49,21 @@ class Pathfinder(GeneratedTask):
     """Images of dashed paths; the label says whether the two discs lie on one of them.
 
     Args:
-        size: pixels of a side.
-        path_length: dashes of the two long paths; 6, 9 and 14 are the published difficulties.
+        size: side of the image in pixels.
+        path_length: dashes of each long path; 6, 9 and 14 are the published difficulties.
         dash: length of a dash.
-        thickness: of a dash; a multiple of a half.
+        thickness: thickness of a dash, a multiple of a half.
         gap: free pixels around a dash.
-        seed_distance: between the beginnings of the two paths.
-        continuity: how straight the paths are.
-        radius: of the discs.
-        distractors: their dashes in all; each distractor has a third of a path's.
-        path_contrast: brightness of the long paths, relative to the discs'.
-        distractor_contrast: likewise, of the short ones.
+        seed_distance: distance between the beginnings of the two paths.
+        continuity: straightness of the paths.
+        radius: radius of the discs.
+        distractors: total number of distractor dashes; a distractor has a third as many as a path.
+        path_contrast: brightness of the long paths, relative to that of the discs.
+        distractor_contrast: the same for the distractors.
 
     Raises:
-        ValueError: when rows are drawn, if 5,000 attempts at the two long paths fail, or 20,000
-            dashes.
+        ValueError: when rows are drawn, if 5,000 attempts at the two long paths, or 20,000 dashes,
+            fail.
     """
 
     train_examples: int = 160_000
@@ -106,14 +107,14 @@ class Pathfinder(GeneratedTask):
         label = int(random.integers(2))
         image, _ = self.picture(random, label)
         low, high = float(image.min()), float(image.max())
-        grey = np.floor((image - low) / max(high - low, 1e-9) * 255 + 0.5)
-        values = grey.reshape(-1, 1) / 127.5 - 1
+        gray = np.floor((image - low) / max(high - low, 1e-9) * 255 + 0.5)
+        values = gray.reshape(-1, 1) / 127.5 - 1
         return {"input_values": values.astype(np.float32), "labels": label}
 
     def picture(
         self, random: np.random.Generator, label: int
     ) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
-        """An image (size, size), not yet stretched, and the ends of the two paths."""
+        """Draw an image (size, size), not yet stretched, and return it with the paths' ends."""
         drawn, dashes, attempts = None, 0, 0
         while drawn is None and attempts < ATTEMPTS and dashes < DASHES:
             drawn, tried = self._two_paths(random)
@@ -140,7 +141,7 @@ class Pathfinder(GeneratedTask):
         return image, ends
 
     def _two_paths(self, random: np.random.Generator) -> tuple[_Paths | None, int]:
-        """The two paths, if they found room, and how many dashes were tried."""
+        """Return the two paths, or None if they found no room, and the number of dashes tried."""
         mask = np.zeros((self.size, self.size))
         mask[[0, -1]] = mask[:, [0, -1]] = 1
         border = mask.copy()
@@ -196,7 +197,7 @@ class Pathfinder(GeneratedTask):
         return image, np.maximum(mask, dash.mask)
 
     def _begin(self, random: np.random.Generator, taken: np.ndarray) -> _Dash | None:
-        """A first dash where it fits."""
+        """Return a first dash where it fits."""
         for _ in range(RETRIES + 1):
             angle = random.integers(-180, 180) * math.pi / 180
             reach = self.dash + self.gap
@@ -211,7 +212,7 @@ class Pathfinder(GeneratedTask):
         return None
 
     def _dash_at(self, tail: tuple[int, int], angle: float) -> _Dash | None:
-        """The dash from its tail on; its pivot lies behind the tail. None outside of the image."""
+        """Return the dash that begins at `tail`, its pivot behind it; None outside of the image."""
         head = _move(tail, angle, self.dash)
         pivot = _move(head, _reversed(angle), self.dash + self.gap)
         if not all(0 <= value < self.size for value in (*head, *pivot)):
@@ -221,7 +222,7 @@ class Pathfinder(GeneratedTask):
     def _extend(
         self, random: np.random.Generator, last: _Dash, mask: np.ndarray
     ) -> tuple[_Dash, np.ndarray, np.ndarray] | None:
-        """The next dash of a path, its line, and the mask with the last dash in it."""
+        """Return the next dash of a path, its line, and the mask with the last dash in it."""
         pivot = _move(last.pivot, last.orientation, self.dash + 2 * self.gap)
         taken = _dilate(mask, _disc_structure(self.gap))
         reach = self.dash + self.gap
@@ -252,7 +253,7 @@ class Pathfinder(GeneratedTask):
         return None
 
     def _draw(self, start: tuple[int, int], angle: float) -> tuple[np.ndarray, np.ndarray]:
-        """Line and mask of a dash, (size, size)."""
+        """Return the line and the mask of a dash, (size, size)."""
         line, mask = self._patch(angle)
         return _place(line, start, self.size), _place(mask, start, self.size)
 
@@ -260,7 +261,7 @@ class Pathfinder(GeneratedTask):
         return _dash_patch(angle, self.dash, self.thickness, self.gap)
 
 
-SCALE = 2  # of the resolution at which dashes and discs are drawn before they are scaled down
+SCALE = 2  # dashes and discs are drawn at this multiple of the resolution, then scaled down
 
 
 def _move(point: tuple[int, int], angle: float, distance: float) -> tuple[int, int]:
@@ -278,15 +279,15 @@ def _reversed(angle: float) -> float:
 def _dash_patch(
     angle: float, length: int, thickness: float, gap: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Line and mask of a dash that begins in the middle, (2 r + 1, 2 r + 1), values in [0, 1]."""
+    """Return line and mask of a dash that begins in the middle, (2 r + 1, 2 r + 1), in [0, 1]."""
     from PIL import Image, ImageDraw
 
     radius = length + math.ceil(thickness) + gap
-    centre = radius * SCALE
-    head = _move((centre, centre), angle, length * SCALE)
-    fine = Image.new("L", (2 * centre + 1, 2 * centre + 1))
+    center = radius * SCALE
+    head = _move((center, center), angle, length * SCALE)
+    fine = Image.new("L", (2 * center + 1, 2 * center + 1))
     ImageDraw.Draw(fine).line(
-        [(centre, centre), (head[1], head[0])], fill=255, width=round(thickness * SCALE)
+        [(center, center), (head[1], head[0])], fill=255, width=round(thickness * SCALE)
     )
     pixels = np.asarray(fine)
     mask = _dilate(pixels, _disc_structure(gap * SCALE))
@@ -300,18 +301,18 @@ def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(image).astype(np.float64) / 255
 
 
-def _place(patch: np.ndarray, centre: tuple[int, int], size: int) -> np.ndarray:
-    """`patch` with its middle at `centre` of a (size, size) image; what sticks out is cut off."""
+def _place(patch: np.ndarray, center: tuple[int, int], size: int) -> np.ndarray:
+    """Place the middle of `patch` at `center` of a (size, size) image, cropped to the image."""
     radius = patch.shape[0] // 2
     padded = np.zeros((size + 2 * patch.shape[0],) * 2)
-    row, column = (value + patch.shape[0] - radius for value in centre)
+    row, column = (value + patch.shape[0] - radius for value in center)
     padded[row : row + patch.shape[0], column : column + patch.shape[0]] = patch
     edge = patch.shape[0]
     return padded[edge : edge + size, edge : edge + size]
 
 
 def _dilate(image: np.ndarray, structure: np.ndarray) -> np.ndarray:
-    """The largest value under `structure` around every pixel."""
+    """Return the largest value under `structure` around every pixel."""
     radius = structure.shape[0] // 2
     height, width = image.shape
     padded = np.zeros((height + 2 * radius, width + 2 * radius), dtype=image.dtype)

@@ -1,8 +1,9 @@
 """Induction heads and associative recall (H3: Dao, Fu et al., arXiv 2212.14052; Hyena).
 
-Both end in a mark, and what followed an earlier occurrence is due after it. The vocabulary holds
-two special tokens: 0, "." in the published code, and vocab_size - 1, its mark "=>". Training asks
-for every next token, evaluation for the answer alone.
+Both tasks end in a mark, and the answer after it is the token or tokens that followed an earlier
+occurrence. The vocabulary holds two special tokens: 0, which is "." in the published code, and
+vocab_size - 1, which is its mark "=>". Training scores every next token, evaluation the answer
+alone.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class _RecallTask(GeneratedTask):
         require_sizes(self, "vocab_size", least=4)
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        """No row comes twice in a split, as published."""
+        """Yield rows of which no two in a split are equal, as published."""
         random = self.random(split, seed)
         seen: set[bytes] = set()
         for _ in range(self.train_examples if split == "train" else self.eval_examples):
@@ -58,14 +59,14 @@ class _RecallTask(GeneratedTask):
 @register("associative_recall")
 @dataclass(frozen=True, kw_only=True)
 class AssociativeRecall(_RecallTask):
-    """Key-value pairs from one dictionary a sequence, then the mark and a key: its value is due.
+    """Key-value pairs from one dictionary per sequence, the mark, and a key whose value is due.
 
     Keys are the lower half of the ordinary tokens, values the upper half.
 
     Args:
-        vocab_size: with the two special tokens.
-        input_length: tokens before the mark; the sequence has two more.
-        keys: tokens that make up a key.
+        vocab_size: number of tokens, with the two special ones.
+        input_length: number of tokens before the mark; the sequence has two more.
+        keys: number of tokens in a key.
     """
 
     input_length: int = 40
@@ -95,10 +96,10 @@ class AssociativeRecall(_RecallTask):
         half = ordinary // 2
         pairs = self.input_length // (self.keys + 1)
         keys = random.integers(1, 1 + half, size=(pairs, self.keys))
-        code = keys @ half ** np.arange(self.keys)  # a number for each key
+        code = keys @ half ** np.arange(self.keys)  # encodes each key as a number
         _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
         values = random.integers(1 + half, 1 + ordinary, size=len(first))[inverse]
-        asked = random.choice(first)  # every key that was shown, alike
+        asked = random.choice(first)  # uniform over the keys that were shown
         tail = [self.vocab_size - 1, *keys[asked], values[asked]]
         shown = np.concatenate([keys, values[:, None]], axis=1).ravel()
         return self._shifted(np.concatenate([shown, tail]), 1, split)
@@ -107,13 +108,14 @@ class AssociativeRecall(_RecallTask):
 @register("induction_heads")
 @dataclass(frozen=True, kw_only=True)
 class InductionHeads(_RecallTask):
-    """Random tokens with the mark somewhere among them and again at the end: what followed it.
+    """Random tokens with a mark among them and again at the end; what followed it first is due.
 
     Args:
-        vocab_size: with the two special tokens.
-        input_length: tokens before the last mark.
-        answer_length: tokens that follow the mark and are due.
-        triggers: marks among the tokens; one alone in half of the sequences, as published.
+        vocab_size: number of tokens, with the two special ones.
+        input_length: number of tokens before the last mark.
+        answer_length: number of tokens after the mark that are due.
+        triggers: number of marks among the tokens; half of the sequences have only one, as
+            published.
     """
 
     input_length: int = 30

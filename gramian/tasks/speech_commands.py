@@ -1,7 +1,8 @@
 """Speech Commands (Warden, arXiv 1804.03209), raw: 35 words of one second at 16 kHz.
 
-As in S4's and RTF's experiments: the data set's own split, short recordings padded with zeros,
-every sample position standardised with the training set's mean and deviation at that position.
+As in the experiments of S4 and RTF, the split is the data set's own, short recordings are padded
+with zeros, and every sample position is standardized with the training set's mean and deviation at
+that position.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ SAMPLES = 16_000
 @register("speech_commands")
 @dataclass(frozen=True, kw_only=True)
 class SpeechCommands(Task):
-    """The words in the folder, in alphabetic order, as labels.
+    """Recordings of words, labelled by the words in alphabetic order.
 
     Args:
-        path: the unpacked archive: a folder a word, `validation_list.txt`, `testing_list.txt`.
-        num_labels: number of words that must be there.
-        decimate: keep every so many samples; 2 is the published test at half the rate.
-        standardize: whether to standardise; it takes a pass over the training set.
+        path: the unpacked archive, with one folder per word, `validation_list.txt` and
+            `testing_list.txt`.
+        num_labels: number of words that the folder must hold.
+        decimate: keep every n-th sample; 2 is the published test at half the rate.
+        standardize: whether to standardize, which takes one pass over the training set.
     """
 
     path: str
@@ -79,7 +81,7 @@ class SpeechCommands(Task):
 
 
 def _read(file: Path) -> np.ndarray:
-    """(16000,) in [-1, 1)."""
+    """Read a recording, (16000,) in [-1, 1)."""
     with wave.open(str(file)) as sound:
         if (sound.getnchannels(), sound.getsampwidth()) != (1, 2):
             raise ValueError(f"{file} must have one channel of 16 bits.")

@@ -35,26 +35,26 @@ KINDS = ("classification", "regression")
 @register("table")
 @dataclass(frozen=True, kw_only=True)
 class Table(TokenizedTask):
-    """Sequences with a class or a number each, from tables in CSV, or in TSV by the name `.tsv`.
+    """Sequences with one class or number each, from tables in CSV, or in TSV if named `.tsv`.
 
-    The first line names the columns. Files may be compressed. Classes are the different labels of
-    all files, in order: of numbers where all labels are integers, of the alphabet otherwise. The
-    seed changes nothing.
+    The first line names the columns. Files may be compressed. The classes are the distinct labels
+    of all files, in numeric order if all labels are integers and in alphabetic order otherwise. The
+    seed has no effect.
 
     Args:
         train: paths or patterns of the training split's files, one or a list.
-        validation: likewise.
-        test: likewise.
+        validation: the same for the validation split.
+        test: the same for the test split.
         sequence: column of the sequences.
         label: column of the labels.
         kind: `"classification"`, or `"regression"` for labels that are numbers.
-        length: most tokens of a sequence.
-        tokenizer: a tokenizer of transformers, its folder or its name, or `"dna"` for that of
-            HyenaDNA; by default bytes, or a model's own where one is known.
+        length: largest number of tokens in a sequence.
+        tokenizer: a tokenizer of transformers, its folder or its name, or `"dna"` for HyenaDNA's;
+            by default the model's own if it is known, otherwise bytes.
 
     Raises:
-        ValueError: when files are read, for one without the columns, and for a line whose sequence
-            is empty or longer than `length`, or whose label is missing or no number.
+        ValueError: when files are read, on one without the columns, and on a line whose sequence is
+            empty or longer than `length`, or whose label is missing or not a number.
         FileNotFoundError: on a path or pattern without files, when they are read.
     """
 
@@ -122,8 +122,8 @@ class Table(TokenizedTask):
 def _read(
     file: str, columns: tuple[str, str], size: int, changed: int
 ) -> list[tuple[int, tuple[str, str]]]:
-    """Read two columns of a file with the numbers of their lines; `size` and `changed` tell
-    versions of it apart."""
+    """Read two columns of a file with their line numbers; `size` and `changed` distinguish its
+    versions in the cache."""
     try:
         text = b"".join(blocks(file)).decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Language modelling on bytes or tokens of text files or any corpus of `datasets`."""
+"""Language modeling on bytes or tokens of text files or any corpus of `datasets`."""
 
 from __future__ import annotations
 
@@ -76,27 +76,28 @@ class Text(_TextTask):
     """Text files, or a corpus that `datasets` reads, as bytes or tokens.
 
     A document is a file, a line of a `.jsonl` file, a record of a FASTA file or a row of the
-    corpus, or the part of one between separators. `gramian.tasks.documents` tells how files are
-    read: compressed or not, as UTF-8 with line feeds, and what makes a file FASTA. Without a
-    tokenizer, bytes that are no UTF-8 are kept as they are. The seed changes nothing.
+    corpus, or, with `separator`, the part of one between separators. `gramian.tasks.documents`
+    defines how files are decompressed and decoded, and which files are FASTA. Without a tokenizer,
+    bytes that are not UTF-8 are kept. The seed has no effect.
 
     Args:
         train: paths or patterns (`books/*.txt`) of the training split's files, one or a list.
-        validation: likewise.
-        test: likewise.
-        separator: where texts are cut into documents, JSON lines and rows of a corpus too; by
-            default each is one. One that is found nowhere is warned of.
-        corpus: instead of files, a corpus of `datasets`: a folder of `save_to_disk`, or, online,
-            a name on the Hub. Its splits are taken by their names.
-        corpus_config: which configuration of it.
-        column: of a corpus or of `.jsonl` lines, which holds the text.
-        length: tokens of a row.
+        validation: the same for the validation split.
+        test: the same for the test split.
+        separator: string that separates documents within a text, a JSON line or a row of the
+            corpus; by default each of these is one document. A separator that never occurs causes a
+            warning.
+        corpus: a corpus of `datasets` in place of files: a folder written by `save_to_disk` or,
+            online, a name on the Hub. The names of its splits must match.
+        corpus_config: name of the corpus's configuration.
+        column: column of the corpus, or key of the `.jsonl` lines, that holds the text.
+        length: number of tokens in a row.
         packing: `"document"` or `"concatenate"`.
-        tokenizer: a tokenizer of transformers, its folder or its name; by default bytes, with the
-            ids of `gramian.models.ByteTokenizer`, or a model's own tokenizer where one is known.
+        tokenizer: a tokenizer of transformers, its folder or its name; by default the model's own
+            if it is known, otherwise bytes with the ids of `gramian.models.ByteTokenizer`.
 
     Raises:
-        ValueError: on both or neither of files and corpus, an unknown packing.
+        ValueError: on both or neither of files and corpus, or an unknown packing.
         FileNotFoundError: on a path or pattern without files, when they are read.
     """
 
@@ -192,13 +193,13 @@ class Text(_TextTask):
 @register("python_documentation")
 @dataclass(frozen=True, kw_only=True)
 class PythonDocumentation(_TextTask):
-    """The text behind Python's `help()`, which is at hand everywhere: the last topics held out.
+    """The text behind Python's `help()`, which every Python has, with its last topics held out.
 
     Args:
-        length: tokens of a row.
-        packing: `"document"` (a topic is one) or `"concatenate"`.
-        tokenizer: as for the task text.
-        held_out: share of the text, by characters, in the validation and in the test split.
+        length: number of tokens in a row.
+        packing: `"document"` (each topic is one) or `"concatenate"`.
+        tokenizer: as for the task `text`.
+        held_out: share of the text, by characters, in each of the validation and test splits.
     """
 
     length: int = 256

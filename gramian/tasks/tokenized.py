@@ -1,13 +1,13 @@
-"""Tasks of next tokens, whose ids a tokenizer makes of documents: their base and their rows.
+"""The base class and the rows of next-token tasks on documents that a tokenizer encodes.
 
-No row holds two documents. A convolution or a recurrence carries what it has read on to whatever
-follows, and no mask makes it forget, so documents that share a sequence leak into each other; here
-each is cut into windows of its own, and the collator pads the short last ones under a mask.
-`packing="concatenate"` is the published practice of WikiText-103 and the like: one stream with an
-end mark after each document, cut into full windows.
+No row spans two documents. A convolution or a recurrence carries its state from one document to the
+next, and no mask makes it forget, so documents that share a sequence leak into each other. Each
+document is therefore cut into its own windows, and the collator pads the short last ones under a
+mask. `packing="concatenate"` follows the published practice for WikiText-103 and similar corpora:
+one stream with an end mark after each document, cut into full windows.
 
-A row's labels are the next tokens. Windows of a document overlap in no label, and a document's
-first token is asked for by nobody.
+A row's labels are the next tokens. The windows of a document share no labels, and a document's
+first token is never a label.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class TokenizedTask(Task):
     """Base of tasks that predict the next token of documents.
 
     Args:
-        length: tokens of a row.
+        length: number of tokens in a row.
         tokenizer: a tokenizer of transformers, its folder or its name, or `"bytes"` or `"dna"` for
             `gramian.models.ByteTokenizer` or `gramian.checkpoints.DNATokenizer`; by default the
-            task's own, or a model's where one is known.
+            model's own if it is known, otherwise the task's.
     """
 
     length: int = 1024
@@ -45,7 +45,7 @@ class TokenizedTask(Task):
 
     @abstractmethod
     def default_tokenizer(self) -> Any:
-        """Return the tokenizer that reads the documents where none is given."""
+        """Return the tokenizer that encodes the documents by default."""
 
     def own_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -65,8 +65,8 @@ class TokenizedTask(Task):
         if self.tokenizer is not None:
             raise ValueError(
                 f"the task's tokenizer has {len(own):,} tokens that are not the "
-                f"{len(tokenizer):,} of the model's own; leave the setting tokenizer out, and the "
-                "model's is taken."
+                f"{len(tokenizer):,} of the model's own; leave the setting tokenizer out to use "
+                "the model's."
             )
         return dataclasses.replace(self, tokenizer=tokenizer)
 
@@ -104,10 +104,10 @@ def windows(
     """Yield rows of at most `length` tokens from documents of token ids.
 
     Args:
-        documents: of token ids (tokens,), or of pieces of them.
-        length: tokens of a row; its labels are one step ahead.
+        documents: token ids (tokens,) of each document, whole or in pieces.
+        length: number of tokens in a row; its labels are one step ahead.
         packing: `"document"` or `"concatenate"`.
-        end: the id after each document, or None for none.
+        end: id to append to each document, or None.
     """
     streams = (iter([one]) if isinstance(one, np.ndarray) else one for one in documents)
     if packing == "concatenate":

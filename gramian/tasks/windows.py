@@ -1,4 +1,4 @@
-"""Windows of tokens: rows of one length, none of which spans two documents."""
+"""Windows of tokens: rows of equal length, none of which spans two documents."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["cut_windows", "spread_windows"]
 
 
 def cut_windows(documents: Sequence[Tensor], length: int) -> Tensor:
-    """Cut documents into windows that stand side by side; what is left of each is dropped.
+    """Cut documents into adjacent windows, and drop the remainder of each document.
 
     Args:
-        documents: token ids of each, (count,).
-        length: of a window, at least 1.
+        documents: token ids of each document, (count,).
+        length: length of a window, at least 1.
 
     Returns:
         The windows, (count, length).
@@ -25,14 +25,15 @@ def cut_windows(documents: Sequence[Tensor], length: int) -> Tensor:
 
 
 def spread_windows(documents: Sequence[Tensor], length: int, max_tokens: int) -> Tensor:
-    """Take windows that are spread evenly over documents.
+    """Select windows that are spread evenly over documents.
 
-    Windows are shorter than `length` where more than half of all tokens would be dropped otherwise.
+    Windows are shorter than `length` if more than half of all tokens would be dropped otherwise.
 
     Args:
-        documents: token ids of each, (count,).
+        documents: token ids of each document, (count,).
         length: largest length of a window.
-        max_tokens: largest number of tokens in all windows, of which there is at least one.
+        max_tokens: largest number of tokens in all windows together; at least one window is
+            returned.
 
     Returns:
         The windows, (count, length).

@@ -3,12 +3,12 @@
     config = gramian.training.load_config("recipes/mqar_multi_hyena.yaml", ["seed=1"])
     report = gramian.training.train(config)
 
-One process, `torchrun` on many devices and FSDP2 take the same file. A run that was killed goes on
-from its last complete checkpoint to the losses that it would have had.
+One process, `torchrun` on many devices and FSDP2 use the same file. A run that was killed resumes
+from its last complete checkpoint and reaches the same losses as an uninterrupted one.
 
     report = gramian.training.sweep(gramian.training.load_sweep("recipes/sweeps/mqar.yaml"), jobs=2)
 
-runs a grid of configurations, each in a process of its own, and gathers one table and figure.
+runs a grid of configurations, each in its own process, and gathers one table and one figure.
 
 Needs the extra `train` (`pip install "gramian[train]"`).
 """

@@ -1,14 +1,14 @@
 """One run: task and model from the configuration, training, and the run's folder.
 
-config.yaml        what was asked for
-environment.json   versions, machine, command; one more for each time the run was resumed
-metrics.jsonl      a line for everything logged
-samples.jsonl      what the model made of a few rows at each evaluation
-checkpoints/       what a killed run goes on from
-imports/           modules that registered parts of the user's own
-best/, last/       models, as `from_pretrained` reads them
+config.yaml        the configuration
+environment.json   versions, machine and command; one more such file for each resumption
+metrics.jsonl      one line for each log entry
+samples.jsonl      the model's predictions for a few rows at each evaluation
+checkpoints/       checkpoints, from which a killed run resumes
+imports/           copies of the user's modules that registered parts of the run
+best/, last/       models for `from_pretrained`
 training.png       losses and metrics against steps
-report.json        written last: the run is finished
+report.json        the report; it is written last, so its presence marks a finished run
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ __all__ = ["TrainingReport", "check", "earlier_report", "train"]
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What came out of a run.
+    """The results of a run.
 
     Attributes:
         output: the run's folder.
-        steps: optimiser steps taken, over all resumptions.
-        parameters: of the model.
-        metrics: of the last evaluation.
-        best: the best value of `evaluation.metric`, and the step it was reached at.
-        seconds: of the last process that worked on the run.
-        resumed_from: the step that it went on from; 0 for the start.
+        steps: number of optimizer steps, over all resumptions.
+        parameters: number of parameters of the model.
+        metrics: metrics of the last evaluation.
+        best: the best value of `evaluation.metric`, and the step at which it was reached.
+        seconds: time that the last process spent on the run.
+        resumed_from: the step from which the run was last resumed; 0 if it never was.
     """
 
     output: str
@@ -90,24 +90,24 @@ class TrainingReport:
 
 
 def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingReport:
-    """Train as `config` says, or go on where an earlier call with the same `config` was killed.
+    """Train a model as `config` describes, or resume an interrupted run with the same `config`.
 
-    Under `torchrun` every process calls it with the same configuration.
+    Under `torchrun` every process calls the function with the same configuration.
 
     Args:
-        config: from `load_config` or `parse_config`.
-        progress: whether to show progress on standard error, as a bar; or a function, called as
+        config: a configuration from `load_config` or `parse_config`.
+        progress: whether to show a progress bar on standard error; or a function, called as
             `progress(done, total)` with optimizer steps.
 
     Returns:
-        The report, which is in the folder as well; of a run that is finished already, its own.
+        The report, which is also saved in the folder; the saved one if the run is already finished.
 
     Raises:
-        ConfigError: if task, labels, model, batch or processes do not fit, or the folder holds
-            another run.
-        DivergedError: if the loss or a weight is no longer finite. Checkpoints from before are
-            kept, and the same call would go on from the last of them.
-        FileNotFoundError: on a missing file of the task.
+        ConfigError: if the task, labels, model, batch and processes do not fit together, or the
+            folder holds another run.
+        DivergedError: if the loss or a weight is no longer finite. Earlier checkpoints are kept,
+            and the same call resumes from the last of them.
+        FileNotFoundError: if a file of the task is missing.
     """
     folder = Path(config.output)
     _import(config)
@@ -159,7 +159,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
         )
     if config.evaluation.patience is not None:
         trainer.add_callback(Patience(config.evaluation.patience))
-    if not config.hardware.fsdp:  # a sharded model is whole in no process
+    if not config.hardware.fsdp:  # no process holds the whole of a sharded model
         rows = [held_out[index] for index in range(min(len(held_out), config.evaluation.samples))]
         length = config.evaluation.sample_length
         trainer.add_callback(Sampler(folder / "samples.jsonl", rows, description, length))
@@ -180,7 +180,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Without the bars that transformers shows whenever a model is saved."""
+    """Hide the progress bars that transformers shows whenever a model is saved."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -192,8 +192,8 @@ def _without_bars() -> Iterator[None]:
 
 @contextmanager
 def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """Let transformers write TensorBoard's files into the run's folder, for which a trainer asks
-    the environment when it is made."""
+    """Make transformers write TensorBoard's files into the run's folder, which a trainer reads from
+    the environment when it is created."""
     name = "TENSORBOARD_LOGGING_DIR"
     before = os.environ.get(name)
     os.environ[name] = str(folder / "tensorboard")
@@ -206,7 +206,7 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
 
 
 def check(config: TrainingConfig) -> None:
-    """Raise the errors of `train` that need no training; nothing is written.
+    """Check a configuration for the errors of `train` that show before training; write nothing.
 
     Raises:
         ConfigError, FileNotFoundError: as `train`.
@@ -229,8 +229,8 @@ def check(config: TrainingConfig) -> None:
 
 
 def _import(config: TrainingConfig) -> None:
-    """Import what registers parts of the run, those of an earlier call from their copies if need
-    be."""
+    """Import the modules that register parts of the run, from the copies of an earlier call if the
+    originals are missing."""
     try:
         import_parts(config.imports, Path(config.output, IMPORTS))
     except ValueError as error:
@@ -268,13 +268,13 @@ def _task(config: TrainingConfig) -> Task:
 
 
 def _tokenizer(config: TrainingConfig, task: Task) -> Any:
-    """Find what is saved with the model: the task's tokenizer, or that of the earlier model."""
+    """Return the tokenizer to save with the model: the task's, or that of the initial model."""
     own = task.own_tokenizer()
     return _tokenizer_of_model(config) if own is None else own
 
 
 def _tokenizer_of_model(config: TrainingConfig) -> Any:
-    """Load the tokenizer of the saved model that training goes on from, if there is one."""
+    """Load the tokenizer of the saved model from which training starts, if it has one."""
     folder = Path(config.model.get("path") or "")
     if "path" in config.model and (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(str(folder))
@@ -350,13 +350,13 @@ def _packer(config: TrainingConfig, description: Description) -> Packer | None:
 
 
 def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | None:
-    """The report of this run if it is finished; an error if the folder holds anything else."""
+    """Return the report of this run if it is finished; refuse a folder that holds anything else."""
     import yaml
 
     written = folder / "config.yaml"
     if written.is_file():
         before = yaml.safe_load(written.read_text(encoding="utf-8"))
-        with suppress(ConfigError):  # keys that are newer than the run have their defaults
+        with suppress(ConfigError):  # keys newer than the run get their defaults
             before = parse_config(before).to_dict()
         changed = sorted(_differences(before, config.to_dict()))
         if changed:
@@ -374,7 +374,7 @@ def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | Non
 def _prepare(
     folder: Path, config: TrainingConfig, arguments: TrainingArguments
 ) -> TrainingReport | None:
-    """Make or check the folder; the report of a run that is finished."""
+    """Make or check the folder, and return the report of a finished run or None."""
     import yaml
 
     report = earlier_report(folder, config)

@@ -1,15 +1,15 @@
-"""Every point of a sweep as a run of its own, in processes here or by Ray on many machines.
+"""Running of a sweep: each point is one run, in processes here or by Ray on many machines.
 
-sweep.yaml         what was asked for
-NAME=VALUE,…/      the runs' own folders
-logs/              what each run's processes wrote, and tracebacks
-results.json       written at the end, as are
-results.csv        one line a run
+sweep.yaml         the configuration
+NAME=VALUE,…/      folders of the runs
+logs/              output of each run's processes, and tracebacks
+results.json       all results, written at the end, as are the files below
+results.csv        one line per run
 table.md           means over the seeds
-sweep.png          the metric along the first axis of numbers
+sweep.png          the metric along the first numeric axis
 
-A process per run: what one of them does, dying included, is its own affair. Runs that finished are
-left as they are, so the same call goes on with a sweep that was killed.
+Each run has its own process, so a run that fails or dies does not affect the others. Finished runs
+are kept, so the same call resumes a sweep that was killed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from gramian.training.trainer import DivergedError
 
 __all__ = ["sweep"]
 
-POLL = 0.5  # seconds between looks at how far the runs are
+POLL = 0.5  # seconds between two checks of the runs' progress
 
 
 def sweep(
@@ -56,31 +56,32 @@ def sweep(
     address: str | None = None,
     progress: Progress = False,
 ) -> SweepReport:
-    """Run what is not finished of a sweep, and gather the results.
+    """Run the unfinished points of a sweep, and gather the results.
 
     Every point is checked before the first one starts. A run that fails is listed with its error
-    and tried again by the next call; the others go on.
+    and tried again by the next call; the others continue.
 
     Args:
-        config: from `load_sweep` or `parse_sweep`.
-        jobs: runs at once on this machine. Each gets its share of the cores, unless
-            `hardware.threads` says how many, and one of the accelerators in turn.
-        address: of a Ray cluster, `"auto"` for the one of this machine; runs go to its machines,
-            which share the file system and the working directory, and `jobs` is of no account.
-            Each asks for `hardware.threads` cores and, where the cluster has any, one accelerator.
-        progress: whether to show progress on standard error, as a line for every run that ends and
-            at least every 30 seconds; or a function, called as `progress(done, total)` with runs,
-            those under way counting for their part.
+        config: a configuration from `load_sweep` or `parse_sweep`.
+        jobs: number of simultaneous runs on this machine. Each gets an equal share of the cores,
+            unless `hardware.threads` is set, and one of the accelerators in turn.
+        address: address of a Ray cluster, or `"auto"` for that of this machine. Runs go to its
+            machines, which must share the file system and the working directory, and `jobs` is
+            ignored. Each run requests `hardware.threads` cores and one accelerator, if the cluster
+            has any.
+        progress: whether to print progress on standard error, one line for every run that ends and
+            at least one every 30 seconds; or a function, called as `progress(done, total)` with the
+            number of runs, in which an unfinished run counts as its finished fraction.
 
     Returns:
-        The report, which is in the sweep's folder as well.
+        The report, which is also saved in the sweep's folder.
 
     Raises:
-        ConfigError: if a point's task, model or batch do not fit, a folder holds another run, or
-            the sweep is one of several processes.
-        FileNotFoundError: on a missing file of a task.
-        ImportError: for an address, without Ray.
-        ValueError: for fewer than one job.
+        ConfigError: if a point's task, model or batch do not fit together, a folder holds another
+            run, or the sweep is started as one of several processes.
+        FileNotFoundError: if a file of a task is missing.
+        ImportError: if an address is given and Ray is not installed.
+        ValueError: on fewer than one job.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1; got {jobs}.")
@@ -107,11 +108,11 @@ def sweep(
 
 
 def _show_nothing(done: float, total: int) -> None:
-    """Take the place of a function that shows progress."""
+    """Ignore the progress."""
 
 
 def _check(config: SweepConfig) -> dict[str, TrainingReport]:
-    """The reports of points that are finished; an error about the first that could not run."""
+    """Return the reports of finished points, or raise the error of the first that cannot run."""
     finished, seen = {}, set()
     for point in config.points:
         try:
@@ -155,7 +156,7 @@ def _gather(config: SweepConfig, outcomes: dict[str, TrainingReport | str]) -> S
 
 @dataclass(frozen=True)
 class _Outcome:
-    """News of a point: its report or error once it ended, and what the others have done so far."""
+    """An event of the sweep: a point's report or error if one ended, and the others' progress."""
 
     point: SweepPoint
     result: TrainingReport | str | None
@@ -164,7 +165,7 @@ class _Outcome:
 
 @dataclass
 class _Job:
-    """A process at work on a point."""
+    """A process that runs a point."""
 
     point: SweepPoint
     process: BaseProcess
@@ -178,7 +179,7 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
     devices = _devices()
     context: Any = multiprocessing.get_context("spawn")
     if not devices and "forkserver" in multiprocessing.get_all_start_methods():
-        # Imports are done once. A process that has looked at an accelerator may not be forked.
+        # A fork server imports once; a process that has initialized an accelerator must not fork.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
     queue, running = list(reversed(waiting)), list[_Job]()
@@ -213,7 +214,7 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
 
 
 def _heard(job: _Job) -> TrainingReport | str:
-    """What a process that ended said, or how it died."""
+    """Return the report or error that an ended process sent, or a line on how it died."""
     job.process.join()
     try:
         if job.ear.poll():
@@ -231,7 +232,7 @@ def _heard(job: _Job) -> TrainingReport | str:
 
 
 def _work(mouth: Any, config: TrainingConfig, threads: int, device: str | None, log: str) -> None:
-    """A process of its own for one run: says its report, or one line about its failure."""
+    """Run a point in its own process, and send its report or one line about its failure."""
     _end_with_parent()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -250,7 +251,8 @@ def _work(mouth: Any, config: TrainingConfig, threads: int, device: str | None, 
 
 
 def _end_with_parent() -> None:
-    """A sweep that is killed leaves no run behind that would write beside its successor's."""
+    """End this process with its parent, so that no run outlives a killed sweep and conflicts with
+    its successor."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -262,7 +264,7 @@ def _end_with_parent() -> None:
 
 
 def _by_ray(waiting: list[SweepPoint], address: str | None) -> Iterator[_Outcome]:
-    """Run points as tasks of a Ray cluster, as many at once as it has room for."""
+    """Run points as tasks of a Ray cluster, as many at once as it has resources for."""
     try:
         import ray
     except ImportError as error:
@@ -307,7 +309,7 @@ def _fetched(ray: Any, one: Any) -> TrainingReport | str:
 def _work_remotely(
     config: TrainingConfig, threads: int, directory: str, log: str
 ) -> TrainingReport | str:
-    """One run in a worker of Ray's, in the working directory of whoever asked."""
+    """Run a point in a Ray worker, in the caller's working directory."""
     os.chdir(directory)
     torch.set_num_threads(threads)
     try:
@@ -319,7 +321,7 @@ def _work_remotely(
 
 
 def _share(point: SweepPoint) -> float:
-    """The share of its steps that a run has taken, as far as its folder tells."""
+    """Return the fraction of its steps that a run has completed, according to its folder."""
     optimization = point.config.optimization
     lines = Path(point.config.output) / "metrics.jsonl"
     if not lines.is_file():
@@ -332,13 +334,13 @@ def _share(point: SweepPoint) -> float:
         for line in reversed(file.read().splitlines()):
             try:
                 return min(1.0, float(json.loads(line)[key]) / total)
-            except (ValueError, KeyError, TypeError):  # cut off at either end
+            except (ValueError, KeyError, TypeError):  # a line cut off at either end
                 continue
     return 0.0
 
 
 def _devices() -> list[str]:
-    """Names of the accelerators that this process may use, for CUDA_VISIBLE_DEVICES."""
+    """Return the names of the accelerators that this process may use, for CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = allowed.split(",") if allowed else [str(index) for index in range(count)]

@@ -1,4 +1,4 @@
-"""A configuration, translated for transformers' `Trainer` and held against the machine."""
+"""Translation of a configuration for transformers' `Trainer`, checked against the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def count_steps(config: TrainingConfig, data: Any) -> int:
     """Count the optimizer steps of a run on a training set.
 
     Raises:
-        ConfigError: for epochs of a set of unknown length.
+        ConfigError: on epochs of a training set of unknown length.
     """
     optimization = config.optimization
     if optimization.steps is not None:
@@ -38,8 +38,8 @@ def make_arguments(config: TrainingConfig, steps: int, bar: bool = False) -> Tra
     """Translate a configuration for transformers' `Trainer`.
 
     Args:
-        config: of the run.
-        steps: optimizer steps.
+        config: configuration of the run.
+        steps: number of optimizer steps.
         bar: whether transformers shows its progress bar.
 
     Raises:
@@ -129,7 +129,8 @@ def _sharding(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _processes(hardware: Hardware) -> tuple[int, bool]:
-    """How many processes train, and whether on processors: without accelerators those are meant."""
+    """Return the number of processes, and whether they train on CPUs, the default without
+    accelerators."""
     try:
         processes = world_size()
     except ValueError as error:

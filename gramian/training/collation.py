@@ -1,4 +1,4 @@
-"""Rows of a task to a batch for a model of transformers."""
+"""Collation of a task's rows into a batch for a model of transformers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Collator", "Packer"]
 
 
 class Collator:
-    """Pads on the right under a mask, and hands over labels as they stand.
+    """A collator that pads on the right under a mask, and does not shift labels.
 
-    A causal language model of transformers shifts `labels`; ours are due at their own position and
-    go in as `shift_labels`, which are not moved.
+    A causal language model of transformers shifts `labels`; ours are due at their own positions and
+    are passed as `shift_labels`, which are not shifted.
     """
 
     def __init__(self, description: Description) -> None:
@@ -42,19 +42,19 @@ class Collator:
 
 
 class Packer:
-    """Puts the sequences of a batch end to end, in place of padding: each is as if alone.
+    """A collator that packs sequences end to end instead of padding; each runs as if alone.
 
-    A row is no longer than the task's longest sequence, or the batch's. `position_ids` restart at 0
-    with every sequence, which is how the models tell them apart; what is left of a row is padding
-    under `attention_mask`, where positions go on. Labels stand where they are due, so nothing is
-    shifted across a border, and -100 at padding; labels of whole sequences come in the order in
-    which the rows have the sequences.
+    A row is at most as long as the longest sequence of the task or the batch. `position_ids`
+    restart at 0 with every sequence, which is how the models separate them; the rest of a row is
+    padding under `attention_mask`, where positions continue. Labels keep the positions at which
+    they are due, so none is shifted across a border, and padding has the label -100. Labels of
+    whole sequences are in the order of the sequences in the rows.
 
     Args:
-        description: of a task of a kind that is `packable`.
+        description: description of a task whose kind is `packable`.
 
     Raises:
-        ValueError: for a task of another kind.
+        ValueError: on a task of another kind.
     """
 
     def __init__(self, description: Description) -> None:
@@ -99,10 +99,11 @@ class Packer:
 
 
 def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Indices of `lengths` in rows of at most `room`, or of one that is longer by itself.
+    """Return indices of `lengths`, grouped into rows of total length at most `room`.
 
-    The longest first, each into the first row with room for it: at most 11/9 of the fewest rows
-    there could be, and one more.
+    A sequence longer than `room` has its own row. First-fit decreasing: the longest sequences come
+    first, and each goes into the first row with room for it, which gives at most 11/9 of the
+    smallest possible number of rows, and one more.
     """
     rows: list[list[int]] = []
     left: list[int] = []
@@ -118,5 +119,5 @@ def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def _pad(sequences: list[Tensor], value: int) -> Tensor:
-    """(batch, longest, …)."""
+    """Stack sequences to (batch, longest, …), padded with `value`."""
     return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=value)

@@ -1,7 +1,7 @@
-"""What a training run is told: YAML, checked against the dataclasses below.
+"""The configuration of a training run: YAML, checked against the dataclasses below.
 
-Every key is known or an error that names the nearest; every value has its field's type. The
-defaults are written here and nowhere else.
+An unknown key is an error that names the nearest known one, and every value must have the type of
+its field. The defaults are defined here and nowhere else.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ IMPORTS = "imports"
 
 
 class ConfigError(ValueError):
-    """Something in a configuration that its author can put right; the message is one sentence."""
+    """An error in a configuration that its author can correct; the message is one sentence."""
 
 
 @dataclass(frozen=True)
 class Optimization:
     """AdamW with linear warm-up, then a schedule.
 
-    Parameters of filters get the learning rate and decay that the filters ask for, by
-    `gramian.parameter_groups`.
+    `gramian.parameter_groups` gives the parameters of filters the learning rates and weight decays
+    that the filters request.
     """
 
     steps: int | None = setting("number of optimizer steps; or give `epochs`.", None)
@@ -108,7 +108,7 @@ class StatePenalty:
 
 @dataclass(frozen=True)
 class Regularization:
-    """Set losses on the memory of a model, added to the task's and logged by themselves."""
+    """Set losses on a model's memory, which are added to the task's loss and logged separately."""
 
     gates: float = setting(
         "weight of `gramian.memory.gate_regularizer`, which draws the gates of linear "
@@ -161,7 +161,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Set what an interrupted run goes on from."""
+    """Set how often to write checkpoints, from which an interrupted run resumes."""
 
     every: int | None = setting(
         "optimizer steps from one checkpoint to the next; None writes one at the end only.", None
@@ -171,7 +171,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Logging:
-    """Set where figures go besides `metrics.jsonl`."""
+    """Set how often and where to log metrics, besides `metrics.jsonl`."""
 
     every: int = setting("optimizer steps from one line to the next.", 10)
     report_to: list[str] = field(
@@ -235,7 +235,7 @@ class TrainingConfig:
     hardware: Hardware = field(default_factory=Hardware)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `parse_config` takes them."""
+        """Return the configuration as plain values, which `parse_config` accepts."""
         return dataclasses.asdict(self)
 
 
@@ -249,17 +249,17 @@ def load_config(
 ) -> TrainingConfig:
     """Read a YAML file, with changes such as `"optimization.steps=100"`.
 
-    The modules under `imports` are imported, those of a finished or interrupted run's own file as
-    the run's folder keeps them.
+    The modules under `imports` are imported. For the file in the folder of an earlier run, the
+    copies in that folder stand in for modules that are not found.
 
     Args:
         path: the file.
-        overrides: `key=value`, the key with dots, the value in YAML.
+        overrides: changes `key=value`, with dots in the key and the value in YAML.
         imports: modules to add to the key `imports`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ConfigError: text that is no YAML, an unknown key, a value that does not fit, a module that
+        FileNotFoundError: if the file does not exist.
+        ConfigError: on text that is not YAML, an unknown key, an invalid value, or a module that
             cannot be imported.
     """
     values = read_values(path)
@@ -274,12 +274,12 @@ def add_imports(values: dict[str, Any], imports: Sequence[str], path: str | Path
     """Add modules to the key `imports` of plain values in place, and import all of them.
 
     Args:
-        values: what the file holds.
+        values: contents of the file.
         imports: modules to add.
-        path: the file. Copies that a run keeps beside its own are imported in place of modules.
+        path: the file. Copies of modules that a run keeps beside it replace those not found.
 
     Raises:
-        ConfigError: for a module that cannot be imported.
+        ConfigError: on a module that cannot be imported.
     """
     named = _value(list[str], values.get("imports") or [], "imports")
     if not named and not imports:
@@ -295,7 +295,7 @@ def add_imports(values: dict[str, Any], imports: Sequence[str], path: str | Path
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """What a YAML file holds, unchecked but for being keys and values."""
+    """Read a YAML file of keys and values, without checking them."""
     import yaml
 
     path = Path(path)
@@ -311,7 +311,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
 
 
 def read_change(text: str) -> tuple[str, Any]:
-    """The key and the value of a `key=value` whose value is YAML."""
+    """Parse a `key=value` whose value is YAML, and return the key and the value."""
     import yaml
 
     key, equals, value = text.partition("=")
@@ -324,10 +324,10 @@ def read_change(text: str) -> tuple[str, Any]:
 
 
 def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
-    """A configuration from plain values.
+    """Make a configuration from plain values.
 
     Raises:
-        ConfigError: on an unknown or missing key, or a value that does not fit.
+        ConfigError: on an unknown or missing key, or an invalid value.
     """
     if "sweep" in values:
         raise ConfigError("the configuration holds a sweep, which gramian sweep runs.")

@@ -1,4 +1,4 @@
-"""The keys of a configuration as data: what each means stands in the field that declares it."""
+"""The keys of a configuration as data, with the meaning that each field declares."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Key:
     Attributes:
         name: its name with dots, such as `optimization.steps`.
         default: its default in YAML, or None if the key must be given.
-        meaning: one line about it.
+        meaning: one line that explains it.
     """
 
     name: str
@@ -31,19 +31,21 @@ def setting(meaning: str, default: Any) -> Any:
     """Declare a field of a configuration together with its meaning.
 
     Args:
-        meaning: one line for whoever writes a configuration.
-        default: of the field, which cannot be changed in place.
+        meaning: one line that explains the key to authors of configurations.
+        default: immutable default of the field.
     """
     return dataclasses.field(default=default, metadata={"help": meaning})
 
 
 def list_keys(kind: type[Any], where: str = "") -> list[Key]:
-    """List every key of a configuration, in the order of the dataclasses, except for those of
-    `sweep`, `task` and `model.filter`, which depend on what they describe.
+    """List every key of a configuration, in the order of the dataclasses.
+
+    The keys of `sweep`, `task` and `model.filter` are omitted, because they vary with the axes, the
+    task and the type of filter.
 
     Args:
-        kind: dataclass of the configuration, or of a section.
-        where: prefix of the section's keys, with a dot at the end.
+        kind: dataclass of the configuration or of a section.
+        where: prefix of the section's keys, with a trailing dot.
     """
     found = []
     for one in dataclasses.fields(kind):
@@ -63,8 +65,7 @@ def list_keys(kind: type[Any], where: str = "") -> list[Key]:
 
 
 def _model_keys() -> list[Key]:
-    """List the fields of `GramianConfig`, whose docstring, as usual in transformers, has their
-    meanings."""
+    """List the fields of `GramianConfig`, with their meanings from its docstring."""
     from gramian.models import GramianConfig
 
     defaults = GramianConfig().to_dict()
@@ -75,7 +76,7 @@ def _model_keys() -> list[Key]:
 
 
 def _attributes(kind: type[Any]) -> dict[str, str]:
-    """Read the section of attributes of a docstring: each entry on one line."""
+    """Read the attributes section of a docstring, with each entry joined to one line."""
     section = (inspect.getdoc(kind) or "").partition("\nAttributes:\n")[2]
     found: dict[str, str] = {}
     name = ""
@@ -89,6 +90,6 @@ def _attributes(kind: type[Any]) -> dict[str, str]:
 
 
 def _yaml(value: Any) -> str:
-    """Write a plain value as in YAML, of which JSON is a part, except for numbers like 1e-06."""
+    """Format a plain value as YAML: as JSON, a subset of YAML, except for numbers like 1e-06."""
     text = json.dumps(value)
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text

@@ -21,15 +21,15 @@ _MARKERS = "osD^vP*X"
 def plot_training(
     lines: Sequence[Mapping[str, Any]], metric: str = "loss", title: str = ""
 ) -> Figure:
-    """Draw losses against steps, and beside them another metric where one was measured.
+    """Plot losses against steps and, in a second panel, another metric if one was measured.
 
-    That is accuracy, or the relative error, or else `metric`.
+    The other metric is the accuracy, otherwise the relative error, otherwise `metric`.
 
     Args:
-        lines: of a run's `metrics.jsonl`: `step` with `loss`, `eval_loss` or another metric behind
-            `eval_`.
-        metric: by which the run chose its best model.
-        title: over the whole figure, such as the run's folder.
+        lines: lines of a run's `metrics.jsonl`: `step` with `loss`, `eval_loss` or another metric
+            prefixed by `eval_`.
+        metric: metric by which the run chose its best model.
+        title: title of the whole figure, such as the run's folder.
 
     Raises:
         ValueError: if no line has a loss.
@@ -45,11 +45,11 @@ def plot_training(
     unit = "mean square" if any("eval_mse" in line for line in lines) else "nats"
     figure = new_figure(8.4 if others else 4.4, 3.3)
     panels = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
-    for key, name, colour in (("loss", "training", BLUE), ("eval_loss", "held out", ORANGE)):
+    for key, name, color in (("loss", "training", BLUE), ("eval_loss", "held out", ORANGE)):
         if curves[key]:
             marker = "o" if key != "loss" or len(curves[key]) == 1 else None
             panels[0].plot(
-                *zip(*curves[key], strict=True), color=colour, label=name, marker=marker, ms=3
+                *zip(*curves[key], strict=True), color=color, label=name, marker=marker, ms=3
             )
     panels[0].legend(frameon=False, fontsize=8)
     finish(panels[0], title="loss", x="step", y=unit)
@@ -70,18 +70,17 @@ def plot_training(
 
 
 def plot_sweep(report: SweepReport) -> Figure:
-    """Draw the best metric of every run, means over the seeds with their standard deviation.
+    """Plot the best metric of the runs: means over the seeds with their standard deviations.
 
-    The figure is headed by the sweep's folder.
-
-    Along the first axis of numbers but the seed, with a line for every combination of the others'
-    values; bars where there is none, or where it is the seed alone that varies.
+    The figure's title is the sweep's folder. The horizontal axis is the sweep's first numeric axis
+    other than the seed, with one line for every combination of the other axes' values. Bars are
+    drawn if no such axis exists or only the seed varies.
 
     Args:
-        report: of a sweep, with at least one run that finished.
+        report: report of a sweep with at least one finished run.
 
     Raises:
-        ValueError: if none did.
+        ValueError: if no run finished.
     """
     rows = [row for row in report.rows if row.best is not None]
     if not rows:

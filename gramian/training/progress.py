@@ -1,4 +1,4 @@
-"""Progress of `train` and `sweep`: one meaning of the argument for both."""
+"""Progress of `train` and `sweep`, which share the meaning of the argument `progress`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Progress = bool | Callable[[float, int], None]
 """Whether to show progress on standard error, or a function called as `progress(done, total)`."""
 
 SILENCE = 30.0
-"""Most seconds between two lines."""
+"""Largest number of seconds between two lines."""
 
 
 class Lines:
-    """Print a line on standard error for every part that is done, and otherwise every 30 seconds.
+    """Print a line on standard error for every finished part, and at least every 30 seconds.
 
     Args:
-        what: the parts are, such as `"runs"`.
+        what: name of the parts, such as `"runs"`.
     """
 
     def __init__(self, what: str) -> None:
@@ -32,7 +32,7 @@ class Lines:
         self._told = -math.inf
 
     def __call__(self, done: float, total: int) -> None:
-        """Tell how many of `total` parts are done, where that is due."""
+        """Print how many of `total` parts are done, if a line is due."""
         now = time.monotonic()
         whole = math.floor(done)
         if whole == self._done and now - self._told < SILENCE:
@@ -45,7 +45,7 @@ class Lines:
 
 
 class StepCallback(TrainerCallback):
-    """Call a function with the steps that are done and all of them, at the start and every step."""
+    """Call a function with the number of steps done and in total, at the start and every step."""
 
     def __init__(self, progress: Callable[[float, int], None]) -> None:
         self.progress = progress

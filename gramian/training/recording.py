@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: lines of metrics, samples, the machine it ran on."""
+"""Records that a run writes while it trains: metrics, samples, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ LEFT_OUT = ("total_flos",)
 
 
 class Recorder(TrainerCallback):
-    """Every line that the trainer logs, as JSON with its step and the seconds since the start; what
-    is not finite is null."""
+    """A callback that writes every log entry as JSON with its step and the seconds since the start.
+
+    Numbers that are not finite become null.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,10 +47,10 @@ class Recorder(TrainerCallback):
 
 
 class Sampler(TrainerCallback):
-    """After an evaluation, what the model makes of some rows; nothing random is touched.
+    """A callback that records the model's outputs on some rows after each evaluation.
 
-    Text is continued greedily from the first half of a row. Of other tasks the predictions are
-    written down beside what was due.
+    It uses no random numbers. Text is continued greedily from the first half of a row; for other
+    tasks the predictions are recorded beside the targets.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Sampler(TrainerCallback):
                 use_cache=True,
                 pad_token_id=self.description.pad_token_id,
             )[0, len(ids) :]
-        except FloatingPointError:  # what the loss, which convolves, need not have met
+        except FloatingPointError:  # the loss convolves, so it need not have met this
             return {"prompt": _text(ids), "text": None}
         return {"prompt": _text(ids), "text": _text(written)}
 
@@ -107,7 +109,7 @@ def _text(ids: torch.Tensor) -> str:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and a last one that was cut off, from a file of JSON lines."""
+    """Remove the lines of later steps, and an incomplete last line, from a file of JSON lines."""
     if path.is_file():
         kept = [line for line in read_lines(path) if line["step"] <= step]
         with staged_file(path) as stage:
@@ -115,7 +117,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines, but for a last one that was cut off."""
+    """Read the objects in a file of JSON lines, without an incomplete last line."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -126,13 +128,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON, whole or not at all."""
+    """Write JSON, completely or not at all."""
     with staged_file(path) as stage:
         stage.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
 
 
 def environment(processes: int) -> dict[str, Any]:
-    """The machine, the versions and the command."""
+    """Describe the machine, the versions and the command."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:

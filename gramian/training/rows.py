@@ -1,7 +1,8 @@
-"""Rows of a `datasets.Dataset` at the cost of a slice.
+"""Rows of a `datasets.Dataset`, read at the cost of a slice.
 
-Formatting a batch of rows takes `datasets` milliseconds, a good part of a small model's step. A
-column lies in memory, or in a mapped file, as values and offsets; a row is a view of them.
+`datasets` takes milliseconds to format a batch of rows, which is a considerable part of a small
+model's step. Here a column is stored in memory, or in a mapped file, as values and offsets, and a
+row is a view of them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ __all__ = ["Rows"]
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The rows of a dataset as tensors that must not be written to.
+    """The rows of a dataset as read-only tensors.
 
     Args:
-        dataset: of columns of numbers, of lists of them, or of arrays, whose rows may differ in
-            length but for the first dimension only.
+        dataset: a dataset whose columns hold numbers, lists of numbers, or arrays; rows of a column
+            may differ in their first dimension only.
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
-        self.features = dataset.features  # which flattening forgets of arrays
+        self.features = dataset.features  # flattening the indices loses the types of arrays
         selected = getattr(dataset, "_indices", None) is not None
         self.dataset = dataset.flatten_indices() if selected else dataset
         self._columns: dict[str, _Column] | None = None
@@ -40,7 +41,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
-        """The rows `indices`; what a `DataLoader` asks for."""
+        """Return the rows `indices`; a `DataLoader` calls this method for each batch."""
         if self._columns is None:
             table, features = self.dataset.data.table, self.features
             self._columns = {
@@ -50,16 +51,16 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         columns = self._columns.items()
         return [{name: column.row(index) for name, column in columns} for index in indices]
 
-    def __getstate__(self) -> dict[str, Any]:  # a worker process maps the files itself
+    def __getstate__(self) -> dict[str, Any]:  # each worker process maps the files itself
         return {**self.__dict__, "_columns": None}
 
 
 class _Column:
-    """A column of Arrow: chunks of values, and where in them each row begins.
+    """An Arrow column as chunks of values and the offset at which each row begins.
 
     Args:
         column: a chunked array.
-        shape: of a row, but for its first dimension.
+        shape: shape of a row without its first dimension.
     """
 
     def __init__(self, column: Any, shape: tuple[int, ...]) -> None:
@@ -69,7 +70,7 @@ class _Column:
         starts = [0]
         for chunk in column.chunks:
             starts.append(starts[-1] + len(chunk))
-            chunk = getattr(chunk, "storage", chunk)  # an array of `datasets` is lists of lists
+            chunk = getattr(chunk, "storage", chunk)  # `datasets` stores an array as lists of lists
             offsets = None
             while hasattr(chunk, "offsets"):
                 inner = chunk.offsets.to_numpy()
@@ -77,7 +78,9 @@ class _Column:
                 chunk = chunk.values
             values = chunk.to_numpy()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # that it cannot be written to
+                warnings.simplefilter(
+                    "ignore", UserWarning
+                )  # which says that the array is read-only
                 self.values.append(torch.from_numpy(values))
             self.offsets.append(offsets)
         self.starts = np.array(starts)

@@ -1,4 +1,4 @@
-"""What a sweep is told: a training configuration, and lists of the values that its keys take.
+"""The configuration of a sweep: a training configuration, and lists of values for its keys.
 
     sweep:
       seed: [0, 1, 2]
@@ -7,9 +7,9 @@
         attention: {model.mixers: softmax_attention}
         hyena: {model.mixers: multi_hyena, model.filter: {type: rtf, state_size: 16}}
 
-An axis that is a list gives a key of the configuration one value after the other. One that holds
-names gives each of its points a name and any number of changes that belong together. The sweep is
-the grid of all axes.
+An axis that is a list assigns each of its values to one key of the configuration. An axis that maps
+names to changes applies several changes together under each name. The sweep is the grid of all
+axes.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class SweepPoint:
     """One training run of a sweep.
 
     Attributes:
-        name: of its folder in the sweep's.
-        values: of every axis here: a value of the key, or the name of a group of changes.
+        name: name of its folder within the sweep's.
+        values: the value of every axis at this point: that of a key, or the name of a group of
+            changes.
         config: the run's configuration.
     """
 
@@ -57,13 +58,13 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A sweep.
+    """The configuration of a sweep.
 
     Attributes:
-        output: the sweep's folder; every point has its own in it.
+        output: the sweep's folder, which contains one folder per point.
         axes: the values of every axis, in the order of the file.
-        points: the grid, the last axis fastest.
-        source: the plain values that it was parsed from.
+        points: the grid, whose last axis varies fastest.
+        source: the plain values from which the configuration was parsed.
     """
 
     output: str
@@ -73,7 +74,7 @@ class SweepConfig:
 
     @property
     def metric(self) -> str:
-        """`evaluation.metric`, which all points share."""
+        """Return `evaluation.metric`, which all points share."""
         return self.points[0].config.evaluation.metric
 
 
@@ -84,13 +85,14 @@ def load_sweep(
 
     Args:
         path: the file.
-        overrides: `key=value` for the configuration that all points share, the key with dots, the
-            value in YAML; `"sweep.task.vocab_size=[10, 20]"` sets an axis.
+        overrides: changes `key=value` for the configuration that all points share, with dots in the
+            key and the value in YAML; `"sweep.task.vocab_size=[10, 20]"` sets an axis.
         imports: modules to add to the key `imports`, which all points share.
 
     Raises:
-        FileNotFoundError: no such file.
-        ConfigError: as `parse_sweep`, text that is no YAML, and a module that cannot be imported.
+        FileNotFoundError: if the file does not exist.
+        ConfigError: on text that is not YAML, a module that cannot be imported, and where
+            `parse_sweep` raises it.
     """
     values = read_values(path)
     for override in overrides:
@@ -105,11 +107,11 @@ def load_sweep(
 
 
 def parse_sweep(values: Mapping[str, Any]) -> SweepConfig:
-    """A sweep from plain values; every point's configuration is parsed.
+    """Make a sweep from plain values, and parse the configuration of every point.
 
     Raises:
-        ConfigError: without axes, on an empty one, one that repeats a value or changes what another
-            changes, and on a point whose configuration does not parse.
+        ConfigError: if there are no axes, on an axis that is empty, repeats a value or changes a
+            key that another axis changes, and on a point whose configuration does not parse.
     """
     source = copy.deepcopy(dict(values))
     axes = {name: _axis(name, axis) for name, axis in _axes(source).items()}
@@ -151,7 +153,7 @@ def parse_sweep(values: Mapping[str, Any]) -> SweepConfig:
 
 @dataclass(frozen=True)
 class _Changes:
-    """What one place on an axis changes, and how it is shown in tables."""
+    """The changes of one value of an axis, and the text that tables show for it."""
 
     shown: Any
     changes: dict[str, Any]
@@ -165,7 +167,7 @@ def _axes(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _axis(name: str, axis: Any) -> dict[str, _Changes]:
-    """The places on an axis by their labels, which are fit for names of folders."""
+    """Return the changes of each value of an axis by its label, which can name a folder."""
     if not isinstance(name, str) or not isinstance(axis, list | tuple | Mapping) or not axis:
         raise ConfigError(
             f"the axis {name} of the sweep must be a list of values, or names with the changes "
@@ -192,7 +194,7 @@ def _axis(name: str, axis: Any) -> dict[str, _Changes]:
 
 
 def _check_keys(axes: Mapping[str, Mapping[str, _Changes]]) -> None:
-    """No key may be set by two axes, nor inside what another one sets, nor one that is fixed."""
+    """Check that no axis sets a fixed key, nor a key that another axis sets in whole or in part."""
     owners: dict[str, str] = {}
     for name, axis in axes.items():
         for key in {key for place in axis.values() for key in place.changes}:
@@ -210,7 +212,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _short_names(axes: Mapping[str, Any]) -> dict[str, str]:
-    """The last parts of the keys, where no two are the same."""
+    """Return the last part of each key, if these are all different."""
     last = [name.rsplit(".", 1)[-1] for name in axes]
     return {
         name: _safe(one if last.count(one) == 1 else name)
@@ -219,10 +221,10 @@ def _short_names(axes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _label(value: Any) -> str:
-    """Text for a folder's name, another for each value."""
+    """Return a text for a folder's name, which is different for different values."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     safe = _safe(text)[:LONGEST]
-    # Text that reads as a number or as null is told from what it reads as.
+    # Text that reads as a number or null gets a label other than that of the number or null.
     plain = safe == text and (not isinstance(value, str) or _is_word(value))
     return safe if plain else f"{safe}-{_digest(repr(type(value)) + text)}"
 

@@ -1,4 +1,4 @@
-"""What came out of a sweep: every point, means over the seeds, tables."""
+"""The results of a sweep: all points, means over the seeds, and tables."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["SEED", "PointReport", "Spread", "SweepReport", "SweepRow"]
 
 SEED = "seed"
 STATE_SIZES = {"ess": "ESS", "ess_utilization": "ESS / TSS"}
-"""Metrics of memory and their columns, where they were measured."""
+"""Metrics of memory and the headings of their columns, which appear if they were measured."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation; the deviation of one value is None."""
+    """A mean and a sample standard deviation, which is None for a single value."""
 
     mean: float
     deviation: float | None
@@ -46,10 +46,10 @@ class PointReport:
     """One run of a sweep.
 
     Attributes:
-        name: of its folder in the sweep's.
-        values: of every axis here.
-        report: of the run, or None if it failed.
-        error: one line about why it failed, or None.
+        name: name of its folder within the sweep's.
+        values: the value of every axis at this point.
+        report: report of the run, or None if it failed.
+        error: one line that says why it failed, or None.
     """
 
     name: str
@@ -60,18 +60,17 @@ class PointReport:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """The runs that differ in their seed only.
+    """A group of runs that differ only in their seeds.
 
     Attributes:
-        values: of every axis but the seed.
-        runs: how many finished.
-        failed: how many did not.
-        best: the metric at its best evaluation, over the runs that finished; None if none did.
+        values: the value of every axis but the seed.
+        runs: number of runs that finished.
+        failed: number of runs that failed.
+        best: the metric at its best evaluation, over the finished runs; None if no run finished.
         last: the metric at the end.
-        steps: of optimisation, mean.
-        seconds: mean, of the last process that worked on each run.
-        ess: the average effective state-size at the end; None unless `evaluation.ess.rows` asked
-            for it.
+        steps: mean number of optimizer steps.
+        seconds: mean time that the last process spent on each run.
+        ess: the average effective state-size at the end; None unless `evaluation.ess.rows` is set.
         ess_utilization: likewise, the share of the state in use.
     """
 
@@ -88,13 +87,13 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """What came out of a sweep. Printing it gives the table of `rows`.
+    """The results of a sweep, which print as the table of `rows`.
 
     Attributes:
         output: the sweep's folder.
-        metric: `evaluation.metric`, by which the best evaluation of a run was chosen.
+        metric: `evaluation.metric`, by which the best evaluation of each run was chosen.
         axes: the values of every axis.
-        points: every run, in the order of the grid.
+        points: all runs, in the order of the grid.
     """
 
     output: str
@@ -104,12 +103,12 @@ class SweepReport:
 
     @property
     def failed(self) -> tuple[PointReport, ...]:
-        """The runs that failed."""
+        """Return the runs that failed."""
         return tuple(point for point in self.points if point.error is not None)
 
     @property
     def rows(self) -> tuple[SweepRow, ...]:
-        """Runs that differ in their seed only, together, in the order of the grid."""
+        """Group the runs that differ only in their seeds, in the order of the grid."""
         groups: dict[str, list[PointReport]] = {}
         for point in self.points:
             groups.setdefault(json.dumps(_without_seed(point.values)), []).append(point)
@@ -133,11 +132,11 @@ class SweepReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as what JSON can hold."""
+        """Return the whole report as values that JSON can hold."""
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
     def to_csv(self) -> str:
-        """One line for every run: axes, then everything that was measured."""
+        """Return one line for every run: its axes, then everything that was measured."""
         columns = [
             self._line(point) | ({} if point.error is None else {"error": point.error})
             for point in self.points
@@ -163,7 +162,7 @@ class SweepReport:
         return line
 
     def to_markdown(self) -> str:
-        """The table of `rows`, and the runs that failed."""
+        """Return the table of `rows`, followed by the runs that failed."""
         header, *lines = self._cells()
         text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
         text += [
@@ -175,7 +174,7 @@ class SweepReport:
 
     @property
     def summary(self) -> str:
-        """One sentence: how many runs, how many failed, what the table shows."""
+        """Return one sentence on the number of runs, the failures, and the table."""
         words = f"{len(self.points)} runs"
         if self.failed:
             words += f", {len(self.failed)} failed"
@@ -220,7 +219,7 @@ class SweepReport:
 
 
 def _measured(reports: Sequence[TrainingReport], metric: str) -> Spread | None:
-    """Of a metric that not all runs need have."""
+    """Return the spread of a metric over the runs that measured it, or None if none did."""
     values = [report.metrics[metric] for report in reports if metric in report.metrics]
     return Spread.of(values) if values else None
 

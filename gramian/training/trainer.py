@@ -1,7 +1,8 @@
-"""transformers' `Trainer` with our parameter groups, exact scores, and checkpoints that are whole.
+"""The `Trainer` of transformers with our parameter groups, exact scores and complete checkpoints.
 
-A checkpoint counts once its last file, `complete`, is there: a run that was killed while it wrote
-one goes on from the one before. The best model so far lies in `best/`, beside their folder.
+A checkpoint is valid once its last file, `complete`, exists: a run that was killed while writing a
+checkpoint resumes from the one before. The best model so far is saved in `best/`, beside the folder
+of checkpoints.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ COMPLETE = "complete"
 
 
 class DivergedError(FloatingPointError):
-    """A run whose loss or weights are no longer finite, so that nothing more can be learned.
+    """An error for a run whose loss or weights are no longer finite, so that it cannot go on.
 
-    The message is one sentence; it names the last good checkpoint, which is kept.
+    The message is one sentence that names the last good checkpoint, which is kept.
     """
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder` that were written to their end, the oldest first."""
+    """Return the complete checkpoints in `folder`, the oldest first."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))
 
 
 class Patience(EarlyStoppingCallback):
-    """Early stopping that does not ask for the best model at the end: it is in a folder anyway."""
+    """Early stopping that does not require loading the best model, which is saved in a folder."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -57,7 +58,7 @@ def total(prediction: Any, description: Description) -> dict[str, float]:
     """Compute metrics from the scores of all sequences; `loss` is the first of them.
 
     Raises:
-        ConfigError: if nothing is due in any of them.
+        ConfigError: if no sequence has a label to score.
     """
     scores = np.asarray(prediction.predictions, dtype=np.float64)
     metrics = find_kind(description.kind).summarize(scores, description)
@@ -67,9 +68,9 @@ def total(prediction: Any, description: Description) -> dict[str, float]:
 
 
 def _shard_this_process(state: AcceleratorState, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Change accelerate's state of the whole process, which it keeps in two places, to sharding.
+    """Switch accelerate's process-wide state, which it keeps in two places, to sharding.
 
-    It lasts for every trainer that the process makes afterwards, as accelerate's own choice does.
+    The change affects every trainer that the process makes afterwards, as accelerate's own does.
     """
     state.distributed_type = DistributedType.FSDP
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -80,12 +81,12 @@ class GramianTrainer(Trainer):
     """The trainer of `gramian.training.train`.
 
     Args:
-        description: of the task.
-        folder: of the run.
-        tokenizer: saved beside the best model, or None.
-        losses: on the model's memory, added to the task's.
-        packer: collates batches of training, in place of the `data_collator` for all others.
-        kwargs: of `Trainer`.
+        description: description of the task.
+        folder: folder of the run.
+        tokenizer: tokenizer to save beside the best model, or None.
+        losses: losses on the model's memory, added to the task's.
+        packer: collator for training batches; all other batches use `data_collator`.
+        kwargs: further arguments of `Trainer`.
     """
 
     data_collator: Any
@@ -105,7 +106,7 @@ class GramianTrainer(Trainer):
             preprocess_logits_for_metrics=lambda outputs, labels: kind.score(
                 outputs[0] if isinstance(outputs, tuple | list) else outputs, labels
             ),
-            compute_metrics=lambda prediction: {},  # counted below, where the loss is in reach
+            compute_metrics=lambda prediction: {},  # computed below, where the loss is available
             **kwargs,
         )
         self.description = description
@@ -114,17 +115,17 @@ class GramianTrainer(Trainer):
         self.losses = losses
         self.packer = packer
         self.logged: dict[str, list[float]] = {}
-        # Losses are sums over what is due, divided by how much is due in the whole batch: however
-        # it is shared out, over processes or accumulated parts.
+        # Losses are sums over the labels, divided by the number of labels in the whole batch,
+        # however the batch is divided among processes and micro-batches.
         self.model_accepts_loss_kwargs = True
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, but at least 1: a batch in which nothing is due teaches nothing."""
+        """Count as the original does, but at least 1, so a batch without labels has zero loss."""
         count = super()._get_num_items_in_batch(*args, **kwargs)
         return count.clamp_min(1) if isinstance(count, Tensor) else count
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As the original, of packed rows if they are wanted; what is scored is not packed."""
+        """Make the original's loader, with packed rows if requested; evaluation is never packed."""
         collator = self.data_collator
         try:
             self.data_collator = self.packer or collator
@@ -133,7 +134,7 @@ class GramianTrainer(Trainer):
             self.data_collator = collator
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As the original, but FSDP2 shards over processors too: accelerate passes over them."""
+        """Make the original's accelerator, but let FSDP2 shard over CPUs too, unlike accelerate."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and self.accelerator.distributed_type is DistributedType.MULTI_CPU:
             plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
@@ -141,7 +142,7 @@ class GramianTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over `gramian.parameter_groups`."""
+        """Return AdamW over `gramian.parameter_groups`."""
         if self.optimizer is None:
             arguments: TrainingArguments = self.args
             groups = parameter_groups(
@@ -160,9 +161,9 @@ class GramianTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """As the original; in training with the logits of those positions alone where something is
-        due, and with the losses on memory."""
-        if self.args.torch_compile:  # what is compiled cannot look at values, and has fixed shapes
+        """Compute the original's loss; in training, compute logits at the labelled positions alone,
+        and add the losses on memory."""
+        if self.args.torch_compile:  # compiled code cannot read values, and its shapes are fixed
             shape = inputs["input_ids" if "input_ids" in inputs else "input_values"].shape
             due = self.kind.logits_shape(shape[0], shape[1], self.model.config)
             self.kind.check_labels(inputs["labels"], due)
@@ -171,7 +172,7 @@ class GramianTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.losses is not None and model.training:
             more, values = self.losses()
-            # A loss that is summed over the parts of a batch is not divided by their number.
+            # A loss that is summed over micro-batches is not divided by their number.
             summed = kwargs.get("num_items_in_batch") is not None
             loss = loss + more / (self.current_gradient_accumulation_steps if summed else 1)
             for name, value in values.items():
@@ -179,12 +180,11 @@ class GramianTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the original; a line of training has the means of the losses on memory since the last
-        one.
+        """Log as the original does; a training entry adds the mean losses on memory since the last.
 
         Raises:
-            DivergedError: after writing a line whose loss is not finite. A checkpoint is written at
-                a step that logs, and afterwards, so none holds a model that had lost its way then.
+            DivergedError: after writing an entry whose loss is not finite. Checkpoints are written
+                at steps that log, after the entry, so none holds a model that has diverged.
         """
         if "loss" in logs:
             logs |= {name: sum(values) / len(values) for name, values in self.logged.items()}
@@ -201,7 +201,7 @@ class GramianTrainer(Trainer):
         return DivergedError(f"{what} at step {self.state.global_step}; {kept}.")
 
     def _check_weights(self) -> None:
-        """Raise a `DivergedError` if a weight is not finite. Every process must call it."""
+        """Raise a `DivergedError` if a weight is not finite; every process must call this."""
         wrong = torch.zeros((), device=self.args.device)
         for parameter in self.model.parameters():
             shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -210,7 +210,7 @@ class GramianTrainer(Trainer):
             raise self._diverged("a weight is no longer finite")
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As the original, with the loss over all answers in place of the mean over batches."""
+        """Evaluate as the original does, with the loss over all labels, not a mean over batches."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         exact = total(output, self.description)
         if self.args.metric_for_best_model not in exact:
@@ -222,9 +222,9 @@ class GramianTrainer(Trainer):
         return output
 
     def save_as(self, name: str) -> None:
-        """Write the model and its tokenizer to `name` in the run's folder, whole or not at all.
+        """Write the model and its tokenizer to `name` in the run's folder, complete or not at all.
 
-        Every process must call it.
+        Every process must call this method.
 
         Raises:
             DivergedError: if a weight is not finite.
@@ -239,7 +239,7 @@ class GramianTrainer(Trainer):
         self.model.config.use_cache = caching
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            (stage / "training_args.bin").unlink(missing_ok=True)  # a pickle of where it was made
+            (stage / "training_args.bin").unlink(missing_ok=True)  # a pickle that names the machine
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(stage)
             old = self.folder / f".{name}-old"
