@@ -10,7 +10,7 @@ from torch import Tensor
 from gramian.ess._reading import Positions, Reading
 from gramian.ess.measures import Measure
 from gramian.ess.sketch import sketched_sizes
-from gramian.ops._precision import full_precision
+from gramian.ops.precision import full_precision
 from gramian.systems import DenseOperator, System
 
 __all__ = ["effective_state_size", "hankel_singular_values", "sketched_state_size"]

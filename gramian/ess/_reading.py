@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gramian.ess import dense, recurrent
 from gramian.ess.measures import Measure
-from gramian.ops._operator import is_differentiated
-from gramian.ops._threads import work
+from gramian.ops.derivatives import is_differentiated
+from gramian.ops.threads import work
 from gramian.systems import (
     FIR,
     DenseOperator,

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from gramian.ess._reading import Reading
-from gramian.ops._precision import full_precision
-from gramian.ops._threads import work
+from gramian.ops.precision import full_precision
+from gramian.ops.threads import work
 from gramian.systems import DenseOperator, TimeVarying
 
 __all__ = ["realize"]

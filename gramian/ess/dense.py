@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gramian.ess.measures import Measure
-from gramian.ops._threads import work
+from gramian.ops.threads import work
 
 __all__ = ["measure_blocks", "measure_hankel_blocks", "singular_values"]
 

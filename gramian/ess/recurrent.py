@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gramian.ops._operator import records_derivatives
-from gramian.ops._threads import work
+from gramian.ops.derivatives import records_derivatives
 from gramian.ops.scan import Dense, Transition, bounded_products, join
+from gramian.ops.threads import work
 from gramian.ops.vandermonde import geometric_powers
 from gramian.systems import Modal, TimeVarying
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gramian.ess.measures import Measure
-from gramian.ops._threads import work
+from gramian.ops.threads import work
 
 __all__ = ["sketched_sizes"]
 

@@ -12,7 +12,7 @@ import torch
 from gramian._checks import check_sizes
 from gramian._modules import SinglePrecisionModule
 from gramian._nearest import unknown
-from gramian.ops._precision import full_precision
+from gramian.ops.precision import full_precision
 from gramian.systems import System
 
 __all__ = ["Filter", "build", "check_lr", "register"]

@@ -15,12 +15,12 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
+from gramian.ops.derivatives import is_differentiated
+
 __all__ = [
     "batch_first",
     "differentiable",
-    "is_differentiated",
     "operator",
-    "records_derivatives",
     "total",
 ]
 
@@ -52,19 +52,6 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
         return getattr(torch.ops.gramian, name).default
 
     return register
-
-
-def records_derivatives() -> bool:
-    """Whether what is computed now may be differentiated: a graph is recorded, or forward mode is
-    on."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
-
-
-def is_differentiated(tensor: Tensor) -> bool:
-    """Whether what is computed now from the tensor has a gradient or a tangent."""
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def differentiable(

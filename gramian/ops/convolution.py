@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import cut
-from gramian.ops._lengths import fft_length
 from gramian.ops._operator import batch_first, differentiable, operator, total
+from gramian.ops.lengths import fft_length
 
 # Numbers in one padded block, a compromise: every call of the FFT sets itself up anew, which asks
 # for many rows, and a block with its spectrum should stay in cache. 16 rows of (batch, length,

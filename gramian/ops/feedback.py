@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import Task, cut
-from gramian.ops._lengths import fft_length
-from gramian.ops._operator import batch_first, differentiable, operator, records_derivatives
+from gramian.ops._operator import batch_first, differentiable, operator
+from gramian.ops.derivatives import records_derivatives
+from gramian.ops.lengths import fft_length
 
 __all__ = ["feedback_kernel"]
 

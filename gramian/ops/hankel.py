@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gramian.ops._lengths import fft_length
+from gramian.ops.lengths import fft_length
 
 __all__ = ["Hankel"]
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.ops._operator import records_derivatives
 from gramian.ops.changes import Record
+from gramian.ops.derivatives import records_derivatives
 
 __all__ = ["Linear", "Packing", "can_pack"]
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import cut
-from gramian.ops._operator import batch_first, differentiable, operator, records_derivatives
+from gramian.ops._operator import batch_first, differentiable, operator
+from gramian.ops.derivatives import records_derivatives
 
 # Grid points of one block, and the fewest rows that are worth a call to the FFT.
 _CPU_BLOCK = 2**17

@@ -22,13 +22,8 @@ from torch import Tensor
 from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import Task, cut
-from gramian.ops._operator import (
-    batch_first,
-    differentiable,
-    operator,
-    records_derivatives,
-    total,
-)
+from gramian.ops._operator import batch_first, differentiable, operator, total
+from gramian.ops.derivatives import records_derivatives
 
 __all__ = [
     "geometric_powers",

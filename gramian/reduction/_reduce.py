@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gramian.ops._precision import full_precision
-from gramian.ops._threads import work
+from gramian.ops.precision import full_precision
+from gramian.ops.threads import work
 from gramian.reduction import errors
 from gramian.reduction.balanced import balanced, refined_further
 from gramian.reduction.methods import Balanced, Method, ModalTruncation, method_of

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.ops._precision import full_precision
 from gramian.ops.double_double import Complex, DoubleDouble
 from gramian.ops.hankel import Hankel
 from gramian.ops.krylov import krylov_vectors, matrix_power
+from gramian.ops.precision import full_precision
 from gramian.ops.vandermonde import integer_power
 from gramian.reduction.spectrum import lanczos_spectrum
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gramian.ops._lengths import fft_length
+from gramian.ops.lengths import fft_length
 from gramian.reduction.basis import Vandermonde
 from gramian.reduction.problem import Problem
 from gramian.reduction.residues import ModalFit, measured

@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from gramian.ops._lengths import fft_length
+from gramian.ops.lengths import fft_length
 from gramian.reduction.basis import (
     Modes,
     Vandermonde,

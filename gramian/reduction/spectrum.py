@@ -29,8 +29,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gramian.ops._precision import full_precision
 from gramian.ops.hankel import Hankel
+from gramian.ops.precision import full_precision
 
 __all__ = [
     "Spectrum",
