@@ -27,7 +27,7 @@ def effective_state_size(
     length: int | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    r"""How much of its memory a causal operator uses: the numerical rank of ``T[i:, :i]``.
+    r"""How much of its memory a causal operator uses: the numerical rank of `T[i:, :i]`.
 
     The rank of that Hankel block is the smallest state that any recurrence computing T can have
     before step i (arXiv 2504.19561, section 3). It is at most min(i, horizon - i), so every curve
@@ -40,16 +40,16 @@ def effective_state_size(
         system_or_matrix: A system, channels (*C), or matrices (*C, L, L), of which the entries
             above the diagonal are not read.
         at: Positions, 0 … horizon - 1; an integer drops the dimension. Default: the first
-            ``length``.
-        measure: "entropy", ``exp(-Σ p log p)`` of the normalised singular values; or "tolerance",
-            the number of singular values above ``tol`` and above ``rtol`` times the largest.
+            `length`.
+        measure: "entropy", `exp(-Σ p log p)` of the normalised singular values; or "tolerance",
+            the number of singular values above `tol` and above `rtol` times the largest.
             A count is exact unless a singular value of the block lies within 1e-13 times the
             largest of the threshold; below that threshold, rounding errors count.
         tol: Absolute tolerance, as in the paper; for "tolerance" only.
         rtol: Relative tolerance, likewise.
         length: How many positions are reported by default: all that the operator has. A
-            time-invariant system has no end and needs it, or ``at``.
-        horizon: Blocks are ``T[i:horizon, :i]``. Default: all that the operator has; for a
+            time-invariant system has no end and needs it, or `at`.
+        horizon: Blocks are `T[i:horizon, :i]`. Default: all that the operator has; for a
             time-invariant system, twice the number of positions, so that the cap does not bind.
 
     Returns:
@@ -80,11 +80,11 @@ def hankel_singular_values(
     length: int | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    """The singular values of ``T[i:horizon, :i]`` at many positions.
+    """The singular values of `T[i:horizon, :i]` at many positions.
 
     Args:
-        system_or_matrix: As in `effective_state_size`, and so are ``at``, ``length`` and
-            ``horizon``.
+        system_or_matrix: As in `effective_state_size`, and so are `at`, `length` and
+            `horizon`.
 
     Returns:
         (*C, len(at), k), descending, followed by zeros; k is the rank that the largest block can
@@ -122,7 +122,7 @@ def sketched_state_size(
         rank: Singular values that are computed; blocks of up to twice that side are exact.
         probes: Random vectors for the others, at least 2.
         iterations: Of the subspace, each two products with the block.
-        horizon: Blocks are ``T[i:horizon, :i]``; default L.
+        horizon: Blocks are `T[i:horizon, :i]`; default L.
         seed: Of the random vectors.
 
     Returns:

@@ -42,9 +42,9 @@ class Reading:
 
     Args:
         source: A system or matrices.
-        at: Positions, or None for the first ``length``.
-        length: Number of positions where ``at`` is None.
-        horizon: Blocks are ``T[i:horizon, :i]``.
+        at: Positions, or None for the first `length`.
+        length: Number of positions where `at` is None.
+        horizon: Blocks are `T[i:horizon, :i]`.
 
     Raises:
         TypeError: for another kind of source.
@@ -139,7 +139,7 @@ class Reading:
 
     @torch.no_grad()
     def floor(self) -> Tensor:
-        """(G), float64: norms up to which a block counts as zero, ``eps ‖T‖_F``."""
+        """(G), float64: norms up to which a block counts as zero, `eps ‖T‖_F`."""
         system = self.system
         if not self.shape.numel():
             return torch.zeros(0, dtype=torch.float64, device=self.device)
@@ -290,5 +290,5 @@ class Reading:
 
 
 def _padded(values: Tensor, size: int) -> Tensor:
-    """Followed by zeros, or cut, to ``size`` in the last dimension."""
+    """Followed by zeros, or cut, to `size` in the last dimension."""
     return torch.nn.functional.pad(values, (0, size - values.shape[-1]))

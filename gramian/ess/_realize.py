@@ -1,14 +1,14 @@
 r"""`realize`: the smallest time-varying recurrence of a causal matrix.
 
 From one position to the next a Hankel block loses its first row and gains a column. With
-``H_i = O_i R_i``, the rows of R_i orthonormal, the next block is
+`H_i = O_i R_i`, the rows of R_i orthonormal, the next block is
 
-    ``H_{i+1} = [O_i[1:], T[i+1:, i]] diag(R_i, 1)``,
+    `H_{i+1} = [O_i[1:], T[i+1:, i]] diag(R_i, 1)`,
 
 so its singular values and right factor are those of the matrix in brackets, whose right singular
-vectors are ``[A_i, B_i]``: orthonormal rows, so the recurrence is contractive. ``C_i`` is the first
+vectors are `[A_i, B_i]`: orthonormal rows, so the recurrence is contractive. `C_i` is the first
 row of O_i. Whatever is dropped on the way is never seen again, and the parts dropped at different
-steps are orthogonal: ``‖T - T̂‖_F² = Σ_i Σ_dropped σ²``, exactly.
+steps are orthogonal: `‖T - T̂‖_F² = Σ_i Σ_dropped σ²`, exactly.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def realize(matrix: Tensor | DenseOperator | TimeVarying, tol: float) -> TimeVar
     """The smallest recurrence that computes a causal matrix to a tolerance.
 
     An attention map goes in and the shortest state that reproduces it comes out: the state before
-    step i has the rank that ``T[i:, :i]`` has to the tolerance. The order is that of the largest
+    step i has the rank that `T[i:, :i]` has to the tolerance. The order is that of the largest
     step of all channels, with zeros where less is needed; those ranks, found from blocks that are
     already truncated, are not ESS. Minimal up to what earlier truncations took: with
-    ``tol=0`` each state has the numerical rank of its block.
+    `tol=0` each state has the numerical rank of its block.
 
     Args:
         matrix: (*C, L, L), lower triangular, or a system of L steps. Entries above the diagonal
             are not read.
-        tol: ``‖T - T̂‖_F ≤ tol ‖T‖_F`` for every channel, up to rounding. At most
-            ``tol² ‖T‖_F² / L`` of energy is dropped at a step.
+        tol: `‖T - T̂‖_F ≤ tol ‖T‖_F` for every channel, up to rounding. At most
+            `tol² ‖T‖_F² / L` of energy is dropped at a step.
 
     Returns:
         A `TimeVarying` with dense A, channels (*C), of the dtype of the input (float32 for half
-        precision). ``[A_i, B_i]`` has orthonormal rows, or rows of zeros.
+        precision). `[A_i, B_i]` has orthonormal rows, or rows of zeros.
 
     Raises:
         TypeError: for another kind of input.

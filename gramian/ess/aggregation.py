@@ -37,8 +37,8 @@ def theoretical_state_size(
     """TSS: the state that a system has at a position, whether it uses it or not.
 
     Args:
-        system_or_matrix: As in `gramian.effective_state_size`, and so are ``at``, ``length``
-            and ``horizon``.
+        system_or_matrix: As in `gramian.effective_state_size`, and so are `at`, `length`
+            and `horizon`.
 
     Returns:
         (*C, len(at)), of the dtype of the input (float32 for half precision): n for a recurrence,
@@ -86,14 +86,14 @@ def _orders(system: System) -> Tensor:
 
 
 def _ever(value: Tensor, axis: int) -> Tensor:
-    """Where a coefficient is not zero at some step along ``axis``."""
+    """Where a coefficient is not zero at some step along `axis`."""
     if value.shape[axis] and value.stride(axis) == 0:  # constant
         return value.select(axis, 0) != 0
     return (value != 0).any(axis)
 
 
 def _closure(edges: Tensor, start: Tensor) -> Tensor:
-    """(*C, n): the states that those of ``start`` (*C, n) act on, through ``edges`` (*C, n, n) from
+    """(*C, n): the states that those of `start` (*C, n) act on, through `edges` (*C, n, n) from
     the second index to the first, and these themselves."""
     while True:
         further = start | (edges & start.unsqueeze(-2)).any(-1)
@@ -127,7 +127,7 @@ def aggregate(
         over_positions: Whether to take the mean over positions too.
 
     Returns:
-        (), or (P) with ``over_positions=False``.
+        (), or (P) with `over_positions=False`.
 
     Raises:
         ValueError: for another kind, no layers, or different numbers of positions.

@@ -30,12 +30,12 @@ _COLUMNS = 128
 
 
 def singular_values(T: Tensor, at: int) -> Tensor:
-    """Of ``T[at:, :at]``, (*C, min(at, L - at)), float64, descending. Differentiable."""
+    """Of `T[at:, :at]`, (*C, min(at, L - at)), float64, descending. Differentiable."""
     return torch.linalg.svdvals(T[..., at:, :at].double())
 
 
 def measure_blocks(T: Tensor, positions: list[int], measure: Measure, floor: Tensor) -> Tensor:
-    """The measure of ``T[i:, :i]`` at every position.
+    """The measure of `T[i:, :i]` at every position.
 
     Args:
         T: (G, L, L), lower triangular, of any floating-point dtype.
@@ -84,7 +84,7 @@ def _measured(
 
 
 def _towards_the_start(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Upper triangles of ``H_iᵀ H_i`` for descending positions."""
+    """Upper triangles of `H_iᵀ H_i` for descending positions."""
     below = len(T)
     gram = T.new_zeros(positions[0], positions[0], dtype=torch.float64)
     for i in positions:
@@ -95,7 +95,7 @@ def _towards_the_start(T: Tensor, positions: list[int]) -> Iterator[tuple[int, T
 
 
 def _towards_the_end(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Upper triangles of ``H_i H_iᵀ`` for ascending positions."""
+    """Upper triangles of `H_i H_iᵀ` for ascending positions."""
     before, first = 0, positions[0]
     gram = T.new_zeros(len(T) - first, len(T) - first, dtype=torch.float64)
     for i in positions:
@@ -106,7 +106,7 @@ def _towards_the_end(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Ten
 
 
 def _add_outer_products(gram: Tensor, rows: Tensor) -> None:
-    """Add ``rowsᵀ rows`` to the upper triangle of ``gram``, in place."""
+    """Add `rowsᵀ rows` to the upper triangle of `gram`, in place."""
     for start in range(0, len(gram), _COLUMNS):
         stop = start + _COLUMNS
         gram[:stop, start:stop].addmm_(rows[:, :stop].mT, rows[:, start:stop])
@@ -115,9 +115,9 @@ def _add_outer_products(gram: Tensor, rows: Tensor) -> None:
 def measure_hankel_blocks(
     taps: Tensor, positions: list[int], horizon: int, measure: Measure, floor: Tensor
 ) -> Tensor:
-    """The measure of ``T[i:horizon, :i]`` of convolutions: Hankel blocks of their taps.
+    """The measure of `T[i:horizon, :i]` of convolutions: Hankel blocks of their taps.
 
-    A block and its transpose, at i and at ``horizon - i``, have one spectrum, and so have all
+    A block and its transpose, at i and at `horizon - i`, have one spectrum, and so have all
     blocks that hold every tap.
 
     Args:

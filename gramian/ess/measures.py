@@ -1,7 +1,7 @@
 r"""Measures of the spectrum of a Hankel block: what effective state-size is.
 
-Entropy: ``exp(-Σ_k p_k log p_k)``, ``p = σ / Σ σ``, the exponential of the entropy of the
-normalised singular values. Tolerance: how many singular values exceed ``tol``, or ``rtol`` times
+Entropy: `exp(-Σ_k p_k log p_k)`, `p = σ / Σ σ`, the exponential of the entropy of the
+normalised singular values. Tolerance: how many singular values exceed `tol`, or `rtol` times
 the largest (arXiv 2504.19561, section 3). Both are 0 for a block that is zero up to rounding.
 """
 
@@ -65,14 +65,14 @@ class Measure:
 
     def unsafe_from_gram(self, eigenvalues: Tensor, sizes: Tensor, tolerance: float) -> Tensor:
         """Whether the measure of the roots of a Gram matrix's eigenvalues may be off by more than
-        ``tolerance`` (relative; for a count, at all).
+        `tolerance` (relative; for a count, at all).
 
         A Gram matrix squares the condition number. Where a spectrum falls off gradually its small
         eigenvalues are found to well below eps λ_1 all the same; where it ends they are rounding
         errors, half of them negative. So how far the smallest lies below zero tells the error δλ of
         the small ones; if none does, the sixth smallest bounds it. A singular value is then known
-        to ``δλ / 2σ``, at worst to √δλ. To first order the entropy is off by
-        ``Σ_k (|log p_k| + log ESS) δσ_k / Σσ``; errors of singular values above the noise have
+        to `δλ / 2σ`, at worst to √δλ. To first order the entropy is off by
+        `Σ_k (|log p_k| + log ESS) δσ_k / Σσ`; errors of singular values above the noise have
         random signs, those within it are all towards larger ones.
 
         Args:

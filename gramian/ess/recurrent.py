@@ -1,15 +1,15 @@
 r"""Hankel spectra of recurrences by square-root factors.
 
-``H_i = O_i X_i``, observability after reachability. Their Gramians square the condition number and
+`H_i = O_i X_i`, observability after reachability. Their Gramians square the condition number and
 lose half the digits; triangular factors do not:
 
-    ``R_{i+1} = qr([R_i A_iᵀ; B_iᵀ])``,  ``S_i = qr([S_{i+1} A_i; C_i])``,
+    `R_{i+1} = qr([R_i A_iᵀ; B_iᵀ])`,  `S_i = qr([S_{i+1} A_i; C_i])`,
 
-and the singular values of H_i are those of the n × n product ``S_i R_iᵀ``. All positions take
+and the singular values of H_i are those of the n × n product `S_i R_iᵀ`. All positions take
 O(L n³) operations, where the blocks themselves would take O(L⁴).
 
-A modal system has both factors in closed form: with ``w_t = (Re λ^t, Im λ^t)``, rows of W,
-``H_i = W_{L-i} M W_iᵀ``, M the residues as 2 × 2 blocks. One triangular factor of the Vandermonde
+A modal system has both factors in closed form: with `w_t = (Re λ^t, Im λ^t)`, rows of W,
+`H_i = W_{L-i} M W_iᵀ`, M the residues as 2 × 2 blocks. One triangular factor of the Vandermonde
 matrix of {λ, λ̄}, as it grows row by row, serves both sides.
 """
 
@@ -42,13 +42,13 @@ _BUDGET = 2**27
 
 Factors = tuple[list[int], Tensor, Tensor]
 """Positions, and the factors S and R there, (P, G, n, n) each: H_i has the singular values of
-``S Rᵀ``."""
+`S Rᵀ`."""
 
 
 def factor_spectra(
     measure: Callable[[Tensor], Tensor], left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A function of the singular values of ``left rightᵀ``, and how far they can be trusted.
+    """A function of the singular values of `left rightᵀ`, and how far they can be trusted.
 
     Args:
         measure: Of singular values (P, G, n), descending.
@@ -56,7 +56,7 @@ def factor_spectra(
         right: (P, G, n, n).
 
     Returns:
-        The function's values, (P, G, …), and ``eps ‖S‖ ‖R‖ / σ_1``, (P, G): about the rounding
+        The function's values, (P, G, …), and `eps ‖S‖ ‖R‖ / σ_1`, (P, G): about the rounding
         errors of the singular values relative to the largest.
     """
     size = max(1, 2**16 // max(1, left[0].numel()))
@@ -97,7 +97,7 @@ def _triangle(rows: Tensor) -> Tensor:
 
 
 def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """(P, G, n, n): the factors S at ``wanted`` positions, of which the last has the factor S; and
+    """(P, G, n, n): the factors S at `wanted` positions, of which the last has the factor S; and
     the first of them with as many rows as it has."""
     groups, _, order = chain.B.shape
     factors = S.new_zeros(len(wanted), groups, order, order)
@@ -111,7 +111,7 @@ def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tens
 
 
 def _reached(chain: _Chain, R: Tensor, start: int, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """(P, G, n, n): the factors R at ``wanted`` positions, from the factor R at ``start`` on; and
+    """(P, G, n, n): the factors R at `wanted` positions, from the factor R at `start` on; and
     the last of them with as many rows as it has."""
     groups, _, order = chain.B.shape
     factors = R.new_zeros(len(wanted), groups, order, order)
@@ -206,7 +206,7 @@ def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator
 
 
 class FactoredSingularValues(torch.autograd.Function):
-    """Singular values of ``left right`` from its factors, (G, m, n) and (G, n, k): O((m + k) n²)
+    """Singular values of `left right` from its factors, (G, m, n) and (G, n, k): O((m + k) n²)
     operations forwards and backwards, and no m × k matrix.
 
     Use `factored_singular_values`. Both modes of differentiation; second derivatives exist where
@@ -248,7 +248,7 @@ class FactoredSingularValues(torch.autograd.Function):
 
 
 def _factored_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (G, m, r), σ (G, r) and V (G, k, r) of ``left right``, r the least of m, n and k."""
+    """U (G, m, r), σ (G, r) and V (G, k, r) of `left right`, r the least of m, n and k."""
     Q, S = torch.linalg.qr(left)
     P, R = torch.linalg.qr(right.mT)
     U, values, Vh = torch.linalg.svd(S @ R.mT, full_matrices=False)

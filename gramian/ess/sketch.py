@@ -1,7 +1,7 @@
 r"""Randomised estimates of entropy-ESS, for blocks too large to decompose.
 
 A subspace iteration from a random start (Halko, Martinsson and Tropp 2011) gives the leading r
-singular values. Of all others two sums are needed, ``Σ σ`` and ``Σ σ log σ``, which are traces of
+singular values. Of all others two sums are needed, `Σ σ` and `Σ σ log σ`, which are traces of
 functions of what the subspace leaves of the block: stochastic Lanczos quadrature (Ubaru, Chen and
 Saad 2017) estimates both from a few random vectors, whose scatter is the error. Besides, the energy
 of the others is known, and bounds the entropy: it is smallest where the energy sits in as few
@@ -96,8 +96,8 @@ def _sketched(block: Tensor, start: Tensor, probes: Tensor, iterations: int) -> 
 
 
 def _quadrature(apply: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights (s, steps) of ``Σ_j w_j f(θ_j) ≈ zᵀ f(M) z`` for each column z of
-    ``start`` (k, s), M symmetric and applied by a function, by Lanczos with orthogonalisation."""
+    """Nodes and weights (s, steps) of `Σ_j w_j f(θ_j) ≈ zᵀ f(M) z` for each column z of
+    `start` (k, s), M symmetric and applied by a function, by Lanczos with orthogonalisation."""
     norm = torch.linalg.vector_norm(start, dim=0)
     steps = min(_STEPS, len(start))
     vectors = [start / norm]
@@ -122,21 +122,21 @@ def _quadrature(apply: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tenso
 
 
 def _sums(values: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ σ`` and ``Σ σ log σ``."""
+    """`Σ σ` and `Σ σ log σ`."""
     return values.sum(), torch.xlogy(values, values).sum()
 
 
 def _size(S: Tensor, Q: Tensor) -> Tensor:
-    """``exp(-Σ p log p)`` for ``p = σ / S`` and ``Q = Σ σ log σ``."""
+    """`exp(-Σ p log p)` for `p = σ / S` and `Q = Σ σ log σ`."""
     return S * (-Q / S).exp()
 
 
 def _concentrated(largest: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-    """The energy in as few values as possible, none above ``largest``: the value and how many."""
+    """The energy in as few values as possible, none above `largest`: the value and how many."""
     count = energy / largest.square().clamp_min(torch.finfo(energy.dtype).tiny)
     return torch.where(count >= 1, largest, energy.sqrt()), count.clamp_min(1)
 
 
 def _bound(S: Tensor, Q: Tensor, value: Tensor, count: Tensor) -> Tensor:
-    """The size with ``count`` (which may be a fraction) more values."""
+    """The size with `count` (which may be a fraction) more values."""
     return _size(S + count * value, Q + count * torch.xlogy(value, value))

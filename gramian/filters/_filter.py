@@ -24,7 +24,7 @@ _FilterType = TypeVar("_FilterType", bound="type[Filter]")
 class Filter(SinglePrecisionModule, abc.ABC):
     """A module whose parameters make a time-invariant system, one channel for each filter.
 
-    ``filter(length)`` goes through ``forward``, so that hooks and sharding see it; the system is
+    `filter(length)` goes through `forward`, so that hooks and sharding see it; the system is
     made anew at every call and gradients flow through it. The parameters describe dynamics, where a
     pole of 0.999 must not become 1.0: they stay in float32 when the model is cast to half
     precision, and the system is made outside of autocast.
@@ -70,8 +70,8 @@ class Filter(SinglePrecisionModule, abc.ABC):
         """Options in which parameters should differ from the rest of the model while training.
 
         Returns:
-            By name, as in ``named_parameters``, options of the optimiser, such as
-            ``{"a": {"weight_decay": 0.0}}``. `gramian.parameter_groups` makes groups of them.
+            By name, as in `named_parameters`, options of the optimiser, such as
+            `{"a": {"weight_decay": 0.0}}`. `gramian.parameter_groups` makes groups of them.
         """
         return {}
 
@@ -80,14 +80,14 @@ class Filter(SinglePrecisionModule, abc.ABC):
 
 
 def check_lr(lr: float | None) -> float | None:
-    """``lr``, or a ValueError unless it is None or a finite number of at least 0."""
+    """`lr`, or a ValueError unless it is None or a finite number of at least 0."""
     if lr is not None and not (isinstance(lr, int | float) and 0 <= lr < float("inf")):
         raise ValueError(f"lr must be None or a learning rate of at least 0, got {lr!r}.")
     return lr
 
 
 def register(name: str) -> Callable[[_FilterType], _FilterType]:
-    """Class decorator: make a filter known to configurations as ``{"type": name, …}``.
+    """Class decorator: make a filter known to configurations as `{"type": name, …}`.
 
     Raises:
         ValueError: if the name is taken by another class.
@@ -107,12 +107,12 @@ def build(config: dict[str, Any] | Filter, **defaults: Any) -> Filter:
     """A filter from its configuration.
 
     Args:
-        config: ``{"type": name, …}`` with the constructor's arguments, or a filter, returned as is.
-        defaults: Arguments that ``config`` may leave out, such as ``channels`` and ``max_length``.
+        config: `{"type": name, …}` with the constructor's arguments, or a filter, returned as is.
+        defaults: Arguments that `config` may leave out, such as `channels` and `max_length`.
 
     Raises:
         ValueError: for an unknown type or arguments that the filter does not take, or where
-            ``config`` contradicts the number of channels asked for.
+            `config` contradicts the number of channels asked for.
     """
     if isinstance(config, Filter):
         built = config

@@ -12,7 +12,7 @@ __all__ = ["parameter_groups"]
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for ``torch.optim.AdamW`` and its kin, from any module, ours inside it or not.
+    """Groups for `torch.optim.AdamW` and its kin, from any module, ours inside it or not.
 
     Every trainable parameter is in exactly one group; parameters with equal options share one, and
     a parameter used in several places counts once. What a filter asks for in
@@ -26,12 +26,12 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
         weight_decay: Of parameters without a hint that are decayed at all.
 
     Returns:
-        Dicts with ``params``, ``lr``, ``weight_decay`` and whatever else the hints name, in the
-        order of ``model.parameters()``. A scheduler of torch scales each group's own ``lr``.
+        Dicts with `params`, `lr`, `weight_decay` and whatever else the hints name, in the
+        order of `model.parameters()`. A scheduler of torch scales each group's own `lr`.
 
     Raises:
-        TypeError: if ``model`` is not a module.
-        ValueError: if ``lr`` or ``weight_decay`` is not a finite number of at least 0, a filter
+        TypeError: if `model` is not a module.
+        ValueError: if `lr` or `weight_decay` is not a finite number of at least 0, a filter
             gives a hint for a parameter that it does not have, or two filters that share a
             parameter ask for different things.
     """

@@ -1,7 +1,7 @@
 r"""Hyena's implicit filter: a sine MLP of time, under an exponential window.
 
-``h_t = MLP(z_t) · (exp(-|α| t) + shift)`` with features ``z_t`` of time (Hyena, Poli et al. 2023,
-section 3.3 and appendix D.3), plus ``bias`` at tap 0.
+`h_t = MLP(z_t) · (exp(-|α| t) + shift)` with features `z_t` of time (Hyena, Poli et al. 2023,
+section 3.3 and appendix D.3), plus `bias` at tap 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["ImplicitFilter"]
 
 @register("implicit")
 class ImplicitFilter(Filter):
-    """A kernel given by a small network of time, as long as ``max_length``; zero past it.
+    """A kernel given by a small network of time, as long as `max_length`; zero past it.
 
     Args:
         channels: Number of filters.
@@ -29,10 +29,10 @@ class ImplicitFilter(Filter):
         embedding_features: Odd, at least 3: time itself and pairs of cosine and sine.
         hidden: Width of the MLP.
         inner_layers: Hidden layers between the first and the last.
-        frequency: Initial frequency ω of the sine activations ``sin(ω x)``, trained with the rest.
+        frequency: Initial frequency ω of the sine activations `sin(ω x)`, trained with the rest.
         train_frequency: Whether it is.
         fast_decay: Fraction of the kernel after which the quickest window has fallen to
-            ``decay_target``.
+            `decay_target`.
         slow_decay: Likewise, of the slowest; the channels are spread evenly between.
         decay_target: See above.
         shift: Added to the window, so that it does not fall to zero.
@@ -48,7 +48,7 @@ class ImplicitFilter(Filter):
         lr: Learning rate of the filter's parameters, if not that of the model.
 
     Raises:
-        ValueError: if ``embedding_features`` is even or below 3, or ``lr`` is negative.
+        ValueError: if `embedding_features` is even or below 3, or `lr` is negative.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 r"""Modal filters: poles and residues as parameters, with an order for every channel.
 
-``λ_k = exp(-exp(log_decay_k) + iπ angle_k)`` lies inside the unit circle whatever the parameters,
+`λ_k = exp(-exp(log_decay_k) + iπ angle_k)` lies inside the unit circle whatever the parameters,
 and an angle of exactly 0 or 1 is a real pole. Residues are pairs of real numbers: no complex tensor
-is stored. Poles that nothing bounds are ``exp(-decay_k + iπ angle_k)``.
+is stored. Poles that nothing bounds are `exp(-decay_k + iπ angle_k)`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MIN_LOG_DECAY = -30.0  # |λ| = 1 - 1e-13: the slowest decay that a parameter c
 
 @register("modal")
 class ModalFilter(RationalFilter):
-    """``h_0 = d``, ``h_t = Re Σ_k residues_k λ_k^(t-1)``: what distillation makes of a filter.
+    """`h_0 = d`, `h_t = Re Σ_k residues_k λ_k^(t-1)`: what distillation makes of a filter.
 
     Args:
         channels: Number of filters.
@@ -40,7 +40,7 @@ class ModalFilter(RationalFilter):
             free, so that some may be outside; over few taps that does no harm.
 
     Raises:
-        ValueError: if ``orders`` does not name one non-negative number for every channel, or ``lr``
+        ValueError: if `orders` does not name one non-negative number for every channel, or `lr`
             is negative.
     """
 
@@ -83,14 +83,14 @@ class ModalFilter(RationalFilter):
         kernel: Tensor | None = None,
         bounded: bool = True,
     ) -> Self:
-        """A filter that makes ``system``, without its padding.
+        """A filter that makes `system`, without its padding.
 
         Parameters are rounded to float32, poles in another form than the system's, which shifts
         their phases over thousands of taps. Given the kernel that the system is meant to reproduce,
         residues are fitted anew to the poles as the filter holds them.
 
         Args:
-            system: channels (*C) of one dimension, poles inside the unit circle if ``bounded``.
+            system: channels (*C) of one dimension, poles inside the unit circle if `bounded`.
             max_length: See the class.
             bounded: See the class.
             kernel: (*C, L), real floating point, finite: the taps of which the system is a
@@ -148,7 +148,7 @@ class ModalFilter(RationalFilter):
         self.residues.copy_(torch.view_as_real(residues[stored].resolve_conj()))
 
     def reset_parameters(self) -> None:
-        """Decay times spread logarithmically over ``max_length``, angles uniformly over the half
+        """Decay times spread logarithmically over `max_length`, angles uniformly over the half
         circle, residues with unit energy a channel."""
         slowest = -math.log(max(self.max_length, 2))
         if self.bounded:

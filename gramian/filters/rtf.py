@@ -1,6 +1,6 @@
 r"""RTF: the coefficients of a rational transfer function as parameters.
 
-``H(z) = h_0 + (b_1 z^-1 + … + b_n z^-n) / (1 + a_1 z^-1 + … + a_n z^-n)``, evaluated on roots of
+`H(z) = h_0 + (b_1 z^-1 + … + b_n z^-n) / (1 + a_1 z^-1 + … + a_n z^-n)`, evaluated on roots of
 unity by FFT, in time and memory that do not grow with n (RTF, Parnichkun et al. 2024, section 3).
 """
 
@@ -40,24 +40,24 @@ class RTF(RationalFilter):
     """Rational filters, with the truncated numerator of the published parametrisation or without.
 
     Coefficients are transformed and divided in float64, since in float32 the spectrum itself is off
-    by more than 1e-4 for most stable systems beyond n = 16. The system that ``forward`` returns
+    by more than 1e-4 for most stable systems beyond n = 16. The system that `forward` returns
     carries the exact numerator, so its recurrence computes the convolution that was learned; which
-    form that recurrence takes, and how close it is, is in its ``form`` and ``error``.
+    form that recurrence takes, and how close it is, is in its `form` and `error`.
 
     Args:
         channels: Number of filters.
         state_size: n, the degree of the denominators.
-        max_length: Taps; fixes the grid of ``max_length + max_length % 2`` roots of unity whatever
-            the length of an input. Greater than ``state_size``.
+        max_length: Taps; fixes the grid of `max_length + max_length % 2` roots of unity whatever
+            the length of an input. Greater than `state_size`.
         numerator: "truncated": b is the numerator of the kernel cut to the grid, and the kernel is
             the inverse FFT of b / a (section 3.2). "exact": b is the numerator itself, whose kernel
-            goes on past ``max_length``, for training on sequences that continue from chunk to
+            goes on past `max_length`, for training on sequences that continue from chunk to
             chunk; the kernel costs about twice as much.
-        stability: "none": denominators are free. "montel": ``‖a‖₁ < 1``, which keeps all poles
+        stability: "none": denominators are free. "montel": `‖a‖₁ < 1`, which keeps all poles
             inside the unit circle and excludes many stable denominators (section 3.4). "schur": the
-            parameters are ``atanh`` of the reflection coefficients, which reach every stable
+            parameters are `atanh` of the reflection coefficients, which reach every stable
             denominator and no other; the recurrence can step on them.
-        num_denominators: Denominators, each shared by ``channels / num_denominators`` neighbouring
+        num_denominators: Denominators, each shared by `channels / num_denominators` neighbouring
             channels; default: one for every channel.
         initialization: Of a and b: "zeros"; "xavier", uniform within ±1/√n, which can be unstable
             (not with "schur"); "montel", uniform within ±1/n, inside the region where Montel's
@@ -119,7 +119,7 @@ class RTF(RationalFilter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Coefficients as ``initialization`` says, the direct term standard normal."""
+        """Coefficients as `initialization` says, the direct term standard normal."""
         inside = 1 / self.state_size
         bounds = {"zeros": 0.0, "xavier": math.sqrt(inside), "montel": inside, "schur": inside}
         bound = bounds[self.initialization]
@@ -138,7 +138,7 @@ class RTF(RationalFilter):
         nn.init.normal_(self.d)
 
     def _set(self, a: Tensor) -> None:
-        """Parameters that make the denominators ``a`` (num_denominators, n)."""
+        """Parameters that make the denominators `a` (num_denominators, n)."""
         a = a.double()
         with torch.no_grad():
             if self.stability == "schur":
@@ -155,13 +155,13 @@ class RTF(RationalFilter):
                 self.a.copy_(a)
 
     def load_denominator(self, a: Tensor) -> None:
-        """Take over denominators ``a_1 … a_n``, exactly up to the rounding of the parameters.
+        """Take over denominators `a_1 … a_n`, exactly up to the rounding of the parameters.
 
         Args:
             a: (num_denominators, n), real.
 
         Raises:
-            ValueError: for another shape, or a denominator that ``stability`` cannot hold: a pole
+            ValueError: for another shape, or a denominator that `stability` cannot hold: a pole
                 on or outside of the unit circle with "schur", an l1 norm of 1 or more with
                 "montel".
         """
@@ -193,7 +193,7 @@ class RTF(RationalFilter):
         return step_down(self.denominator())
 
     def denominator(self) -> Tensor:
-        """(num_denominators, n): the coefficients ``a_1 … a_n``; float64 unless they are free."""
+        """(num_denominators, n): the coefficients `a_1 … a_n`; float64 unless they are free."""
         if self.stability == "schur":
             return step_up(self.reflection())
         if self.stability == "montel":
@@ -262,11 +262,11 @@ class RTF(RationalFilter):
         ones, as `LongConvolution(filter, bidirectional=True)` takes them.
 
         Args:
-            state_dict: The layer's: ``ab`` (denominators + channels, n), denominators first, then
-                truncated numerators; ``h_0`` (channels), the direct terms; and, of a layer with its
-                l1 constraint, ``scalar`` (denominators), which makes a filter of stability
-                "montel". The number of denominators is what ``ab`` has more rows than ``h_0``.
-            max_length: The layer's ``trunc_len``, which its state dict does not tell.
+            state_dict: The layer's: `ab` (denominators + channels, n), denominators first, then
+                truncated numerators; `h_0` (channels), the direct terms; and, of a layer with its
+                l1 constraint, `scalar` (denominators), which makes a filter of stability
+                "montel". The number of denominators is what `ab` has more rows than `h_0`.
+            max_length: The layer's `trunc_len`, which its state dict does not tell.
 
         Raises:
             ValueError: for other keys, or shapes that do not belong together.

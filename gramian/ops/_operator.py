@@ -65,10 +65,10 @@ def differentiable(
 
     Args:
         op: What `operator` returned.
-        setup: ``setup(ctx, inputs, output)``, as in `torch.autograd.Function`.
-        backward: ``backward(ctx, *gradients)``, likewise; made of operations that have derivatives
+        setup: `setup(ctx, inputs, output)`, as in `torch.autograd.Function`.
+        backward: `backward(ctx, *gradients)`, likewise; made of operations that have derivatives
             themselves where `records_derivatives`.
-        jvp: ``jvp(inputs, tangents)``: the outputs' tangents, a tensor or a tuple like the outputs,
+        jvp: `jvp(inputs, tangents)`: the outputs' tangents, a tensor or a tuple like the outputs,
             of their dtypes, each None where it is zero. The tangents of inputs that have none are
             None. It is made of operations that have derivatives themselves.
     """

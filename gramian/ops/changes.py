@@ -1,6 +1,6 @@
 """Whether a tensor is still what it was: a record of it that is quickly compared.
 
-The object, its address and its version do not tell: fused optimisers, ``.data`` and numpy views
+The object, its address and its version do not tell: fused optimisers, `.data` and numpy views
 write without moving any of them. A record also holds a few evenly spaced values, read where they
 lie, so that whatever changes a tensor as a whole is seen. What it cannot see is an edit of other
 values that moves no version; for that there is `digest`.
@@ -49,7 +49,7 @@ class Record:
             self._values = self._read(self._first).value, self._read(self._second).value
 
     def matches(self, tensor: Tensor | None) -> bool:
-        """Whether ``tensor`` is that object, unmoved, with the values that were looked at."""
+        """Whether `tensor` is that object, unmoved, with the values that were looked at."""
         if (
             tensor is not self.tensor
             or tensor.data_ptr() != self._at

@@ -458,7 +458,7 @@ def _forward_jvp(
 def _backward_jvp(
     inputs: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Of ``(T_hᵀ p, k(p, u), g (T_h u))``, p = gate g, each of which is linear in what it names."""
+    """Of `(T_hᵀ p, k(p, u), g (T_h u))`, p = gate g, each of which is linear in what it names."""
     g, u, kernel, gate, _, ahead, *needs = inputs
     t_g, t_u, t_kernel, t_gate, *_ = tangents
     p = g if gate is None else gate * g

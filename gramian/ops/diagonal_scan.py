@@ -1,11 +1,11 @@
-r"""Diagonal recurrences, ``x_{t+1} = a_t x_t + w_t``: what a selective scan is made of.
+r"""Diagonal recurrences, `x_{t+1} = a_t x_t + w_t`: what a selective scan is made of.
 
 A loop over time: a step reads its coefficients once, writes one state, and is one call. Where a
 step has too little to do for that, several stretches of the sequence take theirs side by side, from
 zeros; what they begin with follows from the same recurrence over stretches, and is added, carried
 by the products of a stretch's gates. Nothing is divided, so gates may be zero or negative.
 
-With μ_t the gradient of x_t and g_t what comes from outside, ``μ_t = g_t + a_t μ_{t+1}``: the
+With μ_t the gradient of x_t and g_t what comes from outside, `μ_t = g_t + a_t μ_{t+1}`: the
 gradient is the recurrence backwards in time, and the operator is closed under differentiation.
 """
 
@@ -27,15 +27,15 @@ _LEAST = 8  # stretches, below which it is not worth their products
 
 
 def diagonal_scan(a: Tensor, w: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """States of ``x_{t+1} = a_t x_t + w_t`` from ``x_0 = start``.
+    """States of `x_{t+1} = a_t x_t + w_t` from `x_0 = start`.
 
     Args:
         a: (*S, L, n), real.
-        w: (*S, L, n), of the dtype of ``a``.
+        w: (*S, L, n), of the dtype of `a`.
         start: (*S, n), likewise.
 
     Returns:
-        The states before every step, (*S, L, n) in the memory layout of ``w``, and the one after
+        The states before every step, (*S, L, n) in the memory layout of `w`, and the one after
         the last, (*S, n). Differentiable to any order.
     """
     states, end = _scan(a, w, start, False)
@@ -45,7 +45,7 @@ def diagonal_scan(a: Tensor, w: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 def apply_diagonal(
     a: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, start: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``x_{t+1} = a_t x_t + B_t u_t``, ``y_t = C_t · x_t + D_t u_t``.
+    """`x_{t+1} = a_t x_t + B_t u_t`, `y_t = C_t · x_t + D_t u_t`.
 
     Args:
         a: (*S, L, n), real; B and C likewise.

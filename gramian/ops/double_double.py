@@ -38,7 +38,7 @@ def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class DoubleDouble:
-    """``high + low``, float64, |low| at most half a unit in the last place of high.
+    """`high + low`, float64, |low| at most half a unit in the last place of high.
 
     Magnitudes between 1e-140 and 1e140 keep all their digits.
     """
@@ -89,7 +89,7 @@ class DoubleDouble:
 
 @dataclasses.dataclass(frozen=True)
 class Complex:
-    """``real + i imag``."""
+    """`real + i imag`."""
 
     real: DoubleDouble
     imag: DoubleDouble

@@ -1,15 +1,15 @@
 r"""Causal kernels in a feedback loop, by FFT.
 
-Of ``y = k_yu ∗ u - k_yv ∗ v``, ``v = k_vu ∗ u - k_vv ∗ v``, kernels that start at lag 1, the closed
+Of `y = k_yu ∗ u - k_yv ∗ v`, `v = k_vu ∗ u - k_vv ∗ v`, kernels that start at lag 1, the closed
 loop is, as power series in z⁻¹,
 
     K = K_yu - K_yv K_vu / (1 + K_vv),
 
 whose first L taps follow from the first L taps of the four: the identity of Woodbury, for series.
-The quotient is evaluated on a circle of N roots of unity, in double precision. Damped by ``ρ^t``,
-the taps from N on return to the first ones (aliasing) ``ρ^N`` times as large, and rounding errors
-grow by ``ρ^{-L}``: with N = L and ``ρ^N = 1e-8`` both stay below single precision, with N = 2L and
-``1e-11`` three digits further.
+The quotient is evaluated on a circle of N roots of unity, in double precision. Damped by `ρ^t`,
+the taps from N on return to the first ones (aliasing) `ρ^N` times as large, and rounding errors
+grow by `ρ^{-L}`: with N = L and `ρ^N = 1e-8` both stay below single precision, with N = 2L and
+`1e-11` three digits further.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _CPU_NUMBERS = 2**20
 
 
 def feedback_kernel(taps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The closed loop ``k_yu - k_yv ∗ k_vu ∗ (δ + k_vv)^{-1}``, truncated to the lags given.
+    """The closed loop `k_yu - k_yv ∗ k_vu ∗ (δ + k_vv)^{-1}`, truncated to the lags given.
 
-    Computed in double precision; differentiable to any order. The loop must be stable: ``1 + K_vv``
+    Computed in double precision; differentiable to any order. The loop must be stable: `1 + K_vv`
     without zeros on or outside the unit circle.
 
     Args:
         taps: (*C, 4, L), real: k_yu, k_yv, k_vu and k_vv, each at the lags 1 … L.
-        dtype: Of the result, by default that of ``taps``; float64 is correct to about 1e-11, all
+        dtype: Of the result, by default that of `taps`; float64 is correct to about 1e-11, all
             else to 1e-8.
 
     Returns:
@@ -55,12 +55,12 @@ def feedback_kernel(taps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class _Circle(NamedTuple):
-    """Where the series are evaluated: z = ``e^{2πik/N} / ρ``."""
+    """Where the series are evaluated: z = `e^{2πik/N} / ρ`."""
 
     points: int
     """N."""
     damping: Tensor
-    """``ρ^t``, (L)."""
+    """`ρ^t`, (L)."""
     z: Tensor
     """(N // 2 + 1), complex."""
 

@@ -1,8 +1,8 @@
 r"""Products with Hankel matrices by FFT, for whole batches of matrices at once.
 
-The Hankel matrix of a sequence ``g`` has entries ``H_ij = g_{i+j}``; with ``g_t = h_{t+1}``, the
+The Hankel matrix of a sequence `g` has entries `H_ij = g_{i+j}`; with `g_t = h_{t+1}`, the
 Markov parameters of a system behind its direct term, it maps past inputs to future outputs. Its
-product with a vector is a correlation, ``(H v)_i = Σ_j g_{i+j} v_j``, so O(N log N) by FFT. A
+product with a vector is a correlation, `(H v)_i = Σ_j g_{i+j} v_j`, so O(N log N) by FFT. A
 circular transform of one point for each tap has no wrap-around among the rows that are kept.
 """
 
@@ -17,7 +17,7 @@ __all__ = ["Hankel"]
 
 
 class Hankel:
-    """A batch of ``rows`` × ``columns`` Hankel matrices that are never formed.
+    """A batch of `rows` × `columns` Hankel matrices that are never formed.
 
     Args:
         sequence: (*B, T), real. Entries past its end are zero; entries past rows + columns - 1 are
@@ -40,7 +40,7 @@ class Hankel:
         return self.sequence
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        """``H v`` for the vectors in the rows of (*B, k, columns): (*B, k, rows)."""
+        """`H v` for the vectors in the rows of (*B, k, columns): (*B, k, rows)."""
         spectrum = torch.fft.rfft(vectors, n=self._points).conj_physical_()
         spectrum *= self._spectrum
         return torch.fft.irfft(spectrum, n=self._points)[..., : self.rows]
@@ -51,7 +51,7 @@ class Hankel:
         return torch.nn.functional.pad(self.sequence, (0, missing)).unfold(-1, self.columns, 1)
 
     def squared_norm(self) -> Tensor:
-        """``‖H‖_F²``, (*B): every tap counted as often as it occurs in the matrix."""
+        """`‖H‖_F²`, (*B): every tap counted as often as it occurs in the matrix."""
         taps = self.sequence.shape[-1]
         place = torch.arange(1, taps + 1, device=self.sequence.device)
         used = self.rows + self.columns - 1
@@ -63,7 +63,7 @@ class Hankel:
         return Hankel(self.sequence.to(dtype), self.rows, self.columns)
 
     def __getitem__(self, index: Tensor) -> Hankel:
-        """The matrices that ``index`` picks along the first batch dimension."""
+        """The matrices that `index` picks along the first batch dimension."""
         picked = object.__new__(Hankel)
         picked.__dict__.update(self.__dict__)
         picked.sequence = self.sequence[index]

@@ -1,7 +1,7 @@
 r"""Powers of dense matrices between two vectors, as products of about √L × √L blocks.
 
-``c A^t x`` for t = iJ + j splits into ``(c A^{iJ}) (A^j x)``: about √L rows and as many columns,
-made by doubling with the squares of ``A``, and one matrix product. Neither L powers nor an n × L
+`c A^t x` for t = iJ + j splits into `(c A^{iJ}) (A^j x)`: about √L rows and as many columns,
+made by doubling with the squares of `A`, and one matrix product. Neither L powers nor an n × L
 matrix is formed. Powers are taken in double precision: in single precision the 16384th power of a
 matrix of spectral radius 0.999 has no digit left. Squaring is as accurate as plain steps where no
 power is much larger than the identity; `gramian.ops.similarity` finds coordinates where that is so,
@@ -19,15 +19,15 @@ __all__ = ["krylov_product", "krylov_sum", "krylov_vectors", "matrix_power", "pl
 
 
 def krylov_vectors(A: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``x, A x, …, A^(count-1) x`` by doubling, for a power of two ``count``.
+    """`x, A x, …, A^(count-1) x` by doubling, for a power of two `count`.
 
     Args:
         A: (*C, n, n).
-        x: (*B, n, r), ``C`` broadcasting against ``B``.
+        x: (*B, n, r), `C` broadcasting against `B`.
         count: A power of two.
 
     Returns:
-        The vectors (*B, n, r count), the r vectors of each power side by side, and ``A^count``.
+        The vectors (*B, n, r count), the r vectors of each power side by side, and `A^count`.
     """
     power = A
     while count > 1:
@@ -38,7 +38,7 @@ def krylov_vectors(A: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def matrix_power(A: Tensor, exponent: int) -> Tensor:
-    """``A`` to a power ≥ 0, by squaring."""
+    """`A` to a power ≥ 0, by squaring."""
     result = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
     while exponent:
         if exponent & 1:
@@ -55,16 +55,16 @@ def _columns(length: int) -> int:
 
 
 def krylov_product(c: Tensor, A: Tensor, x: Tensor, length: int) -> Tensor:
-    """``c A^t x`` for t = 0 … length - 1.
+    """`c A^t x` for t = 0 … length - 1.
 
     Args:
         c: (*C, n).
         A: (*C, n, n).
-        x: (*B, n), ``C`` broadcasting against ``B``.
+        x: (*B, n), `C` broadcasting against `B`.
         length: At least 1.
 
     Returns:
-        (*B, length), in the dtype of ``x``; differentiable.
+        (*B, length), in the dtype of `x`; differentiable.
     """
     columns = _columns(length)
     rows = 1 << (-(-length // columns) - 1).bit_length()
@@ -79,15 +79,15 @@ def krylov_product(c: Tensor, A: Tensor, x: Tensor, length: int) -> Tensor:
 
 
 def krylov_sum(A: Tensor, b: Tensor, signal: Tensor) -> Tensor:
-    """``Σ_j A^(T-1-j) b signal_j``: the state that a recurrence reaches after T inputs.
+    """`Σ_j A^(T-1-j) b signal_j`: the state that a recurrence reaches after T inputs.
 
     Args:
         A: (*C, n, n).
         b: (*C, n).
-        signal: (*B, T), ``C`` broadcasting against ``B``.
+        signal: (*B, T), `C` broadcasting against `B`.
 
     Returns:
-        (*B, n), in the dtype of ``signal``; differentiable.
+        (*B, n), in the dtype of `signal`; differentiable.
     """
     length = signal.shape[-1]
     columns = _columns(length)
@@ -106,14 +106,14 @@ def krylov_sum(A: Tensor, b: Tensor, signal: Tensor) -> Tensor:
 def plain_steps(
     A: Tensor, b: Tensor, c: Tensor, signal: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``y_t = c x_t``, ``x_{t+1} = A x_t + b signal_t`` by a loop over time: what `krylov_product`
+    """`y_t = c x_t`, `x_{t+1} = A x_t + b signal_t` by a loop over time: what `krylov_product`
     and `krylov_sum` are equal to, for matrices whose powers cannot be trusted.
 
     Args:
         A: (*C, n, n).
         b: (*C, n).
         c: (*C, n).
-        signal: (*B, T), ``C`` broadcasting against ``B``.
+        signal: (*B, T), `C` broadcasting against `B`.
         x: (*B, n), the state before the first input.
 
     Returns:

@@ -5,9 +5,9 @@ reading the weights. On a CPU, oneDNN reads them from a layout of its own, packe
 that better than the general matrix product (benchmarks/decoding.py measures the whole).
 
 A copy is a risk: the weight may change and the copy stay. Neither the address nor the version of a
-tensor tells, since fused optimisers, ``.data`` and numpy views write without moving either. So
+tensor tells, since fused optimisers, `.data` and numpy views write without moving either. So
 copies are used inside of `Packing.generation` alone. The first use in a generation compares the
-whole weight with what was copied, by its product ``W r`` with a fixed random vector, which costs
+whole weight with what was copied, by its product `W r` with a fixed random vector, which costs
 about as much as one step; every later use compares object, address, version and a few values.
 """
 
@@ -43,7 +43,7 @@ class _Copy:
         self._product = torch.mv(source, self._vector)
 
     def equals(self, weight: Tensor) -> bool:
-        """Whether the whole weight is the one copied, but for what rounding hides in ``W r``."""
+        """Whether the whole weight is the one copied, but for what rounding hides in `W r`."""
         return torch.equal(torch.mv(weight.detach(), self._vector), self._product)
 
 
@@ -64,7 +64,7 @@ class Packing:
 
         Args:
             owner: What the generation belongs to, such as a cache.
-            begins: Whether ``owner`` is empty, so that another generation begins. The first use of
+            begins: Whether `owner` is empty, so that another generation begins. The first use of
                 an owner begins one too.
         """
         if begins or owner not in self._owners:
@@ -84,7 +84,7 @@ class Packing:
         return len(self._copies)
 
     def weight_of(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        """The packed copy of the weight of ``layer`` as it is now."""
+        """The packed copy of the weight of `layer` as it is now."""
         copy, checked = self._copies.get(layer, (None, 0))
         if copy is not None and copy.record.matches(weight):
             if checked == self._generation:
@@ -115,7 +115,7 @@ _current = _Current()
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` whose weight may be packed: same parameters, same results up to rounding.
+    """`nn.Linear` whose weight may be packed: same parameters, same results up to rounding.
 
     Within `Packing.generation` a layer that is given few rows, without gradients, in float32 on a
     CPU multiplies by a packed copy.

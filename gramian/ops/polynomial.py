@@ -295,7 +295,7 @@ def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 def _jvp(inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> tuple[Tensor, None, None]:
-    """With tangents of b and a whose spectra are S and T, that of the taps has ``(S - K T) / A``,
+    """With tangents of b and a whose spectra are S and T, that of the taps has `(S - K T) / A`,
     K = B / A; that of d is added to tap 0."""
     b, a, _, grid, length, dtype, _ = inputs
     t_b, t_a, t_d, *_ = tangents

@@ -1,4 +1,4 @@
-r"""All-pole filters by blocks: ``w_t = u_t - Σ_{j=1}^n a_j w_{t-j}``.
+r"""All-pole filters by blocks: `w_t = u_t - Σ_{j=1}^n a_j w_{t-j}`.
 
 A block of J samples solves a triangular Toeplitz system whose right-hand side is the input less
 what the n samples before it contribute. That is the recursion itself, a matrix product and a
@@ -19,11 +19,11 @@ _BLOCK = 128
 
 
 def all_pole_filter(a: Tensor, signal: Tensor, past: Tensor | None = None) -> Tensor:
-    """The signal divided by ``1 + a_1 z^-1 + … + a_n z^-n``; no pole has to be stable.
+    """The signal divided by `1 + a_1 z^-1 + … + a_n z^-n`; no pole has to be stable.
 
     Args:
         a: (*C, n), real; the leading 1 is implied.
-        signal: (*B, L), of the dtype of ``a``; ``C`` broadcasts against ``B``.
+        signal: (*B, L), of the dtype of `a`; `C` broadcasts against `B`.
         past: (*B, n), the outputs before the first, newest first; None: zeros.
 
     Returns:

@@ -1,6 +1,6 @@
 r"""Reflection coefficients of polynomials, and the lattice that they make.
 
-A monic polynomial ``A_n(z) = 1 + a_1 z^-1 + … + a_n z^-n`` has all its zeros inside the unit circle
+A monic polynomial `A_n(z) = 1 + a_1 z^-1 + … + a_n z^-n` has all its zeros inside the unit circle
 exactly if the reflection coefficients of the Schur–Cohn (or Levinson) recursion
 
     A_m(z) = A_{m-1}(z) + k_m z^-m A_{m-1}(1/z),   m = 1 … n,   A_0 = 1
@@ -21,7 +21,7 @@ _ELEMENTS = 2**24
 
 
 def step_up(reflection: Tensor) -> Tensor:
-    """Denominator coefficients ``a_1 … a_n`` (*C, n) of reflection coefficients (*C, n).
+    """Denominator coefficients `a_1 … a_n` (*C, n) of reflection coefficients (*C, n).
 
     In float64; differentiable.
     """
@@ -34,7 +34,7 @@ def step_up(reflection: Tensor) -> Tensor:
 
 
 def step_down(a: Tensor) -> Tensor:
-    """Reflection coefficients (*C, n) of denominator coefficients ``a_1 … a_n`` (*C, n).
+    """Reflection coefficients (*C, n) of denominator coefficients `a_1 … a_n` (*C, n).
 
     In float64. Where they leave [-1, 1] the polynomial has a zero outside of the unit circle, and
     those of lower degree mean nothing; where they reach ±1, NaN and infinite ones follow.
@@ -50,11 +50,11 @@ def step_down(a: Tensor) -> Tensor:
 
 
 def ladder_weights(reflection: Tensor, b: Tensor) -> Tensor:
-    """Weights e of a lattice's past with ``b(z) = Σ_{m<n} e_m z^-1 z^-m A_m(1/z)``.
+    """Weights e of a lattice's past with `b(z) = Σ_{m<n} e_m z^-1 z^-m A_m(1/z)`.
 
     Args:
         reflection: (*C, n).
-        b: (*C, n), numerator coefficients ``b_1 … b_n``.
+        b: (*C, n), numerator coefficients `b_1 … b_n`.
 
     Returns:
         (*C, n), float64.

@@ -1,6 +1,6 @@
 r"""Time-varying linear recurrences by doubling: no loop over time and no division.
 
-``x_{i+1} = A_i x_i + B_i u_i``, ``y_i = C_i x_i + D_i u_i``. A block of c steps is one step of a
+`x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i`. A block of c steps is one step of a
 larger system: its transition maps the state before the block to the state after it, its inputs
 (n × c) and outputs (c × n) join the states at its edges to its samples, and its operator (c × c) is
 what happens inside. Two neighbours merge into a block of twice the length,
@@ -51,15 +51,15 @@ class Transition(abc.ABC):
 
     @abc.abstractmethod
     def left(self, x: Tensor) -> Tensor:
-        """``A x`` for x (G, K, n, r)."""
+        """`A x` for x (G, K, n, r)."""
 
     @abc.abstractmethod
     def right(self, y: Tensor) -> Tensor:
-        """``y A`` for y (G, K, r, n)."""
+        """`y A` for y (G, K, r, n)."""
 
     @abc.abstractmethod
     def after(self, earlier: Transition) -> Transition:
-        """``A A'``: the transition ``earlier``, then this one."""
+        """`A A'`: the transition `earlier`, then this one."""
 
     @abc.abstractmethod
     def dense(self) -> Tensor:
@@ -67,7 +67,7 @@ class Transition(abc.ABC):
 
     @abc.abstractmethod
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """``function`` of every tensor (G, K, …): casts, slices of steps."""
+        """`function` of every tensor (G, K, …): casts, slices of steps."""
 
     @abc.abstractmethod
     def padded(self, steps: int) -> Self:
@@ -78,7 +78,7 @@ class Transition(abc.ABC):
 
 
 class Diagonal(Transition):
-    """``diag(a)``, a (G, K, n)."""
+    """`diag(a)`, a (G, K, n)."""
 
     def __init__(self, a: Tensor) -> None:
         self.a = a
@@ -104,7 +104,7 @@ class Diagonal(Transition):
 
 
 class DiagonalPlusLowRank(Transition):
-    """``diag(a) + p qᵀ``, a (G, K, n), p and q (G, K, n, r)."""
+    """`diag(a) + p qᵀ`, a (G, K, n), p and q (G, K, n, r)."""
 
     def __init__(self, a: Tensor, p: Tensor, q: Tensor) -> None:
         self.a, self.p, self.q = a, p, q
@@ -177,7 +177,7 @@ class Blocks(NamedTuple):
 
 
 def join(transition: Transition, B: Tensor, C: Tensor, D: Tensor, size: int) -> Blocks:
-    """Steps joined to blocks of ``size``, the last one completed by silent steps.
+    """Steps joined to blocks of `size`, the last one completed by silent steps.
 
     Args:
         transition: Of T steps.
@@ -208,7 +208,7 @@ def join(transition: Transition, B: Tensor, C: Tensor, D: Tensor, size: int) -> 
 
 
 def scan(transition: Transition, inputs: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """``x_{k+1} = A_k x_k + inputs_k`` by merging neighbours: log₂ K rounds.
+    """`x_{k+1} = A_k x_k + inputs_k` by merging neighbours: log₂ K rounds.
 
     Args:
         transition: Of K blocks.
@@ -253,7 +253,7 @@ def bounded_products(A: Tensor) -> bool:
 def step_by_step(
     A: Tensor, B: Tensor, C: Tensor, D: Tensor, signal: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``y_i = C_i x + D_i u_i``, ``x ← A_i x + B_i u_i`` by a loop over time, in float64.
+    """`y_i = C_i x + D_i u_i`, `x ← A_i x + B_i u_i` by a loop over time, in float64.
 
     Args:
         A: (G, T, n, n).

@@ -1,17 +1,17 @@
 r"""Changes of state coordinates in which powers of a state matrix lose nothing.
 
 Powers by squaring are as accurate as plain steps only while no power is much larger than the next:
-the error of ``A^2k`` is ``eps ‖A^k‖²``. The companion matrix of a filter whose poles crowd at z = 1
-has powers of norm 1e10 and more on the way to zero. In the coordinates ``x = L x̃`` with
+the error of `A^2k` is `eps ‖A^k‖²`. The companion matrix of a filter whose poles crowd at z = 1
+has powers of norm 1e10 and more on the way to zero. In the coordinates `x = L x̃` with
 
     L Lᵀ = Σ_t A^t (b bᵀ + Q) (A^t)ᵀ,  Ã = L⁻¹ A L,  b̃ = L⁻¹ b,  c̃ = c L
 
-the state matrix is a contraction, ``‖Ã‖ ≤ 1``, and ``‖c̃‖`` is about the norm of the impulse
+the state matrix is a contraction, `‖Ã‖ ≤ 1`, and `‖c̃‖` is about the norm of the impulse
 response, so nothing cancels (the input-normal form of B. C. Moore, IEEE Trans. Automatic Control
 26, 1981; Q, small and diagonal, keeps L regular whatever b reaches). The sum is taken over as many
 t as the powers can be trusted for, and again in the coordinates that this gives. The condition
-number of L may be 1e8 a time, and that of all of them far more than 1/eps, so ``Ã`` is no product
-of three matrices: it is solved from ``L Ã = A L`` by iterative refinement in twice the working
+number of L may be 1e8 a time, and that of all of them far more than 1/eps, so `Ã` is no product
+of three matrices: it is solved from `L Ã = A L` by iterative refinement in twice the working
 precision, and only the last result is rounded.
 
 Coordinates are found without gradients and applied with them: in any of them the impulse response
@@ -70,12 +70,12 @@ class Pair(NamedTuple):
         return Pair(total, lost - (total - high))
 
     def where(self, condition: Tensor, other: Pair) -> Pair:
-        """This where ``condition`` holds, the other elsewhere."""
+        """This where `condition` holds, the other elsewhere."""
         return Pair(*(torch.where(condition, a, b) for a, b in zip(self, other, strict=True)))
 
 
 def exact_product(left: Tensor, right: Tensor) -> Pair:
-    """``left @ right`` in twice the working precision.
+    """`left @ right` in twice the working precision.
 
     Both factors are split into slices of so few bits that products of slices are exact (Ozaki et
     al., "Error-free transformations of matrix multiplication", Numerical Algorithms 59, 2012).
@@ -98,7 +98,7 @@ def exact_product(left: Tensor, right: Tensor) -> Pair:
 
 
 def _slices(x: Tensor, dim: int, bits: int, count: int) -> list[Tensor]:
-    """Parts of ``bits`` bits below the largest entry along ``dim``, whose sum is ``x``."""
+    """Parts of `bits` bits below the largest entry along `dim`, whose sum is `x`."""
     parts = []
     for _ in range(count):
         top = x.abs().amax(dim, keepdim=True)
@@ -111,7 +111,7 @@ def _slices(x: Tensor, dim: int, bits: int, count: int) -> list[Tensor]:
 
 
 class Coordinates(NamedTuple):
-    """``x = L_1 L_2 … x̃`` for lower-triangular factors (*C, n, n); without any, x itself."""
+    """`x = L_1 L_2 … x̃` for lower-triangular factors (*C, n, n); without any, x itself."""
 
     factors: tuple[Tensor, ...] = ()
     stepwise: bool = False
@@ -145,7 +145,7 @@ class Coordinates(NamedTuple):
         )
 
     def into(self, x: Tensor) -> Tensor:
-        """States (*B, n) in these coordinates; ``C`` broadcasts against ``B``. Differentiable."""
+        """States (*B, n) in these coordinates; `C` broadcasts against `B`. Differentiable."""
         if not self.factors:
             return x
         exact, plain = Pair.of(x.unsqueeze(-1)), x.unsqueeze(-1)
@@ -167,7 +167,7 @@ def _solve(L: Tensor, target: Tensor) -> Tensor:
 
 
 def _with_gradient(value: Tensor, formula: Tensor) -> Tensor:
-    """``value``, with the derivatives of ``formula``, which rounding may have spoilt."""
+    """`value`, with the derivatives of `formula`, which rounding may have spoilt."""
     return value + (formula - formula.detach())
 
 
@@ -177,7 +177,7 @@ def _times(left: Pair, right: Tensor) -> Pair:
 
 
 def _similar(L: Tensor, rows: Pair) -> tuple[Pair, Tensor]:
-    """``[L⁻¹ A L, L⁻¹ B]`` of rows ``[A, B]``, and whether it is right, (*C)."""
+    """`[L⁻¹ A L, L⁻¹ B]` of rows `[A, B]`, and whether it is right, (*C)."""
     columns = torch.nn.functional.pad(L, (0, 1, 0, 1))  # [[L, 0], [0, 1]]
     columns[..., -1, -1] = 1
     # The last column may be of any size; times a power of two it has that of the others.
@@ -189,7 +189,7 @@ def _similar(L: Tensor, rows: Pair) -> tuple[Pair, Tensor]:
 
 
 def _refined(L: Tensor, rows: Pair, columns: Tensor) -> tuple[Pair, Tensor]:
-    """``L⁻¹ rows columns`` by iterative refinement, and whether it is right, (*C)."""
+    """`L⁻¹ rows columns` by iterative refinement, and whether it is right, (*C)."""
     finfo = torch.finfo(L.dtype)
     X = Pair.of(_solve(L, rows.high @ columns))
     lead = X.high.shape[:-2]
@@ -215,7 +215,7 @@ def _refined(L: Tensor, rows: Pair, columns: Tensor) -> tuple[Pair, Tensor]:
 
 
 def bounded_powers(A: Tensor) -> Tensor:
-    """Whether no power ``A^(2^k)`` is much larger than the identity, (*C): then powers by squaring
+    """Whether no power `A^(2^k)` is much larger than the identity, (*C): then powers by squaring
     are as accurate as plain steps. Growth as that of a power of the spectral radius does not count:
     the result grows as much.
 
@@ -236,7 +236,7 @@ def _growth(A: Tensor) -> Tensor:
 
 
 def _largest_power(A: Tensor, bound: float) -> Tensor:
-    """The largest ‖A^(2^k)‖_F, (*C), as far as is needed to know whether it is above ``bound``."""
+    """The largest ‖A^(2^k)‖_F, (*C), as far as is needed to know whether it is above `bound`."""
     largest = norm = torch.linalg.matrix_norm(A).nan_to_num(torch.inf)
     for _ in range(_DOUBLINGS):
         if bool(((norm <= 1) | (largest > bound)).all()):
@@ -250,7 +250,7 @@ def _largest_power(A: Tensor, bound: float) -> Tensor:
 def reached(
     A: Tensor, rows: Tensor, trusted: float | Tensor = _TRUSTED, doublings: int = _DOUBLINGS
 ) -> Tensor:
-    """R with ``RᵀR = Σ_t A^t rowsᵀ rows (A^t)ᵀ`` by doubling: the infinite horizon, or as far as
+    """R with `RᵀR = Σ_t A^t rowsᵀ rows (A^t)ᵀ` by doubling: the infinite horizon, or as far as
     the powers of A, by squaring, do not grow beyond all trust.
 
     Args:

@@ -1,9 +1,9 @@
 r"""Products with Vandermonde matrices, as matrix products of about √L × √L blocks.
 
-A modal impulse response is ``h_t = Re Σ_k c_k λ_k^t``. With ``t = iJ + j`` the power splits into
-``λ^{iJ} λ^j``, so the L × m Vandermonde matrix is never formed: its product is one real matrix
-product between ``c_k λ_k^{iJ}`` and ``λ_k^j``, each with about √L rows. The transposed product,
-``Σ_j λ^{T-1-j} u_j``, is the final state of a modal recurrence and splits in the same way.
+A modal impulse response is `h_t = Re Σ_k c_k λ_k^t`. With `t = iJ + j` the power splits into
+`λ^{iJ} λ^j`, so the L × m Vandermonde matrix is never formed: its product is one real matrix
+product between `c_k λ_k^{iJ}` and `λ_k^j`, each with about √L rows. The transposed product,
+`Σ_j λ^{T-1-j} u_j`, is the final state of a modal recurrence and splits in the same way.
 
 Powers of about L^(1/4) steps are taken by doubling in double precision, so that a pole on the
 negative real axis keeps its phase over thousands of steps, then rounded; all others are products of
@@ -37,14 +37,14 @@ _CPU_NUMBERS = 2**21
 
 
 def geometric_powers(base: Tensor, count: int) -> Tensor:
-    """The powers ``base^0, …, base^(count - 1)`` by doubling; exact at zero.
+    """The powers `base^0, …, base^(count - 1)` by doubling; exact at zero.
 
     Args:
         base: (*C, m), real or complex.
         count: Number of powers, at least 1.
 
     Returns:
-        (*C, m, count), of the dtype of ``base``.
+        (*C, m, count), of the dtype of `base`.
     """
     powers = torch.ones_like(base).unsqueeze(-1)
     step = base.unsqueeze(-1)  # base^(number of powers so far)
@@ -55,7 +55,7 @@ def geometric_powers(base: Tensor, count: int) -> Tensor:
 
 
 def integer_power(base: Tensor, exponent: int) -> Tensor:
-    """``base`` to a power ≥ 0, by squaring; exact at zero, with ``0^0 = 1``."""
+    """`base` to a power ≥ 0, by squaring; exact at zero, with `0^0 = 1`."""
     result = torch.ones_like(base)
     while exponent:
         if exponent & 1:
@@ -66,42 +66,42 @@ def integer_power(base: Tensor, exponent: int) -> Tensor:
 
 
 def vandermonde_product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
-    """``Re Σ_k coefficients_k poles_k^t`` for t = 0 … length - 1.
+    """`Re Σ_k coefficients_k poles_k^t` for t = 0 … length - 1.
 
     Differentiable to any order. Only the arguments are kept for the backward pass, which takes the
     transposed product.
 
     Args:
         poles: (*C, m), complex.
-        coefficients: (*B, m), complex; ``C`` broadcasts against ``B``. Where ``C`` has size 1 the
+        coefficients: (*B, m), complex; `C` broadcasts against `B`. Where `C` has size 1 the
             powers are shared, not repeated.
         length: Number of samples, at least 1.
 
     Returns:
-        (*B, length), real, of the precision of ``coefficients``.
+        (*B, length), real, of the precision of `coefficients`.
     """
     grouped, restore = group_channels(coefficients, poles.shape[:-1])  # (G, R, m)
     return restore(_product(poles.reshape(grouped.shape[0], -1), grouped, length))
 
 
 def vandermonde_transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
-    """``Σ_j poles_k^(T-1-j) signal_j``: the state that a modal recurrence reaches after T inputs.
+    """`Σ_j poles_k^(T-1-j) signal_j`: the state that a modal recurrence reaches after T inputs.
 
     Differentiable to any order.
 
     Args:
         poles: (*C, m), complex.
-        signal: (*B, T), real; ``C`` broadcasts against ``B``.
+        signal: (*B, T), real; `C` broadcasts against `B`.
 
     Returns:
-        (*B, m), complex, of the precision of ``signal``.
+        (*B, m), complex, of the precision of `signal`.
     """
     grouped, restore = group_channels(signal.flip(-1), poles.shape[:-1])  # (G, R, T)
     return restore(_transpose_product(poles.reshape(grouped.shape[0], -1), grouped))
 
 
 def group_channels(tensor: Tensor, shape: torch.Size) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Bring ``tensor`` (*B, k) to (G, R, k): G runs over the axes where ``shape`` varies.
+    """Bring `tensor` (*B, k) to (G, R, k): G runs over the axes where `shape` varies.
 
     Returns the grouped tensor and the function that brings a (G, R, k') result back to (*B, k').
     """
@@ -128,14 +128,14 @@ def _split(length: int) -> tuple[int, int]:
 
 
 def _tasks(rows: Tensor, poles: Tensor, length: int) -> list[Task]:
-    """Blocks of ``rows`` (G, R, …) that share their poles (G, m), with their work in cache."""
+    """Blocks of `rows` (G, R, …) that share their poles (G, m), with their work in cache."""
     numbers = 4 * poles.shape[-1] * sum(_split(length)) + length
     return cut(rows, poles.unsqueeze(1), numbers, _CPU_NUMBERS, 1)[1]
 
 
 def _powers(base: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``base^0, …, base^(count - 1)``, (count, *base), by doubling, and the last square taken: if
-    ``count`` is a power of two, ``base^count``."""
+    """`base^0, …, base^(count - 1)`, (count, *base), by doubling, and the last square taken: if
+    `count` is a power of two, `base^count`."""
     powers = base.new_empty(count, *base.shape)
     powers[0] = 1
     have, square = 1, base
@@ -147,7 +147,7 @@ def _powers(base: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _progression(base: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``first · base^t`` for t = 0 … count - 1 in the precision of ``first``, and a square.
+    """`first · base^t` for t = 0 … count - 1 in the precision of `first`, and a square.
 
     Every power is a product of two that were taken in double precision and then rounded: most of
     the work is in the precision of the result, and no error accumulates.
@@ -157,7 +157,7 @@ def _progression(base: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tenso
         first: (*R, g, m).
 
     Returns:
-        (*R, count, g, m), and ``base^count`` in complex128 if ``count`` is a power of two.
+        (*R, count, g, m), and `base^count` in complex128 if `count` is a power of two.
     """
     fine = 2 ** math.ceil(math.log2(count) / 2)
     low, square = _powers(base, fine)
@@ -192,7 +192,7 @@ def _folded(signal: Tensor, columns: int) -> Tensor:
 
 @operator("vandermonde_product")
 def _product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
-    """``Re Σ_k c_k λ_k^t``, (G, R, length), for poles (G, m) and coefficients (G, R, m)."""
+    """`Re Σ_k c_k λ_k^t`, (G, R, length), for poles (G, m) and coefficients (G, R, m)."""
     samples = coefficients.real.new_empty(*coefficients.shape[:2], length)
     rows, columns = _split(length)
 
@@ -212,7 +212,7 @@ def _product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
 
 @operator("vandermonde_transpose_product")
 def _transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
-    """``Σ_t signal_t λ_k^t``, (G, R, m), for poles (G, m) and a signal (G, R, T)."""
+    """`Σ_t signal_t λ_k^t`, (G, R, m), for poles (G, m) and a signal (G, R, T)."""
     length, dtype = signal.shape[-1], signal.dtype.to_complex()
     sums = signal.new_empty(*signal.shape[:2], poles.shape[-1], dtype=dtype)
     rows, columns = _split(length)
@@ -231,7 +231,7 @@ def _transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
 def _product_backward(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of poles (G, m) and coefficients (G, R, m) for that of the samples, g (G, R, L).
 
-    They are the conjugates of ``Σ_r c_r Σ_t t g_t λ^{t-1}`` and ``Σ_t g_t λ^t``. The sums over the
+    They are the conjugates of `Σ_r c_r Σ_t t g_t λ^{t-1}` and `Σ_t g_t λ^t`. The sums over the
     columns are one product with the powers λ^j and their derivatives; the rows are then folded in
     half until one is left, value and derivative together.
     """
@@ -261,7 +261,7 @@ def _product_backward(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[T
 def _fold_rows(
     values: Tensor, stride: Tensor, derivatives: Tensor | None = None, slope: Tensor | None = None
 ) -> None:
-    """Leave ``Σ_i stride^i values_i`` in row 0 of values (g, r, I, m), and its derivative, where
+    """Leave `Σ_i stride^i values_i` in row 0 of values (g, r, I, m), and its derivative, where
     the rows' derivatives and that of the stride (g, m) are given, in row 0 of those."""
     rows = values.shape[-2]
     steps = [(stride, slope)]  # stride^h and its derivative for h = 1, 2, 4, …
@@ -298,7 +298,7 @@ def _product_backward_fake(g: Tensor, poles: Tensor, coefficients: Tensor) -> tu
 
 
 def _pole_sums(poles: Tensor, signal: Tensor) -> Tensor:
-    """``Σ_t t signal_t λ^{t-1}``, the derivative of the transposed product, (G, R, m)."""
+    """`Σ_t t signal_t λ^{t-1}`, the derivative of the transposed product, (G, R, m)."""
     time = torch.arange(1, signal.shape[-1], dtype=signal.dtype, device=signal.device)
     weighted = torch.nn.functional.pad(time * signal[..., 1:], (0, 1))
     return _transpose_product(poles, weighted)
@@ -329,8 +329,8 @@ def _differentiate_transpose_product(ctx: Any, g: Tensor) -> tuple[Tensor, Tenso
 
 
 def _product_jvp(inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor | None:
-    """``Re Σ_k t_k λ_k^t`` for the tangents t of the coefficients, and, for those s of the poles,
-    ``t Re Σ_k c_k s_k λ_k^{t-1}``."""
+    """`Re Σ_k t_k λ_k^t` for the tangents t of the coefficients, and, for those s of the poles,
+    `t Re Σ_k c_k s_k λ_k^{t-1}`."""
     poles, coefficients, length = inputs
     t_poles, t_coefficients, _ = tangents
     of_poles = None

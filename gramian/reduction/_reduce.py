@@ -41,7 +41,7 @@ _MAX_ORDER = 256
 class Reduction:
     """A smaller system and how far it is from what it was made of.
 
-    Figures are measured in float64 on the taps of ``system`` itself, after the cast to its dtype.
+    Figures are measured in float64 on the taps of `system` itself, after the cast to its dtype.
     Where they are compared with a bound, it is with the one named.
 
     Attributes:
@@ -50,12 +50,12 @@ class Reduction:
             was asked for where the kernel's Hankel matrix has no more rank, or where a fit of a
             lower order was closer than any found of that one.
         relative_error: (*C): ‖h - ĥ‖₂ / ‖h‖₂ over the L taps; 0 for a silent channel.
-        lower_bound: (*C): no system of that order, stable or not, has a smaller ``relative_error``.
+        lower_bound: (*C): no system of that order, stable or not, has a smaller `relative_error`.
         l1_error: (*C): ‖h - ĥ‖₁ over the L taps, which bounds ‖y - ŷ‖_∞ / ‖u‖_∞ for inputs up to L.
         hankel_singular_values: (*C, k): the leading ones of the kernel followed by zeros,
             descending; NaN past those that were computed. Lanczos estimates: the leading ones to
             1e-4 or better, the last of a flat spectrum to two percent. Value n + 1 bounds
-            ``hankel_error`` from below, to that accuracy, for every system of order n.
+            `hankel_error` from below, to that accuracy, for every system of order n.
         tail_energy: (*C): Σ_{t≥L} ĥ_t² / ‖h‖₂².
         converged: (*C), bool: whether the tolerance was met; true if an order was given.
     """
@@ -136,31 +136,31 @@ def reduce(
     - "gradient": poles and residues by gradient descent, the procedure of the Laughing Hyena
       Distillery (arXiv 2310.18780, section 3.2). Slow, and here as the baseline.
 
-    With ``tol`` the order is doubled until the error is small enough, then bisected. Refinement
+    With `tol` the order is doubled until the error is small enough, then bisected. Refinement
     comes after: from the order that the closed form needs, ever lower ones are tried as long as
     their refined error meets the tolerance.
 
     Args:
         kernel_or_system: A kernel (*C, L), real floating point, or a time-invariant system, of
-            which the impulse response up to ``length`` is taken.
+            which the impulse response up to `length` is taken.
         order: State dimension over the reals, 1 … L - 1, where a conjugate pair of poles counts 2
             and a real pole 1: one number, or integers that broadcast to (*C).
         tol: The relative l2 error over the taps to reach, above 0, instead of an order. Every
             channel gets the smallest order that reaches it (as far as the error falls with the
-            order), or else the closest fit that was found, and ``converged`` false.
+            order), or else the closest fit that was found, and `converged` false.
         method: "balanced", "modal" or "gradient"; or, with options of its own, a
             `gramian.reduction.Balanced`, `ModalTruncation` or `Gradient`.
         tail: What to assume past the last tap. "zero": silence, for a recurrence that fades after L
             as the kernel does. "free": nothing; usually closer over the taps, but see
-            ``tail_energy``. "auto": whichever of the two is closer over the taps, per channel;
+            `tail_energy`. "auto": whichever of the two is closer over the taps, per channel;
             under a tolerance, whichever meets it and leaves less past the taps. With
             "zero" poles are refined for the error on the infinite horizon, with the others for
             that over the taps.
         stable: Keep poles inside the unit circle: those outside are moved there before the residues
             are fitted. False: leave them.
         length: Number of taps to take of a system; by default an FIR's own. Not for kernels.
-        max_order: Where the search for ``tol`` ends; by default 256, or L - 1 if that is less.
-        progress: Called as ``progress(done, total)``, in channels, as work is done; from one
+        max_order: Where the search for `tol` ends; by default 256, or L - 1 if that is less.
+        progress: Called as `progress(done, total)`, in channels, as work is done; from one
             thread at a time, not always the caller's.
 
     Returns:
@@ -344,7 +344,7 @@ def _block_size(taps: Tensor, order: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What was found for one block of channels; ``bound`` is of the squared l2 error."""
+    """What was found for one block of channels; `bound` is of the squared l2 error."""
 
     fit: ModalFit
     bound: Tensor
@@ -371,7 +371,7 @@ def _reduce_to_order(
 class _Search:
     """For every channel of a problem, the smallest order in (low, high] whose error meets a goal.
 
-    ``fit`` holds the fits of order ``high``, ``met`` the channels where those meet their goal.
+    `fit` holds the fits of order `high`, `met` the channels where those meet their goal.
     """
 
     def __init__(self, problem: Problem, method: Method, goal: Tensor, low: int, high: int) -> None:
@@ -385,13 +385,13 @@ class _Search:
         return self.fit.l2_error <= self.goal
 
     def retry(self, where: Tensor) -> None:
-        """Solve the channels ``where`` (mask) again."""
+        """Solve the channels `where` (mask) again."""
         some = self.rows[where]
         if len(some):
             self.fit.put(some, self.method.solve(self.problem, self.high[some], some))
 
     def _try(self, order: Tensor, some: Tensor) -> Tensor:
-        """Try lower orders of the channels ``some``; which of them were low enough."""
+        """Try lower orders of the channels `some`; which of them were low enough."""
         trial = self.method.solve(self.problem, order, some)
         good = trial.l2_error <= self.goal[some]
         self.fit.put(some[good], trial[good])

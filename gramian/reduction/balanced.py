@@ -3,10 +3,10 @@ r"""Balanced truncation of kernels, refined: the default method.
 Kung's method, or the eigensystem realisation algorithm (ERA), gives the poles in closed form.
 
 The leading n left singular vectors U of a Hankel matrix span the outputs that n states can leave
-behind. The span of an observability matrix ``[C; CA; CA²; …]`` is invariant under a shift of its
-rows, so ``A = U[:-1]⁺ U[1:]``, and the poles are its eigenvalues (S. Kung, "A new identification
+behind. The span of an observability matrix `[C; CA; CA²; …]` is invariant under a shift of its
+rows, so `A = U[:-1]⁺ U[1:]`, and the poles are its eigenvalues (S. Kung, "A new identification
 and model reduction algorithm via singular value decomposition", 1978). U has orthonormal columns,
-so with l its last row ``U[:-1]ᵀ U[:-1] = I - l lᵀ``, whose inverse is ``I + l lᵀ / (1 - lᵀl)``.
+so with l its last row `U[:-1]ᵀ U[:-1] = I - l lᵀ`, whose inverse is `I + l lᵀ / (1 - lᵀl)`.
 
 These poles are near the best, not the best, in l2. They are the starts of a descent
 (`gramian.reduction.refinement`), and where they leave much of the kernel, because its Hankel
@@ -96,10 +96,10 @@ _MOVES = 1
 
 
 def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
-    """The closest fits of the given orders to the channels ``rows`` of a problem.
+    """The closest fits of the given orders to the channels `rows` of a problem.
 
     Args:
-        problem: Kernels and settings; ``settings.refine`` false: closed form only.
+        problem: Kernels and settings; `settings.refine` false: closed form only.
         order: (len(rows)), integers.
         rows: Channels, indices.
     """
@@ -134,7 +134,7 @@ def _is_suspect(
 
 
 def _fitted(problem: Problem, order: Tensor, rows: Tensor, *, lower: bool) -> ModalFit:
-    """`balanced` of these orders, or, with ``lower``, with the closest closed form of a lower
+    """`balanced` of these orders, or, with `lower`, with the closest closed form of a lower
     order for one more start."""
     settings = problem.settings
     best = problem.silence(rows)
@@ -169,7 +169,7 @@ def _refine(
     starts: list[ModalFit],
     open_: Tensor,
 ) -> None:
-    """Refine the starts of the channels ``rows[open_]`` and improve ``best``."""
+    """Refine the starts of the channels `rows[open_]` and improve `best`."""
     settings = problem.settings
     taps = problem.taps[rows[open_]]
     arguments: dict[str, Any] = {
@@ -229,7 +229,7 @@ def _refine(
 
 
 def refined_further(problem: Problem, fit: ModalFit, rows: Tensor) -> ModalFit:
-    """Fits of the channels ``rows`` (indices), of their orders at most, refined under the settings
+    """Fits of the channels `rows` (indices), of their orders at most, refined under the settings
     of the problem from poles that are there."""
     settings, taps = problem.settings, problem.taps[rows]
     modes, _ = refined(
@@ -270,7 +270,7 @@ def _amiss(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> Ten
 
 
 def _spread_poles(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) -> ModalFit:
-    """For the channels ``rows[amiss]``, the closest of fits with multiple poles spread out; of
+    """For the channels `rows[amiss]`, the closest of fits with multiple poles spread out; of
     infinite error for the others.
 
     A multiple pole, of which a modal system has none, comes out as poles that nearly coincide. A
@@ -319,7 +319,7 @@ def _least_errors(problem: Problem, rows: Tensor) -> Tensor:
 def _may_be_closer(
     problem: Problem, best: ModalFit, lower: Tensor, rows: Tensor, least: Tensor
 ) -> Tensor:
-    """A mask (len(rows)): whether a fit of the order ``lower`` may be closer than ``best``."""
+    """A mask (len(rows)): whether a fit of the order `lower` may be closer than `best`."""
     floor = max(_SILENT, torch.finfo(problem.settings.dtype).eps)
     place = lower.clamp(0, least.shape[-1] - 1).unsqueeze(-1)
     bound = least.gather(-1, place).squeeze(-1)
@@ -331,8 +331,8 @@ def _may_be_closer(
 def _lower_orders(
     problem: Problem, best: ModalFit, order: Tensor, rows: Tensor, leading: Tensor
 ) -> ModalFit:
-    """The closest fits of lower orders in closed form, where they are closer than ``best``; of
-    infinite error elsewhere. Far down and where bounds tell little, with the treatment ``leading``
+    """The closest fits of lower orders in closed form, where they are closer than `best`; of
+    infinite error elsewhere. Far down and where bounds tell little, with the treatment `leading`
     of the tail alone.
 
     Of a flat spectrum the poles of one order are by chance closer than those of the next, and the
@@ -392,7 +392,7 @@ def _offer_rings(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) 
 
 
 def _ring(count: int, factor: float, like: Tensor) -> Tensor:
-    """Poles with ``λ^count = factor``, (count), in exact conjugate pairs."""
+    """Poles with `λ^count = factor`, (count), in exact conjugate pairs."""
     turn = torch.arange(count, dtype=like.dtype, device=like.device)
     angle = 2 * math.pi / count * turn
     poles = torch.polar(torch.full_like(angle, factor ** (1 / count)), angle)
@@ -403,7 +403,7 @@ def _ring(count: int, factor: float, like: Tensor) -> Tensor:
 def _balanced_poles(
     problem: Problem, tail: str, order: Tensor, rows: Tensor, spread: float = 0.0
 ) -> Tensor:
-    """`balanced_poles` of the channels ``rows`` of a problem, piece after piece."""
+    """`balanced_poles` of the channels `rows` of a problem, piece after piece."""
     width = int(order.max())
     poles = torch.full((len(rows), width), torch.nan, dtype=torch.complex128, device=rows.device)
     for piece in problem.pieces:

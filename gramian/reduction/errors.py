@@ -1,6 +1,6 @@
 r"""Errors of a reduction, and bounds that no reduction of the same order can beat.
 
-Windowed (Eckart–Young): every ĥ of order n has ``‖h - ĥ‖₂² ≥ Σ_{k>n} σ_k(H_p)² / min(p, L - p)``
+Windowed (Eckart–Young): every ĥ of order n has `‖h - ĥ‖₂² ≥ Σ_{k>n} σ_k(H_p)² / min(p, L - p)`
 over the taps, H_p the p × (L - p) Hankel matrix of h_1 … h_{L-1}: its entries hold each tap at most
 min(p, L - p) times, and that of ĥ has rank n at most.
 
@@ -45,12 +45,12 @@ _CANCELLATION = 1e3
 
 
 def squared_lower_bound(taps: Tensor, order: Tensor, windowed: Tensor | None) -> Tensor:
-    """A lower bound of ``Σ_t (h_t - ĥ_t)²`` over the taps, for every ĥ of the given order.
+    """A lower bound of `Σ_t (h_t - ĥ_t)²` over the taps, for every ĥ of the given order.
 
     Args:
         taps: (B, T), float64: h_1 … h_T, T = L - 1.
         order: (B), integers.
-        windowed: (B, K), at most the singular values of the Hankel matrices with ``tail="free"``,
+        windowed: (B, K), at most the singular values of the Hankel matrices with `tail="free"`,
             descending, if at hand.
     """
     bound = taps.new_zeros(len(taps))
@@ -68,8 +68,8 @@ def squared_lower_bound(taps: Tensor, order: Tensor, windowed: Tensor | None) ->
 
 
 def _row_gram(taps: Tensor, p: int) -> Tensor:
-    """Upper triangle of ``H_p H_pᵀ``, (B, p, p), from its first row: along the diagonals,
-    ``G_{i+1,j+1} = G_ij - h_{i+1} h_{j+1} + h_{i+1+q} h_{j+1+q}``, q = L - p columns."""
+    """Upper triangle of `H_p H_pᵀ`, (B, p, p), from its first row: along the diagonals,
+    `G_{i+1,j+1} = G_ij - h_{i+1} h_{j+1} + h_{i+1+q} h_{j+1+q}`, q = L - p columns."""
     q = taps.shape[-1] + 1 - p
     gram = taps.new_zeros(len(taps), p, p)
     gram[:, 0] = (Hankel(taps, p, q) @ taps[:, None, :q]).squeeze(1)
@@ -90,7 +90,7 @@ def _tail_eigenvalues(gram: Tensor, n: int) -> Tensor:
 
 
 def tail_energy(poles: Tensor, residues: Tensor, length: int) -> Tensor:
-    """``Σ_{t≥length} ĥ_t²``, (B); infinite with a pole on the unit circle or outside.
+    """`Σ_{t≥length} ĥ_t²`, (B); infinite with a pole on the unit circle or outside.
 
     By the Takenaka–Malmquist basis, which is orthonormal whatever the poles: large residues of
     nearly coincident poles cancel before they are squared.
@@ -121,7 +121,7 @@ def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
     """Hankel norm of h - ĥ on the infinite horizon, h zero past its end: (B).
 
     Not above it, and below it by at most 1e-4 of it, but for rounding errors of
-    ``(1e-12 + 1e-15 / (1 - ρ)) (‖h‖₂ + ‖Γ_ĥ‖)``, ρ the largest modulus of a pole: however near to
+    `(1e-12 + 1e-15 / (1 - ρ)) (‖h‖₂ + ‖Γ_ĥ‖)`, ρ the largest modulus of a pole: however near to
     each other poles are, and however large their residues. Infinite with a pole on the unit circle
     or outside.
 
@@ -149,9 +149,9 @@ def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
 class _ErrorOperator:
     """The Hankel operator of h - ĥ as a symmetric matrix of size T + 2m, by isometry.
 
-    ``Γ_ĥ = Φ M Φᵀ`` with the orthonormal functions ``φ(t) = A^t b`` of a `_Cascade` in the columns
-    of Φ. Past its first T rows Γ_h is zero and Φ is ``Φ (A^T)ᵀ``, so those rows may be replaced by
-    the 2m rows of ``(A^T)ᵀ``.
+    `Γ_ĥ = Φ M Φᵀ` with the orthonormal functions `φ(t) = A^t b` of a `_Cascade` in the columns
+    of Φ. Past its first T rows Γ_h is zero and Φ is `Φ (A^T)ᵀ`, so those rows may be replaced by
+    the 2m rows of `(A^T)ᵀ`.
     """
 
     def __init__(self, taps: Tensor, poles: Tensor, residues: Tensor) -> None:
@@ -185,14 +185,14 @@ class _ErrorOperator:
 
 
 class _Cascade:
-    r"""Real orthonormal functions ``φ(t) = A^t b`` of the poles {λ, λ̄}: all-pass sections in a row.
+    r"""Real orthonormal functions `φ(t) = A^t b` of the poles {λ, λ̄}: all-pass sections in a row.
 
-    A section of λ and λ̄ has the orthogonal realisation, ``d = |λ|²`` and ``β = 2 Re λ / (1 + d)``,
+    A section of λ and λ̄ has the orthogonal realisation, `d = |λ|²` and `β = 2 Re λ / (1 + d)`,
 
         [[β d, -d √(1-β²), √(1-d²)],  [√(1-β²), β, 0],  [-β √(1-d²), √(1-β²) √(1-d²), d]],
 
     whose two states are Kautz functions of its input (W. H. Kautz, "Transient synthesis in the time
-    domain", 1954), and whose output is the input of the next. So ``A Aᵀ + b bᵀ = I``, whatever the
+    domain", 1954), and whose output is the input of the next. So `A Aᵀ + b bᵀ = I`, whatever the
     poles: nothing is large where they coincide, as residues are.
 
     Args:
@@ -234,11 +234,11 @@ class _Cascade:
         return picked
 
     def compressed(self, residues: Tensor) -> Tensor:
-        """``M = Φᵀ Γ_ĥ Φ``, (B, 2m, 2m), Φ with rows φ(0), φ(1), ….
+        """`M = Φᵀ Γ_ĥ Φ`, (B, 2m, 2m), Φ with rows φ(0), φ(1), ….
 
-        With ``g(λ) = Σ_t φ(t) λ^t`` it is ``Re Σ_k r_k g(λ_k) g(λ_k)ᵀ``. Where large residues
-        cancel in that sum, ``c = M b = Re Σ_k r_k g(λ_k)`` is taken with twice the digits, and M is
-        the solution of ``M = Aᵀ M Aᵀ + c bᵀ``, in which nothing cancels.
+        With `g(λ) = Σ_t φ(t) λ^t` it is `Re Σ_k r_k g(λ_k) g(λ_k)ᵀ`. Where large residues
+        cancel in that sum, `c = M b = Re Σ_k r_k g(λ_k)` is taken with twice the digits, and M is
+        the solution of `M = Aᵀ M Aᵀ + c bᵀ`, in which nothing cancels.
         """
         transforms = torch.stack(self._transforms(lambda values: values), dim=1)
         transforms = transforms * self._gains.unsqueeze(-1)  # (B, 2m, m)
@@ -267,8 +267,8 @@ class _Cascade:
         return torch.stack([self.gain, self.gain * self.turn], dim=-1).flatten(-2)
 
     def _transforms(self, number: Callable[[Tensor], Any]) -> list[Any]:
-        """``g_j(λ_k)`` divided by the gain of j, (B, m) for every j, in the arithmetic of what
-        ``number`` makes of tensors."""
+        """`g_j(λ_k)` divided by the gain of j, (B, m) for every j, in the arithmetic of what
+        `number` makes of tensors."""
         z, one = number(self.poles), number(torch.ones_like(self.poles))
         through, transforms = one, []
         for s in range(self.poles.shape[-1]):

@@ -1,11 +1,11 @@
 r"""Modal interpolation by gradient descent: the Laughing Hyena Distillery's own procedure.
 
 S. Massaroli et al., "Laughing Hyena Distillery: extracting compact recurrences from convolutions",
-NeurIPS 2023 (arXiv 2310.18780), section 3.2: poles in polar form ``λ = A e^{iθ}`` and residues r
+NeurIPS 2023 (arXiv 2310.18780), section 3.2: poles in polar form `λ = A e^{iθ}` and residues r
 are descended on together, with an adaptive method, on
 
-- ``"l2"``: ``Σ_{t<L} (h_t - ĥ_t)²``, the error over the taps;
-- ``"h2"``: ``1/N Σ_k |H(z_k) - Ĥ(z_k)|²`` on N ≥ 2 L roots of unity, the error of the transfer
+- `"l2"`: `Σ_{t<L} (h_t - ĥ_t)²`, the error over the taps;
+- `"h2"`: `1/N Σ_k |H(z_k) - Ĥ(z_k)|²` on N ≥ 2 L roots of unity, the error of the transfer
   function, h followed by zeros. It counts the tail of ĥ.
 
 One entry of a conjugate pair is learned; an odd order ends with a real pole. ĥ_0 = h_0.
@@ -13,9 +13,9 @@ Kernels are brought to unit norm before. The descent is Adam (D. P. Kingma, J. B
 annealed to zero by a half cosine (I. Loshchilov, F. Hutter, 2017), with the gradients in closed
 form; the best parameters met on the way are returned. Initialisations:
 
-- ``"ring"``: radii and angles spread at random over a ring close to the unit circle, as for linear
+- `"ring"`: radii and angles spread at random over a ring close to the unit circle, as for linear
   recurrent units (A. Orvieto et al., 2023, arXiv 2303.06349, section 3.2);
-- ``"even"``: evenly spaced angles at one radius, as for S4D-Lin (A. Gu et al., 2022,
+- `"even"`: evenly spaced angles at one radius, as for S4D-Lin (A. Gu et al., 2022,
   arXiv 2206.11893).
 
 Radii correspond to memories of a tenth of the taps and more. It is here as the baseline: balanced
@@ -49,7 +49,7 @@ _REPORTED = 50
 def modal_interpolation(
     problem: Problem, order: Tensor, rows: Tensor, options: Gradient
 ) -> ModalFit:
-    """Fit the channels ``rows`` of a problem by descent.
+    """Fit the channels `rows` of a problem by descent.
 
     Args:
         problem: Kernels and settings.
@@ -153,7 +153,7 @@ def _descended(
 
 
 class _TimeLoss:
-    """``Σ_t (h_t - Re Σ_k r_k λ_k^t)²`` and its gradient."""
+    """`Σ_t (h_t - Re Σ_k r_k λ_k^t)²` and its gradient."""
 
     def __init__(self, taps: Tensor) -> None:
         self.taps = taps
@@ -170,7 +170,7 @@ class _TimeLoss:
 
 
 class _FrequencyLoss:
-    """``1/N Σ_k |G(z_k) - Re-part transform Σ_k r_k / (z - λ_k)|²`` over N roots of unity."""
+    """`1/N Σ_k |G(z_k) - Re-part transform Σ_k r_k / (z - λ_k)|²` over N roots of unity."""
 
     def __init__(self, taps: Tensor) -> None:
         points = fft_length(2 * taps.shape[-1], 1)

@@ -1,7 +1,7 @@
 r"""Modal truncation: the modes with the most energy are kept, the others dropped.
 
-A mode ``Re(r λ^t)`` has energy ``½ |r|² Σ_t |λ|^{2t} + ½ Re(r² Σ_t λ^{2t})`` over the taps, near
-``|r|² / (2 (1 - |λ|²))`` on the infinite horizon (L. A. Aguirre, "Quantitative measure of modal
+A mode `Re(r λ^t)` has energy `½ |r|² Σ_t |λ|^{2t} + ½ Re(r² Σ_t λ^{2t})` over the taps, near
+`|r|² / (2 (1 - |λ|²))` on the infinite horizon (L. A. Aguirre, "Quantitative measure of modal
 dominance for continuous systems", CDC 1993). That ignores how modes overlap, which is what balanced
 truncation does better. The residues of the modes that are kept are fitted anew to all taps.
 
@@ -24,7 +24,7 @@ __all__ = ["dominant_modes", "modal_truncation"]
 
 
 def modal_truncation(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
-    """The fits with the dominant modes of the channels ``rows`` of a problem.
+    """The fits with the dominant modes of the channels `rows` of a problem.
 
     Args:
         problem: Kernels, settings and, if known, the systems' modes.

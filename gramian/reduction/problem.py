@@ -56,7 +56,7 @@ class Settings:
 
     @property
     def least_decay(self) -> float | None:
-        """The smallest ``-log |λ|`` of a pole; None: any."""
+        """The smallest `-log |λ|` of a pole; None: any."""
         if not self.stable and not self.fades:
             return None
         return -math.log(largest_radius(self.dtype))
@@ -68,7 +68,7 @@ class SourceModes:
 
     Args:
         poles: (B, m), complex128, one of each pair or both, NaN where absent.
-        residues: (B, m), complex128, of ``Re Σ_k r_k λ_k^t``; None: to be fitted.
+        residues: (B, m), complex128, of `Re Σ_k r_k λ_k^t`; None: to be fitted.
     """
 
     poles: Tensor
@@ -85,7 +85,7 @@ class SourceModes:
 
 @dataclasses.dataclass(frozen=True)
 class SpectralPiece:
-    """Hankel spectra, by treatment of the tail, of some channels of a problem from ``first`` on."""
+    """Hankel spectra, by treatment of the tail, of some channels of a problem from `first` on."""
 
     first: int
     spectra: dict[str, Spectrum]
@@ -149,19 +149,19 @@ class Problem:
         return other
 
     def silence(self, rows: Tensor) -> ModalFit:
-        """The fits of order 0 to the channels ``rows`` (indices)."""
+        """The fits of order 0 to the channels `rows` (indices)."""
         taps = self.taps[rows]
         none = taps.new_zeros(len(taps), 0, dtype=torch.complex128)
         return fit_residues(taps, none, torch.float64)
 
     def offer(self, best: ModalFit, poles: Tensor, rows: Tensor, where: Tensor) -> ModalFit:
-        """Fit residues to poles of the channels ``rows[where]``; keep in ``best`` what is closer.
+        """Fit residues to poles of the channels `rows[where]`; keep in `best` what is closer.
 
         Args:
-            best: Fits of the channels ``rows``.
+            best: Fits of the channels `rows`.
             poles: (len(where), n), complex128, NaN where absent; made stable if asked for.
             rows: Channels, indices.
-            where: Indices into ``rows``.
+            where: Indices into `rows`.
 
         Returns:
             The fits of these poles.
@@ -173,11 +173,11 @@ class Problem:
         return fit
 
     def keep(self, best: ModalFit, fit: ModalFit, where: Tensor) -> None:
-        """Put a fit into ``best`` where its measured error over the taps is smaller."""
+        """Put a fit into `best` where its measured error over the taps is smaller."""
         better = fit.l2_error < best.l2_error[where]
         best.put(where[better], fit[better])
 
     def bound(self, fit: ModalFit, rows: Tensor | slice) -> Tensor:
-        """The squared lower bound that belongs to the orders of ``fit``."""
+        """The squared lower bound that belongs to the orders of `fit`."""
         windowed = self.ritz("free")[rows] if "free" in self.settings.tails else None
         return errors.squared_lower_bound(self.taps[rows], fit.orders(), windowed)

@@ -1,13 +1,13 @@
 r"""Poles refined by variable projection: a Levenberg–Marquardt descent on the poles alone.
 
-``φ(λ) = min_c ‖h - Φ(λ) c‖₂²`` over the taps h_1 … h_T, Φ the real basis ``Re λ^t, Im λ^t``: the
+`φ(λ) = min_c ‖h - Φ(λ) c‖₂²` over the taps h_1 … h_T, Φ the real basis `Re λ^t, Im λ^t`: the
 residues c are projected out (G. H. Golub, V. Pereyra, "The differentiation of pseudo-inverses and
 nonlinear least squares problems whose variables separate", 1973), with L. Kaufman's approximation
 of the Jacobian ("A variable projection method for solving separable nonlinear least squares
-problems", 1975). A change dω of ``log λ`` changes the fit by ``Re(r t λ^t dω)``, so with columns
-``E = (Re t λ^t, Im t λ^t)`` a step is one linear least-squares problem in [Φ E].
+problems", 1975). A change dω of `log λ` changes the fit by `Re(r t λ^t dω)`, so with columns
+`E = (Re t λ^t, Im t λ^t)` a step is one linear least-squares problem in [Φ E].
 
-Its Gram matrix holds geometric sums ``Σ_t t^p z^t``, p = 0, 1, 2, z products of two poles, taken by
+Its Gram matrix holds geometric sums `Σ_t t^p z^t`, p = 0, 1, 2, z products of two poles, taken by
 doubling; its right-hand side and the residual are Vandermonde products in √T × √T blocks. A step so
 costs O(n² log T + n T) and never forms the basis, except where poles nearly coincide: there the
 factor comes from the QR decomposition of the basis itself. Both carry the ridge with which
@@ -169,7 +169,7 @@ def _stacked(moments: list[Tensor]) -> Tensor:
 
 
 def _residues(weights: Tensor) -> Tensor:
-    """(B, m), complex128, from weights (B, 2m) of ``Re λ^t`` and ``Im λ^t``."""
+    """(B, m), complex128, from weights (B, 2m) of `Re λ^t` and `Im λ^t`."""
     cosine, sine = weights.chunk(2, dim=-1)
     return torch.complex(cosine, -sine)
 
@@ -200,7 +200,7 @@ def _by_qr(
 
 
 def _jacobian(inner: Tensor, residues: Tensor, scale: Tensor, used: Tensor) -> Tensor:
-    """Compose L22ᵀ with ``Re(r t λ^t (dx + i dy))``, x = log |λ|, y the angle: (B, 2m, 2m)."""
+    """Compose L22ᵀ with `Re(r t λ^t (dx + i dy))`, x = log |λ|, y the angle: (B, 2m, 2m)."""
     width = residues.shape[-1]
     over = torch.where(used, 1 / torch.where(used, scale, 1), 0)[:, 2 * width :]
     cosine, sine = (
@@ -376,7 +376,7 @@ def relocated(taps: Tensor, modes: Modes) -> tuple[Modes, Tensor]:
 
 
 def insert_mode(modes: Modes, rows: Tensor, slot: Tensor, residual: Tensor, single: bool) -> None:
-    """Put the damped cosine (or real exponential) nearest to ``residual`` into a slot."""
+    """Put the damped cosine (or real exponential) nearest to `residual` into a slot."""
     length = residual.shape[-1]
     points = fft_length(2 * length, 1)
     place = torch.arange(length, dtype=torch.float32, device=residual.device)

@@ -1,6 +1,6 @@
 r"""Residues of given poles: linear least squares on the taps behind the direct term.
 
-``min_r Σ_{t≥1} (h_t - Re Σ_k r_k λ_k^{t-1})²`` over the real basis ``Re λ^t, Im λ^t``. The poles
+`min_r Σ_{t≥1} (h_t - Re Σ_k r_k λ_k^{t-1})²` over the real basis `Re λ^t, Im λ^t`. The poles
 are rounded to the dtype of the result before and the residues after, so that what is fitted and
 what is measured is the system that is returned, not one that its rounding would change.
 
@@ -37,7 +37,7 @@ _SETTLED = 1e-3
 """Largest part of the residual that another refinement of the normal equations may still remove."""
 
 _CANCELLED = 1e-6
-"""Part of ``Σ |λ|^2t`` below which a sum of squares of ``Re λ^t`` or ``Im λ^t`` has lost digits."""
+"""Part of `Σ |λ|^2t` below which a sum of squares of `Re λ^t` or `Im λ^t` has lost digits."""
 
 _SMALLEST_DIRECTIONS = (1e-5, 1e-6, 1e-7, 1e-9, 1e-11, 1e-13)
 """Relative singular values from which a direction of the basis counts; weaker ones are damped. Of
@@ -52,7 +52,7 @@ _ROUNDING = 8
 class ModalFit:
     """Poles and residues (B, m), complex128 with the values that the result's dtype will hold.
 
-    ``l2_error`` and ``l1_error`` (B) are norms of ``h - ĥ`` over the taps, float64.
+    `l2_error` and `l1_error` (B) are norms of `h - ĥ` over the taps, float64.
     """
 
     poles: Tensor
@@ -61,7 +61,7 @@ class ModalFit:
     l1_error: Tensor
 
     def put(self, where: Tensor, other: ModalFit) -> None:
-        """Replace the channels ``where`` (mask or indices) by the channels of ``other``."""
+        """Replace the channels `where` (mask or indices) by the channels of `other`."""
         width = max(self.poles.shape[-1], other.poles.shape[-1])
         for name in ("poles", "residues"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -80,14 +80,14 @@ class ModalFit:
 
 
 def largest_radius(dtype: torch.dtype) -> float:
-    """Modulus from which a pole may be rounded to ``dtype`` and still be stable."""
+    """Modulus from which a pole may be rounded to `dtype` and still be stable."""
     return 1 - max(1.5 * torch.finfo(dtype).eps, 1e-9)
 
 
 def stabilised(poles: Tensor, dtype: torch.dtype) -> Tensor:
-    """Poles inside the unit circle, also once they are rounded to ``dtype``.
+    """Poles inside the unit circle, also once they are rounded to `dtype`.
 
-    Those outside are reflected, ``1 / λ̄``; then all are kept a rounding error away from it.
+    Those outside are reflected, `1 / λ̄`; then all are kept a rounding error away from it.
     """
     radius = poles.abs()
     poles = torch.where(radius > 1, poles / radius.square(), poles)
@@ -130,7 +130,7 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
 
 
 def measured(taps: Tensor, poles: Tensor, residues: Tensor, dtype: torch.dtype) -> ModalFit:
-    """The fit with these poles and residues (B, m), one of each pair, as ``dtype`` rounds them."""
+    """The fit with these poles and residues (B, m), one of each pair, as `dtype` rounds them."""
     kind = dtype.to_complex()
     poles, residues = (x.to(kind).to(torch.complex128) for x in (poles, residues))
     residues = torch.where(poles.imag == 0, residues.real.to(residues.dtype), residues)
@@ -145,7 +145,7 @@ def measured(taps: Tensor, poles: Tensor, residues: Tensor, dtype: torch.dtype) 
 def one_of_each_pair(poles: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, n) in conjugate pairs to (B, m): real poles, and those of the upper half-plane.
 
-    A pair that ``dtype`` cannot tell from the real axis becomes two equal real poles.
+    A pair that `dtype` cannot tell from the real axis becomes two equal real poles.
     """
     real = poles.imag.abs() <= torch.finfo(dtype).eps * poles.abs()
     poles = torch.where(real, poles.real.to(poles.dtype), poles)
@@ -156,7 +156,7 @@ def one_of_each_pair(poles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def real_basis(poles: Tensor, length: int) -> Tensor:
-    """``Re λ^t`` above ``Im λ^t``: (B, 2m, length)."""
+    """`Re λ^t` above `Im λ^t`: (B, 2m, length)."""
     columns = max(1, math.isqrt(length))
     rows = -(-length // columns)
     inner = geometric_powers(poles, columns).unsqueeze(-2)  # (B, m, 1, J)
@@ -174,7 +174,7 @@ def real_basis(poles: Tensor, length: int) -> Tensor:
 def _by_sums(
     taps: Tensor, poles: Tensor, kernels: Vandermonde, used: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """``argmin ‖taps - basisᵀ x‖² + eps² ‖x‖²``, the rows of the basis at unit length, from sums.
+    """`argmin ‖taps - basisᵀ x‖² + eps² ‖x‖²`, the rows of the basis at unit length, from sums.
 
     Returns:
         x (B, 2m), and a mask (B) of the channels where it is not to be trusted: those where the
@@ -223,9 +223,9 @@ def _is_settled(
 ) -> Tensor:
     """Return whether refined normal equations are solved: a mask (B).
 
-    A refinement that moved the fit by the energy ``moved`` (B), after a first solution of
-    ``energy``, leaves about ``moved² / energy`` to the next one: each shrinks the error by the
-    same factor. ``residual`` is what the first solution left of the taps.
+    A refinement that moved the fit by the energy `moved` (B), after a first solution of
+    `energy`, leaves about `moved² / energy` to the next one: each shrinks the error by the
+    same factor. `residual` is what the first solution left of the taps.
     """
     left = residual.square().sum(-1) - moved
     floor = (eps * _SETTLED) ** 2 * taps.square().sum(-1)
@@ -233,7 +233,7 @@ def _is_settled(
 
 
 def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same from the basis itself: (B, 2m). ``signal`` is (B, T, 1)."""
+    """The same from the basis itself: (B, 2m). `signal` is (B, T, 1)."""
     eps = torch.finfo(dtype).eps
     gram = torch.bmm(basis, basis.mT)
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()

@@ -1,10 +1,10 @@
 r"""Leading singular values and vectors of many Hankel matrices at once.
 
-Two Hankel matrices of the taps ``h_1 … h_{L-1}`` are in use:
+Two Hankel matrices of the taps `h_1 … h_{L-1}` are in use:
 
-- ``tail="zero"``: (L-1) × (L-1), the taps followed by zeros: the Hankel operator of the FIR system
+- `tail="zero"`: (L-1) × (L-1), the taps followed by zeros: the Hankel operator of the FIR system
   on its infinite horizon.
-- ``tail="free"``: about L/2 × L/2, of taps alone.
+- `tail="free"`: about L/2 × L/2, of taps alone.
 
 A square Hankel matrix is symmetric, so its singular values are the moduli of its eigenvalues and
 its eigenvectors are its singular vectors. A block Lanczos iteration (G. H. Golub, R. Underwood,
@@ -100,7 +100,7 @@ class Spectrum:
         return Spectrum(self.values[index], self.vectors[index], self.ritz[index])
 
     def replace(self, where: Tensor, other: Spectrum) -> Spectrum:
-        """This spectrum, but that of ``other`` where the mask ``where`` (B) is true."""
+        """This spectrum, but that of `other` where the mask `where` (B) is true."""
         width = max(self.ritz.shape[-1], other.ritz.shape[-1])
         pad = torch.nn.functional.pad
         ritz = pad(self.ritz, (0, width - self.ritz.shape[-1]))
@@ -111,9 +111,9 @@ class Spectrum:
 
 
 def hankel_matrices(taps: Tensor, tail: str) -> Hankel:
-    """The Hankel matrices of ``taps`` (B, L-1) = h_1 … h_{L-1}; see the module's docstring.
+    """The Hankel matrices of `taps` (B, L-1) = h_1 … h_{L-1}; see the module's docstring.
 
-    With ``tail="free"`` and an even number of taps no square matrix holds all of them: a small
+    With `tail="free"` and an even number of taps no square matrix holds all of them: a small
     matrix gets one more column, a large one leaves the last tap out.
     """
     count = taps.shape[-1]
@@ -129,7 +129,7 @@ def _is_large(size: int) -> bool:
 
 
 def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) -> Spectrum:
-    """The ``count`` leading singular values and left singular vectors, or all if there are fewer.
+    """The `count` leading singular values and left singular vectors, or all if there are fewer.
 
     Args:
         hankel: (B, rows, columns) Hankel matrices of float64 sequences; square where large.
@@ -152,7 +152,7 @@ def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) ->
 
 
 def _dense_spectrum(matrix: Tensor, count: int, eps: float) -> Spectrum:
-    """Of matrices (B, rows, columns), float64, that are right to ``eps``."""
+    """Of matrices (B, rows, columns), float64, that are right to `eps`."""
     if matrix.shape[-1] == matrix.shape[-2]:
         theta, vectors = torch.linalg.eigh(matrix)
         place = theta.abs().argsort(dim=-1, descending=True)
@@ -192,13 +192,13 @@ def lanczos_spectrum(
 ) -> Spectrum:
     """As `leading_spectrum`, for symmetric matrices, in their own precision throughout.
 
-    A Ritz pair is accepted when ‖H u - θ u‖ is at most ``residual`` times the smallest |θ|. Of a
-    value that occurs more than ``block`` times a block finds ``block`` copies only; the module's
+    A Ritz pair is accepted when ‖H u - θ u‖ is at most `residual` times the smallest |θ|. Of a
+    value that occurs more than `block` times a block finds `block` copies only; the module's
     docstring says what is done where so many come out alike.
 
     The values and vectors are float64 in any case, the vectors orthonormal to float64. Products
-    that are small differences of large terms carry the rounding errors of these: ``magnitude``
-    (B, 1) says how large they are. ``exact`` are the same matrices in a precision in which to
+    that are small differences of large terms carry the rounding errors of these: `magnitude`
+    (B, 1) says how large they are. `exact` are the same matrices in a precision in which to
     factor what is computed again densely.
     """
     batch, size = len(matrices.like), matrices.rows
@@ -326,7 +326,7 @@ class _BlockLanczos:
         return picked
 
     def extend(self, steps: int) -> None:
-        """Grow the bases to ``steps`` vectors or a few more."""
+        """Grow the bases to `steps` vectors or a few more."""
         more = steps + self.next.shape[1] - self.compressed.shape[-1]
         self.compressed = torch.nn.functional.pad(self.compressed, (0, more, 0, more))
         while self.steps < steps:
@@ -344,7 +344,7 @@ class _BlockLanczos:
                 self.next = self._normalised(image)
 
     def _projected(self, vectors: Tensor, first: int) -> Tensor:
-        """Take from vectors, in place, their projection on the basis from ``first`` on; what the
+        """Take from vectors, in place, their projection on the basis from `first` on; what the
         inner products were."""
         basis = self.basis[:, first : self.steps]
         overlap = torch.bmm(vectors, basis.mT)
@@ -352,7 +352,7 @@ class _BlockLanczos:
         return overlap
 
     def _normalised(self, image: Tensor) -> Tensor:
-        """An orthonormal basis of the rows of ``image``, orthogonal to all vectors before."""
+        """An orthonormal basis of the rows of `image`, orthogonal to all vectors before."""
         image = image[:, : self.matrices.rows - self.steps]
         q, r = torch.linalg.qr(image.mT)
         vectors = q.mT.contiguous()
@@ -372,7 +372,7 @@ class _BlockLanczos:
         return vectors
 
     def ritz_pairs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the channels ``rows``: θ (B, K) by falling modulus, coordinates of the Ritz vectors
+        """Of the channels `rows`: θ (B, K) by falling modulus, coordinates of the Ritz vectors
         (B, K, K), and residuals (B, K)."""
         theta, weights = torch.linalg.eigh(self.compressed[rows, : self.steps, : self.steps])
         place = theta.abs().argsort(dim=-1, descending=True)
