@@ -6,7 +6,7 @@ that step side by side, each from zeros. The states at which the stretches begin
 same recurrence over stretches; they are then added, multiplied by the products of each stretch's
 gates. The algorithm never divides, so gates may be zero or negative.
 
-If μ_t is the gradient of x_t and g_t the gradient of the output x_t, then `μ_t = g_t + a_t μ_{t+1}`:
+If μ_t is the gradient of x_t and g_t that of the output x_t alone, then `μ_t = g_t + a_t μ_{t+1}`:
 the gradient is the same recurrence backwards in time, and the operator is closed under
 differentiation.
 """

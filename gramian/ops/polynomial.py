@@ -66,11 +66,11 @@ def rational_kernel(
     length: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Compute the kernel of d + (Σ_{j≥1} b_j z⁻ʲ) / (1 + Σ_{j≥1} a_j z⁻ʲ), sampled on `grid` points.
+    """Compute the kernel of d + (Σ_{j≥1} b_j z⁻ʲ) / (1 + Σ_{j≥1} a_j z⁻ʲ) on a grid of frequencies.
 
-    Tap t is `Σ_p h_{t + p grid}`, where h is the impulse response: the inverse FFT of the sampled
-    spectrum. The result is differentiable to any order. The backward pass keeps the coefficients,
-    and the spectra only if they are small.
+    Tap t is `Σ_p h_{t + p grid}`, where h is the impulse response: the inverse FFT of the spectrum
+    sampled at `grid` points. The result is differentiable to any order. The backward pass keeps the
+    coefficients, and the spectra only if they are small.
 
     Args:
         b: (*C, n), real.
@@ -286,7 +286,7 @@ def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if records_derivatives():  # of the gradient: the same formula, recorded
         reciprocal = _spectrum(a, 1.0, grid, g.dtype).reciprocal()
         kernel = _spectrum(b, 0.0, grid, g.dtype) * reciprocal
-        # conj_physical, because PyTorch ignores a lazy conj in the first call of a compiled function
+        # conj_physical, since PyTorch ignores a lazy conj in the first call of a compiled function
         incoming = torch.fft.rfft(g, n=grid) * reciprocal.conj_physical()
         total = (incoming * kernel.conj_physical()).sum_to_size(reciprocal.shape)
         of_b = _coefficient_gradient(incoming, b.shape[-1], grid).to(b.dtype)
