@@ -83,8 +83,10 @@ class S4(RationalFilter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A and B of HiPPO-LegS, steps log-uniform, C complex normal of unit variance, D standard
-        normal."""
+        """Set A and B to HiPPO-LegS, and draw the other parameters.
+
+        Steps are log-uniform, C is complex normal of unit variance, D standard normal.
+        """
         nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
         nn.init.normal_(self.C, std=math.sqrt(0.5))
         nn.init.normal_(self.D)
@@ -114,8 +116,11 @@ class S4(RationalFilter):
         return self(1).state_space().poles()
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Options of the optimiser for the parameters of the dynamics: a learning rate of at most
-        `lr`, and no weight decay, which would drive A and dt to values that mean nothing."""
+        """Return optimizer options for the parameters of the dynamics.
+
+        They are a learning rate of at most `lr`, and no weight decay, which would drive A and dt to
+        meaningless values.
+        """
         names = ("log_dt", "log_A_real", "A_imag", "P", "B")
         return {name: {"lr": self.lr, "weight_decay": 0.0} for name in names}
 
@@ -131,5 +136,5 @@ class S4(RationalFilter):
 
 
 def _both(row: Tensor, column: Tensor) -> Tensor:
-    """The product of a row and a column over both modes of every pair: (*C, 1), real."""
+    """Multiply a row and a column over both modes of every pair: (*C, 1), real."""
     return 2 * (row * column).real.sum(-1, keepdim=True)

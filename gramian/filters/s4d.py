@@ -85,8 +85,11 @@ class S4D(RationalFilter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A as `initialization` says, steps log-uniform, C complex normal of unit variance (times
-        the moduli of HiPPO's B for "legs"), D standard normal."""
+        """Set A according to `initialization`, and draw the other parameters.
+
+        Steps are log-uniform, C is complex normal of unit variance (times the moduli of HiPPO's B
+        for "legs"), D standard normal.
+        """
         nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
         nn.init.constant_(self.log_A_real, math.log(0.5))
         nn.init.normal_(self.C, std=math.sqrt(0.5))
@@ -122,8 +125,11 @@ class S4D(RationalFilter):
         return with_conjugates(self(1).poles)
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Options of the optimiser for the parameters of the dynamics: a learning rate of at most
-        `lr`, and no weight decay, which would drive A and dt to values that mean nothing."""
+        """Return optimizer options for the parameters of the dynamics.
+
+        They are a learning rate of at most `lr`, and no weight decay, which would drive A and dt to
+        meaningless values.
+        """
         return {
             name: {"lr": self.lr, "weight_decay": 0.0}
             for name in ("log_dt", "log_A_real", "A_imag")

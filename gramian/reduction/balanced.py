@@ -1,6 +1,6 @@
-r"""Balanced truncation of kernels, refined: the default method.
+r"""Balanced truncation of kernels with refined poles, the default method.
 
-Kung's method, or the eigensystem realisation algorithm (ERA), gives the poles in closed form.
+Kung's method, or the eigensystem realization algorithm (ERA), gives the poles in closed form.
 
 The leading n left singular vectors U of a Hankel matrix span the outputs that n states can leave
 behind. The span of an observability matrix `[C; CA; CA²; …]` is invariant under a shift of its

@@ -161,7 +161,7 @@ class Problem:
 
         Args:
             best: Fits of the channels `rows`.
-            poles: (len(where), n), complex128, NaN where absent; made stable if the settings say so.
+            poles: (len(where), n), complex128, NaN where absent; made stable if so configured.
             rows: Channels, indices.
             where: Indices into `rows`.
 
