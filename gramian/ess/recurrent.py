@@ -48,10 +48,10 @@ Factors = tuple[list[int], Tensor, Tensor]
 def factor_spectra(
     measure: Callable[[Tensor], Tensor], left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A function of the singular values of `left rightᵀ`, and how far they can be trusted.
+    """Evaluate a function of the singular values of `left rightᵀ`, and estimate their errors.
 
     Args:
-        measure: Of singular values (P, G, n), descending.
+        measure: A function of singular values (P, G, n), descending.
         left: (P, G, n, n).
         right: (P, G, n, n).
 
@@ -79,26 +79,29 @@ class _Chain(NamedTuple):
     C: Tensor  # (G, L, n)
 
     def observe(self, S: Tensor, i: int) -> Tensor:
-        """S_i from S_{i+1}."""
+        """Compute S_i from S_{i+1}."""
         further = self.transition[i : i + 1].right(S.unsqueeze(1)).squeeze(1)
         return _triangle(torch.cat([further, self.C[:, i : i + 1]], dim=1))
 
     def reach(self, R: Tensor, i: int) -> Tensor:
-        """R_{i+1} from R_i."""
+        """Compute R_{i+1} from R_i."""
         further = self.transition[i : i + 1].left(R.mT.unsqueeze(1)).squeeze(1).mT
         return _triangle(torch.cat([further, self.B[:, i : i + 1]], dim=1))
 
 
 def _triangle(rows: Tensor) -> Tensor:
-    """At most n rows (G, k, n) with the same Gram matrix."""
+    """Reduce rows to at most n rows (G, k, n) with the same Gram matrix."""
     if rows.shape[-2] <= rows.shape[-1]:
         return rows
     return torch.linalg.qr(rows, mode="r")[1]
 
 
 def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """(P, G, n, n): the factors S at `wanted` positions, of which the last has the factor S; and
-    the first of them with as many rows as it has."""
+    """Compute the factors S at `wanted` positions, of which the last has the factor `S`.
+
+    Returns:
+        The factors (P, G, n, n), and the first of them without padding.
+    """
     groups, _, order = chain.B.shape
     factors = S.new_zeros(len(wanted), groups, order, order)
     factors[-1, :, : S.shape[1]] = S
@@ -111,8 +114,11 @@ def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tens
 
 
 def _reached(chain: _Chain, R: Tensor, start: int, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """(P, G, n, n): the factors R at `wanted` positions, from the factor R at `start` on; and
-    the last of them with as many rows as it has."""
+    """Compute the factors R at `wanted` positions, from the factor `R` at `start` on.
+
+    Returns:
+        The factors (P, G, n, n), and the last of them without padding.
+    """
     groups, _, order = chain.B.shape
     factors = R.new_zeros(len(wanted), groups, order, order)
     column = {i: c for c, i in enumerate(wanted)}
@@ -124,7 +130,7 @@ def _reached(chain: _Chain, R: Tensor, start: int, wanted: list[int]) -> tuple[T
 
 
 def time_varying_factors(system: TimeVarying, positions: list[int]) -> Iterator[Factors]:
-    """The factors at every position in float64, some positions at a time.
+    """Yield the factors at every position in float64, some positions at a time.
 
     Args:
         system: Channels (G); its last step is the horizon.
@@ -154,7 +160,7 @@ def time_varying_factors(system: TimeVarying, positions: list[int]) -> Iterator[
 
 
 def time_varying_norm(system: TimeVarying) -> Tensor:
-    """(G): ‖T‖_F of channels (G), float64, by blocks."""
+    """Compute ‖T‖_F of channels (G), float64, by blocks."""
     given, vectors = system.transition(torch.float64), system.vectors(torch.float64)
     size = min(64, 1 << (system.length - 1).bit_length())
     if isinstance(given, Dense) and not bounded_products(given.a):
@@ -170,7 +176,7 @@ def time_varying_norm(system: TimeVarying) -> Tensor:
 
 
 def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator[Factors]:
-    """The factors at every position in float64, of the Vandermonde matrix of {λ, λ̄}.
+    """Yield the factors at every position in float64, of the Vandermonde matrix of {λ, λ̄}.
 
     Args:
         system: Channels (G).
@@ -248,7 +254,7 @@ class FactoredSingularValues(torch.autograd.Function):
 
 
 def _factored_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (G, m, r), σ (G, r) and V (G, k, r) of `left right`, r the least of m, n and k."""
+    """Compute U (G, m, r), σ (G, r), V (G, k, r) of `left right`, r the least of m, n and k."""
     Q, S = torch.linalg.qr(left)
     P, R = torch.linalg.qr(right.mT)
     U, values, Vh = torch.linalg.svd(S @ R.mT, full_matrices=False)
@@ -256,5 +262,5 @@ def _factored_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def factored_singular_values(left: Tensor, right: Tensor) -> Tensor:
-    """(G, r): see `FactoredSingularValues`."""
+    """Compute singular values (G, r) by `FactoredSingularValues`."""
     return FactoredSingularValues.apply(left, right)[0]

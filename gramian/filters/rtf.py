@@ -37,7 +37,7 @@ _SLACK = 1e-6
 
 @register("rtf")
 class RTF(RationalFilter):
-    """Rational filters, with the truncated numerator of the published parametrisation or without.
+    """Rational filters, with the truncated numerator of the published parametrization or without.
 
     Coefficients are transformed and divided in float64, since in float32 the spectrum itself is off
     by more than 1e-4 for most stable systems beyond n = 16. The system that `forward` returns
@@ -57,7 +57,7 @@ class RTF(RationalFilter):
             inside the unit circle and excludes many stable denominators (section 3.4). "schur": the
             parameters are `atanh` of the reflection coefficients, which reach every stable
             denominator and no other; the recurrence can step on them.
-        num_denominators: Denominators, each shared by `channels / num_denominators` neighbouring
+        num_denominators: Denominators, each shared by `channels / num_denominators` neighboring
             channels; default: one for every channel.
         initialization: Of a and b: "zeros"; "xavier", uniform within ±1/√n, which can be unstable
             (not with "schur"); "montel", uniform within ±1/n, inside the region where Montel's

@@ -1,4 +1,4 @@
-r"""S4: diagonal plus low-rank state spaces in continuous time, discretised.
+r"""S4: diagonal plus low-rank state spaces in continuous time, discretized.
 
 `x' = A x + B u`, `y = C x + D u` with `A = Λ - P P*` (S4, Gu et al. 2022, arXiv 2111.00396,
 section 3.2), from HiPPO-LegS. The bilinear transform with a step dt,

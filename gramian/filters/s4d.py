@@ -1,4 +1,4 @@
-r"""S4D: diagonal state spaces in continuous time, discretised.
+r"""S4D: diagonal state spaces in continuous time, discretized.
 
 `x' = A x + B u`, `y = 2 Re C x + D u` with A diagonal and complex, one of each conjugate pair
 (S4D, Gu et al. 2022, arXiv 2206.11893). With a step dt for every channel (section 3.1 there)

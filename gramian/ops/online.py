@@ -1,4 +1,4 @@
-r"""Online convolution: an exact FIR filter one sample at a time in amortised O(log² L).
+r"""Online convolution: an exact FIR filter one sample at a time in amortized O(log² L).
 
 At every multiple `c` of the smallest block, let `U` be the largest power of two that divides `c`.
 The last `U` inputs are convolved with the taps `1 … 2U - 1` by one cyclic FFT of `2U` points, which

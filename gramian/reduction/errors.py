@@ -190,7 +190,7 @@ class _ErrorOperator:
 class _Cascade:
     r"""Real orthonormal functions `φ(t) = A^t b` of the poles {λ, λ̄}: all-pass sections in a row.
 
-    A section of λ and λ̄ has the orthogonal realisation, `d = |λ|²` and `β = 2 Re λ / (1 + d)`,
+    A section of λ and λ̄ has the orthogonal realization, `d = |λ|²` and `β = 2 Re λ / (1 + d)`,
 
         [[β d, -d √(1-β²), √(1-d²)],  [√(1-β²), β, 0],  [-β √(1-d²), √(1-β²) √(1-d²), d]],
 

@@ -230,7 +230,7 @@ def refined(
         ridge: Relative size of residues against which errors are weighed: the rounding error of
             the dtype that will hold them.
         limit: The smallest decay; None: any, so that poles may lie outside the unit circle.
-        infinite: Minimise over the infinite horizon, taps past T being zero, instead of over T.
+        infinite: Minimize over the infinite horizon, taps past T being zero, instead of over T.
         steps: Largest number of evaluations.
         tolerance: A channel is done when a step lowers the squared error by less than this
             fraction.
@@ -316,8 +316,8 @@ def greedy_modes(taps: Tensor, order: Tensor) -> Modes:
 
     Orthogonal matching pursuit (S. Mallat, Z. Zhang, "Matching pursuits with time-frequency
     dictionaries", 1993; Y. C. Pati, R. Rezaiifar, P. S. Krishnaprasad, 1993) over damped cosines of
-    some decays and all frequencies. The result is a start for kernels whose Hankel spectrum is flat,
-    for which balanced truncation finds the leading directions badly.
+    some decays and all frequencies. The result is a start for kernels with a flat Hankel spectrum,
+    whose leading directions balanced truncation finds badly.
 
     Args:
         taps: (B, T), float64.

@@ -12,7 +12,7 @@ its eigenvectors are its singular vectors. A block Lanczos iteration (G. H. Golu
 the spectrum. The spectra of long filters are flat (σ_16 and σ_17 often differ by less than 1%),
 which takes a Krylov method far fewer products than subspace iteration.
 
-Every block is orthogonalised against all before it and what is left of its inner products is
+Every block is orthogonalized against all before it and what is left of its inner products is
 measured, so orthogonality is not estimated. A block of b vectors finds b copies of a repeated
 value, such as combs and delays have. Where so many values come out alike, or a channel has not
 converged, it is computed again: densely, or with a block of more vectors than values are sought.
@@ -69,7 +69,7 @@ _DENSE_AGAIN = 512
 """Matrices up to this size are factored densely where the iteration leaves doubt."""
 
 _PASSES = 4
-"""How often a block is orthogonalised at most; two passes are enough in theory."""
+"""How often a block is orthogonalized at most; two passes are enough in theory."""
 
 _SMALL_OVERLAP = 1e-2
 """Inner products that one more pass takes down to rounding errors."""
