@@ -17,7 +17,7 @@ from torch import Tensor
 from gramian.reduction.balanced import balanced_poles
 from gramian.reduction.basis import geometric_sum
 from gramian.reduction.problem import Problem, SourceModes
-from gramian.reduction.residues import ModalFit, fit_residues, stabilised
+from gramian.reduction.residues import ModalFit, fit_residues, stabilized
 from gramian.reduction.spectrum import hankel_matrices, leading_spectrum
 
 __all__ = ["dominant_modes", "modal_truncation"]
@@ -35,13 +35,13 @@ def modal_truncation(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
     best = problem.silence(rows)
     everywhere = torch.arange(len(rows), device=rows.device)
     if problem.source is None:
-        candidates = _realised(problem, order, rows)
+        candidates = _realized(problem, order, rows)
     else:
         candidates = [problem.source[rows]]
     for modes in candidates:
         poles, residues = modes.poles, modes.residues
         if problem.settings.stable:
-            poles = stabilised(poles, problem.settings.dtype)
+            poles = stabilized(poles, problem.settings.dtype)
         if residues is None:
             fit = fit_residues(taps, poles, torch.float64)
             poles, residues = fit.poles, fit.residues
@@ -50,7 +50,7 @@ def modal_truncation(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
     return best
 
 
-def _realised(problem: Problem, order: Tensor, rows: Tensor) -> list[SourceModes]:
+def _realized(problem: Problem, order: Tensor, rows: Tensor) -> list[SourceModes]:
     """Return balanced truncations of at least twice the order, one per treatment of the tail."""
     taps = problem.taps[rows]
     count = min(2 * int(order.max()) + 16, max(1, taps.shape[-1]))

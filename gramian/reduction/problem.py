@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gramian.reduction import errors
-from gramian.reduction.residues import ModalFit, fit_residues, largest_radius, stabilised
+from gramian.reduction.residues import ModalFit, fit_residues, largest_radius, stabilized
 from gramian.reduction.spectrum import Spectrum, hankel_matrices, leading_spectrum
 
 __all__ = [
@@ -169,7 +169,7 @@ class Problem:
             The fits of these poles.
         """
         if self.settings.stable:
-            poles = stabilised(poles, self.settings.dtype)
+            poles = stabilized(poles, self.settings.dtype)
         fit = fit_residues(self.taps[rows[where]], poles, self.settings.dtype)
         self.keep(best, fit, where)
         return fit

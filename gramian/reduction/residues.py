@@ -27,7 +27,7 @@ __all__ = [
     "measured",
     "one_of_each_pair",
     "real_basis",
-    "stabilised",
+    "stabilized",
 ]
 
 _SAFE_EIGENVALUE = 1e-11
@@ -84,7 +84,7 @@ def largest_radius(dtype: torch.dtype) -> float:
     return 1 - max(1.5 * torch.finfo(dtype).eps, 1e-9)
 
 
-def stabilised(poles: Tensor, dtype: torch.dtype) -> Tensor:
+def stabilized(poles: Tensor, dtype: torch.dtype) -> Tensor:
     """Move poles inside the unit circle, where they stay when rounded to `dtype`.
 
     Poles outside are reflected, `1 / λ̄`; then all are kept a rounding error away from the circle.

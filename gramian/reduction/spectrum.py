@@ -340,7 +340,7 @@ class _BlockLanczos:
             self.compressed[:, first:last, near:last] = self._projected(image, near)
             self.edge = torch.bmm(image, image.mT)
             if last < self.matrices.rows:
-                self.next = self._normalised(image)
+                self.next = self._normalized(image)
 
     def _projected(self, vectors: Tensor, first: int) -> Tensor:
         """Subtract from vectors, in place, their projection on the basis from `first` on.
@@ -353,7 +353,7 @@ class _BlockLanczos:
         vectors.baddbmm_(overlap, basis, alpha=-1)
         return overlap
 
-    def _normalised(self, image: Tensor) -> Tensor:
+    def _normalized(self, image: Tensor) -> Tensor:
         """Return an orthonormal basis of the rows of `image`, orthogonal to all earlier vectors."""
         image = image[:, : self.matrices.rows - self.steps]
         q, r = torch.linalg.qr(image.mT)
