@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gramian.analysis._recording import Met, Recorder
 from gramian.analysis._report import LayerState, StateReport
 from gramian.ess import effective_state_size, theoretical_state_size
-from gramian.ops._precision import full_precision
+from gramian.ops.precision import full_precision
 from gramian.tasks import Encoder, documents_in
 
 __all__ = ["analyze"]

@@ -21,7 +21,7 @@ from gramian.checking._report import CheckReport, CheckRow
 from gramian.distillation import distill
 from gramian.filters import ModalFilter
 from gramian.mixers import Segments
-from gramian.ops._precision import full_precision
+from gramian.ops.precision import full_precision
 
 if TYPE_CHECKING:
     from gramian.mixers import Mixer

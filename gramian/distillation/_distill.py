@@ -14,7 +14,7 @@ from gramian.distillation._filters import Goal, reduce_filter
 from gramian.distillation._foreign import FilterReader, ForeignFilter, distill_modules
 from gramian.distillation._report import DistillationReport
 from gramian.filters import ModalFilter
-from gramian.ops._precision import full_precision
+from gramian.ops.precision import full_precision
 
 __all__ = ["distill"]
 

@@ -1,4 +1,4 @@
-r"""`effective_state_size`: the public entrance to the measures of memory in use."""
+r"""The public functions that measure how much memory an operator uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from gramian.ess._reading import Positions, Reading
 from gramian.ess.measures import Measure
 from gramian.ess.sketch import sketched_sizes
-from gramian.ops._precision import full_precision
+from gramian.ops.precision import full_precision
 from gramian.systems import DenseOperator, System
 
 __all__ = ["effective_state_size", "hankel_singular_values", "sketched_state_size"]
@@ -27,11 +27,11 @@ def effective_state_size(
     length: int | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    r"""How much of its memory a causal operator uses: the numerical rank of ``T[i:, :i]``.
+    r"""Measure how much of its memory a causal operator uses, the numerical rank of `T[i:, :i]`.
 
     The rank of that Hankel block is the smallest state that any recurrence computing T can have
     before step i (arXiv 2504.19561, section 3). It is at most min(i, horizon - i), so every curve
-    falls towards the end of what is read: read on past the last position of interest.
+    falls towards the horizon: choose a horizon past the last position of interest.
 
     Differentiable where something requires a gradient: entropy only, by a singular value
     decomposition of each block (of its factors, for a `TimeVarying` system).
@@ -39,17 +39,17 @@ def effective_state_size(
     Args:
         system_or_matrix: A system, channels (*C), or matrices (*C, L, L), of which the entries
             above the diagonal are not read.
-        at: Positions, 0 … horizon - 1; an integer drops the dimension. Default: the first
-            ``length``.
-        measure: "entropy", ``exp(-Σ p log p)`` of the normalised singular values; or "tolerance",
-            the number of singular values above ``tol`` and above ``rtol`` times the largest.
+        at: Positions, 0 … horizon - 1; an integer drops the dimension. Default: the first `length`
+            positions.
+        measure: "entropy", `exp(-Σ p log p)` of the normalized singular values; or "tolerance",
+            the number of singular values above `tol` and above `rtol` times the largest.
             A count is exact unless a singular value of the block lies within 1e-13 times the
             largest of the threshold; below that threshold, rounding errors count.
         tol: Absolute tolerance, as in the paper; for "tolerance" only.
         rtol: Relative tolerance, likewise.
-        length: How many positions are reported by default: all that the operator has. A
-            time-invariant system has no end and needs it, or ``at``.
-        horizon: Blocks are ``T[i:horizon, :i]``. Default: all that the operator has; for a
+        length: Number of positions; by default all that the operator has. A time-invariant system
+            has no end and needs either `length` or `at`.
+        horizon: Blocks are `T[i:horizon, :i]`. Default: all that the operator has; for a
             time-invariant system, twice the number of positions, so that the cap does not bind.
 
     Returns:
@@ -60,8 +60,8 @@ def effective_state_size(
 
     Raises:
         TypeError: for another kind of input.
-        ValueError: for a measure, tolerance, position, length or horizon that does not fit, and
-            for values that are NaN or infinite, naming the first channel that has one.
+        ValueError: if the measure, tolerance, positions, length or horizon are invalid, or a value
+            is NaN or infinite; the message names the first such channel.
     """
     chosen = _measure(measure, tol, rtol)
     reading = Reading(system_or_matrix, at, length, horizon)
@@ -80,11 +80,11 @@ def hankel_singular_values(
     length: int | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    """The singular values of ``T[i:horizon, :i]`` at many positions.
+    """Compute the singular values of `T[i:horizon, :i]` at many positions.
 
     Args:
-        system_or_matrix: As in `effective_state_size`, and so are ``at``, ``length`` and
-            ``horizon``.
+        system_or_matrix: As in `effective_state_size`, and so are `at`, `length` and
+            `horizon`.
 
     Returns:
         (*C, len(at), k), descending, followed by zeros; k is the rank that the largest block can
@@ -111,19 +111,20 @@ def sketched_state_size(
     horizon: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Entropy-ESS of long contexts by a randomised method, with a stated error.
+    """Estimate the entropy-ESS of long contexts by a randomized method, with its error.
 
-    The leading singular values come from a randomised subspace iteration; what all others add is
-    estimated from random vectors by Lanczos quadrature, and their scatter is the error.
+    The leading singular values come from a randomized subspace iteration. The contribution of all
+    others is estimated from random vectors by Lanczos quadrature, whose scatter gives the error.
 
     Args:
         matrix: (*C, L, L), lower triangular, or a `DenseOperator`.
         at: As in `effective_state_size`.
-        rank: Singular values that are computed; blocks of up to twice that side are exact.
-        probes: Random vectors for the others, at least 2.
-        iterations: Of the subspace, each two products with the block.
-        horizon: Blocks are ``T[i:horizon, :i]``; default L.
-        seed: Of the random vectors.
+        rank: Number of singular values that are computed; blocks whose smaller side is at most
+            twice as large are exact.
+        probes: Number of random vectors for the others, at least 2.
+        iterations: Number of subspace iterations, each with two products with the block.
+        horizon: Blocks are `T[i:horizon, :i]`; default L.
+        seed: Seed of the random vectors.
 
     Returns:
         The estimate and its error, (*C, len(at)) each: two standard errors, exceeded by one

@@ -1,4 +1,4 @@
-r"""An operator as the measures read it: up to a horizon, at some positions, channel by channel."""
+r"""The view of an operator that is measured: its channels, some positions and a horizon."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gramian.ess import dense, recurrent
 from gramian.ess.measures import Measure
-from gramian.ops._operator import is_differentiated
-from gramian.ops._threads import work
+from gramian.ops.derivatives import is_differentiated
+from gramian.ops.threads import work
 from gramian.systems import (
     FIR,
     DenseOperator,
@@ -28,7 +28,7 @@ __all__ = ["Positions", "Reading"]
 Positions = int | Sequence[int] | range | Tensor | None
 
 _TRUSTED = 1e-10
-"""Rounding errors of singular values relative to the largest up to which factors are trusted."""
+"""Largest rounding errors of singular values, relative to the largest, for factors to be used."""
 
 _TRUSTED_VARYING = 1e-8
 """The same for time-varying systems, whose blocks are much more work than a convolution's."""
@@ -38,13 +38,13 @@ _FACTORS = 2**28
 
 
 class Reading:
-    """What is read of an operator, its channels in one dimension.
+    """The part of an operator that is measured, with its channels in one dimension.
 
     Args:
         source: A system or matrices.
-        at: Positions, or None for the first ``length``.
-        length: Number of positions where ``at`` is None.
-        horizon: Blocks are ``T[i:horizon, :i]``.
+        at: Positions, or None for the first `length`.
+        length: Number of positions where `at` is None.
+        horizon: Blocks are `T[i:horizon, :i]`.
 
     Raises:
         TypeError: for another kind of source.
@@ -114,8 +114,10 @@ class Reading:
                 )
 
     def result(self, values: Tensor) -> Tensor:
-        """Values (G, len(inside), …) at the positions asked for, 0 at position 0: (*C, P, …), or
-        (*C, …) for a single position, in a dtype that holds counts."""
+        """Return values (G, len(inside), …) at the requested positions, with 0 at position 0.
+
+        The result is (*C, P, …), or (*C, …) for a single position, in a dtype that holds counts.
+        """
         column = {i: c for c, i in enumerate(self.inside)}
         columns = [column.get(i, len(column)) for i in self.positions]
         padded = torch.cat([values, values.new_zeros(len(values), 1, *values.shape[2:])], dim=1)
@@ -125,13 +127,13 @@ class Reading:
         return picked.squeeze(len(self.shape)) if self.scalar else picked
 
     def matrices(self) -> Tensor:
-        """(G, horizon, horizon); what is above the diagonal has no meaning."""
+        """Return the matrices (G, horizon, horizon), whose entries above the diagonal are void."""
         if isinstance(self.system, DenseOperator):
             return self.system.entries[:, : self.horizon, : self.horizon]
         return self.system.to(dtype=torch.float64).matrix(self.horizon)
 
     def taps(self) -> Tensor:
-        """(G, K), float64: h_1 … h_K of a time-invariant system, all of them up to the horizon."""
+        """Return h_1 … h_K of a time-invariant system up to the horizon, (G, K), float64."""
         assert isinstance(self.system, TimeInvariantSystem)
         finite = isinstance(self.system, FIR)
         count = min(self.horizon, self.system.order + 1) if finite else self.horizon
@@ -139,7 +141,7 @@ class Reading:
 
     @torch.no_grad()
     def floor(self) -> Tensor:
-        """(G), float64: norms up to which a block counts as zero, ``eps ‖T‖_F``."""
+        """Return the norms up to which a block counts as zero, `eps ‖T‖_F`, (G), float64."""
         system = self.system
         if not self.shape.numel():
             return torch.zeros(0, dtype=torch.float64, device=self.device)
@@ -159,14 +161,14 @@ class Reading:
 
     @property
     def _has_small_state(self) -> bool:
-        """Whether factors of the order's size are cheaper than blocks."""
+        """Return whether factors of the size of the order are cheaper than blocks."""
         return not isinstance(self.system, DenseOperator | FIR) and (
             0 < 2 * self.system.order < self.horizon
         )
 
     @torch.no_grad()
     def measured(self, measure: Measure) -> Tensor:
-        """(G, len(inside)), float64."""
+        """Compute the measure, (G, len(inside)), float64."""
         floor = self.floor()
         if not self.inside or not len(floor):
             return floor.new_zeros(len(floor), len(self.inside))
@@ -193,7 +195,7 @@ class Reading:
 
     @torch.no_grad()
     def spectra(self) -> Tensor:
-        """(G, len(inside), k), float64: singular values, descending, zeros after them."""
+        """Compute singular values, descending, then zeros, (G, len(inside), k), float64."""
         rank = max((min(i, self.horizon - i) for i in self.inside), default=0)
         count = self.shape.numel()
         if not self.inside or not count:
@@ -210,7 +212,7 @@ class Reading:
         return self._block_spectra(torch.arange(count))
 
     def _block_spectra(self, rows: Tensor) -> Tensor:
-        """(R, len(inside), k) of some channels, from the blocks themselves."""
+        """Compute spectra (R, len(inside), k) of some channels from the blocks themselves."""
         matrices = self.matrices()[rows.to(self.device)]
         rank = max(min(i, self.horizon - i) for i in self.inside)
         spectra = matrices.new_zeros(len(rows), len(self.inside), rank, dtype=torch.float64)
@@ -235,9 +237,12 @@ class Reading:
         measure: Callable[[Tensor, Tensor], Tensor],
         from_blocks: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """(G, len(inside), …): a function of channels and their singular values (P, G, n), some
-        channels at a time. From the taps where rounding errors of the factors would show: a
-        time-invariant system's impulse response is known better than its powers."""
+        """Evaluate a function of channels and their singular values (P, G, n): (G, len(inside), …).
+
+        Some channels are processed at a time. Where rounding errors of the factors would show, the
+        taps are used instead, since the impulse response of a time-invariant system is more
+        accurate than its powers.
+        """
         order = self._factor_order
         kept = min(len(self.inside), 64) * order * order * 8
         groups = torch.arange(self.shape.numel(), device=self.device)
@@ -271,7 +276,7 @@ class Reading:
         return recurrent.time_varying_factors(to_time_varying(part, self.horizon), self.inside)
 
     def differentiable(self, measure: Measure) -> Tensor:
-        """(G, len(inside)), float64, with a graph."""
+        """Compute the measure with gradients, (G, len(inside)), float64."""
         floor = self.floor()
         if not len(floor):
             return floor.new_zeros(0, len(self.inside))
@@ -290,5 +295,5 @@ class Reading:
 
 
 def _padded(values: Tensor, size: int) -> Tensor:
-    """Followed by zeros, or cut, to ``size`` in the last dimension."""
+    """Pad with zeros, or cut, to `size` in the last dimension."""
     return torch.nn.functional.pad(values, (0, size - values.shape[-1]))

@@ -1,14 +1,14 @@
-r"""`realize`: the smallest time-varying recurrence of a causal matrix.
+r"""The smallest time-varying recurrence of a causal matrix.
 
 From one position to the next a Hankel block loses its first row and gains a column. With
-``H_i = O_i R_i``, the rows of R_i orthonormal, the next block is
+`H_i = O_i R_i`, the rows of R_i orthonormal, the next block is
 
-    ``H_{i+1} = [O_i[1:], T[i+1:, i]] diag(R_i, 1)``,
+    `H_{i+1} = [O_i[1:], T[i+1:, i]] diag(R_i, 1)`,
 
 so its singular values and right factor are those of the matrix in brackets, whose right singular
-vectors are ``[A_i, B_i]``: orthonormal rows, so the recurrence is contractive. ``C_i`` is the first
-row of O_i. Whatever is dropped on the way is never seen again, and the parts dropped at different
-steps are orthogonal: ``‖T - T̂‖_F² = Σ_i Σ_dropped σ²``, exactly.
+vectors are `[A_i, B_i]`: orthonormal rows, so the recurrence is contractive. `C_i` is the first
+row of O_i. Parts that are dropped do not enter later steps, and the parts dropped at different
+steps are orthogonal: `‖T - T̂‖_F² = Σ_i Σ_dropped σ²`, exactly.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from gramian.ess._reading import Reading
-from gramian.ops._precision import full_precision
-from gramian.ops._threads import work
+from gramian.ops.precision import full_precision
+from gramian.ops.threads import work
 from gramian.systems import DenseOperator, TimeVarying
 
 __all__ = ["realize"]
@@ -32,23 +32,23 @@ _GRAM = 1e-5
 @full_precision()
 @torch.no_grad()
 def realize(matrix: Tensor | DenseOperator | TimeVarying, tol: float) -> TimeVarying:
-    """The smallest recurrence that computes a causal matrix to a tolerance.
+    """Find the smallest recurrence that computes a causal matrix to a tolerance.
 
-    An attention map goes in and the shortest state that reproduces it comes out: the state before
-    step i has the rank that ``T[i:, :i]`` has to the tolerance. The order is that of the largest
-    step of all channels, with zeros where less is needed; those ranks, found from blocks that are
-    already truncated, are not ESS. Minimal up to what earlier truncations took: with
-    ``tol=0`` each state has the numerical rank of its block.
+    For an attention map, for instance, it is the recurrence with the smallest state that reproduces
+    the map: the state before step i has the rank of `T[i:, :i]` to the tolerance. The order is that
+    of the largest step of all channels, with zeros where less is needed. Because these ranks come
+    from blocks that are already truncated, they are not ESS, and the states are minimal up to
+    earlier truncations: with `tol=0` each state has the numerical rank of its block.
 
     Args:
         matrix: (*C, L, L), lower triangular, or a system of L steps. Entries above the diagonal
             are not read.
-        tol: ``‖T - T̂‖_F ≤ tol ‖T‖_F`` for every channel, up to rounding. At most
-            ``tol² ‖T‖_F² / L`` of energy is dropped at a step.
+        tol: `‖T - T̂‖_F ≤ tol ‖T‖_F` for every channel, up to rounding. At most
+            `tol² ‖T‖_F² / L` of energy is dropped at a step.
 
     Returns:
         A `TimeVarying` with dense A, channels (*C), of the dtype of the input (float32 for half
-        precision). ``[A_i, B_i]`` has orthonormal rows, or rows of zeros.
+        precision). `[A_i, B_i]` has orthonormal rows, or rows of zeros.
 
     Raises:
         TypeError: for another kind of input.
@@ -78,7 +78,7 @@ def realize(matrix: Tensor | DenseOperator | TimeVarying, tol: float) -> TimeVar
 
 
 def _realized(T: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """A (L, n, n), B and C (L, n) of one matrix (L, L)."""
+    """Compute A (L, n, n), B and C (L, n) of one matrix (L, L)."""
     length = len(T)
     energy = T.square().sum()
     # Even tol = 0 drops what is rounding errors of the matrix as a whole.
@@ -105,8 +105,10 @@ def _realized(T: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _right_vectors(matrix: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
-    """Right singular vectors (r, k) of (m, r), the largest first, and for each the energy that is
-    dropped with it and all after it."""
+    """Compute the right singular vectors (r, k) of (m, r), the largest first.
+
+    The second result is, for each vector, the energy that is dropped with it and all after it.
+    """
     if squared:
         energies, vectors = torch.linalg.eigh(matrix.mT @ matrix)
         energies, vectors = energies.flip(0).clamp_min(0), vectors.flip(-1)

@@ -1,7 +1,7 @@
-r"""What a state could hold, how much of it is used, and averages and totals over a model.
+r"""Theoretical state-size, utilization, and averages and totals over a model.
 
 TSS, the theoretically realizable state-size, is the state that a layer has at a position: its order
-for a recurrence, the inputs so far for attention and finite convolutions. Utilisation is ESS / TSS.
+for a recurrence, the inputs so far for attention and finite convolutions. Utilization is ESS / TSS.
 Over a model ESS is reported as the *average* per channel or as the *total* over all of them
 (arXiv 2504.19561, sections 3 and 4).
 """
@@ -34,17 +34,17 @@ def theoretical_state_size(
     length: int | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    """TSS: the state that a system has at a position, whether it uses it or not.
+    """Compute TSS, the state that a system has at a position, whether it uses it or not.
 
     Args:
-        system_or_matrix: As in `gramian.effective_state_size`, and so are ``at``, ``length``
-            and ``horizon``.
+        system_or_matrix: As in `gramian.effective_state_size`, and so are `at`, `length`
+            and `horizon`.
 
     Returns:
-        (*C, len(at)), of the dtype of the input (float32 for half precision): n for a recurrence,
-        of each channel by itself, min(i, order) for matrices and FIR systems, which keep their
-        inputs. States that no input reaches or that no output depends on, because coefficients are
-        zero, do not count: they pad channels of fewer states than others.
+        (*C, len(at)), of the dtype of the input (float32 for half precision): for a recurrence the
+        order n of each channel, for matrices and FIR systems, which keep their inputs,
+        min(i, order). States that no input reaches or that no output depends on, because
+        coefficients are zero, are padding and do not count.
 
     Raises:
         TypeError: as `gramian.effective_state_size`.
@@ -64,7 +64,7 @@ def theoretical_state_size(
 
 
 def _orders(system: System) -> Tensor:
-    """(*C): the states of every channel between its input and its output."""
+    """Count the states of every channel between its input and its output, (*C)."""
     if isinstance(system, Modal):
         return system.orders
     if isinstance(system, TransferFunction):
@@ -86,15 +86,17 @@ def _orders(system: System) -> Tensor:
 
 
 def _ever(value: Tensor, axis: int) -> Tensor:
-    """Where a coefficient is not zero at some step along ``axis``."""
+    """Return where a coefficient is not zero at some step along `axis`."""
     if value.shape[axis] and value.stride(axis) == 0:  # constant
         return value.select(axis, 0) != 0
     return (value != 0).any(axis)
 
 
 def _closure(edges: Tensor, start: Tensor) -> Tensor:
-    """(*C, n): the states that those of ``start`` (*C, n) act on, through ``edges`` (*C, n, n) from
-    the second index to the first, and these themselves."""
+    """Return the states (*C, n) on which those of `start` (*C, n) act, and these themselves.
+
+    The `edges` (*C, n, n) lead from the second index to the first.
+    """
     while True:
         further = start | (edges & start.unsqueeze(-2)).any(-1)
         if bool((further == start).all()):
@@ -103,11 +105,11 @@ def _closure(edges: Tensor, start: Tensor) -> Tensor:
 
 
 def utilization(ess: Tensor, tss: Tensor) -> Tensor:
-    """ESS / TSS, the share of the state in use; 0 where there is no state.
+    """Return ESS / TSS, the fraction of the state in use; 0 for a system without state.
 
     Args:
-        ess: From `gramian.effective_state_size`.
-        tss: From `theoretical_state_size`; broadcasts against it.
+        ess: Sizes from `gramian.effective_state_size`.
+        tss: Sizes from `theoretical_state_size`; they broadcast against `ess`.
     """
     return torch.where(tss > 0, ess / torch.where(tss > 0, tss, 1), 0)
 
@@ -115,9 +117,9 @@ def utilization(ess: Tensor, tss: Tensor) -> Tensor:
 def aggregate(
     sizes: Tensor | Sequence[Tensor], kind: str = "average", *, over_positions: bool = True
 ) -> Tensor:
-    """Average or total state-size over positions, channels, heads and layers.
+    """Aggregate state-sizes over positions, channels, heads and layers.
 
-    Positions are always averaged over: memory is reused from step to step.
+    Positions are always averaged, since memory is reused from step to step.
 
     Args:
         sizes: (*C, P), ESS or TSS of the channels and heads of a layer, or one such tensor for
@@ -127,7 +129,7 @@ def aggregate(
         over_positions: Whether to take the mean over positions too.
 
     Returns:
-        (), or (P) with ``over_positions=False``.
+        (), or (P) with `over_positions=False`.
 
     Raises:
         ValueError: for another kind, no layers, or different numbers of positions.

@@ -4,7 +4,7 @@ For the measures alone the singular values come from Gram matrices of the smalle
 block, in double precision. From the middle outwards a block gains rows and loses columns (towards
 the start) or the other way round (towards the end), so each Gram matrix is a corner of the one
 before plus a product of what was added: nothing is subtracted, and no block is formed. Where the
-squared condition number would show in the result the block's singular values are taken instead.
+squared condition number would affect the result, the block's singular values are used instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gramian.ess.measures import Measure
-from gramian.ops._threads import work
+from gramian.ops.threads import work
 
 __all__ = ["measure_blocks", "measure_hankel_blocks", "singular_values"]
 
@@ -30,12 +30,15 @@ _COLUMNS = 128
 
 
 def singular_values(T: Tensor, at: int) -> Tensor:
-    """Of ``T[at:, :at]``, (*C, min(at, L - at)), float64, descending. Differentiable."""
+    """Compute those of `T[at:, :at]`, (*C, min(at, L - at)), float64, descending.
+
+    They are differentiable.
+    """
     return torch.linalg.svdvals(T[..., at:, :at].double())
 
 
 def measure_blocks(T: Tensor, positions: list[int], measure: Measure, floor: Tensor) -> Tensor:
-    """The measure of ``T[i:, :i]`` at every position.
+    """Compute the measure of `T[i:, :i]` at every position.
 
     Args:
         T: (G, L, L), lower triangular, of any floating-point dtype.
@@ -73,7 +76,7 @@ def measure_blocks(T: Tensor, positions: list[int], measure: Measure, floor: Ten
 def _measured(
     T: Tensor, positions: list[int], spectra: list[Tensor], measure: Measure, floor: Tensor
 ) -> Tensor:
-    """(len(positions)): the measure of spectra of Gram matrices, or of blocks where need be."""
+    """Measure spectra of Gram matrices, or of blocks where necessary: (len(positions))."""
     eigenvalues = torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True)
     sizes = measure(eigenvalues.clamp_min(0).sqrt(), floor)
     counts = torch.tensor([len(spectrum) for spectrum in spectra], device=floor.device)
@@ -84,7 +87,7 @@ def _measured(
 
 
 def _towards_the_start(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Upper triangles of ``H_iᵀ H_i`` for descending positions."""
+    """Yield upper triangles of `H_iᵀ H_i` for descending positions."""
     below = len(T)
     gram = T.new_zeros(positions[0], positions[0], dtype=torch.float64)
     for i in positions:
@@ -95,7 +98,7 @@ def _towards_the_start(T: Tensor, positions: list[int]) -> Iterator[tuple[int, T
 
 
 def _towards_the_end(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Upper triangles of ``H_i H_iᵀ`` for ascending positions."""
+    """Yield upper triangles of `H_i H_iᵀ` for ascending positions."""
     before, first = 0, positions[0]
     gram = T.new_zeros(len(T) - first, len(T) - first, dtype=torch.float64)
     for i in positions:
@@ -106,7 +109,7 @@ def _towards_the_end(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Ten
 
 
 def _add_outer_products(gram: Tensor, rows: Tensor) -> None:
-    """Add ``rowsᵀ rows`` to the upper triangle of ``gram``, in place."""
+    """Add `rowsᵀ rows` to the upper triangle of `gram`, in place."""
     for start in range(0, len(gram), _COLUMNS):
         stop = start + _COLUMNS
         gram[:stop, start:stop].addmm_(rows[:, :stop].mT, rows[:, start:stop])
@@ -115,9 +118,9 @@ def _add_outer_products(gram: Tensor, rows: Tensor) -> None:
 def measure_hankel_blocks(
     taps: Tensor, positions: list[int], horizon: int, measure: Measure, floor: Tensor
 ) -> Tensor:
-    """The measure of ``T[i:horizon, :i]`` of convolutions: Hankel blocks of their taps.
+    """Compute the measure of `T[i:horizon, :i]` of convolutions from their taps.
 
-    A block and its transpose, at i and at ``horizon - i``, have one spectrum, and so have all
+    A block and its transpose, at i and at `horizon - i`, have one spectrum, and so have all
     blocks that hold every tap.
 
     Args:

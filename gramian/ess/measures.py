@@ -1,7 +1,7 @@
-r"""Measures of the spectrum of a Hankel block: what effective state-size is.
+r"""Measures of the spectrum of a Hankel block, which define effective state-size.
 
-Entropy: ``exp(-Σ_k p_k log p_k)``, ``p = σ / Σ σ``, the exponential of the entropy of the
-normalised singular values. Tolerance: how many singular values exceed ``tol``, or ``rtol`` times
+Entropy: `exp(-Σ_k p_k log p_k)`, `p = σ / Σ σ`, the exponential of the entropy of the
+normalized singular values. Tolerance: how many singular values exceed `tol`, or `rtol` times
 the largest (arXiv 2504.19561, section 3). Both are 0 for a block that is zero up to rounding.
 """
 
@@ -18,18 +18,19 @@ _ROUNDING = torch.finfo(torch.float64).eps / 4
 """Error of a small eigenvalue of a Gram matrix relative to the largest eigenvalue, at least."""
 
 _COUNTED = 64 * torch.finfo(torch.float64).eps
-"""At most. Of blocks of rank one it is up to 3 eps, on the side of 2 to 3,000."""
+"""The same error, at most. For blocks of rank one with sides of 2 to 3,000 it is up to 3 eps."""
 
 _NEGATIVE = 4
 """Error of a small eigenvalue relative to how far below zero the smallest one lies."""
 
 _POSITIVE = 6
-"""So many eigenvalues do not all come out positive where their errors are as large as they are."""
+"""If this many of the smallest eigenvalues are all positive, the largest of them bounds their
+rounding error."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """Entropy if there is no threshold, otherwise a count above it."""
+    """The entropy of a spectrum, or, with a threshold, the count of singular values above it."""
 
     tol: float | None = None
     rtol: float | None = None
@@ -39,7 +40,7 @@ class Measure:
         return self.tol is not None or self.rtol is not None
 
     def __call__(self, values: Tensor, floor: Tensor) -> Tensor:
-        """The measure of every spectrum. Differentiable, where it is an entropy.
+        """Compute the measure of every spectrum; an entropy is differentiable.
 
         Args:
             values: (*S, k), float64, singular values in any order, zeros allowed.
@@ -64,21 +65,21 @@ class Measure:
         return torch.where(there, size, 0)
 
     def unsafe_from_gram(self, eigenvalues: Tensor, sizes: Tensor, tolerance: float) -> Tensor:
-        """Whether the measure of the roots of a Gram matrix's eigenvalues may be off by more than
-        ``tolerance`` (relative; for a count, at all).
+        """Return whether a measure from the eigenvalues of a Gram matrix may be inaccurate.
 
-        A Gram matrix squares the condition number. Where a spectrum falls off gradually its small
-        eigenvalues are found to well below eps λ_1 all the same; where it ends they are rounding
-        errors, half of them negative. So how far the smallest lies below zero tells the error δλ of
-        the small ones; if none does, the sixth smallest bounds it. A singular value is then known
-        to ``δλ / 2σ``, at worst to √δλ. To first order the entropy is off by
-        ``Σ_k (|log p_k| + log ESS) δσ_k / Σσ``; errors of singular values above the noise have
-        random signs, those within it are all towards larger ones.
+        Inaccurate means an error above `tolerance` (relative; for a count, any error). A Gram
+        matrix squares the condition number. If a spectrum falls gradually, its small eigenvalues
+        are nevertheless accurate to well below eps λ_1; if it ends, the rest are rounding errors,
+        half of them negative. So the distance of the smallest eigenvalue below zero shows the error
+        δλ of the small ones; if none is negative, the sixth smallest bounds it. A singular value
+        is then accurate to `δλ / 2σ`, at worst to √δλ. To first order the error of the entropy is
+        `Σ_k (|log p_k| + log ESS) δσ_k / Σσ`; errors of singular values above the noise have random
+        signs, and those within it are all towards larger values.
 
         Args:
             eigenvalues: (*S, k), float64, ascending, followed by zeros to a common k.
             sizes: (*S), how many each matrix has.
-            tolerance: Relative error that is let pass.
+            tolerance: Largest acceptable relative error.
 
         Returns:
             (*S), bool.

@@ -1,15 +1,15 @@
 r"""Hankel spectra of recurrences by square-root factors.
 
-``H_i = O_i X_i``, observability after reachability. Their Gramians square the condition number and
+`H_i = O_i X_i`, observability after reachability. Their Gramians square the condition number and
 lose half the digits; triangular factors do not:
 
-    ``R_{i+1} = qr([R_i A_iᵀ; B_iᵀ])``,  ``S_i = qr([S_{i+1} A_i; C_i])``,
+    `R_{i+1} = qr([R_i A_iᵀ; B_iᵀ])`,  `S_i = qr([S_{i+1} A_i; C_i])`,
 
-and the singular values of H_i are those of the n × n product ``S_i R_iᵀ``. All positions take
+and the singular values of H_i are those of the n × n product `S_i R_iᵀ`. All positions take
 O(L n³) operations, where the blocks themselves would take O(L⁴).
 
-A modal system has both factors in closed form: with ``w_t = (Re λ^t, Im λ^t)``, rows of W,
-``H_i = W_{L-i} M W_iᵀ``, M the residues as 2 × 2 blocks. One triangular factor of the Vandermonde
+A modal system has both factors in closed form: with `w_t = (Re λ^t, Im λ^t)`, rows of W,
+`H_i = W_{L-i} M W_iᵀ`, M the residues as 2 × 2 blocks. One triangular factor of the Vandermonde
 matrix of {λ, λ̄}, as it grows row by row, serves both sides.
 """
 
@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gramian.ops._operator import records_derivatives
-from gramian.ops._threads import work
+from gramian.ops.derivatives import records_derivatives
 from gramian.ops.scan import Dense, Transition, bounded_products, join
+from gramian.ops.threads import work
 from gramian.ops.vandermonde import geometric_powers
 from gramian.systems import Modal, TimeVarying
 
@@ -42,21 +42,21 @@ _BUDGET = 2**27
 
 Factors = tuple[list[int], Tensor, Tensor]
 """Positions, and the factors S and R there, (P, G, n, n) each: H_i has the singular values of
-``S Rᵀ``."""
+`S Rᵀ`."""
 
 
 def factor_spectra(
     measure: Callable[[Tensor], Tensor], left: Tensor, right: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A function of the singular values of ``left rightᵀ``, and how far they can be trusted.
+    """Evaluate a function of the singular values of `left rightᵀ`, and estimate their errors.
 
     Args:
-        measure: Of singular values (P, G, n), descending.
+        measure: A function of singular values (P, G, n), descending.
         left: (P, G, n, n).
         right: (P, G, n, n).
 
     Returns:
-        The function's values, (P, G, …), and ``eps ‖S‖ ‖R‖ / σ_1``, (P, G): about the rounding
+        The function's values, (P, G, …), and `eps ‖S‖ ‖R‖ / σ_1`, (P, G): about the rounding
         errors of the singular values relative to the largest.
     """
     size = max(1, 2**16 // max(1, left[0].numel()))
@@ -79,26 +79,29 @@ class _Chain(NamedTuple):
     C: Tensor  # (G, L, n)
 
     def observe(self, S: Tensor, i: int) -> Tensor:
-        """S_i from S_{i+1}."""
+        """Compute S_i from S_{i+1}."""
         further = self.transition[i : i + 1].right(S.unsqueeze(1)).squeeze(1)
         return _triangle(torch.cat([further, self.C[:, i : i + 1]], dim=1))
 
     def reach(self, R: Tensor, i: int) -> Tensor:
-        """R_{i+1} from R_i."""
+        """Compute R_{i+1} from R_i."""
         further = self.transition[i : i + 1].left(R.mT.unsqueeze(1)).squeeze(1).mT
         return _triangle(torch.cat([further, self.B[:, i : i + 1]], dim=1))
 
 
 def _triangle(rows: Tensor) -> Tensor:
-    """At most n rows (G, k, n) with the same Gram matrix."""
+    """Reduce rows to at most n rows (G, k, n) with the same Gram matrix."""
     if rows.shape[-2] <= rows.shape[-1]:
         return rows
     return torch.linalg.qr(rows, mode="r")[1]
 
 
 def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """(P, G, n, n): the factors S at ``wanted`` positions, of which the last has the factor S; and
-    the first of them with as many rows as it has."""
+    """Compute the factors S at `wanted` positions, of which the last has the factor `S`.
+
+    Returns:
+        The factors (P, G, n, n), and the first of them without padding.
+    """
     groups, _, order = chain.B.shape
     factors = S.new_zeros(len(wanted), groups, order, order)
     factors[-1, :, : S.shape[1]] = S
@@ -111,8 +114,11 @@ def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tens
 
 
 def _reached(chain: _Chain, R: Tensor, start: int, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """(P, G, n, n): the factors R at ``wanted`` positions, from the factor R at ``start`` on; and
-    the last of them with as many rows as it has."""
+    """Compute the factors R at `wanted` positions, from the factor `R` at `start` on.
+
+    Returns:
+        The factors (P, G, n, n), and the last of them without padding.
+    """
     groups, _, order = chain.B.shape
     factors = R.new_zeros(len(wanted), groups, order, order)
     column = {i: c for c, i in enumerate(wanted)}
@@ -124,7 +130,7 @@ def _reached(chain: _Chain, R: Tensor, start: int, wanted: list[int]) -> tuple[T
 
 
 def time_varying_factors(system: TimeVarying, positions: list[int]) -> Iterator[Factors]:
-    """The factors at every position in float64, some positions at a time.
+    """Yield the factors at every position in float64, some positions at a time.
 
     Args:
         system: Channels (G); its last step is the horizon.
@@ -154,7 +160,7 @@ def time_varying_factors(system: TimeVarying, positions: list[int]) -> Iterator[
 
 
 def time_varying_norm(system: TimeVarying) -> Tensor:
-    """(G): ‖T‖_F of channels (G), float64, by blocks."""
+    """Compute ‖T‖_F of channels (G), float64, by blocks."""
     given, vectors = system.transition(torch.float64), system.vectors(torch.float64)
     size = min(64, 1 << (system.length - 1).bit_length())
     if isinstance(given, Dense) and not bounded_products(given.a):
@@ -170,7 +176,7 @@ def time_varying_norm(system: TimeVarying) -> Tensor:
 
 
 def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator[Factors]:
-    """The factors at every position in float64, of the Vandermonde matrix of {λ, λ̄}.
+    """Yield the factors at every position in float64, of the Vandermonde matrix of {λ, λ̄}.
 
     Args:
         system: Channels (G).
@@ -206,7 +212,7 @@ def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator
 
 
 class FactoredSingularValues(torch.autograd.Function):
-    """Singular values of ``left right`` from its factors, (G, m, n) and (G, n, k): O((m + k) n²)
+    """Singular values of `left right` from its factors, (G, m, n) and (G, n, k): O((m + k) n²)
     operations forwards and backwards, and no m × k matrix.
 
     Use `factored_singular_values`. Both modes of differentiation; second derivatives exist where
@@ -248,7 +254,7 @@ class FactoredSingularValues(torch.autograd.Function):
 
 
 def _factored_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (G, m, r), σ (G, r) and V (G, k, r) of ``left right``, r the least of m, n and k."""
+    """Compute U (G, m, r), σ (G, r), V (G, k, r) of `left right`, r the least of m, n and k."""
     Q, S = torch.linalg.qr(left)
     P, R = torch.linalg.qr(right.mT)
     U, values, Vh = torch.linalg.svd(S @ R.mT, full_matrices=False)
@@ -256,5 +262,5 @@ def _factored_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def factored_singular_values(left: Tensor, right: Tensor) -> Tensor:
-    """(G, r): see `FactoredSingularValues`."""
+    """Compute singular values (G, r) by `FactoredSingularValues`."""
     return FactoredSingularValues.apply(left, right)[0]

@@ -1,7 +1,7 @@
-r"""Randomised estimates of entropy-ESS, for blocks too large to decompose.
+r"""Randomized estimates of entropy-ESS, for blocks too large to decompose.
 
 A subspace iteration from a random start (Halko, Martinsson and Tropp 2011) gives the leading r
-singular values. Of all others two sums are needed, ``Σ σ`` and ``Σ σ log σ``, which are traces of
+singular values. Of all others two sums are needed, `Σ σ` and `Σ σ log σ`, which are traces of
 functions of what the subspace leaves of the block: stochastic Lanczos quadrature (Ubaru, Chen and
 Saad 2017) estimates both from a few random vectors, whose scatter is the error. Besides, the energy
 of the others is known, and bounds the entropy: it is smallest where the energy sits in as few
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gramian.ess.measures import Measure
-from gramian.ops._threads import work
+from gramian.ops.threads import work
 
 __all__ = ["sketched_sizes"]
 
@@ -34,7 +34,7 @@ def sketched_sizes(
     seed: int,
     floor: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Estimates of the entropy-ESS and two standard errors, (G, P) each, float64.
+    """Estimate the entropy-ESS and two standard errors, (G, P) each, float64.
 
     Args:
         T: (G, L, L), lower triangular.
@@ -66,7 +66,7 @@ def sketched_sizes(
 
 
 def _sketched(block: Tensor, start: Tensor, probes: Tensor, iterations: int) -> Tensor:
-    """(2): entropy-ESS of a block (m, k), m ≥ k, and two standard errors."""
+    """Estimate the entropy-ESS of a block (m, k), m ≥ k, and two standard errors: (2)."""
     basis = torch.linalg.qr(block @ start)[0]
     for _ in range(iterations):
         basis = torch.linalg.qr(block @ torch.linalg.qr(block.mT @ basis)[0])[0]
@@ -96,8 +96,11 @@ def _sketched(block: Tensor, start: Tensor, probes: Tensor, iterations: int) -> 
 
 
 def _quadrature(apply: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
-    """Nodes and weights (s, steps) of ``Σ_j w_j f(θ_j) ≈ zᵀ f(M) z`` for each column z of
-    ``start`` (k, s), M symmetric and applied by a function, by Lanczos with orthogonalisation."""
+    """Compute nodes and weights (s, steps) of `Σ_j w_j f(θ_j) ≈ zᵀ f(M) z` by Lanczos.
+
+    The z are the columns of `start` (k, s), and the symmetric matrix M is applied by a function.
+    The Lanczos vectors are orthogonalized.
+    """
     norm = torch.linalg.vector_norm(start, dim=0)
     steps = min(_STEPS, len(start))
     vectors = [start / norm]
@@ -122,21 +125,21 @@ def _quadrature(apply: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tenso
 
 
 def _sums(values: Tensor) -> tuple[Tensor, Tensor]:
-    """``Σ σ`` and ``Σ σ log σ``."""
+    """Compute `Σ σ` and `Σ σ log σ`."""
     return values.sum(), torch.xlogy(values, values).sum()
 
 
 def _size(S: Tensor, Q: Tensor) -> Tensor:
-    """``exp(-Σ p log p)`` for ``p = σ / S`` and ``Q = Σ σ log σ``."""
+    """Compute `exp(-Σ p log p)` for `p = σ / S` and `Q = Σ σ log σ`."""
     return S * (-Q / S).exp()
 
 
 def _concentrated(largest: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-    """The energy in as few values as possible, none above ``largest``: the value and how many."""
+    """Concentrate the energy in the fewest values up to `largest`: the value and how many."""
     count = energy / largest.square().clamp_min(torch.finfo(energy.dtype).tiny)
     return torch.where(count >= 1, largest, energy.sqrt()), count.clamp_min(1)
 
 
 def _bound(S: Tensor, Q: Tensor, value: Tensor, count: Tensor) -> Tensor:
-    """The size with ``count`` (which may be a fraction) more values."""
+    """Compute the size with `count` (which may be a fraction) more values."""
     return _size(S + count * value, Q + count * torch.xlogy(value, value))

@@ -12,7 +12,7 @@ import torch
 from gramian._checks import check_sizes
 from gramian._modules import SinglePrecisionModule
 from gramian._nearest import unknown
-from gramian.ops._precision import full_precision
+from gramian.ops.precision import full_precision
 from gramian.systems import System
 
 __all__ = ["Filter", "build", "check_lr", "register"]
@@ -24,7 +24,7 @@ _FilterType = TypeVar("_FilterType", bound="type[Filter]")
 class Filter(SinglePrecisionModule, abc.ABC):
     """A module whose parameters make a time-invariant system, one channel for each filter.
 
-    ``filter(length)`` goes through ``forward``, so that hooks and sharding see it; the system is
+    `filter(length)` goes through `forward`, so that hooks and sharding see it; the system is
     made anew at every call and gradients flow through it. The parameters describe dynamics, where a
     pole of 0.999 must not become 1.0: they stay in float32 when the model is cast to half
     precision, and the system is made outside of autocast.
@@ -49,10 +49,10 @@ class Filter(SinglePrecisionModule, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, length: int | None = None) -> System:
-        """The system of all channels.
+        """Make the system of all channels.
 
         Args:
-            length: How many taps will be asked for; None: as many as there are.
+            length: How many taps will be used; None: as many as the filter has.
         """
 
     @abc.abstractmethod
@@ -63,15 +63,15 @@ class Filter(SinglePrecisionModule, abc.ABC):
         """Fill the buffers that follow from the configuration, in place."""
 
     def config(self) -> dict[str, Any]:
-        """What `build` needs to make this filter again, ready for JSON."""
+        """Return the configuration from which `build` makes this filter again, ready for JSON."""
         return {"type": self.name, "channels": self.channels, "max_length": self.max_length}
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Options in which parameters should differ from the rest of the model while training.
+        """Return optimizer options for parameters that should differ from the rest of the model.
 
         Returns:
-            By name, as in ``named_parameters``, options of the optimiser, such as
-            ``{"a": {"weight_decay": 0.0}}``. `gramian.parameter_groups` makes groups of them.
+            The options by the name of the parameter, as in `named_parameters`, such as
+            `{"a": {"weight_decay": 0.0}}`. `gramian.parameter_groups` makes groups of them.
         """
         return {}
 
@@ -80,17 +80,17 @@ class Filter(SinglePrecisionModule, abc.ABC):
 
 
 def check_lr(lr: float | None) -> float | None:
-    """``lr``, or a ValueError unless it is None or a finite number of at least 0."""
+    """Return `lr`, or raise a ValueError unless it is None or a finite number of at least 0."""
     if lr is not None and not (isinstance(lr, int | float) and 0 <= lr < float("inf")):
         raise ValueError(f"lr must be None or a learning rate of at least 0, got {lr!r}.")
     return lr
 
 
 def register(name: str) -> Callable[[_FilterType], _FilterType]:
-    """Class decorator: make a filter known to configurations as ``{"type": name, …}``.
+    """Register the decorated filter class for configurations `{"type": name, …}`.
 
     Raises:
-        ValueError: if the name is taken by another class.
+        ValueError: if another class has the name.
     """
 
     def add(cls: _FilterType) -> _FilterType:
@@ -104,15 +104,16 @@ def register(name: str) -> Callable[[_FilterType], _FilterType]:
 
 
 def build(config: dict[str, Any] | Filter, **defaults: Any) -> Filter:
-    """A filter from its configuration.
+    """Build a filter from its configuration.
 
     Args:
-        config: ``{"type": name, …}`` with the constructor's arguments, or a filter, returned as is.
-        defaults: Arguments that ``config`` may leave out, such as ``channels`` and ``max_length``.
+        config: `{"type": name, …}` with the constructor's arguments, or a filter, which is returned
+            as it is.
+        defaults: Arguments that `config` may omit, such as `channels` and `max_length`.
 
     Raises:
-        ValueError: for an unknown type or arguments that the filter does not take, or where
-            ``config`` contradicts the number of channels asked for.
+        ValueError: if the type is unknown, the filter does not accept an argument, or `config`
+            contradicts the number of channels in `defaults`.
     """
     if isinstance(config, Filter):
         built = config

@@ -1,12 +1,12 @@
 r"""HiPPO-LegS and its normal part.
 
-HiPPO-LegS (Gu et al. 2020, arXiv 2008.07669, equation 3) is ``x' = A x + B u`` with
+HiPPO-LegS (Gu et al. 2020, arXiv 2008.07669, equation 3) is `x' = A x + B u` with
 
     A_nk = -√((2n+1)(2k+1)) for n > k, -(n+1) for n = k, 0 for n < k;   B_n = √(2n+1).
 
-With ``P_n = √(n + 1/2)`` the sum ``A + P Pᵀ`` is ``-1/2`` on its diagonal and skew-symmetric off
-it, so normal: ``A = V (Λ - P̃ P̃*) V*`` with V unitary, ``P̃ = V* P`` (S4, Gu et al. 2022, arXiv
-2111.00396, theorem 1 and appendix C). Since ``B = √2 P``, also ``B̃ = √2 P̃``.
+With `P_n = √(n + 1/2)` the sum `A + P Pᵀ` is `-1/2` on its diagonal and skew-symmetric off
+it, so normal: `A = V (Λ - P̃ P̃*) V*` with V unitary, `P̃ = V* P` (S4, Gu et al. 2022, arXiv
+2111.00396, theorem 1 and appendix C). Since `B = √2 P`, also `B̃ = √2 P̃`.
 """
 
 from __future__ import annotations

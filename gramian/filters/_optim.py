@@ -1,4 +1,4 @@
-"""Parameter groups for an optimiser, from the hints of filters and the field's habits."""
+"""Parameter groups for an optimizer, from the hints of filters and common practice."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ __all__ = ["parameter_groups"]
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for ``torch.optim.AdamW`` and its kin, from any module, ours inside it or not.
+    """Make parameter groups for `torch.optim.AdamW` and similar optimizers, from any module.
 
-    Every trainable parameter is in exactly one group; parameters with equal options share one, and
-    a parameter used in several places counts once. What a filter asks for in
-    `Filter.optimizer_hints` it gets, absolute values. Of the other parameters, biases, norms
-    (whatever has fewer than two dimensions) and embeddings are not decayed, and neither is anything
-    tied to an embedding.
+    The module may contain filters of this library or none. Every trainable parameter is in exactly
+    one group; parameters with equal options share one, and a parameter used in several places
+    counts once. The options in `Filter.optimizer_hints` are used as absolute values. Of the other
+    parameters, biases, norms (all with fewer than two dimensions) and embeddings are not decayed,
+    and neither is anything tied to an embedding.
 
     Args:
         model: Any module; parameters that do not require gradients are left out.
         lr: Learning rate of parameters without a hint.
-        weight_decay: Of parameters without a hint that are decayed at all.
+        weight_decay: Weight decay of the parameters without a hint, if they are decayed at all.
 
     Returns:
-        Dicts with ``params``, ``lr``, ``weight_decay`` and whatever else the hints name, in the
-        order of ``model.parameters()``. A scheduler of torch scales each group's own ``lr``.
+        Dicts with `params`, `lr`, `weight_decay` and further options of the hints, in the
+        order of `model.parameters()`. A scheduler of torch scales each group's own `lr`.
 
     Raises:
-        TypeError: if ``model`` is not a module.
-        ValueError: if ``lr`` or ``weight_decay`` is not a finite number of at least 0, a filter
+        TypeError: if `model` is not a module.
+        ValueError: if `lr` or `weight_decay` is not a finite number of at least 0, a filter
             gives a hint for a parameter that it does not have, or two filters that share a
             parameter ask for different things.
     """

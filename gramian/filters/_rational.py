@@ -1,4 +1,4 @@
-"""The filters whose systems have finitely many poles."""
+"""Base class of the filters whose systems have finitely many poles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["RationalFilter", "with_conjugates"]
 
 
 class RationalFilter(Filter):
-    """A filter whose poles can be read."""
+    """A filter that has poles."""
 
     @abc.abstractmethod
     def poles(self) -> Tensor:

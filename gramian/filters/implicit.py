@@ -1,7 +1,7 @@
 r"""Hyena's implicit filter: a sine MLP of time, under an exponential window.
 
-``h_t = MLP(z_t) · (exp(-|α| t) + shift)`` with features ``z_t`` of time (Hyena, Poli et al. 2023,
-section 3.3 and appendix D.3), plus ``bias`` at tap 0.
+`h_t = MLP(z_t) · (exp(-|α| t) + shift)` with features `z_t` of time (Hyena, Poli et al. 2023,
+section 3.3 and appendix D.3), plus `bias` at tap 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["ImplicitFilter"]
 
 @register("implicit")
 class ImplicitFilter(Filter):
-    """A kernel given by a small network of time, as long as ``max_length``; zero past it.
+    """A kernel given by a small network of time, as long as `max_length`; zero past it.
 
     Args:
         channels: Number of filters.
@@ -29,12 +29,12 @@ class ImplicitFilter(Filter):
         embedding_features: Odd, at least 3: time itself and pairs of cosine and sine.
         hidden: Width of the MLP.
         inner_layers: Hidden layers between the first and the last.
-        frequency: Initial frequency ω of the sine activations ``sin(ω x)``, trained with the rest.
-        train_frequency: Whether it is.
+        frequency: Initial frequency ω of the sine activations `sin(ω x)`, trained with the rest.
+        train_frequency: Whether ω is trained.
         fast_decay: Fraction of the kernel after which the quickest window has fallen to
-            ``decay_target``.
-        slow_decay: Likewise, of the slowest; the channels are spread evenly between.
-        decay_target: See above.
+            `decay_target`.
+        slow_decay: Likewise for the slowest window; the channels are spread evenly between.
+        decay_target: The value of a window at the end of its decay.
         shift: Added to the window, so that it does not fall to zero.
         modulate: Whether to apply the window at all.
         normalized: Divide by the l1 norm over the *channels* at every tap, as the published code
@@ -43,12 +43,12 @@ class ImplicitFilter(Filter):
         trainable_time: Whether the time features are parameters (published with a learning rate of
             1e-5, see `optimizer_hints`) or fixed.
         stored_time: Whether fixed time features are saved with the weights and loaded with them,
-            for those of a published model: rounded otherwise, they make another kernel, as the MLP
-            multiplies differences by ω in every layer. By default they are computed anew.
-        lr: Learning rate of the filter's parameters, if not that of the model.
+            which reproduces a published model exactly: other rounding changes the kernel, since the
+            MLP multiplies differences by ω in every layer. By default they are computed again.
+        lr: Learning rate of the filter's parameters, by default that of the model.
 
     Raises:
-        ValueError: if ``embedding_features`` is even or below 3, or ``lr`` is negative.
+        ValueError: if `embedding_features` is even or below 3, or `lr` is negative.
     """
 
     def __init__(
@@ -118,8 +118,10 @@ class ImplicitFilter(Filter):
     decay: Tensor
 
     def reset_parameters(self) -> None:
-        """Linear layers as in torch, ω constant, bias standard normal; see also
-        `reset_buffers`."""
+        """Draw linear layers as PyTorch does and a standard normal bias, with constant ω.
+
+        See also `reset_buffers`.
+        """
         for layer in [*self.layers, self.output]:
             assert isinstance(layer, nn.Linear)
             layer.reset_parameters()
@@ -130,7 +132,7 @@ class ImplicitFilter(Filter):
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
-        """The features of time and the decay rates, from the configuration."""
+        """Compute the features of time and the decay rates from the configuration."""
         like: dict[str, Any] = {"dtype": torch.float64, "device": self.features.device}
         length = self.max_length
         bands = (self.embedding_features - 1) // 2
@@ -181,7 +183,7 @@ class ImplicitFilter(Filter):
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """No decay on any parameter, as published; time features, if trained, at 1e-5."""
+        """Return no weight decay for any parameter, as published, and 1e-5 for time features."""
         options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
         hints = {name: dict(options) for name, _ in self.named_parameters()}
         if "features" in hints:

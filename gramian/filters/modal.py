@@ -1,8 +1,8 @@
 r"""Modal filters: poles and residues as parameters, with an order for every channel.
 
-``λ_k = exp(-exp(log_decay_k) + iπ angle_k)`` lies inside the unit circle whatever the parameters,
+`λ_k = exp(-exp(log_decay_k) + iπ angle_k)` lies inside the unit circle whatever the parameters,
 and an angle of exactly 0 or 1 is a real pole. Residues are pairs of real numbers: no complex tensor
-is stored. Poles that nothing bounds are ``exp(-decay_k + iπ angle_k)``.
+is stored. Poles that nothing bounds are `exp(-decay_k + iπ angle_k)`.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _MIN_LOG_DECAY = -30.0  # |λ| = 1 - 1e-13: the slowest decay that a parameter c
 
 @register("modal")
 class ModalFilter(RationalFilter):
-    """``h_0 = d``, ``h_t = Re Σ_k residues_k λ_k^(t-1)``: what distillation makes of a filter.
+    """Filters `h_0 = d`, `h_t = Re Σ_k residues_k λ_k^(t-1)`, the result of distillation.
 
     Args:
         channels: Number of filters.
         orders: Modes of every channel (a mode is a real pole or a conjugate pair), or one number
             for all. Parameters are stored without padding, channel after channel.
         max_length: Taps over which the filter was trained or fitted; it goes on past them.
-        lr: Learning rate of the poles, if not that of the model.
+        lr: Learning rate of the poles, by default that of the model.
         bounded: Whether poles are held inside the unit circle. Published modal models leave them
             free, so that some may be outside; over few taps that does no harm.
 
     Raises:
-        ValueError: if ``orders`` does not name one non-negative number for every channel, or ``lr``
+        ValueError: if `orders` does not name one non-negative number for every channel, or `lr`
             is negative.
     """
 
@@ -83,14 +83,14 @@ class ModalFilter(RationalFilter):
         kernel: Tensor | None = None,
         bounded: bool = True,
     ) -> Self:
-        """A filter that makes ``system``, without its padding.
+        """Make a filter whose system is `system`, without its padding.
 
         Parameters are rounded to float32, poles in another form than the system's, which shifts
-        their phases over thousands of taps. Given the kernel that the system is meant to reproduce,
-        residues are fitted anew to the poles as the filter holds them.
+        their phases over thousands of taps. If `kernel` is given, residues are fitted again to the
+        rounded poles of the filter.
 
         Args:
-            system: channels (*C) of one dimension, poles inside the unit circle if ``bounded``.
+            system: channels (*C) of one dimension, poles inside the unit circle if `bounded`.
             max_length: See the class.
             bounded: See the class.
             kernel: (*C, L), real floating point, finite: the taps of which the system is a
@@ -130,7 +130,7 @@ class ModalFilter(RationalFilter):
 
     @torch.no_grad()
     def _fit_residues(self, kernel: Tensor) -> None:
-        """Least-squares residues for the poles as they are, where they are closer to the taps."""
+        """Fit residues to the current poles by least squares; keep those closer to the taps."""
         held, taps = self(), kernel.detach().double()
         width = max(self.orders)
         stored = torch.zeros(self.channels * width, dtype=torch.bool, device=kernel.device)
@@ -148,8 +148,11 @@ class ModalFilter(RationalFilter):
         self.residues.copy_(torch.view_as_real(residues[stored].resolve_conj()))
 
     def reset_parameters(self) -> None:
-        """Decay times spread logarithmically over ``max_length``, angles uniformly over the half
-        circle, residues with unit energy a channel."""
+        """Draw the initial parameters.
+
+        Decay times are spread logarithmically over `max_length`, angles uniformly over the half
+        circle, and residues have unit energy per channel.
+        """
         slowest = -math.log(max(self.max_length, 2))
         if self.bounded:
             nn.init.uniform_(self.log_decay, slowest, 0.0)
@@ -164,7 +167,7 @@ class ModalFilter(RationalFilter):
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
-        """Where each stored mode stands in the padded (channels, modes) array."""
+        """Compute the place of each stored mode in the padded (channels, modes) array."""
         width = max(self.orders)
         slots = [c * width + k for c, order in enumerate(self.orders) for k in range(order)]
         self._slot.copy_(torch.tensor(slots, dtype=torch.int64))
@@ -182,7 +185,7 @@ class ModalFilter(RationalFilter):
             return torch.view_as_complex(flat.index_copy(0, self._slot, pairs).reshape(shape))
 
         padded = pad(poles.to(self.residues.dtype)), pad(self.residues)
-        # A copy: a sharded parameter is whole until this function returns, and a system may stay.
+        # A copy, because a sharded parameter is whole only until this function returns.
         return Modal(*padded, self.d.clone(), counts=self.orders)
 
     @torch.no_grad()
@@ -202,7 +205,7 @@ class ModalFilter(RationalFilter):
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """No decay on the poles."""
+        """Return no weight decay for the poles, and their learning rate."""
         options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
         return {name: dict(options) for name in ("log_decay" if self.bounded else "decay", "angle")}
 

@@ -1,6 +1,6 @@
 r"""RTF: the coefficients of a rational transfer function as parameters.
 
-``H(z) = h_0 + (b_1 z^-1 + … + b_n z^-n) / (1 + a_1 z^-1 + … + a_n z^-n)``, evaluated on roots of
+`H(z) = h_0 + (b_1 z^-1 + … + b_n z^-n) / (1 + a_1 z^-1 + … + a_n z^-n)`, evaluated on roots of
 unity by FFT, in time and memory that do not grow with n (RTF, Parnichkun et al. 2024, section 3).
 """
 
@@ -37,27 +37,27 @@ _SLACK = 1e-6
 
 @register("rtf")
 class RTF(RationalFilter):
-    """Rational filters, with the truncated numerator of the published parametrisation or without.
+    """Rational filters, with the truncated numerator of the published parametrization or without.
 
     Coefficients are transformed and divided in float64, since in float32 the spectrum itself is off
-    by more than 1e-4 for most stable systems beyond n = 16. The system that ``forward`` returns
+    by more than 1e-4 for most stable systems beyond n = 16. The system that `forward` returns
     carries the exact numerator, so its recurrence computes the convolution that was learned; which
-    form that recurrence takes, and how close it is, is in its ``form`` and ``error``.
+    form that recurrence takes, and how close it is, is in its `form` and `error`.
 
     Args:
         channels: Number of filters.
         state_size: n, the degree of the denominators.
-        max_length: Taps; fixes the grid of ``max_length + max_length % 2`` roots of unity whatever
-            the length of an input. Greater than ``state_size``.
+        max_length: Taps; fixes the grid of `max_length + max_length % 2` roots of unity whatever
+            the length of an input. Greater than `state_size`.
         numerator: "truncated": b is the numerator of the kernel cut to the grid, and the kernel is
             the inverse FFT of b / a (section 3.2). "exact": b is the numerator itself, whose kernel
-            goes on past ``max_length``, for training on sequences that continue from chunk to
+            goes on past `max_length`, for training on sequences that continue from chunk to
             chunk; the kernel costs about twice as much.
-        stability: "none": denominators are free. "montel": ``‖a‖₁ < 1``, which keeps all poles
+        stability: "none": denominators are free. "montel": `‖a‖₁ < 1`, which keeps all poles
             inside the unit circle and excludes many stable denominators (section 3.4). "schur": the
-            parameters are ``atanh`` of the reflection coefficients, which reach every stable
+            parameters are `atanh` of the reflection coefficients, which reach every stable
             denominator and no other; the recurrence can step on them.
-        num_denominators: Denominators, each shared by ``channels / num_denominators`` neighbouring
+        num_denominators: Denominators, each shared by `channels / num_denominators` neighboring
             channels; default: one for every channel.
         initialization: Of a and b: "zeros"; "xavier", uniform within ±1/√n, which can be unstable
             (not with "schur"); "montel", uniform within ±1/n, inside the region where Montel's
@@ -119,7 +119,7 @@ class RTF(RationalFilter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Coefficients as ``initialization`` says, the direct term standard normal."""
+        """Draw coefficients according to `initialization`, and a standard normal direct term."""
         inside = 1 / self.state_size
         bounds = {"zeros": 0.0, "xavier": math.sqrt(inside), "montel": inside, "schur": inside}
         bound = bounds[self.initialization]
@@ -138,7 +138,7 @@ class RTF(RationalFilter):
         nn.init.normal_(self.d)
 
     def _set(self, a: Tensor) -> None:
-        """Parameters that make the denominators ``a`` (num_denominators, n)."""
+        """Set the parameters to those of the denominators `a` (num_denominators, n)."""
         a = a.double()
         with torch.no_grad():
             if self.stability == "schur":
@@ -155,13 +155,13 @@ class RTF(RationalFilter):
                 self.a.copy_(a)
 
     def load_denominator(self, a: Tensor) -> None:
-        """Take over denominators ``a_1 … a_n``, exactly up to the rounding of the parameters.
+        """Load denominators `a_1 … a_n`, exactly up to the rounding of the parameters.
 
         Args:
             a: (num_denominators, n), real.
 
         Raises:
-            ValueError: for another shape, or a denominator that ``stability`` cannot hold: a pole
+            ValueError: for another shape, or a denominator that `stability` cannot hold: a pole
                 on or outside of the unit circle with "schur", an l1 norm of 1 or more with
                 "montel".
         """
@@ -185,15 +185,17 @@ class RTF(RationalFilter):
         self._set(a)
 
     def reflection(self) -> Tensor:
-        """(num_denominators, n), float64: reflection coefficients of the denominators. The record
-        with stability "schur", and otherwise computed: then one outside of (-1, 1) says that a pole
-        is outside of the unit circle."""
+        """Return the reflection coefficients of the denominators, (num_denominators, n), float64.
+
+        With stability "schur" they follow from the parameters. Otherwise they are computed from the
+        denominators; one outside of (-1, 1) then shows that a pole is outside of the unit circle.
+        """
         if self.stability == "schur":
             return _REFLECTION_LIMIT * torch.tanh(self.theta.double())
         return step_down(self.denominator())
 
     def denominator(self) -> Tensor:
-        """(num_denominators, n): the coefficients ``a_1 … a_n``; float64 unless they are free."""
+        """Return `a_1 … a_n`, (num_denominators, n), in float64 unless they are free."""
         if self.stability == "schur":
             return step_up(self.reflection())
         if self.stability == "montel":
@@ -211,13 +213,13 @@ class RTF(RationalFilter):
 
     @property
     def grid(self) -> int:
-        """Roots of unity on which the transfer function is sampled."""
+        """Return the number of roots of unity at which the transfer function is sampled."""
         return self.max_length + self.max_length % 2
 
     def forward(self, length: int | None = None) -> TransferFunction:
         shared = (self.num_denominators, self.channels // self.num_denominators)
         length = min(self.max_length, length or self.max_length)
-        # Copies: a sharded parameter is whole until this function returns, and a system may stay.
+        # Copies, because a sharded parameter is whole only until this function returns.
         b, d = self.b.clone().reshape(*shared, -1), self.d.clone().reshape(shared)
         a = self.denominator().unsqueeze(1)
         reflection = self.reflection().unsqueeze(1) if self.stability == "schur" else None
@@ -249,24 +251,24 @@ class RTF(RationalFilter):
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """No decay on what the denominators are made of: it would move poles."""
+        """Return no weight decay for the denominators' parameters, since it would move poles."""
         options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
         dynamics = (name for name, _ in self.named_parameters() if name not in ("b", "d"))
         return {name: dict(options) for name in dynamics}
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Tensor], max_length: int) -> Self:
-        """The filter of a published RTF layer (github.com/ruke1ire/RTF).
+        """Make the filter of a published RTF layer (github.com/ruke1ire/RTF).
 
-        Of a bidirectional layer of D channels it has 2 D: the forward kernels, then the backward
-        ones, as `LongConvolution(filter, bidirectional=True)` takes them.
+        For a bidirectional layer of D channels it has 2 D channels: the forward kernels, then the
+        backward ones, as `LongConvolution(filter, bidirectional=True)` expects them.
 
         Args:
-            state_dict: The layer's: ``ab`` (denominators + channels, n), denominators first, then
-                truncated numerators; ``h_0`` (channels), the direct terms; and, of a layer with its
-                l1 constraint, ``scalar`` (denominators), which makes a filter of stability
-                "montel". The number of denominators is what ``ab`` has more rows than ``h_0``.
-            max_length: The layer's ``trunc_len``, which its state dict does not tell.
+            state_dict: The layer's: `ab` (denominators + channels, n), denominators first, then
+                truncated numerators; `h_0` (channels), the direct terms; and, of a layer with its
+                l1 constraint, `scalar` (denominators), which makes a filter of stability
+                "montel". The number of denominators is what `ab` has more rows than `h_0`.
+            max_length: The layer's `trunc_len`, which its state dict does not contain.
 
         Raises:
             ValueError: for other keys, or shapes that do not belong together.

@@ -1,16 +1,16 @@
-r"""S4: diagonal plus low-rank state spaces in continuous time, discretised.
+r"""S4: diagonal plus low-rank state spaces in continuous time, discretized.
 
-``x' = A x + B u``, ``y = C x + D u`` with ``A = Λ - P P*`` (S4, Gu et al. 2022, arXiv 2111.00396,
+`x' = A x + B u`, `y = C x + D u` with `A = Λ - P P*` (S4, Gu et al. 2022, arXiv 2111.00396,
 section 3.2), from HiPPO-LegS. The bilinear transform with a step dt,
 
     Ā = (1 - dt A / 2)^{-1} (1 + dt A / 2),  B̄ = (1 - dt A / 2)^{-1} dt B,
 
-leaves A diagonal plus rank one (Woodbury): with ``R = (1 - dt Λ / 2)^{-1}`` and
-``γ = 1 / (1 + dt/2 P* R P)``
+leaves A diagonal plus rank one (Woodbury): with `R = (1 - dt Λ / 2)^{-1}` and
+`γ = 1 / (1 + dt/2 P* R P)`
 
     Ā = (2 R - 1) - dt γ R P P* R,  B̄ = dt (R B - dt/2 γ R P P* R B),
 
-and ``h_t = C Ā^t B̄`` plus D at t = 0. Inner products run over both modes of every pair.
+and `h_t = C Ā^t B̄` plus D at t = 0. Inner products run over both modes of every pair.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ __all__ = ["S4"]
 
 @register("s4")
 class S4(RationalFilter):
-    """State spaces with ``A = Λ - P P*``: ``state_size / 2`` conjugate pairs for every channel.
+    """State spaces with `A = Λ - P P*`: `state_size / 2` conjugate pairs for every channel.
 
-    Real parameters: ``log_dt`` and ``D`` (channels), ``log_A_real`` and ``A_imag`` (channels,
-    n / 2) for ``Λ = -exp(log_A_real) + i A_imag``, and ``P``, ``B``, ``C`` (channels, n / 2, 2).
-    The real part of Λ is negative and ``-P P*`` only adds to it, so the system is stable whatever
-    the parameters. C itself is learned, where the published code learns ``C (1 - Ā^L)``: the kernel
+    Real parameters: `log_dt` and `D` (channels), `log_A_real` and `A_imag` (channels,
+    n / 2) for `Λ = -exp(log_A_real) + i A_imag`, and `P`, `B`, `C` (channels, n / 2, 2).
+    The real part of Λ is negative and `-P P*` only adds to it, so the system is stable whatever
+    the parameters. C itself is learned, where the published code learns `C (1 - Ā^L)`: the kernel
     does not depend on the length for which it is evaluated.
 
     Args:
@@ -83,8 +83,10 @@ class S4(RationalFilter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A and B of HiPPO-LegS, steps log-uniform, C complex normal of unit variance, D standard
-        normal."""
+        """Set A and B to HiPPO-LegS, and draw the other parameters.
+
+        Steps are log-uniform, C is complex normal of unit variance, D standard normal.
+        """
         nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
         nn.init.normal_(self.C, std=math.sqrt(0.5))
         nn.init.normal_(self.D)
@@ -114,8 +116,11 @@ class S4(RationalFilter):
         return self(1).state_space().poles()
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Options of the optimiser for the parameters of the dynamics: a learning rate of at most
-        ``lr``, and no weight decay, which would drive A and dt to values that mean nothing."""
+        """Return optimizer options for the parameters of the dynamics.
+
+        They are a learning rate of at most `lr`, and no weight decay, which would drive A and dt to
+        meaningless values.
+        """
         names = ("log_dt", "log_A_real", "A_imag", "P", "B")
         return {name: {"lr": self.lr, "weight_decay": 0.0} for name in names}
 
@@ -131,5 +136,5 @@ class S4(RationalFilter):
 
 
 def _both(row: Tensor, column: Tensor) -> Tensor:
-    """The product of a row and a column over both modes of every pair: (*C, 1), real."""
+    """Multiply a row and a column over both modes of every pair: (*C, 1), real."""
     return 2 * (row * column).real.sum(-1, keepdim=True)

@@ -1,13 +1,13 @@
-r"""S4D: diagonal state spaces in continuous time, discretised.
+r"""S4D: diagonal state spaces in continuous time, discretized.
 
-``x' = A x + B u``, ``y = 2 Re C x + D u`` with A diagonal and complex, one of each conjugate pair
+`x' = A x + B u`, `y = 2 Re C x + D u` with A diagonal and complex, one of each conjugate pair
 (S4D, Gu et al. 2022, arXiv 2206.11893). With a step dt for every channel (section 3.1 there)
 
     zoh:       Ā = exp(dt A),                      B̄ = (exp(dt A) - 1) / A
     bilinear:  Ā = (1 + dt A / 2) / (1 - dt A / 2),  B̄ = dt / (1 - dt A / 2)
 
-and the kernel is ``h_t = 2 Re Σ_k C_k B̄_k Ā_k^t`` plus D at t = 0: a modal system with the poles Ā
-and the residues ``2 C B̄ Ā``. B and C only meet in their product, so B = 1.
+and the kernel is `h_t = 2 Re Σ_k C_k B̄_k Ā_k^t` plus D at t = 0: a modal system with the poles Ā
+and the residues `2 C B̄ Ā`. B and C only meet in their product, so B = 1.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _DISCRETIZATIONS = ("zoh", "bilinear")
 
 @register("s4d")
 class S4D(RationalFilter):
-    """Diagonal state spaces: ``state_size / 2`` conjugate pairs of modes for every channel.
+    """Diagonal state spaces: `state_size / 2` conjugate pairs of modes for every channel.
 
-    Real parameters: ``log_dt`` (channels), ``log_A_real`` and ``A_imag`` (channels, n / 2) for
-    ``A = -exp(log_A_real) + i A_imag``, ``C`` (channels, n / 2, 2) and ``D`` (channels). The real
+    Real parameters: `log_dt` (channels), `log_A_real` and `A_imag` (channels, n / 2) for
+    `A = -exp(log_A_real) + i A_imag`, `C` (channels, n / 2, 2) and `D` (channels). The real
     part of A stays negative, so the poles stay inside the unit circle. They are computed and kept
     in double precision, the kernel's samples in that of the parameters.
 
@@ -44,12 +44,12 @@ class S4D(RationalFilter):
         state_size: n, real states of every channel: even, since modes come in conjugate pairs.
         max_length: Taps that training sees; the filter goes on past them.
         initialization: Of A, real parts -1/2. "legs": the eigenvalues of the normal part of
-            HiPPO-LegS (S4D-LegS), C scaled by its B; "lin": ``πk i``, k = 0 … n/2 - 1 (S4D-Lin);
-            "inv": ``n/π (n / (2k + 1) - 1) i`` (S4D-Inv; equations 8 and 9 in the paper).
+            HiPPO-LegS (S4D-LegS), C scaled by its B; "lin": `πk i`, k = 0 … n/2 - 1 (S4D-Lin);
+            "inv": `n/π (n / (2k + 1) - 1) i` (S4D-Inv; equations 8 and 9 in the paper).
         discretization: "zoh", zero-order hold, or "bilinear".
         dt_min: Smallest of the initial steps, which are spread uniformly in the logarithm.
         dt_max: Largest of them.
-        lr: Largest learning rate that ``log_dt``, ``log_A_real`` and ``A_imag`` bear.
+        lr: Largest learning rate that `log_dt`, `log_A_real` and `A_imag` bear.
 
     Raises:
         ValueError: for an argument outside of these.
@@ -85,8 +85,11 @@ class S4D(RationalFilter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A as ``initialization`` says, steps log-uniform, C complex normal of unit variance (times
-        the moduli of HiPPO's B for "legs"), D standard normal."""
+        """Set A according to `initialization`, and draw the other parameters.
+
+        Steps are log-uniform, C is complex normal of unit variance (times the moduli of HiPPO's B
+        for "legs"), D standard normal.
+        """
         nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
         nn.init.constant_(self.log_A_real, math.log(0.5))
         nn.init.normal_(self.C, std=math.sqrt(0.5))
@@ -122,8 +125,11 @@ class S4D(RationalFilter):
         return with_conjugates(self(1).poles)
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Options of the optimiser for the parameters of the dynamics: a learning rate of at most
-        ``lr``, and no weight decay, which would drive A and dt to values that mean nothing."""
+        """Return optimizer options for the parameters of the dynamics.
+
+        They are a learning rate of at most `lr`, and no weight decay, which would drive A and dt to
+        meaningless values.
+        """
         return {
             name: {"lr": self.lr, "weight_decay": 0.0}
             for name in ("log_dt", "log_A_real", "A_imag")

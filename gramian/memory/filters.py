@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gramian.ess.measures import Measure
-from gramian.ops._threads import work
 from gramian.ops.hankel import Hankel
+from gramian.ops.threads import work
 from gramian.reduction.spectrum import leading_spectrum
 
 __all__ = ["filter_state_sizes"]

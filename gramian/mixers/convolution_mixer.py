@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from gramian.filters import Filter
 from gramian.mixers.mixer import Mixer, MixerRecurrence
 from gramian.mixers.segments import Segments
-from gramian.systems import FIR, Modal, Recurrence, State, System, TimeInvariantSystem
-from gramian.systems._pausing import PausedOperator
+from gramian.systems import (
+    FIR,
+    Modal,
+    PausedOperator,
+    Recurrence,
+    State,
+    System,
+    TimeInvariantSystem,
+)
 
 __all__ = ["ConvolutionMixer", "ConvolutionRecurrence", "for_products", "has_small_state"]
 

@@ -25,8 +25,14 @@ from gramian.mixers.registry import register
 from gramian.mixers.short_convolution import ShortConvolution
 from gramian.ops import causal_convolution
 from gramian.ops.packed import Linear
-from gramian.systems import DenseOperator, Recurrence, State, System, gated_convolution
-from gramian.systems._system import working_dtype
+from gramian.systems import (
+    DenseOperator,
+    Recurrence,
+    State,
+    System,
+    gated_convolution,
+    working_dtype,
+)
 
 __all__ = ["Hyena", "HyenaState"]
 

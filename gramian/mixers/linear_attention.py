@@ -18,7 +18,7 @@ from torch.nn.functional import elu, rms_norm, silu
 from gramian._checks import check_divides, check_sizes
 from gramian.mixers.linear_recurrence import Coefficients, LinearRecurrence
 from gramian.mixers.registry import register
-from gramian.systems._system import working_dtype
+from gramian.systems import working_dtype
 
 __all__ = ["FEATURE_MAPS", "LinearAttention"]
 

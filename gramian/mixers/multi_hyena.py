@@ -35,8 +35,8 @@ from gramian.systems import (
     System,
     TimeVarying,
     to_time_varying,
+    working_dtype,
 )
-from gramian.systems._system import working_dtype
 
 __all__ = ["MultiHyena", "MultiHyenaState"]
 

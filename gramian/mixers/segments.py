@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gramian.systems._pausing import Pause
+from gramian.systems import Pause
 
 __all__ = ["Part", "Segments", "has_values"]
 

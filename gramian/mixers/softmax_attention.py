@@ -20,8 +20,7 @@ from gramian._checks import check_divides, check_sizes
 from gramian.mixers.mixer import Mixer
 from gramian.mixers.registry import register
 from gramian.ops.packed import Linear
-from gramian.systems import DenseOperator, State, System
-from gramian.systems._system import working_dtype
+from gramian.systems import DenseOperator, State, System, working_dtype
 
 __all__ = ["SoftmaxAttention", "SoftmaxAttentionState"]
 

@@ -1,4 +1,4 @@
-"""Numerics with no notion of a model."""
+"""Numerical operations that know nothing of models."""
 
 from gramian.ops.convolution import bidirectional_convolution, causal_convolution
 from gramian.ops.polynomial import (

@@ -1,4 +1,4 @@
-"""Blocks of rows that share an operand, cut to stay in cache."""
+"""Partition of rows that share an operand into blocks that fit into the cache."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ Block = tuple[slice, ...]
 
 
 class Task(NamedTuple):
-    """A block of the shared operand's rows and blocks of rows to which it applies."""
+    """A block of the shared operand's rows, and the blocks of rows to which it applies."""
 
     shared: Block
     blocks: list[Block]
@@ -19,12 +19,13 @@ class Task(NamedTuple):
 def cut(
     rows: Tensor, shared: Tensor, points: int, cpu_elements: int, cpu_rows: int
 ) -> tuple[int, list[Task]]:
-    """Cuts the rows of a tensor (*S, …) whose operand is `shared` (*S or 1, …).
+    """Cut the rows of a tensor (*S, …) whose operand is `shared` (*S or 1, …) into blocks.
 
-    On a processor a block has as many rows as `cpu_elements` numbers hold, at `points` a row, and
-    at least `cpu_rows`; on other devices it only bounds the memory taken. Neighbours in memory
-    fall into one block, so that whole cache lines are used; where they are interleaved (the last
-    dimension is not contiguous), `cpu_rows` of them, for more would evict each other.
+    On a CPU a block has `cpu_elements // points` rows, at `points` numbers per row, but at least
+    `cpu_rows`; on other devices the block size only bounds the memory. Rows that are neighbors in
+    memory fall into one block, so that whole cache lines are used. Where rows are interleaved (the
+    last dimension is not contiguous), a block takes `cpu_rows` of them, since more would evict each
+    other from the cache.
 
     Returns:
         The largest number of rows in a block, and the tasks.

@@ -1,9 +1,10 @@
 """Registration of operators with PyTorch, and of their derivatives.
 
-The same as `torch.library.custom_op`, whose operators import `torch._dynamo` when they are first
-called: two seconds and 80 MB that nobody needs who does not compile. And `register_autograd` of
-`torch.library` knows reverse mode only: forward mode is zero there without a word, and the
-transforms of `torch.func` fail. Here an operator has both modes, or refuses.
+This module stands in for `torch.library.custom_op`, whose operators import `torch._dynamo` when
+they are first called. That import costs two seconds and 80 MB even in programs that never compile.
+Moreover, `register_autograd` of `torch.library` registers reverse mode only: forward-mode
+derivatives are then silently zero, and the transforms of `torch.func` fail. An operator that is
+registered here has both modes, or raises an error.
 """
 
 import functools
@@ -15,12 +16,12 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
+from gramian.ops.derivatives import is_differentiated
+
 __all__ = [
     "batch_first",
     "differentiable",
-    "is_differentiated",
     "operator",
-    "records_derivatives",
     "total",
 ]
 
@@ -28,12 +29,12 @@ _LIBRARY = torch.library.Library("gramian", "FRAGMENT")
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Makes a function the operator `gramian::name`.
+    """Register a function as the operator `gramian::name`.
 
-    Its annotations are the operator's schema. It must not change its arguments, and its results
-    must not share memory with them. It computes in the precision of its arguments, also where
-    autocast would have matrix products in half precision. `differentiable` gives it derivatives;
-    without them it refuses arguments that need any.
+    The annotations of the function are the operator's schema. It must not change its arguments, and
+    its results must not share memory with them. It computes in the precision of its arguments, even
+    under autocast, which would otherwise take matrix products in half precision. `differentiable`
+    gives the operator derivatives; without them it raises an error for arguments that need any.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -54,19 +55,6 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     return register
 
 
-def records_derivatives() -> bool:
-    """Whether what is computed now may be differentiated: a graph is recorded, or forward mode is
-    on."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
-
-
-def is_differentiated(tensor: Tensor) -> bool:
-    """Whether what is computed now from the tensor has a gradient or a tangent."""
-    if torch.is_grad_enabled() and tensor.requires_grad:
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
-
-
 def differentiable(
     op: Any,
     *,
@@ -74,16 +62,16 @@ def differentiable(
     backward: Callable[..., Any] | None = None,
     jvp: Callable[..., Any] | None = None,
 ) -> None:
-    """Gives an operator its derivatives; without any, it refuses in one sentence.
+    """Give an operator its derivatives, or, without any, an error where they are needed.
 
     Args:
-        op: What `operator` returned.
-        setup: ``setup(ctx, inputs, output)``, as in `torch.autograd.Function`.
-        backward: ``backward(ctx, *gradients)``, likewise; made of operations that have derivatives
-            themselves where `records_derivatives`.
-        jvp: ``jvp(inputs, tangents)``: the outputs' tangents, a tensor or a tuple like the outputs,
-            of their dtypes, each None where it is zero. The tangents of inputs that have none are
-            None. It is made of operations that have derivatives themselves.
+        op: The operator, as returned by `operator`.
+        setup: `setup(ctx, inputs, output)`, as in `torch.autograd.Function`.
+        backward: `backward(ctx, *gradients)`, likewise. Where `records_derivatives()`, it consists
+            of operations that are themselves differentiable.
+        jvp: `jvp(inputs, tangents)` returns the outputs' tangents: a tensor or a tuple like the
+            outputs, of their dtypes, with None for a tangent that is zero. Inputs without a tangent
+            have None in its place. It consists of operations that are themselves differentiable.
     """
     after_autograd = torch._C._after_autograd_keyset
 
@@ -143,9 +131,9 @@ def differentiable(
         apply = super(torch.autograd.Function, recorded).apply
         if not torch._C._are_functorch_transforms_active():
             return apply(*inputs, keyset, None)
-        # A dispatched operator sees one level of the transforms of torch.func: the arguments are
-        # taken apart already, which `torch.autograd.Function.apply` would do once more. What it
-        # calls is differentiated at the levels outside, although not at this one.
+        # A dispatched operator sees one level of the transforms of torch.func: its arguments are
+        # already unwrapped, and `torch.autograd.Function.apply` would unwrap them again. The
+        # operations that it calls are differentiated at the outer levels, but not at this one.
         modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
         with enable_single_level_autograd_function():
             return apply(*inputs, keyset, modes)
@@ -154,14 +142,16 @@ def differentiable(
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
-    """The sum of the terms that are not None, which stands for zero."""
+    """Return the sum of the terms, where None stands for zero."""
     given = [term for term in terms if term is not None]
     return sum(given[1:], given[0]) if given else None
 
 
 def batch_first(tensor: Any, axis: int | None, size: int = 1) -> Any:
-    """For a rule of `torch.vmap`: the mapped axis to the front; a tensor that is not mapped gets
-    one of `size`, and what is no tensor stays."""
+    """Move the mapped axis of a tensor to the front, as a rule of `torch.vmap` needs it.
+
+    A tensor that is not mapped gets a first axis of `size`. Other values are returned unchanged.
+    """
     if not isinstance(tensor, Tensor):
         return tensor
     return tensor.expand(size, *tensor.shape) if axis is None else tensor.movedim(axis, 0)

@@ -1,9 +1,9 @@
-"""Whether a tensor is still what it was: a record of it that is quickly compared.
+"""Detection of changes to a tensor, by a record that is quickly compared.
 
-The object, its address and its version do not tell: fused optimisers, ``.data`` and numpy views
-write without moving any of them. A record also holds a few evenly spaced values, read where they
-lie, so that whatever changes a tensor as a whole is seen. What it cannot see is an edit of other
-values that moves no version; for that there is `digest`.
+The object, its address and its version are not enough: fused optimizers, `.data` and numpy views
+write without changing any of them. A record therefore also holds a few evenly spaced values, read
+from memory directly, so that it detects whatever changes a tensor as a whole. It does not detect a
+change of other values that leaves the version as it is; `digest` does.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _WORDS = {
 
 
 class Record:
-    """What a tensor was: the object, where it lay, its version and, on a CPU, a few of its values.
+    """The identity of a tensor: the object, its address, its version and, on a CPU, a few values.
 
-    The tensor is kept, so that its address is not given to another one. Values are read by their
-    address, and only where the tensor still lies there: a numpy view would keep its memory from
-    being freed, as sharding does between layers, and costs more than the misses of the cache.
+    The record keeps the tensor alive, so that no other tensor gets its address. Values are read by
+    address, and only while the tensor is still there. A numpy view would prevent its memory from
+    being freed, as sharding does between layers, and costs more than the cache misses.
     """
 
     __slots__ = ("_at", "_first", "_read", "_second", "_values", "_version", "tensor")
@@ -49,19 +49,19 @@ class Record:
             self._values = self._read(self._first).value, self._read(self._second).value
 
     def matches(self, tensor: Tensor | None) -> bool:
-        """Whether ``tensor`` is that object, unmoved, with the values that were looked at."""
+        """Return whether `tensor` is the recorded object, unmoved, with the recorded values."""
         if (
             tensor is not self.tensor
             or tensor.data_ptr() != self._at
             or (self._version is not None and tensor._version != self._version)
         ):
             return False
-        read = self._read  # twice by hand: this is asked of every weight once a token
+        read = self._read  # no loop: this runs for every weight at every token
         return read is None or self._values == (read(self._first).value, read(self._second).value)
 
 
 def digest(tensor: Tensor) -> bytes:
-    """A hash of dtype, shape and all values of a tensor."""
+    """Return a hash of the dtype, the shape and all values of a tensor."""
     values = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8)
     found = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} ".encode(), digest_size=16)
     found.update(values.numpy().data)

@@ -1,4 +1,4 @@
-"""Convolution by FFT, `y_t = gate_t (Σ_{j≤t} h_j u_{t−j} + s u_t)`: the library's hot path.
+"""Convolution by FFT, `y_t = gate_t (Σ_{j≤t} h_j u_{t−j} + s u_t)`, the library's hot path.
 
 With `T_h` the Toeplitz operator of a kernel, two operators are closed under differentiation of any
 order:
@@ -6,14 +6,15 @@ order:
     forward    (u, h) -> T_h u
     backward   (g, u, h) -> (T_hᵀ g,  k_j = Σ_{batch, t} g_t u_{t−j})
 
-Both walk over blocks of rows small enough to stay in the processor's cache: a strided block of
-either memory layout is copied into a contiguous scratch padded with zeros, transformed, multiplied
-in place, transformed back and written straight to its place in the output. The backward operator
-transforms the gradient, the input and the kernel once each and sums the kernel's gradient over the
-batch as a spectrum, so that it costs one inverse transform per kernel row.
+Both iterate over blocks of rows that are small enough to stay in the processor's cache. A strided
+block of either memory layout is copied into a contiguous scratch buffer that is padded with zeros,
+transformed, multiplied in place, transformed back and written to its place in the output. The
+backward operator transforms the gradient, the input and the kernel once each and sums the kernel's
+gradient over the batch as a spectrum, so that it needs one inverse transform per kernel row.
 
-`T_h` is lower triangular unless the last `ahead` taps of the kernel are of the future: lags stand
-in circular order, 0, 1, …, −ahead, …, −1, and both directions take the transforms of one.
+`T_h` is lower triangular unless the last `ahead` taps of the kernel have negative lags, which reach
+into the future. Lags are in circular order, 0, 1, …, −ahead, …, −1, so that both directions
+together cost as many transforms as one.
 """
 
 import math
@@ -25,17 +26,17 @@ from torch import Tensor
 from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import cut
-from gramian.ops._lengths import fft_length
 from gramian.ops._operator import batch_first, differentiable, operator, total
+from gramian.ops.lengths import fft_length
 
-# Numbers in one padded block, a compromise: every call of the FFT sets itself up anew, which asks
-# for many rows, and a block with its spectrum should stay in cache. 16 rows of (batch, length,
+# Numbers in one padded block. This is a compromise: every call of the FFT has a fixed cost, which
+# favors many rows, but a block and its spectrum should stay in cache. 16 rows of (batch, length,
 # channels) in float32 fill a cache line.
 _CPU_BLOCK = 2**19
 _CPU_MIN_ROWS = 16
 
-# Rows at a distance of a power of two fall into few sets of the cache, so that reading across them
-# evicts each line before its neighbours are read; this many more numbers a row set them apart.
+# Rows whose distance is a power of two map to few cache sets, so that reading across them evicts
+# each line before its neighbors are read. This many extra numbers per row prevent that.
 _PITCH = 16
 
 
@@ -48,34 +49,34 @@ def causal_convolution(
     dim: int = -1,
     save_spectra: bool = False,
 ) -> Tensor:
-    """Causal convolution of `u` with `kernel` along `dim`, in O(L log L).
+    """Convolve `u` causally with `kernel` along `dim`, in O(L log L).
 
     `y_t = gate_t (Σ_{j≤t} kernel_j u_{t−j} + skip u_t)`, differentiable to any order. Kernels
-    longer than the input are cut to it; shorter ones are taken as zero past their end.
+    longer than the input are cut to its length; shorter ones are zero past their end.
 
-    Causal but for rounding errors: a transform mixes all samples of a row, so that every output is
-    off by about eps `‖u‖₂ ‖kernel‖₂` of the whole row, and a sample that is NaN, infinite, or so
-    large that spectra overflow, reaches the outputs before it. Other rows are left alone. What is
-    split into chunks, or stepped through, has no samples that are still to come.
+    The result is causal except for rounding errors. A transform mixes all samples of a row, so that
+    every output has an error of about eps `‖u‖₂ ‖kernel‖₂` of the whole row, and a sample that is
+    NaN, infinite, or so large that spectra overflow also affects the outputs before it. Other rows
+    are not affected, and neither are earlier chunks or steps when the input is processed in parts.
 
     Args:
         u: (*S with the length L at `dim`), real; with `dim=-1` (batch, channels, length), with
             `dim=-2` (batch, length, channels). No layout is copied as a whole.
         kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right.
-        skip: real, shape broadcasting against S; added to tap 0 of the kernel.
-        gate: real, the shape of `u`; multiplies the result.
-        dim: the axis of `u` that is time.
-        save_spectra: keep the spectrum of `u` for the backward pass (about twice the memory of
-            `u` in float32) instead of transforming `u` again.
+        skip: Real, with a shape that broadcasts against S; it is added to tap 0 of the kernel.
+        gate: Real, of the shape of `u`; it multiplies the result.
+        dim: The time axis of `u`.
+        save_spectra: Whether to keep the spectrum of `u` for the backward pass (about twice the
+            memory of `u` in float32) instead of transforming `u` again.
 
     Returns:
-        The shape, dtype and memory layout of `u` (a `kernel` or `skip` with more channels than `u`
-        enlarges S as in broadcasting). float64 inputs are convolved in float64, all others in
-        float32.
+        A tensor with the shape, dtype and memory layout of `u` (a `kernel` or `skip` with more
+        channels than `u` enlarges S as in broadcasting). Inputs in float64 are convolved in
+        float64, all others in float32.
 
     Raises:
-        TypeError: an argument is complex or not floating point.
-        ValueError: an empty length or kernel, or shapes that do not broadcast.
+        TypeError: if an argument is complex or not floating point.
+        ValueError: if the length or the kernel is empty, or the shapes do not broadcast.
     """
     operands = {"u": u, "kernel": kernel, "skip": skip, "gate": gate}
     _check("causal_convolution", operands, dim)
@@ -97,18 +98,18 @@ def causal_convolution(
 
 
 def bidirectional_convolution(u: Tensor, kernel: Tensor, ahead: Tensor, *, dim: int = -1) -> Tensor:
-    """Convolution with the past and with the future of `u` along `dim`, in O(L log L).
+    """Convolve with the past and with the future of `u` along `dim`, in O(L log L).
 
-    `y_t = Σ_{j≥0} kernel_j u_{t−j} + Σ_{j≥0} ahead_j u_{t+1+j}`, differentiable to any order: what
-    is seen ahead begins with the next sample, so that the present enters once. It takes as many
-    transforms as the causal convolution of the same input.
+    `y_t = Σ_{j≥0} kernel_j u_{t−j} + Σ_{j≥0} ahead_j u_{t+1+j}`, differentiable to any order. The
+    kernel `ahead` begins with the next sample, so that the present sample enters once. The number
+    of transforms is that of the causal convolution of the same input.
 
     Args:
         u: (*S with the length L at `dim`), real.
-        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right. Of a kernel
-            longer than the input the first L taps are taken.
+        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right. A kernel
+            longer than the input is cut to its first L taps.
         ahead: (*A, J), real, taps last; A broadcasts against S and C.
-        dim: the axis of `u` that is time.
+        dim: The time axis of `u`.
 
     Returns, precision and errors: as for `causal_convolution`.
     """
@@ -125,8 +126,10 @@ def bidirectional_convolution(u: Tensor, kernel: Tensor, ahead: Tensor, *, dim: 
 def _prepare(
     name: str, u: Tensor, kernels: dict[str, Tensor], skip: Tensor | None, dim: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """The input with time last, (*S, L), and the kernels cut to L taps in the precision to compute
-    in, (*S or 1, K)."""
+    """Return the input with time last, (*S, L), and the kernels, (*S or 1, K).
+
+    The kernels are cut to L taps and cast to the dtype in which to compute.
+    """
     compute_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     signal = u.movedim(dim, -1)
     channels = _channels(name, signal, kernels, skip)
@@ -140,7 +143,7 @@ def _prepare(
 
 
 def _check(name: str, operands: dict[str, Tensor | None], dim: int) -> None:
-    """Raises unless the operands are real, have time, and the gate has the shape of u."""
+    """Raise unless the operands are real and have a time axis, and the gate fits `u`."""
     given = {key: tensor for key, tensor in operands.items() if tensor is not None}
     for key, tensor in given.items():
         if not tensor.is_floating_point():
@@ -164,7 +167,7 @@ def _check(name: str, operands: dict[str, Tensor | None], dim: int) -> None:
 def _channels(
     name: str, signal: Tensor, kernels: dict[str, Tensor], skip: Tensor | None
 ) -> torch.Size:
-    """What the channels of all arguments broadcast to."""
+    """Return the shape to which the channels of all arguments broadcast."""
     operands = {"u": signal[..., 0]}
     operands |= {key: kernel[..., 0] for key, kernel in kernels.items()}
     if skip is not None:
@@ -179,13 +182,13 @@ def _channels(
 
 
 def _fits(shape: torch.Size, into: torch.Size) -> bool:
-    """Whether broadcasting `shape` against `into` leaves `into` as it is."""
+    """Return whether broadcasting `shape` against `into` leaves `into` unchanged."""
     pairs = zip(reversed(shape), reversed(into), strict=False)
     return len(shape) <= len(into) and all(size in (1, own) for size, own in pairs)
 
 
 class _PaddedTransform:
-    """Transforms of blocks of rows, through a scratch padded with zeros."""
+    """Transforms of blocks of rows, through a scratch buffer that is padded with zeros."""
 
     def __init__(self, like: Tensor, rows: int, length: int, points: int) -> None:
         self.length, self.points = length, points
@@ -196,7 +199,7 @@ class _PaddedTransform:
         self.views: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def _views(self, rows: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The scratch for a block (*b, L), the inside of it, and the memory for its results."""
+        """Return the scratch of a block (*b, L), its first L columns, and memory for results."""
         if rows not in self.views:
             count = math.prod(rows)
             padded = self.scratch[:count].view(*rows, self.points)
@@ -207,7 +210,7 @@ class _PaddedTransform:
         return self.views[rows]
 
     def spectrum(self, signal: Tensor, factor: Tensor | None = None) -> Tensor:
-        """Spectrum of a block (*b, L), times `factor`, padded with zeros: (*b, F)."""
+        """Compute the spectrum (*b, F) of a block (*b, L), times `factor`, padded with zeros."""
         padded, inside, _ = self._views(tuple(signal.shape[:-1]))
         if factor is not None:
             torch.mul(signal, factor, out=inside)
@@ -218,9 +221,9 @@ class _PaddedTransform:
         return torch.fft.rfft(padded)
 
     def signal(self, spectrum: Tensor, interleaved: bool = False) -> Tensor:
-        """Inverse of `spectrum`, (*b, F) to (*b, L), valid until the next call.
+        """Invert `spectrum`, (*b, F) to (*b, L); the result is valid until the next call.
 
-        Where it will be written to `interleaved` rows, at a distance that is no power of two.
+        If it will be written to `interleaved` rows, the distance of its rows is no power of two.
         """
         result = torch.fft.irfft(spectrum, n=self.points)[..., : self.length]
         if not interleaved:
@@ -230,12 +233,12 @@ class _PaddedTransform:
 
 
 def _points(u: Tensor, kernel: Tensor, ahead: int) -> int:
-    """Length of the transforms."""
+    """Return the length of the transforms."""
     return fft_length(u.shape[-1], max(kernel.shape[-1] - ahead, ahead + 1))
 
 
 def _transfer(kernel: Tensor, points: int, ahead: int) -> Tensor:
-    """Spectrum of kernels (*C, K), the last `ahead` taps of which come before lag 0: (*C, F)."""
+    """Return the spectrum (*C, F) of kernels (*C, K), the last `ahead` taps before lag 0."""
     if ahead:
         behind = kernel.shape[-1] - ahead
         gap = kernel.new_zeros(*kernel.shape[:-1], points - kernel.shape[-1])
@@ -244,7 +247,7 @@ def _transfer(kernel: Tensor, points: int, ahead: int) -> Tensor:
 
 
 def _taps(spectrum: Tensor, points: int, taps: int, ahead: int) -> Tensor:
-    """The transpose of `_transfer`: (*C, F) to (*C, taps)."""
+    """Apply the transpose of `_transfer`, (*C, F) to (*C, taps)."""
     circular = torch.fft.irfft(spectrum, n=points)
     if not ahead:
         return circular[..., :taps]
@@ -255,10 +258,10 @@ def _taps(spectrum: Tensor, points: int, taps: int, ahead: int) -> Tensor:
 def _forward(
     u: Tensor, kernel: Tensor, gate: Tensor | None, ahead: int, save_spectra: bool
 ) -> tuple[Tensor, Tensor]:
-    """gate (T_h u) for u and gate (*S, L) and kernel (*S or 1, K), in the kernel's dtype.
+    """Compute gate (T_h u) for u and gate (*S, L), kernel (*S or 1, K), in the kernel's dtype.
 
-    The last `ahead` taps are of lags −ahead to −1. The second result is u's spectrum (*S, F), empty
-    unless `save_spectra`.
+    The last `ahead` taps have the lags −ahead to −1. The second result is the spectrum of u
+    (*S, F), which is empty unless `save_spectra`.
     """
     points = _points(u, kernel, ahead)
     rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
@@ -293,9 +296,9 @@ def _backward(
     needs_kernel: bool,
     needs_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_forward` for its output's gradient g: of u, kernel and gate.
+    """Compute the gradients of u, kernel and gate for the gradient g of `_forward`'s output.
 
-    Those that are not needed come back empty.
+    Gradients that are not needed are empty.
     """
     needs = [needs_u, needs_kernel, needs_gate]
     points = _points(u, kernel, ahead)
@@ -341,7 +344,7 @@ def _empty_gradients(
 
 
 def _empty_spectra(u: Tensor, kernel: Tensor, points: int) -> Tensor:
-    """Memory for the spectra of u, transforms of `points`; for none with 0."""
+    """Allocate memory for the spectra of u of `points` samples; none if `points` is 0."""
     dtype = torch.complex128 if kernel.dtype == torch.float64 else torch.complex64
     shape = (*u.shape[:-1], points // 2 + 1) if points else (0,)
     return u.new_empty(shape, dtype=dtype)
@@ -394,9 +397,9 @@ def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _backward_backward(
     ctx: Any, v_u: Tensor | None, v_kernel: Tensor | None, v_gate: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ⟨v_u, T_hᵀ p⟩ + ⟨v_h, k(p, u)⟩ + ⟨v_gate, g (T_h u)⟩, p = gate g.
+    """Differentiate ⟨v_u, T_hᵀ p⟩ + ⟨v_h, k(p, u)⟩ + ⟨v_gate, g (T_h u)⟩, p = gate g.
 
-    With ⟨v_h, k(p, u)⟩ = ⟨p, T_{v_h} u⟩ each term is a forward or backward operator again.
+    Because ⟨v_h, k(p, u)⟩ = ⟨p, T_{v_h} u⟩, each term is again a forward or backward operator.
     """
     g, u, kernel, gate = ctx.saved_tensors
     ahead = ctx.ahead
@@ -442,7 +445,7 @@ def _backward_backward(
 def _forward_jvp(
     inputs: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, None]:
-    """The operator is linear in each of u, kernel and gate."""
+    """Compute the tangent by linearity in each of u, kernel and gate."""
     u, kernel, gate, ahead, _ = inputs
     t_u, t_kernel, t_gate, *_ = tangents
     terms = [
@@ -458,7 +461,10 @@ def _forward_jvp(
 def _backward_jvp(
     inputs: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Of ``(T_hᵀ p, k(p, u), g (T_h u))``, p = gate g, each of which is linear in what it names."""
+    """Compute the tangents of `(T_hᵀ p, k(p, u), g (T_h u))`, p = gate g.
+
+    Each of the three is linear in every variable that it contains.
+    """
     g, u, kernel, gate, _, ahead, *needs = inputs
     t_g, t_u, t_kernel, t_gate, *_ = tangents
     p = g if gate is None else gate * g

@@ -1,12 +1,14 @@
-r"""Diagonal recurrences, ``x_{t+1} = a_t x_t + w_t``: what a selective scan is made of.
+r"""Diagonal recurrences, `x_{t+1} = a_t x_t + w_t`, the core of a selective scan.
 
-A loop over time: a step reads its coefficients once, writes one state, and is one call. Where a
-step has too little to do for that, several stretches of the sequence take theirs side by side, from
-zeros; what they begin with follows from the same recurrence over stretches, and is added, carried
-by the products of a stretch's gates. Nothing is divided, so gates may be zero or negative.
+The scan is a loop over time in which each step is one call that reads its coefficients once and
+writes one state. If a step is too small to be worth a call, the sequence is split into stretches
+that step side by side, each from zeros. The states at which the stretches begin follow from the
+same recurrence over stretches; they are then added, multiplied by the products of each stretch's
+gates. The algorithm never divides, so gates may be zero or negative.
 
-With μ_t the gradient of x_t and g_t what comes from outside, ``μ_t = g_t + a_t μ_{t+1}``: the
-gradient is the recurrence backwards in time, and the operator is closed under differentiation.
+If μ_t is the gradient of x_t and g_t that of the output x_t alone, then `μ_t = g_t + a_t μ_{t+1}`:
+the gradient is the same recurrence backwards in time, and the operator is closed under
+differentiation.
 """
 
 from __future__ import annotations
@@ -22,21 +24,21 @@ from gramian.ops._operator import batch_first, differentiable, operator, total
 
 __all__ = ["apply_diagonal", "diagonal_scan"]
 
-_CPU_STEP, _STEP = 2**12, 2**20  # numbers in a step from which it is worth a call
-_LEAST = 8  # stretches, below which it is not worth their products
+_CPU_STEP, _STEP = 2**12, 2**20  # numbers that make a step worth a call
+_LEAST = 8  # with fewer stretches, computing the products of gates does not pay
 
 
 def diagonal_scan(a: Tensor, w: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """States of ``x_{t+1} = a_t x_t + w_t`` from ``x_0 = start``.
+    """Compute the states of `x_{t+1} = a_t x_t + w_t` from `x_0 = start`.
 
     Args:
         a: (*S, L, n), real.
-        w: (*S, L, n), of the dtype of ``a``.
+        w: (*S, L, n), of the dtype of `a`.
         start: (*S, n), likewise.
 
     Returns:
-        The states before every step, (*S, L, n) in the memory layout of ``w``, and the one after
-        the last, (*S, n). Differentiable to any order.
+        The states before every step, (*S, L, n) in the memory layout of `w`, and the state after
+        the last step, (*S, n). Differentiable to any order.
     """
     states, end = _scan(a, w, start, False)
     return states, end
@@ -45,7 +47,7 @@ def diagonal_scan(a: Tensor, w: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 def apply_diagonal(
     a: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, start: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``x_{t+1} = a_t x_t + B_t u_t``, ``y_t = C_t · x_t + D_t u_t``.
+    """Apply the system `x_{t+1} = a_t x_t + B_t u_t`, `y_t = C_t · x_t + D_t u_t`.
 
     Args:
         a: (*S, L, n), real; B and C likewise.
@@ -53,7 +55,7 @@ def apply_diagonal(
         start: (*S, n).
 
     Returns:
-        y (*S, L), and the last state (*S, n).
+        The output y (*S, L) and the last state (*S, n).
     """
     states, end = diagonal_scan(a, B * u.unsqueeze(-1), start)
     return (C * states).sum(-1) + D * u, end
@@ -61,13 +63,13 @@ def apply_diagonal(
 
 @operator("diagonal_scan")
 def _scan(a: Tensor, w: Tensor, start: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """The states that every step goes on from, and the last; in reverse the last step is first."""
+    """Return the state before every step, and the last state; `reverse` runs backwards."""
     states = torch.empty_like(w)
     return states, _fill(states, a, w, start, reverse)
 
 
 def _fill(states: Tensor, a: Tensor, w: Tensor, start: Tensor, reverse: bool) -> Tensor:
-    """Write the state before every step, and return the one after all."""
+    """Write the state before every step, and return the state after the last."""
     length = w.shape[-2]
     if length == 0:
         return start.clone()
@@ -96,7 +98,7 @@ def _fill(states: Tensor, a: Tensor, w: Tensor, start: Tensor, reverse: bool) ->
 
 
 def _loop(states: Tensor, a: Tensor, w: Tensor | None, start: Tensor, reverse: bool) -> Tensor:
-    """One step after the other; without inputs, products of the gates."""
+    """Step through time; without inputs, compute products of the gates."""
     order = slice(None, None, -1 if reverse else 1)
     outputs, gates = states.unbind(-2)[order], a.unbind(-2)[order]
     end = torch.empty_like(start)
@@ -131,7 +133,7 @@ def _backward(ctx: Any, g: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:
 def _jvp(
     inputs: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The same recurrence, driven by the tangents of inputs and, times the states, of gates."""
+    """Run the same recurrence, driven by the inputs' tangents and the gates' times the states."""
     a, w, start, reverse = inputs
     t_a, t_w, t_start, _ = tangents
     driven = t_w

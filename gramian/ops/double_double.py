@@ -1,9 +1,9 @@
-"""Numbers of 32 digits, each the sum of two doubles, and complex ones made of them.
+"""Double-double arithmetic: real and complex numbers of 32 digits, each the sum of two doubles.
 
 Error-free transformations (T. J. Dekker, "A floating-point technique for extending the available
 precision", 1971; D. E. Knuth, The Art of Computer Programming, volume 2, section 4.2.2): the
-rounding error of a sum or product of two doubles is a double, and is kept. An operation takes tens
-of those of doubles: it is meant for few numbers, where much cancels.
+rounding error of a sum or product of two doubles is itself a double, and is kept. An operation
+costs tens of operations on doubles, so it is meant for few numbers in sums that cancel.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class DoubleDouble:
-    """``high + low``, float64, |low| at most half a unit in the last place of high.
+    """`high + low`, float64, |low| at most half a unit in the last place of high.
 
     Magnitudes between 1e-140 and 1e140 keep all their digits.
     """
@@ -48,7 +48,7 @@ class DoubleDouble:
 
     @classmethod
     def of(cls, value: Tensor) -> DoubleDouble:
-        """Of doubles, exactly."""
+        """Convert doubles, exactly."""
         return cls(value, torch.zeros_like(value))
 
     def __neg__(self) -> DoubleDouble:
@@ -79,7 +79,7 @@ class DoubleDouble:
         return quotient
 
     def sum(self, dim: int) -> DoubleDouble:
-        """The sum along a dimension of at least one element."""
+        """Sum along a dimension of at least one element."""
         parts = [*map(DoubleDouble, self.high.unbind(dim), self.low.unbind(dim))]
         total = parts[0]
         for part in parts[1:]:
@@ -89,14 +89,14 @@ class DoubleDouble:
 
 @dataclasses.dataclass(frozen=True)
 class Complex:
-    """``real + i imag``."""
+    """`real + i imag`."""
 
     real: DoubleDouble
     imag: DoubleDouble
 
     @classmethod
     def of(cls, value: Tensor) -> Complex:
-        """Of complex doubles, or of doubles, exactly."""
+        """Convert complex doubles, or doubles, exactly."""
         imag = value.imag if value.is_complex() else torch.zeros_like(value)
         return cls(DoubleDouble.of(value.real), DoubleDouble.of(imag))
 

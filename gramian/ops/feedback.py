@@ -1,15 +1,15 @@
-r"""Causal kernels in a feedback loop, by FFT.
+r"""The closed loop of causal kernels with feedback, by FFT.
 
-Of ``y = k_yu ∗ u - k_yv ∗ v``, ``v = k_vu ∗ u - k_vv ∗ v``, kernels that start at lag 1, the closed
-loop is, as power series in z⁻¹,
+For `y = k_yu ∗ u - k_yv ∗ v`, `v = k_vu ∗ u - k_vv ∗ v`, with kernels that start at lag 1, the
+closed loop is, as a power series in z⁻¹,
 
-    K = K_yu - K_yv K_vu / (1 + K_vv),
+    K = K_yu - K_yv K_vu / (1 + K_vv).
 
-whose first L taps follow from the first L taps of the four: the identity of Woodbury, for series.
-The quotient is evaluated on a circle of N roots of unity, in double precision. Damped by ``ρ^t``,
-the taps from N on return to the first ones (aliasing) ``ρ^N`` times as large, and rounding errors
-grow by ``ρ^{-L}``: with N = L and ``ρ^N = 1e-8`` both stay below single precision, with N = 2L and
-``1e-11`` three digits further.
+Its first L taps follow from the first L taps of the four kernels (the Woodbury identity for power
+series). The quotient is evaluated at N roots of unity, in double precision. Because taps are damped
+by `ρ^t`, those from N on alias onto the first taps with a factor of `ρ^N`, and rounding errors grow
+by `ρ^{-L}`. With N = L and `ρ^N = 1e-8` both errors stay below single precision; with N = 2L and
+`1e-11` they are three digits smaller.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from torch import Tensor
 from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import Task, cut
-from gramian.ops._lengths import fft_length
-from gramian.ops._operator import batch_first, differentiable, operator, records_derivatives
+from gramian.ops._operator import batch_first, differentiable, operator
+from gramian.ops.derivatives import records_derivatives
+from gramian.ops.lengths import fft_length
 
 __all__ = ["feedback_kernel"]
 
-# Numbers that one block on a processor holds.
+# Numbers in one block on a CPU.
 _CPU_NUMBERS = 2**20
 
 
 def feedback_kernel(taps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The closed loop ``k_yu - k_yv ∗ k_vu ∗ (δ + k_vv)^{-1}``, truncated to the lags given.
+    """Compute the closed loop `k_yu - k_yv ∗ k_vu ∗ (δ + k_vv)^{-1}` at the given lags.
 
-    Computed in double precision; differentiable to any order. The loop must be stable: ``1 + K_vv``
-    without zeros on or outside the unit circle.
+    It is computed in double precision and differentiable to any order. The loop must be stable:
+    `1 + K_vv` must not have zeros on or outside the unit circle.
 
     Args:
         taps: (*C, 4, L), real: k_yu, k_yv, k_vu and k_vv, each at the lags 1 … L.
-        dtype: Of the result, by default that of ``taps``; float64 is correct to about 1e-11, all
-            else to 1e-8.
+        dtype: The dtype of the result, by default that of `taps`. In float64 the result is correct
+            to about 1e-11, otherwise to 1e-8.
 
     Returns:
-        (*C, L), at the lags 1 … L.
+        (*C, L): the closed loop at the lags 1 … L.
     """
     length, dtype = taps.shape[-1], dtype or taps.dtype
     flat = taps.double().reshape(-1, 4, length)
@@ -54,12 +55,12 @@ def feedback_kernel(taps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class _Circle(NamedTuple):
-    """Where the series are evaluated: z = ``e^{2πik/N} / ρ``."""
+    """The points at which the series are evaluated, z = `e^{2πik/N} / ρ`."""
 
     points: int
     """N."""
     damping: Tensor
-    """``ρ^t``, (L)."""
+    """`ρ^t`, (L)."""
     z: Tensor
     """(N // 2 + 1), complex."""
 
@@ -75,7 +76,7 @@ def _circle(taps: Tensor, precise: bool) -> _Circle:
 
 
 def _spectra(taps: Tensor, circle: _Circle) -> tuple[Tensor, Tensor, Tensor]:
-    """Of k_yv, k_vu / (z + k_vv) and 1 / (z + k_vv), kernels counted from lag 0 here."""
+    """Return the spectra of k_yv, k_vu / (z + k_vv) and 1 / (z + k_vv), from lag 0 here."""
     damped = taps[..., 1:, :] * circle.damping
     out, into, loop = torch.fft.rfft(damped, n=circle.points).unbind(-2)
     inverse = 1 / (circle.z + loop)
@@ -89,10 +90,10 @@ def _close(taps: Tensor, circle: _Circle) -> Tensor:
 
 
 def _gradient(g: Tensor, taps: Tensor, circle: _Circle) -> Tensor:
-    """The gradient of the taps (…, 4, L) for that of the closed loop, g (…, L)."""
+    """Return the gradient of the taps (…, 4, L), given that of the closed loop, g (…, L)."""
     out, into, inverse = _spectra(taps, circle)
     incoming = torch.fft.rfft(g / circle.damping, n=circle.points)
-    # conj_physical, for in the first call of a compiled function PyTorch ignores a lazy conj
+    # conj_physical, because PyTorch ignores a lazy conj in the first call of a compiled function
     of_out = -incoming * into.conj_physical()
     of_into = -incoming * (out * inverse).conj_physical()
     of_loop = -of_into * into.conj_physical()
@@ -107,7 +108,7 @@ def _tasks(rows: Tensor) -> list[Task]:
 
 @operator("feedback_kernel")
 def _feedback_kernel(taps: Tensor, precise: bool) -> Tensor:
-    """(C, 4, L) to (C, L), float64."""
+    """Close the loops of taps (C, 4, L), giving (C, L), in float64."""
     kernel = taps.new_empty(taps.shape[0], taps.shape[-1])
     circle = _circle(taps, precise)
 

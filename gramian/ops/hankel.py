@@ -1,9 +1,9 @@
-r"""Products with Hankel matrices by FFT, for whole batches of matrices at once.
+r"""Products with batches of Hankel matrices by FFT.
 
-The Hankel matrix of a sequence ``g`` has entries ``H_ij = g_{i+j}``; with ``g_t = h_{t+1}``, the
-Markov parameters of a system behind its direct term, it maps past inputs to future outputs. Its
-product with a vector is a correlation, ``(H v)_i = Σ_j g_{i+j} v_j``, so O(N log N) by FFT. A
-circular transform of one point for each tap has no wrap-around among the rows that are kept.
+The Hankel matrix of a sequence `g` has the entries `H_ij = g_{i+j}`. If `g_t = h_{t+1}` are the
+Markov parameters of a system without its direct term, it maps past inputs to future outputs. Its
+product with a vector is a correlation, `(H v)_i = Σ_j g_{i+j} v_j`, and takes O(N log N) by FFT. A
+circular transform with one point per tap has no wrap-around in the rows that are kept.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gramian.ops._lengths import fft_length
+from gramian.ops.lengths import fft_length
 
 __all__ = ["Hankel"]
 
 
 class Hankel:
-    """A batch of ``rows`` × ``columns`` Hankel matrices that are never formed.
+    """A batch of `rows` × `columns` Hankel matrices that are never formed.
 
     Args:
-        sequence: (*B, T), real. Entries past its end are zero; entries past rows + columns - 1 are
-            not used.
+        sequence: (*B, T), real. Entries past its end count as zero; entries past
+            rows + columns - 1 are not used.
         rows: Number of rows, at least 1.
         columns: Number of columns, at least 1.
     """
@@ -36,22 +36,22 @@ class Hankel:
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the batch, dtype and device of the matrices."""
+        """Return a tensor with the batch, dtype and device of the matrices."""
         return self.sequence
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        """``H v`` for the vectors in the rows of (*B, k, columns): (*B, k, rows)."""
+        """Compute `H v`, (*B, k, rows), for the vectors in the rows of (*B, k, columns)."""
         spectrum = torch.fft.rfft(vectors, n=self._points).conj_physical_()
         spectrum *= self._spectrum
         return torch.fft.irfft(spectrum, n=self._points)[..., : self.rows]
 
     def matrix(self) -> Tensor:
-        """The matrices themselves, (*B, rows, columns): a view of the padded sequence."""
+        """Return the matrices, (*B, rows, columns), as a view of the padded sequence."""
         missing = self.rows + self.columns - 1 - self.sequence.shape[-1]
         return torch.nn.functional.pad(self.sequence, (0, missing)).unfold(-1, self.columns, 1)
 
     def squared_norm(self) -> Tensor:
-        """``‖H‖_F²``, (*B): every tap counted as often as it occurs in the matrix."""
+        """Compute `‖H‖_F²`, (*B): every tap counts as often as it occurs in the matrix."""
         taps = self.sequence.shape[-1]
         place = torch.arange(1, taps + 1, device=self.sequence.device)
         used = self.rows + self.columns - 1
@@ -59,11 +59,11 @@ class Hankel:
         return (self.sequence.square() * count).sum(-1)
 
     def to(self, dtype: torch.dtype) -> Hankel:
-        """The same matrices in another precision."""
+        """Cast the matrices to another precision."""
         return Hankel(self.sequence.to(dtype), self.rows, self.columns)
 
     def __getitem__(self, index: Tensor) -> Hankel:
-        """The matrices that ``index`` picks along the first batch dimension."""
+        """Select matrices by `index` along the first batch dimension."""
         picked = object.__new__(Hankel)
         picked.__dict__.update(self.__dict__)
         picked.sequence = self.sequence[index]

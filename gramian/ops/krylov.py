@@ -1,11 +1,11 @@
 r"""Powers of dense matrices between two vectors, as products of about √L × √L blocks.
 
-``c A^t x`` for t = iJ + j splits into ``(c A^{iJ}) (A^j x)``: about √L rows and as many columns,
-made by doubling with the squares of ``A``, and one matrix product. Neither L powers nor an n × L
-matrix is formed. Powers are taken in double precision: in single precision the 16384th power of a
-matrix of spectral radius 0.999 has no digit left. Squaring is as accurate as plain steps where no
-power is much larger than the identity; `gramian.ops.similarity` finds coordinates where that is so,
-and `plain_steps` needs none.
+For t = iJ + j, `c A^t x` splits into `(c A^{iJ}) (A^j x)`: about √L rows and as many columns, which
+are computed by doubling with the squares of `A`, and one matrix product. Neither L powers nor an
+n × L matrix is formed. Powers are computed in double precision: in single precision the 16384th
+power of a matrix of spectral radius 0.999 has no correct digit left. Squaring is as accurate as
+plain steps if no power is much larger than the identity. `gramian.ops.similarity` finds coordinates
+in which that holds; `plain_steps` works in any coordinates.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["krylov_product", "krylov_sum", "krylov_vectors", "matrix_power", "pl
 
 
 def krylov_vectors(A: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``x, A x, …, A^(count-1) x`` by doubling, for a power of two ``count``.
+    """Compute `x, A x, …, A^(count-1) x` by doubling, for a power of two `count`.
 
     Args:
         A: (*C, n, n).
-        x: (*B, n, r), ``C`` broadcasting against ``B``.
+        x: (*B, n, r), `C` broadcasting against `B`.
         count: A power of two.
 
     Returns:
-        The vectors (*B, n, r count), the r vectors of each power side by side, and ``A^count``.
+        The vectors (*B, n, r count), the r vectors of each power side by side, and `A^count`.
     """
     power = A
     while count > 1:
@@ -38,7 +38,7 @@ def krylov_vectors(A: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def matrix_power(A: Tensor, exponent: int) -> Tensor:
-    """``A`` to a power ≥ 0, by squaring."""
+    """Raise `A` to a power ≥ 0, by squaring."""
     result = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
     while exponent:
         if exponent & 1:
@@ -50,54 +50,54 @@ def matrix_power(A: Tensor, exponent: int) -> Tensor:
 
 
 def _columns(length: int) -> int:
-    """A power of two near √length."""
+    """Return a power of two near √length."""
     return 1 << (max(1, math.isqrt(length)) - 1).bit_length()
 
 
 def krylov_product(c: Tensor, A: Tensor, x: Tensor, length: int) -> Tensor:
-    """``c A^t x`` for t = 0 … length - 1.
+    """Compute `c A^t x` for t = 0 … length - 1.
 
     Args:
         c: (*C, n).
         A: (*C, n, n).
-        x: (*B, n), ``C`` broadcasting against ``B``.
+        x: (*B, n), `C` broadcasting against `B`.
         length: At least 1.
 
     Returns:
-        (*B, length), in the dtype of ``x``; differentiable.
+        (*B, length), in the dtype of `x`; differentiable.
     """
     columns = _columns(length)
     rows = 1 << (-(-length // columns) - 1).bit_length()
     wide = A.double()
     right, stride = krylov_vectors(wide, x.double().unsqueeze(-1), columns)  # (*B, n, J)
     left, _ = krylov_vectors(stride.mT, c.double().unsqueeze(-1), rows)  # (*C, n, I)
-    # From here on nothing cancels that would not cancel in the taps themselves; in half precision,
-    # which autocast would take, there would be little left.
+    # From here on nothing cancels that would not cancel in the taps themselves. In half precision,
+    # to which autocast would switch, few digits would be left.
     with torch.autocast(x.device.type, enabled=False):
         samples = left.mT.to(x.dtype) @ right.to(x.dtype)  # (*B, I, J)
     return samples.flatten(-2)[..., :length]
 
 
 def krylov_sum(A: Tensor, b: Tensor, signal: Tensor) -> Tensor:
-    """``Σ_j A^(T-1-j) b signal_j``: the state that a recurrence reaches after T inputs.
+    """Compute `Σ_j A^(T-1-j) b signal_j`, the state that a recurrence reaches after T inputs.
 
     Args:
         A: (*C, n, n).
         b: (*C, n).
-        signal: (*B, T), ``C`` broadcasting against ``B``.
+        signal: (*B, T), `C` broadcasting against `B`.
 
     Returns:
-        (*B, n), in the dtype of ``signal``; differentiable.
+        (*B, n), in the dtype of `signal`; differentiable.
     """
     length = signal.shape[-1]
     columns = _columns(length)
     rows = 1 << (-(-length // columns) - 1).bit_length()
     right, stride = krylov_vectors(A.double(), b.double().unsqueeze(-1), columns)
-    # Padded in front, so that the last sample meets the power zero.
+    # Padded in front, so that the last sample is multiplied by the power zero.
     padded = torch.nn.functional.pad(signal.double(), (rows * columns - length, 0))
     blocks = padded.unflatten(-1, (rows, columns)).mT  # (*B, J, I)
     partial = right.flip(-1) @ blocks  # (*B, n, I)
-    while partial.shape[-1] > 1:  # neighbours first: the earlier one is J steps older
+    while partial.shape[-1] > 1:  # neighbors first: the earlier one is J steps older
         partial = stride @ partial[..., ::2] + partial[..., 1::2]
         stride = stride @ stride
     return partial.squeeze(-1).to(signal.dtype)
@@ -106,14 +106,16 @@ def krylov_sum(A: Tensor, b: Tensor, signal: Tensor) -> Tensor:
 def plain_steps(
     A: Tensor, b: Tensor, c: Tensor, signal: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``y_t = c x_t``, ``x_{t+1} = A x_t + b signal_t`` by a loop over time: what `krylov_product`
-    and `krylov_sum` are equal to, for matrices whose powers cannot be trusted.
+    """Compute `y_t = c x_t`, `x_{t+1} = A x_t + b signal_t` by a loop over time.
+
+    In exact arithmetic the result equals that of `krylov_product` and `krylov_sum`. The loop is for
+    matrices whose powers by squaring are inaccurate.
 
     Args:
         A: (*C, n, n).
         b: (*C, n).
         c: (*C, n).
-        signal: (*B, T), ``C`` broadcasting against ``B``.
+        signal: (*B, T), `C` broadcasting against `B`.
         x: (*B, n), the state before the first input.
 
     Returns:

@@ -1,15 +1,15 @@
-r"""Online convolution: an exact FIR filter one sample at a time in amortised O(log² L).
+r"""Online convolution: an exact FIR filter one sample at a time in amortized O(log² L).
 
-At every multiple ``c`` of the smallest block, the last ``U`` inputs, ``U`` the largest power of two
-that divides ``c``, meet the taps ``1 … 2U - 1`` by one cyclic FFT of ``2U`` points; the result is
-what these inputs owe to the outputs ``c … c + U - 1``. Inside the smallest block the taps are
-applied directly. Every pair (input, output) is met exactly once, so the result is the convolution
-itself, not an approximation (van der Hoeven's relaxed multiplication with one known factor;
-FutureFill, Agarwal et al. 2024; Flash Inference, Oncescu et al. 2024).
+At every multiple `c` of the smallest block, let `U` be the largest power of two that divides `c`.
+The last `U` inputs are convolved with the taps `1 … 2U - 1` by one cyclic FFT of `2U` points, which
+gives the contribution of these inputs to the outputs `c … c + U - 1`. Inside the smallest block the
+taps are applied directly. Every pair (input, output) is processed exactly once, so the result is
+the convolution itself, not an approximation (van der Hoeven's relaxed multiplication with one known
+factor; FutureFill, Agarwal et al. 2024; Flash Inference, Oncescu et al. 2024).
 
-Let P be the smallest power of two with at least K - 1 samples for K taps. The state holds the last
-inputs (the previous and the current window of P) and what is owed to the rest of the current
-window, ``3P`` numbers per stream, whatever the number of samples seen.
+Let P be the smallest power of two that is at least K - 1 for K taps. The state holds the last
+inputs (the previous and the current window of P samples) and the contributions still owed to the
+rest of the current window: `3P` numbers per stream, whatever the number of samples seen.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _BLOCK = 32  # below this many samples a dot product beats an FFT
 
 
 class OnlineBuffers(NamedTuple):
-    """What an online convolution carries from sample to sample."""
+    """The buffers that an online convolution carries from sample to sample."""
 
     inputs: Tensor  # (*B, 2P): previous window, then the current one up to `position`
-    owed: Tensor  # (*B, P): contributions to the current window from inputs already tiled
+    owed: Tensor  # (*B, P): contributions of earlier inputs to the current window
     position: Tensor  # (), int64 on the CPU: samples seen
 
 
@@ -53,7 +53,7 @@ class OnlineConvolution:
     def buffers(
         self, batch_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> OnlineBuffers:
-        """Buffers of a silent past for streams of shape ``batch_shape``."""
+        """Make the buffers of a silent past for streams of shape `batch_shape`."""
         return OnlineBuffers(
             torch.zeros(*batch_shape, 2 * self.window, dtype=dtype, device=device),
             torch.zeros(*batch_shape, self.window, dtype=dtype, device=device),
@@ -61,7 +61,7 @@ class OnlineConvolution:
         )
 
     def step(self, sample: Tensor, buffers: OnlineBuffers) -> tuple[Tensor, OnlineBuffers]:
-        """Take one sample (*B) and return its output (*B). Writes into ``buffers``."""
+        """Process one sample (*B) and return its output (*B); write into `buffers`."""
         inputs, owed, position = buffers
         window, block = self.window, self.block
         at = int(position) % window
@@ -84,7 +84,7 @@ class OnlineConvolution:
         return output, OnlineBuffers(inputs, owed, position + 1)
 
     def extend(self, signal: Tensor, buffers: OnlineBuffers) -> tuple[Tensor, OnlineBuffers]:
-        """Take T samples (*B, T) at once by FFT. Differentiable; ``buffers`` stay as they were."""
+        """Process T samples (*B, T) at once by FFT, differentiably; `buffers` stay unchanged."""
         inputs, _, position = buffers
         window = self.window
         at = int(position) % window
@@ -101,7 +101,7 @@ class OnlineConvolution:
         return output, OnlineBuffers(inputs, self._owed(inputs, end), position + length)
 
     def _owed(self, inputs: Tensor, end: int) -> Tensor:
-        """What the tiles up to ``end`` owe to the current window, rebuilt from the inputs."""
+        """Recompute from the inputs what the tiles up to `end` owe to the current window."""
         window = self.window
         owed = self._tile(inputs[..., :window])
         at = 0
@@ -115,13 +115,13 @@ class OnlineConvolution:
         return owed
 
     def _tile(self, inputs: Tensor) -> Tensor:
-        """What U inputs owe to the next U outputs: taps 1 … 2U - 1, one cyclic FFT of 2U points."""
+        """Compute what U inputs owe to the next U outputs, by one cyclic FFT of 2U points."""
         size = inputs.shape[-1]
         spectrum = self._spectra.get(size)
         if spectrum is None:
             spectrum = torch.fft.rfft(self.kernel[..., : 2 * size], n=2 * size)
             self._spectra[size] = spectrum
-        if inputs.numel() == 0:  # no stream, of which MKL's FFT makes an error
+        if inputs.numel() == 0:  # without streams, MKL's FFT raises an error
             return inputs
         product = torch.fft.rfft(inputs, n=2 * size) * spectrum
         return torch.fft.irfft(product, n=2 * size)[..., size:]

@@ -1,14 +1,14 @@
-"""Linear layers that multiply few rows by a copy of their weights in another layout.
+"""Linear layers that multiply few rows by a copy of their weights in another memory layout.
 
-Decoding multiplies a handful of rows by every weight of a model, once a token: the time is that of
-reading the weights. On a CPU, oneDNN reads them from a layout of its own, packed once, which suits
-that better than the general matrix product (benchmarks/decoding.py measures the whole).
+Decoding multiplies a handful of rows by every weight of a model at each token, so its time is that
+of reading the weights. On a CPU, oneDNN reads them from a packed layout of its own, which is faster
+for this purpose than the general matrix product (benchmarks/decoding.py measures the whole).
 
-A copy is a risk: the weight may change and the copy stay. Neither the address nor the version of a
-tensor tells, since fused optimisers, ``.data`` and numpy views write without moving either. So
-copies are used inside of `Packing.generation` alone. The first use in a generation compares the
-whole weight with what was copied, by its product ``W r`` with a fixed random vector, which costs
-about as much as one step; every later use compares object, address, version and a few values.
+A copy goes stale when the weight changes. Neither the address nor the version of a tensor shows
+that reliably, since fused optimizers, `.data` and numpy views write without changing either. So
+copies are used only inside of `Packing.generation`. The first use in a generation compares the
+whole weight with the copied one by its product `W r` with a fixed random vector, which costs about
+as much as one step. Every later use compares object, address, version and a few values.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.ops._operator import records_derivatives
 from gramian.ops.changes import Record
+from gramian.ops.derivatives import records_derivatives
 
 __all__ = ["Linear", "Packing", "can_pack"]
 
-_MAX_ROWS = 64  # above this the general matrix product reads its weights as seldom
+_MAX_ROWS = 64  # with more rows the general matrix product is as fast
 
 
 class _Copy:
-    """A packed copy of a weight, and what tells whether the weight is still the one copied."""
+    """A packed copy of a weight, and the data that show whether the weight has changed."""
 
     def __init__(self, weight: Tensor) -> None:
         source = weight.detach()
@@ -43,14 +43,14 @@ class _Copy:
         self._product = torch.mv(source, self._vector)
 
     def equals(self, weight: Tensor) -> bool:
-        """Whether the whole weight is the one copied, but for what rounding hides in ``W r``."""
+        """Return whether the weight equals the copied one, as far as `W r` shows."""
         return torch.equal(torch.mv(weight.detach(), self._vector), self._product)
 
 
 class Packing:
-    """The packed copies of a model's linear layers, each good for one generation.
+    """The packed copies of a model's linear layers, each verified once per generation.
 
-    Copies cost the memory of the weights once more. They are never saved, copied or pickled.
+    Copies take as much memory as the weights. They are never saved, copied or pickled.
     """
 
     def __init__(self) -> None:
@@ -60,12 +60,12 @@ class Packing:
 
     @contextmanager
     def generation(self, owner: Any, begins: bool) -> Iterator[None]:
-        """Within, `Linear` layers that are given few rows use packed copies of their weights.
+        """Let `Linear` layers use packed copies of their weights for inputs of few rows.
 
         Args:
-            owner: What the generation belongs to, such as a cache.
-            begins: Whether ``owner`` is empty, so that another generation begins. The first use of
-                an owner begins one too.
+            owner: The object that the generation belongs to, such as a cache.
+            begins: Whether `owner` is empty, so that a new generation begins. The first use of an
+                owner begins one too.
         """
         if begins or owner not in self._owners:
             self._owners.add(owner)
@@ -77,14 +77,14 @@ class Packing:
             _current.packing = before
 
     def clear(self) -> None:
-        """Drop all copies; they are made anew where they are needed."""
+        """Drop all copies; they are made again where they are needed."""
         self._copies = {}
 
     def __len__(self) -> int:
         return len(self._copies)
 
     def weight_of(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        """The packed copy of the weight of ``layer`` as it is now."""
+        """Return the packed copy of the current weight of `layer`."""
         copy, checked = self._copies.get(layer, (None, 0))
         if copy is not None and copy.record.matches(weight):
             if checked == self._generation:
@@ -106,7 +106,7 @@ class Packing:
 
 
 class _Current(threading.local):
-    """The packing of the generation that this thread is in."""
+    """The packing of the generation that runs in this thread."""
 
     packing: Packing | None = None
 
@@ -115,10 +115,10 @@ _current = _Current()
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` whose weight may be packed: same parameters, same results up to rounding.
+    """An `nn.Linear` that may use a packed weight, with the same results up to rounding.
 
-    Within `Packing.generation` a layer that is given few rows, without gradients, in float32 on a
-    CPU multiplies by a packed copy.
+    Within `Packing.generation` the layer multiplies by a packed copy if its input has few rows and
+    is in float32 on a CPU, and no gradients are recorded.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,5 +145,5 @@ class Linear(nn.Linear):
 
 
 def can_pack() -> bool:
-    """Whether this build of torch has what packing needs."""
+    """Return whether this build of PyTorch supports packing."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -1,14 +1,14 @@
-"""Polynomials in z⁻¹ on the roots of unity, and the kernels of rational functions.
+"""Polynomials in z⁻¹ at the roots of unity, and the kernels of rational functions.
 
 A transfer function of order n (Parnichkun et al. 2024, arXiv 2405.06147, equation 4)
 
     H(z) = d + (b_1 z⁻¹ + … + b_n z⁻ⁿ) / (1 + a_1 z⁻¹ + … + a_n z⁻ⁿ)
 
 is evaluated on N roots of unity by one FFT of the numerator's and one of the denominator's
-coefficients, and an inverse FFT of the ratio is its kernel on N taps: time and memory do not depend
-on n ("state-free inference", section 3 there). Sampling a spectrum aliases time, so that the result
-is `Σ_p h_{t+pN}`: with a numerator that is already truncated to N taps (`b (I − A^N)`) it is the
-kernel itself.
+coefficients. The inverse FFT of the ratio is its kernel on N taps, so that time and memory do not
+depend on n ("state-free inference", section 3 there). Sampling a spectrum causes aliasing in time,
+so the result is `Σ_p h_{t+pN}`. If the numerator is already truncated to N taps (`b (I − A^N)`),
+that is the kernel itself.
 """
 
 import math
@@ -20,30 +20,33 @@ from torch import Tensor
 from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import cut
-from gramian.ops._operator import batch_first, differentiable, operator, records_derivatives
+from gramian.ops._operator import batch_first, differentiable, operator
+from gramian.ops.derivatives import records_derivatives
 
-# Grid points of one block, and the fewest rows that are worth a call to the FFT.
+# Grid points of one block, and the fewest rows for which a call of the FFT pays.
 _CPU_BLOCK = 2**17
 _CPU_MIN_ROWS = 16
 
-# Points of spectra that are kept for the backward pass; larger ones are computed again, for fresh
-# memory costs as much.
+# Largest number of points of spectra that are kept for the backward pass. Larger spectra are
+# computed again, since allocating memory for them costs as much.
 _MOST_KEPT = 2**21
 
 
 def evaluate_on_roots_of_unity(coefficients: Tensor, points: int) -> Tensor:
-    """Σ_j c_j z⁻ʲ at z = exp(2πik/points), k = 0 … points // 2 (the others are conjugates).
+    """Evaluate Σ_j c_j z⁻ʲ at z = exp(2πik/points), k = 0 … points // 2.
+
+    The values at the other roots of unity are the conjugates of these.
 
     Args:
         coefficients: (*C, n), real, from the constant term on; n ≤ points.
-        points: how many roots of unity.
+        points: The number of roots of unity.
 
     Returns:
         (*C, points // 2 + 1), complex, in the precision of `coefficients`.
 
     Raises:
-        TypeError: `coefficients` is not real floating point.
-        ValueError: `points` is not positive or smaller than n, or n is 0.
+        TypeError: if `coefficients` is not real floating point.
+        ValueError: if `points` is not positive or is smaller than n, or n is 0.
     """
     _check_real("evaluate_on_roots_of_unity", coefficients=coefficients)
     if coefficients.ndim == 0 or not 1 <= coefficients.shape[-1] <= points:
@@ -63,30 +66,30 @@ def rational_kernel(
     length: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Kernel of d + (Σ_{j≥1} b_j z⁻ʲ) / (1 + Σ_{j≥1} a_j z⁻ʲ), sampled on `grid` points.
+    """Compute the kernel of d + (Σ_{j≥1} b_j z⁻ʲ) / (1 + Σ_{j≥1} a_j z⁻ʲ) on a grid of frequencies.
 
-    Tap t is `Σ_p h_{t + p grid}`, h the impulse response: the inverse FFT of the sampled spectrum.
-    Differentiable to any order; for the backward pass only the coefficients are kept, and the
-    spectra where they are small.
+    Tap t is `Σ_p h_{t + p grid}`, where h is the impulse response: the inverse FFT of the spectrum
+    sampled at `grid` points. The result is differentiable to any order. The backward pass keeps the
+    coefficients, and the spectra only if they are small.
 
     Args:
         b: (*C, n), real.
         a: (*C or broadcasting against it, m), real; the spectrum of a row that many channels
             share is computed once.
         d: (*C or broadcasting against it), real.
-        grid: number of points, larger than n and m; even or odd.
-        length: taps to return, at most `grid`; all by default.
-        dtype: of the taps; the (promoted) dtype of b, a and d by default. With float64 taps of
-            float32 coefficients everything that cancels (both polynomials and their ratio) is
-            evaluated in float64, and gradients are propagated in float32.
+        grid: The number of points, larger than n and m; even or odd.
+        length: The number of taps to return, at most `grid`; all by default.
+        dtype: The dtype of the taps; by default the (promoted) dtype of b, a and d. For float64
+            taps of float32 coefficients, both polynomials and their ratio, in which terms cancel,
+            are evaluated in float64, and gradients are propagated in float32.
 
     Returns:
         (*C, length), in `dtype`.
 
     Raises:
-        TypeError: an argument is not real floating point, or is in half precision.
-        ValueError: no coefficients, `grid` not above n and m, `length` not in 1 … grid, or shapes
-            that do not broadcast.
+        TypeError: if an argument is not real floating point, or is in half precision.
+        ValueError: if there are no coefficients, `grid` is not above n and m, `length` is not in
+            1 … grid, or the shapes do not broadcast.
     """
     _check_real("rational_kernel", b=b, a=a, d=d)
     for name, coefficients in (("b", b), ("a", a)):
@@ -120,24 +123,24 @@ def rational_kernel(
 
 
 def rational_impulse_response(b: Tensor, a: Tensor, d: Tensor, length: int) -> Tensor:
-    """First taps of d + (Σ_{j≥1} b_j z⁻ʲ) / (1 + Σ_{j≥1} a_j z⁻ʲ), of which no pole may lie further
-    outside of the unit circle than modulus 1e5^(1/length).
+    """Compute the first taps of d + (Σ_{j≥1} b_j z⁻ʲ) / (1 + Σ_{j≥1} a_j z⁻ʲ).
 
-    Sampled on twice as many points as taps, on a circle of that radius, where aliasing is damped by
-    1e-10 and rounding errors grow by 1e5: correct to about ten digits of the largest taps, in time
-    and memory that do not depend on n. Differentiable to any order.
+    No pole may have a modulus above 1e5^(1/length). The function is sampled at twice as many points
+    as taps, on a circle of that radius, where aliasing is damped by 1e-10 and rounding errors grow
+    by 1e5. The result is correct to about ten digits of the largest taps, in time and memory that
+    do not depend on n, and differentiable to any order.
 
     Args:
         b: (*C, n), real.
         a: (*C or broadcasting against it, m), real.
         d: (*C or broadcasting against it), real.
-        length: taps, at least 1.
+        length: The number of taps, at least 1.
 
     Returns:
         (*C, length), float64.
 
     Raises:
-        ValueError, TypeError: as `rational_kernel`.
+        ValueError, TypeError: as for `rational_kernel`.
     """
     grid = 2 * max(length, b.shape[-1] + 1, a.shape[-1] + 1)
     exponents = torch.arange(grid // 2, dtype=torch.float64, device=b.device)
@@ -153,13 +156,13 @@ def _check_real(function: str, **tensors: Tensor) -> None:
 
 
 def _spectrum(coefficients: Tensor, constant: float, grid: int, dtype: torch.dtype) -> Tensor:
-    """constant + Σ_{j≥1} c_j z⁻ʲ, evaluated in `dtype`: (*C, grid // 2 + 1)."""
+    """Evaluate constant + Σ_{j≥1} c_j z⁻ʲ in `dtype`, (*C, grid // 2 + 1)."""
     leading = coefficients.new_full((*coefficients.shape[:-1], 1), constant)
     return torch.fft.rfft(torch.cat((leading, coefficients), dim=-1).to(dtype), n=grid)
 
 
 class _PaddedPolynomials:
-    """`_spectrum` of blocks of rows, through a scratch that is padded with zeros once."""
+    """Spectra of blocks of rows, through a scratch buffer that is padded with zeros once."""
 
     def __init__(self, like: Tensor, rows: int, grid: int, dtype: torch.dtype) -> None:
         self.scratch = like.new_zeros(rows, grid, dtype=dtype)
@@ -177,7 +180,7 @@ class _PaddedPolynomials:
 
 
 def _coefficient_gradient(spectrum: Tensor, count: int, grid: int) -> Tensor:
-    """Adjoint of `_spectrum` but for the constant, of a spectrum whose inverse FFT is real."""
+    """Apply the adjoint of `_spectrum`, without the constant, to a spectrum of real taps."""
     return torch.fft.irfft(spectrum, n=grid)[..., 1 : count + 1]
 
 
@@ -185,10 +188,10 @@ def _coefficient_gradient(spectrum: Tensor, count: int, grid: int) -> Tensor:
 def _rational_kernel(
     b: Tensor, a: Tensor, d: Tensor, grid: int, length: int, dtype: torch.dtype, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Taps for b (*C, n), a (*C or 1, m), d (*C).
+    """Compute the taps for b (*C, n), a (*C or 1, m), d (*C).
 
-    With `keep` also 1 / A and B / A on the grid, in the precision of the coefficients, for the
-    backward pass; otherwise they are empty.
+    With `keep` the other results are 1 / A and B / A on the grid, in the precision of the
+    coefficients, for the backward pass; otherwise they are empty.
     """
     taps = b.new_empty(*b.shape[:-1], length, dtype=dtype)
     reciprocals, ratios = _empty_spectra(b, a, grid, keep)
@@ -221,11 +224,11 @@ def _empty_spectra(b: Tensor, a: Tensor, grid: int, keep: bool) -> tuple[Tensor,
 def _rational_kernel_backward(
     g: Tensor, b: Tensor, a: Tensor, reciprocals: Tensor, ratios: Tensor, grid: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of b and a for the taps' gradient g (*C, length).
+    """Compute the gradients of b and a from the taps' gradient g (*C, length).
 
-    With K = B / A and G the spectrum of g, their spectra are G / Ā and -G K̄ / Ā: the ratios, unless
-    they were kept, in the precision of g, in which the taps were computed, the rest in that of the
-    coefficients.
+    With K = B / A and G the spectrum of g, their spectra are G / Ā and -G K̄ / Ā. Ratios that were
+    not kept are computed in the precision of g, in which the taps were computed; all else is
+    computed in the precision of the coefficients.
     """
     of_b, of_a = torch.empty_like(b), torch.empty_like(a)
     rows, tasks = cut(g, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
@@ -283,7 +286,7 @@ def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if records_derivatives():  # of the gradient: the same formula, recorded
         reciprocal = _spectrum(a, 1.0, grid, g.dtype).reciprocal()
         kernel = _spectrum(b, 0.0, grid, g.dtype) * reciprocal
-        # conj_physical, for in the first call of a compiled function PyTorch ignores a lazy conj
+        # conj_physical, since PyTorch ignores a lazy conj in the first call of a compiled function
         incoming = torch.fft.rfft(g, n=grid) * reciprocal.conj_physical()
         total = (incoming * kernel.conj_physical()).sum_to_size(reciprocal.shape)
         of_b = _coefficient_gradient(incoming, b.shape[-1], grid).to(b.dtype)
@@ -294,8 +297,11 @@ def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 
 
 def _jvp(inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> tuple[Tensor, None, None]:
-    """With tangents of b and a whose spectra are S and T, that of the taps has ``(S - K T) / A``,
-    K = B / A; that of d is added to tap 0."""
+    """Compute the tangent of the taps.
+
+    If the tangents of b and a have the spectra S and T, that of the taps has the spectrum
+    `(S - K T) / A`, K = B / A. The tangent of d is added to tap 0.
+    """
     b, a, _, grid, length, dtype, _ = inputs
     t_b, t_a, t_d, *_ = tangents
     tangent = b.new_zeros(*b.shape[:-1], length, dtype=dtype)
@@ -333,7 +339,7 @@ def _rational_kernel_vmap(
     )
     if not keep:
         return (taps, reciprocals, ratios), (0, None, None)
-    if shared:  # one spectrum of the denominators for all that is mapped
+    if shared:  # all mapped entries share one spectrum of the denominators
         return (taps, reciprocals.squeeze(0), ratios), (0, None, 0)
     return (taps, reciprocals, ratios), (0, 0, 0)
 

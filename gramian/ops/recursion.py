@@ -1,9 +1,9 @@
-r"""All-pole filters by blocks: ``w_t = u_t - Σ_{j=1}^n a_j w_{t-j}``.
+r"""All-pole filters by blocks, `w_t = u_t - Σ_{j=1}^n a_j w_{t-j}`.
 
-A block of J samples solves a triangular Toeplitz system whose right-hand side is the input less
-what the n samples before it contribute. That is the recursion itself, a matrix product and a
-triangular solve at a time: as accurate as stepping, and, unlike the reciprocal of the polynomial as
-a power series, no less so for poles that crowd near the unit circle.
+A block of J samples solves a triangular Toeplitz system whose right-hand side is the input minus
+the contribution of the n samples before it. This is the recursion itself, one matrix product and
+one triangular solve per block. It is as accurate as stepping, even for poles that crowd near the
+unit circle, where the reciprocal of the polynomial as a power series is not.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _BLOCK = 128
 
 
 def all_pole_filter(a: Tensor, signal: Tensor, past: Tensor | None = None) -> Tensor:
-    """The signal divided by ``1 + a_1 z^-1 + … + a_n z^-n``; no pole has to be stable.
+    """Divide the signal by `1 + a_1 z^-1 + … + a_n z^-n`; poles may be unstable.
 
     Args:
         a: (*C, n), real; the leading 1 is implied.
-        signal: (*B, L), of the dtype of ``a``; ``C`` broadcasts against ``B``.
-        past: (*B, n), the outputs before the first, newest first; None: zeros.
+        signal: (*B, L), of the dtype of `a`; `C` broadcasts against `B`.
+        past: (*B, n), the outputs before the first sample, newest first; None: zeros.
 
     Returns:
         (*B, L); gradients flow to all arguments.
@@ -41,8 +41,8 @@ def all_pole_filter(a: Tensor, signal: Tensor, past: Tensor | None = None) -> Te
     else:
         before = group_channels(past, a.shape[:-1])[0].flip(-1).mT  # oldest first
 
-    # Row i of the extended Toeplitz matrix holds a_n, …, a_1, 1 on columns i … i + n: what sample i
-    # of a block takes from the n samples before it and from the block.
+    # Row i of the extended Toeplitz matrix holds a_n, …, a_1, 1 in columns i … i + n: the weights,
+    # for sample i of a block, of the n samples before the block and of those in it.
     monic = torch.cat([a.flip(-1), torch.ones_like(a[..., :1])], dim=-1).reshape(groups, order + 1)
     rows = torch.nn.functional.pad(monic, (0, size)).unsqueeze(1).expand(-1, size, -1)
     band = rows.reshape(groups, -1)[:, : size * (order + size)].reshape(groups, size, order + size)

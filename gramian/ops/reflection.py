@@ -1,12 +1,12 @@
-r"""Reflection coefficients of polynomials, and the lattice that they make.
+r"""Reflection coefficients of polynomials, and the lattice that they define.
 
-A monic polynomial ``A_n(z) = 1 + a_1 z^-1 + … + a_n z^-n`` has all its zeros inside the unit circle
-exactly if the reflection coefficients of the Schur–Cohn (or Levinson) recursion
+A monic polynomial `A_n(z) = 1 + a_1 z^-1 + … + a_n z^-n` has all its zeros inside the unit circle
+if and only if the reflection coefficients of the Schur–Cohn (or Levinson) recursion
 
     A_m(z) = A_{m-1}(z) + k_m z^-m A_{m-1}(1/z),   m = 1 … n,   A_0 = 1
 
-all lie in (-1, 1). Step-up goes from k to a, step-down from a to k; both in double precision, for
-near the circle rounding moves poles across it.
+all lie in (-1, 1). Step-up goes from k to a, step-down from a to k. Both use double precision,
+because rounding can move poles near the unit circle across it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 __all__ = ["ladder_weights", "step_down", "step_up"]
 
 _ELEMENTS = 2**24
-"""Numbers of the triangular matrices that are formed at once."""
+"""Elements of the triangular matrices that are formed at once."""
 
 
 def step_up(reflection: Tensor) -> Tensor:
-    """Denominator coefficients ``a_1 … a_n`` (*C, n) of reflection coefficients (*C, n).
+    """Compute denominator coefficients `a_1 … a_n` from reflection coefficients, both (*C, n).
 
-    In float64; differentiable.
+    The result is in float64 and differentiable.
     """
     k = reflection.double()
     a = k[..., :0]
@@ -34,10 +34,11 @@ def step_up(reflection: Tensor) -> Tensor:
 
 
 def step_down(a: Tensor) -> Tensor:
-    """Reflection coefficients (*C, n) of denominator coefficients ``a_1 … a_n`` (*C, n).
+    """Compute reflection coefficients from denominator coefficients `a_1 … a_n`, both (*C, n).
 
-    In float64. Where they leave [-1, 1] the polynomial has a zero outside of the unit circle, and
-    those of lower degree mean nothing; where they reach ±1, NaN and infinite ones follow.
+    The result is in float64. If a coefficient lies outside [-1, 1], the polynomial has a zero
+    outside of the unit circle, and the coefficients of lower degree are meaningless. If one is ±1,
+    those of lower degree are NaN or infinite.
     """
     a = a.double()
     reflection = torch.empty_like(a)
@@ -50,11 +51,11 @@ def step_down(a: Tensor) -> Tensor:
 
 
 def ladder_weights(reflection: Tensor, b: Tensor) -> Tensor:
-    """Weights e of a lattice's past with ``b(z) = Σ_{m<n} e_m z^-1 z^-m A_m(1/z)``.
+    """Compute the ladder weights e with `b(z) = Σ_{m<n} e_m z^-1 z^-m A_m(1/z)`.
 
     Args:
         reflection: (*C, n).
-        b: (*C, n), numerator coefficients ``b_1 … b_n``.
+        b: (*C, n), numerator coefficients `b_1 … b_n`.
 
     Returns:
         (*C, n), float64.

@@ -1,22 +1,23 @@
-r"""Time-varying linear recurrences by doubling: no loop over time and no division.
+r"""Time-varying linear recurrences by doubling, without a loop over time and without division.
 
-``x_{i+1} = A_i x_i + B_i u_i``, ``y_i = C_i x_i + D_i u_i``. A block of c steps is one step of a
-larger system: its transition maps the state before the block to the state after it, its inputs
-(n × c) and outputs (c × n) join the states at its edges to its samples, and its operator (c × c) is
-what happens inside. Two neighbours merge into a block of twice the length,
+The recurrence is `x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i`. A block of c steps is
+one step of a larger system: its transition maps the state before the block to the state after it,
+its input matrix (n × c) and output matrix (c × n) connect the states at its edges to its samples,
+and its operator (c × c) maps the inputs inside the block to the outputs. Two neighbors merge into a
+block of twice the length,
 
     Ā = Ā₂ Ā₁,  B̄ = [Ā₂ B̄₁, B̄₂],  C̄ = [C̄₁; C̄₂ Ā₁],  D̄ = [[D̄₁, 0], [C̄₂ B̄₁, D̄₂]],
 
-so log₂ c rounds of batched matrix products make blocks of c steps, and a scan over the blocks
-carries the state from one to the next. Nothing is divided by a product of gates, as chunked forms
-in log space do, so gates may be zero or negative.
+so log₂ c rounds of batched matrix products give blocks of c steps, and a scan over the blocks
+carries the state from one to the next. Unlike chunked forms in log space, this never divides by a
+product of gates, so gates may be zero or negative.
 
-Merging is as accurate as plain steps where no product of transitions is much larger than the
-identity, which gates and the delta rule never are. `bounded_products` tells where dense ones are
-not, and `step_by_step` is for those.
+Merging is as accurate as plain steps if no product of transitions is much larger than the identity.
+Products of gates and of the delta rule's transitions never are. `bounded_products` checks this for
+dense transitions, and `step_by_step` handles those that fail.
 
 A transition is diagonal, diagonal plus low rank (products of Householder-like factors in the WY
-form: the delta rule), or dense. All tensors are (G, K, …): groups, then steps or blocks.
+form, as in the delta rule), or dense. All tensors are (G, K, …): groups, then steps or blocks.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 _BOUND = 32.0
-"""Norm of products, relative to that of the identity, up to which merging is accurate."""
+"""Largest norm of products, relative to that of the identity, for which merging is accurate."""
 
 
 class Transition(abc.ABC):
@@ -51,34 +52,34 @@ class Transition(abc.ABC):
 
     @abc.abstractmethod
     def left(self, x: Tensor) -> Tensor:
-        """``A x`` for x (G, K, n, r)."""
+        """Return `A x` for x (G, K, n, r)."""
 
     @abc.abstractmethod
     def right(self, y: Tensor) -> Tensor:
-        """``y A`` for y (G, K, r, n)."""
+        """Return `y A` for y (G, K, r, n)."""
 
     @abc.abstractmethod
     def after(self, earlier: Transition) -> Transition:
-        """``A A'``: the transition ``earlier``, then this one."""
+        """Return `A A'`: the transition `earlier`, followed by this one."""
 
     @abc.abstractmethod
     def dense(self) -> Tensor:
-        """The matrices, (G, K, n, n)."""
+        """Return the matrices, (G, K, n, n)."""
 
     @abc.abstractmethod
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """``function`` of every tensor (G, K, …): casts, slices of steps."""
+        """Apply `function` to every tensor (G, K, …), such as a cast or a slice of steps."""
 
     @abc.abstractmethod
     def padded(self, steps: int) -> Self:
-        """With that many identities after the last step."""
+        """Append that many identities after the last step."""
 
     def __getitem__(self, steps: slice | int) -> Self:
         return self.map(lambda tensor: tensor[:, steps])
 
 
 class Diagonal(Transition):
-    """``diag(a)``, a (G, K, n)."""
+    """Diagonal matrices `diag(a)`, a (G, K, n)."""
 
     def __init__(self, a: Tensor) -> None:
         self.a = a
@@ -104,7 +105,7 @@ class Diagonal(Transition):
 
 
 class DiagonalPlusLowRank(Transition):
-    """``diag(a) + p qᵀ``, a (G, K, n), p and q (G, K, n, r)."""
+    """Matrices `diag(a) + p qᵀ`, a (G, K, n), p and q (G, K, n, r)."""
 
     def __init__(self, a: Tensor, p: Tensor, q: Tensor) -> None:
         self.a, self.p, self.q = a, p, q
@@ -138,7 +139,7 @@ class DiagonalPlusLowRank(Transition):
 
 
 class Dense(Transition):
-    """Any matrix, a (G, K, n, n)."""
+    """Matrices without structure, a (G, K, n, n)."""
 
     def __init__(self, a: Tensor) -> None:
         self.a = a
@@ -165,22 +166,22 @@ class Dense(Transition):
 
 
 class Blocks(NamedTuple):
-    """Blocks of c steps: state to state, inputs to state, state to outputs, inputs to outputs."""
+    """Blocks of c steps: the maps from state and inputs to state and outputs."""
 
     transition: Transition
     reach: Tensor
-    """(G, K, n, c)."""
+    """(G, K, n, c): from the inputs to the state after the block."""
     observe: Tensor
-    """(G, K, c, n)."""
+    """(G, K, c, n): from the state before the block to the outputs."""
     inside: Tensor
-    """(G, K, c, c), lower triangular."""
+    """(G, K, c, c), lower triangular: from the inputs to the outputs."""
 
 
 def join(transition: Transition, B: Tensor, C: Tensor, D: Tensor, size: int) -> Blocks:
-    """Steps joined to blocks of ``size``, the last one completed by silent steps.
+    """Join steps to blocks of `size`, the last one completed by silent steps.
 
     Args:
-        transition: Of T steps.
+        transition: The transition of T steps.
         B: (G, T, n).
         C: (G, T, n).
         D: (G, T).
@@ -208,15 +209,15 @@ def join(transition: Transition, B: Tensor, C: Tensor, D: Tensor, size: int) -> 
 
 
 def scan(transition: Transition, inputs: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """``x_{k+1} = A_k x_k + inputs_k`` by merging neighbours: log₂ K rounds.
+    """Solve `x_{k+1} = A_k x_k + inputs_k` by merging neighbors, in log₂ K rounds.
 
     Args:
-        transition: Of K blocks.
+        transition: The transition of K blocks.
         inputs: (G, K, n, r).
-        start: (G, n, r), the state before the first.
+        start: (G, n, r), the state before the first block.
 
     Returns:
-        The states before every block (G, K, n, r), and the one after the last (G, n, r).
+        The states before every block (G, K, n, r), and the state after the last (G, n, r).
     """
     count = inputs.shape[1]
     if count == 1:
@@ -236,8 +237,11 @@ def scan(transition: Transition, inputs: Tensor, start: Tensor) -> tuple[Tensor,
 
 
 def bounded_products(A: Tensor) -> bool:
-    """Whether no product of neighbouring state matrices (G, K, n, n), 2^k of them, is much larger
-    than the identity. The values are looked at, so a GPU waits."""
+    """Return whether products of 2^k neighboring state matrices are all bounded.
+
+    No product may be much larger than the identity. The matrices are (G, K, n, n). The function
+    reads values, so it synchronizes with a GPU.
+    """
     if A.numel() == 0:
         return True
     bound = _BOUND * math.sqrt(A.shape[-1])
@@ -253,7 +257,7 @@ def bounded_products(A: Tensor) -> bool:
 def step_by_step(
     A: Tensor, B: Tensor, C: Tensor, D: Tensor, signal: Tensor, x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``y_i = C_i x + D_i u_i``, ``x ← A_i x + B_i u_i`` by a loop over time, in float64.
+    """Compute `y_i = C_i x + D_i u_i`, `x ← A_i x + B_i u_i` by a loop over time, in float64.
 
     Args:
         A: (G, T, n, n).

@@ -1,21 +1,21 @@
-r"""Changes of state coordinates in which powers of a state matrix lose nothing.
+r"""Changes of state coordinates that make powers of a state matrix accurate.
 
-Powers by squaring are as accurate as plain steps only while no power is much larger than the next:
-the error of ``A^2k`` is ``eps ‖A^k‖²``. The companion matrix of a filter whose poles crowd at z = 1
-has powers of norm 1e10 and more on the way to zero. In the coordinates ``x = L x̃`` with
+Powers by squaring are as accurate as plain steps only if no power is much larger than the next:
+the error of `A^2k` is `eps ‖A^k‖²`. The companion matrix of a filter whose poles crowd at z = 1
+has powers of norm 1e10 and more before they decay to zero. In the coordinates `x = L x̃` with
 
     L Lᵀ = Σ_t A^t (b bᵀ + Q) (A^t)ᵀ,  Ã = L⁻¹ A L,  b̃ = L⁻¹ b,  c̃ = c L
 
-the state matrix is a contraction, ``‖Ã‖ ≤ 1``, and ``‖c̃‖`` is about the norm of the impulse
+the state matrix is a contraction, `‖Ã‖ ≤ 1`, and `‖c̃‖` is about the norm of the impulse
 response, so nothing cancels (the input-normal form of B. C. Moore, IEEE Trans. Automatic Control
-26, 1981; Q, small and diagonal, keeps L regular whatever b reaches). The sum is taken over as many
-t as the powers can be trusted for, and again in the coordinates that this gives. The condition
-number of L may be 1e8 a time, and that of all of them far more than 1/eps, so ``Ã`` is no product
-of three matrices: it is solved from ``L Ã = A L`` by iterative refinement in twice the working
-precision, and only the last result is rounded.
+26, 1981; Q, small and diagonal, keeps L regular even if b does not reach every state). The sum is
+taken over as many t as the powers are accurate for, and again in the coordinates that result. Each
+L may have a condition number of 1e8, and all of them together far more than 1/eps, so `Ã` is not
+computed as a product of three matrices. It is solved from `L Ã = A L` by iterative refinement in
+twice the working precision, and only the last result is rounded.
 
-Coordinates are found without gradients and applied with them: in any of them the impulse response
-is the same.
+Coordinates are found without gradients and applied with gradients, since the impulse response is
+the same in all coordinates.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from torch import Tensor
 __all__ = ["Coordinates", "bounded_powers", "coordinates", "exact_product", "reached"]
 
 _BOUND = 32.0
-"""Norm of powers, relative to that of the identity, up to which squaring is accurate: it loses the
-square of this many units of rounding, three digits."""
+"""Largest norm of powers, relative to that of the identity, for which squaring is accurate: its
+error is the square of this number times the rounding unit, which is three digits."""
 
 _TRUSTED = 1e6
-"""Norm of powers up to which they are good enough to find coordinates from, if not to use."""
+"""Largest norm of powers that are accurate enough to find coordinates, though not to be used."""
 
 _FORCING = 1e-8
-"""The root of Q, relative to how far b moves each coordinate: states that b does not reach are
-carried too, at a cost of as many digits."""
+"""The square root of Q, relative to how far b moves each coordinate. States that b does not reach
+are kept too, at the cost of as many digits."""
 
 _LEAST_TRUSTED = 30.0
 _MOST_FORCING = 0.5
-"""Where these have come to after failures nothing more is tried."""
+"""The search gives up when failures have moved the two parameters this far."""
 
 _CANCELLED = 1e3
-"""What ‖b̃‖ ‖c̃‖ may be, relative to the norm of the impulse response."""
+"""Largest acceptable ‖b̃‖ ‖c̃‖, relative to the norm of the impulse response."""
 
 _DOUBLINGS = 50
 _PASSES = 16
@@ -70,14 +70,14 @@ class Pair(NamedTuple):
         return Pair(total, lost - (total - high))
 
     def where(self, condition: Tensor, other: Pair) -> Pair:
-        """This where ``condition`` holds, the other elsewhere."""
+        """Select this value where `condition` holds, and the other elsewhere."""
         return Pair(*(torch.where(condition, a, b) for a, b in zip(self, other, strict=True)))
 
 
 def exact_product(left: Tensor, right: Tensor) -> Pair:
-    """``left @ right`` in twice the working precision.
+    """Compute `left @ right` in twice the working precision.
 
-    Both factors are split into slices of so few bits that products of slices are exact (Ozaki et
+    Both factors are split into slices with so few bits that products of slices are exact (Ozaki et
     al., "Error-free transformations of matrix multiplication", Numerical Algorithms 59, 2012).
 
     Args:
@@ -85,7 +85,8 @@ def exact_product(left: Tensor, right: Tensor) -> Pair:
         right: (*C, k, n), float64.
 
     Returns:
-        (*C, m, n), with an error of about eps² relative to the largest entries of row and column.
+        (*C, m, n), with an error of about eps² relative to the largest entries of the row and the
+        column.
     """
     bits = (51 - max(1, left.shape[-1] - 1).bit_length()) // 2
     count = -(-108 // bits)
@@ -98,11 +99,11 @@ def exact_product(left: Tensor, right: Tensor) -> Pair:
 
 
 def _slices(x: Tensor, dim: int, bits: int, count: int) -> list[Tensor]:
-    """Parts of ``bits`` bits below the largest entry along ``dim``, whose sum is ``x``."""
+    """Split `x` into a sum of parts of `bits` bits below the largest entry along `dim`."""
     parts = []
     for _ in range(count):
         top = x.abs().amax(dim, keepdim=True)
-        # Adding and taking away 3/4 of a power of two rounds to a multiple of its last bit.
+        # Adding and subtracting 3/4 of a power of two rounds to a multiple of its last bit.
         carrier = torch.ldexp(torch.full_like(top, 0.75), torch.frexp(top)[1] + 53 - bits)
         part = (x + carrier) - carrier
         parts.append(part)
@@ -111,14 +112,14 @@ def _slices(x: Tensor, dim: int, bits: int, count: int) -> list[Tensor]:
 
 
 class Coordinates(NamedTuple):
-    """``x = L_1 L_2 … x̃`` for lower-triangular factors (*C, n, n); without any, x itself."""
+    """Coordinates `x = L_1 L_2 … x̃` with lower-triangular factors (*C, n, n), possibly none."""
 
     factors: tuple[Tensor, ...] = ()
     stepwise: bool = False
-    """No coordinates were found in which powers can be trusted: take plain steps."""
+    """Whether plain steps are necessary, because powers are inaccurate in all coordinates found."""
 
     def system(self, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The system in these coordinates; differentiable.
+        """Transform a system into these coordinates, differentiably.
 
         Args:
             A: (*C, n, n), float64.
@@ -145,7 +146,7 @@ class Coordinates(NamedTuple):
         )
 
     def into(self, x: Tensor) -> Tensor:
-        """States (*B, n) in these coordinates; ``C`` broadcasts against ``B``. Differentiable."""
+        """Transform states (*B, n) into these coordinates, differentiably; *C broadcasts to *B."""
         if not self.factors:
             return x
         exact, plain = Pair.of(x.unsqueeze(-1)), x.unsqueeze(-1)
@@ -156,7 +157,7 @@ class Coordinates(NamedTuple):
         return _with_gradient(exact.high, plain).squeeze(-1)
 
     def out_of(self, x: Tensor) -> Tensor:
-        """States (*B, n) of these coordinates in the given ones. Differentiable."""
+        """Transform states (*B, n) from these coordinates back, differentiably."""
         for L in reversed(self.factors):
             x = (L @ x.unsqueeze(-1)).squeeze(-1)
         return x
@@ -167,7 +168,7 @@ def _solve(L: Tensor, target: Tensor) -> Tensor:
 
 
 def _with_gradient(value: Tensor, formula: Tensor) -> Tensor:
-    """``value``, with the derivatives of ``formula``, which rounding may have spoilt."""
+    """Return `value` with the derivatives of `formula`, whose own value may be inaccurate."""
     return value + (formula - formula.detach())
 
 
@@ -177,10 +178,10 @@ def _times(left: Pair, right: Tensor) -> Pair:
 
 
 def _similar(L: Tensor, rows: Pair) -> tuple[Pair, Tensor]:
-    """``[L⁻¹ A L, L⁻¹ B]`` of rows ``[A, B]``, and whether it is right, (*C)."""
+    """Compute `[L⁻¹ A L, L⁻¹ B]` from `[A, B]`, and whether it is accurate, (*C)."""
     columns = torch.nn.functional.pad(L, (0, 1, 0, 1))  # [[L, 0], [0, 1]]
     columns[..., -1, -1] = 1
-    # The last column may be of any size; times a power of two it has that of the others.
+    # The last column may be of any size; a power of two scales it to the size of the others.
     top = torch.frexp(rows.high.abs().amax(-2, keepdim=True))[1]  # (*C, 1, n + 1)
     shift = (top[..., :-1].amax(-1, keepdim=True) - top[..., -1:]).clamp(-1000, 1000)
     exponents = torch.cat([torch.zeros_like(top[..., :-1]), shift], dim=-1)
@@ -189,7 +190,7 @@ def _similar(L: Tensor, rows: Pair) -> tuple[Pair, Tensor]:
 
 
 def _refined(L: Tensor, rows: Pair, columns: Tensor) -> tuple[Pair, Tensor]:
-    """``L⁻¹ rows columns`` by iterative refinement, and whether it is right, (*C)."""
+    """Compute `L⁻¹ rows columns` by iterative refinement, and whether it is accurate, (*C)."""
     finfo = torch.finfo(L.dtype)
     X = Pair.of(_solve(L, rows.high @ columns))
     lead = X.high.shape[:-2]
@@ -215,9 +216,10 @@ def _refined(L: Tensor, rows: Pair, columns: Tensor) -> tuple[Pair, Tensor]:
 
 
 def bounded_powers(A: Tensor) -> Tensor:
-    """Whether no power ``A^(2^k)`` is much larger than the identity, (*C): then powers by squaring
-    are as accurate as plain steps. Growth as that of a power of the spectral radius does not count:
-    the result grows as much.
+    """Return whether powers by squaring are as accurate as plain steps, (*C).
+
+    They are if no power `A^(2^k)` is much larger than the identity. Growth at the rate of the
+    powers of the spectral radius does not count, because the result grows as much.
 
     Args:
         A: (*C, n, n), float64.
@@ -230,13 +232,13 @@ def bounded_powers(A: Tensor) -> Tensor:
 
 
 def _growth(A: Tensor) -> Tensor:
-    """(*C, 1, 1): the spectral radius, or 1 where it is smaller."""
+    """Return the spectral radius, or 1 where it is smaller, (*C, 1, 1)."""
     finite = A.nan_to_num(0.0, 0.0, 0.0)
     return torch.linalg.eigvals(finite).abs().amax(-1).clamp_min(1.0)[..., None, None]
 
 
 def _largest_power(A: Tensor, bound: float) -> Tensor:
-    """The largest ‖A^(2^k)‖_F, (*C), as far as is needed to know whether it is above ``bound``."""
+    """Return the largest ‖A^(2^k)‖_F, (*C), or some norm above `bound` if one is."""
     largest = norm = torch.linalg.matrix_norm(A).nan_to_num(torch.inf)
     for _ in range(_DOUBLINGS):
         if bool(((norm <= 1) | (largest > bound)).all()):
@@ -250,14 +252,16 @@ def _largest_power(A: Tensor, bound: float) -> Tensor:
 def reached(
     A: Tensor, rows: Tensor, trusted: float | Tensor = _TRUSTED, doublings: int = _DOUBLINGS
 ) -> Tensor:
-    """R with ``RᵀR = Σ_t A^t rowsᵀ rows (A^t)ᵀ`` by doubling: the infinite horizon, or as far as
-    the powers of A, by squaring, do not grow beyond all trust.
+    """Compute R with `RᵀR = Σ_t A^t rowsᵀ rows (A^t)ᵀ` by doubling.
+
+    The horizon is infinite, or ends where the powers of A, computed by squaring, become too large
+    to be accurate.
 
     Args:
         A: (*C, n, n), float64.
         rows: (*C, r, n).
-        trusted: Norm of a power beyond which it is taken no further; one, or (*C).
-        doublings: The horizon is 2 to this power.
+        trusted: Norm of a power at which the sum ends; one number, or (*C).
+        doublings: Largest number of doublings; the horizon is at most 2 to this power.
 
     Returns:
         (*C, k, n), upper triangular, k ≤ n.
@@ -265,7 +269,7 @@ def reached(
     factor, power = rows, A
     live = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
     for doubling in range(doublings):
-        if doubling:  # A itself is no power
+        if doubling:  # A itself is exact
             live = live & (torch.linalg.matrix_norm(power) <= trusted)
         # The next stretch of the horizon, as long as all before.
         further = torch.where(live[..., None, None], factor @ power.mT, 0)
@@ -279,7 +283,7 @@ def reached(
 
 @torch.no_grad()
 def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
-    """Coordinates in which powers of a state matrix can be taken by squaring.
+    """Find coordinates in which powers of a state matrix can be computed by squaring.
 
     Args:
         A: (*C, n, n), float64.
@@ -287,8 +291,8 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
         C: (*C, n).
 
     Returns:
-        Those given, for every channel whose powers are well-behaved as they are. The values of A
-        are looked at, so a GPU waits.
+        The coordinates; they are the given ones for every channel whose powers are already bounded.
+        The function reads the values of A, so it synchronizes with a GPU.
     """
     if A.numel() == 0:
         return Coordinates()
@@ -308,8 +312,8 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
         rows, output = changed.where(use, rows), _times(output, L).where(use, output)
         if bool(use.any()):
             factors.append(torch.where(use, L, identity))
-        # After a failure a shorter horizon, whose factor is better conditioned; where nothing
-        # changes any more, larger forces.
+        # After a failure, try a shorter horizon, whose factor is better conditioned; where nothing
+        # changes any more, larger forcing.
         spread = L.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)
         trusted = torch.where(right, trusted, trusted.sqrt())
         flat = spread.max <= 4 * spread.min
@@ -325,12 +329,12 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
 
 
 def _reach(A: Tensor, B: Tensor, trusted: Tensor, forcing: Tensor) -> Tensor:
-    """L (*C, n, n): how far B, and small forces on all of the state, move the state."""
+    """Compute L (*C, n, n), the factor of how B and small forces on all states move the state."""
     A = A / _growth(A)
     norm = torch.linalg.vector_norm(B, dim=-1, keepdim=True)
     column = (B / torch.where(norm > 0, norm, 1)).unsqueeze(-1)
     columns = [column]
-    for _ in range(A.shape[-1]):  # until nothing that b reaches is new, powers trusted or not
+    for _ in range(A.shape[-1]):  # all states that b reaches, whether powers are trusted or not
         columns.append(A @ columns[-1])
     rows = torch.cat(columns, dim=-1).mT
     moved = torch.linalg.vector_norm(reached(A, rows, trusted), dim=-2)  # (*C, n)
@@ -338,6 +342,6 @@ def _reach(A: Tensor, B: Tensor, trusted: Tensor, forcing: Tensor) -> Tensor:
     moved = torch.where(moved > 0, forcing.unsqueeze(-1) * moved, torch.where(most > 0, most, 1))
     rows = torch.cat([rows, torch.diag_embed(moved)], dim=-2)
     factor = reached(A, rows, trusted).mT
-    # Rows and columns of a triangular factor may have any sign; a positive diagonal is tidier.
+    # The signs of a triangular factor's columns are free; a positive diagonal makes it unique.
     sign = torch.where(factor.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
     return factor * sign.unsqueeze(-2)

@@ -1,14 +1,14 @@
 r"""Products with Vandermonde matrices, as matrix products of about √L × √L blocks.
 
-A modal impulse response is ``h_t = Re Σ_k c_k λ_k^t``. With ``t = iJ + j`` the power splits into
-``λ^{iJ} λ^j``, so the L × m Vandermonde matrix is never formed: its product is one real matrix
-product between ``c_k λ_k^{iJ}`` and ``λ_k^j``, each with about √L rows. The transposed product,
-``Σ_j λ^{T-1-j} u_j``, is the final state of a modal recurrence and splits in the same way.
+A modal impulse response is `h_t = Re Σ_k c_k λ_k^t`. With `t = iJ + j` the power splits into
+`λ^{iJ} λ^j`, so the L × m Vandermonde matrix is never formed: its product is one real matrix
+product of `c_k λ_k^{iJ}` and `λ_k^j`, each with about √L rows. The transposed product,
+`Σ_j λ^{T-1-j} u_j`, is the final state of a modal recurrence and splits in the same way.
 
-Powers of about L^(1/4) steps are taken by doubling in double precision, so that a pole on the
-negative real axis keeps its phase over thousands of steps, then rounded; all others are products of
-two of these. Both products are operators, whose backward passes are each in terms of the other, and
-work on blocks of channels that stay in cache.
+Powers of about L^(1/4) steps are computed by doubling in double precision and then rounded, so that
+a pole on the negative real axis keeps its phase over thousands of steps. All other powers are
+products of two of these. Both products are operators, each of which has a backward pass in terms of
+the other. They work on blocks of channels that stay in cache.
 """
 
 from __future__ import annotations
@@ -22,13 +22,8 @@ from torch import Tensor
 from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import Task, cut
-from gramian.ops._operator import (
-    batch_first,
-    differentiable,
-    operator,
-    records_derivatives,
-    total,
-)
+from gramian.ops._operator import batch_first, differentiable, operator, total
+from gramian.ops.derivatives import records_derivatives
 
 __all__ = [
     "geometric_powers",
@@ -37,19 +32,19 @@ __all__ = [
     "vandermonde_transpose_product",
 ]
 
-# Numbers that one block on a processor holds.
+# Numbers in one block on a CPU.
 _CPU_NUMBERS = 2**21
 
 
 def geometric_powers(base: Tensor, count: int) -> Tensor:
-    """The powers ``base^0, …, base^(count - 1)`` by doubling; exact at zero.
+    """Compute the powers `base^0, …, base^(count - 1)` by doubling; exact at zero.
 
     Args:
         base: (*C, m), real or complex.
         count: Number of powers, at least 1.
 
     Returns:
-        (*C, m, count), of the dtype of ``base``.
+        (*C, m, count), of the dtype of `base`.
     """
     powers = torch.ones_like(base).unsqueeze(-1)
     step = base.unsqueeze(-1)  # base^(number of powers so far)
@@ -60,7 +55,7 @@ def geometric_powers(base: Tensor, count: int) -> Tensor:
 
 
 def integer_power(base: Tensor, exponent: int) -> Tensor:
-    """``base`` to a power ≥ 0, by squaring; exact at zero, with ``0^0 = 1``."""
+    """Raise `base` to a power ≥ 0, by squaring; exact at zero, with `0^0 = 1`."""
     result = torch.ones_like(base)
     while exponent:
         if exponent & 1:
@@ -71,44 +66,45 @@ def integer_power(base: Tensor, exponent: int) -> Tensor:
 
 
 def vandermonde_product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
-    """``Re Σ_k coefficients_k poles_k^t`` for t = 0 … length - 1.
+    """Compute `Re Σ_k coefficients_k poles_k^t` for t = 0 … length - 1.
 
-    Differentiable to any order. Only the arguments are kept for the backward pass, which takes the
-    transposed product.
+    The result is differentiable to any order. The backward pass is the transposed product and keeps
+    only the arguments.
 
     Args:
         poles: (*C, m), complex.
-        coefficients: (*B, m), complex; ``C`` broadcasts against ``B``. Where ``C`` has size 1 the
-            powers are shared, not repeated.
+        coefficients: (*B, m), complex; `C` broadcasts against `B`. Where `C` has size 1, powers
+            are computed once and shared.
         length: Number of samples, at least 1.
 
     Returns:
-        (*B, length), real, of the precision of ``coefficients``.
+        (*B, length), real, of the precision of `coefficients`.
     """
     grouped, restore = group_channels(coefficients, poles.shape[:-1])  # (G, R, m)
     return restore(_product(poles.reshape(grouped.shape[0], -1), grouped, length))
 
 
 def vandermonde_transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
-    """``Σ_j poles_k^(T-1-j) signal_j``: the state that a modal recurrence reaches after T inputs.
+    """Compute `Σ_j poles_k^(T-1-j) signal_j`, the state of a modal recurrence after T inputs.
 
-    Differentiable to any order.
+    The result is differentiable to any order.
 
     Args:
         poles: (*C, m), complex.
-        signal: (*B, T), real; ``C`` broadcasts against ``B``.
+        signal: (*B, T), real; `C` broadcasts against `B`.
 
     Returns:
-        (*B, m), complex, of the precision of ``signal``.
+        (*B, m), complex, of the precision of `signal`.
     """
     grouped, restore = group_channels(signal.flip(-1), poles.shape[:-1])  # (G, R, T)
     return restore(_transpose_product(poles.reshape(grouped.shape[0], -1), grouped))
 
 
 def group_channels(tensor: Tensor, shape: torch.Size) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Bring ``tensor`` (*B, k) to (G, R, k): G runs over the axes where ``shape`` varies.
+    """Reshape `tensor` (*B, k) to (G, R, k), where G runs over the axes along which `shape` varies.
 
-    Returns the grouped tensor and the function that brings a (G, R, k') result back to (*B, k').
+    Returns:
+        The grouped tensor, and the function that reshapes a (G, R, k') result back to (*B, k').
     """
     lead = torch.broadcast_shapes(tensor.shape[:-1], shape)
     tensor = tensor.expand(*lead, tensor.shape[-1])
@@ -127,20 +123,22 @@ def group_channels(tensor: Tensor, shape: torch.Size) -> tuple[Tensor, Callable[
 
 
 def _split(length: int) -> tuple[int, int]:
-    """Rows I and columns J, about equal, J a power of two, with I J ≥ length > (I - 1) J."""
+    """Return I and J, about equal, J a power of two, with I J ≥ length > (I - 1) J."""
     columns = 2 ** round(math.log2(length) / 2)
     return -(-length // columns), columns
 
 
 def _tasks(rows: Tensor, poles: Tensor, length: int) -> list[Task]:
-    """Blocks of ``rows`` (G, R, …) that share their poles (G, m), with their work in cache."""
+    """Return blocks of `rows` (G, R, …) that share their poles (G, m) and fit into the cache."""
     numbers = 4 * poles.shape[-1] * sum(_split(length)) + length
     return cut(rows, poles.unsqueeze(1), numbers, _CPU_NUMBERS, 1)[1]
 
 
 def _powers(base: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``base^0, …, base^(count - 1)``, (count, *base), by doubling, and the last square taken: if
-    ``count`` is a power of two, ``base^count``."""
+    """Compute `base^0, …, base^(count - 1)`, (count, *base), by doubling.
+
+    The second result is the last square, which is `base^count` if `count` is a power of two.
+    """
     powers = base.new_empty(count, *base.shape)
     powers[0] = 1
     have, square = 1, base
@@ -152,17 +150,17 @@ def _powers(base: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _progression(base: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``first · base^t`` for t = 0 … count - 1 in the precision of ``first``, and a square.
+    """Compute `first · base^t`, t = 0 … count - 1, in the precision of `first`, and a square.
 
-    Every power is a product of two that were taken in double precision and then rounded: most of
-    the work is in the precision of the result, and no error accumulates.
+    Every power is a product of two powers that were computed in double precision and then rounded.
+    So most of the work is in the precision of the result, and no error accumulates.
 
     Args:
         base: (g, m), complex128.
         first: (*R, g, m).
 
     Returns:
-        (*R, count, g, m), and ``base^count`` in complex128 if ``count`` is a power of two.
+        (*R, count, g, m), and `base^count` in complex128 if `count` is a power of two.
     """
     fine = 2 ** math.ceil(math.log2(count) / 2)
     low, square = _powers(base, fine)
@@ -173,31 +171,31 @@ def _progression(base: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 def _basis(poles: Tensor, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """λ^j for j < J as real pairs, (J, g, 2m), and λ^J in complex128, of poles (g, m)."""
+    """Compute λ^j, j < J, as real pairs (J, g, 2m), and λ^J in complex128, of poles (g, m)."""
     wide = poles.to(torch.complex128)
     powers, stride = _progression(wide, torch.ones_like(poles, dtype=dtype), columns)
     return _pairs(powers), stride
 
 
 def _pairs(values: Tensor) -> Tensor:
-    """Complex (…, m) as real (…, 2m), real and imaginary parts in turn."""
+    """View complex (…, m) as real (…, 2m), alternating real and imaginary parts."""
     return torch.view_as_real(values).flatten(-2)
 
 
 def _unpair(values: Tensor) -> Tensor:
-    """Real (…, 2m) as complex (…, m)."""
+    """View real (…, 2m) as complex (…, m)."""
     return torch.view_as_complex(values.unflatten(-1, (-1, 2)))
 
 
 def _folded(signal: Tensor, columns: int) -> Tensor:
-    """(g, r, T) as rows of J samples, (g, r I, J), zeros after the last."""
+    """Reshape (g, r, T) to rows of J samples, (g, r I, J), padded with zeros at the end."""
     padded = torch.nn.functional.pad(signal, (0, -signal.shape[-1] % columns))
     return padded.reshape(len(signal), -1, columns)
 
 
 @operator("vandermonde_product")
 def _product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
-    """``Re Σ_k c_k λ_k^t``, (G, R, length), for poles (G, m) and coefficients (G, R, m)."""
+    """Compute `Re Σ_k c_k λ_k^t`, (G, R, length), from poles (G, m), coefficients (G, R, m)."""
     samples = coefficients.real.new_empty(*coefficients.shape[:2], length)
     rows, columns = _split(length)
 
@@ -217,7 +215,7 @@ def _product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
 
 @operator("vandermonde_transpose_product")
 def _transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
-    """``Σ_t signal_t λ_k^t``, (G, R, m), for poles (G, m) and a signal (G, R, T)."""
+    """Compute `Σ_t signal_t λ_k^t`, (G, R, m), for poles (G, m) and a signal (G, R, T)."""
     length, dtype = signal.shape[-1], signal.dtype.to_complex()
     sums = signal.new_empty(*signal.shape[:2], poles.shape[-1], dtype=dtype)
     rows, columns = _split(length)
@@ -234,11 +232,12 @@ def _transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
 
 @operator("vandermonde_product_backward")
 def _product_backward(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of poles (G, m) and coefficients (G, R, m) for that of the samples, g (G, R, L).
+    """Compute the gradients of poles (G, m) and coefficients (G, R, m) from g (G, R, L).
 
-    They are the conjugates of ``Σ_r c_r Σ_t t g_t λ^{t-1}`` and ``Σ_t g_t λ^t``. The sums over the
-    columns are one product with the powers λ^j and their derivatives; the rows are then folded in
-    half until one is left, value and derivative together.
+    For the gradient g of the samples they are the conjugates of `Σ_r c_r Σ_t t g_t λ^{t-1}` and
+    `Σ_t g_t λ^t`. The sums over the columns are one product with the powers λ^j and their
+    derivatives. The rows are then folded in half, values and derivatives together, until one is
+    left.
     """
     modes, (rows, columns) = poles.shape[-1], _split(g.shape[-1])
     of_poles, of_coefficients = torch.empty_like(poles), coefficients.new_empty(coefficients.shape)
@@ -266,8 +265,11 @@ def _product_backward(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[T
 def _fold_rows(
     values: Tensor, stride: Tensor, derivatives: Tensor | None = None, slope: Tensor | None = None
 ) -> None:
-    """Leave ``Σ_i stride^i values_i`` in row 0 of values (g, r, I, m), and its derivative, where
-    the rows' derivatives and that of the stride (g, m) are given, in row 0 of those."""
+    """Leave `Σ_i stride^i values_i` in row 0 of values (g, r, I, m).
+
+    If the derivatives of the rows and of the stride (g, m) are given, leave the derivative of the
+    sum in row 0 of `derivatives`.
+    """
     rows = values.shape[-2]
     steps = [(stride, slope)]  # stride^h and its derivative for h = 1, 2, 4, …
     while 2 ** len(steps) < rows:
@@ -303,7 +305,7 @@ def _product_backward_fake(g: Tensor, poles: Tensor, coefficients: Tensor) -> tu
 
 
 def _pole_sums(poles: Tensor, signal: Tensor) -> Tensor:
-    """``Σ_t t signal_t λ^{t-1}``, the derivative of the transposed product, (G, R, m)."""
+    """Compute `Σ_t t signal_t λ^{t-1}`, the derivative of the transposed product, (G, R, m)."""
     time = torch.arange(1, signal.shape[-1], dtype=signal.dtype, device=signal.device)
     weighted = torch.nn.functional.pad(time * signal[..., 1:], (0, 1))
     return _transpose_product(poles, weighted)
@@ -334,8 +336,11 @@ def _differentiate_transpose_product(ctx: Any, g: Tensor) -> tuple[Tensor, Tenso
 
 
 def _product_jvp(inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor | None:
-    """``Re Σ_k t_k λ_k^t`` for the tangents t of the coefficients, and, for those s of the poles,
-    ``t Re Σ_k c_k s_k λ_k^{t-1}``."""
+    """Compute the tangent of the product.
+
+    The tangents τ of the coefficients contribute `Re Σ_k τ_k λ_k^t`, and the tangents s of the
+    poles `t Re Σ_k c_k s_k λ_k^{t-1}`.
+    """
     poles, coefficients, length = inputs
     t_poles, t_coefficients, _ = tangents
     of_poles = None
@@ -375,7 +380,7 @@ differentiable(_product_backward)
 
 
 def _register_vmap(op: Any) -> None:
-    """What is mapped are further groups."""
+    """Register the vmap rule of an operator: the mapped entries become further groups."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         size = info.batch_size

@@ -1,4 +1,4 @@
-"""Reduction: kernels and systems to smaller systems, with errors that are true."""
+"""Reduction of kernels and systems to smaller systems, with measured errors."""
 
 from gramian.reduction._reduce import Reduction, reduce
 from gramian.reduction.methods import Balanced, Gradient, Method, ModalTruncation

@@ -1,4 +1,4 @@
-r"""`reduce`: the public entrance to model reduction, and the choice of the order."""
+r"""The public function `reduce` for model reduction, and the choice of the order."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gramian.ops._precision import full_precision
-from gramian.ops._threads import work
+from gramian.ops.precision import full_precision
+from gramian.ops.threads import work
 from gramian.reduction import errors
 from gramian.reduction.balanced import balanced, refined_further
 from gramian.reduction.methods import Balanced, Method, ModalTruncation, method_of
@@ -28,36 +28,36 @@ _FIRST_LEVEL = 16
 """The first order that a search for a tolerance tries."""
 
 _REACH = 2.0
-"""How far above the tolerance an error is refined rather than answered by twice the order."""
+"""Ratio of error to tolerance up to which a fit is refined; beyond it, the order is doubled."""
 
 _LARGEST_BLOCK = 96
-"""The most channels that a thread refines at once."""
+"""Largest number of channels that a thread refines at once."""
 
 _MAX_ORDER = 256
-"""Where the search for the order that a tolerance needs ends by default."""
+"""Default of the largest order that the search for a tolerance tries."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Reduction:
-    """A smaller system and how far it is from what it was made of.
+    """A smaller system and its distance from the original.
 
-    Figures are measured in float64 on the taps of ``system`` itself, after the cast to its dtype.
-    Where they are compared with a bound, it is with the one named.
+    Figures are measured in float64 on the taps of `system` itself, after the cast to its dtype.
 
     Attributes:
         system: `Modal`, channels (*C).
-        order: (*C), integers: state dimension over the reals of every channel. Below the order that
-            was asked for where the kernel's Hankel matrix has no more rank, or where a fit of a
-            lower order was closer than any found of that one.
+        order: (*C), integers: state dimension over the reals of every channel. It is below the
+            requested order if the Hankel matrix of the kernel has a lower rank, or if a fit of a
+            lower order was closer than any fit of the requested one.
         relative_error: (*C): ‖h - ĥ‖₂ / ‖h‖₂ over the L taps; 0 for a silent channel.
-        lower_bound: (*C): no system of that order, stable or not, has a smaller ``relative_error``.
+        lower_bound: (*C): no system of that order, stable or not, has a smaller `relative_error`.
         l1_error: (*C): ‖h - ĥ‖₁ over the L taps, which bounds ‖y - ŷ‖_∞ / ‖u‖_∞ for inputs up to L.
         hankel_singular_values: (*C, k): the leading ones of the kernel followed by zeros,
-            descending; NaN past those that were computed. Lanczos estimates: the leading ones to
-            1e-4 or better, the last of a flat spectrum to two percent. Value n + 1 bounds
-            ``hankel_error`` from below, to that accuracy, for every system of order n.
+            descending; NaN past those that were computed. They are Lanczos estimates: the leading
+            ones are accurate to 1e-4 or better, the last of a flat spectrum to two percent. Value
+            n + 1 bounds `hankel_error` from below, to that accuracy, for every system of order n.
         tail_energy: (*C): Σ_{t≥L} ĥ_t² / ‖h‖₂².
-        converged: (*C), bool: whether the tolerance was met; true if an order was given.
+        converged: (*C), bool: whether the error is within the tolerance; true if an order was
+            given.
     """
 
     system: Modal
@@ -85,8 +85,11 @@ class Reduction:
 
     @functools.cached_property
     def hankel_error(self) -> Tensor:
-        """(*C): Hankel norm of h - ĥ on the infinite horizon, h followed by zeros and ĥ by its
-        tail. Computed when first asked for."""
+        """Return the Hankel norm of h - ĥ on the infinite horizon, (*C).
+
+        The kernel h is followed by zeros and ĥ by its own tail. The norm is computed at the first
+        access.
+        """
         shape, taps = self.order.shape, self._kernel.shape[-1]
         device = _work_device(self._kernel.device)
         system = self.system.to(device, torch.float64)
@@ -123,45 +126,46 @@ def reduce(
 ) -> Reduction:
     """Find a small modal system with nearly the same impulse response, for every channel.
 
-    The direct term is h_0 exactly. Everything is computed in float64 and without gradients.
+    The direct term is exactly h_0. Everything is computed in float64 and without gradients.
     Methods:
 
     - "balanced": the poles of a balanced truncation (S. Kung, 1978), from the Hankel matrices of
       the taps, then refined by variable projection (G. H. Golub, V. Pereyra, 1973; L. Kaufman,
-      1975); residues are their least-squares fit to all taps. Refined poles are taken only where
-      the measured error is smaller, so no channel is worse for it.
+      1975); residues are their least-squares fit to all taps. Refined poles are kept only where
+      the measured error is smaller, so refinement makes no channel worse.
     - "modal": the modes with the most energy of the system, if it is a `gramian.Modal` or
       `gramian.TransferFunction`, otherwise of a balanced truncation of more than twice the order;
-      residues fitted anew. Of a repeated pole, one.
+      residues are fitted again. A repeated pole is kept once.
     - "gradient": poles and residues by gradient descent, the procedure of the Laughing Hyena
-      Distillery (arXiv 2310.18780, section 3.2). Slow, and here as the baseline.
+      Distillery (arXiv 2310.18780, section 3.2). It is slow and serves as the baseline.
 
-    With ``tol`` the order is doubled until the error is small enough, then bisected. Refinement
-    comes after: from the order that the closed form needs, ever lower ones are tried as long as
-    their refined error meets the tolerance.
+    With `tol` the order is doubled until the error is small enough, and then bisected. Afterwards,
+    starting from the order that the closed form needs, lower and lower orders are tried as long as
+    their refined error is within the tolerance.
 
     Args:
         kernel_or_system: A kernel (*C, L), real floating point, or a time-invariant system, of
-            which the impulse response up to ``length`` is taken.
+            which the impulse response up to `length` is taken.
         order: State dimension over the reals, 1 … L - 1, where a conjugate pair of poles counts 2
             and a real pole 1: one number, or integers that broadcast to (*C).
         tol: The relative l2 error over the taps to reach, above 0, instead of an order. Every
             channel gets the smallest order that reaches it (as far as the error falls with the
-            order), or else the closest fit that was found, and ``converged`` false.
+            order), or else the closest fit that was found, with `converged` false.
         method: "balanced", "modal" or "gradient"; or, with options of its own, a
             `gramian.reduction.Balanced`, `ModalTruncation` or `Gradient`.
         tail: What to assume past the last tap. "zero": silence, for a recurrence that fades after L
-            as the kernel does. "free": nothing; usually closer over the taps, but see
-            ``tail_energy``. "auto": whichever of the two is closer over the taps, per channel;
-            under a tolerance, whichever meets it and leaves less past the taps. With
-            "zero" poles are refined for the error on the infinite horizon, with the others for
-            that over the taps.
-        stable: Keep poles inside the unit circle: those outside are moved there before the residues
-            are fitted. False: leave them.
-        length: Number of taps to take of a system; by default an FIR's own. Not for kernels.
-        max_order: Where the search for ``tol`` ends; by default 256, or L - 1 if that is less.
-        progress: Called as ``progress(done, total)``, in channels, as work is done; from one
-            thread at a time, not always the caller's.
+            as the kernel does. "free": nothing, which is usually closer over the taps, but see
+            `tail_energy`. "auto": whichever of the two is closer over the taps, per channel, or,
+            with a tolerance, whichever is within it and has less energy past the taps. With "zero",
+            poles are refined for the error on the infinite horizon, otherwise for the error over
+            the taps.
+        stable: Whether to keep poles inside the unit circle: those outside are moved inside before
+            the residues are fitted.
+        length: Number of taps of a system to use; by default those of an FIR. Not for kernels.
+        max_order: The largest order of the search for `tol`; by default 256, or L - 1 if that is
+            less.
+        progress: Called as `progress(done, total)`, in channels, as work is done. The calls come
+            from one thread at a time, which is not always the caller's.
 
     Returns:
         A `Reduction`. The system is float32 for a half-precision kernel, otherwise of its dtype.
@@ -188,7 +192,7 @@ def reduce(
     work_device = _work_device(kernel.device)
     flat = kernel.detach().to(work_device, torch.float64).reshape(math.prod(shape), taps)
     if taps == 1:
-        flat = torch.nn.functional.pad(flat, (0, 1))  # silence behind the direct term
+        flat = torch.nn.functional.pad(flat, (0, 1))  # silence after the direct term
     told = _Progress(progress, len(flat))
     settings = Settings(
         _TAILS[tail],
@@ -244,7 +248,7 @@ class _Progress:
 
 
 def _source_modes(source: Tensor | System, device: torch.device) -> SourceModes | None:
-    """The modes that a system is known by, for modal truncation."""
+    """Return the modes of a system, if it has them, for modal truncation."""
     if isinstance(source, Modal):
         count = source.poles.shape[-1]
         poles, residues = (
@@ -322,7 +326,7 @@ def _check_finite(kernel: Tensor) -> None:
 
 
 def _work_device(device: torch.device) -> torch.device:
-    """Where float64 is computed: Apple's GPUs lack it."""
+    """Return the device on which to compute in float64, which Apple's GPUs lack."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -331,8 +335,11 @@ def _returned(figure: Tensor, device: torch.device) -> Tensor:
 
 
 def _block_size(taps: Tensor, order: int) -> int:
-    """How many channels to reduce to an order at once: many, so that operations are long, but no
-    more than memory holds the singular vectors of; on a CPU as many blocks for every thread."""
+    """Return how many channels to reduce to an order at once.
+
+    Large blocks make operations long enough, but the singular vectors of a block have to fit into
+    memory. On a CPU every thread gets the same number of blocks.
+    """
     count, length = taps.shape
     if taps.device.type != "cpu":
         return lanczos_block(taps, order)
@@ -344,7 +351,7 @@ def _block_size(taps: Tensor, order: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """What was found for one block of channels; ``bound`` is of the squared l2 error."""
+    """The result for one block of channels; `bound` is a bound of the squared l2 error."""
 
     fit: ModalFit
     bound: Tensor
@@ -369,9 +376,9 @@ def _reduce_to_order(
 
 
 class _Search:
-    """For every channel of a problem, the smallest order in (low, high] whose error meets a goal.
+    """A search for the smallest order in (low, high] whose error meets a goal, for every channel.
 
-    ``fit`` holds the fits of order ``high``, ``met`` the channels where those meet their goal.
+    `fit` holds the fits of order `high`, and `met` marks the channels whose fits meet their goal.
     """
 
     def __init__(self, problem: Problem, method: Method, goal: Tensor, low: int, high: int) -> None:
@@ -385,13 +392,13 @@ class _Search:
         return self.fit.l2_error <= self.goal
 
     def retry(self, where: Tensor) -> None:
-        """Solve the channels ``where`` (mask) again."""
+        """Solve the channels `where` (mask) again."""
         some = self.rows[where]
         if len(some):
             self.fit.put(some, self.method.solve(self.problem, self.high[some], some))
 
     def _try(self, order: Tensor, some: Tensor) -> Tensor:
-        """Try lower orders of the channels ``some``; which of them were low enough."""
+        """Try lower orders for the channels `some`, and return which of them meet their goal."""
         trial = self.method.solve(self.problem, order, some)
         good = trial.l2_error <= self.goal[some]
         self.fit.put(some[good], trial[good])
@@ -407,7 +414,7 @@ class _Search:
             self._try((self.low[some] + self.high[some]) // 2, some)
 
     def descend(self) -> None:
-        """Forget what failed, go down in growing strides until it fails again, and bisect."""
+        """Forget failed orders, go down in growing strides until the next failure, and bisect."""
         self.low.zero_()
         some, stride = self.rows[self.met], 1
         while len(some := self._open(some)):
@@ -424,8 +431,11 @@ def _reduce_to_tolerance(
     method: Method,
     settings: Settings,
 ) -> _Part:
-    """Double the order until the error is small enough, then bisect, every channel for itself; then
-    go down as far as refinement carries."""
+    """Reduce every channel to the smallest order whose error is within its tolerance.
+
+    The order is doubled until the error is small enough, and then bisected, for every channel on
+    its own. Afterwards lower orders are tried as long as refined fits are good enough.
+    """
     taps, allowed = kernel[:, 1:], tol * kernel.norm(dim=-1)
     everywhere = torch.arange(len(kernel), device=kernel.device)
     best = fit_residues(taps, taps.new_zeros(len(taps), 0, dtype=torch.complex128), torch.float64)
@@ -470,9 +480,11 @@ def _reduce_to_tolerance(
 
 
 def _quieten(problem: Problem, fit: ModalFit, goal: Tensor) -> None:
-    """Where a fit that meets its goal rings on past the taps, prefer one of no larger order that
-    meets it too and leaves less behind: refined for the infinite horizon, from the same poles or
-    from those that fade."""
+    """Replace fits that meet their goal but ring on past the taps, where that is possible.
+
+    The replacement has no larger order, meets the goal too and has less energy past the taps. It is
+    refined for the infinite horizon, from the same poles or from poles that fade.
+    """
     length = problem.taps.shape[-1] + 1
     tail = errors.tail_energy(fit.poles, fit.residues, length)
     rows = torch.nonzero((fit.l2_error <= goal) & (tail > goal.square())).flatten()

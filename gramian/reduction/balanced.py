@@ -1,17 +1,17 @@
-r"""Balanced truncation of kernels, refined: the default method.
+r"""Balanced truncation of kernels with refined poles, the default method.
 
-Kung's method, or the eigensystem realisation algorithm (ERA), gives the poles in closed form.
+Kung's method, or the eigensystem realization algorithm (ERA), gives the poles in closed form.
 
 The leading n left singular vectors U of a Hankel matrix span the outputs that n states can leave
-behind. The span of an observability matrix ``[C; CA; CA²; …]`` is invariant under a shift of its
-rows, so ``A = U[:-1]⁺ U[1:]``, and the poles are its eigenvalues (S. Kung, "A new identification
+behind. The span of an observability matrix `[C; CA; CA²; …]` is invariant under a shift of its
+rows, so `A = U[:-1]⁺ U[1:]`, and the poles are its eigenvalues (S. Kung, "A new identification
 and model reduction algorithm via singular value decomposition", 1978). U has orthonormal columns,
-so with l its last row ``U[:-1]ᵀ U[:-1] = I - l lᵀ``, whose inverse is ``I + l lᵀ / (1 - lᵀl)``.
+so with l its last row `U[:-1]ᵀ U[:-1] = I - l lᵀ`, whose inverse is `I + l lᵀ / (1 - lᵀl)`.
 
-These poles are near the best, not the best, in l2. They are the starts of a descent
-(`gramian.reduction.refinement`), and where they leave much of the kernel, because its Hankel
-spectrum is flat, a greedy search gives another start and modes are moved to where they are missed.
-What comes out of it is kept only where its measured error is smaller.
+These poles are close to the best in l2, but not the best. A descent
+(`gramian.reduction.refinement`) starts from them. Where their error is large, because the Hankel
+spectrum of the kernel is flat, a greedy search gives another start, and modes are moved to where
+the residual is largest. A refined fit is kept only where its measured error is smaller.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from gramian.reduction.spectrum import Spectrum, hankel_matrices
 __all__ = ["balanced", "balanced_poles", "refined_further"]
 
 _FLAT = 0.05
-"""Relative error from which a greedy start is tried: there a spectrum has no few leading values."""
+"""Relative error from which a greedy start is tried, since the spectrum is flat there."""
 
 _HOPELESS = 30.0
-"""A start this many times farther than another one is not refined."""
+"""A start with an error this many times that of another one is not refined."""
 
 _LARGEST_GREEDY = 64
-"""The largest order of a greedy start, which takes a transform for every pole: above, a start of
-this order is tried."""
+"""Largest order of a greedy start, which takes a transform for every pole; for larger orders, a
+start of this order is tried."""
 
 _LEAST_FACTOR = 1e-6
-"""The least decay in a turn of a ring of poles: residues are damped from 1e-9 on."""
+"""Smallest decay factor per turn of a ring of poles; residues are damped from 1e-9 on."""
 
 _AMISS = 3.0
-"""How far an error may lie above the singular value that is left out: most are below it."""
+"""Largest usual ratio of an error to the first omitted singular value; most errors are below it."""
 
 _SHORT = 64
-"""Kernels of at most so many taps are reduced to every lower order that might be closer."""
+"""Kernels of at most this many taps are reduced to every lower order that might be closer."""
 
 _STEPS_DOWN = (*range(1, 33), 40, 48, 64, 80, 96, 128, 160, 192)
-"""By how much lower the orders are that are tried for longer kernels."""
+"""Differences to the lower orders that are tried for longer kernels."""
 
 _SCATTER = 1.08
 """How far the closed forms of a flat spectrum scatter about a multiple of the lower bound."""
@@ -63,14 +63,14 @@ _SUSPECT = 1.6
 """How far above the lower bound an error of a spectrum that is not flat seldom lies."""
 
 _STEPS_REFINED = 8
-"""By how much lower the orders are that are refined, too, for long kernels."""
+"""Largest difference to the lower orders that are also refined for long kernels."""
 
 _STEPS_ALWAYS = 4
-"""Steps down that are taken whatever the errors of a flat spectrum let expect."""
+"""Steps down that are always tried, whatever the errors of a flat spectrum suggest."""
 
 _NEAR_BOUND = 0.7
-"""What lower orders leave beyond their lower bounds, as a part of what the order at hand leaves
-beyond its own, where a spectrum falls."""
+"""Excess of a lower order's error over its lower bound, as a fraction of the excess of the order at
+hand, for a spectrum that falls."""
 
 _FARTHEST = 0.15
 """The largest part of a lower bound that counts so."""
@@ -79,7 +79,7 @@ _SPECTRAL_ROUNDING = 1e-6
 """Part of a squared Frobenius norm that rounding may take from singular values."""
 
 _SILENT = 1e-12
-"""Relative error below which nothing lower is looked for."""
+"""Relative error below which no lower order is tried."""
 
 _CLOSE = 0.05
 """Half the relative distance below which two poles are tried as a double one."""
@@ -95,14 +95,14 @@ _STEPS_AFTER_MOVE = 8
 _STEPS_FURTHER = 20
 
 _MOVES = 1
-"""How often the mode that is missed least is moved elsewhere."""
+"""How often the mode that contributes least is moved elsewhere."""
 
 
 def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
-    """The closest fits of the given orders to the channels ``rows`` of a problem.
+    """Find the closest fits of the given orders to the channels `rows` of a problem.
 
     Args:
-        problem: Kernels and settings; ``settings.refine`` false: closed form only.
+        problem: Kernels and settings; `settings.refine` false: closed form only.
         order: (len(rows)), integers.
         rows: Channels, indices.
     """
@@ -111,7 +111,7 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
     best = _fitted(problem, order, rows, lower=not short)
     if not short and not (settings.refine and settings.lower):
         return best
-    # Of what lower orders leave, no more than the bound is known before they are tried.
+    # Of the errors of lower orders, only the bounds are known before they are tried.
     least = _least_errors(problem, rows)
     for less in range(1, int(order.max()) if short else _STEPS_REFINED + 1):
         may = _may_be_closer(problem, best, order - less, rows, least)
@@ -128,8 +128,10 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
 def _is_suspect(
     problem: Problem, best: ModalFit, order: Tensor, rows: Tensor, least: Tensor
 ) -> Tensor:
-    """Return whether refined fits to long kernels are so far from their lower bounds that those of
-    lower orders are worth their time: a mask (len(rows))."""
+    """Return whether refined fits of lower orders to long kernels are worth their time.
+
+    They are where the refined errors are far above their lower bounds: a mask (len(rows)).
+    """
     bound = least.gather(-1, order.clamp(max=least.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
     flat = best.l2_error > _FLAT * problem.taps[rows].norm(dim=-1)
     far = best.l2_error > torch.where(flat, _TELLING, _SUSPECT) * bound
@@ -137,8 +139,7 @@ def _is_suspect(
 
 
 def _fitted(problem: Problem, order: Tensor, rows: Tensor, *, lower: bool) -> ModalFit:
-    """`balanced` of these orders, or, with ``lower``, with the closest closed form of a lower
-    order for one more start."""
+    """Fit as `balanced` does; `lower` adds the best closed form of a lower order as a start."""
     settings = problem.settings
     best = problem.silence(rows)
     everywhere = torch.arange(len(rows), device=rows.device)
@@ -172,7 +173,7 @@ def _refine(
     starts: list[ModalFit],
     open_: Tensor,
 ) -> None:
-    """Refine the starts of the channels ``rows[open_]`` and improve ``best``."""
+    """Refine the starts of the channels `rows[open_]` and improve `best`."""
     settings = problem.settings
     taps = problem.taps[rows[open_]]
     arguments: dict[str, Any] = {
@@ -182,7 +183,7 @@ def _refine(
     }
     flat = best.l2_error[open_] > _FLAT * taps.norm(dim=-1)
     everyone = torch.arange(len(open_), device=open_.device)
-    # Of a flat spectrum both treatments of the tail give much the same: the closer one will do.
+    # For a flat spectrum both treatments of the tail give similar poles; the closer one is enough.
     least, leading = torch.stack([fit.l2_error[open_] for fit in starts]).min(0)
     batch: list[tuple[Modes, Tensor]] = []
     for i, fit in enumerate(starts):
@@ -232,8 +233,10 @@ def _refine(
 
 
 def refined_further(problem: Problem, fit: ModalFit, rows: Tensor) -> ModalFit:
-    """Fits of the channels ``rows`` (indices), of their orders at most, refined under the settings
-    of the problem from poles that are there."""
+    """Refine fits of the channels `rows` (indices) further, without raising their orders.
+
+    The descent starts from the poles of `fit` and follows the settings of the problem.
+    """
     settings, taps = problem.settings, problem.taps[rows]
     modes, _ = refined(
         taps,
@@ -249,7 +252,7 @@ def refined_further(problem: Problem, fit: ModalFit, rows: Tensor) -> ModalFit:
 def _offer_fading(
     problem: Problem, best: ModalFit, modes: Modes, rows: Tensor, where: Tensor
 ) -> None:
-    """Keep what is closer over the taps, unless it pays for that with its tail."""
+    """Accept a refined fit if it lowers the error over the taps without a larger tail."""
     taps = problem.taps[rows[where]]
     fit = fit_residues(taps, modes.poles_or_nan, problem.settings.dtype)
     before = best[where]
@@ -262,8 +265,11 @@ def _offer_fading(
 
 
 def _amiss(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> Tensor:
-    """Channels whose error is large beside the Hankel singular value that the order leaves out,
-    or whose Hankel matrix has too few rows for the order: a mask (len(rows))."""
+    """Return the channels whose closed form is worse than expected: a mask (len(rows)).
+
+    Either their error is large in comparison with the first omitted Hankel singular value, or their
+    Hankel matrix has too few rows for the order.
+    """
     taps = problem.taps[rows]
     missed = torch.full_like(best.l2_error, torch.inf)
     for tail in problem.settings.tails:
@@ -276,11 +282,11 @@ def _amiss(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> Ten
 
 
 def _spread_poles(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) -> ModalFit:
-    """For the channels ``rows[amiss]``, the closest of fits with multiple poles spread out; of
-    infinite error for the others.
+    """Fit the channels `rows[amiss]` with multiple poles spread out.
 
-    A multiple pole, of which a modal system has none, comes out as poles that nearly coincide. A
-    random change δ of the shift moves m such poles about δ^(1/m) apart.
+    The result holds the closest of these fits, and fits of infinite error for the other channels. A
+    modal system has no multiple poles, so they appear as poles that nearly coincide. A random
+    change δ of the shift moves m such poles about δ^(1/m) apart.
     """
     found = problem.silence(rows)
     found.l2_error[:] = torch.inf
@@ -320,12 +326,12 @@ def _turned(poles: Tensor) -> Tensor:
 
 
 def _least_errors(problem: Problem, rows: Tensor) -> Tensor:
-    """(len(rows), k + 1): what the orders 0 … k leave at least, over the taps.
+    """Bound the errors of the orders 0 … k over the taps from below, (len(rows), k + 1).
 
-    The windowed bound of `gramian.reduction.errors`, exact for short kernels. For long ones it is
-    an estimate: the singular values that were not computed count by what the others leave of the
-    Frobenius norm. Where the tail counts as silence alone, the zero-extended matrix stands for the
-    windowed one; it says much the same of systems that fade.
+    This is the windowed bound of `gramian.reduction.errors`, exact for short kernels. For long ones
+    it is an estimate, in which the rest of the Frobenius norm stands for the singular values that
+    were not computed. Where the tail counts as silence only, the zero-extended matrix replaces the
+    windowed one; for systems that fade the two give similar bounds.
     """
     tail = "free" if "free" in problem.settings.tails else "zero"
     taps = problem.taps[rows]
@@ -352,7 +358,7 @@ def _least_errors(problem: Problem, rows: Tensor) -> Tensor:
 def _may_be_closer(
     problem: Problem, best: ModalFit, lower: Tensor, rows: Tensor, least: Tensor
 ) -> Tensor:
-    """A mask (len(rows)): whether a fit of the order ``lower`` may be closer than ``best``."""
+    """Return whether a fit of the order `lower` may be closer than `best`: a mask (len(rows))."""
     floor = max(_SILENT, torch.finfo(problem.settings.dtype).eps)
     place = lower.clamp(0, least.shape[-1] - 1).unsqueeze(-1)
     bound = least.gather(-1, place).squeeze(-1)
@@ -364,12 +370,13 @@ def _may_be_closer(
 def _lower_orders(
     problem: Problem, best: ModalFit, order: Tensor, rows: Tensor, leading: Tensor
 ) -> ModalFit:
-    """The closest fits of lower orders in closed form, where they are closer than ``best``; of
-    infinite error elsewhere. Far down and where bounds tell little, with the treatment ``leading``
-    of the tail alone.
+    """Find the closest closed-form fits of lower orders.
 
-    Of a flat spectrum the poles of one order are by chance closer than those of the next, and the
-    shift of a singular basis that holds rounding errors for vectors has poles that mean nothing.
+    Where none is closer than `best`, the result has an infinite error. For much lower orders, and
+    where the bounds say little, only the treatment `leading` of the tail is tried.
+
+    Lower orders can be closer by chance if the spectrum is flat, and also if the singular basis
+    contains vectors of rounding errors, whose shift has meaningless poles.
     """
     found = problem.silence(rows)
     found.l2_error[:] = torch.inf
@@ -399,12 +406,12 @@ def _lower_orders(
 
 
 def _offer_rings(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> None:
-    """For kernels with no more taps than the order before silence: as many poles as taps, evenly
-    spaced on a circle.
+    """Offer rings of poles for kernels that have no more taps before silence than the order.
 
-    They reproduce any taps, and repeat them after each turn by a factor c smaller. Where there is
-    silence to keep c is small, but no smaller than rounding allows: residues grow as 1 / c.
-    Balanced truncation leaves nothing out at this order, and ends in a multiple pole at zero.
+    As many poles as taps, evenly spaced on a circle, reproduce any taps and repeat them after each
+    turn, smaller by a factor c. If silence has to follow, c is small, but not smaller than rounding
+    allows, since residues grow as 1 / c. Balanced truncation would omit nothing at this order and
+    give a multiple pole at zero.
     """
     taps = problem.taps[rows]
     place = torch.arange(1, taps.shape[-1] + 1, device=taps.device)
@@ -425,7 +432,7 @@ def _offer_rings(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) 
 
 
 def _ring(count: int, factor: float, like: Tensor) -> Tensor:
-    """Poles with ``λ^count = factor``, (count), in exact conjugate pairs."""
+    """Return the poles with `λ^count = factor`, (count), in exact conjugate pairs."""
     turn = torch.arange(count, dtype=like.dtype, device=like.device)
     angle = 2 * math.pi / count * turn
     poles = torch.polar(torch.full_like(angle, factor ** (1 / count)), angle)
@@ -436,7 +443,7 @@ def _ring(count: int, factor: float, like: Tensor) -> Tensor:
 def _balanced_poles(
     problem: Problem, tail: str, order: Tensor, rows: Tensor, spread: float = 0.0
 ) -> Tensor:
-    """`balanced_poles` of the channels ``rows`` of a problem, piece after piece."""
+    """Compute `balanced_poles` of the channels `rows` of a problem, piece by piece."""
     width = int(order.max())
     poles = torch.full((len(rows), width), torch.nan, dtype=torch.complex128, device=rows.device)
     for piece in problem.pieces:
@@ -446,7 +453,7 @@ def _balanced_poles(
         if not len(inside):
             continue
         some = rows[inside] - piece.first
-        if len(some) < len(spectrum):  # vectors are large: none is copied without need
+        if len(some) < len(spectrum):  # vectors are large, so avoid unnecessary copies
             spectrum = spectrum[some]
         else:
             inside = inside[some.argsort()]
@@ -456,13 +463,13 @@ def _balanced_poles(
 
 
 def balanced_poles(spectrum: Spectrum, order: Tensor, spread: float = 0.0) -> Tensor:
-    """The poles of the balanced truncation of B kernels.
+    """Compute the poles of the balanced truncation of B kernels.
 
     Args:
         spectrum: At least as many singular vectors as the largest order.
-        order: (B), integers. Singular vectors without a singular value have no poles, nor has the
-            last vector of a complete basis, which cannot be shifted.
-        spread: Size of a random change of the shift, which parts multiple poles.
+        order: (B), integers. Singular vectors whose singular value is zero give no poles, and
+            neither does the last vector of a complete basis, which cannot be shifted.
+        spread: Size of a random change of the shift, which separates multiple poles.
 
     Returns:
         (B, n), complex128, in conjugate pairs; channels of a lower order are padded with NaN.

@@ -1,7 +1,7 @@
-r"""The real basis ``Re λ_k^t, Im λ_k^t`` of modal systems, without forming it.
+r"""Operations with the real basis `Re λ_k^t, Im λ_k^t` of modal systems that never form it.
 
-Inner products are geometric sums ``Σ_t t^p z^t``, z products of two poles, in O(log T) operations;
-products with signals are matrix products of about √T × √T blocks.
+Inner products are geometric sums `Σ_t t^p z^t`, z products of two poles, in O(log T) operations.
+Products with signals are matrix products of about √T × √T blocks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Modes:
     """Poles of B channels in polar form, one entry for a conjugate pair.
 
     Args:
-        decay: (B, m), float64: ``-log |λ|``.
+        decay: (B, m), float64: `-log |λ|`.
         angle: (B, m), float64, 0 … π; exactly 0 or π for a real pole.
         real: (B, m), bool: a single real pole.
         present: (B, m), bool.
@@ -45,7 +45,7 @@ class Modes:
 
     @staticmethod
     def of(poles: Tensor) -> Modes:
-        """From poles (B, m), complex128, one of each pair, NaN where absent."""
+        """Make modes of poles (B, m), complex128, one of each pair, NaN where absent."""
         present = ~poles.isnan()
         poles = torch.where(present, poles, 0.5)
         real = poles.imag == 0
@@ -54,14 +54,14 @@ class Modes:
 
     @property
     def poles(self) -> Tensor:
-        """(B, m), complex128; 0 where absent."""
+        """Return the poles (B, m), complex128, 0 where absent."""
         radius = torch.where(self.present, torch.exp(-self.decay), 0)
         sine = torch.where(self.real, 0.0, self.angle.sin())
         return torch.complex(radius * self.angle.cos(), radius * sine)
 
     @property
     def poles_or_nan(self) -> Tensor:
-        """(B, m), complex128; NaN where absent."""
+        """Return the poles (B, m), complex128, NaN where absent."""
         return torch.where(self.present, self.poles, torch.nan)
 
     def __getitem__(self, index: Any) -> Modes:
@@ -69,7 +69,7 @@ class Modes:
 
     @staticmethod
     def joined(parts: list[Modes]) -> Modes:
-        """The channels of all parts, padded to one width."""
+        """Join the channels of all parts, padded to one width."""
         width = max(part.decay.shape[-1] for part in parts)
 
         def join(name: str) -> Tensor:
@@ -83,15 +83,16 @@ class Modes:
         return Modes(*(getattr(self, f.name).clone() for f in dataclasses.fields(self)))
 
     def put(self, where: Tensor, other: Modes) -> None:
-        """Replace the channels ``where`` (mask or indices) by those of ``other``, as wide."""
+        """Replace the channels `where` (mask or indices) by those of `other`, of equal width."""
         for field in dataclasses.fields(self):
             getattr(self, field.name)[where] = getattr(other, field.name)
 
 
 def geometric_sums(z: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``Σ_{t<count} t^p z^t``, p = 0, 1, 2, by doubling: S(2k) from S(k), S(k + 1) from S(k).
+    """Compute `Σ_{t<count} t^p z^t`, p = 0, 1, 2, by doubling.
 
-    No quotient is formed, so nothing cancels where z is near 1.
+    S(2k) follows from S(k), and S(k + 1) from S(k). No quotient is formed, so nothing cancels where
+    z is near 1.
 
     Args:
         z: Complex or real, any shape.
@@ -114,7 +115,7 @@ def geometric_sums(z: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def geometric_sum(z: Tensor, count: int) -> Tensor:
-    """``Σ_{t<count} z^t`` in the same way."""
+    """Compute `Σ_{t<count} z^t` in the same way."""
     total, power, have = torch.ones_like(z), z, 1
     for bit in bin(count)[3:]:
         total, power, have = torch.addcmul(total, power, total), power * power, 2 * have
@@ -124,14 +125,17 @@ def geometric_sum(z: Tensor, count: int) -> Tensor:
 
 
 def pole_products(poles: Tensor) -> Tensor:
-    """``λ_k λ_l`` and ``λ_k λ̄_l``: (2, B, m, m)."""
+    """Return the products `λ_k λ_l` and `λ_k λ̄_l`, (2, B, m, m)."""
     column, row = poles.unsqueeze(-1), poles.unsqueeze(-2)
     return torch.stack([column * row, column * row.conj()])
 
 
 def basis_gram(sums: Tensor) -> Tensor:
-    """Products of ``Re λ_k^t, Im λ_k^t`` summed with weights w_t, (B, 2m, 2m), from
-    ``Σ_t w_t z^t``, z both products of the poles, (2, B, m, m)."""
+    """Compute the Gram matrix of `Re λ_k^t, Im λ_k^t` with weights w_t, (B, 2m, 2m).
+
+    Args:
+        sums: `Σ_t w_t z^t`, z both products of the poles, (2, B, m, m).
+    """
     plain, mixed = sums[0] / 2, sums[1] / 2
     corner = plain.imag - mixed.imag  # Σ Re λ_k^t Im λ_l^t
     top = torch.cat([plain.real + mixed.real, corner], dim=-1)
@@ -142,7 +146,7 @@ def basis_gram(sums: Tensor) -> Tensor:
 def geometric_tail_sums(
     products: Tensor, sums: tuple[Tensor, Tensor, Tensor], length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``Σ_{t≥length} t^p z^t`` for |z| < 1, by further doubling of the sums up to ``length``."""
+    """Compute `Σ_{t≥length} t^p z^t`, |z| < 1, by further doubling of the sums to `length`."""
     s0, s1, s2 = sums
     start = power = integer_power(products, length)
     have = length
@@ -155,7 +159,7 @@ def geometric_tail_sums(
 
 
 class Vandermonde:
-    """Products with ``λ_k^t`` and ``t λ_k^t``, t = 0 … T - 1, in blocks of about √T × √T."""
+    """Products with `λ_k^t` and `t λ_k^t`, t = 0 … T - 1, in blocks of about √T × √T."""
 
     def __init__(self, poles: Tensor, length: int) -> None:
         self.length = length
@@ -163,13 +167,13 @@ class Vandermonde:
         self.rows = -(-length // self.columns)
         inner = geometric_powers(poles, self.columns)  # (B, m, J)
         outer = geometric_powers(inner[..., -1] * poles, self.rows)  # (B, m, I)
-        # Products of denormal numbers are slow and count for nothing.
+        # Products of denormal numbers are slow and negligible.
         self.outer = torch.where(outer.abs() < 1e-150, 0, outer)
         self.inner = torch.cat([inner.real, inner.imag], dim=-2)  # (B, 2m, J)
 
     @functools.cached_property
     def weighted(self) -> Tensor:
-        """``λ^j`` above ``j λ^j``: (B, 4m, J)."""
+        """Return `λ^j` above `j λ^j`, (B, 4m, J)."""
         place = torch.arange(self.columns, dtype=self.inner.dtype, device=self.inner.device)
         return torch.cat([self.inner, self.inner * place], dim=-2)
 
@@ -180,7 +184,7 @@ class Vandermonde:
         return signal.unflatten(-1, (self.rows, -1))
 
     def moments(self, signal: Tensor, first: bool = True) -> list[Tensor]:
-        """``Σ_t signal_t λ_k^t`` and, with ``first``, ``Σ_t t signal_t λ_k^t``: each (B, m)."""
+        """Compute `Σ_t signal_t λ_k^t` and, with `first`, `Σ_t t signal_t λ_k^t`, each (B, m)."""
         modes = self.outer.shape[-2]
         basis = self.weighted if first else self.inner
         partial = torch.bmm(basis, self.blocks(signal).mT)  # (B, 2m or 4m, I)
@@ -192,7 +196,7 @@ class Vandermonde:
         return [zeroth.sum(-1), (self.outer * inside + zeroth * start).sum(-1)]
 
     def combine(self, residues: Tensor) -> Tensor:
-        """``Re Σ_k residues_k λ_k^t``: (B, T)."""
+        """Compute `Re Σ_k residues_k λ_k^t`, (B, T)."""
         scaled = (residues.unsqueeze(-1) * self.outer).mT  # (B, I, m)
         taps = torch.bmm(torch.cat([scaled.real, -scaled.imag], dim=-1), self.inner)
         return taps.flatten(-2)[:, : self.length]

@@ -1,8 +1,8 @@
-r"""Errors of a reduction, and bounds that no reduction of the same order can beat.
+r"""Errors of a reduction, and lower bounds for every reduction of the same order.
 
-Windowed (Eckart–Young): every ĥ of order n has ``‖h - ĥ‖₂² ≥ Σ_{k>n} σ_k(H_p)² / min(p, L - p)``
-over the taps, H_p the p × (L - p) Hankel matrix of h_1 … h_{L-1}: its entries hold each tap at most
-min(p, L - p) times, and that of ĥ has rank n at most.
+Windowed (Eckart–Young): every ĥ of order n has `‖h - ĥ‖₂² ≥ Σ_{k>n} σ_k(H_p)² / min(p, L - p)`
+over the taps, where H_p is the p × (L - p) Hankel matrix of h_1 … h_{L-1}: each tap occurs in it at
+most min(p, L - p) times, and the Hankel matrix of ĥ has rank n at most.
 
 Zero-extended (V. M. Adamjan, D. Z. Arov, M. G. Krein, "Analytic properties of Schmidt pairs for a
 Hankel operator and the generalized Schur–Takagi problem", 1971): σ_{n+1} of the Hankel operator of
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.ops._precision import full_precision
 from gramian.ops.double_double import Complex, DoubleDouble
 from gramian.ops.hankel import Hankel
 from gramian.ops.krylov import krylov_vectors, matrix_power
+from gramian.ops.precision import full_precision
 from gramian.ops.vandermonde import integer_power
 from gramian.reduction.spectrum import lanczos_spectrum
 
@@ -31,27 +31,27 @@ _DENSE_SIZE = 128
 """Operators up to this size are formed and factored."""
 
 _LARGEST_SPLIT = 256
-"""The most rows of a Hankel matrix with four times as many as the order, which gives the tightest
-bound of flat spectra but takes p³ operations."""
+"""Largest number of rows p of a Hankel matrix with four times as many rows as the order, which
+gives the tightest bound for flat spectra but takes p³ operations."""
 
 _RESIDUAL = 1e-4
 """Relative accuracy of a Hankel norm."""
 
 _DOUBLINGS = 60
-"""After which the powers of a stable matrix of doubles are zero, or will not be."""
+"""Doublings after which the powers of a stable matrix of doubles are zero, or never will be."""
 
 _CANCELLATION = 1e3
-"""So much larger than a sum its terms may be in double precision."""
+"""Largest ratio of terms to their sum for which double precision is enough."""
 
 
 def squared_lower_bound(taps: Tensor, order: Tensor, windowed: Tensor | None) -> Tensor:
-    """A lower bound of ``Σ_t (h_t - ĥ_t)²`` over the taps, for every ĥ of the given order.
+    """Compute a lower bound of `Σ_t (h_t - ĥ_t)²` over the taps for every ĥ of the given order.
 
     Args:
         taps: (B, T), float64: h_1 … h_T, T = L - 1.
         order: (B), integers.
-        windowed: (B, K), at most the singular values of the Hankel matrices with ``tail="free"``,
-            descending, if at hand.
+        windowed: (B, K), at most the singular values of the Hankel matrices with `tail="free"`,
+            descending, if known.
     """
     bound = taps.new_zeros(len(taps))
     length = taps.shape[-1] + 1
@@ -68,8 +68,11 @@ def squared_lower_bound(taps: Tensor, order: Tensor, windowed: Tensor | None) ->
 
 
 def _row_gram(taps: Tensor, p: int) -> Tensor:
-    """Upper triangle of ``H_p H_pᵀ``, (B, p, p), from its first row: along the diagonals,
-    ``G_{i+1,j+1} = G_ij - h_{i+1} h_{j+1} + h_{i+1+q} h_{j+1+q}``, q = L - p columns."""
+    """Compute the upper triangle of G = `H_p H_pᵀ`, (B, p, p), from its first row.
+
+    Along the diagonals `G_{i+1,j+1} = G_ij - h_{i+1} h_{j+1} + h_{i+1+q} h_{j+1+q}`, with q = L - p
+    columns.
+    """
     q = taps.shape[-1] + 1 - p
     gram = taps.new_zeros(len(taps), p, p)
     gram[:, 0] = (Hankel(taps, p, q) @ taps[:, None, :q]).squeeze(1)
@@ -82,7 +85,7 @@ def _row_gram(taps: Tensor, p: int) -> Tensor:
 
 
 def _tail_eigenvalues(gram: Tensor, n: int) -> Tensor:
-    """Sum of all but the n largest eigenvalues, lowered by what rounding may have added."""
+    """Sum all but the n largest eigenvalues, minus what rounding may have added."""
     values = torch.linalg.eigvalsh(gram, UPLO="U")  # ascending
     p = gram.shape[-1]
     noise = 8 * torch.finfo(gram.dtype).eps * p * values[:, -1]
@@ -90,10 +93,10 @@ def _tail_eigenvalues(gram: Tensor, n: int) -> Tensor:
 
 
 def tail_energy(poles: Tensor, residues: Tensor, length: int) -> Tensor:
-    """``Σ_{t≥length} ĥ_t²``, (B); infinite with a pole on the unit circle or outside.
+    """Compute `Σ_{t≥length} ĥ_t²`, (B); infinite with a pole on the unit circle or outside.
 
-    By the Takenaka–Malmquist basis, which is orthonormal whatever the poles: large residues of
-    nearly coincident poles cancel before they are squared.
+    The sum uses the Takenaka–Malmquist basis, which is orthonormal for any poles, so that large
+    residues of nearly coincident poles cancel before they are squared.
 
     Args:
         poles: (B, m), complex128.
@@ -118,12 +121,12 @@ def tail_energy(poles: Tensor, residues: Tensor, length: int) -> Tensor:
 
 @full_precision()
 def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
-    """Hankel norm of h - ĥ on the infinite horizon, h zero past its end: (B).
+    """Estimate the Hankel norm of h - ĥ on the infinite horizon, h zero past its end: (B).
 
-    Not above it, and below it by at most 1e-4 of it, but for rounding errors of
-    ``(1e-12 + 1e-15 / (1 - ρ)) (‖h‖₂ + ‖Γ_ĥ‖)``, ρ the largest modulus of a pole: however near to
-    each other poles are, and however large their residues. Infinite with a pole on the unit circle
-    or outside.
+    The estimate is not above the norm and at most 1e-4 (relative) below it, except for rounding
+    errors of `(1e-12 + 1e-15 / (1 - ρ)) (‖h‖₂ + ‖Γ_ĥ‖)`, where ρ is the largest modulus of a pole.
+    That holds however close poles are to each other, and however large their residues. The norm is
+    infinite with a pole on the unit circle or outside.
 
     Args:
         taps: (B, T), float64: h_1 … h_T.
@@ -149,9 +152,9 @@ def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
 class _ErrorOperator:
     """The Hankel operator of h - ĥ as a symmetric matrix of size T + 2m, by isometry.
 
-    ``Γ_ĥ = Φ M Φᵀ`` with the orthonormal functions ``φ(t) = A^t b`` of a `_Cascade` in the columns
-    of Φ. Past its first T rows Γ_h is zero and Φ is ``Φ (A^T)ᵀ``, so those rows may be replaced by
-    the 2m rows of ``(A^T)ᵀ``.
+    `Γ_ĥ = Φ M Φᵀ` with the orthonormal functions `φ(t) = A^t b` of a `_Cascade` in the columns
+    of Φ. Past its first T rows Γ_h is zero and Φ is `Φ (A^T)ᵀ`, so those rows may be replaced by
+    the 2m rows of `(A^T)ᵀ`.
     """
 
     def __init__(self, taps: Tensor, poles: Tensor, residues: Tensor) -> None:
@@ -167,7 +170,7 @@ class _ErrorOperator:
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the batch, dtype and device of the matrices."""
+        """Return a tensor with the batch, dtype and device of the matrices."""
         return self.basis
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
@@ -185,14 +188,14 @@ class _ErrorOperator:
 
 
 class _Cascade:
-    r"""Real orthonormal functions ``φ(t) = A^t b`` of the poles {λ, λ̄}: all-pass sections in a row.
+    r"""Real orthonormal functions `φ(t) = A^t b` of the poles {λ, λ̄}: all-pass sections in a row.
 
-    A section of λ and λ̄ has the orthogonal realisation, ``d = |λ|²`` and ``β = 2 Re λ / (1 + d)``,
+    A section of λ and λ̄ has the orthogonal realization, `d = |λ|²` and `β = 2 Re λ / (1 + d)`,
 
         [[β d, -d √(1-β²), √(1-d²)],  [√(1-β²), β, 0],  [-β √(1-d²), √(1-β²) √(1-d²), d]],
 
     whose two states are Kautz functions of its input (W. H. Kautz, "Transient synthesis in the time
-    domain", 1954), and whose output is the input of the next. So ``A Aᵀ + b bᵀ = I``, whatever the
+    domain", 1954), and whose output is the input of the next. So `A Aᵀ + b bᵀ = I`, whatever the
     poles: nothing is large where they coincide, as residues are.
 
     Args:
@@ -234,11 +237,11 @@ class _Cascade:
         return picked
 
     def compressed(self, residues: Tensor) -> Tensor:
-        """``M = Φᵀ Γ_ĥ Φ``, (B, 2m, 2m), Φ with rows φ(0), φ(1), ….
+        """Compute `M = Φᵀ Γ_ĥ Φ`, (B, 2m, 2m), where Φ has the rows φ(0), φ(1), ….
 
-        With ``g(λ) = Σ_t φ(t) λ^t`` it is ``Re Σ_k r_k g(λ_k) g(λ_k)ᵀ``. Where large residues
-        cancel in that sum, ``c = M b = Re Σ_k r_k g(λ_k)`` is taken with twice the digits, and M is
-        the solution of ``M = Aᵀ M Aᵀ + c bᵀ``, in which nothing cancels.
+        With `g(λ) = Σ_t φ(t) λ^t` it is `Re Σ_k r_k g(λ_k) g(λ_k)ᵀ`. Where large residues cancel in
+        that sum, `c = M b = Re Σ_k r_k g(λ_k)` is computed with twice the digits, and M is the
+        solution of `M = Aᵀ M Aᵀ + c bᵀ`, in which nothing cancels.
         """
         transforms = torch.stack(self._transforms(lambda values: values), dim=1)
         transforms = transforms * self._gains.unsqueeze(-1)  # (B, 2m, m)
@@ -263,12 +266,14 @@ class _Cascade:
 
     @property
     def _gains(self) -> Tensor:
-        """(B, 2m): what the functions of `_transforms` have to be multiplied by."""
+        """Return the factors of the functions of `_transforms`, (B, 2m)."""
         return torch.stack([self.gain, self.gain * self.turn], dim=-1).flatten(-2)
 
     def _transforms(self, number: Callable[[Tensor], Any]) -> list[Any]:
-        """``g_j(λ_k)`` divided by the gain of j, (B, m) for every j, in the arithmetic of what
-        ``number`` makes of tensors."""
+        """Compute `g_j(λ_k)` divided by the gain of j, (B, m) for every j.
+
+        The arithmetic is that of the numbers into which `number` converts tensors.
+        """
         z, one = number(self.poles), number(torch.ones_like(self.poles))
         through, transforms = one, []
         for s in range(self.poles.shape[-1]):

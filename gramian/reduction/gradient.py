@@ -1,25 +1,25 @@
-r"""Modal interpolation by gradient descent: the Laughing Hyena Distillery's own procedure.
+r"""Modal interpolation by gradient descent, the procedure of the Laughing Hyena Distillery.
 
 S. Massaroli et al., "Laughing Hyena Distillery: extracting compact recurrences from convolutions",
-NeurIPS 2023 (arXiv 2310.18780), section 3.2: poles in polar form ``λ = A e^{iθ}`` and residues r
-are descended on together, with an adaptive method, on
+NeurIPS 2023 (arXiv 2310.18780), section 3.2: poles in polar form `λ = A e^{iθ}` and residues r
+are optimized together, with an adaptive method, for
 
-- ``"l2"``: ``Σ_{t<L} (h_t - ĥ_t)²``, the error over the taps;
-- ``"h2"``: ``1/N Σ_k |H(z_k) - Ĥ(z_k)|²`` on N ≥ 2 L roots of unity, the error of the transfer
+- `"l2"`: `Σ_{t<L} (h_t - ĥ_t)²`, the error over the taps;
+- `"h2"`: `1/N Σ_k |H(z_k) - Ĥ(z_k)|²` on N ≥ 2 L roots of unity, the error of the transfer
   function, h followed by zeros. It counts the tail of ĥ.
 
 One entry of a conjugate pair is learned; an odd order ends with a real pole. ĥ_0 = h_0.
-Kernels are brought to unit norm before. The descent is Adam (D. P. Kingma, J. Ba, 2015), its rate
-annealed to zero by a half cosine (I. Loshchilov, F. Hutter, 2017), with the gradients in closed
-form; the best parameters met on the way are returned. Initialisations:
+Kernels are first scaled to unit norm. The descent is Adam (D. P. Kingma, J. Ba, 2015), with the
+learning rate annealed to zero by a half cosine (I. Loshchilov, F. Hutter, 2017) and gradients in
+closed form; the best parameters along the way are returned. Initializations:
 
-- ``"ring"``: radii and angles spread at random over a ring close to the unit circle, as for linear
+- `"ring"`: radii and angles spread at random over a ring close to the unit circle, as for linear
   recurrent units (A. Orvieto et al., 2023, arXiv 2303.06349, section 3.2);
-- ``"even"``: evenly spaced angles at one radius, as for S4D-Lin (A. Gu et al., 2022,
+- `"even"`: evenly spaced angles at one radius, as for S4D-Lin (A. Gu et al., 2022,
   arXiv 2206.11893).
 
-Radii correspond to memories of a tenth of the taps and more. It is here as the baseline: balanced
-truncation is closer and faster by orders of magnitude.
+Radii correspond to memories of a tenth of the taps and more. The method serves as a baseline:
+balanced truncation is closer and faster by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gramian.ops._lengths import fft_length
+from gramian.ops.lengths import fft_length
 from gramian.reduction.basis import Vandermonde
 from gramian.reduction.problem import Problem
 from gramian.reduction.residues import ModalFit, measured
@@ -43,13 +43,13 @@ __all__ = ["modal_interpolation"]
 
 _LEAST_RADIUS = 1e-3
 _REPORTED = 50
-"""How often progress is told in a run."""
+"""How often a run reports progress."""
 
 
 def modal_interpolation(
     problem: Problem, order: Tensor, rows: Tensor, options: Gradient
 ) -> ModalFit:
-    """Fit the channels ``rows`` of a problem by descent.
+    """Fit the channels `rows` of a problem by gradient descent.
 
     Args:
         problem: Kernels and settings.
@@ -78,7 +78,7 @@ def modal_interpolation(
     radius, angle, a, b = parameters
     poles = torch.where(present, torch.polar(radius, angle), 0)
     poles = torch.where(paired, poles, poles.real.to(poles.dtype))
-    # Below the real axis lies the same pair with the conjugate residue.
+    # A pole below the real axis stands for the same pair, with the conjugate residue.
     residues = torch.where(present, torch.complex(a, b) * size, 0)
     below = poles.imag < 0
     poles, residues = (torch.where(below, x.conj(), x) for x in (poles, residues))
@@ -87,7 +87,7 @@ def modal_interpolation(
 
 
 def _slots(order: Tensor) -> tuple[Tensor, Tensor]:
-    """Which entries there are, (B, m), and which of them stand for a pair."""
+    """Return masks (B, m) of the entries in use, and of those that stand for a pair."""
     slot = torch.arange(int(order.max() + 1) // 2, device=order.device)
     order = order.unsqueeze(-1)
     return 2 * slot < order, 2 * slot + 1 < order
@@ -96,10 +96,10 @@ def _slots(order: Tensor) -> tuple[Tensor, Tensor]:
 def _initial(
     order: Tensor, present: Tensor, paired: Tensor, length: int, options: Gradient
 ) -> Tensor:
-    """Radii, angles, real and imaginary parts of the residues: (4, B, m)."""
+    """Return initial radii, angles, real and imaginary parts of residues, (4, B, m)."""
     generator = torch.Generator().manual_seed(options.seed)
     modes = present.shape[-1]
-    # The same numbers for every channel: what is found for one does not depend on the others.
+    # Every channel gets the same numbers, so that its result does not depend on the others.
     draws = torch.rand(3, modes, generator=generator, dtype=torch.float64).to(order.device)
     noise = torch.randn(2, modes, generator=generator, dtype=torch.float64).to(order.device)
     inner = math.exp(-10 / length)
@@ -126,7 +126,7 @@ def _descended(
     options: Gradient,
     tick: Callable[[float], None],
 ) -> Tensor:
-    """The best parameters of a run of Adam, (4, B, m), channel by channel."""
+    """Run Adam and return the best parameters of every channel, (4, B, m)."""
     parameters = parameters.clone()
     parameters[0].clamp_(_LEAST_RADIUS, ceiling)
     best, least = parameters.clone(), parameters.new_full(parameters.shape[1:2], torch.inf)
@@ -153,7 +153,7 @@ def _descended(
 
 
 class _TimeLoss:
-    """``Σ_t (h_t - Re Σ_k r_k λ_k^t)²`` and its gradient."""
+    """The loss `Σ_t (h_t - Re Σ_k r_k λ_k^t)²` and its gradient."""
 
     def __init__(self, taps: Tensor) -> None:
         self.taps = taps
@@ -170,7 +170,10 @@ class _TimeLoss:
 
 
 class _FrequencyLoss:
-    """``1/N Σ_k |G(z_k) - Re-part transform Σ_k r_k / (z - λ_k)|²`` over N roots of unity."""
+    """The mean of |G - Ĝ|² over N roots of unity, and its gradient.
+
+    Ĝ is the transform of the taps `Re Σ_k r_k λ_k^t`, a sum of `r_k / (z - λ_k)` and conjugates.
+    """
 
     def __init__(self, taps: Tensor) -> None:
         points = fft_length(2 * taps.shape[-1], 1)

@@ -22,15 +22,15 @@ class Method(abc.ABC):
     """A way to find poles and residues of a given order."""
 
     name: ClassVar[str]
-    """What `reduce` calls the method with its default options."""
+    """The name of the method in `reduce`, where it has its default options."""
 
     @abc.abstractmethod
     def solve(self, problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
         """Fit channels of a problem.
 
         Args:
-            problem: The kernels and what was asked for.
-            order: (len(rows)), integers: the order of every fit, or more than it.
+            problem: The kernels and the settings.
+            order: (len(rows)), integers: the largest order of every fit.
             rows: The channels, as indices.
         """
 

@@ -1,9 +1,9 @@
-r"""Modal truncation: the modes with the most energy are kept, the others dropped.
+r"""Modal truncation, which keeps the modes with the most energy.
 
-A mode ``Re(r λ^t)`` has energy ``½ |r|² Σ_t |λ|^{2t} + ½ Re(r² Σ_t λ^{2t})`` over the taps, near
-``|r|² / (2 (1 - |λ|²))`` on the infinite horizon (L. A. Aguirre, "Quantitative measure of modal
-dominance for continuous systems", CDC 1993). That ignores how modes overlap, which is what balanced
-truncation does better. The residues of the modes that are kept are fitted anew to all taps.
+A mode `Re(r λ^t)` has energy `½ |r|² Σ_t |λ|^{2t} + ½ Re(r² Σ_t λ^{2t})` over the taps, near
+`|r|² / (2 (1 - |λ|²))` on the infinite horizon (L. A. Aguirre, "Quantitative measure of modal
+dominance for continuous systems", CDC 1993). Unlike balanced truncation, that ignores how modes
+overlap. The residues of the modes that are kept are fitted again to all taps.
 
 The modes are those of the system where it has them (`gramian.Modal`, or the poles of a
 `gramian.TransferFunction`), else those of a larger balanced truncation.
@@ -17,14 +17,14 @@ from torch import Tensor
 from gramian.reduction.balanced import balanced_poles
 from gramian.reduction.basis import geometric_sum
 from gramian.reduction.problem import Problem, SourceModes
-from gramian.reduction.residues import ModalFit, fit_residues, stabilised
+from gramian.reduction.residues import ModalFit, fit_residues, stabilized
 from gramian.reduction.spectrum import hankel_matrices, leading_spectrum
 
 __all__ = ["dominant_modes", "modal_truncation"]
 
 
 def modal_truncation(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
-    """The fits with the dominant modes of the channels ``rows`` of a problem.
+    """Fit the channels `rows` of a problem with their dominant modes.
 
     Args:
         problem: Kernels, settings and, if known, the systems' modes.
@@ -35,13 +35,13 @@ def modal_truncation(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
     best = problem.silence(rows)
     everywhere = torch.arange(len(rows), device=rows.device)
     if problem.source is None:
-        candidates = _realised(problem, order, rows)
+        candidates = _realized(problem, order, rows)
     else:
         candidates = [problem.source[rows]]
     for modes in candidates:
         poles, residues = modes.poles, modes.residues
         if problem.settings.stable:
-            poles = stabilised(poles, problem.settings.dtype)
+            poles = stabilized(poles, problem.settings.dtype)
         if residues is None:
             fit = fit_residues(taps, poles, torch.float64)
             poles, residues = fit.poles, fit.residues
@@ -50,8 +50,8 @@ def modal_truncation(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
     return best
 
 
-def _realised(problem: Problem, order: Tensor, rows: Tensor) -> list[SourceModes]:
-    """Balanced truncations of twice the order and more, with one treatment of the tail each."""
+def _realized(problem: Problem, order: Tensor, rows: Tensor) -> list[SourceModes]:
+    """Return balanced truncations of at least twice the order, one per treatment of the tail."""
     taps = problem.taps[rows]
     count = min(2 * int(order.max()) + 16, max(1, taps.shape[-1]))
     found = []
@@ -63,12 +63,12 @@ def _realised(problem: Problem, order: Tensor, rows: Tensor) -> list[SourceModes
 
 
 def dominant_modes(poles: Tensor, residues: Tensor, order: Tensor, length: int) -> Tensor:
-    """Which modes to keep: (B, m), bool. By falling energy, as long as the order allows.
+    """Choose which modes to keep, (B, m), bool: by falling energy, as far as the order allows.
 
     Args:
         poles: (B, m), complex128, one of each pair, NaN or with residue 0 where absent.
         residues: (B, m), complex128.
-        order: (B), integers: what a pair takes 2 of, a real pole 1.
+        order: (B), integers, of which a pair takes 2 and a real pole 1.
         length: Number of taps.
     """
     absent = poles.isnan() | (residues == 0)

@@ -1,4 +1,4 @@
-"""What every method of reduction is given: kernels, their Hankel spectra, and the settings."""
+"""The input of every method of reduction: kernels, their Hankel spectra, and the settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gramian.reduction import errors
-from gramian.reduction.residues import ModalFit, fit_residues, largest_radius, stabilised
+from gramian.reduction.residues import ModalFit, fit_residues, largest_radius, stabilized
 from gramian.reduction.spectrum import Spectrum, hankel_matrices, leading_spectrum
 
 __all__ = [
@@ -30,16 +30,16 @@ INITIALIZATIONS = ("ring", "even")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What was asked for, for all channels.
+    """The settings of a reduction, for all channels.
 
     Args:
         tails: The treatments of the tail to try: "zero", "free" or both.
         stable: Whether poles must lie inside the unit circle.
         dtype: Real dtype of the result, float32 or float64.
         refine: Whether balanced truncation is refined.
-        lower: Whether to look further for a lower order that is closer, as only a search for a
-            tolerance does without.
-        tick: Told of every bit of work that is done, in channels.
+        lower: Whether to look further for a lower order that is closer. Only the search for a
+            tolerance does not.
+        tick: Called with every amount of work that is done, in channels.
     """
 
     tails: tuple[str, ...]
@@ -51,12 +51,12 @@ class Settings:
 
     @property
     def fades(self) -> bool:
-        """Whether what comes after the last tap counts as silence, and as nothing else."""
+        """Return whether silence after the last tap is the only treatment of the tail."""
         return self.tails == ("zero",)
 
     @property
     def least_decay(self) -> float | None:
-        """The smallest ``-log |λ|`` of a pole; None: any."""
+        """Return the smallest allowed `-log |λ|` of a pole; None: any."""
         if not self.stable and not self.fades:
             return None
         return -math.log(largest_radius(self.dtype))
@@ -68,7 +68,7 @@ class SourceModes:
 
     Args:
         poles: (B, m), complex128, one of each pair or both, NaN where absent.
-        residues: (B, m), complex128, of ``Re Σ_k r_k λ_k^t``; None: to be fitted.
+        residues: (B, m), complex128, of `Re Σ_k r_k λ_k^t`; None: to be fitted.
     """
 
     poles: Tensor
@@ -85,15 +85,17 @@ class SourceModes:
 
 @dataclasses.dataclass(frozen=True)
 class SpectralPiece:
-    """Hankel spectra, by treatment of the tail, of some channels of a problem from ``first`` on."""
+    """Hankel spectra, by treatment of the tail, of some channels of a problem from `first` on."""
 
     first: int
     spectra: dict[str, Spectrum]
 
 
 def lanczos_block(taps: Tensor, order: int) -> int:
-    """How many Lanczos bases to grow at once, so that a CPU's cache or a GPU's memory holds them:
-    vectors that are used, and vectors that are allocated."""
+    """Return how many Lanczos bases to grow at once.
+
+    The vectors in use have to fit into a CPU's cache, and the allocated vectors into memory.
+    """
     if taps.device.type == "cpu":
         return max(1, 2**23 // (taps.shape[-1] * (4 * order + 36)))
     return max(1, 2**29 // (taps.shape[-1] * (8 * order + 136)))
@@ -109,12 +111,12 @@ def _spectra(taps: Tensor, count: int, settings: Settings) -> dict[str, Spectrum
 
 
 class Problem:
-    """B kernels, their leading Hankel spectra, and what was asked for.
+    """A batch of B kernels, their leading Hankel spectra, and the settings.
 
     Args:
         taps: (B, T), float64: h_1 … h_T.
-        count: Number of singular vectors to have: above the largest order.
-        settings: What was asked for.
+        count: Number of singular vectors to compute, above the largest order.
+        settings: The settings of the reduction.
         source: The modes of the B systems, if they are known.
     """
 
@@ -132,56 +134,56 @@ class Problem:
 
     @property
     def singular_values(self) -> Tensor:
-        """(B, k): leading Hankel singular values of the kernels followed by zeros."""
+        """Return the leading Hankel singular values of the kernels followed by zeros, (B, k)."""
         return self.leading_values("zero")
 
     def leading_values(self, tail: str) -> Tensor:
-        """(B, k): leading singular values of the Hankel matrices with this tail."""
+        """Return the leading singular values of the Hankel matrices with this tail, (B, k)."""
         return torch.cat([piece.spectra[tail].values for piece in self.pieces])
 
     def ritz(self, tail: str) -> Tensor:
-        """(B, K): at most the singular values of the Hankel matrices with this tail."""
+        """Return lower bounds of the Hankel singular values with this tail, (B, K)."""
         parts = [piece.spectra[tail].ritz for piece in self.pieces]
         width = max(part.shape[-1] for part in parts)
         pad = torch.nn.functional.pad
         return torch.cat([pad(part, (0, width - part.shape[-1])) for part in parts])
 
     def with_settings(self, settings: Settings) -> Problem:
-        """The same problem, its spectra shared, under other settings."""
+        """Return the same problem under other settings, with shared spectra."""
         other = copy.copy(self)
         other.settings = settings
         return other
 
     def silence(self, rows: Tensor) -> ModalFit:
-        """The fits of order 0 to the channels ``rows`` (indices)."""
+        """Return the fits of order 0 to the channels `rows` (indices)."""
         taps = self.taps[rows]
         none = taps.new_zeros(len(taps), 0, dtype=torch.complex128)
         return fit_residues(taps, none, torch.float64)
 
     def offer(self, best: ModalFit, poles: Tensor, rows: Tensor, where: Tensor) -> ModalFit:
-        """Fit residues to poles of the channels ``rows[where]``; keep in ``best`` what is closer.
+        """Fit residues to poles of the channels `rows[where]`, and keep closer fits in `best`.
 
         Args:
-            best: Fits of the channels ``rows``.
-            poles: (len(where), n), complex128, NaN where absent; made stable if asked for.
+            best: Fits of the channels `rows`.
+            poles: (len(where), n), complex128, NaN where absent; made stable if so configured.
             rows: Channels, indices.
-            where: Indices into ``rows``.
+            where: Indices into `rows`.
 
         Returns:
             The fits of these poles.
         """
         if self.settings.stable:
-            poles = stabilised(poles, self.settings.dtype)
+            poles = stabilized(poles, self.settings.dtype)
         fit = fit_residues(self.taps[rows[where]], poles, self.settings.dtype)
         self.keep(best, fit, where)
         return fit
 
     def keep(self, best: ModalFit, fit: ModalFit, where: Tensor) -> None:
-        """Put a fit into ``best`` where its measured error over the taps is smaller."""
+        """Put a fit into `best` where its measured error over the taps is smaller."""
         better = fit.l2_error < best.l2_error[where]
         best.put(where[better], fit[better])
 
     def bound(self, fit: ModalFit, rows: Tensor | slice) -> Tensor:
-        """The squared lower bound that belongs to the orders of ``fit``."""
+        """Return the squared lower bound for the orders of `fit`."""
         windowed = self.ritz("free")[rows] if "free" in self.settings.tails else None
         return errors.squared_lower_bound(self.taps[rows], fit.orders(), windowed)

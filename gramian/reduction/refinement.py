@@ -1,17 +1,17 @@
-r"""Poles refined by variable projection: a Levenberg–Marquardt descent on the poles alone.
+r"""Refinement of poles by variable projection, a Levenberg–Marquardt descent on the poles alone.
 
-``φ(λ) = min_c ‖h - Φ(λ) c‖₂²`` over the taps h_1 … h_T, Φ the real basis ``Re λ^t, Im λ^t``: the
+`φ(λ) = min_c ‖h - Φ(λ) c‖₂²` over the taps h_1 … h_T, Φ the real basis `Re λ^t, Im λ^t`: the
 residues c are projected out (G. H. Golub, V. Pereyra, "The differentiation of pseudo-inverses and
 nonlinear least squares problems whose variables separate", 1973), with L. Kaufman's approximation
 of the Jacobian ("A variable projection method for solving separable nonlinear least squares
-problems", 1975). A change dω of ``log λ`` changes the fit by ``Re(r t λ^t dω)``, so with columns
-``E = (Re t λ^t, Im t λ^t)`` a step is one linear least-squares problem in [Φ E].
+problems", 1975). A change dω of `log λ` changes the fit by `Re(r t λ^t dω)`, so with columns
+`E = (Re t λ^t, Im t λ^t)` a step is one linear least-squares problem in [Φ E].
 
-Its Gram matrix holds geometric sums ``Σ_t t^p z^t``, p = 0, 1, 2, z products of two poles, taken by
-doubling; its right-hand side and the residual are Vandermonde products in √T × √T blocks. A step so
-costs O(n² log T + n T) and never forms the basis, except where poles nearly coincide: there the
-factor comes from the QR decomposition of the basis itself. Both carry the ridge with which
-residues are fitted at the end (`gramian.reduction.residues`).
+Its Gram matrix holds geometric sums `Σ_t t^p z^t`, p = 0, 1, 2, z products of two poles, taken by
+doubling; its right-hand side and the residual are Vandermonde products in √T × √T blocks. A step
+therefore costs O(n² log T + n T) and never forms the basis, except where poles nearly coincide:
+there the factor comes from the QR decomposition of the basis itself. Both use the same ridge as the
+final fit of the residues (`gramian.reduction.residues`).
 
 A pair is refined in decay and angle, a real pole in decay; each keeps its kind. A decay at the edge
 of stability stays there while the descent pushes it outwards.
@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from gramian.ops._lengths import fft_length
+from gramian.ops.lengths import fft_length
 from gramian.reduction.basis import (
     Modes,
     Vandermonde,
@@ -40,7 +40,7 @@ from gramian.reduction.residues import real_basis
 __all__ = ["greedy_modes", "insert_mode", "refined", "relocated", "remainder"]
 
 _SAFE_PIVOT = 1e-10
-"""Smallest squared Cholesky pivot with which the Gram matrix is trusted."""
+"""Smallest squared Cholesky pivot for which the Gram matrix is accurate enough."""
 
 _PRECISE_PIVOT = 1e-8
 """Squared pivot from which a solution by the Gram matrix needs no refinement."""
@@ -49,10 +49,10 @@ _PRECISE_ERROR = 1e-5
 """Relative squared error from which differences of squares are precise enough."""
 
 _LARGEST_QR = 128
-"""The widest basis [Φ E] that is factored by QR; a wider one that needs it is not refined."""
+"""Largest width of a basis [Φ E] that is factored by QR; a wider one is not refined."""
 
 _SMALLEST_DIRECTION = 1e-9
-"""Relative ridge on the residues, at least."""
+"""Smallest relative ridge on the residues."""
 
 _FIRST_DAMPING = 1e-2
 _LARGEST_DAMPING = 1e6
@@ -62,7 +62,7 @@ _WINDOWS = 6
 
 
 def _joint_gram(sums: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Inner products of the columns [Φ E], (B, 4m, 4m), from the three sums."""
+    """Compute inner products of the columns [Φ E], (B, 4m, 4m), from the three sums."""
     g0, g1, g2 = (basis_gram(s) for s in sums)
     return torch.cat([torch.cat([g0, g1], dim=-1), torch.cat([g1, g2], dim=-1)], dim=-2)
 
@@ -125,8 +125,8 @@ def _point(taps: Tensor, modes: Modes, ridge: float, infinite: bool) -> _Point:
     left = goal - (gram[..., :half] @ weights.unsqueeze(-1)).squeeze(-1)
     vague = (pivot < _PRECISE_PIVOT) | (error < _PRECISE_ERROR * size)
     if bool(vague.any()):
-        # Differences of large numbers: from the residual itself instead, refined once. Only there,
-        # so that what comes of a channel does not depend on the others.
+        # Here the formula is a difference of large numbers, so use the residual itself, refined
+        # once. Other channels are left out, so that no result depends on other channels.
         better = weights
         for again in (True, False):
             plain = scale0 * better
@@ -164,12 +164,12 @@ def _point(taps: Tensor, modes: Modes, ridge: float, infinite: bool) -> _Point:
 
 
 def _stacked(moments: list[Tensor]) -> Tensor:
-    """Inner products with the columns [Φ E], (B, 4m), from complex moments."""
+    """Stack inner products with the columns [Φ E], (B, 4m), from complex moments."""
     return torch.cat([part for m in moments for part in (m.real, m.imag)], dim=-1)
 
 
 def _residues(weights: Tensor) -> Tensor:
-    """(B, m), complex128, from weights (B, 2m) of ``Re λ^t`` and ``Im λ^t``."""
+    """Return residues (B, m), complex128, from weights (B, 2m) of `Re λ^t` and `Im λ^t`."""
     cosine, sine = weights.chunk(2, dim=-1)
     return torch.complex(cosine, -sine)
 
@@ -177,7 +177,7 @@ def _residues(weights: Tensor) -> Tensor:
 def _by_qr(
     taps: Tensor, poles: Tensor, scale: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Error, residues, L22ᵀ and target of `_point`, from the basis itself."""
+    """Compute error, residues, L22ᵀ and target of `_point` from the basis itself."""
     width, length = poles.shape[-1], taps.shape[-1]
     basis = real_basis(poles, length)[..., :length]  # (B, 2m, T)
     place = torch.arange(length, dtype=taps.dtype, device=taps.device)
@@ -200,7 +200,7 @@ def _by_qr(
 
 
 def _jacobian(inner: Tensor, residues: Tensor, scale: Tensor, used: Tensor) -> Tensor:
-    """Compose L22ᵀ with ``Re(r t λ^t (dx + i dy))``, x = log |λ|, y the angle: (B, 2m, 2m)."""
+    """Compose L22ᵀ with `Re(r t λ^t (dx + i dy))`, x = log |λ|, y the angle: (B, 2m, 2m)."""
     width = residues.shape[-1]
     over = torch.where(used, 1 / torch.where(used, scale, 1), 0)[:, 2 * width :]
     cosine, sine = (
@@ -228,14 +228,15 @@ def refined(
         taps: (B, T), float64: h_1 … h_T.
         modes: B channels; a channel that is worse at the end than its start keeps its start.
         ridge: Relative size of residues against which errors are weighed: the rounding error of
-            what will hold them.
+            the dtype that will hold them.
         limit: The smallest decay; None: any, so that poles may lie outside the unit circle.
-        infinite: Minimise over the infinite horizon, taps past T being zero, instead of over T.
-        steps: The most evaluations.
-        tolerance: A channel is done when a step lowers the squared error by less than this part.
+        infinite: Minimize over the infinite horizon, taps past T being zero, instead of over T.
+        steps: Largest number of evaluations.
+        tolerance: A channel is done when a step lowers the squared error by less than this
+            fraction.
 
     Returns:
-        The modes, and the squared error that is left, (B), infinite where none could be computed.
+        The modes, and the remaining squared error, (B), infinite where none could be computed.
     """
     ridge = max(ridge, _SMALLEST_DIRECTION)
     floor = -math.inf if limit is None else limit
@@ -280,7 +281,7 @@ def refined(
 
 
 def _step(point: _Point, modes: Modes, damping: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """The damped Gauss–Newton step (B, 2m) in (log-radius, angle), and the predicted decrease."""
+    """Compute the damped Gauss–Newton step (B, 2m) in (log-radius, angle) and its decrease."""
     jacobian, target = point.jacobian, point.target
     width = modes.decay.shape[-1]
     slope = (jacobian.mT @ target.unsqueeze(-1)).squeeze(-1)
@@ -301,7 +302,7 @@ def _step(point: _Point, modes: Modes, damping: Tensor, floor: float) -> tuple[T
 
 def _moved(modes: Modes, step: Tensor, floor: float) -> Modes:
     width = modes.decay.shape[-1]
-    # Beyond a unit of the logarithm the linearisation says nothing.
+    # Beyond a unit of the logarithm the linearization is meaningless.
     step = step.clamp(-1, 1)
     decay = torch.where(modes.present, modes.decay - step[:, :width], modes.decay)
     moving = modes.present & ~modes.real
@@ -311,12 +312,12 @@ def _moved(modes: Modes, step: Tensor, floor: float) -> Modes:
 
 
 def greedy_modes(taps: Tensor, order: Tensor) -> Modes:
-    """Poles found one after the other where the spectrum of what is left has its peak.
+    """Find poles one after the other, each at the peak of the residual's spectrum.
 
     Orthogonal matching pursuit (S. Mallat, Z. Zhang, "Matching pursuits with time-frequency
     dictionaries", 1993; Y. C. Pati, R. Rezaiifar, P. S. Krishnaprasad, 1993) over damped cosines of
-    some decays and all frequencies. A start for kernels whose Hankel spectrum is flat, of which
-    balanced truncation tells the leading directions badly.
+    some decays and all frequencies. The result is a start for kernels with a flat Hankel spectrum,
+    whose leading directions balanced truncation finds badly.
 
     Args:
         taps: (B, T), float64.
@@ -338,12 +339,12 @@ def greedy_modes(taps: Tensor, order: Tensor) -> Modes:
 
 
 def relocated(taps: Tensor, modes: Modes) -> tuple[Modes, Tensor]:
-    """The mode that is missed least, taken out and put where the rest leaves most.
+    """Move the mode that contributes least to where the residual is largest.
 
-    Two real poles may make room for a pair.
+    Two real poles may be replaced by a pair.
 
     Returns:
-        The modes, and a mask (B) of the channels that have a mode to move.
+        The modes, and a mask (B) of the channels in which a mode was moved.
     """
     _, weights, inverse = _projected(taps, modes)
     width = modes.decay.shape[-1]
@@ -376,7 +377,7 @@ def relocated(taps: Tensor, modes: Modes) -> tuple[Modes, Tensor]:
 
 
 def insert_mode(modes: Modes, rows: Tensor, slot: Tensor, residual: Tensor, single: bool) -> None:
-    """Put the damped cosine (or real exponential) nearest to ``residual`` into a slot."""
+    """Put the damped cosine (or real exponential) nearest to `residual` into a slot."""
     length = residual.shape[-1]
     points = fft_length(2 * length, 1)
     place = torch.arange(length, dtype=torch.float32, device=residual.device)
@@ -405,13 +406,17 @@ def insert_mode(modes: Modes, rows: Tensor, slot: Tensor, residual: Tensor, sing
 
 
 def remainder(taps: Tensor, modes: Modes) -> Tensor:
-    """What the modes, with their best residues, leave of the taps: (B, T)."""
+    """Compute the residual of the taps for the modes with their best residues, (B, T)."""
     return _projected(taps, modes)[0]
 
 
 def _projected(taps: Tensor, modes: Modes) -> tuple[Tensor, Tensor, Tensor]:
-    """What the modes leave of the taps; weights (B, 2m) of the basis at unit length; the inverse
-    of its Gram matrix (B, 2m, 2m)."""
+    """Project the taps on the modes.
+
+    Returns:
+        The residual of the taps (B, T), the weights (B, 2m) of the basis at unit length, and the
+        inverse of its Gram matrix (B, 2m, 2m).
+    """
     poles = modes.poles
     width, length = poles.shape[-1], taps.shape[-1]
     zeroth = geometric_sum(pole_products(poles), length)

@@ -1,8 +1,8 @@
-r"""Residues of given poles: linear least squares on the taps behind the direct term.
+r"""Residues of given poles, by linear least squares on the taps after the direct term.
 
-``min_r Σ_{t≥1} (h_t - Re Σ_k r_k λ_k^{t-1})²`` over the real basis ``Re λ^t, Im λ^t``. The poles
-are rounded to the dtype of the result before and the residues after, so that what is fitted and
-what is measured is the system that is returned, not one that its rounding would change.
+`min_r Σ_{t≥1} (h_t - Re Σ_k r_k λ_k^{t-1})²` over the real basis `Re λ^t, Im λ^t`. The poles
+are rounded to the dtype of the result before the fit and the residues after it, so that the fit and
+the measured errors are those of the returned system.
 
 The normal equations, from geometric sums, scaled to a unit diagonal and refined, are enough unless
 poles nearly coincide; for those channels the basis is formed and solved by QR and a damped SVD. A
@@ -27,22 +27,22 @@ __all__ = [
     "measured",
     "one_of_each_pair",
     "real_basis",
-    "stabilised",
+    "stabilized",
 ]
 
 _SAFE_EIGENVALUE = 1e-11
-"""Smallest eigenvalue, of normal equations with a unit diagonal, with which they are trusted."""
+"""Smallest eigenvalue of normal equations with a unit diagonal that are accurate enough."""
 
 _SETTLED = 1e-3
 """Largest part of the residual that another refinement of the normal equations may still remove."""
 
 _CANCELLED = 1e-6
-"""Part of ``Σ |λ|^2t`` below which a sum of squares of ``Re λ^t`` or ``Im λ^t`` has lost digits."""
+"""Part of `Σ |λ|^2t` below which a sum of squares of `Re λ^t` or `Im λ^t` has lost digits."""
 
 _SMALLEST_DIRECTIONS = (1e-5, 1e-6, 1e-7, 1e-9, 1e-11, 1e-13)
 """Relative singular values from which a direction of the basis counts; weaker ones are damped. Of
-those above rounding errors the one that leaves the smallest error is taken, measured with residues
-as they are rounded."""
+those above rounding errors, the one with the smallest error is used, measured with rounded
+residues."""
 
 _ROUNDING = 8
 """Rounding errors of a mode's taps, in units of the last place of its largest."""
@@ -52,7 +52,7 @@ _ROUNDING = 8
 class ModalFit:
     """Poles and residues (B, m), complex128 with the values that the result's dtype will hold.
 
-    ``l2_error`` and ``l1_error`` (B) are norms of ``h - ĥ`` over the taps, float64.
+    `l2_error` and `l1_error` (B) are norms of `h - ĥ` over the taps, float64.
     """
 
     poles: Tensor
@@ -61,7 +61,7 @@ class ModalFit:
     l1_error: Tensor
 
     def put(self, where: Tensor, other: ModalFit) -> None:
-        """Replace the channels ``where`` (mask or indices) by the channels of ``other``."""
+        """Replace the channels `where` (mask or indices) by the channels of `other`."""
         width = max(self.poles.shape[-1], other.poles.shape[-1])
         for name in ("poles", "residues"):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -72,7 +72,7 @@ class ModalFit:
         self.l1_error[where] = other.l1_error
 
     def orders(self) -> Tensor:
-        """(B): state dimension over the reals; an entry without residue counts nothing."""
+        """Return state dimensions over the reals, (B); an entry without residue does not count."""
         return torch.where(self.residues != 0, 1 + (self.poles.imag != 0).long(), 0).sum(-1)
 
     def __getitem__(self, index: Tensor) -> ModalFit:
@@ -80,14 +80,14 @@ class ModalFit:
 
 
 def largest_radius(dtype: torch.dtype) -> float:
-    """Modulus from which a pole may be rounded to ``dtype`` and still be stable."""
+    """Return the largest modulus of a pole that is still stable when rounded to `dtype`."""
     return 1 - max(1.5 * torch.finfo(dtype).eps, 1e-9)
 
 
-def stabilised(poles: Tensor, dtype: torch.dtype) -> Tensor:
-    """Poles inside the unit circle, also once they are rounded to ``dtype``.
+def stabilized(poles: Tensor, dtype: torch.dtype) -> Tensor:
+    """Move poles inside the unit circle, where they stay when rounded to `dtype`.
 
-    Those outside are reflected, ``1 / λ̄``; then all are kept a rounding error away from it.
+    Poles outside are reflected, `1 / λ̄`; then all are kept a rounding error away from the circle.
     """
     radius = poles.abs()
     poles = torch.where(radius > 1, poles / radius.square(), poles)
@@ -97,7 +97,7 @@ def stabilised(poles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
-    """Least-squares residues, and the errors that are left.
+    """Fit residues by least squares, and measure the remaining errors.
 
     Args:
         taps: (B, T), float64: h_1 … h_T.
@@ -130,7 +130,7 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
 
 
 def measured(taps: Tensor, poles: Tensor, residues: Tensor, dtype: torch.dtype) -> ModalFit:
-    """The fit with these poles and residues (B, m), one of each pair, as ``dtype`` rounds them."""
+    """Measure the fit of poles and residues (B, m), one of each pair, rounded to `dtype`."""
     kind = dtype.to_complex()
     poles, residues = (x.to(kind).to(torch.complex128) for x in (poles, residues))
     residues = torch.where(poles.imag == 0, residues.real.to(residues.dtype), residues)
@@ -143,9 +143,9 @@ def measured(taps: Tensor, poles: Tensor, residues: Tensor, dtype: torch.dtype) 
 
 
 def one_of_each_pair(poles: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, n) in conjugate pairs to (B, m): real poles, and those of the upper half-plane.
+    """Keep the real poles and those of the upper half-plane: (B, n) to (B, m).
 
-    A pair that ``dtype`` cannot tell from the real axis becomes two equal real poles.
+    A pair that `dtype` cannot distinguish from the real axis becomes two equal real poles.
     """
     real = poles.imag.abs() <= torch.finfo(dtype).eps * poles.abs()
     poles = torch.where(real, poles.real.to(poles.dtype), poles)
@@ -156,7 +156,7 @@ def one_of_each_pair(poles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def real_basis(poles: Tensor, length: int) -> Tensor:
-    """``Re λ^t`` above ``Im λ^t``: (B, 2m, length)."""
+    """`Re λ^t` above `Im λ^t`: (B, 2m, length)."""
     columns = max(1, math.isqrt(length))
     rows = -(-length // columns)
     inner = geometric_powers(poles, columns).unsqueeze(-2)  # (B, m, 1, J)
@@ -174,11 +174,11 @@ def real_basis(poles: Tensor, length: int) -> Tensor:
 def _by_sums(
     taps: Tensor, poles: Tensor, kernels: Vandermonde, used: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """``argmin ‖taps - basisᵀ x‖² + eps² ‖x‖²``, the rows of the basis at unit length, from sums.
+    """Solve `argmin ‖taps - basisᵀ x‖² + eps² ‖x‖²`, basis rows of unit length, from sums.
 
     Returns:
-        x (B, 2m), and a mask (B) of the channels where it is not to be trusted: those where the
-            factor is nearly singular, or where a sum is a small difference of large ones.
+        x (B, 2m), and a mask (B) of the channels where it is inaccurate: those where the factor is
+        nearly singular, or where a sum is a small difference of large ones.
     """
     modes = poles.shape[-1]
     gram = basis_gram(geometric_sum(pole_products(poles), taps.shape[-1]))
@@ -223,9 +223,9 @@ def _is_settled(
 ) -> Tensor:
     """Return whether refined normal equations are solved: a mask (B).
 
-    A refinement that moved the fit by the energy ``moved`` (B), after a first solution of
-    ``energy``, leaves about ``moved² / energy`` to the next one: each shrinks the error by the
-    same factor. ``residual`` is what the first solution left of the taps.
+    A refinement that moved the fit by the energy `moved` (B), after a first solution of
+    `energy`, leaves about `moved² / energy` to the next one: each shrinks the error by the
+    same factor. `residual` is what the first solution left of the taps.
     """
     left = residual.square().sum(-1) - moved
     floor = (eps * _SETTLED) ** 2 * taps.square().sum(-1)
@@ -233,7 +233,7 @@ def _is_settled(
 
 
 def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same from the basis itself: (B, 2m). ``signal`` is (B, T, 1)."""
+    """Solve the problem of `_by_sums` from the basis itself: (B, 2m), `signal` (B, T, 1)."""
     eps = torch.finfo(dtype).eps
     gram = torch.bmm(basis, basis.mT)
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -258,7 +258,7 @@ def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, dtype: torch.dty
 
 
 def _damped(basis: Tensor, scale: Tensor, signal: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same by QR and a singular value decomposition, for poles that nearly coincide."""
+    """Solve the same problem by QR and a damped SVD, for poles that nearly coincide."""
     eps = torch.finfo(dtype).eps
     basis = torch.nan_to_num(basis, posinf=0.0, neginf=0.0)
     q, r = torch.linalg.qr((basis * scale).mT)

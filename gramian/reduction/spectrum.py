@@ -1,10 +1,10 @@
 r"""Leading singular values and vectors of many Hankel matrices at once.
 
-Two Hankel matrices of the taps ``h_1 … h_{L-1}`` are in use:
+Two Hankel matrices of the taps `h_1 … h_{L-1}` are in use:
 
-- ``tail="zero"``: (L-1) × (L-1), the taps followed by zeros: the Hankel operator of the FIR system
+- `tail="zero"`: (L-1) × (L-1), the taps followed by zeros: the Hankel operator of the FIR system
   on its infinite horizon.
-- ``tail="free"``: about L/2 × L/2, of taps alone.
+- `tail="free"`: about L/2 × L/2, of taps alone.
 
 A square Hankel matrix is symmetric, so its singular values are the moduli of its eigenvalues and
 its eigenvectors are its singular vectors. A block Lanczos iteration (G. H. Golub, R. Underwood,
@@ -12,7 +12,7 @@ its eigenvectors are its singular vectors. A block Lanczos iteration (G. H. Golu
 the spectrum. The spectra of long filters are flat (σ_16 and σ_17 often differ by less than 1%),
 which takes a Krylov method far fewer products than subspace iteration.
 
-Every block is orthogonalised against all before it and what is left of its inner products is
+Every block is orthogonalized against all before it and what is left of its inner products is
 measured, so orthogonality is not estimated. A block of b vectors finds b copies of a repeated
 value, such as combs and delays have. Where so many values come out alike, or a channel has not
 converged, it is computed again: densely, or with a block of more vectors than values are sought.
@@ -29,8 +29,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gramian.ops._precision import full_precision
 from gramian.ops.hankel import Hankel
+from gramian.ops.precision import full_precision
 
 __all__ = [
     "Spectrum",
@@ -45,7 +45,7 @@ _DENSE_SIZE = 160
 """Hankel matrices up to this size are factored densely."""
 
 _RESIDUAL = 1e-2
-"""Residual from which the span of the Ritz vectors gives the same reduction as the exact one."""
+"""Residual below which the span of the Ritz vectors gives the same reduction as the exact span."""
 
 _BLOCK = 3
 """Vectors of a block; the largest multiplicity that is found without a second search."""
@@ -69,7 +69,7 @@ _DENSE_AGAIN = 512
 """Matrices up to this size are factored densely where the iteration leaves doubt."""
 
 _PASSES = 4
-"""How often a block is orthogonalised at most; two passes are enough in theory."""
+"""How often a block is orthogonalized at most; two passes are enough in theory."""
 
 _SMALL_OVERLAP = 1e-2
 """Inner products that one more pass takes down to rounding errors."""
@@ -100,7 +100,7 @@ class Spectrum:
         return Spectrum(self.values[index], self.vectors[index], self.ritz[index])
 
     def replace(self, where: Tensor, other: Spectrum) -> Spectrum:
-        """This spectrum, but that of ``other`` where the mask ``where`` (B) is true."""
+        """Replace the spectra where the mask `where` (B) is true by those of `other`."""
         width = max(self.ritz.shape[-1], other.ritz.shape[-1])
         pad = torch.nn.functional.pad
         ritz = pad(self.ritz, (0, width - self.ritz.shape[-1]))
@@ -111,10 +111,10 @@ class Spectrum:
 
 
 def hankel_matrices(taps: Tensor, tail: str) -> Hankel:
-    """The Hankel matrices of ``taps`` (B, L-1) = h_1 … h_{L-1}; see the module's docstring.
+    """Return the Hankel matrices of `taps` (B, L-1) = h_1 … h_{L-1}; see the module's docstring.
 
-    With ``tail="free"`` and an even number of taps no square matrix holds all of them: a small
-    matrix gets one more column, a large one leaves the last tap out.
+    With `tail="free"` and an even number of taps no square matrix holds all of them. A small matrix
+    gets one more column, and a large one omits the last tap.
     """
     count = taps.shape[-1]
     if tail == "zero":
@@ -129,13 +129,13 @@ def _is_large(size: int) -> bool:
 
 
 def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) -> Spectrum:
-    """The ``count`` leading singular values and left singular vectors, or all if there are fewer.
+    """Compute the `count` leading singular values and left singular vectors, or all if fewer.
 
     Args:
         hankel: (B, rows, columns) Hankel matrices of float64 sequences; square where large.
         count: Number of singular values, at least 1.
-        guess: (B, k, at most rows): vectors near the span that is sought; the iteration from them
-            takes half the steps and less.
+        guess: (B, k, at most rows): vectors near the wanted span; starting from them takes half the
+            steps or less.
     """
     count = min(count, hankel.rows, hankel.columns)
     if not _is_large(hankel.rows) or 7 * count > hankel.rows:
@@ -152,7 +152,7 @@ def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) ->
 
 
 def _dense_spectrum(matrix: Tensor, count: int, eps: float) -> Spectrum:
-    """Of matrices (B, rows, columns), float64, that are right to ``eps``."""
+    """Compute the spectrum of matrices (B, rows, columns), float64, that are accurate to `eps`."""
     if matrix.shape[-1] == matrix.shape[-2]:
         theta, vectors = torch.linalg.eigh(matrix)
         place = theta.abs().argsort(dim=-1, descending=True)
@@ -172,10 +172,10 @@ class Symmetric(Protocol):
 
     @property
     def like(self) -> Tensor:
-        """A tensor (B, …) of the batch, dtype and device of the matrices."""
+        """Return a tensor (B, …) with the batch, dtype and device of the matrices."""
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        """(B, k, rows) to (B, k, rows)."""
+        """Multiply the vectors in the rows of (B, k, rows) by the matrices: (B, k, rows)."""
 
     def __getitem__(self, index: Tensor) -> Symmetric: ...
 
@@ -190,16 +190,15 @@ def lanczos_spectrum(
     block: int = _BLOCK,
     exact: Symmetric | None = None,
 ) -> Spectrum:
-    """As `leading_spectrum`, for symmetric matrices, in their own precision throughout.
+    """Compute the leading spectrum of symmetric matrices in their own precision.
 
-    A Ritz pair is accepted when ‖H u - θ u‖ is at most ``residual`` times the smallest |θ|. Of a
-    value that occurs more than ``block`` times a block finds ``block`` copies only; the module's
-    docstring says what is done where so many come out alike.
+    A Ritz pair is accepted when ‖H u - θ u‖ is at most `residual` times the smallest |θ|. If a
+    value occurs more than `block` times, the iteration finds `block` copies only; the module's
+    docstring describes how repeated values are detected and computed again.
 
-    The values and vectors are float64 in any case, the vectors orthonormal to float64. Products
-    that are small differences of large terms carry the rounding errors of these: ``magnitude``
-    (B, 1) says how large they are. ``exact`` are the same matrices in a precision in which to
-    factor what is computed again densely.
+    The values and vectors are float64 in any case, and the vectors orthonormal to float64. Products
+    that are small differences of large terms carry the rounding errors of these terms, whose size
+    is `magnitude` (B, 1). `exact` holds the same matrices in the precision for dense factorization.
     """
     batch, size = len(matrices.like), matrices.rows
     pending = torch.arange(batch, device=matrices.like.device)
@@ -219,7 +218,7 @@ def lanczos_spectrum(
         allowed = torch.maximum(residual * theta[:, count - 1 : count].abs(), noise)
         converged = (misfit[:, :count] <= allowed).all(-1)
         done = converged | (krylov.steps == limit)
-        # A channel is taken when it is done, whatever the others of its batch do.
+        # A channel is finished when it has converged, whatever the others of its batch do.
         here = held[done]
         where = pending[here]
         if len(where):
@@ -260,7 +259,7 @@ def lanczos_spectrum(
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
-    """Of vectors (B, k, rows) that are orthonormal to single precision at least."""
+    """Orthonormalize vectors (B, k, rows) that are orthonormal to at least single precision."""
     factor, failed = torch.linalg.cholesky_ex(torch.bmm(vectors, vectors.mT))
     if bool((failed != 0).any()):
         return torch.linalg.qr(vectors.mT).Q.mT
@@ -273,9 +272,9 @@ def _orthonormal(vectors: Tensor) -> Tensor:
 class _BlockLanczos:
     """Orthonormal bases of the block Krylov spaces of a batch of symmetric matrices.
 
-    Every vector is orthogonalised against all before it, and the matrices are compressed to the
-    span by inner products that were taken, not by a recurrence. A direction of which rounding
-    alone is left gives way to a random one.
+    Every vector is orthogonalized against all before it, and the compressed matrices come from
+    actual inner products, not from a recurrence. A direction of which only rounding errors are left
+    is replaced by a random one.
     """
 
     def __init__(
@@ -300,7 +299,7 @@ class _BlockLanczos:
         if magnitude is not None:
             self.scale = magnitude.to(like)
         start = matrices @ self._noise(block) if guess is None else self._noise(block)
-        if guess is not None:  # a little noise, so that what the guess lacks is found all the same
+        if guess is not None:  # a little noise, to find directions that the guess lacks
             missing = -guess.shape[1] % block
             guess = torch.nn.functional.pad(guess.to(like), (0, 0, 0, missing))
             guess = guess.unflatten(1, (-1, block)).sum(1)
@@ -310,7 +309,7 @@ class _BlockLanczos:
         self.next = torch.linalg.qr(start.mT).Q.mT
 
     def _noise(self, count: int) -> Tensor:
-        # The same numbers in every batch: what is found for a kernel does not depend on the others.
+        # Every batch gets the same numbers, so that no result depends on the other kernels.
         generator = torch.Generator().manual_seed(self.steps)
         noise = torch.randn(count, self.matrices.rows, generator=generator, dtype=torch.float64)
         noise = torch.nn.functional.normalize(noise, dim=-1)
@@ -326,7 +325,7 @@ class _BlockLanczos:
         return picked
 
     def extend(self, steps: int) -> None:
-        """Grow the bases to ``steps`` vectors or a few more."""
+        """Grow the bases to `steps` vectors or a few more."""
         more = steps + self.next.shape[1] - self.compressed.shape[-1]
         self.compressed = torch.nn.functional.pad(self.compressed, (0, more, 0, more))
         while self.steps < steps:
@@ -341,18 +340,21 @@ class _BlockLanczos:
             self.compressed[:, first:last, near:last] = self._projected(image, near)
             self.edge = torch.bmm(image, image.mT)
             if last < self.matrices.rows:
-                self.next = self._normalised(image)
+                self.next = self._normalized(image)
 
     def _projected(self, vectors: Tensor, first: int) -> Tensor:
-        """Take from vectors, in place, their projection on the basis from ``first`` on; what the
-        inner products were."""
+        """Subtract from vectors, in place, their projection on the basis from `first` on.
+
+        Returns:
+            The inner products.
+        """
         basis = self.basis[:, first : self.steps]
         overlap = torch.bmm(vectors, basis.mT)
         vectors.baddbmm_(overlap, basis, alpha=-1)
         return overlap
 
-    def _normalised(self, image: Tensor) -> Tensor:
-        """An orthonormal basis of the rows of ``image``, orthogonal to all vectors before."""
+    def _normalized(self, image: Tensor) -> Tensor:
+        """Return an orthonormal basis of the rows of `image`, orthogonal to all earlier vectors."""
         image = image[:, : self.matrices.rows - self.steps]
         q, r = torch.linalg.qr(image.mT)
         vectors = q.mT.contiguous()
@@ -372,8 +374,12 @@ class _BlockLanczos:
         return vectors
 
     def ritz_pairs(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the channels ``rows``: θ (B, K) by falling modulus, coordinates of the Ritz vectors
-        (B, K, K), and residuals (B, K)."""
+        """Compute the Ritz pairs of the channels `rows`.
+
+        Returns:
+            θ (B, K) by falling modulus, the coordinates of the Ritz vectors (B, K, K), and the
+            residuals (B, K).
+        """
         theta, weights = torch.linalg.eigh(self.compressed[rows, : self.steps, : self.steps])
         place = theta.abs().argsort(dim=-1, descending=True)
         weights = weights.gather(-1, place.unsqueeze(-2).expand_as(weights))
@@ -383,15 +389,18 @@ class _BlockLanczos:
 
 
 def _alike(theta: Tensor, misfit: Tensor, noise: Tensor, block: int, close: float) -> Tensor:
-    """Whether so many of the leading Ritz values (B, k) as a block has vectors are this close, or
-    within what their residuals can tell if that is more, and more than noise (B, 1): (B)."""
+    """Return whether as many leading Ritz values (B, k) coincide as a block has vectors, (B).
+
+    Values coincide if their relative distance is below `close`, or below what their residuals can
+    resolve if that is larger. Only values above the noise (B, 1) count.
+    """
     if block > theta.shape[-1]:
         return torch.zeros_like(theta[:, 0], dtype=torch.bool)
     theta, place = theta.sort(dim=-1)
     misfit = misfit.gather(-1, place)
     first, last = theta[:, : theta.shape[-1] + 1 - block], theta[:, block - 1 :]
     size = torch.maximum(first.abs(), last.abs())
-    # The error of a Ritz value is the square of its residual by the gap to what is not found.
+    # The error of a Ritz value is its squared residual divided by the gap to the missing values.
     inside = misfit.unfold(-1, block, 1).amax(-1).square() / size.clamp(min=1e-30)
     width = close * size
     if close == _ALIKE:
@@ -404,13 +413,13 @@ def _alike(theta: Tensor, misfit: Tensor, noise: Tensor, block: int, close: floa
 def hankel_singular_values(
     kernel: Tensor, count: int | None = None, *, tail: str = "zero"
 ) -> Tensor:
-    """The leading Hankel singular values of kernels.
+    """Compute the leading Hankel singular values of kernels.
 
     Args:
-        kernel: (*C, L), real floating point, L ≥ 2: taps h_0 … h_{L-1}; h_0 plays no part.
-        count: How many; None: all of them, by a dense factorisation, O(L³) a kernel.
-        tail: "zero": of the system whose kernel is zero past its end, on the infinite horizon.
-            "free": of a square block of taps alone.
+        kernel: (*C, L), real floating point, L ≥ 2: taps h_0 … h_{L-1}; h_0 is not used.
+        count: How many; None: all of them, by a dense factorization, O(L³) per kernel.
+        tail: "zero": those of the system whose kernel is zero past its end, on the infinite
+            horizon. "free": those of a square block of taps alone.
 
     Returns:
         (*C, count), or fewer if the matrices are smaller; float64, descending. All of

@@ -18,7 +18,7 @@ class FiniteSystem(System[StateT]):
     @property
     @abc.abstractmethod
     def length(self) -> int:
-        """L, the number of steps."""
+        """Return L, the number of steps."""
 
     def _check_steps(self, start: int, length: int) -> None:
         """Raise a ValueError unless there are `length` steps from `start` on."""

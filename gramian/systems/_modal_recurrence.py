@@ -21,7 +21,7 @@ __all__ = ["Group", "ModalRecurrence", "ModalState", "modes_fit", "partition_cha
 
 
 _MAX_GROUPS = 4
-_PADDING = 0.1  # share of padding that is tolerated rather than making one more group
+_PADDING = 0.1  # fraction of padding that is accepted before another group is added
 
 
 @define_state
@@ -78,8 +78,10 @@ def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
 
 
 def modes_fit(state: ModalState, groups: tuple[Group, ...], dims: int, shape: torch.Size) -> bool:
-    """Return whether a state of these groups of channels, of `dims` dimensions, is one for samples
-    of `shape`."""
+    """Return whether a state fits samples of `shape`.
+
+    Its channels have `dims` dimensions and are in these groups.
+    """
     if len(state.modes) != len(groups):
         return False
     for (channels, modes), tensor in zip(groups, state.modes, strict=True):
@@ -97,7 +99,7 @@ def modes_fit(state: ModalState, groups: tuple[Group, ...], dims: int, shape: to
 
 
 class _GroupStep(NamedTuple):
-    """What stepping a group needs, shaped against its state."""
+    """The coefficients for stepping a group, shaped to broadcast against its state."""
 
     channels: Tensor | None
     real: Tensor  # of the poles, (*C[:-1], m, C[-1])
@@ -181,7 +183,7 @@ class ModalRecurrence(Recurrence[ModalState]):
         return sample.index_select(-self._d.ndim, group.channels)
 
     def _read(self, outputs: list[Tensor], sample: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return y, from what the modes of every group give."""
+        """Return y from the outputs of the modes of every group."""
         y = outputs[0]
         if self._place is not None:
             dims = self._d.ndim

@@ -1,13 +1,13 @@
 r"""Chunks in which the streams of a batch have different numbers of samples.
 
 Sequences of different lengths share a chunk by ending together: stream b starts with `pause[b]`
-columns that are no time at all. From a silent past zeros there leave no trace; a state that
-remembers something must stay as it is until the stream's first sample.
+columns in which no time passes. From a silent past, zeros in these columns have no effect, but any
+other state must stay unchanged until the stream's first sample.
 
-A finite-dimensional state knows nothing of columns, so streams are taken in pieces of equal
-lengths: each length by itself, or, where there are more lengths than bits, the pieces of their
-binary representations, of which a chunk of T columns has at most ⌊log₂ T⌋ + 1. An FIR system's
-state is its last inputs, which move to where the first sample is.
+A finite-dimensional state does not depend on columns, so streams are processed in pieces of equal
+lengths: each length by itself, or, if there are more lengths than bits, the pieces of their binary
+representations, of which a chunk of T columns has at most ⌊log₂ T⌋ + 1. The state of an FIR system
+is its last inputs, which are moved to where the first sample is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class _Piece(NamedTuple):
 
 
 class Pause:
-    """The number of columns of a chunk that are no time, for every stream of a batch.
+    """The number of columns at the start of a chunk in which a stream pauses, for every stream.
 
     Args:
         steps: (batch) integers from 0 to `length`.
@@ -53,7 +53,7 @@ class Pause:
 
     @property
     def pieces(self) -> list[_Piece]:
-        """Pieces of equal lengths in the order of time."""
+        """Return pieces of equal lengths in the order of time."""
         if self._pieces is None:
             counts = [self.length - step for step in self.steps]
             lengths = sorted({count for count in counts if count})
@@ -81,9 +81,9 @@ def apply_paused(operator: Operator, u: Tensor, state: State, pause: Pause) -> t
 
     Args:
         operator: A system with a state, or its recurrence's `prefill`.
-        u: (batch, *C', T); what it holds where a stream pauses is not looked at.
-        state: Of the operator, batch first.
-        pause: Of T columns.
+        u: (batch, *C', T); its values where a stream pauses are ignored.
+        state: A state of the operator, batch first.
+        pause: The pause, of T columns.
 
     Returns:
         y of the shape of `u`, zero where a stream pauses, and the state after the chunk.
@@ -114,11 +114,11 @@ def _apply_to_moved_past(
 
 
 class PausedOperator:
-    """`apply_paused` for a chunk that is taken at once, or part by part in the order of time.
+    """An operator with `apply_paused` for a chunk, at once or part by part in the order of time.
 
     Args:
         operator: A system with a state, or its recurrence's `prefill`.
-        pause: Of the whole chunk.
+        pause: The pause of the whole chunk.
     """
 
     def __init__(self, operator: Operator, pause: Pause) -> None:

@@ -68,7 +68,7 @@ class Recurrence(abc.ABC, Generic[StateT]):
         return self._prefill(u, state)
 
     def advance(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        """Take one sample (*B, *C') and write into nothing.
+        """Process one sample (*B, *C') without writing into any tensor.
 
         Returns:
             y (*B, *C') and the new state; `state` stays as it was. What `torch.export` traces.
@@ -167,8 +167,10 @@ class VectorRecurrence(Recurrence[StateT]):
         return vector_fits(state[0], self._state_shape, shape)
 
     def _measured_error(self, taps: Tensor) -> float:
-        """Largest relative l2 error, over channels, of the impulse response as stepped against
-        `taps` (*C, K); infinite where the recurrence overflows."""
+        """Measure the largest relative l2 error, over channels, of the stepped impulse response.
+
+        It is compared with `taps` (*C, K); the error is infinite where the recurrence overflows.
+        """
         state = self.initial_state(taps.shape[:-1])
         sample = torch.ones_like(taps[..., 0])
         outputs = []

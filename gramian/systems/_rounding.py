@@ -18,8 +18,10 @@ _RADIUS = 1 + 2.0**-14
 
 
 def delays(poles: Tensor, points: int) -> Tensor:
-    """Return `z^-1` at the angles of the poles (*C, n) and at `points` more of the upper half
-    circle, (*C, n + points)."""
+    """Return `z^-1` at the angles of the poles (*C, n) and at `points` more, (*C, n + points).
+
+    The further points lie on the upper half circle.
+    """
     grid = torch.linspace(0, torch.pi, points, dtype=torch.float64, device=poles.device)
     angles = torch.cat([poles.angle(), grid.expand(*poles.shape[:-1], -1)], dim=-1)
     return torch.polar(torch.full_like(angles, 1 / _RADIUS), -angles)

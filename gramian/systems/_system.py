@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, overload
@@ -32,7 +31,7 @@ __all__ = [
 ]
 
 STATIC = {"static": True}
-"""Metadata of a dataclass field that holds no tensor but what is hashable: structure."""
+"""Metadata of a dataclass field that holds a hashable value instead of a tensor."""
 
 _TAPS = 4096
 """Taps over which a system is compared with itself in another precision."""
@@ -51,7 +50,7 @@ class System(abc.ABC, Generic[StateT]):
     """
 
     _kind: ClassVar[str] = "system"
-    """What messages call it."""
+    """The name of the kind of system in messages."""
 
     _state_types: ClassVar[tuple[type[State], ...]] = (State,)
     """The types of the states that it continues from."""
@@ -71,7 +70,7 @@ class System(abc.ABC, Generic[StateT]):
 
     @property
     def _static(self) -> tuple[Any, ...]:
-        """The values of the static fields, hashable."""
+        """Return the values of the static fields, which are hashable."""
         return tuple(getattr(self, field.name) for field in _split_fields(type(self))[1])
 
     @classmethod
@@ -95,22 +94,22 @@ class System(abc.ABC, Generic[StateT]):
     @property
     @abc.abstractmethod
     def channel_shape(self) -> torch.Size:
-        """The channel dimensions `(*C)`."""
+        """Return the channel dimensions `(*C)`."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> torch.dtype:
-        """The real floating-point dtype of the impulse response."""
+        """Return the real floating-point dtype of the impulse response."""
 
     @property
     @abc.abstractmethod
     def device(self) -> torch.device:
-        """Where the fields are."""
+        """Return the device of the fields."""
 
     @property
     @abc.abstractmethod
     def order(self) -> int:
-        """State dimension over the reals, of the largest channel."""
+        """Return the state dimension over the reals of the largest channel."""
 
     @abc.abstractmethod
     def matrix(self, length: int) -> Tensor:
@@ -134,7 +133,7 @@ class System(abc.ABC, Generic[StateT]):
 
     @property
     def _state_shape(self) -> tuple[int, ...]:
-        """The dimensions of a state's tensor after those of the channels."""
+        """Return the dimensions of a state's tensor after those of the channels."""
         return (self.order,)
 
     def _fits(self, state: StateT, shape: torch.Size) -> bool:
@@ -241,8 +240,8 @@ class TimeInvariantSystem(System[StateT]):
 
         Warns:
             UserWarning: if rounding to a narrower dtype loses more than half of that dtype's digits
-                of the impulse response. Its first 4,096 taps are compared, so a GPU waits; to a
-                wider dtype or another device alone nothing is.
+                of the impulse response. Its first 4,096 taps are compared, which synchronizes with
+                a GPU. Nothing is compared for a wider dtype or for another device alone.
         """
         moved = super().to(device, dtype)
         if torch.finfo(moved.dtype).eps > torch.finfo(self.dtype).eps:
@@ -297,8 +296,10 @@ class TimeInvariantSystem(System[StateT]):
         return control.StateSpace(*self.state_space().to_scipy(), True)
 
     def kernel_for(self, u: Tensor, length: int) -> Tensor:
-        """Return `impulse_response(length)` in the precision in which `u` is convolved: float64 for
-        a float64 input, float32 otherwise."""
+        """Return `impulse_response(length)` in the precision in which `u` is convolved.
+
+        It is float64 for a float64 input, and float32 otherwise.
+        """
         return self.impulse_response(length).to(working_dtype(u))
 
     def matrix(self, length: int) -> Tensor:
@@ -361,11 +362,15 @@ def import_control() -> Any:
     return control
 
 
-@functools.cache
-def _split_fields(
-    cls: type[System],
-) -> tuple[tuple[dataclasses.Field[Any], ...], tuple[dataclasses.Field[Any], ...]]:
+_Fields = tuple[dataclasses.Field[Any], ...]
+_SPLIT: dict[type, tuple[_Fields, _Fields]] = {}
+"""What `_split_fields` found. A cache of functools makes torch.compile warn."""
+
+
+def _split_fields(cls: type[System]) -> tuple[_Fields, _Fields]:
     """Return the fields of a class that hold tensors, and the static ones."""
-    fields = dataclasses.fields(cls)
-    static = tuple(field for field in fields if field.metadata.get("static"))
-    return tuple(field for field in fields if field not in static), static
+    if cls not in _SPLIT:
+        fields = dataclasses.fields(cls)
+        static = tuple(field for field in fields if field.metadata.get("static"))
+        _SPLIT[cls] = tuple(field for field in fields if field not in static), static
+    return _SPLIT[cls]

@@ -1,6 +1,6 @@
 r"""The block form of time-invariant recurrences: c samples at a time as matrix products.
 
-With the realisation `x ← A x + B u`, `y = C x + D u`, a block of c samples takes
+With the realization `x ← A x + B u`, `y = C x + D u`, a block of c samples takes
 
     y_block = T u_block + O x,  O = [C; CA; …; CA^(c-1)],  T = Toeplitz(D, CB, CAB, …),
     x ← A^c x + R u_block,      R = [A^(c-1)B, …, AB, B],
@@ -120,7 +120,7 @@ class MatrixBlocks(Blocks):
     def from_matrices(
         cls, A: Tensor, B: Tensor, C: Tensor, D: Tensor, size: int, dtype: torch.dtype
     ) -> MatrixBlocks:
-        """Make the blocks of a realisation.
+        """Make the blocks of a realization.
 
         Args:
             A: (*C, n, n).
@@ -196,10 +196,10 @@ class VectorBlockForm(BlockForm[StateT]):
     def from_state_space(
         cls, system: StateSpace, size: int, dtype: torch.dtype, streams: int = 0
     ) -> VectorBlockForm[StateT]:
-        """Make the block form of a recurrence from a realisation on its flattened state.
+        """Make the block form of a recurrence from a realization on its flattened state.
 
         Args:
-            system: The realisation.
+            system: The realization.
             size: c, a power of two, at least 2.
             dtype: The dtype of the state.
             streams: As in `BlockForm`.

@@ -75,12 +75,12 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
 
     @property
     def length(self) -> int:
-        """L, the number of steps."""
+        """Return L, the number of steps."""
         return self.entries.shape[-1]
 
     @property
     def order(self) -> int:
-        """L - 1: the inputs that the last output may need besides its own."""
+        """Return L - 1, the number of earlier inputs that the last output may need."""
         return max(self.length - 1, 0)
 
     def matrix(self, length: int | None = None) -> Tensor:

@@ -98,7 +98,7 @@ class DPLR(TimeInvariantSystem[DPLRState]):
 
     @property
     def order(self) -> int:
-        """2 m: both modes of every pair."""
+        """Return 2 m, since every pair has two modes."""
         return 2 * self.poles.shape[-1]
 
     @property
@@ -127,8 +127,10 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)
 
     def _open_loop(self, length: int) -> Tensor:
-        """Return kernels (*C, 4, length), float64, from u to y, v to y, u to v and v to v, at the
-        lags 1 … length; at lag 0 there is only D."""
+        """Return kernels from u to y, v to y, u to v and v to v, (*C, 4, length), float64.
+
+        The lags are 1 … length; at lag 0 only D contributes.
+        """
         rows = (self.C * self.B, self.C * self.p, self.q * self.B, self.q * self.p)
         coefficients = 2 * torch.stack(rows, dim=-2).to(torch.complex128)
         return vandermonde_product(self.poles.unsqueeze(-2), coefficients, length)

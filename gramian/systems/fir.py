@@ -1,4 +1,4 @@
-"""FIR systems: a kernel and nothing past its end."""
+"""FIR systems, whose kernel is zero past its end."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class FIR(TimeInvariantSystem[FIRState]):
 
     @property
     def order(self) -> int:
-        """K - 1: the delays that the kernel needs."""
+        """Return K - 1, the number of delays that the kernel needs."""
         return self.kernel.shape[-1] - 1
 
     def impulse_response(self, length: int) -> Tensor:
@@ -107,7 +107,7 @@ class FIR(TimeInvariantSystem[FIRState]):
         return kernel.to(working_dtype(u))
 
     def recurrence(self, form: str | None = None) -> FIRRecurrence:
-        """Return the online convolution: exact, amortised O(log² K) a sample, the only form.
+        """Return the online convolution: exact, amortized O(log² K) a sample, the only form.
 
         Raises:
             ValueError: for any other form than "online".

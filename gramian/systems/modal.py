@@ -154,7 +154,7 @@ class Modal(TimeInvariantSystem[ModalState]):
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """How states group the channels."""
+        """Return the groups in which states hold the channels."""
         if self.counts is None:
             return (Group(None, self.poles.shape[-1]),)
         return partition_channels(self.counts)
@@ -173,9 +173,9 @@ class Modal(TimeInvariantSystem[ModalState]):
 
     @property
     def orders(self) -> Tensor:
-        """The state dimension over the reals of every channel, (*C), int64.
+        """Return the state dimension over the reals of every channel, (*C), int64.
 
-        A conjugate pair counts 2, a real pole 1, an entry without residue nothing.
+        A conjugate pair counts 2, a real pole 1, and an entry without residue 0.
         """
         tiny = torch.finfo(self.poles.real.dtype).eps
         pair = self.poles.imag.abs() > tiny * self.poles.abs()
@@ -183,7 +183,7 @@ class Modal(TimeInvariantSystem[ModalState]):
 
     @property
     def order(self) -> int:
-        """The largest of `orders`."""
+        """Return the largest of `orders`."""
         return int(self.orders.max()) if self.poles.numel() else 0
 
     def impulse_response(self, length: int) -> Tensor:
@@ -255,7 +255,7 @@ class Modal(TimeInvariantSystem[ModalState]):
 
     @property
     def _pair(self) -> int:
-        """The dimension of a state that holds real and imaginary part."""
+        """Return the dimension of a state that holds real and imaginary parts."""
         return -3 if self.d.ndim else -2
 
     def _part(self, group: Group) -> Modal:
@@ -270,7 +270,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         )
 
     def _infinite_hankel_singular_values(self) -> Tensor:
-        """Compute them by the Takenaka–Malmquist basis of {λ, λ̄}, the QR factorisation of their
+        """Compute them by the Takenaka–Malmquist basis of {λ, λ̄}, the QR factorization of their
         Vandermonde matrix in closed form: products of quotients, so nothing cancels."""
         check_spectral_radius(self.spectral_radius())
         poles = self.poles.to(torch.complex128)
@@ -304,7 +304,7 @@ def _reshape_counts(
 
 
 def _ungroup(parts: list[Tensor], groups: tuple[Group, ...], dim: int) -> Tensor:
-    """Return what the groups made of their channels, in the order of the channels along `dim`."""
+    """Join the results of the groups in the order of the channels along `dim`."""
     if len(parts) == 1:
         return parts[0]
     order = sum((group.channels or () for group in groups), ())

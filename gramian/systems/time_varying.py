@@ -123,12 +123,12 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
 
     @property
     def length(self) -> int:
-        """L, the number of steps."""
+        """Return L, the number of steps."""
         return self.D.shape[-1]
 
     @property
     def order(self) -> int:
-        """n, the dimension of the state."""
+        """Return n, the dimension of the state."""
         return self.B.shape[-1]
 
     def steps(self, start: int, stop: int) -> Self:
@@ -158,8 +158,10 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
 
     @property
     def _stepwise(self) -> bool:
-        """Whether products of the state matrices lose what plain steps keep. Only dense ones can;
-        a GPU waits for the answer."""
+        """Return whether products of the state matrices are less accurate than plain steps.
+
+        Only dense ones can be. The check synchronizes with a GPU.
+        """
         if self.A.ndim == self.B.ndim:
             return False
         transition = self.transition(self.A.dtype)

@@ -107,7 +107,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
         reflection: Tensor | None = None,
         reducer: Reducer | None = None,
     ) -> TransferFunction:
-        """Make a system of a truncated numerator, the parametrisation of RTF (section 3.2).
+        """Make a system of a truncated numerator, the parametrization of RTF (section 3.2).
 
         On `grid` roots of unity `b / a + d` is the spectrum of a kernel truncated to `grid`
         taps. The exact numerator is the first n coefficients of `a` times that kernel, so the
@@ -209,7 +209,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
 
     @property
     def order(self) -> int:
-        """n, the degree of the denominator."""
+        """Return n, the degree of the denominator."""
         return self.a.shape[-1]
 
     def impulse_response(self, length: int) -> Tensor:
@@ -277,7 +277,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
 
     @cached_property
     def _modal(self) -> tuple[Modal, float]:
-        """A modal system of at most order n with nearly the known taps, and its relative error."""
+        """Return a modal system of order at most n near the known taps, and its relative error."""
         assert self.reducer is not None and self.taps is not None
         return self.reducer(self.taps.detach(), self.order)
 
@@ -355,7 +355,7 @@ class TruncatedTransferFunction(TransferFunction):
 
     @cached_property
     def b(self) -> Tensor:
-        """The numerator: the first n coefficients of `a` times the taps, (*C, n)."""
+        """Return the numerator, the first n coefficients of `a` times the taps, (*C, n)."""
         if self._numerator is not None:
             return self._numerator
         with torch.enable_grad():  # it may be asked for without gradients first

@@ -16,7 +16,7 @@ from gramian.mixers import Hyena, Segments, ShortConvolution
 from gramian.mixers.segments import Part
 from gramian.models import GramianConfig, GramianForCausalLM, GramianForSequenceClassification
 from gramian.models.cache import CACHE
-from gramian.systems._pausing import Pause
+from gramian.systems import Pause
 
 FILTERS: dict[str, dict[str, Any]] = {
     "hyena": {"type": "rtf", "state_size": 4, "initialization": "montel"},

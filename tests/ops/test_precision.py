@@ -20,7 +20,7 @@ from gramian.ess import hankel_singular_values, realize, sketched_state_size
 from gramian.filters import build
 from gramian.memory import ess_penalty
 from gramian.models import GramianConfig, GramianForCausalLM
-from gramian.ops._precision import full_precision
+from gramian.ops.precision import full_precision
 from gramian.reduction.spectrum import hankel_singular_values as kernel_values
 from gramian.systems import gated_convolution, to_modal
 

@@ -9,7 +9,7 @@ import scipy.linalg
 import torch
 
 from gramian import FIR, Modal, TransferFunction, reduce
-from gramian.ops._threads import work
+from gramian.ops.threads import work
 
 TAILS = ["zero", "free", "auto"]
 LENGTHS = [1, 2, 3, 4, 17, 63, 257, 1000]

@@ -1,4 +1,4 @@
-"""Tasks of many small tensor operations on several threads."""
+"""Parallel execution of tasks that consist of many small tensor operations."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ __all__ = ["work"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# With OpenMP the number of threads that an operation uses belongs to the thread that calls it.
+# With OpenMP each calling thread has its own setting of how many threads an operation uses.
 _OPENMP = torch.backends.openmp.is_available()
 
 _lock = threading.Lock()
 
 
 def work(function: Callable[[Item], Result], tasks: Sequence[Item], like: Tensor) -> list[Result]:
-    """The function's results for all tasks, in order; on a processor by several threads.
+    """Return the function's results for all tasks, in order, using several threads on a CPU.
 
-    Each thread runs the tensor operations of its tasks alone: they are many and small, and each
-    would wake and await all of PyTorch's threads. The threads end with the call, since OpenMP's
-    own wait less eagerly for each other where a process has more threads than processors. Callers
-    in several threads queue, for MKL has one number of threads for the whole process.
+    Each thread runs the tensor operations of its tasks single-threaded: the operations are many and
+    small, and each would otherwise wake all of PyTorch's threads and wait for them. The threads end
+    with the call, because OpenMP's own threads wait less eagerly for each other when a process has
+    more threads than processors. Concurrent calls run one after the other, because MKL has one
+    number of threads for the whole process.
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(tasks))

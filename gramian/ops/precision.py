@@ -1,4 +1,4 @@
-"""Numerics that decide in the precision they were written for, whatever autocast says."""
+"""Protection from autocast for computations that need their full precision."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _DEVICES = [
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Without autocast, which would take matrix products of float32 in half precision.
+    """Disable autocast, which would compute float32 matrix products in half precision.
 
-    A context, and a decorator for functions whose results are decisions: orders, bounds, ranks.
+    Use it as a context manager, or as a decorator of functions that decide on orders, bounds or
+    ranks.
     """
     with contextlib.ExitStack() as stack:
         for device in _DEVICES:

@@ -1,4 +1,4 @@
-"""Lengths that transform fast."""
+"""Lengths at which the FFT is fast."""
 
 from bisect import bisect_left
 
@@ -6,7 +6,7 @@ __all__ = ["fft_length"]
 
 
 def _smooth_even_numbers(limit: int) -> list[int]:
-    """Even numbers below `limit` with no prime factor above 5: lengths that transform fast."""
+    """Return the even numbers below `limit` that have no prime factor above 5."""
     numbers = {2}
     for factor in (2, 3, 5):
         frontier = numbers
@@ -20,5 +20,5 @@ _FAST_LENGTHS = _smooth_even_numbers(2**40)
 
 
 def fft_length(length: int, taps: int) -> int:
-    """The fast length from which a circular convolution has no wrap-around."""
+    """Return the smallest fast length at which a circular convolution has no wrap-around."""
     return _FAST_LENGTHS[bisect_left(_FAST_LENGTHS, length + taps - 1)]
