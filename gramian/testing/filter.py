@@ -57,7 +57,11 @@ def _taps(filter: Filter, length: int) -> Tensor:
 def _check_config(filter: Filter, name: str) -> None:
     require(hasattr(filter, "name"), f"{name}: it must be registered, by `filters.register`.")
     config = require_json(name, filter.config())
-    again = build(config)
+    try:
+        again = build(config)
+    except ValueError as error:
+        sentence = f"{name}: build(config()) must make the same filter again: {error}"
+        raise AssertionError(sentence) from error
     require(
         type(again) is type(filter) and again.config() == config,
         f"{name}: build(config()) must make the same filter again, got {again.config()!r} "

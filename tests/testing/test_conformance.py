@@ -45,8 +45,8 @@ class Forgetful(Modal):
 class Detached(FIR):
     """A system whose output knows nothing of its taps."""
 
-    def impulse_response(self, length: int) -> Tensor:
-        return super().impulse_response(length).detach()
+    def kernel_for(self, u: Tensor, length: int) -> Tensor:
+        return super().kernel_for(u, length).detach()
 
 
 def test_a_broken_system_is_refused() -> None:
@@ -98,7 +98,7 @@ def test_a_broken_filter_is_refused(
 ) -> None:
     monkeypatch.setitem(registry_of_filters(), kind.name, kind)
     with pytest.raises(AssertionError, match=match):
-        check_filter(kind(2, 16, **options))
+        check_filter(kind(channels=2, max_length=16, **options))
 
 
 def registry_of_filters() -> dict[str, Any]:
