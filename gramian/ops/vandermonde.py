@@ -184,7 +184,10 @@ def _pairs(values: Tensor) -> Tensor:
 
 def _unpair(values: Tensor) -> Tensor:
     """View real (…, 2m) as complex (…, m)."""
-    return torch.view_as_complex(values.unflatten(-1, (-1, 2)))
+    pairs = values.unflatten(-1, (-1, 2))
+    if pairs.storage_offset() % 2:  # where a complex number cannot begin
+        pairs = pairs.clone(memory_format=torch.contiguous_format)
+    return torch.view_as_complex(pairs)
 
 
 def _folded(signal: Tensor, columns: int) -> Tensor:

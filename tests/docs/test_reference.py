@@ -38,6 +38,7 @@ PACKAGES = (
     "gramian.reports",
     "gramian.systems",
     "gramian.tasks",
+    "gramian.testing",
     "gramian.training",
 )
 

@@ -1,0 +1,77 @@
+"""Comparisons that raise an `AssertionError` with one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["require", "require_close", "require_gradients", "require_json"]
+
+
+def require(holds: bool | Tensor, sentence: str) -> None:
+    """Raise an AssertionError with `sentence` unless something holds."""
+    if not bool(holds):
+        raise AssertionError(sentence)
+
+
+def require_close(claim: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raise an AssertionError unless two tensors agree.
+
+    Args:
+        claim: What was to hold, the beginning of the message.
+        actual: What was computed.
+        expected: What is right.
+        tolerance: Largest relative error, in the l2 norm and in the largest entry.
+    """
+    require(
+        actual.shape == expected.shape,
+        f"{claim}: the shape is {tuple(actual.shape)}, not {tuple(expected.shape)}.",
+    )
+    if not expected.numel():
+        return
+    kind = torch.complex128 if expected.is_complex() else torch.float64
+    actual, expected = actual.detach().to(kind), expected.detach().to(kind)
+    difference = actual - expected
+    error = 0.0
+    for order in (2, torch.inf):
+        scale = torch.linalg.vector_norm(expected.flatten(), order)
+        size = torch.linalg.vector_norm(difference.flatten(), order)
+        ratio = float(size / scale) if float(scale) else float(size)
+        error = ratio if ratio != ratio else max(error, ratio)
+        require(
+            ratio <= tolerance,
+            f"{claim}: the relative error is {error:.1e}, more than {tolerance:.0e}.",
+        )
+
+
+def require_gradients(owner: str, names: Iterable[str], gradients: Iterable[Tensor | None]) -> None:
+    """Raise an AssertionError unless every gradient is there, finite and not zero everywhere."""
+    for name, gradient in zip(names, gradients, strict=True):
+        require(gradient is not None, f"{owner}: no gradient reaches the parameter {name}.")
+        assert gradient is not None
+        require(
+            gradient.isfinite().all(),
+            f"{owner}: the gradient of the parameter {name} is not finite.",
+        )
+        require(
+            gradient.abs().max() > 0,
+            f"{owner}: the gradient of the parameter {name} is zero everywhere.",
+        )
+
+
+def require_json(owner: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` after a way through JSON, or raise an AssertionError if that changes it."""
+    try:
+        again: dict[str, Any] = json.loads(json.dumps(config))
+    except (TypeError, ValueError) as error:
+        raise AssertionError(f"{owner}: config() cannot be written as JSON: {error}.") from error
+    for key, value in config.items():
+        require(
+            again.get(key) == value,
+            f"{owner}: JSON changes {key!r} of config() from {value!r} to {again.get(key)!r}.",
+        )
+    return again

@@ -1,0 +1,308 @@
+"""Whether a mixer computes one map in every mode, and padding and packing leave no trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from gramian.mixers import Mixer, Segments, build
+from gramian.systems import System, TimeInvariantSystem
+from gramian.testing.comparison import require, require_close, require_gradients, require_json
+
+__all__ = ["check_mixer"]
+
+_HALF = 5e-2
+"""How far outputs in bfloat16 may be from those in double precision, in the l2 norm."""
+
+Rebuild = Callable[[Mixer, Tensor, System], Tensor]
+
+
+def check_mixer(
+    mixer: Mixer,
+    *,
+    length: int = 40,
+    rebuild: Rebuild | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Check that a mixer is one causal map, however it is run.
+
+    Whole sequences of 1, 2, 3 and `length` tokens, chunks with gradients, prefill and steps must
+    agree; padding on the left, on the right and between tokens must leave no trace in outputs and
+    states; packed sequences must be as they are alone; bfloat16 must stay near. A gradient must
+    reach every parameter that is trained, the same through chunks as through the whole. The
+    operator must be causal, pass over padding, and belong to the values. A registered mixer must be
+    built again from `config()`. Of a mixer that is not causal, what concerns states and operators
+    is left out.
+
+    Args:
+        mixer: Which is left as it is, and run in evaluation mode.
+        length: Of the longest sequence, at least 8.
+        rebuild: Makes the mixer's output (batch, length, width) of the mixer, its input and
+            `mixer.operator(x)`; without it, the operator is not held against the output.
+        tolerance: Largest relative error; by default 1e-8 for a mixer in double precision and 2e-5
+            for others.
+        seed: Of the inputs.
+
+    Raises:
+        AssertionError: with a sentence that says which property fails.
+        TypeError: if `mixer` is no mixer.
+        ValueError: if `length` is below 8.
+    """
+    if not isinstance(mixer, Mixer):
+        raise TypeError(f"check_mixer takes a Mixer, got {type(mixer).__name__}.")
+    if length < 8:
+        raise ValueError(f"length must be at least 8; got {length}.")
+    mixer = copy.deepcopy(mixer).eval()
+    dtype = next(mixer.parameters()).dtype
+    if tolerance is None:
+        tolerance = 1e-8 if dtype == torch.float64 else 2e-5
+    suite = _Suite(mixer, length, tolerance, seed)
+    with torch.no_grad():
+        suite.check_config()
+        suite.check_whole()
+        suite.check_padding()
+        suite.check_packing()
+        if mixer.causal:
+            suite.check_modes()
+            suite.check_padded_states()
+            suite.check_operator(rebuild)
+        suite.check_half_precision()
+    suite.check_gradients()
+
+
+class _Suite:
+    """The checks of one mixer, over one random input."""
+
+    def __init__(self, mixer: Mixer, length: int, tolerance: float, seed: int) -> None:
+        self.mixer, self.length, self.tolerance = mixer, length, tolerance
+        self.name = f"the mixer {type(mixer).__name__}"
+        self.like = next(mixer.parameters())
+        self.random = torch.Generator().manual_seed(seed)
+        self.x = self.draw(2, length)
+
+    def draw(self, batch: int, length: int) -> Tensor:
+        """Draw an input."""
+        shape = (batch, length, self.mixer.width)
+        return torch.randn(shape, generator=self.random, dtype=torch.float64).to(self.like)
+
+    def require_close(self, claim: str, actual: Tensor, expected: Tensor) -> None:
+        """Raise an AssertionError unless two tensors agree to the tolerance of the mixer."""
+        require_close(f"{self.name}: {claim}", actual, expected, self.tolerance)
+
+    def check_config(self) -> None:
+        """A registered mixer is built again from its configuration."""
+        if not hasattr(self.mixer, "kind"):
+            return
+        config = require_json(self.name, self.mixer.config())
+        again = build(config).to(self.like).eval()
+        require(
+            type(again) is type(self.mixer) and again.config() == config,
+            f"{self.name}: build(config()) must make the same mixer again, got "
+            f"{again.config()!r} from {config!r}.",
+        )
+        again.load_state_dict(self.mixer.state_dict())
+        require(
+            torch.equal(again(self.x), self.mixer(self.x)),
+            f"{self.name}: build(config()) with the same weights must give the same outputs.",
+        )
+
+    def check_whole(self) -> None:
+        """Outputs have the layout of inputs and do not depend on what comes later."""
+        y = self.mixer(self.x)
+        require(
+            y.shape == self.x.shape and y.dtype == self.x.dtype,
+            f"{self.name}: an input {tuple(self.x.shape)} in {self.x.dtype} must give an output "
+            f"of its shape and dtype, got {tuple(y.shape)} in {y.dtype}.",
+        )
+        require(y.isfinite().all(), f"{self.name}: outputs must be finite.")
+        if not self.mixer.causal:
+            return
+        changed = self.x.clone()
+        changed[:, self.length // 2 :] += 1
+        claim = f"the first {self.length // 2} outputs must not depend on later inputs"
+        half = slice(self.length // 2)
+        self.require_close(claim, self.mixer(changed)[:, half], y[:, half])
+
+    def check_modes(self) -> None:
+        """Whole sequences, chunks, prefill and steps agree."""
+        recurrence = self.mixer.recurrence()
+        state = recurrence.initial_state(2)
+        require(
+            recurrence.state_bytes(2) == recurrence.mixer.reserve(state, 1).nbytes,
+            f"{self.name}: state_bytes(2) must count the state: {recurrence.state_bytes(2)} is "
+            f"not {state.nbytes}.",
+        )
+        for length in (1, 2, 3, self.length):
+            x = self.x[:, :length]
+            expected, at = self.mixer(x), f"of {length} tokens"
+            y, _ = recurrence.prefill(x)
+            self.require_close(f"prefill {at} must give the outputs of the whole", y, expected)
+            state, outputs = recurrence.initial_state(2), []
+            for token in x.unbind(1):
+                y, state = recurrence.step(token, state)
+                outputs.append(y)
+            y = torch.stack(outputs, 1)
+            self.require_close(f"steps {at} must give the outputs of the whole", y, expected)
+            for first in {length // 3, length // 2} - {0}:
+                _, state = recurrence.prefill(x[:, :first])
+                y, _ = self.mixer(x[:, first:], state)
+                claim = f"a chunk after a prefill, {first} {at}, must give the outputs of the whole"
+                self.require_close(claim, y, expected[:, first:])
+                _, state = self.mixer(x[:, :first], recurrence.initial_state(2))
+                y, _ = recurrence.step(x[:, first], state)
+                claim = f"a step after a chunk, {first} {at}, must give the output of the whole"
+                self.require_close(claim, y, expected[:, first])
+
+    def masks(self, length: int) -> dict[str, Tensor]:
+        """Masks (3, length) of rows that are full, half full and of one token."""
+        counts = (length, length // 2, 1)
+        masks = {side: torch.zeros(3, length, dtype=torch.bool) for side in ("left", "right")}
+        for row, count in enumerate(counts):
+            masks["left"][row, length - count :] = True
+            masks["right"][row, :count] = True
+        masks["gap"] = masks["right"].clone()
+        masks["gap"][1] = torch.arange(length) % 2 == 0
+        masks["gap"][2] = torch.arange(length) == length // 2
+        return {side: mask.to(self.like.device) for side, mask in masks.items()}
+
+    def check_padding(self) -> None:
+        """Every row gives the outputs that its tokens give alone, whatever stands at padding."""
+        x = self.draw(3, self.length)
+        for side, mask in self.masks(self.length).items():
+            for junk in (torch.nan, 1e4):
+                padded = x.masked_fill(~mask.unsqueeze(-1), junk)
+                y = self.mixer(padded, mask=mask)
+                for row, real in enumerate(mask):
+                    claim = f"padding ({side}) must leave no trace in outputs, row {row}"
+                    self.require_close(claim, y[row, real], self.mixer(x[row, real][None])[0])
+            for kind in (torch.int64, torch.float32):
+                y = self.mixer(x, mask=mask.to(kind))
+                claim = f"a mask in {kind} must be as one of booleans"
+                self.require_close(claim, y[mask], self.mixer(x, mask=mask)[mask])
+
+    def check_padded_states(self) -> None:
+        """Padding moves no state, in a prefill and in a chunk from a warm state."""
+        recurrence = self.mixer.recurrence()
+        x, z, token = self.draw(3, self.length), self.draw(3, 8), self.draw(3, 1)[:, 0]
+        second = self.masks(8)["gap"]
+        second[2] = False  # a row without a token
+        for side, mask in self.masks(self.length).items():
+            junk = x.masked_fill(~mask.unsqueeze(-1), 1e4)
+            made, state = recurrence.prefill(junk, mask=mask)
+            carried, later = self.mixer(z, state.clone(), mask=second)
+            frozen, after = recurrence.prefill(z, state, mask=second)
+            steps = [recurrence.step(token, one)[0] for one in (later, after)]
+            for row, (real, then) in enumerate(zip(mask, second, strict=True)):
+                where = f"({side}) must leave no trace in"
+                y, state = recurrence.prefill(x[row, real][None])
+                claim = f"padding {where} a prefill, row {row}"
+                self.require_close(claim, made[row, real], y[0])
+                if then.any():
+                    y, state = recurrence.prefill(z[row, then][None], state)
+                    claim = f"padding {where} a chunk from a warm state, row {row}"
+                    self.require_close(claim, carried[row, then], y[0])
+                    self.require_close(claim, frozen[row, then], y[0])
+                y, _ = recurrence.step(token[row][None], state)
+                claim = f"padding {where} the state, row {row}"
+                for step in steps:
+                    self.require_close(claim, step[row], y[0])
+
+    def check_packing(self) -> None:
+        """Sequences that share a row are as they are alone."""
+        numbers = torch.zeros(2, self.length, dtype=torch.int64)
+        numbers[0, 3:], numbers[0, self.length // 2 :], numbers[1, 1:] = 4, 7, 1
+        real = torch.ones(2, self.length, dtype=torch.bool)
+        real[0, 1] = real[1, -2:] = False
+        numbers, real = numbers.to(self.like.device), real.to(self.like.device)
+        y = self.mixer(self.x, mask=Segments(real, numbers))
+        for row in range(2):
+            for number in numbers[row].unique():
+                chosen = real[row] & (numbers[row] == number)
+                claim = f"a sequence must not see the others of its row, row {row}"
+                alone = self.mixer(self.x[row, chosen][None])[0]
+                self.require_close(claim, y[row, chosen], alone)
+
+    def check_operator(self, rebuild: Rebuild | None) -> None:
+        """The operator is causal, of its tokens alone, and what is applied to the values."""
+        length, half = self.length, self.length // 2
+        system = self.mixer.operator(self.x)
+        matrix = system.matrix(length)
+        fixed = isinstance(system, TimeInvariantSystem)
+        channels = (self.mixer.channels,) if fixed else (2, self.mixer.channels)
+        require(
+            tuple(system.channel_shape) == channels,
+            f"{self.name}: operator(x) must have the channels {channels}, got "
+            f"{tuple(system.channel_shape)}.",
+        )
+        require(not matrix.triu(1).any(), f"{self.name}: operator(x) must be causal.")
+        start = self.mixer.operator(self.x[:, :half]).matrix(half)
+        claim = f"operator(x) of the first {half} tokens must be the first block of the whole's"
+        self.require_close(claim, start, matrix[..., :half, :half])
+        part = self.mixer.operator(self.x, slice(0, 1)).matrix(length)
+        claim = "operator(x, channels) must pick channels of operator(x)"
+        self.require_close(claim, part, matrix[..., :1, :, :])
+        if not fixed:
+            mask = torch.ones(2, length, dtype=torch.bool, device=self.like.device)
+            mask[1, :half] = False
+            padded = self.mixer.operator(self.x, mask=mask).matrix(length)[1]
+            alone = self.mixer.operator(self.x[1:, half:]).matrix(length - half)[0]
+            claim = "operator(x, mask=mask) must be that of the tokens alone"
+            self.require_close(claim, padded[..., half:, half:], alone)
+            silent = not padded[..., :half].any() and not padded[..., :half, :].any()
+            require(silent, f"{self.name}: operator(x, mask=mask) must be zero at padding.")
+        if rebuild is not None:
+            claim = "operator(x), applied to the values, must give the outputs"
+            self.require_close(claim, rebuild(self.mixer, self.x, system), self.mixer(self.x))
+
+    def check_half_precision(self) -> None:
+        """In bfloat16 outputs keep the dtype and stay near those in full precision."""
+        expected = self.mixer(self.x).double()
+        half, x = copy.deepcopy(self.mixer).to(torch.bfloat16), self.x.to(torch.bfloat16)
+        outputs = {"whole": half(x)}
+        if half.causal:
+            recurrence = half.recurrence()
+            y, state = recurrence.prefill(x[:, :-1])
+            last, _ = recurrence.step(x[:, -1], state)
+            outputs["prefill and step"] = torch.cat([y, last.unsqueeze(1)], 1)
+        for mode, y in outputs.items():
+            require(
+                y.dtype == torch.bfloat16,
+                f"{self.name}: outputs ({mode}) of an input in bfloat16 must be in bfloat16, got "
+                f"{y.dtype}.",
+            )
+            error = float((y.double() - expected).norm() / expected.norm())
+            require(
+                error <= _HALF,
+                f"{self.name}: outputs ({mode}) in bfloat16 must be near those in full "
+                f"precision: the relative error is {error:.1e}, more than {_HALF:.0e}.",
+            )
+
+    def check_gradients(self) -> None:
+        """A gradient reaches every parameter, the same one through chunks and padded rows."""
+        mixer = copy.deepcopy(self.mixer).double()
+        trained = {key: one for key, one in mixer.named_parameters() if one.requires_grad}
+        x = self.x.double().requires_grad_()
+        weight = x.detach().flip(0, 1)
+
+        def gradients(outputs: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+            loss = (torch.cat([*outputs], 1) * weight).sum()
+            return torch.autograd.grad(loss, [x, *trained.values()], allow_unused=True)
+
+        expected = gradients([mixer(x)])
+        require_gradients(self.name, ["(the input)", *trained], expected)
+        if not mixer.causal:
+            return
+        state, outputs = mixer.recurrence().initial_state(2), []
+        for chunk in x.tensor_split([self.length // 3, self.length // 3 + 1], 1):
+            y, state = mixer(chunk, state)
+            outputs.append(y)
+        found = gradients(outputs)
+        for key, one, other in zip(("(the input)", *trained), found, expected, strict=True):
+            claim = f"{self.name}: the gradient of {key} through chunks must be that of the whole"
+            require(one is not None, f"{claim}: none arrives.")
+            assert one is not None and other is not None
+            require_close(claim, one, other, 1e-6)
