@@ -120,7 +120,9 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
         some = torch.nonzero(may).flatten()
         if not len(some):
             break
-        fit = _fitted(problem, order[some] - less, rows[some], lower=False)
+        if short:  # all of them, so that rounding is the same as where this order is asked for
+            some = torch.arange(len(rows), device=rows.device)
+        fit = _fitted(problem, (order[some] - less).clamp(min=1), rows[some], lower=False)
         problem.keep(best, fit, some)
     return best
 
