@@ -94,7 +94,7 @@ class _Suite:
         require_close(f"{self.name}: {claim}", actual, expected, self.tolerance)
 
     def check_config(self) -> None:
-        """A registered mixer is built again from its configuration."""
+        """Check that a registered mixer is built again from its configuration."""
         if not hasattr(self.mixer, "kind"):
             return
         config = require_json(self.name, self.mixer.config())
@@ -111,7 +111,7 @@ class _Suite:
         )
 
     def check_whole(self) -> None:
-        """Outputs have the layout of inputs and do not depend on what comes later."""
+        """Check that outputs have the layout of inputs and do not depend on what comes later."""
         y = self.mixer(self.x)
         require(
             y.shape == self.x.shape and y.dtype == self.x.dtype,
@@ -185,7 +185,7 @@ class _Suite:
                 self.require_close(claim, y[mask], self.mixer(x, mask=mask)[mask])
 
     def check_padded_states(self) -> None:
-        """Padding moves no state, in a prefill and in a chunk from a warm state."""
+        """Check that padding moves no state, in a prefill and in a chunk from a warm state."""
         recurrence = self.mixer.recurrence()
         x, z, token = self.draw(3, self.length), self.draw(3, 8), self.draw(3, 1)[:, 0]
         second = self.masks(8)["gap"]
@@ -227,7 +227,7 @@ class _Suite:
                 self.require_close(claim, y[row, chosen], alone)
 
     def check_operator(self, rebuild: Rebuild | None) -> None:
-        """The operator is causal, of its tokens alone, and what is applied to the values."""
+        """Check that the operator is causal, of its tokens alone, and what acts on the values."""
         length, half = self.length, self.length // 2
         system = self.mixer.operator(self.x)
         matrix = system.matrix(length)
@@ -282,7 +282,7 @@ class _Suite:
             )
 
     def check_gradients(self) -> None:
-        """A gradient reaches every parameter, the same one through chunks and padded rows."""
+        """Check that gradients reach every parameter, alike through chunks and padded rows."""
         mixer = copy.deepcopy(self.mixer).double()
         trained = {key: one for key, one in mixer.named_parameters() if one.requires_grad}
         x = self.x.double().requires_grad_()

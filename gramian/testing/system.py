@@ -121,7 +121,7 @@ def _check_recurrence(
 
 
 def _check_input_gradient(system: System[Any], name: str, u: Tensor, tolerance: float) -> None:
-    """The gradient of `weight · T u` is the transposed operator on the weight, chunked or not."""
+    """Check that the gradient of `weight · T u` is the transposed operator on the weight."""
     weight = u.flip(0, -1)
     matrix = system.matrix(u.shape[-1])
     expected = (matrix.mT * weight.unsqueeze(-2)).sum(-1)
