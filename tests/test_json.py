@@ -17,8 +17,6 @@ PACKAGE = Path(gramian.__file__).parent
 # Names and settings, in which nothing is measured.
 OWN_TEXT = {
     "models/snapshots.py",
-    "reports/_sweep.py",
-    "training/configuration.py",
     "training/sweep_configuration.py",
     "training/sweep_report.py",
 }

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gramian._json import to_json
+
 __all__ = ["require", "require_close", "require_gradients", "require_json"]
 
 
@@ -66,7 +68,7 @@ def require_gradients(owner: str, names: Iterable[str], gradients: Iterable[Tens
 def require_json(owner: str, config: dict[str, Any]) -> dict[str, Any]:
     """Return `config` after a way through JSON, or raise an AssertionError if that changes it."""
     try:
-        again: dict[str, Any] = json.loads(json.dumps(config))
+        again: dict[str, Any] = json.loads(to_json(config))
     except (TypeError, ValueError) as error:
         raise AssertionError(f"{owner}: config() cannot be written as JSON: {error}.") from error
     for key, value in config.items():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import textwrap
 from dataclasses import dataclass
 from typing import Any
+
+from gramian._json import to_json
 
 __all__ = ["Key", "list_keys", "setting"]
 
@@ -91,5 +92,5 @@ def _attributes(kind: type[Any]) -> dict[str, str]:
 
 def _yaml(value: Any) -> str:
     """Format a plain value as YAML: as JSON, a subset of YAML, except for numbers like 1e-06."""
-    text = json.dumps(value)
+    text = to_json(value)
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text

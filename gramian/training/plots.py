@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gramian._drawing import BLUE, CYCLE, ORANGE, finish, head, new_figure
+from gramian._json import to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,7 +150,7 @@ def _deviation(row: SweepRow) -> float:
 
 def _name(values: dict[str, Any]) -> str:
     return ", ".join(
-        f"{name.rsplit('.', 1)[-1]} {value if isinstance(value, str) else json.dumps(value)}"
+        f"{name.rsplit('.', 1)[-1]} {value if isinstance(value, str) else to_json(value)}"
         for name, value in values.items()
     )
 

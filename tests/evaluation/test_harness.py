@@ -210,17 +210,19 @@ def test_before_and_after_a_distillation(
 
 
 def test_long_texts_are_not_said_to_end_in_errors(
-    folder: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = ByteTokenizer(model_max_length=4)
     logging.set_verbosity_warning()
+    logging.add_handler(caplog.handler)
     evaluate_harness(
         model(folder, "small"), tokenizer, ["local_text"], include_path=folder, limit=1
     )
-    assert "indexing errors" not in "".join(capfd.readouterr())
+    assert "indexing errors" not in caplog.text
     tokenizer.deprecation_warnings.clear()
     tokenizer("a long text")
-    assert "indexing errors" in capfd.readouterr().err
+    logging.remove_handler(caplog.handler)
+    assert "indexing errors" in caplog.text
 
 
 @pytest.mark.slow  # the harness reads its thousands of task files to know their names

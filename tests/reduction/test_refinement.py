@@ -286,7 +286,9 @@ def test_no_channel_is_worse_for_being_refined(smooth_kernel, tail, length):
 
 def test_a_silent_tail_stays_silent(smooth_kernel):
     kernel = smooth_kernel(12, 300, 1e-2)
-    plain, better = (reduce(kernel, 6, tail="zero", refine=r) for r in (False, True))
+    plain, better = (
+        reduce(kernel, 6, tail="zero", method=Balanced(refine=r)) for r in (False, True)
+    )
     whole = [r.relative_error.square() + r.tail_energy for r in (plain, better)]
     assert bool((whole[1] <= whole[0] * (1 + 1e-6)).all())
     assert float(better.relative_error.mean()) < float(plain.relative_error.mean())
@@ -295,7 +297,7 @@ def test_a_silent_tail_stays_silent(smooth_kernel):
 def test_refinement_lowers_the_order_that_a_tolerance_needs():
     kernel = implicit(8, 300, frequency=1.0)
     for tol in (0.1, 1e-2, 1e-3):
-        plain, better = (reduce(kernel, tol=tol, refine=r) for r in (False, True))
+        plain, better = (reduce(kernel, tol=tol, method=Balanced(refine=r)) for r in (False, True))
         assert bool(better.converged.all())
         assert bool((better.relative_error <= tol).all())
         assert bool((better.order <= plain.order).all())
