@@ -184,10 +184,7 @@ def _pairs(values: Tensor) -> Tensor:
 
 def _unpair(values: Tensor) -> Tensor:
     """View real (…, 2m) as complex (…, m)."""
-    pairs = values.unflatten(-1, (-1, 2))
-    if pairs.storage_offset() % 2:  # where a complex number cannot begin
-        pairs = pairs.clone(memory_format=torch.contiguous_format)
-    return torch.view_as_complex(pairs)
+    return torch.view_as_complex(values.unflatten(-1, (-1, 2)))
 
 
 def _folded(signal: Tensor, columns: int) -> Tensor:
@@ -244,6 +241,8 @@ def _product_backward(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[T
     """
     modes, (rows, columns) = poles.shape[-1], _split(g.shape[-1])
     of_poles, of_coefficients = torch.empty_like(poles), coefficients.new_empty(coefficients.shape)
+    if not modes:  # nothing to differentiate
+        return of_poles, of_coefficients
     count = torch.arange(1, columns, dtype=g.dtype, device=g.device).reshape(-1, 1, 1)
     for task in _tasks(of_coefficients, poles, g.shape[-1]):
         own = poles[task.shared[0]]

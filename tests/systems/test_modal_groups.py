@@ -107,3 +107,18 @@ def test_counts_follow_the_channels() -> None:
     assert_close(run(system[::2], u), system[::2](u))
     with pytest.raises(ValueError, match=r"one number of modes for each channel.*got 2"):
         Modal(system.poles, system.residues, system.d, counts=(1, 2))
+
+
+def test_a_channel_without_modes_has_gradients_through_chunks() -> None:
+    poles = torch.zeros(2, 1, dtype=torch.complex128)
+    poles[1] = 0.5 + 0.3j
+    residues = torch.zeros_like(poles)
+    residues[1] = 1.0 - 0.2j
+    system = Modal(poles, residues, torch.ones(2, dtype=torch.float64), counts=(0, 1))
+    u = torch.randn(3, 2, 9, dtype=torch.float64, requires_grad=True)
+    state = system.recurrence().initial_state((3, 2))
+    first, state = system(u[..., :4], state)
+    second, _ = system(u[..., 4:], state)
+    (slope,) = torch.autograd.grad(torch.cat([first, second], -1).square().sum(), u)
+    (expected,) = torch.autograd.grad(system(u).square().sum(), u)
+    assert_close(slope, expected)
