@@ -4,15 +4,19 @@
 #   VENV       where the environment lives                             (default: .venv)
 #   PIP_FLAGS  more flags for pip, such as an index of CPU-only builds of torch
 #   ARGS       passed on: make demo ARGS="--steps 100", make test ARGS="-k reduction"
+#   WORKERS    processes that run the tests, each on one thread         (default: one a core)
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 ARGS ?=
+WORKERS ?= auto
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
+# A file's tests stay in one process, where they share what is costly to make.
+PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all coverage lint bench docs wheel clean
@@ -24,13 +28,15 @@ demo: $(VENV)/installed ## train, distil, generate and measure, in a few minutes
 	$(BIN)/gramian demo $(ARGS)
 
 test: $(VENV)/installed-dev ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/installed-dev ## every test
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python $(PYTEST) $(ARGS)
 
 coverage: $(VENV)/installed-dev ## the tests of `make test`, with the share of lines and branches that they run
-	$(BIN)/coverage run -m pytest -q -m "not slow" $(ARGS)
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run $(PYTEST) -m "not slow" $(ARGS)
+	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
 
 lint: $(VENV)/installed-dev ## ruff (rules and format), mypy and the layers of imports

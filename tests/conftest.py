@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+# For the processes that the tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """On tensors this small more threads wait for each other and nothing else. What runs on several
-    threads has tests that ask for them."""
+    """Keep PyTorch to one thread.
+
+    On tensors as small as the tests' more threads only wait for each other, and every worker has a core of
+    its own. What runs on several threads has tests that ask for them.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
