@@ -34,7 +34,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            'Figures need matplotlib: pip install "gramian[plots]".', name="matplotlib"
+            'figures need matplotlib: pip install "gramian[plots]".', name="matplotlib"
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 

@@ -16,8 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def one_thread() -> Iterator[None]:
     """Keep PyTorch to one thread.
 
-    On tensors as small as the tests' more threads only wait for each other, and every worker has a core of
-    its own. What runs on several threads has tests that ask for them.
+    On tensors as small as the tests' more threads only wait for each other, and every worker has a
+    core of its own. What runs on several threads has tests that ask for them.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

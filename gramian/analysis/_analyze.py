@@ -73,14 +73,14 @@ def analyze(
             text without a tokenizer, and operators that are not finite, whose layer is named.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"a model to analyse must be a torch module, got {type(model).__name__}.")
+        raise TypeError(f"a model to analyze must be a torch module; got {type(model).__name__}.")
     if max_channels is not None and max_channels < 1:
-        raise ValueError(f"max_channels must be at least 1 or None, got {max_channels}.")
+        raise ValueError(f"max_channels must be at least 1 or None; got {max_channels}.")
     sequence = _sequence(inputs, tokenizer)
     length = sequence.shape[1]
     if horizon is not None and not 1 <= horizon <= length:
         raise ValueError(
-            f"horizon must be at least 1 and at most {length}, the tokens there are, got {horizon}."
+            f"horizon must be at least 1 and at most {length}, the tokens there are; got {horizon}."
         )
     sequence = sequence[:, :horizon]
     length = sequence.shape[1]
@@ -193,17 +193,17 @@ def _sequence(inputs: Any, tokenizer: Any) -> Tensor:
         sequence = torch.as_tensor(inputs)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            "a text, token ids or continuous inputs are needed, got "
+            "a text, token ids or continuous inputs are needed; got "
             f"{type(inputs).__name__}: {error}"
         ) from error
     if sequence.numel() == 0:
-        raise ValueError("there is nothing to analyse: the input has no tokens.")
+        raise ValueError("there is nothing to analyze: the input has no tokens.")
     dimensions = 2 if sequence.is_floating_point() else 1
     if sequence.ndim == dimensions:
         sequence = sequence[None]
     if sequence.ndim != dimensions + 1 or len(sequence) != 1:
         raise ValueError(
-            "one sequence is needed, token ids (L) or (1, L) or numbers (L, size) or (1, L, size), "
+            "one sequence is needed, token ids (L) or (1, L) or numbers (L, size) or (1, L, size); "
             f"got shape {tuple(sequence.shape)}."
         )
     return sequence
@@ -213,11 +213,11 @@ def _positions(at: Sequence[int] | range | None, every: int | None, length: int)
     if at is not None and every is not None:
         raise ValueError("give positions `at` or a distance `every`, not both.")
     if every is not None and every < 1:
-        raise ValueError(f"every must be at least 1, got {every}.")
+        raise ValueError(f"every must be at least 1; got {every}.")
     positions = list(range(0, length, every or 1)) if at is None else [int(i) for i in at]
     if not positions or min(positions) < 0 or max(positions) >= length:
         raise ValueError(
-            f"positions must lie in 0 … {length - 1} for {length} tokens, and there must be one, "
+            f"positions must lie in 0 … {length - 1} for {length} tokens, and there must be one; "
             f"got {positions}."
         )
     return positions
@@ -240,7 +240,7 @@ def _run(model: Any, sequence: Tensor) -> None:
     known = getattr(embedding, "num_embeddings", None)
     if known is not None and not 0 <= int(sequence.min()) <= int(sequence.max()) < known:
         raise ValueError(
-            f"token ids must lie in 0 … {known - 1}, the model's vocabulary, got "
+            f"token ids must lie in 0 … {known - 1}, the model's vocabulary; got "
             f"{int(sequence.min())} … {int(sequence.max())}."
         )
     accepted = inspect.signature(model.forward).parameters

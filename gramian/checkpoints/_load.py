@@ -75,7 +75,7 @@ def load(
             f"{', '.join(sorted(weights)[:5])}{', …' if len(weights) > 5 else ''}."
         )
     settings = _settings(path, config)
-    cls = _recognise(path, weights, settings, format)
+    cls = _recognize(path, weights, settings, format)
     names = cls.strip(weights)
     assert names is not None
     weights = {stripped: weights[name] for name, stripped in names.items()}
@@ -112,7 +112,7 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
     return read_config(file)
 
 
-def _recognise(
+def _recognize(
     path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], format: str | None
 ) -> type[Format]:
     """Return the format of the keys, or of the configuration if formats share the keys."""

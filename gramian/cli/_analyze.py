@@ -162,7 +162,7 @@ def _check(
     if settings and task is None and config is None:
         raise typer.BadParameter("--set needs --task NAME or --config FILE.")
     if picture not in ("png", "svg"):
-        raise typer.BadParameter(f"--format must be png or svg, got {picture!r}.")
+        raise typer.BadParameter(f"--format must be png or svg; got {picture!r}.")
 
 
 def _document(text: Path | None, prompt: str | None) -> _Source | None:

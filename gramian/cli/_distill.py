@@ -126,7 +126,7 @@ def _check(wanted: _Wanted) -> None:
     check_tolerance(wanted.tol)
     for name, number in (("order", wanted.order), ("largest order", wanted.max_order)):
         if number is not None and number < 1:
-            raise UserError(f"The {name} must be at least 1; got {number}.")
+            raise UserError(f"the {name} must be at least 1; got {number}.")
     if wanted.finetune < 0:
         raise UserError(f"--finetune takes a number of steps; got {wanted.finetune}.")
 

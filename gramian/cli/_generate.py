@@ -108,7 +108,7 @@ def _encode(tokenizer: Any, prompt: str, folder: Path, model: GramianForCausalLM
     ids = prompt_ids(tokenizer, prompt)
     if int(ids.max()) >= model.config.vocab_size:
         raise UserError(
-            f"The tokenizer in {folder} knows more tokens than the model's "
+            f"the tokenizer in {folder} knows more tokens than the model's "
             f"{model.config.vocab_size}: they do not belong together."
         )
     return ids
@@ -133,7 +133,7 @@ def _check_sampling(
     prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float
 ) -> None:
     if not prompt:
-        raise UserError("The prompt is empty; give some text.")
+        raise UserError("the prompt is empty; give some text.")
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1; got {max_new_tokens}.")
     if not temperature > 0:

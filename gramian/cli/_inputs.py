@@ -47,7 +47,7 @@ def check_new(out: Path) -> None:
 def check_tolerance(tol: float) -> None:
     """Refuse a relative error that is not between 0 and 1."""
     if not 0 < tol < 1:
-        raise UserError(f"The tolerance must lie between 0 and 1, both excluded; got {tol:g}.")
+        raise UserError(f"the tolerance must lie between 0 and 1, both excluded; got {tol:g}.")
 
 
 def fraction(name: str, text: str) -> float:
@@ -65,7 +65,7 @@ def require_training() -> None:
     """Refuse to train, or to read a training configuration, without the packages for it."""
     for package in ("yaml", "accelerate", "datasets"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f'Training needs {package}: pip install "gramian[train]".')
+            raise UserError(f'training needs {package}: pip install "gramian[train]".')
 
 
 def quiet_transformers() -> None:
@@ -98,7 +98,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"The tokenizer in {folder} cannot be read: {one_line(error)}") from error
+        raise UserError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
 
 
 def byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
@@ -122,7 +122,7 @@ def read_texts(text: Path) -> list[Document]:
     except ValueError as error:
         raise UserError(one_line(error)) from error
     except OSError as error:
-        raise UserError(f"The text {text} cannot be read: {error.strerror}.") from error
+        raise UserError(f"the text {text} cannot be read: {error.strerror}.") from error
 
 
 def first_windows(
@@ -175,12 +175,12 @@ def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
     try:
         documents = documents_in(prompt, "the prompt")
         if len(documents) > 1:
-            raise UserError(f"The prompt is {len(documents)} FASTA records; give one of them.")
+            raise UserError(f"the prompt is {len(documents)} FASTA records; give one of them.")
         ids = [torch.from_numpy(Encoder(tokenizer)(document)) for document in documents]
     except ValueError as error:
         raise UserError(one_line(error)) from error
     if not ids or not len(ids[0]):
-        raise UserError("The prompt has no tokens; give some text.")
+        raise UserError("the prompt has no tokens; give some text.")
     return ids[0][None]
 
 

@@ -76,10 +76,10 @@ def _distill_layers(
 ) -> tuple[Any, DistillationReport]:
     filters: list[Any] = [getattr(mixer, "filter", None) for mixer in _mixers(model)]
     if model.config.bidirectional:
-        raise ValueError("A bidirectional model cannot be distilled: it has no recurrence.")
+        raise ValueError("a bidirectional model cannot be distilled: it has no recurrence.")
     long = [i for i, f in enumerate(filters) if not (f is None or isinstance(f, ModalFilter))]
     if not long:
-        raise ValueError("Nothing to distil: every filter of this model is modal already.")
+        raise ValueError("nothing to distil: every filter of this model is modal already.")
     goal.check(min(filters[layer].max_length for layer in long))
 
     started = time.perf_counter()

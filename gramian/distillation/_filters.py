@@ -36,17 +36,17 @@ class Goal:
         """Raise a ValueError unless the goal is valid for filters of `taps` taps."""
         tol, order = self.tol, self.order
         if self.tail not in ("auto", "zero", "free"):
-            raise ValueError(f'The tail must be "auto", "zero" or "free"; got {self.tail!r}.')
+            raise ValueError(f'the tail must be "auto", "zero" or "free"; got {self.tail!r}.')
         if order is not None:
             if not isinstance(order, int) or isinstance(order, bool) or not 1 <= order < taps:
                 raise ValueError(
-                    f"The order must be an integer from 1 to {taps - 1}, one less than the {taps} "
+                    f"the order must be an integer from 1 to {taps - 1}, one less than the {taps} "
                     f"taps of the filters; got {order!r}."
                 )
             return
         number = isinstance(tol, int | float) and not isinstance(tol, bool)
         if not number or tol is None or not (math.isfinite(tol) and 0 < tol < 1):
-            raise ValueError(f"The tolerance must lie between 0 and 1, both excluded; got {tol!r}.")
+            raise ValueError(f"the tolerance must lie between 0 and 1, both excluded; got {tol!r}.")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def reduce_filter(
         # or poles that lie closer to the unit circle, could not be represented in it.
         reduction = reduce(kernel.float(), **goal.arguments)
     except ValueError as reason:
-        raise ValueError(f"Layer {layer} cannot be distilled: {reason}") from reason
+        raise ValueError(f"layer {layer} cannot be distilled: {reason}") from reason
     modal = ModalFilter.from_system(reduction.system, max_length=taps, kernel=kernel)
     error = kernel - modal(taps).impulse_response(taps).double()
     norm = kernel.norm(dim=-1)

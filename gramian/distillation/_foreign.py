@@ -53,7 +53,7 @@ def distill_modules(
     if not isinstance(model, nn.Module):
         raise TypeError(f"distill takes a module; it was given a {type(model).__name__}.")
     if not filters:
-        raise ValueError("Nothing to distil: filters names no submodule.")
+        raise ValueError("nothing to distil: filters names no submodule.")
     started = time.perf_counter()
     distilled = copy.deepcopy(model)
     kernels = {path: _kernel(distilled, path, reader) for path, reader in filters.items()}
@@ -91,15 +91,15 @@ def _kernel(model: nn.Module, path: str, reader: FilterReader | ForeignFilter) -
         module = model.get_submodule(path)
     except AttributeError:
         some = ", ".join(name for name, _ in list(model.named_modules())[1:6])
-        raise ValueError(f"There is no submodule {path!r} to distil; there are {some}, …") from None
+        raise ValueError(f"there is no submodule {path!r} to distil; there are {some}, …") from None
     if not path:
         raise ValueError("filters names submodules of the model, not the model itself.")
     kernel = (reader.kernel if isinstance(reader, ForeignFilter) else reader)(module)
     if not isinstance(kernel, Tensor):
-        raise ValueError(f"The kernel of {path!r} must be a tensor; got {type(kernel).__name__}.")
+        raise ValueError(f"the kernel of {path!r} must be a tensor; got {type(kernel).__name__}.")
     if kernel.ndim != 2 or min(kernel.shape) < 1 or not kernel.is_floating_point():
         raise ValueError(
-            f"The kernel of {path!r} must be (channels, taps), real floating point; got "
+            f"the kernel of {path!r} must be (channels, taps), real floating point; got "
             f"{tuple(kernel.shape)} of {kernel.dtype}."
         )
     return kernel.detach()

@@ -100,7 +100,7 @@ def distill_to_budget(
     """
     check_windows(model, input_ids)
     if not max_increase > 0:
-        raise ValueError(f"The increase allowed must be above 0; got {max_increase!r}.")
+        raise ValueError(f"the increase allowed must be above 0; got {max_increase!r}.")
     input_ids = input_ids.to(model.device)
     loss = mean_loss(model, input_ids)
     trials: list[Trial] = []
@@ -124,7 +124,7 @@ def distill_to_budget(
         if tol < _FINEST:
             best = min(trials, key=lambda trial: trial.increase)
             raise ValueError(
-                f"No tolerance from {_COARSEST:g} to {_FINEST:g} keeps the loss within "
+                f"no tolerance from {_COARSEST:g} to {_FINEST:g} keeps the loss within "
                 f"{max_increase:.3%} of the original's; the closest is {best.increase:.3%} at "
                 f"{best.tol:.1e}, with filters of mean order {best.mean_order:.1f}."
             )
@@ -174,9 +174,9 @@ def finetune(
     """
     check_windows(model, input_ids)
     if len(input_ids) < 2:
-        raise ValueError("Fine-tuning needs at least 2 windows of text, one of them held out.")
+        raise ValueError("fine-tuning needs at least 2 windows of text, one of them held out.")
     if steps < 1:
-        raise ValueError(f"Fine-tuning takes at least 1 step; got {steps}.")
+        raise ValueError(f"fine-tuning takes at least 1 step; got {steps}.")
     input_ids = input_ids.to(model.device)
     held = torch.arange(len(input_ids), device=model.device) % 10 == 1
     kept_out, windows = input_ids[held], input_ids[~held]

@@ -138,11 +138,11 @@ def sketched_state_size(
     """
     if not isinstance(matrix, Tensor | DenseOperator):
         raise TypeError(
-            f"a matrix or a DenseOperator is needed to sketch, got {type(matrix).__name__}."
+            f"a matrix or a DenseOperator is needed to sketch; got {type(matrix).__name__}."
         )
     if rank < 1 or probes < 2 or iterations < 0:
         raise ValueError(
-            "rank must be at least 1, probes at least 2 and iterations at least 0, got "
+            "rank must be at least 1, probes at least 2 and iterations at least 0; got "
             f"{rank}, {probes} and {iterations}."
         )
     reading = Reading(matrix, at, None, horizon)
@@ -154,16 +154,16 @@ def sketched_state_size(
 
 def _measure(name: str, tol: float | None, rtol: float | None) -> Measure:
     if name not in ("entropy", "tolerance"):
-        raise ValueError(f'measure must be "entropy" or "tolerance", got {name!r}.')
+        raise ValueError(f'measure must be "entropy" or "tolerance"; got {name!r}.')
     if name == "entropy":
         if tol is not None or rtol is not None:
             raise ValueError(
-                f'tol and rtol go with measure="tolerance", got tol={tol!r}, rtol={rtol!r}.'
+                f'tol and rtol go with measure="tolerance"; got tol={tol!r}, rtol={rtol!r}.'
             )
         return Measure()
     if tol is None and rtol is None:
         raise ValueError('measure="tolerance" needs tol (absolute), rtol (relative) or both.')
     for label, value in (("tol", tol), ("rtol", rtol)):
         if value is not None and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{label} must be a number of at least 0, got {value!r}.")
+            raise ValueError(f"{label} must be a number of at least 0; got {value!r}.")
     return Measure(tol, rtol)

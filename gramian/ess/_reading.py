@@ -59,14 +59,14 @@ class Reading:
             source = DenseOperator(source)
         if not isinstance(source, DenseOperator | TimeVarying | TimeInvariantSystem):
             raise TypeError(
-                "a system, or a tensor of lower-triangular matrices (*channels, L, L), is needed, "
+                "a system, or a tensor of lower-triangular matrices (*channels, L, L), is needed; "
                 f"got {type(source).__name__}."
             )
         own = None if isinstance(source, TimeInvariantSystem) else source.length
         for name, value in (("length", length), ("horizon", horizon)):
             if value is not None and (value < 1 or (own is not None and value > own)):
                 limit = "" if own is None else f" and at most {own}, the steps there are"
-                raise ValueError(f"{name} must be at least 1{limit}, got {value}.")
+                raise ValueError(f"{name} must be at least 1{limit}; got {value}.")
         self.scalar = isinstance(at, int)
         if at is not None:
             if length is not None:
@@ -85,7 +85,7 @@ class Reading:
         self.horizon = horizon or own or 2 * (last + 1)
         if min(positions, default=0) < 0 or last >= self.horizon:
             raise ValueError(
-                f"positions must lie in 0 … {self.horizon - 1}, got {min(positions)} … {last}."
+                f"positions must lie in 0 … {self.horizon - 1}; got {min(positions)} … {last}."
             )
         self.positions = positions
         self.inside = sorted({i for i in positions if i > 0})

@@ -57,11 +57,11 @@ def realize(matrix: Tensor | DenseOperator | TimeVarying, tol: float) -> TimeVar
     """
     if not isinstance(matrix, Tensor | DenseOperator | TimeVarying):
         raise TypeError(
-            "realize takes matrices (*channels, L, L), a DenseOperator or a TimeVarying system, "
+            "realize takes matrices (*channels, L, L), a DenseOperator or a TimeVarying system; "
             f"got {type(matrix).__name__}."
         )
     if not 0 <= tol < 1:
-        raise ValueError(f"tol must be at least 0 and below 1, got {tol!r}.")
+        raise ValueError(f"tol must be at least 0 and below 1; got {tol!r}.")
     reading = Reading(matrix, None, None, None)
     T = reading.matrices()
     parts = work(lambda g: _realized(T[g].double().tril(), tol), range(len(T)), T)

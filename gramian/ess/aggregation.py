@@ -135,7 +135,7 @@ def aggregate(
         ValueError: for another kind, no layers, or different numbers of positions.
     """
     if kind not in ("average", "total"):
-        raise ValueError(f'kind must be "average" or "total", got {kind!r}.')
+        raise ValueError(f'kind must be "average" or "total"; got {kind!r}.')
     layers = [sizes] if isinstance(sizes, Tensor) else list(sizes)
     if len({layer.shape[-1:] for layer in layers}) != 1 or not layers[0].ndim:
         raise ValueError(

@@ -78,17 +78,17 @@ def export_model(
     check_format(format)
     if not isinstance(model, GramianForCausalLM):
         raise TypeError(
-            f"a GramianForCausalLM is exported, got {type(model).__name__}; a single mixer or "
+            f"a GramianForCausalLM is exported; got {type(model).__name__}; a single mixer or "
             "system is exported by export_recurrence."
         )
     if model.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"models are exported in float32 or float64, got {model.dtype}: call model.float() or "
+            f"models are exported in float32 or float64; got {model.dtype}: call model.float() or "
             "load it with dtype=torch.float32."
         )
     _check_device(model.device)
     if verify < 1:
-        raise ValueError(f"verify must be at least 1 token, got {verify}.")
+        raise ValueError(f"verify must be at least 1 token; got {verify}.")
     describe(model.generation_config)  # fail early
     context = model.config.max_position_embeddings if context is None else context
     with staged_directory(Path(folder)) as stage, frozen_for_export(model):
@@ -141,11 +141,11 @@ def export_recurrence(
     """
     check_format(format)
     if verify < 1:
-        raise ValueError(f"verify must be at least 1 sample, got {verify}.")
+        raise ValueError(f"verify must be at least 1 sample; got {verify}.")
     if isinstance(target, Mixer):
         if form is not None:
             raise ValueError(
-                f"a mixer picks the form of its recurrences itself, got form={form!r}."
+                f"a mixer picks the form of its recurrences itself; got form={form!r}."
             )
         module: nn.Module = target
         with frozen_for_export(module):
@@ -155,7 +155,7 @@ def export_recurrence(
         with torch.no_grad():
             exported = _system(target, module, form)
     else:
-        raise TypeError(f"a mixer or a system is exported, got {type(target).__name__}.")
+        raise TypeError(f"a mixer or a system is exported; got {type(target).__name__}.")
     with staged_directory(Path(folder)) as stage, frozen_for_export(module):
         description = save_programs(exported, stage, format)
         run = ExportedRecurrence(stage, threads=threads)
@@ -165,7 +165,7 @@ def export_recurrence(
 
 def _check_device(device: torch.device) -> None:
     if device.type != "cpu":
-        raise ValueError(f"what is exported must be on the CPU, got {device}: call .cpu() first.")
+        raise ValueError(f"what is exported must be on the CPU; got {device}: call .cpu() first.")
 
 
 def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
@@ -239,7 +239,7 @@ def _mixer(mixer: Mixer, context: int | None) -> Stateful:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     halves = [p.dtype for p in mixer.parameters() if p.is_floating_point() and p.itemsize < 4]
     if halves:
-        raise ValueError(f"mixers are exported in float32 or float64, got {halves[0]}.")
+        raise ValueError(f"mixers are exported in float32 or float64; got {halves[0]}.")
 
     def wrap(function: Any) -> Any:
         def run(x: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -75,7 +75,7 @@ class _Program(nn.Module):
 def check_format(format: str) -> None:
     """Raise an error unless the format is known and the packages that it needs are installed."""
     if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}.")
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
     if format == "onnx":
         try:
             import onnx  # noqa: F401

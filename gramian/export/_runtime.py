@@ -96,7 +96,7 @@ class _Exported:
         """Return the zero state, that before the first token, for `batch_size` sequences."""
         if batch_size < 1:
             raise ValueError(
-                f"batch_size must be a positive number of sequences, got {batch_size}."
+                f"batch_size must be a positive number of sequences; got {batch_size}."
             )
         return ExportedState(
             {
@@ -196,7 +196,7 @@ class ExportedModel(_Exported):
         """
         ids = self._checked(input_ids)
         if chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+            raise ValueError(f"chunk_size must be at least 1; got {chunk_size}.")
         state = self.initial_state(len(ids)) if state is None else state
         logits = None
         for begin in range(0, ids.shape[1], chunk_size):
@@ -210,7 +210,7 @@ class ExportedModel(_Exported):
         ids = np.asarray(tokens)
         ids = self._checked(ids[:, None] if ids.ndim == 1 else ids)
         if ids.shape[1] != 1:
-            raise ValueError(f"a step takes one token a sequence, got {ids.shape[1]}.")
+            raise ValueError(f"a step takes one token a sequence; got {ids.shape[1]}.")
         return self._run(self._step, ids, state, 1)
 
     def generate(
@@ -243,9 +243,9 @@ class ExportedModel(_Exported):
                 or if no token is left to choose from.
         """
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+            raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
         if temperature is not None and temperature < 0:
-            raise ValueError(f"temperature must be 0 or more, got {temperature}.")
+            raise ValueError(f"temperature must be 0 or more; got {temperature}.")
         rules = Rules(self.description.get("generation", {}), temperature)
         ids = self._checked(input_ids)
         prompt, draw = ids.shape[1], np.random.default_rng(seed)
@@ -266,7 +266,7 @@ class ExportedModel(_Exported):
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or ids.shape[1] == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise ValueError(
-                "token ids are integers (batch, length) with a length of at least 1, got "
+                "token ids are integers (batch, length) with a length of at least 1; got "
                 f"{ids.dtype} {ids.shape}."
             )
         vocabulary = self.description["vocab_size"]
@@ -310,6 +310,6 @@ class ExportedRecurrence(_Exported):
         )
         if not fits:
             raise ValueError(
-                f"the input must be ({', '.join(map(str, wanted))}), got {array.shape}."
+                f"the input must be ({', '.join(map(str, wanted))}); got {array.shape}."
             )
         return np.ascontiguousarray(array)

@@ -82,7 +82,7 @@ class Filter(SinglePrecisionModule, abc.ABC):
 def check_lr(lr: float | None) -> float | None:
     """Return `lr`, or raise a ValueError unless it is None or a finite number of at least 0."""
     if lr is not None and not (isinstance(lr, int | float) and 0 <= lr < float("inf")):
-        raise ValueError(f"lr must be None or a learning rate of at least 0, got {lr!r}.")
+        raise ValueError(f"lr must be None or a learning rate of at least 0; got {lr!r}.")
     return lr
 
 
@@ -136,6 +136,6 @@ def build(config: dict[str, Any] | Filter, **defaults: Any) -> Filter:
             built.float()
     if built.channels != defaults.get("channels", built.channels):
         raise ValueError(
-            f"a filter of {defaults['channels']} channels is needed, got one of {built.channels}."
+            f"a filter of {defaults['channels']} channels is needed; got one of {built.channels}."
         )
     return built

@@ -36,10 +36,10 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
             parameter ask for different things.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"parameter_groups takes a module, got {type(model).__name__}.")
+        raise TypeError(f"parameter_groups takes a module; got {type(model).__name__}.")
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+            raise ValueError(f"{name} must be a finite number of at least 0; got {value!r}.")
 
     hints: dict[nn.Parameter, dict[str, float]] = {}
     embeddings: set[Tensor] = set()
@@ -65,8 +65,8 @@ def _collect(hints: dict[nn.Parameter, dict[str, float]], path: str, filter: Fil
         place = f"{path}.{name}".lstrip(".")
         if name not in parameters:
             raise ValueError(
-                f"{type(filter).__name__} gives an optimiser hint for {place}, a parameter that it "
+                f"{type(filter).__name__} gives an optimizer hint for {place}, a parameter that it "
                 "does not have."
             )
         if hints.setdefault(parameters[name], options) != options:
-            raise ValueError(f"two filters give different optimiser hints for {place}, shared.")
+            raise ValueError(f"two filters give different optimizer hints for {place}, shared.")

@@ -74,11 +74,11 @@ class ImplicitFilter(Filter):
         super().__init__(channels, max_length)
         if embedding_features < 3 or embedding_features % 2 == 0:
             raise ValueError(
-                f"embedding_features must be odd and at least 3, got {embedding_features}."
+                f"embedding_features must be odd and at least 3; got {embedding_features}."
             )
         if inner_layers < 0 or hidden < 1:
             raise ValueError(
-                "hidden must be at least 1 and inner_layers at least 0, got "
+                "hidden must be at least 1 and inner_layers at least 0; got "
                 f"{hidden} and {inner_layers}."
             )
         self.embedding_features = embedding_features

@@ -56,7 +56,7 @@ class ModalFilter(RationalFilter):
         listed = [orders] * channels if isinstance(orders, int) else [int(o) for o in orders]
         if len(listed) != channels or min(listed) < 0:
             raise ValueError(
-                f"orders must be one non-negative integer for each of {channels} channels, got "
+                f"orders must be one non-negative integer for each of {channels} channels; got "
                 f"{orders!r}."
             )
         self.orders = tuple(listed)
@@ -102,13 +102,13 @@ class ModalFilter(RationalFilter):
         """
         if kernel is not None and kernel.shape[:-1] != system.d.shape:
             raise ValueError(
-                f"a kernel for channels {tuple(system.d.shape)} has shape (*channels, taps), got "
+                f"a kernel for channels {tuple(system.d.shape)} has shape (*channels, taps); got "
                 f"{tuple(kernel.shape)}."
             )
         radius = system.spectral_radius()
         if bounded and bool((radius >= 1).any()):
             raise ValueError(
-                "a bounded modal filter holds poles inside the unit circle only, got spectral "
+                "a bounded modal filter holds poles inside the unit circle only; got spectral "
                 f"radius {float(radius.max()):.9g}."
             )
         kept = system.residues != 0

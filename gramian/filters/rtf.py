@@ -83,7 +83,7 @@ class RTF(RationalFilter):
         super().__init__(channels, max_length)
         if not 1 <= state_size < max_length:
             raise ValueError(
-                f"state_size must lie in 1 … max_length - 1 = {max_length - 1}, got {state_size}."
+                f"state_size must lie in 1 … max_length - 1 = {max_length - 1}; got {state_size}."
             )
         for name, value, accepted in (
             ("numerator", numerator, _NUMERATORS),
@@ -99,7 +99,7 @@ class RTF(RationalFilter):
         num_denominators = channels if num_denominators is None else num_denominators
         if num_denominators < 1 or channels % num_denominators:
             raise ValueError(
-                f"num_denominators must divide the {channels} channels, got {num_denominators}."
+                f"num_denominators must divide the {channels} channels; got {num_denominators}."
             )
         self.state_size = state_size
         self.numerator = numerator
@@ -167,7 +167,7 @@ class RTF(RationalFilter):
         """
         shape = (self.num_denominators, self.state_size)
         if tuple(a.shape) != shape:
-            raise ValueError(f"the denominators must have shape {shape}, got {tuple(a.shape)}.")
+            raise ValueError(f"the denominators must have shape {shape}; got {tuple(a.shape)}.")
         if self.stability == "schur":
             wrong = ~(step_down(a).abs() < 1).all(-1)
             reason = "has a pole on or outside of the unit circle"

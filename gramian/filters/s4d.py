@@ -151,10 +151,10 @@ def check_state_space(state_size: Any, dt_min: float, dt_max: float, lr: float) 
     """Raise a ValueError unless the arguments of a continuous-time state space are possible."""
     if not isinstance(state_size, int) or state_size < 2 or state_size % 2:
         raise ValueError(
-            "state_size must be even and at least 2, since modes come in conjugate pairs, got "
+            "state_size must be even and at least 2, since modes come in conjugate pairs; got "
             f"{state_size!r}."
         )
     if not 0 < dt_min <= dt_max < math.inf:
-        raise ValueError(f"dt_min and dt_max must be 0 < dt_min <= dt_max, got {dt_min}, {dt_max}.")
+        raise ValueError(f"dt_min and dt_max must be 0 < dt_min <= dt_max; got {dt_min}, {dt_max}.")
     if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}.")
+        raise ValueError(f"lr must be positive; got {lr}.")

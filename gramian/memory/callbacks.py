@@ -56,7 +56,7 @@ class StateSizeCallback(TrainerCallback):
             ("max_channels", max_channels),
         ):
             if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}.")
+                raise ValueError(f"{name} must be at least 1; got {number}.")
         if isinstance(rows, int):
             rows = _first(trainer.eval_dataset, rows)
         if not rows:

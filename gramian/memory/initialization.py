@@ -175,7 +175,7 @@ class _Search:
         self.at = x.shape[1] // 2 if at is None else at
         if not 0 < self.at < x.shape[1]:
             raise ValueError(
-                f"the position must lie in 1 … {x.shape[1] - 1} for {x.shape[1]} tokens, got "
+                f"the position must lie in 1 … {x.shape[1] - 1} for {x.shape[1]} tokens; got "
                 f"{self.at}."
             )
         self.per_head = per_head

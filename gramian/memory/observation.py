@@ -118,7 +118,7 @@ class Observer:
         """Yield the mixers, their inputs, and the channels to use."""
         for name, number in (("sequences", sequences), ("channels", channels)):
             if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {number}.")
+                raise ValueError(f"{name} must be at least 1 or None; got {number}.")
         if not self._read:
             raise RuntimeError(
                 "no mixer has run: call the model first, with use_cache=False if it generates."

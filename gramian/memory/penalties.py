@@ -49,7 +49,7 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
             distances.append(torch.where(there, torch.where(there, squares, 1).sqrt(), 0))
     if not distances:
         raise ValueError(
-            "a gate regulariser needs a TimeVarying system, that of a linear recurrence on some "
+            "a gate regularizer needs a TimeVarying system, that of a linear recurrence on some "
             "input; there is none among these operators."
         )
     return torch.stack(distances).mean()
@@ -77,9 +77,9 @@ def check_goal(target: float | None, share: float | None) -> None:
     if (target is None) == (share is None):
         raise ValueError(f"give target or share, one of the two; got {target!r} and {share!r}.")
     if target is not None and not (math.isfinite(target) and target > 0):
-        raise ValueError(f"the target must be a positive state-size, got {target!r}.")
+        raise ValueError(f"the target must be a positive state-size; got {target!r}.")
     if share is not None and not 0 < share <= 1:
-        raise ValueError(f"the share must lie above 0 and be at most 1, got {share!r}.")
+        raise ValueError(f"the share must lie above 0 and be at most 1; got {share!r}.")
 
 
 def ess_penalty(
@@ -141,5 +141,5 @@ def _systems(operators: System | Sequence[System]) -> list[System]:
     systems = [operators] if isinstance(operators, System) else list(operators)
     for system in systems:
         if not isinstance(system, System):
-            raise TypeError(f"operators must be systems, got a {type(system).__name__}.")
+            raise TypeError(f"operators must be systems; got a {type(system).__name__}.")
     return systems

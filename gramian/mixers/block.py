@@ -84,7 +84,7 @@ class Block(Mixer):
         check_choice("norm", norm, _NORMS)
         if not isinstance(mixer, Mixer | Filter | Mapping):
             raise TypeError(
-                f"a mixer, a filter or its configuration is needed, got {type(mixer).__name__}."
+                f"a mixer, a filter or its configuration is needed; got {type(mixer).__name__}."
             )
         if not isinstance(mixer, Mixer):
             options = {"width": width, "max_length": max_length}
@@ -95,7 +95,7 @@ class Block(Mixer):
                 f"filter; it was given a {type(mixer).__name__}, which has its own."
             )
         if mixer.width != width:
-            raise ValueError(f"a mixer of width {width} is needed, got one of {mixer.width}.")
+            raise ValueError(f"a mixer of width {width} is needed; got one of {mixer.width}.")
         self.width = width
         self.prenorm = prenorm
         self.dropout = check_probability("dropout", dropout)
@@ -217,7 +217,7 @@ class Block(Mixer):
         tokens = x.reshape(-1, self.width) if real is None else x[real]
         if len(tokens) < 2:
             raise ValueError(
-                "a batch norm needs at least two real tokens to train on, got "
+                "a batch norm needs at least two real tokens to train on; got "
                 f"{len(tokens)} in a batch of shape {tuple(x.shape[:2])}."
             )
         normed = self.norm(tokens)

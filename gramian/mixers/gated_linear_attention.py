@@ -68,7 +68,7 @@ class GatedLinearAttention(LinearAttention):
         gate_rank: int = 16,
     ) -> None:
         if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature!r}.")
+            raise ValueError(f"temperature must be positive; got {temperature!r}.")
         check_sizes(gate_rank=gate_rank)
         self._build(width, heads, state_size, value_width, short_kernel, feature_map, gate_rank)
         self.gate_proj = Linear(gate_rank, heads * self.state_size, bias=False)

@@ -76,7 +76,7 @@ class GLAS6(LinearAttention):
         normalization: float | None = None,
     ) -> None:
         if normalization is not None and not normalization > 0:
-            raise ValueError(f"normalization must be positive or None, got {normalization!r}.")
+            raise ValueError(f"normalization must be positive or None; got {normalization!r}.")
         check_sizes(heads=heads)
         self._build(width, heads, state_size, value_width, short_kernel, feature_map, heads)
         c = self.state_size if normalization is None else normalization

@@ -82,9 +82,9 @@ class Hyena(ConvolutionMixer):
     ) -> None:
         super().__init__()
         if order < 2:
-            raise ValueError(f"the order of a Hyena must be at least 2, got {order}.")
+            raise ValueError(f"the order of a Hyena must be at least 2; got {order}.")
         if mimo_size is not None and mimo_size < 1:
-            raise ValueError(f"mimo_size must be at least 1 or None, got {mimo_size}.")
+            raise ValueError(f"mimo_size must be at least 1 or None; got {mimo_size}.")
         defaults = {} if max_length is None else {"max_length": max_length}
         self.width = width
         self.order = order

@@ -83,7 +83,7 @@ class LinearAttention(LinearRecurrence):
         check_sizes(state_size=state_size, value_width=value_width)
         if feature_map not in FEATURE_MAPS:
             raise ValueError(
-                f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}, got "
+                f"feature_map must be one of {', '.join(map(repr, FEATURE_MAPS))}; got "
                 f"{feature_map!r}."
             )
         inner = heads * value_width

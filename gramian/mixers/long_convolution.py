@@ -63,14 +63,14 @@ class LongConvolution(ConvolutionMixer):
     ) -> None:
         super().__init__()
         if not isinstance(filter, Filter | Mapping):
-            raise TypeError(f"a Filter is needed, got {type(filter).__name__}.")
+            raise TypeError(f"a Filter is needed; got {type(filter).__name__}.")
         channels = None if width is None else 2 * width if bidirectional else width
         defaults = {"channels": channels, "max_length": max_length}
         given = {name: value for name, value in defaults.items() if value is not None}
         filter = build(filter, **given)
         if bidirectional and filter.channels % 2:
             raise ValueError(
-                "a bidirectional layer takes a filter of two channels for each of its own, got "
+                "a bidirectional layer takes a filter of two channels for each of its own; got "
                 f"{filter.channels} channels."
             )
         self.filter = filter

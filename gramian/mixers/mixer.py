@@ -82,7 +82,7 @@ class Mixer(nn.Module, abc.ABC):
         if not isinstance(state, State):
             raise TypeError(
                 "the second argument is the state that recurrence().initial_state(batch) or an "
-                f"earlier call returned, got {type(state).__name__}; pass a mask by name, mask=…"
+                f"earlier call returned; got {type(state).__name__}. Pass a mask by name: mask=…."
             )
         self.check_causal()
         return self.continue_rows(x, state, segments)
@@ -258,11 +258,11 @@ class Mixer(nn.Module, abc.ABC):
         if x.ndim != 3 or x.shape[-1] != self.width or x.shape[1] == 0:
             raise ValueError(
                 f"a mixer of width {self.width} takes (batch, length, {self.width}) with a length "
-                f"of at least 1, got {tuple(x.shape)}."
+                f"of at least 1; got {tuple(x.shape)}."
             )
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(
-                f"the mask must be (batch, length) = {tuple(x.shape[:2])}, got {tuple(mask.shape)}."
+                f"the mask must be (batch, length) = {tuple(x.shape[:2])}; got {tuple(mask.shape)}."
             )
 
     def check_causal(self) -> None:
@@ -357,7 +357,7 @@ class MixerRecurrence:
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(
-                f"batch_size must be a positive number of sequences, got {batch_size!r}."
+                f"batch_size must be a positive number of sequences; got {batch_size!r}."
             )
         parameter = next(self.mixer.parameters())
         place = torch.device(device) if device is not None else parameter.device

@@ -76,7 +76,7 @@ def build(config: str | Mapping[str, Any] | Mixer, **defaults: Any) -> Mixer:
             raise ValueError(f"the mixer {kind!r} cannot be built: {error}.") from None
     if built.width != defaults.get("width", built.width):
         raise ValueError(
-            f"a mixer of width {defaults['width']} is needed, got one of {built.width}."
+            f"a mixer of width {defaults['width']} is needed; got one of {built.width}."
         )
     return built
 

@@ -75,7 +75,7 @@ class Segments:
         shapes: set[tuple[int, ...]] = {tuple(x.shape) for x in (real, numbers) if x is not None}
         if len(shapes) != 1 or len(next(iter(shapes))) != 2:
             raise ValueError(
-                "segments are told by a mask and numbers of one shape (batch, length), got "
+                "segments are told by a mask and numbers of one shape (batch, length); got "
                 f"{' and '.join(map(str, sorted(shapes))) or 'neither'}."
             )
         batch, length = next(iter(shapes))

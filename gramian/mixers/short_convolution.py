@@ -21,7 +21,7 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
         if taps < 1:
-            raise ValueError(f"a short convolution needs at least one tap, got {taps}.")
+            raise ValueError(f"a short convolution needs at least one tap; got {taps}.")
         self.taps = taps
         self.weight = nn.Parameter(torch.empty(channels, taps))
         self.bias = nn.Parameter(torch.empty(channels))

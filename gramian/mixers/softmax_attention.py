@@ -99,17 +99,17 @@ class SoftmaxAttention(Mixer):
         sizes |= {} if window is None else {"window": window}
         check_sizes(**sizes)
         if heads % kv_heads:
-            raise ValueError(f"kv_heads must divide the {heads} heads, got {kv_heads}.")
+            raise ValueError(f"kv_heads must divide the {heads} heads; got {kv_heads}.")
         if rotary_base is not None:
             if not rotary_base > 0 or not rotary_scaling > 0:
                 raise ValueError(
-                    "rotary_base and rotary_scaling must be positive, got "
+                    "rotary_base and rotary_scaling must be positive; got "
                     f"{rotary_base!r} and {rotary_scaling!r}."
                 )
             if rotary_width % 2 or not 0 < rotary_width <= head_width:
                 raise ValueError(
                     "rotary_width must be even, at least 2 and at most the head's width "
-                    f"{head_width}, got {rotary_width}."
+                    f"{head_width}; got {rotary_width}."
                 )
         self.width = width
         self.heads = heads

@@ -64,7 +64,7 @@ class WeightedLinearAttention(LinearAttention):
         temperature: float = 16.0,
     ) -> None:
         if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature!r}.")
+            raise ValueError(f"temperature must be positive; got {temperature!r}.")
         self._build(width, heads, state_size, value_width, short_kernel, feature_map, 0)
         self.dynamics = _InvariantGates(heads, self.state_size, temperature)
 

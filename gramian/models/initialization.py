@@ -100,7 +100,7 @@ def reset_unwritten(model: nn.Module, keeping: Keeping) -> None:
     if left:
         raise ValueError(
             f"{', '.join(left[:3])}{', …' if len(left) > 3 else ''}: not in the files, and nothing "
-            "initialises what is not; fill it in _init_weights, in the module's reset_parameters, "
+            "initializes what is not; fill it in _init_weights, in the module's reset_parameters, "
             "or save it."
         )
 

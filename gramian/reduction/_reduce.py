@@ -182,9 +182,9 @@ def reduce(
     _check_choice("tail", tail, tuple(_TAILS))
     shape, taps = kernel.shape[:-1], kernel.shape[-1]
     if tol is not None and not (isinstance(tol, int | float) and 0 < tol < math.inf):
-        raise ValueError(f"tol must be a finite number above 0, got {tol!r}.")
+        raise ValueError(f"tol must be a finite number above 0; got {tol!r}.")
     if max_order is not None and (order is not None or max_order < 1):
-        raise ValueError(f"max_order must be at least 1 and goes with tol, got {max_order}.")
+        raise ValueError(f"max_order must be at least 1 and goes with tol; got {max_order}.")
     orders = None if order is None else _orders(order, shape, taps)
     _check_finite(kernel)
 
@@ -268,17 +268,17 @@ def _kernel_of(source: Tensor | System, length: int | None) -> Tensor:
     if isinstance(source, Tensor):
         if length is not None:
             raise ValueError(
-                f"length goes with a system; a kernel ends where it ends, got {length=}."
+                f"length goes with a system; a kernel ends where it ends; got {length=}."
             )
         if not source.dtype.is_floating_point or source.ndim == 0 or source.numel() == 0:
             raise TypeError(
-                "a kernel is a real floating-point tensor (*channels, taps) that is not empty, got "
+                "a kernel is a real floating-point tensor (*channels, taps) that is not empty; got "
                 f"{source.dtype} of shape {tuple(source.shape)}."
             )
         return source
     if not isinstance(source, TimeInvariantSystem):
         raise TypeError(
-            "reduce takes a kernel (a torch tensor) or a time-invariant system, got "
+            "reduce takes a kernel (a torch tensor) or a time-invariant system; got "
             f"{type(source).__name__}."
         )
     if length is None:
@@ -289,19 +289,19 @@ def _kernel_of(source: Tensor | System, length: int | None) -> Tensor:
             )
         length = source.kernel.shape[-1]
     if length < 1:
-        raise ValueError(f"length must be at least 1, got {length}.")
+        raise ValueError(f"length must be at least 1; got {length}.")
     return source.impulse_response(length)
 
 
 def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, accepted))}; got {value!r}.")
 
 
 def _orders(order: int | Tensor, shape: torch.Size, taps: int) -> Tensor:
     orders = torch.as_tensor(order)
     if orders.dtype.is_floating_point or orders.dtype.is_complex or orders.dtype == torch.bool:
-        raise ValueError(f"order must be an integer or integers, got {order!r}.")
+        raise ValueError(f"order must be an integer or integers; got {order!r}.")
     try:
         orders = orders.broadcast_to(shape)
     except RuntimeError:
@@ -312,7 +312,7 @@ def _orders(order: int | Tensor, shape: torch.Size, taps: int) -> Tensor:
     wrong = orders[(orders < 1) | (orders > highest)]
     if wrong.numel():
         raise ValueError(
-            f"order must lie in 1 … {highest} for kernels of {taps} taps, got {int(wrong[0])}."
+            f"order must lie in 1 … {highest} for kernels of {taps} taps; got {int(wrong[0])}."
         )
     return orders
 

@@ -49,7 +49,7 @@ class Balanced(Method):
 
     def __post_init__(self) -> None:
         if not isinstance(self.refine, bool):
-            raise ValueError(f"refine must be true or false, got {self.refine!r}.")
+            raise ValueError(f"refine must be true or false; got {self.refine!r}.")
 
     def solve(self, problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
         return balanced(problem, order, rows)
@@ -91,10 +91,10 @@ class Gradient(Method):
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an integer, at least 1, got {self.steps!r}.")
+            raise ValueError(f"steps must be an integer, at least 1; got {self.steps!r}.")
         rate = self.learning_rate
         if not (isinstance(rate, int | float) and 0 < rate < math.inf):
-            raise ValueError(f"learning_rate must be a finite number above 0, got {rate!r}.")
+            raise ValueError(f"learning_rate must be a finite number above 0; got {rate!r}.")
         for option, accepted in (
             ("objective", (None, *OBJECTIVES)),
             ("initialization", INITIALIZATIONS),
@@ -102,9 +102,9 @@ class Gradient(Method):
             value = getattr(self, option)
             if value not in accepted:
                 names = ", ".join(map(repr, accepted))
-                raise ValueError(f"{option} must be one of {names}, got {value!r}.")
+                raise ValueError(f"{option} must be one of {names}; got {value!r}.")
         if not isinstance(self.seed, int):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}.")
+            raise ValueError(f"seed must be an integer; got {self.seed!r}.")
 
     def solve(self, problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
         return modal_interpolation(problem, order, rows, self)
@@ -127,6 +127,6 @@ def method_of(method: str | Method) -> Method:
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
             f"method must be one of {', '.join(map(repr, METHODS))} or a "
-            f"gramian.reduction.Method, got {method!r}."
+            f"gramian.reduction.Method; got {method!r}."
         )
     return METHODS[method]()

@@ -432,15 +432,15 @@ def hankel_singular_values(
         ValueError: if it is too short or not finite, or another argument is out of range.
     """
     if not kernel.dtype.is_floating_point:
-        raise TypeError(f"a kernel must be real floating point, got {kernel.dtype}.")
+        raise TypeError(f"a kernel must be real floating point; got {kernel.dtype}.")
     if kernel.ndim == 0 or kernel.shape[-1] < 2 or kernel.numel() == 0:
         raise ValueError(
-            f"a kernel has shape (*channels, at least 2 taps), got {tuple(kernel.shape)}."
+            f"a kernel has shape (*channels, at least 2 taps); got {tuple(kernel.shape)}."
         )
     if tail not in ("zero", "free"):
-        raise ValueError(f"tail must be 'zero' or 'free', got {tail!r}.")
+        raise ValueError(f"tail must be 'zero' or 'free'; got {tail!r}.")
     if count is not None and count < 1:
-        raise ValueError(f"count must be at least 1, got {count}.")
+        raise ValueError(f"count must be at least 1; got {count}.")
     bad = torch.nonzero(~kernel.isfinite().all(-1))
     if len(bad):
         where = f"channel {tuple(bad[0].tolist())}" if kernel.ndim > 1 else "the kernel"

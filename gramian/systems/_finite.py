@@ -34,9 +34,9 @@ class FiniteSystem(System[StateT]):
         self._check_steps(0, length)
         at = length // 2 if at is None else at
         if not 0 < at < length:
-            raise ValueError(f"`at` must lie in 1 … {length - 1} for length {length}, got {at}.")
+            raise ValueError(f"`at` must lie in 1 … {length - 1} for length {length}; got {at}.")
         return length, at
 
     def _check_form(self, form: str | None, only: str) -> None:
         if form not in (None, only):
-            raise ValueError(f'a {self._kind} has the recurrence form "{only}" only, got {form!r}.')
+            raise ValueError(f'a {self._kind} has the recurrence form "{only}" only; got {form!r}.')

@@ -33,6 +33,6 @@ def check_spectral_radius(radius: Tensor) -> None:
     """
     if bool((~(radius < 1)).any()):
         raise ValueError(
-            "the infinite horizon needs every pole inside the unit circle, got spectral radius "
+            "the infinite horizon needs every pole inside the unit circle; got spectral radius "
             f"{float(radius.max()):.6g}; give `length` for a finite one."
         )

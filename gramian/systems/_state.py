@@ -131,7 +131,7 @@ def check_state(owner: str, state: object, accepted: Sequence[type[State]]) -> N
     if not isinstance(state, tuple(accepted)):
         names = " or ".join(kind.__name__ for kind in accepted)
         given = type(state).__name__
-        raise TypeError(f"{owner} continues from a state of type {names}, got {given}.")
+        raise TypeError(f"{owner} continues from a state of type {names}; got {given}.")
 
 
 def vector_fits(x: Tensor, own: tuple[int, ...], shape: torch.Size) -> bool:
@@ -161,7 +161,7 @@ def wrong_shapes(state: State, shape: torch.Size) -> ValueError:
 
     state.map(note)
     return ValueError(
-        f"samples of shape {tuple(shape)} need a state as initial_state makes one for them, got a "
+        f"samples of shape {tuple(shape)} need a state as initial_state makes one for them; got a "
         f"{type(state).__name__} of the shapes {', '.join(found)}."
     )
 

@@ -216,7 +216,7 @@ class System(abc.ABC, Generic[StateT]):
                 f"{tuple(self.channel_shape)}."
             )
         if not u.dtype.is_floating_point:
-            raise TypeError(f"the input must be real floating point, got {u.dtype}.")
+            raise TypeError(f"the input must be real floating point; got {u.dtype}.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -327,7 +327,7 @@ class TimeInvariantSystem(System[StateT]):
             return self._infinite_hankel_singular_values().to(self.dtype)
         at = length // 2 if at is None else at
         if not 0 < at < length:
-            raise ValueError(f"`at` must lie in 1 … {length - 1} for length {length}, got {at}.")
+            raise ValueError(f"`at` must lie in 1 … {length - 1} for length {length}; got {at}.")
         double = self.to(dtype=torch.float64)
         taps = double.impulse_response(length)[..., 1:]  # h_1 … h_{L-1}
         return torch.linalg.svdvals(taps.unfold(-1, at, 1)).to(self.dtype)
@@ -341,7 +341,7 @@ def working_dtype(u: Tensor) -> torch.dtype:
 def check_tensor(name: str, value: Any) -> None:
     """Raise a TypeError unless `value` is a tensor (or a stand-in that a transform put there)."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}.")
 
 
 def check_single(system: System) -> None:
@@ -358,7 +358,7 @@ def import_control() -> Any:
     try:
         import control
     except ImportError as error:
-        raise ImportError("this needs python-control: pip install control") from error
+        raise ImportError("this needs python-control: pip install control.") from error
     return control
 
 

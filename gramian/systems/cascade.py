@@ -93,7 +93,7 @@ def check_roots(zeros: ArrayLike, poles: ArrayLike, gain: float) -> list[np.ndar
         raise ValueError("zeros, poles and gain must be finite numbers.")
     if len(roots[0]) > len(roots[1]):
         raise ValueError(
-            f"a causal system has at most as many zeros as poles, got {len(roots[0])} and "
+            f"a causal system has at most as many zeros as poles; got {len(roots[0])} and "
             f"{len(roots[1])}."
         )
     for name, given in zip(("zeros", "poles"), roots, strict=True):

@@ -157,7 +157,7 @@ def to_state_space(system: TimeInvariantSystem) -> StateSpace:
     """
     if not isinstance(system, TimeInvariantSystem):
         raise TypeError(
-            "a time-invariant system is needed (TransferFunction, Modal, StateSpace, DPLR or FIR), "
+            "a time-invariant system is needed (TransferFunction, Modal, StateSpace, DPLR or FIR); "
             f"got {type(system).__name__}."
         )
     return system.state_space()
@@ -255,7 +255,7 @@ def gated_convolution(system: TimeInvariantSystem, q: Tensor, k: Tensor) -> Time
     if not fits or not q.ndim:
         raise ValueError(
             f"the gates q and k must have one shape (*channels, L) that the system's channels "
-            f"{tuple(system.channel_shape)} broadcast against, got {tuple(q.shape)} and "
+            f"{tuple(system.channel_shape)} broadcast against; got {tuple(q.shape)} and "
             f"{tuple(k.shape)}."
         )
     constant = to_time_varying(system, q.shape[-1])

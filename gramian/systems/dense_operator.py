@@ -52,12 +52,12 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
         check_tensor("the matrix of a dense operator", self.entries)
         if not self.entries.dtype.is_floating_point:
             raise TypeError(
-                "the matrix of a dense operator must be real floating point, got "
+                "the matrix of a dense operator must be real floating point; got "
                 f"{self.entries.dtype}."
             )
         if self.entries.ndim < 2 or self.entries.shape[-1] != self.entries.shape[-2]:
             raise ValueError(
-                "a dense operator takes matrices (*channels, L, L), got "
+                "a dense operator takes matrices (*channels, L, L); got "
                 f"{tuple(self.entries.shape)}."
             )
 

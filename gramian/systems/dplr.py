@@ -74,13 +74,13 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         fields = [getattr(self, name) for name in names]
         if not all(field.is_complex() for field in fields) or not self.D.dtype.is_floating_point:
             raise TypeError(
-                "a DPLR system takes complex poles, B, C, p and q and a real D, got "
+                "a DPLR system takes complex poles, B, C, p and q and a real D; got "
                 f"{', '.join(str(field.dtype) for field in (*fields, self.D))}."
             )
         shape = (*self.D.shape, self.poles.shape[-1] if self.poles.ndim else 0)
         if any(field.shape != shape for field in fields):
             raise ValueError(
-                "a DPLR system takes poles, B, C, p and q (*channels, modes) and D (*channels), "
+                "a DPLR system takes poles, B, C, p and q (*channels, modes) and D (*channels); "
                 f"got {', '.join(str(tuple(field.shape)) for field in (*fields, self.D))}."
             )
 
@@ -142,7 +142,7 @@ class DPLR(TimeInvariantSystem[DPLRState]):
             ValueError: for any other form than "dplr".
         """
         if form not in (None, "dplr"):
-            raise ValueError(f'a DPLR system has the recurrence form "dplr" only, got {form!r}.')
+            raise ValueError(f'a DPLR system has the recurrence form "dplr" only; got {form!r}.')
         return DPLRRecurrence(self)
 
     def _apply_from(self, u: Tensor, state: DPLRState) -> tuple[Tensor, DPLRState]:

@@ -74,10 +74,10 @@ class FIR(TimeInvariantSystem[FIRState]):
     def __post_init__(self) -> None:
         check_tensor("the kernel of an FIR system", self.kernel)
         if not self.kernel.dtype.is_floating_point:
-            raise TypeError(f"an FIR kernel must be real floating point, got {self.kernel.dtype}.")
+            raise TypeError(f"an FIR kernel must be real floating point; got {self.kernel.dtype}.")
         if self.kernel.ndim == 0 or self.kernel.shape[-1] == 0:
             raise ValueError(
-                "an FIR kernel must have shape (*channels, taps) with at least one tap, got "
+                "an FIR kernel must have shape (*channels, taps) with at least one tap; got "
                 f"{tuple(self.kernel.shape)}."
             )
 
@@ -113,7 +113,7 @@ class FIR(TimeInvariantSystem[FIRState]):
             ValueError: for any other form than "online".
         """
         if form not in (None, "online"):
-            raise ValueError(f'an FIR system has the recurrence form "online" only, got {form!r}.')
+            raise ValueError(f'an FIR system has the recurrence form "online" only; got {form!r}.')
         return FIRRecurrence(self)
 
     def state_space(self) -> StateSpace:

@@ -47,16 +47,16 @@ def from_control(system: Any, dtype: torch.dtype = torch.float64) -> TransferFun
     control = import_control()
     if not isinstance(system, control.TransferFunction | control.StateSpace):
         raise TypeError(
-            "a control.TransferFunction or control.StateSpace is needed, got "
+            "a control.TransferFunction or control.StateSpace is needed; got "
             f"{type(system).__name__}."
         )
     if not system.isdtime(strict=True):
         raise ValueError(
-            f"a system in discrete time is needed, got dt={system.dt}; control.c2d makes one."
+            f"a system in discrete time is needed; got dt={system.dt}; control.c2d makes one."
         )
     if system.ninputs != 1 or system.noutputs != 1:
         raise ValueError(
-            f"a channel has one input and one output, got {system.ninputs} and {system.noutputs}."
+            f"a channel has one input and one output; got {system.ninputs} and {system.noutputs}."
         )
     if isinstance(system, control.StateSpace):
         return StateSpace.from_scipy(system.A, system.B, system.C, system.D, dtype=dtype)
@@ -176,7 +176,7 @@ def _given_sections(sos: Any) -> list[Section]:
     rows = np.atleast_2d(np.asarray(sos, dtype=np.float64))
     if rows.ndim != 2 or rows.shape[1] != 6 or not len(rows) or not np.isfinite(rows).all():
         raise ValueError(
-            "second-order sections are rows (b0, b1, b2, a0, a1, a2) of finite numbers, got shape "
+            "second-order sections are rows (b0, b1, b2, a0, a1, a2) of finite numbers; got shape "
             f"{rows.shape}."
         )
     if (rows[:, 3] == 0).any():
@@ -214,7 +214,7 @@ def _from_polynomials(
     num = np.trim_zeros(num, "f")
     if len(num) > len(den):
         raise ValueError(
-            f"a causal system has at most as many zeros as poles, got {len(num) - 1} and "
+            f"a causal system has at most as many zeros as poles; got {len(num) - 1} and "
             f"{len(den) - 1}."
         )
     num = np.pad(num, (len(den) - len(num), 0))

@@ -66,12 +66,12 @@ class Modal(TimeInvariantSystem[ModalState]):
             check_tensor(f"{name} of a modal system", getattr(self, name))
         if not (self.poles.is_complex() and self.residues.is_complex()) or self.d.is_complex():
             raise TypeError(
-                "a modal system takes complex poles and residues and a real d, got "
+                "a modal system takes complex poles and residues and a real d; got "
                 f"{self.poles.dtype}, {self.residues.dtype} and {self.d.dtype}."
             )
         if self.poles.shape != self.residues.shape or self.poles.shape[:-1] != self.d.shape:
             raise ValueError(
-                "a modal system takes poles and residues (*channels, modes) and d (*channels), "
+                "a modal system takes poles and residues (*channels, modes) and d (*channels); "
                 f"got {tuple(self.poles.shape)}, {tuple(self.residues.shape)} and "
                 f"{tuple(self.d.shape)}."
             )
@@ -81,7 +81,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         if self.d.ndim == 0 or len(self.counts) != self.d.shape[0]:
             raise ValueError(
                 "counts must be one number of modes for each channel of the first dimension of "
-                f"{tuple(self.d.shape)}, got {len(self.counts)}."
+                f"{tuple(self.d.shape)}; got {len(self.counts)}."
             )
 
     @classmethod
@@ -204,7 +204,7 @@ class Modal(TimeInvariantSystem[ModalState]):
             ValueError: for any other form than "modal".
         """
         if form not in (None, "modal"):
-            raise ValueError(f'a modal system has the recurrence form "modal" only, got {form!r}.')
+            raise ValueError(f'a modal system has the recurrence form "modal" only; got {form!r}.')
         return ModalRecurrence(self)
 
     def state_space(self) -> StateSpace:

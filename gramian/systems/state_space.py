@@ -71,7 +71,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
             check_tensor(f"{name} of a state-space system", value)
             if not value.dtype.is_floating_point:
                 raise TypeError(
-                    f"{name} of a state-space system must be real floating point, got "
+                    f"{name} of a state-space system must be real floating point; got "
                     f"{value.dtype}."
                 )
         vector = (*self.D.shape, self.B.shape[-1] if self.B.ndim else 0)
@@ -79,7 +79,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         if tuple(field.shape for field in (self.A, self.B, self.C)) != expected:
             raise ValueError(
                 "a state-space system takes A (*channels, n, n), B and C (*channels, n) and D "
-                f"(*channels), got {tuple(self.A.shape)}, {tuple(self.B.shape)}, "
+                f"(*channels); got {tuple(self.A.shape)}, {tuple(self.B.shape)}, "
                 f"{tuple(self.C.shape)} and {tuple(self.D.shape)}."
             )
 
@@ -271,7 +271,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         """
         if form not in (None, "state_space"):
             raise ValueError(
-                f'a state-space system has the recurrence form "state_space" only, got {form!r}.'
+                f'a state-space system has the recurrence form "state_space" only; got {form!r}.'
             )
         return StateSpaceRecurrence(self)
 

@@ -93,7 +93,7 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
             check_tensor(f"{name} of a time-varying system", value)
             if not value.dtype.is_floating_point:
                 raise TypeError(
-                    f"{name} of a time-varying system must be real floating point, got "
+                    f"{name} of a time-varying system must be real floating point; got "
                     f"{value.dtype}."
                 )
         vector = (*self.D.shape, self.B.shape[-1] if self.B.ndim else 0)
@@ -103,7 +103,7 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         if given != expected or self.D.ndim == 0:
             raise ValueError(
                 "a time-varying system takes A (*channels, L, n) or (*channels, L, n, n), B, C and "
-                "(with a diagonal A) p and q (*channels, L, n), and D (*channels, L), got "
+                "(with a diagonal A) p and q (*channels, L, n), and D (*channels, L); got "
                 f"{', '.join(f'{name} {tuple(getattr(self, name).shape)}' for name in names)}."
             )
         if len(names) == 6 and not diagonal:

@@ -87,11 +87,11 @@ class TransferFunction(TimeInvariantSystem[Any]):
             check_tensor(f"{name} of a transfer function", value)
             if not value.dtype.is_floating_point:
                 raise TypeError(
-                    f"{name} of a transfer function must be real floating point, got {value.dtype}."
+                    f"{name} of a transfer function must be real floating point; got {value.dtype}."
                 )
         if self.b.ndim == 0 or self.b.shape != self.a.shape or self.b.shape[:-1] != self.d.shape:
             raise ValueError(
-                "a transfer function takes b and a (*channels, n) and d (*channels), got "
+                "a transfer function takes b and a (*channels, n) and d (*channels); got "
                 f"{tuple(self.b.shape)}, {tuple(self.a.shape)} and {tuple(self.d.shape)}."
             )
 
@@ -131,7 +131,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
         """
         order = b.shape[-1]
         if grid <= order:
-            raise ValueError(f"the grid must be larger than the order {order}, got {grid}.")
+            raise ValueError(f"the grid must be larger than the order {order}; got {grid}.")
         length = grid if length is None else min(length, grid)
         kernel = rational_kernel(b, a, d, grid, length=max(length, order + 1), dtype=dtype)
         a = a.to(kernel.dtype).expand(b.shape)

@@ -21,7 +21,7 @@ def python_topics() -> list[str]:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
     except ImportError as error:
         raise RuntimeError(
-            "This Python was installed without the text behind help() (pydoc_data)."
+            "this Python was installed without the text behind help() (pydoc_data)."
         ) from error
     seen: set[str] = set()
     texts = []

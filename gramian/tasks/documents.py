@@ -265,12 +265,12 @@ def _json_lines(text: str, file: str, column: str) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: no JSON: {error}") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{where}: an object is needed, got {type(values).__name__}.")
+            raise ValueError(f"{where}: an object is needed; got {type(values).__name__}.")
         if column not in values:
             raise ValueError(f"{where}: no {column!r} among {', '.join(map(repr, values))}.")
         if not isinstance(values[column], str):
             raise ValueError(
-                f"{where}: {column!r} must be a text, got {type(values[column]).__name__}."
+                f"{where}: {column!r} must be a text; got {type(values[column]).__name__}."
             )
         try:
             values[column].encode()

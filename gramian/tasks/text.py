@@ -183,7 +183,7 @@ class Text(_TextTask):
                 continue
             if not isinstance(text, str):
                 raise ValueError(
-                    f"{self.corpus}, row {number}: {self.column!r} must be a text, got "
+                    f"{self.corpus}, row {number}: {self.column!r} must be a text; got "
                     f"{type(text).__name__}."
                 )
             if text:

@@ -35,7 +35,7 @@ def check_filter(filter: Filter, *, tolerance: float = 1e-4, seed: int = 0) -> N
         TypeError: if `filter` is no filter.
     """
     if not isinstance(filter, Filter):
-        raise TypeError(f"check_filter takes a Filter, got {type(filter).__name__}.")
+        raise TypeError(f"check_filter takes a Filter; got {type(filter).__name__}.")
     filter = copy.deepcopy(filter)
     name = f"the filter {type(filter).__name__}"
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -64,7 +64,7 @@ def _check_config(filter: Filter, name: str) -> None:
         raise AssertionError(sentence) from error
     require(
         type(again) is type(filter) and again.config() == config,
-        f"{name}: build(config()) must make the same filter again, got {again.config()!r} "
+        f"{name}: build(config()) must make the same filter again; got {again.config()!r} "
         f"from {config!r}.",
     )
     weights = filter.state_dict()
@@ -94,7 +94,7 @@ def _check_lengths(filter: Filter, name: str, tolerance: float) -> None:
     system = filter()
     require(
         tuple(system.channel_shape) == (filter.channels,),
-        f"{name}: its system must have the channels ({filter.channels},), got "
+        f"{name}: its system must have the channels ({filter.channels},); got "
         f"{tuple(system.channel_shape)}.",
     )
     taps = system.impulse_response(max(filter.max_length, *_LENGTHS))
@@ -124,7 +124,7 @@ def _check_precision(filter: Filter, name: str, tolerance: float) -> None:
             require(
                 parameter.dtype == torch.float32,
                 f"{name}: the parameter {key} must stay in float32 when the model is cast to "
-                f"{dtype}, got {parameter.dtype}.",
+                f"{dtype}; got {parameter.dtype}.",
             )
         require(
             torch.equal(_taps(single, filter.max_length), expected),
@@ -142,7 +142,7 @@ def _check_precision(filter: Filter, name: str, tolerance: float) -> None:
     for key, value in weights.items():
         require(
             not value.is_floating_point() or value.dtype == torch.float32,
-            f"{name}: {key} must be in float32 where the default is bfloat16, got {value.dtype}.",
+            f"{name}: {key} must be in float32 where the default is bfloat16; got {value.dtype}.",
         )
 
 

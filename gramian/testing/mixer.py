@@ -53,7 +53,7 @@ def check_mixer(
         ValueError: if `length` is below 8.
     """
     if not isinstance(mixer, Mixer):
-        raise TypeError(f"check_mixer takes a Mixer, got {type(mixer).__name__}.")
+        raise TypeError(f"check_mixer takes a Mixer; got {type(mixer).__name__}.")
     if length < 8:
         raise ValueError(f"length must be at least 8; got {length}.")
     mixer = copy.deepcopy(mixer).eval()
@@ -101,7 +101,7 @@ class _Suite:
         again = build(config).to(self.like).eval()
         require(
             type(again) is type(self.mixer) and again.config() == config,
-            f"{self.name}: build(config()) must make the same mixer again, got "
+            f"{self.name}: build(config()) must make the same mixer again; got "
             f"{again.config()!r} from {config!r}.",
         )
         again.load_state_dict(self.mixer.state_dict())
@@ -116,7 +116,7 @@ class _Suite:
         require(
             y.shape == self.x.shape and y.dtype == self.x.dtype,
             f"{self.name}: an input {tuple(self.x.shape)} in {self.x.dtype} must give an output "
-            f"of its shape and dtype, got {tuple(y.shape)} in {y.dtype}.",
+            f"of its shape and dtype; got {tuple(y.shape)} in {y.dtype}.",
         )
         require(y.isfinite().all(), f"{self.name}: outputs must be finite.")
         if not self.mixer.causal:
@@ -235,7 +235,7 @@ class _Suite:
         channels = (self.mixer.channels,) if fixed else (2, self.mixer.channels)
         require(
             tuple(system.channel_shape) == channels,
-            f"{self.name}: operator(x) must have the channels {channels}, got "
+            f"{self.name}: operator(x) must have the channels {channels}; got "
             f"{tuple(system.channel_shape)}.",
         )
         require(not matrix.triu(1).any(), f"{self.name}: operator(x) must be causal.")
@@ -271,7 +271,7 @@ class _Suite:
         for mode, y in outputs.items():
             require(
                 y.dtype == torch.bfloat16,
-                f"{self.name}: outputs ({mode}) of an input in bfloat16 must be in bfloat16, got "
+                f"{self.name}: outputs ({mode}) of an input in bfloat16 must be in bfloat16; got "
                 f"{y.dtype}.",
             )
             error = float((y.double() - expected).norm() / expected.norm())

@@ -71,14 +71,14 @@ def _cut(content: bytes, size: int) -> Iterator[bytes]:
 def _compare(claim: str, found: Sequence[Document], documents: Sequence[Document]) -> None:
     require(
         len(found) == len(documents),
-        f"{claim} must give {len(documents)} documents, got {len(found)}.",
+        f"{claim} must give {len(documents)} documents; got {len(found)}.",
     )
     for number, (one, due) in enumerate(zip(found, documents, strict=True)):
         for field in ("text", "name", "genome"):
             given, wanted = getattr(one, field), getattr(due, field)
             require(
                 given == wanted or (field == "name" and not wanted),
-                f"{claim} must give {field} {wanted!r} of document {number}, got {given!r}.",
+                f"{claim} must give {field} {wanted!r} of document {number}; got {given!r}.",
             )
 
 
@@ -90,9 +90,9 @@ def _check_refusal(suffix: str, file: Path, column: str) -> None:
         require(
             sentence.startswith(str(file)) and "\n" not in sentence,
             f"the reader of {suffix}: an error must be one sentence that begins with the file's "
-            f"name, got {sentence!r}.",
+            f"name; got {sentence!r}.",
         )
         return
     raise AssertionError(
-        f"the reader of {suffix}: what is no such file must be refused, got {len(found)} documents."
+        f"the reader of {suffix}: what is no such file must be refused; got {len(found)} documents."
     )

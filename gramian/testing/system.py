@@ -40,7 +40,7 @@ def check_system(
         TypeError: if `system` is no system.
     """
     if not isinstance(system, System):
-        raise TypeError(f"check_system takes a System, got {type(system).__name__}.")
+        raise TypeError(f"check_system takes a System; got {type(system).__name__}.")
     system = system.detach()
     if tolerance is None:
         tolerance = 1e-9 if system.dtype == torch.float64 else 1e-4
@@ -75,7 +75,7 @@ def _apply_definition(system: System[Any], name: str, u: Tensor, tolerance: floa
     wanted = (*system.channel_shape, length, length)
     require(
         matrix.shape == wanted,
-        f"{name}: matrix({length}) must be of shape {wanted}, got {tuple(matrix.shape)}.",
+        f"{name}: matrix({length}) must be of shape {wanted}; got {tuple(matrix.shape)}.",
     )
     require(not matrix.triu(1).any(), f"{name}: matrix({length}) must be lower triangular.")
     if not isinstance(system, TimeInvariantSystem):
@@ -181,7 +181,7 @@ def _check_structure(system: System[Any], name: str, length: int) -> None:
     order = system.order
     require(
         isinstance(order, int) and order >= 0,
-        f"{name}: order must be an integer of at least 0, got {order!r}.",
+        f"{name}: order must be an integer of at least 0; got {order!r}.",
     )
     leaves, spec = pytree.tree_flatten(system)
     again = pytree.tree_unflatten(leaves, spec)
@@ -201,7 +201,7 @@ def _check_states(system: System[Any], name: str, u: Tensor, tolerance: float) -
     if not half:
         return
     _, state = recurrence.prefill(u[..., :half])
-    require(isinstance(state, State), f"{name}: a state must be a State, got {type(state)}.")
+    require(isinstance(state, State), f"{name}: a state must be a State; got {type(state)}.")
     for tensor in pytree.tree_leaves(state):
         require(not tensor.is_complex(), f"{name}: a state must hold real tensors only.")
     expected, _ = recurrence.prefill(u[..., half:], state.clone())

@@ -40,7 +40,7 @@ def check_task(
         TypeError: if `task` is no task.
     """
     if not isinstance(task, Task):
-        raise TypeError(f"check_task takes a Task, got {type(task).__name__}.")
+        raise TypeError(f"check_task takes a Task; got {type(task).__name__}.")
     name = f"the task {type(task).__name__}"
     description = task.description()
     require(

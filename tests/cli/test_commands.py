@@ -111,17 +111,17 @@ def test_an_answer_that_needs_no_model_waits_for_nothing(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("distill model out --order 0", "The order must be at least 1; got 0."),
-        ("distill model out --order 63", "The order must be an integer from 1 to 62"),
-        ("distill model out --tol 0", "The tolerance must lie between 0 and 1"),
-        ("distill model out --tol 1.5", "The tolerance must lie between 0 and 1"),
-        ("distill model out --tol nan", "The tolerance must lie between 0 and 1"),
+        ("distill model out --order 0", "the order must be at least 1; got 0."),
+        ("distill model out --order 63", "the order must be an integer from 1 to 62"),
+        ("distill model out --tol 0", "the tolerance must lie between 0 and 1"),
+        ("distill model out --tol 1.5", "the tolerance must lie between 0 and 1"),
+        ("distill model out --tol nan", "the tolerance must lie between 0 and 1"),
         ("distill model empty", "empty exists already"),
         ("distill missing out", "there is no model folder missing"),
         ("distill foreign out", "'gpt2'"),
         ("distill empty out", "no config.json"),
         ("distill corrupt out", "cannot be read"),
-        ("distill distilled out", "Nothing to distil"),
+        ("distill distilled out", "nothing to distil"),
         ("generate missing --prompt x", "there is no model folder missing"),
         (
             "generate wordless --prompt x",
@@ -132,7 +132,7 @@ def test_an_answer_that_needs_no_model_waits_for_nothing(
         ("generate model --prompt x --top-k -1", "--top-k must be 0"),
         ("generate model --prompt x --max-new-tokens 0", "--max-new-tokens must be at least 1"),
         ("demo --output empty --steps 1", "not written by the demo"),
-        ("demo --tol 7", "The tolerance must lie between 0 and 1"),
+        ("demo --tol 7", "the tolerance must lie between 0 and 1"),
     ],
 )
 def test_mistakes_get_one_line_and_change_nothing(

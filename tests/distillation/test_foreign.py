@@ -121,7 +121,7 @@ def test_an_order_for_all(network: Network) -> None:
 @pytest.mark.parametrize(
     ("filters", "options", "message"),
     [
-        ({}, {}, "Nothing to distil"),
+        ({}, {}, "nothing to distil"),
         ({"layers.7.conv": lambda m: m.taps}, {}, "no submodule 'layers.7.conv'"),
         ({"": lambda m: m.bank.taps}, {}, "not the model itself"),
         ({"bank": lambda m: m(LENGTH)}, {}, r"\(1, 63, 4\)"),

@@ -136,7 +136,7 @@ def test_tasks_with_settings_and_of_a_training_configuration(workplace: Path, ca
         ("ours", 2, "at least one of --task"),
         ("ours --text text.txt --set a=1", 2, "--set needs one --task"),
         ("nowhere --text text.txt", 1, "there is no model nowhere"),
-        ("ours --text nowhere.txt", 1, "The text nowhere.txt cannot be read: No such file"),
+        ("ours --text nowhere.txt", 1, "the text nowhere.txt cannot be read: No such file"),
         ("ours --text latin.txt", 1, "is not UTF-8 text"),
         ("ours --text text.txt --window 4 --stride 5", 2, "--stride must be at most --window, 4"),
         ("ours --text text.txt --output gpt2", 1, "exists already"),

@@ -215,9 +215,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layer 0 \(Hyena\) cannot be exported: .*distil"):
         export_model(make(mixers="hyena", filter=implicit, max_position_embeddings=40), out)
     model = make(mixers="hyena")
-    with pytest.raises(ValueError, match="format must be one of onnx, torch, got 'tflite'"):
+    with pytest.raises(ValueError, match="format must be one of onnx, torch; got 'tflite'"):
         export_model(model, out, "tflite")
-    with pytest.raises(ValueError, match=r"float32 or float64, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"float32 or float64; got torch.bfloat16"):
         export_model(make(mixers="hyena").bfloat16(), out)
     with pytest.raises(ValueError, match="verify must be at least 1"):
         export_model(model, out, verify=0)
@@ -264,7 +264,7 @@ def test_wrong_inputs_of_a_run(exported: Path, tmp_path: Path) -> None:
         run.prefill([[101]])
     with pytest.raises(ValueError, match="the input has 2 sequences, the state 1"):
         run.step([1, 2], run.initial_state(1))
-    with pytest.raises(ValueError, match="one token a sequence, got 2"):
+    with pytest.raises(ValueError, match="one token a sequence; got 2"):
         run.step([[1, 2]], run.initial_state(1))
     with pytest.raises(ValueError, match="max_new_tokens must be at least 1"):
         run.generate([[1]], 0)

@@ -143,9 +143,9 @@ def test_refusals(tmp_path: Path) -> None:
         export_recurrence(SoftmaxAttention(WIDTH, 3), out)
     with pytest.raises(ValueError, match="picks the form of its recurrences itself"):
         export_recurrence(mixers()["multi_hyena"], out, form="modal")
-    with pytest.raises(TypeError, match="a mixer or a system is exported, got Linear"):
+    with pytest.raises(TypeError, match="a mixer or a system is exported; got Linear"):
         export_recurrence(torch.nn.Linear(2, 2), out)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"float32 or float64, got torch\.bfloat16"):
+    with pytest.raises(ValueError, match=r"float32 or float64; got torch\.bfloat16"):
         export_recurrence(mixers()["multi_hyena"].bfloat16(), out)
     assert not out.exists()
 
@@ -156,7 +156,7 @@ def test_a_run_takes_what_was_exported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds a system; ExportedModel runs"):
         ExportedModel(tmp_path / "out")
     run = ExportedRecurrence(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"must be \(batch, 3, 2\), got \(1, 3\)"):
+    with pytest.raises(ValueError, match=r"must be \(batch, 3, 2\); got \(1, 3\)"):
         run.step(np.zeros((1, 3)), run.initial_state())
 
 

@@ -159,7 +159,7 @@ def test_bad_input_gets_one_sentence() -> None:
     one, other = ModalFilter(2, 1, 8, lr=1e-4), ModalFilter(2, 1, 8)
     other.angle = one.angle
     for call, error, match in (
-        (lambda: parameter_groups([model], 1e-3, 0.1), TypeError, "module, got list"),
+        (lambda: parameter_groups([model], 1e-3, 0.1), TypeError, "module; got list"),
         (lambda: parameter_groups(model, -1.0, 0.1), ValueError, "lr must be .*got -1.0"),
         (lambda: parameter_groups(model, math.nan, 0.1), ValueError, "lr must be"),
         (lambda: parameter_groups(model, 1e-3, "no"), ValueError, "weight_decay .*got 'no'"),
@@ -171,7 +171,7 @@ def test_bad_input_gets_one_sentence() -> None:
         (
             lambda: parameter_groups(nn.ModuleList([one, other]), 1e-3, 0.1),
             ValueError,
-            "different optimiser hints for 1.angle",
+            "different optimizer hints for 1.angle",
         ),
     ):
         with pytest.raises(error, match=match) as caught:

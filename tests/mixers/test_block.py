@@ -216,7 +216,7 @@ def test_in_a_foreign_model() -> None:
         (lambda: Block(6, FILTER, 40, dropout=1.5), "dropout must be a probability"),
         (lambda: Block(6, FILTER), "max_length"),
         (lambda: Block(6, {"type": "unheard"}, 40), "unknown filter type 'unheard'"),
-        (lambda: Block(8, MIXERS["hyena"]()), "width 8 is needed, got one of 6"),
+        (lambda: Block(8, MIXERS["hyena"]()), "width 8 is needed; got one of 6"),
         (lambda: Block(6, build(FILTER, channels=5, max_length=9)), "6 channels is needed"),
         (lambda: Block(6, MIXERS["hyena"](), bidirectional=True), "given a Hyena, which has its"),
         (lambda: make()(torch.zeros(2, 5, 3)), "width 6"),

@@ -319,7 +319,7 @@ def test_normalisation_spreads_the_rates_of_s6() -> None:
         (lambda: S6(8, 0), "state_size must be an integer of at least 1; got 0"),
         (lambda: S6(8, expand=0), "expand must be an integer of at least 1; got 0"),
         (lambda: S6(8, step_rank=0), "step_rank must be an integer of at least 1; got 0"),
-        (lambda: GLAS6(8, 2, normalization=0.0), "normalization must be positive or None, got 0"),
+        (lambda: GLAS6(8, 2, normalization=0.0), "normalization must be positive or None; got 0"),
         (lambda: GatedDeltaNet(8, 5), "heads must divide the width 8; got 5"),
         (lambda: LinearAttention(8, 2).operator(torch.zeros(2, 8)), r"takes \(batch, length, 8\)"),
     ],

@@ -419,7 +419,7 @@ def test_filters_are_replaceable(name):
         (
             lambda: LongConvolution(ModalFilter(3, 1, 8), bidirectional=True),
             ValueError,
-            "two channels for each of its own, got 3",
+            "two channels for each of its own; got 3",
         ),
         (
             lambda: LongConvolution(ModalFilter(3, 1, 8), kernel_dropout=1.0),

@@ -70,7 +70,7 @@ def test_a_name_or_a_mixer_is_enough() -> None:
         (lambda: build("s7", width=4), "unknown mixer type 's7'. Did you mean 's6'"),
         (lambda: build({"type": "s6", "wide": 4}), "unknown key of a mixer 's6' 'wide'"),
         (lambda: build("s6"), "the mixer 's6' cannot be built: .*width"),
-        (lambda: build(S6(4), width=6), "width 6 is needed, got one of 4"),
+        (lambda: build(S6(4), width=6), "width 6 is needed; got one of 4"),
         (lambda: register("s6")(Block), "'s6' is already registered"),
     ],
 )
@@ -82,5 +82,5 @@ def test_bad_input_gets_one_sentence(call: Any, match: str) -> None:
 def test_a_long_convolution_builds_its_filter() -> None:
     mixer = LongConvolution(FILTER, width=6, max_length=12)
     assert (mixer.width, mixer.filter.channels, mixer.filter.max_length) == (6, 6, 12)
-    with pytest.raises(ValueError, match="8 channels is needed, got one of 6"):
+    with pytest.raises(ValueError, match="8 channels is needed; got one of 6"):
         LongConvolution(mixer.filter, width=8)

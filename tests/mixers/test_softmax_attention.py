@@ -244,12 +244,12 @@ def test_a_block_takes_it() -> None:
     [
         ({"heads": 5}, "heads must divide the width 12; got 5"),
         ({"heads": 0}, "heads must divide"),
-        ({"heads": 4, "kv_heads": 3}, "kv_heads must divide the 4 heads, got 3"),
+        ({"heads": 4, "kv_heads": 3}, "kv_heads must divide the 4 heads; got 3"),
         ({"heads": 2, "window": 0}, "window must be an integer of at least 1; got 0"),
         ({"heads": 4}, "rotary_width must be even.*got 3"),
-        ({"heads": 2, "rotary_width": 8}, "rotary_width must be even.*at most.*6, got 8"),
-        ({"heads": 2, "rotary_base": -1.0}, "must be positive, got -1.0"),
-        ({"heads": 2, "rotary_scaling": 0.0}, "must be positive, got 10000.0 and 0.0"),
+        ({"heads": 2, "rotary_width": 8}, "rotary_width must be even.*at most.*6; got 8"),
+        ({"heads": 2, "rotary_base": -1.0}, "must be positive; got -1.0"),
+        ({"heads": 2, "rotary_scaling": 0.0}, "must be positive; got 10000.0 and 0.0"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments: dict[str, Any], match: str) -> None:

@@ -406,7 +406,7 @@ def test_what_users_derive_is_read_to_the_bit(
         assert_close(read(tokens), model(tokens))  # up to where memory is aligned
     if kind in (Head, WithoutOurs):  # what is not in the files, `query`, has no initialiser
         model.model.save_pretrained(tmp_path / "base")
-        with pytest.raises(ValueError, match=r"^query: not in the files, and nothing initialises"):
+        with pytest.raises(ValueError, match=r"^query: not in the files, and nothing initializes"):
             kind.from_pretrained(tmp_path / "base")
 
 

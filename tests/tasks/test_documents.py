@@ -83,10 +83,10 @@ def test_texts(name: str, data: bytes, expected: list[str], tmp_path: Path) -> N
         ("x.zip", b"PK\x03\x04", "is a zip archive"),
         ("x.zst", b"\x28\xb5\x2f\xfd", "is compressed by zstd"),
         ("x.jsonl", b'{"text": "a"}\n{"txt": "b"}', "line 2: no 'text' among 'txt'"),
-        ("x.jsonl", b'{"text": "a"}\n{"text": null}', "line 2: 'text' must be a text, got NoneT"),
-        ("x.jsonl", b'{"text": ["a"]}', "line 1: 'text' must be a text, got list"),
-        ("x.jsonl", b'"the text"', "line 1: an object is needed, got str"),
-        ("x.jsonl", b'[{"text": "a"}]', "line 1: an object is needed, got list"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": null}', "line 2: 'text' must be a text; got NoneT"),
+        ("x.jsonl", b'{"text": ["a"]}', "line 1: 'text' must be a text; got list"),
+        ("x.jsonl", b'"the text"', "line 1: an object is needed; got str"),
+        ("x.jsonl", b'[{"text": "a"}]', "line 1: an object is needed; got list"),
         ("x.jsonl", b'{"text": "a"', "line 1: no JSON"),
         ("x.jsonl", b"{\n", "line 1: no JSON"),
         ("x.jsonl", b'{"text": "\\ud800"}', "line 1: 'text' has half of a surrogate pair"),
@@ -140,7 +140,7 @@ def test_a_corpus_without_the_column(tmp_path: Path) -> None:
     Dataset.from_dict({"txt": ["a"], "n": [1]}).save_to_disk(str(tmp_path / "corpus"))
     with pytest.raises(ValueError, match="Did you mean 'txt'"):
         list(tasks.build("text", corpus=str(tmp_path / "corpus")).rows("train", 0))
-    with pytest.raises(ValueError, match="row 0: 'n' must be a text, got int"):
+    with pytest.raises(ValueError, match="row 0: 'n' must be a text; got int"):
         list(tasks.build("text", corpus=str(tmp_path / "corpus"), column="n").rows("train", 0))
 
 

@@ -57,7 +57,7 @@ def test_a_broken_system_is_refused() -> None:
         check_system(make_modal(Forgetful), length=16)
     with pytest.raises(AssertionError, match="Detached: the derivative in tensor 0"):
         check_system(Detached(torch.ones(1, 4, dtype=torch.float64)), length=8)
-    with pytest.raises(TypeError, match="takes a System, got int"):
+    with pytest.raises(TypeError, match="takes a System; got int"):
         check_system(3)  # type: ignore[arg-type]
 
 
@@ -185,7 +185,7 @@ def test_a_broken_reader_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     register_reader(".lines")(read_lines)
     check_reader(read_lines, ".lines", b"one\ntwo\n", documents)
-    with pytest.raises(AssertionError, match=r"blocks of 1 bytes must give 2 documents, got 8"):
+    with pytest.raises(AssertionError, match=r"blocks of 1 bytes must give 2 documents; got 8"):
         check_reader(read_blocks, ".lines", b"one\ntwo\n", documents)
-    with pytest.raises(AssertionError, match="must be refused, got 1 documents"):
+    with pytest.raises(AssertionError, match="must be refused; got 1 documents"):
         check_reader(read_lines, ".lines", b"one\ntwo\n", documents, refused=b"three")
