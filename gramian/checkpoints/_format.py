@@ -52,7 +52,7 @@ class Format(abc.ABC):
     """The number of layers."""
 
     reads_states: ClassVar[bool] = False
-    """Whether files of the format hold byte streams beside their tensors, which `read_states` reads."""
+    """Whether files of the format hold byte streams beside their tensors, for `read_states`."""
 
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         self.shapes = shapes
@@ -67,8 +67,10 @@ class Format(abc.ABC):
         """Return whether a configuration is of this format, among those with the same keys."""
         return False
 
-    def read_states(self, states: Mapping[str, bytes | None], fp8: bool | None) -> None:
+    def read_states(self, states: Mapping[str, bytes | None], fp8: bool | None) -> None:  # noqa: B027
         """Read what files hold beside tensors; called before `model_config`.
+
+        Most formats have nothing to read there.
 
         Args:
             states: byte streams by stripped name.

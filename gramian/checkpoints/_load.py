@@ -90,7 +90,7 @@ def load(
             f"{path} must hold tensors by name; {next(iter(states))!r} is a byte stream, which "
             f"checkpoints of format {cls.name} do not have."
         )
-    weights = {names[name]: weights.pop(name) for name in list(weights)}
+    weights = {stripped: weights.pop(name) for name, stripped in names.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     source = cls(shapes, settings)
     compare(

@@ -90,13 +90,11 @@ def read_checkpoint(path: Path) -> Stored:
     stored = Stored({}, {})
     for file in _weight_files(path):
         found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
-        for have, more in zip(stored, found, strict=True):
-            twice = sorted(have.keys() & more.keys())
-            if twice:
-                raise ValueError(
-                    f"{file} has tensors that another part has too, such as {twice[0]}."
-                )
-            have.update(more)
+        twice = sorted(found.tensors.keys() & stored.tensors.keys())
+        if twice:
+            raise ValueError(f"{file} has tensors that another part has too, such as {twice[0]}.")
+        stored.tensors.update(found.tensors)
+        stored.states.update(found.states)
     if not stored.tensors:
         raise ValueError(f"{path} holds no tensors.")
     return stored
@@ -191,14 +189,7 @@ def _weight_files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"there is no checkpoint {path}.")
     for name in _SHARDED:
         if (path / name).is_file():
-            shards = read_config(path / name).get("weight_map")
-            if not isinstance(shards, Mapping):
-                raise ValueError(f"{path / name} has no weight_map.")
-            files = [path / str(shard) for shard in sorted(set(shards.values()))]
-            for file in files:
-                if not file.is_file() or file.parent != path:
-                    raise FileNotFoundError(f"{path} lacks the weights file {file.name}.")
-            return files
+            return _shards(path, path / name)
     for name in _WHOLE:
         if (path / name).is_file():
             return [path / name]
@@ -209,6 +200,18 @@ def _weight_files(path: Path) -> list[Path]:
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
         raise ValueError(f"{path} holds several checkpoints ({names}): name the file.")
+    return files
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    """Return the files of a sharded checkpoint that its index names."""
+    shards = read_config(index).get("weight_map")
+    if not isinstance(shards, Mapping):
+        raise ValueError(f"{index} has no weight_map.")
+    files = [folder / str(shard) for shard in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file() or file.parent != folder:
+            raise FileNotFoundError(f"{folder} lacks the weights file {file.name}.")
     return files
 
 
@@ -297,6 +300,7 @@ def _read_opened(file: Path, source: Any) -> Stored:
     try:
         # files of PyTorch before 1.6 are not archives, and are read without placeholders
         archive = zipfile.is_zipfile(source)
+        _rewind(source)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source) if archive else []
     except Exception as error:  # a broken file can cause any error in the disassembler
         raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
@@ -308,8 +312,7 @@ def _read_opened(file: Path, source: Any) -> Stored:
         )
     with torch.serialization.safe_globals([_placeholder(name) for name in names]):
         try:
-            if source is not file:
-                source.seek(0)
+            _rewind(source)
             loaded = torch.load(source, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
@@ -334,6 +337,12 @@ def _read_opened(file: Path, source: Any) -> Stored:
             f"a {type(held[others[0]]).__name__}."
         )
     return Stored({name: value.detach() for name, value in held.items()}, states)
+
+
+def _rewind(source: Any) -> None:
+    """Return to the beginning of a stream; a path needs nothing."""
+    if not isinstance(source, Path):
+        source.seek(0)
 
 
 def _why(error: Exception) -> str:

@@ -14,7 +14,7 @@ from gramian.filters import ModalFilter
 from gramian.memory import filter_state_sizes
 from gramian.reduction import reduce
 
-__all__ = ["Goal", "reduce_filter"]
+__all__ = ["Goal", "reduce_filter", "report_kept"]
 
 # A filter is held in float32: its error may exceed that of float64 by this relative amount.
 _ROUNDING = 1e-3
@@ -92,4 +92,28 @@ def reduce_filter(
         ),
         effective_state_sizes=tuple(filter_state_sizes(kernel).tolist()),
         unconverged=tuple(above),
+    )
+
+
+@torch.no_grad()
+def report_kept(kernel: Tensor, layer: int | str, mixer: str) -> LayerReport:
+    """Return the report of a layer that keeps its filters of few taps, (channels, taps)."""
+    channels, taps = kernel.shape
+    padded = torch.nn.functional.pad(kernel[:, 1:].double(), (0, max(taps - 2, 0)))
+    hankel = padded.unfold(-1, max(taps - 1, 1), 1) if taps > 1 else padded.unsqueeze(-1)
+    spectra = torch.linalg.svdvals(hankel)[:, :_SPECTRUM].tolist()
+    zeros = (0.0,) * channels
+    return LayerReport(
+        layer=layer,
+        mixer=mixer,
+        taps=taps,
+        orders=(taps - 1,) * channels,
+        relative_errors=zeros,
+        lower_bounds=zeros,
+        l1_errors=zeros,
+        tail_energies=zeros,
+        hankel_singular_values=tuple(map(tuple, spectra)),
+        effective_state_sizes=tuple(filter_state_sizes(kernel.double()).tolist()),
+        unconverged=(),
+        kept=True,
     )
