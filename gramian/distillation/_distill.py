@@ -103,7 +103,7 @@ def _distill_layers(
             report = report_kept(kernel.taps, layer, name)
         else:
             before = mixer.recurrence().state_bytes(1)
-            modal, report = reduce_filter(kernel.taps, kernel.goal(goal), layer, name)
+            modal, report = reduce_filter(kernel.taps, kernel.goal(goal), layer, name, kernel.share)
             modal.max_length = filter.max_length
             mixer.filter = modal.to(kernel.taps.device).train(mixer.training)
             if kernel.is_window and mixer.recurrence().state_bytes(1) >= before:
@@ -134,11 +134,13 @@ class _Kernel(NamedTuple):
         taps: (channels, taps).
         ends: whether the filter is zero past these taps within its `max_length`.
         is_window: whether it is an explicit filter that steps through its last inputs.
+        share: number of consecutive channels with the same taps after the first.
     """
 
     taps: Tensor
     ends: bool
     is_window: bool
+    share: int = 1
 
     def fits(self, goal: Goal) -> bool:
         """Return whether the filters have no higher order than the goal already."""
@@ -156,8 +158,11 @@ def _read_kernel(filter: Any) -> _Kernel:
     if not isinstance(system, FIR):
         return _Kernel(system.impulse_response(filter.max_length), False, False)
     taps = system.kernel[..., : filter.max_length]
-    window = isinstance(filter, ExplicitFilter) and system.recurrence().form == "window"
-    return _Kernel(taps, taps.shape[-1] < filter.max_length, window)
+    ends = taps.shape[-1] < filter.max_length
+    if not isinstance(filter, ExplicitFilter):
+        return _Kernel(taps, ends, False)
+    window = system.recurrence().form == "window"
+    return _Kernel(taps, ends, window, filter.channels // filter.groups)
 
 
 def _mixers(model: Any) -> list[Any]:

@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

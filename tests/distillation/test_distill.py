@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("transformers")
 
 import gramian
+from gramian import filters
 from gramian.distillation import DistillationReport, distill
 from gramian.filters import ModalFilter
 from gramian.models import GramianConfig, GramianForCausalLM, GramianModel, load
@@ -245,3 +246,34 @@ def test_a_tail_of_zero_fades_and_what_is_left_is_told() -> None:
     assert free.to_dict()["max_tail_energy"] == free.max_tail_energy
     with pytest.raises(ValueError, match='"auto", "zero" or "free"'):
         distill(model, tail="none")
+
+
+@pytest.mark.parametrize("goal", [{"tol": 0.02}, {"order": 6}])
+def test_channels_that_share_taps_are_reduced_together(goal: dict[str, Any]) -> None:
+    """The same as one by one, with direct terms of their own; every figure is each channel's."""
+    filter = {"type": "explicit", "taps": 100, "groups": 2, "skip": True}
+    model = make(mixers="hyena", filter=filter, max_position_embeddings=150, num_hidden_layers=1)
+    shared = model.model.layers[0].mixer.filter
+    t = torch.arange(100.0)
+    with torch.no_grad():
+        shared.kernel.copy_(torch.exp(-0.1 * t) * torch.cos(torch.tensor([[0.2], [0.5]]) * t**1.2))
+        shared.d.copy_(torch.linspace(-2, 2, shared.channels))
+    small, report = distill(model, **goal)
+    alone = copy.deepcopy(model)
+    own = filters.build({"type": "explicit", "taps": 100}, channels=shared.channels, max_length=150)
+    with torch.no_grad():
+        own.kernel.copy_(shared().kernel)
+    alone.model.layers[0].mixer.filter = own
+    _, reference = distill(alone, **goal)
+    (layer,), (other,) = report.layers, reference.layers
+    assert not layer.kept and report.converged
+    taps = shared().impulse_response(150).double()
+    made = small.model.layers[0].mixer.filter(150).impulse_response(150).double()
+    relative = ((made - taps)[:, :100].norm(dim=1) / taps.norm(dim=1)).tolist()
+    assert layer.relative_errors == pytest.approx(relative, rel=1e-3, abs=1e-6)
+    for actual, expected in zip(layer.relative_errors, other.relative_errors, strict=True):
+        assert actual <= (goal["tol"] if "tol" in goal else 1.05 * expected + 1e-6)
+    if "order" in goal:
+        assert layer.lower_bounds == pytest.approx(other.lower_bounds, rel=1e-2, abs=1e-6)
+        assert layer.tail_energies == pytest.approx(other.tail_energies, rel=0.2, abs=1e-6)
+    assert layer.effective_state_sizes == pytest.approx(other.effective_state_sizes, rel=1e-4)
