@@ -432,7 +432,7 @@ def of_prompts(command: list[str], lengths: tuple[int, ...]) -> dict[str, Any]:
 
 
 def of_converting(folder: Path, quick: bool) -> dict[str, Any]:
-    large = configuration(WIDE, WIDE_INNER, 1 if quick else 1)
+    large = configuration(WIDE if not quick else WIDTH, WIDE_INNER if not quick else INNER)
     files = {
         "small": write_checkpoint(folder, configuration(64, 176)),
         "large": write_checkpoint(folder, large),
@@ -478,7 +478,7 @@ def main() -> None:
         return
     if arguments.serve or arguments.peak:
         answers = sys.stdout
-        with contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: SIM115  # to the end
+        with contextlib.redirect_stdout(open(os.devnull, "w")):  # to the end
             held = side(arguments.serve or arguments.peak, arguments.checkpoint, arguments.vortex)
             if arguments.serve:
                 serve(held, answers)

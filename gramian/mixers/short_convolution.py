@@ -60,7 +60,7 @@ class ShortConvolution(nn.Module):
         y = self._offset(x)
         for j in range(self.taps):
             y = torch.addcmul(y, extended[:, j : j + length], weight[:, j])
-        return y, extended[:, length:]
+        return y, extended[:, length:].clone()  # a view would keep the whole input
 
     def _moved_past(self, extended: Tensor, mask: Tensor) -> Tensor:
         """Move the leading K - 1 columns of each row to the place before its first token."""

@@ -127,8 +127,11 @@ def _mix_on(mixer: Mixer, x: Tensor, mask: Segments | None, memory: GramianCache
         if state is None:
             state = recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
         mixed, state = mixer(x, state, mask=mask)
-    elif length == 1 and mask is None and memory.state is not None:
-        mixed, state = recurrence.step(x[:, 0], memory.state)
+    elif length == 1 and mask is None:
+        state = memory.state
+        if state is None:
+            state = recurrence.initial_state(batch, dtype=x.dtype, device=x.device)
+        mixed, state = recurrence.step(x[:, 0], state)
         mixed = mixed[:, None]
     else:
         mixed, state = recurrence.prefill(x, memory.state, mask=mask)

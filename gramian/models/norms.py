@@ -7,6 +7,8 @@ identity.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -33,8 +35,9 @@ class PlusEpsRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, width) to the same shape."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        root = wide.square().mean(-1, keepdim=True).sqrt()
-        return self.weight * (wide / (root + self.eps)).to(x.dtype)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        root = norm * (1 / math.sqrt(x.shape[-1])) + self.eps
+        return self.weight * (wide / root).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"

@@ -1,4 +1,4 @@
-"""Convolution by FFT, `y_t = gate_t (Σ_{j≤t} h_j u_{t−j} + s u_t)`, the library's hot path.
+"""Convolution, `y_t = gate_t (Σ_{j≤t} h_j u_{t−j} + s u_t)`, the library's hot path.
 
 With `T_h` the Toeplitz operator of a kernel, two operators are closed under differentiation of any
 order:
@@ -6,11 +6,13 @@ order:
     forward    (u, h) -> T_h u
     backward   (g, u, h) -> (T_hᵀ g,  k_j = Σ_{batch, t} g_t u_{t−j})
 
-Both iterate over blocks of rows that are small enough to stay in the processor's cache. A strided
-block of either memory layout is copied into a contiguous scratch buffer that is padded with zeros,
-transformed, multiplied in place, transformed back and written to its place in the output. The
-backward operator transforms the gradient, the input and the kernel once each and sums the kernel's
-gradient over the batch as a spectrum, so that it needs one inverse transform per kernel row.
+Kernels of few taps are summed tap by tap (`gramian.ops._few_taps`), all others are applied by FFT.
+The latter iterate over blocks of rows that are small enough to stay in the processor's cache. A
+strided block of either memory layout is copied into a contiguous scratch buffer that is padded with
+zeros, transformed, multiplied in place, transformed back and written to its place in the output.
+The backward operator transforms the gradient, the input and the kernel once each and sums the
+kernel's gradient over the batch as a spectrum, so that it needs one inverse transform per kernel
+row.
 
 `T_h` is lower triangular unless the last `ahead` taps of the kernel have negative lags, which reach
 into the future. Lags are in circular order, 0, 1, …, −ahead, …, −1, so that both directions
@@ -26,6 +28,7 @@ from torch import Tensor
 from torch.library import register_fake, register_vmap
 
 from gramian.ops._blocks import cut
+from gramian.ops._few_taps import convolve_directly, differentiate_directly, has_few_taps
 from gramian.ops._operator import batch_first, differentiable, operator, total
 from gramian.ops.lengths import fft_length
 
@@ -49,7 +52,7 @@ def causal_convolution(
     dim: int = -1,
     save_spectra: bool = False,
 ) -> Tensor:
-    """Convolve `u` causally with `kernel` along `dim`, in O(L log L).
+    """Convolve `u` causally with `kernel` along `dim`, in O(L log L), or O(L K) for few taps.
 
     `y_t = gate_t (Σ_{j≤t} kernel_j u_{t−j} + skip u_t)`, differentiable to any order. Kernels
     longer than the input are cut to its length; shorter ones are zero past their end.
@@ -263,6 +266,8 @@ def _forward(
     The last `ahead` taps have the lags −ahead to −1. The second result is the spectrum of u
     (*S, F), which is empty unless `save_spectra`.
     """
+    if not ahead and not save_spectra and has_few_taps(u, kernel):
+        return convolve_directly(u, kernel, gate), _empty_spectra(u, kernel, 0)
     points = _points(u, kernel, ahead)
     rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
     y = torch.empty_like(u)
@@ -301,6 +306,11 @@ def _backward(
     Gradients that are not needed are empty.
     """
     needs = [needs_u, needs_kernel, needs_gate]
+    if not ahead and not spectra.numel() and has_few_taps(u, kernel):
+        found = differentiate_directly(g, u, kernel, gate, needs)
+        grads = zip(found, _empty_gradients(u, kernel, gate, [False] * 3), strict=True)
+        of_u, of_kernel, of_gate = (none if grad is None else grad for grad, none in grads)
+        return of_u, of_kernel, of_gate
     points = _points(u, kernel, ahead)
     rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)
     grad_u, grad_kernel, grad_gate = _empty_gradients(u, kernel, gate, needs)

@@ -29,6 +29,9 @@ __all__ = ["FIR", "FIRRecurrence", "FIRState", "FIRWindowRecurrence", "FIRWindow
 _LONGEST_WINDOW = 128
 """The largest order that steps through its last inputs by default."""
 
+_SHORT_CHUNK = 16
+"""Samples up to which a chunk after a window is a product of all its windows with the taps."""
+
 
 @define_state
 class FIRState(State):
@@ -87,6 +90,14 @@ def _move_past(past: Tensor, u: Tensor, steps: Sequence[int]) -> tuple[Tensor, T
     ]
     joined = torch.stack(rows)
     return joined[..., :known], joined[..., known:]
+
+
+def _follow(past: Tensor, u: Tensor) -> Tensor:
+    """Return `past` (*B, *C, k) and then `u` (*B, *C', T), in the memory layout of `u`."""
+    u = u.to(past.dtype)
+    if u.shape[-1] > _SHORT_CHUNK and u.ndim > 1 and u.stride(-1) != 1 and u.stride(-2) == 1:
+        return torch.cat([past.mT, u.mT], dim=-2).mT
+    return torch.cat([past, u], dim=-1)
 
 
 AnyFIRState: TypeAlias = "FIRState | FIRWindowState"
@@ -177,9 +188,14 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
     def _apply_from(self, u: Tensor, state: AnyFIRState) -> tuple[Tensor, AnyFIRState]:
         kernel = self.kernel_for(u, self.kernel.shape[-1])
         if isinstance(state, FIRWindowState):
-            past = torch.cat([state.inputs, u.to(state.inputs.dtype)], dim=-1)
-            y = causal_convolution(past, kernel)[..., self.order :]
-            return y.to(u.dtype), FIRWindowState(past[..., u.shape[-1] :])
+            past = _follow(state.inputs, u)
+            if u.shape[-1] <= _SHORT_CHUNK:  # all windows at once
+                windows = past.unfold(-1, self.order + 1, 1)
+                y = (windows * kernel.flip(-1).unsqueeze(-2)).sum(-1)
+            else:
+                y = causal_convolution(past, kernel)[..., self.order :]
+            kept = past[..., u.shape[-1] :].clone(memory_format=torch.contiguous_format)
+            return y.to(u.dtype), FIRWindowState(kept)  # a view would keep the whole input
         return _extend(OnlineConvolution(kernel), u, state)
 
     def _fits(self, state: AnyFIRState, shape: torch.Size) -> bool:
