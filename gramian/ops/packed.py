@@ -9,14 +9,20 @@ that reliably, since fused optimizers, `.data` and numpy views write without cha
 copies are used only inside of `Packing.generation`. The first use in a generation compares the
 whole weight with the copied one by its product `W r` with a fixed random vector, which costs about
 as much as one step. Every later use compares object, address, version and a few values.
+
+On processors of AMD, oneDNN multiplies by the weights as they are faster than PyTorch's general
+product, too, at any number of rows (benchmarks/striped_hyena2.py measures a whole model). No copy
+is needed for that, so it is done wherever no derivative is recorded.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +33,8 @@ from gramian.ops.derivatives import records_derivatives
 
 __all__ = ["Linear", "Packing", "can_pack"]
 
-_MAX_ROWS = 64  # with more rows the general matrix product is as fast
+_MAX_ROWS = 64  # with more rows a packed weight is hardly faster
+_LEAST_WORK = 2**19  # multiplications from which on oneDNN makes up for the cost of its call
 
 
 class _Copy:
@@ -115,33 +122,64 @@ _current = _Current()
 
 
 class Linear(nn.Linear):
-    """An `nn.Linear` that may use a packed weight, with the same results up to rounding.
+    """An `nn.Linear` that may call oneDNN, with the same results up to rounding.
 
-    Within `Packing.generation` the layer multiplies by a packed copy if its input has few rows and
-    is in float32 on a CPU, and no gradients are recorded.
+    It does so in float32 on a CPU where no derivatives are recorded: with a packed copy of the
+    weight if the input has few rows and `Packing.generation` is on, and else with the weight itself
+    on processors on which that is faster.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            packing = _current.packing
-            if packing is not None:
-                weight = self.weight
+            packing, weight = _current.packing, self.weight
+            few = x.numel() <= _MAX_ROWS * self.in_features
+            if packing is not None and few:
                 if self._fits(x, weight):
-                    packed = packing.weight_of(self, weight)
-                    return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+                    return self._product(x, packing.weight_of(self, weight))
+            elif (
+                x.numel() * self.out_features >= _LEAST_WORK
+                and _prefers_onednn()
+                and self._fits(x, weight)
+            ):
+                return self._product(x, weight)
         return super().forward(x)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
 
     def _fits(self, x: Tensor, weight: Tensor) -> bool:
         return (
             x.dtype == weight.dtype == torch.float32
             and x.device.type == weight.device.type == "cpu"
-            and x.numel() <= _MAX_ROWS * self.in_features
             and not records_derivatives()
             and not torch.is_autocast_enabled("cpu")
             and type(weight) is nn.Parameter
             and not weight.is_inference()
             and weight.is_contiguous()
+            and not _is_observed(x)
         )
+
+
+def _is_observed(x: Tensor) -> bool:
+    """Return whether a transform, a trace or a mode follows the operations on a tensor."""
+    return (
+        type(x) is not Tensor
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+@functools.cache
+def _prefers_onednn() -> bool:
+    """Return whether oneDNN's product is faster than the general one on this processor.
+
+    The general one is that of MKL, which takes slower ways on processors of AMD.
+    """
+    found = ""
+    with suppress(OSError):
+        found = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return can_pack() and torch.backends.mkl.is_available() and "AuthenticAMD" in found
 
 
 def can_pack() -> bool:
