@@ -226,6 +226,10 @@ class Theirs:
 def published_modules(folder: Path) -> Any:
     """The published model's module, with stand-ins for what a processor does not have."""
     import logging
+    import warnings
+
+    warnings.simplefilter("ignore")  # that there is no CUDA, at every call
+    os.environ["TQDM_DISABLE"] = "1"
 
     sys.path.insert(0, str(folder.resolve()))
     sys.modules["flash_attn_2_cuda"] = types.ModuleType("flash_attn_2_cuda")
@@ -349,9 +353,11 @@ class Server:
 
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        line = ""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
         if not line:
             raise SystemExit("a side ended before its answer.")
         return json.loads(line)

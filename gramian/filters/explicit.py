@@ -100,7 +100,8 @@ class ExplicitFilter(Filter):
 
     def forward(self, length: int | None = None) -> FIR:
         taps = self.taps if length is None else min(self.taps, length)
-        kernel = self.kernel[:, :taps].repeat_interleave(self.channels // self.groups, dim=0)
+        shared = self.channels // self.groups
+        kernel = self.kernel[:, None, :taps].expand(-1, shared, -1).reshape(self.channels, taps)
         if self.d is not None:
             first = kernel[:, :1] + self.d.unsqueeze(-1)
             kernel = torch.cat([first, kernel[:, 1:]], dim=-1)

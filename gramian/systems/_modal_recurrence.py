@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gramian.systems._recurrence import Recurrence
-from gramian.systems._state import State, broadcasts, define_state
+from gramian.systems._state import State, broadcasts, define_state, joined_shape
 from gramian.systems._system import working_dtype
 from gramian.systems.blocks import BlockForm, RotationBlocks, ScalingBlocks
 
@@ -160,7 +160,7 @@ class ModalRecurrence(Recurrence[ModalState]):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> ModalState:
-        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
+        shape = joined_shape(tuple(batch_shape), self.system.channel_shape)
         split = len(shape) - self._d.ndim
         if self._d.ndim and self._d.shape[-1] == 1 and shape[-1] not in self._widened:
             self._widened[shape[-1]] = [group.widen(shape[-1]) for group in self._groups]

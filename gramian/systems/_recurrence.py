@@ -8,7 +8,14 @@ from typing import Any, ClassVar, Generic
 import torch
 from torch import Tensor
 
-from gramian.systems._state import State, StateT, check_state, vector_fits, wrong_shapes
+from gramian.systems._state import (
+    State,
+    StateT,
+    check_state,
+    joined_shape,
+    vector_fits,
+    wrong_shapes,
+)
 from gramian.systems._system import System
 from gramian.systems.blocks import BlockForm
 
@@ -150,7 +157,7 @@ class VectorRecurrence(Recurrence[StateT]):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> StateT:
-        shape = torch.broadcast_shapes(tuple(batch_shape), self.system.channel_shape)
+        shape = joined_shape(tuple(batch_shape), self.system.channel_shape)
         return self._make_state(
             self._like.new_zeros(*shape, *self._state_shape, dtype=dtype, device=device)
         )

@@ -144,11 +144,31 @@ def vector_fits(x: Tensor, own: tuple[int, ...], shape: torch.Size) -> bool:
 
 def broadcasts(*shapes: torch.Size, onto: torch.Size | None = None) -> bool:
     """Return whether shapes broadcast against each other, and to `onto` where that is given."""
+    if onto is not None and onto in shapes and all(_spreads(shape, onto) for shape in shapes):
+        return True
     try:
         shape = torch.broadcast_shapes(*shapes)
     except RuntimeError:
         return False
     return onto is None or shape == onto
+
+
+def joined_shape(samples: tuple[int, ...], channels: torch.Size) -> torch.Size:
+    """Return the shape to which samples and channels broadcast.
+
+    Raises:
+        RuntimeError: if they do not.
+    """
+    samples = torch.Size(samples)  # torch's own function takes as long as a small product
+    return samples if _spreads(channels, samples) else torch.broadcast_shapes(samples, channels)
+
+
+def _spreads(shape: torch.Size, onto: torch.Size) -> bool:
+    """Return whether `shape` broadcasts against `onto` and leaves it as it is."""
+    if len(shape) > len(onto):
+        return False
+    pairs = zip(reversed(shape), reversed(onto), strict=False)
+    return all(size in (1, wanted) for size, wanted in pairs)
 
 
 def wrong_shapes(state: State, shape: torch.Size) -> ValueError:

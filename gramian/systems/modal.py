@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from gramian.ops import causal_convolution
 from gramian.ops.vandermonde import (
+    geometric_powers,
     integer_power,
     vandermonde_product,
     vandermonde_transpose_product,
@@ -33,6 +34,12 @@ from gramian.systems._system import STATIC, TimeInvariantSystem, check_tensor
 from gramian.systems.state_space import StateSpace
 
 __all__ = ["Modal", "ModalRecurrence", "ModalState"]
+
+_SHORT_CHUNK = 16
+"""Samples up to which a chunk is computed from a table of all powers of the poles."""
+
+_LARGEST_TABLE = 2**22
+"""Products of powers and samples that such a table may hold."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -237,6 +244,10 @@ class Modal(TimeInvariantSystem[ModalState]):
     def _apply_from(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
         length = u.shape[-1]
         signal = u.to(state.modes[0].dtype)
+        table = signal.numel() * self.poles.shape[-1]
+        if length <= _SHORT_CHUNK and table <= _LARGEST_TABLE and len(self.groups) == 1:
+            y, new = self._apply_briefly(signal, state.modes[0])
+            return y.to(u.dtype), ModalState((new,))
         y = causal_convolution(signal, self.impulse_response(length).to(signal.dtype))
         pair = self._pair
         free, states = [], []
@@ -253,11 +264,40 @@ class Modal(TimeInvariantSystem[ModalState]):
             )
             step = integer_power(part.poles.to(torch.complex128), length)
             new = step.to(past.dtype) * past + vandermonde_transpose_product(part.poles, chosen)
-            new = new.movedim(-1, pair + 1)
-            numbers = [new.real] if self.real else [new.real, new.imag]
-            states.append(torch.stack(numbers, dim=pair))
+            states.append(self._stack(new))
         y = y + _ungroup(free, self.groups, -self.d.ndim - 1)
         return y.to(u.dtype), ModalState(tuple(states))
+
+    def _apply_briefly(self, signal: Tensor, modes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outputs and modes after a chunk of few samples, from a table of all powers.
+
+        Args:
+            signal: (*B, *C', T).
+            modes: The modes of the only group.
+        """
+        length, pair = signal.shape[-1], self._pair
+        wide, residues, past = self.poles.to(torch.complex128), self.residues, modes.select(pair, 0)
+        if self.real:
+            wide, residues = wide.real, residues.real
+        else:
+            past = torch.complex(past, modes.select(pair, 1))
+        past = past.movedim(pair + 1, -1)  # (*B, *C', m)
+        powers = geometric_powers(wide, length + 1).to(past.dtype)  # (*C, m, T + 1)
+        inner, last = powers[..., :length], powers[..., length]
+        read = residues.to(past.dtype).unsqueeze(-1) * inner
+        taps, free = read.sum(-2), (read * past.unsqueeze(-1)).sum(-2)
+        new = last * past + (inner.flip(-1) * signal.unsqueeze(-2)).sum(-1)
+        if not self.real:
+            taps, free = taps.real, free.real
+        kernel = torch.cat([self.d.unsqueeze(-1).to(taps.dtype), taps[..., : length - 1]], dim=-1)
+        return causal_convolution(signal, kernel) + free, self._stack(new)
+
+    def _stack(self, modes: Tensor) -> Tensor:
+        """Lay out modes (*B, *C', m) as states hold them."""
+        modes = modes.movedim(-1, self._pair + 1)
+        if self.real:
+            return (modes.real if modes.is_complex() else modes).unsqueeze(self._pair).contiguous()
+        return torch.stack([modes.real, modes.imag], dim=self._pair)
 
     @property
     def _pair(self) -> int:
