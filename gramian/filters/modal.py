@@ -205,6 +205,8 @@ class ModalFilter(RationalFilter):
 
         def pad(numbers: Tensor) -> Tensor:
             pairs = nn.functional.pad(numbers, (0, 2 - numbers.shape[1]))
+            if min(self.orders) == max(self.orders):  # every mode is in its place
+                return torch.view_as_complex(pairs.reshape(shape))
             flat = pairs.new_zeros(shape[0] * shape[1], 2)
             return torch.view_as_complex(flat.index_copy(0, self._slot, pairs).reshape(shape))
 

@@ -134,7 +134,7 @@ class Linear(nn.Linear):
             packing, weight = _current.packing, self.weight
             few = x.numel() <= _MAX_ROWS * self.in_features
             if packing is not None and few:
-                if self._fits(x, weight):
+                if self._fits(x, weight) and not weight.is_inference():
                     return self._product(x, packing.weight_of(self, weight))
             elif (
                 x.numel() * self.out_features >= _LEAST_WORK
@@ -154,7 +154,6 @@ class Linear(nn.Linear):
             and not records_derivatives()
             and not torch.is_autocast_enabled("cpu")
             and type(weight) is nn.Parameter
-            and not weight.is_inference()
             and weight.is_contiguous()
             and not _is_observed(x)
         )
