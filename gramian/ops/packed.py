@@ -34,6 +34,7 @@ from gramian.ops.derivatives import records_derivatives
 __all__ = ["Linear", "Packing", "can_pack"]
 
 _MAX_ROWS = 64  # with more rows a packed weight is hardly faster
+_TURNED = range(2, 5)  # rows for which the general product of the transposes is faster than both
 _LEAST_WORK = 2**19  # multiplications from which on oneDNN makes up for the cost of its call
 
 
@@ -141,8 +142,15 @@ class Linear(nn.Linear):
                 and _prefers_onednn()
                 and self._fits(x, weight)
             ):
-                return self._product(x, weight)
+                rows = x.numel() // self.in_features
+                return self._turned(x) if rows in _TURNED else self._product(x, weight)
         return super().forward(x)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """Compute `(W xᵀ)ᵀ`, which the general product does faster for a few rows."""
+        y = torch.mm(self.weight, x.reshape(-1, self.in_features).t()).t().contiguous()
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")

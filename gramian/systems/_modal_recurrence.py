@@ -142,13 +142,19 @@ class ModalRecurrence(Recurrence[ModalState]):
             poles = part.poles.movedim(-1, self._pair + 1)
             residues = part.residues.movedim(-1, self._pair + 1)
             channels = group.channels
+            real, read = (value.real.to(dtype).contiguous() for value in (poles, residues))
+            if self._numbers == 1:  # nothing reads the imaginary parts
+                imaginary = read_imaginary = real.new_zeros(()).expand_as(real)
+            else:
+                imaginary = poles.imag.to(dtype).contiguous()
+                read_imaginary = -residues.imag.to(dtype).contiguous()
             self._groups.append(
                 _GroupStep(
                     None if channels is None else torch.tensor(channels, device=poles.device),
-                    poles.real.to(dtype).contiguous(),
-                    poles.imag.to(dtype).contiguous(),
-                    residues.real.to(dtype).contiguous(),
-                    -residues.imag.to(dtype).contiguous(),
+                    real,
+                    imaginary,
+                    read,
+                    read_imaginary,
                 )
             )
         order = [group.channels for group in self._groups if group.channels is not None]
