@@ -397,7 +397,7 @@ def against_published(
     differences = compare_logits(servers, path.parent, quick)
     rows = []
     for length in lengths:
-        rounds = max(3, min(12, 16_384 // max(length, 1))) if not quick else 2
+        rounds = 2 if quick else max(2, min(12, 8192 // length))
         least = {name: {"prefill": math.inf, "token": math.inf} for name in SIDES}
         for attempt in range(rounds + 1):
             for name, server in servers.items():

@@ -100,12 +100,13 @@ class ExplicitFilter(Filter):
 
     def forward(self, length: int | None = None) -> FIR:
         taps = self.taps if length is None else min(self.taps, length)
-        shared = self.channels // self.groups
-        kernel = self.kernel[:, None, :taps].expand(-1, shared, -1).reshape(self.channels, taps)
-        if self.d is not None:
-            first = kernel[:, :1] + self.d.unsqueeze(-1)
-            kernel = torch.cat([first, kernel[:, 1:]], dim=-1)
-        return FIR(kernel)
+        kernel = self.kernel[:, None, :taps].expand(-1, self.channels // self.groups, -1)
+        if self.d is None:  # a copy, because a sharded parameter is whole only until this returns
+            kernel = kernel.clone(memory_format=torch.contiguous_format)
+        else:
+            first = kernel[..., :1] + self.d.reshape(self.groups, -1, 1)
+            kernel = torch.cat([first, kernel[..., 1:]], dim=-1)
+        return FIR(kernel.reshape(self.channels, taps))
 
     def config(self) -> dict[str, Any]:
         return {

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import gramian
 from gramian import checkpoints
@@ -367,6 +368,16 @@ def test_filters_and_states_are_as_small_as_published(tiny: GramianForCausalLM) 
     inputs = 2 * 3 * 64  # of the short convolution of the projections
     for mixer, numbers in ((short, 6 * 64), (medium, 127 * 64), (long, 16 * 64)):
         assert mixer.recurrence().state_bytes(1) == 4 * (inputs + numbers)
+
+
+@torch.no_grad()
+def test_a_cache_keeps_nothing_of_the_prompt_but_its_state(
+    tiny: GramianForCausalLM, expected: dict[str, Tensor]
+) -> None:
+    cache = tiny.prefill(expected["long.input_ids"]).past_key_values
+    for layer in cache.layers:
+        for leaf in tree_leaves(layer.state):
+            assert leaf.untyped_storage().nbytes() == leaf.nbytes
 
 
 @torch.no_grad()

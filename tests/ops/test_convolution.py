@@ -50,6 +50,46 @@ def test_equals_the_toeplitz_product(length: int, taps: int, dim: int, dtype: to
     assert (y - expected).norm() <= tolerance * expected.norm()
 
 
+@pytest.mark.parametrize("taps", [1, 2, 7, 16, 17, 32, 33])
+@pytest.mark.parametrize("length", [6, 300, 700])
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_few_taps_and_their_gradients_over_many_blocks(
+    length: int, taps: int, dim: int, gated: bool
+) -> None:
+    shape = (2, 300, length) if dim == -1 else (2, length, 300)
+    operands = [draw(*shape, seed=1), draw(300, taps, seed=2)]
+    operands += [draw(*shape, seed=3)] if gated else []
+    operands = [operand.requires_grad_() for operand in operands]
+    gate = operands[2] if gated else None
+    y = causal_convolution(*operands[:2], gate=gate, dim=dim)
+    expected = toeplitz_product(*operands[:2], None, gate, dim)
+    weights = draw(*shape, seed=4)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    made, wanted = (torch.autograd.grad((weights * x).sum(), operands) for x in (y, expected))
+    for one, other in zip(made, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_few_taps_are_summed_in_single_precision(dim: int, dtype: torch.dtype) -> None:
+    shape = (3, 5, 700) if dim == -1 else (3, 700, 5)
+    u, kernel, gate = draw(*shape, seed=1, dtype=dtype), draw(5, 7, seed=2), draw(*shape, seed=3)
+    gate = gate.to(dtype)
+    y = causal_convolution(u, kernel.float(), gate=gate, dim=dim)
+    expected = toeplitz_product(u, kernel.float(), None, gate, dim)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected.to(dtype).double(), rtol=1e-2, atol=1e-3)
+
+
+def test_of_few_taps_a_sample_that_is_no_number_reaches_no_earlier_output() -> None:
+    u = draw(2, 50, 3, seed=1)
+    u[:, 20] = torch.nan
+    y = causal_convolution(u, draw(3, 4, seed=2), dim=-2)
+    assert y[:, :20].isfinite().all() and y[:, 20:24].isnan().all() and y[:, 24:].isfinite().all()
+
+
 @pytest.mark.parametrize(
     "channels", [(), (1,), (6,), (3, 1), (3, 6), (2, 1, 1), (2, 1, 6), (2, 3, 6), (2, 3, 1)]
 )

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 
+from gramian.ops import packed
 from gramian.ops.packed import Linear, Packing, can_pack
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="needs oneDNN")
@@ -314,3 +315,54 @@ def test_generations_of_threads_do_not_mix(layer: Linear, x: torch.Tensor) -> No
         thread.start()
         thread.join()
     assert done == [True]
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prefer oneDNN for products of any size, and note the rows of those that it computes."""
+    rows: list[int] = []
+    product = Linear._product
+
+    def noted(layer: Linear, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows.append(x.numel() // layer.in_features)
+        return product(layer, x, weight)
+
+    monkeypatch.setattr(packed, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(packed, "_LEAST_WORK", 0)
+    monkeypatch.setattr(Linear, "_product", noted)
+    return rows
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 2), (4, 1), (5,), (2, 70), (0,)])
+@torch.no_grad()
+def test_products_are_the_same_where_onednn_is_preferred(
+    onednn: list[int], bias: bool, shape: tuple[int, ...]
+) -> None:
+    layer = Linear(COLUMNS, ROWS, bias=bias)
+    x = torch.randn(*shape, COLUMNS)
+    y = layer(x)
+    assert y.shape == (*shape, ROWS) and y.is_contiguous()
+    assert_close(y, nn.functional.linear(x, layer.weight, layer.bias))
+    rows = torch.Size(shape).numel()
+    assert onednn == ([] if rows in packed._TURNED else [rows])
+
+
+def test_onednn_is_left_where_something_follows_the_product(onednn: list[int]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer, x = Linear(COLUMNS, ROWS), torch.randn(6, COLUMNS)
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad():
+        assert_close(torch.vmap(layer)(x.unsqueeze(1)).squeeze(1), expected)
+        _, tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+        assert_close(tangent, layer.weight.sum(1).expand(6, -1))
+        with FlopCounterMode(display=False) as counter:
+            layer(x)
+        assert counter.get_total_flops() == 2 * 6 * ROWS * COLUMNS
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        layer.double()(x.double())
+    assert not onednn

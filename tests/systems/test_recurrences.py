@@ -350,3 +350,34 @@ def test_every_system_has_a_state_space(name: str) -> None:
     dense = system.state_space()
     assert isinstance(dense, StateSpace) and dense.dtype == torch.float64
     assert_close(dense.impulse_response(60), system.impulse_response(60))
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 40])
+@pytest.mark.parametrize("kind", ["modal", "real modal", "window"])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_chunks_of_few_samples_are_those_samples_one_by_one(
+    kind: str, length: int, interleaved: bool
+) -> None:
+    """A chunk of few samples is computed in another way than a long one."""
+    draw = torch.Generator().manual_seed(length)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    if kind == "window":
+        system: FIR | Modal = FIR(normal(5, 9))
+    else:
+        imaginary = torch.zeros(5, 3) if kind == "real modal" else 0.4 * normal(5, 3)
+        poles = torch.complex(0.3 * normal(5, 3), imaginary.double())
+        residues = torch.complex(normal(5, 3), (imaginary * 2).double())
+        system = Modal(poles, residues, normal(5), real=kind == "real modal")
+    recurrence = system.recurrence()
+    u = normal(2, length, 5).mT if interleaved else normal(2, 5, length)
+    _, state = recurrence.prefill(normal(2, 5, 30))
+    y, after = recurrence.prefill(u, state.clone())
+    for t in range(length):
+        y_t, state = recurrence.step(u[..., t], state)
+        assert_close(y[..., t], y_t)
+    for made, expected in zip(pytree.tree_leaves(after), pytree.tree_leaves(state), strict=True):
+        assert_close(made, expected)
+        assert made.untyped_storage().nbytes() == made.nbytes  # and nothing of the chunk
