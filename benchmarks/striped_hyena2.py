@@ -467,7 +467,7 @@ def main() -> None:
     parts = ("time", "memory", "convert")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vortex", type=Path, help="a clone of Zymrael/vortex")
-    parser.add_argument("--part", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--part", nargs="+", choices=parts, help="by default all that can be run")
     parser.add_argument("--quick", action="store_true", help="short prompts, for a look")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -492,11 +492,12 @@ def main() -> None:
             with contextlib.redirect_stdout(answers):
                 measure_peak(held, arguments.length)
         return
-    if arguments.vortex is None and {"time", "memory"} & {*arguments.part}:
+    if arguments.vortex is None and {"time", "memory"} & {*(arguments.part or ())}:
         raise SystemExit("the parts time and memory need --vortex FOLDER.")
+    chosen = arguments.part or (parts if arguments.vortex else parts[2:])
 
     lengths = tuple(arguments.lengths or (LENGTHS[:4] if arguments.quick else LENGTHS))
-    for part in arguments.part:
+    for part in chosen:
         with tempfile.TemporaryDirectory() as folder:
             if part == "convert":
                 results = of_converting(Path(folder), arguments.quick)
@@ -510,7 +511,7 @@ def main() -> None:
                     results = of_prompts(command, lengths)
         record = {
             "benchmark": f"StripedHyena 2, {part}",
-            "width": WIDTH,
+            "width": WIDE if part == "convert" else WIDTH,
             "blocks": list(ORDER),
             "quick": arguments.quick,
             **results,

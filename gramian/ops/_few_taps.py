@@ -84,7 +84,7 @@ def differentiate_directly(
                 result[..., :early].addcmul_(later, taps[lag])
             if needs_kernel:
                 sums[lag] += (later * signal[..., :early]).sum(summed, keepdim=True)
-        if of_u is not None:
+        if of_u is not None and result is not None:
             of_u[..., begin:end] = result
     of_kernel = sums.squeeze(-1).movedim(0, -1).contiguous() if needs_kernel else None
     of_gate = convolve_directly(u, kernel, g, like=gate) if needs_gate else None

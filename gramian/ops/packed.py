@@ -172,7 +172,7 @@ def _is_observed(x: Tensor) -> bool:
     return (
         type(x) is not Tensor
         or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
     )
 

@@ -137,6 +137,26 @@ def _selective(side: str) -> Callable[[Results], str]:
     return text
 
 
+def _prompts(r: Results) -> str:
+    return ", ".join(f"{row['prefill over ours']:.2f}" for row in r["rows"])
+
+
+def _tokens(r: Results) -> str:
+    return spread((row["token over ours"] for row in r["rows"]), ".2f")
+
+
+def _prompt_memory(r: Results) -> str:
+    row = r["rows"][-1]
+    return f"{row['gramian']:,.0f} MiB; vortex {row['vortex']:,.0f} MiB"
+
+
+def _converting(r: Results) -> str:
+    return (
+        f"{r['growth MiB']:.0f} MiB; the file {r['file MiB']:.0f}, its largest layer "
+        f"{r['largest layer MiB']:.0f}"
+    )
+
+
 def _packing(lengths: str) -> Callable[[Results], str]:
     return lambda r: spread((row["speed"] for row in r["rows"] if row["lengths"] == lengths), ".2f")
 
@@ -365,6 +385,12 @@ FIGURES: dict[str, list[Row]] = {
         (None, _stands("2.2")),
         (None, _stands("1.2")),
         ("decoding_million", _million),
+    ],
+    "StripedHyena 2": [
+        ("striped_hyena2_time", _prompts),
+        ("striped_hyena2_time", _tokens),
+        ("striped_hyena2_memory", _prompt_memory),
+        ("striped_hyena2_convert", _converting),
     ],
     "Online convolution": [
         ("online_convolution", _online("FFT recomputation")),
