@@ -1,4 +1,4 @@
-"""The recurrence of modal systems, and the groups in which its states hold the channels."""
+"""The recurrence of modal systems, and the groups of channels in which it keeps its state."""
 
 from __future__ import annotations
 
@@ -21,38 +21,45 @@ __all__ = ["Group", "ModalRecurrence", "ModalState", "modes_fit", "partition_cha
 
 
 _MAX_GROUPS = 4
-_PADDING = 0.1  # fraction of padding that is accepted before another group is added
+_PADDING = 0.1  # while more than this fraction of the slots is padding, one more group is tried
 
 
 @define_state
 class ModalState(State):
-    """`x_{t+1} = λ x_t + u_t` for every mode, real and imaginary parts.
+    """The state x of `x_{t+1} = λ x_t + u_t` for every mode, as real and imaginary parts.
 
-    One tensor for each group of channels with nearly as many modes, so that one channel of many
-    does not make all of them large: (*B, *C'[:-1], 2, m, C'[-1]). The last of the channel
-    dimensions comes last: it is what a processor's vectors run along.
+    Channels with similar numbers of modes share one tensor, so that a single channel with many
+    modes does not enlarge the state of all others. The tensor of a group has the shape
+    (*B, *C'[:-1], 2, m, C'[-1]). The last channel dimension comes last because a processor's
+    vector instructions run along it.
+
+    Attributes:
+        modes: One tensor for each group, in the order of `Modal.groups`.
     """
 
     modes: tuple[Tensor, ...]
 
 
 class Group(NamedTuple):
-    """Channels, along the first of their dimensions, that are stepped together."""
+    """Channels that are stepped together, as indices along the first channel dimension."""
 
-    channels: tuple[int, ...] | None  # None: all of them, in order
+    channels: tuple[int, ...] | None  # None: all channels, in their order
     modes: int
 
 
 @functools.lru_cache(maxsize=1024)
 def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
-    """Partition channels of `counts` modes into few groups with little padding.
+    """Divide channels with `counts` modes into few groups with little padding.
 
-    The fewest groups, at most four, whose padding is within a tenth of all modes, and of those the
-    partition with the least, by dynamic programming over the different counts.
+    A group pads every channel to the largest number of modes in it. The result has the fewest
+    groups whose padding is within a tenth of all modes, and at most four groups. Among partitions
+    into that many groups it has the least padding, which dynamic programming over the distinct
+    counts finds.
     """
     sizes = sorted(set(counts))
     many = [counts.count(size) for size in sizes]
-    # least[g][j]: slots of the j smallest sizes in g groups, and where the last of them begins
+    # least[g][j]: the slots that the j smallest sizes take in g groups, and the first size of the
+    # last of these groups.
     least: list[list[tuple[float, int]]] = [[(0.0, 0)] + [(torch.inf, 0)] * len(sizes)]
     groups = 0
     while groups < _MAX_GROUPS:
@@ -78,9 +85,13 @@ def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
 
 
 def modes_fit(state: ModalState, groups: tuple[Group, ...], dims: int, shape: torch.Size) -> bool:
-    """Return whether a state fits samples of `shape`.
+    """Return whether the shapes of a state are those that samples of `shape` need.
 
-    Its channels have `dims` dimensions and are in these groups.
+    Args:
+        state: The state to check.
+        groups: The groups of channels of the system.
+        dims: The number of channel dimensions of the system.
+        shape: The shape (*B, *C') of a sample.
     """
     if len(state.modes) != len(groups):
         return False
@@ -99,17 +110,19 @@ def modes_fit(state: ModalState, groups: tuple[Group, ...], dims: int, shape: to
 
 
 class _GroupStep(NamedTuple):
-    """The coefficients for stepping a group, shaped to broadcast against its state."""
+    """The coefficients that step one group, in shapes that broadcast against the group's state."""
 
     channels: Tensor | None
-    real: Tensor  # of the poles, (*C[:-1], m, C[-1])
+    real: Tensor  # real parts of the poles, (*C[:-1], m, C[-1])
     imaginary: Tensor
-    read_real: Tensor  # Re (r x) = (Re r)(Re x) - (Im r)(Im x)
+    read_real: Tensor  # of the residues r: Re (r x) = (Re r)(Re x) - (Im r)(Im x)
     read_imaginary: Tensor
 
     def widen(self, width: int) -> _GroupStep:
-        """Repeat the numbers side by side, for streams that share a filter along the last
-        dimension."""
+        """Repeat the coefficients `width` times along the last dimension.
+
+        This is for channels C' along whose last dimension all streams share one filter.
+        """
         channels, *values = self
         assert all(value is not None for value in values)
         return _GroupStep(
@@ -118,7 +131,7 @@ class _GroupStep(NamedTuple):
 
 
 class ModalRecurrence(Recurrence[ModalState]):
-    """`y_t = Re Σ_k residues_k x_k + d u_t`, `x ← λ x + u_t`, in real numbers."""
+    """`y_t = Re Σ_k residues_k x_k + d u_t`, `x ← λ x + u_t`, computed in real arithmetic."""
 
     form = "modal"
     state_type = ModalState
@@ -177,13 +190,13 @@ class ModalRecurrence(Recurrence[ModalState]):
         return self._widened.get(sample.shape[-1] if self._d.ndim else 1, self._groups)
 
     def _select(self, sample: Tensor, group: _GroupStep) -> Tensor:
-        """Take the channels of a group."""
+        """Return the channels of `sample` that belong to the group."""
         if group.channels is None:
             return sample
         return sample.index_select(-self._d.ndim, group.channels)
 
     def _read(self, outputs: list[Tensor], sample: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return y from the outputs of the modes of every group."""
+        """Return y from the sample and the sums over the modes of every group."""
         y = outputs[0]
         if self._place is not None:
             dims = self._d.ndim
@@ -221,11 +234,11 @@ class ModalRecurrence(Recurrence[ModalState]):
 
 
 class ModalBlockForm(BlockForm[ModalState]):
-    """The block form of a modal system, a part for each group of channels.
+    """The block form of a modal system, with one part for each group of channels.
 
     Args:
         system: The modal system.
-        size: c.
+        size: Samples in a block, c.
         dtype: The dtype of the state.
         streams: As in `BlockForm`.
     """

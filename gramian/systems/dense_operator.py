@@ -1,7 +1,7 @@
-r"""Dense causal operators: a lower-triangular matrix with no structure that is known.
+r"""Dense causal operators: lower-triangular matrices without known structure.
 
-`y_i = Σ_{j≤i} T_ij u_j`: what softmax attention applies to its values on one input. The state is
-every input so far; `gramian.realize` finds the smallest recurrence.
+`y_i = Σ_{j≤i} T_ij u_j` is what softmax attention applies to its values on one input. The state
+consists of all inputs so far; `gramian.realize` finds the smallest recurrence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ __all__ = ["DenseOperator", "DenseOperatorRecurrence", "DenseOperatorState"]
 
 @define_state
 class DenseOperatorState(State):
-    """inputs (*B, *C', L), zero from `position` (), int64 on the CPU, on."""
+    """All inputs so far.
+
+    Attributes:
+        inputs: (*B, *C', L), zero from index `position` on.
+        position: (), int64 on the CPU: the number of steps taken.
+    """
 
     inputs: Tensor
     position: Tensor
@@ -32,15 +37,15 @@ class DenseOperatorState(State):
 class DenseOperator(FiniteSystem[DenseOperatorState]):
     """`y = T u` for a lower-triangular T.
 
-    An operator has L steps and no more, as a `TimeVarying` system has. Where its rows are a
-    softmax over all of the past, a further token is a further row: another operator.
+    An operator has exactly L steps, like a `TimeVarying` system. If its rows come from a softmax
+    over the whole past, a further token adds a further row and so makes another operator.
 
     Args:
-        entries: (*C, L, L), real. Entries above the diagonal are not read.
+        entries: (*C, L, L), real: T. Entries above the diagonal are not read.
 
     Raises:
         TypeError: if the entries are not a real floating-point tensor.
-        ValueError: if they are not square matrices.
+        ValueError: if the entries are not square matrices.
     """
 
     _kind = "dense operator"
@@ -80,7 +85,7 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
 
     @property
     def order(self) -> int:
-        """Return L - 1, the number of earlier inputs that the last output may need."""
+        """Return L - 1, the number of earlier inputs on which the last output may depend."""
         return max(self.length - 1, 0)
 
     def matrix(self, length: int | None = None) -> Tensor:
@@ -90,7 +95,7 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
             (*C, length, length), lower triangular.
 
         Raises:
-            ValueError: if there are fewer steps.
+            ValueError: if the operator has fewer steps.
         """
         length = self.length if length is None else length
         self._check_steps(0, length)
@@ -100,11 +105,11 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
         """Return the singular values of a Hankel block, through which the past acts on the future.
 
         Args:
-            length: Horizon: the values of `T[at:length, :at]`; by default L.
-            at: Where past and future part, 1 … length - 1; by default length // 2.
+            length: The horizon: the block is `T[at:length, :at]`; by default L.
+            at: The first step of the future, 1 … length - 1; by default `length // 2`.
 
         Returns:
-            (*C, k), k = min(at, length - at), descending, decided in float64 and returned in the
+            (*C, k), k = min(at, length - at), descending, computed in float64 and returned in the
             system's dtype.
 
         Raises:
@@ -115,10 +120,10 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
         return torch.linalg.svdvals(block).to(self.dtype)
 
     def recurrence(self, form: str | None = None) -> DenseOperatorRecurrence:
-        """Return the recurrence that takes row after row, O(L) a step, the only form.
+        """Return the recurrence that applies one row a step, in O(L) operations.
 
         Raises:
-            ValueError: for any other form than "dense".
+            ValueError: for any form other than "dense", which is the only one.
         """
         self._check_form(form, "dense")
         return DenseOperatorRecurrence(self)
@@ -141,7 +146,12 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
         return self._rows(past, start).to(u.dtype), DenseOperatorState(new, position + u.shape[-1])
 
     def _rows(self, inputs: Tensor, start: int) -> Tensor:
-        """Return the outputs `start` … from all inputs (*B, *C', end) up to the last of them."""
+        """Return the outputs from step `start` on.
+
+        Args:
+            inputs: (*B, *C', end): all inputs up to the last of these steps.
+            start: The first step whose output is returned.
+        """
         end = inputs.shape[-1]
         self._check_steps(0, end)
         rows = self.entries[..., start:end, :end].tril(start).to(inputs.dtype)
@@ -151,7 +161,11 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
 
 
 class DenseOperatorRecurrence(VectorRecurrence[DenseOperatorState]):
-    """`y_i = T[i, :i + 1] u`: keeps every input; a step past the last one is a ValueError."""
+    """`y_i = T[i, :i + 1] u[:i + 1]`. It keeps every input and refuses to step past the last row.
+
+    Args:
+        system: The operator to step.
+    """
 
     form = "dense"
     state_type = DenseOperatorState

@@ -1,4 +1,4 @@
-"""FIR systems, whose kernel is zero past its end."""
+"""FIR systems, whose kernel is zero after its last tap."""
 
 from __future__ import annotations
 
@@ -22,26 +22,35 @@ __all__ = ["FIR", "FIRRecurrence", "FIRState"]
 
 @define_state
 class FIRState(State):
-    """Buffers of an online convolution: inputs (*B, 2P), owed (*B, P), position ()."""
+    """The buffers of an online convolution, whose window is P samples.
+
+    Attributes:
+        inputs: (*B, 2P): the previous window, then the current one up to `position`.
+        owed: (*B, P): contributions of earlier inputs to the outputs of the current window.
+        position: (), int64 on the CPU: the number of samples so far.
+    """
 
     inputs: Tensor
     owed: Tensor
     position: Tensor
 
     def moved(self, u: Tensor, steps: Sequence[int]) -> tuple[Tensor, FIRState]:
-        """Return a chunk and a past that together hold the same samples, the past `steps` later.
+        """Delay the past by `steps` samples, into the paused columns at the start of the chunk.
 
-        The chunk's first `steps` columns are overwritten by the end of the past, so that the
-        past and the rest of the chunk follow each other. What is owed is not moved: an online
-        convolution makes it anew after every chunk.
+        The last `steps` samples of the past overwrite the first `steps` columns of the chunk, so
+        that the past is followed directly by the rest of the chunk. The field `owed` is not moved,
+        because an online convolution computes it anew after every chunk.
 
         Args:
-            u: (batch, …, T).
-            steps: For every stream of the batch, from 0 to T.
+            u: (batch, …, T): the chunk.
+            steps: The number of paused columns of every stream of the batch, from 0 to T.
+
+        Returns:
+            The chunk and the past, which together hold the same samples as before.
         """
         inputs, owed, position = self
         window = inputs.shape[-1] // 2
-        known = window + int(position) % window  # columns of `inputs` that are filled
+        known = window + int(position) % window  # how many columns of `inputs` are filled
         joined = torch.cat([inputs[..., :known], u.to(inputs.dtype)], dim=-1)
         rows = [
             torch.nn.functional.pad(
@@ -56,14 +65,14 @@ class FIRState(State):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FIR(TimeInvariantSystem[FIRState]):
-    """`y_t = Σ_{j<K} kernel_j u_{t-j}`: a finite impulse response, zero past its end.
+    """`y_t = Σ_{j<K} kernel_j u_{t-j}`: a finite impulse response of K taps.
 
     Args:
         kernel: (*C, K), real floating point, K ≥ 1.
 
     Raises:
         TypeError: if the kernel is not a real floating-point tensor.
-        ValueError: if it has no taps.
+        ValueError: if the kernel has no taps.
     """
 
     _kind = "FIR system"
@@ -95,7 +104,7 @@ class FIR(TimeInvariantSystem[FIRState]):
 
     @property
     def order(self) -> int:
-        """Return K - 1, the number of delays that the kernel needs."""
+        """Return K - 1, the largest delay in the kernel."""
         return self.kernel.shape[-1] - 1
 
     def impulse_response(self, length: int) -> Tensor:
@@ -107,17 +116,17 @@ class FIR(TimeInvariantSystem[FIRState]):
         return kernel.to(working_dtype(u))
 
     def recurrence(self, form: str | None = None) -> FIRRecurrence:
-        """Return the online convolution: exact, amortized O(log² K) a sample, the only form.
+        """Return the exact online convolution, which takes amortized O(log² K) operations a sample.
 
         Raises:
-            ValueError: for any other form than "online".
+            ValueError: for any form other than "online", which is the only one.
         """
         if form not in (None, "online"):
             raise ValueError(f'an FIR system has the recurrence form "online" only; got {form!r}.')
         return FIRRecurrence(self)
 
     def state_space(self) -> StateSpace:
-        """Return the shift register of the last inputs, in float64."""
+        """Return a shift register of the last inputs as a state-space system, in float64."""
         kernel = self.kernel.double()
         return companion_form(kernel[..., 1:], torch.zeros_like(kernel[..., 1:]), kernel[..., 0])
 
@@ -142,10 +151,13 @@ class FIR(TimeInvariantSystem[FIRState]):
 
 
 class FIRRecurrence(Recurrence[FIRState]):
-    """An FIR system one sample at a time, by online convolution.
+    """An FIR system that steps by online convolution.
 
-    `step` writes into its buffers and `advance` into a copy of them. Where both are depends on how
-    many samples were taken, which a traced program cannot know.
+    `step` writes into the buffers of its state, and `advance` into a copy of them. The place where
+    they write depends on the number of samples so far, which a traced program cannot know.
+
+    Args:
+        system: The FIR system to step.
     """
 
     form = "online"
@@ -183,13 +195,13 @@ class FIRRecurrence(Recurrence[FIRState]):
 
 
 def _extend(online: OnlineConvolution, u: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
-    """Return the outputs of a chunk and the buffers after it, in the dtypes of both."""
+    """Return the outputs of a chunk in its dtype, and the buffers after it in theirs."""
     y, buffers = online.extend(u.to(state.inputs.dtype), OnlineBuffers(*state))
     return y.to(u.dtype), FIRState(*buffers)
 
 
 def _fits(state: FIRState, window: int, shape: torch.Size) -> bool:
-    """Return whether the buffers are those of a window for samples of `shape`."""
+    """Return whether buffers belong to a convolution of this window and samples of `shape`."""
     inputs, owed = state.inputs.shape, state.owed.shape
     if inputs[:-1] != owed[:-1] or inputs[-1:] != (2 * window,) or owed[-1:] != (window,):
         return False
