@@ -34,7 +34,8 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     The annotations of the function are the operator's schema. It must not change its arguments, and
     its results must not share memory with them. It computes in the precision of its arguments, even
     under autocast, which would otherwise take matrix products in half precision. `differentiable`
-    gives the operator derivatives; without them it raises an error for arguments that need any.
+    gives the operator derivatives. Without them, it raises an error if an argument requires a
+    gradient or has a tangent.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -62,16 +63,17 @@ def differentiable(
     backward: Callable[..., Any] | None = None,
     jvp: Callable[..., Any] | None = None,
 ) -> None:
-    """Give an operator its derivatives, or, without any, an error where they are needed.
+    """Give an operator its derivatives; without any, it raises an error where they are needed.
 
     Args:
         op: The operator, as returned by `operator`.
         setup: `setup(ctx, inputs, output)`, as in `torch.autograd.Function`.
-        backward: `backward(ctx, *gradients)`, likewise. Where `records_derivatives()`, it consists
-            of operations that are themselves differentiable.
-        jvp: `jvp(inputs, tangents)` returns the outputs' tangents: a tensor or a tuple like the
-            outputs, of their dtypes, with None for a tangent that is zero. Inputs without a tangent
-            have None in its place. It consists of operations that are themselves differentiable.
+        backward: `backward(ctx, *gradients)`, likewise. While `records_derivatives()` is true, it
+            must consist of operations that are themselves differentiable.
+        jvp: `jvp(inputs, tangents)` returns the tangents of the outputs: a tensor or a tuple like
+            the outputs, of their dtypes, with None for a tangent that is zero. Inputs without a
+            tangent have None in its place. It must consist of operations that are themselves
+            differentiable.
     """
     after_autograd = torch._C._after_autograd_keyset
 

@@ -1,4 +1,4 @@
-"""Whether a computation is being differentiated, in reverse mode or in forward mode."""
+"""Checks whether a computation is being differentiated, in reverse mode or in forward mode."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ __all__ = ["is_differentiated", "records_derivatives"]
 
 
 def records_derivatives() -> bool:
-    """Return whether results may be differentiated: a graph is recorded, or forward mode is on."""
+    """Return whether a graph is recorded or forward mode is on, so derivatives may be needed."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def is_differentiated(tensor: Tensor) -> bool:
-    """Return whether results that depend on the tensor have a gradient or a tangent."""
+    """Return whether a result that depends on the tensor has a gradient or a tangent."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         return True
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

@@ -36,7 +36,7 @@ class Hankel:
 
     @property
     def like(self) -> Tensor:
-        """Return a tensor with the batch, dtype and device of the matrices."""
+        """Return a tensor that has the batch dimensions, dtype and device of the matrices."""
         return self.sequence
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
