@@ -127,11 +127,11 @@ class ModalFilter(RationalFilter):
             built.d.copy_(system.d)
         built = built.to(system.device)
         if kernel is not None and kernel.shape[-1] > 1 and len(built.angle):
-            built._fit_residues(kernel)
+            built.refit_residues(kernel)
         return built
 
     @torch.no_grad()
-    def _fit_residues(self, kernel: Tensor) -> None:
+    def refit_residues(self, kernel: Tensor) -> None:
         """Fit residues to the current poles by least squares; keep those closer to the taps."""
         held, taps = self(), kernel.detach().double()
         width = max(self.orders)

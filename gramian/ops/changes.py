@@ -39,7 +39,7 @@ class Record:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self._at = tensor.data_ptr()
-        self._version = None if tensor.is_inference() else tensor._version
+        self._version = None if tensor.is_inference() else tensor._version  # noqa: SLF001 (no public name)
         self._read = None
         if tensor.device.type == "cpu" and tensor.is_contiguous() and self._at:
             size = tensor.numel() * tensor.itemsize
@@ -54,7 +54,7 @@ class Record:
         if (
             tensor is not self.tensor
             or tensor.data_ptr() != self._at
-            or (self._version is not None and tensor._version != self._version)
+            or (self._version is not None and tensor._version != self._version)  # noqa: SLF001 (no public name)
         ):
             return False
         read = self._read  # no loop: this runs for every weight at every token

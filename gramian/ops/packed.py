@@ -36,7 +36,7 @@ class _Copy:
 
     def __init__(self, weight: Tensor) -> None:
         source = weight.detach()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(source)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(source)  # noqa: SLF001 (no public name)
         self.record = Record(weight)
         draw = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (weight.shape[1],), generator=draw) * 2 - 1
@@ -129,7 +129,8 @@ class Linear(nn.Linear):
                 weight = self.weight
                 if self._fits(x, weight):
                     packed = packing.weight_of(self, weight)
-                    return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+                    apply = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 (no public name)
+                    return apply(x, packed, self.bias, "none", [], "")
         return super().forward(x)
 
     def _fits(self, x: Tensor, weight: Tensor) -> bool:

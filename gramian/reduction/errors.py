@@ -251,10 +251,10 @@ class _Cascade:
         terms = (residues.abs() * transforms.abs().square().sum(1)).sum(-1)
         cancels = terms > _CANCELLATION * middle.norm(dim=(-2, -1))
         if bool(cancels.any()):
-            middle[cancels] = self[cancels]._carefully_compressed(residues[cancels])
+            middle[cancels] = self[cancels].compressed_carefully(residues[cancels])
         return middle
 
-    def _carefully_compressed(self, residues: Tensor) -> Tensor:
+    def compressed_carefully(self, residues: Tensor) -> Tensor:
         weights = Complex.of(residues)
         sums = [(value * weights).real.sum(-1).high for value in self._transforms(Complex.of)]
         c = torch.stack(sums, dim=-1) * self._gains

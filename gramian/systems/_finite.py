@@ -20,7 +20,7 @@ class FiniteSystem(System[StateT]):
     def length(self) -> int:
         """Return L, the number of steps."""
 
-    def _check_steps(self, start: int, length: int) -> None:
+    def check_steps(self, start: int, length: int) -> None:
         """Raise a ValueError unless the system has `length` steps from step `start` on."""
         if start + length > self.length:
             taken = f" of which {start} are taken" if start else ""
@@ -36,7 +36,7 @@ class FiniteSystem(System[StateT]):
             at: The first step of the future, 1 … length - 1; by default `length // 2`.
         """
         length = self.length if length is None else length
-        self._check_steps(0, length)
+        self.check_steps(0, length)
         at = length // 2 if at is None else at
         if not 0 < at < length:
             raise ValueError(f"`at` must lie in 1 … {length - 1} for length {length}; got {at}.")

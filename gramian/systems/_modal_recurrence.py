@@ -17,7 +17,14 @@ from gramian.systems.blocks import BlockForm, RotationBlocks
 if TYPE_CHECKING:
     from gramian.systems.modal import Modal
 
-__all__ = ["Group", "ModalRecurrence", "ModalState", "modes_fit", "partition_channels"]
+__all__ = [
+    "Group",
+    "ModalRecurrence",
+    "ModalState",
+    "modes_fit",
+    "pair_axis",
+    "partition_channels",
+]
 
 
 _MAX_GROUPS = 4
@@ -84,6 +91,15 @@ def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
     return tuple(reversed(found))
 
 
+def pair_axis(dims: int) -> int:
+    """Return the axis of a state that separates real and imaginary parts.
+
+    Args:
+        dims: The number of channel dimensions of the system.
+    """
+    return -3 if dims else -2
+
+
 def modes_fit(state: ModalState, groups: tuple[Group, ...], dims: int, shape: torch.Size) -> bool:
     """Return whether the shapes of a state are those that samples of `shape` need.
 
@@ -97,7 +113,7 @@ def modes_fit(state: ModalState, groups: tuple[Group, ...], dims: int, shape: to
         return False
     for (channels, modes), tensor in zip(groups, state.modes, strict=True):
         found = tensor.shape
-        pair = len(found) - (3 if dims else 2)
+        pair = len(found) + pair_axis(dims)
         if pair < 0 or found[pair : pair + 2] != (2, modes):
             return False
         lead = found[:pair] + found[pair + 2 :]
@@ -140,12 +156,12 @@ class ModalRecurrence(Recurrence[ModalState]):
         self.system: Modal = system.frozen()
         dtype = working_dtype(system.d)
         self._d = self._like = self.system.d.to(dtype)
-        self._pair = self.system._pair
+        self._pair = pair_axis(self.system.d.ndim)
         self._widened: dict[int, list[_GroupStep]] = {}
         self._partition = self.system.groups
         self._groups = []
         for group in self._partition:
-            part = self.system._part(group)
+            part = self.system.part(group)
             poles = part.poles.movedim(-1, self._pair + 1)
             residues = part.residues.movedim(-1, self._pair + 1)
             channels = group.channels
@@ -184,7 +200,7 @@ class ModalRecurrence(Recurrence[ModalState]):
         return modes_fit(state, self._partition, self._d.ndim, shape)
 
     def _prefill(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
-        return self.system._apply_from(u, state)
+        return self.system.apply_from(u, state)
 
     def _groups_for(self, sample: Tensor) -> list[_GroupStep]:
         return self._widened.get(sample.shape[-1] if self._d.ndim else 1, self._groups)
@@ -246,7 +262,7 @@ class ModalBlockForm(BlockForm[ModalState]):
     def __init__(self, system: Modal, size: int, dtype: torch.dtype, streams: int = 0) -> None:
         parts = []
         for group in system.groups:
-            part, channels = system._part(group), group.channels
+            part, channels = system.part(group), group.channels
             poles, residues = (
                 value.reshape(-1, value.shape[-1]) for value in (part.poles, part.residues)
             )

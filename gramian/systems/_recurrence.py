@@ -135,7 +135,7 @@ class Recurrence(abc.ABC, Generic[StateT]):
 
     def _fits(self, state: StateT, shape: torch.Size) -> bool:
         """Return whether the shapes of a state are those that samples of `shape` need."""
-        return self.system._fits(state, shape)
+        return self.system.fits(state, shape)
 
     def _check_state(self, state: StateT, shape: torch.Size) -> None:
         if not isinstance(state, self.state_type):
@@ -171,7 +171,7 @@ class VectorRecurrence(Recurrence[StateT]):
         return make(tensor)
 
     def _prefill(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        return self.system._apply_from(u, state)
+        return self.system.apply_from(u, state)
 
     def _fits(self, state: StateT, shape: torch.Size) -> bool:
         return vector_fits(state[0], self._state_shape, shape)

@@ -59,7 +59,7 @@ class System(abc.ABC, Generic[StateT]):
         super().__init_subclass__(**kwargs)
         pytree.register_pytree_node(
             cls,
-            lambda system: (system._fields(), system._static),
+            cls._flattened,
             lambda fields, static: cls._from_fields(fields, static),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         )
@@ -72,6 +72,10 @@ class System(abc.ABC, Generic[StateT]):
     def _static(self) -> tuple[Any, ...]:
         """Return the values of the static fields, which are hashable."""
         return tuple(getattr(self, field.name) for field in _split_fields(type(self))[1])
+
+    def _flattened(self) -> tuple[list[Any], tuple[Any, ...]]:
+        """Return the tensors and the static values, as a pytree needs them."""
+        return self._fields(), self._static
 
     @classmethod
     def _from_fields(cls, values: Iterable[Any], static: tuple[Any, ...] | None = None) -> Self:
@@ -128,17 +132,20 @@ class System(abc.ABC, Generic[StateT]):
         """Return the outputs for a silent past."""
 
     @abc.abstractmethod
-    def _apply_from(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        """Return the outputs and the final state of a chunk that starts from `state`."""
+    def apply_from(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
+        """Return the outputs and the final state of a chunk that starts from `state`.
+
+        The caller has checked both, as `system(u, state)` does.
+        """
 
     @property
-    def _state_shape(self) -> tuple[int, ...]:
+    def state_shape(self) -> tuple[int, ...]:
         """Return the dimensions that a state's tensor has after the channel dimensions."""
         return (self.order,)
 
-    def _fits(self, state: StateT, shape: torch.Size) -> bool:
+    def fits(self, state: StateT, shape: torch.Size) -> bool:
         """Return whether the shapes of a state are those that samples of `shape` need."""
-        return vector_fits(state[0], self._state_shape, shape)
+        return vector_fits(state[0], self.state_shape, shape)
 
     def __getitem__(self, index: Any) -> Self:
         """Index the channel dimensions as those of a tensor: `system[::2]`, `system[:, None]`."""
@@ -207,9 +214,9 @@ class System(abc.ABC, Generic[StateT]):
         if state is None:
             return self._apply(u)
         check_state(f"this {self._kind}", state, self._state_types)
-        if not self._fits(state, shape):
+        if not self.fits(state, shape):
             raise wrong_shapes(state, shape)
-        return self._apply_from(u, state)
+        return self.apply_from(u, state)
 
     def _check_input(self, u: Tensor, shape: torch.Size) -> None:
         if not broadcasts(self.channel_shape, shape, onto=shape):

@@ -130,7 +130,7 @@ def to_modal(system: TimeInvariantSystem, tol: float = TOLERANCE) -> Modal:
         residues = torch.nn.functional.pad(kernel[..., 1:2], (0, 2 - min(2, kernel.shape[-1])))
         return Modal(torch.zeros_like(residues) + 0j, residues + 0j, kernel[..., 0])
     dense = to_state_space(system)
-    _, (A, B, C) = dense._realized()
+    _, (A, B, C) = dense.realized()
     poles, vectors = torch.linalg.eig(A)
     weights = torch.linalg.lstsq(vectors, (B + 0j).unsqueeze(-1)).solution.squeeze(-1)
     residues = ((C + 0j).unsqueeze(-2) @ vectors).squeeze(-2) * weights
@@ -214,14 +214,14 @@ def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> T
         ValueError: if a time-varying system has fewer steps.
     """
     if isinstance(system, TimeVarying):
-        system._check_steps(0, length)
+        system.check_steps(0, length)
         return system.steps(0, length).to(dtype=torch.float64)
     if isinstance(system, Modal) and not bool((system.poles.imag * system.residues.abs()).any()):
         ones = torch.ones_like(system.poles.real, dtype=torch.float64)
         A, B, C, D = system.poles.real.double(), ones, system.residues.real.double(), system.d
     else:
         dense = to_state_space(system)
-        found, (A, B, C) = dense._realized()
+        found, (A, B, C) = dense.realized()
         if found.stepwise:
             A, B, C = dense.A, dense.B, dense.C
         D = dense.D
@@ -383,7 +383,7 @@ def _difference(before: StateSpace, after: StateSpace, tol: float) -> tuple[Tens
         first, (*C), which is infinite if the first system is stable and the second is not; and the
         number of steps in which the slowest pole of the first decays to `tol`.
     """
-    (one, (A, B, C)), (two, (F, G, H)) = before._realized(), after._realized()
+    (one, (A, B, C)), (two, (F, G, H)) = before.realized(), after.realized()
     radius, other = _radius(A), _radius(F)
     size, step = before.D.square(), (after.D - before.D).square()
     order = B.shape[-1]

@@ -98,7 +98,7 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
             ValueError: if the operator has fewer steps.
         """
         length = self.length if length is None else length
-        self._check_steps(0, length)
+        self.check_steps(0, length)
         return self.entries[..., :length, :length].tril()
 
     def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
@@ -132,15 +132,13 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
         return self._rows(u.to(working_dtype(u)), 0).to(u.dtype)
 
     @property
-    def _state_shape(self) -> tuple[int, ...]:
+    def state_shape(self) -> tuple[int, ...]:
         return (self.length,)
 
-    def _apply_from(
-        self, u: Tensor, state: DenseOperatorState
-    ) -> tuple[Tensor, DenseOperatorState]:
+    def apply_from(self, u: Tensor, state: DenseOperatorState) -> tuple[Tensor, DenseOperatorState]:
         inputs, position = state
         start, end = int(position), int(position) + u.shape[-1]
-        self._check_steps(start, u.shape[-1])
+        self.check_steps(start, u.shape[-1])
         past = torch.cat([inputs[..., :start], u.to(inputs.dtype)], dim=-1)
         new = torch.nn.functional.pad(past, (0, inputs.shape[-1] - end))
         return self._rows(past, start).to(u.dtype), DenseOperatorState(new, position + u.shape[-1])
@@ -153,7 +151,7 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
             start: The first step whose output is returned.
         """
         end = inputs.shape[-1]
-        self._check_steps(0, end)
+        self.check_steps(0, end)
         rows = self.entries[..., start:end, :end].tril(start).to(inputs.dtype)
         grouped, restore = group_channels(inputs, self.channel_shape)  # (G, R, end)
         with torch.autocast(inputs.device.type, enabled=False):
@@ -184,7 +182,7 @@ class DenseOperatorRecurrence(VectorRecurrence[DenseOperatorState]):
     def _step(self, u_t: Tensor, state: DenseOperatorState) -> tuple[Tensor, DenseOperatorState]:
         inputs, position = state.inputs, state.position
         at = int(position)
-        self.system._check_steps(at, 1)
+        self.system.check_steps(at, 1)
         inputs[..., at] = u_t
         row = self.system.entries[..., at, : at + 1].to(inputs.dtype)
         y = (row * inputs[..., : at + 1]).sum(-1)

@@ -106,7 +106,7 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         return 2 * self.poles.shape[-1]
 
     @property
-    def _state_shape(self) -> tuple[int, ...]:
+    def state_shape(self) -> tuple[int, ...]:
         return (self.poles.shape[-1], 2)
 
     def state_space(self) -> StateSpace:
@@ -150,7 +150,7 @@ class DPLR(TimeInvariantSystem[DPLRState]):
             raise ValueError(f'a DPLR system has the recurrence form "dplr" only; got {form!r}.')
         return DPLRRecurrence(self)
 
-    def _apply_from(self, u: Tensor, state: DPLRState) -> tuple[Tensor, DPLRState]:
+    def apply_from(self, u: Tensor, state: DPLRState) -> tuple[Tensor, DPLRState]:
         past = torch.view_as_complex(state.modes).to(torch.complex128)
         signal, length = u.double(), u.shape[-1]
         yu, yv, vu, vv = self._open_loop(length).unbind(-2)
@@ -171,7 +171,7 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         return y.to(u.dtype), DPLRState(torch.view_as_real(new).to(state.modes.dtype))
 
     def _infinite_hankel_singular_values(self) -> Tensor:
-        return self.state_space()._infinite_hankel_singular_values()
+        return self.state_space().hankel_singular_values()
 
 
 class DPLRRecurrence(VectorRecurrence[DPLRState]):
@@ -196,7 +196,7 @@ class DPLRRecurrence(VectorRecurrence[DPLRState]):
         columns = torch.view_as_real(torch.stack([double.B, -double.p], dim=-2))
         self._B, self._p = columns.to(dtype).unbind(-3)  # (*C, m, 2)
         self._D = double.D.to(dtype)
-        self._like, self._state_shape = self._D, self.system._state_shape
+        self._like, self._state_shape = self._D, self.system.state_shape
 
     def _read(self, u_t: Tensor, modes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return y, v, and the sample in the dtype of the modes."""

@@ -134,10 +134,10 @@ class FIR(TimeInvariantSystem[FIRState]):
         kernel = self.kernel.detach().double().cpu().numpy()
         return control.TransferFunction(kernel, np.eye(1, len(kernel))[0], True)
 
-    def _apply_from(self, u: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
+    def apply_from(self, u: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
         return _extend(OnlineConvolution(self.kernel_for(u, self.kernel.shape[-1])), u, state)
 
-    def _fits(self, state: FIRState, shape: torch.Size) -> bool:
+    def fits(self, state: FIRState, shape: torch.Size) -> bool:
         return _fits(state, OnlineConvolution(self.kernel).window, shape)
 
     def _infinite_hankel_singular_values(self) -> Tensor:

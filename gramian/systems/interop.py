@@ -14,7 +14,7 @@ from gramian.systems.cascade import Section, cascade, check_roots, partial_fract
 from gramian.systems.convert import TOLERANCE, conversion_error
 from gramian.systems.modal import Modal
 from gramian.systems.state_space import StateSpace
-from gramian.systems.transfer_function import TransferFunction
+from gramian.systems.transfer_function import TransferFunction, proper_fraction
 
 __all__ = ["from_control", "from_zpk", "to_control", "to_zpk"]
 
@@ -230,5 +230,5 @@ def _from_polynomials(
         )
     num = np.pad(num, (len(den) - len(num), 0))
     if checked:
-        return TransferFunction._normalized(num, den, dtype)
+        return TransferFunction(*proper_fraction(num, den, dtype))
     return TransferFunction.from_scipy(num, den, dtype=dtype)

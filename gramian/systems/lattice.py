@@ -107,5 +107,5 @@ def apply_lattice(
     realization: StateSpace, u: Tensor, state: LatticeState
 ) -> tuple[Tensor, LatticeState]:
     """Process a chunk from `state` with the lattice's `lattice_realization`."""
-    y, new = realization._apply_from(u, StateSpaceState(state.x))
+    y, new = realization.apply_from(u, StateSpaceState(state.x))
     return y, LatticeState(new.x)

@@ -27,6 +27,7 @@ from gramian.systems._modal_recurrence import (
     ModalRecurrence,
     ModalState,
     modes_fit,
+    pair_axis,
     partition_channels,
 )
 from gramian.systems._system import STATIC, TimeInvariantSystem, check_tensor
@@ -230,17 +231,17 @@ class Modal(TimeInvariantSystem[ModalState]):
         A = A.index_select(-1, keep).index_select(-2, keep)
         return StateSpace(A, B.index_select(-1, keep), C.index_select(-1, keep), self.d.double())
 
-    def _fits(self, state: ModalState, shape: torch.Size) -> bool:
+    def fits(self, state: ModalState, shape: torch.Size) -> bool:
         return modes_fit(state, self.groups, self.d.ndim, shape)
 
-    def _apply_from(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
+    def apply_from(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
         length = u.shape[-1]
         signal = u.to(state.modes[0].dtype)
         y = causal_convolution(signal, self.impulse_response(length).to(signal.dtype))
-        pair = self._pair
+        pair = pair_axis(self.d.ndim)
         free, states = [], []
         for group, modes in zip(self.groups, state.modes, strict=True):
-            part, chosen = self._part(group), signal
+            part, chosen = self.part(group), signal
             if group.channels is not None:
                 index = torch.tensor(group.channels, device=u.device)
                 chosen = signal.index_select(-self.d.ndim - 1, index)
@@ -256,12 +257,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         y = y + _ungroup(free, self.groups, -self.d.ndim - 1)
         return y.to(u.dtype), ModalState(tuple(states))
 
-    @property
-    def _pair(self) -> int:
-        """Return the dimension of a state that separates real and imaginary parts."""
-        return -3 if self.d.ndim else -2
-
-    def _part(self, group: Group) -> Modal:
+    def part(self, group: Group) -> Modal:
         """Return the channels of one group as a system with as many modes as they need."""
         if group.channels is None:
             return Modal(self.poles[..., : group.modes], self.residues[..., : group.modes], self.d)

@@ -234,7 +234,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
 
         They are computed in the coordinates in which rounding moves them least.
         """
-        return torch.linalg.eigvals(self._realized()[1][0])
+        return torch.linalg.eigvals(self.realized()[1][0])
 
     def spectral_radius(self) -> Tensor:
         """Return the largest modulus of a pole, (*C), float64."""
@@ -245,7 +245,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         object.__setattr__(system, "_known", {})  # constant values: coordinates are found once
         return system
 
-    def _realized(self) -> _Realized:
+    def realized(self) -> _Realized:
         """Return coordinates in which powers of A are computed, and A, B, C in them, in float64."""
         known = self._known
         if known:
@@ -261,7 +261,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         """Return the Markov parameters (*C, length) in O(n² √L + n L + n³ log L) operations."""
         if length == 1 or self.order == 0:
             return torch.nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
-        tail = self._free(self.B, length - 1, self._realized())
+        tail = self._free(self.B, length - 1, self.realized())
         return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)
 
     def _free(self, x: Tensor, length: int, realized: _Realized) -> Tensor:
@@ -294,11 +294,11 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         """Return the system itself in float64."""
         return self.to(dtype=torch.float64)
 
-    def _apply_from(self, u: Tensor, state: StateSpaceState) -> tuple[Tensor, StateSpaceState]:
+    def apply_from(self, u: Tensor, state: StateSpaceState) -> tuple[Tensor, StateSpaceState]:
         x = state.x
         length = u.shape[-1]
         signal = u.to(x.dtype)
-        realized = found, (A, B, _) = self._realized()
+        realized = found, (A, B, _) = self.realized()
         if found.stepwise:
             y, end = plain_steps(self.A, self.B, self.C, signal, x)
             y = y + self.D.double().unsqueeze(-1) * signal
@@ -313,7 +313,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
     def _infinite_hankel_singular_values(self) -> Tensor:
         if self.order == 0:
             return self.B.double()
-        found, (A, B, C) = self._realized()
+        found, (A, B, C) = self.realized()
         if found.stepwise:
             raise ValueError(
                 "the Hankel singular values of this state-space system cannot be computed in "

@@ -163,7 +163,7 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         return B, C, self.D.to(dtype).reshape(groups, length)
 
     @property
-    def _stepwise(self) -> bool:
+    def stepwise(self) -> bool:
         """Return whether products of the state matrices are less accurate than plain steps.
 
         This can only happen to dense matrices. The check synchronizes with a GPU.
@@ -174,7 +174,7 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         assert isinstance(transition, Dense)
         return not bounded_products(transition.a.detach())
 
-    def _step_by_step(self, signal: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def take_steps(self, signal: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Take all steps, one after the other, on signals (G, L, r) from states (G, n, r)."""
         transition = self.transition(torch.float64)
         assert isinstance(transition, Dense)
@@ -190,13 +190,13 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
             ValueError: if the system has fewer steps.
         """
         length = self.length if length is None else length
-        self._check_steps(0, length)
+        self.check_steps(0, length)
         part, dtype = self.steps(0, length), working_dtype(self.D)
-        if part._stepwise:
+        if part.stepwise:
             groups = self.channel_shape.numel()
             impulses = torch.eye(length, dtype=torch.float64, device=self.device)
             start = impulses.new_zeros(groups, self.order, length)
-            columns, _ = part._step_by_step(impulses.expand(groups, -1, -1), start)
+            columns, _ = part.take_steps(impulses.expand(groups, -1, -1), start)
             return columns.reshape(*self.channel_shape, length, length).to(self.dtype)
         size = 1 << max(length - 1, 0).bit_length()
         with torch.autocast(self.device.type, enabled=False):
@@ -237,7 +237,7 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         Returns:
             The reachability matrices (G, n, at) and the observability matrices (G, length - at, n).
         """
-        if self.steps(0, length)._stepwise:
+        if self.steps(0, length).stepwise:
             return self._stepped_factors(at, length)
         parts = []
         for part in (self.steps(0, at), self.steps(at, length)):
@@ -271,14 +271,14 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         x = self.D.new_zeros(*u.shape[:-1], self.order, dtype=working_dtype(u))
         return self._run(u, x, 0)[0]
 
-    def _apply_from(self, u: Tensor, state: TimeVaryingState) -> tuple[Tensor, TimeVaryingState]:
+    def apply_from(self, u: Tensor, state: TimeVaryingState) -> tuple[Tensor, TimeVaryingState]:
         y, x = self._run(u, state.x, int(state.position))
         return y, TimeVaryingState(x, state.position + u.shape[-1])
 
     def _run(self, u: Tensor, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Return the outputs of the steps from `start` on, and the state after them."""
         length = u.shape[-1]
-        self._check_steps(start, length)
+        self.check_steps(start, length)
         if length == 0:
             return u, x
         part, dtype = self.steps(start, start + length), x.dtype
@@ -288,8 +288,8 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         if isinstance(transition, Diagonal) and signal.shape[1] == 1:
             y, end = apply_diagonal(transition.a, B, C, D, signal.squeeze(1), first.squeeze(1))
             return restore(y.unsqueeze(1)).to(u.dtype), restore_state(end.unsqueeze(1))
-        if isinstance(transition, Dense) and part._stepwise:
-            y, end = part._step_by_step(signal.mT, first.mT)
+        if isinstance(transition, Dense) and part.stepwise:
+            y, end = part.take_steps(signal.mT, first.mT)
             return restore(y.mT.to(dtype)).to(u.dtype), restore_state(end.mT.to(dtype))
         size = _block_size(length, self.order, signal.shape[1])
         with torch.autocast(self.device.type, enabled=False):
@@ -329,7 +329,7 @@ class TimeVaryingRecurrence(VectorRecurrence[TimeVaryingState]):
     def _advance(self, u_t: Tensor, state: TimeVaryingState) -> tuple[Tensor, TimeVaryingState]:
         x, position = state.x, state.position
         system, at = self.system, int(position)
-        system._check_steps(at, 1)
+        system.check_steps(at, 1)
         skip = len(system.channel_shape)
         A, B, C, D = (
             value.select(skip, at).to(x.dtype) for value in (system.A, system.B, system.C, system.D)

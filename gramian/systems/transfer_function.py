@@ -33,7 +33,7 @@ from gramian.systems.lattice import (
 from gramian.systems.modal import Modal
 from gramian.systems.state_space import StateSpace
 
-__all__ = ["TransferFunction", "TruncatedTransferFunction", "exact_numerator"]
+__all__ = ["TransferFunction", "TruncatedTransferFunction", "exact_numerator", "proper_fraction"]
 
 _TOLERANCE = 1e-5
 """Largest relative l2 error with which a recurrence may stand in for the kernel of its taps."""
@@ -156,7 +156,8 @@ class TransferFunction(TimeInvariantSystem[Any]):
         They stand for `(b[0] + b[1] z^-1 + …) / (a[0] + a[1] z^-1 + …)`.
 
         Args:
-            b: (*C, m + 1): the numerator.
+            b: (*C, m + 1): the numerator. If it is longer than the denominator, the system has
+                further poles at zero.
             a: (*C, n + 1): the denominator; `a[..., 0]` must not be zero.
             dtype: The dtype of the result.
 
@@ -166,32 +167,11 @@ class TransferFunction(TimeInvariantSystem[Any]):
                 precision), since coefficients of high degree do not determine poles that crowd.
 
         Raises:
-            ValueError: if the numerator has more coefficients than the denominator and the rest is
-                not zero (an FIR part belongs in an `FIR`), or `a[..., 0]` is zero.
+            ValueError: if `a[..., 0]` is zero.
         """
-        system = cls._normalized(b, a, dtype)
+        system = cls(*proper_fraction(b, a, dtype))
         _warn_of_lost_poles(system)
         return system
-
-    @classmethod
-    def _normalized(
-        cls, b: np.ndarray | Tensor, a: np.ndarray | Tensor, dtype: torch.dtype
-    ) -> Self:
-        num, den = (
-            torch.atleast_1d(
-                c.double() if isinstance(c, Tensor) else torch.tensor(np.array(c, float))
-            )
-            for c in (b, a)
-        )
-        if bool((den[..., 0] == 0).any()):
-            raise ValueError("the leading denominator coefficient a[0] must not be zero.")
-        size = max(num.shape[-1], den.shape[-1])
-        den = torch.nn.functional.pad(den, (0, size - den.shape[-1]))
-        num = torch.nn.functional.pad(num, (0, size - num.shape[-1]))
-        num, den = torch.broadcast_tensors(num / den[..., :1], den / den[..., :1])
-        d = num[..., 0]
-        strict = num[..., 1:] - d.unsqueeze(-1) * den[..., 1:]
-        return cls(strict.to(dtype), den[..., 1:].to(dtype), d.to(dtype))
 
     def to_scipy(self) -> tuple[np.ndarray, np.ndarray]:
         """Return scipy.signal's `(b, a)`, float64, each (*C, n + 1): `b = [d, b + d a]`."""
@@ -298,12 +278,12 @@ class TransferFunction(TimeInvariantSystem[Any]):
         recurrence.error = error
         return recurrence
 
-    def _fits(self, state: State, shape: torch.Size) -> bool:
+    def fits(self, state: State, shape: torch.Size) -> bool:
         if isinstance(state, FIRState | ModalState):  # the system that takes it checks it
             return True
-        return super()._fits(state, shape)
+        return super().fits(state, shape)
 
-    def _apply_from(self, u: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def apply_from(self, u: Tensor, state: Any) -> tuple[Tensor, Any]:
         if isinstance(state, FIRState) and self.taps is not None:
             return FIR(self.taps)(u, state)
         if isinstance(state, LatticeState) and self.reflection is not None:
@@ -329,7 +309,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
         return control.TransferFunction(*self.to_scipy(), True)
 
     def _infinite_hankel_singular_values(self) -> Tensor:
-        return self.state_space()._infinite_hankel_singular_values()
+        return self.state_space().hankel_singular_values()
 
 
 class TruncatedTransferFunction(TransferFunction):
@@ -393,6 +373,38 @@ class TruncatedTransferFunction(TransferFunction):
         if self._numerator is None:  # compute it before the taps are rounded
             return self._from_fields(self._fields(), self._static).to(device, dtype)
         return super().to(device, dtype)
+
+
+def proper_fraction(
+    b: np.ndarray | Tensor, a: np.ndarray | Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split scipy's `(b, a)` into the fields of a `TransferFunction`.
+
+    Args:
+        b: (*C, m + 1): the numerator.
+        a: (*C, n + 1): the denominator.
+        dtype: The dtype of the result.
+
+    Returns:
+        The strictly proper numerator and the denominator, (*C, max(m, n)) each, and the direct term
+        (*C).
+
+    Raises:
+        ValueError: if `a[..., 0]` is zero.
+    """
+    num, den = (
+        torch.atleast_1d(c.double() if isinstance(c, Tensor) else torch.tensor(np.array(c, float)))
+        for c in (b, a)
+    )
+    if bool((den[..., 0] == 0).any()):
+        raise ValueError("the leading denominator coefficient a[0] must not be zero.")
+    size = max(num.shape[-1], den.shape[-1])
+    den = torch.nn.functional.pad(den, (0, size - den.shape[-1]))
+    num = torch.nn.functional.pad(num, (0, size - num.shape[-1]))
+    num, den = torch.broadcast_tensors(num / den[..., :1], den / den[..., :1])
+    d = num[..., 0]
+    strict = num[..., 1:] - d.unsqueeze(-1) * den[..., 1:]
+    return strict.to(dtype), den[..., 1:].to(dtype), d.to(dtype)
 
 
 def exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
