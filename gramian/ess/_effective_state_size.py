@@ -122,7 +122,7 @@ def sketched_state_size(
     differ gives the error.
 
     Args:
-        matrix: (*C, L, L), lower triangular, or a `DenseOperator`.
+        matrix: Lower-triangular matrices (*C, L, L), or a `DenseOperator`.
         at: As in `effective_state_size`.
         rank: The number of leading singular values to compute. A block whose smaller side is at
             most twice this number is measured exactly.

@@ -41,8 +41,8 @@ def realize(matrix: Tensor | DenseOperator | TimeVarying, tol: float) -> TimeVar
     only up to earlier truncations. With `tol=0` each state has the numerical rank of its block.
 
     Args:
-        matrix: (*C, L, L), lower triangular, or a system of L steps. Entries above the diagonal
-            are not read.
+        matrix: Lower-triangular matrices (*C, L, L), or a system of L steps. Entries above the
+            diagonal are not read.
         tol: The tolerance in `‖T - T̂‖_F ≤ tol ‖T‖_F`, which holds for every channel, up to
             rounding. At most `tol² ‖T‖_F² / L` of energy is dropped at a step.
 

@@ -43,7 +43,7 @@ def measure_blocks(T: Tensor, positions: list[int], measure: Measure, floor: Ten
     """Compute the measure of `T[i:, :i]` at every position.
 
     Args:
-        T: (G, L, L), lower triangular, of any floating-point dtype.
+        T: Lower-triangular matrices (G, L, L) of any floating-point dtype.
         positions: Positions in 1 … L - 1, ascending, without repetitions.
         measure: The measure to compute.
         floor: (G), float64: the norms up to which a block counts as zero.

@@ -78,7 +78,8 @@ class Measure:
         above the noise have random signs; those within the noise all raise the singular value.
 
         Args:
-            eigenvalues: (*S, k), float64, ascending, followed by zeros to a common k.
+            eigenvalues: (*S, k), float64: the eigenvalues of each matrix, ascending, then zeros
+                up to a common k.
             sizes: (*S): the number of eigenvalues of each matrix.
             tolerance: The largest acceptable relative error.
 

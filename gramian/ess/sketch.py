@@ -38,7 +38,7 @@ def sketched_sizes(
     """Estimate the entropy-ESS and two standard errors, (G, P) each, float64.
 
     Args:
-        T: (G, L, L), lower triangular.
+        T: Lower-triangular matrices (G, L, L).
         positions: Positions in 1 … L - 1.
         rank: The number of leading singular values to compute.
         probes: The number of random vectors for the other values, at least 2.

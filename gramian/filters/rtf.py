@@ -160,7 +160,7 @@ class RTF(RationalFilter):
         """Load denominators `a_1 … a_n`, exactly up to the rounding of the parameters.
 
         Args:
-            a: (num_denominators, n), real.
+            a: (num_denominators, n), real: the coefficients of every denominator.
 
         Raises:
             ValueError: if the shape is another, or the `stability` rules out a denominator: "schur"

@@ -50,20 +50,22 @@ def causal_convolution(
     dim: int = -1,
     save_spectra: bool = False,
 ) -> Tensor:
-    """Convolve `u` causally with `kernel` along `dim`, in O(L log L).
+    """Convolve `u` causally with `kernel` along `dim`, in O(L log L) operations.
 
-    `y_t = gate_t (Σ_{j≤t} kernel_j u_{t−j} + skip u_t)`, differentiable to any order. Kernels
-    longer than the input are cut to its length; shorter ones are zero past their end.
+    The result `y_t = gate_t (Σ_{j≤t} kernel_j u_{t−j} + skip u_t)` is differentiable to any order.
+    A kernel that is longer than the input is cut to its length. A shorter one is zero past its end.
 
-    The result is causal except for rounding errors. A transform mixes all samples of a row, so that
+    The result is causal except for rounding errors. A transform mixes all samples of a row. So
     every output has an error of about eps `‖u‖₂ ‖kernel‖₂` of the whole row, and a sample that is
     NaN, infinite, or so large that spectra overflow also affects the outputs before it. Other rows
-    are not affected, and neither are earlier chunks or steps when the input is processed in parts.
+    are not affected, and neither are earlier chunks or steps if the input is processed in parts.
 
     Args:
-        u: (*S with the length L at `dim`), real; with `dim=-1` (batch, channels, length), with
-            `dim=-2` (batch, length, channels). No layout is copied as a whole.
-        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right.
+        u: The real input, of the shape S with a time axis of length L at `dim`: (batch, channels,
+            length) for `dim=-1`, (batch, length, channels) for `dim=-2`. No layout is copied as a
+            whole.
+        kernel: (*C, K), real: the taps of the kernels; C broadcasts against S, aligned on the
+            right.
         skip: Real, with a shape that broadcasts against S; it is added to tap 0 of the kernel.
         gate: Real, of the shape of `u`; it multiplies the result.
         dim: The time axis of `u`.
@@ -99,17 +101,17 @@ def causal_convolution(
 
 
 def bidirectional_convolution(u: Tensor, kernel: Tensor, ahead: Tensor, *, dim: int = -1) -> Tensor:
-    """Convolve with the past and with the future of `u` along `dim`, in O(L log L).
+    """Convolve with the past and with the future of `u` along `dim`, in O(L log L) operations.
 
-    `y_t = Σ_{j≥0} kernel_j u_{t−j} + Σ_{j≥0} ahead_j u_{t+1+j}`, differentiable to any order. The
-    kernel `ahead` begins with the next sample, so that the present sample enters once. The number
-    of transforms is that of the causal convolution of the same input.
+    The result `y_t = Σ_{j≥0} kernel_j u_{t−j} + Σ_{j≥0} ahead_j u_{t+1+j}` is differentiable to any
+    order. The kernel `ahead` begins with the next sample, so the present sample enters once. It
+    takes as many transforms as the causal convolution of the same input.
 
     Args:
-        u: (*S with the length L at `dim`), real.
-        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right. A kernel
-            longer than the input is cut to its first L taps.
-        ahead: (*A, J), real, taps last; A broadcasts against S and C.
+        u: The real input, of the shape S with a time axis of length L at `dim`.
+        kernel: (*C, K), real: the taps for the present and the past; C broadcasts against S,
+            aligned on the right. A kernel longer than the input is cut to its first L taps.
+        ahead: (*A, J), real: the taps for the future; A broadcasts against S and C.
         dim: The time axis of `u`.
 
     Returns:

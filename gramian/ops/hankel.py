@@ -20,7 +20,7 @@ class Hankel:
     """A batch of `rows` × `columns` Hankel matrices that are never formed.
 
     Args:
-        sequence: (*B, T), real. Entries past its end count as zero; entries past
+        sequence: (*B, T), real: the sequences g. Entries past their end count as zero; entries past
             rows + columns - 1 are not used.
         rows: Number of rows, at least 1.
         columns: Number of columns, at least 1.

@@ -23,8 +23,8 @@ def krylov_vectors(A: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Compute `x, A x, …, A^(count-1) x` by doubling.
 
     Args:
-        A: (*C, n, n).
-        x: (*B, n, r); `C` broadcasts against `B`.
+        A: (*C, n, n): the matrix.
+        x: (*B, n, r): r vectors; `C` broadcasts against `B`.
         count: The number of powers, a power of two.
 
     Returns:

@@ -40,7 +40,7 @@ class OnlineConvolution:
     """A convolution with a known kernel that takes one sample or one chunk at a time.
 
     Args:
-        kernel: (*C, K), real floating point, K ≥ 1.
+        kernel: (*C, K), real floating point: the taps, K ≥ 1.
     """
 
     def __init__(self, kernel: Tensor) -> None:

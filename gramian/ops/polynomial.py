@@ -38,7 +38,7 @@ def evaluate_on_roots_of_unity(coefficients: Tensor, points: int) -> Tensor:
     The values at the other roots of unity are the conjugates of these.
 
     Args:
-        coefficients: (*C, n), real, from the constant term on; n ≤ points.
+        coefficients: (*C, n), real: the coefficients c_j, the constant term first; n ≤ points.
         points: The number of roots of unity.
 
     Returns:

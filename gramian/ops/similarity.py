@@ -82,8 +82,8 @@ def exact_product(left: Tensor, right: Tensor) -> Pair:
     al., "Error-free transformations of matrix multiplication", Numerical Algorithms 59, 2012).
 
     Args:
-        left: (*C, m, k), float64.
-        right: (*C, k, n), float64.
+        left: (*C, m, k), float64: the left factor.
+        right: (*C, k, n), float64: the right factor.
 
     Returns:
         (*C, m, n), with an error of about eps² relative to the largest entries of the row and the
@@ -100,7 +100,10 @@ def exact_product(left: Tensor, right: Tensor) -> Pair:
 
 
 def _slices(x: Tensor, dim: int, bits: int, count: int) -> list[Tensor]:
-    """Split `x` into a sum of parts with `bits` bits each, below the largest entry along `dim`."""
+    """Split `x` into parts that add up to it.
+
+    Each part holds the next `bits` bits, counted from the largest remaining entry along `dim`.
+    """
     parts = []
     for _ in range(count):
         top = x.abs().amax(dim, keepdim=True)
@@ -223,7 +226,7 @@ def bounded_powers(A: Tensor) -> Tensor:
     radius are divided out first, because the result grows as much as they do.
 
     Args:
-        A: (*C, n, n), float64.
+        A: (*C, n, n), float64: the state matrix.
     """
     bound = _BOUND * math.sqrt(max(1, A.shape[-1]))
     small = _largest_power(A, bound) <= bound

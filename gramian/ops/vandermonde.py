@@ -40,7 +40,7 @@ def geometric_powers(base: Tensor, count: int) -> Tensor:
     """Compute the powers `base^0, …, base^(count - 1)` by doubling; exact for base 0.
 
     Args:
-        base: (*C, m), real or complex.
+        base: (*C, m), real or complex: the numbers to raise to powers.
         count: The number of powers, at least 1.
 
     Returns:
@@ -72,9 +72,9 @@ def vandermonde_product(poles: Tensor, coefficients: Tensor, length: int) -> Ten
     only the arguments.
 
     Args:
-        poles: (*C, m), complex.
-        coefficients: (*B, m), complex; `C` broadcasts against `B`. Along dimensions where `C` has
-            size 1, the powers are computed once and shared.
+        poles: (*C, m), complex: the poles.
+        coefficients: (*B, m), complex: a coefficient for every pole; `C` broadcasts
+            against `B`. Along dimensions where `C` has size 1, powers are computed once and shared.
         length: The number of samples, at least 1.
 
     Returns:
@@ -90,8 +90,8 @@ def vandermonde_transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
     The result is differentiable to any order.
 
     Args:
-        poles: (*C, m), complex.
-        signal: (*B, T), real; `C` broadcasts against `B`.
+        poles: (*C, m), complex: the poles.
+        signal: (*B, T), real: the inputs; `C` broadcasts against `B`.
 
     Returns:
         (*B, m), complex, of the precision of `signal`.
@@ -156,8 +156,8 @@ def _progression(base: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tenso
     So most of the work is in the precision of the result, and no error accumulates.
 
     Args:
-        base: (g, m), complex128.
-        first: (*R, g, m).
+        base: (g, m), complex128: the ratio of each progression.
+        first: (*R, g, m): its first element.
 
     Returns:
         (*R, count, g, m), and `base^count` in complex128 if `count` is a power of two.

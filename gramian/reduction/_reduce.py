@@ -47,7 +47,7 @@ class Reduction:
 
     Attributes:
         system: The `Modal` that was found, channels (*C).
-        order: (*C), integers: the number of real numbers in the state of every channel. It is below
+        order: (*C), integers: the state dimension of every channel, in real numbers. It is below
             the requested order if the Hankel matrix of the kernel has a lower rank, or if a fit of
             a lower order was closer than any fit of the requested one.
         relative_error: (*C): ‖h - ĥ‖₂ / ‖h‖₂ over the L taps; 0 for a silent channel.
@@ -150,8 +150,8 @@ def reduce(
     Args:
         kernel_or_system: A kernel (*C, L), real floating point, or a time-invariant system, whose
             first `length` taps are then reduced.
-        order: The number of real numbers in the state, 1 … L - 1, in which a conjugate pair of
-            poles counts 2 and a real pole 1. It is one number, or integers that broadcast to (*C).
+        order: The state dimension in real numbers, 1 … L - 1, where a conjugate pair of poles
+            counts 2 and a real pole 1. It is one number, or integers that broadcast to (*C).
         tol: The relative l2 error over the taps to reach, above 0, in place of an order. Every
             channel gets the smallest order that reaches it, as far as the error falls with the
             order. A channel that does not reach it gets the closest fit that was found, and its

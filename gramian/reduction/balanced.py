@@ -108,7 +108,7 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
     Args:
         problem: The kernels and the settings. If `settings.refine` is false, only the closed form
             is used.
-        order: (len(rows)), integers.
+        order: (len(rows)), integers: the largest order of every fit.
         rows: The indices of the channels.
     """
     settings = problem.settings
@@ -475,8 +475,9 @@ def balanced_poles(spectrum: Spectrum, order: Tensor, spread: float = 0.0) -> Te
 
     Args:
         spectrum: The Hankel spectra, with at least as many singular vectors as the largest order.
-        order: (B), integers. A singular vector whose singular value is zero gives no pole. The last
-            vector of a complete basis gives none either, because it cannot be shifted.
+        order: (B), integers: the order of every kernel. A singular vector whose singular value is
+            zero gives no pole. The last vector of a complete basis gives none either, because it
+            cannot be shifted.
         spread: The size of a random change of the shift, which separates multiple poles.
 
     Returns:

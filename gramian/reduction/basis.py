@@ -33,7 +33,7 @@ class Modes:
 
     Args:
         decay: (B, m), float64: `-log |λ|`.
-        angle: (B, m), float64, 0 … π; exactly 0 or π for a real pole.
+        angle: (B, m), float64: the angle of λ, 0 … π; exactly 0 or π for a real pole.
         real: (B, m), bool: whether the entry is a single real pole.
         present: (B, m), bool: whether the entry is in use.
     """

@@ -51,7 +51,7 @@ def squared_lower_bound(taps: Tensor, order: Tensor, windowed: Tensor | None) ->
 
     Args:
         taps: (B, T), float64: h_1 … h_T, T = L - 1.
-        order: (B), integers.
+        order: (B), integers: the order of ĥ for every kernel.
         windowed: (B, K), descending: lower bounds of the singular values of the Hankel matrices
             with `tail="free"`, or None if they are not known.
     """
@@ -101,8 +101,8 @@ def tail_energy(poles: Tensor, residues: Tensor, length: int) -> Tensor:
     of nearly coincident poles cancel before they are squared.
 
     Args:
-        poles: (B, m), complex128.
-        residues: (B, m), complex128.
+        poles: (B, m), complex128: the poles of ĥ, one of each pair.
+        residues: (B, m), complex128: their residues.
         length: The first tap of the tail, at least 1.
     """
     outside = ((poles.abs() >= 1) & (residues != 0)).any(-1)
@@ -132,8 +132,8 @@ def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
 
     Args:
         taps: (B, T), float64: h_1 … h_T.
-        poles: (B, m), complex128.
-        residues: (B, m), complex128.
+        poles: (B, m), complex128: the poles of ĥ, one of each pair.
+        residues: (B, m), complex128: their residues.
     """
     if poles.shape[-1] == 0:
         poles, residues = (torch.nn.functional.pad(x, (0, 1)) for x in (poles, residues))
@@ -201,7 +201,7 @@ class _Cascade:
     the poles are. If poles coincide, no number here is large, unlike the residues.
 
     Args:
-        poles: (B, m), complex128, inside the unit circle.
+        poles: (B, m), complex128: the poles λ, inside the unit circle.
     """
 
     A: Tensor

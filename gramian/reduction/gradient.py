@@ -53,7 +53,7 @@ def modal_interpolation(
 
     Args:
         problem: The kernels and the settings.
-        order: (len(rows)), integers.
+        order: (len(rows)), integers: the order of every fit.
         rows: The indices of the channels.
         options: The options of the descent.
     """

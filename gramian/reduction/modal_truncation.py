@@ -28,7 +28,7 @@ def modal_truncation(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
 
     Args:
         problem: The kernels, the settings and, if known, the modes of the systems.
-        order: (len(rows)), integers.
+        order: (len(rows)), integers: the largest order of every fit.
         rows: The indices of the channels.
     """
     taps = problem.taps[rows]
@@ -66,9 +66,10 @@ def dominant_modes(poles: Tensor, residues: Tensor, order: Tensor, length: int) 
     """Choose which modes to keep, (B, m), bool: those with the most energy that fit into the order.
 
     Args:
-        poles: (B, m), complex128, one of each pair; NaN or with residue 0 where there is none.
-        residues: (B, m), complex128.
-        order: (B), integers; a pair takes 2 of it, and a real pole 1.
+        poles: (B, m), complex128: the poles, one of each pair; NaN or with residue 0
+            where there is none.
+        residues: (B, m), complex128: their residues.
+        order: (B), integers: the largest order, of which a pair takes 2 and a real pole 1.
         length: The number of taps.
     """
     absent = poles.isnan() | (residues == 0)

@@ -67,7 +67,7 @@ class SourceModes:
     """The modes of the systems to reduce, if they are known.
 
     Args:
-        poles: (B, m), complex128, one or both of each pair; NaN where there is none.
+        poles: (B, m), complex128: the poles, one or both of each pair; NaN where there is none.
         residues: (B, m), complex128: the residues r_k in `Re Σ_k r_k λ_k^t`. None: they have yet to
             be fitted.
     """
@@ -166,8 +166,8 @@ class Problem:
 
         Args:
             best: Fits of the channels `rows`.
-            poles: (len(where), n), complex128, NaN where there is none. They are made stable first
-                if the settings ask for it.
+            poles: (len(where), n), complex128: the poles, NaN where there is none. They are made
+                stable first if the settings ask for it.
             rows: The indices of the channels.
             where: Indices into `rows`.
 

@@ -75,7 +75,7 @@ class _Point:
     Args:
         error: (B): the objective φ, plus the ridge term and, on the infinite horizon, the energy of
             the tail.
-        residues: (B, m), complex128.
+        residues: (B, m), complex128: the best residues.
         jacobian: (B, 2m, 2m): maps changes of (-decay, angle) to changes of the fit, in an
             orthonormal basis.
         target: (B, 2m): the residual in that basis.
@@ -328,8 +328,8 @@ def greedy_modes(taps: Tensor, order: Tensor) -> Modes:
     spectrum, for which balanced truncation does not find the leading directions well.
 
     Args:
-        taps: (B, T), float64.
-        order: (B), integers, at least 1; an odd one ends with a real pole.
+        taps: (B, T), float64: h_1 … h_T.
+        order: (B), integers: the orders, at least 1; an odd one ends with a real pole.
     """
     width = int((order + 1).max()) // 2
     new = taps.new_zeros(len(taps), width)

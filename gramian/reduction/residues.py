@@ -54,8 +54,8 @@ class ModalFit:
     """A fit by modes, with the values that the dtype of the result will hold.
 
     Attributes:
-        poles: (B, m), complex128, one of each pair.
-        residues: (B, m), complex128; 0 where there is no mode.
+        poles: (B, m), complex128: the poles, one of each pair.
+        residues: (B, m), complex128: their residues; 0 where there is no mode.
         l2_error: (B), float64: the l2 norm of `h - ĥ` over the taps.
         l1_error: (B), float64: its l1 norm.
     """
@@ -77,7 +77,7 @@ class ModalFit:
         self.l1_error[where] = other.l1_error
 
     def orders(self) -> Tensor:
-        """Return how many real numbers the states hold, (B); an entry without residue counts 0."""
+        """Return the state dimensions in real numbers, (B); an entry without residue counts 0."""
         return torch.where(self.residues != 0, 1 + (self.poles.imag != 0).long(), 0).sum(-1)
 
     def __getitem__(self, index: Tensor) -> ModalFit:
@@ -107,7 +107,7 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
 
     Args:
         taps: (B, T), float64: h_1 … h_T.
-        poles: (B, n), complex128, in conjugate pairs; NaN where there is none.
+        poles: (B, n), complex128: the poles, in conjugate pairs; NaN where there is none.
         dtype: The real dtype of the result, float32 or float64.
     """
     poles = one_of_each_pair(poles.to(dtype.to_complex()).to(torch.complex128), dtype)

@@ -84,7 +84,7 @@ class Spectrum:
     """Leading singular values and left singular vectors of B Hankel matrices, float64.
 
     Args:
-        values: (B, k), descending.
+        values: (B, k), descending: the singular values.
         vectors: (B, k, rows): one left singular vector in each row.
         ritz: (B, K), K ≥ k, descending: the singular values of H compressed to the subspace that
             was searched, minus rounding errors. So each is at most the true value of its rank.
@@ -133,7 +133,7 @@ def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) ->
     """Compute the `count` leading singular values and left singular vectors, or all if fewer.
 
     Args:
-        hankel: (B, rows, columns) Hankel matrices of float64 sequences; square if they are large.
+        hankel: B Hankel matrices (rows, columns) of float64 sequences; square if they are large.
         count: The number of singular values, at least 1.
         guess: (B, k, at most rows): vectors near the wanted span. Starting from them takes at most
             half of the steps.

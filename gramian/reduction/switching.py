@@ -16,7 +16,7 @@ def find_modal_form(taps: Tensor, order: int) -> tuple[Modal, float]:
     """Find a stable modal system with nearly the given taps, as `reducer` of a `TransferFunction`.
 
     Args:
-        taps: (*C, K).
+        taps: (*C, K): the taps to approximate.
         order: The largest order.
 
     Returns:

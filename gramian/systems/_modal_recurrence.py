@@ -58,10 +58,10 @@ class Group(NamedTuple):
 def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
     """Divide channels with `counts` modes into few groups with little padding.
 
-    A group pads every channel to the largest number of modes in it. The result has the fewest
-    groups whose padding is within a tenth of all modes, and at most four groups. Among partitions
-    into that many groups it has the least padding, which dynamic programming over the distinct
-    counts finds.
+    A group pads every channel to the largest number of modes in it. There are as many groups as it
+    takes to keep the padding within a tenth of all modes, but at most four. Among the partitions
+    into that many groups, dynamic programming over the distinct counts finds one with the least
+    padding.
     """
     sizes = sorted(set(counts))
     many = [counts.count(size) for size in sizes]
@@ -137,7 +137,7 @@ class _GroupStep(NamedTuple):
     def widen(self, width: int) -> _GroupStep:
         """Repeat the coefficients `width` times along the last dimension.
 
-        This is for channels C' along whose last dimension all streams share one filter.
+        It is for inputs with `width` channels along that dimension, all of which share one filter.
         """
         channels, *values = self
         assert all(value is not None for value in values)
@@ -254,7 +254,7 @@ class ModalBlockForm(BlockForm[ModalState]):
 
     Args:
         system: The modal system.
-        size: Samples in a block, c.
+        size: The number of samples in a block, c.
         dtype: The dtype of the state.
         streams: As in `BlockForm`.
     """

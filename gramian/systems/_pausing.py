@@ -82,7 +82,7 @@ def apply_paused(operator: Operator, u: Tensor, state: State, pause: Pause) -> t
 
     Args:
         operator: A system that is called with a state, or the `prefill` of its recurrence.
-        u: (batch, *C', T). Values in paused columns are ignored.
+        u: (batch, *C', T): the chunk. Values in paused columns are ignored.
         state: A state of the operator, batch first.
         pause: The pause, for T columns.
 

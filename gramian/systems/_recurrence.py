@@ -109,7 +109,7 @@ class Recurrence(abc.ABC, Generic[StateT]):
         """Return the matrices that process `size` samples at once, in the layout of the state.
 
         Args:
-            size: Samples in a block: a power of two, at least 2.
+            size: The number of samples in a block, a power of two, at least 2.
             streams: The number of dimensions of size 1 that follow the first channel dimension
                 and along which all streams share the system, as in MultiHyena's outer products.
 

@@ -22,7 +22,7 @@ def delays(poles: Tensor, points: int) -> Tensor:
     """Return values of `z^-1` at which to evaluate a frequency response.
 
     Args:
-        poles: (*C, n), complex.
+        poles: (*C, n), complex: the poles of every channel.
         points: The number of further points, spread evenly over the upper half circle.
 
     Returns:

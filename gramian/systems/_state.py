@@ -80,7 +80,7 @@ class State(tuple[Any, ...]):
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes of all batched tensors together."""
+        """Return the number of bytes of all batched tensors together."""
         sizes: list[int] = []
 
         def count(tensor: Tensor) -> Tensor:

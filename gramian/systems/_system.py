@@ -34,10 +34,10 @@ STATIC = {"static": True}
 """The metadata of a dataclass field that holds a hashable value instead of a tensor."""
 
 _TAPS = 4096
-"""Number of taps over which a system is compared with its copy in another precision."""
+"""Largest number of taps over which a system is compared with its copy in another precision."""
 
 _TAPS_IN_ALL = 2**24
-"""Number of taps that are compared in all channels together."""
+"""Largest number of taps that are compared in all channels together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ class System(abc.ABC, Generic[StateT]):
     @property
     @abc.abstractmethod
     def order(self) -> int:
-        """Return the number of real numbers in the state of the largest channel."""
+        """Return the state dimension of the largest channel, counted in real numbers."""
 
     @abc.abstractmethod
     def matrix(self, length: int) -> Tensor:
@@ -135,7 +135,7 @@ class System(abc.ABC, Generic[StateT]):
     def apply_from(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
         """Return the outputs and the final state of a chunk that starts from `state`.
 
-        The caller has checked both, as `system(u, state)` does.
+        Neither is checked; `system(u, state)` checks both.
         """
 
     @property

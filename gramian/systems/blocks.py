@@ -83,10 +83,10 @@ class RotationBlocks(Blocks):
         """Make the blocks of `h_0 = d`, `h_t = Re Σ_k residues_k poles_k^(t-1)`.
 
         Args:
-            poles: (G, m), complex.
-            residues: (G, m), complex.
+            poles: (G, m), complex: the poles of every channel.
+            residues: (G, m), complex: their residues.
             d: (G), real: the direct term.
-            size: Samples in a block, c.
+            size: The number of samples in a block, c.
             dtype: The dtype of the state.
             channels: The indices of these channels along the first channel dimension. None: all.
         """
@@ -129,7 +129,7 @@ class MatrixBlocks(Blocks):
             B: (*C, n): the input vector.
             C: (*C, n): the output vector.
             D: (*C): the direct term.
-            size: Samples in a block, c: a power of two, at least 2.
+            size: The number of samples in a block, c: a power of two, at least 2.
             dtype: The dtype of the state.
         """
         order, groups = B.shape[-1], D.numel()
@@ -203,7 +203,7 @@ class VectorBlockForm(BlockForm[StateT]):
 
         Args:
             system: The realization.
-            size: Samples in a block, c: a power of two, at least 2.
+            size: The number of samples in a block, c: a power of two, at least 2.
             dtype: The dtype of the state.
             streams: As in `BlockForm`.
         """

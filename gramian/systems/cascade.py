@@ -124,8 +124,8 @@ def sections(zeros: np.ndarray, poles: np.ndarray) -> list[Section]:
     nearest to its poles.
 
     Args:
-        zeros: (m,), complex, as `check_roots` returns them.
-        poles: (n,), likewise.
+        zeros: The zeros, (m,), complex, as `check_roots` returns them.
+        poles: The poles, (n,), likewise.
     """
     upper, real = _pairs("poles", poles)
     real.sort(key=abs)
@@ -203,8 +203,8 @@ def partial_fractions(
     """Expand `gain Π (z - zeros) / Π (z - poles)` in partial fractions.
 
     Args:
-        zeros: (m,), complex, as `check_roots` returns them.
-        poles: (n,), likewise, no two of them equal.
+        zeros: The zeros, (m,), complex, as `check_roots` returns them.
+        poles: The poles, (n,), likewise, no two of them equal.
         gain: A real number.
 
     Returns:

@@ -1,6 +1,6 @@
 r"""The companion recurrence of a rational transfer function.
 
-With `A = [[-a], [I, 0]]`, `B = e_1`, `C = b` (RTF, section 3.1) the state is the last n values of
+With `A = [[-a], [I, 0]]`, `B = e_1`, `C = b` (RTF, section 3.1), the state is the last n values of
 `w = u / a(z)`, so a step takes O(n) operations. Coefficients and state are kept in double
 precision, because rounding `a` to single precision makes half of all stable denominators of degree
 128 unstable.
@@ -29,7 +29,7 @@ class CompanionState(State):
     """The last n values of `w = u / a(z)`, newest first.
 
     Attributes:
-        past: (*B, *C', n), float64.
+        past: (*B, *C', n), float64: these values.
     """
 
     past: Tensor

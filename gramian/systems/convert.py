@@ -15,14 +15,14 @@ TransferFunction    itself                 partial fractions        companion fo
 Modal               products of the poles  itself                   2 × 2 blocks
 StateSpace          eigenvalues            eigenvectors             itself
 DPLR                eigenvalues            eigenvectors             dense
-FIR                 `a = 0`              a single delay only      shift register
+FIR                 `a = 0`                a single delay only      shift register
 ==================  =====================  =======================  ==========================
 
 The impulse response of a rational system with a nonzero pole never ends, so only a finite kernel
 converts to an `FIR`. `FIR(system.impulse_response(length))` truncates any impulse response, and
 `gramian.reduce` finds an approximation where a conversion is refused.
 
-`to_dense_operator` converts every system, `to_time_varying` every recurrence, for L steps, and
+For L steps, `to_dense_operator` converts every system, and `to_time_varying` every recurrence.
 `gated_convolution` makes a time-varying system from a convolution and two gates.
 """
 
@@ -63,8 +63,7 @@ _TAPS = 4096
 for unstable systems, whose responses grow without end."""
 
 _LONG = 2**20
-"""Number of steps over which a system with a pole within `_MARGIN` of the unit circle is compared.
-"""
+"""Number of steps of the comparison if a pole is within `_MARGIN` of the unit circle."""
 
 _MARGIN = 1e-7
 

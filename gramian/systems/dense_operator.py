@@ -25,7 +25,7 @@ class DenseOperatorState(State):
     """All inputs so far.
 
     Attributes:
-        inputs: (*B, *C', L), zero from index `position` on.
+        inputs: (*B, *C', L): the inputs, zero from index `position` on.
         position: (), int64 on the CPU: the number of steps taken.
     """
 

@@ -1,9 +1,9 @@
 r"""Diagonal plus low-rank systems: modes that feed back into each other through one number.
 
-`x_{t+1} = Λ x_t - p v_t + B u_t`, `v_t = 2 Re q x_t`, `y_t = 2 Re C x_t + D u_t`. The
-state matrix is that of S4 (Gu et al. 2022, arXiv 2111.00396) after the bilinear transform, which
-keeps a diagonal plus rank-one matrix diagonal plus rank one. One complex entry stands for a mode
-and its conjugate, so the matrix acts on a complex vector as a real-linear map only.
+`x_{t+1} = Λ x_t - p v_t + B u_t`, `v_t = 2 Re q x_t`, `y_t = 2 Re C x_t + D u_t`. The state matrix
+is that of S4 (Gu et al. 2022, arXiv 2111.00396) after the bilinear transform, which keeps a
+diagonal plus rank-one matrix diagonal plus rank one. One complex entry stands for a mode and its
+conjugate, so the matrix acts on a complex vector as a real-linear map only.
 
 The kernel follows from four modal impulse responses, from u and v to y and v, once
 `gramian.ops.feedback.feedback_kernel` has closed the loop over v. This needs no Cauchy kernel, no
@@ -124,7 +124,7 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         return StateSpace(A, torch.cat([B.real, B.imag], dim=-1), output, self.D.double())
 
     def impulse_response(self, length: int) -> Tensor:
-        """Return the Markov parameters (*C, length), from O(n L) matrix products and FFTs."""
+        """Return the Markov parameters (*C, length), by FFTs and O(n L) matrix products."""
         if length == 1 or self.order == 0:
             return nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
         tail = feedback_kernel(self._open_loop(length - 1), self.dtype)

@@ -68,7 +68,7 @@ class FIR(TimeInvariantSystem[FIRState]):
     """`y_t = Σ_{j<K} kernel_j u_{t-j}`: a finite impulse response of K taps.
 
     Args:
-        kernel: (*C, K), real floating point, K ≥ 1.
+        kernel: (*C, K), real floating point: the taps of every channel, K ≥ 1.
 
     Raises:
         TypeError: if the kernel is not a real floating-point tensor.

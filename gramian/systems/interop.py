@@ -72,8 +72,8 @@ def from_zpk(
     """Make one channel from scipy's `gain Π (z - zeros) / Π (z - poles)`.
 
     Args:
-        zeros: (m,), in conjugate pairs, m ≤ n.
-        poles: (n,), in conjugate pairs.
+        zeros: The zeros, (m,), in conjugate pairs, where m ≤ n.
+        poles: The poles, (n,), in conjugate pairs.
         gain: A real number.
         dtype: The dtype of the result.
 

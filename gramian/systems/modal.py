@@ -41,9 +41,9 @@ class Modal(TimeInvariantSystem[ModalState]):
     """`h_0 = d`, `h_t = Re Σ_k residues_k poles_k^(t-1)`.
 
     Args:
-        poles: (*C, m), complex. A pole with imaginary part zero is a real pole. Channels with fewer
-            modes are padded with modes whose residue is zero.
-        residues: (*C, m), complex.
+        poles: (*C, m), complex: the poles. One with imaginary part zero is a real pole. Channels
+            with fewer modes are padded with modes whose residue is zero.
+        residues: (*C, m), complex: the residues of the poles.
         d: (*C), real: the direct term.
         counts: For every index along the first channel dimension, the number of modes in use, which
             are the leading ones. States then hold no slots for the padding of channels with few
@@ -94,8 +94,8 @@ class Modal(TimeInvariantSystem[ModalState]):
         No polynomial is expanded, so poles may crowd, but they must not coincide.
 
         Args:
-            zeros: (m,), in conjugate pairs, m ≤ n.
-            poles: (n,), in conjugate pairs.
+            zeros: The zeros, (m,), in conjugate pairs, where m ≤ n.
+            poles: The poles, (n,), in conjugate pairs.
             gain: A real number.
             dtype: The dtype of the direct term; poles and residues are complex of that precision.
 
@@ -113,7 +113,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         """Make one channel from scipy's second-order sections by partial fractions.
 
         Args:
-            sos: (sections, 6), with rows (b0, b1, b2, a0, a1, a2).
+            sos: The sections, (sections, 6), with rows (b0, b1, b2, a0, a1, a2).
             dtype: The dtype of the direct term; poles and residues are complex of that precision.
 
         Raises:
@@ -177,7 +177,7 @@ class Modal(TimeInvariantSystem[ModalState]):
 
     @property
     def orders(self) -> Tensor:
-        """Return the number of real numbers in the state of every channel, (*C), int64.
+        """Return the state dimension of every channel, counted in real numbers, (*C), int64.
 
         A conjugate pair counts 2, a real pole 1, and an entry with residue zero 0.
         """

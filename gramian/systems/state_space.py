@@ -63,7 +63,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
     _kind = "state-space system"
     _state_types = (StateSpaceState,)
     _known: ClassVar[dict[str, _Realized] | None] = None
-    """A frozen copy keeps its coordinates here once they are computed."""
+    """The coordinates of a frozen copy, once they are computed; None if it is not frozen."""
 
     A: Tensor
     B: Tensor
@@ -100,10 +100,10 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         """Make one channel from scipy's matrices `(A, B, C, D)` of a discrete-time system.
 
         Args:
-            A: (n, n).
-            B: (n, 1).
-            C: (1, n).
-            D: (1, 1).
+            A: The state matrix, (n, n).
+            B: The input vector, (n, 1).
+            C: The output vector, (1, n).
+            D: The direct term, (1, 1).
             dtype: The dtype of the result.
 
         Warns:
@@ -153,8 +153,8 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         crowd or coincide.
 
         Args:
-            zeros: (m,), in conjugate pairs, m ≤ n.
-            poles: (n,), in conjugate pairs.
+            zeros: The zeros, (m,), in conjugate pairs, where m ≤ n.
+            poles: The poles, (n,), in conjugate pairs.
             gain: A real number.
             dtype: The dtype of the result.
 
@@ -170,7 +170,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         """Make one channel from scipy's second-order sections, connected in series.
 
         Args:
-            sos: (sections, 6), with rows (b0, b1, b2, a0, a1, a2).
+            sos: The sections, (sections, 6), with rows (b0, b1, b2, a0, a1, a2).
             dtype: The dtype of the result.
 
         Raises:

@@ -73,7 +73,7 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         D: (*C, L), real: the direct terms.
         p: (*C, L, n), real, or None: with q, the rank-one part of `diag(A_i) + p_i q_iᵀ`, which is
             then the state matrix.
-        q: (*C, L, n), real, or None.
+        q: (*C, L, n), real, or None: see p.
 
     Raises:
         TypeError: if a field is not a real floating-point tensor.
@@ -303,7 +303,7 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
 
 
 def _block_size(length: int, order: int, signals: int) -> int:
-    """Return the steps in a block: as many as make its operator cost what carrying states costs."""
+    """Return the steps in a block: its operator then costs about what carrying the states costs."""
     wanted = max(4, min(64, order, signals))
     return 1 << (min(wanted, length) - 1).bit_length()
 

@@ -47,7 +47,7 @@ _DENSE_ELEMENTS = 2**20
 
 
 Reducer = Callable[[Tensor, int], tuple[Modal, float]]
-"""A function from taps (*C, K) and an order to a modal system with nearly these taps, and its
+"""A function that maps taps (*C, K) and an order to a modal system with nearly these taps and its
 relative error."""
 
 
