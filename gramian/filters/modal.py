@@ -132,7 +132,11 @@ class ModalFilter(RationalFilter):
 
     @torch.no_grad()
     def refit_residues(self, kernel: Tensor) -> None:
-        """Fit residues to the current poles by least squares; keep those closer to the taps."""
+        """Fit residues to the current poles by least squares; keep those closer to the taps.
+
+        Args:
+            kernel: (channels, L), real floating point: the taps to fit.
+        """
         held, taps = self(), kernel.detach().double()
         width = max(self.orders)
         stored = torch.zeros(self.channels * width, dtype=torch.bool, device=kernel.device)

@@ -115,7 +115,7 @@ def bidirectional_convolution(u: Tensor, kernel: Tensor, ahead: Tensor, *, dim: 
         dim: The time axis of `u`.
 
     Returns:
-        A tensor as from `causal_convolution`, in the same precision.
+        A tensor of the shape, dtype, memory layout and precision that `causal_convolution` returns.
 
     Raises:
         TypeError: if an argument is complex or not floating point.

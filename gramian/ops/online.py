@@ -9,9 +9,9 @@ taps are applied directly. Every pair (input, output) is processed exactly once,
 the convolution itself, not an approximation (van der Hoeven's relaxed multiplication with one known
 factor; FutureFill, Agarwal et al. 2024; Flash Inference, Oncescu et al. 2024).
 
-Let P be the smallest power of two that is at least K - 1. The state holds the last
-inputs (the previous and the current window of P samples) and the contributions still owed to the
-rest of the current window: `3P` numbers per stream, whatever the number of samples seen.
+Let P be the smallest power of two that is at least K - 1. The state holds the last inputs (the
+previous and the current window of P samples) and the contributions of these inputs to the rest of
+the current window. These are `3P` numbers per stream, whatever the number of samples so far.
 """
 
 from __future__ import annotations

@@ -222,8 +222,8 @@ def _refined(L: Tensor, rows: Pair, columns: Tensor) -> tuple[Pair, Tensor]:
 def bounded_powers(A: Tensor) -> Tensor:
     """Return whether powers by squaring are as accurate as plain steps, (*C).
 
-    They are if no power `A^(2^k)` is much larger than the identity. The powers of the spectral
-    radius are divided out first, because the result grows as much as they do.
+    They are if no power `A^(2^k)` is much larger than the identity. Growth at the
+    rate of the spectral radius does not count, because the result grows as much.
 
     Args:
         A: (*C, n, n), float64: the state matrix.

@@ -255,6 +255,7 @@ class _Cascade:
         return middle
 
     def compressed_carefully(self, residues: Tensor) -> Tensor:
+        """Compute `compressed` where large residues cancel."""
         weights = Complex.of(residues)
         sums = [(value * weights).real.sum(-1).high for value in self._transforms(Complex.of)]
         c = torch.stack(sums, dim=-1) * self._gains

@@ -59,7 +59,7 @@ class Recurrence(abc.ABC, Generic[StateT]):
 
         Args:
             u: The chunk.
-            state: The state that the past left. None: a silent past.
+            state: The state after the samples before the chunk. None: a silent past.
 
         Returns:
             y (*B, *C', T) and the new state.

@@ -197,8 +197,8 @@ class System(abc.ABC, Generic[StateT]):
 
         Args:
             u: Real input. Half precision is computed in float32 and cast back.
-            state: The state that the past left: one that `recurrence()` or an earlier call
-                returned. None: a silent past.
+            state: The state after the samples before `u`, from `recurrence()` or an earlier call.
+                None: a silent past.
 
         Returns:
             y, of the shape of `u`; if a state is given, `(y, new state)`.
