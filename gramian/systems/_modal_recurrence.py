@@ -12,7 +12,7 @@ from torch import Tensor
 from gramian.systems._recurrence import Recurrence
 from gramian.systems._state import State, broadcasts, define_state
 from gramian.systems._system import working_dtype
-from gramian.systems.blocks import BlockForm, RotationBlocks
+from gramian.systems.blocks import BlockForm, RotationBlocks, ScalingBlocks
 
 if TYPE_CHECKING:
     from gramian.systems.modal import Modal
@@ -34,6 +34,8 @@ _PADDING = 0.1  # while more than this fraction of the slots is padding, one mor
 @define_state
 class ModalState(State):
     """The state x of `x_{t+1} = λ x_t + u_t` for every mode, as real and imaginary parts.
+
+    If the system is real, there are real parts alone, and the dimension of size 2 has size 1.
 
     Channels with similar numbers of modes share one tensor, so that a single channel with many
     modes does not enlarge the state of all others. The tensor of a group has the shape
@@ -92,7 +94,7 @@ def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
 
 
 def pair_axis(dims: int) -> int:
-    """Return the axis of a state that separates real and imaginary parts.
+    """Return the axis of a state that holds real and imaginary parts, or real parts alone.
 
     Args:
         dims: The number of channel dimensions of the system.
@@ -100,7 +102,9 @@ def pair_axis(dims: int) -> int:
     return -3 if dims else -2
 
 
-def modes_fit(state: ModalState, groups: tuple[Group, ...], dims: int, shape: torch.Size) -> bool:
+def modes_fit(
+    state: ModalState, groups: tuple[Group, ...], dims: int, shape: torch.Size, numbers: int = 2
+) -> bool:
     """Return whether the shapes of a state are those that samples of `shape` need.
 
     Args:
@@ -108,13 +112,14 @@ def modes_fit(state: ModalState, groups: tuple[Group, ...], dims: int, shape: to
         groups: The groups of channels of the system.
         dims: The number of channel dimensions of the system.
         shape: The shape (*B, *C') of a sample.
+        numbers: How many real numbers hold a mode: 1 if the system is real, otherwise 2.
     """
     if len(state.modes) != len(groups):
         return False
     for (channels, modes), tensor in zip(groups, state.modes, strict=True):
         found = tensor.shape
         pair = len(found) + pair_axis(dims)
-        if pair < 0 or found[pair : pair + 2] != (2, modes):
+        if pair < 0 or found[pair : pair + 2] != (numbers, modes):
             return False
         lead = found[:pair] + found[pair + 2 :]
         wanted = shape
@@ -157,6 +162,7 @@ class ModalRecurrence(Recurrence[ModalState]):
         dtype = working_dtype(system.d)
         self._d = self._like = self.system.d.to(dtype)
         self._pair = pair_axis(self.system.d.ndim)
+        self._numbers = 1 if self.system.real else 2
         self._widened: dict[int, list[_GroupStep]] = {}
         self._partition = self.system.groups
         self._groups = []
@@ -192,12 +198,12 @@ class ModalRecurrence(Recurrence[ModalState]):
             channels = list(shape[split:])
             if group.channels is not None:
                 channels[0] = len(group.channels)
-            size = (*shape[:split], *channels[:-1], 2, group.modes, *channels[-1:])
+            size = (*shape[:split], *channels[:-1], self._numbers, group.modes, *channels[-1:])
             states.append(self._like.new_zeros(size, dtype=dtype, device=device))
         return ModalState(tuple(states))
 
     def _fits(self, state: ModalState, shape: torch.Size) -> bool:
-        return modes_fit(state, self._partition, self._d.ndim, shape)
+        return modes_fit(state, self._partition, self._d.ndim, shape, self._numbers)
 
     def _prefill(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
         return self.system.apply_from(u, state)
@@ -224,9 +230,14 @@ class ModalRecurrence(Recurrence[ModalState]):
         sample = u_t.to(state.modes[0].dtype)
         outputs, states = [], []
         for group, modes in zip(self._groups_for(sample), state.modes, strict=True):
+            entered = self._select(sample, group).unsqueeze(pair + 1)
+            if self._numbers == 1:
+                outputs.append((modes.squeeze(pair) * group.read_real).sum(pair + 1))
+                decayed = modes.squeeze(pair) * group.real + entered
+                states.append(decayed.unsqueeze(pair))
+                continue
             re, im = modes.unbind(pair)
             outputs.append((re * group.read_real + im * group.read_imaginary).sum(pair + 1))
-            entered = self._select(sample, group).unsqueeze(pair + 1)
             turned = re * group.real - im * group.imaginary + entered
             states.append(torch.stack([turned, im * group.real + re * group.imaginary], dim=pair))
         return self._read(outputs, sample, u_t.dtype), ModalState(tuple(states))
@@ -236,12 +247,17 @@ class ModalRecurrence(Recurrence[ModalState]):
         sample = u_t.to(state.modes[0].dtype)
         outputs = []
         for group, modes in zip(self._groups_for(sample), state.modes, strict=True):
+            entered = self._select(sample, group).unsqueeze(pair + 1)
+            if self._numbers == 1:
+                re = modes.squeeze(pair)
+                outputs.append((re * group.read_real).sum(pair + 1))
+                re.mul_(group.real).add_(entered)
+                continue
             re, im = modes.unbind(pair)  # (*B, *C'[:-1], m, C'[-1])
             read = torch.addcmul(re * group.read_real, im, group.read_imaginary)
             outputs.append(read.sum(pair + 1))
             turned = im * group.imaginary
             im.mul_(group.real).addcmul_(re, group.imaginary)
-            entered = self._select(sample, group).unsqueeze(pair + 1)
             re.mul_(group.real).sub_(turned).add_(entered)
         return self._read(outputs, sample, u_t.dtype), state
 
@@ -268,7 +284,8 @@ class ModalBlockForm(BlockForm[ModalState]):
             )
             index = None if channels is None else torch.tensor(channels, device=poles.device)
             d = part.d.flatten()
-            parts.append(RotationBlocks.from_modes(poles, residues, d, size, dtype, index))
+            kind = ScalingBlocks if system.real else RotationBlocks
+            parts.append(kind.from_modes(poles, residues, d, size, dtype, index))
         super().__init__(parts, streams)
         self._channels = bool(system.channel_shape)
 
@@ -290,10 +307,10 @@ class ModalBlockForm(BlockForm[ModalState]):
         for x, old in zip(packed, like.modes, strict=True):
             shape = old.shape
             if self.streams:
-                x = x.unflatten(3, (shape[2], shape[5])).unflatten(2, (2, shape[4]))
+                x = x.unflatten(3, (shape[2], shape[5])).unflatten(2, (shape[3], shape[4]))
                 states.append(x.permute(0, 1, 4, 2, 3, 5))
             elif self._channels:
-                inner = x.reshape(shape[0], *shape[1:-3], shape[-1], 2, shape[-2])
+                inner = x.reshape(shape[0], *shape[1:-3], shape[-1], *shape[-3:-1])
                 states.append(inner.movedim(-3, -1))
             else:
                 states.append(x.reshape(shape))

@@ -24,7 +24,7 @@ class Recurrence(abc.ABC, Generic[StateT]):
     """
 
     form: str
-    """The form in which it steps: "modal", "lattice", "companion", "state_space", "dplr",
+    """The form in which it steps: "modal", "lattice", "companion", "state_space", "dplr", "window",
     "online", "time_varying" or "dense"."""
 
     error: float = 0.0

@@ -1,23 +1,33 @@
-"""FIR systems, whose kernel is zero after its last tap."""
+"""FIR systems, whose kernel is zero after its last tap.
+
+A short kernel steps with a window of its last K - 1 inputs, the smallest state that a kernel with a
+nonzero last tap can have. A long kernel steps by online convolution. Its state is up to six times
+as large, but a step takes O(log² K) operations instead of K.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gramian.ops import causal_convolution
 from gramian.ops.online import OnlineBuffers, OnlineConvolution
-from gramian.systems._recurrence import Recurrence
-from gramian.systems._state import State, broadcasts, define_state
+from gramian.systems._recurrence import Recurrence, VectorRecurrence
+from gramian.systems._state import State, broadcasts, define_state, vector_fits
 from gramian.systems._system import TimeInvariantSystem, check_tensor, working_dtype
+from gramian.systems.blocks import ShiftBlocks, VectorBlockForm
 from gramian.systems.companion import companion_form
 from gramian.systems.state_space import StateSpace
 
-__all__ = ["FIR", "FIRRecurrence", "FIRState"]
+__all__ = ["FIR", "FIRRecurrence", "FIRState", "FIRWindowRecurrence", "FIRWindowState"]
+
+_LONGEST_WINDOW = 128
+"""The largest order with which a kernel steps by a window of its last inputs by default."""
 
 
 @define_state
@@ -51,20 +61,63 @@ class FIRState(State):
         inputs, owed, position = self
         window = inputs.shape[-1] // 2
         known = window + int(position) % window  # how many columns of `inputs` are filled
-        joined = torch.cat([inputs[..., :known], u.to(inputs.dtype)], dim=-1)
-        rows = [
-            torch.nn.functional.pad(
-                torch.cat([row[..., :known], row[..., known + step :]], dim=-1), (step, 0)
-            )
-            for row, step in zip(joined, steps, strict=True)
-        ]
-        joined = torch.stack(rows)
-        past = torch.nn.functional.pad(joined[..., :known], (0, 2 * window - known))
-        return joined[..., known:], FIRState(past, owed, position)
+        past, chunk = _move_past(inputs[..., :known], u, steps)
+        past = torch.nn.functional.pad(past, (0, 2 * window - known))
+        return chunk, FIRState(past, owed, position)
+
+
+@define_state
+class FIRWindowState(State):
+    """The last inputs.
+
+    Attributes:
+        inputs: (*B, *C, K - 1): the last K - 1 inputs, the latest one last.
+    """
+
+    inputs: Tensor
+
+    def moved(self, u: Tensor, steps: Sequence[int]) -> tuple[Tensor, FIRWindowState]:
+        """Delay the past by `steps` samples, into the paused columns at the start of the chunk.
+
+        Args:
+            u: (batch, …, T): the chunk. The end of the past overwrites its first `steps` columns.
+            steps: The number of paused columns of every stream of the batch, from 0 to T.
+
+        Returns:
+            The chunk and the past, which together hold the same samples as before.
+        """
+        past, chunk = _move_past(self.inputs, u, steps)
+        return chunk, FIRWindowState(past)
+
+
+def _move_past(past: Tensor, u: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Delay `past` (batch, …, k), so that its end overwrites the first columns of `u`.
+
+    Args:
+        past: (batch, …, k).
+        u: (batch, …, T): the samples after the past.
+        steps: How many columns of `u` are overwritten, for every stream of the batch.
+
+    Returns:
+        The new past and the new `u`.
+    """
+    known = past.shape[-1]
+    joined = torch.cat([past, u.to(past.dtype)], dim=-1)
+    rows = [
+        torch.nn.functional.pad(
+            torch.cat([row[..., :known], row[..., known + step :]], dim=-1), (step, 0)
+        )
+        for row, step in zip(joined, steps, strict=True)
+    ]
+    joined = torch.stack(rows)
+    return joined[..., :known], joined[..., known:]
+
+
+AnyFIRState: TypeAlias = "FIRState | FIRWindowState"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FIR(TimeInvariantSystem[FIRState]):
+class FIR(TimeInvariantSystem[AnyFIRState]):
     """`y_t = Σ_{j<K} kernel_j u_{t-j}`: a finite impulse response of K taps.
 
     Args:
@@ -76,7 +129,7 @@ class FIR(TimeInvariantSystem[FIRState]):
     """
 
     _kind = "FIR system"
-    _state_types = (FIRState,)
+    _state_types = (FIRState, FIRWindowState)
 
     kernel: Tensor
 
@@ -115,15 +168,27 @@ class FIR(TimeInvariantSystem[FIRState]):
         kernel = self.kernel if length > self.order else self.kernel[..., :length]
         return kernel.to(working_dtype(u))
 
-    def recurrence(self, form: str | None = None) -> FIRRecurrence:
-        """Return the exact online convolution, which takes amortized O(log² K) operations a sample.
+    def recurrence(self, form: str | None = None) -> Recurrence[Any]:
+        """Return a recurrence, which is exact in both forms.
+
+        Args:
+            form: "window" keeps the last K - 1 inputs and takes K operations a sample. "online" is
+                online convolution, which keeps up to six times as many numbers and takes an
+                amortized O(log² K) operations a sample. By default "window" up to order 128, and
+                "online" above.
 
         Raises:
-            ValueError: for any form other than "online", which is the only one.
+            ValueError: if the form is another.
         """
-        if form not in (None, "online"):
-            raise ValueError(f'an FIR system has the recurrence form "online" only; got {form!r}.')
-        return FIRRecurrence(self)
+        if form is None:
+            form = "window" if self.order <= _LONGEST_WINDOW else "online"
+        if form == "window":
+            return FIRWindowRecurrence(self)
+        if form == "online":
+            return FIRRecurrence(self)
+        raise ValueError(
+            f'an FIR system has the recurrence forms "window" and "online"; got {form!r}.'
+        )
 
     def state_space(self) -> StateSpace:
         """Return a shift register of the last inputs as a state-space system, in float64."""
@@ -134,10 +199,17 @@ class FIR(TimeInvariantSystem[FIRState]):
         kernel = self.kernel.detach().double().cpu().numpy()
         return control.TransferFunction(kernel, np.eye(1, len(kernel))[0], True)
 
-    def apply_from(self, u: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
-        return _extend(OnlineConvolution(self.kernel_for(u, self.kernel.shape[-1])), u, state)
+    def apply_from(self, u: Tensor, state: AnyFIRState) -> tuple[Tensor, AnyFIRState]:
+        kernel = self.kernel_for(u, self.kernel.shape[-1])
+        if isinstance(state, FIRWindowState):
+            past = torch.cat([state.inputs, u.to(state.inputs.dtype)], dim=-1)
+            y = causal_convolution(past, kernel)[..., self.order :]
+            return y.to(u.dtype), FIRWindowState(past[..., u.shape[-1] :])
+        return _extend(OnlineConvolution(kernel), u, state)
 
-    def fits(self, state: FIRState, shape: torch.Size) -> bool:
+    def fits(self, state: AnyFIRState, shape: torch.Size) -> bool:
+        if isinstance(state, FIRWindowState):
+            return vector_fits(state.inputs, (self.order,), shape)
         return _fits(state, OnlineConvolution(self.kernel).window, shape)
 
     def _infinite_hankel_singular_values(self) -> Tensor:
@@ -148,6 +220,37 @@ class FIR(TimeInvariantSystem[FIRState]):
         return torch.linalg.svdvals(
             torch.nn.functional.pad(taps, (0, count - 1)).unfold(-1, count, 1)
         )
+
+
+class FIRWindowRecurrence(VectorRecurrence[FIRWindowState]):
+    """An FIR system that steps by a sum over its last K inputs.
+
+    Args:
+        system: The FIR system to step.
+    """
+
+    form = "window"
+    state_type = FIRWindowState
+
+    def __init__(self, system: FIR) -> None:
+        self.system: FIR = system.frozen()
+        self._like = self.system.kernel.to(working_dtype(self.system.kernel))
+        self._reversed = self._like.flip(-1)
+        self._state_shape = (system.order,)
+
+    @property
+    def kernel(self) -> Tensor:
+        """Return the taps (*C, K), in the dtype of the state."""
+        return self._like
+
+    def _advance(self, u_t: Tensor, state: FIRWindowState) -> tuple[Tensor, FIRWindowState]:
+        latest = u_t.to(state.inputs.dtype).unsqueeze(-1)
+        window = torch.cat([state.inputs, latest.expand(*state.inputs.shape[:-1], 1)], dim=-1)
+        return (window * self._reversed).sum(-1).to(u_t.dtype), FIRWindowState(window[..., 1:])
+
+    def block_form(self, size: int, streams: int = 0) -> VectorBlockForm[FIRWindowState]:
+        blocks = ShiftBlocks.from_kernel(self._like.reshape(-1, self._like.shape[-1]), size)
+        return VectorBlockForm([blocks], streams)
 
 
 class FIRRecurrence(Recurrence[FIRState]):

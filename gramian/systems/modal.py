@@ -48,6 +48,9 @@ class Modal(TimeInvariantSystem[ModalState]):
         counts: For every index along the first channel dimension, the number of modes in use, which
             are the leading ones. States then hold no slots for the padding of channels with few
             modes. By default all m modes are in use.
+        real: Whether all poles and residues are real numbers. They are still given as complex
+            numbers, whose imaginary parts must be zero. States then hold one number for each mode
+            in place of two.
 
     Raises:
         TypeError: if the poles or residues are not complex, or `d` is not real.
@@ -61,6 +64,7 @@ class Modal(TimeInvariantSystem[ModalState]):
     residues: Tensor
     d: Tensor
     counts: tuple[int, ...] | None = dataclasses.field(default=None, repr=False, metadata=STATIC)
+    real: bool = dataclasses.field(default=False, metadata=STATIC)
 
     def __post_init__(self) -> None:
         for name in ("poles", "residues", "d"):
@@ -232,7 +236,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         return StateSpace(A, B.index_select(-1, keep), C.index_select(-1, keep), self.d.double())
 
     def fits(self, state: ModalState, shape: torch.Size) -> bool:
-        return modes_fit(state, self.groups, self.d.ndim, shape)
+        return modes_fit(state, self.groups, self.d.ndim, shape, 1 if self.real else 2)
 
     def apply_from(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
         length = u.shape[-1]
@@ -245,7 +249,8 @@ class Modal(TimeInvariantSystem[ModalState]):
             if group.channels is not None:
                 index = torch.tensor(group.channels, device=u.device)
                 chosen = signal.index_select(-self.d.ndim - 1, index)
-            re, im = modes.unbind(pair)
+            re = modes.select(pair, 0)
+            im = torch.zeros_like(re) if self.real else modes.select(pair, 1)
             past = torch.complex(re, im).movedim(pair + 1, -1)  # (*B, *C', m)
             free.append(
                 vandermonde_product(part.poles, part.residues.to(past.dtype) * past, length)
@@ -253,20 +258,22 @@ class Modal(TimeInvariantSystem[ModalState]):
             step = integer_power(part.poles.to(torch.complex128), length)
             new = step.to(past.dtype) * past + vandermonde_transpose_product(part.poles, chosen)
             new = new.movedim(-1, pair + 1)
-            states.append(torch.stack([new.real, new.imag], dim=pair))
+            numbers = [new.real] if self.real else [new.real, new.imag]
+            states.append(torch.stack(numbers, dim=pair))
         y = y + _ungroup(free, self.groups, -self.d.ndim - 1)
         return y.to(u.dtype), ModalState(tuple(states))
 
     def part(self, group: Group) -> Modal:
         """Return the channels of one group as a system with as many modes as they need."""
-        if group.channels is None:
-            return Modal(self.poles[..., : group.modes], self.residues[..., : group.modes], self.d)
-        index = torch.tensor(group.channels, device=self.d.device)
-        return Modal(
-            self.poles[..., : group.modes].index_select(0, index),
-            self.residues[..., : group.modes].index_select(0, index),
-            self.d.index_select(0, index),
+        poles, residues, d = (
+            self.poles[..., : group.modes],
+            self.residues[..., : group.modes],
+            self.d,
         )
+        if group.channels is not None:
+            index = torch.tensor(group.channels, device=d.device)
+            poles, residues, d = (value.index_select(0, index) for value in (poles, residues, d))
+        return Modal(poles, residues, d, real=self.real)
 
     def _infinite_hankel_singular_values(self) -> Tensor:
         """Compute the singular values with the Takenaka–Malmquist basis of the poles {λ, λ̄}.
