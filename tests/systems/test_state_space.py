@@ -132,7 +132,7 @@ def test_gradients_in_changed_coordinates() -> None:
         torch.from_numpy(np.array(m)) for m in scipy.signal.tf2ss(*scipy.signal.butter(2, 0.002))
     )
     fields = [m.clone().requires_grad_() for m in (A, B[:, 0], C[0], D[0, 0])]
-    assert StateSpace(*fields)._realized()[0].factors
+    assert StateSpace(*fields).realized()[0].factors
     u = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
 

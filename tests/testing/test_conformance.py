@@ -38,8 +38,8 @@ class Louder(Modal):
 class Forgetful(Modal):
     """A system that forgets 0.1% of the state from which it continues."""
 
-    def _apply_from(self, u: Tensor, state: Any) -> Any:
-        return super()._apply_from(u, state.map(lambda tensor: 0.999 * tensor))
+    def apply_from(self, u: Tensor, state: Any) -> Any:
+        return super().apply_from(u, state.map(lambda tensor: 0.999 * tensor))
 
 
 class Detached(FIR):
