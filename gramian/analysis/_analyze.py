@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.analysis._recording import Met, Recorder
+from gramian.analysis._recording import RecordedOperator, Recorder
 from gramian.analysis._report import LayerState, StateReport
 from gramian.ess import effective_state_size, theoretical_state_size
 from gramian.ops.precision import full_precision
@@ -90,8 +90,8 @@ def analyze(
     started = time.perf_counter()
     layers: list[LayerState] = []
 
-    def visit(met: Met) -> None:
-        layers.append(_layer(met, positions, length, max_channels, options))
+    def visit(recorded: RecordedOperator) -> None:
+        layers.append(_layer(recorded, positions, length, max_channels, options))
         if progress is not None:
             known = max(len(recorder.mixers), len(layers))
             progress(len(layers), known)
@@ -121,33 +121,33 @@ def analyze(
 
 
 def _layer(
-    met: Met,
+    recorded: RecordedOperator,
     positions: list[int],
     length: int,
     max_channels: int | None,
     options: dict[str, Any],
 ) -> LayerState:
     """Measure a layer's state-sizes, a few channels at a time."""
-    step = 1 if max_channels is None else math.ceil(met.count / max_channels)
-    chosen = range(0, met.count, step)
+    step = 1 if max_channels is None else math.ceil(recorded.count / max_channels)
+    chosen = range(0, recorded.count, step)
     size = max(1, _MATRIX_BYTES // (8 * length * length))
     ess, tss = [], []
     for begin in range(0, len(chosen), size):
         part = chosen[begin : begin + size]
-        system = met.system(slice(part.start, part.stop, part.step))
+        system = recorded.system(slice(part.start, part.stop, part.step))
         try:
             sizes = effective_state_size(system, positions, horizon=length, **options)
         except ValueError as error:
-            raise ValueError(f"{met.name}: {error}") from error
-        there = theoretical_state_size(system, positions, horizon=length)
+            raise ValueError(f"{recorded.name}: {error}") from error
+        capacity = theoretical_state_size(system, positions, horizon=length)
         ess.append(sizes.reshape(-1, len(positions)).float().cpu())
-        tss.append(there.reshape(-1, len(positions)).float().cpu())
+        tss.append(capacity.reshape(-1, len(positions)).float().cpu())
     return LayerState(
-        name=met.name,
-        mixer=met.mixer,
-        kind=met.kind,
+        name=recorded.name,
+        mixer=recorded.mixer,
+        kind=recorded.kind,
         channels=tuple(chosen),
-        count=met.count,
+        count=recorded.count,
         ess=torch.cat(ess),
         tss=torch.cat(tss),
     )

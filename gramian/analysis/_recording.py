@@ -31,7 +31,7 @@ from gramian.analysis._scans import SCANS, Scan
 from gramian.mixers import Mixer
 from gramian.systems import DenseOperator, System
 
-__all__ = ["Met", "Recorder", "token_mixers"]
+__all__ = ["RecordedOperator", "Recorder", "token_mixers"]
 
 _IMPLEMENTATION = "gramian_capture"
 _AGREEMENT = 1e-3  # accepted relative difference of a map on its values from the layer's output
@@ -42,7 +42,7 @@ _MIXES = re.compile(
 _MIXES_NOT = re.compile("Norm|Rotary|Embedding|MLP|Mlp|FeedForward|Cache|Output$|Pooling|Function")
 
 
-class Met:
+class RecordedOperator:
     """A recorded operator.
 
     Args:
@@ -93,7 +93,7 @@ class Recorder:
         visit: Called with each operator during the forward pass.
     """
 
-    def __init__(self, model: nn.Module, visit: Callable[[Met], None]) -> None:
+    def __init__(self, model: nn.Module, visit: Callable[[RecordedOperator], None]) -> None:
         self.model = model
         self.visit = visit
         self.paths = {id(module): path for path, module in model.named_modules()}
@@ -140,12 +140,12 @@ class Recorder:
             self.refused[path] = str(error)
             return
         operator = partial(module.operator, x)
-        self._met(path, module, module.family, module.channels, operator)
+        self._record(path, module, module.family, module.channels, operator)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._current.pop()
 
-    def _met(
+    def _record(
         self,
         path: str,
         module: nn.Module,
@@ -156,7 +156,8 @@ class Recorder:
         runs = self.ran[path]
         name = path if runs <= 1 else f"{path} (run {runs})"
         self.read.add(path)
-        self.visit(Met(name or type(module).__name__, type(module).__name__, kind, count, system))
+        mixer = type(module).__name__
+        self.visit(RecordedOperator(name or mixer, mixer, kind, count, system))
 
     # Attention
 
@@ -168,25 +169,26 @@ class Recorder:
 
         configs: dict[int, Any] = {}
         for module in self.model.modules():
-            if isinstance(module, PreTrainedModel) and module._can_set_attn_implementation():
+            if isinstance(module, PreTrainedModel) and _takes_functions(module):
                 todo = [module.config]
                 while todo:
                     config = todo.pop()
                     configs[id(config)] = config
                     inner = (getattr(config, key, None) for key in config.sub_configs)
                     todo += [c for c in inner if c is not None and id(c) not in configs]
-        before = {key: config._attn_implementation_internal for key, config in configs.items()}
+        before = {key: _implementation(config) for key, config in configs.items()}
         AttentionInterface.register(_IMPLEMENTATION, self._attend)
         AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
         try:
             for config in configs.values():
-                config._attn_implementation_internal = _IMPLEMENTATION
+                _set_implementation(config, _IMPLEMENTATION)
             yield
         finally:
             for key, config in configs.items():
-                config._attn_implementation_internal = before[key]
-            AttentionInterface._global_mapping.pop(_IMPLEMENTATION, None)
-            AttentionMaskInterface._global_mapping.pop(_IMPLEMENTATION, None)
+                _set_implementation(config, before[key])
+            for interface in (AttentionInterface, AttentionMaskInterface):
+                registered = interface._global_mapping  # noqa: SLF001 (nothing public unregisters)
+                registered.pop(_IMPLEMENTATION, None)
 
     def _attend(
         self,
@@ -216,7 +218,7 @@ class Recorder:
         refusal = _not_a_causal_map(weights, wide[2], output)
         if refusal is None:
             maps = weights[0]  # (heads, length, length)
-            self._met(path, module, "attention", len(maps), lambda s: DenseOperator(maps[s]))
+            self._record(path, module, "attention", len(maps), lambda s: DenseOperator(maps[s]))
         else:
             self.refused[path] = refusal
         return output.to(query.dtype), None
@@ -249,8 +251,23 @@ class Recorder:
         if self._current:
             path, module = self._current[-1]
             count, system = scan(*args, **kwargs)
-            self._met(path, module, "recurrence", count, system)
+            self._record(path, module, "recurrence", count, system)
         return function(*args, **kwargs)
+
+
+def _takes_functions(model: Any) -> bool:
+    """Return whether the attention function of a transformers model can be chosen by name."""
+    return bool(model._can_set_attn_implementation())  # noqa: SLF001 (there is no public test)
+
+
+def _implementation(config: Any) -> str | None:
+    """Return the name of the attention function in a configuration of transformers."""
+    return config._attn_implementation_internal  # noqa: SLF001 (there is no public field)
+
+
+def _set_implementation(config: Any, name: str | None) -> None:
+    """Set the name of the attention function in one configuration, and in no other."""
+    config._attn_implementation_internal = name  # noqa: SLF001 (public setters change others, too)
 
 
 def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:

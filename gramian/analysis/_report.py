@@ -73,20 +73,6 @@ class LayerState:
             "tss": _numbers(self.tss),
         }
 
-    def _row(self, label: str) -> tuple[str, ...]:
-        counted = len(self.channels)
-        measured = f"{counted:,}" if counted == self.count else f"{counted:,} of {self.count:,}"
-        share = self.in_use
-        return (
-            label,
-            self.mixer,
-            measured,
-            f"{float(self.ess.mean()):.2f}",
-            f"{float(self.ess.max()):.2f}",
-            f"{float(self.tss.mean()):.1f}",
-            "" if share is None else f"{100 * share:.1f} %",
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class StateReport:
@@ -302,7 +288,7 @@ class StateReport:
 
     def __str__(self) -> str:
         lines = ["\t".join(_COLUMNS)]
-        lines += ["\t".join(layer._row(layer.name)) for layer in self.layers]
+        lines += ["\t".join(_row(layer, layer.name)) for layer in self.layers]
         return "\n".join([*lines, self._summary()])
 
     def __rich__(self) -> Table:
@@ -312,7 +298,7 @@ class StateReport:
         for index, name in enumerate(_COLUMNS):
             table.add_column(name, justify="left" if index < 2 else "right")
         for layer, label in zip(self.layers, self.labels, strict=True):
-            table.add_row(*layer._row(label))
+            table.add_row(*_row(layer, label))
         return table
 
     def _summary(self) -> str:
@@ -326,6 +312,22 @@ class StateReport:
             lines[0] += f": average {average:.2f}, total {total:.1f}"
         lines += [f"not read: {name}: {reason}" for name, reason in self.unread]
         return "\n".join(lines)
+
+
+def _row(layer: LayerState, label: str) -> tuple[str, ...]:
+    """Return the cells of a layer in the table of a report; `_COLUMNS` has their headings."""
+    counted = len(layer.channels)
+    measured = f"{counted:,}" if counted == layer.count else f"{counted:,} of {layer.count:,}"
+    share = layer.in_use
+    return (
+        label,
+        layer.mixer,
+        measured,
+        f"{float(layer.ess.mean()):.2f}",
+        f"{float(layer.ess.max()):.2f}",
+        f"{float(layer.tss.mean()):.1f}",
+        "" if share is None else f"{100 * share:.1f} %",
+    )
 
 
 def _numbers(values: Tensor) -> list[list[float]]:

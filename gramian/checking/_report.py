@@ -80,11 +80,6 @@ class CheckRow:
             "failures": list(self.failures),
         }
 
-    def _cells(self, modes: tuple[str, ...]) -> list[str]:
-        found = (self.differences.get(mode) for mode in modes)
-        cells = ("–" if d is None else "0" if d == 0 else f"{d:.1e}" for d in found)
-        return ["model" if self.layer is None else str(self.layer), *cells]
-
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -129,7 +124,7 @@ class CheckReport:
         for dtype, rows in self._by_precision():
             lines.append(dtype)
             for modes in _TABLES:
-                table = [["layer", *modes], *(row._cells(modes) for row in rows)]
+                table = [["layer", *modes], *(_cells(row, modes) for row in rows)]
                 failed = (not set(modes).isdisjoint(row.failures) for row in rows)
                 marks = ["", *("  FAIL" if fails else "" for fails in failed)]
                 widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
@@ -153,7 +148,7 @@ class CheckReport:
                 for column in ("layer", *modes):
                     table.add_column(column, justify="right")
                 for row in rows:
-                    label, *cells = row._cells(modes)
+                    label, *cells = _cells(row, modes)
                     shown = (
                         Text(cell, style="bold red" if mode in row.failures else "")
                         for mode, cell in zip(modes, cells, strict=True)
@@ -215,3 +210,10 @@ class CheckReport:
         if self.distillation is not None:
             lines.append(f"Distilled: {self.distillation}")
         return "\n".join(lines)
+
+
+def _cells(row: CheckRow, modes: tuple[str, ...]) -> list[str]:
+    """Return the cells of a row in a table: the layer, then the difference of every mode."""
+    found = (row.differences.get(mode) for mode in modes)
+    cells = ("–" if d is None else "0" if d == 0 else f"{d:.1e}" for d in found)
+    return ["model" if row.layer is None else str(row.layer), *cells]

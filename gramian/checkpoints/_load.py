@@ -96,7 +96,7 @@ def load(
     model.eval()
     tokenizer = source.tokenizer() or _own_tokenizer(path)
     if tokenizer is not None:
-        _never_write_what_has_no_text(model, len(tokenizer))
+        _suppress_ids_without_tokens(model, len(tokenizer))
     return LoadedCheckpoint(model, tokenizer, cls.name)
 
 
@@ -137,7 +137,7 @@ def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _never_write_what_has_no_text(model: GramianForCausalLM, tokens: int) -> None:
+def _suppress_ids_without_tokens(model: GramianForCausalLM, tokens: int) -> None:
     """Keep `generate` from the rows without tokens that pad a vocabulary to a round size."""
     if model.generation_config is not None and tokens < model.config.vocab_size:
         rows = list(range(tokens, model.config.vocab_size))

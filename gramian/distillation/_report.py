@@ -94,18 +94,6 @@ class LayerReport:
             "unconverged": list(self.unconverged),
         }
 
-    def _row(self) -> tuple[str, ...]:
-        order, error = _spread(self.orders), _spread(self.relative_errors)
-        return (
-            str(self.layer),
-            str(len(self.orders)),
-            f"{_spread(self.effective_state_sizes)['mean']:.1f}",
-            f"{order['min']} / {order['mean']:.1f} / {order['max']}",
-            f"{error['mean']:.1e} / {error['max']:.1e}",
-            f"{max(self.lower_bounds):.1e}",
-            str(len(self.unconverged)),
-        )
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -244,7 +232,7 @@ class DistillationReport:
         return to_json(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        rows = [_COLUMNS, *(layer._row() for layer in self.layers)]
+        rows = [_COLUMNS, *(_row(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
         lines = [
             "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
@@ -258,7 +246,7 @@ class DistillationReport:
         for column in _COLUMNS:
             table.add_column(column, justify="right")
         for layer in self.layers:
-            table.add_row(*layer._row())
+            table.add_row(*_row(layer))
         return table
 
     @property
@@ -282,10 +270,28 @@ class DistillationReport:
         if correlation is not None:
             cost = "error" if self.tol is None else "order"
             words += f" Rank correlation of ESS with the {cost}: {correlation:.2f}."
-        return words if self.quality is None else f"{words}\n{_told(self.quality, self.tol)}"
+        return (
+            words
+            if self.quality is None
+            else f"{words}\n{_describe_quality(self.quality, self.tol)}"
+        )
 
 
-def _told(quality: Quality, tol: float | None) -> str:
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    """Return the cells of a layer in the table of a report; `_COLUMNS` has their headings."""
+    order, error = _spread(layer.orders), _spread(layer.relative_errors)
+    return (
+        str(layer.layer),
+        str(len(layer.orders)),
+        f"{_spread(layer.effective_state_sizes)['mean']:.1f}",
+        f"{order['min']} / {order['mean']:.1f} / {order['max']}",
+        f"{error['mean']:.1e} / {error['max']:.1e}",
+        f"{max(layer.lower_bounds):.1e}",
+        str(len(layer.unconverged)),
+    )
+
+
+def _describe_quality(quality: Quality, tol: float | None) -> str:
     """Return a sentence about the loss on the text."""
     words = f"Loss on {quality.tokens:,} tokens: {quality.loss:.4f} nats before"
     chosen = [trial for trial in quality.trials if trial.tol == tol]

@@ -45,8 +45,9 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
             steps = ((squares > 0) | (system.B != 0).any(-1)).sum().clamp_min(1)
             squares = squares.sum() / (steps * system.order)
             # The root is not differentiable at zero, where all gates are 1 (linear attention).
-            there = squares > 0
-            distances.append(torch.where(there, torch.where(there, squares, 1).sqrt(), 0))
+            positive = squares > 0
+            root = torch.where(positive, squares, 1).sqrt()
+            distances.append(torch.where(positive, root, 0))
     if not distances:
         raise ValueError(
             "a gate regularizer needs a TimeVarying system, that of a linear recurrence on some "
@@ -120,8 +121,8 @@ def ess_penalty(
         if target is not None:
             distance = sizes / target - 1
         elif share is not None:
-            there = theoretical_state_size(system, positions, horizon=horizon)
-            distance = utilization(sizes, there) - share
+            capacity = theoretical_state_size(system, positions, horizon=horizon)
+            distance = utilization(sizes, capacity) - share
         if distance.numel():
             penalties.append(distance.square().mean())
     if not penalties:

@@ -58,9 +58,9 @@ def _restored(function: Callable[..., Any], options: dict[str, Any]) -> Compiled
 
 
 def _compile(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    import torch._dynamo
+    import torch
+    from torch._dynamo import config
 
-    config = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, max(getattr(config, name), _RECOMPILATIONS))
     return torch.compile(function, dynamic=False, fullgraph=True, **options)

@@ -19,6 +19,6 @@ def recomputed(function: Callable[..., _Result], *arguments: object) -> _Result:
     The transforms of `torch.func` do not support recomputation; under them, intermediate results
     are kept.
     """
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():  # noqa: SLF001 (it has no public name)
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False)

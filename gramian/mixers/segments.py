@@ -30,7 +30,7 @@ def has_values(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or x.is_meta:
         return False
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # noqa: SLF001 (torch.func has no public names for these)
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
             return False
@@ -75,7 +75,7 @@ class Segments:
         shapes: set[tuple[int, ...]] = {tuple(x.shape) for x in (real, numbers) if x is not None}
         if len(shapes) != 1 or len(next(iter(shapes))) != 2:
             raise ValueError(
-                "segments are told by a mask and numbers of one shape (batch, length); got "
+                "segments are described by a mask and numbers of one shape (batch, length); got "
                 f"{' and '.join(map(str, sorted(shapes))) or 'neither'}."
             )
         batch, length = next(iter(shapes))

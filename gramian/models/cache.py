@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gramian.filters import Filter
 from gramian.mixers import Mixer, MixerRecurrence, Segments
+from gramian.models.initialization import own_tensors
 from gramian.models.segments import last_tokens
 from gramian.models.snapshots import load_cache, save_cache
 from gramian.ops.changes import Record, digest
@@ -106,8 +107,12 @@ def _sources(mixer: nn.Module) -> list[_Source]:
     """Return the parameters and buffers of a mixer's filters whose values can be read."""
     filters = [part for part in mixer.modules() if isinstance(part, Filter)]
     parts = {id(part): part for one in filters for part in one.modules()}.values()
-    places = [place for part in parts for place in (part._parameters, part._buffers)]
-    return [_Source(p, name) for p in places for name, tensor in p.items() if _is_here(tensor)]
+    return [
+        _Source(place, name)
+        for part in parts
+        for place, name, tensor in own_tensors(part)
+        if _is_here(tensor)
+    ]
 
 
 def _is_here(tensor: Tensor | None) -> TypeGuard[Tensor]:
@@ -360,29 +365,23 @@ class GramianCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams that survive."""
         super().reorder_cache(beam_idx)
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        _map_rows(self, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices` (integers, or a boolean mask over the batch)."""
         super().batch_select_indices(indices)
-        self._map_rows(lambda rows: rows[indices.to(rows.device)])
+        _map_rows(self, lambda rows: rows[indices.to(rows.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        _map_rows(self, lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GramianCache:
         copied = copy.copy(self)
         copied.layers = copy.deepcopy(self.layers, memo)
-        copied._map_rows(Tensor.clone)
+        _map_rows(copied, Tensor.clone)
         return copied
-
-    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.last_hidden_state is not None:
-            self.last_hidden_state = function(self.last_hidden_state)
-        if self.padding is not None:
-            self.padding = function(self.padding)
 
     @property
     def is_linear(self) -> list[bool]:
@@ -424,3 +423,11 @@ class GramianCache(Cache):
             ValueError: if it holds no cache, or that of a model with other weights.
         """
         return load_cache(path, model)
+
+
+def _map_rows(cache: GramianCache, function: Callable[[Tensor], Tensor]) -> None:
+    """Apply a function to the tensors of a cache that have one row for each sequence."""
+    if cache.last_hidden_state is not None:
+        cache.last_hidden_state = function(cache.last_hidden_state)
+    if cache.padding is not None:
+        cache.padding = function(cache.padding)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Keeping", "is_read", "reset_unwritten"]
+__all__ = ["Keeping", "is_read", "own_tensors", "reset_unwritten"]
 
 
 def is_read(tensor: Tensor) -> bool:
@@ -43,7 +43,8 @@ class Keeping(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for index, argument in enumerate(func._schema.arguments):
+        schema = func._schema  # noqa: SLF001 (operators have no public one)
+        for index, argument in enumerate(schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = args[index] if index < len(args) else kwargs.get(argument.name)
                 for tensor in tree_leaves(given):
@@ -60,7 +61,7 @@ class Keeping(TorchDispatchMode):
         """Return the names of a module's own tensors that were neither read nor written."""
         return [
             name
-            for _, name, tensor in _own(module)
+            for _, name, tensor in own_tensors(module)
             if tensor.numel()
             and not is_read(tensor)
             and _storage(tensor) in self._unread - self._written
@@ -105,8 +106,14 @@ def reset_unwritten(model: nn.Module, keeping: Keeping) -> None:
         )
 
 
-def _own(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    for place in (module._parameters, module._buffers):
+def own_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yield the parameters and buffers of a module, without those of its submodules.
+
+    Yields:
+        The module's dictionary that holds the tensor, the tensor's name in it, and the tensor.
+    """
+    # torch's public iterators do not give the dictionaries, in which a tensor can be replaced.
+    for place in (module._parameters, module._buffers):  # noqa: SLF001 (see above)
         for name, tensor in place.items():
             if tensor is not None:
                 yield place, name, tensor
@@ -114,9 +121,10 @@ def _own(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
 
 def _places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     for module in model.modules():
-        yield from _own(module)
+        yield from own_tensors(module)
 
 
 def _storage(tensor: Tensor) -> int:
     """Return the address of a tensor's memory, the same for all its views."""
-    return int(tensor.untyped_storage()._cdata)
+    storage = tensor.untyped_storage()
+    return int(storage._cdata)  # noqa: SLF001 (data_ptr() is 0 for every tensor on meta)

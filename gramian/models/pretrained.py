@@ -55,7 +55,9 @@ class GramianPreTrainedModel(PreTrainedModel):
     # is in both.
     _keep_in_fp32_modules = [r".*\.mixer\.(?:filter|dynamics)"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [r"mixer\.(?:filter|dynamics)"]  # noqa: RUF012
-    _packing: Packing | None = None  # set by compile_decoding
+
+    packing: Packing | None = None
+    """The packed copies of the weights, set by `compile_decoding`."""
 
     def __init__(self, config: GramianConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -65,17 +67,17 @@ class GramianPreTrainedModel(PreTrainedModel):
             self._input_embed_layer = "input_proj"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._packing is not None and not torch.compiler.is_compiling():
+        if self.packing is not None and not torch.compiler.is_compiling():
             for given in (*args, *kwargs.values()):
                 if isinstance(given, GramianCache):
-                    with self._packing.generation(given, begins=given.batch_size < 0):
+                    with self.packing.generation(given, begins=given.batch_size < 0):
                         return super().__call__(*args, **kwargs)
         return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; training drops the packed copies of the weights."""
-        if mode and self._packing is not None:
-            self._packing.clear()
+        if mode and self.packing is not None:
+            self.packing.clear()
         return super().train(mode)
 
     def state_bytes(self, batch: int = 1, context: int = 1) -> int:
@@ -126,7 +128,7 @@ class GramianPreTrainedModel(PreTrainedModel):
         packing = Packing() if enabled and can_pack() else None
         for module in self.modules():
             if isinstance(module, GramianPreTrainedModel):
-                module._packing = packing
+                module.packing = packing
             elif isinstance(module, Mixer):
                 module.compile_step(enabled, **options)
 

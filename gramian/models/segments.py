@@ -54,7 +54,7 @@ def recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     if not allowed:
         raise ValueError(
             "attention_mask must be 1 for real tokens and 0 for padding; it holds other numbers, "
-            f"such as {recent[(recent != 0) & (recent != 1)][0].item():g}. Packed rows are told by "
+            f"such as {recent[(recent != 0) & (recent != 1)][0].item():g}. Packed rows need "
             "position_ids that restart, or by seq_idx."
         )
     return recent.bool() if hides else None
@@ -87,54 +87,116 @@ def token_segments(
             rows, or arguments that describe different sequences.
     """
     real = recent_mask(attention_mask, batch, length)
-    told = {"position_ids": position_ids, "seq_idx": seq_idx}
-    for name, value in told.items():
+    _check_shapes(batch, length, position_ids=position_ids, seq_idx=seq_idx)
+    numbers = None
+    if torch.compiler.is_compiling():
+        _refuse_packing(length, real, position_ids, seq_idx, cu_seq_lens_q)
+    elif length > 1:
+        packing = (position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
+        numbers = _sequence_numbers(batch, length, real, *packing)
+    return None if real is None and numbers is None else Segments(real, numbers)
+
+
+def _check_shapes(batch: int, length: int, **arguments: Tensor | None) -> None:
+    """Raise a ValueError unless all arguments are (batch, length), (1, length) or None."""
+    for name, value in arguments.items():
         if value is not None and tuple(value.shape) not in ((batch, length), (1, length)):
             raise ValueError(
                 f"{name} must be (batch, length) = ({batch}, {length}) or (1, {length}); got "
                 f"{tuple(value.shape)}."
             )
-    if torch.compiler.is_compiling():
-        if seq_idx is not None or cu_seq_lens_q is not None:
-            raise ValueError("packed rows cannot be traced: give each sequence a row of its own.")
-        if position_ids is not None and length > 1:
-            _assert_one_sequence(position_ids, real)
-        return None if real is None else Segments(real)
-    packing_told = [x for x in (*told.values(), cu_seq_lens_q, cu_seq_lens_k) if x is not None]
-    if length < 2 or not packing_told:
-        return None if real is None else Segments(real)
 
-    device = packing_told[0].device if real is None else real.device
-    tokens = torch.arange(batch * length, device=device)
+
+def _refuse_packing(
+    length: int,
+    real: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+) -> None:
+    """Raise a ValueError for arguments of packed rows, which a traced graph cannot read.
+
+    `position_ids` may be those of one sequence per row, which is checked when the graph runs.
+    """
+    if seq_idx is not None or cu_seq_lens_q is not None:
+        raise ValueError("packed rows cannot be traced: give each sequence a row of its own.")
+    if position_ids is not None and length > 1:
+        _assert_one_sequence(position_ids, real)
+
+
+def _sequence_numbers(
+    batch: int,
+    length: int,
+    real: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+) -> Tensor | None:
+    """Return a number for every real token, (batch, length), which is equal within a sequence.
+
+    The numbers are int64 and rise from one sequence of a row to the next. If every row is one
+    sequence, None is returned in their place.
+    """
+    given = [x for x in (position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k) if x is not None]
+    if not given:
+        return None
+    device = given[0].device if real is None else real.device
+    tokens = torch.arange(batch * length, device=device)  # positions in the flattened rows
     if real is not None:
         tokens = tokens[real.flatten().to(device)]
     same_row = tokens[1:] // length == tokens[:-1] // length
-    found: dict[str, Tensor] = {}  # whether each real token but the first begins a sequence
+
+    def differences(values: Tensor) -> Tensor:
+        """Return by how much the value at each real token exceeds that at the one before."""
+        return values.to(device).expand(batch, length).flatten()[tokens].diff()
+
+    begins: dict[str, Tensor] = {}  # whether each real token but the first begins a sequence
     if position_ids is not None:
-        steps = position_ids.to(device).expand(batch, length).flatten()[tokens].diff()
-        if bool((same_row & (steps > 1)).any()):
-            raise ValueError(
-                "position_ids must count the real tokens of a sequence one by one, since padding "
-                f"is not time; they jump ahead by {int(steps[same_row].max())}."
-            )
-        found["position_ids"] = same_row & (steps < 1)
+        begins["position_ids"] = _restarts(differences(position_ids), same_row)
     if seq_idx is not None:
-        steps = seq_idx.to(device).expand(batch, length).flatten()[tokens].diff()
-        found["seq_idx"] = same_row & (steps != 0)
+        begins["seq_idx"] = same_row & (differences(seq_idx) != 0)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        begins = _begins(cu_seq_lens_q, cu_seq_lens_k, batch * length).to(device)
-        numbers = torch.bucketize(tokens, begins, right=True)
-        found["cu_seq_lens_q"] = same_row & (numbers.diff() != 0)
-    packing = {name: begin for name, begin in found.items() if bool(begin.any())}
+        borders = _begins(cu_seq_lens_q, cu_seq_lens_k, batch * length).to(device)
+        begins["cu_seq_lens_q"] = same_row & (
+            torch.bucketize(tokens, borders, right=True).diff() != 0
+        )
+    begin = _agreed(begins)
+    if begin is None:
+        return None
+    numbers = torch.zeros(batch * length, dtype=torch.int64, device=device)
+    numbers[tokens[1:]] = begin.cumsum(0)
+    return numbers.unflatten(0, (batch, length))
+
+
+def _restarts(steps: Tensor, same_row: Tensor) -> Tensor:
+    """Return at which tokens positions restart, given their differences from the token before.
+
+    Raises:
+        ValueError: if positions of one row jump ahead.
+    """
+    if bool((same_row & (steps > 1)).any()):
+        raise ValueError(
+            "position_ids must count the real tokens of a sequence one by one, since padding "
+            f"is not time; they jump ahead by {int(steps[same_row].max())}."
+        )
+    return same_row & (steps < 1)
+
+
+def _agreed(begins: dict[str, Tensor]) -> Tensor | None:
+    """Return where sequences begin within rows, or None if no argument says that one does.
+
+    Raises:
+        ValueError: if two arguments name different places. An argument that names none is ignored.
+    """
+    packing = {name: begin for name, begin in begins.items() if bool(begin.any())}
     if not packing:
-        return None if real is None else Segments(real)
+        return None
     name, begin = packing.popitem()
     for other, differs in packing.items():
         if not torch.equal(begin, differs):
-            raise ValueError(f"{other} and {name} tell of different sequences.")
-    numbers = torch.zeros(batch * length, dtype=torch.int64, device=device)
-    numbers[tokens[1:]] = begin.cumsum(0)
-    return Segments(real, numbers.unflatten(0, (batch, length)))
+            raise ValueError(f"{other} and {name} describe different sequences.")
+    return begin
 
 
 def _begins(query: Tensor | None, key: Tensor | None, total: int) -> Tensor:
@@ -158,13 +220,14 @@ def _begins(query: Tensor | None, key: Tensor | None, total: int) -> Tensor:
 def _assert_one_sequence(position_ids: Tensor, real: Tensor | None) -> None:
     """Let a traced graph fail when it runs, unless positions are of one sequence per row."""
     message = "position_ids of packed rows cannot be traced: give each sequence a row of its own."
+    assert_async = torch._assert_async  # noqa: SLF001 (no public function asserts in a graph)
     if real is None:
-        torch._assert_async((position_ids.diff() == 1).all(), message)
+        assert_async((position_ids.diff() == 1).all(), message)
         return
     offset = position_ids - real.long().cumsum(1)
     low, high = torch.iinfo(offset.dtype).min, torch.iinfo(offset.dtype).max
     spread = offset.masked_fill(~real, low).amax(1) > offset.masked_fill(~real, high).amin(1)
-    torch._assert_async(~(spread & real.any(1)).any(), message)
+    assert_async(~(spread & real.any(1)).any(), message)
 
 
 def next_labels(labels: Tensor, segments: Segments) -> Tensor:
@@ -244,7 +307,7 @@ def read_rows(
     Raises:
         ValueError: as `token_segments` does.
     """
-    told = {
+    packing = {
         name: arguments.pop(f"{name}{suffix}", None)
         for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
     }
@@ -256,7 +319,7 @@ def read_rows(
     if isinstance(attention_mask, Segments):
         return attention_mask
     batch, length = rows.shape[:2]
-    return token_segments(batch, length, attention_mask, position_ids, **told)
+    return token_segments(batch, length, attention_mask, position_ids, **packing)
 
 
 def check_arguments(name: str, arguments: dict[str, Any], *known: str) -> None:
