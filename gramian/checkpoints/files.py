@@ -1,10 +1,10 @@
-"""Reading of a checkpoint's files as tensors by name and a configuration, and nothing else.
+"""Read the tensors and the configuration in a checkpoint's files, and nothing else.
 
-safetensors files hold nothing but tensors. Files written by `torch.save` are pickles, read with
-`weights_only=True`: no name in them is looked up or called, except for those of tensors. Lightning
-writes its own bookkeeping beside the weights, objects of omegaconf and the like; for names of those
-packages an empty placeholder class is used, which accepts any arguments and keeps nothing. Any
-other name ends the reading before a single object is made.
+safetensors files hold nothing but tensors. Files that `torch.save` wrote are pickles. They are read
+with `weights_only=True`: names in them are not looked up or called, except for those that tensors
+need. Lightning stores objects of its own and of packages such as omegaconf beside the weights. Each
+name of these packages is replaced by an empty placeholder class, which accepts any arguments and
+keeps nothing. Any other name ends the reading before a single object is made.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a checkpoint by name, on the CPU.
 
     Args:
-        path: a file, or a folder with `model.safetensors`, `pytorch_model.bin` (either may be
-            sharded), `weights.ckpt`, or one file whose name ends in .safetensors, .ckpt, .bin, .pt
-            or .pth.
+        path: a file, or a folder. A folder must have `model.safetensors` or `pytorch_model.bin`,
+            either of which may be sharded, `weights.ckpt`, or exactly one file whose name ends in
+            .safetensors, .ckpt, .bin, .pt or .pth.
 
     Raises:
         FileNotFoundError: if there is no such file, or no checkpoint in the folder.
-        ValueError: on several possible files, a file that cannot be read, or one that holds or
-            refers to anything but tensors and bookkeeping.
+        ValueError: on several possible files, a file that cannot be read, or a file that holds or
+            refers to anything but tensors and the objects that Lightning stores.
     """
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(path):
@@ -71,13 +71,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def hash_weights(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of weights that `read_tensors` reads, by the file's name.
+    """Return the SHA-256 of each file that `read_tensors` reads, by the name of the file.
 
     Args:
         path: as for `read_tensors`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_tensors`.
+        FileNotFoundError, ValueError: as `read_tensors` does.
     """
     hashes = {}
     for file in _weight_files(path):
@@ -92,8 +92,8 @@ def hash_weights(path: Path) -> dict[str, str]:
 def find_config(path: Path) -> Path | None:
     """Return the configuration file beside a checkpoint, or None.
 
-    For a folder it is `config.json` or `config.yml`; for `NAME.ckpt`, `NAME.config.json`,
-    `NAME.json` and the like come first.
+    In a folder, it is `config.json`, or `config` with the suffix .yml or .yaml. For a checkpoint
+    `NAME.ckpt`, files named `NAME.config` or `NAME` with such a suffix come first.
     """
     folder = path if path.is_dir() else path.parent
     names = ["config"] if path.is_dir() else [f"{path.stem}.config", path.stem, "config"]
@@ -109,7 +109,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or does not hold a mapping.
+        ValueError: if the file cannot be read or does not hold a mapping.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no configuration {file}.")
@@ -124,7 +124,7 @@ def read_config(file: Path) -> dict[str, Any]:
                 values = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(first_line(error)) from error
-    except ValueError as error:  # JSON's and Unicode's errors are among them
+    except ValueError as error:  # errors of JSON and Unicode are ValueErrors
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a mapping; it holds a {type(values).__name__}.")
@@ -132,7 +132,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, ending in one period."""
+    """Return the first line of an error's message, with one period at its end."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
 
@@ -173,10 +173,10 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        # files of PyTorch before 1.6 are not archives, and are read without placeholders
+        # Files of PyTorch before 1.6 are not archives; they are read without placeholders.
         archive = zipfile.is_zipfile(file)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if archive else []
-    except Exception as error:  # a broken file can cause any error in the disassembler
+    except Exception as error:  # a damaged file can cause any error here
         raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
     foreign = sorted(name for name in names if not _is_bookkeeping(name))
     if foreign:
@@ -191,7 +191,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
             raise ValueError(
                 f"{file} is refused: it is damaged, or reading it would make more than tensors."
             ) from error
-        except Exception as error:  # a pickle may be wrong in any way; none of its code has run
+        except Exception as error:  # a damaged pickle can cause any error; no code in it has run
             raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping):
@@ -215,7 +215,7 @@ def _is_bookkeeping(name: str) -> bool:
 
 
 class _Placeholder:
-    """A placeholder for bookkeeping, which accepts any arguments and state and keeps nothing."""
+    """A placeholder for a class of another package, which accepts any arguments and keeps none."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Placeholder:
         return super().__new__(cls)
@@ -228,6 +228,6 @@ class _Placeholder:
 
 
 def _placeholder(name: str) -> type[_Placeholder]:
-    """Return a class of ours that the reader uses as the one called `name`."""
+    """Return a placeholder that the reader uses in place of the class called `name`."""
     module, _, own = name.rpartition(".")
     return type(own, (_Placeholder,), {"__module__": module, "__qualname__": own})

@@ -1,10 +1,11 @@
-r"""StripedHyena and Evo: Hyena blocks with modal filters, some of them with attention instead.
+r"""Read StripedHyena and Evo, whose blocks have Hyena mixers with modal filters or attention.
 
-A filter is `h_t = Re Σ r λ^t` from tap 0 on, plus a skip `D`. Ours has `λ^(t-1)` and a separate tap
-0, so its residues are `r λ` and its direct term is `D + Re Σ r`. Poles are unconstrained and may
-lie outside of the unit circle. With `column_split_hyena` the rows of the projection and of the
-short convolution are grouped by head: outer gate, inner gate and value of each head in turn.
-Without fused kernels an RMS norm divides by `rms(x) + ε`, with them by `√(mean(x²) + ε)`.
+A published filter is `h_t = Re Σ r λ^t` from tap 0 on, plus a skip `D`. Gramian's filters have
+`λ^(t-1)` and a separate tap 0, so their residues are `r λ` and their direct terms `D + Re Σ r`.
+Poles are not constrained and may lie outside of the unit circle. With `column_split_hyena`, the
+rows of the projection and of the short convolution are grouped by head; each head has its outer
+gate, its inner gate and its value. An RMS norm divides by `√(mean(x²) + ε)` if the published model
+uses fused kernels, and by `rms(x) + ε` if not.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _EVO_VOCABULARY = 512
 
 @register
 class StripedHyena(Format):
-    """A `StripedHyena` model, of its own library or in a Hugging Face folder."""
+    """The format of `StripedHyena`, as its own library writes it or in a Hugging Face folder."""
 
     name = "striped_hyena"
     embedding = EMBEDDING
@@ -49,7 +50,7 @@ class StripedHyena(Format):
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         super().__init__(shapes, config)
         self.config = config
-        # the configuration of a Hugging Face folder has its own defaults
+        # The configuration of a Hugging Face folder has other defaults.
         hugging = config.get("model_type") == "stripedhyena"
         self.width = size(config, "hidden_size")
         self.layers = size(config, "num_layers")
@@ -82,7 +83,7 @@ class StripedHyena(Format):
         self.inner = self._inner_size()
 
     def _inner_size(self) -> int:
-        """Return the configured inner size of the MLP, or that of the published rule."""
+        """Return the inner size of the MLP: the configured one, or that of the published rule."""
         multiple = size(self.config, "inner_size_multiple_of", 64)
         least = int(2 * self.width * 4 / 3)
         return size(self.config, "inner_mlp_size", -(-least // multiple) * multiple)
@@ -189,7 +190,12 @@ class StripedHyena(Format):
         }
 
     def _filter(self, weights: Mapping[str, Tensor], name: str) -> ModalFilter:
-        """Return the modal filter of all channels, from poles and residues that groups share."""
+        """Return the modal filter of all channels; channels of a group share poles and residues.
+
+        Args:
+            weights: the checkpoint's tensors.
+            name: prefix of the filter's names.
+        """
         poles, residues = (
             torch.view_as_complex(weights[f"{name}{kind}"].double()).squeeze(-1)
             for kind in ("poles", "residues")
@@ -242,7 +248,7 @@ class StripedHyena(Format):
         return {ours + name: value for name, value in state.items()}
 
     def _rows(self) -> Tensor:
-        """Return the published indices of the rows of outer gate, inner gate and value."""
+        """Return the checkpoint's indices of the rows for outer gates, inner gates and values."""
         rows = torch.arange(3 * self.width)
         if self.split:
             rows = rows.reshape(self.heads, 3, -1).transpose(0, 1).flatten()

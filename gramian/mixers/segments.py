@@ -45,7 +45,10 @@ class Part(NamedTuple):
     source: Tensor
     """(sequences, length), int64: where each column comes from in the flattened batch of rows."""
     real: Tensor | None
-    """(sequences, length), boolean: false before a sequence begins; None if all are as long."""
+    """(sequences, length), boolean: false before a sequence begins.
+
+    It is None if all sequences have the same length.
+    """
 
     def take(self, x: Tensor) -> Tensor:
         """Return the entries of x (batch, length, …) at the sequences' tokens.

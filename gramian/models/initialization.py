@@ -1,9 +1,9 @@
-"""Initialization of a model while it is loaded: tensors that were read stay unchanged.
+"""Initialize the tensors of a loaded model that no file has, and leave all others unchanged.
 
 transformers builds a model without memory, reads the tensors in the files, and then initializes
-the others, module by module. Its initializers skip tensors that were read; code that writes in
-place (`weight.data.normal_()`) does not, and tensors that no code writes keep what the memory
-happened to hold.
+the other tensors, module by module. Its initializers skip tensors that were read. Code that writes
+in place (`weight.data.normal_()`) does not skip them, and a tensor that no code writes keeps
+whatever its memory happened to contain.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ __all__ = ["Keeping", "is_read", "own_tensors", "reset_unwritten"]
 
 
 def is_read(tensor: Tensor) -> bool:
-    """Return whether transformers has read a tensor from a file, or will tie it to one it read."""
+    """Return whether transformers has read a tensor from a file, or will tie it to such a one."""
     return bool(getattr(tensor, "_is_hf_initialized", False))
 
 
 class Keeping(TorchDispatchMode):
-    """A context in which tensors may be written into; those read from files are restored on exit.
+    """A context that, on exit, restores the tensors that were read from files.
 
-    A tensor is copied only when it is about to be written into. Writes by numpy are not seen.
+    Within the context, code may write into any tensor. A tensor is copied only when code is about
+    to write into it. Writes by numpy are not detected.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -85,10 +86,10 @@ class Keeping(TorchDispatchMode):
 
 
 def reset_unwritten(model: nn.Module, keeping: Keeping) -> None:
-    """Call `reset_parameters` of modules with tensors that were neither read nor written.
+    """Call `reset_parameters` of every module with a tensor that was neither read nor written.
 
     Raises:
-        ValueError: if tensors remain uninitialized.
+        ValueError: if a tensor still has not been written afterwards.
     """
     left = []
     for path, module in model.named_modules():
@@ -125,6 +126,6 @@ def _places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's memory, the same for all its views."""
+    """Return the identity of a tensor's memory, which all views of the tensor share."""
     storage = tensor.untyped_storage()
     return int(storage._cdata)  # noqa: SLF001 (data_ptr() is 0 for every tensor on meta)

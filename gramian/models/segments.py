@@ -1,8 +1,9 @@
-"""The segments of a model's rows: which positions are tokens, and of which sequence.
+"""Find which positions of a model's rows are tokens, and to which sequences they belong.
 
-Rows are padded, with an `attention_mask`, or packed: several sequences follow each other in a row,
-described by `position_ids` that restart, by `seq_idx`, or by `cu_seq_lens_q` and `cu_seq_lens_k`,
-as transformers' `DataCollatorWithFlattening` and TRL's padding-free collators make them.
+Rows may be padded, which an `attention_mask` describes. They may also be packed, which means that
+several sequences follow each other in a row. Packed rows are described by `position_ids` that
+restart, by `seq_idx`, or by `cu_seq_lens_q` and `cu_seq_lens_k`; transformers'
+`DataCollatorWithFlattening` and TRL's padding-free collators make these arguments.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ __all__ = [
 
 
 def recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """Return the last `length` columns as booleans, or None if they hide nothing.
+    """Return the last `length` columns of a mask as booleans, or None if they hide nothing.
+
+    Args:
+        mask: (batch, length or more), 1 for real tokens and 0 for padding; or None.
+        batch: number of rows.
+        length: number of columns to return.
 
     Raises:
-        ValueError: on a mask that is not (batch, ≥ length), or that holds numbers other than 0
-            and 1.
+        ValueError: on a mask of another shape, or one that holds numbers other than 0 and 1.
     """
     if mask is None:
         return None
@@ -74,17 +79,20 @@ def token_segments(
     Args:
         batch: number of rows.
         length: length of every row.
-        attention_mask: (batch, length or more), 1 for real tokens; the last columns count.
-        position_ids: (batch, length) or (1, length). Only differences between real tokens of a
-            row are read: +1 continues a sequence, 0 or less begins the next one.
-        seq_idx: (batch, length) or (1, length): a sequence begins where it changes.
-        cu_seq_lens_q: (sequences + 1): the number of positions in the flattened rows before each
-            sequence, and of all.
-        cu_seq_lens_k: equal to `cu_seq_lens_q`.
+        attention_mask: (batch, length or more), 1 for real tokens. The last `length` columns are
+            used.
+        position_ids: (batch, length) or (1, length). Only the differences between successive real
+            tokens of a row are read: a difference of 1 continues a sequence, and a difference of 0
+            or less begins the next one.
+        seq_idx: (batch, length) or (1, length). A sequence begins where the value changes.
+        cu_seq_lens_q: (sequences + 1), the number of positions in the flattened rows before each
+            sequence, and at the end the number of all positions.
+        cu_seq_lens_k: a tensor equal to `cu_seq_lens_q`.
 
     Raises:
-        ValueError: on other shapes, positions that jump ahead, lengths that do not end with the
-            rows, or arguments that describe different sequences.
+        ValueError: on arguments of other shapes, positions that jump ahead, cumulative lengths that
+            do not end at the number of all positions, or arguments that describe different
+            sequences.
     """
     real = recent_mask(attention_mask, batch, length)
     _check_shapes(batch, length, position_ids=position_ids, seq_idx=seq_idx)
@@ -200,7 +208,11 @@ def _agreed(begins: dict[str, Tensor]) -> Tensor | None:
 
 
 def _begins(query: Tensor | None, key: Tensor | None, total: int) -> Tensor:
-    """Return the positions, except the first, at which sequences of cumulative lengths begin."""
+    """Return the positions at which sequences begin, except the first, from cumulative lengths.
+
+    Raises:
+        ValueError: unless both tensors are equal and rise from 0 to `total`.
+    """
     if query is None or key is None or not torch.equal(query, key):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together, and be equal.")
     if (
@@ -218,7 +230,7 @@ def _begins(query: Tensor | None, key: Tensor | None, total: int) -> Tensor:
 
 
 def _assert_one_sequence(position_ids: Tensor, real: Tensor | None) -> None:
-    """Let a traced graph fail when it runs, unless positions are of one sequence per row."""
+    """Make a traced graph fail when it runs, unless positions describe one sequence per row."""
     message = "position_ids of packed rows cannot be traced: give each sequence a row of its own."
     assert_async = torch._assert_async  # noqa: SLF001 (no public function asserts in a graph)
     if real is None:
@@ -231,16 +243,23 @@ def _assert_one_sequence(position_ids: Tensor, real: Tensor | None) -> None:
 
 
 def next_labels(labels: Tensor, segments: Segments) -> Tensor:
-    """Return, for every token, the label of the next token of its sequence, (batch, length).
+    """Return, for every token, the label of the next token of its sequence.
 
-    It is -100 at the last token of a sequence and at padding: nothing is predicted across a
-    border or from padding, and labels at padding are not scored.
+    Nothing is predicted across the border of two sequences or from padding, and labels at padding
+    are not scored.
+
+    Args:
+        labels: (batch, length).
+        segments: the positions of tokens and sequences.
+
+    Returns:
+        (batch, length), with -100 at the last token of every sequence and at padding.
     """
     batch, length = labels.shape
     columns = torch.arange(length, device=labels.device).expand(batch, length)
     if segments.real is not None:
         columns = columns.masked_fill(~segments.real.to(labels.device), length)
-    later = columns.flip(1).cummin(1).values.flip(1)[:, 1:]  # the next token from here on
+    later = columns.flip(1).cummin(1).values.flip(1)[:, 1:]  # the first token from this column on
     later = torch.nn.functional.pad(later, (0, 1), value=length)
     due = later < length
     if segments.real is not None:
@@ -255,30 +274,31 @@ def next_labels(labels: Tensor, segments: Segments) -> Tensor:
 def items_due(items: Tensor | int, labels: Tensor, due: Tensor) -> Tensor | int:
     """Return the divisor of a loss, given a trainer's count of labels over all of its batches.
 
-    Trainers count all labels after the first column, including those at padding and those of each
-    sequence's first token, which nothing predicts. So the count is multiplied by the share of this
-    batch's labels that are scored. If the batch has no labels, there is no such share, and the
-    count stays unchanged.
+    Trainers count all labels after the first column. Among these are labels at padding, and those
+    of the first token of a sequence, which nothing predicts. So the count is multiplied by the
+    share of this batch's labels that are scored. If no label of the batch is scored, the count
+    stays unchanged.
 
     Args:
-        items: the trainer's count.
+        items: the count of the trainer.
         labels: (batch, length).
-        due: (batch, length), the result of `next_labels`.
+        due: (batch, length), the labels that `next_labels` returned.
     """
     counted, scored = (labels[:, 1:] != IGNORED).sum(), (due != IGNORED).sum()
     return items * torch.where(scored > 0, scored / counted.clamp_min(1), 1)
 
 
 def last_tokens(hidden_states: Tensor, segments: Segments | None, count: int) -> Tensor:
-    """Return the last `count` tokens of each row, (batch, count, …).
-
-    In a row with fewer tokens, zeros come before them. In packed rows, the last columns are
-    returned.
+    """Return the entries at the last `count` tokens of each row.
 
     Args:
         hidden_states: (batch, length, …).
-        segments: the segments of these rows.
+        segments: the positions of tokens in these rows; None if there is no padding.
         count: number of tokens, at least 1.
+
+    Returns:
+        (batch, count, …). In a row with fewer tokens, zeros come before them. Of packed rows, the
+        last columns are returned.
     """
     if segments is None or segments.packed or segments.aligned:
         return hidden_states[:, -count:]
@@ -297,12 +317,13 @@ def read_rows(
     """Return the segments of a forward pass's rows, and remove their arguments from `arguments`.
 
     Args:
-        inputs: the possible inputs, (batch, length, …); the first that is not None counts.
-        attention_mask: see `token_segments`; or segments that are known already.
-        position_ids: see `token_segments`.
-        arguments: the other arguments of the pass; `seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k`
-            are removed, and so are `max_length_q` and `max_length_k`, which add no information.
-        suffix: suffix of these arguments' names.
+        inputs: the possible inputs, (batch, length, …); the first that is not None is used.
+        attention_mask: as for `token_segments`; or segments, which are returned.
+        position_ids: as for `token_segments`.
+        arguments: the other arguments of the pass. `seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k`
+            are read and removed; `max_length_q` and `max_length_k`, which add no information, are
+            only removed.
+        suffix: text at the end of these arguments' names.
 
     Raises:
         ValueError: as `token_segments` does.
@@ -314,7 +335,7 @@ def read_rows(
     for name in ("max_length_q", "max_length_k"):
         arguments.pop(f"{name}{suffix}", None)
     rows = next((x for x in inputs if x is not None), None)
-    if rows is None or rows.ndim < 2:  # the model raises the error
+    if rows is None or rows.ndim < 2:  # the model will raise an error
         return None
     if isinstance(attention_mask, Segments):
         return attention_mask
@@ -326,9 +347,9 @@ def check_arguments(name: str, arguments: dict[str, Any], *known: str) -> None:
     """Raise a TypeError for an argument of a forward pass that would be ignored.
 
     Args:
-        name: name of the model.
-        arguments: the remaining arguments; None counts as not given.
-        known: names of arguments that change nothing, besides those of every model.
+        name: name of the model's class, for the message.
+        arguments: the remaining arguments, of which those that are None are skipped.
+        known: names of arguments that this model accepts, besides those that every model accepts.
     """
     unknown = sorted(
         key
@@ -342,9 +363,9 @@ def check_arguments(name: str, arguments: dict[str, Any], *known: str) -> None:
 
 
 _HARMLESS = {
-    "num_items_in_batch",  # a trainer's, for losses that are sums
+    "num_items_in_batch",  # trainers pass it; losses read it
     "output_attentions",
     "return_dict",
-    "token_type_ids",  # tokenizers return them unasked; no embedding here tells types apart
+    "token_type_ids",  # tokenizers return them by default; no model here has an embedding of types
     "use_cache",
 }
