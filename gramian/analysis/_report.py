@@ -114,7 +114,7 @@ class StateReport:
     def labels(self) -> tuple[str, ...]:
         """The paths of the layers without their common beginning and end.
 
-        The label of a single layer is its number.
+        The label of a single layer is the number in its path, or the path if that has no number.
         """
         parts = [layer.name.split(".") for layer in self.layers]
         if len(parts) == 1:

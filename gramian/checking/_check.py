@@ -473,7 +473,8 @@ def _limits(own: float, carried: float) -> dict[str, float]:
     limits = dict.fromkeys(("batched", "reloaded", "packed"), own)
     modes = ("recurrent", "chunked", "stepped", "padded", "right", "gap", "turn")
     limits |= dict.fromkeys(modes, carried)
-    return limits | {"generated": max(carried, _ACCEPTED[torch.float32])}  # it returns float32
+    # `generate` returns its logits in float32, so rounding to it must be accepted.
+    return limits | {"generated": max(carried, _ACCEPTED[torch.float32])}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -113,7 +113,7 @@ def register(format: _T) -> _T:
 def compare(
     source: str, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], expected: Shapes
 ) -> None:
-    """Raise a ValueError, which names keys that do not fit, unless all tensors are as expected.
+    """Raise a ValueError that names the tensors that do not fit, unless all are as expected.
 
     Args:
         source: name of the checkpoint in the message.

@@ -16,7 +16,7 @@ from gramian.reduction import reduce
 
 __all__ = ["Goal", "reduce_filter"]
 
-# A filter has float32 parameters, so its error may exceed that in float64 by this relative amount.
+# The parameters of a filter are float32, so its error may exceed that of float64 by this share.
 _ROUNDING = 1e-3
 
 _SPECTRUM = 64
@@ -57,7 +57,7 @@ class Goal:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `gramian.reduce`."""
+        """The goal in the form of arguments of `gramian.reduce`."""
         if self.order is not None:
             return {"order": self.order, "tail": self.tail}
         return {"tol": self.tol, "max_order": self.max_order, "tail": self.tail}

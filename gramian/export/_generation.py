@@ -29,7 +29,7 @@ _SCORES = (
 )
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _HONOURED = ("do_sample", "eos_token_id", "pad_token_id", *_SCORES, *_SAMPLING)
-_NEUTRAL = (  # alone, these settings do not change the text
+_NEUTRAL = (  # they change the text only together with other settings, or never
     "max_length",
     "max_new_tokens",
     "early_stopping",

@@ -76,7 +76,13 @@ class LinearAttention(LinearRecurrence):
         feature_map: str,
         gates: int,
     ) -> None:
-        """Construct the modules, with `gates` features of the input projection for gates."""
+        """Construct the modules.
+
+        The arguments are those of the class; a size that is None has the default of the class.
+
+        Args:
+            gates: Number of features of the input projection from which a variant computes gates.
+        """
         check_sizes(width=width, heads=heads)
         if state_size is None or value_width is None:
             check_divides("heads", heads, width)

@@ -24,7 +24,7 @@ class _Fields(NamedTuple):
 
 
 class LongConvolutionState(_Fields, State):
-    """The state of the filter's system."""
+    """The state of a `LongConvolution`, whose only field is that of the filter's system."""
 
     __slots__ = ()
 

@@ -150,18 +150,21 @@ class Mixer(nn.Module, abc.ABC):
 
     @property
     def causal(self) -> bool:
-        """Whether no output depends on later inputs; only then are there states and operators."""
+        """Whether no output depends on later inputs.
+
+        Only a causal mixer has a state, a recurrence and an operator.
+        """
         return True
 
     @property
     def core(self) -> Mixer:
-        """The mixer whose state is carried: this one, or the one inside a block."""
+        """The mixer that has the state, which is this one or, for a block, the one inside it."""
         return self
 
     def config(self) -> dict[str, Any]:
         """Return the configuration from which `gramian.mixers.build` makes this mixer again.
 
-        It can be written as JSON.
+        The configuration can be written as JSON.
         """
         return {"type": self.kind, "width": self.width}
 
@@ -179,9 +182,9 @@ class Mixer(nn.Module, abc.ABC):
 
     @property
     def output_projection(self) -> Any:
-        """The map onto the residual stream: `out_proj`, if the mixer has one.
+        """The projection onto the residual stream, `out_proj`; None if the mixer has none.
 
-        Models make its initial weights smaller.
+        Models initialize it with smaller weights than other projections.
         """
         return self._modules.get("out_proj")
 
@@ -247,7 +250,7 @@ class Mixer(nn.Module, abc.ABC):
 
     @property
     def compiles(self) -> bool:
-        """Whether steps have a part that `compile_step` compiles."""
+        """Whether a step has a part that `compile_step` compiles."""
         return type(self).inner is not Mixer.inner
 
     def compile_step(self, enabled: bool = True, **options: Any) -> None:

@@ -171,14 +171,15 @@ class SoftmaxAttention(Mixer):
         return state._replace(keys=keys, values=values)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries and keys, and values.
+        """Project x to queries, keys and values, and rotate the queries and keys.
 
         Args:
             x: (batch, length, width).
-            positions: (batch, length) or (1, length).
+            positions: The positions of the tokens, (batch, length) or (1, length).
 
         Returns:
-            Queries (batch, heads, length, N), keys and values (batch, kv_heads, length, N).
+            The queries, (batch, heads, length, N); the keys and the values, both
+            (batch, kv_heads, length, N).
         """
         z = self.in_proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
         rotated, v = z.split((self.heads + self.kv_heads, self.kv_heads), dim=1)

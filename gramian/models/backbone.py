@@ -78,11 +78,11 @@ class GramianModel(GramianPreTrainedModel):
                 must not hide a token that the cache has seen.
             past_key_values: the cache of the tokens before these, which is updated in place.
             inputs_embeds: (batch, length, hidden_size).
-            use_cache: whether to return a cache; by default `config.use_cache`. No cache is
-                returned in training or with gradients enabled, where it would be of no use, or in
-                a traced graph, which could not return it.
-            output_hidden_states: whether to return the embeddings and every block's output, the
-                last one after the last norm.
+            use_cache: whether to return a cache. By default, `config.use_cache` decides, but no
+                cache is returned in training or with gradients enabled, where it would be of no
+                use, or in a traced graph, which could not return it.
+            output_hidden_states: whether to return the embeddings and the output of every block, to
+                the last of which the last norm is applied.
             input_values: (batch, length, `config.input_size`), in place of `input_ids` if the
                 configuration has an `input_size`.
             position_ids: (batch, length) or (1, length). Positions count the real tokens of a
@@ -91,8 +91,8 @@ class GramianModel(GramianPreTrainedModel):
             cache: the name of `past_key_values` in newer releases of transformers.
             kwargs: further arguments. `seq_idx`, (batch, length), changes where a sequence begins.
                 `cu_seq_lens_q` and `cu_seq_lens_k`, (sequences + 1), are the positions in the
-                flattened rows at which sequences begin. `cache_position`, (length), must continue
-                from the cache.
+                flattened rows at which sequences begin, and the number of all positions.
+                `cache_position`, (length), must continue from the cache.
 
         Returns:
             `last_hidden_state`, (batch, length, hidden_size); `past_key_values`, which newer

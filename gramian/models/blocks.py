@@ -1,8 +1,8 @@
 """Define the kinds of blocks, which surround a layer's mixer by norms and residual connections.
 
-A block computes `h ← h + mixer(norm(h))` and then `h ← h + mlp(norm(h))`; or it is that of
-`gramian.mixers.Block`; or it computes `h ← mixer(h)`. Each kind is one class of this module, which
-has a name in the registry of `gramian.models.layers`.
+A block of the kind "mlp" computes `h ← h + mixer(norm(h))`, and then `h ← h + mlp(norm(h))`. The
+kind "glu" is `gramian.mixers.Block`. The kind "mixer" computes `h ← mixer(h)`. Each kind is one
+class, which is registered under its name in `gramian.models.layers`.
 """
 
 from __future__ import annotations

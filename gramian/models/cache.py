@@ -77,7 +77,7 @@ def check_past(cache: Any, mask: Any, inputs: tuple[Tensor | None, ...]) -> None
 
 
 class _Source:
-    """The place of a filter's tensor, and a record of the value that a recurrence was made from."""
+    """A tensor of a filter: where it is held, and its value when a recurrence was made."""
 
     __slots__ = ("digest", "name", "place", "record", "trained")
 
@@ -140,7 +140,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
 
     @property
     def state(self) -> Any:
-        """The state after the last update, or None before the first one and after a reset."""
+        """The state after the last update; None before the first update and after a reset."""
         return self.recurrent_states[0]
 
     @property
@@ -249,7 +249,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         self.batch_size *= repeats
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GramianCacheLayer:
-        """Return a copy with its own state; the recurrence is shared, as it holds the mixer."""
+        """Return a copy with a state of its own, which shares the recurrence."""
         copied = copy.copy(self)
         copied.recurrent_states = {0: None if self.state is None else self.state.clone()}
         copied.is_recurrent_states_initialized = dict(self.is_recurrent_states_initialized)

@@ -296,7 +296,14 @@ class GramianConfig(PreTrainedConfig):
                 )
 
     def _validate_block(self, others: Mapping[str, Any]) -> None:
-        """Check the fields of the block, of which `others` has those of registered kinds."""
+        """Check the fields that concern the blocks.
+
+        Args:
+            others: the further keyword arguments, among which are fields of registered blocks.
+
+        Raises:
+            ValueError: on an unknown block or norm, or a field of another kind of blocks.
+        """
         check_choice("block", self.block, BLOCKS)
         block = BLOCKS[self.block]
         check_choice("norm", self.norm, block.norms, f" in {self.block!r} blocks")

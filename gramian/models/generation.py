@@ -32,7 +32,7 @@ class GramianGenerationMixin(GenerationMixin):
         """Generate text as `GenerationMixin.generate` of transformers does.
 
         Raises:
-            FloatingPointError: if a logit is NaN or infinite, before a token is chosen from it.
+            FloatingPointError: if logits are NaN or infinite.
         """
         watch = FiniteLogits(at_once=streamer is not None)
         processors = LogitsProcessorList([watch, *(logits_processor or ())])
@@ -50,8 +50,8 @@ class FiniteLogits(LogitsProcessor):
     It reads the logits before a token is chosen. On a CPU the test costs nothing, and the error is
     raised at once. On an accelerator, the program would have to wait for the test at every token.
     So its result stays on the accelerator, `StopAtNaN` ends the generation, and `check` raises the
-    error afterwards. Until then, the logits of such a row are replaced by equal numbers, since
-    sampling from NaN would end the process.
+    error afterwards. Until then, equal numbers replace the logits of a row with NaN or infinity,
+    since sampling from NaN would end the process.
 
     Args:
         at_once: whether to raise the error at once on every device, as streaming tokens requires.

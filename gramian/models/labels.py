@@ -148,7 +148,7 @@ def check_numbers(
 def cross_entropy(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the cross-entropy of logits (…, classes) and labels (…) from `check_classes`."""
+    """Return the mean cross-entropy of logits (…, classes) and labels (…) from `check_classes`."""
     logits, labels = _wide(logits).flatten(0, -2), labels.flatten()
     if num_items_in_batch is None:
         _require(labels != IGNORED)

@@ -128,7 +128,7 @@ def register_block(kind: str) -> Callable[[_BlockType], _BlockType]:
 
 
 def _mix_on(mixer: Mixer, x: Tensor, mask: Segments | None, memory: GramianCacheLayer) -> Tensor:
-    """Apply a mixer to x (batch, length, hidden_size) from the state in `memory`, and update it."""
+    """Apply a mixer to x (batch, length, hidden_size), and replace the state in `memory`."""
     batch, length = x.shape[:2]
     recurrence = memory.recurrence_of(mixer, length)
     if torch.is_grad_enabled():  # through a frozen snapshot, no gradient would reach the filters

@@ -26,7 +26,7 @@ __all__ = ["GramianForPairClassification"]
 
 
 class GramianForPairClassification(GramianPreTrainedModel):
-    """A `GramianModel` that reads two sequences, and a head that compares them.
+    """A `GramianModel` that reads pairs of sequences, with a head that compares the two.
 
     As in `GramianForSequenceClassification`, padding has no effect, wherever it stands.
     """

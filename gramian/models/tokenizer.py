@@ -34,7 +34,7 @@ class ByteTokenizer(PreTrainedTokenizerFast):
 
 
 def _with_special_tokens() -> Tokenizer:
-    """Return a tokenizer over bytes, with the special tokens after them."""
+    """Return a tokenizer over bytes, in which the special tokens have the ids after the bytes."""
     tokenizer = byte_level()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     return tokenizer
