@@ -1,11 +1,12 @@
-"""Reading of a checkpoint's files as tensors by name and a configuration, and nothing else.
+"""Read the tensors and the configuration in a checkpoint's files, and nothing else.
 
-safetensors files hold nothing but tensors. Files written by `torch.save` are pickles, read with
-`weights_only=True`: no name in them is looked up or called, except for those of tensors. Lightning
-writes its own bookkeeping beside the weights, objects of omegaconf and the like; for names of those
-packages an empty placeholder class is used, which accepts any arguments and keeps nothing. Byte
-streams, in which Transformer Engine stores the scales of its layers under names that end in
-`_extra_state`, are kept as bytes. Any other name ends the reading before a single object is made.
+safetensors files hold nothing but tensors. Files that `torch.save` wrote are pickles. They are read
+with `weights_only=True`: names in them are not looked up or called, except for those that tensors
+need. Lightning stores objects of its own and of packages such as omegaconf beside the weights. Each
+name of these packages is replaced by an empty placeholder class, which accepts any arguments and
+keeps nothing. Transformer Engine stores the scales of its layers as byte streams under names that
+end in `_extra_state`; these are kept as bytes. Any other name ends the reading before a single
+object is made.
 
 A file that was split into `NAME.part0`, `NAME.part1` and so on is read as if it were joined.
 """
@@ -77,15 +78,16 @@ def read_checkpoint(path: Path) -> Stored:
     """Return the content of a checkpoint.
 
     Args:
-        path: a file, or a folder with `model.safetensors`, `pytorch_model.bin` (either may be
-            sharded), `weights.ckpt`, or one file whose name ends in .safetensors, .ckpt, .bin, .pt
-            or .pth. A file in parts is meant by its own name, by that of its first part, or by the
-            folder.
+        path: a file, or a folder. A folder must have `model.safetensors` or `pytorch_model.bin`,
+            either of which may be sharded, `weights.ckpt`, or exactly one file whose name ends in
+            .safetensors, .ckpt, .bin, .pt or .pth. The name of a file in parts is its own, or that
+            of its first part.
 
     Raises:
         FileNotFoundError: if there is no such file, or no checkpoint in the folder.
-        ValueError: on several possible files, a file that cannot be read, one that holds or refers
-            to anything but tensors, extra states and bookkeeping, or a part that is missing.
+        ValueError: on several possible files, a file that cannot be read, a file that holds or
+            refers to anything but tensors, extra states and the objects that Lightning stores, or a
+            part that is missing.
     """
     stored = Stored({}, {})
     for file in _weight_files(path):
@@ -113,13 +115,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def hash_weights(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of weights that `read_tensors` reads, by the file's name.
+    """Return the SHA-256 of each file that `read_tensors` reads, by the name of the file.
 
     Args:
         path: as for `read_tensors`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_tensors`.
+        FileNotFoundError, ValueError: as `read_tensors` does.
     """
     hashes = {}
     for file in _weight_files(path):
@@ -135,8 +137,8 @@ def hash_weights(path: Path) -> dict[str, str]:
 def find_config(path: Path) -> Path | None:
     """Return the configuration file beside a checkpoint, or None.
 
-    For a folder it is `config.json` or `config.yml`; for `NAME.ckpt`, `NAME.config.json`,
-    `NAME.json` and the like come first.
+    In a folder, it is `config.json`, or `config` with the suffix .yml or .yaml. For a checkpoint
+    `NAME.ckpt`, files named `NAME.config` or `NAME` with such a suffix come first.
     """
     folder = path if path.is_dir() else path.parent
     names = ["config"] if path.is_dir() else [f"{path.stem}.config", path.stem, "config"]
@@ -152,7 +154,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or does not hold a mapping.
+        ValueError: if the file cannot be read or does not hold a mapping.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no configuration {file}.")
@@ -167,7 +169,7 @@ def read_config(file: Path) -> dict[str, Any]:
                 values = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(first_line(error)) from error
-    except ValueError as error:  # JSON's and Unicode's errors are among them
+    except ValueError as error:  # errors of JSON and Unicode are ValueErrors
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a mapping; it holds a {type(values).__name__}.")
@@ -175,7 +177,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, ending in one period."""
+    """Return the first line of an error's message, with one period at its end."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
 
@@ -298,11 +300,11 @@ def _read_pickle(file: Path) -> Stored:
 
 def _read_opened(file: Path, source: Any) -> Stored:
     try:
-        # files of PyTorch before 1.6 are not archives, and are read without placeholders
+        # Files of PyTorch before 1.6 are not archives; they are read without placeholders.
         archive = zipfile.is_zipfile(source)
         _rewind(source)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source) if archive else []
-    except Exception as error:  # a broken file can cause any error in the disassembler
+    except Exception as error:  # a damaged file can cause any error here
         raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
     foreign = sorted(name for name in names if not _is_bookkeeping(name))
     if foreign:
@@ -318,7 +320,7 @@ def _read_opened(file: Path, source: Any) -> Stored:
             raise ValueError(
                 f"{file} is refused: it is damaged, or reading it would make more than tensors."
             ) from error
-        except Exception as error:  # a pickle may be wrong in any way; none of its code has run
+        except Exception as error:  # a damaged pickle can cause any error; no code in it has run
             raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping):
@@ -356,7 +358,7 @@ def _is_bookkeeping(name: str) -> bool:
 
 
 class _Placeholder:
-    """A placeholder for bookkeeping, which accepts any arguments and state and keeps nothing."""
+    """A placeholder for a class of another package, which accepts any arguments and keeps none."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Placeholder:
         return super().__new__(cls)
@@ -379,7 +381,7 @@ class _ByteStream(_Placeholder):
 
 
 def _placeholder(name: str) -> type[_Placeholder]:
-    """Return a class of ours that the reader uses as the one called `name`."""
+    """Return a placeholder that the reader uses in place of the class called `name`."""
     module, _, own = name.rpartition(".")
     base = _ByteStream if name == _BYTE_STREAM else _Placeholder
     return type(own, (base,), {"__module__": module, "__qualname__": own})

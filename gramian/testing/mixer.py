@@ -34,9 +34,9 @@ def check_mixer(
     agree; padding on the left, on the right and between tokens must leave no trace in outputs and
     states; packed sequences must be as they are alone; bfloat16 must stay near. A gradient must
     reach every parameter that is trained, the same through chunks as through the whole. The
-    operator must be causal, pass over padding, and belong to the values. A registered mixer must be
-    built again from `config()`. Of a mixer that is not causal, what concerns states and operators
-    is left out.
+    operator must be causal and zero at padding; with `rebuild`, the operator applied to the values
+    must also give the outputs. A registered mixer must be built again from `config()`. Of a mixer
+    that is not causal, what concerns states and operators is left out.
 
     Args:
         mixer: Which is left as it is, and run in evaluation mode.

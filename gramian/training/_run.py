@@ -124,7 +124,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
         raise ConfigError(f"task {config.task['name']}: {error}") from error
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
-    arguments = make_arguments(config, count_steps(config, data), bar=progress is True)
+    arguments = make_arguments(config, model, count_steps(config, data), bar=progress is True)
     losses, packer = _losses(model, config), _packer(config, description)
 
     with arguments.main_process_first(local=False):
@@ -214,7 +214,8 @@ def check(config: TrainingConfig) -> None:
     _import(config)
     task = _task(config)
     with nullcontext() if "path" in config.model else torch.device("meta"):
-        _losses(_model(config, task.description()), config)
+        model = _model(config, task.description())
+        _losses(model, config)
     _packer(config, task.description())
     for split in ("train", config.evaluation.split):
         try:
@@ -225,7 +226,7 @@ def check(config: TrainingConfig) -> None:
             raise ConfigError(f"the task has no {split} rows with these settings.")
     if config.optimization.steps is None and config.task.get("streaming"):
         count_steps(config, None)
-    make_arguments(config, config.optimization.steps or 1)
+    make_arguments(config, model, config.optimization.steps or 1)
 
 
 def _import(config: TrainingConfig) -> None:

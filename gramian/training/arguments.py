@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from gramian._processes import world_size
 from gramian.models import BLOCKS
@@ -34,16 +34,20 @@ def count_steps(config: TrainingConfig, data: Any) -> int:
     return max(1, round(optimization.epochs * an_epoch))
 
 
-def make_arguments(config: TrainingConfig, steps: int, bar: bool = False) -> TrainingArguments:
+def make_arguments(
+    config: TrainingConfig, model: PreTrainedModel, steps: int, bar: bool = False
+) -> TrainingArguments:
     """Translate a configuration for transformers' `Trainer`.
 
     Args:
         config: configuration of the run.
+        model: the model to train, whose blocks may be sharded.
         steps: number of optimizer steps.
         bar: whether transformers shows its progress bar.
 
     Raises:
-        ConfigError: if the batch or the processes do not fit.
+        ConfigError: if the batch or the processes do not fit, or a model without known blocks is
+            to be sharded.
     """
     optimization, evaluation, hardware = config.optimization, config.evaluation, config.hardware
     processes, on_cpu = _processes(hardware)
@@ -101,7 +105,7 @@ def make_arguments(config: TrainingConfig, steps: int, bar: bool = False) -> Tra
         bf16=hardware.bf16,
         torch_compile=hardware.compile,
         fsdp=hardware.fsdp or None,
-        fsdp_config=_sharding(config) if hardware.fsdp else None,
+        fsdp_config=_sharding(config, model) if hardware.fsdp else None,
         dataloader_num_workers=hardware.workers,
         dataloader_pin_memory=not on_cpu and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
@@ -118,12 +122,21 @@ def make_arguments(config: TrainingConfig, steps: int, bar: bool = False) -> Tra
     return arguments
 
 
-def _sharding(config: TrainingConfig) -> dict[str, Any]:
-    """Return the options of FSDP2: one group of parameters for each of the model's blocks."""
-    block = BLOCKS.get(str(config.model.get("block", "mlp")), BLOCKS["mlp"])
+def _sharding(config: TrainingConfig, model: PreTrainedModel) -> dict[str, Any]:
+    """Return the options of FSDP2: one group of parameters for each of the model's blocks.
+
+    Raises:
+        ConfigError: if the model's class of blocks is not known.
+    """
+    kind = getattr(model.config, "block", None)
+    if kind not in BLOCKS:
+        raise ConfigError(
+            f"hardware.fsdp needs a model of registered blocks ({', '.join(BLOCKS)}); got a "
+            f"{type(model).__name__} of block {kind!r}."
+        )
     return {
         "version": 2,
-        "transformer_layer_cls_to_wrap": [block.__name__],
+        "transformer_layer_cls_to_wrap": [BLOCKS[kind].__name__],
         "activation_checkpointing": config.hardware.gradient_checkpointing,
     }
 
