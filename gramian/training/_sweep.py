@@ -1,9 +1,9 @@
-"""Running of a sweep: each point is one run, in processes here or by Ray on many machines.
+"""Sweeps: each point is one run, in a process on this machine or as a task of a Ray cluster.
 
 sweep.yaml         the configuration
 NAME=VALUE,…/      folders of the runs
 logs/              output of each run's processes, and tracebacks
-results.json       all results, written at the end, as are the files below
+results.json       all results; this file and those below are written at the end
 results.csv        one line per run
 table.md           means over the seeds
 sweep.png          the metric along the first numeric axis
@@ -63,25 +63,26 @@ def sweep(
 
     Args:
         config: a configuration from `load_sweep` or `parse_sweep`.
-        jobs: number of simultaneous runs on this machine. Each gets an equal share of the cores,
-            unless `hardware.threads` is set, and one of the accelerators in turn.
+        jobs: number of simultaneous runs on this machine. Each run uses `hardware.threads` cores
+            or, by default, an equal share of the cores. Accelerators are assigned in turn, one per
+            run.
         address: address of a Ray cluster, or `"auto"` for that of this machine. Runs go to its
             machines, which must share the file system and the working directory, and `jobs` is
             ignored. Each run requests `hardware.threads` cores and one accelerator, if the cluster
             has any.
         progress: whether to print progress on standard error, one line for every run that ends and
-            at least one every 30 seconds; or a function, called as `progress(done, total)` with the
-            number of runs, in which an unfinished run counts as its finished fraction.
+            at least one every 30 seconds; or a function, called as `progress(done, total)` with
+            numbers of runs. In `done`, an unfinished run counts as its finished fraction.
 
     Returns:
         The report, which is also saved in the sweep's folder.
 
     Raises:
-        ConfigError: if a point's task, model or batch do not fit together, a folder holds another
-            run, or the sweep is started as one of several processes.
+        ConfigError: if the task, model and batch size of a point do not fit together, if a folder
+            holds another run, or if the sweep is started as one of several processes.
         FileNotFoundError: if a file of a task is missing.
         ImportError: if an address is given and Ray is not installed.
-        ValueError: on fewer than one job.
+        ValueError: if `jobs` is below 1.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1; got {jobs}.")
@@ -112,7 +113,7 @@ def _show_nothing(done: float, total: int) -> None:
 
 
 def _check(config: SweepConfig) -> dict[str, TrainingReport]:
-    """Return the reports of finished points, or raise the error of the first that cannot run."""
+    """Return the reports of finished points by name; raise the error of a point that cannot run."""
     finished, seen = {}, set()
     for point in config.points:
         try:
@@ -156,7 +157,13 @@ def _gather(config: SweepConfig, outcomes: dict[str, TrainingReport | str]) -> S
 
 @dataclass(frozen=True)
 class _Outcome:
-    """An event of the sweep: a point's report or error if one ended, and the others' progress."""
+    """An event of the sweep: a run has ended, or some time has passed.
+
+    Attributes:
+        point: the point whose run has ended; otherwise any unfinished point.
+        result: the report or the error of the run, or None if no run has ended.
+        under_way: sum of the finished fractions of the runs that have not ended.
+    """
 
     point: SweepPoint
     result: TrainingReport | str | None
@@ -165,7 +172,7 @@ class _Outcome:
 
 @dataclass
 class _Job:
-    """A process that runs a point."""
+    """A process that runs a point; `slot` numbers the processes that run at the same time."""
 
     point: SweepPoint
     process: BaseProcess
@@ -214,7 +221,7 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
 
 
 def _heard(job: _Job) -> TrainingReport | str:
-    """Return the report or error that an ended process sent, or a line on how it died."""
+    """Return the report or error that an ended process sent, or one line on how it died."""
     job.process.join()
     try:
         if job.ear.poll():
@@ -251,8 +258,8 @@ def _work(mouth: Any, config: TrainingConfig, threads: int, device: str | None, 
 
 
 def _end_with_parent() -> None:
-    """End this process with its parent, so that no run outlives a killed sweep and conflicts with
-    its successor."""
+    """End this process when its parent ends, so that no run of a killed sweep goes on and conflicts
+    with the next sweep."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
