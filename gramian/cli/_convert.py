@@ -1,4 +1,4 @@
-"""The command that reads published checkpoints: convert."""
+"""The command `convert`, which reads published checkpoints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a published Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo CHECKPOINT a model in OUT.
+    """Convert a CHECKPOINT of Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo to a model in OUT.
 
     Files are read as tensors only: no code from a checkpoint runs. OUT also gets conversion.json,
     which says where the weights came from, with the SHA-256 of each file.

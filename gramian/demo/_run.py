@@ -67,14 +67,19 @@ class DemoSettings:
 
     Attributes:
         seed: seed of initialization, training windows and sampling.
-        tol: relative l2 error of every distilled filter.
-        hidden_size, layers, heads, frequency: sizes of the model, and the frequency of the sine
-            activations of its implicit filters. The filters have as many taps as a training window.
+        tol: largest relative l2 error of a distilled filter.
+        hidden_size: width of the model.
+        layers: number of blocks.
+        heads: number of heads in a layer, each with a filter of its own, which has as many taps as
+            a training window has tokens.
+        frequency: frequency of the sine activations in the networks that make the filters.
         training: settings of training.
-        prompt, written: the prompt that both models continue, and the number of bytes to write.
+        prompt: text that both models continue.
+        written: number of bytes that each model writes.
         greedy_tokens: number of tokens on which recurrence and recomputation are compared.
-        contexts: context lengths at which generation is timed.
-        timed_tokens, timed_rounds: tokens per timing, and timings per context.
+        contexts: context lengths in tokens at which generation is timed.
+        timed_tokens: number of tokens in a timing.
+        timed_rounds: number of timings at each context length.
     """
 
     seed: int = 0
@@ -94,7 +99,13 @@ class DemoSettings:
 
 @dataclass(frozen=True)
 class Check:
-    """A claim, whether this run confirms it, and the numbers behind it."""
+    """The check of a claim.
+
+    Attributes:
+        claim: the claim, as part of a sentence.
+        passed: whether this run confirms it.
+        measured: the numbers that the run measured, in words.
+    """
 
     claim: str
     passed: bool
@@ -106,13 +117,17 @@ class DemoReport:
     """All measurements of a run.
 
     Attributes:
-        checks: the claims and their checks.
-        bits_per_byte: bits per byte of the bigram model and the three networks on held-out text.
+        settings: settings of the run.
+        checks: the claims and whether the run confirms them.
+        bits_per_byte: bits per byte of the bigram model and the three networks on held-out text, by
+            name.
         distillation: orders and errors of every filter.
         agreement: agreement of greedy generation by recurrence with recomputation.
-        milliseconds_per_token, state_bytes: costs of every method of generation, by context length.
-        texts: text that each model wrote.
-        seconds: duration of each part.
+        milliseconds_per_token: by method of generation, the time per token, by context length.
+        state_bytes: by method of generation, the bytes carried from token to token, by context
+            length.
+        texts: text that each model wrote, by the model's name.
+        seconds: wall time of each part of the demo, by name.
     """
 
     settings: DemoSettings
@@ -149,11 +164,16 @@ class DemoReport:
 def run_demo(
     output: str | Path, settings: DemoSettings | None = None, console: Console | None = None
 ) -> DemoReport:
-    """Run the demo, report its progress on `console`, and write models, figures and numbers.
+    """Run the demo and write its models, figures and numbers to a folder.
 
-    The folder `output` then holds `original/` and `distilled/` (models with their tokenizer),
+    The folder holds `original/` and `distilled/` (models with their tokenizer),
     `hankel_spectra.png`, `quality.png`, `cost.png` and `demo.json`. It is created when everything
     is done, and replaces the output of an earlier run.
+
+    Args:
+        output: the folder.
+        settings: settings of the demo; None takes the defaults.
+        console: console on which progress and results are printed; None takes standard output.
 
     Raises:
         FileExistsError: if `output` exists and was not written by an earlier run.
@@ -318,8 +338,13 @@ class _Demo:
     def _measure_cost(
         self, model: GramianForCausalLM, distilled: GramianForCausalLM, corpus: Corpus
     ) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, int]], float]:
-        """Measure milliseconds and bytes for every method of generation and context, and the
-        distilled model's cost of a token at the longest context relative to the shortest."""
+        """Measure the costs of every method of generation at each context length.
+
+        Returns:
+            Milliseconds per token and bytes of state, by method and context length; and the time
+            of a token of the distilled model at the longest context, divided by that at the
+            shortest.
+        """
         settings = self.settings
         contexts = settings.contexts
         context = corpus.train[: max(contexts)].long().unsqueeze(0)  # (1, length)

@@ -1,4 +1,4 @@
-"""The configuration of a training run: YAML, checked against the dataclasses below.
+"""The configuration of a training run, which is YAML that is checked against the dataclasses below.
 
 An unknown key is an error that names the nearest known one, and every value must have the type of
 its field. The defaults are defined here and nowhere else.
@@ -42,7 +42,7 @@ __all__ = [
 SCHEDULES = ("cosine", "linear", "constant")
 DEVICES = ("auto", "cpu")
 IMPORTS = "imports"
-"""The folder of a run that keeps the modules that it imports."""
+"""Name of the folder, inside a run's folder, that holds copies of the imported modules."""
 
 
 class ConfigError(ValueError):
@@ -51,64 +51,81 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Optimization:
-    """AdamW with linear warm-up, then a schedule.
+    """Settings of AdamW and of the schedule of its learning rate, which begins with a warm-up.
 
     `gramian.parameter_groups` gives the parameters of filters the learning rates and weight decays
     that the filters request.
     """
 
-    steps: int | None = setting("number of optimizer steps; or give `epochs`.", None)
-    epochs: float | None = setting("number of passes over the training set.", None)
+    steps: int | None = setting("number of optimizer steps; or give `epochs` instead.", None)
+    epochs: float | None = setting(
+        "number of passes over the training set; or give `steps` instead.", None
+    )
     batch_size: int = setting(
-        "number of sequences in an optimizer step, over all processes and micro-batches, so that "
-        "a run does not depend on how many processes share it; where several do, the last batch "
-        "of an epoch is filled up with other rows.",
+        "number of sequences in an optimizer step, over all processes and micro-batches. So a run "
+        "does not depend on the number of processes, except that several processes fill up the "
+        "last batch of an epoch with other rows.",
         32,
     )
     accumulation: int = setting(
-        "number of gradient-accumulation steps: micro-batches per process and optimizer step.", 1
+        "number of micro-batches that each process takes in an optimizer step (gradient "
+        "accumulation).",
+        1,
     )
     packing: bool = setting(
         "whether to put the sequences of a micro-batch end to end, in rows no longer than the "
-        "task's longest, instead of padding each; what is learned stays the same.",
+        "task's longest sequence, instead of padding each sequence; the losses stay the same.",
         False,
     )
     learning_rate: float = setting("learning rate at its peak.", 1e-3)
     weight_decay: float = setting(
-        "weight decay of matrices that are no embeddings and no filters.", 0.1
+        "weight decay of matrices other than embeddings and the parameters of filters.", 0.1
     )
     betas: list[float] = field(
         default_factory=lambda: [0.9, 0.98], metadata={"help": "the two betas of AdamW."}
     )
     epsilon: float = setting("the epsilon of AdamW.", 1e-8)
     warmup: float = setting(
-        "linear warm-up: a number of steps if at least 1, a share of them if below.", 0.05
+        "length of the linear warm-up: a number of steps if at least 1, otherwise a share of all "
+        "steps.",
+        0.05,
     )
     schedule: str = setting(
-        '`"cosine"`, `"linear"` or `"constant"`, the schedule after the warm-up.', "cosine"
+        'schedule of the learning rate after the warm-up: `"cosine"`, `"linear"` or `"constant"`.',
+        "cosine",
     )
     final_rate: float = setting(
-        "learning rate at the end of the cosine, as a share of the peak.", 0.05
+        "learning rate at the end of the cosine schedule, as a share of the peak.", 0.05
     )
-    clip_norm: float = setting("largest norm of the gradient; 0 turns clipping off.", 1.0)
+    clip_norm: float = setting(
+        "largest norm of the gradient, to which larger ones are scaled down; 0 turns this off.", 1.0
+    )
 
 
 @dataclass(frozen=True)
 class StatePenalty:
-    """Set a loss on effective state-size; see `gramian.memory.ess_penalty`."""
+    """Settings of a loss on effective state-size; see `gramian.memory.ess_penalty`."""
 
     weight: float = setting("weight of the loss; 0 turns it off.", 0.0)
-    target: float | None = setting("state-size towards which every head or channel is drawn.", None)
-    share: float | None = setting("or the share of the state that it is drawn to.", None)
-    sequences: int = setting("number of sequences of a process's batch that are measured.", 2)
+    target: float | None = setting(
+        "state-size to which the loss draws every head or channel; or give `share` instead.", None
+    )
+    share: float | None = setting(
+        "share of the available state to which the loss draws every head or channel, above 0 and "
+        "at most 1; or give `target` instead.",
+        None,
+    )
+    sequences: int = setting(
+        "number of sequences in each process's batch whose state-sizes are measured.", 2
+    )
     channels: int = setting(
-        "number of heads or channels of a layer that are measured; others at each step.", 8
+        "number of heads or channels that are measured in a layer, different ones at each step.", 8
     )
 
 
 @dataclass(frozen=True)
 class Regularization:
-    """Set losses on a model's memory, which are added to the task's loss and logged separately."""
+    """Settings of losses on memory, which are added to the task's loss and logged separately."""
 
     gates: float = setting(
         "weight of `gramian.memory.gate_regularizer`, which draws the gates of linear "
@@ -120,29 +137,33 @@ class Regularization:
 
 @dataclass(frozen=True)
 class StateSizes:
-    """Measure effective state-sizes at each evaluation; see `StateSizeCallback`."""
+    """Settings of the effective state-sizes measured at evaluations; see `StateSizeCallback`."""
 
-    rows: int = setting("number of held-out rows that are read; 0 measures nothing.", 0)
-    every: int = setting("number of positions from one that is measured to the next.", 16)
+    rows: int = setting(
+        "number of held-out rows on which state-sizes are measured; 0 measures none.", 0
+    )
+    every: int = setting("number of positions from one measurement to the next.", 16)
     channels: int = setting("largest number of heads or channels of a layer that are measured.", 16)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Set when and on what to evaluate; the end of training is always evaluated."""
+    """Settings of evaluation, which always takes place at the end of training."""
 
     every: int | None = setting(
         "optimizer steps from one evaluation to the next; None evaluates at the end only.", None
     )
     split: str = setting("split of the task to evaluate on.", "validation")
-    examples: int | None = setting("largest number of rows; None takes all.", None)
+    examples: int | None = setting("largest number of rows to evaluate; None takes all.", None)
     batch_size: int | None = setting(
-        "number of sequences in a batch of a process; None takes that of training.", None
+        "number of sequences in a batch of each process; None takes that of a training "
+        "micro-batch.",
+        None,
     )
     metric: str = setting(
-        'the metric by which the best model is chosen: `"loss"` or `"accuracy"`; where labels are '
-        'numbers `"loss"`, the same as `"mse"`, or `"relative_error"`: RMSE divided by the RMS of '
-        "the targets.",
+        'metric by which the best model is chosen: `"loss"` or `"accuracy"`. For labels that are '
+        'numbers: `"loss"`, which is the same as `"mse"`, or `"relative_error"`, the RMSE divided '
+        "by the RMS of the targets.",
         "loss",
     )
     patience: int | None = setting(
@@ -151,72 +172,84 @@ class Evaluation:
         None,
     )
     samples: int = setting(
-        "number of rows whose predictions, or continuations of text, are written down.", 2
+        "number of held-out rows whose predictions, or continuations of text, are recorded.", 2
     )
     sample_length: int = setting(
-        "number of tokens of a continuation, or of last steps of a signal.", 128
+        "number of tokens in a recorded continuation, or of last steps in a recorded signal.", 128
     )
     ess: StateSizes = field(default_factory=StateSizes)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Set how often to write checkpoints, from which an interrupted run resumes."""
+    """Settings of checkpoints, from which an interrupted run resumes."""
 
     every: int | None = setting(
         "optimizer steps from one checkpoint to the next; None writes one at the end only.", None
     )
-    keep: int = setting("number of checkpoints to keep, at least 2: the last may be incomplete.", 2)
+    keep: int = setting(
+        "number of checkpoints to keep, at least 2, because the last one may be incomplete.", 2
+    )
 
 
 @dataclass(frozen=True)
 class Logging:
-    """Set how often and where to log metrics, besides `metrics.jsonl`."""
+    """Settings of the log of metrics, which is always written to `metrics.jsonl`."""
 
-    every: int = setting("optimizer steps from one line to the next.", 10)
+    every: int = setting("optimizer steps from one log entry to the next.", 10)
     report_to: list[str] = field(
         default_factory=list,
         metadata={
-            "help": 'further targets: `"tensorboard"`, or another of transformers\' `Trainer`.'
+            "help": 'further places for the log: `"tensorboard"`, or others that the `Trainer` of '
+            "transformers knows."
         },
     )
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Set how to compute; nothing here changes what is learned, except for rounding."""
+    """Settings of the computation, which change what is learned by rounding errors only."""
 
     device: str = setting(
-        '`"auto"` uses accelerators where there are any, `"cpu"` does not.', "auto"
+        '`"auto"` trains on accelerators if there are any; `"cpu"` trains on the processor.', "auto"
     )
-    bf16: bool = setting("whether to train in mixed precision; filters stay in float32.", False)
+    bf16: bool = setting(
+        "whether to train in mixed precision with bfloat16; filters stay in float32.", False
+    )
     compile: bool = setting("whether to use `torch.compile`.", False)
     gradient_checkpointing: bool = setting(
-        "whether to keep only the input of each block and compute the rest again.", False
+        "whether to store only the input of each block, and to compute the rest again in the "
+        "backward pass.",
+        False,
     )
     fsdp: bool = setting("whether to shard parameters over the processes (FSDP2).", False)
-    workers: int = setting("number of processes that load data, for each training process.", 0)
+    workers: int = setting(
+        "number of processes that load data for each training process; 0 loads in that process.", 0
+    )
     threads: int | None = setting(
-        "number of threads of PyTorch on the processor; None leaves it alone.", None
+        "number of threads that PyTorch uses on the processor; None keeps PyTorch's own choice.",
+        None,
     )
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Describe a training run; `gramian train --keys` lists the meaning of every key."""
+    """The configuration of a training run; `gramian train --keys` explains every key."""
 
     output: str = field(metadata={"help": "folder of the run."})
     task: dict[str, Any] = field(
         metadata={
-            "help": "`name` of a task of `gramian.tasks`, optionally `setting` and `streaming`, "
-            "and changes to the task's settings."
+            "help": "the `name` of a task of `gramian.tasks`; optionally `setting`, the name of a "
+            "published setting, and `streaming: true`, which stores no rows; and any settings of "
+            "the task."
         }
     )
     model: dict[str, Any] = field(
         metadata={
-            "help": "the fields of `gramian.models.GramianConfig`, or `path`, the folder of a "
-            "saved model to go on from. What the task decides (vocabulary, labels, input size, and "
-            "the filters' length unless it is given) is filled in."
+            "help": "the fields of `gramian.models.GramianConfig`; or `path`, the folder of a "
+            "saved model from which training continues. The vocabulary, the input size and the "
+            "filters' length are those of the task unless they are given; the number of labels is "
+            "always the task's."
         }
     )
     imports: list[str] = field(
@@ -249,18 +282,18 @@ def load_config(
 ) -> TrainingConfig:
     """Read a YAML file, with changes such as `"optimization.steps=100"`.
 
-    The modules under `imports` are imported. For the file in the folder of an earlier run, the
-    copies in that folder stand in for modules that are not found.
+    The modules under `imports` are imported. If the file is in the folder of an earlier run, the
+    copies of modules that this folder holds are imported in their place.
 
     Args:
         path: the file.
-        overrides: changes `key=value`, with dots in the key and the value in YAML.
+        overrides: changes `key=value`. Dots in the key separate sections, and the value is YAML.
         imports: modules to add to the key `imports`.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ConfigError: on text that is not YAML, an unknown key, an invalid value, or a module that
-            cannot be imported.
+        ConfigError: if the file is not valid YAML, a key is unknown or missing, a value is invalid,
+            or a module cannot be imported.
     """
     values = read_values(path)
     for override in overrides:
@@ -276,10 +309,10 @@ def add_imports(values: dict[str, Any], imports: Sequence[str], path: str | Path
     Args:
         values: contents of the file.
         imports: modules to add.
-        path: the file. Copies of modules that a run keeps beside it replace those not found.
+        path: the file. If a run keeps copies of modules beside it, these are imported.
 
     Raises:
-        ConfigError: on a module that cannot be imported.
+        ConfigError: if a module cannot be imported.
     """
     named = _value(list[str], values.get("imports") or [], "imports")
     if not named and not imports:
@@ -327,7 +360,7 @@ def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
     """Make a configuration from plain values.
 
     Raises:
-        ConfigError: on an unknown or missing key, or an invalid value.
+        ConfigError: if a key is unknown or missing, or a value is invalid.
     """
     if "sweep" in values:
         raise ConfigError("the configuration holds a sweep, which gramian sweep runs.")
@@ -337,7 +370,11 @@ def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
 
 
 def set_value(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Set a nested key in place."""
+    """Set a key of nested sections in place; `keys` are its parts, which dots separate in YAML.
+
+    Raises:
+        ConfigError: if a part of the key but the last has a value that is not a section.
+    """
     for key in keys[:-1]:
         values = values.setdefault(key, {})
         if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""The keys of a configuration as data, with the meaning that each field declares."""
+"""The list of a configuration's keys, with their defaults and meanings."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Key:
     """A key of a configuration.
 
     Attributes:
-        name: its name with dots, such as `optimization.steps`.
-        default: its default in YAML, or None if the key must be given.
-        meaning: one line that explains it.
+        name: name of the key with its sections, such as `optimization.steps`.
+        default: default value in YAML, or None if the key must be given.
+        meaning: explanation of the key, on one line.
     """
 
     name: str
