@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["check_choice", "check_divides", "check_probability", "check_sizes"]
+__all__ = [
+    "check_choice",
+    "check_divides",
+    "check_integers",
+    "check_probability",
+    "check_sizes",
+]
 
 
 def check_sizes(**sizes: object) -> None:
@@ -13,9 +19,19 @@ def check_sizes(**sizes: object) -> None:
     Args:
         sizes: the sizes, by their names in the message.
     """
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+    check_integers(1, **sizes)
+
+
+def check_integers(least: int, /, **values: object) -> None:
+    """Raise a ValueError unless every value is an integer of at least `least`.
+
+    Args:
+        least: smallest value accepted.
+        values: the values, by their names in the message.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
 
 
 def check_probability(name: str, value: float) -> float:

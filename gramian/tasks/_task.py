@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from gramian._checks import check_integers
 from gramian._nearest import unknown
 from gramian.tasks.documents import find_files
 from gramian.tasks.kinds import Column, find_kind
@@ -148,8 +149,7 @@ class Task(ABC):
             ) from error
         if split not in self.splits:
             raise ValueError(unknown("split", split, self.splits))
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0; got {seed!r}.")
+        check_integers(0, seed=seed)
         features = self.features()
         if streaming:
             stream = IterableDataset.from_generator(
@@ -439,6 +439,4 @@ def require_patterns(task: Task) -> None:
 def require_sizes(task: Task, *names: str, least: int = 1) -> None:
     """Check that the settings `names` are integers of at least `least`."""
     for name in names:
-        value = getattr(task, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+        check_integers(least, **{name: getattr(task, name)})

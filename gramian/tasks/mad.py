@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gramian._checks import check_probability
 from gramian._labels import IGNORED
 from gramian.tasks._task import Description, GeneratedTask, Row, register, require_sizes
 
@@ -45,8 +46,7 @@ class _NoisyTask(_MADTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_sizes(self, "noise_vocab_size", least=0)
-        if not 0 <= self.noise < 1:
-            raise ValueError(f"noise must be a share of at least 0 and below 1; got {self.noise}.")
+        check_probability("noise", self.noise)
         if self.noise > 0 and self.noise_vocab_size < 1:
             raise ValueError("noise needs a noise_vocab_size of at least 1; got 0.")
         if self._ordinary < 2:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gramian._checks import check_choice
 from gramian._nearest import unknown
 from gramian.tasks._task import (
     SPLITS,
@@ -38,8 +39,7 @@ class _TextTask(TokenizedTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.packing not in ("document", "concatenate"):
-            raise ValueError(f"packing must be 'document' or 'concatenate'; got {self.packing!r}.")
+        check_choice("packing", self.packing, ("document", "concatenate"))
 
     @abstractmethod
     def documents(self, split: str) -> Iterator[Document]:

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from gramian._checks import check_sizes
 from gramian._drawing import save_figure
 from gramian._processes import require_one_process
 from gramian._staging import staged_file
@@ -82,10 +83,9 @@ def sweep(
             holds another run, or if the sweep is started as one of several processes.
         FileNotFoundError: if a file of a task is missing.
         ImportError: if an address is given and Ray is not installed.
-        ValueError: if `jobs` is below 1.
+        ValueError: if `jobs` is not an integer of at least 1.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1; got {jobs}.")
+    check_sizes(jobs=jobs)
     try:
         require_one_process("a sweep starts its own processes")
     except ValueError as error:
@@ -176,7 +176,7 @@ class _Job:
 
     point: SweepPoint
     process: BaseProcess
-    ear: Any
+    receiver: Any
     slot: int
 
 
@@ -195,22 +195,22 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
         while queue or running:
             while queue and free:
                 point, slot = queue.pop(), free.pop()
-                ear, mouth = context.Pipe(duplex=False)
+                receiver, sender = context.Pipe(duplex=False)
                 device = devices[slot % len(devices)] if devices else None
                 log = _log(point)
                 process = context.Process(
-                    target=_work, args=(mouth, point.config, threads, device, log), name=point.name
+                    target=_work, args=(sender, point.config, threads, device, log), name=point.name
                 )
                 process.start()
-                mouth.close()
-                running.append(_Job(point, process, ear, slot))
+                sender.close()
+                running.append(_Job(point, process, receiver, slot))
             connection.wait([job.process.sentinel for job in running], timeout=POLL)
             ended = [job for job in running if not job.process.is_alive()]
             running = [job for job in running if job not in ended]
             under_way = sum(_share(job.point) for job in running)
             for job in ended:
                 free.append(job.slot)
-                yield _Outcome(job.point, _heard(job), under_way)
+                yield _Outcome(job.point, _result_of(job), under_way)
             if running and not ended:
                 yield _Outcome(running[0].point, None, under_way)
     finally:
@@ -220,17 +220,17 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
             job.process.join()
 
 
-def _heard(job: _Job) -> TrainingReport | str:
+def _result_of(job: _Job) -> TrainingReport | str:
     """Return the report or error that an ended process sent, or one line on how it died."""
     job.process.join()
     try:
-        if job.ear.poll():
-            said: TrainingReport | str = job.ear.recv()
-            return said
+        if job.receiver.poll():
+            result: TrainingReport | str = job.receiver.recv()
+            return result
     except EOFError:
         pass
     finally:
-        job.ear.close()
+        job.receiver.close()
     code = job.process.exitcode or 0
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
@@ -238,7 +238,7 @@ def _heard(job: _Job) -> TrainingReport | str:
     return f"its process ended with status {code}; {_log(job.point)} may say why."
 
 
-def _work(mouth: Any, config: TrainingConfig, threads: int, device: str | None, log: str) -> None:
+def _work(sender: Any, config: TrainingConfig, threads: int, device: str | None, log: str) -> None:
     """Run a point in its own process, and send its report or one line about its failure."""
     _end_with_parent()
     if device is not None:
@@ -248,12 +248,12 @@ def _work(mouth: Any, config: TrainingConfig, threads: int, device: str | None, 
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(threads)
     try:
-        mouth.send(train(config))
+        sender.send(train(config))
     except Exception as error:
         traceback.print_exc()
-        mouth.send(_one_line(error))
+        sender.send(_one_line(error))
     finally:
-        mouth.close()
+        sender.close()
         sys.stdout.flush()
 
 
@@ -307,8 +307,8 @@ def _by_ray(waiting: list[SweepPoint], address: str | None) -> Iterator[_Outcome
 
 def _fetched(ray: Any, one: Any) -> TrainingReport | str:
     try:
-        said: TrainingReport | str = ray.get(one)
-        return said
+        result: TrainingReport | str = ray.get(one)
+        return result
     except ray.exceptions.RayError as error:
         return _one_line(error)
 
@@ -361,5 +361,5 @@ def _log(point: SweepPoint) -> str:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    told = isinstance(error, ConfigError | DivergedError)
-    return text if told else f"{type(error).__name__}: {text}"
+    explained = isinstance(error, ConfigError | DivergedError)
+    return text if explained else f"{type(error).__name__}: {text}"

@@ -1,7 +1,7 @@
-"""The configuration of a training run, which is YAML that is checked against the dataclasses below.
+"""The configuration of a training run, read from YAML and checked against dataclasses.
 
 An unknown key is an error that names the nearest known one, and every value must have the type of
-its field. The defaults are defined here and nowhere else.
+its field. The defaults are defined in the dataclasses and nowhere else.
 """
 
 from __future__ import annotations
@@ -17,8 +17,26 @@ from typing import Any, TypeVar
 
 from gramian._imports import find_copy, import_parts
 from gramian._nearest import unknown
-from gramian.tasks.kinds import metric_names
+from gramian.training.checks import (
+    check_checkpoints,
+    check_combinations,
+    check_evaluation,
+    check_hardware,
+    check_optimization,
+    check_regularization,
+)
 from gramian.training.keys import Key, list_keys, setting
+from gramian.training.sections import (
+    Checkpoints,
+    ConfigError,
+    Evaluation,
+    Hardware,
+    Logging,
+    Optimization,
+    Regularization,
+    StatePenalty,
+    StateSizes,
+)
 
 __all__ = [
     "Checkpoints",
@@ -39,197 +57,8 @@ __all__ = [
     "set_value",
 ]
 
-SCHEDULES = ("cosine", "linear", "constant")
-DEVICES = ("auto", "cpu")
 IMPORTS = "imports"
 """Name of the folder, inside a run's folder, that holds copies of the imported modules."""
-
-
-class ConfigError(ValueError):
-    """An error in a configuration that its author can correct; the message is one sentence."""
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """Settings of AdamW and of the schedule of its learning rate, which begins with a warm-up.
-
-    `gramian.parameter_groups` gives the parameters of filters the learning rates and weight decays
-    that the filters request.
-    """
-
-    steps: int | None = setting("number of optimizer steps; or give `epochs` instead.", None)
-    epochs: float | None = setting(
-        "number of passes over the training set; or give `steps` instead.", None
-    )
-    batch_size: int = setting(
-        "number of sequences in an optimizer step, over all processes and micro-batches. So a run "
-        "does not depend on the number of processes, except that several processes fill up the "
-        "last batch of an epoch with other rows.",
-        32,
-    )
-    accumulation: int = setting(
-        "number of micro-batches that each process takes in an optimizer step (gradient "
-        "accumulation).",
-        1,
-    )
-    packing: bool = setting(
-        "whether to put the sequences of a micro-batch end to end, in rows no longer than the "
-        "task's longest sequence, instead of padding each sequence; the losses stay the same.",
-        False,
-    )
-    learning_rate: float = setting("learning rate at its peak.", 1e-3)
-    weight_decay: float = setting(
-        "weight decay of matrices other than embeddings and the parameters of filters.", 0.1
-    )
-    betas: list[float] = field(
-        default_factory=lambda: [0.9, 0.98], metadata={"help": "the two betas of AdamW."}
-    )
-    epsilon: float = setting("the epsilon of AdamW.", 1e-8)
-    warmup: float = setting(
-        "length of the linear warm-up: a number of steps if at least 1, otherwise a share of all "
-        "steps.",
-        0.05,
-    )
-    schedule: str = setting(
-        'schedule of the learning rate after the warm-up: `"cosine"`, `"linear"` or `"constant"`.',
-        "cosine",
-    )
-    final_rate: float = setting(
-        "learning rate at the end of the cosine schedule, as a share of the peak.", 0.05
-    )
-    clip_norm: float = setting(
-        "largest norm of the gradient, to which larger ones are scaled down; 0 turns this off.", 1.0
-    )
-
-
-@dataclass(frozen=True)
-class StatePenalty:
-    """Settings of a loss on effective state-size; see `gramian.memory.ess_penalty`."""
-
-    weight: float = setting("weight of the loss; 0 turns it off.", 0.0)
-    target: float | None = setting(
-        "state-size to which the loss draws every head or channel; or give `share` instead.", None
-    )
-    share: float | None = setting(
-        "share of the available state to which the loss draws every head or channel, above 0 and "
-        "at most 1; or give `target` instead.",
-        None,
-    )
-    sequences: int = setting(
-        "number of sequences in each process's batch whose state-sizes are measured.", 2
-    )
-    channels: int = setting(
-        "number of heads or channels that are measured in a layer, different ones at each step.", 8
-    )
-
-
-@dataclass(frozen=True)
-class Regularization:
-    """Settings of losses on memory, which are added to the task's loss and logged separately."""
-
-    gates: float = setting(
-        "weight of `gramian.memory.gate_regularizer`, which draws the gates of linear "
-        "recurrences towards 1; 0 turns it off.",
-        0.0,
-    )
-    ess: StatePenalty = field(default_factory=StatePenalty)
-
-
-@dataclass(frozen=True)
-class StateSizes:
-    """Settings of the effective state-sizes measured at evaluations; see `StateSizeCallback`."""
-
-    rows: int = setting(
-        "number of held-out rows on which state-sizes are measured; 0 measures none.", 0
-    )
-    every: int = setting("number of positions from one measurement to the next.", 16)
-    channels: int = setting("largest number of heads or channels of a layer that are measured.", 16)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Settings of evaluation, which always takes place at the end of training."""
-
-    every: int | None = setting(
-        "optimizer steps from one evaluation to the next; None evaluates at the end only.", None
-    )
-    split: str = setting("split of the task to evaluate on.", "validation")
-    examples: int | None = setting("largest number of rows to evaluate; None takes all.", None)
-    batch_size: int | None = setting(
-        "number of sequences in a batch of each process; None takes that of a training "
-        "micro-batch.",
-        None,
-    )
-    metric: str = setting(
-        'metric by which the best model is chosen: `"loss"` or `"accuracy"`. For labels that are '
-        'numbers: `"loss"`, which is the same as `"mse"`, or `"relative_error"`, the RMSE divided '
-        "by the RMS of the targets.",
-        "loss",
-    )
-    patience: int | None = setting(
-        "number of evaluations without a better metric after which training stops; None never "
-        "stops it.",
-        None,
-    )
-    samples: int = setting(
-        "number of held-out rows whose predictions, or continuations of text, are recorded.", 2
-    )
-    sample_length: int = setting(
-        "number of tokens in a recorded continuation, or of last steps in a recorded signal.", 128
-    )
-    ess: StateSizes = field(default_factory=StateSizes)
-
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """Settings of checkpoints, from which an interrupted run resumes."""
-
-    every: int | None = setting(
-        "optimizer steps from one checkpoint to the next; None writes one at the end only.", None
-    )
-    keep: int = setting(
-        "number of checkpoints to keep, at least 2, because the last one may be incomplete.", 2
-    )
-
-
-@dataclass(frozen=True)
-class Logging:
-    """Settings of the log of metrics, which is always written to `metrics.jsonl`."""
-
-    every: int = setting("optimizer steps from one log entry to the next.", 10)
-    report_to: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": 'further places for the log: `"tensorboard"`, or others that the `Trainer` of '
-            "transformers knows."
-        },
-    )
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """Settings of the computation, which change what is learned by rounding errors only."""
-
-    device: str = setting(
-        '`"auto"` trains on accelerators if there are any; `"cpu"` trains on the processor.', "auto"
-    )
-    bf16: bool = setting(
-        "whether to train in mixed precision with bfloat16; filters stay in float32.", False
-    )
-    compile: bool = setting("whether to use `torch.compile`.", False)
-    gradient_checkpointing: bool = setting(
-        "whether to store only the input of each block, and to compute the rest again in the "
-        "backward pass.",
-        False,
-    )
-    fsdp: bool = setting("whether to shard parameters over the processes (FSDP2).", False)
-    workers: int = setting(
-        "number of processes that load data for each training process; 0 loads in that process.", 0
-    )
-    threads: int | None = setting(
-        "number of threads that PyTorch uses on the processor; None keeps PyTorch's own choice.",
-        None,
-    )
 
 
 @dataclass(frozen=True)
@@ -443,95 +272,18 @@ def _number(value: Any, where: str) -> float:
 
 
 def _check(config: TrainingConfig) -> None:
-    steps, logging = config.optimization, config.logging
-    evaluation, checkpoints, hardware = config.evaluation, config.checkpoints, config.hardware
-    penalty = config.regularization.ess
-    if (steps.steps is None) == (steps.epochs is None):
-        raise ConfigError("give optimization.steps or optimization.epochs, one of the two.")
+    if config.seed < 0:
+        raise ConfigError(f"seed must be at least 0; got {config.seed}.")
+    if "name" not in config.task:
+        raise ConfigError("task lacks a name, such as mqar.")
     files = [Path(name).name for name in config.imports]
     if len(set(files)) < len(files):
         raise ConfigError(
             f"imports must be modules whose files have names of their own; got {config.imports}."
         )
-    if "name" not in config.task:
-        raise ConfigError("task lacks a name, such as mqar.")
-    sizes = {
-        "optimization.steps": steps.steps,
-        "optimization.batch_size": steps.batch_size,
-        "optimization.accumulation": steps.accumulation,
-        "evaluation.every": evaluation.every,
-        "evaluation.examples": evaluation.examples,
-        "evaluation.batch_size": evaluation.batch_size,
-        "evaluation.patience": evaluation.patience,
-        "evaluation.sample_length": evaluation.sample_length,
-        "evaluation.ess.every": evaluation.ess.every,
-        "evaluation.ess.channels": evaluation.ess.channels,
-        "regularization.ess.sequences": penalty.sequences,
-        "regularization.ess.channels": penalty.channels,
-        "checkpoints.every": checkpoints.every,
-        "logging.every": logging.every,
-        "hardware.threads": hardware.threads,
-    }
-    for name, size in sizes.items():
-        if size is not None and size < 1:
-            raise ConfigError(f"{name} must be at least 1; got {size}.")
-    least_zero = {
-        "seed": config.seed,
-        "optimization.learning_rate": steps.learning_rate,
-        "optimization.weight_decay": steps.weight_decay,
-        "optimization.warmup": steps.warmup,
-        "optimization.clip_norm": steps.clip_norm,
-        "evaluation.samples": evaluation.samples,
-        "evaluation.ess.rows": evaluation.ess.rows,
-        "regularization.gates": config.regularization.gates,
-        "regularization.ess.weight": penalty.weight,
-        "hardware.workers": hardware.workers,
-    }
-    for name, value in least_zero.items():
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"{name} must be at least 0 and finite; got {value}.")
-    if steps.epochs is not None and not 0 < steps.epochs < float("inf"):
-        raise ConfigError(f"optimization.epochs must be above 0; got {steps.epochs}.")
-    if not 0 <= steps.final_rate <= 1:
-        raise ConfigError(f"optimization.final_rate must lie from 0 to 1; got {steps.final_rate}.")
-    if len(steps.betas) != 2 or not all(0 <= beta < 1 for beta in steps.betas):
-        raise ConfigError(f"optimization.betas must be two numbers in [0, 1); got {steps.betas}.")
-    if penalty.weight > 0 and (penalty.target is None) == (penalty.share is None):
-        raise ConfigError("give regularization.ess.target or its share, one of the two.")
-    if penalty.target is not None and not 0 < penalty.target < float("inf"):
-        raise ConfigError(f"regularization.ess.target must be above 0; got {penalty.target}.")
-    if penalty.share is not None and not 0 < penalty.share <= 1:
-        raise ConfigError(f"regularization.ess.share must lie in (0, 1]; got {penalty.share}.")
-    if (config.regularization.gates > 0 or penalty.weight > 0) and (
-        hardware.fsdp or hardware.compile
-    ):
-        raise ConfigError(
-            "regularization reads what layers read and their parameters, which it cannot with "
-            "hardware.fsdp or hardware.compile."
-        )
-    if steps.packing and (config.regularization.gates > 0 or penalty.weight > 0):
-        raise ConfigError(
-            "regularization reads rows of one sequence each, which optimization.packing packs."
-        )
-    if steps.packing and hardware.compile:
-        raise ConfigError(
-            "packed rows cannot be compiled: give optimization.packing or hardware.compile."
-        )
-    choices = {
-        "optimization.schedule": (steps.schedule, SCHEDULES),
-        "evaluation.metric": (evaluation.metric, metric_names()),
-        "hardware.device": (hardware.device, DEVICES),
-    }
-    for name, (given, accepted) in choices.items():
-        if given not in accepted:
-            raise ConfigError(unknown(name, given, accepted))
-    if checkpoints.keep < 2:
-        raise ConfigError(
-            "checkpoints.keep must be at least 2, as the last one may be incomplete; got "
-            f"{checkpoints.keep}."
-        )
-    if checkpoints.every is not None and checkpoints.every % logging.every:
-        raise ConfigError(
-            "checkpoints.every must be a multiple of logging.every, so that a resumed run logs "
-            f"what one in one piece does; got {checkpoints.every} and {logging.every}."
-        )
+    check_optimization(config.optimization)
+    check_regularization(config.regularization)
+    check_evaluation(config.evaluation)
+    check_checkpoints(config.checkpoints, config.logging)
+    check_hardware(config.hardware)
+    check_combinations(config.optimization, config.regularization, config.hardware)

@@ -76,7 +76,7 @@ def _shard_this_process(state: AcceleratorState, plugin: FullyShardedDataParalle
     As when accelerate makes this change itself, it affects every later trainer of the process.
     """
     state.distributed_type = DistributedType.FSDP
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    PartialState().distributed_type = DistributedType.FSDP  # instances share their attributes
     state.fsdp_plugin = plugin
 
 
