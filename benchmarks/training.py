@@ -50,14 +50,14 @@ LAYERS = {
 
 
 def copying_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Token ids (count, 128) and the tokens due at the last 8 positions (count, 8)."""
+    """Draw token ids (count, 128) and the labels of the last 8 positions (count, 8)."""
     tokens = torch.randint(8, (count, 8), generator=generator)
     blanks = torch.full((count, 112), 8)
     return torch.cat([tokens, blanks, torch.full((count, 8), 9)], dim=1), tokens
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sequences (n, 64, 1) and labels, to train and to test."""
+    """Return sequences (n, 64, 1) and labels, for training and for testing."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -68,21 +68,21 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class Pooled(nn.Module):
-    """The mean over time."""
+    """A head that takes the mean over time."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(1)
 
 
 class Last(nn.Module):
-    """The last eight positions."""
+    """A head that takes the last eight positions."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, -8:]
 
 
 class Signals(nn.Module):
-    """A model of signals as a map of tensors."""
+    """A model of signals that maps a tensor to a tensor."""
 
     def __init__(self, model: GramianForSignalRegression) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Signals(nn.Module):
 
 
 def blocks(filter: dict[str, Any], width: int, length: int, first: nn.Module, *last: nn.Module):
-    """Two residual blocks around long convolutions."""
+    """Make two residual blocks with long convolutions."""
     config = {**filter, "state_size": STATE}
     return nn.Sequential(first, *(Block(width, config, length) for _ in range(2)), *last)
 
@@ -141,7 +141,7 @@ def delay(filter: dict[str, Any], seed: int, steps: int) -> float:
     )
 
     def batch(split: str, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (count, 1024, 1)."""
+        """Draw inputs and targets, both (count, 1024, 1)."""
         some = list(islice(rows[split], count))
         x, y = (np.stack([row[name] for row in some]) for name in ("input_values", "labels"))
         return torch.from_numpy(x), torch.from_numpy(y)
@@ -216,7 +216,7 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of steps")
     parser.add_argument("--output", type=Path, default=here / "results" / "training.json")
     parser.add_argument(
         "--table", type=Path, default=here.parent / "docs" / "results" / "training.md"
