@@ -1,19 +1,22 @@
-"""Do the filters learn? Delay, Copying and sequential digits, at equal state, three seeds.
+"""Do the filters learn Delay, Copying and sequential digits, at equal state, with three seeds?
 
-- Delay: the task `delay` of `gramian.tasks`, white noise cut to a tenth of its band, length 1,024;
-  the target is the input 256 steps ago. One long convolution between two linear maps (a
-  `GramianForSignalRegression`); the figure is the root mean square error relative to the target's,
-  on fresh sequences.
-- Copying: 8 tokens of an alphabet of 8, then 112 blanks, then 8 marks at which the tokens are due.
-  Two residual blocks; the figure is the share of right tokens on fresh sequences (1/8 by chance).
-- Digits: scikit-learn's 8 × 8 digits as sequences of 64 grey values, 1,437 to train and 360 to
-  test. Two residual blocks, mean pooling; the figure is accuracy on the test set.
+- Delay is the task `delay` of `gramian.tasks`: white noise cut to a tenth of its band, of length
+  1,024, whose target is the input 256 steps ago. The model has one long convolution between two
+  linear maps (a `GramianForSignalRegression`). The figure is the root mean square error on fresh
+  sequences, relative to the root mean square of the target.
+- Copying has 8 tokens of an alphabet of 8, then 112 blanks, then 8 marks, whose labels are the
+  tokens. The model has two residual blocks. The figure is the share of right tokens on fresh
+  sequences (1/8 by chance).
+- Digits are scikit-learn's 8 × 8 digits as sequences of 64 grey values, 1,437 for training and 360
+  for testing. The model has two residual blocks and mean pooling. The figure is the accuracy on the
+  test set.
 
-RTF with each `stability` (with `schur` from zeros, an FIR filter, and from drawn reflection
-coefficients, which have poles at the start), S4D and S4, all with the same state size, width,
-steps, batches and learning rates (AdamW, cosine, what the filters ask for through
-`parameter_groups`). Each training is short: this shows which parametrisations train out of the box,
-not what each could reach. All results are written, whatever they are.
+The layers are RTF with each `stability`, S4D and S4. RTF with `schur` starts either from zeros, as
+an FIR filter, or from drawn reflection coefficients, with poles at the start. All have the same
+state size, width, steps, batches and learning rates (AdamW with a cosine schedule, and what the
+filters request through `parameter_groups`). Each training is short: this shows which
+parametrisations train without tuning, not what each could reach. All results are written, whatever
+they are.
 
     python benchmarks/training.py [--seeds 3] [--output PATH] [--table PATH]
 """
@@ -195,10 +198,11 @@ def table(results: dict[str, dict[str, list[float]]], seeds: int, minutes: float
     lines = [
         "# Training at equal state",
         "",
-        f"Made by `python benchmarks/training.py`: state {STATE}, {seeds} seeds each, "
-        f"{minutes:.0f} minutes on a processor ({torch.get_num_threads()} thread). Mean over the "
-        "seeds, smallest and largest in brackets. What the tasks are, and what these short runs "
-        "do not show, is in the script's first lines.",
+        f"This table was made by `python benchmarks/training.py` in {minutes:.0f} minutes on a "
+        f"processor ({torch.get_num_threads()} thread). Every layer has state {STATE} and {seeds} "
+        "seeds. Values are means over the seeds, with the smallest and the largest value in "
+        "brackets. The docstring of the script describes the tasks, and says what these short "
+        "runs do not show.",
         "",
         "| layer | " + " | ".join(f"{task} ({TASKS[task][2]})" for task in results) + " |",
         "|---" * (len(results) + 1) + "|",

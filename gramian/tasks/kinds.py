@@ -84,7 +84,7 @@ class Metric:
         return bool(np.any(self.weights))
 
     def value(self) -> float:
-        """Compute the metric over all rows."""
+        """Return the metric over all rows."""
         total, weight = np.stack([self.totals, self.weights], axis=1).sum(0)
         mean = float(total / weight) / self.unit
         return math.sqrt(mean) if self.root else mean

@@ -320,7 +320,7 @@ def _place(patch: np.ndarray, center: tuple[int, int], size: int) -> np.ndarray:
 
 
 def _dilate(image: np.ndarray, structure: np.ndarray) -> np.ndarray:
-    """Return the largest value under `structure` around every pixel."""
+    """Return the image whose pixels are the largest values under `structure` around them."""
     radius = structure.shape[0] // 2
     height, width = image.shape
     padded = np.zeros((height + 2 * radius, width + 2 * radius), dtype=image.dtype)

@@ -34,7 +34,7 @@ def check_reader(
 ) -> None:
     """Check that a registered reader yields the expected documents.
 
-    The documents must not depend on the size of the blocks. `read_documents` must yield the same
+    The documents must not depend on the sizes of the blocks. `read_documents` must yield the same
     documents from a file whose name ends in the suffix, plain or compressed by gzip, bzip2 or xz.
 
     Args:
