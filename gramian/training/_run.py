@@ -28,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from gramian import tasks
+from gramian._checks import check_choice
 from gramian._drawing import save_figure
 from gramian._imports import copy_parts, import_parts
 from gramian._nearest import unknown
@@ -263,11 +264,11 @@ def _task(config: TrainingConfig) -> Task:
         kind.check_description(description)
     except ValueError as error:
         raise ConfigError(f"the task {name} {error}") from error
-    metric, accepted = config.evaluation.metric, kind.metrics
-    if metric not in accepted:
-        raise ConfigError(
-            f"evaluation.metric must be {' or '.join(accepted)} for the task {name}; got {metric}."
-        )
+    metric = config.evaluation.metric
+    try:
+        check_choice("evaluation.metric", metric, kind.metrics, f" for the task {name}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return task
 
 

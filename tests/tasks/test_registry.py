@@ -135,6 +135,11 @@ def test_settings_win_over_published_ones() -> None:
         ({"name": "lra/text"}, "the task lra/text needs path"),
         ({"name": "mad/selective-copying", "tokens": 128}, "length must be above 2 × tokens"),
         ({"name": "delay", "lags": 4}, "lag × lags must be below length"),
+        ({"name": "mad/compression", "noise": 1.0}, "noise must be a probability, at least 0"),
+        (
+            {"name": "python_documentation", "packing": "rows"},
+            "packing must be one of 'document', 'concatenate'; got 'rows'.",
+        ),
         ({"name": "lra/listops", "min_length": 50, "max_depth": 2}, "no list of 10 digits"),
         ({"name": "text"}, "give files (train, validation, test) or a corpus"),
     ],
