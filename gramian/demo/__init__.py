@@ -4,7 +4,8 @@
 filters to small recurrences, and checks every claim during the run. It needs the extra `cli`.
 """
 
-from gramian.demo._run import Check, DemoReport, DemoSettings, run_demo
+from gramian.demo._report import Check, DemoReport, DemoSettings
+from gramian.demo._run import run_demo
 from gramian.demo.training import TrainingSettings
 
 __all__ = ["Check", "DemoReport", "DemoSettings", "TrainingSettings", "run_demo"]

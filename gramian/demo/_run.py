@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from gramian._json import to_json
 from gramian._staging import staged_directory
+from gramian.demo._report import Check, DemoReport, DemoSettings
 from gramian.demo.measuring import (
     Agreement,
     Decoder,
@@ -39,7 +38,7 @@ from gramian.demo.measuring import (
     recomputation_seconds,
 )
 from gramian.demo.text import BigramModel, Corpus, python_documentation
-from gramian.demo.training import TrainingSettings, train
+from gramian.demo.training import train
 from gramian.distillation import DistillationReport, distill
 from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM, load
 from gramian.reports import (
@@ -49,7 +48,7 @@ from gramian.reports import (
     save_figure,
 )
 
-__all__ = ["Check", "DemoReport", "DemoSettings", "run_demo"]
+__all__ = ["run_demo"]
 
 REPORT = "demo.json"
 
@@ -59,106 +58,6 @@ MOST_CHANGE_BY_DISTILLING = 0.001  # bits per byte, relative
 MOST_MEAN_ORDER = 32
 LOGIT_TIE = 1e-4
 MOST_SLOWDOWN_WITH_CONTEXT = 1.1
-
-
-@dataclass(frozen=True)
-class DemoSettings:
-    """Settings of the demo; with the defaults it takes a few minutes on two cores.
-
-    Attributes:
-        seed: seed of initialization, training windows and sampling.
-        tol: largest relative l2 error of a distilled filter.
-        hidden_size: width of the model.
-        layers: number of blocks.
-        heads: number of heads in a layer, each with a filter of its own, which has as many taps as
-            a training window has tokens.
-        frequency: frequency of the sine activations in the networks that make the filters.
-        training: settings of training.
-        prompt: text that both models continue.
-        written: number of bytes that each model writes.
-        greedy_tokens: number of tokens on which recurrence and recomputation are compared.
-        contexts: context lengths in tokens at which generation is timed.
-        timed_tokens: number of tokens in a timing.
-        timed_rounds: number of timings at each context length.
-    """
-
-    seed: int = 0
-    tol: float = 2e-2
-    hidden_size: int = 128
-    layers: int = 2
-    heads: int = 8
-    frequency: float = 1.0
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    prompt: str = 'The "while" statement is used for '
-    written: int = 320
-    greedy_tokens: int = 256
-    contexts: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
-    timed_tokens: int = 8
-    timed_rounds: int = 60
-
-
-@dataclass(frozen=True)
-class Check:
-    """The check of a claim.
-
-    Attributes:
-        claim: the claim, as part of a sentence.
-        passed: whether this run confirms it.
-        measured: the numbers that the run measured, in words.
-    """
-
-    claim: str
-    passed: bool
-    measured: str
-
-
-@dataclass(frozen=True)
-class DemoReport:
-    """All measurements of a run.
-
-    Attributes:
-        settings: settings of the run.
-        checks: the claims and whether the run confirms them.
-        bits_per_byte: bits per byte of the bigram model and the three networks on held-out text, by
-            name.
-        distillation: orders and errors of every filter.
-        agreement: agreement of greedy generation by recurrence with recomputation.
-        milliseconds_per_token: by method of generation, the time per token, by context length.
-        state_bytes: by method of generation, the bytes carried from token to token, by context
-            length.
-        texts: text that each model wrote, by the model's name.
-        seconds: wall time of each part of the demo, by name.
-    """
-
-    settings: DemoSettings
-    checks: tuple[Check, ...]
-    bits_per_byte: dict[str, float]
-    distillation: DistillationReport
-    agreement: Agreement
-    milliseconds_per_token: dict[str, dict[int, float]]
-    state_bytes: dict[str, dict[int, int]]
-    texts: dict[str, str]
-    seconds: dict[str, float]
-
-    @property
-    def passed(self) -> bool:
-        """Return whether every check passed."""
-        return all(check.passed for check in self.checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as values that JSON can hold."""
-        return {
-            "passed": self.passed,
-            "checks": [asdict(check) for check in self.checks],
-            "bits_per_byte": self.bits_per_byte,
-            "agreement": asdict(self.agreement),
-            "milliseconds_per_token": self.milliseconds_per_token,
-            "state_bytes": self.state_bytes,
-            "texts": self.texts,
-            "seconds": self.seconds,
-            "settings": asdict(self.settings),
-            "distillation": self.distillation.to_dict(),
-        }
 
 
 def run_demo(
