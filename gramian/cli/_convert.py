@@ -1,4 +1,4 @@
-"""The command that reads published checkpoints: convert."""
+"""The command `convert`, which reads published checkpoints."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def convert(
     ] = "5GB",
     as_json: Json = False,
 ) -> None:
-    """Make a published Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo CHECKPOINT a model in OUT.
+    """Convert a CHECKPOINT of Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo to a model in OUT.
 
     A file that was split into NAME.part0, NAME.part1 and so on is read as one. Files are read as
     tensors only: no code from a checkpoint runs. OUT also gets conversion.json, which says where

@@ -1,4 +1,4 @@
-"""A table of sequences and labels: CSV or TSV files with a line for each sequence."""
+"""Tables of sequences and labels: CSV or TSV files with one line for each sequence."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ class Table(TokenizedTask):
     seed has no effect.
 
     Args:
-        train: paths or patterns of the training split's files, one or a list.
+        train: path or pattern of the training split's files, or a list of them.
         validation: the same for the validation split.
         test: the same for the test split.
-        sequence: column of the sequences.
-        label: column of the labels.
+        sequence: name of the column of sequences.
+        label: name of the column of labels.
         kind: `"classification"`, or `"regression"` for labels that are numbers.
         length: largest number of tokens in a sequence.
         tokenizer: a tokenizer of transformers, its folder or its name, or `"dna"` for HyenaDNA's;
             by default the model's own if it is known, otherwise bytes.
 
     Raises:
-        ValueError: when files are read, on one without the columns, and on a line whose sequence is
-            empty or longer than `length`, or whose label is missing or not a number.
-        FileNotFoundError: on a path or pattern without files, when they are read.
+        ValueError: when files are read, if a column is missing, a sequence is empty or longer than
+            `length`, or a label is missing or, for regression, not a number.
+        FileNotFoundError: when files are read, if a path or pattern matches none.
     """
 
     train: str | list[str] | None = None
@@ -77,7 +77,7 @@ class Table(TokenizedTask):
         return byte_tokenizer()
 
     def classes(self) -> list[str]:
-        """Return the classes in the order of their numbers; none for regression."""
+        """Return the names of the classes, in the order of their numbers; empty for regression."""
         if self.kind == "regression":
             return []
         lines = (line for split in SPLITS if has_rows(self, split) for line in self._lines(split))

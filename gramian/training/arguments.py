@@ -1,4 +1,4 @@
-"""Translation of a configuration for transformers' `Trainer`, checked against the machine."""
+"""The arguments of transformers' `Trainer` for a configuration, checked against the machine."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["count_steps", "make_arguments"]
 
 
 def count_steps(config: TrainingConfig, data: Any) -> int:
-    """Count the optimizer steps of a run on a training set.
+    """Return the number of optimizer steps of a run on the training set `data`.
 
     Raises:
-        ConfigError: on epochs of a training set of unknown length.
+        ConfigError: if the run is given in epochs and the length of the training set is unknown.
     """
     optimization = config.optimization
     if optimization.steps is not None:
@@ -37,7 +37,7 @@ def count_steps(config: TrainingConfig, data: Any) -> int:
 def make_arguments(
     config: TrainingConfig, model: PreTrainedModel, steps: int, bar: bool = False
 ) -> TrainingArguments:
-    """Translate a configuration for transformers' `Trainer`.
+    """Translate a configuration into the arguments of transformers' `Trainer`.
 
     Args:
         config: configuration of the run.
@@ -46,8 +46,9 @@ def make_arguments(
         bar: whether transformers shows its progress bar.
 
     Raises:
-        ConfigError: if the batch or the processes do not fit, or a model without known blocks is
-            to be sharded.
+        ConfigError: if the batch cannot be divided among the processes and micro-batches, the
+            number of processes does not suit the machine, the environment or FSDP, or a model
+            without known blocks is to be sharded.
     """
     optimization, evaluation, hardware = config.optimization, config.evaluation, config.hardware
     processes, on_cpu = _processes(hardware)
@@ -142,8 +143,10 @@ def _sharding(config: TrainingConfig, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _processes(hardware: Hardware) -> tuple[int, bool]:
-    """Return the number of processes, and whether they train on CPUs, the default without
-    accelerators."""
+    """Return the number of processes, and whether they train on CPUs.
+
+    They do if the configuration says so or the machine has no accelerator.
+    """
     try:
         processes = world_size()
     except ValueError as error:
