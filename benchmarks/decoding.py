@@ -131,7 +131,8 @@ def transformer_step(
 
 def now() -> float:
     """Return processor seconds if this process has one thread, which other processes on the
-    machine disturb little; else those on the wall."""
+    machine disturb little; else those on the wall.
+    """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -343,7 +344,8 @@ def through_a_window(
     name: str, exact: GramianForCausalLM, distilled: GramianForCausalLM, batch: int
 ) -> dict[str, Any]:
     """Seconds of as many steps as the filters have taps, over which the cost of online convolution
-    repeats, side by side."""
+    repeats, side by side.
+    """
     taps = exact.config.max_position_embeddings
     compiled = copy.deepcopy(distilled)
     compiled.compile_decoding(True)

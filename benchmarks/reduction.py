@@ -207,7 +207,8 @@ def timed(name: str, kernel: Tensor, **arguments: Any) -> tuple[Any, float]:
 
 def published_step(kernel: Tensor, steps: int) -> float:
     """Seconds of the fastest step on all filters at once, in float32: poles, their powers over all
-    taps, the impulse response, autograd, Adam (arXiv 2310.18780, section 3.2)."""
+    taps, the impulse response, autograd, Adam (arXiv 2310.18780, section 3.2).
+    """
     torch.manual_seed(0)
     taps = kernel[:, 1:].float()
     taps = taps / taps.norm(dim=-1, keepdim=True)

@@ -90,7 +90,8 @@ WINDOWS = 24
 
 def paragraphs() -> tuple[torch.Tensor, torch.Tensor]:
     """Bytes to train on and bytes held out: paragraphs of 60 to 200 bytes in random order, each
-    ended by the delimiter."""
+    ended by the delimiter.
+    """
     found = [p.strip().encode() for topic in python_topics() for p in topic.split("\n\n")]
     found = [p for p in found if 60 <= len(p) <= 200]
     order = np.random.default_rng(0).permutation(len(found))

@@ -35,7 +35,8 @@ def two_threads() -> Iterator[None]:
 
 class LargestAllocation:
     """Bytes of the largest tensor that an operation allocated inside a ``with`` block, also inside
-    of operators that are opaque to PyTorch's dispatch modes."""
+    of operators that are opaque to PyTorch's dispatch modes.
+    """
 
     bytes = 0
 

@@ -1,6 +1,7 @@
 """Effective state-size, the share of its memory that a causal operator uses, and the smallest
 recurrence that computes an operator. `gramian.memory` has losses that change effective
-state-size."""
+state-size.
+"""
 
 from __future__ import annotations
 

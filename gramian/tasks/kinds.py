@@ -338,7 +338,8 @@ class NumberLabels(Kind):
 
     def summarize(self, scores: np.ndarray, description: Description) -> list[Metric]:
         """Compute `mse` and, unless every target is 0, `relative_error`: the root mean squared
-        error divided by the root mean square of the targets."""
+        error divided by the root mean square of the targets.
+        """
         errors, count, energies = scores.T
         metrics = [Metric("mse", errors, count, False)]
         if np.any(energies):

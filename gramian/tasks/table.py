@@ -123,7 +123,8 @@ def _read(
     file: str, columns: tuple[str, str], size: int, changed: int
 ) -> list[tuple[int, tuple[str, str]]]:
     """Read two columns of a file with their line numbers; `size` and `changed` distinguish its
-    versions in the cache."""
+    versions in the cache.
+    """
     try:
         text = b"".join(blocks(file)).decode("utf-8")
     except UnicodeDecodeError as error:

@@ -150,7 +150,8 @@ def _check_field_gradients(
     system: System[Any], name: str, u: Tensor, random: torch.Generator
 ) -> None:
     """Compare the derivative with respect to each tensor, in a random direction, with a central
-    difference."""
+    difference.
+    """
     double, u = system.to(dtype=torch.float64), u.double()
     leaves, spec = pytree.tree_flatten(double)
     for n, leaf in enumerate(leaves):

@@ -236,7 +236,8 @@ def check(config: TrainingConfig) -> None:
 
 def _import(config: TrainingConfig) -> None:
     """Import the modules that register parts of the run, from the copies of an earlier call if the
-    originals are missing."""
+    originals are missing.
+    """
     try:
         import_parts(config.imports, Path(config.output, IMPORTS))
     except ValueError as error:

@@ -259,7 +259,8 @@ def _work(sender: Any, config: TrainingConfig, threads: int, device: str | None,
 
 def _end_with_parent() -> None:
     """End this process when its parent ends, so that no run of a killed sweep goes on and conflicts
-    with the next sweep."""
+    with the next sweep.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -218,7 +218,8 @@ class GramianTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as transformers does, but compute metrics over all labels, not as means over
-        batches."""
+        batches.
+        """
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         exact = total(output, self.description)
         if self.args.metric_for_best_model not in exact:

@@ -53,7 +53,8 @@ def test_companion_forms_of_scipy(order: int, cutoff: float) -> None:
 @pytest.mark.parametrize(("order", "cutoff"), DESIGNS)
 def test_values_of_the_infinite_horizon(order: int, cutoff: float) -> None:
     """Those of a Butterworth low pass hardly depend on the cutoff: compare with a high one, where
-    every method agrees, and with the taps."""
+    every method agrees, and with the taps.
+    """
     b, a = scipy.signal.butter(order, cutoff)
     values = TransferFunction.from_scipy(b, a).hankel_singular_values()
     again = StateSpace.from_scipy(*matrices(order, cutoff)).hankel_singular_values()

@@ -101,7 +101,8 @@ def test_pathfinder_images() -> None:
 @pytest.mark.parametrize("label", [0, 1])
 def test_the_discs_of_pathfinder_lie_where_the_label_says(label: int) -> None:
     """Without distractors, a disc is where the image is bright over 3 × 3 pixels; the ends that
-    belong to one path (label 1) or to two (label 0) hold the two discs."""
+    belong to one path (label 1) or to two (label 0) hold the two discs.
+    """
     task = Pathfinder(path_length=6, distractors=0, path_contrast=0.25)
     random = np.random.default_rng(0)
     used = set()
