@@ -11,7 +11,14 @@ from torch import Tensor
 
 from gramian._json import to_json
 
-__all__ = ["require", "require_close", "require_gradients", "require_json"]
+__all__ = [
+    "nudge",
+    "require",
+    "require_close",
+    "require_gradients",
+    "require_json",
+    "stopped",
+]
 
 
 def require(holds: bool | Tensor, sentence: str) -> None:
@@ -63,6 +70,22 @@ def require_gradients(owner: str, names: Iterable[str], gradients: Iterable[Tens
             gradient.abs().max() > 0,
             f"{owner}: the gradient of the parameter {name} is zero everywhere.",
         )
+
+
+def stopped(gradients: Iterable[Tensor | None]) -> bool:
+    """Return whether a gradient arrives and is zero everywhere."""
+    return any(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def nudge(parameters: Iterable[Tensor], random: torch.Generator) -> None:
+    """Move parameters a little, so that none is zero because it was initialized so.
+
+    A weight of zeros lets no gradient through to what it multiplies until the first step.
+    """
+    with torch.no_grad():
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+            parameter += 1e-2 * noise.to(parameter)
 
 
 def require_json(owner: str, config: dict[str, Any]) -> dict[str, Any]:

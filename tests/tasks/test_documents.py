@@ -18,8 +18,29 @@ from gramian import tasks
 from gramian.checkpoints import DNATokenizer, EvoTokenizer
 from gramian.models import ByteTokenizer
 from gramian.tasks import Document, Encoder, documents_in, read_documents, register_reader
+from gramian.tasks.documents import _READERS
+from gramian.testing import check_reader
 
 QUOTE = "> A quotation.\nThe answer.\n"
+
+
+LINES = '{"text": "one\\r\\ntwo"}\r\n\n{"text": "", "a": 1}\n{"text": "three, é"}'.encode()
+RECORDS = b">a the first\nACGT\r\nNNacgu\n\n>b\n>c\nR"
+CONTENTS: dict[str, tuple[bytes, list[Document], bytes]] = {
+    ".jsonl": (LINES, [Document("one\ntwo"), Document("three, é")], b'{"texts": "one"}\n'),
+    ".fa": (
+        RECORDS,
+        [Document("ACGTNNACGT", "a", genome=True), Document("R", "c", genome=True)],
+        b">a\nMKVLE\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", sorted(_READERS))
+def test_every_reader_conforms(suffix: str) -> None:
+    kind = ".jsonl" if suffix in (".jsonl", ".ndjson") else ".fa"
+    content, documents, refused = CONTENTS[kind]
+    check_reader(_READERS[suffix], suffix, content, documents, refused=refused)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ pytest.importorskip("datasets")
 
 from gramian import tasks
 from gramian.tasks import IGNORED, KINDS, SPLITS
+from gramian.testing import check_task
 
 SMALL: dict[str, dict[str, Any]] = {
     "associative_recall": {},
@@ -49,6 +50,11 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def test_every_task_is_tested() -> None:
     assert set(tasks.names()) == SMALL.keys() | READ_FROM_FILES
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_generated_task_conforms(name: str) -> None:
+    check_task(tasks.build(name, train_examples=6, eval_examples=5, **SMALL[name]))
 
 
 @pytest.mark.parametrize("name", SMALL)
