@@ -80,7 +80,7 @@ def test_differences_are_those_of_whole_windows(
                 reverse_complement="both",
             )
         )
-        assert [one.variant for one in found] == variants  # type: ignore[union-attr]
+        assert [one.variant for one in found] == variants
         for one in found:
             assert isinstance(one, VariantScore)
             start, end, before, after = windows(one.variant, size)
@@ -167,8 +167,7 @@ def test_a_row_of_several_alternatives_is_one_of_each(
         ]
         found = genomics.score(make_model(), file, tokenizer=tokenizer, variants=tmp_path / name)
         for one, other in zip(found, wanted, strict=True):
-            assert one.difference == pytest.approx(other.difference, abs=1e-4)  # type:
-            ignore[union - attr]
+            assert one.difference == pytest.approx(other.difference, abs=1e-4)
 
 
 HEAD = "#CHROM\tPOS\tID\tREF\tALT\n"
