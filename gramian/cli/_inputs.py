@@ -26,6 +26,7 @@ __all__ = [
     "fraction",
     "load_model",
     "load_tokenizer",
+    "open_genome_model",
     "prompt_ids",
     "quiet_transformers",
     "read_texts",
@@ -111,6 +112,34 @@ def byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
             f"{folder} has no tokenizer, so its tokens cannot be read or written; {SAVE_TOKENIZER}."
         )
     return tokenizer
+
+
+def open_genome_model(folder: Path, device: str, *files: Path | None) -> tuple[Any, Any]:
+    """Read a model of ours and its tokenizer, after looking for the files that it shall read."""
+    for file in files:
+        if file is not None and not file.is_file():
+            raise UserError(f"there is no file {file}.")
+    if not folder.is_dir():
+        raise UserError(f"there is no model folder {folder}.")
+    quiet_transformers()
+    from gramian.models import ByteTokenizer, load_any
+
+    try:
+        model = load_any(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        tokenizer = ByteTokenizer()
+        if model.config.vocab_size != len(tokenizer):
+            raise UserError(
+                f"{folder} has no tokenizer, so it cannot read a genome; {SAVE_TOKENIZER}."
+            )
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {one_line(error)}") from error
+    return model, tokenizer
 
 
 def read_texts(text: Path) -> list[Document]:

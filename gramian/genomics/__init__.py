@@ -16,7 +16,7 @@ file, for which pyfaidx is needed: `pip install "gramian[genomics]"`.
 
 from gramian.genomics._embed import Embedding, embed
 from gramian.genomics._embedding_files import write_embeddings
-from gramian.genomics._hidden_states import hidden_states
+from gramian.genomics._hidden_states import hidden_states, read_layer
 from gramian.genomics._likelihood import LogLikelihood
 from gramian.genomics._score import RecordScore, VariantScore, score
 from gramian.genomics._tables import write_scores
@@ -30,6 +30,7 @@ __all__ = [
     "VariantScore",
     "embed",
     "hidden_states",
+    "read_layer",
     "read_variants",
     "score",
     "write_embeddings",
