@@ -147,7 +147,7 @@ def _require_pyarrow() -> Any:
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(
-            'Parquet files need pyarrow: pip install "gramian[genomics]".', name="pyarrow"
+            'embeddings in Parquet need pyarrow: pip install "gramian[genomics]".', name="pyarrow"
         ) from error
     return pyarrow
 
