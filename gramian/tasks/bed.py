@@ -9,6 +9,7 @@ compressed, and their lines may end in LF, CRLF or CR.
 
 from __future__ import annotations
 
+import bisect
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from gramian.tasks.documents import blocks
 
-__all__ = ["Interval", "read_bed"]
+__all__ = ["Interval", "count_overlaps", "read_bed", "unknown_record"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,24 @@ def _require_inside(interval: Interval, lengths: Mapping[str, int]) -> None:
             f"the interval ends at {interval.end:,}, and {interval.record} has "
             f"{lengths[interval.record]:,} bases."
         )
+
+
+def count_overlaps(places: list[Interval], others: list[Interval], margin: int = 0) -> int:
+    """Return how many intervals share a base with one of the others, once widened by `margin`."""
+    starts: dict[str, list[int]] = {}
+    ends: dict[str, list[int]] = {}
+    for one in others:
+        starts.setdefault(one.record, []).append(one.start)
+        ends.setdefault(one.record, []).append(one.end)
+    for positions in (*starts.values(), *ends.values()):
+        positions.sort()
+    count = 0
+    for one in places:
+        if one.record in starts:
+            begun = bisect.bisect_left(starts[one.record], one.end + margin)
+            over = bisect.bisect_right(ends[one.record], one.start - margin)
+            count += begun > over
+    return count
 
 
 def unknown_record(name: str, lengths: Mapping[str, int]) -> str:
