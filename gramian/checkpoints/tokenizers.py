@@ -24,7 +24,8 @@ class DNATokenizer(PreTrainedTokenizerFast):
     Special tokens are `[CLS]` 0, `[SEP]` 1 (the end of a sequence), `[BOS]` 2, `[MASK]` 3,
     `[PAD]` 4, `[RESERVED]` 5 and `[UNK]` 6; characters follow. White space is skipped. Case is
     ignored (the published tokenizer maps a lower-case, soft-masked base to `[UNK]`), unless
-    `characters` has a letter in both cases.
+    `characters` has a letter in both cases. Of U and T, the one that is not in `characters` is read
+    as the other (the published tokenizer maps U to `[UNK]`).
 
     Args:
         characters: known characters, in the order of their ids from 7 on.
@@ -81,6 +82,10 @@ def _characters(characters: str) -> Tokenizer:
     replaced += [
         (odd, known) for odd, known in other.items() if len(odd) == 1 and odd not in vocabulary
     ]
+    for odd, known in ("UT", "TU", "ut", "tu"):  # RNA as DNA, or the other way round
+        spelled = known if known in vocabulary else known.swapcase()
+        if not {odd, odd.swapcase()} & {*vocabulary} and spelled in vocabulary:
+            replaced.append((odd, spelled))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(pattern, content) for pattern, content in replaced]
     )

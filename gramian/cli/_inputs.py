@@ -21,6 +21,7 @@ __all__ = [
     "byte_tokenizer",
     "check_new",
     "check_tolerance",
+    "document_ids",
     "find_tasks",
     "first_windows",
     "fraction",
@@ -197,20 +198,32 @@ def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> list[Tens
 
 def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
     """Encode a prompt, which may be a FASTA record, to (1, count) tokens."""
-    import torch
-
-    from gramian.tasks import Encoder, documents_in
+    from gramian.tasks import documents_in
 
     try:
         documents = documents_in(prompt, "the prompt")
-        if len(documents) > 1:
-            raise UserError(f"the prompt is {len(documents)} FASTA records; give one of them.")
-        ids = [torch.from_numpy(Encoder(tokenizer)(document)) for document in documents]
     except ValueError as error:
         raise UserError(one_line(error)) from error
-    if not ids or not len(ids[0]):
+    if len(documents) > 1:
+        raise UserError(f"the prompt is {len(documents)} FASTA records; give one of them.")
+    if not documents:
         raise UserError("the prompt has no tokens; give some text.")
-    return ids[0][None]
+    return document_ids(tokenizer, documents[0])
+
+
+def document_ids(tokenizer: Any, document: Document) -> Tensor:
+    """Encode a document that is a prompt to (1, count) tokens."""
+    import torch
+
+    from gramian.tasks import Encoder
+
+    try:
+        ids = torch.from_numpy(Encoder(tokenizer)(document))
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    if not len(ids):
+        raise UserError("the prompt has no tokens; give some text.")
+    return ids[None]
 
 
 def find_tasks(

@@ -243,7 +243,7 @@ def genome(tmp_path: Path) -> str:
 
 def test_rows_of_intervals_on_their_strands(genome: str, tmp_path: Path) -> None:
     bed = tmp_path / "x.bed"
-    bed.write_text("r0\t10\t60\nr0\t20\t41\ta\t0\t-\nr1\t3\t4\n")
+    bed.write_text("r0\t10\t60\nr0\t20\t41\ta\t0\t-\nr2\t3\t4\n")
     held_out = tmp_path / "v.bed"
     held_out.write_text("r1\t0\t9\n")
     task = tasks.build(
