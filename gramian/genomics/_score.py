@@ -209,7 +209,7 @@ def _score_records(
             progress(done, total)
 
     tell(0)
-    records = itertools.islice(source.read(), first, None)
+    records = source.read(first)
     while block := list(itertools.islice(records, size)):
         texts: list[Letters] = []
         for one in block:
@@ -254,7 +254,8 @@ def _score_variants(
 ) -> Iterator[VariantScore]:
     rows = (list(row) for _, row in itertools.groupby(variants, lambda v: (v.chrom, v.pos, v.ref)))
     done = 0
-    while block := list(itertools.islice(rows, max(1, batch_size // 2))):
+    together = max(1, batch_size // (4 if both else 2))  # of rows with two sequences on each strand
+    while block := list(itertools.islice(rows, together)):
         count = sum(map(len, block))
         if done + count > skip:
             results = _score_rows(reader, genome, block, size, both)

@@ -168,7 +168,6 @@ class Source:
         lengths: number of codes of each record.
         file: FASTA file of the records, or None.
         documents: the records themselves, if there is no file.
-        genome: sequences by name that `documents` is a part of, or None.
     """
 
     def __init__(
@@ -181,15 +180,17 @@ class Source:
         self.names, self.lengths = names, lengths
         self._file, self._documents = file, documents
 
-    def read(self) -> Iterator[Codes]:
-        """Yield the sequence of every record."""
+    def read(self, skip: int = 0) -> Iterator[Codes]:
+        """Yield the sequence of every record but the first `skip`."""
         if self._documents is not None:
-            for document in self._documents:
+            for document in self._documents[skip:]:
                 yield Codes([document.text.encode("ascii")])
             return
         assert self._file is not None
-        for _, pieces in genomes.records(blocks(self._file), self._file, warn=False):
-            yield Codes(pieces)
+        records = genomes.records(blocks(self._file), self._file, warn=False)
+        for number, (_, pieces) in enumerate(records):
+            if number >= skip:
+                yield Codes(pieces)
 
     def genome(self) -> Genome:
         """Return random access to the records.
@@ -214,8 +215,8 @@ class _Intervals(Source):
             [one.label for one in self._intervals], [one.end - one.start for one in self._intervals]
         )
 
-    def read(self) -> Iterator[Codes]:
-        for one in self._intervals:
+    def read(self, skip: int = 0) -> Iterator[Codes]:
+        for one in self._intervals[skip:]:
             codes = self._genome.fetch(one.record, one.start, one.end).encode("ascii")
             yield Codes([genomes.reverse_complement(codes) if one.strand == "-" else codes])
 

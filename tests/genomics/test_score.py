@@ -186,6 +186,18 @@ def test_what_is_wrong_is_said_before_anything_is_computed(
         genomics.score(make_model(), records, tokenizer=tokenizer, **options)
 
 
+def test_an_adapter_is_read_as_its_model(make_model: MakeModel, tokenizer: Any) -> None:
+    class Adapter(torch.nn.Module):
+        def get_base_model(self) -> Any:
+            return make_model()
+
+    adapter: Any = Adapter()
+    found = list(genomics.score(adapter, RECORDS, tokenizer=tokenizer))
+    assert found == list(genomics.score(make_model(), RECORDS, tokenizer=tokenizer))
+    chunks = genomics.hidden_states(adapter, torch.tensor([7, 8]), layers="model.layers.0.mlp")
+    assert [tuple(one.shape) for one in chunks] == [(2, 12)]
+
+
 def test_another_model_is_refused(tokenizer: Any) -> None:
     other: Any = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="must be a GramianForCausalLM; got Linear"):

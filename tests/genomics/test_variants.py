@@ -60,43 +60,50 @@ def windows(one: Variant, size: int) -> tuple[int, int, str, str]:
     )
 
 
-@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize(
+    ("bos", "size", "chunk_size", "batch_size"), [(False, 40, 1000, 8), (True, 41, 13, 3)]
+)
 def test_differences_are_those_of_whole_windows(
-    make_model: MakeModel, tokenizer: Any, kind: str, bos: bool
+    make_model: MakeModel,
+    tokenizer: Any,
+    kind: str,
+    bos: bool,
+    size: int,
+    chunk_size: int,
+    batch_size: int,
 ) -> None:
     model, variants = make_model(kind), made()
     reference = Reference(model, tokenizer)
-    for size, chunk_size, batch_size in ((40, 1000, 8), (41, 13, 3)):
-        found = list(
-            genomics.score(
-                model,
-                GENOME,
-                tokenizer=tokenizer,
-                variants=variants,
-                bos=bos,
-                window=size,
-                chunk_size=chunk_size,
-                batch_size=batch_size,
-                reverse_complement="both",
-            )
+    found = list(
+        genomics.score(
+            model,
+            GENOME,
+            tokenizer=tokenizer,
+            variants=variants,
+            bos=bos,
+            window=size,
+            chunk_size=chunk_size,
+            batch_size=batch_size,
+            reverse_complement="both",
         )
-        assert [one.variant for one in found] == variants
-        for one in found:
-            assert isinstance(one, VariantScore)
-            start, end, before, after = windows(one.variant, size)
-            assert (one.start, one.end) == (start, end)
-            differences = []
-            for strand, turn in enumerate((str, other_strand)):
-                pair = [reference.score(turn(text), bos) for text in (before, after)]
-                for result, (total, tokens) in zip(
-                    (one.reference[strand], one.alternative[strand]), pair, strict=True
-                ):
-                    assert result.tokens == tokens
-                    assert result.total == pytest.approx(total, rel=1e-5, abs=1e-5)
-                differences.append(pair[1][0] - pair[0][0])
-                near = 1e-5 * abs(pair[0][0])
-                assert one.differences[strand] == pytest.approx(differences[-1], abs=near)
-            assert one.difference == pytest.approx(sum(differences) / 2, abs=near)
+    )
+    assert [one.variant for one in found] == variants
+    for one in found:
+        assert isinstance(one, VariantScore)
+        start, end, before, after = windows(one.variant, size)
+        assert (one.start, one.end) == (start, end)
+        differences = []
+        for strand, turn in enumerate((str, other_strand)):
+            pair = [reference.score(turn(text), bos) for text in (before, after)]
+            for result, (total, tokens) in zip(
+                (one.reference[strand], one.alternative[strand]), pair, strict=True
+            ):
+                assert result.tokens == tokens
+                assert result.total == pytest.approx(total, rel=1e-5, abs=1e-5)
+            differences.append(pair[1][0] - pair[0][0])
+            near = 1e-5 * abs(pair[0][0])
+            assert one.differences[strand] == pytest.approx(differences[-1], abs=near)
+        assert one.difference == pytest.approx(sum(differences) / 2, abs=near)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 6, 7, 300, 1000])
