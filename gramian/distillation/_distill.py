@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gramian.distillation._filters import Goal, reduce_filter
+from gramian.distillation._filters import Goal, reduce_filter, report_kept
 from gramian.distillation._foreign import FilterReader, ForeignFilter, distill_modules
 from gramian.distillation._report import DistillationReport
-from gramian.filters import ModalFilter
+from gramian.filters import ExplicitFilter, ModalFilter
 from gramian.ops.precision import full_precision
+from gramian.systems import FIR
 
 __all__ = ["distill"]
 
@@ -38,7 +41,9 @@ def distill(
     `gramian.reduce`; `ModalFilter`s with the results replace the filters in a copy of the model.
     The copy has the same class, with one configuration per layer in `config.filter`, and can be
     saved, loaded, trained and used for generation like any other model. Filters that are modal
-    already, and attention layers, are not changed. The given model is left untouched.
+    already, and attention layers, are not changed. Neither are explicit filters of few taps, where
+    the state of reduced ones would not be smaller than the inputs that the taps need. A filter that
+    is zero past its taps is reduced over them alone. The given model is left untouched.
 
     Args:
         model: any Gramian model that is not bidirectional.
@@ -48,9 +53,10 @@ def distill(
         order: real state dimension of every filter, from 1 to the number of taps minus one.
         max_order: largest order in the search for `tol`; by default 256 or the number of taps. One
             filter of high order makes the state of its whole layer large.
-        tail: behavior of a filter past its last tap, in inputs longer than the taps: "auto" and
-            "free" leave it to the fit, which gives the smallest orders, and the report states the
-            energy there; "zero" fits a filter that ends. See `gramian.reduce`.
+        tail: behavior of a filter past its last tap, in inputs longer than the taps: "free" leaves
+            it to the fit, which gives the smallest orders, and the report states the energy there;
+            "zero" fits a filter that ends. "auto" is "zero" for filters that end before the
+            model's `max_position_embeddings`, and else the choice of `gramian.reduce`.
         filters: a mapping from the path of a submodule, as in `model.named_modules()`, to a
             function of the submodule that returns its kernel, or to a `ForeignFilter`.
         progress: called as `progress(layers done, layers)` before the first and after each layer.
@@ -80,7 +86,9 @@ def _distill_layers(
     long = [i for i, f in enumerate(filters) if not (f is None or isinstance(f, ModalFilter))]
     if not long:
         raise ValueError("nothing to distil: every filter of this model is modal already.")
-    goal.check(min(filters[layer].max_length for layer in long))
+    kernels = {layer: _read_kernel(filters[layer]) for layer in long}
+    reduced = [kernel for kernel in kernels.values() if not kernel.fits(goal)]
+    goal.check(min((kernel.taps.shape[-1] for kernel in reduced), default=sys.maxsize))
 
     started = time.perf_counter()
     distilled = copy.deepcopy(model)
@@ -90,11 +98,19 @@ def _distill_layers(
         progress(0, len(long))
     for done, layer in enumerate(long, start=1):
         mixer, filter = _mixers(distilled)[layer], filters[layer]
-        with torch.no_grad():
-            kernel = filter(filter.max_length).impulse_response(filter.max_length)
-        modal, report = reduce_filter(kernel, goal, layer, type(mixer).__name__)
-        mixer.filter = modal.to(kernel.device).train(mixer.training)
-        configs[layer] = modal.config()
+        kernel, name = kernels[layer], type(mixer).__name__
+        if kernel.fits(goal):
+            report = report_kept(kernel.taps, layer, name)
+        else:
+            before = mixer.recurrence().state_bytes(1)
+            modal, report = reduce_filter(kernel.taps, kernel.goal(goal), layer, name, kernel.share)
+            modal.max_length = filter.max_length
+            mixer.filter = modal.to(kernel.taps.device).train(mixer.training)
+            if kernel.is_window and mixer.recurrence().state_bytes(1) >= before:
+                mixer.filter = copy.deepcopy(filter)
+                report = report_kept(kernel.taps, layer, name)
+            else:
+                configs[layer] = modal.config()
         reports.append(report)
         if progress is not None:
             progress(done, len(long))
@@ -109,6 +125,44 @@ def _distill_layers(
         distilled_state_bytes=distilled.state_bytes(1, context),
         seconds=time.perf_counter() - started,
     )
+
+
+class _Kernel(NamedTuple):
+    """The kernels of a layer.
+
+    Attributes:
+        taps: (channels, taps).
+        ends: whether the filter is zero past these taps within its `max_length`.
+        is_window: whether it is an explicit filter that steps through its last inputs.
+        share: number of consecutive channels with the same taps after the first.
+    """
+
+    taps: Tensor
+    ends: bool
+    is_window: bool
+    share: int = 1
+
+    def fits(self, goal: Goal) -> bool:
+        """Return whether the filters have no higher order than the goal already."""
+        order = self.taps.shape[-1] - 1
+        return self.is_window and (order == 0 or (goal.order is not None and order <= goal.order))
+
+    def goal(self, goal: Goal) -> Goal:
+        """Return the goal with the tail that these filters have."""
+        return dataclasses.replace(goal, tail="zero") if self.ends and goal.tail == "auto" else goal
+
+
+@torch.no_grad()
+def _read_kernel(filter: Any) -> _Kernel:
+    system = filter(filter.max_length)
+    if not isinstance(system, FIR):
+        return _Kernel(system.impulse_response(filter.max_length), False, False)
+    taps = system.kernel[..., : filter.max_length]
+    ends = taps.shape[-1] < filter.max_length
+    if not isinstance(filter, ExplicitFilter):
+        return _Kernel(taps, ends, False)
+    window = system.recurrence().form == "window"
+    return _Kernel(taps, ends, window, filter.channels // filter.groups)
 
 
 def _mixers(model: Any) -> list[Any]:

@@ -52,6 +52,8 @@ class LayerReport:
             with the taps as horizon, a measure of the memory it uses. An estimate above 1,024 taps.
         unconverged: indices of the filters whose relative error stayed above the tolerance; empty
             if an order was given.
+        kept: whether the layer keeps its filters, because their taps are so few that the state of
+            reduced ones would not be smaller. Orders and errors are then those of its own filters.
     """
 
     layer: int | str
@@ -65,6 +67,7 @@ class LayerReport:
     hankel_singular_values: tuple[tuple[float, ...], ...]
     effective_state_sizes: tuple[float, ...]
     unconverged: tuple[int, ...]
+    kept: bool = False
 
     @property
     def mean_order(self) -> float:
@@ -92,6 +95,7 @@ class LayerReport:
             "hankel_singular_values": [list(row) for row in self.hankel_singular_values],
             "effective_state_sizes": list(self.effective_state_sizes),
             "unconverged": list(self.unconverged),
+            "kept": self.kept,
         }
 
     def _row(self) -> tuple[str, ...]:
@@ -272,6 +276,12 @@ class DistillationReport:
             f"{self.mean_order:.1f}{outcome}. State of one sequence at context {self.context:,}: "
             f"{self.original_state_bytes:,} bytes before, {self.distilled_state_bytes:,} after."
         )
+        kept = [str(layer.layer) for layer in self.layers if layer.kept]
+        if kept:
+            words += (
+                f" The filters of layer{'s' if len(kept) > 1 else ''} {', '.join(kept)} stay, as "
+                "reduced ones would need no smaller a state."
+            )
         if self.max_tail_energy > _AUDIBLE:
             words += (
                 f" Past {self.context:,} tokens the filters go on with up to "
