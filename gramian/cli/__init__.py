@@ -20,6 +20,8 @@ from gramian.cli import (  # noqa: F401, I001 (the order of the commands in the 
     _train,
     _sweep,
     _evaluate,
+    _score,
+    _embed,
 )
 from gramian.cli._app import app, main
 
