@@ -7,6 +7,7 @@ except ImportError as error:
         "gramian.models needs transformers 5: install it with `pip install gramian[models]`."
     ) from error
 
+from gramian.models.alphabet import allowed_tokens, restrict_generation
 from gramian.models.backbone import GramianModel
 from gramian.models.blocks import (
     GramianBlock,
@@ -46,10 +47,12 @@ __all__ = [
     "GramianMixerBlock",
     "GramianModel",
     "GramianPreTrainedModel",
+    "allowed_tokens",
     "build_mixer",
     "load",
     "load_any",
     "register_block",
+    "restrict_generation",
 ]
 
 transformers.AutoConfig.register(GramianConfig.model_type, GramianConfig, exist_ok=True)
