@@ -25,7 +25,7 @@ from gramian.ops.precision import full_precision
 
 if TYPE_CHECKING:
     from gramian.mixers import Mixer
-    from gramian.models import GramianForCausalLM
+    from gramian.models import GramianForCausalLM, GramianForTokenClassification
 
 __all__ = ["check"]
 
@@ -51,7 +51,7 @@ _CHUNKS = (1, 7, 2, 31, 64)
 @full_precision()
 @torch.no_grad()
 def check(
-    model: GramianForCausalLM,
+    model: GramianForCausalLM | GramianForTokenClassification,
     input_ids: Tensor | None = None,
     *,
     batch: int = 3,
@@ -66,7 +66,8 @@ def check(
     """Run a model in every possible way, and compare the outputs.
 
     Args:
-        model: a Gramian causal language model, left untouched.
+        model: a Gramian causal language model, or a token classifier that is not bidirectional
+            and reads tokens; left untouched.
         input_ids: (batch, length) tokens to run it on; by default `batch` sequences of `length`
             random ones. Steps are taken one by one, so the time grows with the length. Only tokens
             beyond `max_position_embeddings` show the filters past their last tap.
@@ -85,9 +86,9 @@ def check(
 
     Raises:
         TypeError: for another kind of model.
-        ValueError: for a batch below 2, a length below 2, tokens that are not of this model, a
-            tolerance that is not positive, or a precision other than float64, float32, float16 and
-            bfloat16.
+        ValueError: for a model that is bidirectional or reads numbers, a batch below 2, a length
+            below 2, tokens that are not of this model, a tolerance that is not positive, or a
+            precision other than float64, float32, float16 and bfloat16.
     """
     dtypes = (torch.float32, torch.bfloat16) if dtypes is None else tuple(dtypes)
     ids = _checked(model, input_ids, batch, length, dtypes, tolerance, seed)
@@ -128,10 +129,16 @@ def _checked(
     seed: int,
 ) -> Tensor:
     """Return the tokens to run, or raise an error for arguments that are wrong."""
-    from gramian.models import GramianForCausalLM
+    from gramian.models import GramianForCausalLM, GramianForTokenClassification
 
-    if not isinstance(model, GramianForCausalLM):
-        raise TypeError(f"check takes a GramianForCausalLM; got a {type(model).__name__}.")
+    if not isinstance(model, GramianForCausalLM | GramianForTokenClassification):
+        raise TypeError(
+            "check takes a GramianForCausalLM or a GramianForTokenClassification; got a "
+            f"{type(model).__name__}."
+        )
+    if model.config.bidirectional or model.config.input_size is not None:
+        kind = "bidirectional model" if model.config.bidirectional else "model of numbers"
+        raise ValueError(f"check takes a causal model of tokens; got a {kind}.")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"the tolerance must be positive; got {tolerance!r}.")
     for dtype in dtypes:
@@ -384,7 +391,8 @@ def _check_model(
     positions = torch.arange(length, device=ids.device).repeat(len(ids))[None]
     in_one = model(ids.flatten()[None], position_ids=positions, use_cache=False).logits
     differences["packed"] = _difference(in_one.view_as(logits), logits)
-    differences["generated"] = _generated(model, ids)
+    if model.can_generate():
+        differences["generated"] = _generated(model, ids)
     alone = torch.cat([model(one, use_cache=False).logits for one in ids.split(1)])
     differences["batched"] = _difference(alone, logits)
     differences["reloaded"] = _difference(again(ids, use_cache=False).logits, logits)

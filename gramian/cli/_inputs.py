@@ -13,7 +13,7 @@ from gramian.cli._app import UserError, one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gramian.models import GramianForCausalLM
+    from gramian.models import GramianForCausalLM, GramianPreTrainedModel
     from gramian.tasks import Document, Task
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "find_tasks",
     "first_windows",
     "fraction",
+    "load_any_model",
     "load_model",
     "load_tokenizer",
     "prompt_ids",
@@ -78,15 +79,30 @@ def quiet_transformers() -> None:
 
 def load_model(folder: Path) -> GramianForCausalLM:
     """Read a language model of ours."""
-    if not folder.is_dir():  # before seconds of imports
-        raise UserError(f"there is no model folder {folder}.")
-    quiet_transformers()
+    _require_folder(folder)
     from gramian.models import load
 
     try:
         return load(folder)
     except (OSError, ValueError) as error:
         raise UserError(one_line(error)) from error
+
+
+def load_any_model(folder: Path) -> GramianPreTrainedModel:
+    """Read a model of ours, of any class."""
+    _require_folder(folder)
+    from gramian.models import load_any
+
+    try:
+        return load_any(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():  # before seconds of imports
+        raise UserError(f"there is no model folder {folder}.")
+    quiet_transformers()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -101,7 +117,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
 
 
-def byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
+def byte_tokenizer(folder: Path, model: GramianPreTrainedModel) -> Any:
     """Make a byte tokenizer for a model that has no tokenizer but a vocabulary of bytes."""
     from gramian.models import ByteTokenizer
 
@@ -126,7 +142,7 @@ def read_texts(text: Path) -> list[Document]:
 
 
 def first_windows(
-    folder: Path, model: GramianForCausalLM, text: Path, batch: int, length: int
+    folder: Path, model: GramianPreTrainedModel, text: Path, batch: int, length: int
 ) -> Tensor:
     """Read (batch, length) tokens from the beginning of a file; no row spans two documents."""
     from gramian.tasks.windows import cut_windows
@@ -141,7 +157,9 @@ def first_windows(
     return windows[:batch]
 
 
-def spread_windows(folder: Path, model: GramianForCausalLM, text: Path, max_tokens: int) -> Tensor:
+def spread_windows(
+    folder: Path, model: GramianPreTrainedModel, text: Path, max_tokens: int
+) -> Tensor:
     """Read (count, length) windows spread over a file, as long as the model's filters allow."""
     from gramian.tasks import windows
 
@@ -153,7 +171,7 @@ def spread_windows(folder: Path, model: GramianForCausalLM, text: Path, max_toke
         raise UserError(f"{text}: {one_line(error)}") from error
 
 
-def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> list[Tensor]:
+def _token_ids(folder: Path, model: GramianPreTrainedModel, text: Path) -> list[Tensor]:
     """Encode each document of a file, to (count,) tokens."""
     from torch import from_numpy
 

@@ -26,6 +26,7 @@ from gramian.models.pairs import GramianForPairClassification
 from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.reconstruction import GramianForReconstruction
 from gramian.models.signal import GramianForSignalRegression
+from gramian.models.token_classification import GramianForTokenClassification
 from gramian.models.tokenizer import ByteTokenizer
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "GramianForReconstruction",
     "GramianForSequenceClassification",
     "GramianForSignalRegression",
+    "GramianForTokenClassification",
     "GramianGLUBlock",
     "GramianLayer",
     "GramianMLP",
@@ -60,6 +62,9 @@ transformers.AutoModel.register(GramianConfig, GramianModel, exist_ok=True)
 transformers.AutoModelForCausalLM.register(GramianConfig, GramianForCausalLM, exist_ok=True)
 transformers.AutoModelForSequenceClassification.register(
     GramianConfig, GramianForSequenceClassification, exist_ok=True
+)
+transformers.AutoModelForTokenClassification.register(
+    GramianConfig, GramianForTokenClassification, exist_ok=True
 )
 transformers.AutoModelForTimeSeriesPrediction.register(
     GramianConfig, GramianForSignalRegression, exist_ok=True

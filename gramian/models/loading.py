@@ -17,6 +17,7 @@ from gramian.models.pairs import GramianForPairClassification
 from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.reconstruction import GramianForReconstruction
 from gramian.models.signal import GramianForSignalRegression
+from gramian.models.token_classification import GramianForTokenClassification
 
 __all__ = ["load", "load_any"]
 
@@ -25,6 +26,7 @@ CLASSES: dict[str, type[GramianPreTrainedModel]] = {
     for kind in (
         GramianForCausalLM,
         GramianForSequenceClassification,
+        GramianForTokenClassification,
         GramianForPairClassification,
         GramianForSignalRegression,
         GramianForReconstruction,
