@@ -1,10 +1,10 @@
 """Loading of checkpoints of published models as Gramian models.
 
-`load(path)` recognizes a checkpoint from its keys, shapes and configuration, and returns a
-`GramianForCausalLM` that computes what the published implementation computes, and its tokenizer
-where one is known. Each format is one file: safari's Hyena language models and HyenaDNA
-(`hyena_lm.py`), the published Hyena-RTF (`hyena_rtf.py`), StripedHyena and Evo
-(`striped_hyena.py`).
+`load(path)` recognizes a checkpoint from its keys, shapes and configuration, and returns a model
+that computes what the published implementation computes, and its tokenizer where one is known: a
+`GramianForCausalLM`, or the classifier that a fine-tuned HyenaDNA is. Each format is one file:
+safari's Hyena language models and HyenaDNA (`hyena_lm.py`), the published Hyena-RTF
+(`hyena_rtf.py`), StripedHyena and Evo (`striped_hyena.py`).
 """
 
 from gramian.checkpoints import hyena_lm, hyena_rtf, striped_hyena  # noqa: F401

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gramian.checkpoints._format import FORMATS, Format, Progress, compare
-from gramian.checkpoints.files import find_config, read_config, read_tensors
-from gramian.models import GramianForCausalLM
+from gramian.checkpoints.files import find_config, read_config, read_inner_config, read_tensors
+from gramian.models import GramianPreTrainedModel
 
 __all__ = ["LoadedCheckpoint", "load"]
 
@@ -21,12 +21,13 @@ class LoadedCheckpoint(NamedTuple):
     """The result of `load`.
 
     Attributes:
-        model: the model, in evaluation mode.
+        model: the model, in evaluation mode: a `GramianForCausalLM`, or for a fine-tuned HyenaDNA a
+            `GramianForSequenceClassification` or `GramianForTokenClassification`.
         tokenizer: the tokenizer of the model, or None if none is known.
         format: name of the checkpoint's format in `FORMATS`.
     """
 
-    model: GramianForCausalLM
+    model: GramianPreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     format: str
 
@@ -48,7 +49,8 @@ def load(
         path: a checkpoint file, or a folder that holds one.
         config: the checkpoint's configuration, or a JSON or YAML file with it; by default the file
             beside the checkpoint (`config.json`, `NAME.config.json`, `NAME.json`, or the same
-            names with .yml). It is required, since shapes do not determine a model completely.
+            names with .yml), or else the one among a Lightning checkpoint's hyper-parameters. It is
+            required, since shapes do not determine a model completely.
         format: one of `FORMATS`; by default it is recognized from keys and configuration. Safari's
             Hyena and HyenaDNA have the same keys; without `format`, a checkpoint with HyenaDNA's
             vocabulary is a HyenaDNA.
@@ -88,7 +90,7 @@ def load(
     dtype = weights[cls.embedding].dtype if dtype is None else dtype
     model_config = source.model_config(weights)
     state = source.translate(weights, progress or (lambda done, total: None))
-    model, info = GramianForCausalLM.from_pretrained(
+    model, info = source.model_class().from_pretrained(
         None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     if any(info.values()):  # a bug in the format; never return random weights
@@ -105,9 +107,12 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
         return config
     file = find_config(path) if config is None else Path(config)
     if file is None:
+        inner = read_inner_config(path)
+        if inner is not None:
+            return inner
         raise FileNotFoundError(
-            f"{path} has no configuration beside it, such as config.json; it does not tell all of "
-            "what the model computes by itself."
+            f"{path} has no configuration beside it, such as config.json, and none among "
+            "hyper-parameters inside; its tensors alone do not tell all of what the model computes."
         )
     return read_config(file)
 
@@ -137,7 +142,7 @@ def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _never_write_what_has_no_text(model: GramianForCausalLM, tokens: int) -> None:
+def _never_write_what_has_no_text(model: GramianPreTrainedModel, tokens: int) -> None:
     """Keep `generate` from the rows without tokens that pad a vocabulary to a round size."""
     if model.generation_config is not None and tokens < model.config.vocab_size:
         rows = list(range(tokens, model.config.vocab_size))

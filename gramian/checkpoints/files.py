@@ -22,11 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["find_config", "hash_weights", "read_config", "read_tensors"]
+__all__ = ["find_config", "hash_weights", "read_config", "read_inner_config", "read_tensors"]
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "weights.ckpt")
 _SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+
+_TRAINERS = ("optimizer", "random_states", "rng_state", "scaler", "scheduler", "training_args")
+"""Beginnings of the names of files that a trainer writes beside the weights."""
+
+_CONFIGURED = ("d_model", "layer", "model")
+"""Entries by which hyper-parameters are known to be a model's configuration."""
 
 _BOOKKEEPING_PACKAGES = (
     "argparse",
@@ -51,7 +57,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Args:
         path: a file, or a folder with `model.safetensors`, `pytorch_model.bin` (either may be
             sharded), `weights.ckpt`, or one file whose name ends in .safetensors, .ckpt, .bin, .pt
-            or .pth.
+            or .pth. A trainer's own files in the folder, such as `optimizer.pt` and
+            `training_args.bin`, are ignored.
 
     Raises:
         FileNotFoundError: if there is no such file, or no checkpoint in the folder.
@@ -131,6 +138,42 @@ def read_config(file: Path) -> dict[str, Any]:
     return values
 
 
+def read_inner_config(path: Path) -> dict[str, Any] | None:
+    """Return the model's configuration among the hyper-parameters of a Lightning checkpoint.
+
+    It is what they hold under `config`, as regLM's do, or all of them if they describe a model.
+    Values that are not numbers, texts, lists or mappings are left out.
+
+    Args:
+        path: as for `read_tensors`.
+
+    Returns:
+        The configuration, or None if there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_tensors`.
+    """
+    files = _weight_files(path)
+    if len(files) != 1 or files[0].suffix == ".safetensors":
+        return None
+    loaded = _load_pickle(files[0], mmap=zipfile.is_zipfile(files[0]))
+    given = loaded.get("hyper_parameters") if isinstance(loaded, Mapping) else None
+    found = _plain(given)
+    for candidate in (found.get("config"), found) if isinstance(found, dict) else ():
+        if isinstance(candidate, dict) and any(name in candidate for name in _CONFIGURED):
+            return candidate
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy made of numbers, texts, lists and mappings; None for anything else."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, bool | int | float | str) else None
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, ending in one period."""
     lines = str(error).strip().splitlines()
@@ -155,7 +198,11 @@ def _weight_files(path: Path) -> list[Path]:
     for name in _WHOLE:
         if (path / name).is_file():
             return [path / name]
-    files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+    files = sorted(
+        file
+        for file in path.iterdir()
+        if file.suffix in _SUFFIXES and not file.name.startswith(_TRAINERS)
+    )
     if not files:
         raise FileNotFoundError(f"{path} holds no checkpoint: no {', '.join(_WHOLE)} or the like.")
     if len(files) > 1:
@@ -171,7 +218,8 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def _read_pickle(file: Path) -> dict[str, Tensor]:
+def _load_pickle(file: Path, mmap: bool = False) -> Any:
+    """Read what `torch.save` wrote, as tensors, plain values and placeholders."""
     try:
         # files of PyTorch before 1.6 are not archives, and are read without placeholders
         archive = zipfile.is_zipfile(file)
@@ -186,13 +234,17 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
         )
     with torch.serialization.safe_globals([_placeholder(name) for name in names]):
         try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{file} is refused: it is damaged, or reading it would make more than tensors."
             ) from error
         except Exception as error:  # a pickle may be wrong in any way; none of its code has run
             raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    loaded = _load_pickle(file)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping):
         raise ValueError(f"{file} must hold tensors by name; it holds a {type(state).__name__}.")

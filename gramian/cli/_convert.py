@@ -58,6 +58,7 @@ def convert(
             "checkpoint": str(checkpoint.resolve()),
             "sha256": hash_weights(checkpoint),
             "format": name,
+            "model": type(model).__name__,
             "layers": settings.num_hidden_layers,
             "width": settings.hidden_size,
             "vocabulary": settings.vocab_size,
