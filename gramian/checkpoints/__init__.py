@@ -4,16 +4,24 @@
 that computes what the published implementation computes, and its tokenizer where one is known: a
 `GramianForCausalLM`, or the classifier that a fine-tuned HyenaDNA is. Each format is one file:
 safari's Hyena language models and HyenaDNA (`hyena_lm.py`), the published Hyena-RTF
-(`hyena_rtf.py`), StripedHyena and Evo (`striped_hyena.py`).
+(`hyena_rtf.py`), StripedHyena and Evo (`striped_hyena.py`), StripedHyena 2 and Evo 2
+(`striped_hyena_2.py`).
 """
 
-from gramian.checkpoints import hyena_lm, hyena_rtf, striped_hyena  # noqa: F401
+from gramian.checkpoints import (  # noqa: F401
+    hyena_lm,
+    hyena_rtf,
+    striped_hyena,
+    striped_hyena_2,
+)
 from gramian.checkpoints._format import FORMATS, Format, register
 from gramian.checkpoints._load import LoadedCheckpoint, load
+from gramian.checkpoints.published import PUBLISHED
 from gramian.checkpoints.tokenizers import DNATokenizer, EvoTokenizer
 
 __all__ = [
     "FORMATS",
+    "PUBLISHED",
     "DNATokenizer",
     "EvoTokenizer",
     "Format",

@@ -51,6 +51,9 @@ class Format(abc.ABC):
     layers: int
     """The number of layers."""
 
+    reads_states: ClassVar[bool] = False
+    """Whether files of the format hold byte streams beside their tensors, which `read_states` reads."""
+
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         self.shapes = shapes
 
@@ -63,6 +66,18 @@ class Format(abc.ABC):
     def meant_by(cls, config: Mapping[str, Any]) -> bool:
         """Return whether a configuration is of this format, among those with the same keys."""
         return False
+
+    def read_states(self, states: Mapping[str, bytes | None], fp8: bool | None) -> None:
+        """Read what files hold beside tensors; called before `model_config`.
+
+        Args:
+            states: byte streams by stripped name.
+            fp8: whether maps that were trained in 8-bit floating point are computed in it; None:
+                where the model needs it.
+
+        Raises:
+            ValueError: on a state that is needed and missing or damaged.
+        """
 
     @abc.abstractmethod
     def expected(self) -> Shapes:

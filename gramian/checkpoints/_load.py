@@ -11,7 +11,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gramian.checkpoints._format import FORMATS, Format, Progress, compare
-from gramian.checkpoints.files import find_config, read_config, read_inner_config, read_tensors
+from gramian.checkpoints.files import (
+    find_config,
+    read_checkpoint,
+    read_config,
+    read_inner_config,
+)
+from gramian.checkpoints.published import published_config
 from gramian.models import GramianPreTrainedModel
 
 __all__ = ["LoadedCheckpoint", "load"]
@@ -38,6 +44,7 @@ def load(
     config: Mapping[str, Any] | str | Path | None = None,
     format: str | None = None,
     dtype: torch.dtype | None = None,
+    fp8: bool | None = None,
     progress: Progress | None = None,
 ) -> LoadedCheckpoint:
     """Load a published checkpoint as a Gramian model that computes the same outputs.
@@ -47,14 +54,19 @@ def load(
 
     Args:
         path: a checkpoint file, or a folder that holds one.
-        config: the checkpoint's configuration, or a JSON or YAML file with it; by default the file
-            beside the checkpoint (`config.json`, `NAME.config.json`, `NAME.json`, or the same
-            names with .yml), or else the one among a Lightning checkpoint's hyper-parameters. It is
-            required, since shapes do not determine a model completely.
+        config: the checkpoint's configuration, or a JSON or YAML file with it, or the name of a
+            published model whose configuration does not lie beside its weights (`PUBLISHED`, such
+            as `"evo2_7b"`); by default the file beside the checkpoint (`config.json`,
+            `NAME.config.json`, `NAME.json`, or the same names with .yml), or else the one among a
+            Lightning checkpoint's hyper-parameters. It is required, since shapes do not determine a
+            model completely.
         format: one of `FORMATS`; by default it is recognized from keys and configuration. Safari's
             Hyena and HyenaDNA have the same keys; without `format`, a checkpoint with HyenaDNA's
             vocabulary is a HyenaDNA.
         dtype: dtype of the weights; by default, that of the embedding. Filters are held in float32.
+        fp8: whether projections that were trained in 8-bit floating point are computed in it, by
+            emulation with the checkpoint's scales (`gramian.ops.fp8`); by default where the
+            published model is of no use without, as Evo 2 of 1, 20 and 40 billion parameters.
         progress: called as `progress(layers done, layers)`.
 
     Returns:
@@ -70,7 +82,7 @@ def load(
     path = Path(path)
     if format is not None and format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(map(repr, FORMATS))}; got {format!r}.")
-    weights = read_tensors(path)
+    weights, states = read_checkpoint(path)
     if not any(cls.strip(weights) for cls in FORMATS.values()):
         raise ValueError(
             f"{path} is no checkpoint of {', '.join(FORMATS)}: its keys are "
@@ -80,13 +92,22 @@ def load(
     cls = _recognize(path, weights, settings, format)
     names = cls.strip(weights)
     assert names is not None
-    weights = {stripped: weights[name] for name, stripped in names.items()}
+    if states and not cls.reads_states:
+        raise ValueError(
+            f"{path} must hold tensors by name; {next(iter(states))!r} is a byte stream, which "
+            f"checkpoints of format {cls.name} do not have."
+        )
+    weights = {names[name]: weights.pop(name) for name in list(weights) if name in names}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     source = cls(shapes, settings)
     compare(
         f"{path}, taken for a checkpoint of format {cls.name},", names, shapes, source.expected()
     )
 
+    for name, tensor in weights.items():
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:  # a view of something larger
+            weights[name] = tensor.clone()
+    source.read_states(_strip_states(cls, states), fp8)
     dtype = weights[cls.embedding].dtype if dtype is None else dtype
     model_config = source.model_config(weights)
     state = source.translate(weights, progress or (lambda done, total: None))
@@ -102,9 +123,18 @@ def load(
     return LoadedCheckpoint(model, tokenizer, cls.name)
 
 
+def _strip_states(cls: type[Format], states: Mapping[str, bytes | None]) -> dict[str, bytes | None]:
+    """Return the states by the names that they have without wrappers' prefixes."""
+    names = cls.strip([*states, cls.embedding]) or {}
+    return {names[name]: state for name, state in states.items()}
+
+
 def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
+    published = None if config is None else published_config(str(config))
+    if published is not None and not Path(str(config)).exists():
+        return published
     file = find_config(path) if config is None else Path(config)
     if file is None:
         inner = read_inner_config(path)

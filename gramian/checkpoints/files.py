@@ -3,30 +3,46 @@
 safetensors files hold nothing but tensors. Files written by `torch.save` are pickles, read with
 `weights_only=True`: no name in them is looked up or called, except for those of tensors. Lightning
 writes its own bookkeeping beside the weights, objects of omegaconf and the like; for names of those
-packages an empty placeholder class is used, which accepts any arguments and keeps nothing. Any
-other name ends the reading before a single object is made.
+packages an empty placeholder class is used, which accepts any arguments and keeps nothing. Byte
+streams, in which Transformer Engine stores the scales of its layers under names that end in
+`_extra_state`, are kept as bytes. Any other name ends the reading before a single object is made.
+
+A file that was split into `NAME.part0`, `NAME.part1` and so on is read as if it were joined.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-__all__ = ["find_config", "hash_weights", "read_config", "read_inner_config", "read_tensors"]
+__all__ = [
+    "Stored",
+    "find_config",
+    "hash_weights",
+    "read_checkpoint",
+    "read_config",
+    "read_inner_config",
+    "read_tensors",
+]
 
 _WHOLE = ("model.safetensors", "pytorch_model.bin", "weights.ckpt")
 _SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
+_FIRST_PART, _PART = ".part0", ".part"
+_BYTE_STREAM = "_io.BytesIO"
+_EXTRA_STATE = "_extra_state"
 
 _TRAINERS = ("optimizer", "random_states", "rng_state", "scaler", "scheduler", "training_args")
 """Beginnings of the names of files that a trainer writes beside the weights."""
@@ -51,30 +67,59 @@ _BOOKKEEPING_TYPES = {
 }
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name, on the CPU.
+class Stored(NamedTuple):
+    """The content of a checkpoint.
+
+    Attributes:
+        tensors: all tensors by name, on the CPU.
+        states: the byte streams of entries whose names end in `_extra_state`, by name; an entry
+            without content is None.
+    """
+
+    tensors: dict[str, Tensor]
+    states: dict[str, bytes | None]
+
+
+def read_checkpoint(path: Path) -> Stored:
+    """Return the content of a checkpoint.
 
     Args:
         path: a file, or a folder with `model.safetensors`, `pytorch_model.bin` (either may be
             sharded), `weights.ckpt`, or one file whose name ends in .safetensors, .ckpt, .bin, .pt
-            or .pth. A trainer's own files in the folder, such as `optimizer.pt` and
+            or .pth. A file in parts is meant by its own name, by that of its first part, or by the
+            folder. A trainer's own files in the folder, such as `optimizer.pt` and
             `training_args.bin`, are ignored.
 
     Raises:
         FileNotFoundError: if there is no such file, or no checkpoint in the folder.
-        ValueError: on several possible files, a file that cannot be read, or one that holds or
-            refers to anything but tensors and bookkeeping.
+        ValueError: on several possible files, a file that cannot be read, one that holds or refers
+            to anything but tensors, extra states and bookkeeping, or a part that is missing.
     """
-    tensors: dict[str, Tensor] = {}
+    stored = Stored({}, {})
     for file in _weight_files(path):
         found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
-        twice = sorted(found.keys() & tensors.keys())
-        if twice:
-            raise ValueError(f"{file} has tensors that another part has too, such as {twice[0]}.")
-        tensors |= found
-    if not tensors:
+        for have, more in zip(stored, found, strict=True):
+            twice = sorted(have.keys() & more.keys())
+            if twice:
+                raise ValueError(
+                    f"{file} has tensors that another part has too, such as {twice[0]}."
+                )
+            have.update(more)
+    if not stored.tensors:
         raise ValueError(f"{path} holds no tensors.")
-    return tensors
+    return stored
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint by name, on the CPU.
+
+    Args:
+        path: as for `read_checkpoint`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_checkpoint`.
+    """
+    return read_checkpoint(path).tensors
 
 
 def hash_weights(path: Path) -> dict[str, str]:
@@ -88,11 +133,12 @@ def hash_weights(path: Path) -> dict[str, str]:
     """
     hashes = {}
     for file in _weight_files(path):
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                digest.update(block)
-        hashes[file.name] = digest.hexdigest()
+        for part in _parts(file) or [file]:
+            digest = hashlib.sha256()
+            with part.open("rb") as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
+            hashes[part.name] = digest.hexdigest()
     return hashes
 
 
@@ -156,7 +202,7 @@ def read_inner_config(path: Path) -> dict[str, Any] | None:
     files = _weight_files(path)
     if len(files) != 1 or files[0].suffix == ".safetensors":
         return None
-    loaded = _load_pickle(files[0], mmap=zipfile.is_zipfile(files[0]))
+    loaded = _load_pickle(files[0], mapped=True)
     given = loaded.get("hyper_parameters") if isinstance(loaded, Mapping) else None
     found = _plain(given)
     for candidate in (found.get("config"), found) if isinstance(found, dict) else ():
@@ -181,7 +227,9 @@ def first_line(error: BaseException) -> str:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if path.is_file():
+    if path.name.endswith(_FIRST_PART):
+        path = path.with_name(path.name.removesuffix(_FIRST_PART))
+    if path.is_file() or _parts(path):
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint {path}.")
@@ -198,32 +246,117 @@ def _weight_files(path: Path) -> list[Path]:
     for name in _WHOLE:
         if (path / name).is_file():
             return [path / name]
+    return [_only_file(path)]
+
+
+def _only_file(folder: Path) -> Path:
+    """Return the one file of weights in a folder, besides the files of a trainer."""
+    whole = {file.with_name(file.name.removesuffix(_FIRST_PART)) for file in folder.iterdir()}
     files = sorted(
-        file
-        for file in path.iterdir()
-        if file.suffix in _SUFFIXES and not file.name.startswith(_TRAINERS)
+        file for file in whole if file.suffix in _SUFFIXES and not file.name.startswith(_TRAINERS)
     )
     if not files:
-        raise FileNotFoundError(f"{path} holds no checkpoint: no {', '.join(_WHOLE)} or the like.")
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint: no {', '.join(_WHOLE)} or the like."
+        )
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
-        raise ValueError(f"{path} holds several checkpoints ({names}): name the file.")
-    return files
+        raise ValueError(f"{folder} holds several checkpoints ({names}): name the file.")
+    return files[0]
 
 
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
+def _parts(file: Path) -> list[Path]:
+    """Return the parts of a file that was split, in order; none if it was not.
+
+    Raises:
+        ValueError: if the file is there too, or a part between others is missing.
+    """
+    if not file.with_name(file.name + _FIRST_PART).is_file():
+        return []
+    if file.is_file():
+        raise ValueError(f"{file} is there whole and in parts; remove one of them.")
+    names = [other.name.removeprefix(file.name + _PART) for other in file.parent.iterdir()]
+    numbers = sorted(int(name) for name in names if name.isdecimal())
+    for expected, number in enumerate(numbers):
+        if number != expected:
+            raise ValueError(f"{file} lacks its part {expected}, {file.name}{_PART}{expected}.")
+    return [file.with_name(f"{file.name}{_PART}{number}") for number in numbers]
+
+
+class _JoinedFiles(io.RawIOBase):
+    """Files as one stream of bytes, which is never joined on the disk or in memory."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._files = [file.open("rb") for file in files]
+        self._ends = [0]
+        for file in files:
+            self._ends.append(self._ends[-1] + file.stat().st_size)
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._ends[-1]}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        for file, begin, end in zip(self._files, self._ends, self._ends[1:], strict=False):
+            if begin <= self._place < end:
+                file.seek(self._place - begin)
+                count = file.readinto(view[: end - self._place])
+                self._place += count
+                return count
+        return 0
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        super().close()
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Yield what `torch.load` reads: the path, or the stream of a file's parts."""
+    parts = _parts(file)
+    if not parts:
+        yield file
+        return
+    with io.BufferedReader(_JoinedFiles(parts), 2**20) as stream:
+        yield stream
+
+
+def _read_safetensors(file: Path) -> Stored:
     try:
-        return load_file(file)
+        return Stored(load_file(file), {})
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def _load_pickle(file: Path, mmap: bool = False) -> Any:
-    """Read what `torch.save` wrote, as tensors, plain values and placeholders."""
+def _load_pickle(file: Path, *, mapped: bool = False) -> Any:
+    """Read what `torch.save` wrote: tensors, plain values and placeholders.
+
+    Args:
+        file: the file, or the name of one in parts.
+        mapped: whether to map tensors into memory, where that is possible, and not to read them.
+    """
+    with _opened(file) as source:
+        return _load_opened(file, source, mapped)
+
+
+def _load_opened(file: Path, source: Any, mapped: bool) -> Any:
     try:
         # files of PyTorch before 1.6 are not archives, and are read without placeholders
-        archive = zipfile.is_zipfile(file)
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if archive else []
+        archive = zipfile.is_zipfile(source)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(source) if archive else []
     except Exception as error:  # a broken file can cause any error in the disassembler
         raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
     foreign = sorted(name for name in names if not _is_bookkeeping(name))
@@ -234,7 +367,10 @@ def _load_pickle(file: Path, mmap: bool = False) -> Any:
         )
     with torch.serialization.safe_globals([_placeholder(name) for name in names]):
         try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            if source is not file:
+                source.seek(0)
+            mmap = mapped and archive and source is file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{file} is refused: it is damaged, or reading it would make more than tensors."
@@ -243,18 +379,25 @@ def _load_pickle(file: Path, mmap: bool = False) -> Any:
             raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
 
 
-def _read_pickle(file: Path) -> dict[str, Tensor]:
+def _read_pickle(file: Path) -> Stored:
     loaded = _load_pickle(file)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping):
         raise ValueError(f"{file} must hold tensors by name; it holds a {type(state).__name__}.")
-    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    states = {
+        str(name): getattr(value, "content", None)
+        for name, value in state.items()
+        if str(name).rpartition(".")[2] == _EXTRA_STATE
+        and (value is None or isinstance(value, _ByteStream))
+    }
+    held = {str(name): value for name, value in state.items() if str(name) not in states}
+    others = [name for name, value in held.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(
             f"{file} must hold tensors by name, in itself or under 'state_dict'; {others[0]!r} is "
-            f"a {type(state[others[0]]).__name__}."
+            f"a {type(held[others[0]]).__name__}."
         )
-    return {str(name): value.detach() for name, value in state.items()}
+    return Stored({name: value.detach() for name, value in held.items()}, states)
 
 
 def _why(error: Exception) -> str:
@@ -263,7 +406,8 @@ def _why(error: Exception) -> str:
 
 
 def _is_bookkeeping(name: str) -> bool:
-    return name.split(".")[0] in _BOOKKEEPING_PACKAGES or name in _BOOKKEEPING_TYPES
+    known = name in _BOOKKEEPING_TYPES or name == _BYTE_STREAM
+    return known or name.split(".")[0] in _BOOKKEEPING_PACKAGES
 
 
 class _Placeholder:
@@ -279,7 +423,18 @@ class _Placeholder:
         pass
 
 
+class _ByteStream(_Placeholder):
+    """A placeholder for a byte stream, which keeps its content."""
+
+    content: bytes | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and state and isinstance(state[0], bytes):
+            self.content = state[0]
+
+
 def _placeholder(name: str) -> type[_Placeholder]:
     """Return a class of ours that the reader uses as the one called `name`."""
     module, _, own = name.rpartition(".")
-    return type(own, (_Placeholder,), {"__module__": module, "__qualname__": own})
+    base = _ByteStream if name == _BYTE_STREAM else _Placeholder
+    return type(own, (base,), {"__module__": module, "__qualname__": own})

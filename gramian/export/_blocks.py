@@ -16,9 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.systems import Blocks, Recurrence, State
+from gramian.systems import Blocks, FIRWindowRecurrence, FIRWindowState, Recurrence, State
 
-__all__ = ["BLOCK", "BlockedRecurrence", "TracedBlocks", "carry", "last_block", "split_blocks"]
+__all__ = [
+    "BLOCK",
+    "BlockedRecurrence",
+    "TracedBlocks",
+    "WindowedRecurrence",
+    "carry",
+    "last_block",
+    "split_blocks",
+    "trace_recurrence",
+]
 
 BLOCK = 32
 """Samples in a block: about as many as a state has numbers, so that T, O and R cost the same."""
@@ -138,6 +147,37 @@ class TracedBlocks(nn.Module):
         return y, end
 
 
+class WindowedRecurrence(nn.Module):
+    """A short FIR recurrence as functions without side effects: a convolution with its taps.
+
+    Args:
+        recurrence: The recurrence, with channels *C.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, recurrence: FIRWindowRecurrence) -> None:
+        super().__init__()
+        self.recurrence = recurrence
+        self.form = recurrence.form
+        taps = recurrence.kernel.reshape(-1, 1, recurrence.kernel.shape[-1]).flip(-1).contiguous()
+        self.register_buffer("kernel", taps, persistent=False)
+
+    def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """Compute the recurrence's step without writing into `state`."""
+        assert isinstance(state, FIRWindowState)
+        return self.recurrence.advance(u_t, state)
+
+    def prefill(self, u: Tensor, state: State) -> tuple[Tensor, State]:
+        """Process a chunk (batch, *C, length)."""
+        assert isinstance(state, FIRWindowState)
+        joined = torch.cat([state.inputs, u.to(self.kernel.dtype)], dim=-1)
+        groups = self.kernel.shape[0]
+        flat = joined.reshape(u.shape[0], groups, joined.shape[-1])
+        y = nn.functional.conv1d(flat, self.kernel, groups=groups).reshape(u.shape)
+        return y.to(u.dtype), FIRWindowState(joined[..., u.shape[-1] :])
+
+
 class BlockedRecurrence(nn.Module):
     """A frozen recurrence as functions without side effects.
 
@@ -184,3 +224,12 @@ class BlockedRecurrence(nn.Module):
     def unpack(self, packed: list[Tensor], like: State) -> State:
         """Return the state from which `pack` makes `packed`."""
         return self._blocks.unpack(packed, like)
+
+
+def trace_recurrence(
+    recurrence: Recurrence, streams: int = 0
+) -> BlockedRecurrence | WindowedRecurrence:
+    """Return a recurrence as functions without side effects; see `BlockedRecurrence`."""
+    if isinstance(recurrence, FIRWindowRecurrence) and not streams:
+        return WindowedRecurrence(recurrence)
+    return BlockedRecurrence(recurrence, streams)

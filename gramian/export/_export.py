@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gramian import __version__
 from gramian._staging import staged_directory
-from gramian.export._blocks import BlockedRecurrence
+from gramian.export._blocks import trace_recurrence
 from gramian.export._generation import describe
 from gramian.export._mixers import MixerProgram, fill, make_program, named_tensors
 from gramian.export._programs import Stateful, check_format, frozen_for_export, save_programs
@@ -18,7 +18,7 @@ from gramian.export._report import ExportReport
 from gramian.export._runtime import ExportedModel, ExportedRecurrence
 from gramian.export._verify import verify_model, verify_recurrence
 from gramian.mixers import Mixer, MixerCall
-from gramian.systems import FIR, DenseOperator, State, System, TimeInvariantSystem, TimeVarying
+from gramian.systems import DenseOperator, State, System, TimeInvariantSystem, TimeVarying
 
 if TYPE_CHECKING:
     from gramian.models import GramianForCausalLM
@@ -119,8 +119,8 @@ def export_recurrence(
     same shape, and the new state; batch and length are open. `export.json` describes the states.
 
     Args:
-        target: A mixer in float32 or float64, or a time-invariant system other than an `FIR`,
-            on the CPU.
+        target: A mixer in float32 or float64, or a time-invariant system, on the CPU. A long `FIR`
+            system needs `form="window"`.
         folder: Path of the new folder.
         format: As for `export_model`.
         form: Form of a system's recurrence, as in `system.recurrence(form)`: "lattice" and
@@ -269,11 +269,6 @@ def _mixer(mixer: Mixer, context: int | None) -> Stateful:
 
 
 def _system(system: System, module: nn.Module, form: str | None) -> Stateful:
-    if isinstance(system, FIR):
-        raise ValueError(
-            "an FIR system has an exact online convolution only, whose state is a buffer with a "
-            "counted place; reduce it first: gramian.reduce(kernel, tol=…).system."
-        )
     if isinstance(system, TimeVarying | DenseOperator) or not isinstance(
         system, TimeInvariantSystem
     ):
@@ -285,10 +280,11 @@ def _system(system: System, module: nn.Module, form: str | None) -> Stateful:
     recurrence = system.recurrence(form)
     if recurrence.form == "online":
         raise ValueError(
-            "this system is stepped by exact online convolution, as no other form reproduces its "
-            "taps; reduce it first: gramian.reduce(kernel, tol=…).system."
+            "this system is stepped by exact online convolution, whose state is a buffer with a "
+            'counted place; give form="window" for an FIR system, or reduce it first: '
+            "gramian.reduce(kernel, tol=…).system."
         )
-    blocked = BlockedRecurrence(recurrence)
+    blocked = trace_recurrence(recurrence)
     template = recurrence.initial_state((1, *system.channel_shape))
     dtype = torch.float64 if system.dtype == torch.float64 else torch.float32
 

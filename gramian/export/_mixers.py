@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gramian.export._blocks import BLOCK, BlockedRecurrence, carry, last_block, split_blocks
+from gramian.export._blocks import (
+    BLOCK,
+    carry,
+    last_block,
+    split_blocks,
+    trace_recurrence,
+)
 from gramian.mixers import (
     Block,
     ConvolutionMixer,
@@ -162,7 +168,9 @@ class _ConvolutionProgram(MixerProgram):
         if "online" in recurrence.forms:
             raise ValueError(f"{name} cannot be exported: {_DISTIL}")
         streams = len(mixer.streams) - 1
-        self.long = tuple(BlockedRecurrence(long, streams) for long in recurrence.long)
+        self.long: tuple[Any, ...] = tuple(
+            trace_recurrence(long, streams) for long in recurrence.long
+        )
         self.constants = self.long
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:

@@ -2,6 +2,7 @@
 
 from gramian.filters._filter import Filter, build, register
 from gramian.filters._optim import parameter_groups
+from gramian.filters.explicit import ExplicitFilter
 from gramian.filters.implicit import ImplicitFilter
 from gramian.filters.modal import ModalFilter
 from gramian.filters.rtf import RTF
@@ -12,6 +13,7 @@ __all__ = [
     "RTF",
     "S4",
     "S4D",
+    "ExplicitFilter",
     "Filter",
     "ImplicitFilter",
     "ModalFilter",

@@ -2,7 +2,8 @@ r"""Modal filters: poles and residues as parameters, with an order for every cha
 
 `λ_k = exp(-exp(log_decay_k) + iπ angle_k)` lies inside the unit circle whatever the parameters,
 and an angle of exactly 0 or 1 is a real pole. Residues are pairs of real numbers: no complex tensor
-is stored. Poles that nothing bounds are `exp(-decay_k + iπ angle_k)`.
+is stored. Poles that nothing bounds are `exp(-decay_k + iπ angle_k)`. Real modes have no angle and
+one number for each residue, as the long filters of StripedHyena 2 have (Ku et al. 2025).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class ModalFilter(RationalFilter):
         lr: Learning rate of the poles, by default that of the model.
         bounded: Whether poles are held inside the unit circle. Published modal models leave them
             free, so that some may be outside; over few taps that does no harm.
+        real: Whether all poles and residues are real, with poles in (0, 1) if `bounded` and above
+            0 if not. States then hold one number for each mode in place of two.
 
     Raises:
         ValueError: if `orders` does not name one non-negative number for every channel, or `lr`
@@ -51,6 +54,7 @@ class ModalFilter(RationalFilter):
         max_length: int,
         lr: float | None = None,
         bounded: bool = True,
+        real: bool = False,
     ) -> None:
         super().__init__(channels, max_length)
         listed = [orders] * channels if isinstance(orders, int) else [int(o) for o in orders]
@@ -67,8 +71,9 @@ class ModalFilter(RationalFilter):
             self.log_decay = nn.Parameter(torch.empty(modes))
         else:
             self.decay = nn.Parameter(torch.empty(modes))
-        self.angle = nn.Parameter(torch.empty(modes))
-        self.residues = nn.Parameter(torch.empty(modes, 2))
+        self.real = real
+        self.angle = None if real else nn.Parameter(torch.empty(modes))
+        self.residues = nn.Parameter(torch.empty(modes, 1 if real else 2))
         self.d = nn.Parameter(torch.empty(channels))
         self.register_buffer("_slot", torch.empty(modes, dtype=torch.int64), persistent=False)
         self.reset_parameters()
@@ -90,7 +95,8 @@ class ModalFilter(RationalFilter):
         rounded poles of the filter.
 
         Args:
-            system: channels (*C) of one dimension, poles inside the unit circle if `bounded`.
+            system: channels (*C) of one dimension, poles inside the unit circle if `bounded`. If it
+                is `real`, so is the filter, and the poles must be positive.
             max_length: See the class.
             bounded: See the class.
             kernel: (*C, L), real floating point, finite: the taps of which the system is a
@@ -98,7 +104,7 @@ class ModalFilter(RationalFilter):
 
         Raises:
             ValueError: if a pole that matters is not inside the unit circle of a bounded filter, or
-                a kernel has not the system's channels.
+                not positive in a real one, or a kernel has not the system's channels.
         """
         if kernel is not None and kernel.shape[:-1] != system.d.shape:
             raise ValueError(
@@ -112,19 +118,26 @@ class ModalFilter(RationalFilter):
                 f"radius {float(radius.max()):.9g}."
             )
         kept = system.residues != 0
-        built = cls(len(kept), kept.sum(-1).tolist(), max_length, bounded=bounded)
         poles = system.poles[kept].to(torch.complex128)
+        real = system.real
+        if real and bool((poles.real <= 0).any()):
+            raise ValueError(
+                "a real modal filter holds positive poles only; got one of "
+                f"{float(poles.real.min()):.9g}."
+            )
+        built = cls(len(kept), kept.sum(-1).tolist(), max_length, bounded=bounded, real=real)
         decay = -poles.abs().clamp_min(torch.finfo(torch.float64).tiny).log()
         with torch.no_grad():
             if bounded:
                 built.log_decay.copy_(decay.log().clamp(_MIN_LOG_DECAY, _MAX_LOG_DECAY))
             else:
                 built.decay.copy_(decay.clamp(max=math.exp(_MAX_LOG_DECAY)))
-            built.angle.copy_(poles.angle() / math.pi)
-            built.residues.copy_(torch.view_as_real(system.residues[kept].resolve_conj()))
+            if built.angle is not None:
+                built.angle.copy_(poles.angle() / math.pi)
+            built.residues.copy_(built._stored(system.residues[kept]))
             built.d.copy_(system.d)
         built = built.to(system.device)
-        if kernel is not None and kernel.shape[-1] > 1 and len(built.angle):
+        if kernel is not None and kernel.shape[-1] > 1 and len(built.residues):
             built._fit_residues(kernel)
         return built
 
@@ -139,13 +152,19 @@ class ModalFilter(RationalFilter):
         poles = torch.where(stored, held.poles, torch.nan).to(torch.complex128)
         fit = fit_residues(taps[:, 1:], poles, self.residues.dtype)
         residues = fit.residues.to(held.residues.dtype)
+        if self.real:
+            residues = residues.real + 0j
         fitted = Modal(held.poles, residues, held.d)
         old, new = (
             (system.impulse_response(taps.shape[-1]).double() - taps).norm(dim=-1)
             for system in (held, fitted)
         )
         residues = torch.where((new < old).unsqueeze(-1), residues, held.residues)
-        self.residues.copy_(torch.view_as_real(residues[stored].resolve_conj()))
+        self.residues.copy_(self._stored(residues[stored]))
+
+    def _stored(self, residues: Tensor) -> Tensor:
+        """Return complex residues (modes) as the filter stores them, (modes, 2) or (modes, 1)."""
+        return torch.view_as_real(residues.resolve_conj())[:, : self.residues.shape[1]]
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters.
@@ -160,7 +179,8 @@ class ModalFilter(RationalFilter):
             nn.init.uniform_(self.decay, slowest, 0.0)
             with torch.no_grad():
                 self.decay.exp_()
-        nn.init.uniform_(self.angle, 0.0, 1.0)
+        if self.angle is not None:
+            nn.init.uniform_(self.angle, 0.0, 1.0)
         nn.init.normal_(self.residues, std=1 / max(1.0, sum(self.orders) / self.channels))
         nn.init.normal_(self.d)
         self.reset_buffers()
@@ -176,17 +196,21 @@ class ModalFilter(RationalFilter):
         # Double precision for exp and the circle, so that a parameter of float32 loses nothing.
         decay = torch.exp(self.log_decay.double()) if self.bounded else self.decay.double()
         radius = torch.exp(-decay)
-        angle = math.pi * self.angle.double()
-        poles = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
+        if self.angle is None:
+            poles = radius.unsqueeze(-1)
+        else:
+            angle = math.pi * self.angle.double()
+            poles = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)
         shape = (self.channels, max(self.orders), 2)
 
-        def pad(pairs: Tensor) -> Tensor:
+        def pad(numbers: Tensor) -> Tensor:
+            pairs = nn.functional.pad(numbers, (0, 2 - numbers.shape[1]))
             flat = pairs.new_zeros(shape[0] * shape[1], 2)
             return torch.view_as_complex(flat.index_copy(0, self._slot, pairs).reshape(shape))
 
         padded = pad(poles.to(self.residues.dtype)), pad(self.residues)
         # A copy, because a sharded parameter is whole only until this function returns.
-        return Modal(*padded, self.d.clone(), counts=self.orders)
+        return Modal(*padded, self.d.clone(), counts=self.orders, real=self.real)
 
     @torch.no_grad()
     def poles(self) -> Tensor:
@@ -194,7 +218,8 @@ class ModalFilter(RationalFilter):
 
         Channels of fewer modes than others are padded with zeros.
         """
-        return with_conjugates(self(1).poles)
+        poles = self(1).poles
+        return poles.to(torch.complex128) if self.real else with_conjugates(poles)
 
     def config(self) -> dict[str, Any]:
         return {
@@ -202,12 +227,14 @@ class ModalFilter(RationalFilter):
             "orders": list(self.orders),
             "lr": self.lr,
             "bounded": self.bounded,
+            "real": self.real,
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Return no weight decay for the poles, and their learning rate."""
         options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
-        return {name: dict(options) for name in ("log_decay" if self.bounded else "decay", "angle")}
+        names = ["log_decay" if self.bounded else "decay"] + ([] if self.real else ["angle"])
+        return {name: dict(options) for name in names}
 
     def extra_repr(self) -> str:
         return (

@@ -12,6 +12,7 @@ projection.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from gramian.mixers.mixer import apply_mask
 from gramian.mixers.registry import register
 from gramian.mixers.short_convolution import ShortConvolution
 from gramian.ops import causal_convolution
+from gramian.ops.fp8 import FP8Linear
 from gramian.ops.packed import Linear
 from gramian.systems import (
     DenseOperator,
@@ -65,9 +67,16 @@ class Hyena(ConvolutionMixer):
         kernel_dropout: Probability of dropping a tap of the long convolutions in training.
         mimo_size: Width of Hyena-RTF's map across channels after the last gate, `gelu(W norm(y))`
             with an RMS norm; by default there is none.
+        bias: Whether the input projection has a bias.
+        short_bias: Whether the short convolution has a bias; by default equal to `bias`.
+        out_bias: Whether the output projection has a bias; by default equal to `bias`.
+        fp8_scales: Factors of the input and of the weight of the input projection, which is then
+            computed in 8-bit floating point (`gramian.ops.fp8`), as the published Evo 2 models of
+            1, 20 and 40 billion parameters need; by default it is not.
 
     Raises:
-        ValueError: if the order is below 2, `mimo_size` below 1, or the filter does not fit.
+        ValueError: if the order is below 2, `mimo_size` below 1, `fp8_scales` are not two positive
+            numbers, or the filter does not fit.
     """
 
     def __init__(
@@ -79,6 +88,10 @@ class Hyena(ConvolutionMixer):
         short_kernel: int = 3,
         kernel_dropout: float = 0.0,
         mimo_size: int | None = None,
+        bias: bool = True,
+        short_bias: bool | None = None,
+        out_bias: bool | None = None,
+        fp8_scales: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if order < 2:
@@ -89,8 +102,14 @@ class Hyena(ConvolutionMixer):
         self.width = width
         self.order = order
         self.kernel_dropout = check_probability("kernel_dropout", kernel_dropout)
-        self.in_proj = Linear(width, (order + 1) * width)
-        self.short = ShortConvolution((order + 1) * width, short_kernel)
+        inner = (order + 1) * width
+        self.in_proj: Linear = (
+            Linear(width, inner, bias=bias)
+            if fp8_scales is None
+            else FP8Linear(width, inner, fp8_scales, bias=bias)
+        )
+        short_bias = bias if short_bias is None else short_bias
+        self.short = ShortConvolution(inner, short_kernel, bias=short_bias)
         self.filter = build(filter, channels=(order - 1) * width, **defaults)
         if mimo_size is None:
             self.mimo = None
@@ -98,10 +117,23 @@ class Hyena(ConvolutionMixer):
             norm = nn.RMSNorm(width, eps=_MIMO_NORM_EPS)
             self.mimo = nn.Sequential(norm, Linear(width, mimo_size), nn.GELU())
         self.mimo_size = mimo_size
-        self.out_proj = Linear(width if mimo_size is None else mimo_size, width)
+        self.out_proj = Linear(
+            width if mimo_size is None else mimo_size,
+            width,
+            bias=bias if out_bias is None else out_bias,
+        )
 
     def config(self) -> dict[str, Any]:
-        own = {"order": self.order, "short_kernel": self.short.taps, "mimo_size": self.mimo_size}
+        scales = self.in_proj.scales if isinstance(self.in_proj, FP8Linear) else None
+        own = {
+            "order": self.order,
+            "short_kernel": self.short.taps,
+            "mimo_size": self.mimo_size,
+            "bias": self.in_proj.bias is not None,
+            "short_bias": self.short.bias is not None,
+            "out_bias": self.out_proj.bias is not None,
+            "fp8_scales": scales and list(scales),
+        }
         return super().config() | own
 
     @property

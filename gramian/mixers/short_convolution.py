@@ -11,27 +11,29 @@ __all__ = ["ShortConvolution"]
 
 
 class ShortConvolution(nn.Module):
-    """A depthwise causal convolution with a few explicit taps and a bias.
+    """A depthwise causal convolution with a few explicit taps.
 
     Args:
         channels: Number of channels.
         taps: K ≥ 1; tap 0 acts on the present.
+        bias: Whether a bias is added.
     """
 
-    def __init__(self, channels: int, taps: int) -> None:
+    def __init__(self, channels: int, taps: int, bias: bool = True) -> None:
         super().__init__()
         if taps < 1:
             raise ValueError(f"a short convolution needs at least one tap; got {taps}.")
         self.taps = taps
         self.weight = nn.Parameter(torch.empty(channels, taps))
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw weights uniformly from ±1/√K, as torch's depthwise convolutions do."""
         bound = 1 / math.sqrt(self.taps)
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
         self, x: Tensor, past: Tensor | None = None, mask: Tensor | None = None
@@ -55,7 +57,7 @@ class ShortConvolution(nn.Module):
             if mask is not None:
                 extended = self._moved_past(extended, mask)
         weight = self.weight.flip(-1).to(x.dtype)
-        y = self.bias.to(x.dtype)
+        y = self._offset(x)
         for j in range(self.taps):
             y = torch.addcmul(y, extended[:, j : j + length], weight[:, j])
         return y, extended[:, length:]
@@ -78,10 +80,14 @@ class ShortConvolution(nn.Module):
     def _one(self, x_t: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.weight.to(x_t.dtype)
         past = past.to(x_t.dtype)
-        y = torch.addcmul(self.bias.to(x_t.dtype), x_t, weight[:, 0])
+        y = torch.addcmul(self._offset(x_t), x_t, weight[:, 0])
         for j in range(1, self.taps):
             y = torch.addcmul(y, past[:, -j], weight[:, j])
         return y, torch.cat([past, x_t.unsqueeze(1)], dim=1)[:, 1:]
+
+    def _offset(self, like: Tensor) -> Tensor:
+        """Return the bias, or zero (), in the dtype of `like`."""
+        return like.new_zeros(()) if self.bias is None else self.bias.to(like.dtype)
 
     def extra_repr(self) -> str:
         return f"channels={self.weight.shape[0]}, taps={self.taps}"

@@ -9,7 +9,7 @@ and a window may limit the past.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,9 @@ class SoftmaxAttention(Mixer):
         rotary_base: Base θ of the rotations' periods, or None for no positions.
         rotary_scaling: Divisor of positions (linear interpolation, Chen et al. 2023).
         rotary_width: Leading features of a head that are rotated; all by default.
+        rotary_frequencies: The `rotary_width / 2` angles of the rotations in radians for each
+            position, in place of those of `rotary_base`; `rotary_scaling` divides them too. Models
+            that were published with rounded frequencies need them as they are stored.
         bias: Whether the input projection has a bias.
         out_bias: Whether the output projection has a bias; by default equal to `bias`.
 
@@ -86,6 +89,7 @@ class SoftmaxAttention(Mixer):
         rotary_base: float | None = 10_000.0,
         rotary_scaling: float = 1.0,
         rotary_width: int | None = None,
+        rotary_frequencies: Sequence[float] | None = None,
         bias: bool = False,
         out_bias: bool | None = None,
     ) -> None:
@@ -119,10 +123,24 @@ class SoftmaxAttention(Mixer):
         self.rotary_base = rotary_base
         self.rotary_scaling = rotary_scaling
         self.rotary_width = rotary_width
+        self.rotary_frequencies = self._read_frequencies(rotary_frequencies)
         self.in_proj = Linear(width, (heads + 2 * kv_heads) * head_width, bias=bias)
         self.out_proj = Linear(
             heads * head_width, width, bias=bias if out_bias is None else out_bias
         )
+
+    def _read_frequencies(self, given: Sequence[float] | None) -> tuple[float, ...] | None:
+        if given is None:
+            return None
+        if self.rotary_base is None:
+            raise ValueError("rotary_frequencies need a rotary_base; got None for it.")
+        found = tuple(float(frequency) for frequency in given)
+        if len(found) != self.rotary_width // 2 or not all(map(math.isfinite, found)):
+            raise ValueError(
+                f"rotary_frequencies must be {self.rotary_width // 2} finite numbers, half of the "
+                f"rotated features; got {len(found)}."
+            )
+        return found
 
     @property
     def channels(self) -> int:
@@ -141,6 +159,7 @@ class SoftmaxAttention(Mixer):
             "rotary_base": self.rotary_base,
             "rotary_scaling": self.rotary_scaling,
             "rotary_width": self.rotary_width,
+            "rotary_frequencies": self.rotary_frequencies and list(self.rotary_frequencies),
             "bias": self.in_proj.bias is not None,
             "out_bias": self.out_proj.bias is not None,
         }
@@ -190,8 +209,12 @@ class SoftmaxAttention(Mixer):
         assert self.rotary_base is not None
         half = self.rotary_width // 2
         dtype = torch.promote_types(x.dtype, torch.float32)
-        exponents = torch.arange(half, device=x.device, dtype=dtype) * (-1 / half)
-        frequencies = torch.pow(self.rotary_base, exponents) / self.rotary_scaling
+        if self.rotary_frequencies is None:
+            exponents = torch.arange(half, device=x.device, dtype=dtype) * (-1 / half)
+            frequencies = torch.pow(self.rotary_base, exponents)
+        else:
+            frequencies = torch.tensor(self.rotary_frequencies, device=x.device, dtype=dtype)
+        frequencies = frequencies / self.rotary_scaling
         angles = positions.to(dtype)[:, None, :, None] * frequencies  # (batch, 1, length, half)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         first, second = x[..., :half], x[..., half : 2 * half]

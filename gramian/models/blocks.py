@@ -35,7 +35,7 @@ def build_mixer(config: GramianConfig, layer: int) -> Mixer:
 class GramianMLP(nn.Module):
     """`W₃ (act(W₁ x) ∘ W₂ x)` when gated, `W₃ act(W₁ x)` when not; biases are optional."""
 
-    def __init__(self, config: GramianConfig) -> None:
+    def __init__(self, config: GramianConfig, layer: int = 0) -> None:
         super().__init__()
         assert config.intermediate_size is not None
         width, inner = config.hidden_size, config.intermediate_size
@@ -43,7 +43,7 @@ class GramianMLP(nn.Module):
         self.gate_proj = Linear(width, inner, bias=bias) if config.gated_mlp else None
         self.up_proj = Linear(width, inner, bias=bias)
         self.down_proj = Linear(inner, width, bias=bias)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = ACT2FN[config.activation_of(layer)]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map (batch, length, hidden_size) to the same."""
@@ -64,7 +64,7 @@ class GramianBlock(GramianLayer):
         self.mixer_norm = make_norm(config.norm, config.hidden_size, config.rms_norm_eps)
         self.mixer = build_mixer(config, layer)
         self.mlp_norm = make_norm(config.norm, config.hidden_size, config.rms_norm_eps)
-        self.mlp = GramianMLP(config)
+        self.mlp = GramianMLP(config, layer)
         self.dropout = nn.Dropout(config.dropout)
 
     @classmethod

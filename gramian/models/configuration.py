@@ -98,7 +98,7 @@ class GramianConfig(PreTrainedConfig):
             or 8/3 × `hidden_size` rounded up to a multiple of 16 when gated.
         gated_mlp: `act(W₁ x) ∘ W₂ x` if true, `act(W₁ x)` if not, each followed by a projection.
         mlp_bias: whether the maps in the MLP have biases.
-        hidden_act: activation of the MLP.
+        hidden_act: activation of the MLP, or a list with one per layer; `"linear"` is the identity.
         rms_norm_eps: number added to the mean square or the variance in norms of every kind.
         initializer_range: standard deviation of the initial embeddings and projections.
         use_cache: whether a forward pass without gradients returns its cache.
@@ -147,7 +147,7 @@ class GramianConfig(PreTrainedConfig):
     intermediate_size: int | None = None
     gated_mlp: bool = True
     mlp_bias: bool = False
-    hidden_act: str = "silu"
+    hidden_act: str | list[str] = "silu"
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -163,6 +163,8 @@ class GramianConfig(PreTrainedConfig):
             self.mixers = list(self.mixers)
         if isinstance(self.filter, tuple):
             self.filter = list(self.filter)
+        if isinstance(self.hidden_act, tuple):
+            self.hidden_act = list(self.hidden_act)
         self._validate_block(kwargs)
         if self.final_norm is None:
             self.final_norm = BLOCKS[self.block].default_final_norm(self.norm)
@@ -205,6 +207,10 @@ class GramianConfig(PreTrainedConfig):
     def mixer_of(self, layer: int) -> str:
         """Return the name of the mixer of layer `layer`."""
         return str(self._mixer(layer)["type"])
+
+    def activation_of(self, layer: int) -> str:
+        """Return the name of the activation in the MLP of layer `layer`."""
+        return self.hidden_act[layer] if isinstance(self.hidden_act, list) else self.hidden_act
 
     def filter_of(self, layer: int) -> dict[str, Any] | None:
         """Return a copy of the filter configuration of layer `layer`; None if it has no filter."""
@@ -257,10 +263,7 @@ class GramianConfig(PreTrainedConfig):
             raise ValueError(
                 f"hyena_order must be an integer of at least 2; got {self.hyena_order!r}."
             )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"hidden_act must be among {', '.join(sorted(ACT2FN))}; got {self.hidden_act!r}."
-            )
+        self._validate_activations()
         for name, accepted in {"final_norm": FINAL_NORMS, "pooling": POOLING}.items():
             check_choice(name, getattr(self, name), accepted)
         if self.residual_in_fp32 and self.final_norm == "none":
@@ -273,6 +276,19 @@ class GramianConfig(PreTrainedConfig):
         for field, family in _FAMILIES.items():
             _validate_options(field, getattr(self, field), family, names)
         self._validate_layers(names)
+
+    def _validate_activations(self) -> None:
+        given = self.hidden_act if isinstance(self.hidden_act, list) else [self.hidden_act]
+        if isinstance(self.hidden_act, list) and len(given) != self.num_hidden_layers:
+            raise ValueError(
+                f"hidden_act must name one activation for each of the {self.num_hidden_layers} "
+                f"layers; got {len(given)}."
+            )
+        for name in given:
+            if not isinstance(name, str) or name not in ACT2FN:
+                raise ValueError(
+                    f"hidden_act must be among {', '.join(sorted(ACT2FN))}; got {name!r}."
+                )
 
     def _validate_layers(self, names: list[str]) -> None:
         others = sorted({name for name in names if not takes(name, "bidirectional")})

@@ -22,7 +22,13 @@ from gramian.systems.dense_operator import (
     DenseOperatorState,
 )
 from gramian.systems.dplr import DPLR, DPLRRecurrence, DPLRState
-from gramian.systems.fir import FIR, FIRRecurrence, FIRState
+from gramian.systems.fir import (
+    FIR,
+    FIRRecurrence,
+    FIRState,
+    FIRWindowRecurrence,
+    FIRWindowState,
+)
 from gramian.systems.interop import from_control, from_zpk, to_control, to_zpk
 from gramian.systems.lattice import LatticeRecurrence, LatticeState
 from gramian.systems.modal import Modal
@@ -44,6 +50,8 @@ __all__ = [
     "DenseOperatorState",
     "FIRRecurrence",
     "FIRState",
+    "FIRWindowRecurrence",
+    "FIRWindowState",
     "LatticeRecurrence",
     "LatticeState",
     "Modal",

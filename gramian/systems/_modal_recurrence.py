@@ -12,7 +12,7 @@ from torch import Tensor
 from gramian.systems._recurrence import Recurrence
 from gramian.systems._state import State, broadcasts, define_state
 from gramian.systems._system import working_dtype
-from gramian.systems.blocks import BlockForm, RotationBlocks
+from gramian.systems.blocks import BlockForm, RotationBlocks, ScalingBlocks
 
 if TYPE_CHECKING:
     from gramian.systems.modal import Modal
@@ -27,6 +27,8 @@ _PADDING = 0.1  # fraction of padding that is accepted before another group is a
 @define_state
 class ModalState(State):
     """`x_{t+1} = λ x_t + u_t` for every mode, real and imaginary parts.
+
+    Where the system is real there are real parts alone, 1 in place of 2.
 
     One tensor for each group of channels with nearly as many modes, so that one channel of many
     does not make all of them large: (*B, *C'[:-1], 2, m, C'[-1]). The last of the channel
@@ -77,17 +79,20 @@ def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
     return tuple(reversed(found))
 
 
-def modes_fit(state: ModalState, groups: tuple[Group, ...], dims: int, shape: torch.Size) -> bool:
+def modes_fit(
+    state: ModalState, groups: tuple[Group, ...], dims: int, shape: torch.Size, numbers: int = 2
+) -> bool:
     """Return whether a state fits samples of `shape`.
 
-    Its channels have `dims` dimensions and are in these groups.
+    Its channels have `dims` dimensions and are in these groups, and each mode has `numbers`
+    numbers.
     """
     if len(state.modes) != len(groups):
         return False
     for (channels, modes), tensor in zip(groups, state.modes, strict=True):
         found = tensor.shape
         pair = len(found) - (3 if dims else 2)
-        if pair < 0 or found[pair : pair + 2] != (2, modes):
+        if pair < 0 or found[pair : pair + 2] != (numbers, modes):
             return False
         lead = found[:pair] + found[pair + 2 :]
         wanted = shape
@@ -128,6 +133,7 @@ class ModalRecurrence(Recurrence[ModalState]):
         dtype = working_dtype(system.d)
         self._d = self._like = self.system.d.to(dtype)
         self._pair = self.system._pair
+        self._numbers = 1 if self.system.real else 2
         self._widened: dict[int, list[_GroupStep]] = {}
         self._partition = self.system.groups
         self._groups = []
@@ -163,12 +169,12 @@ class ModalRecurrence(Recurrence[ModalState]):
             channels = list(shape[split:])
             if group.channels is not None:
                 channels[0] = len(group.channels)
-            size = (*shape[:split], *channels[:-1], 2, group.modes, *channels[-1:])
+            size = (*shape[:split], *channels[:-1], self._numbers, group.modes, *channels[-1:])
             states.append(self._like.new_zeros(size, dtype=dtype, device=device))
         return ModalState(tuple(states))
 
     def _fits(self, state: ModalState, shape: torch.Size) -> bool:
-        return modes_fit(state, self._partition, self._d.ndim, shape)
+        return modes_fit(state, self._partition, self._d.ndim, shape, self._numbers)
 
     def _prefill(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
         return self.system._apply_from(u, state)
@@ -195,9 +201,14 @@ class ModalRecurrence(Recurrence[ModalState]):
         sample = u_t.to(state.modes[0].dtype)
         outputs, states = [], []
         for group, modes in zip(self._groups_for(sample), state.modes, strict=True):
+            entered = self._select(sample, group).unsqueeze(pair + 1)
+            if self._numbers == 1:
+                outputs.append((modes.squeeze(pair) * group.read_real).sum(pair + 1))
+                decayed = modes.squeeze(pair) * group.real + entered
+                states.append(decayed.unsqueeze(pair))
+                continue
             re, im = modes.unbind(pair)
             outputs.append((re * group.read_real + im * group.read_imaginary).sum(pair + 1))
-            entered = self._select(sample, group).unsqueeze(pair + 1)
             turned = re * group.real - im * group.imaginary + entered
             states.append(torch.stack([turned, im * group.real + re * group.imaginary], dim=pair))
         return self._read(outputs, sample, u_t.dtype), ModalState(tuple(states))
@@ -207,12 +218,17 @@ class ModalRecurrence(Recurrence[ModalState]):
         sample = u_t.to(state.modes[0].dtype)
         outputs = []
         for group, modes in zip(self._groups_for(sample), state.modes, strict=True):
+            entered = self._select(sample, group).unsqueeze(pair + 1)
+            if self._numbers == 1:
+                re = modes.squeeze(pair)
+                outputs.append((re * group.read_real).sum(pair + 1))
+                re.mul_(group.real).add_(entered)
+                continue
             re, im = modes.unbind(pair)  # (*B, *C'[:-1], m, C'[-1])
             read = torch.addcmul(re * group.read_real, im, group.read_imaginary)
             outputs.append(read.sum(pair + 1))
             turned = im * group.imaginary
             im.mul_(group.real).addcmul_(re, group.imaginary)
-            entered = self._select(sample, group).unsqueeze(pair + 1)
             re.mul_(group.real).sub_(turned).add_(entered)
         return self._read(outputs, sample, u_t.dtype), state
 
@@ -239,7 +255,8 @@ class ModalBlockForm(BlockForm[ModalState]):
             )
             index = None if channels is None else torch.tensor(channels, device=poles.device)
             d = part.d.flatten()
-            parts.append(RotationBlocks.from_modes(poles, residues, d, size, dtype, index))
+            kind = ScalingBlocks if system.real else RotationBlocks
+            parts.append(kind.from_modes(poles, residues, d, size, dtype, index))
         super().__init__(parts, streams)
         self._channels = bool(system.channel_shape)
 
@@ -261,10 +278,10 @@ class ModalBlockForm(BlockForm[ModalState]):
         for x, old in zip(packed, like.modes, strict=True):
             shape = old.shape
             if self.streams:
-                x = x.unflatten(3, (shape[2], shape[5])).unflatten(2, (2, shape[4]))
+                x = x.unflatten(3, (shape[2], shape[5])).unflatten(2, (shape[3], shape[4]))
                 states.append(x.permute(0, 1, 4, 2, 3, 5))
             elif self._channels:
-                inner = x.reshape(shape[0], *shape[1:-3], shape[-1], 2, shape[-2])
+                inner = x.reshape(shape[0], *shape[1:-3], shape[-1], *shape[-3:-1])
                 states.append(inner.movedim(-3, -1))
             else:
                 states.append(x.reshape(shape))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gramian.systems._state import State
-from gramian.systems.fir import FIRState
+from gramian.systems.fir import FIRState, FIRWindowState
 
 __all__ = ["Pause", "PausedOperator", "apply_paused"]
 
@@ -90,7 +90,7 @@ def apply_paused(operator: Operator, u: Tensor, state: State, pause: Pause) -> t
     """
     if not any(pause.steps):
         return operator(u, state)
-    if isinstance(state, FIRState):
+    if isinstance(state, FIRState | FIRWindowState):
         return _apply_to_moved_past(operator, u, state, pause)
     u = u.movedim(-1, 1)  # (batch, T, *C')
     y = torch.zeros_like(u)
@@ -105,7 +105,7 @@ def apply_paused(operator: Operator, u: Tensor, state: State, pause: Pause) -> t
 
 
 def _apply_to_moved_past(
-    operator: Operator, u: Tensor, state: FIRState, pause: Pause
+    operator: Operator, u: Tensor, state: FIRState | FIRWindowState, pause: Pause
 ) -> tuple[Tensor, State]:
     y, after = operator(*state.moved(u, pause.steps))
     steps = torch.tensor(pause.steps, device=u.device).reshape(-1, *(1,) * (u.ndim - 1))

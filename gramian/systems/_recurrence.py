@@ -24,8 +24,8 @@ class Recurrence(abc.ABC, Generic[StateT]):
     """
 
     form: str
-    """How it steps: "modal", "lattice", "companion", "state_space", "dplr", "online",
-    "time_varying" or "dense"."""
+    """How it steps: "modal", "lattice", "companion", "state_space", "dplr", "window",
+    "online", "time_varying" or "dense"."""
 
     error: float = 0.0
     """Largest relative l2 error, over channels, of the impulse response that the recurrence steps

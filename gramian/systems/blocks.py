@@ -28,7 +28,15 @@ from gramian.systems._state import StateT
 if TYPE_CHECKING:
     from gramian.systems.state_space import StateSpace
 
-__all__ = ["BlockForm", "Blocks", "MatrixBlocks", "RotationBlocks", "VectorBlockForm"]
+__all__ = [
+    "BlockForm",
+    "Blocks",
+    "MatrixBlocks",
+    "RotationBlocks",
+    "ScalingBlocks",
+    "ShiftBlocks",
+    "VectorBlockForm",
+]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,6 +118,41 @@ class RotationBlocks(Blocks):
         return _rotate(x, self.powers.index_select(0, steps.reshape(1)).squeeze(0))
 
 
+class ScalingBlocks(RotationBlocks):
+    """Blocks of real modes: A multiplies every number by its pole.
+
+    `whole` is (1, G, m, 1), λ^c, and `powers` (c, 1, G, m, 1), λ^0 … λ^(c-1).
+    """
+
+    @classmethod
+    def from_modes(
+        cls,
+        poles: Tensor,
+        residues: Tensor,
+        d: Tensor,
+        size: int,
+        dtype: torch.dtype,
+        channels: Tensor | None = None,
+    ) -> ScalingBlocks:
+        """Make the blocks as `RotationBlocks.from_modes`; imaginary parts are zero."""
+        pairs = RotationBlocks.from_modes(poles, residues, d, size, dtype, channels)
+        modes = poles.shape[-1]
+        return cls(
+            inside=pairs.inside,
+            observe=pairs.observe[..., :modes],
+            reach=pairs.reach[:, :modes],
+            whole=pairs.whole[:1],
+            powers=pairs.powers[:, :1],
+            channels=channels,
+        )
+
+    def advance(self, x: Tensor) -> Tensor:
+        return x * self.whole[0]
+
+    def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
+        return x * self.powers.index_select(0, steps.reshape(1)).squeeze(0)[0]
+
+
 class MatrixBlocks(Blocks):
     """Blocks of a dense state matrix.
 
@@ -158,6 +201,45 @@ class MatrixBlocks(Blocks):
         for bit, power in enumerate(self.powers.unbind()):
             wanted = torch.div(steps, 2**bit, rounding_mode="floor") % 2 == 1
             x = torch.where(wanted, power @ x, x)
+        return x
+
+
+class ShiftBlocks(Blocks):
+    """Blocks of a window of the last n inputs, the latest one last: A drops the first of them.
+
+    `whole` and `powers` are empty, as their shapes say all that a shift needs: (n) and (log₂ c).
+    """
+
+    @classmethod
+    def from_kernel(cls, kernel: Tensor, size: int) -> ShiftBlocks:
+        """Make the blocks of `y_t = Σ_j kernel_j u_{t-j}`.
+
+        Args:
+            kernel: (G, n + 1), in the dtype of the state.
+            size: c, a power of two, at least 2.
+        """
+        groups, order = kernel.shape[0], kernel.shape[1] - 1
+        taps = torch.nn.functional.pad(kernel, (0, max(0, size - order - 1)))
+        row = torch.arange(size, device=kernel.device)[:, None]
+        column = torch.arange(order, device=kernel.device)
+        lag = row + order - column  # from input j of the window to output i of the block
+        padded = torch.nn.functional.pad(kernel, (0, size))
+        reach = (size - row.flatten() == order - column[:, None]).to(kernel.dtype)  # (n, c)
+        return cls(
+            inside=_toeplitz(taps[:, :size]),
+            observe=padded[:, lag],
+            reach=reach.expand(groups, -1, -1),
+            whole=kernel.new_empty(order),
+            powers=kernel.new_empty(size.bit_length() - 1),
+        )
+
+    def advance(self, x: Tensor) -> Tensor:
+        return _shift(x, self.inside.shape[-1])
+
+    def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
+        for bit in range(len(self.powers)):
+            wanted = torch.div(steps, 2**bit, rounding_mode="floor") % 2 == 1
+            x = torch.where(wanted, _shift(x, 2**bit), x)
         return x
 
 
@@ -231,3 +313,8 @@ def _rotate(x: Tensor, factor: Tensor) -> Tensor:
     re, im = x.chunk(2, dim=2)
     real, imaginary = factor[0], factor[1]
     return torch.cat([re * real - im * imaginary, re * imaginary + im * real], dim=2)
+
+
+def _shift(x: Tensor, steps: int) -> Tensor:
+    """Drop the first `steps` of the window (batch, G, n, streams), and fill it up with zeros."""
+    return torch.nn.functional.pad(x, (0, 0, 0, steps))[:, :, steps:]

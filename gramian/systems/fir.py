@@ -1,23 +1,33 @@
-"""FIR systems, whose kernel is zero past its end."""
+"""FIR systems, whose kernel is zero past its end.
+
+Short kernels step through their last K - 1 inputs, which is the smallest state that a kernel whose
+last tap is not zero can have. Long ones step by online convolution, whose state is up to six times
+as large and which takes O(log² K) operations for a sample where the other takes K.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gramian.ops import causal_convolution
 from gramian.ops.online import OnlineBuffers, OnlineConvolution
-from gramian.systems._recurrence import Recurrence
-from gramian.systems._state import State, broadcasts, define_state
+from gramian.systems._recurrence import Recurrence, VectorRecurrence
+from gramian.systems._state import State, broadcasts, define_state, vector_fits
 from gramian.systems._system import TimeInvariantSystem, check_tensor, working_dtype
+from gramian.systems.blocks import ShiftBlocks, VectorBlockForm
 from gramian.systems.companion import companion_form
 from gramian.systems.state_space import StateSpace
 
-__all__ = ["FIR", "FIRRecurrence", "FIRState"]
+__all__ = ["FIR", "FIRRecurrence", "FIRState", "FIRWindowRecurrence", "FIRWindowState"]
+
+_LONGEST_WINDOW = 128
+"""The largest order that steps through its last inputs by default."""
 
 
 @define_state
@@ -42,20 +52,48 @@ class FIRState(State):
         inputs, owed, position = self
         window = inputs.shape[-1] // 2
         known = window + int(position) % window  # columns of `inputs` that are filled
-        joined = torch.cat([inputs[..., :known], u.to(inputs.dtype)], dim=-1)
-        rows = [
-            torch.nn.functional.pad(
-                torch.cat([row[..., :known], row[..., known + step :]], dim=-1), (step, 0)
-            )
-            for row, step in zip(joined, steps, strict=True)
-        ]
-        joined = torch.stack(rows)
-        past = torch.nn.functional.pad(joined[..., :known], (0, 2 * window - known))
-        return joined[..., known:], FIRState(past, owed, position)
+        past, chunk = _move_past(inputs[..., :known], u, steps)
+        past = torch.nn.functional.pad(past, (0, 2 * window - known))
+        return chunk, FIRState(past, owed, position)
+
+
+@define_state
+class FIRWindowState(State):
+    """The last K - 1 inputs (*B, *C, K - 1), the latest one last."""
+
+    inputs: Tensor
+
+    def moved(self, u: Tensor, steps: Sequence[int]) -> tuple[Tensor, FIRWindowState]:
+        """Return a chunk and a past that together hold the same samples, the past `steps` later.
+
+        Args:
+            u: (batch, …, T); the first `steps` columns are overwritten by the end of the past.
+            steps: For every stream of the batch, from 0 to T.
+        """
+        past, chunk = _move_past(self.inputs, u, steps)
+        return chunk, FIRWindowState(past)
+
+
+def _move_past(past: Tensor, u: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return `past` (batch, …, k) and `u` (batch, …, T) with the end of the past over the first
+    `steps` columns of `u`, stream by stream."""
+    known = past.shape[-1]
+    joined = torch.cat([past, u.to(past.dtype)], dim=-1)
+    rows = [
+        torch.nn.functional.pad(
+            torch.cat([row[..., :known], row[..., known + step :]], dim=-1), (step, 0)
+        )
+        for row, step in zip(joined, steps, strict=True)
+    ]
+    joined = torch.stack(rows)
+    return joined[..., :known], joined[..., known:]
+
+
+AnyFIRState: TypeAlias = "FIRState | FIRWindowState"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FIR(TimeInvariantSystem[FIRState]):
+class FIR(TimeInvariantSystem[AnyFIRState]):
     """`y_t = Σ_{j<K} kernel_j u_{t-j}`: a finite impulse response, zero past its end.
 
     Args:
@@ -67,7 +105,7 @@ class FIR(TimeInvariantSystem[FIRState]):
     """
 
     _kind = "FIR system"
-    _state_types = (FIRState,)
+    _state_types = (FIRState, FIRWindowState)
 
     kernel: Tensor
 
@@ -106,15 +144,26 @@ class FIR(TimeInvariantSystem[FIRState]):
         kernel = self.kernel if length > self.order else self.kernel[..., :length]
         return kernel.to(working_dtype(u))
 
-    def recurrence(self, form: str | None = None) -> FIRRecurrence:
-        """Return the online convolution: exact, amortized O(log² K) a sample, the only form.
+    def recurrence(self, form: str | None = None) -> Recurrence[Any]:
+        """Return a recurrence, which is exact in both forms.
+
+        Args:
+            form: "window" keeps the last K - 1 inputs and takes K operations for a sample; "online"
+                is online convolution, which keeps up to six times as many numbers and takes an
+                amortized O(log² K). By default "window" up to order 128, "online" above.
 
         Raises:
-            ValueError: for any other form than "online".
+            ValueError: for any other form.
         """
-        if form not in (None, "online"):
-            raise ValueError(f'an FIR system has the recurrence form "online" only; got {form!r}.')
-        return FIRRecurrence(self)
+        if form is None:
+            form = "window" if self.order <= _LONGEST_WINDOW else "online"
+        if form == "window":
+            return FIRWindowRecurrence(self)
+        if form == "online":
+            return FIRRecurrence(self)
+        raise ValueError(
+            f'an FIR system has the recurrence forms "window" and "online"; got {form!r}.'
+        )
 
     def state_space(self) -> StateSpace:
         """Return the shift register of the last inputs, in float64."""
@@ -125,10 +174,17 @@ class FIR(TimeInvariantSystem[FIRState]):
         kernel = self.kernel.detach().double().cpu().numpy()
         return control.TransferFunction(kernel, np.eye(1, len(kernel))[0], True)
 
-    def _apply_from(self, u: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
-        return _extend(OnlineConvolution(self.kernel_for(u, self.kernel.shape[-1])), u, state)
+    def _apply_from(self, u: Tensor, state: AnyFIRState) -> tuple[Tensor, AnyFIRState]:
+        kernel = self.kernel_for(u, self.kernel.shape[-1])
+        if isinstance(state, FIRWindowState):
+            past = torch.cat([state.inputs, u.to(state.inputs.dtype)], dim=-1)
+            y = causal_convolution(past, kernel)[..., self.order :]
+            return y.to(u.dtype), FIRWindowState(past[..., u.shape[-1] :])
+        return _extend(OnlineConvolution(kernel), u, state)
 
-    def _fits(self, state: FIRState, shape: torch.Size) -> bool:
+    def _fits(self, state: AnyFIRState, shape: torch.Size) -> bool:
+        if isinstance(state, FIRWindowState):
+            return vector_fits(state.inputs, (self.order,), shape)
         return _fits(state, OnlineConvolution(self.kernel).window, shape)
 
     def _infinite_hankel_singular_values(self) -> Tensor:
@@ -139,6 +195,33 @@ class FIR(TimeInvariantSystem[FIRState]):
         return torch.linalg.svdvals(
             torch.nn.functional.pad(taps, (0, count - 1)).unfold(-1, count, 1)
         )
+
+
+class FIRWindowRecurrence(VectorRecurrence[FIRWindowState]):
+    """An FIR system one sample at a time, as a sum over its last K inputs."""
+
+    form = "window"
+    state_type = FIRWindowState
+
+    def __init__(self, system: FIR) -> None:
+        self.system: FIR = system.frozen()
+        self._like = self.system.kernel.to(working_dtype(self.system.kernel))
+        self._reversed = self._like.flip(-1)
+        self._state_shape = (system.order,)
+
+    @property
+    def kernel(self) -> Tensor:
+        """The taps (*C, K), in the dtype of the state."""
+        return self._like
+
+    def _advance(self, u_t: Tensor, state: FIRWindowState) -> tuple[Tensor, FIRWindowState]:
+        latest = u_t.to(state.inputs.dtype).unsqueeze(-1)
+        window = torch.cat([state.inputs, latest.expand(*state.inputs.shape[:-1], 1)], dim=-1)
+        return (window * self._reversed).sum(-1).to(u_t.dtype), FIRWindowState(window[..., 1:])
+
+    def block_form(self, size: int, streams: int = 0) -> VectorBlockForm[FIRWindowState]:
+        blocks = ShiftBlocks.from_kernel(self._like.reshape(-1, self._like.shape[-1]), size)
+        return VectorBlockForm([blocks], streams)
 
 
 class FIRRecurrence(Recurrence[FIRState]):

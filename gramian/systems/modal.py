@@ -47,6 +47,9 @@ class Modal(TimeInvariantSystem[ModalState]):
         counts: How many modes, the leading ones, each channel along the first channel dimension
             has, where that is known: states have no room for the padding of the others. By default
             as many as there are poles.
+        real: Whether all poles and residues are real numbers. They are still given as complex
+            ones, whose imaginary parts must be zero; states then hold one number for each mode in
+            place of two.
 
     Raises:
         TypeError: if poles or residues are not complex, or `d` not real.
@@ -60,6 +63,7 @@ class Modal(TimeInvariantSystem[ModalState]):
     residues: Tensor
     d: Tensor
     counts: tuple[int, ...] | None = dataclasses.field(default=None, repr=False, metadata=STATIC)
+    real: bool = dataclasses.field(default=False, metadata=STATIC)
 
     def __post_init__(self) -> None:
         for name in ("poles", "residues", "d"):
@@ -228,7 +232,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         return StateSpace(A, B.index_select(-1, keep), C.index_select(-1, keep), self.d.double())
 
     def _fits(self, state: ModalState, shape: torch.Size) -> bool:
-        return modes_fit(state, self.groups, self.d.ndim, shape)
+        return modes_fit(state, self.groups, self.d.ndim, shape, 1 if self.real else 2)
 
     def _apply_from(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
         length = u.shape[-1]
@@ -241,7 +245,8 @@ class Modal(TimeInvariantSystem[ModalState]):
             if group.channels is not None:
                 index = torch.tensor(group.channels, device=u.device)
                 chosen = signal.index_select(-self.d.ndim - 1, index)
-            re, im = modes.unbind(pair)
+            re = modes.select(pair, 0)
+            im = torch.zeros_like(re) if self.real else modes.select(pair, 1)
             past = torch.complex(re, im).movedim(pair + 1, -1)  # (*B, *C', m)
             free.append(
                 vandermonde_product(part.poles, part.residues.to(past.dtype) * past, length)
@@ -249,25 +254,27 @@ class Modal(TimeInvariantSystem[ModalState]):
             step = integer_power(part.poles.to(torch.complex128), length)
             new = step.to(past.dtype) * past + vandermonde_transpose_product(part.poles, chosen)
             new = new.movedim(-1, pair + 1)
-            states.append(torch.stack([new.real, new.imag], dim=pair))
+            numbers = [new.real] if self.real else [new.real, new.imag]
+            states.append(torch.stack(numbers, dim=pair))
         y = y + _ungroup(free, self.groups, -self.d.ndim - 1)
         return y.to(u.dtype), ModalState(tuple(states))
 
     @property
     def _pair(self) -> int:
-        """Return the dimension of a state that holds real and imaginary parts."""
+        """Return the dimension of a state that holds real and imaginary parts, or real parts."""
         return -3 if self.d.ndim else -2
 
     def _part(self, group: Group) -> Modal:
         """Return the system of the channels of one group, with as many modes as they need."""
-        if group.channels is None:
-            return Modal(self.poles[..., : group.modes], self.residues[..., : group.modes], self.d)
-        index = torch.tensor(group.channels, device=self.d.device)
-        return Modal(
-            self.poles[..., : group.modes].index_select(0, index),
-            self.residues[..., : group.modes].index_select(0, index),
-            self.d.index_select(0, index),
+        poles, residues, d = (
+            self.poles[..., : group.modes],
+            self.residues[..., : group.modes],
+            self.d,
         )
+        if group.channels is not None:
+            index = torch.tensor(group.channels, device=d.device)
+            poles, residues, d = (value.index_select(0, index) for value in (poles, residues, d))
+        return Modal(poles, residues, d, real=self.real)
 
     def _infinite_hankel_singular_values(self) -> Tensor:
         """Compute them by the Takenaka–Malmquist basis of {λ, λ̄}, the QR factorization of their

@@ -261,7 +261,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
             kernel = FIR(self.taps)
             if self.reducer is not None and self.order:
                 forms["modal"] = self._modal_recurrence
-            forms["online"] = kernel.recurrence
+            forms["online"] = lambda: kernel.recurrence("online")
         if form is not None:
             if form not in forms:
                 raise ValueError(

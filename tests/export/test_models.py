@@ -28,6 +28,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "glu": {"mixers": ["long_convolution", "multi_hyena"], "block": "glu"},
     "mixer": {"mixers": ["hyena", "s6"], "block": "mixer"},
     "hyena_order_3": {"mixers": "hyena", "hyena_order": 3, "hyena_mimo_size": 7},
+    "explicit": {
+        "mixers": ["hyena", "multi_hyena"],
+        "filter": {"type": "explicit", "taps": 9, "skip": True},
+    },
+    "real": {"mixers": "hyena", "filter": {"type": "modal", "orders": 5, "real": True}},
     "rtf": {"mixers": "multi_hyena", "filter": {"type": "rtf", "state_size": 4}},
     "s4": {"mixers": "hyena", "filter": {"type": "s4", "state_size": 8}},
     "attention": {"mixers": "softmax_attention", "filter": None},
@@ -213,7 +218,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     implicit = {"type": "implicit", "hidden": 16, "embedding_features": 5}
     out = tmp_path / "out"
     with pytest.raises(ValueError, match=r"layer 0 \(Hyena\) cannot be exported: .*distil"):
-        export_model(make(mixers="hyena", filter=implicit, max_position_embeddings=40), out)
+        export_model(make(mixers="hyena", filter=implicit, max_position_embeddings=400), out)
     model = make(mixers="hyena")
     with pytest.raises(ValueError, match="format must be one of onnx, torch; got 'tflite'"):
         export_model(model, out, "tflite")

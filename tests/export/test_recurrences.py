@@ -45,6 +45,11 @@ def dplr() -> DPLR:
     return build({"type": "s4", "state_size": 8}, channels=3, max_length=70)()
 
 
+def real_modes() -> gramian.Modal:
+    poles = 0.95 * torch.rand(WIDTH, 4)
+    return gramian.Modal(poles + 0j, torch.randn(WIDTH, 4) + 0j, torch.randn(WIDTH), real=True)
+
+
 SYSTEMS = {
     "modal": modal,
     "modal_double": lambda: modal(torch.float64),
@@ -52,6 +57,9 @@ SYSTEMS = {
     "state_space": state_space,
     "companion": transfer_function,
     "dplr": dplr,
+    "window": lambda: gramian.FIR(torch.randn(WIDTH, 9)),
+    "window_in_two_dimensions": lambda: gramian.FIR(torch.randn(2, WIDTH, 40)),
+    "real_modes": real_modes,
 }
 
 
@@ -82,7 +90,7 @@ def run_both(target: Any, folder: Path, x: torch.Tensor, time: int, tolerance: f
 def test_systems(tmp_path: Path, name: str) -> None:
     torch.manual_seed(1)
     system = SYSTEMS[name]()
-    kind = "onnx" if name == "modal" else "torch"  # both hold the same graph
+    kind = "onnx" if name in ("modal", "window") else "torch"  # both hold the same graph
     report = export_recurrence(system, tmp_path / "out", kind, verify=20, threads=1)
     assert report.kind == "system" and report.compared == 20
     for batch, length in ((1, 17), (3, 257)):
@@ -127,7 +135,7 @@ def test_mixers(tmp_path: Path, name: str) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    implicit = build({"type": "implicit", "hidden": 16}, channels=WIDTH, max_length=70)
+    implicit = build({"type": "implicit", "hidden": 16}, channels=WIDTH, max_length=300)
     with pytest.raises(ValueError, match=r"this LongConvolution cannot be exported.*distil"):
         export_recurrence(LongConvolution(implicit), out)
     both = LongConvolution(
@@ -136,7 +144,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bidirectional"):
         export_recurrence(both, out)
     with pytest.raises(ValueError, match=r"reduce it first: gramian\.reduce"):
-        export_recurrence(gramian.FIR(torch.randn(3, 9)), out)
+        export_recurrence(gramian.FIR(torch.randn(3, 300)), out)
     with pytest.raises(ValueError, match="other coefficients at every step"):
         export_recurrence(gramian.DenseOperator(torch.eye(4).expand(2, 4, 4)), out)
     with pytest.raises(ValueError, match="give context="):

@@ -31,6 +31,9 @@ CONFIGS = {
     "implicit_stored": {"type": "implicit", "hidden": 8, "stored_time": True},
     "modal": {"type": "modal", "orders": [0, 3, 1, 2]},
     "modal_free": {"type": "modal", "orders": [2, 0, 1, 1], "bounded": False},
+    "modal_real": {"type": "modal", "orders": [0, 3, 1, 2], "real": True},
+    "explicit": {"type": "explicit"},
+    "explicit_shared": {"type": "explicit", "taps": 9, "groups": 2, "skip": True, "lr": 1e-4},
     "s4d": {"type": "s4d", "state_size": 6},
     "s4d_bilinear": {
         "type": "s4d",
@@ -43,7 +46,14 @@ CONFIGS = {
     },
     "s4": {"type": "s4", "state_size": 6, "dt_max": 0.2, "lr": 1e-4},
 }
-SYSTEM_TYPES = {"rtf": TransferFunction, "implicit": FIR, "modal": Modal, "s4d": Modal, "s4": DPLR}
+SYSTEM_TYPES = {
+    "rtf": TransferFunction,
+    "implicit": FIR,
+    "explicit": FIR,
+    "modal": Modal,
+    "s4d": Modal,
+    "s4": DPLR,
+}
 
 
 def make(name: str, max_length: int = 40) -> Filter:

@@ -46,8 +46,13 @@ FORMS: dict[str, Callable[[], Recurrence]] = {
     "companion": lambda: transfer_function().recurrence("companion"),
     "state_space": state_space,
     "dplr": dplr,
-    "online": lambda: FIR(torch.randn(CHANNELS, 37, dtype=torch.float64)).recurrence(),
-    "online_one_tap": lambda: FIR(torch.randn(CHANNELS, 1, dtype=torch.float64)).recurrence(),
+    **{
+        f"{form}_{taps}": lambda form=form, taps=taps: FIR(
+            torch.randn(CHANNELS, taps, dtype=torch.float64)
+        ).recurrence(form)
+        for form in ("online", "window")
+        for taps in (1, 37)
+    },
 }
 
 

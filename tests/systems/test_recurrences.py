@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from gramian import Modal, StateSpace, TransferFunction
 from gramian.filters import build
 from gramian.systems import (
+    FIR,
     ModalState,
     Recurrence,
     State,
@@ -41,6 +42,16 @@ def grouped() -> Modal:
     return Modal(system.poles, system.residues * kept, system.d, counts=counts)
 
 
+def real_modes(counts: tuple[int, ...] | None = None) -> Modal:
+    """Return decaying exponentials, a number of the state for each."""
+    modes = max(counts or (4,))
+    poles = 0.99 * torch.rand(CHANNELS, modes, dtype=torch.float64)
+    residues, d = torch.randn_like(poles), torch.randn(CHANNELS, dtype=torch.float64)
+    if counts:
+        residues = residues * (torch.arange(modes) < torch.tensor(counts)[:, None])
+    return Modal(poles + 0j, residues + 0j, d, counts=counts, real=True)
+
+
 def schur() -> TransferFunction:
     config = {"type": "rtf", "state_size": 6, "stability": "schur", "initialization": "schur"}
     return build(config, channels=CHANNELS, max_length=LENGTH)()
@@ -61,7 +72,11 @@ SYSTEMS = {
     "no_order": gains,
     "truncated": lambda: make("truncated"),
     "lattice": schur,
-    "fir": lambda: make("fir"),
+    "modal_real": real_modes,
+    "modal_real_groups": lambda: real_modes((1, 40, 2)),
+    "window": lambda: make("fir"),
+    "window_one_tap": lambda: FIR(torch.randn(CHANNELS, 1, dtype=torch.float64)),
+    "online": lambda: FIR(torch.randn(CHANNELS, 70, dtype=torch.float64)),
     **{
         name: lambda name=name: make_finite(name, LENGTH) for name in ("diagonal", "delta", "dense")
     },
@@ -69,13 +84,27 @@ SYSTEMS = {
 }
 """A system of three channels for every recurrence."""
 
-BLOCKED = ["modal", "modal_groups", "state_space", "dplr", "transfer_function", "lattice"]
+FORMS = {"lattice": "lattice", "window": "window", "window_one_tap": "window", "online": "online"}
+"""The forms of the recurrences that have several."""
+
+BLOCKED = [
+    "modal",
+    "modal_groups",
+    "modal_real",
+    "modal_real_groups",
+    "state_space",
+    "dplr",
+    "transfer_function",
+    "lattice",
+    "window",
+    "window_one_tap",
+]
 
 
 def recurrence_of(name: str) -> Recurrence:
     torch.manual_seed(0)
     system = SYSTEMS[name]()
-    return system.recurrence("lattice" if name == "lattice" else None)
+    return system.recurrence(FORMS.get(name))
 
 
 def warm(recurrence: Recurrence, steps: int = 70) -> State:
@@ -104,7 +133,7 @@ def test_advance_is_the_step_and_writes_into_nothing(name: str) -> None:
         pure = after
 
 
-@pytest.mark.parametrize("name", [name for name in SYSTEMS if name not in ("fir", "operator")])
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name not in ("online", "operator")])
 def test_gradients_flow_through_advance(name: str) -> None:
     recurrence = recurrence_of(name)
     state = warm(recurrence).map(lambda tensor: tensor.double().requires_grad_())
@@ -146,7 +175,7 @@ def test_a_state_of_another_kind_gets_a_sentence(name: str) -> None:
         calls.append(lambda w=wrong: recurrence.advance(sample, w))
         if wrong is not None:
             calls.append(lambda w=wrong: recurrence.prefill(sample[..., None], w))
-            if not isinstance(system, TransferFunction):  # which continues from several kinds
+            if not isinstance(wrong, system._state_types):  # some continue from several kinds
                 calls.append(lambda w=wrong: system(sample[..., None], w))
         for call in calls:
             with pytest.raises(TypeError, match=f"{recurrence.state_type.__name__}.*{found}") as e:
@@ -165,7 +194,7 @@ def test_a_state_of_other_shapes_gets_a_sentence(name: str) -> None:
         state.map(lambda t: t.repeat_interleave(2, dim=modes)),
         state.map(lambda t: t.sum(tuple(range(1, t.ndim)))),
     ]
-    if name == "no_order":
+    if name in ("no_order", "window_one_tap"):  # nothing to repeat
         del wrong[1]
     for one in wrong:
         for call in (
@@ -209,7 +238,7 @@ def test_block_form_is_the_recurrence(name: str, size: int) -> None:
     assert_close(tuple(moved), tuple(alone))
 
 
-@pytest.mark.parametrize("name", ["fir", "diagonal", "operator"])
+@pytest.mark.parametrize("name", ["online", "diagonal", "operator"])
 def test_no_block_form_without_a_constant_state_matrix(name: str) -> None:
     with pytest.raises(ValueError, match=r"no constant state matrix, so it has no block form\.$"):
         recurrence_of(name).block_form(32)
@@ -314,7 +343,7 @@ def test_states_are_pickled() -> None:
         assert_close(tuple(again), tuple(state))
 
 
-@pytest.mark.parametrize("name", ["modal", "dplr", "fir", "transfer_function"])
+@pytest.mark.parametrize("name", ["modal", "dplr", "window", "online", "transfer_function"])
 def test_every_system_has_a_state_space(name: str) -> None:
     torch.manual_seed(0)
     system: System = SYSTEMS[name]()

@@ -1,0 +1,120 @@
+r"""Explicit filters: the taps themselves are the parameters.
+
+`h_t = kernel_t` for t < K and zero past that, plus a direct term `d` at tap 0 where `skip` asks for
+one. StripedHyena 2 uses short and medium filters of this kind, of 7 and 128 taps, and several
+channels share one kernel (Ku et al. 2025, section 2).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from gramian._checks import check_sizes
+from gramian.filters._filter import Filter, check_lr, register
+from gramian.systems import FIR
+
+__all__ = ["ExplicitFilter"]
+
+
+@register("explicit")
+class ExplicitFilter(Filter):
+    """A filter of free taps, zero past its end.
+
+    Args:
+        channels: Number of filters.
+        max_length: Taps that training sees.
+        taps: K, the number of free taps, by default `max_length`. It may exceed `max_length`.
+        groups: Number of different kernels, a divisor of `channels`: `channels / groups`
+            consecutive channels share each. By default every channel has a kernel of its own.
+        skip: Whether every channel has a direct term of its own, added to tap 0.
+        lr: Learning rate of the taps, by default that of the model.
+
+    Raises:
+        ValueError: if a size is below 1, `groups` does not divide `channels`, or `lr` is negative.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        max_length: int,
+        taps: int | None = None,
+        groups: int | None = None,
+        skip: bool = False,
+        lr: float | None = None,
+    ) -> None:
+        super().__init__(channels, max_length)
+        taps = max_length if taps is None else taps
+        groups = channels if groups is None else groups
+        check_sizes(taps=taps, groups=groups)
+        if channels % groups:
+            raise ValueError(f"groups must divide the {channels} channels; got {groups}.")
+        self.taps = taps
+        self.groups = groups
+        self.lr = check_lr(lr)
+        self.kernel = nn.Parameter(torch.empty(groups, taps))
+        self.d = nn.Parameter(torch.empty(channels)) if skip else None
+        self.reset_parameters()
+
+    @classmethod
+    def from_kernel(
+        cls, kernel: Tensor, max_length: int | None = None, channels: int | None = None
+    ) -> Self:
+        """Make a filter without direct term whose taps are `kernel`.
+
+        Args:
+            kernel: (groups, taps), real floating point.
+            max_length: See the class; by default the number of taps.
+            channels: Number of channels, which share the kernels; by default one for each.
+
+        Raises:
+            ValueError: if the kernel has another number of dimensions or no taps.
+        """
+        if kernel.ndim != 2 or not kernel.is_floating_point() or not kernel.numel():
+            raise ValueError(
+                "an explicit filter is made from real kernels (groups, taps) with at least one "
+                f"tap; got {kernel.dtype} of shape {tuple(kernel.shape)}."
+            )
+        groups, taps = kernel.shape
+        built = cls(
+            groups if channels is None else channels,
+            taps if max_length is None else max_length,
+            taps,
+            groups,
+        ).to(kernel.device)
+        with torch.no_grad():
+            built.kernel.copy_(kernel)
+        return built
+
+    def reset_parameters(self) -> None:
+        """Draw taps uniformly from ±1/√K, as torch's depthwise convolutions do, and `d` from a
+        standard normal distribution."""
+        bound = 1 / math.sqrt(self.taps)
+        nn.init.uniform_(self.kernel, -bound, bound)
+        if self.d is not None:
+            nn.init.normal_(self.d)
+
+    def forward(self, length: int | None = None) -> FIR:
+        taps = self.taps if length is None else min(self.taps, length)
+        kernel = self.kernel[:, :taps].repeat_interleave(self.channels // self.groups, dim=0)
+        if self.d is not None:
+            first = kernel[:, :1] + self.d.unsqueeze(-1)
+            kernel = torch.cat([first, kernel[:, 1:]], dim=-1)
+        return FIR(kernel)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            **super().config(),
+            "taps": self.taps,
+            "groups": self.groups,
+            "skip": self.d is not None,
+            "lr": self.lr,
+        }
+
+    def optimizer_hints(self) -> dict[str, dict[str, float]]:
+        """Return the learning rate of the taps, if they have one of their own."""
+        return {} if self.lr is None else {"kernel": {"lr": self.lr}}

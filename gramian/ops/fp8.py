@@ -1,0 +1,98 @@
+r"""Linear maps in 8-bit floating point, emulated on any device.
+
+`y = q(a x) q(b W)ᵀ / (a b) + bias`, where q clamps to ±448 and rounds to `float8_e4m3fn` (4 bits of
+exponent, 3 of mantissa; Micikevicius et al. 2022). The products and sums are those of float32: the
+matrix units of a GPU may add with fewer bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gramian.ops.packed import Linear
+
+__all__ = ["FP8Linear", "quantize_fp8"]
+
+_LARGEST = 448.0  # of float8_e4m3fn
+
+
+class _Quantize(torch.autograd.Function):
+    """Rounding to float8 whose derivative is that of the clamp alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        scaled = x.float() * scale
+        if x.requires_grad:
+            ctx.save_for_backward(scaled.abs() <= _LARGEST)
+        clamped = scaled.clamp(-_LARGEST, _LARGEST)
+        return clamped.to(torch.float8_e4m3fn).float() / scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
+        (inside,) = ctx.saved_tensors
+        return gradients[0] * inside, None
+
+
+def quantize_fp8(x: Tensor, scale: float) -> Tensor:
+    """Round `scale x` to float8_e4m3fn, clamped to ±448, and divide by `scale` again.
+
+    The derivative passes through the rounding, and is zero where values were clamped.
+
+    Args:
+        x: Any shape, real floating point.
+        scale: A positive number.
+
+    Returns:
+        A float32 tensor of the shape of `x`. NaN stays NaN.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        quantize: Any = _Quantize.apply
+        return quantize(x, scale)
+    scaled = (x.float() * scale).clamp(-_LARGEST, _LARGEST)
+    return scaled.to(torch.float8_e4m3fn).float() / scale
+
+
+class FP8Linear(Linear):
+    """An `nn.Linear` that rounds its input and its weight to float8 before it multiplies them.
+
+    Parameters stay in their own dtype, so the layer can be trained; see `quantize_fp8` for
+    derivatives.
+
+    Args:
+        in_features: Size of the input.
+        out_features: Size of the output.
+        scales: The factors a of the input and b of the weight.
+        bias: Whether there is a bias, which is not rounded.
+
+    Raises:
+        ValueError: unless `scales` are two positive finite numbers.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, scales: Sequence[float], bias: bool = True
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        found = tuple(scales) if isinstance(scales, Sequence) else (scales,)
+        if len(found) != 2 or not all(
+            isinstance(scale, int | float) and math.isfinite(scale) and scale > 0 for scale in found
+        ):
+            raise ValueError(
+                "the scales of an FP8 linear map are two positive numbers, of the input and of the "
+                f"weight; got {scales!r}."
+            )
+        self.scales = (float(found[0]), float(found[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.scales
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            y = torch.nn.functional.linear(quantize_fp8(x, a), quantize_fp8(self.weight, b), bias)
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scales={self.scales}"
