@@ -174,6 +174,6 @@ def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
 
 def _never_write_what_has_no_text(model: GramianPreTrainedModel, tokens: int) -> None:
     """Keep `generate` from the rows without tokens that pad a vocabulary to a round size."""
-    if model.generation_config is not None and tokens < model.config.vocab_size:
+    if model.can_generate() and tokens < model.config.vocab_size:
         rows = list(range(tokens, model.config.vocab_size))
         model.generation_config.suppress_tokens = rows

@@ -333,6 +333,8 @@ class HyenaDNA(SafariHyena):
 
         Its type says so, or its vocabulary is that of the DNA tokenizer.
         """
+        inner = config.get("model")
+        config = inner if "layer" not in config and isinstance(inner, Mapping) else config
         kind = config.get("model_type")
         return kind == "hyenadna" or (kind is None and config.get("vocab_size") == _DNA_TOKENS)
 
@@ -348,6 +350,7 @@ class HyenaDNA(SafariHyena):
             "pad_vocab_size_multiple": size(config, "pad_vocab_size_multiple", 8),
             "embed_dropout": config.get("embed_dropout"),
             "residual_in_fp32": True,
+            "tie_word_embeddings": config.get("tie_word_embeddings"),
             "layer": {
                 "order": size(config, "hyena_order", 2),
                 "l_max": config["max_seq_len"],
