@@ -49,6 +49,7 @@ _EXTRAS = {  # the extra that a missing package comes with
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "peft": "adapters",
     "ray": "ray",
     "safetensors": "models",
     "sklearn": "train",

@@ -35,8 +35,9 @@ def convert(
 ) -> None:
     """Make a published Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo CHECKPOINT a model in OUT.
 
-    A fine-tuned HyenaDNA becomes a classifier. Files are read as tensors only: no code from a checkpoint runs. OUT also gets conversion.json,
-    which says where the weights came from, with the SHA-256 of each file.
+    A fine-tuned HyenaDNA becomes a classifier. Files are read as tensors only: no code from a
+    checkpoint runs. OUT also gets conversion.json, which says where the weights came from, with the
+    SHA-256 of each file.
     """
     check_new(out)
     quiet_transformers()
