@@ -106,7 +106,10 @@ def _require_folder(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Read the tokenizer saved with a model, or return None."""
+    """Read the tokenizer saved with a model or the base of an adapter, or return None."""
+    from gramian.models.adapters import tokenizer_folder
+
+    folder = tokenizer_folder(folder)
     if not (folder / "tokenizer_config.json").is_file():
         return None
     from transformers import AutoTokenizer

@@ -179,7 +179,7 @@ def switches(module: nn.Module) -> list[tuple[Any, ...]]:
 
 
 def _adapted(module: nn.Module) -> list[Any]:
-    """Return the parts that peft has wrapped; models of transformers have methods of these names."""
+    """Return the parts that peft has wrapped; transformers has methods of these names."""
     properties = (getattr(type(part), "active_adapters", None) for part in module.modules())
     parts = zip(module.modules(), properties, strict=True)
     return [part for part, found in parts if isinstance(found, property)]
