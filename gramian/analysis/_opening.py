@@ -1,4 +1,4 @@
-"""Opening a model of any kind, with its tokenizer."""
+"""Open a model of any kind, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
     """Return a model in evaluation mode, and its tokenizer.
 
     Args:
-        name: A folder that `save_pretrained` wrote, with any model of ours, an adapter of one, or a
-            causal language model of transformers; a GGUF file, whose weights are expanded; or any
-            other name that `from_pretrained` accepts.
+        name: A folder that `save_pretrained` wrote, which holds any Gramian model, an adapter of
+            one, or a causal language model of transformers; a GGUF file, whose quantized weights
+            are expanded to float32; or any other name that `from_pretrained` accepts.
 
     Returns:
-        The model and the tokenizer. A model of ours without a tokenizer gets the byte tokenizer if
-        it reads tokens and its vocabulary is large enough, and None otherwise.
+        The model and the tokenizer. For a Gramian model that was saved without a tokenizer, this is
+        the byte tokenizer if the model reads tokens and has the vocabulary of that tokenizer, and
+        None otherwise.
 
     Raises:
-        OSError: if there is no such model, or it has no tokenizer.
-        ValueError: if it cannot be read.
-        ImportError: for a GGUF file, without `gguf`.
+        OSError: if there is no such model, or a model of transformers has no tokenizer.
+        ValueError: if the model cannot be read.
+        ImportError: if `name` is a GGUF file and the package `gguf` is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,7 +63,7 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
 
 
 def _kind(folder: Path) -> str | None:
-    """Return the model type in a folder's configuration, or in that of an adapter's base model."""
+    """Return the `model_type` in a folder's config.json, or in that of an adapter's base."""
     from gramian.models.adapters import base_folder, is_adapter
 
     if is_adapter(folder) and not (folder / "config.json").is_file():

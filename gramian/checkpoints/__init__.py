@@ -1,10 +1,10 @@
-"""Loading of checkpoints of published models as Gramian models.
+"""Load checkpoints of published models as Gramian models.
 
-`load(path)` recognizes a checkpoint from its keys, shapes and configuration, and returns a model
-that computes what the published implementation computes, and its tokenizer where one is known: a
-`GramianForCausalLM`, or the classifier that a fine-tuned HyenaDNA is. Each format is one file:
+`load(path)` recognizes a checkpoint by its keys, shapes and configuration. It returns a model that
+computes what the published implementation computes, and its tokenizer if one is known: a
+`GramianForCausalLM`, or a classifier for a fine-tuned HyenaDNA. Each file has related formats:
 safari's Hyena language models and HyenaDNA (`hyena_lm.py`), the published Hyena-RTF
-(`hyena_rtf.py`), StripedHyena and Evo (`striped_hyena.py`), StripedHyena 2 and Evo 2
+(`hyena_rtf.py`), StripedHyena and Evo (`striped_hyena.py`), and StripedHyena 2 and Evo 2
 (`striped_hyena_2.py`).
 """
 

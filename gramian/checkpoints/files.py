@@ -1,11 +1,12 @@
-"""Reading of a checkpoint's files as tensors by name and a configuration, and nothing else.
+"""Read the tensors and the configuration in a checkpoint's files, and nothing else.
 
-safetensors files hold nothing but tensors. Files written by `torch.save` are pickles, read with
-`weights_only=True`: no name in them is looked up or called, except for those of tensors. Lightning
-writes its own bookkeeping beside the weights, objects of omegaconf and the like; for names of those
-packages an empty placeholder class is used, which accepts any arguments and keeps nothing. Byte
-streams, in which Transformer Engine stores the scales of its layers under names that end in
-`_extra_state`, are kept as bytes. Any other name ends the reading before a single object is made.
+safetensors files hold nothing but tensors. Files that `torch.save` wrote are pickles. They are read
+with `weights_only=True`: names in them are not looked up or called, except for those that tensors
+need. Lightning stores objects of its own and of packages such as omegaconf beside the weights. Each
+name of these packages is replaced by an empty placeholder class, which accepts any arguments and
+keeps nothing. Transformer Engine stores the scales of its layers as byte streams under names that
+end in `_extra_state`; these are kept as bytes. Any other name ends the reading before a single
+object is made.
 
 A file that was split into `NAME.part0`, `NAME.part1` and so on is read as if it were joined.
 """
@@ -84,27 +85,26 @@ def read_checkpoint(path: Path) -> Stored:
     """Return the content of a checkpoint.
 
     Args:
-        path: a file, or a folder with `model.safetensors`, `pytorch_model.bin` (either may be
-            sharded), `weights.ckpt`, or one file whose name ends in .safetensors, .ckpt, .bin, .pt
-            or .pth. A file in parts is meant by its own name, by that of its first part, or by the
-            folder. A trainer's own files in the folder, such as `optimizer.pt` and
-            `training_args.bin`, are ignored.
+        path: a file, or a folder. A folder must have `model.safetensors` or `pytorch_model.bin`,
+            either of which may be sharded, `weights.ckpt`, or exactly one file whose name ends in
+            .safetensors, .ckpt, .bin, .pt or .pth. The name of a file in parts is its own, or that
+            of its first part. A trainer's own files in a folder, such as `optimizer.pt`, are
+            ignored.
 
     Raises:
         FileNotFoundError: if there is no such file, or no checkpoint in the folder.
-        ValueError: on several possible files, a file that cannot be read, one that holds or refers
-            to anything but tensors, extra states and bookkeeping, or a part that is missing.
+        ValueError: on several possible files, a file that cannot be read, a file that holds or
+            refers to anything but tensors, extra states and the objects that Lightning stores, or a
+            part that is missing.
     """
     stored = Stored({}, {})
     for file in _weight_files(path):
         found = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
-        for have, more in zip(stored, found, strict=True):
-            twice = sorted(have.keys() & more.keys())
-            if twice:
-                raise ValueError(
-                    f"{file} has tensors that another part has too, such as {twice[0]}."
-                )
-            have.update(more)
+        twice = sorted(found.tensors.keys() & stored.tensors.keys())
+        if twice:
+            raise ValueError(f"{file} has tensors that another part has too, such as {twice[0]}.")
+        stored.tensors.update(found.tensors)
+        stored.states.update(found.states)
     if not stored.tensors:
         raise ValueError(f"{path} holds no tensors.")
     return stored
@@ -123,13 +123,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def hash_weights(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of weights that `read_tensors` reads, by the file's name.
+    """Return the SHA-256 of each file that `read_tensors` reads, by the name of the file.
 
     Args:
         path: as for `read_tensors`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_tensors`.
+        FileNotFoundError, ValueError: as `read_tensors` does.
     """
     hashes = {}
     for file in _weight_files(path):
@@ -145,8 +145,8 @@ def hash_weights(path: Path) -> dict[str, str]:
 def find_config(path: Path) -> Path | None:
     """Return the configuration file beside a checkpoint, or None.
 
-    For a folder it is `config.json` or `config.yml`; for `NAME.ckpt`, `NAME.config.json`,
-    `NAME.json` and the like come first.
+    In a folder, it is `config.json`, or `config` with the suffix .yml or .yaml. For a checkpoint
+    `NAME.ckpt`, files named `NAME.config` or `NAME` with such a suffix come first.
     """
     folder = path if path.is_dir() else path.parent
     names = ["config"] if path.is_dir() else [f"{path.stem}.config", path.stem, "config"]
@@ -162,7 +162,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or does not hold a mapping.
+        ValueError: if the file cannot be read or does not hold a mapping.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no configuration {file}.")
@@ -177,7 +177,7 @@ def read_config(file: Path) -> dict[str, Any]:
                 values = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(first_line(error)) from error
-    except ValueError as error:  # JSON's and Unicode's errors are among them
+    except ValueError as error:  # errors of JSON and Unicode are ValueErrors
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a mapping; it holds a {type(values).__name__}.")
@@ -221,7 +221,7 @@ def _plain(value: Any) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, ending in one period."""
+    """Return the first line of an error's message, with one period at its end."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
 
@@ -235,14 +235,7 @@ def _weight_files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"there is no checkpoint {path}.")
     for name in _SHARDED:
         if (path / name).is_file():
-            shards = read_config(path / name).get("weight_map")
-            if not isinstance(shards, Mapping):
-                raise ValueError(f"{path / name} has no weight_map.")
-            files = [path / str(shard) for shard in sorted(set(shards.values()))]
-            for file in files:
-                if not file.is_file() or file.parent != path:
-                    raise FileNotFoundError(f"{path} lacks the weights file {file.name}.")
-            return files
+            return _shards(path, path / name)
     for name in _WHOLE:
         if (path / name).is_file():
             return [path / name]
@@ -263,6 +256,18 @@ def _only_file(folder: Path) -> Path:
         names = ", ".join(file.name for file in files[:4])
         raise ValueError(f"{folder} holds several checkpoints ({names}): name the file.")
     return files[0]
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    """Return the files of a sharded checkpoint that its index names."""
+    shards = read_config(index).get("weight_map")
+    if not isinstance(shards, Mapping):
+        raise ValueError(f"{index} has no weight_map.")
+    files = [folder / str(shard) for shard in sorted(set(shards.values()))]
+    for file in files:
+        if not file.is_file() or file.parent != folder:
+            raise FileNotFoundError(f"{folder} lacks the weights file {file.name}.")
+    return files
 
 
 def _parts(file: Path) -> list[Path]:
@@ -354,10 +359,11 @@ def _load_pickle(file: Path, *, mapped: bool = False) -> Any:
 
 def _load_opened(file: Path, source: Any, mapped: bool) -> Any:
     try:
-        # files of PyTorch before 1.6 are not archives, and are read without placeholders
+        # Files of PyTorch before 1.6 are not archives; they are read without placeholders.
         archive = zipfile.is_zipfile(source)
+        _rewind(source)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source) if archive else []
-    except Exception as error:  # a broken file can cause any error in the disassembler
+    except Exception as error:  # a damaged file can cause any error here
         raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
     foreign = sorted(name for name in names if not _is_bookkeeping(name))
     if foreign:
@@ -367,15 +373,14 @@ def _load_opened(file: Path, source: Any, mapped: bool) -> Any:
         )
     with torch.serialization.safe_globals([_placeholder(name) for name in names]):
         try:
-            if source is not file:
-                source.seek(0)
-            mmap = mapped and archive and source is file
+            _rewind(source)
+            mmap = mapped and archive and isinstance(source, Path)
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{file} is refused: it is damaged, or reading it would make more than tensors."
             ) from error
-        except Exception as error:  # a pickle may be wrong in any way; none of its code has run
+        except Exception as error:  # a damaged pickle can cause any error; no code in it has run
             raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
 
 
@@ -400,6 +405,12 @@ def _read_pickle(file: Path) -> Stored:
     return Stored({name: value.detach() for name, value in held.items()}, states)
 
 
+def _rewind(source: Any) -> None:
+    """Return to the beginning of a stream; a path needs nothing."""
+    if not isinstance(source, Path):
+        source.seek(0)
+
+
 def _why(error: Exception) -> str:
     line, kind = first_line(error), type(error).__name__
     return line if line.startswith(kind) else f"{kind}, {line}"
@@ -411,7 +422,7 @@ def _is_bookkeeping(name: str) -> bool:
 
 
 class _Placeholder:
-    """A placeholder for bookkeeping, which accepts any arguments and state and keeps nothing."""
+    """A placeholder for a class of another package, which accepts any arguments and keeps none."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Placeholder:
         return super().__new__(cls)
@@ -434,7 +445,7 @@ class _ByteStream(_Placeholder):
 
 
 def _placeholder(name: str) -> type[_Placeholder]:
-    """Return a class of ours that the reader uses as the one called `name`."""
+    """Return a placeholder that the reader uses in place of the class called `name`."""
     module, _, own = name.rpartition(".")
     base = _ByteStream if name == _BYTE_STREAM else _Placeholder
     return type(own, (base,), {"__module__": module, "__qualname__": own})

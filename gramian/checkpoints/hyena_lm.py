@@ -1,10 +1,11 @@
-r"""Hyena language models of safari (`SimpleLMHeadModel`, layer `hyena`) and HyenaDNA.
+r"""Read Hyena language models of safari (`SimpleLMHeadModel`, layer `hyena`) and HyenaDNA.
 
-Both are an embedding, prenorm blocks with layer norms (a Hyena mixer and an MLP with tanh-GELU and
-biases), a last layer norm and a tied head. They differ in points that their configuration does not
-state: the window's `shift` is 0.05 in HyenaDNA and 0 in safari, HyenaDNA always adds the filter's
-bias, and with an order above 2 safari numbers filters by channel, then gate, HyenaDNA by gate, then
-channel. Dropout of gated values inside the mixers has no counterpart here and is left out.
+Both models consist of an embedding, prenorm blocks with layer norms, a last layer norm and a tied
+head. A block has a Hyena mixer and an MLP with tanh-GELU and biases. The models differ in three
+points that their configurations do not state. The `shift` of the filter's window is 0.05 in
+HyenaDNA and 0 in safari. HyenaDNA always adds the filter's bias. With an order above 2, safari
+numbers filters by channel and then by gate, and HyenaDNA by gate and then by channel. The published
+models drop out gated values inside the mixers; Gramian's do not have that dropout.
 
 Folders of a fine-tuned HyenaDNA have a linear head `score` in place of the output projection. The
 published `HyenaDNAForSequenceClassification` applies it to every position and takes the logits of
@@ -66,7 +67,7 @@ _SCORES = {
 
 @register
 class SafariHyena(Format):
-    """A `SimpleLMHeadModel` with implicit filters."""
+    """The format of safari's `SimpleLMHeadModel` with implicit filters."""
 
     name = "safari"
     embedding = EMBEDDING
@@ -106,9 +107,9 @@ class SafariHyena(Format):
             return None
         stripped = {}
         for name in names:
-            if not name.startswith(_METRICS):  # counters that Lightning keeps beside the weights
+            if not name.startswith(_METRICS):  # counters that Lightning stores beside the weights
                 short = name.removeprefix(prefix)
-                # a module that recomputes its activations is wrapped in another called `layer`
+                # The wrapper of a module that recomputes its activations calls the module `layer`.
                 for part in (".mixer.layer.", ".mlp.layer."):
                     short = short.replace(part, part.removesuffix("layer."))
                 stripped[name] = short
@@ -119,7 +120,7 @@ class SafariHyena(Format):
         return not any(".filter_fn.ab" in name for name in names)
 
     def _as_safari(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the model's part of the configuration of an experiment."""
+        """Return the part of a configuration that describes the model, with safari's names."""
         inner = config.get("model")
         return inner if "layer" not in config and isinstance(inner, Mapping) else config
 
@@ -169,9 +170,14 @@ class SafariHyena(Format):
         return shapes | dict.fromkeys(frequencies, (1, hidden))
 
     def _frequencies(self, filter: str, found: Iterable[str]) -> list[str]:
-        """Return the names of the sines' frequencies that were found, or all if none was.
+        """Return the names of the frequencies of a filter's sines.
 
-        All layers share one tensor, which safetensors saves under one of its names.
+        All layers of a filter share one tensor of frequencies, of whose names safetensors keeps
+        only one. So these are the names among `found`, or all names if `found` has none of them.
+
+        Args:
+            filter: prefix of the filter's names.
+            found: names of the tensors in the checkpoint.
         """
         if not self._trains_frequency:
             return []
@@ -239,7 +245,7 @@ class SafariHyena(Format):
         )
 
     def _more_config(self) -> dict[str, Any]:
-        """Return further arguments of the configuration."""
+        """Return the arguments of the configuration that only some formats have."""
         return {}
 
     def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
@@ -259,7 +265,7 @@ class SafariHyena(Format):
             for theirs, name in names.items():
                 for kind in ("weight", "bias"):
                     state[f"{ours}{name}.{kind}"] = weights.pop(f"{block}{theirs}.{kind}")
-            # our tap 0 acts on the present, as their last tap does
+            # Our tap 0 acts on the present input, as the last tap does in safari.
             taps = weights.pop(f"{block}mixer.short_filter.weight")
             state[f"{ours}mixer.short.weight"] = taps.squeeze(1).flip(-1)
             state[f"{ours}mixer.short.bias"] = weights.pop(f"{block}mixer.short_filter.bias")
@@ -275,7 +281,13 @@ class SafariHyena(Format):
     def _translate_mixer(
         self, weights: dict[str, Tensor], theirs: str, ours: str
     ) -> dict[str, Tensor]:
-        """Translate the filter, and the parts of the mixer that not every Hyena has."""
+        """Translate the filter of a layer, and the parts of its mixer that not every Hyena has.
+
+        Args:
+            weights: the checkpoint's tensors, from which the used ones are removed.
+            theirs: prefix of the mixer's names in the checkpoint.
+            ours: prefix of the mixer's names in the Gramian model.
+        """
         theirs, ours = f"{theirs}filter_fn.", f"{ours}filter."
         _check_time(weights.pop(f"{theirs}pos_emb.t"), f"{theirs}pos_emb.t")
         channels = self._channel_order()
@@ -310,16 +322,16 @@ class SafariHyena(Format):
         return state
 
     def _channel_order(self) -> Tensor:
-        """Return the published index of each filter.
+        """Return the checkpoint's index of each filter, in the order of the Gramian model.
 
-        Our index is `c (order - 1) + n` for channel c and gate n.
+        In that order, the index of the filter for channel c and gate n is `c (order - 1) + n`.
         """
         return torch.arange(self.filters)
 
 
 @register
 class HyenaDNA(SafariHyena):
-    """A Lightning checkpoint with its `config.json`, or a Hugging Face folder.
+    """The format of HyenaDNA, as Lightning checkpoints or Hugging Face folders have it.
 
     A folder may hold a language model or a classifier, by its configuration's `architectures`.
     """
@@ -331,7 +343,8 @@ class HyenaDNA(SafariHyena):
     def meant_by(cls, config: Mapping[str, Any]) -> bool:
         """Return whether the configuration of a Hyena language model is that of a HyenaDNA.
 
-        Its type says so, or its vocabulary is that of the DNA tokenizer.
+        It is, if its `model_type` says so, or if it has no `model_type` and its vocabulary is that
+        of the DNA tokenizer.
         """
         inner = config.get("model")
         config = inner if "layer" not in config and isinstance(inner, Mapping) else config
@@ -341,7 +354,7 @@ class HyenaDNA(SafariHyena):
     def _as_safari(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         if "max_seq_len" not in config:
             return super()._as_safari(config)
-        refuse_unless(config, "layer_norm_epsilon", 1e-5)  # the blocks' norms always use 1e-5
+        refuse_unless(config, "layer_norm_epsilon", 1e-5)  # the norms of the blocks always use 1e-5
         return {
             "d_model": size(config, "d_model", 256),
             "n_layer": size(config, "n_layer", 12),
@@ -457,7 +470,7 @@ def _affine(name: str, *shape: int) -> Shapes:
 
 
 def _check_time(time: Tensor, name: str) -> None:
-    """Raise a ValueError unless the window's time is that of all published filters."""
+    """Raise a ValueError unless the time of a filter's window runs evenly from 0 to 1."""
     expected = torch.linspace(0, 1, time.numel())
     tolerance = 2 * torch.finfo(time.dtype).eps
     if not torch.allclose(time.flatten().float(), expected, rtol=tolerance, atol=tolerance):

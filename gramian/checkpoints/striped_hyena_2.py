@@ -51,11 +51,8 @@ class StripedHyena2(StripedFormat):
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         super().__init__(shapes, config)
         self.kinds = self._kinds()
-        self.taps = {
-            kind: size(config, f"{kind}_filter_length")
-            for kind in ("hcm", "hcs")
-            if kind in self.kinds
-        }
+        explicit = [kind for kind in _KINDS[1:] if kind in self.kinds]
+        self.taps = {kind: size(config, f"{kind}_filter_length") for kind in explicit}
         self.filters = {
             kind: size(config, f"{kind}_filter_groups", self.width) for kind in self.taps
         }

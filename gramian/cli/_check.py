@@ -1,4 +1,4 @@
-"""The command that compares all ways of running a model: check."""
+"""The command `check`, which compares all ways of running a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check(
     model: ModelFolder,
     batch: Annotated[int, typer.Option(help="Number of sequences to run, at least 2.")] = 3,
     length: Annotated[
-        int, typer.Option(help="Tokens of a sequence, which are also run one by one.")
+        int, typer.Option(help="Number of tokens in a sequence, which are also run one by one.")
     ] = 200,
     text: Annotated[
         Path | None,
@@ -37,18 +37,18 @@ def check(
     order: Annotated[
         int,
         typer.Option(
-            help="Order of the filters in a distilled copy, which is checked too; 0 makes none."
+            help="Order of the filters in a distilled copy that is checked too; 0 makes no copy."
         ),
     ] = 16,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Run MODEL in every way that it can be run, and compare the results in two tables.
+    """Run MODEL in every way that it can be run, and compare the results in tables.
 
-    MODEL runs in parallel, as a recurrence, in chunks, in batches, reloaded and distilled; padded
-    on the left, on the right, in between and in a second turn; packed, and generating with a cache;
-    in float32 and bfloat16. Every layer and the whole model are compared. The command exits with
-    status 1 if a difference is too large.
+    MODEL runs in parallel, as a recurrence, in chunks, in batches, reloaded and distilled. Its
+    input is padded on the left, on the right, between tokens and in a second turn, and packed. It
+    generates with a cache. All of this is done in float32 and in bfloat16. Every layer and the
+    whole model are compared. The command exits with status 1 if a difference is too large.
     """
     if order < 0:
         raise UserError(f"--order must be at least 1, or 0 for no distilled copy; got {order}.")

@@ -1,4 +1,4 @@
-"""The command that reads published checkpoints: convert."""
+"""The command `convert`, which reads published checkpoints."""
 
 from __future__ import annotations
 
@@ -21,23 +21,39 @@ def convert(
     ],
     out: NewFolder,
     config: Annotated[
-        Path | None,
-        typer.Option(help="Configuration (JSON or YAML) to use if none is beside the checkpoint."),
+        str | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="Configuration to use if none is beside the checkpoint: a JSON or YAML file, or "
+            "the name of a published Evo 2, such as evo2_7b.",
+        ),
     ] = None,
     format: Annotated[
         str | None,
         typer.Option(
-            help="Format of the checkpoint: safari, hyenadna, hyena_rtf or striped_hyena "
-            "(default: recognized from its tensors and configuration)."
+            help="Format of the checkpoint: safari, hyenadna, hyena_rtf, striped_hyena or "
+            "striped_hyena_2 (default: recognized from its tensors and configuration)."
         ),
     ] = None,
+    fp8: Annotated[
+        bool | None,
+        typer.Option(
+            "--fp8/--no-fp8",
+            help="Compute the projections of Evo 2 in 8-bit floating point, as the models of 1, 20 "
+            "and 40 billion parameters were trained (default: where the model needs it).",
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest size of a file of weights, such as 5GB.")
+    ] = "5GB",
     as_json: Json = False,
 ) -> None:
-    """Make a published Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo CHECKPOINT a model in OUT.
+    """Convert a CHECKPOINT of Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo to a model in OUT.
 
-    A fine-tuned HyenaDNA becomes a classifier. Files are read as tensors only: no code from a
-    checkpoint runs. OUT also gets conversion.json, which says where the weights came from, with the
-    SHA-256 of each file.
+    A fine-tuned HyenaDNA becomes a classifier. A file that was split into NAME.part0, NAME.part1
+    and so on is read as one. Files are read as tensors only: no code from a checkpoint runs. OUT
+    also gets conversion.json, which says where the weights came from, with the SHA-256 of each
+    file.
     """
     check_new(out)
     quiet_transformers()
@@ -49,9 +65,9 @@ def convert(
 
     with staged_directory(out) as stage, running(console, "Converting") as bar:
         model, tokenizer, name = checkpoints.load(
-            checkpoint, config=config, format=format, progress=bar
+            checkpoint, config=config, format=format, fp8=fp8, progress=bar
         )
-        model.save_pretrained(stage)
+        model.save_pretrained(stage, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(stage)
         settings = model.config
@@ -65,6 +81,10 @@ def convert(
             "vocabulary": settings.vocab_size,
             "filter_length": settings.max_position_embeddings,
             "parameters": model.num_parameters(),
+            "fp8_projections": sum(
+                settings.mixer_config(layer).get("fp8_scales") is not None
+                for layer in range(settings.num_hidden_layers)
+            ),
             "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
         }
         (stage / "conversion.json").write_text(to_json(report, indent=2) + "\n")
@@ -73,4 +93,9 @@ def convert(
         f"{report['parameters']:,} parameters, filters of {report['filter_length']:,} taps; "
         f"{report['tokenizer'] or 'no tokenizer'}."
     )
+    if report["fp8_projections"]:
+        summary += (
+            f" The projections of {report['fp8_projections']} layers are computed in emulated FP8, "
+            "with the scales of the checkpoint."
+        )
     finish(console, as_json, report, summary, out)

@@ -1,4 +1,4 @@
-"""The command that writes text with a model: generate."""
+"""The command `generate`, which continues a prompt."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ _Prompt = Annotated[str, typer.Option(help="Text or FASTA record to continue.")]
 _MaxNewTokens = Annotated[int, typer.Option(help="Largest number of tokens to generate.")]
 _Temperature = Annotated[
     float,
-    typer.Option(help="Sampling temperature: below 1 likely tokens become more likely still."),
+    typer.Option(help="Temperature of sampling; below 1, likely tokens become even more likely."),
 ]
 _TopK = Annotated[
     int, typer.Option(help="Sample from the k most likely tokens; 0 samples from all.")
 ]
 _TopP = Annotated[
     float,
-    typer.Option(help="Sample from the most likely tokens whose probabilities add up to this."),
+    typer.Option(
+        help="Sample from the fewest most likely tokens whose probabilities add up to this."
+    ),
 ]
 _Greedy = Annotated[
     bool, typer.Option("--greedy", help="Take the most likely token instead of sampling.")
@@ -52,7 +54,7 @@ _Compile = Annotated[
     bool,
     typer.Option(
         "--compile",
-        help="Compile the decoding step first: this takes seconds and pays off for long texts.",
+        help="Compile the decoding step first, which takes seconds and pays off for long texts.",
     ),
 ]
 

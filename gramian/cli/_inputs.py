@@ -1,4 +1,4 @@
-"""Readers of the commands' inputs: models, tokenizers, texts, tasks and numbers, all checked."""
+"""Functions that read and check the inputs of commands: models, texts, tasks and numbers."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ SAVE_TOKENIZER = "save the one it was trained with there, by its method save_pre
 
 
 def check_new(out: Path) -> None:
-    """Refuse a path that exists already."""
+    """Raise a UserError if a path exists already."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; name a folder that does not.")
 
 
 def check_tolerance(tol: float) -> None:
-    """Refuse a relative error that is not between 0 and 1."""
+    """Raise a UserError unless a relative error is above 0 and below 1."""
     if not 0 < tol < 1:
         raise UserError(f"the tolerance must lie between 0 and 1, both excluded; got {tol:g}.")
 
 
 def fraction(name: str, text: str) -> float:
-    """Read a number, or one followed by a percent sign."""
+    """Return the positive number that a text such as "0.001" or "0.1%" stands for."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -63,7 +63,7 @@ def fraction(name: str, text: str) -> float:
 
 
 def require_training() -> None:
-    """Refuse to train, or to read a training configuration, without the packages for it."""
+    """Raise a UserError if a package is missing that training and its configurations need."""
     for package in ("yaml", "accelerate", "datasets"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'training needs {package}: pip install "gramian[train]".')
@@ -121,7 +121,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def byte_tokenizer(folder: Path, model: GramianPreTrainedModel) -> Any:
-    """Make a byte tokenizer for a model that has no tokenizer but a vocabulary of bytes."""
+    """Make a byte tokenizer for a model without a tokenizer, if the vocabulary is that of bytes."""
     from gramian.models import ByteTokenizer
 
     tokenizer = ByteTokenizer()
@@ -133,7 +133,7 @@ def byte_tokenizer(folder: Path, model: GramianPreTrainedModel) -> Any:
 
 
 def read_texts(text: Path) -> list[Document]:
-    """Read the documents of a file: records of FASTA, JSON lines, or one text."""
+    """Read the documents of a file: FASTA records, JSON lines, or one text."""
     from gramian.tasks import read_documents
 
     try:
@@ -163,7 +163,10 @@ def first_windows(
 def spread_windows(
     folder: Path, model: GramianPreTrainedModel, text: Path, max_tokens: int
 ) -> Tensor:
-    """Read (count, length) windows spread over a file, as long as the model's filters allow."""
+    """Read windows (count, length) that are spread over a file.
+
+    They have at most as many tokens as the model's filters have taps, and at most 2,048.
+    """
     from gramian.tasks import windows
 
     documents = _token_ids(folder, model, text)
@@ -175,7 +178,7 @@ def spread_windows(
 
 
 def _token_ids(folder: Path, model: GramianPreTrainedModel, text: Path) -> list[Tensor]:
-    """Encode each document of a file, to (count,) tokens."""
+    """Encode each document of a file as token ids (count,)."""
     from torch import from_numpy
 
     from gramian.tasks import Encoder
@@ -188,7 +191,7 @@ def _token_ids(folder: Path, model: GramianPreTrainedModel, text: Path) -> list[
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
-    """Encode a prompt, which may be a FASTA record, to (1, count) tokens."""
+    """Encode a prompt, which may be a FASTA record, as token ids (1, count)."""
     import torch
 
     from gramian.tasks import Encoder, documents_in
@@ -208,10 +211,16 @@ def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
 def find_tasks(
     names: list[str], settings: list[str], config: Path | None, seed: int | None
 ) -> tuple[dict[str, Task], int]:
-    """Build the named tasks of `gramian.tasks` and that of the configuration.
+    """Build the named tasks of `gramian.tasks`, and the task of a training configuration.
+
+    Args:
+        names: names of tasks; those that are not in `gramian.tasks` are ignored.
+        settings: changes KEY=VALUE to the settings of the task, if there is only one.
+        config: file of a training configuration, or None.
+        seed: seed of the tasks' rows; None takes that of the configuration, otherwise 0.
 
     Returns:
-        The tasks by name, with changed settings; and the seed, by default the configuration's.
+        The tasks by name, and the seed.
     """
     from gramian import tasks
 

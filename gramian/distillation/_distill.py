@@ -1,20 +1,23 @@
-"""Reduction of every filter of a model, and construction of the distilled model."""
+"""Reduce every filter of a model, and make the distilled model."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from gramian.distillation._filters import Goal, reduce_filter
+from gramian.distillation._filters import Goal, reduce_filter, report_kept
 from gramian.distillation._foreign import FilterReader, ForeignFilter, distill_modules
 from gramian.distillation._report import DistillationReport
-from gramian.filters import ModalFilter
+from gramian.filters import ExplicitFilter, ModalFilter
 from gramian.ops.precision import full_precision
+from gramian.systems import FIR
 
 __all__ = ["distill"]
 
@@ -34,33 +37,40 @@ def distill(
 ) -> tuple[_Model, DistillationReport]:
     """Replace every long filter of a model by a small recurrence (arXiv 2310.18780).
 
-    Each filter's kernel, over the model's `max_position_embeddings` taps, is reduced with
-    `gramian.reduce`; `ModalFilter`s with the results replace the filters in a copy of the model.
-    The copy has the same class, with one configuration per layer in `config.filter`, and can be
-    saved, loaded, trained and used for generation like any other model. Filters that are modal
-    already, and attention layers, are not changed. The given model is left untouched.
+    `gramian.reduce` reduces the kernel of each filter, over the model's `max_position_embeddings`
+    taps, or over its own taps if it is zero past them. In a copy of the model, `ModalFilter`s with
+    the results replace the filters. The copy has the same class, with one configuration per layer
+    in `config.filter`, and can be saved, loaded, trained and used for generation like any other
+    model. Filters that are already modal, and attention layers, are not changed. Neither are
+    explicit filters of few taps, if the state of the reduced filters would not be smaller than the
+    inputs that the taps need. The given model stays unchanged.
 
     Args:
-        model: any Gramian model that is not bidirectional.
-        tol: tolerance of the relative l2 error `‖h − ĥ‖₂ / ‖h‖₂` of every filter, each of which
-            gets the smallest order that reaches it. Between 0 and 1, both excluded. Ignored if
-            `order` is given.
+        model: a Gramian model that is not bidirectional; with `filters`, any module.
+        tol: tolerance of the relative l2 error `‖h − ĥ‖₂ / ‖h‖₂` of every filter, between 0 and 1,
+            both excluded. Each filter gets the smallest order that reaches the tolerance. Ignored
+            if `order` is given.
         order: real state dimension of every filter, from 1 to the number of taps minus one.
-        max_order: largest order in the search for `tol`; by default 256 or the number of taps. One
-            filter of high order makes the state of its whole layer large.
-        tail: behavior of a filter past its last tap, in inputs longer than the taps: "auto" and
-            "free" leave it to the fit, which gives the smallest orders, and the report states the
-            energy there; "zero" fits a filter that ends. See `gramian.reduce`.
+        max_order: largest order in the search for `tol`; by default 256, or one less than the
+            number of taps if that is smaller. One filter of high order makes the state of its whole
+            layer large.
+        tail: behavior of a filter past its last tap, which matters for inputs that are longer than
+            the taps. "free" leaves it to the fit, which gives the smallest orders; the report
+            states the energy past the taps. "zero" fits a filter that is zero there. "auto" is
+            "zero" for filters that end before the model's `max_position_embeddings`, and otherwise
+            the choice of `gramian.reduce`.
         filters: a mapping from the path of a submodule, as in `model.named_modules()`, to a
-            function of the submodule that returns its kernel, or to a `ForeignFilter`.
-        progress: called as `progress(layers done, layers)` before the first and after each layer.
+            function that returns the kernel of the submodule, or to a `ForeignFilter`. By default,
+            all long filters of a Gramian model are reduced.
+        progress: a function that is called as `progress(layers done, all layers)` before the first
+            layer and after every layer.
 
     Returns:
-        The distilled model and a report. Filters that stay above `tol` are never silently
-        accepted: the report names them, see `DistillationReport.converged`.
+        The distilled model and a report. The report names the filters whose errors stay above
+        `tol`; see `DistillationReport.converged`.
 
     Raises:
-        TypeError: if `model` is not a Gramian model, and no `filters` are given.
+        TypeError: if `model` is not a Gramian model and no `filters` are given.
         ValueError: if `tol`, `order`, `max_order` or `tail` is out of range, the model has no
             filter to distil or is bidirectional, a path names no submodule, or a kernel is not
             (channels, taps), real and finite.
@@ -80,7 +90,9 @@ def _distill_layers(
     long = [i for i, f in enumerate(filters) if not (f is None or isinstance(f, ModalFilter))]
     if not long:
         raise ValueError("nothing to distil: every filter of this model is modal already.")
-    goal.check(min(filters[layer].max_length for layer in long))
+    kernels = {layer: _read_kernel(filters[layer]) for layer in long}
+    reduced = [kernel for kernel in kernels.values() if not kernel.fits(goal)]
+    goal.check(min((kernel.taps.shape[-1] for kernel in reduced), default=sys.maxsize))
 
     started = time.perf_counter()
     distilled = copy.deepcopy(model)
@@ -90,11 +102,19 @@ def _distill_layers(
         progress(0, len(long))
     for done, layer in enumerate(long, start=1):
         mixer, filter = _mixers(distilled)[layer], filters[layer]
-        with torch.no_grad():
-            kernel = filter(filter.max_length).impulse_response(filter.max_length)
-        modal, report = reduce_filter(kernel, goal, layer, type(mixer).__name__)
-        mixer.filter = modal.to(kernel.device).train(mixer.training)
-        configs[layer] = modal.config()
+        kernel, name = kernels[layer], type(mixer).__name__
+        if kernel.fits(goal):
+            report = report_kept(kernel.taps, layer, name)
+        else:
+            before = mixer.recurrence().state_bytes(1)
+            modal, report = reduce_filter(kernel.taps, kernel.goal(goal), layer, name, kernel.share)
+            modal.max_length = filter.max_length
+            mixer.filter = modal.to(kernel.taps.device).train(mixer.training)
+            if kernel.is_window and mixer.recurrence().state_bytes(1) >= before:
+                mixer.filter = copy.deepcopy(filter)
+                report = report_kept(kernel.taps, layer, name)
+            else:
+                configs[layer] = modal.config()
         reports.append(report)
         if progress is not None:
             progress(done, len(long))
@@ -109,6 +129,44 @@ def _distill_layers(
         distilled_state_bytes=distilled.state_bytes(1, context),
         seconds=time.perf_counter() - started,
     )
+
+
+class _Kernel(NamedTuple):
+    """The kernels of a layer.
+
+    Attributes:
+        taps: (channels, taps).
+        ends: whether the filter is zero past these taps within its `max_length`.
+        is_window: whether it is an explicit filter that steps through its last inputs.
+        share: number of consecutive channels with the same taps after the first.
+    """
+
+    taps: Tensor
+    ends: bool
+    is_window: bool
+    share: int = 1
+
+    def fits(self, goal: Goal) -> bool:
+        """Return whether the filters have no higher order than the goal already."""
+        order = self.taps.shape[-1] - 1
+        return self.is_window and (order == 0 or (goal.order is not None and order <= goal.order))
+
+    def goal(self, goal: Goal) -> Goal:
+        """Return the goal with the tail that these filters have."""
+        return dataclasses.replace(goal, tail="zero") if self.ends and goal.tail == "auto" else goal
+
+
+@torch.no_grad()
+def _read_kernel(filter: Any) -> _Kernel:
+    system = filter(filter.max_length)
+    if not isinstance(system, FIR):
+        return _Kernel(system.impulse_response(filter.max_length), False, False)
+    taps = system.kernel[..., : filter.max_length]
+    ends = taps.shape[-1] < filter.max_length
+    if not isinstance(filter, ExplicitFilter):
+        return _Kernel(taps, ends, False)
+    window = system.recurrence().form == "window"
+    return _Kernel(taps, ends, window, filter.channels // filter.groups)
 
 
 def _mixers(model: Any) -> list[Any]:

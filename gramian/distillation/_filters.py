@@ -1,4 +1,4 @@
-"""Reduction of the long filters of one layer."""
+"""Reduce the long filters of one layer."""
 
 from __future__ import annotations
 
@@ -13,19 +13,27 @@ from gramian.distillation._report import LayerReport
 from gramian.filters import ModalFilter
 from gramian.memory import filter_state_sizes
 from gramian.reduction import reduce
+from gramian.systems import Modal
 
-__all__ = ["Goal", "reduce_filter"]
+__all__ = ["Goal", "reduce_filter", "report_kept"]
 
-# A filter is held in float32: its error may exceed that of float64 by this relative amount.
+# The parameters of a filter are float32, so its error may exceed that of float64 by this share.
 _ROUNDING = 1e-3
 
 _SPECTRUM = 64
-"""Number of leading Hankel singular values of each filter in a report."""
+"""Number of leading Hankel singular values of each filter that a report has."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The goal for every filter: a relative l2 error `tol`, or an `order`."""
+    """The goal for every filter, which is a relative l2 error or an order.
+
+    Attributes:
+        tol: tolerance of the relative l2 error; None if an order is given.
+        order: real state dimension; None if a tolerance is given.
+        max_order: largest order in the search for `tol`; None for the default of `gramian.reduce`.
+        tail: behavior past the last tap, "auto", "zero" or "free".
+    """
 
     tol: float | None
     order: int | None
@@ -50,7 +58,7 @@ class Goal:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `gramian.reduce`."""
+        """The goal in the form of arguments of `gramian.reduce`."""
         if self.order is not None:
             return {"order": self.order, "tail": self.tail}
         return {"tol": self.tol, "max_order": self.max_order, "tail": self.tail}
@@ -58,38 +66,88 @@ class Goal:
 
 @torch.no_grad()
 def reduce_filter(
-    kernel: Tensor, goal: Goal, layer: int | str, mixer: str
+    kernel: Tensor, goal: Goal, layer: int | str, mixer: str, share: int = 1
 ) -> tuple[ModalFilter, LayerReport]:
-    """Return a modal filter for the kernels (channels, taps) of a layer, and its report.
+    """Reduce the kernels of a layer to a modal filter.
+
+    Args:
+        kernel: the taps of every channel, (channels, taps), real.
+        goal: the goal for every channel.
+        layer: index of the layer, or path of the submodule.
+        mixer: name of the class of the mixer or submodule.
+
+    Returns:
+        The modal filter, and the report on the layer.
+
+    Args:
+        kernel: (channels, taps).
+        goal: the order or tolerance.
+        layer: index or path of the layer, for the report.
+        mixer: name of the mixer, for the report.
+        share: number of consecutive channels whose taps differ at most in the first, which does not
+            enter the state. One kernel of each such group is reduced: that of the smallest norm, so
+            that a tolerance holds for all.
 
     Raises:
         ValueError: if the kernels cannot be reduced; the message names the layer.
     """
     taps, kernel = kernel.shape[-1], kernel.double()
+    norm = kernel.norm(dim=-1)
+    chosen = norm.reshape(-1, share).argmin(-1)
+    chosen = chosen + share * torch.arange(len(chosen), device=kernel.device)
+    row = torch.arange(len(chosen), device=kernel.device).repeat_interleave(share)
     try:
         # Reduce in float32, the dtype of a ModalFilter: poles and residues that need more digits,
         # or poles that lie closer to the unit circle, could not be represented in it.
-        reduction = reduce(kernel.float(), **goal.arguments)
+        reduction = reduce(kernel[chosen].float(), **goal.arguments)
     except ValueError as reason:
         raise ValueError(f"layer {layer} cannot be distilled: {reason}") from reason
-    modal = ModalFilter.from_system(reduction.system, max_length=taps, kernel=kernel)
+    system = reduction.system[row]
+    if share > 1:
+        first = kernel[:, 0] - kernel[chosen[row], 0]
+        system = Modal(system.poles, system.residues, system.d + first.to(system.d.dtype))
+    modal = ModalFilter.from_system(system, max_length=taps, kernel=kernel)
     error = kernel - modal(taps).impulse_response(taps).double()
-    norm = kernel.norm(dim=-1)
+    scale = torch.where(norm > 0, norm[chosen[row]] / norm.clamp(min=1e-300), 1.0)
     relative = torch.where(norm > 0, error.norm(dim=-1) / norm.clamp(min=1e-300), 0.0).tolist()
-    spectra = reduction.hankel_singular_values[:, :_SPECTRUM].tolist()
+    spectra = reduction.hankel_singular_values[row, :_SPECTRUM].tolist()
     above = [i for i, e in enumerate(relative) if goal.tol and e > goal.tol * (1 + _ROUNDING)]
     return modal, LayerReport(
         layer=layer,
         mixer=mixer,
         taps=taps,
-        orders=tuple(int(n) for n in reduction.order.tolist()),
+        orders=tuple(int(n) for n in reduction.order[row].tolist()),
         relative_errors=tuple(relative),
-        lower_bounds=tuple(reduction.lower_bound.tolist()),
+        lower_bounds=tuple((reduction.lower_bound[row] * scale).tolist()),
         l1_errors=tuple(error.abs().sum(-1).tolist()),
-        tail_energies=tuple(reduction.tail_energy.tolist()),
+        tail_energies=tuple((reduction.tail_energy[row] * scale.square()).tolist()),
         hankel_singular_values=tuple(
             tuple(value for value in values if not math.isnan(value)) for values in spectra
         ),
-        effective_state_sizes=tuple(filter_state_sizes(kernel).tolist()),
+        effective_state_sizes=tuple(filter_state_sizes(kernel[chosen])[row].tolist()),
         unconverged=tuple(above),
+    )
+
+
+@torch.no_grad()
+def report_kept(kernel: Tensor, layer: int | str, mixer: str) -> LayerReport:
+    """Return the report of a layer that keeps its filters of few taps, (channels, taps)."""
+    channels, taps = kernel.shape
+    padded = torch.nn.functional.pad(kernel[:, 1:].double(), (0, max(taps - 2, 0)))
+    hankel = padded.unfold(-1, max(taps - 1, 1), 1) if taps > 1 else padded.unsqueeze(-1)
+    spectra = torch.linalg.svdvals(hankel)[:, :_SPECTRUM].tolist()
+    zeros = (0.0,) * channels
+    return LayerReport(
+        layer=layer,
+        mixer=mixer,
+        taps=taps,
+        orders=(taps - 1,) * channels,
+        relative_errors=zeros,
+        lower_bounds=zeros,
+        l1_errors=zeros,
+        tail_energies=zeros,
+        hankel_singular_values=tuple(map(tuple, spectra)),
+        effective_state_sizes=tuple(filter_state_sizes(kernel.double()).tolist()),
+        unconverged=(),
+        kept=True,
     )

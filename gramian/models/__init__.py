@@ -1,4 +1,4 @@
-"""Hugging Face models: importing this package registers them with transformers' Auto classes."""
+"""Provide Hugging Face models, which importing this package registers with the Auto classes."""
 
 try:
     import transformers

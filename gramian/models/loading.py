@@ -1,4 +1,4 @@
-"""Reading a saved model, whole or not at all, with one sentence about a folder that is wrong."""
+"""Read a saved model, whole or not at all; errors say in one sentence what is wrong."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCausalLM:
     """Return the language model that `save_pretrained` wrote into a folder, in evaluation mode.
 
-    The names and shapes in the files are compared with those that the configuration requires before
-    any tensor is read, so a model is never loaded in part. A folder with an adapter of peft gives
-    the base model that it names, with the adapter merged into it.
+    Before any tensor is read, the names and shapes in the files are compared with those that the
+    configuration requires, so a model is never loaded in part. A folder with an adapter of peft
+    gives the base model that it names, with the adapter merged into it.
 
     Args:
         path: the folder.
         dtype: dtype of the weights; by default, that of the files. Filters stay float32.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or it lacks `config.json` or weights, or the
+        FileNotFoundError: if there is no such folder, it lacks `config.json` or weights, or the
             base model of an adapter is missing.
-        ValueError: on a model of another kind, an invalid configuration, files that cannot be
+        ValueError: on a model of another class, an invalid configuration, files that cannot be
             read, weights that are missing, left over or of other shapes, or an adapter that does
             not fit its base model.
         ImportError: for an adapter, without peft.
@@ -72,9 +72,9 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCau
 
 
 def load_any(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianPreTrainedModel:
-    """Return the model in a folder, of any class of ours, in evaluation mode.
+    """Return the model in a folder, of any class of this package, in evaluation mode.
 
-    Arguments and errors are those of `load`.
+    Arguments and errors are those of `load`, but the model may be of any class.
     """
     folder = Path(path)
     if is_adapter(folder):
@@ -116,7 +116,7 @@ def _load_adapted(folder: Path, dtype: torch.dtype | None) -> GramianPreTrainedM
         finally:
             logging.set_verbosity(shown)
     merged: GramianPreTrainedModel = merge_adapter(model, folder, new)
-    merged.config._name_or_path = str(folder)
+    merged.config.name_or_path = str(folder)
     return merged
 
 
@@ -159,7 +159,7 @@ def _load(
 
 
 def _class(folder: Path, values: dict[str, Any]) -> type[GramianPreTrainedModel]:
-    """Return the class that a configuration names; without a name, the language model."""
+    """Return the class that a configuration names, or that of the language model by default."""
     names = values.get("architectures") or [GramianForCausalLM.__name__]
     known = [CLASSES[name] for name in names if name in CLASSES]
     if not known:
@@ -185,7 +185,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def describe_missing(folder: Path) -> str:
-    """Return a sentence on why a folder without config.json does not hold a model."""
+    """Return a sentence that says why a folder without config.json does not hold a model."""
     inside = [folder / name for name in ("best", "last")]
     models = [str(path) for path in inside if (path / "config.json").is_file()]
     if models:
@@ -204,7 +204,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of all tensors in the folder's safetensors files."""
+    """Return the shapes of all tensors in the folder's safetensors files, by name."""
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
@@ -230,7 +230,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _expected_shapes(
     folder: Path, kind: type[GramianPreTrainedModel], config: GramianConfig
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Return names and shapes of the required tensors, and the optional names tied to them."""
+    """Return the shapes of the required tensors by name, and the names of those tied to them."""
     try:
         with torch.device("meta"):
             model = kind(config)
@@ -268,6 +268,6 @@ def _some(names: list[str]) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """Return the first line of an error's message, ending in one period."""
+    """Return the first line of an error's message, with one period at its end."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".") + "."

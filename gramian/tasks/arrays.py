@@ -33,7 +33,7 @@ KINDS = (*INTEGERS, "regression", "signal")
 @register("arrays")
 @dataclass(frozen=True, kw_only=True)
 class Arrays(Task):
-    """Rows from numpy's `.npz` files, each of which holds an array of inputs and one of labels.
+    """Rows from numpy's `.npz` files, each with an array of inputs and an array of labels.
 
         numpy.savez("train.npz", inputs=inputs, labels=labels)
 
@@ -51,20 +51,20 @@ class Arrays(Task):
     Labels of -100 are not scored. The seed has no effect.
 
     Args:
-        train: paths or patterns of the training split's files, one or a list.
-        validation: likewise.
-        test: likewise.
+        train: path or pattern of the training split's files, or a list of them.
+        validation: the same for the validation split.
+        test: the same for the test split.
         inputs: name of the array of inputs in a file.
         labels: name of the array of labels.
         kind: `"classification"`, `"regression"`, `"signal"`, `"tokens"` or
-            `"token_classification"`, to override the kind that the table gives.
-        num_labels: number of classes, if some of them do not occur in the files.
-        vocab_size: number of token ids, if some of them do not occur in the files.
+            `"token_classification"`; by default the kind that the table gives.
+        num_labels: number of classes; by default one more than the largest label in the files.
+        vocab_size: number of token ids; by default one more than the largest id in the files.
 
     Raises:
-        ValueError: when files are read, on one that is not an `.npz` file, lacks an array, or has
-            arrays of the wrong shapes or types of numbers.
-        FileNotFoundError: on a path or pattern without files, when they are read.
+        ValueError: when files are read, if one is not an `.npz` file, lacks an array, or has arrays
+            of the wrong shapes or types of numbers.
+        FileNotFoundError: when files are read, if a path or pattern matches none.
     """
 
     train: str | list[str] | None = None
@@ -140,7 +140,11 @@ class Arrays(Task):
 
 
 class _Layout(NamedTuple):
-    """The layout of a file's arrays: `numbers` per label or None; `ids`, `classes` count from 0."""
+    """The layout of a file's arrays.
+
+    `numbers` is the number of real numbers in a label, or None for integers. `ids` and `classes`
+    are one more than the largest token id and the largest class.
+    """
 
     kind: str
     length: int

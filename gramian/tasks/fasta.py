@@ -40,19 +40,20 @@ class Fasta(TokenizedTask):
     has no effect.
 
     Args:
-        train: paths or patterns of the training split's files, one or a list.
-        validation: the same for the validation split; or omit it and name records.
-        test: the same for the test split.
-        validation_records: names of records in the files of `train` that belong to the validation
-            split instead, one or a list. A name is the first word of a record's header.
+        train: path or pattern of the training split's files, or a list of them.
+        validation: the same for the validation split, unless `validation_records` is given.
+        test: the same for the test split, unless `test_records` is given.
+        validation_records: name of a record in the files of `train` that belongs to the validation
+            split instead, or a list of names. A name is the first word of a record's header.
         test_records: the same for the test split.
         length: number of nucleotides in a row.
-        tokenizer: a tokenizer of transformers, its folder or its name; by default HyenaDNA's.
+        tokenizer: a tokenizer of transformers, its folder or its name; by default that of the model
+            if it is known, otherwise HyenaDNA's.
 
     Raises:
-        ValueError: when files are read, on a name that no record has, and on files that
-            `gramian.tasks.genomes.records` refuses.
-        FileNotFoundError: on a path or pattern without files, when they are read.
+        ValueError: when files are read, if no record has one of the names, or if
+            `gramian.tasks.genomes.records` refuses a file.
+        FileNotFoundError: when files are read, if a path or pattern matches none.
     """
 
     train: str | list[str] | None = None

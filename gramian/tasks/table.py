@@ -1,4 +1,4 @@
-"""A table of sequences and labels: CSV or TSV files with a line for each sequence."""
+"""Tables of sequences and labels: CSV or TSV files with one line for each sequence."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Table(TokenizedTask):
     that is not scored, and special tokens are not scored either.
 
     Args:
-        train: paths or patterns of the training split's files, one or a list.
+        train: path or pattern of the training split's files, or a list of them.
         validation: the same for the validation split.
         test: the same for the test split.
-        sequence: column of the sequences.
-        label: column of the labels.
+        sequence: name of the column of sequences.
+        label: name of the column of labels.
         kind: `"classification"`, `"regression"` for labels that are numbers, or
             `"token_classification"` for a class of every token.
         length: largest number of tokens in a sequence.
@@ -62,10 +62,10 @@ class Table(TokenizedTask):
             default, such as the `[SEP]` with which published HyenaDNA classifiers were trained.
 
     Raises:
-        ValueError: when files are read, on one without the columns, and on a line whose sequence is
-            empty or longer than `length`, or whose label is missing, not a number, or not one class
-            for each token.
-        FileNotFoundError: on a path or pattern without files, when they are read.
+        ValueError: when files are read, if a column is missing, a sequence is empty or longer than
+            `length`, or a label is missing, is not a number for regression, or does not have a
+            class for each token for token classification.
+        FileNotFoundError: when files are read, if a path or pattern matches none.
     """
 
     train: str | list[str] | None = None
@@ -88,7 +88,7 @@ class Table(TokenizedTask):
         return byte_tokenizer()
 
     def classes(self) -> list[str]:
-        """Return the classes in the order of their numbers; none for regression."""
+        """Return the names of the classes, in the order of their numbers; empty for regression."""
         if self.kind == "regression":
             return []
         lines = (line for split in SPLITS if has_rows(self, split) for line in self._lines(split))
@@ -155,7 +155,8 @@ def _read(
     file: str, columns: tuple[str, str], size: int, changed: int
 ) -> list[tuple[int, tuple[str, str]]]:
     """Read two columns of a file with their line numbers; `size` and `changed` distinguish its
-    versions in the cache."""
+    versions in the cache.
+    """
     try:
         text = b"".join(blocks(file)).decode("utf-8")
     except UnicodeDecodeError as error:

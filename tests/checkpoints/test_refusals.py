@@ -111,7 +111,6 @@ def test_keys_that_do_not_fit_are_named(every: Any, refused: Any, write: Any) ->
         ("stripedhyena_tiny", {"attn_layer_idxs": [1]}, "missing .*inner_mha_cls"),
         ("stripedhyena_gqa", {"smeared_gqa": True}, "smeared_gqa=True"),
         ("stripedhyena_gqa", {"proj_groups": 4}, "of other shapes .*Wqkv"),
-        ("stripedhyena_gqa", {"rotary_emb_base": 10_000}, "not the frequencies of .*base=10000"),
     ],
 )
 def test_configurations_that_do_not_fit(

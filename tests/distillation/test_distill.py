@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("transformers")
 
 import gramian
+from gramian import filters
 from gramian.distillation import DistillationReport, distill
 from gramian.filters import ModalFilter
 from gramian.models import GramianConfig, GramianForCausalLM, GramianModel, load
@@ -176,19 +177,19 @@ def test_only_long_filters_are_distilled() -> None:
 
 def test_nothing_to_distil() -> None:
     distilled, _ = distill(make(), order=4)
-    with pytest.raises(ValueError, match=r"^Nothing to distil"):
+    with pytest.raises(ValueError, match=r"^nothing to distil"):
         distill(distilled)
 
 
 @pytest.mark.parametrize("tol", [0, 1, -1e-3, 2.0, float("nan"), float("inf"), "0.1", True])
 def test_tolerance_out_of_range(tol: Any) -> None:
-    with pytest.raises(ValueError, match=r"^The tolerance must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=r"^the tolerance must lie between 0 and 1"):
         distill(make(), tol=tol)
 
 
 @pytest.mark.parametrize("order", [0, -1, 63, 1000, 1.5, True])
 def test_order_out_of_range(order: Any) -> None:
-    with pytest.raises(ValueError, match=r"^The order must be an integer from 1 to 62"):
+    with pytest.raises(ValueError, match=r"^the order must be an integer from 1 to 62"):
         distill(make(), order=order)
 
 
@@ -201,7 +202,7 @@ def test_kernels_that_are_not_finite_name_layer_and_channel() -> None:
     model = make()
     with torch.no_grad():
         mixers(model)[1].filter.bias[2] = float("nan")
-    with pytest.raises(ValueError, match=r"^Layer 1 .*channel 2"):
+    with pytest.raises(ValueError, match=r"^layer 1 .*channel 2"):
         distill(model)
 
 
@@ -245,3 +246,34 @@ def test_a_tail_of_zero_fades_and_what_is_left_is_told() -> None:
     assert free.to_dict()["max_tail_energy"] == free.max_tail_energy
     with pytest.raises(ValueError, match='"auto", "zero" or "free"'):
         distill(model, tail="none")
+
+
+@pytest.mark.parametrize("goal", [{"tol": 0.02}, {"order": 6}])
+def test_channels_that_share_taps_are_reduced_together(goal: dict[str, Any]) -> None:
+    """The same as one by one, with direct terms of their own; every figure is each channel's."""
+    filter = {"type": "explicit", "taps": 100, "groups": 2, "skip": True}
+    model = make(mixers="hyena", filter=filter, max_position_embeddings=150, num_hidden_layers=1)
+    shared = model.model.layers[0].mixer.filter
+    t = torch.arange(100.0)
+    with torch.no_grad():
+        shared.kernel.copy_(torch.exp(-0.1 * t) * torch.cos(torch.tensor([[0.2], [0.5]]) * t**1.2))
+        shared.d.copy_(torch.linspace(-2, 2, shared.channels))
+    small, report = distill(model, **goal)
+    alone = copy.deepcopy(model)
+    own = filters.build({"type": "explicit", "taps": 100}, channels=shared.channels, max_length=150)
+    with torch.no_grad():
+        own.kernel.copy_(shared().kernel)
+    alone.model.layers[0].mixer.filter = own
+    _, reference = distill(alone, **goal)
+    (layer,), (other,) = report.layers, reference.layers
+    assert not layer.kept and report.converged
+    taps = shared().impulse_response(150).double()
+    made = small.model.layers[0].mixer.filter(150).impulse_response(150).double()
+    relative = ((made - taps)[:, :100].norm(dim=1) / taps.norm(dim=1)).tolist()
+    assert layer.relative_errors == pytest.approx(relative, rel=1e-3, abs=1e-6)
+    for actual, expected in zip(layer.relative_errors, other.relative_errors, strict=True):
+        assert actual <= (goal["tol"] if "tol" in goal else 1.05 * expected + 1e-6)
+    if "order" in goal:
+        assert layer.lower_bounds == pytest.approx(other.lower_bounds, rel=1e-2, abs=1e-6)
+        assert layer.tail_energies == pytest.approx(other.tail_energies, rel=0.2, abs=1e-6)
+    assert layer.effective_state_sizes == pytest.approx(other.effective_state_sizes, rel=1e-4)
