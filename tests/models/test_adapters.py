@@ -156,7 +156,7 @@ def test_merging_while_compiled_decoding_is_on(
     agrees(expected)
     merged = adapted.merge_and_unload(safe_merge=safe)
     agrees(expected, merged)
-    assert merged._packing is not None
+    assert merged.packing is not None
     merged.compile_decoding(False)
     agrees(expected, merged)
 
