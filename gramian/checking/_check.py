@@ -26,7 +26,7 @@ from gramian.systems import Modal
 
 if TYPE_CHECKING:
     from gramian.mixers import Mixer
-    from gramian.models import GramianForCausalLM
+    from gramian.models import GramianForCausalLM, GramianForTokenClassification
 
 __all__ = ["check"]
 
@@ -55,7 +55,7 @@ _CHUNKS = (1, 7, 2, 31, 64)
 @full_precision()
 @torch.no_grad()
 def check(
-    model: GramianForCausalLM,
+    model: GramianForCausalLM | GramianForTokenClassification,
     input_ids: Tensor | None = None,
     *,
     batch: int = 3,
@@ -70,7 +70,8 @@ def check(
     """Run a model in every possible way, and compare the outputs.
 
     Args:
-        model: a Gramian causal language model, which stays unchanged.
+        model: a Gramian causal language model, or a token classifier that is not bidirectional
+            and reads tokens; it stays unchanged.
         input_ids: tokens that the model reads, (batch, length); by default, random tokens of the
             shape (`batch`, `length`). Steps are taken one by one, so the time grows with the
             length. Filters are tested past their last tap only if the length exceeds
@@ -94,9 +95,11 @@ def check(
         The report, which prints as a table; its `passed` says whether all differences are accepted.
 
     Raises:
-        TypeError: if the model is not a causal language model of this package.
-        ValueError: for a batch or a length below 2, tokens outside of the vocabulary, a tolerance
-            that is not positive, or a dtype other than float64, float32, float16 and bfloat16.
+        TypeError: if the model is neither a causal language model nor a token classifier of this
+            package.
+        ValueError: for a bidirectional model or one of numbers, a batch or a length below 2, tokens
+            outside of the vocabulary, a tolerance that is not positive, or a dtype other than
+            float64, float32, float16 and bfloat16.
     """
     dtypes = (torch.float32, torch.bfloat16) if dtypes is None else tuple(dtypes)
     ids = _checked(model, input_ids, batch, length, dtypes, tolerance, seed)
@@ -137,10 +140,16 @@ def _checked(
     seed: int,
 ) -> Tensor:
     """Check the arguments of `check`, and return the tokens to run on the device of the model."""
-    from gramian.models import GramianForCausalLM
+    from gramian.models import GramianForCausalLM, GramianForTokenClassification
 
-    if not isinstance(model, GramianForCausalLM):
-        raise TypeError(f"check takes a GramianForCausalLM; got a {type(model).__name__}.")
+    if not isinstance(model, GramianForCausalLM | GramianForTokenClassification):
+        raise TypeError(
+            "check takes a GramianForCausalLM or a GramianForTokenClassification; got a "
+            f"{type(model).__name__}."
+        )
+    if model.config.bidirectional or model.config.input_size is not None:
+        kind = "bidirectional model" if model.config.bidirectional else "model of numbers"
+        raise ValueError(f"check takes a causal model of tokens; got a {kind}.")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"the tolerance must be positive; got {tolerance!r}.")
     for dtype in dtypes:
@@ -429,7 +438,8 @@ def _check_model(
     positions = torch.arange(length, device=ids.device).repeat(len(ids))[None]
     in_one = model(ids.flatten()[None], position_ids=positions, use_cache=False).logits
     differences["packed"] = _difference(in_one.view_as(logits), logits)
-    differences["generated"] = _generated(model, ids)
+    if model.can_generate():
+        differences["generated"] = _generated(model, ids)
     alone = torch.cat([model(one, use_cache=False).logits for one in ids.split(1)])
     differences["batched"] = _difference(alone, logits)
     differences["reloaded"] = _difference(again(ids, use_cache=False).logits, logits)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gramian.models import GramianConfig
+from gramian.models import GramianConfig, GramianForCausalLM, GramianPreTrainedModel
 
 __all__ = [
     "FORMATS",
@@ -103,6 +103,10 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def model_config(self, weights: Mapping[str, Tensor]) -> GramianConfig:
         """Return the configuration of the Gramian model. `load` calls this before `translate`."""
+
+    def model_class(self) -> type[GramianPreTrainedModel]:
+        """Return the class of our model, a language model unless the format has others too."""
+        return GramianForCausalLM
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         """Return the tokenizer of the checkpoint, if the format has one."""

@@ -11,9 +11,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gramian.checkpoints._format import FORMATS, Format, Progress, compare
-from gramian.checkpoints.files import find_config, read_checkpoint, read_config
+from gramian.checkpoints.files import (
+    find_config,
+    read_checkpoint,
+    read_config,
+    read_inner_config,
+)
 from gramian.checkpoints.published import published_config
-from gramian.models import GramianForCausalLM
+from gramian.models import GramianPreTrainedModel
 
 __all__ = ["LoadedCheckpoint", "load"]
 
@@ -22,12 +27,13 @@ class LoadedCheckpoint(NamedTuple):
     """The result of `load`.
 
     Attributes:
-        model: the model, in evaluation mode.
+        model: the model, in evaluation mode: a `GramianForCausalLM`, or for a fine-tuned HyenaDNA a
+            `GramianForSequenceClassification` or `GramianForTokenClassification`.
         tokenizer: the tokenizer of the model, or None if none is known.
         format: the name that the checkpoint's format has in `FORMATS`.
     """
 
-    model: GramianForCausalLM
+    model: GramianPreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     format: str
 
@@ -52,8 +58,9 @@ def load(
         config: the checkpoint's configuration, a JSON or YAML file that holds it, or the name of a
             published model whose configuration does not lie beside its weights (a key of
             `PUBLISHED`, such as `"evo2_7b"`). By default, this is the file beside the checkpoint:
-            `config.json`, `NAME.config.json`, `NAME.json`, or the same names with .yml. A
-            configuration is required, since shapes do not determine a model completely.
+            `config.json`, `NAME.config.json`, `NAME.json`, or the same names with .yml; or else the
+            configuration among the hyper-parameters of a Lightning checkpoint. A configuration is
+            required, since shapes do not determine a model completely.
         format: one of `FORMATS`; by default, the format is recognized by keys and configuration.
             Safari's Hyena and HyenaDNA have the same keys. Without `format`, a checkpoint with
             HyenaDNA's vocabulary is loaded as a HyenaDNA.
@@ -107,7 +114,7 @@ def load(
     dtype = weights[cls.embedding].dtype if dtype is None else dtype
     model_config = source.model_config(weights)
     state = source.translate(weights, progress or (lambda done, total: None))
-    model, info = GramianForCausalLM.from_pretrained(
+    model, info = source.model_class().from_pretrained(
         None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
     )
     if any(info.values()):  # the format has a bug; never return random weights
@@ -133,9 +140,12 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
         return published
     file = find_config(path) if config is None else Path(config)
     if file is None:
+        inner = read_inner_config(path)
+        if inner is not None:
+            return inner
         raise FileNotFoundError(
-            f"{path} has no configuration beside it, such as config.json; it does not tell all of "
-            "what the model computes by itself."
+            f"{path} has no configuration beside it, such as config.json, and none among "
+            "hyper-parameters inside; its tensors alone do not tell all of what the model computes."
         )
     return read_config(file)
 
@@ -165,7 +175,7 @@ def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _suppress_ids_without_tokens(model: GramianForCausalLM, tokens: int) -> None:
+def _suppress_ids_without_tokens(model: GramianPreTrainedModel, tokens: int) -> None:
     """Keep `generate` from choosing ids that have no token.
 
     A vocabulary is padded with such ids to a round size.
@@ -174,6 +184,6 @@ def _suppress_ids_without_tokens(model: GramianForCausalLM, tokens: int) -> None
         model: the model, whose `generation_config` is changed.
         tokens: number of tokens of the tokenizer.
     """
-    if model.generation_config is not None and tokens < model.config.vocab_size:
+    if model.can_generate() and tokens < model.config.vocab_size:
         rows = list(range(tokens, model.config.vocab_size))
         model.generation_config.suppress_tokens = rows

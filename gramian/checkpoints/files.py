@@ -34,6 +34,7 @@ __all__ = [
     "hash_weights",
     "read_checkpoint",
     "read_config",
+    "read_inner_config",
     "read_tensors",
 ]
 
@@ -43,6 +44,12 @@ _SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 _FIRST_PART, _PART = ".part0", ".part"
 _BYTE_STREAM = "_io.BytesIO"
 _EXTRA_STATE = "_extra_state"
+
+_TRAINERS = ("optimizer", "random_states", "rng_state", "scaler", "scheduler", "training_args")
+"""Beginnings of the names of files that a trainer writes beside the weights."""
+
+_CONFIGURED = ("d_model", "layer", "model")
+"""Entries by which hyper-parameters are known to be a model's configuration."""
 
 _BOOKKEEPING_PACKAGES = (
     "argparse",
@@ -81,7 +88,8 @@ def read_checkpoint(path: Path) -> Stored:
         path: a file, or a folder. A folder must have `model.safetensors` or `pytorch_model.bin`,
             either of which may be sharded, `weights.ckpt`, or exactly one file whose name ends in
             .safetensors, .ckpt, .bin, .pt or .pth. The name of a file in parts is its own, or that
-            of its first part.
+            of its first part. A trainer's own files in a folder, such as `optimizer.pt`, are
+            ignored.
 
     Raises:
         FileNotFoundError: if there is no such file, or no checkpoint in the folder.
@@ -176,6 +184,42 @@ def read_config(file: Path) -> dict[str, Any]:
     return values
 
 
+def read_inner_config(path: Path) -> dict[str, Any] | None:
+    """Return the model's configuration among the hyper-parameters of a Lightning checkpoint.
+
+    It is what they hold under `config`, as regLM's do, or all of them if they describe a model.
+    Values that are not numbers, texts, lists or mappings are left out.
+
+    Args:
+        path: as for `read_tensors`.
+
+    Returns:
+        The configuration, or None if there is none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_tensors`.
+    """
+    files = _weight_files(path)
+    if len(files) != 1 or files[0].suffix == ".safetensors":
+        return None
+    loaded = _load_pickle(files[0], mapped=True)
+    given = loaded.get("hyper_parameters") if isinstance(loaded, Mapping) else None
+    found = _plain(given)
+    for candidate in (found.get("config"), found) if isinstance(found, dict) else ():
+        if isinstance(candidate, dict) and any(name in candidate for name in _CONFIGURED):
+            return candidate
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy made of numbers, texts, lists and mappings; None for anything else."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, bool | int | float | str) else None
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, with one period at its end."""
     lines = str(error).strip().splitlines()
@@ -195,14 +239,23 @@ def _weight_files(path: Path) -> list[Path]:
     for name in _WHOLE:
         if (path / name).is_file():
             return [path / name]
-    whole = {file.with_name(file.name.removesuffix(_FIRST_PART)) for file in path.iterdir()}
-    files = sorted(file for file in whole if file.suffix in _SUFFIXES)
+    return [_only_file(path)]
+
+
+def _only_file(folder: Path) -> Path:
+    """Return the one file of weights in a folder, besides the files of a trainer."""
+    whole = {file.with_name(file.name.removesuffix(_FIRST_PART)) for file in folder.iterdir()}
+    files = sorted(
+        file for file in whole if file.suffix in _SUFFIXES and not file.name.startswith(_TRAINERS)
+    )
     if not files:
-        raise FileNotFoundError(f"{path} holds no checkpoint: no {', '.join(_WHOLE)} or the like.")
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint: no {', '.join(_WHOLE)} or the like."
+        )
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
-        raise ValueError(f"{path} holds several checkpoints ({names}): name the file.")
-    return files
+        raise ValueError(f"{folder} holds several checkpoints ({names}): name the file.")
+    return files[0]
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
@@ -293,12 +346,18 @@ def _read_safetensors(file: Path) -> Stored:
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def _read_pickle(file: Path) -> Stored:
+def _load_pickle(file: Path, *, mapped: bool = False) -> Any:
+    """Read what `torch.save` wrote: tensors, plain values and placeholders.
+
+    Args:
+        file: the file, or the name of one in parts.
+        mapped: whether to map tensors into memory, where that is possible, and not to read them.
+    """
     with _opened(file) as source:
-        return _read_opened(file, source)
+        return _load_opened(file, source, mapped)
 
 
-def _read_opened(file: Path, source: Any) -> Stored:
+def _load_opened(file: Path, source: Any, mapped: bool) -> Any:
     try:
         # Files of PyTorch before 1.6 are not archives; they are read without placeholders.
         archive = zipfile.is_zipfile(source)
@@ -315,13 +374,18 @@ def _read_opened(file: Path, source: Any) -> Stored:
     with torch.serialization.safe_globals([_placeholder(name) for name in names]):
         try:
             _rewind(source)
-            loaded = torch.load(source, map_location="cpu", weights_only=True)
+            mmap = mapped and archive and isinstance(source, Path)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{file} is refused: it is damaged, or reading it would make more than tensors."
             ) from error
         except Exception as error:  # a damaged pickle can cause any error; no code in it has run
             raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
+
+
+def _read_pickle(file: Path) -> Stored:
+    loaded = _load_pickle(file)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping):
         raise ValueError(f"{file} must hold tensors by name; it holds a {type(state).__name__}.")

@@ -6,6 +6,15 @@ points that their configurations do not state. The `shift` of the filter's windo
 HyenaDNA and 0 in safari. HyenaDNA always adds the filter's bias. With an order above 2, safari
 numbers filters by channel and then by gate, and HyenaDNA by gate and then by channel. The published
 models drop out gated values inside the mixers; Gramian's do not have that dropout.
+
+Folders of a fine-tuned HyenaDNA have a linear head `score` in place of the output projection. The
+published `HyenaDNAForSequenceClassification` applies it to every position and takes the logits of
+the one before the first padding token or, if a sequence has none or begins with some, of the last
+one: in either case those of the last real token, as our `pooling="last"` does by the mask. It does
+not mask what stands before them, so padding on the left, which its tokenizer makes by default,
+changes its logits; ours are those of the sequence alone. There is no published class for tokens:
+`HyenaDNAForTokenClassification` is what users call theirs, with a linear head `score` or
+`classifier`.
 """
 
 from __future__ import annotations
@@ -29,7 +38,13 @@ from gramian.checkpoints._format import (
     tied,
 )
 from gramian.checkpoints.tokenizers import DNATokenizer
-from gramian.models import GramianConfig
+from gramian.models import (
+    GramianConfig,
+    GramianForCausalLM,
+    GramianForSequenceClassification,
+    GramianForTokenClassification,
+    GramianPreTrainedModel,
+)
 
 __all__ = ["HyenaDNA", "SafariHyena"]
 
@@ -38,6 +53,16 @@ HEAD = "lm_head.weight"
 _PREFIXES = ("", "model.", "hyena.")
 _METRICS = ("train_torchmetrics.", "val_torchmetrics.", "test_torchmetrics.")
 _DNA_TOKENS = 12
+_CLASSES: dict[str, type[GramianPreTrainedModel]] = {
+    "HyenaDNAForCausalLM": GramianForCausalLM,
+    "HyenaDNAForSequenceClassification": GramianForSequenceClassification,
+    "HyenaDNAForTokenClassification": GramianForTokenClassification,
+}
+_SCORES = {
+    GramianForSequenceClassification: ("score",),
+    GramianForTokenClassification: ("score", "classifier"),
+}
+"""The names that the linear head of a classifier may have, by its class."""
 
 
 @register
@@ -110,9 +135,11 @@ class SafariHyena(Format):
             shapes |= _affine(f"{block}mlp.fc2", width, inner)
             shapes |= self._mixer_shapes(f"{block}mixer.")
         shapes |= _affine("backbone.ln_f", width)
-        if has_head(self.config, self.shapes, HEAD):
-            shapes[HEAD] = (self.vocabulary, width)
-        return shapes
+        return shapes | self._head_shapes()
+
+    def _head_shapes(self) -> Shapes:
+        head = has_head(self.config, self.shapes, HEAD)
+        return {HEAD: (self.vocabulary, self.width)} if head else {}
 
     def _mixer_shapes(self, mixer: str) -> Shapes:
         width, projected = self.width, (self.order + 1) * self.width
@@ -223,10 +250,8 @@ class SafariHyena(Format):
 
     def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
         embedding = weights.pop(EMBEDDING)
-        state = {
-            "model.embed_tokens.weight": embedding,
-            "lm_head.weight": weights.pop(HEAD, embedding),
-        }
+        state = {"model.embed_tokens.weight": embedding}
+        state |= self._translate_head(weights, embedding)
         for i in range(self.layers):
             block, ours = f"backbone.layers.{i}.", f"model.layers.{i}."
             names = {
@@ -249,6 +274,9 @@ class SafariHyena(Format):
         for kind in ("weight", "bias"):
             state[f"model.norm.{kind}"] = weights.pop(f"backbone.ln_f.{kind}")
         return state
+
+    def _translate_head(self, weights: dict[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
+        return {"lm_head.weight": weights.pop(HEAD, embedding)}
 
     def _translate_mixer(
         self, weights: dict[str, Tensor], theirs: str, ours: str
@@ -303,7 +331,10 @@ class SafariHyena(Format):
 
 @register
 class HyenaDNA(SafariHyena):
-    """The format of HyenaDNA, as Lightning checkpoints or Hugging Face folders have it."""
+    """The format of HyenaDNA, as Lightning checkpoints or Hugging Face folders have it.
+
+    A folder may hold a language model or a classifier, by its configuration's `architectures`.
+    """
 
     name = "hyenadna"
     default_shift = 0.05
@@ -315,6 +346,8 @@ class HyenaDNA(SafariHyena):
         It is, if its `model_type` says so, or if it has no `model_type` and its vocabulary is that
         of the DNA tokenizer.
         """
+        inner = config.get("model")
+        config = inner if "layer" not in config and isinstance(inner, Mapping) else config
         kind = config.get("model_type")
         return kind == "hyenadna" or (kind is None and config.get("vocab_size") == _DNA_TOKENS)
 
@@ -330,6 +363,7 @@ class HyenaDNA(SafariHyena):
             "pad_vocab_size_multiple": size(config, "pad_vocab_size_multiple", 8),
             "embed_dropout": config.get("embed_dropout"),
             "residual_in_fp32": True,
+            "tie_word_embeddings": config.get("tie_word_embeddings"),
             "layer": {
                 "order": size(config, "hyena_order", 2),
                 "l_max": config["max_seq_len"],
@@ -345,11 +379,68 @@ class HyenaDNA(SafariHyena):
 
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         super().__init__(shapes, config)
+        self.given = config
+        self.kind = self._class(config)
         if self.short != 3:
             raise ValueError(
                 "a HyenaDNA has short filters of 3 taps: with others its published code pads as "
                 f"for 3 and is not causal; got short_filter_order={self.short}."
             )
+
+    def _class(self, config: Mapping[str, Any]) -> type[GramianPreTrainedModel]:
+        """Return our class for what the configuration names; a language model by default."""
+        names = setting(config, "architectures", list, [])
+        found = next((_CLASSES[name] for name in names if name in _CLASSES), None)
+        if names and found is None:
+            raise ValueError(
+                f"architectures in the checkpoint's configuration must name one of "
+                f"{', '.join(_CLASSES)}; got {', '.join(map(str, names))}."
+            )
+        if found is None and HEAD not in self.shapes and "score.weight" in self.shapes:
+            raise ValueError(
+                "the checkpoint has score.weight, the head of a classifier, and its configuration "
+                "must say of which kind: architectures lacks HyenaDNAForSequenceClassification or "
+                "HyenaDNAForTokenClassification."
+            )
+        if found is GramianForTokenClassification:
+            refuse_unless(config, "problem_type", "single_label_classification")
+        return found or GramianForCausalLM
+
+    def model_class(self) -> type[GramianPreTrainedModel]:
+        return self.kind
+
+    def _labels(self) -> dict[str, Any]:
+        """Return the names of the classes; Hugging Face leaves out those of the default two."""
+        names = setting(self.given, "id2label", Mapping, {})
+        if not names:
+            count = size(self.given, "num_labels", 2)
+            names = {number: f"LABEL_{number}" for number in range(count)}
+        numbers = {int(key): str(name) for key, name in names.items()}
+        given = setting(self.given, "label2id", Mapping, None)
+        back = {name: number for number, name in numbers.items()} if given is None else dict(given)
+        return {"id2label": numbers, "label2id": back}
+
+    def _score(self) -> str:
+        """Return the name of the classifier's head."""
+        names = _SCORES[self.kind]
+        return next((name for name in names if f"{name}.weight" in self.shapes), names[0])
+
+    def _head_shapes(self) -> Shapes:
+        if self.kind is GramianForCausalLM:
+            return super()._head_shapes()
+        score, labels = self._score(), len(self._labels()["id2label"])
+        shapes: Shapes = {f"{score}.weight": (labels, self.width)}
+        if f"{score}.bias" in self.shapes:
+            shapes[f"{score}.bias"] = (labels,)
+        return shapes
+
+    def _translate_head(self, weights: dict[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
+        if self.kind is GramianForCausalLM:
+            return super()._translate_head(weights, embedding)
+        score = self._score()
+        weight = weights.pop(f"{score}.weight")
+        bias = weights.pop(f"{score}.bias", weight.new_zeros(len(weight)))
+        return {"score.weight": weight, "score.bias": bias}
 
     @property
     def _has_bias(self) -> bool:
@@ -361,12 +452,17 @@ class HyenaDNA(SafariHyena):
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         if self.tokens != _DNA_TOKENS:
             return None
-        return DNATokenizer(model_max_length=self.length)
+        classifies = self.kind is not GramianForCausalLM
+        return DNATokenizer(model_max_length=self.length, append_end=classifies)
 
     def _more_config(self) -> dict[str, Any]:
-        if self.tokens != _DNA_TOKENS:
-            return {}
-        return {"pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 1}
+        more: dict[str, Any] = {}
+        if self.tokens == _DNA_TOKENS:
+            more |= {"pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 1}
+        if self.kind is not GramianForCausalLM:
+            problem = setting(self.given, "problem_type", str, None)
+            more |= {"pooling": "last", "problem_type": problem, **self._labels()}
+        return more
 
 
 def _affine(name: str, *shape: int) -> Shapes:

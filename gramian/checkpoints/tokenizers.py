@@ -1,15 +1,23 @@
 """Define the tokenizers of published models, as fast tokenizers that `AutoTokenizer` reads.
 
-Reading them needs no code of this package. They add no special token to a text, so that a prompt is
-continued where it ends. The published tokenizers of HyenaDNA append `[SEP]`, the token that ends a
-sequence.
+Reading them needs no code of this package. By default they add no special token to a text, so that
+a prompt is continued where it ends. The published tokenizers of HyenaDNA append `[SEP]`, the token
+that ends a sequence, and so does `DNATokenizer` for classifiers, which were trained with it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 from gramian.models.tokenizer import byte_level, byte_symbols
@@ -30,12 +38,19 @@ class DNATokenizer(PreTrainedTokenizerFast):
 
     Args:
         characters: the known characters, in the order of their ids from 7 on.
+        append_end: whether `[SEP]` is appended to a sequence, as the published tokenizer does.
         kwargs: arguments of any fast tokenizer of transformers.
     """
 
-    def __init__(self, characters: str = "ACGTN", **kwargs: Any) -> None:
+    def __init__(
+        self, characters: str = "ACGTN", *, append_end: bool = False, **kwargs: Any
+    ) -> None:
         if kwargs.get("tokenizer_object") is None and kwargs.get("tokenizer_file") is None:
             kwargs["tokenizer_object"] = _characters(characters)
+            if append_end:
+                kwargs["tokenizer_object"].post_processor = processors.TemplateProcessing(
+                    single="$A [SEP]", special_tokens=[("[SEP]", 1)]
+                )
         settings = {
             "bos_token": "[BOS]",
             "eos_token": "[SEP]",

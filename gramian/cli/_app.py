@@ -51,6 +51,7 @@ _EXTRAS = {  # the extra that installs each package
     "onnxscript": "export",
     "pyarrow": "genomics",
     "pyfaidx": "genomics",
+    "peft": "adapters",
     "ray": "ray",
     "safetensors": "models",
     "sklearn": "train",

@@ -9,7 +9,7 @@ import typer
 
 from gramian.cli._app import UserError, command
 from gramian.cli._console import console_for, finish, running
-from gramian.cli._inputs import first_windows, load_model
+from gramian.cli._inputs import first_windows, load_any_model
 from gramian.cli._options import Json, ModelFolder, Seed
 
 
@@ -53,13 +53,13 @@ def check(
     if order < 0:
         raise UserError(f"--order must be at least 1, or 0 for no distilled copy; got {order}.")
     console = console_for(as_json)
-    loaded = load_model(model)
+    loaded: Any = load_any_model(model)
     dtypes = [_dtype(name) for name in dtype] if dtype else None
     ids = None if text is None else first_windows(model, loaded, text, batch, length)
 
     from gramian import checking
 
-    with running(console, "Checking") as bar:
+    with running(console, "Checking", errors=(TypeError, ValueError)) as bar:
         report = checking.check(
             loaded,
             ids,

@@ -16,7 +16,7 @@ from gramian.cli._inputs import (
     check_new,
     check_tolerance,
     fraction,
-    load_model,
+    load_any_model,
     load_tokenizer,
     spread_windows,
 )
@@ -105,7 +105,9 @@ def distill(
     _check(wanted)
     check_new(out)
     console = console_for(as_json)
-    loaded = load_model(model)
+    loaded = load_any_model(model)
+    if text is not None and not loaded.can_generate():
+        raise UserError(f"{model} is a {type(loaded).__name__}; --text needs a language model.")
     tokenizer = load_tokenizer(model)
     windows = None if text is None else spread_windows(model, loaded, text, max_tokens)
 

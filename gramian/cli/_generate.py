@@ -52,6 +52,13 @@ _TopP = Annotated[
 _Greedy = Annotated[
     bool, typer.Option("--greedy", help="Take the most likely token instead of sampling.")
 ]
+_Alphabet = Annotated[
+    str | None,
+    typer.Option(
+        help="Write these characters only, such as ACGT, and never the end of the text (default: "
+        "everything that the model writes)."
+    ),
+]
 _Stream = Annotated[
     bool, typer.Option("--stream", help="Print each word as soon as it is generated.")
 ]
@@ -77,6 +84,7 @@ def generate(
     top_k: _TopK = 50,
     top_p: _TopP = 1.0,
     greedy: _Greedy = False,
+    alphabet: _Alphabet = None,
     stream: _Stream = False,
     prefill_chunk: _PrefillChunk = None,
     compiled: _Compile = False,
@@ -103,6 +111,8 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": not greedy}
     if not greedy:
         options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if alphabet is not None:
+        options["allowed_tokens"] = _allowed(tokenizer, alphabet)
     if compiled:
         loaded.compile_decoding()
     if prefill_chunk is not None:
@@ -153,6 +163,16 @@ def _check_ids(ids: Tensor, folder: Path, model: GramianForCausalLM) -> None:
         )
 
 
+def _allowed(tokenizer: Any, alphabet: str) -> list[int]:
+    """Return the ids of the tokens that write nothing but characters of the alphabet."""
+    from gramian.models import allowed_tokens
+
+    try:
+        return allowed_tokens(tokenizer, alphabet)
+    except ValueError as error:
+        raise UserError(f"--alphabet: {one_line(error)}") from error
+
+
 def _run(
     folder: Path, model: GramianForCausalLM, ids: Tensor, seed: int, options: dict[str, Any]
 ) -> tuple[Tensor, float]:
@@ -163,7 +183,7 @@ def _run(
     started = time.perf_counter()
     try:
         sequence = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
-    except FloatingPointError as error:
+    except (FloatingPointError, ValueError) as error:
         raise UserError(f"{folder}: {one_line(error)}") from error
     return sequence, time.perf_counter() - started
 

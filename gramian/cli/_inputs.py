@@ -13,7 +13,7 @@ from gramian.cli._app import UserError, one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gramian.models import GramianForCausalLM
+    from gramian.models import GramianForCausalLM, GramianPreTrainedModel
     from gramian.tasks import Document, Task
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "find_tasks",
     "first_windows",
     "fraction",
+    "load_any_model",
     "load_model",
     "load_tokenizer",
     "open_genome_model",
@@ -80,9 +81,7 @@ def quiet_transformers() -> None:
 
 def load_model(folder: Path) -> GramianForCausalLM:
     """Read a language model of ours."""
-    if not folder.is_dir():  # before seconds of imports
-        raise UserError(f"there is no model folder {folder}.")
-    quiet_transformers()
+    _require_folder(folder)
     from gramian.models import load
 
     try:
@@ -91,8 +90,28 @@ def load_model(folder: Path) -> GramianForCausalLM:
         raise UserError(one_line(error)) from error
 
 
+def load_any_model(folder: Path) -> GramianPreTrainedModel:
+    """Read a model of ours, of any class."""
+    _require_folder(folder)
+    from gramian.models import load_any
+
+    try:
+        return load_any(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():  # before seconds of imports
+        raise UserError(f"there is no model folder {folder}.")
+    quiet_transformers()
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """Read the tokenizer saved with a model, or return None."""
+    """Read the tokenizer saved with a model or the base of an adapter, or return None."""
+    from gramian.models.adapters import tokenizer_folder
+
+    folder = tokenizer_folder(folder)
     if not (folder / "tokenizer_config.json").is_file():
         return None
     from transformers import AutoTokenizer
@@ -103,7 +122,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
 
 
-def byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
+def byte_tokenizer(folder: Path, model: GramianPreTrainedModel) -> Any:
     """Make a byte tokenizer for a model without a tokenizer, if the vocabulary is that of bytes."""
     from gramian.models import ByteTokenizer
 
@@ -156,7 +175,7 @@ def read_texts(text: Path) -> list[Document]:
 
 
 def first_windows(
-    folder: Path, model: GramianForCausalLM, text: Path, batch: int, length: int
+    folder: Path, model: GramianPreTrainedModel, text: Path, batch: int, length: int
 ) -> Tensor:
     """Read (batch, length) tokens from the beginning of a file; no row spans two documents."""
     from gramian.tasks.windows import cut_windows
@@ -171,7 +190,9 @@ def first_windows(
     return windows[:batch]
 
 
-def spread_windows(folder: Path, model: GramianForCausalLM, text: Path, max_tokens: int) -> Tensor:
+def spread_windows(
+    folder: Path, model: GramianPreTrainedModel, text: Path, max_tokens: int
+) -> Tensor:
     """Read windows (count, length) that are spread over a file.
 
     They have at most as many tokens as the model's filters have taps, and at most 2,048.
@@ -186,7 +207,7 @@ def spread_windows(folder: Path, model: GramianForCausalLM, text: Path, max_toke
         raise UserError(f"{text}: {one_line(error)}") from error
 
 
-def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> list[Tensor]:
+def _token_ids(folder: Path, model: GramianPreTrainedModel, text: Path) -> list[Tensor]:
     """Encode each document of a file as token ids (count,)."""
     from torch import from_numpy
 

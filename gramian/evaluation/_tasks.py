@@ -111,11 +111,13 @@ def evaluate_task(
 
 def _in_tokens_of(model: Any, name: str, task: Task, tokenizer: Any) -> Task:
     """Return the task with the model's own token ids, as far as they are known."""
+    from gramian.models.adapters import tokenizer_folder
+
     own = task.own_tokenizer()
     if own is None:
         return task
     if tokenizer is None:
-        folder = Path(str(getattr(model.config, "_name_or_path", "") or "."))
+        folder = tokenizer_folder(Path(str(getattr(model.config, "_name_or_path", "") or ".")))
         if folder != Path() and (folder / "tokenizer_config.json").is_file():
             tokenizer = load_tokenizer(str(folder))
     if tokenizer is not None:

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gramian.filters import Filter
 from gramian.mixers import Mixer, MixerRecurrence, Segments
+from gramian.models.adapters import switches
 from gramian.models.initialization import own_tensors
 from gramian.models.segments import last_tokens
 from gramian.models.snapshots import load_cache, save_cache
@@ -135,6 +136,8 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         self.recurrence: Any = None
         self._snapshot: list[_Source] = []
         self._trained: list[_Source] = []
+        self._adapted: list[Filter] = []
+        self._switches: list[Any] = []
         self.tokens = 0
         self.batch_size = -1
 
@@ -179,13 +182,18 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         if self.recurrence is None:
             self.recurrence = mixer.recurrence()
             self._snapshot = _sources(mixer)
+            filters = [part for part in mixer.modules() if isinstance(part, Filter)]
+            self._adapted = [one for one in filters if switches(one)]
+            self._switches = [switches(one) for one in self._adapted]
             trained = [source for source in self._snapshot if source.trained]
             self._trained = trained or self._snapshot
         return self.recurrence
 
     def _is_stale(self, length: int) -> bool:
         looked_at = self._snapshot if length > 1 else self._trained
-        return any(not source.holds() for source in looked_at)
+        return any(not source.holds() for source in looked_at) or (
+            bool(self._adapted) and [switches(one) for one in self._adapted] != self._switches
+        )
 
     def lazy_initialization(
         self, conv_states: Any = None, recurrent_states: Any = None, state_idx: int = 0

@@ -6,6 +6,7 @@ write the same token again and again without an error.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessor, StoppingCriteria
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
+from gramian.models.alphabet import check_forced, suppressed_tokens
+
 __all__ = ["GramianGenerationMixin"]
 
 
 class GramianGenerationMixin(GenerationMixin):
-    """The `generate` of transformers, which here raises an error for logits that are not finite."""
+    """The `generate` of transformers, which here keeps to an alphabet and to finite logits."""
 
     def generate(
         self,
@@ -27,13 +30,33 @@ class GramianGenerationMixin(GenerationMixin):
         stopping_criteria: Any = None,
         *args: Any,
         streamer: Any = None,
+        allowed_tokens: Iterable[int] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text as `GenerationMixin.generate` of transformers does.
 
+        Args:
+            inputs: as for any model of transformers, like the other arguments.
+            generation_config: likewise.
+            logits_processor: likewise.
+            stopping_criteria: likewise.
+            args: likewise.
+            streamer: likewise.
+            allowed_tokens: ids of the only tokens that may be written, such as those of
+                `gramian.models.allowed_tokens`; `restrict_generation` allows them for every call.
+                Tokens that `suppress_tokens` names are not written in any case.
+            kwargs: as for any model of transformers.
+
         Raises:
             FloatingPointError: if logits are NaN or infinite.
+            ValueError: if no allowed token is left to choose, or one is not in the vocabulary.
         """
+        if allowed_tokens is not None:
+            config: Any = generation_config or self.generation_config
+            given = kwargs.get("suppress_tokens", config.suppress_tokens)
+            suppressed = suppressed_tokens(allowed_tokens, self.config.vocab_size, given)
+            check_forced(config, suppressed)
+            kwargs["suppress_tokens"] = suppressed
         watch = FiniteLogits(at_once=streamer is not None)
         processors = LogitsProcessorList([watch, *(logits_processor or ())])
         criteria = StoppingCriteriaList([StopAtNaN(watch), *(stopping_criteria or ())])

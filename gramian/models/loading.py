@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
+from gramian.models.adapters import CONFIG, base_folder, is_adapter, merge_adapter, task_type
 from gramian.models.backbone import GramianModel
 from gramian.models.classification import GramianForSequenceClassification
 from gramian.models.configuration import GramianConfig
@@ -17,6 +19,7 @@ from gramian.models.pairs import GramianForPairClassification
 from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.reconstruction import GramianForReconstruction
 from gramian.models.signal import GramianForSignalRegression
+from gramian.models.token_classification import GramianForTokenClassification
 
 __all__ = ["load", "load_any"]
 
@@ -25,6 +28,7 @@ CLASSES: dict[str, type[GramianPreTrainedModel]] = {
     for kind in (
         GramianForCausalLM,
         GramianForSequenceClassification,
+        GramianForTokenClassification,
         GramianForPairClassification,
         GramianForSignalRegression,
         GramianForReconstruction,
@@ -38,26 +42,31 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCau
     """Return the language model that `save_pretrained` wrote into a folder, in evaluation mode.
 
     Before any tensor is read, the names and shapes in the files are compared with those that the
-    configuration requires, so a model is never loaded in part.
+    configuration requires, so a model is never loaded in part. A folder with an adapter of peft
+    gives the base model that it names, with the adapter merged into it.
 
     Args:
         path: the folder.
         dtype: dtype of the weights; by default, that of the files. Filters stay float32.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or it lacks `config.json` or weights.
+        FileNotFoundError: if there is no such folder, it lacks `config.json` or weights, or the
+            base model of an adapter is missing.
         ValueError: on a model of another class, an invalid configuration, files that cannot be
-            read, or weights that are missing, left over or of other shapes.
+            read, weights that are missing, left over or of other shapes, or an adapter that does
+            not fit its base model.
+        ImportError: for an adapter, without peft.
     """
     folder = Path(path)
-    values = _read_config(folder)
+    adapted = is_adapter(folder)
+    values = _read_own_config(folder) if adapted else _read_config(folder)
     kind = _class(folder, values)
     if kind is not GramianForCausalLM:
         raise ValueError(
             f"{folder} holds a {kind.__name__}; a GramianForCausalLM is needed (`load_any` reads "
             "every class)."
         )
-    model = _load(folder, kind, values, dtype)
+    model = _load_adapted(folder, dtype) if adapted else _load(folder, kind, values, dtype)
     assert isinstance(model, GramianForCausalLM)
     return model
 
@@ -68,8 +77,66 @@ def load_any(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianPr
     Arguments and errors are those of `load`, but the model may be of any class.
     """
     folder = Path(path)
+    if is_adapter(folder):
+        return _load_adapted(folder, dtype)
     values = _read_config(folder)
     return _load(folder, _class(folder, values), values, dtype)
+
+
+def _load_adapted(folder: Path, dtype: torch.dtype | None) -> GramianPreTrainedModel:
+    """Return the base model of an adapter, of the adapter's class, with the adapter merged."""
+    base = base_folder(folder)
+    values = _read_own_config(folder)
+    kind, base_kind = _class(folder, values), _class(base, _read_own_config(base))
+    new: list[str] = []
+    if kind is base_kind:
+        model = load_any(base, dtype=dtype)
+    elif is_adapter(base):
+        raise ValueError(
+            f"{folder} holds an adapter for a {kind.__name__} of another adapter, {base}, which is "
+            f"one for a {base_kind.__name__}; save that one merged first."
+        )
+    else:
+        expected, _ = _expected_shapes(folder, kind, GramianConfig.from_dict(values))
+        body = {name: shape for name, shape in expected.items() if name.startswith("model.")}
+        found = _read_shapes(base)
+        _compare(
+            base, body, set(), {name: found[name] for name in found if name.startswith("model.")}
+        )
+        new = [name for name in expected if name not in body]
+        shown = logging.get_verbosity()
+        logging.set_verbosity_error()  # the adapter holds what the base model lacks
+        try:
+            model = kind.from_pretrained(
+                base,
+                config=GramianConfig.from_dict(values),
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+            )
+        finally:
+            logging.set_verbosity(shown)
+    merged: GramianPreTrainedModel = merge_adapter(model, folder, new)
+    merged.config.name_or_path = str(folder)
+    return merged
+
+
+def _read_own_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a model; of an adapter without one, that of its base model.
+
+    Raises:
+        ValueError: also if an adapter without a configuration is for another class than its base.
+    """
+    if not is_adapter(folder) or (folder / "config.json").is_file():
+        return _read_config(folder)
+    values = _read_own_config(base_folder(folder))
+    task = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("task_type")
+    kind = _class(folder, values)
+    if task not in (None, task_type(kind)):
+        raise ValueError(
+            f"the adapter in {folder} is for {task} and its base model is a {kind.__name__}: its "
+            "config.json is needed beside it."
+        )
+    return values
 
 
 def _load(

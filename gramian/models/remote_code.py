@@ -16,6 +16,7 @@ AUTO_MAP = {
     "AutoModel": f"{MODULE}.GramianModel",
     "AutoModelForCausalLM": f"{MODULE}.GramianForCausalLM",
     "AutoModelForSequenceClassification": f"{MODULE}.GramianForSequenceClassification",
+    "AutoModelForTokenClassification": f"{MODULE}.GramianForTokenClassification",
     "AutoModelForTimeSeriesPrediction": f"{MODULE}.GramianForSignalRegression",
 }
 
@@ -30,6 +31,7 @@ try:
         GramianForReconstruction,
         GramianForSequenceClassification,
         GramianForSignalRegression,
+        GramianForTokenClassification,
         GramianModel,
     )
 except ModuleNotFoundError as error:
@@ -46,6 +48,7 @@ __all__ = [
     "GramianForReconstruction",
     "GramianForSequenceClassification",
     "GramianForSignalRegression",
+    "GramianForTokenClassification",
     "GramianModel",
 ]
 '''

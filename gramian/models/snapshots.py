@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from gramian.models.adapters import switches
+
 if TYPE_CHECKING:
     from gramian.models.cache import GramianCache
     from gramian.models.pretrained import GramianPreTrainedModel
@@ -39,6 +41,8 @@ def fingerprint(model: GramianPreTrainedModel) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", torch.float64)
         digest.update(sample.numpy().tobytes())
+    if adapters := switches(model):
+        digest.update(repr(adapters).encode())
     return digest.hexdigest()
 
 

@@ -51,7 +51,8 @@ class Description:
 
     Attributes:
         kind: name of the kind of task, a key of `KINDS`: `"tokens"` (a class at every position),
-            `"classification"` (one class per sequence), `"pairs"` (one class for two sequences,
+            `"classification"` (one class per sequence), `"token_classification"` (one of
+            `num_labels` classes at every position), `"pairs"` (one class for two sequences,
             `input_ids` and `input_ids_2`), `"signal"` (real numbers at every position),
             `"regression"` (real numbers per sequence), `"reconstruction"` (the whole input, decoded
             from its last position), or a kind added with `register_kind`.

@@ -26,7 +26,7 @@ from gramian.tasks._task import (
 
 __all__ = ["Arrays"]
 
-INTEGERS = ("classification", "tokens")
+INTEGERS = ("classification", "tokens", "token_classification")
 KINDS = (*INTEGERS, "regression", "signal")
 
 
@@ -46,6 +46,7 @@ class Arrays(Task):
     | real numbers | (rows,) or (rows, numbers) | `"regression"`, numbers for each row |
     | real numbers | (rows, length) or (rows, length, numbers) | `"signal"`, numbers at a position |
     | integers, of token ids | (rows, length) | `"tokens"`, a token id at every position |
+    | integers, if `kind` says so | (rows, length) | `"token_classification"`, a class at each |
 
     Labels of -100 are not scored. The seed has no effect.
 
@@ -55,8 +56,8 @@ class Arrays(Task):
         test: the same for the test split.
         inputs: name of the array of inputs in a file.
         labels: name of the array of labels.
-        kind: `"classification"`, `"regression"`, `"signal"` or `"tokens"`; by default the kind that
-            the table gives.
+        kind: `"classification"`, `"regression"`, `"signal"`, `"tokens"` or
+            `"token_classification"`; by default the kind that the table gives.
         num_labels: number of classes; by default one more than the largest label in the files.
         vocab_size: number of token ids; by default one more than the largest id in the files.
 
@@ -99,7 +100,7 @@ class Arrays(Task):
                     f"{layout.length}; numbers need one length."
                 )
         num_labels = layout.numbers
-        if layout.kind == "classification":
+        if layout.kind in ("classification", "token_classification"):
             num_labels = self._size("num_labels", max(one.classes for one in layouts.values()))
         vocab_size = None
         if layout.input_size is None:
@@ -250,11 +251,13 @@ def _labels(y: np.ndarray, kind: str, x: np.ndarray, what: str) -> np.ndarray:
     if kind == "tokens" and x.dtype.kind not in "iu":
         raise ValueError(
             f"{what} has an integer at every position, for which the inputs must be token ids; "
-            "they are real numbers. Give kind: signal to predict the integers as numbers."
+            "they are real numbers. Give kind: token_classification to predict them as classes, or "
+            "kind: signal to predict them as numbers."
         )
     accepted = {
         "classification": (rows,),
         "tokens": (rows, length),
+        "token_classification": (rows, length),
         "regression": (rows, y.shape[1] if y.ndim == 2 else 1),
         "signal": (rows, length, y.shape[2] if y.ndim == 3 else 1),
     }[kind]

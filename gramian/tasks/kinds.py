@@ -455,6 +455,30 @@ class Classification(ClassLabels):
         return super().accepts_model(model) and model.config.problem_type != "regression"
 
 
+@register_kind("token_classification")
+class TokenClassification(ClassLabels):
+    """A class at every position, not one of the tokens."""
+
+    packable = True
+    accepts_foreign_models = True
+    per_position = True
+
+    def model_class(self) -> type[Any]:
+        from gramian.models import GramianForTokenClassification
+
+        return GramianForTokenClassification
+
+    def model_options(self) -> dict[str, Any]:
+        return {"problem_type": "single_label_classification"}
+
+    def check_description(self, description: Description) -> None:
+        if description.num_labels == 1:
+            raise ValueError("has one class, so there is nothing to tell apart.")
+
+    def logits_shape(self, batch: int, length: int, config: Any) -> tuple[int, ...]:
+        return (batch, length, config.num_labels)
+
+
 @register_kind("pairs")
 class Pairs(ClassLabels):
     """One class for two sequences, `input_ids` and `input_ids_2`."""

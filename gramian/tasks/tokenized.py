@@ -62,8 +62,9 @@ class TokenizedTask(Task):
     def tokens_of(self, tokenizer: Any) -> Task:
         own = self.own_tokenizer()
         if own.get_vocab() == tokenizer.get_vocab():
-            return self
-        if self.tokenizer is not None:
+            if _special_tokens(own) == _special_tokens(tokenizer):
+                return self
+        elif self.tokenizer is not None:
             raise ValueError(
                 f"the task's tokenizer has {len(own):,} tokens that are not the "
                 f"{len(tokenizer):,} of the model's own; leave the setting tokenizer out to use "
@@ -80,6 +81,12 @@ class TokenizedTask(Task):
             vocab_size=len(tokenizer),
             pad_token_id=0 if pad is None else pad,
         )
+
+
+def _special_tokens(tokenizer: Any) -> int:
+    """Return the number of special tokens that a tokenizer adds to a sequence by itself."""
+    count = getattr(tokenizer, "num_special_tokens_to_add", None)
+    return 0 if count is None else int(count())
 
 
 def byte_tokenizer() -> Any:

@@ -36,6 +36,7 @@ from gramian._staging import staged_file
 from gramian.memory import MemoryLosses
 from gramian.memory.callbacks import StateSizeCallback
 from gramian.models import GramianConfig
+from gramian.models.adapters import tokenizer_folder
 from gramian.models.labels import LabelError
 from gramian.tasks import Description, Task, find_kind
 from gramian.tasks.encoding import load_tokenizer
@@ -59,6 +60,7 @@ from gramian.training.recording import (
     write_json,
 )
 from gramian.training.rows import Rows
+from gramian.training.starting import adapt, base_of, check_adapter, load_saved
 from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoints
 
 __all__ = ["TrainingReport", "check", "earlier_report", "train"]
@@ -282,13 +284,15 @@ def _tokenizer(config: TrainingConfig, task: Task) -> Any:
 
 def _tokenizer_of_model(config: TrainingConfig) -> Any:
     """Load the tokenizer of the saved model from which training starts, if it has one."""
-    folder = Path(config.model.get("path") or "")
+    folder = tokenizer_folder(Path(config.model.get("path") or ""))
     if "path" in config.model and (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(str(folder))
     return None
 
 
-def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
+def _model(config: TrainingConfig, description: Description) -> Any:
+    """Make or load the model that is trained; a `PeftModel` for an adapter."""
+    check_adapter(config)
     kind = find_kind(description.kind)
     model_class: type[PreTrainedModel] = kind.model_class()
     values = dict(config.model)
@@ -296,9 +300,8 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
     if path is not None:
         if values:
             raise ConfigError(f"model has a path, so it cannot have {', '.join(values)} too.")
-        if not Path(path).is_dir():
-            raise FileNotFoundError(f"there is no model folder {path}.")
-        return model_class.from_pretrained(path, local_files_only=True)
+        model, new = load_saved(path, kind, description)
+        return model if config.adapter is None else adapt(model, config.adapter, path, new)
     known = set(GramianConfig.__annotations__)
     for key in values:
         if key not in known:
@@ -335,7 +338,7 @@ def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | No
     penalty = regularization.ess
     try:
         return MemoryLosses(
-            model,
+            base_of(model),
             regularization.gates,
             penalty.weight,
             target=penalty.target,

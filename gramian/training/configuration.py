@@ -88,6 +88,14 @@ class TrainingConfig:
             "the run's folder keeps a copy of each."
         },
     )
+    adapter: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "an adapter of peft to train in place of the weights of the model in "
+            "`model.path`: `type`, which is `lora`, and fields of `peft.LoraConfig`, such as `r`, "
+            "`lora_alpha` and `target_modules`. None trains the weights."
+        },
+    )
     seed: int = setting("seed of data, initial weights and everything else that is random.", 0)
     optimization: Optimization = field(default_factory=Optimization)
     regularization: Regularization = field(default_factory=Regularization)

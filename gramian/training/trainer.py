@@ -28,6 +28,7 @@ from gramian.memory import MemoryLosses
 from gramian.tasks import Description, find_kind
 from gramian.training.collation import Packer
 from gramian.training.configuration import ConfigError
+from gramian.training.starting import base_of, save_description
 
 __all__ = ["DivergedError", "GramianTrainer", "Patience", "complete_checkpoints"]
 
@@ -249,6 +250,8 @@ class GramianTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             (stage / "training_args.bin").unlink(missing_ok=True)  # a pickle that names the machine
+            if base_of(self.model) is not self.model:
+                save_description(self.model, stage)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(stage)
             old = self.folder / f".{name}-old"
