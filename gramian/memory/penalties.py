@@ -1,7 +1,8 @@
-r"""Compute losses that make gates forget less, or draw state-sizes towards a target.
+r"""Compute losses that make gates forget less, or pull state-sizes towards a target.
 
-Both losses take operators. `mixer.operator(x)` returns one, and `gramian.memory.Observer` has those
-of a forward pass. Gradients flow into the tensors from which the operators were computed.
+Both losses are functions of operators. `mixer.operator(x)` returns the operator of one mixer, and
+`gramian.memory.Observer` returns those of all mixers in a forward pass. Gradients flow into the
+tensors from which the operators were computed.
 """
 
 from __future__ import annotations
