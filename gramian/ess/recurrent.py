@@ -176,12 +176,14 @@ def time_varying_norm(system: TimeVarying) -> Tensor:
 
 
 def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator[Factors]:
-    """Yield the factors at every position in float64, from the Vandermonde matrix of {λ, λ̄}.
+    """Yield the factors S and R at every position, in float64.
+
+    They come from the triangular factor of the Vandermonde matrix of {λ, λ̄}.
 
     Args:
         system: A modal system with channels (G).
         positions: Positions in 1 … horizon - 1.
-        horizon: Where the blocks end.
+        horizon: The position at which the Hankel blocks end.
     """
     poles = torch.where(system.residues != 0, system.poles, 0).to(torch.complex128)
     residues = system.residues.to(torch.complex128)

@@ -283,7 +283,7 @@ def settings(name: str) -> dict[str, dict[str, Any]]:
 
 
 def build(name: str, setting: str | None = None, **settings: Any) -> Task:
-    """Build the task `name` with a published setting and changes to it.
+    """Build the task `name` with a published setting, whose fields `settings` may override.
 
     Args:
         name: one of `names()`.
