@@ -117,7 +117,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         path: as for `read_checkpoint`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_checkpoint`.
+        FileNotFoundError, ValueError: in the same cases as `read_checkpoint`.
     """
     return read_checkpoint(path).tensors
 
