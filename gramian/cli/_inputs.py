@@ -65,7 +65,7 @@ def fraction(name: str, text: str) -> float:
 
 
 def require_training() -> None:
-    """Raise a UserError if a package is missing that training and its configurations need."""
+    """Raise a UserError if training or its configurations need a package that is missing."""
     for package in ("yaml", "accelerate", "datasets"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'training needs {package}: pip install "gramian[train]".')

@@ -1,4 +1,4 @@
-"""Define the configuration of a Gramian model, whose blocks surround any mixers and filters.
+"""Define the configuration of a Gramian model, whose blocks may hold any mixers and filters.
 
 `mixers` names the mixers, and `filter` describes the filters with which they convolve. Both are
 given once for all layers or once per layer: after distillation, every layer has filters of its own
