@@ -97,10 +97,11 @@ def _triangle(rows: Tensor) -> Tensor:
 
 
 def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """Compute the factors S at the positions `wanted`, the last of which has the factor `S`.
+    """Compute the factors S_i at the positions `wanted`, given `S`, the factor at the last one.
 
     Returns:
-        The factors (P, G, n, n), and the first of them without padding.
+        The factors (P, G, n, n), padded with zeros, and the factor at the first position without
+        padding.
     """
     groups, _, order = chain.B.shape
     factors = S.new_zeros(len(wanted), groups, order, order)

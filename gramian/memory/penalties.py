@@ -30,8 +30,8 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
     computed as matrices.
 
     Args:
-        operators: One or more systems. Those that are `TimeVarying`, with state matrices that are
-            diagonal, diagonal plus rank one, or dense, are used. Other systems have no gates and
+        operators: One or more systems. The `TimeVarying` systems are used, whether their state
+            matrices are diagonal, diagonal plus rank one, or dense. Other systems have no gates and
             are skipped.
 
     Returns:
