@@ -248,7 +248,7 @@ def register(name: str) -> Callable[[_T], _T]:
     """Return a decorator that registers a subclass of `Task` under `name`.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if another task is registered under `name`.
     """
 
     def add(task: _T) -> _T:
