@@ -5,7 +5,7 @@ blocks is the memory that the mixer needs. Gramian parametrizes this operator (f
 measures it (`effective_state_size`), shrinks it (`reduce`, `realize`, `distill`) and applies it
 (convolution and recurrence).
 
-`import gramian` imports no other package until a name is used. `import gramian.models` imports
+`import gramian` imports none of its packages until a name is used. `import gramian.models` imports
 transformers and registers Gramian's classes with transformers' Auto classes.
 """
 

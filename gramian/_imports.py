@@ -23,7 +23,7 @@ from gramian._staging import staged_file
 __all__ = ["copy_parts", "find_copy", "import_parts"]
 
 _LOADED: dict[str, ModuleType] = {}
-"""The imported modules by the hashes of their files. Files with a known hash are not imported."""
+"""The imported modules by the hashes of their files. No file is imported twice, nor is its copy."""
 
 
 def import_parts(names: Sequence[str], copies: str | Path | None = None) -> None:

@@ -293,7 +293,7 @@ def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
 
 
 def _not_a_causal_map(weights: Tensor | None, value: Tensor, output: Tensor) -> str | None:
-    """Return the reason why weights are not a causal map from values to output, or None.
+    """Return why the weights are not a causal map from values to output, or None if they are.
 
     Args:
         weights: (batch, heads, L, L).

@@ -51,13 +51,16 @@ class LayerState:
     def utilization(self) -> Tensor:
         """The share ESS / TSS, (len(channels), P). It is 0 where TSS is 0.
 
-        The table of a report has the mean `in_use`, which does not count places where TSS is 0.
+        The table of a report shows `in_use`, a mean without the entries where TSS is 0.
         """
         return utilization(self.ess, self.tss)
 
     @property
     def in_use(self) -> float | None:
-        """The mean of ESS / TSS over all places where TSS is above 0; None if there are none."""
+        """The mean of ESS / TSS, or None if TSS is 0 everywhere.
+
+        The mean is over all channels and positions where TSS is above 0.
+        """
         share = self.utilization[self.tss > 0]
         return float(share.mean()) if share.numel() else None
 
@@ -333,7 +336,7 @@ class StateReport:
 
 
 def _row(layer: LayerState, label: str) -> tuple[str, ...]:
-    """Return the cells of a layer in the table of a report; `_COLUMNS` has their headings."""
+    """Return the cells of a layer in the table of a report. `_COLUMNS` has their headings."""
     counted = len(layer.channels)
     measured = f"{counted:,}" if counted == layer.count else f"{counted:,} of {layer.count:,}"
     share = layer.in_use

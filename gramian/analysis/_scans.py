@@ -1,10 +1,10 @@
 r"""Return the scans in transformers' modeling files as time-varying systems.
 
-Each function here has the signature of a function that layers of transformers call. It returns the
-recurrence that the called function applies to its values. The published state S_t includes the
-present input, but the state of the returned system does not. So the system has `A = a_t`,
-`B = b_t`, `C = a_t c_t`, and `D` is `c_t · b_t` plus the skip. Output gates and projections are
-left out. All value channels of a head share one operator.
+Each function here corresponds to a scan: a function that layers of transformers call. It has the
+signature of the scan, and returns the recurrence that the scan applies to its values. The published
+state S_t includes the present input, but the state of the returned system does not. So the system
+has `A = a_t`, `B = b_t`, `C = a_t c_t`, and `D` is `c_t · b_t` plus the skip. Output gates and
+projections are left out. All value channels of a head share one operator.
 """
 
 from __future__ import annotations

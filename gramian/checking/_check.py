@@ -81,11 +81,11 @@ def check(
         length: number of random tokens in each sequence, at least 2.
         dtypes: dtypes of the weights; by default float32 and bfloat16. Filters stay float32.
         tolerance: accepted relative difference of a layer in every precision. By default, it is
-            1.5e-5 in float32, 6e-2 in bfloat16, 1e-10 in float64 and 1e-2 in float16. Two defaults
-            may be larger. If a mode carries a state, the accepted difference is at least twice the
-            error that a converted recurrence reports. For steps of the distilled copy, it is also
-            at least twice the rounding error of modes that cancel each other. The accepted
-            difference of the whole model is four times that of a layer.
+            1.5e-5 in float32, 6e-2 in bfloat16, 1e-10 in float64 and 1e-2 in float16. The default
+            is larger in two cases. If a state is carried, it is at least twice the error that a
+            converted recurrence reports. For steps of the distilled copy, it is also at least twice
+            the rounding error of modes that cancel each other. The whole model may differ by four
+            times the accepted difference of a layer.
         distill_order: order of the filters of a distilled copy, which is also checked. If it is
             None, no distilled copy is made.
         reference: whether to compare with a second copy of the model in float64.
@@ -282,7 +282,7 @@ def _check_layer(
 
 
 def _rounding(mixer: Mixer, length: int) -> float:
-    """Return a bound of the rounding error in the steps of modal filters, relative to their taps.
+    """Return how large the rounding error in steps of modal filters may be, relative to the taps.
 
     The rounding errors of single precision are relative to the sum of the moduli of the modes. If
     modes cancel each other, the impulse response is smaller than this sum. So the errors relative
@@ -503,7 +503,7 @@ def _continued(
 
 
 def _limits(own: float, carried: float) -> dict[str, float]:
-    """Return the accepted difference of every mode that is judged.
+    """Return the accepted difference of every mode that can fail.
 
     Args:
         own: the accepted difference of modes that carry no state.

@@ -85,7 +85,7 @@ class Format(abc.ABC):
         Args:
             states: a mapping from stripped names to byte streams.
             fp8: whether linear maps that were trained in 8-bit floating point are computed in it.
-                If it is None, they are if the model needs it.
+                If `fp8` is None, they are computed in it only if the model needs this.
 
         Raises:
             ValueError: if a byte stream is needed and is missing or damaged.

@@ -58,18 +58,18 @@ def load(
         config: the checkpoint's configuration, a JSON or YAML file that holds it, or the name of a
             published model (a key of `PUBLISHED`, such as `"evo2_7b"`) if the configuration is not
             published beside the weights. By default, the configuration is read from a file beside
-            the checkpoint: `config.json`, `NAME.config.json`, `NAME.json`, or the same names with
-            .yml or .yaml. If there is no such file, it is read from the hyper-parameters of a
-            Lightning checkpoint. A configuration is required, because shapes do not determine a
-            model completely.
+            the checkpoint: `config.json`, or, for a checkpoint `NAME.ckpt`, `NAME.config.json` or
+            `NAME.json`, or the same names with .yml or .yaml. If there is no such file, it is read
+            from the hyper-parameters of a Lightning checkpoint. A configuration is required,
+            because shapes do not determine a model completely.
         format: name of the format, a key of `FORMATS`; by default, the format is recognized by keys
             and configuration. Safari's Hyena and HyenaDNA have the same keys. By default, a
             checkpoint with HyenaDNA's vocabulary is loaded as a HyenaDNA.
         dtype: dtype of the weights; by default, the dtype of the embedding. Filters stay float32.
         fp8: whether projections that were trained in 8-bit floating point are computed in it, by
-            emulation with the checkpoint's scales (`gramian.ops.fp8`). By default, they are if the
-            published model is useless otherwise. This applies to Evo 2 with 1, 20 and 40 billion
-            parameters.
+            emulation with the checkpoint's scales (`gramian.ops.fp8`). By default, this is done
+            only for models that are useless otherwise. These are the models of Evo 2 with 1, 20 and
+            40 billion parameters.
         progress: a function that is called as `progress(layers done, all layers)`.
 
     Returns:

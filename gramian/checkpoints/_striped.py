@@ -77,7 +77,8 @@ class StripedFormat(Format):
     def _inner_size(self) -> int:
         """Return the inner size of the MLP: the configured size, or else 8/3 of the width.
 
-        The latter is rounded down to an integer, and then up to a multiple.
+        The latter is rounded down to an integer, and then up to a multiple of the setting
+        `inner_size_multiple_of`.
         """
         multiple = size(self.config, "inner_size_multiple_of", 64)
         least = int(2 * self.width * 4 / 3)

@@ -5,8 +5,8 @@ and classes to call. They are read with `weights_only=True`: of these names, onl
 need are looked up and called. Lightning stores objects of its own and of packages such as omegaconf
 beside the weights. Each class of these packages is replaced by an empty placeholder class, which
 accepts any arguments and keeps nothing. Transformer Engine stores the scales of its layers as byte
-streams under names that end in `_extra_state`. These are kept as bytes. If a file has any other
-name, reading fails before a single object is made.
+streams under names that end in `_extra_state`. These are kept as bytes. If a file refers to any
+other function or class, reading fails before a single object is made.
 
 A file that was split into `NAME.part0`, `NAME.part1` and so on is read as if it were joined.
 """

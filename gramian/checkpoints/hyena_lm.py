@@ -266,7 +266,7 @@ class SafariHyena(Format):
             for theirs, name in names.items():
                 for kind in ("weight", "bias"):
                     state[f"{ours}{name}.{kind}"] = weights.pop(f"{block}{theirs}.{kind}")
-            # Our tap 0 acts on the present input, as the last tap does in safari.
+            # In Gramian, tap 0 acts on the present input; in safari, the last tap does.
             taps = weights.pop(f"{block}mixer.short_filter.weight")
             state[f"{ours}mixer.short.weight"] = taps.squeeze(1).flip(-1)
             state[f"{ours}mixer.short.bias"] = weights.pop(f"{block}mixer.short_filter.bias")
@@ -346,7 +346,7 @@ class HyenaDNA(SafariHyena):
         """Return whether the configuration of a Hyena language model describes a HyenaDNA.
 
         It does if its `model_type` is "hyenadna", or if it has no `model_type` and its vocabulary
-        has the size of the DNA tokenizer's.
+        has as many tokens as the DNA tokenizer.
         """
         inner = config.get("model")
         config = inner if "layer" not in config and isinstance(inner, Mapping) else config

@@ -35,7 +35,7 @@ from gramian.models import GramianConfig
 __all__ = ["StripedHyena2"]
 
 _PRESENT_FIRST = 128
-"""The number of taps from which on the first tap acts on the present input, and a skip is added."""
+"""Filters with this many taps or more have a skip, and their first tap acts on the present."""
 
 _KINDS = ("hcl", "hcm", "hcs")
 _WITHOUT_FP8 = (4096, 32)
@@ -181,7 +181,7 @@ class StripedHyena2(StripedFormat):
     def _is_tied(self, weights: Mapping[str, Tensor]) -> bool:
         """Return whether the output projection is the embedding.
 
-        With `tie_embeddings`, it is, even if the checkpoint holds a tensor for each.
+        If `tie_embeddings` is set, it is, even if the checkpoint has separate tensors.
         """
         return self.config.get("tie_embeddings") is True or tied(
             self.config, weights, EMBEDDING, HEAD
@@ -207,7 +207,7 @@ class StripedHyena2(StripedFormat):
         return filter
 
     def _modal_filter(self, weights: Mapping[str, Tensor], name: str) -> ModalFilter:
-        rates = -weights[f"{name}log_poles"].double().squeeze(-1)  # of decay, (width, modes)
+        rates = -weights[f"{name}log_poles"].double().squeeze(-1)  # rates of decay, (width, modes)
         residues = weights[f"{name}residues"].double()
         bounded = bool((rates > 0).all())
         filter = ModalFilter(self.width, self.state_size, self.length, bounded=bounded, real=True)

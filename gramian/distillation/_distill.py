@@ -42,9 +42,9 @@ def distill(
     replaces the filter in a copy of the model. The given model stays unchanged. The copy has the
     same class, with one configuration per layer in `config.filter`. It can be saved, loaded,
     trained and used for generation like any other model. Filters that are already modal, and
-    attention layers, are not changed. An explicit filter of few taps keeps a window of its last
-    inputs as its state. It is not changed if the state of the reduced filter would not be smaller
-    than this window.
+    attention layers, are not changed. The state of an explicit filter of few taps is a window of
+    its last inputs. Such a filter is not changed if the state of the reduced filter would not be
+    smaller than this window.
 
     Args:
         model: a Gramian model that is not bidirectional; if `filters` are given, any module.

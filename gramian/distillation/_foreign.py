@@ -29,7 +29,7 @@ def _long_convolution(module: nn.Module, filter: ModalFilter) -> nn.Module:
 
 @dataclass(frozen=True)
 class ForeignFilter:
-    """Functions that return the kernel of a submodule and replace the submodule.
+    """The functions that read the kernel of a submodule and make the submodule's replacement.
 
     Attributes:
         kernel: function that returns the kernel of the submodule, (channels, taps), real.

@@ -103,9 +103,9 @@ def distill_to_budget(
 
     Raises:
         TypeError: if the model is not a `GramianForCausalLM`.
-        ValueError: if the shape of `input_ids` is not (count, length); if the budget is not
-            positive, or is exceeded even at a tolerance of 1e-6; or in the same cases as
-            `gramian.distill`.
+        ValueError: in the same cases as `gramian.distill`; if the shape of `input_ids` is not
+            (count, length); or if the budget is not positive, or is exceeded even at a tolerance of
+            1e-6.
     """
     check_windows(model, input_ids)
     if not max_increase > 0:

@@ -25,7 +25,7 @@ _COLUMNS = (
 )
 
 _AUDIBLE = 1e-2
-"""If the energy past the taps, relative to the energy of the taps, is larger, a summary says so."""
+"""A summary mentions the energy past the taps if its ratio to the taps' energy is larger."""
 
 _ENOUGH = 16
 """The smallest number of filters for which a rank correlation is reported."""

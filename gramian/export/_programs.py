@@ -31,7 +31,7 @@ _NEEDS = 'exporting to ONNX needs onnx, onnxscript and onnxruntime: pip install 
 
 @dataclass(frozen=True)
 class Stateful:
-    """The two functions to export. They map an input and the named tensors of a state.
+    """The two functions to export. Each maps an input and a state to an output and a next state.
 
     Attributes:
         module: module that holds the parameters. The programs use their names in this module.
@@ -79,7 +79,7 @@ class _Program(nn.Module):
 
 
 def check_format(format: str) -> None:
-    """Check that a format is known and that the packages it needs are installed.
+    """Check that a format is known, and that the packages that it needs are installed.
 
     Raises:
         ValueError: if the format is unknown.

@@ -26,7 +26,8 @@ _PROMPT = 45  # number of tokens or samples that are processed as one chunk
 _SINGLE, _DOUBLE = 1e-4, 1e-9
 """The accepted differences of outputs, relative to the largest output.
 
-The first is for programs that use single precision anywhere, and the second for all other programs.
+The first number applies to programs that use single precision anywhere. The second number applies
+to all other programs.
 """
 
 

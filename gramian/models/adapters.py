@@ -1,7 +1,7 @@
 """Read and merge adapters of the package peft: low-rank changes of a model's linear maps.
 
-peft can wrap any linear map of a Gramian model. The wrapped model is trained, generated from and
-merged as peft documents. This module has the functions that the rest of the library needs. A folder
+peft can wrap any linear map of a Gramian model. peft's documentation says how to train, run and
+merge the wrapped model. This module has the functions that the rest of the library needs. A folder
 with an adapter names its base model. Such a folder is read as the base model with the adapter
 merged into it. Caches notice when adapters are turned on or off, selected or scaled.
 """

@@ -1,8 +1,7 @@
 """Define the model that all Gramian models contain: an embedding, blocks and a last norm.
 
-Each block surrounds a mixer (`gramian.models.blocks`), and the configuration names the mixer of
-every layer. The order of the tokens enters through the mixers alone, so there is no positional
-embedding.
+Each block contains a mixer (`gramian.models.blocks`), and the configuration names the mixer of
+every layer. Only the mixers depend on the order of the tokens, so there is no positional embedding.
 
 Training and scoring use convolutions. With a cache, the recurrences of the mixers run: the whole
 prompt is processed in one pass, and then each token takes one step. Except for the keys and values
@@ -78,9 +77,9 @@ class GramianModel(GramianPreTrainedModel):
                 the past must not hide a token that the cache has seen.
             past_key_values: the cache of the tokens before these. It is updated in place.
             inputs_embeds: (batch, length, hidden_size).
-            use_cache: whether to return a cache. By default, `config.use_cache` decides. But by
-                default no cache is returned in training or with gradients enabled, where a cache
-                has no use, or in a traced graph, which cannot return one.
+            use_cache: whether to return a cache. By default, a cache is returned if
+                `config.use_cache` is True, except in training or with gradients enabled, where a
+                cache has no use, and in a traced graph, which cannot return one.
             output_hidden_states: whether to return the embeddings and the output of every block.
                 The output of the last block is returned after the last norm.
             input_values: (batch, length, `config.input_size`), in place of `input_ids` if the

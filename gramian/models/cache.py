@@ -51,7 +51,7 @@ def check_past(cache: Any, mask: Any, inputs: tuple[Tensor | None, ...]) -> None
     """Raise a ValueError if the mask hides tokens that the cache has seen.
 
     For example, `generate` writes such tokens after the end of a row while other rows continue. A
-    state cannot forget them, so the next token would follow another past than the mask says.
+    state cannot forget them, so the next token would follow tokens that the mask hides.
 
     Args:
         cache: the argument that was passed as a cache.
@@ -206,7 +206,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
     def update_recurrent_state(
         self, recurrent_states: Any, state_idx: int = 0, *, batch_size: int = -1, tokens: int = 0
     ) -> Any:
-        """Replace the state by the one after `tokens` more tokens of `batch_size` sequences."""
+        """Replace the state by the state after `tokens` more tokens of `batch_size` sequences."""
         if not self.is_recurrent_states_initialized[0]:
             self.lazy_initialization(recurrent_states=recurrent_states)
         self.recurrent_states[0] = recurrent_states
@@ -302,12 +302,12 @@ class GramianCache(Cache):
     The size of the cache depends on the model and the batch, but not on the length of the text,
     except for the keys and values of attention.
 
-    The recurrences are made from the filters as they are at the first use. `reset` keeps the
-    recurrences for the next sequences, and they are made again only if the filters have changed.
-    If the filters change while the cache holds a sequence, using the cache without gradients is an
-    error. The cache shares all other weights with the model. If these change, the new weights
-    process the next tokens, but the state of the past still comes from the old weights. This is
-    also true of the keys and values of attention.
+    The recurrences are made at the first use, from the weights that the filters have at that time.
+    `reset` keeps the recurrences for the next sequences, and they are made again only if the
+    filters have changed. If the filters change while the cache holds a sequence, using the cache
+    without gradients is an error. The cache shares all other weights with the model. If these
+    change, the new weights process the next tokens, but the state of the past still comes from the
+    old weights. This is also true of the keys and values of attention.
     """
 
     layers: list[GramianCacheLayer]

@@ -62,10 +62,10 @@ class GramianConfig(PreTrainedConfig):
         linear_recurrence: further arguments of the linear recurrences in `gramian.mixers`, such as
             `state_size` and `temperature`. Each layer uses the arguments that its mixer accepts; an
             argument that no layer uses is an error.
-        max_position_embeddings: `max_length` of the filters. It does not limit the length of the
-            input: beyond it, the kernel of an FIR filter is zero, and the kernel of a rational
-            filter continues. There is no positional embedding, except for the rotations inside
-            attention, which have no limit either.
+        max_position_embeddings: `max_length` of the filters. The input may be longer. Past this
+            length, the kernel of an FIR filter is zero, and the kernel of a rational filter
+            continues. There is no positional embedding, except for the rotations inside attention,
+            which have no limit either.
         hyena_order: order N of `hyena` mixers, which have N - 1 long convolutions; at least 2.
         short_kernel: taps of the mixers' short convolutions.
         hyena_mimo_size: width of the map across channels before the output projection of `hyena`
@@ -87,7 +87,7 @@ class GramianConfig(PreTrainedConfig):
         tied_dropout: whether the dropout of `"glu"` blocks drops a channel over the whole length.
         bidirectional: whether the outputs of mixers also depend on later positions. All mixers must
             then be `long_convolution`, and their filters have 2 × `hidden_size` channels.
-            `GramianForCausalLM` does not accept it.
+            `GramianForCausalLM` does not accept this option.
         input_size: number of features of a continuous input, for example 1 for the samples of a
             signal or the pixels of a gray image. The model reads this input as `input_values`
             through a linear map. By default, the model reads token ids. `GramianForCausalLM` does
@@ -106,8 +106,8 @@ class GramianConfig(PreTrainedConfig):
         gated_mlp: whether the MLP computes `act(W₁ x) ∘ W₂ x` or only `act(W₁ x)`. In both cases,
             a projection follows.
         mlp_bias: whether the linear maps in the MLP have biases.
-        hidden_act: activation of the MLP, or a list with one for each layer; `"linear"` is the
-            identity.
+        hidden_act: activation of the MLP, or a list with one activation for each layer. `"linear"`
+            is the identity.
         rms_norm_eps: number added to the mean square or the variance in norms of every kind.
         initializer_range: standard deviation of the initial embeddings and projections.
         use_cache: whether a forward pass without gradients returns its cache.

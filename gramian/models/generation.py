@@ -1,6 +1,6 @@
 """Generate text, and raise an error as soon as logits are not finite.
 
-If one of the logits is NaN, they have no maximum. `argmax` returns the index of the NaN, so greedy
+If a logit is NaN, the logits have no maximum. `argmax` then returns the index of the NaN, so greedy
 search would write the same token again and again without an error.
 """
 

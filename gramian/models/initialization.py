@@ -1,4 +1,4 @@
-"""Initialize the tensors of a loaded model that no file has, and leave all others unchanged.
+"""Initialize the tensors of a loaded model that are in no file, and keep all other tensors.
 
 transformers builds a model without memory, reads the tensors in the files, and then initializes
 the other tensors, module by module. Its initializers skip tensors that were read. Code that writes
@@ -21,7 +21,7 @@ __all__ = ["Keeping", "is_read", "own_tensors", "reset_unwritten"]
 
 
 def is_read(tensor: Tensor) -> bool:
-    """Return whether a tensor was read from a file, or will be tied to a tensor that was."""
+    """Return whether a tensor was read from a file, or will be tied to a tensor that was read."""
     return bool(getattr(tensor, "_is_hf_initialized", False))
 
 

@@ -162,7 +162,7 @@ def cross_entropy(
 def squared_error(
     logits: Tensor, labels: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the mean squared error of logits and labels. The labels come from `check_numbers`."""
+    """Return the mean squared error of logits and the labels that `check_numbers` returned."""
     errors = torch.where(due, _wide(logits) - labels, 0).square()
     return _mean(errors, due, num_items_in_batch)
 

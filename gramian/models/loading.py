@@ -73,7 +73,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCau
 
 
 def load_any(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianPreTrainedModel:
-    """Return the model in a folder, of any class of this package, in evaluation mode.
+    """Return the model in a folder, which may be of any Gramian class, in evaluation mode.
 
     The arguments and errors are the same as those of `load`, except that any class is accepted.
     """
@@ -85,7 +85,7 @@ def load_any(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianPr
 
 
 def _load_adapted(folder: Path, dtype: torch.dtype | None) -> GramianPreTrainedModel:
-    """Return the base model of an adapter, with the adapter merged, as the adapter's class."""
+    """Return the base model of an adapter, in the adapter's class, with the adapter merged."""
     base = base_folder(folder)
     values = _read_own_config(folder)
     kind, base_kind = _class(folder, values), _class(base, _read_own_config(base))

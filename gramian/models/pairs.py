@@ -62,17 +62,17 @@ class GramianForPairClassification(GramianPreTrainedModel):
         Args:
             input_ids: (batch, length) token ids of the first sequences.
             attention_mask: (batch, length), 1 for a real token, 0 for padding.
-            input_ids_2: (batch, length 2) token ids of the second sequences. Their length may
-                differ from the length of the first sequences.
-            attention_mask_2: (batch, length 2), the mask of the second sequences.
+            input_ids_2: (batch, length_2) token ids of the second sequences. `length_2` may differ
+                from `length`.
+            attention_mask_2: (batch, length_2), the mask of the second sequences.
             input_values: (batch, length, `config.input_size`), in place of `input_ids`.
-            input_values_2: (batch, length 2, `config.input_size`), in place of `input_ids_2`.
+            input_values_2: (batch, length_2, `config.input_size`), in place of `input_ids_2`.
             labels: the targets, as for `GramianForSequenceClassification`, with one row for each
                 pair.
             position_ids: (batch, length), positions that restart where the next sequence of a
                 packed row begins. The n-th of all first sequences forms a pair with the n-th of all
                 second sequences.
-            position_ids_2: (batch, length 2), the positions of the second sequences.
+            position_ids_2: (batch, length_2), the positions of the second sequences.
             kwargs: the arguments of `GramianModel.forward` that describe packed rows, with the
                 suffix `_2` for the second sequences; and `num_items_in_batch`. If the latter is
                 given, it divides the summed loss in place of the number of labels.

@@ -87,10 +87,10 @@ class GramianPreTrainedModel(PreTrainedModel):
         result equals `GramianCache.nbytes`, but the model does not run. The state of a convolution
         does not grow with the context. For a modal filter, the state has one complex number per
         mode and stream. For an FIR filter, the state has room for `max_position_embeddings` inputs
-        from the first token on. The keys and values of attention grow until they fill its window,
-        and their memory doubles each time it is full. The copies of the filters in the recurrences
-        are not counted, because they do not depend on the batch. If FSDP2 has sharded the model,
-        all processes must call this method together.
+        from the first token on. The keys and values of attention grow until they fill the window of
+        the attention. The room for keys and values doubles each time that it is full. The copies of
+        the filters in the recurrences are not counted, because they do not depend on the batch. If
+        FSDP2 has sharded the model, all processes must call this method together.
 
         Args:
             batch: number of sequences, at least 1.
@@ -121,11 +121,11 @@ class GramianPreTrainedModel(PreTrainedModel):
         compiling fails, a warning is given once. `generate(..., compile_config=CompileConfig(...))`
         has the same effect.
 
-        The copies follow the weights. At its beginning, that is, with an empty cache, a generation
-        compares all values of a copy with the weight before it uses the copy. So it detects every
-        change of a weight. Later in the same generation, a change is detected by the version of the
-        weight or by a few of its values. So an edit of single values through `.data` or numpy goes
-        unnoticed there. Training mode drops the copies.
+        The copies follow the weights. When a generation begins with an empty cache, all values of a
+        weight are compared before its copy is used. So every change of the weight is detected.
+        Later in the same generation, a change is detected by the version of the weight or by a few
+        of its values. So an edit of single values through `.data` or numpy goes unnoticed then.
+        Training mode drops the copies.
 
         Args:
             enabled: whether to compile; False undoes an earlier call.

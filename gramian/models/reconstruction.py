@@ -142,7 +142,7 @@ def position_codes(positions: Tensor, width: int) -> Tensor:
     is odd.
 
     Args:
-        positions: (…).
+        positions: the positions, (…).
         width: length of a code.
 
     Returns:

@@ -330,8 +330,8 @@ def read_rows(
         attention_mask: the mask, as for `token_segments`; or segments, which are returned.
         position_ids: the positions, as for `token_segments`.
         arguments: the other arguments of the pass. The arguments of packed rows are removed from
-            it. These are `seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k`, which are used, and
-            `max_length_q` and `max_length_k`, which add no information.
+            this dictionary. These are `seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k`, which are
+            used, and `max_length_q` and `max_length_k`, which add no information.
         suffix: text at the end of the names of the arguments of packed rows.
 
     Raises:

@@ -67,7 +67,7 @@ def save_cache(cache: GramianCache, path: str | Path, model: GramianPreTrainedMo
     tensors |= {name: row for name in _ROWS if (row := getattr(cache, name)) is not None}
     tensors = {
         name: tensor.detach().clone() for name, tensor in tensors.items()
-    }  # no shared memory
+    }  # the tensors in a safetensors file must not share memory
     metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint(model),

@@ -1,8 +1,8 @@
 """Make figures of state-sizes, of distillation and of the cost of decoding.
 
-The argument of every function `plot_*` is a set of plain numbers, or a report that another function
-returned. The function returns a `matplotlib.figure.Figure`, which belongs to no window and no
-global state. `save_figure` writes the figure to a file. Figures need matplotlib
+Every function `plot_*` accepts plain numbers, or a report that another function of Gramian
+returned. It returns a `matplotlib.figure.Figure`, which belongs to no window and no global state.
+`save_figure` writes the figure to a file. Figures need matplotlib
 (`pip install "gramian[plots]"`). `state_page` makes an interactive HTML page and needs no further
 package. Figures of training are in `gramian.training`.
 """

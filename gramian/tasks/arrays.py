@@ -48,9 +48,10 @@ class Arrays(Task):
     | real numbers | (rows,) or (rows, numbers) | `"regression"`, numbers for each row |
     | real numbers | (rows, length) or (rows, length, numbers) | `"signal"`, numbers at a position |
     | integers | (rows, length) | `"tokens"`, a token id at every position |
-    | integers, if `kind` is given | (rows, length) | `"token_classification"`, a class at each |
+    | integers, if `kind` is given | (rows, length) | `"token_classification"`, classes |
 
-    Labels of -100 are not scored. The seed has no effect.
+    In a token classification, each position has a class. Labels of -100 are not scored. The seed
+    has no effect.
 
     Args:
         train: path or pattern of the training split's files, or a list of paths and patterns.

@@ -106,12 +106,12 @@ def _require_inside(interval: Interval, lengths: Mapping[str, int]) -> None:
 
 
 def count_overlaps(places: list[Interval], others: list[Interval], margin: int = 0) -> int:
-    """Widen intervals by `margin` at both ends, and count those that share a base with another.
+    """Return how many of the intervals `places` share a base with an interval of `others`.
 
     Args:
-        places: the intervals to widen and count.
-        others: the intervals with which they may share a base.
-        margin: number of bases.
+        places: the intervals to count.
+        others: the other intervals.
+        margin: number of bases by which the intervals `places` are widened at both ends.
     """
     starts: dict[str, list[int]] = {}
     ends: dict[str, list[int]] = {}

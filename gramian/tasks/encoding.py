@@ -60,8 +60,8 @@ class Encoder:
 
     Attributes:
         nucleotides_only: whether all words of the vocabulary consist of codes of nucleotides.
-        letters: (256,) int64, the id of each code at the index of the code's byte, and -1 at all
-            other indices. None if codes are not single tokens.
+        letters: (256,) int64. The entry at a code's byte is the code's id. Entries without an id
+            are -1. `letters` is None if codes are not single tokens.
     """
 
     def __init__(self, tokenizer: Any, *, special_tokens: bool = True) -> None:
@@ -177,8 +177,8 @@ class Encoder:
     def _spelled(self, document: Document) -> tuple[bytes | None, str]:
         """Return the codes of a genome and "", or None and the text for the tokenizer.
 
-        Codes are returned if the document is a genome, its codes are single tokens, and it has no
-        special tokens. Otherwise the text is returned.
+        Codes are returned if the document is a genome, its codes are single tokens, and its text
+        contains no special tokens. Otherwise the text is returned.
 
         Raises:
             ValueError: if the document cannot be read as the tokenizer requires.

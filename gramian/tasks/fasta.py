@@ -1,4 +1,4 @@
-"""Define the task of predicting genomes from FASTA files with, by default, HyenaDNA's tokens.
+"""Define the task of predicting the next nucleotide in the records of FASTA files.
 
 Each record is cut into windows separately, so no row spans two records.
 """
@@ -46,7 +46,7 @@ class Fasta(TokenizedTask):
     G, T and N to `[UNK]`. A record of a single base gives no row, because there is nothing to
     predict. The seed determines the augmentation and nothing else. Rows of different splits share
     no base of a record, unless intervals of two splits overlap or two splits have the same files.
-    In these cases a warning is given.
+    If one of these splits is the training split, a warning is given.
 
     Args:
         train: path or pattern of the training split's files, or a list of paths and patterns.
@@ -65,13 +65,13 @@ class Fasta(TokenizedTask):
         validation_share: share of `train` that belongs to the validation split instead, above 0 and
             below 1.
         validation_by: how the validation split gets its share. `"records"` gives it this share of
-            the records, evenly spread over the files. `"positions"` gives it the last part of every
-            record.
+            the records, evenly spread over the files. `"positions"` gives it this share of every
+            record, at the end of the record.
         reverse_complement: whether to read each training row from the other strand with probability
             1/2. The seed and the row's number determine the strand.
         shift: largest number of bases by which a training row is moved to either side. The seed and
-            the row's number determine the number. A row stays within the part of its record that
-            belongs to training, but may leave its interval. This needs pyfaidx.
+            the row's number determine how far it is moved. A row stays within the part of its
+            record that belongs to training, but may leave its interval. This needs pyfaidx.
         replace_n: whether letters other than A, C, G and T are replaced by the tokenizer's token
             for padding in the inputs and are not scored as labels, as in HyenaDNA's training. Rows
             without a label are left out.

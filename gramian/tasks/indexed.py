@@ -168,7 +168,7 @@ def _scanned(file: str) -> list[_Entry] | None:
     entries: list[_Entry] = []
     name, offset, place = "", 0, 0
     length = bases = width = 0
-    ended = True  # whether the record's lines must have ended
+    ended = True  # whether the record may have no further lines
     begun = False
     with open(file, "rb") as stream:
         for line in stream:

@@ -262,9 +262,10 @@ class ClassLabels(Kind):
             raise ValueError(f"has {wanted} classes and the model has {size}.")
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sums of each row: correct predictions, labels, and -log p of the labels.
+        """Return each row's number of correct predictions, number of labels, and sum of -log p.
 
-        If logits are NaN, the number of correct predictions is also NaN.
+        Here p is the predicted probability of a label. If logits are NaN, the number of correct
+        predictions is also NaN.
         """
         if labels.ndim == 1:
             logits, labels = logits[:, None], labels[:, None]
@@ -334,10 +335,7 @@ class NumberLabels(Kind):
             )
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sums of each row: squared errors, targets, and squares of the targets.
-
-        The targets are counted, and not added.
-        """
+        """Return each row's sum of squared errors, count of targets, and sum of squared targets."""
         labels, due = labels.double(), labels != IGNORED
         errors = torch.where(due, logits.double() - labels, 0).square()
         energies = torch.where(due, labels, 0).square()
@@ -438,7 +436,7 @@ class Tokens(ClassLabels):
         return {"labels": labels, "shift_labels": labels}
 
     def select_due(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Restrict the logits to the labelled positions if these are less than half of all.
+        """Restrict the logits to the labelled positions if these are fewer than half of all.
 
         Recall tasks label few positions, and the logits over a large vocabulary are most of the
         work of a small model.

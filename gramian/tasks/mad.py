@@ -1,6 +1,6 @@
 """Define the tasks of the MAD suite (mechanistic architecture design).
 
-The suite is published by Poli et al. (arXiv 2403.17844; athms/mad-lab). The default settings are
+The suite was published by Poli et al. (arXiv 2403.17844; athms/mad-lab). The default settings are
 the suite's baselines, and the suite's variations change a few settings. As published, training on
 the recall tasks scores every next token, and evaluation scores the values of keys that occurred
 before. Memorization and selective copying score only the answers, in training and in evaluation.

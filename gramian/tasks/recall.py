@@ -119,7 +119,7 @@ class InductionHeads(_RecallTask):
         input_length: number of tokens before the last mark.
         answer_length: number of tokens in the answer.
         triggers: largest number of marks before the last mark. As published, half of the sequences
-            have only one.
+            have only one mark there.
     """
 
     input_length: int = 30

@@ -119,7 +119,7 @@ def windows(
     """
     streams = (iter([one]) if isinstance(one, np.ndarray) else one for one in documents)
     if packing == "concatenate":
-        streams = (stream for stream in [_chain(streams, end)])  # one endless document
+        streams = (stream for stream in [_chain(streams, end)])  # one document with all tokens
         end = None
     for pieces in streams:
         rest = np.empty(0, dtype=np.int64)
