@@ -49,10 +49,10 @@ def analyze(
     Args:
         model: A model of Gramian or of transformers, or any module that contains mixers of
             `gramian.mixers`.
-        inputs: One sequence without padding. It may be a text or a FASTA record, which needs
-            `tokenizer`; token ids, (L) or (1, L), or a sequence of integers; a mapping with
-            `input_ids`, as tokenizers return it; or, for models of continuous inputs,
-            floating-point numbers, (L, size) or (1, L, size).
+        inputs: One sequence without padding. A text or a FASTA record needs `tokenizer`. Token ids
+            are (L) or (1, L), a sequence of integers, or a mapping with `input_ids`, as tokenizers
+            return it. Inputs of models of continuous inputs are floating-point numbers, (L, size)
+            or (1, L, size).
         tokenizer: Tokenizer of the text. It also provides the texts of tokens in the report.
         at: The positions at which to measure; all by default. Position i separates the tokens
             before i from token i and later tokens.

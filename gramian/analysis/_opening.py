@@ -20,9 +20,9 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
             are expanded to float32.
 
     Returns:
-        The model and the tokenizer. If a Gramian model was saved without a tokenizer, its tokenizer
-        is the byte tokenizer if the model reads tokens and has a vocabulary of the same size, and
-        None otherwise.
+        The model and the tokenizer. If a Gramian model was saved without a tokenizer, the byte
+        tokenizer is returned, provided that the model reads tokens and its vocabulary has the size
+        of the byte tokenizer's. Otherwise the tokenizer is None.
 
     Raises:
         OSError: if the model does not exist, or a model of transformers has no tokenizer.

@@ -174,9 +174,9 @@ class StateReport:
         """Measure state modulation: whether ESS drops where a context ends.
 
         For every delimiter token, the ESS at the position just after it is divided by the mean ESS
-        at positions nearby. These are up to `reach` positions on each side. Positions that directly
-        follow a delimiter are not used. Both sides have the same number of positions, so that a
-        linear trend cancels. A ratio below 1 means that ESS drops.
+        at positions nearby. At most `reach` positions on each side are used, and none that directly
+        follows a delimiter. Both sides have the same number of positions, so that a linear trend
+        cancels. A ratio below 1 means that ESS drops.
 
         Args:
             delimiter: A function that returns, for the text of a token, whether the token is a

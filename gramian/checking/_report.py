@@ -48,10 +48,10 @@ class CheckRow:
         layer: index of the layer, or None for the whole model.
         name: name of the class of the mixer, or of the model.
         forms: the forms in which the recurrences of the mixer's long convolutions step.
-        differences: a mapping from each of `MODES` that applies to the largest difference between a
-            number of the output and its reference, relative to the largest number of the same
-            sequence. It is infinite if an output is not finite. The outputs of the whole model are
-            logits.
+        differences: a mapping from the modes that were run, keys of `MODES`, to the largest
+            difference between a number of the output and its reference. Differences are relative to
+            the largest number of the same sequence, and infinite if an output is not finite. The
+            outputs of the whole model are logits.
         limits: a mapping from each mode that can fail to the accepted difference.
     """
 

@@ -345,8 +345,8 @@ class HyenaDNA(SafariHyena):
     def meant_by(cls, config: Mapping[str, Any]) -> bool:
         """Return whether the configuration of a Hyena language model describes a HyenaDNA.
 
-        It does if its `model_type` is "hyenadna", or if it has no `model_type` and its vocabulary
-        has as many tokens as the DNA tokenizer.
+        A configuration describes a HyenaDNA if its `model_type` is "hyenadna". If there is no
+        `model_type`, the size of the vocabulary must be the size of the DNA tokenizer's vocabulary.
         """
         inner = config.get("model")
         config = inner if "layer" not in config and isinstance(inner, Mapping) else config

@@ -52,13 +52,13 @@ class LayerReport:
         hankel_singular_values: leading Hankel singular values of each kernel, in descending order;
             at most 64, and fewer if the reduction needed fewer.
         effective_state_sizes: effective state-size (entropy-ESS) of each original filter, which
-            measures the memory that the filter uses. It is taken at the middle of the taps, with
+            measures the memory that the filter uses. It is measured at the middle of the taps, with
             the number of taps as horizon. If there are more than 1,024 taps, it is an estimate.
         unconverged: indices of the filters whose relative error stayed above the tolerance; empty
             if an order was given.
-        kept: whether the layer keeps its own filters. It does if these have so few taps that the
-            state of reduced filters would not be smaller. The orders and errors are then those of
-            the kept filters.
+        kept: whether the layer keeps its own filters, because these have so few taps that the state
+            of reduced filters would not be smaller. The orders and errors are then those of the
+            kept filters.
     """
 
     layer: int | str

@@ -50,7 +50,7 @@ def allowed_tokens(tokenizer: Any, alphabet: str | Iterable[str]) -> list[int]:
 def suppressed_tokens(
     allowed: Iterable[int], vocab_size: int, suppressed: Iterable[int] | None = None
 ) -> list[int]:
-    """Return the ids that generation must not choose: all but the allowed ones.
+    """Return the ids that generation must not choose: all ids that are not allowed.
 
     Args:
         allowed: ids of the allowed tokens.

@@ -307,7 +307,7 @@ class GramianCache(Cache):
     filters have changed. If the filters change while the cache holds a sequence, using the cache
     without gradients is an error. The cache shares all other weights with the model. If these
     change, the new weights process the next tokens, but the state of the past still comes from the
-    old weights. This is also true of the keys and values of attention.
+    old weights. The same is true of the keys and values of attention.
     """
 
     layers: list[GramianCacheLayer]

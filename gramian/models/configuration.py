@@ -38,8 +38,8 @@ POOLING = ("mean", "last")
 class GramianConfig(PreTrainedConfig):
     """The configuration of `GramianModel` and of models with a head, such as `GramianForCausalLM`.
 
-    It also accepts the keyword arguments of any configuration of transformers, such as `num_labels`
-    and `problem_type`.
+    The constructor also accepts the keyword arguments of any configuration of transformers, such as
+    `num_labels` and `problem_type`.
 
     Attributes:
         vocab_size: number of token ids. The default, 259, is `ByteTokenizer`'s: 256 bytes and three

@@ -117,12 +117,12 @@ class GramianPreTrainedModel(PreTrainedModel):
         The computation of a layer between its projections is compiled at the first step of each
         batch size. On a CPU, passes with a cache multiply by packed copies of the projections'
         weights. The copies need the same amount of memory as the weights. Results are the same up
-        to rounding. Attention and online convolution cannot be compiled and run unchanged. If
+        to rounding. Attention and online convolution are not compiled, because they cannot be. If
         compiling fails, a warning is given once. `generate(..., compile_config=CompileConfig(...))`
         has the same effect.
 
         The copies follow the weights. When a generation begins with an empty cache, all values of a
-        weight are compared before its copy is used. So every change of the weight is detected.
+        weight are compared with its copy before the copy is used. So every change is detected.
         Later in the same generation, a change is detected by the version of the weight or by a few
         of its values. So an edit of single values through `.data` or numpy goes unnoticed then.
         Training mode drops the copies.

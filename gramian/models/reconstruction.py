@@ -137,9 +137,9 @@ def _places(
 def position_codes(positions: Tensor, width: int) -> Tensor:
     """Return the sinusoidal codes of positions.
 
-    Let half = ⌊width / 2⌋. A code consists of the sines of position × 10,000^(-k / (half - 1)) for
-    k = 0 … half - 1, then of the cosines of the same angles, and of a zero at the end if the width
-    is odd.
+    Let half = ⌊width / 2⌋. The angles are position × 10,000^(-k / (half - 1)) for k = 0 … half - 1.
+    A code consists of the sines of the angles, then of their cosines. If the width is odd, a zero
+    follows.
 
     Args:
         positions: the positions, (…).

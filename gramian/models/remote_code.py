@@ -1,7 +1,7 @@
 """Write the module with which `trust_remote_code=True` loads a saved folder.
 
-If transformers does not know the type of a model, it finds under `auto_map` in `config.json` the
-name of the module that defines the model, and runs this module from the folder. The module that is
+If transformers does not know the type of a model, it looks under `auto_map` in `config.json`. There
+it finds the name of a module in the folder, which it runs to define the model. The module that is
 written here does not define a model. It imports the package gramian, or says how to install the
 package if it is missing.
 """

@@ -124,7 +124,7 @@ def _refuse_packing(
 ) -> None:
     """Raise a ValueError for arguments of packed rows, because a traced graph cannot read them.
 
-    `position_ids` are accepted if each row is one sequence. This is checked when the graph runs.
+    `position_ids` are accepted if each row is one sequence. The graph checks this when it runs.
     """
     if seq_idx is not None or cu_seq_lens_q is not None:
         raise ValueError("packed rows cannot be traced: give each sequence a row of its own.")
@@ -200,8 +200,8 @@ def _agreed(begins: dict[str, Tensor]) -> Tensor | None:
 
     Args:
         begins: a mapping from the name of each argument to booleans, which say for every real token
-            but the first whether it begins a sequence within a row. An argument is ignored if no
-            token begins one.
+            but the first whether it begins a sequence within a row. An argument is ignored if its
+            booleans are all False.
 
     Raises:
         ValueError: if two arguments describe different sequences.

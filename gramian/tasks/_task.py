@@ -50,12 +50,13 @@ class Description:
     """The inputs and outputs that a model for a task needs.
 
     Attributes:
-        kind: name of the kind of task, a key of `KINDS`: `"tokens"` (a class at every position),
-            `"classification"` (one class per sequence), `"token_classification"` (one of
-            `num_labels` classes at every position), `"pairs"` (one class for two sequences,
-            `input_ids` and `input_ids_2`), `"signal"` (real numbers at every position),
-            `"regression"` (real numbers per sequence), `"reconstruction"` (the whole input, decoded
-            from its last position), or a kind added with `register_kind`.
+        kind: name of the kind of task, a key of `KINDS`. The labels of `"tokens"` are a token id at
+            every position; of `"classification"`, one class per sequence; of
+            `"token_classification"`, one of `num_labels` classes at every position; of `"pairs"`,
+            one class for two sequences, `input_ids` and `input_ids_2`; of `"signal"`, real numbers
+            at every position; and of `"regression"`, real numbers per sequence. In
+            `"reconstruction"`, the whole input is decoded from its last position. `register_kind`
+            adds further kinds.
         length: number of positions of the longest sequence.
         vocab_size: number of token ids, or None if the inputs are `input_values`.
         num_labels: number of classes. For `"signal"` it is the number of real numbers per position,
@@ -435,7 +436,7 @@ def require_patterns(task: Task) -> None:
     """Check that the settings `train`, `validation` and `test` are paths, patterns or None.
 
     Raises:
-        ValueError: if one of them is something else.
+        ValueError: if a setting is not a path, a pattern, a list of these, or None.
     """
     for split in SPLITS:
         given = getattr(task, split)
@@ -452,7 +453,7 @@ def require_sizes(task: Task, *names: str, least: int = 1) -> None:
     """Check that the settings `names` are integers of at least `least`.
 
     Raises:
-        ValueError: if one of them is not.
+        ValueError: if a setting is not an integer, or is below `least`.
     """
     for name in names:
         check_integers(least, **{name: getattr(task, name)})

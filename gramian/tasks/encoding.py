@@ -1,11 +1,11 @@
 """Encode documents as token ids, with any tokenizer of transformers.
 
-If a tokenizer knows only nucleotides, as HyenaDNA's does, every text is read as a genome: white
-space is skipped, case is ignored, U is read as T, and a character that is not a code of nucleotides
-is an error. The ids of Evo's tokenizer are bytes. For this tokenizer, a text of A, C, G, T, U, N
-and white space is read as a genome, and other texts (with a species tag, for example) are encoded
-unchanged. For all other tokenizers, FASTA is read as upper-case codes, and other texts are encoded
-unchanged.
+If a tokenizer knows only nucleotides, as HyenaDNA's does, every text is read as a genome. White
+space is then skipped, case is ignored, and U is read as T. A character that is not a code of
+nucleotides is an error. The ids of Evo's tokenizer are bytes. For this tokenizer, a text of A, C,
+G, T, U, N and white space is read as a genome. Other texts, for example with a species tag, are
+encoded unchanged. For all other tokenizers, FASTA is read as upper-case codes, and other texts are
+encoded unchanged.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Fasta(TokenizedTask):
         test_records: the same for the test split.
         intervals: a BED file with intervals of the training files' records. The rows are then
             windows of these intervals, on the strands of the intervals (`gramian.tasks.read_bed`).
-            This needs pyfaidx.
+            Intervals need pyfaidx.
         validation_intervals: a BED file with intervals for the validation split. They are intervals
             of the files of `validation`, or of the files of `train` if `validation` is not given.
         test_intervals: the same for the test split.
@@ -71,10 +71,10 @@ class Fasta(TokenizedTask):
             1/2. The seed and the row's number determine the strand.
         shift: largest number of bases by which a training row is moved to either side. The seed and
             the row's number determine how far it is moved. A row stays within the part of its
-            record that belongs to training, but may leave its interval. This needs pyfaidx.
-        replace_n: whether letters other than A, C, G and T are replaced by the tokenizer's token
-            for padding in the inputs and are not scored as labels, as in HyenaDNA's training. Rows
-            without a label are left out.
+            record that belongs to training, but may leave its interval. Shifts need pyfaidx.
+        replace_n: whether the tokenizer's token for padding replaces letters other than A, C, G and
+            T in the inputs. These letters are then not scored as labels, as in HyenaDNA's training.
+            Rows without a label are left out.
         length: number of nucleotides in a row.
         tokenizer: a tokenizer of transformers, its folder or its name; by default the model's
             tokenizer if it is known, otherwise HyenaDNA's.

@@ -1,14 +1,13 @@
 """Provide random access to the records of a FASTA file, through pyfaidx.
 
 pyfaidx reads files in which all lines of a record have one length. It finds the records by an
-index, which has a name and four numbers for each record. This module makes the index. It also
-checks the file for features that pyfaidx does not read, or reads in another way than
-`gramian.tasks.genomes`: compression, a byte order mark, lines that end in CR, lines of different
-lengths, blank lines, comments, white space and numbers inside of lines. If a file has one of these
-features, its records are written once, as `genomes.records` reads them, into a temporary folder.
-If an index is beside the file (`.fai`, as samtools writes it), it is used if it is not older than
-the file and its positions are right. In every case, the letters are the same as those of
-`genomes.records`.
+index, which has a name and four numbers for each record. This module makes the index. Some features
+of a file are not read by pyfaidx, or not in the way of `gramian.tasks.genomes`. They are
+compression, a byte order mark, lines that end in CR, lines of different lengths, blank lines,
+comments, white space, and numbers inside of lines. If a file has such a feature, its records are
+written once, as `genomes.records` reads them, into a temporary folder. An index beside the file
+(`.fai`, as samtools writes it) is used if it is not older than the file and its positions are
+right. In every case, the letters are the same as those of `genomes.records`.
 """
 
 from __future__ import annotations

@@ -312,7 +312,7 @@ class NumberLabels(Kind):
         return Column(False, (None, size) if self.per_position else (size,))
 
     def label_tensor(self, labels: Any) -> Tensor:
-        """Convert real numbers to float32, and keep complex ones, which `check_labels` refuses."""
+        """Convert real numbers to float32. Keep complex numbers, which `check_labels` refuses."""
         tensor = torch.as_tensor(labels)
         return tensor if tensor.is_complex() else tensor.float()
 
