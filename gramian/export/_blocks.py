@@ -3,8 +3,9 @@
 The recurrence defines the matrices by which a chunk is multiplied, and the layout of states for
 these products (`gramian.systems.BlockForm`). A program must accept chunks of any length. So this
 module cuts the chunk into blocks of c samples, and a scan passes the state from block to block. The
-last block may have any number r < c of samples. Let x be the state before this block. The state
-after it is `A^r x`, plus R times a block with c - r zeros followed by the r samples.
+last block may have any number r < c of samples. Let x be the state before this block, A the state
+matrix, and R the matrix that maps a block of inputs to its part of the next state. The state after
+the last block is `A^r x`, plus R times a block with c - r zeros followed by the r samples.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ __all__ = [
 BLOCK = 32
 """The number c of samples in a block.
 
-This number is about the size of a state, so that products with T, O and R cost about the same.
+This number is about the size of a state, so that products with the matrices T, O and R of
+`gramian.systems.BlockForm` cost about the same.
 """
 
 
@@ -48,7 +50,7 @@ def split_blocks(x: Tensor, size: int = BLOCK, silent: float = 0.0) -> Tensor:
         silent: value of the samples that are added after the end.
 
     Returns:
-        (…, K, size).
+        The K blocks, (…, K, size).
     """
     length = x.shape[-1]
     count = length // size + 2

@@ -98,7 +98,7 @@ def check_format(format: str) -> None:
 
 @contextmanager
 def frozen_for_export(module: nn.Module) -> Iterator[None]:
-    """Set evaluation mode, and turn off gradients and compiled steps. Restore them at exit."""
+    """Set evaluation mode, and turn off gradients and compiled steps, until the context exits."""
     training = {part: part.training for part in module.modules()}
     mixers = [part for part in module.modules() if isinstance(part, Mixer)]
     compiled = [mixer.compiled_step for mixer in mixers]

@@ -44,14 +44,13 @@ class Arrays(Task):
 
     | labels | shape | kind |
     |---|---|---|
-    | integers | (rows,) | `"classification"`, a class for each row |
-    | real numbers | (rows,) or (rows, numbers) | `"regression"`, numbers for each row |
-    | real numbers | (rows, length) or (rows, length, numbers) | `"signal"`, numbers at a position |
-    | integers | (rows, length) | `"tokens"`, a token id at every position |
-    | integers, if `kind` is given | (rows, length) | `"token_classification"`, classes |
+    | integers | (rows,) | `"classification"`, a class per row |
+    | real numbers | (rows,) or (rows, numbers) | `"regression"`, numbers per row |
+    | real numbers | (rows, length) or (rows, length, numbers) | `"signal"`, numbers per position |
+    | integers | (rows, length) | `"tokens"`, a token id per position |
+    | integers, if `kind` says so | (rows, length) | `"token_classification"`, a class per position |
 
-    In a token classification, each position has a class. Labels of -100 are not scored. The seed
-    has no effect.
+    Labels of -100 are not scored. The seed has no effect.
 
     Args:
         train: path or pattern of the training split's files, or a list of paths and patterns.
