@@ -48,7 +48,7 @@ class Arrays(Task):
     | real numbers | (rows,) or (rows, numbers) | `"regression"`, numbers per row |
     | real numbers | (rows, length) or (rows, length, numbers) | `"signal"`, numbers per position |
     | integers | (rows, length) | `"tokens"`, a token id per position |
-    | integers, if `kind` says so | (rows, length) | `"token_classification"`, a class per position |
+    | integers, with `kind` | (rows, length) | `"token_classification"`, a class per position |
 
     Labels of -100 are not scored. The seed has no effect.
 
