@@ -14,8 +14,8 @@ by head, or stored one kind after the other. `hyena_flip_x1x2` exchanges o and g
 
 With `evo2_style_activations`, the MLP of every block but the first multiplies its two maps without
 an activation. In some models, the projections of Hyena blocks were trained in 8-bit floating point
-with scales that the checkpoint stores. These models are useless if the projections are computed
-otherwise (`gramian.ops.fp8`).
+with scales that the checkpoint stores. These models are useless if their projections are computed
+in another precision (`gramian.ops.fp8`).
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class StripedHyena2(StripedFormat):
     def _is_tied(self, weights: Mapping[str, Tensor]) -> bool:
         """Return whether the output projection is the embedding.
 
-        If `tie_embeddings` is set, it is, even if the checkpoint has separate tensors.
+        If `tie_embeddings` is True, both are the same, even if the checkpoint has two tensors.
         """
         return self.config.get("tie_embeddings") is True or tied(
             self.config, weights, EMBEDDING, HEAD

@@ -168,9 +168,9 @@ def refuse_tied(adapted: Any) -> None:
 def switches(module: nn.Module) -> list[tuple[Any, ...]]:
     """Return the settings of peft's adapters inside a module, apart from their weights.
 
-    The settings of an adapted map say whether its adapters are turned off, which of them are
-    selected, and their scales. Merging an adapter does not change what a module computes, and does
-    not change the settings.
+    The settings of a linear map with adapters say whether the adapters are turned off, which of
+    them are selected, and how they are scaled. Merging an adapter changes neither the output of a
+    module nor the settings.
     """
     return [
         (

@@ -67,7 +67,7 @@ class GramianConfig(PreTrainedConfig):
             continues. There is no positional embedding, except for the rotations inside attention,
             which have no limit either.
         hyena_order: order N of `hyena` mixers, which have N - 1 long convolutions; at least 2.
-        short_kernel: taps of the mixers' short convolutions.
+        short_kernel: number of taps of the mixers' short convolutions.
         hyena_mimo_size: width of the map across channels before the output projection of `hyena`
             mixers, as in Hyena-RTF. By default, there is no map across channels.
         block: kind of the blocks. `"mlp"` is a mixer and an MLP, each with a norm before it and a

@@ -241,7 +241,7 @@ def _decoded(content: bytes, name: str, errors: str) -> str:
 def documents_in(text: str, source: str = "the text") -> list[Document]:
     """Return the documents of a text that is not in a file: its FASTA records, or the text itself.
 
-    The rule of `gramian.tasks.documents` for a text without a name says whether it is FASTA.
+    The rule of `gramian.tasks.documents` for texts without a name says whether a text is FASTA.
 
     Args:
         text: the text.

@@ -153,11 +153,11 @@ class NoisyRecall(InContextRecall):
 class FuzzyRecall(_NoisyTask):
     """In-context recall whose keys and values consist of several tokens each.
 
-    In training, keys and values have any number of tokens up to the largest number. In evaluation,
-    values do, too, but keys always have the largest number. Sequences are padded on the left. The
-    key at the end of a sequence always occurs, with its value, earlier in the sequence. The
-    published generator draws a random place for this pair, and omits the pair if the place is past
-    the end of the pairs.
+    In training, the numbers of tokens in keys and values are random, up to the largest numbers. In
+    evaluation, only the number of tokens in a value is random, and keys have the largest number.
+    Sequences are padded on the left. The key at the end of a sequence always occurs, with its
+    value, earlier in the sequence. The published generator draws a random place for this pair, and
+    omits the pair if the place is past the end of the pairs.
 
     Args:
         vocab_size: number of token ids. The last ids are `noise_vocab_size` noise tokens, the
