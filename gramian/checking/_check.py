@@ -286,7 +286,7 @@ def _rounding(mixer: Mixer, length: int) -> float:
 
     The rounding errors of single precision are relative to the sum of the moduli of the modes. If
     modes cancel each other, the impulse response is smaller than this sum. So the errors relative
-    to the impulse response are larger. For all other filters, the result is 0.
+    to the impulse response are larger. If the filter is not modal, the result is 0.
     """
     filter = getattr(mixer, "filter", None)
     if not isinstance(filter, ModalFilter):
