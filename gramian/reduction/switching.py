@@ -13,7 +13,9 @@ __all__ = ["find_modal_form"]
 
 
 def find_modal_form(taps: Tensor, order: int) -> tuple[Modal, float]:
-    """Find a stable modal system with nearly the given taps, as `reducer` of a `TransferFunction`.
+    """Find a stable modal system with nearly the given taps.
+
+    This function is meant for the field `reducer` of a `TransferFunction`.
 
     Args:
         taps: (*C, K): the taps to approximate.

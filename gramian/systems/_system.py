@@ -122,8 +122,7 @@ class System(abc.ABC, Generic[StateT]):
 
     @abc.abstractmethod
     def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
-        """Compute the singular values of a Hankel block `T[at:length, :at]`, (*C, k),
-        descending."""
+        """Return the singular values of the block `T[at:length, :at]`, (*C, k), descending."""
 
     @abc.abstractmethod
     def recurrence(self, form: str | None = None) -> Recurrence[StateT]:
