@@ -135,10 +135,11 @@ def sketched_state_size(
         seed: The seed of the random vectors.
 
     Returns:
-        The estimate and its error, (*C, len(at)) each. The error is two standard errors, which one
-        estimate in twenty exceeds. It is 0 where the estimate is exact. It does not include the
-        errors of the leading values, which fall with every iteration. Nor does it include the
-        errors of the quadrature, which are below a percent of the contribution of the other values.
+        The estimate and its error, (*C, len(at)) each. The error is twice the standard error. In
+        one case of twenty, the estimate is farther from the truth than this. The error is 0 where
+        the estimate is exact. It does not include the errors of the leading values, which fall with
+        every iteration. Nor does it include the errors of the quadrature, which are below a percent
+        of the contribution of the other values.
 
     Raises:
         TypeError: if `matrix` is neither a tensor nor a dense operator.

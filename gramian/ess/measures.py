@@ -16,7 +16,8 @@ from torch import Tensor
 __all__ = ["Measure"]
 
 _ROUNDING = torch.finfo(torch.float64).eps / 4
-"""Lower bound of the error of a small eigenvalue of a Gram matrix, relative to the largest one."""
+"""Lower bound of the error of a Gram matrix's small eigenvalue, relative to the largest
+eigenvalue."""
 
 _COUNTED = 64 * torch.finfo(torch.float64).eps
 """Upper bound of the error of a small eigenvalue. For blocks of rank one with sides of 2 to 3,000

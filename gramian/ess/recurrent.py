@@ -98,7 +98,7 @@ def _triangle(rows: Tensor) -> Tensor:
 
 
 def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """Compute the factors S_i at the positions `wanted`, given `S`, the factor at the last one.
+    """Compute the factors S_i at the positions `wanted`, given `S`, the factor at the last of them.
 
     Returns:
         The factors (P, G, n, n), padded with zeros, and the factor at the first position without
@@ -181,7 +181,7 @@ def time_varying_norm(system: TimeVarying) -> Tensor:
 def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator[Factors]:
     """Yield the factors S and R at every position, in float64.
 
-    They come from the triangular factor of the Vandermonde matrix of {λ, λ̄}.
+    The factors come from the triangular factor of the Vandermonde matrix of {λ, λ̄}.
 
     Args:
         system: A modal system with channels (G).

@@ -35,7 +35,7 @@ def sketched_sizes(
     seed: int,
     floor: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Estimate the entropy-ESS and two standard errors, (G, P) each, float64.
+    """Estimate the entropy-ESS and twice its standard error, (G, P) each, float64.
 
     Args:
         T: Lower-triangular matrices (G, L, L).
@@ -67,7 +67,7 @@ def sketched_sizes(
 
 
 def _sketched(block: Tensor, start: Tensor, probes: Tensor, iterations: int) -> Tensor:
-    """Estimate the entropy-ESS of a block (m, k), m ≥ k, and two standard errors: (2)."""
+    """Estimate the entropy-ESS of a block (m, k), m ≥ k, and twice its standard error: (2)."""
     basis = torch.linalg.qr(block @ start)[0]
     for _ in range(iterations):
         basis = torch.linalg.qr(block @ torch.linalg.qr(block.mT @ basis)[0])[0]

@@ -1,8 +1,8 @@
 r"""Explicit filters: the taps themselves are the parameters.
 
-`h_t = kernel_t` for t < K, and zero after that. With `skip`, a direct term `d` is added at tap 0.
-StripedHyena 2 has short and medium filters of this kind, with 7 and 128 taps, and several channels
-share one kernel (Ku et al. 2025, section 2).
+The taps are `h_t = kernel_t` for t < K, and zero after that. With `skip`, a direct term `d` is
+added at tap 0. StripedHyena 2 has short and medium filters of this kind, with 7 and 128 taps, and
+several channels share one kernel (Ku et al. 2025, section 2).
 """
 
 from __future__ import annotations
@@ -120,5 +120,5 @@ class ExplicitFilter(Filter):
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Return the learning rate of the taps, if it differs from the model's."""
+        """Return the learning rate of the taps, if `lr` is given."""
         return {} if self.lr is None else {"kernel": {"lr": self.lr}}

@@ -1,7 +1,7 @@
 r"""Hyena's implicit filter: a sine MLP of time, multiplied by an exponential window.
 
-`h_t = MLP(z_t) · (exp(-|α| t) + shift)` with features `z_t` of time (Hyena, Poli et al. 2023,
-section 3.3 and appendix D.3), plus `bias` at tap 0.
+The taps are `h_t = MLP(z_t) · (exp(-|α| t) + shift)`, where `z_t` are features of time (Hyena, Poli
+et al. 2023, section 3.3 and appendix D.3). At tap 0, `bias` is added.
 """
 
 from __future__ import annotations

@@ -35,11 +35,12 @@ __all__ = ["S4"]
 class S4(RationalFilter):
     """State spaces with `A = Λ - P P*`, of `state_size / 2` conjugate pairs for every channel.
 
-    The parameters are real: `log_dt` and `D` (channels); `log_A_real` and `A_imag` (channels, n /
-    2), which make `Λ = -exp(log_A_real) + i A_imag`; and `P`, `B`, `C` (channels, n / 2, 2). The
-    real part of Λ is negative, and `-P P*` only adds damping, so the system is stable for any
-    parameters. C itself is learned, whereas the published code learns `C (1 - Ā^L)`. So the kernel
-    does not depend on the length for which it is evaluated.
+    The parameters are real. `log_dt` and `D` are (channels), `log_A_real` and `A_imag` are
+    (channels, n/2), and `P`, `B` and `C` are (channels, n/2, 2). They give
+    `Λ = -exp(log_A_real) + i A_imag`. The real part of Λ is negative, and `-P P*` only adds
+    damping, so the system is stable for any parameters. C itself is learned, whereas the published
+    code learns `C (1 - Ā^L)`. So the kernel does not depend on the length for which it is
+    evaluated.
 
     Args:
         channels: The number of filters.

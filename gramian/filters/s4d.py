@@ -35,10 +35,10 @@ _DISCRETIZATIONS = ("zoh", "bilinear")
 class S4D(RationalFilter):
     """Diagonal state spaces of `state_size / 2` conjugate pairs of modes for every channel.
 
-    The parameters are real: `log_dt` (channels); `log_A_real` and `A_imag` (channels, n / 2), which
-    make `A = -exp(log_A_real) + i A_imag`; `C` (channels, n / 2, 2); and `D` (channels). The real
-    part of A stays negative, so the poles stay inside the unit circle. Poles are computed and kept
-    in double precision, and the kernel's samples in the precision of the parameters.
+    The parameters are real. `log_dt` and `D` are (channels), `log_A_real` and `A_imag` are
+    (channels, n/2), and `C` is (channels, n/2, 2). They give `A = -exp(log_A_real) + i A_imag`. The
+    real part of A stays negative, so the poles stay inside the unit circle. Poles are computed and
+    kept in double precision, and the kernel's samples in the precision of the parameters.
 
     Args:
         channels: The number of filters.

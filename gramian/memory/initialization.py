@@ -240,10 +240,10 @@ def _crossing(grid: Tensor, curve: Tensor, target: float) -> tuple[Tensor, Tenso
 
     Returns:
         Three tensors (heads): the two ends of an interval of the grid, and whether the curve rises
-        in this interval. Of the intervals in which the curve crosses the target, it is the one
-        nearest to 0. If a curve does not cross the target, both ends are the shift that comes
-        closest. Among shifts that come about as close, it is the smallest, since a larger shift
-        would only saturate the gates.
+        in this interval. Of the intervals in which the curve crosses the target, this is the
+        interval nearest to 0. If a curve does not cross the target, both ends are the shift that
+        comes closest. If several shifts come about as close, both ends are the smallest of these,
+        since a larger shift would only saturate the gates.
     """
     above = curve > target
     crosses = above[1:] != above[:-1]  # (grid - 1, heads)

@@ -79,7 +79,7 @@ class Observer:
             sequences: Maximal number of sequences of an operator. If there are more, the first are
                 used. By default, all are used.
             channels: Maximal number of heads or channels of a layer. If there are more, every n-th
-                is used, beginning with a random one. By default, all are used.
+                is used, beginning at random. By default, all are used.
 
         Raises:
             RuntimeError: if no mixer has run since the observer was created.

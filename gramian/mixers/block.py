@@ -45,7 +45,7 @@ class Block(Mixer):
         width: Channels of input and output.
         mixer: A mixer of that width. If it is a filter, or the configuration of a filter, the mixer
             is a `LongConvolution` with this filter.
-        max_length: The filter's `max_length`, if its configuration does not give one.
+        max_length: The filter's `max_length`, if its configuration does not give it.
         bidirectional: Whether the `LongConvolution` is bidirectional. Its filter then has `2 width`
             channels.
         kernel_dropout: Probability of dropping a tap of the `LongConvolution` in training.

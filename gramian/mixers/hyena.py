@@ -66,7 +66,7 @@ class Hyena(ConvolutionMixer):
         filter: A filter of `(order - 1) width` channels, or its configuration. The filter's channel
             `c (order - 1) + n` belongs to gate n of channel c of the mixer, as in the published
             code.
-        max_length: The filter's `max_length`, if its configuration does not give one.
+        max_length: The filter's `max_length`, if its configuration does not give it.
         order: N ≥ 2. There are N - 1 long convolutions.
         short_kernel: Taps of the short convolution.
         kernel_dropout: Probability of dropping a tap of the long convolutions in training.

@@ -45,7 +45,7 @@ class LongConvolution(ConvolutionMixer):
             recurrence and accepts whole sequences only.
         kernel_dropout: Probability of dropping a tap in training.
         width: Channels of input and output. By default, the filter determines them.
-        max_length: The filter's `max_length`, if its configuration does not give one.
+        max_length: The filter's `max_length`, if its configuration does not give it.
 
     Raises:
         TypeError: if `filter` is neither a filter nor a configuration.

@@ -156,7 +156,7 @@ class Mixer(nn.Module, abc.ABC):
 
     @property
     def core(self) -> Mixer:
-        """The mixer that has the state, which is this one or, for a block, the one inside it."""
+        """The mixer that has the state: this mixer or, for a block, the mixer inside it."""
         return self
 
     def config(self) -> dict[str, Any]:
@@ -269,7 +269,7 @@ class Mixer(nn.Module, abc.ABC):
     # Checks, and the handling of padded and packed rows
 
     def check_input(self, x: Tensor, mask: Tensor | Segments | None) -> None:
-        """Raise a ValueError unless x is (batch, length ≥ 1, width) and a mask (batch, length)."""
+        """Raise a ValueError unless x is (batch, length ≥ 1, width) and fits the mask."""
         if x.ndim != 3 or x.shape[-1] != self.width or x.shape[1] == 0:
             raise ValueError(
                 f"a mixer of width {self.width} takes (batch, length, {self.width}) with a length "
@@ -304,8 +304,9 @@ class Mixer(nn.Module, abc.ABC):
 
         Args:
             x: (batch, length, width).
-            segments: The positions of the tokens. None if there is no padding. mix: The function
-                that mixes rows without padding between their tokens; by default, `mix_whole`.
+            segments: The positions of the tokens. None if there is no padding.
+            mix: The function that mixes rows without padding between their tokens; by default,
+                `mix_whole`.
 
         Returns:
             (batch, length, width).
@@ -328,7 +329,7 @@ class Mixer(nn.Module, abc.ABC):
         Args:
             x: (batch, length, width).
             state: The state before the chunk.
-            segments: The positions of the tokens; None if there is no padding.
+            segments: The positions of the tokens. None if there is no padding.
             mix: The function that mixes rows whose padding comes before their tokens; by default,
                 `mix_chunk`.
 

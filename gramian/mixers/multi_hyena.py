@@ -74,7 +74,7 @@ class MultiHyena(ConvolutionMixer):
         width: Channels of input and output.
         heads: Number of heads, a divisor of the width.
         filter: A filter of `heads` channels, or its configuration.
-        max_length: The filter's `max_length`, if its configuration does not give one.
+        max_length: The filter's `max_length`, if its configuration does not give it.
         short_kernel: Taps of the short convolution.
         kernel_dropout: Probability of dropping a tap of the filters in training.
 

@@ -56,8 +56,8 @@ class SoftmaxAttention(Mixer):
 
     The input projection is one matrix, whose rows belong to all queries, then to all keys, then to
     all values, with the heads in order. So the separate projections of another library can be
-    concatenated, and a fused one can be used unchanged. A token's position is the number of real
-    tokens before it.
+    concatenated, and a fused projection can be used unchanged. A token's position is the number of
+    real tokens before it.
 
     Args:
         width: Channels of input and output.

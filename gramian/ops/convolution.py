@@ -272,8 +272,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Compute gate (T_h u) for u, gate (*S, L) and kernel (*S or 1, K), in the kernel's dtype.
 
-    The last `ahead` taps have the lags −ahead to −1. The second result is the spectrum of u (*S,
-    F). It is empty if `save_spectra` is false.
+    The last `ahead` taps have the lags −ahead to −1. The second result is the spectrum (*S, F) of
+    u. It is empty if `save_spectra` is false.
     """
     points = _points(u, kernel, ahead)
     rows, tasks = cut(u, kernel, points, _CPU_BLOCK, _CPU_MIN_ROWS)

@@ -32,7 +32,7 @@ _BLOCK = 32  # for fewer samples, a dot product is faster than an FFT
 class OnlineBuffers(NamedTuple):
     """The buffers that an online convolution carries from one sample to the next."""
 
-    inputs: Tensor  # (*B, 2P): the previous window, then the current one up to `position`
+    inputs: Tensor  # (*B, 2P): the previous window, then the current window up to `position`
     owed: Tensor  # (*B, P): contributions of earlier inputs to outputs of the current window
     position: Tensor  # (), int64 on the CPU: the number of samples that have been processed
 
@@ -69,7 +69,7 @@ class OnlineConvolution:
         window, block = self.window, self.block
         at = int(position) % window
         inputs[..., window + at] = sample
-        inside = at % block + 1  # samples of the current block up to and including this one
+        inside = at % block + 1  # samples of the current block up to and including this sample
         recent = inputs[..., window + at + 1 - inside : window + at + 1]
         taps = self._reversed[..., -inside:]
         output = (recent * taps).sum(-1) + owed[..., at]

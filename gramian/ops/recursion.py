@@ -20,7 +20,7 @@ _BLOCK = 128
 
 
 def all_pole_filter(a: Tensor, signal: Tensor, past: Tensor | None = None) -> Tensor:
-    """Divide the signal by `1 + a_1 z^-1 + … + a_n z^-n`, whose zeros may be unstable.
+    """Divide the signal by `1 + a_1 z^-1 + … + a_n z^-n`, even if this filter is unstable.
 
     Args:
         a: (*C, n), real: the coefficients `a_1 … a_n`.

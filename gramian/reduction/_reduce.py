@@ -42,14 +42,14 @@ _MAX_ORDER = 256
 class Reduction:
     """A smaller system and its distance from the original.
 
-    All errors are measured in float64 on the taps of `system`, which are those after rounding to
-    its dtype.
+    All errors are measured in float64 on the taps of `system`, whose numbers are rounded to its
+    dtype.
 
     Attributes:
         system: The `Modal` that was found, channels (*C).
         order: (*C), integers: the state dimension of every channel, in real numbers. It is below
             the requested order if the Hankel matrix of the kernel has a lower rank, or if a fit of
-            a lower order was closer than any fit of the requested one.
+            a lower order was closer than any fit of the requested order.
         relative_error: (*C): ‖h - ĥ‖₂ / ‖h‖₂ over the L taps; 0 for a silent channel.
         lower_bound: (*C): a lower bound of `relative_error` for every system of that order, stable
             or not.
@@ -140,7 +140,7 @@ def reduce(
       Refined poles are kept only if the measured error is smaller, so refinement makes no channel
       worse.
     - "modal" keeps the modes with the most energy. If the given system is a `gramian.Modal` or
-      `gramian.TransferFunction`, it has modes of its own. Otherwise the modes are those of a
+      `gramian.TransferFunction`, these are modes of the system. Otherwise they are modes of a
       balanced truncation of more than twice the order. The residues of the kept modes are fitted
       again. A repeated pole is kept once.
     - "gradient" finds poles and residues by gradient descent, as the Laughing Hyena Distillery does
@@ -170,12 +170,12 @@ def reduce(
             and has less energy beyond the taps.
         stable: Whether to keep poles inside the unit circle. If true, poles outside are moved
             inside before the residues are fitted.
-        length: The number of taps of a system to use. An FIR has a default, its own number of taps.
-            Other systems need a length, and a kernel must not have one.
+        length: The number of taps of a system to use. For an FIR, the default is its number of
+            taps. For other systems, a length is necessary. It must not be given for a kernel.
         max_order: The largest order to try for `tol`; by default 256, or L - 1 if that is less.
         progress: A function that is called as `progress(done, total)` as the work proceeds, where
-            `done` and `total` are numbers of channels. Different threads may call it, but only one
-            at a time.
+            `done` and `total` are numbers of channels. Different threads may call it, but never two
+            at the same time.
 
     Returns:
         A `Reduction`. Its system is in float32 for a half-precision kernel, and otherwise in the

@@ -192,7 +192,8 @@ def _refine(
     }
     flat = best.l2_error[open_] > _FLAT * taps.norm(dim=-1)
     everyone = torch.arange(len(open_), device=open_.device)
-    # For a flat spectrum both treatments of the tail give similar poles; the closer one is enough.
+    # For a flat spectrum both treatments of the tail give similar poles, so the closer treatment is
+    # enough.
     least, leading = torch.stack([fit.l2_error[open_] for fit in starts]).min(0)
     batch: list[tuple[Modes, Tensor]] = []
     for i, fit in enumerate(starts):
@@ -209,7 +210,7 @@ def _refine(
     found, errors = refined(
         taps[channel], Modes.joined([modes for modes, _ in batch]), steps=_HEAT, **arguments
     )
-    # A start that is behind at this point seldom wins, so only the leading one goes on.
+    # A start that is behind at this point seldom wins, so only the leading start goes on.
     error = taps.new_full((len(batch), len(open_)), torch.inf)
     place = torch.full((len(batch), len(open_)), -1, device=open_.device)
     first = 0
@@ -295,7 +296,7 @@ def _spread_poles(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) 
 
     A modal system has no multiple poles, so the closed form gives poles that nearly coincide. A
     random change δ of the shift moves m such poles about δ^(1/m) apart. The result holds the
-    closest of these fits. In the channels outside of `amiss`, its error is infinite.
+    closest of these fits. Channels outside of `amiss` have an infinite error in the result.
     """
     found = problem.silence(rows)
     found.l2_error[:] = torch.inf
@@ -383,9 +384,9 @@ def _lower_orders(
 ) -> ModalFit:
     """Find the closest closed-form fits of lower orders.
 
-    If no lower order is closer than `best` in a channel, its error in the result is infinite. If an
-    order is much lower, and the lower bounds say little about a channel, only the treatment
-    `leading` of its tail is tried.
+    If no lower order is closer than `best` in a channel, the channel has an infinite error in the
+    result. If an order is much lower, and the lower bounds say little about a channel, only the
+    treatment `leading` of its tail is tried.
 
     If the spectrum is flat, lower orders can be closer by chance. They can also be closer if some
     singular vectors consist of rounding errors, because these add meaningless poles.

@@ -193,8 +193,8 @@ class _FrequencyLoss:
         upper, lower = 1 / (self.z - poles), 1 / (self.z - poles.conj())  # (B, m, F)
         found = (residues * upper + residues.conj() * lower).sum(1, keepdim=True) / 2
         error = self.spectrum - found  # (B, 1, F)
-        # This sums conj(E) / (z - λ) over the whole circle; the lower half is the upper one's
-        # conjugate.
+        # This sums conj(E) / (z - λ) over the whole circle. The lower half is the conjugate of the
+        # upper half.
         weighted = error * (self.weight / 2)
         back, ahead = weighted.conj(), weighted
         lower = lower.conj()  # 1 / (z̄ - λ)

@@ -8,7 +8,7 @@ least squares problems", 1975). A change dω of `log λ` changes the fit by `Re(
 the columns `E = (Re t λ^t, Im t λ^t)` a step is one linear least-squares problem in [Φ E].
 
 The Gram matrix of [Φ E] holds geometric sums `Σ_t t^p z^t`, p = 0, 1, 2, where z is a product of
-two poles; they are computed by doubling. The right-hand side and the residual are Vandermonde
+two poles. These sums are computed by doubling. The right-hand side and the residual are Vandermonde
 products in √T × √T blocks. So a step takes O(n² log T + n T) operations and does not form the
 basis. If poles nearly coincide, the basis is formed after all, and its QR decomposition gives the
 factor of the Gram matrix. Both ways use the same ridge as the final fit of the residues
@@ -64,7 +64,7 @@ _WINDOWS = 6
 
 
 def _joint_gram(sums: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Compute the inner products of the columns [Φ E], (B, 4m, 4m), from the three sums."""
+    """Compute the inner products of the columns [Φ E], (B, 4m, 4m), from sums of p = 0, 1, 2."""
     g0, g1, g2 = (basis_gram(s) for s in sums)
     return torch.cat([torch.cat([g0, g1], dim=-1), torch.cat([g1, g2], dim=-1)], dim=-2)
 

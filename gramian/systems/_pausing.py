@@ -55,7 +55,7 @@ class Pause:
 
     @property
     def pieces(self) -> list[_Piece]:
-        """Return the pieces in order of time. All streams in a piece have the same length there."""
+        """Return the pieces in order of time. In each piece, all streams have the same length."""
         if self._pieces is None:
             counts = [self.length - step for step in self.steps]
             lengths = sorted({count for count in counts if count})

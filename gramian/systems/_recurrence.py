@@ -64,7 +64,7 @@ class Recurrence(abc.ABC, Generic[StateT]):
             y (*B, *C', T) and the new state.
 
         Raises:
-            TypeError: if `state` is not of `state_type`.
+            TypeError: if `state` does not have the type `state_type`.
             ValueError: if the shape of `state` does not fit the system and `u`.
         """
         if state is None:
@@ -82,7 +82,7 @@ class Recurrence(abc.ABC, Generic[StateT]):
             y (*B, *C') and the new state. The given `state` keeps its values.
 
         Raises:
-            TypeError: if `state` is not of `state_type`.
+            TypeError: if `state` does not have the type `state_type`.
             ValueError: if the shape of `state` does not fit the system and `u_t`.
         """
         self._check_state(state, u_t.shape)
@@ -95,7 +95,7 @@ class Recurrence(abc.ABC, Generic[StateT]):
             y (*B, *C') and the new state. `state` is overwritten: use only the returned state.
 
         Raises:
-            TypeError: if `state` is not of `state_type`.
+            TypeError: if `state` does not have the type `state_type`.
             ValueError: if the shape of `state` does not fit the system and `u_t`.
         """
         self._check_state(state, u_t.shape)

@@ -74,9 +74,9 @@ class Blocks(abc.ABC):
 class RotationBlocks(Blocks):
     """The block matrices of a modal system, whose state matrix rotates and scales pairs of numbers.
 
-    A state holds first the real parts of all modes and then the imaginary parts. `whole` is (2, G,
-    m, 1): the real and imaginary parts of λ^c. `powers` is (c, 2, G, m, 1): the real and imaginary
-    parts of λ^0 … λ^(c-1).
+    A state holds first the real parts of all modes and then the imaginary parts. The tensor `whole`
+    is (2, G, m, 1): the real and imaginary parts of λ^c. `powers` is (c, 2, G, m, 1): the real and
+    imaginary parts of λ^0 … λ^(c-1).
     """
 
     @classmethod
@@ -209,7 +209,7 @@ class MatrixBlocks(Blocks):
 
 
 class ShiftBlocks(Blocks):
-    """The block matrices of an FIR system whose state is its last n inputs, the latest one last.
+    """The block matrices of an FIR system whose state is its last n inputs, the latest input last.
 
     A drops the first of these inputs. `whole` (n) and `powers` (log₂ c) hold no values, because a
     shift needs only their shapes.
@@ -268,7 +268,7 @@ class BlockForm(abc.ABC, Generic[StateT]):
 
     @abc.abstractmethod
     def unpack(self, packed: Sequence[Tensor], like: StateT) -> StateT:
-        """Undo `pack`: return the state, whose shapes are those of `like`."""
+        """Undo `pack`, and return the state in the shapes of `like`."""
 
     def restore_order(self, outputs: Sequence[Tensor]) -> Tensor:
         """Join the outputs of the parts, (batch, channels, …), in the order of the channels."""

@@ -1,11 +1,12 @@
 r"""Conversions between the realizations of a system.
 
-The functions in the table return a system with the same impulse response in float64, or raise an
-error that says why there is none. Rounding may ruin the conversions that find the zeros of a
-polynomial or compute coefficients from zeros, so their results are verified. The impulse responses
-before and after are compared over the infinite horizon. The conversion is refused if they differ by
-more than `tol`, or if a stable system would become unstable. A system with a pole within 1e-7 of
-the unit circle is compared over 2^20 steps, and an unstable system over 4,096.
+`to_transfer_function`, `to_modal`, `to_state_space` and `to_fir` return a system with the same
+impulse response in float64, or raise an error that says why there is none. The table shows how they
+find it. Rounding may ruin the conversions that find the zeros of a polynomial or compute
+coefficients from zeros, so their results are verified. The impulse responses before and after are
+compared over the infinite horizon. The conversion is refused if they differ by more than `tol`, or
+if a stable system would become unstable. A system with a pole within 1e-7 of the unit circle is
+compared over 2^20 steps, and an unstable system over 4,096.
 
 ==================  =====================  =======================  ==========================
 from \ to           TransferFunction       Modal                    StateSpace
@@ -83,7 +84,7 @@ def to_transfer_function(system: TimeInvariantSystem, tol: float = TOLERANCE) ->
         A `TransferFunction` in float64, channels (*C).
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
+        TypeError: if the system is not time-invariant.
         ValueError: if rounding makes the error larger than `tol`, as happens for polynomials of
             high degree whose zeros crowd.
     """
@@ -113,7 +114,7 @@ def to_modal(system: TimeInvariantSystem, tol: float = TOLERANCE) -> Modal:
         A `Modal` in float64 and complex128, channels (*C).
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
+        TypeError: if the system is not time-invariant.
         ValueError: if there is no modal form because poles coincide, as the poles of a finite
             kernel do, or if rounding makes the error larger than `tol`.
     """
@@ -155,7 +156,7 @@ def to_state_space(system: TimeInvariantSystem) -> StateSpace:
         rotation for every conjugate pair of a modal system, or the shift register of an FIR.
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
+        TypeError: if the system is not time-invariant.
     """
     if not isinstance(system, TimeInvariantSystem):
         raise TypeError(
@@ -175,7 +176,7 @@ def to_fir(system: TimeInvariantSystem) -> FIR:
         An `FIR` in float64, channels (*C).
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
+        TypeError: if the system is not time-invariant.
         ValueError: if the impulse response never ends.
     """
     if isinstance(system, FIR):

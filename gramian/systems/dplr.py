@@ -127,7 +127,7 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         return StateSpace(A, torch.cat([B.real, B.imag], dim=-1), output, self.D.double())
 
     def impulse_response(self, length: int) -> Tensor:
-        """Compute the Markov parameters (*C, length) by FFTs, and by matrix products in O(n L)."""
+        """Compute the Markov parameters (*C, length) by FFTs, with O(n L) for matrix products."""
         if length == 1 or self.order == 0:
             return nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
         tail = feedback_kernel(self._open_loop(length - 1), self.dtype)

@@ -36,7 +36,7 @@ class FIRState(State):
     """The buffers of an online convolution with a window of P samples.
 
     Attributes:
-        inputs: (*B, 2P): the previous window, then the current one up to `position`.
+        inputs: (*B, 2P): the previous window, then the current window up to `position`.
         owed: (*B, P): contributions of earlier inputs to the outputs of the current window.
         position: (), int64 on the CPU: the number of samples that have been processed.
     """
@@ -72,7 +72,7 @@ class FIRWindowState(State):
     """The last inputs.
 
     Attributes:
-        inputs: (*B, *C, K - 1): the last K - 1 inputs, the latest one last.
+        inputs: (*B, *C, K - 1): the last K - 1 inputs, the latest input last.
     """
 
     inputs: Tensor

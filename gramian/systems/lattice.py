@@ -42,7 +42,7 @@ def _lattice_step(k: Tensor, x: Tensor, sample: Tensor) -> Tensor:
 
 
 def lattice_realization(reflection: Tensor, b: Tensor, d: Tensor) -> StateSpace:
-    """Return the lattice as a dense state-space system in float64, which chunks and blocks need.
+    """Return the lattice as a dense state-space system in float64, to process chunks and blocks.
 
     Args:
         reflection: (*C, n), or a shape that broadcasts to it: the reflection coefficients.

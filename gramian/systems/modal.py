@@ -201,7 +201,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         return torch.cat([self.d.unsqueeze(-1), tail.to(self.d.dtype)], dim=-1)
 
     def spectral_radius(self) -> Tensor:
-        """Return the largest modulus of a pole with nonzero residue, (*C), or 0 without any."""
+        """Return the largest modulus of poles with nonzero residues, (*C); 0 if none exist."""
         radii = torch.where(self.residues != 0, self.poles.abs(), 0.0)
         return torch.nn.functional.pad(radii, (0, 1)).amax(-1)
 
