@@ -29,7 +29,7 @@ class ExplicitFilter(Filter):
         channels: The number of filters.
         max_length: The number of taps that a kernel has in training, free or zero.
         taps: The number K of free taps; by default `max_length`. It may be larger than that.
-        groups: The number of different kernels, a divisor of `channels`. Each is shared by
+        groups: The number of different kernels, a divisor of `channels`. Each kernel is shared by
             `channels / groups` consecutive channels. By default every channel has its own kernel.
         skip: Whether every channel has its own direct term, which is added to tap 0.
         lr: The learning rate of the taps; by default that of the model.

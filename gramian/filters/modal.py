@@ -41,8 +41,8 @@ class ModalFilter(RationalFilter):
         lr: The learning rate of the poles; by default that of the model.
         bounded: Whether poles are held inside the unit circle. Published modal models leave them
             free, so some may be outside, which does no harm over few taps.
-        real: Whether all poles and residues are real. Poles are then in (0, 1) if `bounded`, and
-            above 0 if not. States hold one number for each mode instead of two.
+        real: Whether all poles and residues are real. Real poles are in (0, 1) if `bounded`, and
+            above 0 if not. States of a real filter hold one number for each mode instead of two.
 
     Raises:
         ValueError: if `orders` does not have one non-negative number for every channel, or if `lr`

@@ -162,8 +162,8 @@ class Hyena(ConvolutionMixer):
             past: The short convolution's last inputs. None means zeros.
 
         Returns:
-            The gates in the reverse of the order in which they are applied, the value, and the
-            short convolution's new past. Each gate and the value are (batch, length, width).
+            The gates, the value, and the short convolution's new past. The gate that is applied
+            last comes first. Each gate and the value are (batch, length, width).
         """
         z, past = self.short(apply_mask(self.in_proj(x), mask), past, mask)
         *gates, value = z.split(self.width, dim=-1)

@@ -245,7 +245,7 @@ def _growth(A: Tensor) -> Tensor:
 
 
 def _largest_power(A: Tensor, bound: float) -> Tensor:
-    """Return the largest ‖A^(2^k)‖_F, (*C), or any norm above `bound`, if there are such norms."""
+    """Compute the largest ‖A^(2^k)‖_F, (*C), but stop at the first k with a norm above `bound`."""
     largest = norm = torch.linalg.matrix_norm(A).nan_to_num(torch.inf)
     for _ in range(_DOUBLINGS):
         if bool(((norm <= 1) | (largest > bound)).all()):

@@ -64,7 +64,7 @@ _WINDOWS = 6
 
 
 def _joint_gram(sums: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Compute the inner products of the columns [Φ E], (B, 4m, 4m), from sums of p = 0, 1, 2."""
+    """Compute the inner products of the columns [Φ E], (B, 4m, 4m), from the geometric sums."""
     g0, g1, g2 = (basis_gram(s) for s in sums)
     return torch.cat([torch.cat([g0, g1], dim=-1), torch.cat([g1, g2], dim=-1)], dim=-2)
 

@@ -127,7 +127,10 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         return StateSpace(A, torch.cat([B.real, B.imag], dim=-1), output, self.D.double())
 
     def impulse_response(self, length: int) -> Tensor:
-        """Compute the Markov parameters (*C, length) by FFTs, with O(n L) for matrix products."""
+        """Compute the Markov parameters (*C, length).
+
+        The matrix products take O(n L) operations, and FFTs close the loop over v.
+        """
         if length == 1 or self.order == 0:
             return nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
         tail = feedback_kernel(self._open_loop(length - 1), self.dtype)

@@ -45,12 +45,12 @@ class Modal(TimeInvariantSystem[ModalState]):
             with fewer modes are padded with modes whose residue is zero.
         residues: (*C, m), complex: the residues of the poles.
         d: (*C), real: the direct term.
-        counts: For every index along the first channel dimension, the number of modes in use. These
-            modes come first. States then hold no slots for the padding of channels with few modes.
-            By default all m modes are in use.
+        counts: For every index along the first channel dimension, the number of modes in use, which
+            come first. By default all m modes are in use. If it is given, states hold no slots for
+            the padding of channels with few modes.
         real: Whether all poles and residues are real numbers. They are still given as complex
-            numbers, whose imaginary parts must be zero. States then hold one number for each mode
-            instead of two.
+            numbers, whose imaginary parts must be zero. States of a real system hold one number for
+            each mode instead of two.
 
     Raises:
         TypeError: if the poles or residues are not complex, or `d` is not real.

@@ -1,8 +1,8 @@
 r"""Time-varying systems: linear recurrences whose coefficients change at every step.
 
-`x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i` for i = 0 … L - 1. On a given input,
-gated linear attention, selective state spaces and the delta rule apply such a system to their
-values. The state matrix is diagonal (gates), diagonal plus rank one (the delta rule's
+A system computes `x_{i+1} = A_i x_i + B_i u_i` and `y_i = C_i x_i + D_i u_i` for i = 0 … L - 1. On
+a given input, gated linear attention, selective state spaces and the delta rule apply such a system
+to their values. The state matrix is diagonal (gates), diagonal plus rank one (the delta rule's
 `α (I - β k kᵀ)`), or dense.
 
 In the notation of linear attention, `S_t = diag(α_t) S_{t-1} + k_t v_t`, `o_t = q_t S_t`, the
