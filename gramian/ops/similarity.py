@@ -245,7 +245,10 @@ def _growth(A: Tensor) -> Tensor:
 
 
 def _largest_power(A: Tensor, bound: float) -> Tensor:
-    """Compute the largest ‖A^(2^k)‖_F, (*C), but stop at the first k with a norm above `bound`."""
+    """Compute the largest ‖A^(2^k)‖_F, (*C).
+
+    If it exceeds `bound`, the result may be a smaller norm that exceeds `bound` too.
+    """
     largest = norm = torch.linalg.matrix_norm(A).nan_to_num(torch.inf)
     for _ in range(_DOUBLINGS):
         if bool(((norm <= 1) | (largest > bound)).all()):

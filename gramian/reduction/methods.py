@@ -117,7 +117,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_of(method: str | Method) -> Method:
-    """Return a method unchanged, or make the method of a name with its default options.
+    """Return `method` unchanged or, if it is a name, the method with its default options.
 
     Raises:
         ValueError: if no method has the name.

@@ -35,8 +35,8 @@ _SAFE_EIGENVALUE = 1e-11
 """Smallest eigenvalue with which normal equations of unit diagonal are accurate enough."""
 
 _SETTLED = 1e-3
-"""The largest part of the residual that another refinement of the normal equations could still
-remove, if no refinement is needed."""
+"""Another refinement of the normal equations is unnecessary if it could remove at most this part of
+the residual."""
 
 _CANCELLED = 1e-6
 """A sum of squares of `Re λ^t` or `Im λ^t` has lost digits if it is below this fraction of

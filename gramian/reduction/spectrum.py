@@ -132,7 +132,7 @@ def _is_large(size: int) -> bool:
 
 
 def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) -> Spectrum:
-    """Compute the `count` leading singular values and left singular vectors, if there are so many.
+    """Compute the leading singular values and left singular vectors, `count` or all if fewer exist.
 
     Args:
         hankel: B Hankel matrices (rows, columns) of float64 sequences. Large matrices must be

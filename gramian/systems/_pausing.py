@@ -8,8 +8,8 @@ A finite-dimensional state does not depend on the columns, so the streams can be
 of equal length. If there are few different lengths, the streams of each length form one piece. If
 there are more lengths than binary digits in them, every stream is cut into pieces whose lengths are
 the powers of two in the binary representation of its length. This gives at most ⌊log₂ T⌋ + 1 pieces
-for a chunk of T columns. The state of an FIR system consists of its last inputs. Instead of cutting
-the streams, these inputs are moved next to the stream's first sample.
+for a chunk of T columns. The state of an FIR system consists of its last inputs. Its streams are
+not cut: these inputs are moved next to the stream's first sample instead.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 r"""Conversions between the realizations of a system.
 
 `to_transfer_function`, `to_modal`, `to_state_space` and `to_fir` return a system with the same
-impulse response in float64, or raise an error that says why there is none. The table shows how they
-find it. Rounding may ruin the conversions that find the zeros of a polynomial or compute
-coefficients from zeros, so their results are verified. The impulse responses before and after are
-compared over the infinite horizon. The conversion is refused if they differ by more than `tol`, or
-if a stable system would become unstable. A system with a pole within 1e-7 of the unit circle is
-compared over 2^20 steps, and an unstable system over 4,096.
+impulse response in float64, or raise an error that says why there is none. The table shows how the
+first three find it. Rounding may ruin the conversions that find the zeros of a polynomial or
+compute coefficients from zeros, so their results are verified. The impulse responses before and
+after are compared over the infinite horizon. The conversion is refused if they differ by more than
+`tol`, or if a stable system would become unstable. A system with a pole within 1e-7 of the unit
+circle is compared over 2^20 steps, and an unstable system over 4,096.
 
 ==================  =====================  =======================  ==========================
 from \ to           TransferFunction       Modal                    StateSpace
