@@ -197,7 +197,7 @@ def _similar(L: Tensor, rows: Pair) -> tuple[Pair, Tensor]:
 
 
 def _refined(L: Tensor, rows: Pair, columns: Tensor) -> tuple[Pair, Tensor]:
-    """Compute `L⁻¹ rows columns` by iterative refinement, and whether it is accurate, (*C)."""
+    """Compute `L⁻¹ rows columns` by iterative refinement, and whether the result is accurate."""
     finfo = torch.finfo(L.dtype)
     X = Pair.of(_solve(L, rows.high @ columns))
     lead = X.high.shape[:-2]

@@ -19,7 +19,7 @@ def find_modal_form(taps: Tensor, order: int) -> tuple[Modal, float]:
 
     Args:
         taps: (*C, K): the taps to approximate.
-        order: The largest order.
+        order: The largest order that the system may have.
 
     Returns:
         The system, and the largest relative l2 error of a channel, which is infinite if the taps
