@@ -80,7 +80,7 @@ class System(abc.ABC, Generic[StateT]):
 
     @classmethod
     def _from_fields(cls, values: Iterable[Any], static: tuple[Any, ...] | None = None) -> Self:
-        """Make a system from tensors and static values, without checks. None means the defaults."""
+        """Make a system without checks. Static fields have their defaults if `static` is None."""
         system = object.__new__(cls)
         tensors, rest = _split_fields(cls)
         if static is None:

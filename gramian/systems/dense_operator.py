@@ -160,7 +160,7 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
 
 
 class DenseOperatorRecurrence(VectorRecurrence[DenseOperatorState]):
-    """`y_i = T[i, :i + 1] u[:i + 1]`. The recurrence keeps every input, and ends at the last row.
+    """`y_i = T[i, :i + 1] u[:i + 1]`. The recurrence keeps every input and takes at most L steps.
 
     Args:
         system: The operator to step.

@@ -311,7 +311,7 @@ def _block_size(length: int, order: int, signals: int) -> int:
 
 
 class TimeVaryingRecurrence(VectorRecurrence[TimeVaryingState]):
-    """`y_i = C_i x + D_i u_i`, `x ← A_i x + B_i u_i`. The recurrence ends at step L.
+    """`y_i = C_i x + D_i u_i`, `x ← A_i x + B_i u_i`. The recurrence takes at most L steps.
 
     Args:
         system: The time-varying system to step.
