@@ -1,10 +1,10 @@
 r"""All-pole filters `w_t = u_t - Σ_{j=1}^n a_j w_{t-j}`, computed in blocks.
 
 Each block of J output samples is the solution of a triangular Toeplitz system. The right-hand side
-is the input minus the contribution of the n output samples before the block. This computes the
-recursion itself, by one matrix product and one triangular solve per block. It is as accurate as
-single steps, even if poles crowd near the unit circle. For such poles, the reciprocal of the
-polynomial as a power series is not accurate.
+is the input minus the contribution of the n output samples before the block. So the recursion
+itself is computed, by one matrix product and one triangular solve per block. The result is as
+accurate as the result of single steps, even if poles crowd near the unit circle. For such poles,
+the reciprocal of the polynomial as a power series is not accurate.
 """
 
 from __future__ import annotations
