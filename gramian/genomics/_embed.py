@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gramian.genomics._hidden_states import Layer, Taps, base_of
-from gramian.genomics._score import BLOCK
+from gramian.genomics._score import block_size
 from gramian.genomics._sequences import Alphabet, Codes, Records, Source, open_records
 from gramian.models import GramianCache, GramianPreTrainedModel
 
@@ -161,7 +161,7 @@ class Embedder:
                 for states, _ in self._read([codes]):
                     yield index, self._array(states[0])
             return
-        while block := list(itertools.islice(numbered, BLOCK * self.batch_size)):
+        while block := list(itertools.islice(numbered, block_size(self.batch_size))):
             pooled: dict[int, np.ndarray] = {}
             for batch in self._batches(block):
                 rows = self._pooled([codes for _, codes in batch])

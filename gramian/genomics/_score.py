@@ -26,11 +26,9 @@ from gramian.genomics._variants import (
 )
 from gramian.models import GramianForCausalLM
 
-__all__ = ["BLOCK", "STRANDS", "RecordScore", "VariantScore", "default_window", "score"]
+__all__ = ["STRANDS", "RecordScore", "VariantScore", "block_size", "default_window", "score"]
 
 STRANDS = ("no", "average", "both")
-BLOCK = 16
-"""Number of batches of records that are sorted by length together."""
 
 Progress = Callable[[int, int], None]
 
@@ -183,6 +181,11 @@ def score(
     return _score_variants(reader, genome, found, size, both, batch_size, skip, progress)
 
 
+def block_size(batch_size: int) -> int:
+    """Return the number of records that are sorted by length and read together."""
+    return max(batch_size, min(16 * batch_size, 256))
+
+
 def default_window(model: GramianForCausalLM) -> int:
     """Return the number of bases around a variant that `score` takes by default."""
     return min(8192, int(model.config.max_position_embeddings or 8192))
@@ -198,7 +201,7 @@ def _score_records(
 ) -> Iterator[RecordScore]:
     strands = 2 if both else 1
     lengths = source.lengths
-    size = BLOCK * batch_size
+    size = block_size(batch_size)
     first = skip // size * size  # what is computed together stays together
     done, total = sum(lengths[:first]) * strands, sum(lengths) * strands
 

@@ -1,6 +1,6 @@
 """The sequences that are scored and embedded: records of files, intervals, and texts in memory.
 
-A sequence of any length is held in a temporary file beyond 16 MiB, so the memory that it takes does
+A sequence of any length is held in a temporary file beyond 1 MiB, so the memory that it takes does
 not grow with its length, and it can be read from its end for the other strand.
 """
 
@@ -21,7 +21,7 @@ from gramian.tasks.indexed import IndexedGenome
 
 __all__ = ["Alphabet", "Codes", "Genome", "Letters", "Records", "Reverse", "Source", "open_records"]
 
-_IN_MEMORY = 2**24
+_IN_MEMORY = 2**20
 _UNKNOWN = np.ones(256, dtype=bool)
 _UNKNOWN[list(b"ACGT")] = False
 
