@@ -1,4 +1,4 @@
-"""The published RTF and S4, from their own files."""
+"""The published RTF and S4, loaded from their own files."""
 
 import importlib.util
 import logging
@@ -31,7 +31,7 @@ def published_s4(folder: Path) -> Any:
 
 
 class First(nn.Module):
-    """A layer that returns its output and more: the output."""
+    """A wrapper that returns only the first output of a layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -1,13 +1,14 @@
 """How fast does a recurrence generate, beside a transformer with a cache, at any context?
 
-Models of 12 layers and 37 to 38 million parameters outside the embedding, width 512, vocabulary
-50,257, random weights (they do not change the speed), on the CPU: transformers' GPT-2 with eager
-and SDPA attention and with the dynamic and the static cache, against Hyena and MultiHyena with
-modal filters of 16 complex modes, as they are and after `compile_decoding()`. A step is one forward
-of one token a sequence and the choice of the best token. Contexts are not read but put in place:
-GPT-2's caches are filled with random numbers, a recurrence's state has one size. Sides take turns
-within a round, and minima over all rounds are compared: seconds on the processor with one thread
-(the default), on the wall with more.
+The models have 12 layers, 37 to 38 million parameters outside the embedding, width 512, a
+vocabulary of 50,257 and random weights, which do not change the speed. They run on the CPU.
+Transformers' GPT-2, with eager and SDPA attention and with the dynamic and the static cache, is
+compared with Hyena and MultiHyena with modal filters of 16 complex modes, as they are and after
+`compile_decoding()`. A step is one forward pass of one token per sequence and the choice of the
+best token. Contexts are not read: GPT-2's caches are filled with random numbers, and the state of a
+recurrence has the same size at every context. The sides take turns within a round, and their minima
+over all rounds are compared. Times are processor time with one thread (the default), and wall time
+with several.
 
 Parts, chosen with `--part`:
 
@@ -85,13 +86,13 @@ def transformer(attention: str) -> GPT2LMHeadModel:
 
 
 def parameters(model: torch.nn.Module) -> int:
-    """Parameters outside token and position embeddings (and the tied output projection)."""
+    """Count the parameters outside token and position embeddings and the tied output projection."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
 
 
 def recurrent_step(model: GramianForCausalLM, batch: int) -> tuple[Step, int]:
-    """A closure that takes one step, and the bytes of the state."""
+    """Return a function that runs one step, and the number of bytes of the state."""
     tokens = torch.randint(0, model.config.vocab_size, (batch, 4))
     cache = model.prefill(tokens).past_key_values
     last = tokens[:, -1:]
@@ -107,7 +108,7 @@ def recurrent_step(model: GramianForCausalLM, batch: int) -> tuple[Step, int]:
 def transformer_step(
     model: GPT2LMHeadModel, kind: str, batch: int, context: int, steps: int
 ) -> tuple[Step, int]:
-    """Likewise, behind a cache of `context` random keys and values."""
+    """Return the same for a transformer with a cache of `context` random keys and values."""
     config = model.config
     cache = (
         DynamicCache(config=config)
@@ -129,8 +130,9 @@ def transformer_step(
 
 
 def now() -> float:
-    """Seconds of this process on the processor if it has one thread, which other processes on the
-    machine disturb little; else those on the wall."""
+    """Return processor seconds if this process has one thread, which other processes on the
+    machine disturb little; else those on the wall.
+    """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -141,7 +143,7 @@ def timed(step: Step) -> float:
 
 
 def take_turns(sides: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Seconds of a step of each side, the least of `rounds` after one that warms up."""
+    """Return the least seconds of a step of each side over `rounds`, after one round to warm up."""
     least = dict.fromkeys(sides, float("inf"))
     for step in sides.values():
         step()
@@ -210,7 +212,7 @@ def against_transformer(quick: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def along_axes(quick: bool) -> dict[str, Any]:
-    """Tokens a second of generation for each axis, the others fixed."""
+    """Measure the tokens per second of generation along each axis, with the others fixed."""
     models = {"Hyena": gramian_model("hyena"), "MultiHyena": gramian_model("multi_hyena")}
     for model in models.values():
         model.compile_decoding()
@@ -281,13 +283,13 @@ def draw(axes: dict[str, Any], path: Path) -> None:
 
 
 def resident() -> int:
-    """Bytes of resident memory now."""
+    """Return the bytes of resident memory now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def growth(quick: bool) -> dict[str, Any]:
-    """Resident memory while `generate` writes."""
+    """Measure the resident memory while `generate` writes."""
     results = {}
     for mixer in ("hyena", "multi_hyena"):
         model = gramian_model(mixer)
@@ -313,7 +315,7 @@ def growth(quick: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def against_exact(quick: bool) -> dict[str, Any]:
-    """Modal filters against online convolution."""
+    """Compare modal filters with online convolution."""
     results = {}
     taps = 256 if quick else 2048
     shape = {"hidden_size": 256, "num_hidden_layers": 2, "num_heads": 8, "vocab_size": 259}
@@ -328,7 +330,7 @@ def against_exact(quick: bool) -> dict[str, Any]:
 
 
 def trained(folder: Path, tol: float, batch: int) -> dict[str, Any]:
-    """Likewise, a trained model and what it is distilled to."""
+    """Compare a trained model with the model that it is distilled to."""
     original = load(folder)
     distilled, report = distill(original, tol)
     print(f"\n{report.summary}")
@@ -342,7 +344,8 @@ def through_a_window(
     name: str, exact: GramianForCausalLM, distilled: GramianForCausalLM, batch: int
 ) -> dict[str, Any]:
     """Seconds of as many steps as the filters have taps, over which the cost of online convolution
-    repeats, side by side."""
+    repeats, side by side.
+    """
     taps = exact.config.max_position_embeddings
     compiled = copy.deepcopy(distilled)
     compiled.compile_decoding(True)
@@ -363,7 +366,7 @@ def through_a_window(
 
 
 def million(quick: bool) -> dict[str, Any]:
-    """The long prompt in a fresh process, so that its peak of memory is its own."""
+    """Read the long prompt in a fresh process, so that the peak of memory is that of the prompt."""
     length = 2**16 if quick else 2**20
     command = [sys.executable, __file__, "--prompt", str(length)]
     command += ["--threads", str(torch.get_num_threads())]
@@ -415,10 +418,10 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", nargs="+", choices=[*PARTS, "trained"], default=list(PARTS))
-    parser.add_argument("--model", type=Path, help="folder of the part trained")
-    parser.add_argument("--tol", type=float, default=0.02, help="of the part trained")
-    parser.add_argument("--batch", type=int, default=16, help="of the part trained")
-    parser.add_argument("--quick", action="store_true", help="small sizes, for a look")
+    parser.add_argument("--model", type=Path, help="folder of the model for the part trained")
+    parser.add_argument("--tol", type=float, default=0.02, help="tolerance for the part trained")
+    parser.add_argument("--batch", type=int, default=16, help="batch size for the part trained")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--figures", type=Path, default=FIGURES)

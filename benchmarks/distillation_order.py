@@ -35,7 +35,7 @@ LENGTH = 512
 
 
 def trained(steps: int, corpus: Corpus, folder: Path | None) -> GramianForCausalLM:
-    """The model, trained or read."""
+    """Train the model, or read it from its folder."""
     if folder is not None and folder.exists():
         return load(folder)
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def row(order: int, loss: float, original: float, report: DistillationReport) ->
 
 
 def spectra(report: DistillationReport) -> dict[str, list[float]]:
-    """Of each layer, the median over its filters of σ_k / σ_1."""
+    """Return the median of σ_k / σ_1 over the filters of each layer."""
     found = {}
     for layer in report.layers:
         count = min(len(values) for values in layer.hankel_singular_values)

@@ -87,7 +87,7 @@ def delta_rule(length: int, order: int, *channels: int) -> TimeVarying:
 
 
 def instances(length: int, order: int) -> dict[str, System]:
-    """One random system of every kind, with two channels."""
+    """Make one random system of every kind, with two channels."""
     d = torch.randn(2, dtype=torch.float64)
     modal = Modal(conjugate_poles(2, order), torch.randn(2, order, dtype=torch.complex128), d)
     poles = conjugate_poles(2, order // 2).numpy()

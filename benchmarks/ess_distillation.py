@@ -70,7 +70,7 @@ def teacher(name: str, seed: int, steps: int, data: Tensor) -> GramianForCausalL
 
 @torch.no_grad()
 def divergence(model: GramianForCausalLM, student: GramianForCausalLM, windows: Tensor) -> float:
-    """Mean KL(teacher ‖ student) of the predictions at every byte, in bits."""
+    """Return the mean KL(teacher ‖ student) of the predictions over all bytes, in bits."""
     total = 0.0
     for part in windows.long().split(8):
         p, q = (m(part, use_cache=False).logits.log_softmax(-1) for m in (model, student))
@@ -109,7 +109,7 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None
 
 
 def within_kinds(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The correlations among teachers of one kind of parametrisation."""
+    """Return the correlations among the teachers with one kind of parametrisation."""
     kinds = dict.fromkeys(row["filter"].split(",")[0] for row in rows)
     return {
         kind: correlations([row for row in rows if row["filter"].split(",")[0] == kind])

@@ -1,8 +1,8 @@
 """Does the state that a model uses explain what it recalls better than the state that it has?
 
-Small models learn multi-query associative recall: a time-invariant convolution, then one mixer,
-whose effective state-size (entropy-ESS) is measured on held-out sequences. Three effects of
-Parnichkun et al. 2025 (arXiv 2504.19561) are looked for, one a part:
+Small models learn multi-query associative recall. They have a time-invariant convolution and then
+one mixer, whose effective state-size (entropy-ESS) is measured on held-out sequences. Each part
+looks for one of three effects in Parnichkun et al. 2025 (arXiv 2504.19561):
 
 - recall: over gated, weighted and plain linear attention (GLA, WLA, LA) and softmax attention (SA),
   state-sizes and numbers of key-value pairs, is accuracy correlated with ESS per pair more than
@@ -11,14 +11,14 @@ Parnichkun et al. 2025 (arXiv 2504.19561) are looked for, one a part:
   normalisation of its rates repair it?
 - regularizer: does λ‖A - I‖ lift GLA and WLA whose gates forget too fast?
 
-Every training is short; it reads fresh sequences of 1 to all pairs, so that it begins to learn
-early. Accuracy and ESS are of sequences with all of them. ESS is averaged over positions, heads and
-sequences. All results are written, whatever they are.
+Every training is short. It reads fresh sequences of one pair up to all pairs, so that the model
+begins to learn early. Accuracy and ESS are measured on sequences with all pairs. ESS is averaged
+over positions, heads and sequences. All results are written, whatever they are.
 
     python benchmarks/ess_effects.py [--part recall|state|regularizer] [--seeds N] [--runs FOLDER]
 
-A training that has ended is kept in `--runs`, so that a killed sweep goes on where it was.
-`--document` and `--figures` write tables and pictures.
+The result of every training is kept in the folder `--runs`, so that a sweep that was killed can be
+continued. `--document` writes the tables, and `--figures` writes the figures.
 """
 
 import argparse
@@ -84,7 +84,7 @@ Run = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One training."""
+    """The settings of one training."""
 
     mixer: str
     state: int
@@ -108,7 +108,7 @@ class Setting:
 
 
 def settings(part: str, steps: int, seeds: int) -> list[Setting]:
-    """All trainings of a part, seed by seed, so that the first are a sweep already."""
+    """List all trainings of a part, seed by seed, so that the first ones already form a sweep."""
     found: list[Setting] = []
     if part == "state":
         found += [
@@ -153,7 +153,7 @@ def settings(part: str, steps: int, seeds: int) -> list[Setting]:
 
 
 def model_of(setting: Setting) -> GramianForCausalLM:
-    """A convolution and the mixer, each followed by an MLP."""
+    """Make a model of a convolution and the mixer, each followed by an MLP."""
     recurrence: dict[str, Any] = {"state_size": setting.state}
     if setting.mixer in ("GLA", "WLA"):
         recurrence["temperature"] = setting.temperature
@@ -197,13 +197,13 @@ def tokens(
 
 
 def answers(model: GramianForCausalLM, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and values where values are due."""
+    """Return the logits and the values at the positions that have a label."""
     due = y != IGNORED
     return model.lm_head(model.model(x).last_hidden_state[due]), y[due]
 
 
 def train(setting: Setting) -> Run:
-    """Train a model; accuracy, state-sizes before and after, and gates."""
+    """Train a model; return its accuracy, its state-sizes before and after, and its gates."""
     began = time.process_time()
     torch.manual_seed(setting.seed)
     held_out = tokens(setting, np.random.default_rng([setting.seed, 1]), EVALUATED, setting.pairs)
@@ -230,7 +230,7 @@ def train(setting: Setting) -> Run:
 
 
 def fit(setting: Setting, model: GramianForCausalLM, observer: Observer) -> None:
-    """The training itself."""
+    """Run the training itself."""
     random = np.random.default_rng([setting.seed, 0])
     rate = RATES.get(setting.mixer, RATE)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=rate, weight_decay=0.01))
@@ -271,7 +271,7 @@ def state_sizes(model: GramianForCausalLM, observer: Observer, x: Tensor) -> Run
 
 
 def sweep(part: str, chosen: Sequence[Setting], folder: Path) -> list[Run]:
-    """The results of all trainings, those that are there already and the others, in order."""
+    """Return the results of all trainings in order, and run those that have none yet."""
     path = folder / f"{part}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     kept: dict[Setting, Run] = {}
@@ -364,7 +364,7 @@ def recall_table(runs: Sequence[Run]) -> str:
 
 
 def state_table(runs: Sequence[Run]) -> str:
-    """ESS before training against n, then what is trained."""
+    """Make the tables of ESS before training against n, and of the trained models."""
     before = averages([run for run in runs if not run["steps"]], "label", "state")
     after = averages([run for run in runs if run["steps"]], "label", "state")
     sizes = list(dict.fromkeys(row["state"] for row in before))
@@ -411,7 +411,7 @@ def _label_order(row: Run) -> tuple[int, float]:
 
 
 def figures_of(part: str, runs: Sequence[Run]) -> dict[str, "Figure"]:
-    """The pictures of a part by name."""
+    """Draw the figures of a part, by name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -467,7 +467,7 @@ def figures_of(part: str, runs: Sequence[Run]) -> dict[str, "Figure"]:
 
 
 def saturation(runs: Sequence[Run]) -> "Figure":
-    """ESS at every position of linear attention with little and with enough state."""
+    """Draw the ESS of linear attention at every position, with little and with enough state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -483,7 +483,7 @@ def saturation(runs: Sequence[Run]) -> "Figure":
 
 
 def collapse(runs: Sequence[Run]) -> "Figure":
-    """ESS at every position of GLA and WLA that forget, without the regulariser and with it."""
+    """Draw the ESS of GLA and WLA with gates near 0, without and with the regularizer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -502,7 +502,7 @@ def collapse(runs: Sequence[Run]) -> "Figure":
 
 
 def _curve(axes: Any, curve: Sequence[float], colour: str, label: str) -> None:
-    """ESS against the position, and the cap min(i, L - i) in grey."""
+    """Draw ESS against the position, and the cap min(i, L - i) in grey."""
     length = len(curve)
     positions = range(length)
     axes.plot(positions, curve, color=colour, label=label)
@@ -537,14 +537,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--part", choices=TABLES, help="By default all, one after the other.")
+    parser.add_argument("--part", choices=TABLES, help="Part to run; by default all.")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, help=f"Of trainings; by default {SEEDS}.")
+    parser.add_argument("--seeds", type=int, help=f"Number of seeds; by default {SEEDS}.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/ess_effects"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--document", type=Path, help="A page with places for the tables.")
-    parser.add_argument("--figures", type=Path, help="The folder of the pictures.")
+    parser.add_argument("--document", type=Path, help="Page with marks for the tables.")
+    parser.add_argument("--figures", type=Path, help="Folder for the figures.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for part in [arguments.part] if arguments.part else TABLES:

@@ -1,17 +1,18 @@
 """How do time and memory of a training step grow with the length and with the state?
 
-Forward and backward of one layer on the processor, float32, input (batch, length, channels):
-`LongConvolution` with the filters RTF, S4D and S4 of this library beside the packages s5-pytorch
-and mambapy, where they are installed, and the published RTF and S4, where they are given:
+The benchmark runs forward and backward passes of one layer on the processor in float32, with inputs
+(batch, length, channels). It compares `LongConvolution` with this library's filters RTF, S4D and S4
+with the packages s5-pytorch and mambapy, if they are installed, and with the published RTF and S4,
+if they are given:
 
     --rtf PATH   folder of the published rtf.py (it needs einops)
     --s4 PATH    folder of the published s4.py (its models/s4; without compiled extensions)
 
-Every measurement is a fresh process: the fastest of several steps after one to warm up, and peak
-resident memory above that of a process that imports the same modules and makes the same input.
-Layers that run out of memory (three quarters of the machine's) or take longer than --limit seconds
-are left out and named. Two figures, against the length at one state size and against the state size
-at one length, go beside the results.
+Every measurement is made in a fresh process. It takes the fastest of several steps after one to
+warm up, and the peak resident memory above that of a process that imports the same modules and
+makes the same input. Layers that run out of memory (three quarters of the machine's) or take longer
+than --limit seconds are left out and named. Two figures are written beside the results: one against
+the length at one state size, and one against the state size at one length.
 
     python benchmarks/layers.py [--rtf PATH] [--s4 PATH] [--quick] [--output PATH] [--figures DIR]
 """

@@ -1,9 +1,10 @@
 """How much does online convolution save a convolution that must answer at every sample?
 
-384 streams of 8,192 samples with filters as long, one sample at a time on the CPU: online
-convolution, run whole; one dot product of the filter with the past per sample; and recomputing the
-convolution of everything so far by FFT at every sample. The last two are timed at samples spread
-evenly over the run, and their mean is multiplied by the number of samples. The sides take turns.
+There are 384 streams of 8,192 samples with filters of the same length, processed one sample at a
+time on the CPU. Three methods are compared: online convolution; one dot product of the filter with
+the past for each sample; and an FFT of the whole past for each sample. Online convolution runs over
+all samples. The other two are timed at samples spread evenly over the run, and their mean is
+multiplied by the number of samples. The sides take turns.
 """
 
 import argparse
@@ -25,7 +26,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def now() -> float:
     """Seconds of this process on the processor if it has one thread, which other processes on the
-    machine disturb little; else those on the wall."""
+    machine disturb little; else those on the wall.
+    """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 

@@ -1,8 +1,9 @@
 """What does a training step cost on packed rows, beside the same sequences padded to the longest?
 
-Forward and backward passes of a language model of each mixer, on the same sequences: one to a row
-under a mask, and all of them in one row, told by positions that restart. Both see the same tokens,
-so the ratio of their times is the ratio of their tokens a second. The two take turns.
+The benchmark runs forward and backward passes of a language model with each mixer on the same
+sequences: once with one sequence per row under a mask, and once with all of them in one row, where
+restarting positions separate them. Both sides see the same tokens, so the ratio of their times is
+the ratio of their tokens per second. The sides take turns.
 
     python benchmarks/packing.py [--output FILE] [--repeats N] [--width N]
 """

@@ -1,16 +1,17 @@
 """Does the recurrence of a rational filter compute its convolution?
 
-For every order n, random systems with the truncated numerator of the published parametrisation:
-conjugate poles uniform in the disc of radius 0.999 ("disc"), or reflection coefficients tanh(θ), θ
-normal with variance 1/n ("reflection"); coefficients are rounded to float32, those that rounding
-makes unstable are drawn again (their share is printed), numerators are standard normal. The error
-of a recurrence is ‖y_rec - y_conv‖₂ / ‖y_conv‖₂ on white noise of 1,024 samples, stepped one by
-one, against the float64 convolution with the kernel that was learned.
+For every order n, the benchmark draws random systems with the truncated numerator of the published
+parametrisation. Their poles are conjugate pairs, uniform in the disc of radius 0.999 ("disc"), or
+their reflection coefficients are tanh(θ), with θ normal with variance 1/n ("reflection").
+Coefficients are rounded to float32. Systems that rounding makes unstable are drawn again, and their
+share is printed. Numerators are standard normal. The error of a recurrence is
+‖y_rec - y_conv‖₂ / ‖y_conv‖₂ on white noise of 1,024 samples: the recurrence steps through them one
+by one, and the convolution with the kernel that was learned is computed in float64.
 
-The table counts the systems whose recurrence is within 1e-4: as the library chooses it, without its
-exact online convolution, the companion form stepped in float32, and, for systems made of reflection
-coefficients, the lattice in float32. For every system it also holds what the library reports
-(`form`, `error`) against what is measured.
+The table has the share of systems whose recurrence is within 1e-4, for four ways of choosing it: as
+the library does; as the library does without its exact online convolution; the companion form
+stepped in float32; and, for systems made of reflection coefficients, the lattice in float32. For
+every system, what the library reports (`form`, `error`) is also compared with what is measured.
 
     python benchmarks/switching.py [--systems 1000] [--output PATH]
 """
@@ -39,7 +40,7 @@ REQUIRED = {4: 0.98, 8: 0.98, 16: 0.98, 32: 0.98, 64: 0.9, 128: 0.7}
 
 
 def polynomials(poles: np.ndarray) -> np.ndarray:
-    """Coefficients a_1 … a_n of conjugate pairs (S, n / 2), in extended precision."""
+    """Return the coefficients a_1 … a_n of conjugate pairs (S, n / 2), in extended precision."""
     count, pairs = poles.shape
     coefficients = np.zeros((count, 2 * pairs + 1), dtype=np.longdouble)
     coefficients[:, 0] = 1
@@ -54,7 +55,7 @@ def polynomials(poles: np.ndarray) -> np.ndarray:
 
 
 def denominators(sampler: str, order: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """256 denominators rounded to float32 (as float64), and their reflection coefficients."""
+    """Draw 256 denominators, rounded to float32 and stored as float64, and their reflections."""
     if sampler == "disc":
         shape = (256, order // 2)
         poles = 0.999 * np.sqrt(rng.random(shape)) * np.exp(1j * np.pi * rng.random(shape))
@@ -66,7 +67,7 @@ def denominators(sampler: str, order: int, rng: np.random.Generator) -> tuple[Te
 
 
 def draw(sampler: str, order: int, count: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Stable systems and the share of those that rounding made unstable."""
+    """Draw stable systems, and return the share of systems that rounding made unstable."""
     kept_a: list[Tensor] = []
     kept_k: list[Tensor] = []
     drawn = 0
@@ -100,7 +101,7 @@ def relative(y: Tensor, expected: Tensor) -> Tensor:
 
 
 def single_precision_companion(system: TransferFunction, u: Tensor) -> Tensor:
-    """The companion form with float32 coefficients and state."""
+    """Step the companion form with float32 coefficients and state."""
     a, b, d, u = (t.float() for t in (system.a, system.b, system.d, u))
     past, outputs = torch.zeros_like(a), []
     for sample in u.unbind(-1):

@@ -1,11 +1,11 @@
 """What does `gramian train` cost beside a bare PyTorch loop? Tokens per second, and their ratio.
 
-Each case is a recipe. `gramian.training.train` runs it, and so does the loop that one would write
-by hand: the same model, weights, rows, batch, AdamW over the same parameter groups, clipping and
-schedule, logits where something is due, with all rows in memory as one tensor. The two take turns,
-several times; a turn counts its steps after a warm-up, without evaluation. Wall time is the field's
-measure; the processor's time of this process says the same where other work shares the machine.
-Ratios are medians over the turns of one turn's pair.
+Each case is a recipe. `gramian.training.train` runs it, and so does a loop that is written by hand.
+The loop has the same model, weights, rows, batch size, parameter groups of AdamW, clipping and
+schedule. It computes logits at the same labelled positions, and has all rows in memory as one
+tensor. The two sides take turns, several times. A turn counts its steps after a warm-up, without
+evaluation. Wall time is the field's measure; the processor time of this process is reliable even if
+other work shares the machine. Ratios are medians, over the turns, of the ratio within a turn.
 
     python benchmarks/trainer_throughput.py [--repeats 5] [--steps 60] [--output PATH]
 """
@@ -55,7 +55,7 @@ def elapsed(began: Clocks) -> Clocks:
 
 
 class Stopwatch(_run.Recorder):
-    """The recorder of a run, which also looks at the clocks after the warm-up and at the end."""
+    """The recorder of a run, which also reads the clocks after the warm-up and at the end."""
 
     began: Clocks
     measured: Clocks
@@ -68,13 +68,13 @@ class Stopwatch(_run.Recorder):
 
 
 def trained(config: TrainingConfig) -> Clocks:
-    """Time of the steps after the warm-up in `gramian.training.train`."""
+    """Measure the time of the steps after the warm-up in `gramian.training.train`."""
     _run.train(config)
     return Stopwatch.measured
 
 
 def by_hand(config: TrainingConfig, batches: Callable[[], dict[str, Tensor]]) -> Clocks:
-    """The same in a loop."""
+    """Measure the same in a loop written by hand."""
     optimization, description = config.optimization, _run._task(config).description()
     torch.manual_seed(config.seed)
     model = _run._model(config, description).train()
@@ -113,7 +113,7 @@ def by_hand(config: TrainingConfig, batches: Callable[[], dict[str, Tensor]]) ->
 
 
 def due(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch whose logits are made where something is due, as `gramian train` does."""
+    """Restrict a batch to the positions with a label, as `gramian train` does."""
     labels = batch.get("shift_labels")
     if labels is None:
         return batch
@@ -124,7 +124,7 @@ def due(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sampler(config: TrainingConfig) -> tuple[Callable[[], dict[str, Tensor]], int]:
-    """Random batches of the training rows, all in memory, and the tokens of one."""
+    """Return a function that draws batches of the rows in memory, and the tokens of a batch."""
     task = _run._task(config)
     rows = task.dataset("train", config.seed)
     whole = Collator(task.description())([rows[index] for index in range(len(rows))])

@@ -1,19 +1,19 @@
 """What does a training step of the papers' models cost, beside the published RTF and S4?
 
-Models of `recipes/papers` at their full width, depth and length: Hyena and Hyena-RTF as on
-WikiText-103, RTF on the Long Range Arena and Speech Commands. A step is forward, loss, backward and
-AdamW on random data, in bfloat16 where the recipe says so and there is a GPU. The same models run
-with the published layers in place of their mixers, or, in Hyena, which those files do not have,
-with the published kernels in place of its filters:
+The models are those of `recipes/papers` at their full width, depth and length: Hyena and Hyena-RTF
+as on WikiText-103, and RTF as on the Long Range Arena and Speech Commands. A step consists of a
+forward pass, the loss, a backward pass and AdamW on random data, in bfloat16 if the recipe says so
+and there is a GPU. The same models also run with the published layers in place of their mixers. The
+published files have no Hyena, so there the published kernels replace the filters:
 
     --rtf PATH   folder of the published rtf.py (it needs einops)
     --s4 PATH    folder of the published s4.py (its models/s4; without compiled extensions)
 
-On a GPU the batch is the recipe's share of one device, memory what PyTorch holds at most. On a
-processor the batch is 4 (Hyena's 1) and memory the resident peak above that of an idle process.
-Every measurement is a process of its own, the fastest of several steps after two to warm up; one
-that runs out of memory or of time is named and left out. --limit ends the steps after so many
-seconds, at least one being taken.
+On a GPU the batch is the recipe's share of one device, and memory is the most that PyTorch holds.
+On a processor the batch size is 4 (1 for Hyena), and memory is the resident peak above that of an
+idle process. Every measurement is made in a process of its own, and takes the fastest of several
+steps after two to warm up. A measurement that runs out of memory or of time is named and left out.
+After --limit seconds no further step is begun; at least one is measured.
 
     python benchmarks/training_step.py [--rtf PATH] [--s4 PATH] [--cases NAME …] [--output PATH]
 """
@@ -79,7 +79,7 @@ class PublishedKernel(Filter):
 
 
 def published_layer(mixer: LongConvolution, side: str, arguments: argparse.Namespace) -> nn.Module:
-    """The published layer in place of a long convolution."""
+    """Make the published layer that replaces a long convolution."""
     filter, both = mixer.filter, mixer.bidirectional
     if side == "S4, published":
         s4 = published_s4(arguments.s4)
@@ -105,7 +105,7 @@ def published_layer(mixer: LongConvolution, side: str, arguments: argparse.Names
 
 
 def published_kernel(filter: Filter, side: str, arguments: argparse.Namespace) -> nn.Module:
-    """The published kernel in place of a Hyena layer's filter."""
+    """Make the published kernel that replaces a Hyena layer's filter."""
     channels, length = filter.channels, filter.max_length
     if side == "S4, published":
         kernels = published_s4(arguments.s4).kernel_registry
@@ -116,7 +116,7 @@ def published_kernel(filter: Filter, side: str, arguments: argparse.Namespace) -
 
 
 class Layer(nn.Module):
-    """A published layer where the block expects a mixer."""
+    """A published layer that a block can use as its mixer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def recipe(name: str) -> TrainingConfig:
 
 
 def inputs(description: Description, batch: int, device: torch.device) -> dict[str, Tensor]:
-    """Random data of a task's shape."""
+    """Draw random data of a task's shape."""
     shape = (batch, description.length)
     made: dict[str, Tensor] = {}
     for suffix in ("", "_2") if description.kind == "pairs" else ("",):
@@ -164,7 +164,7 @@ def inputs(description: Description, batch: int, device: torch.device) -> dict[s
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One measurement, in a process of its own: prints JSON."""
+    """Run one measurement in a process of its own, and print it as JSON."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
@@ -218,8 +218,10 @@ def main() -> None:
     parser.add_argument("--rtf", type=Path, help="folder of the published rtf.py")
     parser.add_argument("--s4", type=Path, help="folder of the published s4.py")
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--batch", type=int, help="sequences of a step")
-    parser.add_argument("--limit", type=float, default=60, help="seconds for a measurement")
+    parser.add_argument("--batch", type=int, help="number of sequences in a step")
+    parser.add_argument(
+        "--limit", type=float, default=60, help="largest number of seconds for a measurement"
+    )
     parser.add_argument("--output", type=Path, default=here / "results" / "training_step.json")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--idle", action="store_true", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""`python -m gramian`: the command line."""
+"""The command line as `python -m gramian`."""
 
 from gramian.cli import main
 

@@ -1,4 +1,4 @@
-"""Parts that all figures share: colors, an empty figure, the style of axes, and saving."""
+"""What all figures share: colors, an empty figure, the style of axes, and saving."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Imports of the user's own modules, which register tasks, filters, mixers and other parts.
 
-A module is given as a file (`parts/my_task.py`) or by its dotted name (`my_lab.parts`). Python
-knows a file by its stem. Training keeps a copy of each module beside the results, which is imported
-if the original no longer exists.
+A module is given as a file (`parts/my_task.py`) or by its dotted name (`my_lab.parts`). A file is
+imported under the stem of its name. Training keeps a copy of each module beside the results; the
+copy is imported if the original no longer exists.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gramian._staging import staged_file
 __all__ = ["copy_parts", "find_copy", "import_parts"]
 
 _LOADED: dict[str, ModuleType] = {}
-"""Modules by the hash of their files, so that a copy of an imported module is not imported."""
+"""Imported modules by the hash of their files, so that a copy of one is not imported again."""
 
 
 def import_parts(names: Sequence[str], copies: str | Path | None = None) -> None:
@@ -55,7 +55,7 @@ def import_parts(names: Sequence[str], copies: str | Path | None = None) -> None
 
 
 def find_copy(name: str, copies: str | Path) -> Path | None:
-    """Return the copy of a module that `copy_parts` put into a folder, or None."""
+    """Return the copy of a module that `copy_parts` put into the folder `copies`, or None."""
     copy = Path(copies, _copy_name(name))
     return copy if copy.is_file() else None
 

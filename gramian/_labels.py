@@ -1,4 +1,4 @@
-"""The label that marks a position without an answer, for every model and task."""
+"""The label of positions without an answer, for every model and task."""
 
 __all__ = ["IGNORED"]
 

@@ -1,4 +1,4 @@
-"""PyTorch modules that several packages build on."""
+"""A base class of PyTorch modules that several packages use."""
 
 from __future__ import annotations
 

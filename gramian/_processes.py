@@ -25,10 +25,10 @@ def world_size() -> int:
 
 
 def require_one_process(reason: str) -> None:
-    """Refuse to run as one of several processes.
+    """Raise a ValueError if this process is one of several.
 
     Args:
-        reason: reason for the refusal, as the beginning of the error's sentence.
+        reason: beginning of the message, which gives the reason for the refusal.
 
     Raises:
         ValueError: if the environment describes several processes, or is invalid.

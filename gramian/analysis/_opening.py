@@ -1,4 +1,4 @@
-"""Opening a model of any kind, with its tokenizer."""
+"""Open a model of any kind, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
     """Return a model in evaluation mode, and its tokenizer.
 
     Args:
-        name: A folder that `save_pretrained` wrote, with any model of ours or a causal language
-            model of transformers; a GGUF file, whose weights are expanded; or any other name that
-            `from_pretrained` accepts.
+        name: A folder that `save_pretrained` wrote, which holds any Gramian model, an adapter of
+            one, or a causal language model of transformers; a GGUF file, whose quantized weights
+            are expanded to float32; or any other name that `from_pretrained` accepts.
 
     Returns:
-        The model and the tokenizer. A model of ours without a tokenizer gets the byte tokenizer if
-        it reads tokens and its vocabulary is large enough, and None otherwise.
+        The model and the tokenizer. For a Gramian model that was saved without a tokenizer, this is
+        the byte tokenizer if the model reads tokens and has the vocabulary of that tokenizer, and
+        None otherwise.
 
     Raises:
-        OSError: if there is no such model, or it has no tokenizer.
-        ValueError: if it cannot be read.
-        ImportError: for a GGUF file, without `gguf`.
+        OSError: if there is no such model, or a model of transformers has no tokenizer.
+        ValueError: if the model cannot be read.
+        ImportError: if `name` is a GGUF file and the package `gguf` is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gramian.models import ByteTokenizer, load_any
+    from gramian.models.adapters import tokenizer_folder
     from gramian.models.loading import describe_missing
 
     path = Path(name)
@@ -47,9 +49,9 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, but neither a model folder nor a GGUF file.")
     if path.is_dir() and _kind(path) == "gramian":
-        model = load_any(path)
-        if (path / "tokenizer_config.json").is_file():
-            return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model, folder = load_any(path), tokenizer_folder(path)
+        if (folder / "tokenizer_config.json").is_file():
+            return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
         config = model.config
         fits = config.input_size is None and config.vocab_size == len(ByteTokenizer())
         return model, ByteTokenizer() if fits else None
@@ -61,7 +63,14 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
 
 
 def _kind(folder: Path) -> str | None:
-    """Return the model type in a folder's configuration."""
+    """Return the `model_type` in a folder's config.json, or in that of an adapter's base."""
+    from gramian.models.adapters import base_folder, is_adapter
+
+    if is_adapter(folder) and not (folder / "config.json").is_file():
+        try:
+            return _kind(base_folder(folder))
+        except (OSError, ValueError):  # of another library, perhaps
+            return None
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):

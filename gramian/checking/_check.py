@@ -1,8 +1,8 @@
-"""Comparison of all ways of running a model, for every layer, the model, and every precision.
+"""Compare all ways of running a model, for every layer and the whole model, in every precision.
 
-A mixer is one causal map, and so is a model of mixers; its output must not depend on how it is run.
-Layers read their inputs from the model's own parallel pass, so that the differences of one layer do
-not add to those of the next; the whole model reads tokens, and its logits are compared.
+A mixer is one causal map, and so is a model of mixers, so the output must not depend on how either
+is run. The inputs of a layer are those of the model's parallel pass, so that the differences of one
+layer do not add to those of the next. The whole model reads tokens, and its logits are compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gramian.systems import Modal
 
 if TYPE_CHECKING:
     from gramian.mixers import Mixer
-    from gramian.models import GramianForCausalLM
+    from gramian.models import GramianForCausalLM, GramianForTokenClassification
 
 __all__ = ["check"]
 
@@ -36,23 +36,26 @@ _ACCEPTED = {
     torch.float16: 1e-2,
     torch.bfloat16: 6e-2,
 }
-"""Accepted relative differences of a layer: a few units in the last place in half precision, and
-more in higher precisions, where a convolution sums as many products as it has taps."""
+"""The accepted relative differences of a layer, by dtype.
+
+In half precision, they are a few units in the last place. In higher precisions, they are more
+units, since a convolution sums as many products as it has taps.
+"""
 
 _ADD_UP = 4
-"""The accepted difference of a whole model, in multiples of that of a layer."""
+"""The accepted difference of a whole model, in multiples of the accepted difference of a layer."""
 
 _WRITTEN = 8
-"""Number of generated tokens."""
+"""The number of generated tokens."""
 
 _CHUNKS = (1, 7, 2, 31, 64)
-"""Lengths of the chunks, repeated."""
+"""The lengths of successive chunks, which repeat until the sequence ends."""
 
 
 @full_precision()
 @torch.no_grad()
 def check(
-    model: GramianForCausalLM,
+    model: GramianForCausalLM | GramianForTokenClassification,
     input_ids: Tensor | None = None,
     *,
     batch: int = 3,
@@ -67,29 +70,36 @@ def check(
     """Run a model in every possible way, and compare the outputs.
 
     Args:
-        model: a Gramian causal language model, left untouched.
-        input_ids: (batch, length) tokens to run it on; by default `batch` sequences of `length`
-            random ones. Steps are taken one by one, so the time grows with the length. Only tokens
-            beyond `max_position_embeddings` show the filters past their last tap.
-        dtypes: precisions of the weights; by default float32 and bfloat16. Filters keep float32.
-        tolerance: accepted relative difference of a layer in every precision; by default 1.5e-5
-            in float32 and 6e-2 in bfloat16, or, where states are carried, twice the error that a
-            converted recurrence reports, if that is larger, and for steps of the distilled copy
-            twice the rounding error of modes that cancel. The whole model may differ by four times
-            as much.
-        distill_order: order of the filters of the distilled copy; None for no such copy.
+        model: a Gramian causal language model, or a token classifier that is not bidirectional
+            and reads tokens; it stays unchanged.
+        input_ids: tokens that the model reads, (batch, length); by default, random tokens of the
+            shape (`batch`, `length`). Steps are taken one by one, so the time grows with the
+            length. Filters are tested past their last tap only if the length exceeds
+            `max_position_embeddings`.
+        batch: number of random sequences, at least 2.
+        length: number of random tokens in each sequence, at least 2.
+        dtypes: dtypes of the weights; by default float32 and bfloat16. Filters stay float32.
+        tolerance: accepted relative difference of a layer in every precision. By default, it is
+            1.5e-5 in float32, 6e-2 in bfloat16, 1e-10 in float64 and 1e-2 in float16; where states
+            are carried, it is twice the error that a converted recurrence reports, if that is
+            larger, and for steps of the distilled copy twice the rounding error of modes that
+            cancel. The whole model may differ by four times as much.
+        distill_order: order of the filters of a distilled copy, which is checked, too; None for no
+            such copy.
         reference: whether to compare with a second copy of the model in float64.
-        seed: seed of the random tokens and the padding.
-        progress: called as `progress(done, total)` before the first and after each row.
+        seed: seed of the random tokens and of what stands at padding.
+        progress: a function that is called as `progress(rows done, all rows)` before the first row
+            of the report and after every row.
 
     Returns:
-        The report, with `passed`; it prints as a table.
+        The report, which prints as a table; its `passed` says whether all differences are accepted.
 
     Raises:
-        TypeError: for another kind of model.
-        ValueError: for a batch below 2, a length below 2, tokens that are not of this model, a
-            tolerance that is not positive, or a precision other than float64, float32, float16 and
-            bfloat16.
+        TypeError: if the model is neither a causal language model nor a token classifier of this
+            package.
+        ValueError: for a bidirectional model or one of numbers, a batch or a length below 2, tokens
+            outside of the vocabulary, a tolerance that is not positive, or a dtype other than
+            float64, float32, float16 and bfloat16.
     """
     dtypes = (torch.float32, torch.bfloat16) if dtypes is None else tuple(dtypes)
     ids = _checked(model, input_ids, batch, length, dtypes, tolerance, seed)
@@ -129,11 +139,17 @@ def _checked(
     tolerance: float | None,
     seed: int,
 ) -> Tensor:
-    """Return the tokens to run, or raise an error for arguments that are wrong."""
-    from gramian.models import GramianForCausalLM
+    """Check the arguments of `check`, and return the tokens to run on the device of the model."""
+    from gramian.models import GramianForCausalLM, GramianForTokenClassification
 
-    if not isinstance(model, GramianForCausalLM):
-        raise TypeError(f"check takes a GramianForCausalLM; got a {type(model).__name__}.")
+    if not isinstance(model, GramianForCausalLM | GramianForTokenClassification):
+        raise TypeError(
+            "check takes a GramianForCausalLM or a GramianForTokenClassification; got a "
+            f"{type(model).__name__}."
+        )
+    if model.config.bidirectional or model.config.input_size is not None:
+        kind = "bidirectional model" if model.config.bidirectional else "model of numbers"
+        raise ValueError(f"check takes a causal model of tokens; got a {kind}.")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"the tolerance must be positive; got {tolerance!r}.")
     for dtype in dtypes:
@@ -159,7 +175,7 @@ def _copy(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _distilled(model: Any, order: int | None) -> tuple[Any, str | None]:
-    """Return the distilled copy and its summary, or None twice if no filter can be distilled."""
+    """Return a distilled copy and its summary, or None twice if there is nothing to distil."""
     filters = [getattr(block.mixer, "filter", None) for block in model.model.layers]
     long = [f.max_length for f in filters if f is not None and not isinstance(f, ModalFilter)]
     if order is None or not long:
@@ -170,7 +186,7 @@ def _distilled(model: Any, order: int | None) -> tuple[Any, str | None]:
 
 @contextmanager
 def _reloaded(model: Any) -> Iterator[Any]:
-    """Yield the model, saved and loaded again."""
+    """Save the model to a temporary folder, and yield what is loaded from there."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder, dtype="auto", local_files_only=True)
@@ -178,7 +194,7 @@ def _reloaded(model: Any) -> Iterator[Any]:
 
 
 class _Run:
-    """A model, the output of its parallel pass, and the input and output of each mixer."""
+    """The parallel pass of a model, with its logits and the input and output of each mixer."""
 
     def __init__(self, model: Any, ids: Tensor) -> None:
         self.model, self.ids = model, ids
@@ -201,7 +217,7 @@ class _Run:
 
 
 def _difference(y: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, relative to the largest number of the same sequence."""
+    """Return the largest difference, relative to the largest expected number of its sequence."""
     y, expected = y.double().flatten(1), expected.double().flatten(1)
     scale = expected.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
     relative = (y - expected).abs().amax(1) / scale
@@ -276,11 +292,12 @@ def _rounding(mixer: Mixer, length: int) -> float:
 
 
 def layouts(batch: int, length: int) -> dict[str, list[Tensor]]:
-    """Return the positions of the tokens of every sequence, for each mode of padding.
+    """Return where the tokens of every sequence stand, for each mode of padding.
 
     Returns:
-        For each mode one or two turns, each (batch, columns) of int64: the index of the token in
-        every column, or -1 for padding. The second turn follows the first.
+        The turns of each mode: one, or two of which the second continues from the state after the
+        first. A turn is (batch, columns), int64, with the index of the token in every column, or
+        -1 for padding.
     """
     padding = max(1, length // 5)
     found: dict[str, list[list[list[int]]]] = {"padded": [[]], "right": [[]], "gap": [[]]}
@@ -307,7 +324,18 @@ def _laid_out(
     turns: list[Tensor],
     seed: int,
 ) -> float:
-    """Return how much padding changes the outputs of a mixer at once, from a state, and stepped."""
+    """Return the largest difference that padding causes in the outputs of a mixer.
+
+    The mixer runs on whole sequences, continues from a state, and steps from the state at the end.
+
+    Args:
+        mixer: the mixer.
+        recurrence: the recurrence of the mixer.
+        x: inputs without padding, (batch, length, width).
+        y: outputs without padding, (batch, length, width).
+        turns: where the tokens stand, from `layouts`.
+        seed: seed of the numbers at padding.
+    """
     generator = torch.Generator().manual_seed(seed)
     # The output after the last turn depends on the state at its end.
     ending = torch.randn(len(x), 1, x.shape[2], generator=generator).to(x)
@@ -331,10 +359,15 @@ def _laid_out(
 
 
 def _placed(x: Tensor, padding: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Place the tokens' entries of x (batch, length, …) in their columns between `padding`.
+    """Move the entries of x to the columns of a turn.
+
+    Args:
+        x: the entries at the tokens, (batch, length, …).
+        padding: the entries at padding, (batch, columns, …).
+        turn: the index of the token in every column, (batch, columns), or -1 for padding.
 
     Returns:
-        The padded rows and their mask.
+        The padded rows, (batch, columns, …), and their mask, (batch, columns).
     """
     mask = (turn >= 0).to(x.device)
     rows = torch.arange(len(x), device=x.device)[:, None]
@@ -343,14 +376,14 @@ def _placed(x: Tensor, padding: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _collected(made: list[Tensor], turns: list[Tensor]) -> Tensor:
-    """Collect the outputs at the tokens, (batch, length, …), from turns (batch, columns, …)."""
+    """Return the outputs at the tokens, (batch, length, …), from those of turns."""
     order = torch.cat(turns, 1).to(made[0].device)
     outputs = torch.cat(made, 1)
     return torch.stack([row[at >= 0] for row, at in zip(outputs, order, strict=True)])
 
 
 def _packed(x: Tensor) -> tuple[Tensor, None, Segments]:
-    """Return a mixer's arguments for all sequences of x (batch, length, width) in one row."""
+    """Return the arguments of a mixer for one row that holds all sequences of x."""
     batch, length = x.shape[:2]
     numbers = torch.arange(batch, device=x.device).repeat_interleave(length)
     return x.flatten(0, 1)[None], None, Segments(None, numbers[None])
@@ -405,7 +438,8 @@ def _check_model(
     positions = torch.arange(length, device=ids.device).repeat(len(ids))[None]
     in_one = model(ids.flatten()[None], position_ids=positions, use_cache=False).logits
     differences["packed"] = _difference(in_one.view_as(logits), logits)
-    differences["generated"] = _generated(model, ids)
+    if model.can_generate():
+        differences["generated"] = _generated(model, ids)
     alone = torch.cat([model(one, use_cache=False).logits for one in ids.split(1)])
     differences["batched"] = _difference(alone, logits)
     differences["reloaded"] = _difference(again(ids, use_cache=False).logits, logits)
@@ -424,7 +458,7 @@ def _check_model(
 
 
 def _generated(model: Any, ids: Tensor) -> float:
-    """Return the difference of the logits in `generate` from those of a pass over its output."""
+    """Return the difference of the logits of `generate` from those of a pass over its output."""
     prompt = ids[:, : max(1, ids.shape[1] // 2)]
     try:
         written = model.generate(
@@ -438,7 +472,7 @@ def _generated(model: Any, ids: Tensor) -> float:
             output_logits=True,
             return_dict_in_generate=True,
         )
-    except FloatingPointError:  # logits are not finite
+    except FloatingPointError:  # the logits are not finite
         return torch.inf
     made = torch.stack(written.logits, 1)
     again = model(written.sequences, use_cache=False).logits
@@ -449,7 +483,7 @@ def _generated(model: Any, ids: Tensor) -> float:
 def _continued(
     model: Any, ids: Tensor, parts: Sequence[slice], mask: Tensor | None = None
 ) -> Tensor:
-    """Return the logits of the tokens, computed in parts through a cache."""
+    """Return the logits of the tokens, which the model reads in parts through a cache."""
     from gramian.models.cache import CACHE
 
     cache, made = None, []
@@ -462,11 +496,17 @@ def _continued(
 
 
 def _limits(own: float, carried: float) -> dict[str, float]:
-    """Return the accepted difference of every mode, `carried` where a state is carried."""
+    """Return the accepted difference of every mode that is judged.
+
+    Args:
+        own: the accepted difference of modes that carry no state.
+        carried: the accepted difference of modes that carry a state.
+    """
     limits = dict.fromkeys(("batched", "reloaded", "packed"), own)
     modes = ("recurrent", "chunked", "stepped", "padded", "right", "gap", "turn")
     limits |= dict.fromkeys(modes, carried)
-    return limits | {"generated": max(carried, _ACCEPTED[torch.float32])}  # written in float32
+    # `generate` returns its logits in float32, so rounding to it must be accepted.
+    return limits | {"generated": max(carried, _ACCEPTED[torch.float32])}
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""The report of a check, with a row for each layer and the whole model in each precision."""
+"""Define the report of a check, with a row for each layer and the whole model in each dtype."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ MODES = {
     "packed": "all sequences in one row",
     "generated": "the logits that `generate` writes by, against a pass without a cache",
 }
-"""Ways of running a model, and their references: by default, the parallel pass in the same
-precision."""
+"""The ways of running a model, each with what it is compared with.
+
+If a description names no reference, it is the parallel pass in the same precision.
+"""
 
 _TABLES = (tuple(MODES)[:7], tuple(MODES)[7:])
-"""The modes of each table: ways of running the model, and positions of the tokens."""
+"""The modes of the two tables: ways of running the model, and positions of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,12 @@ class CheckRow:
     Attributes:
         dtype: dtype of the weights: "float32", "bfloat16", …
         layer: index of the layer, or None for the whole model, whose outputs are logits.
-        name: class of the mixer, or of the model.
-        forms: forms of the recurrences of the mixer's long convolutions.
-        differences: for each of `MODES`, the largest difference of any number of the output,
-            relative to the largest number of the same sequence; infinite where an output is not
-            finite. Modes that do not apply are left out.
-        limits: for each mode that is judged, the accepted difference.
+        name: name of the class of the mixer, or of the model.
+        forms: the forms in which the mixer's long convolutions are stepped.
+        differences: for each of `MODES` that applies, the largest difference between a number of
+            the output and its reference, relative to the largest number of the same sequence. It is
+            infinite if an output is not finite.
+        limits: the accepted difference of each mode that is judged.
     """
 
     dtype: str
@@ -80,22 +82,18 @@ class CheckRow:
             "failures": list(self.failures),
         }
 
-    def _cells(self, modes: tuple[str, ...]) -> list[str]:
-        found = (self.differences.get(mode) for mode in modes)
-        cells = ("–" if d is None else "0" if d == 0 else f"{d:.1e}" for d in found)
-        return ["model" if self.layer is None else str(self.layer), *cells]
-
 
 @dataclass(frozen=True)
 class CheckReport:
     """The report of `gramian.check`, which prints as a table.
 
     Attributes:
-        rows: for each precision, the layers in order and then the whole model.
-        batch: number of sequences that were run.
-        length: tokens of each sequence.
+        rows: for each precision, one row for every layer in order, and then one for the whole
+            model.
+        batch: number of sequences that the model read.
+        length: number of tokens of each sequence.
         distillation: summary of the distilled copy, or None if there was none.
-        seconds: duration of the check.
+        seconds: duration of the check in seconds.
     """
 
     rows: tuple[CheckRow, ...]
@@ -129,7 +127,7 @@ class CheckReport:
         for dtype, rows in self._by_precision():
             lines.append(dtype)
             for modes in _TABLES:
-                table = [["layer", *modes], *(row._cells(modes) for row in rows)]
+                table = [["layer", *modes], *(_cells(row, modes) for row in rows)]
                 failed = (not set(modes).isdisjoint(row.failures) for row in rows)
                 marks = ["", *("  FAIL" if fails else "" for fails in failed)]
                 widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
@@ -153,7 +151,7 @@ class CheckReport:
                 for column in ("layer", *modes):
                     table.add_column(column, justify="right")
                 for row in rows:
-                    label, *cells = row._cells(modes)
+                    label, *cells = _cells(row, modes)
                     shown = (
                         Text(cell, style="bold red" if mode in row.failures else "")
                         for mode, cell in zip(modes, cells, strict=True)
@@ -167,7 +165,7 @@ class CheckReport:
         return [(name, [row for row in self.rows if row.dtype == name]) for name in precisions]
 
     def _mixers(self) -> str:
-        """Return the mixers of the layers in words, with equal neighbors grouped."""
+        """Return a text that names the mixers of the layers, with equal neighbors in one group."""
         runs: list[tuple[str, list[int]]] = []
         for row in self._by_precision()[0][1]:
             if row.layer is None:
@@ -215,3 +213,10 @@ class CheckReport:
         if self.distillation is not None:
             lines.append(f"Distilled: {self.distillation}")
         return "\n".join(lines)
+
+
+def _cells(row: CheckRow, modes: tuple[str, ...]) -> list[str]:
+    """Return the cells of a row in a table: the layer, then the difference of every mode."""
+    found = (row.differences.get(mode) for mode in modes)
+    cells = ("–" if d is None else "0" if d == 0 else f"{d:.1e}" for d in found)
+    return ["model" if row.layer is None else str(row.layer), *cells]

@@ -1,4 +1,4 @@
-"""The interface of every format of checkpoints, and the checks before a model is made."""
+"""Define the interface of formats of checkpoints, and check a checkpoint before it is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gramian.models import GramianConfig
+from gramian.models import GramianConfig, GramianForCausalLM, GramianPreTrainedModel
 
 __all__ = [
     "FORMATS",
@@ -31,7 +31,9 @@ Progress = Callable[[int, int], None]
 
 
 class Format(abc.ABC):
-    """A checkpoint of one format, with names stripped of wrappers' prefixes.
+    """A checkpoint of one format. Its subclasses are the formats.
+
+    Names of tensors are stripped, which means that they lack the prefixes of wrappers.
 
     Args:
         shapes: shapes of all tensors, by stripped name.
@@ -46,7 +48,7 @@ class Format(abc.ABC):
     """The name of the format in `load`."""
 
     embedding: ClassVar[str]
-    """The stripped name of the embedding, whose dtype is the default of the model's."""
+    """The stripped name of the embedding; the model has its dtype by default."""
 
     layers: int
     """The number of layers."""
@@ -60,11 +62,15 @@ class Format(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def strip(cls, names: Iterable[str]) -> dict[str, str] | None:
-        """Return names without wrappers' prefixes, by name; None if they are of another format."""
+        """Return the stripped name of each tensor, by the checkpoint's own name.
+
+        Tensors that are not part of the model are left out. If the names are those of another
+        format, None is returned.
+        """
 
     @classmethod
     def meant_by(cls, config: Mapping[str, Any]) -> bool:
-        """Return whether a configuration is of this format, among those with the same keys."""
+        """Return whether a configuration is of this format, not of another with the same keys."""
         return False
 
     def read_states(self, states: Mapping[str, bytes | None], fp8: bool | None) -> None:  # noqa: B027
@@ -83,18 +89,27 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def expected(self) -> Shapes:
-        """Return names and shapes of exactly the tensors that the checkpoint must have."""
+        """Return the shapes of exactly the tensors that the checkpoint must have, by name."""
 
     @abc.abstractmethod
     def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Return the state dict of our model, and remove the used tensors from `weights`."""
+        """Return the state dict of the Gramian model, and remove the used tensors from `weights`.
+
+        Args:
+            weights: the checkpoint's tensors, by stripped name.
+            progress: a function to call as `progress(layers done, all layers)` after each layer.
+        """
 
     @abc.abstractmethod
     def model_config(self, weights: Mapping[str, Tensor]) -> GramianConfig:
-        """Return the configuration of our model; called before `translate`."""
+        """Return the configuration of the Gramian model. `load` calls this before `translate`."""
+
+    def model_class(self) -> type[GramianPreTrainedModel]:
+        """Return the class of our model, a language model unless the format has others too."""
+        return GramianForCausalLM
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """Return the tokenizer of all checkpoints of the format, if there is one."""
+        """Return the tokenizer of the checkpoint, if the format has one."""
         return None
 
 
@@ -105,10 +120,10 @@ _T = TypeVar("_T", bound=type[Format])
 
 
 def register(format: _T) -> _T:
-    """Register a format for `load` under its `name`; a class decorator.
+    """Register a format for `load` under its `name`. This is a class decorator.
 
     Raises:
-        ValueError: if another class has that name.
+        ValueError: if another class is registered under that name.
     """
     if FORMATS.get(format.name, format) is not format:
         raise ValueError(f"the format {format.name!r} is already registered.")
@@ -119,11 +134,11 @@ def register(format: _T) -> _T:
 def compare(
     source: str, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], expected: Shapes
 ) -> None:
-    """Raise a ValueError that names the keys that do not fit, if there are any.
+    """Raise a ValueError that names the tensors that do not fit, unless all are as expected.
 
     Args:
         source: name of the checkpoint in the message.
-        names: stripped names, by the checkpoint's own names.
+        names: stripped names of the tensors, by the checkpoint's own names.
         shapes: shapes of the tensors, by stripped name.
         expected: shapes of the required tensors, by stripped name.
     """
@@ -144,12 +159,16 @@ def compare(
 def setting(
     config: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *default: Any
 ) -> Any:
-    """Return `config[name]`, checked to be of type `kind`.
+    """Return `config[name]` after checking that it is of type `kind`.
 
-    If it is missing or None, the default is returned, if one is given.
+    Args:
+        config: the checkpoint's configuration.
+        name: name of the setting.
+        kind: accepted type or types.
+        default: value that is returned if the setting is missing or None; optional.
 
     Raises:
-        ValueError: if it is missing and has no default, or is of another type.
+        ValueError: if the setting is of another type, or is missing and has no default.
     """
     value = config.get(name)
     if value is None and default:
@@ -162,7 +181,7 @@ def setting(
 
 
 def size(config: Mapping[str, Any], name: str, *default: Any) -> Any:
-    """Return a `setting` that must be an integer of at least 1."""
+    """Return a setting that must be an integer of at least 1; arguments are those of `setting`."""
     value = setting(config, name, int, *default)
     if isinstance(value, int) and value < 1:
         raise ValueError(
@@ -172,7 +191,7 @@ def size(config: Mapping[str, Any], name: str, *default: Any) -> Any:
 
 
 def refuse_unless(config: Mapping[str, Any], name: str, *accepted: Any) -> None:
-    """Raise a ValueError unless the setting is missing or one of the accepted values."""
+    """Raise a ValueError unless a setting is missing, None or one of the accepted values."""
     value = config.get(name)
     if value is not None and value not in accepted:
         raise ValueError(
@@ -182,10 +201,11 @@ def refuse_unless(config: Mapping[str, Any], name: str, *accepted: Any) -> None:
 
 
 def has_head(config: Mapping[str, Any], shapes: Mapping[str, Any], head: str) -> bool:
-    """Return whether a checkpoint has a separate output projection, `head`.
+    """Return whether a checkpoint has a tensor, `head`, for its output projection.
 
     Raises:
-        ValueError: if it has none, although its configuration says that it is not the embedding.
+        ValueError: if it has none, although its configuration says that the output projection is
+            not the embedding.
     """
     if head not in shapes and _untied(config):
         raise ValueError(
@@ -200,7 +220,14 @@ def tied(
 ) -> bool:
     """Return whether the output projection is the embedding.
 
-    It is if it is missing, or if both are equal and the configuration does not separate them.
+    This is so if the checkpoint has no output projection, or if both tensors are equal and the
+    configuration does not say that they are separate.
+
+    Args:
+        config: the checkpoint's configuration.
+        weights: the checkpoint's tensors. Their names lack the prefixes of wrappers.
+        embedding: name of the embedding in `weights`.
+        head: name of the output projection in `weights`, if it has one.
     """
     if head not in weights:
         return True
@@ -208,7 +235,7 @@ def tied(
 
 
 def _untied(config: Mapping[str, Any]) -> str | None:
-    """Return the setting by which a configuration separates output projection and embedding."""
+    """Return the setting that says that the output projection is not the embedding, or None."""
     names = ("tie_word_embeddings", "tie_embeddings")
     return next((name for name in names if config.get(name) is False), None)
 

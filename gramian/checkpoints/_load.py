@@ -1,4 +1,4 @@
-"""Loading of checkpoints: recognize, compare, translate, and only then make a model."""
+"""Load checkpoints: recognize the format, check names and shapes, translate, build the model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gramian.checkpoints._format import FORMATS, Format, Progress, compare
-from gramian.checkpoints.files import find_config, read_checkpoint, read_config
+from gramian.checkpoints.files import (
+    find_config,
+    read_checkpoint,
+    read_config,
+    read_inner_config,
+)
 from gramian.checkpoints.published import published_config
-from gramian.models import GramianForCausalLM
+from gramian.models import GramianPreTrainedModel
 
 __all__ = ["LoadedCheckpoint", "load"]
 
@@ -22,12 +27,13 @@ class LoadedCheckpoint(NamedTuple):
     """The result of `load`.
 
     Attributes:
-        model: the model, in evaluation mode.
+        model: the model, in evaluation mode: a `GramianForCausalLM`, or for a fine-tuned HyenaDNA a
+            `GramianForSequenceClassification` or `GramianForTokenClassification`.
         tokenizer: the tokenizer of the model, or None if none is known.
-        format: name of the checkpoint's format in `FORMATS`.
+        format: the name that the checkpoint's format has in `FORMATS`.
     """
 
-    model: GramianForCausalLM
+    model: GramianPreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     format: str
 
@@ -43,34 +49,38 @@ def load(
 ) -> LoadedCheckpoint:
     """Load a published checkpoint as a Gramian model that computes the same outputs.
 
-    Names and shapes are compared with those of the format before a model is made, so a checkpoint
-    is never loaded in part, and files are read only as tensors (`gramian.checkpoints.files`).
+    Before a model is built, names and shapes are compared with those that the format requires, so a
+    checkpoint is never loaded in part. Nothing but tensors is read from files of weights
+    (`gramian.checkpoints.files`).
 
     Args:
         path: a checkpoint file, or a folder that holds one.
-        config: the checkpoint's configuration, or a JSON or YAML file with it, or the name of a
-            published model whose configuration does not lie beside its weights (`PUBLISHED`, such
-            as `"evo2_7b"`); by default the file beside the checkpoint (`config.json`,
-            `NAME.config.json`, `NAME.json`, or the same names with .yml). It is required, since
-            shapes do not determine a model completely.
-        format: one of `FORMATS`; by default it is recognized from keys and configuration. Safari's
-            Hyena and HyenaDNA have the same keys; without `format`, a checkpoint with HyenaDNA's
-            vocabulary is a HyenaDNA.
-        dtype: dtype of the weights; by default, that of the embedding. Filters are held in float32.
+        config: the checkpoint's configuration, a JSON or YAML file that holds it, or the name of a
+            published model whose configuration does not lie beside its weights (a key of
+            `PUBLISHED`, such as `"evo2_7b"`). By default, this is the file beside the checkpoint:
+            `config.json`, `NAME.config.json`, `NAME.json`, or the same names with .yml; or else the
+            configuration among the hyper-parameters of a Lightning checkpoint. A configuration is
+            required, since shapes do not determine a model completely.
+        format: one of `FORMATS`; by default, the format is recognized by keys and configuration.
+            Safari's Hyena and HyenaDNA have the same keys. Without `format`, a checkpoint with
+            HyenaDNA's vocabulary is loaded as a HyenaDNA.
+        dtype: dtype of the weights; by default, that of the embedding. Filters stay float32.
         fp8: whether projections that were trained in 8-bit floating point are computed in it, by
-            emulation with the checkpoint's scales (`gramian.ops.fp8`); by default where the
-            published model is of no use without, as Evo 2 of 1, 20 and 40 billion parameters.
-        progress: called as `progress(layers done, layers)`.
+            emulation with the checkpoint's scales (`gramian.ops.fp8`). By default, they are if the
+            published model is of no use otherwise, as Evo 2 of 1, 20 and 40 billion parameters.
+        progress: a function that is called as `progress(layers done, all layers)`.
 
     Returns:
-        The model, its tokenizer or None, and the name of the format. A tokenizer in the
-        checkpoint's folder is used if transformers can read it without running code from there.
+        The model, its tokenizer or None, and the name of the format. If the format has no
+        tokenizer, one in the checkpoint's folder is used, provided that transformers can read it
+        without running code from that folder.
 
     Raises:
         FileNotFoundError: if there is no checkpoint, or no configuration beside it.
-        ValueError: on a file that cannot be read or would make anything but tensors, keys of none
-            of the formats, a configuration that lacks an entry or describes a model that Gramian's
-            models do not express, and missing, unexpected or misshapen tensors, which are named.
+        ValueError: on a file that cannot be read, or whose reading would make other objects than
+            tensors; on keys of none of the formats; on a configuration that lacks an entry or
+            describes a model that Gramian's models cannot express; and on missing, unexpected or
+            misshapen tensors, which the message names.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
@@ -104,15 +114,15 @@ def load(
     dtype = weights[cls.embedding].dtype if dtype is None else dtype
     model_config = source.model_config(weights)
     state = source.translate(weights, progress or (lambda done, total: None))
-    model, info = GramianForCausalLM.from_pretrained(
+    model, info = source.model_class().from_pretrained(
         None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    if any(info.values()):  # a bug in the format; never return random weights
+    if any(info.values()):  # the format has a bug; never return random weights
         raise RuntimeError(f"{cls.name} was not translated whole: {info}")
     model.eval()
     tokenizer = source.tokenizer() or _own_tokenizer(path)
     if tokenizer is not None:
-        _never_write_what_has_no_text(model, len(tokenizer))
+        _suppress_ids_without_tokens(model, len(tokenizer))
     return LoadedCheckpoint(model, tokenizer, cls.name)
 
 
@@ -130,9 +140,12 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
         return published
     file = find_config(path) if config is None else Path(config)
     if file is None:
+        inner = read_inner_config(path)
+        if inner is not None:
+            return inner
         raise FileNotFoundError(
-            f"{path} has no configuration beside it, such as config.json; it does not tell all of "
-            "what the model computes by itself."
+            f"{path} has no configuration beside it, such as config.json, and none among "
+            "hyper-parameters inside; its tensors alone do not tell all of what the model computes."
         )
     return read_config(file)
 
@@ -140,7 +153,7 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
 def _recognize(
     path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], format: str | None
 ) -> type[Format]:
-    """Return the format of the keys, or of the configuration if formats share the keys."""
+    """Return the format of a checkpoint's keys; among several, the configuration decides."""
     fitting = [cls for cls in FORMATS.values() if cls.strip(weights)]
     if format is not None:
         if FORMATS[format] not in fitting:
@@ -153,7 +166,7 @@ def _recognize(
 
 
 def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer in a checkpoint's folder, if it is one of transformers' own."""
+    """Return the tokenizer in a checkpoint's folder, if its class is one of transformers."""
     if not (path / "tokenizer.json").is_file():
         return None
     try:
@@ -162,8 +175,15 @@ def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _never_write_what_has_no_text(model: GramianForCausalLM, tokens: int) -> None:
-    """Keep `generate` from the rows without tokens that pad a vocabulary to a round size."""
-    if model.generation_config is not None and tokens < model.config.vocab_size:
+def _suppress_ids_without_tokens(model: GramianPreTrainedModel, tokens: int) -> None:
+    """Keep `generate` from choosing ids that have no token.
+
+    A vocabulary is padded with such ids to a round size.
+
+    Args:
+        model: the model, whose `generation_config` is changed.
+        tokens: number of tokens of the tokenizer.
+    """
+    if model.can_generate() and tokens < model.config.vocab_size:
         rows = list(range(tokens, model.config.vocab_size))
         model.generation_config.suppress_tokens = rows

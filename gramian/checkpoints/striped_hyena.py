@@ -1,9 +1,10 @@
 r"""StripedHyena and Evo: Hyena blocks with modal filters, some of them with attention instead.
 
-A filter is `h_t = Re Σ r λ^t` from tap 0 on, plus a skip `D`. Ours has `λ^(t-1)` and a separate tap
-0, so its residues are `r λ` and its direct term is `D + Re Σ r`. Poles are unconstrained and may
-lie outside of the unit circle. With `column_split_hyena` the rows of the projection and of the
-short convolution are grouped by head: outer gate, inner gate and value of each head in turn.
+A published filter is `h_t = Re Σ r λ^t` from tap 0 on, plus a skip `D`. Gramian's filters have
+`λ^(t-1)` and a separate tap 0, so their residues are `r λ` and their direct terms `D + Re Σ r`.
+Poles are not constrained and may lie outside of the unit circle. With `column_split_hyena`, the
+rows of the projection and of the short convolution are grouped by head; each head has its outer
+gate, its inner gate and its value.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["StripedHyena"]
 
 @register
 class StripedHyena(StripedFormat):
-    """A `StripedHyena` model, of its own library or in a Hugging Face folder."""
+    """The format of `StripedHyena`, as its own library writes it or in a Hugging Face folder."""
 
     name = "striped_hyena"
 

@@ -39,7 +39,7 @@ _Imports = Annotated[
         help="Python file or module that registers your own tasks, filters or mixers; repeatable.",
     ),
 ]
-_EXTRAS = {  # the extra that a missing package comes with
+_EXTRAS = {  # the extra that installs each package
     "PIL": "train",
     "accelerate": "train",
     "datasets": "train",
@@ -51,6 +51,7 @@ _EXTRAS = {  # the extra that a missing package comes with
     "onnxscript": "export",
     "pyarrow": "genomics",
     "pyfaidx": "genomics",
+    "peft": "adapters",
     "ray": "ray",
     "safetensors": "models",
     "sklearn": "train",
@@ -69,9 +70,9 @@ class UserError(Exception):
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a function as the command of its name, with the options `--import` and `--debug`.
 
-    The modules of `--import` are imported before the function runs. The function receives their
-    list if it has a parameter `imports`. Its errors end the process with one line, or with a
-    traceback under `--debug`.
+    The modules of `--import` are imported before the function runs, and passed to it if it has a
+    parameter `imports`. An exception in the function ends the process with status 1 and one line on
+    standard error, or with a traceback under `--debug`.
     """
     signature = inspect.signature(function)
     wants_imports = "imports" in signature.parameters
@@ -104,14 +105,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def main() -> None:
-    """Run the `gramian` command and end the process with one of the exit statuses named above."""
+    """Run the `gramian` command, and end the process with the exit status 0, 1 or 2."""
     with _failures():
         app()
 
 
 @contextmanager
 def _failures(debug: bool = False) -> Iterator[None]:
-    """Turn every exception except Typer's own into an exit status of 1 and a line about it."""
+    """Turn every exception but Typer's own into the exit status 1 and one line that explains it."""
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):

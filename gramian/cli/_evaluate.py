@@ -1,4 +1,4 @@
-"""The command that scores a model: evaluate."""
+"""The command `evaluate`, which scores a model."""
 
 from __future__ import annotations
 
@@ -41,11 +41,13 @@ _Text = Annotated[
     typer.Option(help="Text or FASTA file to measure perplexity on; repeatable."),
 ]
 _Window = Annotated[
-    int | None, typer.Option(min=1, help="Number of tokens of a text that are read at once.")
+    int | None, typer.Option(min=1, help="Number of tokens of a text that the model reads at once.")
 ]
 _Stride = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens from one window to the next (default: half of --window)."),
+    typer.Option(
+        min=1, help="Number of tokens from one window to the next (default: half of --window)."
+    ),
 ]
 _IncludePath = Annotated[
     Path | None, typer.Option(help="Folder of further task files for lm-evaluation-harness.")
@@ -98,7 +100,7 @@ def evaluate(
     seed: TaskSeed = None,
     as_json: Json = False,
 ) -> None:
-    """Score MODEL on tasks and texts, perhaps beside another model, in one table.
+    """Score MODEL on tasks and texts in one table, and compare it with another model if given.
 
     Tasks are those of gramian.tasks and, by their own names, those of lm-evaluation-harness.
     """
@@ -139,7 +141,7 @@ def _require_one_process() -> None:
 
 
 def _of_the_harness(names: list[str]) -> list[str]:
-    """Return the names that are not tasks of ours, if the harness is installed."""
+    """Return the names that are not tasks of ours, which need the harness to be installed."""
     import importlib.util
 
     from gramian import tasks
@@ -169,7 +171,7 @@ def _compare(
 
 
 def _conditions(wanted: _Wanted) -> dict[str, Any]:
-    """Return the conditions of the measurements, without the names of tasks and texts."""
+    """Return what results depend on: seed, limit, window, stride, shots, splits and settings."""
     from dataclasses import asdict
 
     from gramian.tasks import choose_split

@@ -1,4 +1,4 @@
-"""The command that writes text with a model: generate."""
+"""The command `generate`, which continues a prompt."""
 
 from __future__ import annotations
 
@@ -38,17 +38,26 @@ _PromptFile = Annotated[
 _MaxNewTokens = Annotated[int, typer.Option(help="Largest number of tokens to generate.")]
 _Temperature = Annotated[
     float,
-    typer.Option(help="Sampling temperature: below 1 likely tokens become more likely still."),
+    typer.Option(help="Temperature of sampling; below 1, likely tokens become even more likely."),
 ]
 _TopK = Annotated[
     int, typer.Option(help="Sample from the k most likely tokens; 0 samples from all.")
 ]
 _TopP = Annotated[
     float,
-    typer.Option(help="Sample from the most likely tokens whose probabilities add up to this."),
+    typer.Option(
+        help="Sample from the fewest most likely tokens whose probabilities add up to this."
+    ),
 ]
 _Greedy = Annotated[
     bool, typer.Option("--greedy", help="Take the most likely token instead of sampling.")
+]
+_Alphabet = Annotated[
+    str | None,
+    typer.Option(
+        help="Write these characters only, such as ACGT, and never the end of the text (default: "
+        "everything that the model writes)."
+    ),
 ]
 _Stream = Annotated[
     bool, typer.Option("--stream", help="Print each word as soon as it is generated.")
@@ -60,7 +69,7 @@ _Compile = Annotated[
     bool,
     typer.Option(
         "--compile",
-        help="Compile the decoding step first: this takes seconds and pays off for long texts.",
+        help="Compile the decoding step first, which takes seconds and pays off for long texts.",
     ),
 ]
 
@@ -75,6 +84,7 @@ def generate(
     top_k: _TopK = 50,
     top_p: _TopP = 1.0,
     greedy: _Greedy = False,
+    alphabet: _Alphabet = None,
     stream: _Stream = False,
     prefill_chunk: _PrefillChunk = None,
     compiled: _Compile = False,
@@ -101,6 +111,8 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": not greedy}
     if not greedy:
         options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    if alphabet is not None:
+        options["allowed_tokens"] = _allowed(tokenizer, alphabet)
     if compiled:
         loaded.compile_decoding()
     if prefill_chunk is not None:
@@ -151,6 +163,16 @@ def _check_ids(ids: Tensor, folder: Path, model: GramianForCausalLM) -> None:
         )
 
 
+def _allowed(tokenizer: Any, alphabet: str) -> list[int]:
+    """Return the ids of the tokens that write nothing but characters of the alphabet."""
+    from gramian.models import allowed_tokens
+
+    try:
+        return allowed_tokens(tokenizer, alphabet)
+    except ValueError as error:
+        raise UserError(f"--alphabet: {one_line(error)}") from error
+
+
 def _run(
     folder: Path, model: GramianForCausalLM, ids: Tensor, seed: int, options: dict[str, Any]
 ) -> tuple[Tensor, float]:
@@ -161,7 +183,7 @@ def _run(
     started = time.perf_counter()
     try:
         sequence = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0]
-    except FloatingPointError as error:
+    except (FloatingPointError, ValueError) as error:
         raise UserError(f"{folder}: {one_line(error)}") from error
     return sequence, time.perf_counter() - started
 

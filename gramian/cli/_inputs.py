@@ -1,4 +1,4 @@
-"""Readers of the commands' inputs: models, tokenizers, texts, tasks and numbers, all checked."""
+"""Functions that read and check the inputs of commands: models, texts, tasks and numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gramian.cli._app import UserError, one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gramian.models import GramianForCausalLM
+    from gramian.models import GramianForCausalLM, GramianPreTrainedModel
     from gramian.tasks import Document, Task
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "find_tasks",
     "first_windows",
     "fraction",
+    "load_any_model",
     "load_model",
     "load_tokenizer",
     "open_genome_model",
@@ -41,19 +42,19 @@ SAVE_TOKENIZER = "save the one it was trained with there, by its method save_pre
 
 
 def check_new(out: Path) -> None:
-    """Refuse a path that exists already."""
+    """Raise a UserError if a path exists already."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; name a folder that does not.")
 
 
 def check_tolerance(tol: float) -> None:
-    """Refuse a relative error that is not between 0 and 1."""
+    """Raise a UserError unless a relative error is above 0 and below 1."""
     if not 0 < tol < 1:
         raise UserError(f"the tolerance must lie between 0 and 1, both excluded; got {tol:g}.")
 
 
 def fraction(name: str, text: str) -> float:
-    """Read a number, or one followed by a percent sign."""
+    """Return the positive number that a text such as "0.001" or "0.1%" stands for."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -64,7 +65,7 @@ def fraction(name: str, text: str) -> float:
 
 
 def require_training() -> None:
-    """Refuse to train, or to read a training configuration, without the packages for it."""
+    """Raise a UserError if training or its configurations need a package that is missing."""
     for package in ("yaml", "accelerate", "datasets"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'training needs {package}: pip install "gramian[train]".')
@@ -80,9 +81,7 @@ def quiet_transformers() -> None:
 
 def load_model(folder: Path) -> GramianForCausalLM:
     """Read a language model of ours."""
-    if not folder.is_dir():  # before seconds of imports
-        raise UserError(f"there is no model folder {folder}.")
-    quiet_transformers()
+    _require_folder(folder)
     from gramian.models import load
 
     try:
@@ -91,8 +90,28 @@ def load_model(folder: Path) -> GramianForCausalLM:
         raise UserError(one_line(error)) from error
 
 
+def load_any_model(folder: Path) -> GramianPreTrainedModel:
+    """Read a model of ours, of any class."""
+    _require_folder(folder)
+    from gramian.models import load_any
+
+    try:
+        return load_any(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():  # before seconds of imports
+        raise UserError(f"there is no model folder {folder}.")
+    quiet_transformers()
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """Read the tokenizer saved with a model, or return None."""
+    """Read the tokenizer saved with a model or the base of an adapter, or return None."""
+    from gramian.models.adapters import tokenizer_folder
+
+    folder = tokenizer_folder(folder)
     if not (folder / "tokenizer_config.json").is_file():
         return None
     from transformers import AutoTokenizer
@@ -103,8 +122,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
 
 
-def byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
-    """Make a byte tokenizer for a model that has no tokenizer but a vocabulary of bytes."""
+def byte_tokenizer(folder: Path, model: GramianPreTrainedModel) -> Any:
+    """Make a byte tokenizer for a model without a tokenizer, if the vocabulary is that of bytes."""
     from gramian.models import ByteTokenizer
 
     tokenizer = ByteTokenizer()
@@ -144,7 +163,7 @@ def open_genome_model(folder: Path, device: str, *files: Path | None) -> tuple[A
 
 
 def read_texts(text: Path) -> list[Document]:
-    """Read the documents of a file: records of FASTA, JSON lines, or one text."""
+    """Read the documents of a file: FASTA records, JSON lines, or one text."""
     from gramian.tasks import read_documents
 
     try:
@@ -156,7 +175,7 @@ def read_texts(text: Path) -> list[Document]:
 
 
 def first_windows(
-    folder: Path, model: GramianForCausalLM, text: Path, batch: int, length: int
+    folder: Path, model: GramianPreTrainedModel, text: Path, batch: int, length: int
 ) -> Tensor:
     """Read (batch, length) tokens from the beginning of a file; no row spans two documents."""
     from gramian.tasks.windows import cut_windows
@@ -171,8 +190,13 @@ def first_windows(
     return windows[:batch]
 
 
-def spread_windows(folder: Path, model: GramianForCausalLM, text: Path, max_tokens: int) -> Tensor:
-    """Read (count, length) windows spread over a file, as long as the model's filters allow."""
+def spread_windows(
+    folder: Path, model: GramianPreTrainedModel, text: Path, max_tokens: int
+) -> Tensor:
+    """Read windows (count, length) that are spread over a file.
+
+    They have at most as many tokens as the model's filters have taps, and at most 2,048.
+    """
     from gramian.tasks import windows
 
     documents = _token_ids(folder, model, text)
@@ -183,8 +207,8 @@ def spread_windows(folder: Path, model: GramianForCausalLM, text: Path, max_toke
         raise UserError(f"{text}: {one_line(error)}") from error
 
 
-def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> list[Tensor]:
-    """Encode each document of a file, to (count,) tokens."""
+def _token_ids(folder: Path, model: GramianPreTrainedModel, text: Path) -> list[Tensor]:
+    """Encode each document of a file as token ids (count,)."""
     from torch import from_numpy
 
     from gramian.tasks import Encoder
@@ -197,7 +221,7 @@ def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> list[Tens
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
-    """Encode a prompt, which may be a FASTA record, to (1, count) tokens."""
+    """Encode a prompt, which may be a FASTA record, as token ids (1, count)."""
     from gramian.tasks import documents_in
 
     try:
@@ -229,10 +253,16 @@ def document_ids(tokenizer: Any, document: Document) -> Tensor:
 def find_tasks(
     names: list[str], settings: list[str], config: Path | None, seed: int | None
 ) -> tuple[dict[str, Task], int]:
-    """Build the named tasks of `gramian.tasks` and that of the configuration.
+    """Build the named tasks of `gramian.tasks`, and the task of a training configuration.
+
+    Args:
+        names: names of tasks; those that are not in `gramian.tasks` are ignored.
+        settings: changes KEY=VALUE to the settings of the task, if there is only one.
+        config: file of a training configuration, or None.
+        seed: seed of the tasks' rows; None takes that of the configuration, otherwise 0.
 
     Returns:
-        The tasks by name, with changed settings; and the seed, by default the configuration's.
+        The tasks by name, and the seed.
     """
     from gramian import tasks
 

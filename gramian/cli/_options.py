@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""The arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Changes = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Values that replace those of the file, such as optimization.steps=100.",
+        help="Values that replace those in the file, such as optimization.steps=100.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1 and so on.")]

@@ -1,4 +1,4 @@
-"""The command that trains a model: train."""
+"""The command `train`, which trains a model."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def train(
     imports: list[str] | None = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model on a task. The same command goes on with a run that was interrupted.
+    """Train a model on a task. The same command continues a run that was interrupted.
 
-    On several devices: torchrun --nproc-per-node 8 -m gramian train CONFIG.yaml
+    To train on several devices: torchrun --nproc-per-node 8 -m gramian train CONFIG.yaml
     """
     if keys:
         _show_keys(as_json)

@@ -17,7 +17,12 @@ __all__ = ["BigramModel", "Corpus", "python_documentation"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training bytes and held-out bytes, which come last in the text; both are 1-D and uint8."""
+    """A text to train on and one that is held out.
+
+    Attributes:
+        train: (bytes,) uint8, the first part of the text.
+        held_out: (bytes,) uint8, the rest of the text.
+    """
 
     train: Tensor
     held_out: Tensor
@@ -25,6 +30,9 @@ class Corpus:
 
 def python_documentation(held_out_fraction: float = 0.1) -> Corpus:
     """Return the text behind Python's `help()`, each paragraph once, with its last part held out.
+
+    Args:
+        held_out_fraction: share of the bytes that is held out.
 
     Raises:
         RuntimeError: if this Python was installed without `pydoc_data`.
@@ -56,7 +64,7 @@ class BigramModel:
         )  # (previous, next), rows sum to 1
 
     def bits_per_byte(self, windows: Tensor) -> float:
-        """Return the mean `-log2 P` per byte of windows (count, length), each first excluded."""
+        """Return the mean `-log2 P` per byte on windows (count, length), without first bytes."""
         windows = windows.long()
         chosen = self.probabilities[windows[:, :-1], windows[:, 1:]]
         return -chosen.log2().mean().item()

@@ -1,4 +1,4 @@
-"""Reduction of every filter of a model, and construction of the distilled model."""
+"""Reduce every filter of a model, and make the distilled model."""
 
 from __future__ import annotations
 
@@ -37,36 +37,40 @@ def distill(
 ) -> tuple[_Model, DistillationReport]:
     """Replace every long filter of a model by a small recurrence (arXiv 2310.18780).
 
-    Each filter's kernel, over the model's `max_position_embeddings` taps, is reduced with
-    `gramian.reduce`; `ModalFilter`s with the results replace the filters in a copy of the model.
-    The copy has the same class, with one configuration per layer in `config.filter`, and can be
-    saved, loaded, trained and used for generation like any other model. Filters that are modal
-    already, and attention layers, are not changed. Neither are explicit filters of few taps, where
-    the state of reduced ones would not be smaller than the inputs that the taps need. A filter that
-    is zero past its taps is reduced over them alone. The given model is left untouched.
+    `gramian.reduce` reduces the kernel of each filter, over the model's `max_position_embeddings`
+    taps, or over its own taps if it is zero past them. In a copy of the model, `ModalFilter`s with
+    the results replace the filters. The copy has the same class, with one configuration per layer
+    in `config.filter`, and can be saved, loaded, trained and used for generation like any other
+    model. Filters that are already modal, and attention layers, are not changed. Neither are
+    explicit filters of few taps, if the state of the reduced filters would not be smaller than the
+    inputs that the taps need. The given model stays unchanged.
 
     Args:
-        model: any Gramian model that is not bidirectional.
-        tol: tolerance of the relative l2 error `‖h − ĥ‖₂ / ‖h‖₂` of every filter, each of which
-            gets the smallest order that reaches it. Between 0 and 1, both excluded. Ignored if
-            `order` is given.
+        model: a Gramian model that is not bidirectional; with `filters`, any module.
+        tol: tolerance of the relative l2 error `‖h − ĥ‖₂ / ‖h‖₂` of every filter, between 0 and 1,
+            both excluded. Each filter gets the smallest order that reaches the tolerance. Ignored
+            if `order` is given.
         order: real state dimension of every filter, from 1 to the number of taps minus one.
-        max_order: largest order in the search for `tol`; by default 256 or the number of taps. One
-            filter of high order makes the state of its whole layer large.
-        tail: behavior of a filter past its last tap, in inputs longer than the taps: "free" leaves
-            it to the fit, which gives the smallest orders, and the report states the energy there;
-            "zero" fits a filter that ends. "auto" is "zero" for filters that end before the
-            model's `max_position_embeddings`, and else the choice of `gramian.reduce`.
+        max_order: largest order in the search for `tol`; by default 256, or one less than the
+            number of taps if that is smaller. One filter of high order makes the state of its whole
+            layer large.
+        tail: behavior of a filter past its last tap, which matters for inputs that are longer than
+            the taps. "free" leaves it to the fit, which gives the smallest orders; the report
+            states the energy past the taps. "zero" fits a filter that is zero there. "auto" is
+            "zero" for filters that end before the model's `max_position_embeddings`, and otherwise
+            the choice of `gramian.reduce`.
         filters: a mapping from the path of a submodule, as in `model.named_modules()`, to a
-            function of the submodule that returns its kernel, or to a `ForeignFilter`.
-        progress: called as `progress(layers done, layers)` before the first and after each layer.
+            function that returns the kernel of the submodule, or to a `ForeignFilter`. By default,
+            all long filters of a Gramian model are reduced.
+        progress: a function that is called as `progress(layers done, all layers)` before the first
+            layer and after every layer.
 
     Returns:
-        The distilled model and a report. Filters that stay above `tol` are never silently
-        accepted: the report names them, see `DistillationReport.converged`.
+        The distilled model and a report. The report names the filters whose errors stay above
+        `tol`; see `DistillationReport.converged`.
 
     Raises:
-        TypeError: if `model` is not a Gramian model, and no `filters` are given.
+        TypeError: if `model` is not a Gramian model and no `filters` are given.
         ValueError: if `tol`, `order`, `max_order` or `tail` is out of range, the model has no
             filter to distil or is bidirectional, a path names no submodule, or a kernel is not
             (channels, taps), real and finite.

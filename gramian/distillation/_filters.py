@@ -1,4 +1,4 @@
-"""Reduction of the long filters of one layer."""
+"""Reduce the long filters of one layer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ from gramian.systems import Modal
 
 __all__ = ["Goal", "reduce_filter", "report_kept"]
 
-# A filter is held in float32: its error may exceed that of float64 by this relative amount.
+# The parameters of a filter are float32, so its error may exceed that of float64 by this share.
 _ROUNDING = 1e-3
 
 _SPECTRUM = 64
-"""Number of leading Hankel singular values of each filter in a report."""
+"""Number of leading Hankel singular values of each filter that a report has."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The goal for every filter: a relative l2 error `tol`, or an `order`."""
+    """The goal for every filter, which is a relative l2 error or an order.
+
+    Attributes:
+        tol: tolerance of the relative l2 error; None if an order is given.
+        order: real state dimension; None if a tolerance is given.
+        max_order: largest order in the search for `tol`; None for the default of `gramian.reduce`.
+        tail: behavior past the last tap, "auto", "zero" or "free".
+    """
 
     tol: float | None
     order: int | None
@@ -51,7 +58,7 @@ class Goal:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `gramian.reduce`."""
+        """The goal in the form of arguments of `gramian.reduce`."""
         if self.order is not None:
             return {"order": self.order, "tail": self.tail}
         return {"tol": self.tol, "max_order": self.max_order, "tail": self.tail}
@@ -61,7 +68,16 @@ class Goal:
 def reduce_filter(
     kernel: Tensor, goal: Goal, layer: int | str, mixer: str, share: int = 1
 ) -> tuple[ModalFilter, LayerReport]:
-    """Return a modal filter for the kernels (channels, taps) of a layer, and its report.
+    """Reduce the kernels of a layer to a modal filter.
+
+    Args:
+        kernel: the taps of every channel, (channels, taps), real.
+        goal: the goal for every channel.
+        layer: index of the layer, or path of the submodule.
+        mixer: name of the class of the mixer or submodule.
+
+    Returns:
+        The modal filter, and the report on the layer.
 
     Args:
         kernel: (channels, taps).

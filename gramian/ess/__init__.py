@@ -1,5 +1,7 @@
-"""Effective state-size: how much of its memory a causal operator uses, and the smallest recurrence
-that computes it. Losses that change it are in `gramian.memory`."""
+"""Effective state-size, the share of its memory that a causal operator uses, and the smallest
+recurrence that computes an operator. `gramian.memory` has losses that change effective
+state-size.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ess_penalty", "gate_regularizer"):  # which were here
+    if name in ("ess_penalty", "gate_regularizer"):  # earlier versions had them here
         return getattr(importlib.import_module("gramian.memory"), name)
     raise AttributeError(f"module 'gramian.ess' has no attribute {name!r}")

@@ -39,20 +39,20 @@ def evaluate_harness(
         model: a causal language model of ours or of transformers.
         tokenizer: the model's tokenizer.
         tasks: names of tasks that the harness knows or that YAML files under `include_path` define.
-        include_path: a folder of the caller's own task files.
+        include_path: folder of your own task files; None if there are none.
         limit: largest number of documents of each task; None uses all.
         shots: number of examples before each question; None uses each task's own number.
         batch_size: number of requests in a batch.
         seed: seed of everything that the tasks draw at random.
 
     Returns:
-        Every metric of every task and group. If a metric is a mean over documents, or a function of
-        one, its influences are known, and hence paired differences between models. Other metrics
-        have the harness's own standard error, if it gives one.
+        Every metric of every task and group of tasks. A metric that is a mean over documents, or a
+        function of such a mean, has influences, so its difference between two models can be paired.
+        Other metrics have the harness's own standard error, if it gives one.
 
     Raises:
         ImportError: if lm-evaluation-harness is not installed.
-        HarnessError: on an unknown task, or any failure of the harness.
+        HarnessError: if a task is unknown, or the harness fails.
     """
     try:
         from lm_eval import simple_evaluate
@@ -135,7 +135,7 @@ def _measure(
     higher: bool | None,
     samples: list[Any],
 ) -> Measure:
-    """Make a measure, with influences if the value follows from those of the documents."""
+    """Make a measure, with influences if the value can be computed from those of the documents."""
     better = bool(higher)
     guesses = []
     if samples and all(isinstance(one, int | float) for one in samples):

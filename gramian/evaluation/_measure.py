@@ -1,9 +1,9 @@
 """A measured number with its standard error, computed from the influence of each unit of data.
 
-A mean over units is `v = Σ a_i / Σ w_i`, and unit i moves `g(v)` by `g'(v) (a_i - v w_i) / Σ w_j`
-(the delta method, for ratios and for functions of them). The standard error is that of a sum of n
-such influences. For the difference between two models on the same units it is that of the sum of
-the differences of influences, in which difficulty that both models share cancels.
+A mean over units is `v = Σ a_i / Σ w_i`. By the delta method, the influence of unit i on `g(v)` is
+`g'(v) (a_i - v w_i) / Σ w_j`. The standard error of `g(v)` is that of a sum of n such influences.
+The standard error of the difference between two models on the same units is that of the sum of the
+differences of their influences, in which the difficulty that both models share cancels.
 """
 
 from __future__ import annotations
@@ -60,11 +60,20 @@ def ratio(
     scale: float = 1.0,
     of: str = "mean",
 ) -> Measure:
-    """Return `scale * Σ totals / Σ weights` with its standard error (`of="mean"`), or its
-    exponential (`"exponential"`), or its square root (`"root"`).
+    """Return a ratio of sums over units, or a function of it, with its standard error.
 
-    If a total is NaN or infinite, so is the value, and its error and influences are not known. The
-    same holds if the exponential overflows.
+    If a total is NaN or infinite, so is the value, and its error and influences are None. The same
+    holds if the exponential overflows.
+
+    Args:
+        task: name of the task or text.
+        metric: name of the metric.
+        totals: (units,) terms of the numerator.
+        weights: (units,) terms of the denominator.
+        higher_is_better: whether larger values are better.
+        scale: factor of the ratio.
+        of: `"mean"` returns `scale * Σ totals / Σ weights`, `"exponential"` its exponential and
+            `"root"` its square root.
     """
     weight = math.fsum(weights)
     mean = math.fsum(totals) / weight
@@ -87,7 +96,11 @@ def ratio(
 
 
 def difference_error(one: Measure, other: Measure) -> float | None:
-    """Return the standard error of `one.value - other.value`, over pairs if the units are equal."""
+    """Return the standard error of `one.value - other.value`, or None if it is not known.
+
+    If both have influences of the same number of units, these are taken as pairs. Otherwise the two
+    errors are added in quadrature.
+    """
     if one.influence is not None and other.influence is not None and one.units == other.units:
         pairs = zip(one.influence, other.influence, strict=True)
         return _error([first - second for first, second in pairs])

@@ -2,9 +2,9 @@
 
 A text may consist of several documents, such as the records of a FASTA file; no window spans two.
 The inputs are windows of `window` tokens, one beginning every `stride` tokens of a document, and
-each window contributes the losses of the tokens that no earlier window predicted. So every token
-but the first of a document is predicted once and, after the first window, from at least
-`window - stride + 1` tokens before it.
+each window contributes the losses of the tokens that no earlier window predicted. So every token of
+a document but the first is predicted once. After the first window, every prediction is made from at
+least the `window - stride + 1` tokens before the predicted one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Perplexity:
         bytes: number of bytes of UTF-8 that these tokens encode.
         window: number of tokens in an input.
         stride: number of tokens between the beginnings of inputs.
-        losses: nats of every window, summed over the tokens that count in it.
-        counts: number of tokens that count in every window.
+        losses: (windows,) sum of the losses in nats over the tokens that each window contributes.
+        counts: (windows,) number of tokens that each window contributes.
     """
 
     nats: float
@@ -111,10 +111,11 @@ def perplexity(
         stride: number of tokens between the beginnings of inputs, at most `window`; by default half
             of it. A smaller stride gives each counted token more context, and takes longer.
         batch_size: number of windows in a batch.
-        progress: called as `progress(windows done, windows)`.
+        progress: function called as `progress(done, total)` with numbers of windows, or None.
 
     Raises:
-        ValueError: on an invalid window or stride, or a text of fewer than two tokens.
+        ValueError: if the window, the stride or the batch size is invalid, or no document has at
+            least two tokens.
     """
     if window is None:
         window = min(int(getattr(model.config, "max_position_embeddings", None) or 2048), 2048)
@@ -171,7 +172,7 @@ def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 def _equally_long(
     places: list[tuple[int, int, int]],
 ) -> Iterator[list[tuple[int, int, int]]]:
-    """Group the windows, in order, by length; the last ones may be shorter than the others."""
+    """Group adjacent windows of equal length; the last window of a document may be shorter."""
     group: list[tuple[int, int, int]] = []
     for place in places:
         if group and place[2] - place[0] != group[0][2] - group[0][0]:
@@ -183,7 +184,7 @@ def _equally_long(
 
 @torch.no_grad()
 def _losses(model: Any, ids: Tensor, places: list[tuple[int, int, int]]) -> list[float]:
-    """Return the nats of each window, summed over the tokens that count."""
+    """Return the loss of each window in nats, summed over the tokens that it contributes."""
     device = next(model.parameters()).device
     inputs = torch.stack([ids[start : end - 1] for start, _, end in places]).to(device)
     logits = model(inputs, use_cache=False).logits

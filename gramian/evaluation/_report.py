@@ -48,7 +48,8 @@ class EvaluationReport:
         measures: measures of the model, in the order of the tasks.
         against: name of the reference model, or None.
         before: measures of the reference model.
-        conditions: seed, limit, window, and splits and settings of the tasks.
+        conditions: what the values depend on: the seed and, if they apply, the limit, the window,
+            the stride, the number of shots, and the splits and settings of the tasks.
     """
 
     model: str
@@ -64,7 +65,7 @@ class EvaluationReport:
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Return the comparisons of all that was measured of both models."""
+        """Return a comparison for every metric that was measured for both models."""
         others = {(one.task, one.metric): one for one in self.before}
         pairs = ((others.get((one.task, one.metric)), one) for one in self.measures)
         return tuple(Comparison(before, after) for before, after in pairs if before is not None)
@@ -98,7 +99,7 @@ class EvaluationReport:
         return to_json(self.to_dict(), indent=2)
 
     def to_markdown(self) -> str:
-        """Return the table."""
+        """Return the table in Markdown, followed by the summary."""
         header, *lines = self._cells()
         rule = f"|{'---|' * len(header)}"
         text = [f"| {' | '.join(header)} |", rule]
@@ -107,7 +108,7 @@ class EvaluationReport:
 
     @property
     def summary(self) -> str:
-        """Describe the table's contents and the splits in words."""
+        """Return one line that explains the table and names the splits."""
         compared = "" if self.against is None else f" against {self.against}"
         differences = "" if self.against is None else ", differences over the same data"
         splits = [

@@ -23,8 +23,8 @@ class TaskRow:
 
     Attributes:
         inputs: token ids (length,) or numbers (length, size).
-        tokenizer: tokenizer that names the tokens, or None.
-        place: origin of the row, in words.
+        tokenizer: tokenizer that made the token ids, or None.
+        place: words that say where the row is from: task, split, index and seed.
     """
 
     inputs: Tensor
@@ -35,7 +35,7 @@ class TaskRow:
 def read_row(
     task: Task, name: str, tokenizer: Any, split: str | None, seed: int, index: int
 ) -> TaskRow:
-    """Read one row of a task in the tokens of a model.
+    """Read one row of a task, with the token ids of a model.
 
     Args:
         task: a task from `gramian.tasks.build`.
@@ -46,7 +46,7 @@ def read_row(
         index: index of the row, from 0.
 
     Raises:
-        ValueError: on an unknown split, or one without such a row.
+        ValueError: if the split is unknown or has no row of this index.
     """
     if tokenizer is not None:
         task = task.tokens_of(tokenizer)

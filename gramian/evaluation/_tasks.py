@@ -1,4 +1,4 @@
-"""Loss and accuracy of a model on a split of a task of `gramian.tasks`."""
+"""The metrics of a model on a split of a task of `gramian.tasks`."""
 
 from __future__ import annotations
 
@@ -37,29 +37,30 @@ def evaluate_task(
 
     Args:
         model: a model of ours, of the class that `gramian train` makes for the task; or a model of
-            transformers, with logits at every position for tasks of the kind `"tokens"`, or with
-            one set of logits per sequence for `"classification"`.
+            transformers: one with logits at every position for a task of the kind `"tokens"`, and
+            one with logits for the whole sequence for `"classification"`.
         task: a task from `gramian.tasks.build`.
         name: name of the task in the measures.
         split: split of the task; by default test, or validation for a task without a test split.
         seed: seed of the generated rows; training with the same seed used the same training split.
         examples: largest number of rows; None uses all.
         batch_size: number of rows in a batch.
-        tokenizer: the model's own tokenizer; by default the one saved in the model's folder. It
-            encodes a task of text, unless the task was built with another. Without a tokenizer, the
-            model must use the task's ids; the ids of its end and padding are compared.
-        progress: called as `progress(rows done, rows)`.
+        tokenizer: the model's own tokenizer; by default the one saved in the model's folder, if
+            there is one. A task of text is encoded with it. If the model has none, the task's own
+            ids are used, and the model's ids of the end and of padding must be the same.
+        progress: function called as `progress(done, total)` with numbers of rows, or None.
 
     Returns:
-        `loss` and `accuracy`; for `"tokens"` and `"reconstruction"` also `sequence_accuracy`, the
-        share of rows without a mistake; for text also `bits_per_byte`; for a `"signal"` `mse` and
-        `relative_error`, the RMSE divided by the RMS of the targets. Standard errors are over rows.
-        Values are NaN if the model's outputs are.
+        One measure for each metric, with a standard error over rows. If labels are classes, the
+        metrics are `loss` and `accuracy`; for `"tokens"` and `"reconstruction"` also
+        `sequence_accuracy`, the share of rows without a mistake; and for text also `bits_per_byte`.
+        If labels are numbers, the metrics are `mse` and `relative_error`, the RMSE divided by the
+        RMS of the targets. Values are NaN if the model's outputs are.
 
     Raises:
-        ValueError: if the task does not match the model's kind, size or tokenizer, on an unknown
-            split, an empty split, or invalid labels.
-        ImportError: without the packages that `gramian.training` needs.
+        ValueError: if the task does not match the model's class, sizes or tokenizer, if the split
+            is unknown or empty, or if labels are invalid.
+        ImportError: if a package that `gramian.training` needs is not installed.
     """
     from gramian.training.collation import Collator
 
@@ -109,12 +110,14 @@ def evaluate_task(
 
 
 def _in_tokens_of(model: Any, name: str, task: Task, tokenizer: Any) -> Task:
-    """Return the task in the model's own ids, as far as they are known."""
+    """Return the task with the model's own token ids, as far as they are known."""
+    from gramian.models.adapters import tokenizer_folder
+
     own = task.own_tokenizer()
     if own is None:
         return task
     if tokenizer is None:
-        folder = Path(str(getattr(model.config, "_name_or_path", "") or "."))
+        folder = tokenizer_folder(Path(str(getattr(model.config, "_name_or_path", "") or ".")))
         if folder != Path() and (folder / "tokenizer_config.json").is_file():
             tokenizer = load_tokenizer(str(folder))
     if tokenizer is not None:

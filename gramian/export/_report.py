@@ -1,4 +1,4 @@
-"""The report of the comparison after an export."""
+"""Define the report of the comparison after an export."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ class ExportReport:
     Attributes:
         kind: "language model", "mixer" or "system".
         format: "onnx" or "torch".
-        states: number of state tensors.
-        state_bytes: bytes of the state tensors for one sequence.
+        states: number of tensors of the state.
+        state_bytes: bytes of the state of one sequence.
         context: number of tokens for which attention has room; None if there is no limit.
-        compared: number of greedy tokens, or samples, compared in each of two sequences.
-        ties: number of these tokens at which the program preferred another token whose logit, in
-            PyTorch, differs by no more than rounding.
-        prefill_difference: largest difference of an output after a whole prompt or chunk.
-        step_difference: largest difference of an output after a step.
-        scale: the largest output, to which the differences compare.
+        compared: number of greedy tokens, or of samples, that were compared in each of two
+            sequences.
+        ties: number of these tokens for which the program chose another token than PyTorch, whose
+            logit in PyTorch differs by no more than rounding.
+        prefill_difference: largest difference of an output of `prefill` from PyTorch.
+        step_difference: largest difference of an output of `step` from PyTorch.
+        scale: largest absolute value of an output, to which the differences are to be compared.
     """
 
     kind: str

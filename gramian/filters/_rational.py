@@ -1,4 +1,4 @@
-"""Base class of the filters whose systems have finitely many poles."""
+"""Base class of the filters whose systems have a finite number of poles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["RationalFilter", "with_conjugates"]
 
 
 class RationalFilter(Filter):
-    """A filter that has poles."""
+    """A filter whose systems have a finite number of poles."""
 
     @abc.abstractmethod
     def poles(self) -> Tensor:
@@ -26,6 +26,6 @@ class RationalFilter(Filter):
 
 
 def with_conjugates(poles: Tensor) -> Tensor:
-    """Return one pole of each pair (channels, m) with the other: (channels, 2 m), complex128."""
+    """Add the conjugates to one pole of each pair (channels, m): (channels, 2 m), complex128."""
     poles = poles.to(torch.complex128)
     return torch.cat([poles, poles.conj()], dim=-1).resolve_conj()

@@ -80,7 +80,8 @@ class VariantScore:
     @property
     def difference(self) -> float:
         """Return the total log-likelihood of the alternative minus that of the reference, in nats,
-        averaged over the strands; it is below 0 where the model finds the variant less likely."""
+        averaged over the strands; it is below 0 where the model finds the variant less likely.
+        """
         return sum(self.differences) / len(self.reference)
 
     @property

@@ -1,12 +1,14 @@
-"""Labels and their losses, the same for every model with a head.
+"""Check labels and compute their losses, in the same way for every model with a head.
 
 A label of -100 is never scored, neither as a class nor as a number: losses leave it out of their
-sum and their count. All other labels are checked, since with a NaN or a class out of range a loss
-would silently be meaningless: a `LabelError` says in one sentence what was given. Checking values
-makes an accelerator wait once for each loss; a compiled graph cannot check them.
+sum and their count. All other labels are checked, since a NaN or a class out of range would
+silently make the loss meaningless. The message of a `LabelError` says in one sentence what was
+given. Checking values makes an accelerator wait once for each loss. A compiled graph cannot check
+them.
 
 Losses are means over the scored labels, in at least single precision. With `num_items_in_batch`
-they are sums divided by that number, so that the parts of a batch add up to the loss of the whole.
+they are sums divided by that number, so that the losses of the parts of a batch add up to the loss
+of the whole batch.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class LabelError(ValueError):
-    """Labels that do not fit; the message is one sentence."""
+    """An error about labels that do not fit the model or the kind of problem that it solves."""
 
 
 def check_classes(
@@ -45,13 +47,13 @@ def check_classes(
     """Check class labels and return them as int64.
 
     Args:
-        labels: integers from 0 to `classes` - 1, or -100; with two classes, booleans too.
+        labels: integers from 0 to `classes` - 1, or -100; with two classes, also booleans.
         classes: number of classes.
-        shapes: accepted shapes.
-        task: purpose of the labels, for the message.
+        shapes: the shapes that are accepted.
+        task: purpose of the labels, which the message of an error names.
 
     Raises:
-        LabelError: on another dtype, shape or value.
+        LabelError: on labels of another dtype, shape or value.
     """
     _check_shape(labels, shapes, task)
     if labels.dtype not in INTEGERS and not (labels.dtype == torch.bool and classes == 2):
@@ -73,20 +75,20 @@ def token_labels(
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> dict[str, Tensor]:
-    """Return the labels of a causal language model, checked and as int64.
+    """Check the labels of a causal language model and return them as int64.
 
     Args:
-        logits: (batch, length, vocab_size), or those of selected positions.
+        logits: (batch, length, vocab_size), or the logits of selected positions.
         labels: (batch, length), which the loss shifts by one.
-        shift_labels: used in place of `labels`: labels that are already shifted, of the shape of
-            the logits without `vocab_size`.
-        num_items_in_batch: divisor of the loss; without it at least one label must be scored.
+        shift_labels: labels that are already shifted, used in place of `labels`. Their shape is
+            that of the logits without `vocab_size`.
+        num_items_in_batch: divisor of the loss. Without it, at least one label must be scored.
 
     Returns:
-        `labels`, and `shift_labels` if they were given, for transformers' loss.
+        The arguments of transformers' loss: `labels`, and `shift_labels` if they were given.
 
     Raises:
-        LabelError: as `check_classes`, and if no label is scored.
+        LabelError: as `check_classes` does; also if no label is scored and there is no divisor.
     """
     shape = tuple(logits.shape[:-1])
     given = labels if shift_labels is None else shift_labels
@@ -105,23 +107,24 @@ def check_numbers(
     real: Tensor | None = None,
     shares: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Check labels that are real numbers, and return them and which of them are scored.
+    """Check labels that are real numbers, and find which of them are scored.
 
     Args:
-        labels: real numbers, or -100.
-        dtype: dtype of the result.
-        shapes: accepted shapes.
-        task: purpose of the labels, for the message.
-        real: booleans that broadcast against the labels; where they are False, labels are not
+        labels: real numbers, or -100 for labels that are not scored.
+        dtype: dtype of the returned labels.
+        shapes: the shapes that are accepted.
+        task: purpose of the labels, which the message of an error names.
+        real: booleans that broadcast against the labels. Where they are False, labels are not
             scored and may have any value.
         shares: whether the numbers must lie from 0 to 1.
 
     Returns:
-        The labels in `dtype`, 0 where they are not scored; and booleans of their shape, true where
-        they are.
+        The labels in `dtype`, with 0 where they are not scored; and booleans of the same shape,
+        true where they are scored.
 
     Raises:
-        LabelError: on complex labels, another shape, or numbers that are not finite.
+        LabelError: on complex labels, labels of another shape, numbers that are not finite, and,
+            with `shares`, numbers outside of [0, 1].
     """
     _check_shape(labels, shapes, task)
     if labels.is_complex():
@@ -145,7 +148,7 @@ def check_numbers(
 def cross_entropy(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the cross-entropy of logits (…, classes) and labels (…) from `check_classes`."""
+    """Return the mean cross-entropy of logits (…, classes) and labels (…) from `check_classes`."""
     logits, labels = _wide(logits).flatten(0, -2), labels.flatten()
     if num_items_in_batch is None:
         _require(labels != IGNORED)
@@ -157,7 +160,7 @@ def cross_entropy(
 def squared_error(
     logits: Tensor, labels: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the mean squared error of numbers and labels from `check_numbers`, of one shape."""
+    """Return the mean squared error of logits and labels from `check_numbers`."""
     errors = torch.where(due, _wide(logits) - labels, 0).square()
     return _mean(errors, due, num_items_in_batch)
 
@@ -165,7 +168,7 @@ def squared_error(
 def binary_cross_entropy(
     logits: Tensor, labels: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the binary cross-entropy of logits and shares from `check_numbers`, of one shape."""
+    """Return the binary cross-entropy of logits and labels from `check_numbers`."""
     losses = nn.functional.binary_cross_entropy_with_logits(_wide(logits), labels, reduction="none")
     return _mean(torch.where(due, losses, 0), due, num_items_in_batch)
 
@@ -176,16 +179,22 @@ def classification_loss(
     config: GramianConfig,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """Return the loss for `config.problem_type`.
+    """Return the loss for the problem that `config.problem_type` names.
 
-    If that is None, it is inferred from the labels and their number, and stored in the
-    configuration. A label of -100 is left out: the whole sequence if it has one label, or just
-    that label if there are several.
+    If `problem_type` is None, the problem is inferred from the labels and their number, and stored
+    in the configuration. A label of -100 is not scored. If a sequence has one label, that leaves
+    out the sequence; if it has several, it leaves out only that label.
+
+    Args:
+        logits: (batch, num_labels).
+        labels: (batch) or (batch, num_labels), depending on the problem.
+        config: configuration of the model, whose `problem_type` may be set here.
+        num_items_in_batch: divisor of the summed loss; by default, the number of scored labels.
 
     Raises:
-        LabelError: on labels of another shape or dtype than the problem's, classes out of range,
-            numbers that are not finite, shares of several labels outside of [0, 1], and if no
-            label is scored.
+        LabelError: on labels of another shape or dtype than the problem requires, classes out of
+            range, numbers that are not finite, and numbers outside of [0, 1] if a sequence has
+            several labels; also if no label is scored.
     """
     batch, count = logits.shape
     labels, problem = labels.to(logits.device), config.problem_type
@@ -233,7 +242,7 @@ def _check_shape(labels: Tensor, shapes: Sequence[tuple[int, ...]], task: str) -
 
 
 def _any(wrong: Tensor) -> bool:
-    """Return whether any label is wrong, or False for tensors without values."""
+    """Return whether any entry is true, or False if the tensor's values cannot be read."""
     return has_values(wrong) and bool(wrong.any())
 
 

@@ -1,8 +1,8 @@
-"""The norms of `"mlp"` blocks and after the last block, by the names that `GramianConfig` knows.
+"""Build the norms of `"mlp"` blocks, and the one after the last block, from their names.
 
-`"rms"` is `w x / √(mean(x²) + ε)`; `"rms_plus_eps"` is StripedHyena's `w x / (√mean(x²) + ε)`,
-which differs where activations are small; `"layer"` is PyTorch's, with a bias; `"none"` is the
-identity.
+The names are those of `GramianConfig`. `"rms"` is `w x / √(mean(x²) + ε)`. `"rms_plus_eps"` is
+StripedHyena's `w x / (√mean(x²) + ε)`, which differs where activations are small. `"layer"` is
+PyTorch's layer norm, with a bias. `"none"` is the identity.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class PlusEpsRMSNorm(nn.Module):
 
     Args:
         width: size of the last dimension.
-        eps: ε.
+        eps: the number ε, which is added to the root.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -31,7 +31,7 @@ class PlusEpsRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (…, width) to the same shape."""
+        """Normalize x (…, width) and return a tensor of its shape and dtype."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         root = wide.square().mean(-1, keepdim=True).sqrt()
         return self.weight * (wide / (root + self.eps)).to(x.dtype)
@@ -41,7 +41,7 @@ class PlusEpsRMSNorm(nn.Module):
 
 
 def make_norm(kind: str, width: int, eps: float) -> nn.Module:
-    """Build the norm `kind` of `width` features."""
+    """Build the norm of a name, for vectors of `width` features."""
     if kind == "none":
         return nn.Identity()
     kinds = {"rms": nn.RMSNorm, "rms_plus_eps": PlusEpsRMSNorm, "layer": nn.LayerNorm}
@@ -49,6 +49,6 @@ def make_norm(kind: str, width: int, eps: float) -> nn.Module:
 
 
 def apply_norm(norm: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Apply a norm in its own precision to a residual stream, whose precision may be higher."""
+    """Apply a norm to a residual stream, which is first cast to the dtype of the norm's weight."""
     weight = getattr(norm, "weight", hidden_states)  # the identity has none
     return norm(hidden_states.to(weight.dtype))

@@ -1,8 +1,8 @@
-"""The module in a saved folder with which `trust_remote_code=True` loads it.
+"""Write the module with which `trust_remote_code=True` loads a saved folder.
 
-For a model of an unknown type, transformers looks up the module that defines it under `auto_map` in
-`config.json`, and runs that module from the folder. Our module defines no model: it imports this
-package, or says how to install it if it is missing.
+For a model of an unknown type, transformers looks under `auto_map` in `config.json` for the module
+that defines the model, and runs that module from the folder. Our module does not define a model: it
+imports this package, or says how to install the package if it is missing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ AUTO_MAP = {
     "AutoModel": f"{MODULE}.GramianModel",
     "AutoModelForCausalLM": f"{MODULE}.GramianForCausalLM",
     "AutoModelForSequenceClassification": f"{MODULE}.GramianForSequenceClassification",
+    "AutoModelForTokenClassification": f"{MODULE}.GramianForTokenClassification",
     "AutoModelForTimeSeriesPrediction": f"{MODULE}.GramianForSignalRegression",
 }
 
@@ -30,6 +31,7 @@ try:
         GramianForReconstruction,
         GramianForSequenceClassification,
         GramianForSignalRegression,
+        GramianForTokenClassification,
         GramianModel,
     )
 except ModuleNotFoundError as error:
@@ -46,6 +48,7 @@ __all__ = [
     "GramianForReconstruction",
     "GramianForSequenceClassification",
     "GramianForSignalRegression",
+    "GramianForTokenClassification",
     "GramianModel",
 ]
 '''

@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
-from gramian.ops.derivatives import is_differentiated
+from gramian.ops.derivatives import forward_mode_is_on, is_differentiated
 
 __all__ = [
     "batch_first",
@@ -27,6 +27,12 @@ __all__ = [
 
 _LIBRARY = torch.library.Library("gramian", "FRAGMENT")
 
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset  # noqa: SLF001 (no public name)
+_below_autograd = torch._C._AutoDispatchBelowAutograd  # noqa: SLF001 (no public name)
+_transforms_are_active = torch._C._are_functorch_transforms_active  # noqa: SLF001 (no public name)
+_forward_mode_is_enabled = torch._C._is_fwd_grad_enabled  # noqa: SLF001 (no public name)
+_enable_forward_mode = forward_ad._set_fwd_grad_enabled  # noqa: SLF001 (no public name)
+
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a function as the operator `gramian::name`.
@@ -34,7 +40,8 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     The annotations of the function are the operator's schema. It must not change its arguments, and
     its results must not share memory with them. It computes in the precision of its arguments, even
     under autocast, which would otherwise take matrix products in half precision. `differentiable`
-    gives the operator derivatives; without them it raises an error for arguments that need any.
+    gives the operator derivatives. Without them, it raises an error if an argument requires a
+    gradient or has a tangent.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -62,33 +69,33 @@ def differentiable(
     backward: Callable[..., Any] | None = None,
     jvp: Callable[..., Any] | None = None,
 ) -> None:
-    """Give an operator its derivatives, or, without any, an error where they are needed.
+    """Give an operator its derivatives; without any, it raises an error where they are needed.
 
     Args:
         op: The operator, as returned by `operator`.
         setup: `setup(ctx, inputs, output)`, as in `torch.autograd.Function`.
-        backward: `backward(ctx, *gradients)`, likewise. Where `records_derivatives()`, it consists
-            of operations that are themselves differentiable.
-        jvp: `jvp(inputs, tangents)` returns the outputs' tangents: a tensor or a tuple like the
-            outputs, of their dtypes, with None for a tangent that is zero. Inputs without a tangent
-            have None in its place. It consists of operations that are themselves differentiable.
+        backward: `backward(ctx, *gradients)`, likewise. While `records_derivatives()` is true, it
+            must consist of operations that are themselves differentiable.
+        jvp: `jvp(inputs, tangents)` returns the tangents of the outputs: a tensor or a tuple like
+            the outputs, of their dtypes, with None for a tangent that is zero. Inputs without a
+            tangent have None in its place. It must consist of operations that are themselves
+            differentiable.
     """
-    after_autograd = torch._C._after_autograd_keyset
 
     def compute(keyset: Any, inputs: Sequence[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & after_autograd, *inputs)
+        with _below_autograd():
+            return op.redispatch(keyset & _AFTER_AUTOGRAD, *inputs)
 
     def forward(ctx: Any, *inputs_and_context: Any) -> Any:
         *inputs, keyset, modes = inputs_and_context
         if modes is None:
             outputs = compute(keyset, inputs)
         else:
-            with torch.set_grad_enabled(modes[0]), forward_ad._set_fwd_grad_enabled(modes[1]):
+            with torch.set_grad_enabled(modes[0]), _enable_forward_mode(modes[1]):
                 outputs = compute(keyset, inputs)
         assert setup is not None
         setup(ctx, tuple(inputs), outputs)
-        if forward_ad._current_level >= 0:
+        if forward_mode_is_on():
             ctx.of_tangents = inputs, modes
         return outputs
 
@@ -103,7 +110,7 @@ def differentiable(
         del ctx.of_tangents
         if modes is None:
             return jvp(inputs, tangents[:-2])
-        with forward_ad._set_fwd_grad_enabled(modes[1]):
+        with _enable_forward_mode(modes[1]):
             primals = [
                 forward_ad.unpack_dual(value).primal if isinstance(value, Tensor) else value
                 for value in inputs
@@ -111,7 +118,7 @@ def differentiable(
             return jvp(primals, tangents[:-2])
 
     recorded: Any = type(
-        op._schema.name.replace("::", "_"),
+        op.name().replace("::", "_"),
         (torch.autograd.Function,),
         {
             "forward": staticmethod(forward),
@@ -125,20 +132,18 @@ def differentiable(
         if not any(map(is_differentiated, tensors)):
             return compute(keyset, inputs)
         if backward is None or jvp is None:
-            raise NotImplementedError(
-                f"{op._schema.name} has no derivatives: it is itself part of one."
-            )
+            raise NotImplementedError(f"{op.name()} has no derivatives: it is itself part of one.")
         apply = super(torch.autograd.Function, recorded).apply
-        if not torch._C._are_functorch_transforms_active():
+        if not _transforms_are_active():
             return apply(*inputs, keyset, None)
         # A dispatched operator sees one level of the transforms of torch.func: its arguments are
         # already unwrapped, and `torch.autograd.Function.apply` would unwrap them again. The
         # operations that it calls are differentiated at the outer levels, but not at this one.
-        modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        modes = torch.is_grad_enabled(), _forward_mode_is_enabled()
         with enable_single_level_autograd_function():
             return apply(*inputs, keyset, modes)
 
-    _LIBRARY.impl(op._schema.name.split("::")[1], dispatched, "Autograd", with_keyset=True)
+    _LIBRARY.impl(op.name().split("::")[1], dispatched, "Autograd", with_keyset=True)
 
 
 def total(*terms: Tensor | None) -> Tensor | None:

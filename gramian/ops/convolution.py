@@ -1,16 +1,17 @@
 """Convolution by FFT, `y_t = gate_t (Σ_{j≤t} h_j u_{t−j} + s u_t)`, the library's hot path.
 
-With `T_h` the Toeplitz operator of a kernel, two operators are closed under differentiation of any
-order:
+Let `T_h` be the Toeplitz operator of a kernel h. Derivatives of any order of these two operators
+consist of the same two operators:
 
     forward    (u, h) -> T_h u
     backward   (g, u, h) -> (T_hᵀ g,  k_j = Σ_{batch, t} g_t u_{t−j})
 
-Both iterate over blocks of rows that are small enough to stay in the processor's cache. A strided
-block of either memory layout is copied into a contiguous scratch buffer that is padded with zeros,
-transformed, multiplied in place, transformed back and written to its place in the output. The
-backward operator transforms the gradient, the input and the kernel once each and sums the kernel's
-gradient over the batch as a spectrum, so that it needs one inverse transform per kernel row.
+Both iterate over blocks of rows that are small enough to stay in the processor's cache. A block of
+either memory layout is copied into a contiguous scratch buffer that is padded with zeros. There it
+is transformed, multiplied in place and transformed back, and then it is written to its place in the
+output. The backward operator transforms the gradient, the input and the kernel once each. It sums
+the kernel's gradient over the batch as a spectrum, so that it needs one inverse transform per
+kernel row.
 
 `T_h` is lower triangular unless the last `ahead` taps of the kernel have negative lags, which reach
 into the future. Lags are in circular order, 0, 1, …, −ahead, …, −1, so that both directions
@@ -49,20 +50,22 @@ def causal_convolution(
     dim: int = -1,
     save_spectra: bool = False,
 ) -> Tensor:
-    """Convolve `u` causally with `kernel` along `dim`, in O(L log L).
+    """Convolve `u` causally with `kernel` along `dim`, in O(L log L) operations.
 
-    `y_t = gate_t (Σ_{j≤t} kernel_j u_{t−j} + skip u_t)`, differentiable to any order. Kernels
-    longer than the input are cut to its length; shorter ones are zero past their end.
+    The result `y_t = gate_t (Σ_{j≤t} kernel_j u_{t−j} + skip u_t)` is differentiable to any order.
+    A kernel that is longer than the input is cut to its length. A shorter one is zero past its end.
 
-    The result is causal except for rounding errors. A transform mixes all samples of a row, so that
+    The result is causal except for rounding errors. A transform mixes all samples of a row. So
     every output has an error of about eps `‖u‖₂ ‖kernel‖₂` of the whole row, and a sample that is
     NaN, infinite, or so large that spectra overflow also affects the outputs before it. Other rows
-    are not affected, and neither are earlier chunks or steps when the input is processed in parts.
+    are not affected, and neither are earlier chunks or steps if the input is processed in parts.
 
     Args:
-        u: (*S with the length L at `dim`), real; with `dim=-1` (batch, channels, length), with
-            `dim=-2` (batch, length, channels). No layout is copied as a whole.
-        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right.
+        u: The real input, of the shape S with a time axis of length L at `dim`: (batch, channels,
+            length) for `dim=-1`, (batch, length, channels) for `dim=-2`. No layout is copied as a
+            whole.
+        kernel: (*C, K), real: the taps of the kernels; C broadcasts against S, aligned on the
+            right.
         skip: Real, with a shape that broadcasts against S; it is added to tap 0 of the kernel.
         gate: Real, of the shape of `u`; it multiplies the result.
         dim: The time axis of `u`.
@@ -98,20 +101,25 @@ def causal_convolution(
 
 
 def bidirectional_convolution(u: Tensor, kernel: Tensor, ahead: Tensor, *, dim: int = -1) -> Tensor:
-    """Convolve with the past and with the future of `u` along `dim`, in O(L log L).
+    """Convolve with the past and with the future of `u` along `dim`, in O(L log L) operations.
 
-    `y_t = Σ_{j≥0} kernel_j u_{t−j} + Σ_{j≥0} ahead_j u_{t+1+j}`, differentiable to any order. The
-    kernel `ahead` begins with the next sample, so that the present sample enters once. The number
-    of transforms is that of the causal convolution of the same input.
+    The result `y_t = Σ_{j≥0} kernel_j u_{t−j} + Σ_{j≥0} ahead_j u_{t+1+j}` is differentiable to any
+    order. The kernel `ahead` begins with the next sample, so the present sample enters once. It
+    takes as many transforms as the causal convolution of the same input.
 
     Args:
-        u: (*S with the length L at `dim`), real.
-        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right. A kernel
-            longer than the input is cut to its first L taps.
-        ahead: (*A, J), real, taps last; A broadcasts against S and C.
+        u: The real input, of the shape S with a time axis of length L at `dim`.
+        kernel: (*C, K), real: the taps for the present and the past; C broadcasts against S,
+            aligned on the right. A kernel longer than the input is cut to its first L taps.
+        ahead: (*A, J), real: the taps for the future; A broadcasts against S and C.
         dim: The time axis of `u`.
 
-    Returns, precision and errors: as for `causal_convolution`.
+    Returns:
+        A tensor of the shape, dtype, memory layout and precision that `causal_convolution` returns.
+
+    Raises:
+        TypeError: if an argument is complex or not floating point.
+        ValueError: if the length or a kernel is empty, or the shapes do not broadcast.
     """
     _check("bidirectional_convolution", {"u": u, "kernel": kernel, "ahead": ahead}, dim)
     kernels = {"kernel": kernel, "ahead": ahead}
@@ -188,7 +196,7 @@ def _fits(shape: torch.Size, into: torch.Size) -> bool:
 
 
 class _PaddedTransform:
-    """Transforms of blocks of rows, through a scratch buffer that is padded with zeros."""
+    """Fourier transforms of blocks of rows, in a scratch buffer that is padded with zeros."""
 
     def __init__(self, like: Tensor, rows: int, length: int, points: int) -> None:
         self.length, self.points = length, points
@@ -199,7 +207,7 @@ class _PaddedTransform:
         self.views: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def _views(self, rows: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the scratch of a block (*b, L), its first L columns, and memory for results."""
+        """Return the scratch buffer of a block (*b, L), its first L columns and a result buffer."""
         if rows not in self.views:
             count = math.prod(rows)
             padded = self.scratch[:count].view(*rows, self.points)
@@ -210,7 +218,7 @@ class _PaddedTransform:
         return self.views[rows]
 
     def spectrum(self, signal: Tensor, factor: Tensor | None = None) -> Tensor:
-        """Compute the spectrum (*b, F) of a block (*b, L), times `factor`, padded with zeros."""
+        """Compute the spectrum (*b, F) of a zero-padded block (*b, L), multiplied by `factor`."""
         padded, inside, _ = self._views(tuple(signal.shape[:-1]))
         if factor is not None:
             torch.mul(signal, factor, out=inside)
@@ -221,9 +229,10 @@ class _PaddedTransform:
         return torch.fft.rfft(padded)
 
     def signal(self, spectrum: Tensor, interleaved: bool = False) -> Tensor:
-        """Invert `spectrum`, (*b, F) to (*b, L); the result is valid until the next call.
+        """Transform `spectrum` (*b, F) back to (*b, L); the result is valid until the next call.
 
-        If it will be written to `interleaved` rows, the distance of its rows is no power of two.
+        If the result will be written to `interleaved` rows, the distance between its own rows is
+        not a power of two.
         """
         result = torch.fft.irfft(spectrum, n=self.points)[..., : self.length]
         if not interleaved:
@@ -238,7 +247,7 @@ def _points(u: Tensor, kernel: Tensor, ahead: int) -> int:
 
 
 def _transfer(kernel: Tensor, points: int, ahead: int) -> Tensor:
-    """Return the spectrum (*C, F) of kernels (*C, K), the last `ahead` taps before lag 0."""
+    """Return the spectrum (*C, F) of kernels (*C, K) whose last `ahead` taps have negative lags."""
     if ahead:
         behind = kernel.shape[-1] - ahead
         gap = kernel.new_zeros(*kernel.shape[:-1], points - kernel.shape[-1])
@@ -445,7 +454,7 @@ def _backward_backward(
 def _forward_jvp(
     inputs: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, None]:
-    """Compute the tangent by linearity in each of u, kernel and gate."""
+    """Compute the tangent from the linearity of the operator in each of u, kernel and gate."""
     u, kernel, gate, ahead, _ = inputs
     t_u, t_kernel, t_gate, *_ = tangents
     terms = [

@@ -20,7 +20,7 @@ class Hankel:
     """A batch of `rows` × `columns` Hankel matrices that are never formed.
 
     Args:
-        sequence: (*B, T), real. Entries past its end count as zero; entries past
+        sequence: (*B, T), real: the sequences g. Entries past their end count as zero; entries past
             rows + columns - 1 are not used.
         rows: Number of rows, at least 1.
         columns: Number of columns, at least 1.
@@ -36,7 +36,7 @@ class Hankel:
 
     @property
     def like(self) -> Tensor:
-        """Return a tensor with the batch, dtype and device of the matrices."""
+        """Return a tensor that has the batch dimensions, dtype and device of the matrices."""
         return self.sequence
 
     def __matmul__(self, vectors: Tensor) -> Tensor:

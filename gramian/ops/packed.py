@@ -1,14 +1,15 @@
 """Linear layers that multiply few rows by a copy of their weights in another memory layout.
 
-Decoding multiplies a handful of rows by every weight of a model at each token, so its time is that
-of reading the weights. On a CPU, oneDNN reads them from a packed layout of its own, which is faster
-for this purpose than the general matrix product (benchmarks/decoding.py measures the whole).
+Decoding multiplies a handful of rows by every weight of a model at each token, so its time is the
+time to read the weights. On a CPU, oneDNN can read them from a packed layout of its own, which is
+faster for few rows than the general matrix product (benchmarks/decoding.py measures whole models).
 
-A copy goes stale when the weight changes. Neither the address nor the version of a tensor shows
-that reliably, since fused optimizers, `.data` and numpy views write without changing either. So
-copies are used only inside of `Packing.generation`. The first use in a generation compares the
-whole weight with the copied one by its product `W r` with a fixed random vector, which costs about
-as much as one step. Every later use compares object, address, version and a few values.
+A copy is out of date as soon as the weight changes. Neither the address nor the version of a tensor
+reveals that reliably, since fused optimizers, `.data` and numpy views write without changing
+either. So copies are used only inside `Packing.generation`. The first use in a generation compares
+the whole weight with the copied one by the product `W r` with a fixed random vector r, which costs
+about as much as one step. Every later use compares the object, its address, its version and a few
+values.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gramian.ops.derivatives import records_derivatives
 
 __all__ = ["Linear", "Packing", "can_pack"]
 
-_MAX_ROWS = 64  # with more rows the general matrix product is as fast
+_MAX_ROWS = 64  # for more rows, the general matrix product is as fast
 
 
 class _Copy:
@@ -35,15 +36,15 @@ class _Copy:
 
     def __init__(self, weight: Tensor) -> None:
         source = weight.detach()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(source)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(source)  # noqa: SLF001 (no public name)
         self.record = Record(weight)
         draw = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (weight.shape[1],), generator=draw) * 2 - 1
-        self._vector = signs * (1 + torch.rand(weight.shape[1], generator=draw))  # none is small
+        self._vector = signs * (1 + torch.rand(weight.shape[1], generator=draw))  # no small entry
         self._product = torch.mv(source, self._vector)
 
     def equals(self, weight: Tensor) -> bool:
-        """Return whether the weight equals the copied one, as far as `W r` shows."""
+        """Return whether the weight still has the product `W r` that it had when it was copied."""
         return torch.equal(torch.mv(weight.detach(), self._vector), self._product)
 
 
@@ -60,12 +61,12 @@ class Packing:
 
     @contextmanager
     def generation(self, owner: Any, begins: bool) -> Iterator[None]:
-        """Let `Linear` layers use packed copies of their weights for inputs of few rows.
+        """Let `Linear` layers use packed copies of their weights for inputs with few rows.
 
         Args:
             owner: The object that the generation belongs to, such as a cache.
-            begins: Whether `owner` is empty, so that a new generation begins. The first use of an
-                owner begins one too.
+            begins: Whether `owner` is empty, so that a new generation begins. A generation also
+                begins when an owner is used for the first time.
         """
         if begins or owner not in self._owners:
             self._owners.add(owner)
@@ -77,7 +78,7 @@ class Packing:
             _current.packing = before
 
     def clear(self) -> None:
-        """Drop all copies; they are made again where they are needed."""
+        """Delete all copies; they are made again when they are needed."""
         self._copies = {}
 
     def __len__(self) -> int:
@@ -115,7 +116,7 @@ _current = _Current()
 
 
 class Linear(nn.Linear):
-    """An `nn.Linear` that may use a packed weight, with the same results up to rounding.
+    """An `nn.Linear` that may multiply by a packed weight; results agree up to rounding.
 
     Within `Packing.generation` the layer multiplies by a packed copy if its input has few rows and
     is in float32 on a CPU, and no gradients are recorded.
@@ -128,7 +129,8 @@ class Linear(nn.Linear):
                 weight = self.weight
                 if self._fits(x, weight):
                     packed = packing.weight_of(self, weight)
-                    return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+                    apply = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 (no public name)
+                    return apply(x, packed, self.bias, "none", [], "")
         return super().forward(x)
 
     def _fits(self, x: Tensor, weight: Tensor) -> bool:

@@ -5,8 +5,8 @@ if and only if the reflection coefficients of the Schur–Cohn (or Levinson) rec
 
     A_m(z) = A_{m-1}(z) + k_m z^-m A_{m-1}(1/z),   m = 1 … n,   A_0 = 1
 
-all lie in (-1, 1). Step-up goes from k to a, step-down from a to k. Both use double precision,
-because rounding can move poles near the unit circle across it.
+all lie in (-1, 1). `step_up` computes a from k, and `step_down` computes k from a. Both use double
+precision, because rounding can move poles near the unit circle across it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["ladder_weights", "step_down", "step_up"]
 
 _ELEMENTS = 2**24
-"""Elements of the triangular matrices that are formed at once."""
+"""Largest number of elements of the triangular matrices that exist at one time."""
 
 
 def step_up(reflection: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def ladder_weights(reflection: Tensor, b: Tensor) -> Tensor:
     """Compute the ladder weights e with `b(z) = Σ_{m<n} e_m z^-1 z^-m A_m(1/z)`.
 
     Args:
-        reflection: (*C, n).
-        b: (*C, n), numerator coefficients `b_1 … b_n`.
+        reflection: (*C, n): the reflection coefficients of the denominator.
+        b: (*C, n): the numerator coefficients `b_1 … b_n`.
 
     Returns:
         (*C, n), float64.

@@ -1,9 +1,9 @@
 """Figures of state-sizes, of distillation and of the cost of decoding.
 
-Every `plot_*` takes plain numbers, or the report of a job, and returns a
-`matplotlib.figure.Figure` that belongs to no window or global state; `save_figure` writes it.
-Figures need matplotlib (`pip install "gramian[plots]"`). `state_page` makes an interactive HTML
-page and needs no further package. Figures of training are in `gramian.training`.
+Every function `plot_*` takes plain numbers, or the report of a job, and returns a
+`matplotlib.figure.Figure` that belongs to no window and no global state; `save_figure` writes it to
+a file. Figures need matplotlib (`pip install "gramian[plots]"`). `state_page` makes an interactive
+HTML page and needs no further package. Figures of training are in `gramian.training`.
 """
 
 from gramian._drawing import save_figure

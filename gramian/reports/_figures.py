@@ -26,12 +26,18 @@ __all__ = [
 def plot_hankel_spectra(
     spectra: Mapping[str, Any], orders: Mapping[str, Sequence[int]] | None = None
 ) -> Figure:
-    """Plot the Hankel singular values of every filter, relative to its largest, in one panel per
-    group.
+    """Plot Hankel singular values in one panel per group of filters.
+
+    The values of a filter are shown relative to its largest value.
 
     Args:
-        spectra: for every group, such as a layer, an array (filters, values) with descending rows.
-        orders: for every group, the orders of its reduced filters, whose mean is marked.
+        spectra: by group, such as a layer, the singular values (filters, values), descending in
+            each row.
+        orders: by group, the orders of its reduced filters, whose mean is marked; None marks
+            nothing.
+
+    Raises:
+        ValueError: if there is no group.
     """
     if not spectra:
         raise ValueError("plot_hankel_spectra was given no spectra; give at least one group.")
@@ -60,8 +66,10 @@ def plot_hankel_spectra(
 
 
 def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
-    """Plot the outcome of distillation, layer by layer: Hankel spectra, relative errors with the
-    lower bound for recurrences of the same order, and orders.
+    """Plot the outcome of distillation in three panels.
+
+    They show the median Hankel spectrum of each layer; the relative l2 errors of each layer's
+    filters, with the lower bounds for recurrences of the same orders; and the orders.
 
     Args:
         report: a report from `gramian.distill`.
@@ -121,7 +129,14 @@ def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
 
 
 def plot_bits_per_byte(values: Mapping[str, float]) -> Figure:
-    """Plot bits per byte as horizontal bars, one for each model, in the given order."""
+    """Plot the bits per byte of models as horizontal bars, in the given order.
+
+    Args:
+        values: bits per byte, by name of the model.
+
+    Raises:
+        ValueError: if there are no values.
+    """
     if not values:
         raise ValueError("plot_bits_per_byte was given no values; give at least one.")
     figure = new_figure(6.4, 0.55 + 0.42 * len(values))
@@ -139,11 +154,16 @@ def plot_bits_per_byte(values: Mapping[str, float]) -> Figure:
 def plot_decoding_cost(
     milliseconds: Mapping[str, Mapping[int, float]], state_bytes: Mapping[str, Mapping[int, float]]
 ) -> Figure:
-    """Plot the time per generated token and the state bytes against context length, side by side.
+    """Plot the time per generated token and the size of the state against the context length.
 
     Args:
-        milliseconds: for every method of generation, the time per token at each context length.
-        state_bytes: likewise, the size of the state carried from token to token.
+        milliseconds: for each method of generation, a mapping from the context length in tokens to
+            the time per token in milliseconds.
+        state_bytes: for each method of generation, a mapping from the context length in tokens to
+            the size in bytes of the state that is carried from token to token.
+
+    Raises:
+        ValueError: if one of the arguments is empty.
     """
     if not milliseconds or not state_bytes:
         raise ValueError("plot_decoding_cost needs at least one curve of times and one of bytes.")

@@ -1,7 +1,8 @@
-"""Figures of effective state-size: how much each layer of a model holds at each position of a text.
+"""Figures of effective state-size (ESS), layer by layer, at each position of a text.
 
-All figures mark where the cap `min(i, L - i)` on the rank of `T[i:L, :i]` binds, that is, where it
-is below the size of the state, so that the measure could not show a full state.
+The rank of `T[i:L, :i]` is at most `min(i, L - i)`, which is called the cap. Figures of one model
+mark the positions where the cap binds: where it is below the size of the state, so that the measure
+could not show a full state.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _TICKS = 40
 
 
 def plot_state_map(report: StateReport) -> Figure:
-    """Plot the mean ESS of every layer at every position, layer × token.
+    """Plot the mean ESS of every layer at every position as a map, layer × token.
 
-    Cells are veiled where the cap binds.
+    Cells are pale where the cap binds.
 
     Raises:
         ValueError: if no layer was read.
@@ -62,8 +63,10 @@ def plot_state_map(report: StateReport) -> Figure:
 
 
 def plot_state_curves(report: StateReport) -> Figure:
-    """Plot the mean ESS of each layer against position, from the first layer (dark) to the last
-    (bright), their average, and the cap.
+    """Plot the mean ESS of each layer against position, with the average over layers and the cap.
+
+    The first layer is the darkest and the last the brightest. Curves are hollow where the cap
+    binds.
 
     Raises:
         ValueError: if no layer was read.
@@ -105,10 +108,11 @@ def plot_state_curves(report: StateReport) -> Figure:
 
 
 def plot_utilization(report: StateReport) -> Figure:
-    """Plot ESS / TSS of each layer: the mean, minimum and maximum over its heads or channels.
+    """Plot the share of each layer's state that is in use, ESS / TSS, as horizontal bars.
 
-    Only positions where the cap does not bind count. For layers where it binds everywhere, all
-    positions count, and the bars are pale.
+    A bar is the mean over the heads or channels of the layer, and a line goes from their minimum to
+    their maximum. Only positions where the cap does not bind count. For layers where it binds
+    everywhere, all positions count, and the bars are pale.
 
     Raises:
         ValueError: if no layer was read.
@@ -141,12 +145,15 @@ def plot_utilization(report: StateReport) -> Figure:
 
 
 def plot_state_comparison(reports: Mapping[str, StateReport]) -> Figure:
-    """Plot the average ESS of several models on one text, per head or channel, and the total.
+    """Plot the ESS of several models on one text: the average per head or channel, and the total.
 
     Positions are fractions of the text if the models read different numbers of tokens.
 
+    Args:
+        reports: reports by the name of the model.
+
     Raises:
-        ValueError: if there are no reports, or one in which no layer was read.
+        ValueError: if there are no reports, or a report has no layer that was read.
     """
     if not reports:
         raise ValueError("plot_state_comparison was given no reports; give at least one.")
@@ -190,7 +197,7 @@ def _curves(report: StateReport) -> np.ndarray:
 
 
 def _bound(report: StateReport) -> np.ndarray:
-    """Return whether the cap is below the size of the state, (layers, P)."""
+    """Return where the cap is below the size of the state, (layers, positions)."""
     cap = report.cap.numpy()
     return np.stack([cap < layer.tss.numpy().mean(0) for layer in report.layers])
 

@@ -1,12 +1,12 @@
-"""The field's tasks: seeded generators and loaders that yield a `datasets.Dataset`.
+"""The field's tasks: seeded generators and loaders that return a `datasets.Dataset`.
 
     train = gramian.tasks.load("mqar", split="train", seed=0, setting="64x4")
     gramian.tasks.names()
     gramian.tasks.settings("mqar")
 
-All tasks follow one convention: a label is the answer that is due *at* its own position, labels are
-not shifted, and positions labelled -100 are not scored. A causal language model of transformers
-shifts `labels` itself, so pass ours as `shift_labels`, as `gramian.training` does.
+All tasks follow one convention: a label is the answer that is expected *at* its own position, so
+labels are not shifted, and positions with the label -100 are not scored. A causal language model of
+transformers shifts `labels` itself, so pass ours as `shift_labels`, as `gramian.training` does.
 
 Needs `datasets` (`pip install "gramian[train]"`).
 """

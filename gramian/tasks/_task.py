@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from gramian._checks import check_integers
 from gramian._nearest import unknown
 from gramian.tasks.documents import find_files
 from gramian.tasks.kinds import Column, find_kind
@@ -49,16 +50,19 @@ class Description:
     """The inputs and outputs that a model for a task needs.
 
     Attributes:
-        kind: one of `KINDS`: `"tokens"` (a class at every position), `"classification"` (one class
-            per sequence), `"pairs"` (one class for two sequences, `input_ids` and `input_ids_2`),
-            `"signal"` (real numbers at every position), `"regression"` (real numbers per sequence),
-            `"reconstruction"` (the whole input, decoded from its last position), or a kind added
-            with `register_kind`.
-        length: length of the longest sequence.
-        vocab_size: number of token ids, or None for `input_values`.
-        num_labels: number of classes; for `"signal"` the number of real numbers per position, for
-            `"regression"` per sequence.
-        input_size: number of features of `input_values` at each position.
+        kind: name of the kind of task, a key of `KINDS`: `"tokens"` (a class at every position),
+            `"classification"` (one class per sequence), `"token_classification"` (one of
+            `num_labels` classes at every position), `"pairs"` (one class for two sequences,
+            `input_ids` and `input_ids_2`), `"signal"` (real numbers at every position),
+            `"regression"` (real numbers per sequence), `"reconstruction"` (the whole input, decoded
+            from its last position), or a kind added with `register_kind`.
+        length: number of positions of the longest sequence.
+        vocab_size: number of token ids, or None if the inputs are `input_values`.
+        num_labels: number of classes; for `"signal"` the number of real numbers per position, and
+            for `"regression"` per sequence. None for `"tokens"` and `"reconstruction"`, whose
+            classes are the token ids.
+        input_size: number of features of `input_values` at each position, or None if the inputs are
+            token ids.
         pad_token_id: id that pads `input_ids`; padding is masked, so any id works.
         text: whether ids 0 to 255 are bytes of text, those of `gramian.models.ByteTokenizer`.
     """
@@ -89,12 +93,16 @@ class Task(ABC):
 
     @abstractmethod
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        """Yield the rows of a split: `input_ids` or `input_values`, and `labels`, as arrays."""
+        """Yield the rows of a split: dictionaries of arrays.
+
+        A row has `labels` and the inputs of its kind, `input_ids` (length,) or `input_values`
+        (length, input_size).
+        """
 
     def tokens_of(self, tokenizer: Any) -> Task:
-        """Return the same task in the ids of a model's own tokenizer, if the task is one of text.
+        """Return the same task with the token ids of a model's own tokenizer.
 
-        Tasks whose ids do not encode text are returned unchanged.
+        A task whose ids do not encode text is returned unchanged.
 
         Args:
             tokenizer: a tokenizer of transformers.
@@ -125,14 +133,14 @@ class Task(ABC):
 
         Args:
             split: one of `splits`.
-            seed: seed of the generated rows; tasks that load files use it for shuffling.
-            streaming: return an `IterableDataset`, which makes the same rows while they are read
-                and stores none of them.
+            seed: seed of the generated rows. Rows that are read from files do not depend on it.
+            streaming: whether to return an `IterableDataset`, which makes the same rows while they
+                are read and stores none of them.
 
         Raises:
-            ImportError: without `datasets`.
-            ValueError: on a split that the task does not have, a negative seed, an empty split, or
-                a row that `checked_rows` refuses.
+            ImportError: if `datasets` is not installed.
+            ValueError: if the task does not have the split, the split is empty, the seed is not an
+                integer of at least 0, or `checked_rows` refuses a row.
         """
         try:
             from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -142,8 +150,7 @@ class Task(ABC):
             ) from error
         if split not in self.splits:
             raise ValueError(unknown("split", split, self.splits))
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0; got {seed!r}.")
+        check_integers(0, seed=seed)
         features = self.features()
         if streaming:
             stream = IterableDataset.from_generator(
@@ -165,8 +172,8 @@ class Task(ABC):
         sequence in place of a label would raise an unrelated error.
 
         Raises:
-            ValueError: on a row without inputs or labels, or whose inputs or labels have the wrong
-                type of number or the wrong shape, and on token ids outside of the vocabulary.
+            ValueError: if a row lacks inputs or labels, if these have the wrong type of number or
+                the wrong shape, or if token ids lie outside of the vocabulary.
         """
         description = self.description()
         columns = find_kind(description.kind).columns(description).items()
@@ -259,7 +266,10 @@ def names() -> list[str]:
 
 
 def settings(name: str) -> dict[str, dict[str, Any]]:
-    """Return the published settings of a task by name; `"default"` holds the defaults of all.
+    """Return the published settings of a task by their names.
+
+    Each is a dictionary of the fields that it changes. `"default"` has every field with its
+    default, or None for a field that must be given.
 
     Raises:
         ValueError: on an unknown task.
@@ -273,15 +283,16 @@ def settings(name: str) -> dict[str, dict[str, Any]]:
 
 
 def build(name: str, setting: str | None = None, **settings: Any) -> Task:
-    """Build the task `name` with a published setting and changes to it.
+    """Build the task `name` with a published setting, whose fields `settings` may override.
 
     Args:
         name: one of `names()`.
         setting: name of a published setting, a key of `settings(name)`; by default `"default"`.
-        settings: the task's own settings, which override the published ones.
+        settings: fields of the task's class, which override those of the published setting.
 
     Raises:
-        ValueError: on an unknown task, published setting or setting, or an invalid value.
+        ValueError: if the task, the published setting or a field is unknown, a field that must be
+            given is missing, or a value is invalid.
     """
     kind = _lookup(name)
     chosen: dict[str, Any] = {}
@@ -320,14 +331,14 @@ def load(
 
     Args:
         name: one of `names()`.
-        split: `"train"`, `"validation"` or `"test"`, where the task has it.
+        split: name of the split: `"train"`, `"validation"` or `"test"`.
         seed: seed of the generated rows.
-        setting: name of a published setting.
-        streaming: return an `IterableDataset` instead.
-        settings: changes to the setting.
+        setting: name of a published setting; by default `"default"`.
+        streaming: whether to return an `IterableDataset`, which makes rows while they are read.
+        settings: fields of the task's class, which override those of the published setting.
 
     Raises:
-        ValueError: on an unknown task, setting or split, or an invalid value.
+        ValueError: if the task, the setting or the split is unknown, or a value is invalid.
         FileNotFoundError: if a file that the task reads is missing.
     """
     return build(name, setting, **settings).dataset(split, seed, streaming=streaming)
@@ -362,7 +373,7 @@ def _feature(column: Column, length: int) -> Any:
 
 
 def choose_split(task: Task, name: str, split: str | None) -> str:
-    """Return the requested split; by default test, or validation for a task without a test split.
+    """Return the requested split, or by default test, or validation if there is no test split.
 
     Args:
         task: the task.
@@ -370,7 +381,7 @@ def choose_split(task: Task, name: str, split: str | None) -> str:
         split: the requested split, or None for the default.
 
     Raises:
-        ValueError: for an unknown split.
+        ValueError: if the task does not have the split.
     """
     split = split or ("test" if has_rows(task, "test") else "validation")
     if split not in task.splits:
@@ -379,8 +390,10 @@ def choose_split(task: Task, name: str, split: str | None) -> str:
 
 
 def has_rows(task: Task, split: str) -> bool:
-    """Return whether a task has a split; tasks that read files need files, records,
-    intervals or a share for it."""
+    """Return whether a task has a split.
+
+    A task that reads files needs files, records, intervals or a share for it.
+    """
     if split not in task.splits:
         return False
     endings = ("", "_records", "_intervals", "_share")
@@ -391,11 +404,11 @@ def has_rows(task: Task, split: str) -> bool:
 def require_files(task: Task, name: str, split: str) -> list[str]:
     """Return the files of a split, for a task with patterns in `train`, `validation` and `test`.
 
-    Reading the training split warns of files that belong to another split as well.
+    For the training split, a warning names files that also belong to another split.
 
     Raises:
-        ValueError: if the split has no pattern.
-        FileNotFoundError: for a pattern without files.
+        ValueError: if no pattern was given for the split.
+        FileNotFoundError: if a pattern matches no file.
     """
     patterns = getattr(task, split)
     if patterns is None:
@@ -431,6 +444,4 @@ def require_patterns(task: Task) -> None:
 def require_sizes(task: Task, *names: str, least: int = 1) -> None:
     """Check that the settings `names` are integers of at least `least`."""
     for name in names:
-        value = getattr(task, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+        check_integers(least, **{name: getattr(task, name)})

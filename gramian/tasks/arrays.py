@@ -26,14 +26,14 @@ from gramian.tasks._task import (
 
 __all__ = ["Arrays"]
 
-INTEGERS = ("classification", "tokens")
+INTEGERS = ("classification", "tokens", "token_classification")
 KINDS = (*INTEGERS, "regression", "signal")
 
 
 @register("arrays")
 @dataclass(frozen=True, kw_only=True)
 class Arrays(Task):
-    """Rows from numpy's `.npz` files, each of which holds an array of inputs and one of labels.
+    """Rows from numpy's `.npz` files, each with an array of inputs and an array of labels.
 
         numpy.savez("train.npz", inputs=inputs, labels=labels)
 
@@ -46,24 +46,25 @@ class Arrays(Task):
     | real numbers | (rows,) or (rows, numbers) | `"regression"`, numbers for each row |
     | real numbers | (rows, length) or (rows, length, numbers) | `"signal"`, numbers at a position |
     | integers, of token ids | (rows, length) | `"tokens"`, a token id at every position |
+    | integers, if `kind` says so | (rows, length) | `"token_classification"`, a class at each |
 
     Labels of -100 are not scored. The seed has no effect.
 
     Args:
-        train: paths or patterns of the training split's files, one or a list.
-        validation: likewise.
-        test: likewise.
+        train: path or pattern of the training split's files, or a list of them.
+        validation: the same for the validation split.
+        test: the same for the test split.
         inputs: name of the array of inputs in a file.
         labels: name of the array of labels.
-        kind: `"classification"`, `"regression"`, `"signal"` or `"tokens"`, to override the kind
-            that the table gives.
-        num_labels: number of classes, if some of them do not occur in the files.
-        vocab_size: number of token ids, if some of them do not occur in the files.
+        kind: `"classification"`, `"regression"`, `"signal"`, `"tokens"` or
+            `"token_classification"`; by default the kind that the table gives.
+        num_labels: number of classes; by default one more than the largest label in the files.
+        vocab_size: number of token ids; by default one more than the largest id in the files.
 
     Raises:
-        ValueError: when files are read, on one that is not an `.npz` file, lacks an array, or has
-            arrays of the wrong shapes or types of numbers.
-        FileNotFoundError: on a path or pattern without files, when they are read.
+        ValueError: when files are read, if one is not an `.npz` file, lacks an array, or has arrays
+            of the wrong shapes or types of numbers.
+        FileNotFoundError: when files are read, if a path or pattern matches none.
     """
 
     train: str | list[str] | None = None
@@ -99,7 +100,7 @@ class Arrays(Task):
                     f"{layout.length}; numbers need one length."
                 )
         num_labels = layout.numbers
-        if layout.kind == "classification":
+        if layout.kind in ("classification", "token_classification"):
             num_labels = self._size("num_labels", max(one.classes for one in layouts.values()))
         vocab_size = None
         if layout.input_size is None:
@@ -139,7 +140,11 @@ class Arrays(Task):
 
 
 class _Layout(NamedTuple):
-    """The layout of a file's arrays: `numbers` per label or None; `ids`, `classes` count from 0."""
+    """The layout of a file's arrays.
+
+    `numbers` is the number of real numbers in a label, or None for integers. `ids` and `classes`
+    are one more than the largest token id and the largest class.
+    """
 
     kind: str
     length: int
@@ -246,11 +251,13 @@ def _labels(y: np.ndarray, kind: str, x: np.ndarray, what: str) -> np.ndarray:
     if kind == "tokens" and x.dtype.kind not in "iu":
         raise ValueError(
             f"{what} has an integer at every position, for which the inputs must be token ids; "
-            "they are real numbers. Give kind: signal to predict the integers as numbers."
+            "they are real numbers. Give kind: token_classification to predict them as classes, or "
+            "kind: signal to predict them as numbers."
         )
     accepted = {
         "classification": (rows,),
         "tokens": (rows, length),
+        "token_classification": (rows, length),
         "regression": (rows, y.shape[1] if y.ndim == 2 else 1),
         "signal": (rows, length, y.shape[2] if y.ndim == 3 else 1),
     }[kind]

@@ -15,9 +15,10 @@ __all__ = ["Digits"]
 @register("digits")
 @dataclass(frozen=True, kw_only=True)
 class Digits(Task):
-    """1,797 digits as sequences of 64 gray values in [-1, 1]: 1,257, 180 and 360 by split.
+    """1,797 digits as sequences of 64 gray values in [-1, 1], labelled with the digit.
 
-    The splits are fixed; the seed has no effect.
+    The splits train, validation and test have 1,257, 180 and 360 digits. They are fixed: the seed
+    has no effect.
     """
 
     def description(self) -> Description:

@@ -1,7 +1,7 @@
 """English text that ships with Python: the reference documentation behind `help()`.
 
-The text repeats itself at length, so each paragraph is kept only at its first occurrence.
-Otherwise many of the held-out bytes would occur word for word in the training part.
+Many paragraphs of the text occur several times, so each is kept only at its first occurrence.
+Otherwise much of the held-out text would occur word for word in the training part.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ __all__ = ["python_topics"]
 
 
 def python_topics() -> list[str]:
-    """Return every topic's text in order, with each paragraph once; skip topics with nothing new.
+    """Return the texts of all topics in order, with each paragraph once.
+
+    A topic without a new paragraph is left out.
 
     Raises:
         RuntimeError: if this Python was installed without `pydoc_data`.

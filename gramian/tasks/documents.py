@@ -62,12 +62,12 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Document:
-    """A text of its own, independent of the documents before and after it.
+    """A text that is independent of the documents before and after it.
 
     Attributes:
-        text: the text; for a genome, its upper-case codes and nothing else.
-        name: name of the FASTA record or the file, or "".
-        genome: whether it was read as nucleotides.
+        text: the text; for a genome, its upper-case codes of nucleotides and nothing else.
+        name: name of the FASTA record or of the file, or "" if there is none.
+        genome: whether the text was read as nucleotides.
     """
 
     text: str
@@ -91,7 +91,7 @@ def register_reader(*suffixes: str) -> Callable[[_R], _R]:
             a compression format.
 
     Raises:
-        ValueError: on a suffix without a leading period or in upper case, and on one that already
+        ValueError: if a suffix does not begin with a period, has an upper-case letter, or already
             has a reader.
     """
     for suffix in suffixes:
@@ -108,7 +108,7 @@ def register_reader(*suffixes: str) -> Callable[[_R], _R]:
 
 
 def holds_keys(file: str | Path) -> bool:
-    """Return whether a file is one of JSON lines, whose documents are stored under a key."""
+    """Return whether the file's name is that of JSON lines, which store documents under a key."""
     return _suffix(str(file)) in _JSON_LINES
 
 
@@ -140,8 +140,8 @@ def blocks(file: str | Path) -> Iterator[bytes]:
     """Yield a file's bytes in blocks, decompressed and without a byte order mark.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is damaged, is an archive, or is encoded in anything but UTF-8.
+        OSError: if the file cannot be read.
+        ValueError: if it is damaged, an archive, or text in an encoding other than UTF-8.
     """
     with open(file, "rb") as raw:
         magic = raw.read(6)
@@ -190,11 +190,12 @@ def read_documents(
     Args:
         file: the file, plain or compressed.
         column: key of the text in the objects of a `.jsonl` file.
-        any_bytes: accept bytes that are not UTF-8, as surrogates (`surrogateescape`).
+        any_bytes: whether to accept bytes that are not UTF-8, which become surrogates (Python's
+            `surrogateescape`).
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is not valid in its format; the message names the file.
+        OSError: if the file cannot be read.
+        ValueError: if the file is not valid in its format; the message names the file.
     """
     name = str(file)
     stream = blocks(file)
@@ -231,10 +232,16 @@ def _decoded(content: bytes, name: str, errors: str) -> str:
 
 
 def documents_in(text: str, source: str = "the text") -> list[Document]:
-    """Return the documents of a text without a name: FASTA records by the rule above, or one text.
+    """Return the documents of a text that is in no file: FASTA records, or one text.
+
+    The text is FASTA by the rule in `gramian.tasks.documents` for files of other names.
+
+    Args:
+        text: the text.
+        source: name of the text in error messages.
 
     Raises:
-        ValueError: on FASTA whose letters are not codes of nucleotides.
+        ValueError: if the text is FASTA and its letters are not codes of nucleotides.
     """
     if _looks_like_fasta(text[:_BLOCK].encode(errors="replace")):
         return list(_genomes(iter([text.encode().removeprefix(_BOM)]), source))

@@ -48,7 +48,10 @@ def load_tokenizer(path: str) -> Any:
 
 
 class Encoder:
-    """An encoder of documents that gives the tokenizer's ids, for large genomes without calling it.
+    """An encoder of documents as the ids of a tokenizer.
+
+    Where each code of nucleotides is one token, it encodes genomes through a table, without calling
+    the tokenizer.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -56,8 +59,8 @@ class Encoder:
 
     Attributes:
         nucleotides_only: whether the vocabulary consists of codes of nucleotides alone.
-        letters: (256,) the id of each code, indexed by its byte, if every code is one token; or
-            None.
+        letters: (256,) int64, the id of each code, indexed by the code's byte; -1 for codes that
+            the tokenizer does not know. None if codes are not single tokens.
     """
 
     def __init__(self, tokenizer: Any, *, special_tokens: bool = True) -> None:
@@ -95,8 +98,8 @@ class Encoder:
         """Return the token ids (tokens,), int64.
 
         Raises:
-            ValueError: on a text that is not a genome, if the tokenizer knows only nucleotides, and
-                on a genome whose nucleotides it does not know.
+            ValueError: if the tokenizer knows only nucleotides and the text is not a genome, or if
+                the tokenizer does not know the codes of a genome.
         """
         codes, text = self._spelled(document)
         if codes is not None:
@@ -104,7 +107,7 @@ class Encoder:
         return np.array(self.tokenizer(text, **self._options)["input_ids"], dtype=np.int64)
 
     def sized(self, document: Document) -> tuple[np.ndarray, int]:
-        """Return the token ids, and the bytes of UTF-8 that all but the first token encode."""
+        """Return the token ids, and the number of UTF-8 bytes behind all tokens but the first."""
         codes, text = self._spelled(document)
         if codes is not None:
             unpredicted = 0 if self._around[0] else 1
@@ -121,8 +124,10 @@ class Encoder:
         return ids, max(1, len(text.encode()) - len(first.encode()))
 
     def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Yield the ids of a genome given in pieces: piece by piece if each code is one token,
-        otherwise all at once."""
+        """Yield the ids of a genome that is given in pieces.
+
+        They are yielded piece by piece if each code is one token, and otherwise all at once.
+        """
         if self.letters is not None:
             before, after = self._around
             if before:
@@ -166,7 +171,10 @@ class Encoder:
         return None if letters[list(b"ACGT")].min() < 0 else letters
 
     def _spelled(self, document: Document) -> tuple[bytes | None, str]:
-        """Return a genome's codes if each is one token, or else None and the text to encode."""
+        """Return the codes of a genome and ""; or None and the text for the tokenizer.
+
+        The codes are returned for a genome whose codes are single tokens.
+        """
         text = document.text
         genome = document.genome or self.nucleotides_only
         genome = genome or (self._bytes_of_genomes and _PLAIN_GENOME.fullmatch(text) is not None)
@@ -192,7 +200,7 @@ class Encoder:
         return None, "".join(parts)
 
     def _as_genome(self, text: str, where: str) -> list[str]:
-        """Split a genome into runs of codes and, at odd indices, the special tokens between."""
+        """Split a genome into runs of codes, at even indices, and special tokens, at odd ones."""
         pattern = "|".join(map(re.escape, self._special_tokens))
         parts = re.split(f"({pattern})", text) if pattern else [text]
         odd: Counter[int] = Counter()

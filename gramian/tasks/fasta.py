@@ -48,12 +48,12 @@ class Fasta(TokenizedTask):
     record, unless the same intervals or files are given for both, of which a warning tells.
 
     Args:
-        train: paths or patterns of the training split's files, one or a list.
-        validation: the same for the validation split; or omit it and name records, intervals or a
-            share.
-        test: the same for the test split.
-        validation_records: names of records in the files of `train` that belong to the validation
-            split instead, one or a list. A name is the first word of a record's header.
+        train: path or pattern of the training split's files, or a list of them.
+        validation: the same for the validation split, unless records, intervals or a share are
+            given for it.
+        test: the same for the test split, unless records or intervals are given for it.
+        validation_records: name of a record in the files of `train` that belongs to the validation
+            split instead, or a list of names. A name is the first word of a record's header.
         test_records: the same for the test split.
         intervals: a BED file of intervals of the training files' records; its rows are windows of
             these intervals, on their strands (`gramian.tasks.read_bed`). Needs pyfaidx.
@@ -73,13 +73,14 @@ class Fasta(TokenizedTask):
             in the inputs and are no labels, as in HyenaDNA's training. Rows without a label are
             left out.
         length: number of nucleotides in a row.
-        tokenizer: a tokenizer of transformers, its folder or its name; by default HyenaDNA's.
+        tokenizer: a tokenizer of transformers, its folder or its name; by default that of the model
+            if it is known, otherwise HyenaDNA's.
 
     Raises:
-        ValueError: when files are read, on a name that no record has, on intervals that
-            `gramian.tasks.read_bed` refuses, and on files that `gramian.tasks.genomes.records`
-            refuses.
-        FileNotFoundError: on a path or pattern without files, when they are read.
+        ValueError: when files are read, if no record has one of the names, or if
+            `gramian.tasks.read_bed` refuses the intervals, or `gramian.tasks.genomes.records` a
+            file.
+        FileNotFoundError: when files are read, if a path or pattern matches none.
         ImportError: for intervals and shifts, without `pyfaidx`.
     """
 

@@ -1,7 +1,7 @@
-"""FASTA, the one reader of genomes, which works by blocks and in bounded memory.
+"""The reader of genomes in FASTA, which works block by block in bounded memory.
 
-A record is a header, which is a line that begins with `>` and whose first word is the record's
-name, and the lines up to the next header. These lines are read as follows:
+A record is a header and the lines up to the next header. A header is a line that begins with `>`,
+and its first word is the record's name. The other lines are read as follows:
 
 - lines end in LF, CRLF or CR; blank lines and white space are skipped, as are numbers that do not
   follow a letter;
@@ -60,12 +60,12 @@ def clean(
     Args:
         letters: bytes of any number of lines, complete or not.
         where: name of the lines in error messages.
-        odd: counter of the characters that are not nucleotides.
-        numbers: whether to skip digits that do not follow a letter.
-        before: the part of the line before `letters`.
+        odd: counter to which the characters that are not in `NUCLEOTIDES` are added, or None.
+        numbers: whether to skip digits that do not follow a letter; otherwise they are errors.
+        before: the bytes before `letters`, of which the last one matters.
 
     Raises:
-        ValueError: on a character that is neither an IUPAC code nor a mark.
+        ValueError: if a character is neither an IUPAC code nor a mark, or a digit follows a letter.
     """
     if letters.translate(None, _COMMON):
         if not numbers and (found := _DIGIT.search(letters)) is not None:
@@ -103,12 +103,12 @@ def records(
     The pieces must be read in order or not at all. A record may have an empty sequence.
 
     Args:
-        blocks: decompressed blocks of a file, of any size.
+        blocks: the decompressed bytes of a file, in blocks of any size.
         source: the file's name, for errors and warnings.
         warn: whether to warn of marks and of many ambiguous codes at the end.
 
     Raises:
-        ValueError: on text that is not FASTA, or whose letters are not codes of nucleotides.
+        ValueError: if the text is not FASTA, or its letters are not codes of nucleotides.
     """
     events = _events(blocks, source)
     header = next(events, None)
@@ -147,7 +147,7 @@ def records(
 
 
 def names(blocks: Iterable[bytes], source: str) -> Iterator[str]:
-    """Yield the names of the records, as `records` does, without checking their sequences."""
+    """Yield the names of the records, without checking their sequences."""
     for is_header, data in _events(blocks, source):
         if is_header:
             yield name_of(data)
@@ -160,7 +160,10 @@ def name_of(header: bytes) -> str:
 
 
 def _events(blocks: Iterable[bytes], source: str) -> Iterator[tuple[bool, bytes]]:
-    """Yield (True, header without its '>') and (False, sequence lines) in order, no comments."""
+    """Yield (True, a header without its '>') or (False, lines of sequence), in order.
+
+    Comments are left out.
+    """
     line: bytearray | None = None  # the unfinished header or comment
     fresh = True  # whether the next byte begins a line
     begun = False  # whether anything was yielded
@@ -221,7 +224,7 @@ def _refusal(strange: bytes, where: str) -> str:
 
 
 def warn_of(odd: Counter[int], total: int, source: str) -> None:
-    """Warn of marks among `total` letters, and of too many ambiguous codes for a genome."""
+    """Warn of marks among `total` letters, and if there are too many ambiguous codes."""
     marks = {chr(code): count for code, count in odd.items() if code in MARKS}
     if marks:
         named = ", ".join(f"{count:,} {mark!r}" for mark, count in sorted(marks.items()))

@@ -1,4 +1,4 @@
-"""Kinds of tasks: the model that a kind trains, the layout of its labels, and its scores.
+"""Kinds of tasks. The kind decides the model to train, the layout of labels, and the metrics.
 
 Everything that depends on the kind of a task is a method of one object, which training and
 evaluation look up by the name in `Description.kind`. To define a new kind, decorate a subclass of
@@ -60,15 +60,15 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, as a ratio of sums over rows: `Σ totals / Σ weights`.
+    """One metric, which is a ratio of sums over rows: `Σ totals / Σ weights / unit`, or its root.
 
     Attributes:
         name: name of the metric.
         totals: (rows,) each row's term of the numerator.
         weights: (rows,) each row's term of the denominator.
         higher_is_better: whether larger values are better.
-        unit: divisor of the ratio.
-        root: whether the metric is the square root of the ratio.
+        unit: number by which the ratio is divided.
+        root: whether the metric is the square root of the result.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Metric:
         return bool(np.any(self.weights))
 
     def value(self) -> float:
-        """Compute the metric over all rows."""
+        """Return the metric over all rows."""
         total, weight = np.stack([self.totals, self.weights], axis=1).sum(0)
         mean = float(total / weight) / self.unit
         return math.sqrt(mean) if self.root else mean
@@ -95,10 +95,11 @@ class Kind(ABC):
 
     Attributes:
         name: name of the kind, set by `register_kind`.
-        metrics: metrics that can select the best model, and whether higher values are better.
+        metrics: names of the metrics that can select the best model; the value is True if higher is
+            better.
         packable: whether several sequences can share a row of a batch.
         accepts_foreign_models: whether `evaluate_task` also accepts models of transformers.
-        call_options: further arguments of the model's call in evaluation, besides its inputs.
+        call_options: arguments with which evaluation calls the model, besides its inputs.
     """
 
     name: ClassVar[str]
@@ -111,7 +112,7 @@ class Kind(ABC):
 
     @abstractmethod
     def model_class(self) -> type[Any]:
-        """Return the class of model that is trained."""
+        """Return the class of the models that are trained."""
 
     def model_options(self) -> dict[str, Any]:
         """Return fields of `GramianConfig` that the kind sets unless the user does."""
@@ -122,10 +123,10 @@ class Kind(ABC):
         return isinstance(model, self.model_class())
 
     def check_description(self, description: Description) -> None:  # noqa: B027 (need not check)
-        """Check that the task leaves something to learn.
+        """Check that there is something to learn.
 
         Raises:
-            ValueError: if it does not; the message continues "the task NAME".
+            ValueError: if there is not. The caller puts "the task NAME" before the message.
         """
 
     # Rows and batches.
@@ -170,23 +171,27 @@ class Kind(ABC):
         """Check the labels of a batch.
 
         Raises:
-            LabelError: on a wrong dtype or shape, or invalid values.
+            LabelError: if the labels have the wrong dtype or shape, or a value is invalid.
         """
 
     @abstractmethod
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
-        """Return whether the layout of the logits matches the labels, whatever its last size."""
+        """Return whether the layout of the logits matches that of the labels.
+
+        The size of the logits' last dimension is ignored; `check_size` checks it.
+        """
 
     def check_size(self, size: int, description: Description) -> None:  # noqa: B027 (need not)
         """Check the last dimension of the logits.
 
         Raises:
-            ValueError: if it does not match the task; the message continues "the task NAME".
+            ValueError: if it does not match the task. The caller puts "the task NAME" before the
+                message.
         """
 
     @abstractmethod
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sums of every row of a batch, (batch, sums) in float64, for `summarize`."""
+        """Return a few sums for every row of a batch, (batch, sums) in float64, for `summarize`."""
 
     @abstractmethod
     def summarize(self, scores: np.ndarray, description: Description) -> list[Metric]:
@@ -202,7 +207,7 @@ class Kind(ABC):
         Args:
             logits: logits of the row, without a batch dimension.
             labels: labels of the row.
-            length: number of positions of a signal to show.
+            length: number of last positions to show, for labels that are numbers at positions.
         """
 
 
@@ -252,8 +257,10 @@ class ClassLabels(Kind):
             raise ValueError(f"has {wanted} classes and the model has {size}.")
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Count the correct and all labels, and sum -log p; NaN logits make the count of correct
-        labels NaN too."""
+        """Return the number of correct labels, the number of labels, and the sum of -log p.
+
+        If logits are NaN, the number of correct labels is NaN too.
+        """
         if labels.ndim == 1:
             logits, labels = logits[:, None], labels[:, None]
         due = labels != IGNORED
@@ -331,7 +338,8 @@ class NumberLabels(Kind):
 
     def summarize(self, scores: np.ndarray, description: Description) -> list[Metric]:
         """Compute `mse` and, unless every target is 0, `relative_error`: the root mean squared
-        error divided by the root mean square of the targets."""
+        error divided by the root mean square of the targets.
+        """
         errors, count, energies = scores.T
         metrics = [Metric("mse", errors, count, False)]
         if np.any(energies):
@@ -355,8 +363,8 @@ def register_kind(name: str) -> Callable[[_T], _T]:
     """Decorate a subclass of `Kind` to register it as `name`.
 
     Raises:
-        ValueError: if the name is taken, or the kind and another one disagree on whether higher
-            values of a metric are better.
+        ValueError: if the name is taken, or another kind has a metric of the same name for which
+            the other direction is better.
     """
 
     def add(kind: _T) -> _T:
@@ -445,6 +453,30 @@ class Classification(ClassLabels):
 
     def accepts_model(self, model: Any) -> bool:
         return super().accepts_model(model) and model.config.problem_type != "regression"
+
+
+@register_kind("token_classification")
+class TokenClassification(ClassLabels):
+    """A class at every position, not one of the tokens."""
+
+    packable = True
+    accepts_foreign_models = True
+    per_position = True
+
+    def model_class(self) -> type[Any]:
+        from gramian.models import GramianForTokenClassification
+
+        return GramianForTokenClassification
+
+    def model_options(self) -> dict[str, Any]:
+        return {"problem_type": "single_label_classification"}
+
+    def check_description(self, description: Description) -> None:
+        if description.num_labels == 1:
+            raise ValueError("has one class, so there is nothing to tell apart.")
+
+    def logits_shape(self, batch: int, length: int, config: Any) -> tuple[int, ...]:
+        return (batch, length, config.num_labels)
 
 
 @register_kind("pairs")

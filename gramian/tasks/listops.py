@@ -32,9 +32,10 @@ class ListOps(GeneratedTask):
 
     Args:
         max_depth: largest depth of nesting.
-        max_arguments: largest number of arguments of a list; the smallest is 2.
-        min_length: exclusive lower bound of the length in tokens, without the end, as published.
-        max_length: exclusive upper bound, as published.
+        max_arguments: largest number of arguments of a list; the smallest number is 2.
+        min_length: exclusive lower bound of the number of tokens, without the end token, as
+            published.
+        max_length: exclusive upper bound of the same number, as published.
     """
 
     train_examples: int = 96_000
@@ -73,7 +74,7 @@ class ListOps(GeneratedTask):
         )
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        """Yield expressions that occur in no other split of the seed."""
+        """Yield the rows of a split, in which no expression occurs twice."""
         random = self.random(split, seed)
         others: set[bytes] = set()
         for _ in range(self.train_examples if split == "train" else self.eval_examples):

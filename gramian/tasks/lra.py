@@ -39,7 +39,7 @@ class Text(Task):
 
     Args:
         path: the folder `aclImdb` of the data set's archive, with `train/pos/*.txt` and so on.
-        length: number of bytes to read of a review.
+        length: number of bytes to read of each review.
     """
 
     path: str
@@ -69,12 +69,12 @@ class Text(Task):
 @register("lra/retrieval")
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(Task):
-    """Two papers of the ACL Anthology Network, one citing the other (1) or not (0).
+    """Pairs of papers of the ACL Anthology Network: one cites the other (1) or does not (0).
 
     Args:
-        path: folder with `new_aan_pairs.train.tsv`, `.eval.tsv` and `.test.tsv` of the Arena's
-            release, whose tab-separated columns are a label, two names and two texts.
-        length: number of bytes to read of a paper.
+        path: folder of the Arena's release with `new_aan_pairs.train.tsv`, `.eval.tsv` and
+            `.test.tsv`, whose tab-separated columns are a label, two names and two texts.
+        length: number of bytes to read of each paper.
     """
 
     path: str
@@ -118,8 +118,8 @@ class Image(Task):
 
     Args:
         path: the folder `cifar-10-batches-bin` of the data set's binary version.
-        validation: share of the training images in the validation split.
-        split_seed: seed that selects those images.
+        validation: share of the training images that form the validation split, between 0 and 1.
+        split_seed: seed of the choice of these images.
     """
 
     path: str

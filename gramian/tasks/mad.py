@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gramian._checks import check_probability
 from gramian._labels import IGNORED
 from gramian.tasks._task import Description, GeneratedTask, Row, register, require_sizes
 
@@ -45,8 +46,7 @@ class _NoisyTask(_MADTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_sizes(self, "noise_vocab_size", least=0)
-        if not 0 <= self.noise < 1:
-            raise ValueError(f"noise must be a share of at least 0 and below 1; got {self.noise}.")
+        check_probability("noise", self.noise)
         if self.noise > 0 and self.noise_vocab_size < 1:
             raise ValueError("noise needs a noise_vocab_size of at least 1; got 0.")
         if self._ordinary < 2:
@@ -71,14 +71,19 @@ class _NoisyTask(_MADTask):
 @register("mad/in-context-recall")
 @dataclass(frozen=True, kw_only=True)
 class InContextRecall(_NoisyTask):
-    """Key-value pairs from a dictionary drawn for each sequence; a repeated key's value is due.
+    """Pairs of keys and values; when a key occurs again, the model must give its value.
+
+    The dictionary of keys and values is drawn anew for each sequence.
 
     Args:
-        vocab_size: lower half keys, upper half values, then noise tokens, and the copy mark where
-            `multi_query` is off.
-        length: tokens of the pairs, even; the sequence has one less (two with the mark one more).
-        multi_query: whether to score the value of every repeated key, or only of the last key.
-        noise: share of pairs that are replaced by noise tokens.
+        vocab_size: number of token ids. The last ids are `noise_vocab_size` noise tokens and,
+            unless `multi_query` is on, the copy mark. Of the ids before, the lower half are keys
+            and the upper half values.
+        length: number of tokens in all pairs, even. Since the last value is not an input, a
+            sequence has `length` - 1 tokens, or `length` with the copy mark.
+        multi_query: whether to score the value of every repeated key; otherwise only the value of
+            the last key is scored, which follows the copy mark.
+        noise: share of pairs that are replaced by noise tokens, at least 0 and below 1.
         noise_vocab_size: number of noise tokens.
     """
 
@@ -132,7 +137,7 @@ class InContextRecall(_NoisyTask):
 @register("mad/noisy-in-context-recall")
 @dataclass(frozen=True, kw_only=True)
 class NoisyRecall(InContextRecall):
-    """In-context recall in which some pairs are noise; the settings are `InContextRecall`'s."""
+    """In-context recall in which some pairs are noise, with the settings of `InContextRecall`."""
 
     vocab_size: int = 32
     noise_vocab_size: int = 16
@@ -144,19 +149,21 @@ class NoisyRecall(InContextRecall):
 class FuzzyRecall(_NoisyTask):
     """In-context recall with keys and values of several tokens each.
 
-    Training keys and values have any size up to the largest; evaluation queries keys of the largest
-    size. Sequences are padded on the left. The pair that is queried at the end always occurs in the
-    sequence; the published generator omits it when the random place that it draws for the pair lies
-    past the last one.
+    In training, keys and values have any number of tokens up to the largest; in evaluation, keys
+    have the largest number. Sequences are padded on the left. The pair that is queried at the end
+    always occurs in the sequence before. The published generator omits it when the random place
+    that it draws for the pair lies past the end of the pairs.
 
     Args:
-        vocab_size: lower half keys, upper half values, then noise tokens, the padding token, and
-            the copy mark where `multi_query` is off.
-        length: length of a sequence.
-        key_size: largest number of tokens of a key, all different.
-        value_size: largest number of tokens of a value, all different.
-        multi_query: whether to score the value of every repeated key, or only of the last key.
-        noise: share of pairs that are replaced by noise tokens.
+        vocab_size: number of token ids. The last ids are `noise_vocab_size` noise tokens, the
+            padding token and, unless `multi_query` is on, the copy mark. Of the ids before, the
+            lower half are parts of keys and the upper half parts of values.
+        length: number of tokens in a sequence, with its padding.
+        key_size: largest number of tokens in a key, all different.
+        value_size: largest number of tokens in a value, all different.
+        multi_query: whether to score the value of every repeated key; otherwise only the value of
+            the last key is scored, which follows the copy mark.
+        noise: share of pairs that are replaced by noise tokens, at least 0 and below 1.
         noise_vocab_size: number of noise tokens.
     """
 
@@ -239,13 +246,15 @@ class FuzzyRecall(_NoisyTask):
 @register("mad/memorization")
 @dataclass(frozen=True, kw_only=True)
 class Memorization(_NoisyTask):
-    """A fixed dictionary of keys and values; a mark follows each key, and the value is due there.
+    """Keys of a fixed dictionary; after each key comes a mark, whose label is the key's value.
 
     Args:
-        vocab_size: lower half keys, upper half values, then noise tokens, then the mark.
-        length: length of a sequence, even.
+        vocab_size: number of token ids. The last ids are `noise_vocab_size` noise tokens and the
+            mark. Of the ids before, the lower half are keys and the upper half values.
+        length: number of tokens in a sequence, even.
         dictionary_seed: seed of the dictionary, which all splits and seeds share.
-        noise: share of pairs that are replaced by noise tokens.
+        noise: share of keys that are replaced, with their marks, by noise tokens, at least 0 and
+            below 1.
         noise_vocab_size: number of noise tokens.
     """
 
@@ -290,14 +299,15 @@ class Memorization(_NoisyTask):
 @register("mad/compression")
 @dataclass(frozen=True, kw_only=True)
 class Compression(_NoisyTask):
-    """Random tokens and a final mark; the whole input is decoded from the mark's position alone.
+    """Random tokens and a final mark, from whose position alone the whole input is decoded.
 
     Noise tokens must be decoded too, as published.
 
     Args:
-        vocab_size: ordinary tokens, then noise tokens, then the mark.
-        length: length of a sequence, with the mark.
-        noise: share of tokens that are replaced by noise tokens.
+        vocab_size: number of token ids: ordinary tokens, then `noise_vocab_size` noise tokens, then
+            the mark.
+        length: number of tokens in a sequence, with the mark.
+        noise: share of tokens that are replaced by noise tokens, at least 0 and below 1.
         noise_vocab_size: number of noise tokens.
     """
 
@@ -321,11 +331,14 @@ class Compression(_NoisyTask):
 @register("mad/selective-copying")
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopying(_MADTask):
-    """Tokens scattered among blanks, a mark, then one blank per token, where the tokens are due.
+    """Tokens scattered among blanks, then a mark, then one blank for each token.
+
+    The labels of the last blanks are the tokens, in order.
 
     Args:
-        vocab_size: ordinary tokens, then the blank, then the mark.
-        length: length of a sequence.
+        vocab_size: number of token ids. The last two are the blank and the mark, in this order, and
+            the others are the tokens that can be copied.
+        length: number of tokens in a sequence, including blanks and the mark.
         tokens: number of tokens to copy.
     """
 

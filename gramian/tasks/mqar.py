@@ -1,9 +1,9 @@
 """Multi-query associative recall (Zoology: Arora, Eyuboglu et al., arXiv 2312.04927).
 
-A sequence begins with key-value pairs; later every key occurs once more, and its value is due
-there. The gap between a pair and its query follows a power law, as gaps between repeated bigrams do
-in text. Keys are the lower half of the vocabulary without 0, values the upper half; all other
-positions hold random tokens.
+A sequence begins with key-value pairs. Later every key occurs once more, and its label there is the
+key's value. The gap between a pair and its query follows a power law, as gaps between repeated
+bigrams do in text. Keys are the lower half of the vocabulary without 0, and values the upper half.
+All other positions hold random tokens or zeros.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ class MQAR(GeneratedTask):
     """Multi-query associative recall, as `zoology/data/multiquery_ar.py` generates it.
 
     Args:
-        vocab_size: keys are 1 … vocab_size // 2 - 1, values vocab_size // 2 … vocab_size - 1.
-        length: length of a sequence, even.
-        pairs: number of different keys.
-        passes: number of times that the pairs are shown before the queries.
-        power: exponent a of the density `a x^(a-1)` of gaps; 1 is uniform.
+        vocab_size: number of token ids: the keys are 1 … vocab_size // 2 - 1 and the values
+            vocab_size // 2 … vocab_size - 1.
+        length: number of tokens in a sequence, even and below `vocab_size`.
+        pairs: number of pairs, which have different keys.
+        passes: number of times that all pairs are shown before the queries.
+        power: exponent a of the density `a x^(a-1)` of gaps, above 0; 1 is uniform.
         random_non_queries: whether free positions hold random tokens of the whole vocabulary;
             otherwise they hold zeros.
 
     Raises:
-        ValueError: on a length that is odd, not below `vocab_size`, or too short for the pairs and
-            queries.
+        ValueError: if `length` is odd, not below `vocab_size`, or too short for the pairs and
+            queries, or another setting is out of range.
     """
 
     train_examples: int = 100_000

@@ -1,4 +1,4 @@
-"""Pathfinder of the Long Range Arena: tell whether two discs lie on one dashed path.
+"""Pathfinder of the Long Range Arena: the task is to say whether two discs lie on one dashed path.
 
 The task is that of Linsley et al. (NeurIPS 2018), made by the generator that the Arena used
 (drewlinsley/pathfinder) with its settings for 32 × 32 pixels. Two long paths begin near each other;
@@ -8,8 +8,8 @@ stretched to the full range, as in the generator's files, and the image is read 
 gray values in [-1, 1].
 
 A path grows dash by dash. A mask holds the occupied pixels: every dash with a margin around it. The
-next dash starts where the last one points; its direction is drawn where the mask leaves room, with
-weight `cos²(c Δ)` for a turn by Δ, where c is the `continuity`.
+next dash starts where the last one points. Its direction is drawn among those for which the mask
+leaves room, with weight `cos²(c Δ)` for a turn by Δ, where c is the `continuity`.
 """
 
 from __future__ import annotations
@@ -46,24 +46,26 @@ _Paths = tuple[list[np.ndarray], np.ndarray, list[list[tuple[int, int]]]]
 @register("lra/pathfinder")
 @dataclass(frozen=True, kw_only=True)
 class Pathfinder(GeneratedTask):
-    """Images of dashed paths; the label says whether the two discs lie on one of them.
+    """Images of dashed paths; the label says whether the two discs lie on the same path.
 
     Args:
-        size: side of the image in pixels.
-        path_length: dashes of each long path; 6, 9 and 14 are the published difficulties.
-        dash: length of a dash.
-        thickness: thickness of a dash, a multiple of a half.
-        gap: free pixels around a dash.
-        seed_distance: distance between the beginnings of the two paths.
-        continuity: straightness of the paths.
-        radius: radius of the discs.
-        distractors: total number of distractor dashes; a distractor has a third as many as a path.
+        size: side of the image in pixels, above 4 × `seed_distance`.
+        path_length: number of dashes in each long path, at least 3; 6, 9 and 14 are the published
+            difficulties.
+        dash: length of a dash in pixels.
+        thickness: thickness of a dash in pixels, a multiple of 0.5.
+        gap: number of free pixels around a dash.
+        seed_distance: distance in pixels between the beginnings of the two long paths.
+        continuity: straightness of the paths: a turn by Δ has weight `cos²(continuity Δ)`.
+        radius: radius of the discs in pixels.
+        distractors: number of dashes in all distractor paths together; a distractor path has a
+            third as many dashes as a long path.
         path_contrast: brightness of the long paths, relative to that of the discs.
-        distractor_contrast: the same for the distractors.
+        distractor_contrast: brightness of the distractor paths, relative to that of the discs.
 
     Raises:
-        ValueError: when rows are drawn, if 5,000 attempts at the two long paths, or 20,000 dashes,
-            fail.
+        ValueError: when rows are drawn, if the two long paths of an image find no room in 5,000
+            attempts or 20,000 dashes.
     """
 
     train_examples: int = 160_000
@@ -114,7 +116,10 @@ class Pathfinder(GeneratedTask):
     def picture(
         self, random: np.random.Generator, label: int
     ) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
-        """Draw an image (size, size), not yet stretched, and return it with the paths' ends."""
+        """Draw an image (size, size) and return it with the two ends of both long paths.
+
+        Its brightness is not stretched yet.
+        """
         drawn, dashes, attempts = None, 0, 0
         while drawn is None and attempts < ATTEMPTS and dashes < DASHES:
             drawn, tried = self._two_paths(random)
@@ -141,7 +146,7 @@ class Pathfinder(GeneratedTask):
         return image, ends
 
     def _two_paths(self, random: np.random.Generator) -> tuple[_Paths | None, int]:
-        """Return the two paths, or None if they found no room, and the number of dashes tried."""
+        """Draw the two long paths, or None if there is no room; return also the dashes tried."""
         mask = np.zeros((self.size, self.size))
         mask[[0, -1]] = mask[:, [0, -1]] = 1
         border = mask.copy()
@@ -197,7 +202,7 @@ class Pathfinder(GeneratedTask):
         return image, np.maximum(mask, dash.mask)
 
     def _begin(self, random: np.random.Generator, taken: np.ndarray) -> _Dash | None:
-        """Return a first dash where it fits."""
+        """Return the first dash of a path at a random free place, or None if there is no room."""
         for _ in range(RETRIES + 1):
             angle = random.integers(-180, 180) * math.pi / 180
             reach = self.dash + self.gap
@@ -212,7 +217,7 @@ class Pathfinder(GeneratedTask):
         return None
 
     def _dash_at(self, tail: tuple[int, int], angle: float) -> _Dash | None:
-        """Return the dash that begins at `tail`, its pivot behind it; None outside of the image."""
+        """Return the dash that begins at `tail`, or None if it would leave the image."""
         head = _move(tail, angle, self.dash)
         pivot = _move(head, _reversed(angle), self.dash + self.gap)
         if not all(0 <= value < self.size for value in (*head, *pivot)):
@@ -279,7 +284,10 @@ def _reversed(angle: float) -> float:
 def _dash_patch(
     angle: float, length: int, thickness: float, gap: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return line and mask of a dash that begins in the middle, (2 r + 1, 2 r + 1), in [0, 1]."""
+    """Return the line and the mask of a dash, both (2 r + 1, 2 r + 1) with values in [0, 1].
+
+    The dash begins in the middle of the patch, whose radius r is large enough for the margin.
+    """
     from PIL import Image, ImageDraw
 
     radius = length + math.ceil(thickness) + gap
@@ -312,7 +320,7 @@ def _place(patch: np.ndarray, center: tuple[int, int], size: int) -> np.ndarray:
 
 
 def _dilate(image: np.ndarray, structure: np.ndarray) -> np.ndarray:
-    """Return the largest value under `structure` around every pixel."""
+    """Return the image whose pixels are the largest values under `structure` around them."""
     radius = structure.shape[0] // 2
     height, width = image.shape
     padded = np.zeros((height + 2 * radius, width + 2 * radius), dtype=image.dtype)

@@ -1,9 +1,10 @@
 """Induction heads and associative recall (H3: Dao, Fu et al., arXiv 2212.14052; Hyena).
 
-Both tasks end in a mark, and the answer after it is the token or tokens that followed an earlier
-occurrence. The vocabulary holds two special tokens: 0, which is "." in the published code, and
-vocab_size - 1, which is its mark "=>". Training scores every next token, evaluation the answer
-alone.
+In associative recall a sequence ends in a mark and a key, and the answer is the value that followed
+this key before. In induction heads it ends in a mark, and the answer is what followed an earlier
+mark. The vocabulary holds two special tokens: 0, which is "." in the published code, and
+vocab_size - 1, which is the mark, "=>" there. Training scores every next token, and evaluation
+scores the answer alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class _RecallTask(GeneratedTask):
         require_sizes(self, "vocab_size", least=4)
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        """Yield rows of which no two in a split are equal, as published."""
+        """Yield the rows of a split, which are all different, as published."""
         random = self.random(split, seed)
         seen: set[bytes] = set()
         for _ in range(self.train_examples if split == "train" else self.eval_examples):
@@ -59,13 +60,14 @@ class _RecallTask(GeneratedTask):
 @register("associative_recall")
 @dataclass(frozen=True, kw_only=True)
 class AssociativeRecall(_RecallTask):
-    """Key-value pairs from one dictionary per sequence, the mark, and a key whose value is due.
+    """Key-value pairs, the mark, and one of the keys again, whose value is the answer.
 
-    Keys are the lower half of the ordinary tokens, values the upper half.
+    The dictionary of keys and values is drawn anew for each sequence. Keys are made of the lower
+    half of the ordinary tokens, and values are tokens of the upper half.
 
     Args:
-        vocab_size: number of tokens, with the two special ones.
-        input_length: number of tokens before the mark; the sequence has two more.
+        vocab_size: number of token ids, including the two special ones.
+        input_length: number of tokens before the mark, rounded down to whole pairs.
         keys: number of tokens in a key.
     """
 
@@ -108,13 +110,15 @@ class AssociativeRecall(_RecallTask):
 @register("induction_heads")
 @dataclass(frozen=True, kw_only=True)
 class InductionHeads(_RecallTask):
-    """Random tokens with a mark among them and again at the end; what followed it first is due.
+    """Random tokens with a mark among them and another mark at the end.
+
+    The answer after the last mark is the tokens that followed the first one.
 
     Args:
-        vocab_size: number of tokens, with the two special ones.
+        vocab_size: number of token ids, including the two special ones.
         input_length: number of tokens before the last mark.
-        answer_length: number of tokens after the mark that are due.
-        triggers: number of marks among the tokens; half of the sequences have only one, as
+        answer_length: number of tokens in the answer.
+        triggers: largest number of marks among the tokens; half of the sequences have only one, as
             published.
     """
 

@@ -1,8 +1,8 @@
-"""Speech Commands (Warden, arXiv 1804.03209), raw: 35 words of one second at 16 kHz.
+"""Speech Commands (Warden, arXiv 1804.03209): raw recordings of 35 words, one second at 16 kHz.
 
-As in the experiments of S4 and RTF, the split is the data set's own, short recordings are padded
-with zeros, and every sample position is standardized with the training set's mean and deviation at
-that position.
+As in the experiments of S4 and RTF, the splits are the data set's own, short recordings are padded
+with zeros, and the samples at each position are standardized with the training set's mean and
+standard deviation at that position.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ class SpeechCommands(Task):
     """Recordings of words, labelled by the words in alphabetic order.
 
     Args:
-        path: the unpacked archive, with one folder per word, `validation_list.txt` and
+        path: folder of the unpacked archive, with one folder per word, `validation_list.txt` and
             `testing_list.txt`.
-        num_labels: number of words that the folder must hold.
-        decimate: keep every n-th sample; 2 is the published test at half the rate.
-        standardize: whether to standardize, which takes one pass over the training set.
+        num_labels: number of words, whose folders must all exist.
+        decimate: distance between the samples that are kept; 1 keeps all, and 2 is the published
+            test at half the rate.
+        standardize: whether to standardize the samples, which takes one pass over the training set.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""A table of sequences and labels: CSV or TSV files with a line for each sequence."""
+"""Tables of sequences and labels: CSV or TSV files with one line for each sequence."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gramian._labels import IGNORED
 from gramian._nearest import unknown
 from gramian.tasks._task import (
     SPLITS,
@@ -29,7 +30,8 @@ from gramian.tasks.tokenized import TokenizedTask, byte_tokenizer
 
 __all__ = ["Table"]
 
-KINDS = ("classification", "regression")
+KINDS = ("classification", "regression", "token_classification")
+_IGNORED = str(IGNORED)
 
 
 @register("table")
@@ -41,21 +43,29 @@ class Table(TokenizedTask):
     of all files, in numeric order if all labels are integers and in alphabetic order otherwise. The
     seed has no effect.
 
+    With `kind="token_classification"` every token has a class: a label holds one word for each
+    token, separated by white space, or one character for each. The word -100 stands for a token
+    that is not scored, and special tokens are not scored either.
+
     Args:
-        train: paths or patterns of the training split's files, one or a list.
+        train: path or pattern of the training split's files, or a list of them.
         validation: the same for the validation split.
         test: the same for the test split.
-        sequence: column of the sequences.
-        label: column of the labels.
-        kind: `"classification"`, or `"regression"` for labels that are numbers.
+        sequence: name of the column of sequences.
+        label: name of the column of labels.
+        kind: `"classification"`, `"regression"` for labels that are numbers, or
+            `"token_classification"` for a class of every token.
         length: largest number of tokens in a sequence.
         tokenizer: a tokenizer of transformers, its folder or its name, or `"dna"` for HyenaDNA's;
             by default the model's own if it is known, otherwise bytes.
+        special_tokens: whether a sequence gets the special tokens that the tokenizer adds by
+            default, such as the `[SEP]` with which published HyenaDNA classifiers were trained.
 
     Raises:
-        ValueError: when files are read, on one without the columns, and on a line whose sequence is
-            empty or longer than `length`, or whose label is missing or not a number.
-        FileNotFoundError: on a path or pattern without files, when they are read.
+        ValueError: when files are read, if a column is missing, a sequence is empty or longer than
+            `length`, or a label is missing, is not a number for regression, or does not have a
+            class for each token for token classification.
+        FileNotFoundError: when files are read, if a path or pattern matches none.
     """
 
     train: str | list[str] | None = None
@@ -64,6 +74,7 @@ class Table(TokenizedTask):
     sequence: str = "sequence"
     label: str = "label"
     kind: str = "classification"
+    special_tokens: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,11 +88,11 @@ class Table(TokenizedTask):
         return byte_tokenizer()
 
     def classes(self) -> list[str]:
-        """Return the classes in the order of their numbers; none for regression."""
+        """Return the names of the classes, in the order of their numbers; empty for regression."""
         if self.kind == "regression":
             return []
         lines = (line for split in SPLITS if has_rows(self, split) for line in self._lines(split))
-        found = {label for _, _, label in lines}
+        found = {one for _, _, label in lines for one in self._labels(label)} - {_IGNORED}
         return sorted(found, key=int if all(map(_is_integer, found)) else str)
 
     def description(self) -> Description:
@@ -95,7 +106,9 @@ class Table(TokenizedTask):
         )
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        encode = Encoder(self.own_tokenizer(), special_tokens=False)
+        tokenizer = self.own_tokenizer()
+        encode = Encoder(tokenizer, special_tokens=self.special_tokens)
+        bare = Encoder(tokenizer, special_tokens=False)
         numbers = {name: number for number, name in enumerate(self.classes())}
         for where, sequence, label in self._lines(split):
             ids = encode(Document(sequence, where))
@@ -106,8 +119,27 @@ class Table(TokenizedTask):
                 )
             if self.kind == "classification":
                 yield {"input_ids": ids, "labels": numbers[label]}
+            elif self.kind == "token_classification":
+                tokens = bare(Document(sequence, where))
+                labels = np.full(len(ids), IGNORED)
+                words = self._labels(label)
+                if len(words) != len(tokens):
+                    raise ValueError(
+                        f"{where}: {self.label} must have a class for each of the {len(tokens):,} "
+                        f"tokens of {self.sequence}; got {len(words):,}."
+                    )
+                begin = _find(tokens, ids, where)
+                labels[begin : begin + len(words)] = [numbers.get(one, IGNORED) for one in words]
+                yield {"input_ids": ids, "labels": labels}
             else:
                 yield {"input_ids": ids, "labels": np.array([_number(label, where, self.label)])}
+
+    def _labels(self, label: str) -> list[str]:
+        """Return the classes in a label: itself, or those of every token."""
+        if self.kind != "token_classification":
+            return [label]
+        words = label.split()
+        return words if len(words) > 1 else list(label)
 
     def _lines(self, split: str) -> Iterator[tuple[str, str, str]]:
         """Yield the place, the sequence and the label of every line."""
@@ -123,7 +155,8 @@ def _read(
     file: str, columns: tuple[str, str], size: int, changed: int
 ) -> list[tuple[int, tuple[str, str]]]:
     """Read two columns of a file with their line numbers; `size` and `changed` distinguish its
-    versions in the cache."""
+    versions in the cache.
+    """
     try:
         text = b"".join(blocks(file)).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -147,6 +180,17 @@ def _read(
             f"{file}, line {reader.line_num} is no line of a table: {error}."
         ) from error
     return found
+
+
+def _find(tokens: np.ndarray, ids: np.ndarray, where: str) -> int:
+    """Return the place at which the tokens of a sequence stand among special tokens."""
+    for begin in range(len(ids) - len(tokens) + 1):
+        if np.array_equal(ids[begin : begin + len(tokens)], tokens):
+            return begin
+    raise ValueError(
+        f"{where}: the tokenizer's special tokens must stand before and after those of a sequence, "
+        "or special_tokens must be off."
+    )
 
 
 def _number(label: str, where: str, column: str) -> float:

@@ -1,4 +1,4 @@
-"""Language modeling on bytes or tokens of text files or any corpus of `datasets`."""
+"""Language modeling on the bytes or tokens of text files or of a corpus of `datasets`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gramian._checks import check_choice
 from gramian._nearest import unknown
 from gramian.tasks._task import (
     SPLITS,
@@ -38,8 +39,7 @@ class _TextTask(TokenizedTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.packing not in ("document", "concatenate"):
-            raise ValueError(f"packing must be 'document' or 'concatenate'; got {self.packing!r}.")
+        check_choice("packing", self.packing, ("document", "concatenate"))
 
     @abstractmethod
     def documents(self, split: str) -> Iterator[Document]:
@@ -81,24 +81,26 @@ class Text(_TextTask):
     bytes that are not UTF-8 are kept. The seed has no effect.
 
     Args:
-        train: paths or patterns (`books/*.txt`) of the training split's files, one or a list.
+        train: path or pattern (such as `books/*.txt`) of the training split's files, or a list of
+            them.
         validation: the same for the validation split.
         test: the same for the test split.
         separator: string that separates documents within a text, a JSON line or a row of the
             corpus; by default each of these is one document. A separator that never occurs causes a
             warning.
         corpus: a corpus of `datasets` in place of files: a folder written by `save_to_disk` or,
-            online, a name on the Hub. The names of its splits must match.
-        corpus_config: name of the corpus's configuration.
+            online, a name on the Hub. Its splits must be called train, validation and test.
+        corpus_config: name of the corpus's configuration on the Hub.
         column: column of the corpus, or key of the `.jsonl` lines, that holds the text.
         length: number of tokens in a row.
-        packing: `"document"` or `"concatenate"`.
+        packing: `"document"`, in which no row spans two documents, or `"concatenate"`, in which all
+            documents form one stream, each followed by an end token.
         tokenizer: a tokenizer of transformers, its folder or its name; by default the model's own
             if it is known, otherwise bytes with the ids of `gramian.models.ByteTokenizer`.
 
     Raises:
-        ValueError: on both or neither of files and corpus, or an unknown packing.
-        FileNotFoundError: on a path or pattern without files, when they are read.
+        ValueError: if both or neither of files and a corpus are given, or `packing` is unknown.
+        FileNotFoundError: when files are read, if a path or pattern matches none.
     """
 
     train: str | list[str] | None = None
@@ -197,9 +199,9 @@ class PythonDocumentation(_TextTask):
 
     Args:
         length: number of tokens in a row.
-        packing: `"document"` (each topic is one) or `"concatenate"`.
+        packing: `"document"` or `"concatenate"`, as for the task `text`; a topic is a document.
         tokenizer: as for the task `text`.
-        held_out: share of the text, by characters, in each of the validation and test splits.
+        held_out: share of the text, in characters, that each of the splits validation and test has.
     """
 
     length: int = 256

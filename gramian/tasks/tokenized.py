@@ -1,10 +1,11 @@
-"""The base class and the rows of next-token tasks on documents that a tokenizer encodes.
+"""Tasks that predict the next token of documents that a tokenizer encodes.
 
 No row spans two documents. A convolution or a recurrence carries its state from one document to the
 next, and no mask makes it forget, so documents that share a sequence leak into each other. Each
-document is therefore cut into its own windows, and the collator pads the short last ones under a
-mask. `packing="concatenate"` follows the published practice for WikiText-103 and similar corpora:
-one stream with an end mark after each document, cut into full windows.
+document is therefore cut into its own windows, and the collator pads the last window, which may be
+short, and masks the padding. `packing="concatenate"` follows the published practice for
+WikiText-103 and similar corpora instead: one stream, with an end token after each document, is cut
+into full windows.
 
 A row's labels are the next tokens. The windows of a document share no labels, and a document's
 first token is never a label.
@@ -28,7 +29,7 @@ __all__ = ["TokenizedTask", "byte_tokenizer", "dna_tokenizer", "windows"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedTask(Task):
-    """Base of tasks that predict the next token of documents.
+    """The base class of tasks that predict the next token of documents.
 
     Args:
         length: number of tokens in a row.
@@ -45,7 +46,7 @@ class TokenizedTask(Task):
 
     @abstractmethod
     def default_tokenizer(self) -> Any:
-        """Return the tokenizer that encodes the documents by default."""
+        """Return the tokenizer that encodes the documents unless one is given."""
 
     def own_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -61,8 +62,9 @@ class TokenizedTask(Task):
     def tokens_of(self, tokenizer: Any) -> Task:
         own = self.own_tokenizer()
         if own.get_vocab() == tokenizer.get_vocab():
-            return self
-        if self.tokenizer is not None:
+            if _special_tokens(own) == _special_tokens(tokenizer):
+                return self
+        elif self.tokenizer is not None:
             raise ValueError(
                 f"the task's tokenizer has {len(own):,} tokens that are not the "
                 f"{len(tokenizer):,} of the model's own; leave the setting tokenizer out to use "
@@ -79,6 +81,12 @@ class TokenizedTask(Task):
             vocab_size=len(tokenizer),
             pad_token_id=0 if pad is None else pad,
         )
+
+
+def _special_tokens(tokenizer: Any) -> int:
+    """Return the number of special tokens that a tokenizer adds to a sequence by itself."""
+    count = getattr(tokenizer, "num_special_tokens_to_add", None)
+    return 0 if count is None else int(count())
 
 
 def byte_tokenizer() -> Any:
@@ -104,10 +112,10 @@ def windows(
     """Yield rows of at most `length` tokens from documents of token ids.
 
     Args:
-        documents: token ids (tokens,) of each document, whole or in pieces.
-        length: number of tokens in a row; its labels are one step ahead.
+        documents: token ids of each document: one array (tokens,), or an iterator of arrays.
+        length: largest number of tokens in a row; the label of a token is the next token.
         packing: `"document"` or `"concatenate"`.
-        end: id to append to each document, or None.
+        end: id to append to each document, or None to append nothing.
     """
     streams = (iter([one]) if isinstance(one, np.ndarray) else one for one in documents)
     if packing == "concatenate":

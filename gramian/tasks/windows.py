@@ -1,4 +1,4 @@
-"""Windows of tokens: rows of equal length, none of which spans two documents."""
+"""Windows of tokens, which have equal lengths and never span two documents."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def spread_windows(documents: Sequence[Tensor], length: int, max_tokens: int) ->
         The windows, (count, length).
 
     Raises:
-        ValueError: if no document has two tokens.
+        ValueError: if no document has at least two tokens.
     """
     longest = max(map(len, documents), default=0)
     length = min(length, longest)

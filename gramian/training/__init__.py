@@ -3,12 +3,13 @@
     config = gramian.training.load_config("recipes/mqar_multi_hyena.yaml", ["seed=1"])
     report = gramian.training.train(config)
 
-One process, `torchrun` on many devices and FSDP2 use the same file. A run that was killed resumes
-from its last complete checkpoint and reaches the same losses as an uninterrupted one.
+The same file serves one process, `torchrun` on many devices, and FSDP2. A run that was killed
+resumes from its last complete checkpoint and reaches the same losses as an uninterrupted one.
 
     report = gramian.training.sweep(gramian.training.load_sweep("recipes/sweeps/mqar.yaml"), jobs=2)
 
-runs a grid of configurations, each in its own process, and gathers one table and one figure.
+This call runs a grid of configurations, each in its own process, and gathers the results in one
+table and one figure.
 
 Needs the extra `train` (`pip install "gramian[train]"`).
 """

@@ -1,9 +1,9 @@
-"""Running of a sweep: each point is one run, in processes here or by Ray on many machines.
+"""Sweeps: each point is one run, in a process on this machine or as a task of a Ray cluster.
 
 sweep.yaml         the configuration
 NAME=VALUE,…/      folders of the runs
 logs/              output of each run's processes, and tracebacks
-results.json       all results, written at the end, as are the files below
+results.json       all results; this file and those below are written at the end
 results.csv        one line per run
 table.md           means over the seeds
 sweep.png          the metric along the first numeric axis
@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from gramian._checks import check_sizes
 from gramian._drawing import save_figure
 from gramian._processes import require_one_process
 from gramian._staging import staged_file
@@ -63,28 +64,28 @@ def sweep(
 
     Args:
         config: a configuration from `load_sweep` or `parse_sweep`.
-        jobs: number of simultaneous runs on this machine. Each gets an equal share of the cores,
-            unless `hardware.threads` is set, and one of the accelerators in turn.
+        jobs: number of simultaneous runs on this machine. Each run uses `hardware.threads` cores
+            or, by default, an equal share of the cores. Accelerators are assigned in turn, one per
+            run.
         address: address of a Ray cluster, or `"auto"` for that of this machine. Runs go to its
             machines, which must share the file system and the working directory, and `jobs` is
             ignored. Each run requests `hardware.threads` cores and one accelerator, if the cluster
             has any.
         progress: whether to print progress on standard error, one line for every run that ends and
-            at least one every 30 seconds; or a function, called as `progress(done, total)` with the
-            number of runs, in which an unfinished run counts as its finished fraction.
+            at least one every 30 seconds; or a function, called as `progress(done, total)` with
+            numbers of runs. In `done`, an unfinished run counts as its finished fraction.
 
     Returns:
         The report, which is also saved in the sweep's folder.
 
     Raises:
-        ConfigError: if a point's task, model or batch do not fit together, a folder holds another
-            run, or the sweep is started as one of several processes.
+        ConfigError: if the task, model and batch size of a point do not fit together, if a folder
+            holds another run, or if the sweep is started as one of several processes.
         FileNotFoundError: if a file of a task is missing.
         ImportError: if an address is given and Ray is not installed.
-        ValueError: on fewer than one job.
+        ValueError: if `jobs` is not an integer of at least 1.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1; got {jobs}.")
+    check_sizes(jobs=jobs)
     try:
         require_one_process("a sweep starts its own processes")
     except ValueError as error:
@@ -112,7 +113,7 @@ def _show_nothing(done: float, total: int) -> None:
 
 
 def _check(config: SweepConfig) -> dict[str, TrainingReport]:
-    """Return the reports of finished points, or raise the error of the first that cannot run."""
+    """Return the reports of finished points by name; raise the error of a point that cannot run."""
     finished, seen = {}, set()
     for point in config.points:
         try:
@@ -156,7 +157,13 @@ def _gather(config: SweepConfig, outcomes: dict[str, TrainingReport | str]) -> S
 
 @dataclass(frozen=True)
 class _Outcome:
-    """An event of the sweep: a point's report or error if one ended, and the others' progress."""
+    """An event of the sweep: a run has ended, or some time has passed.
+
+    Attributes:
+        point: the point whose run has ended; otherwise any unfinished point.
+        result: the report or the error of the run, or None if no run has ended.
+        under_way: sum of the finished fractions of the runs that have not ended.
+    """
 
     point: SweepPoint
     result: TrainingReport | str | None
@@ -165,11 +172,11 @@ class _Outcome:
 
 @dataclass
 class _Job:
-    """A process that runs a point."""
+    """A process that runs a point; `slot` numbers the processes that run at the same time."""
 
     point: SweepPoint
     process: BaseProcess
-    ear: Any
+    receiver: Any
     slot: int
 
 
@@ -188,22 +195,22 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
         while queue or running:
             while queue and free:
                 point, slot = queue.pop(), free.pop()
-                ear, mouth = context.Pipe(duplex=False)
+                receiver, sender = context.Pipe(duplex=False)
                 device = devices[slot % len(devices)] if devices else None
                 log = _log(point)
                 process = context.Process(
-                    target=_work, args=(mouth, point.config, threads, device, log), name=point.name
+                    target=_work, args=(sender, point.config, threads, device, log), name=point.name
                 )
                 process.start()
-                mouth.close()
-                running.append(_Job(point, process, ear, slot))
+                sender.close()
+                running.append(_Job(point, process, receiver, slot))
             connection.wait([job.process.sentinel for job in running], timeout=POLL)
             ended = [job for job in running if not job.process.is_alive()]
             running = [job for job in running if job not in ended]
             under_way = sum(_share(job.point) for job in running)
             for job in ended:
                 free.append(job.slot)
-                yield _Outcome(job.point, _heard(job), under_way)
+                yield _Outcome(job.point, _result_of(job), under_way)
             if running and not ended:
                 yield _Outcome(running[0].point, None, under_way)
     finally:
@@ -213,17 +220,17 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
             job.process.join()
 
 
-def _heard(job: _Job) -> TrainingReport | str:
-    """Return the report or error that an ended process sent, or a line on how it died."""
+def _result_of(job: _Job) -> TrainingReport | str:
+    """Return the report or error that an ended process sent, or one line on how it died."""
     job.process.join()
     try:
-        if job.ear.poll():
-            said: TrainingReport | str = job.ear.recv()
-            return said
+        if job.receiver.poll():
+            result: TrainingReport | str = job.receiver.recv()
+            return result
     except EOFError:
         pass
     finally:
-        job.ear.close()
+        job.receiver.close()
     code = job.process.exitcode or 0
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
@@ -231,7 +238,7 @@ def _heard(job: _Job) -> TrainingReport | str:
     return f"its process ended with status {code}; {_log(job.point)} may say why."
 
 
-def _work(mouth: Any, config: TrainingConfig, threads: int, device: str | None, log: str) -> None:
+def _work(sender: Any, config: TrainingConfig, threads: int, device: str | None, log: str) -> None:
     """Run a point in its own process, and send its report or one line about its failure."""
     _end_with_parent()
     if device is not None:
@@ -241,18 +248,19 @@ def _work(mouth: Any, config: TrainingConfig, threads: int, device: str | None, 
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(threads)
     try:
-        mouth.send(train(config))
+        sender.send(train(config))
     except Exception as error:
         traceback.print_exc()
-        mouth.send(_one_line(error))
+        sender.send(_one_line(error))
     finally:
-        mouth.close()
+        sender.close()
         sys.stdout.flush()
 
 
 def _end_with_parent() -> None:
-    """End this process with its parent, so that no run outlives a killed sweep and conflicts with
-    its successor."""
+    """End this process when its parent ends, so that no run of a killed sweep goes on and conflicts
+    with the next sweep.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -300,8 +308,8 @@ def _by_ray(waiting: list[SweepPoint], address: str | None) -> Iterator[_Outcome
 
 def _fetched(ray: Any, one: Any) -> TrainingReport | str:
     try:
-        said: TrainingReport | str = ray.get(one)
-        return said
+        result: TrainingReport | str = ray.get(one)
+        return result
     except ray.exceptions.RayError as error:
         return _one_line(error)
 
@@ -354,5 +362,5 @@ def _log(point: SweepPoint) -> str:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    told = isinstance(error, ConfigError | DivergedError)
-    return text if told else f"{type(error).__name__}: {text}"
+    explained = isinstance(error, ConfigError | DivergedError)
+    return text if explained else f"{type(error).__name__}: {text}"

@@ -42,19 +42,20 @@ class Collator:
 
 
 class Packer:
-    """A collator that packs sequences end to end instead of padding; each runs as if alone.
+    """A collator that packs sequences end to end instead of padding each of them.
 
-    A row is at most as long as the longest sequence of the task or the batch. `position_ids`
-    restart at 0 with every sequence, which is how the models separate them; the rest of a row is
-    padding under `attention_mask`, where positions continue. Labels keep the positions at which
-    they are due, so none is shifted across a border, and padding has the label -100. Labels of
-    whole sequences are in the order of the sequences in the rows.
+    The models process each packed sequence as if it were alone. A row is at most as long as the
+    longest sequence of the task, or of the batch if that is longer. `position_ids` restart at 0
+    with every sequence, which is how the models tell the sequences apart. The rest of a row is
+    padding, which `attention_mask` marks; there the positions continue. Labels keep the positions
+    at which they are due, so none is shifted from one sequence into another, and padding has the
+    label -100. Labels of whole sequences are in the order of the sequences in the rows.
 
     Args:
         description: description of a task whose kind is `packable`.
 
     Raises:
-        ValueError: on a task of another kind.
+        ValueError: if the kind of the task is not `packable`.
     """
 
     def __init__(self, description: Description) -> None:

@@ -20,7 +20,9 @@ SILENCE = 30.0
 
 
 class Lines:
-    """Print a line on standard error for every finished part, and at least every 30 seconds.
+    """A function that prints progress on standard error: a line for every finished part.
+
+    At least one line is printed every 30 seconds, as long as the function is called.
 
     Args:
         what: name of the parts, such as `"runs"`.
@@ -45,7 +47,10 @@ class Lines:
 
 
 class StepCallback(TrainerCallback):
-    """Call a function with the number of steps done and in total, at the start and every step."""
+    """A callback that calls a function with the number of steps done and the number of all steps.
+
+    It does so at the start of training and after every step, in the main process only.
+    """
 
     def __init__(self, progress: Callable[[float, int], None]) -> None:
         self.progress = progress

@@ -27,9 +27,10 @@ LEFT_OUT = ("total_flos",)
 
 
 class Recorder(TrainerCallback):
-    """A callback that writes every log entry as JSON with its step and the seconds since the start.
+    """A callback that writes every log entry as a line of JSON, with its step and its time.
 
-    Numbers that are not finite become null.
+    The time is in seconds since the start of this process's training. Numbers that are not finite
+    become null.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,8 +50,9 @@ class Recorder(TrainerCallback):
 class Sampler(TrainerCallback):
     """A callback that records the model's outputs on some rows after each evaluation.
 
-    It uses no random numbers. Text is continued greedily from the first half of a row; for other
-    tasks the predictions are recorded beside the targets.
+    It uses no random numbers, so it does not change the course of training. Text is continued
+    greedily from the first half of a row; for other tasks the predictions are recorded beside the
+    targets.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class Sampler(TrainerCallback):
                 use_cache=True,
                 pad_token_id=self.description.pad_token_id,
             )[0, len(ids) :]
-        except FloatingPointError:  # the loss convolves, so it need not have met this
+        except FloatingPointError:  # steps may overflow where convolution does not
             return {"prompt": _text(ids), "text": None}
         return {"prompt": _text(ids), "text": _text(written)}
 
@@ -109,7 +111,7 @@ def _text(ids: torch.Tensor) -> str:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Remove the lines of later steps, and an incomplete last line, from a file of JSON lines."""
+    """Remove lines of later steps, and an incomplete last line, from a file of JSON lines."""
     if path.is_file():
         kept = [line for line in read_lines(path) if line["step"] <= step]
         with staged_file(path) as stage:
@@ -117,7 +119,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects in a file of JSON lines, without an incomplete last line."""
+    """Read the objects in a file of JSON lines, up to a line that is incomplete."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:

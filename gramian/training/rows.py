@@ -1,8 +1,8 @@
-"""Rows of a `datasets.Dataset`, read at the cost of a slice.
+"""Rows of a `datasets.Dataset`, each read by slicing a tensor.
 
 `datasets` takes milliseconds to format a batch of rows, which is a considerable part of a small
-model's step. Here a column is stored in memory, or in a mapped file, as values and offsets, and a
-row is a view of them.
+model's step. Here a column is one tensor of values, in memory or in a mapped file, with the offset
+at which each row begins, and a row is a view of the values.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """The rows of a dataset as read-only tensors.
 
     Args:
-        dataset: a dataset whose columns hold numbers, lists of numbers, or arrays; rows of a column
-            may differ in their first dimension only.
+        dataset: a dataset whose columns hold numbers, lists of numbers, or arrays. The rows of a
+            column may differ in the size of their first dimension only.
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:

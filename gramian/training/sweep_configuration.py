@@ -45,9 +45,9 @@ class SweepPoint:
     """One training run of a sweep.
 
     Attributes:
-        name: name of its folder within the sweep's.
-        values: the value of every axis at this point: that of a key, or the name of a group of
-            changes.
+        name: name of the run's folder within the sweep's folder.
+        values: the value of each axis at this point: the value of the key, or the name of the group
+            of changes.
         config: the run's configuration.
     """
 
@@ -62,8 +62,8 @@ class SweepConfig:
 
     Attributes:
         output: the sweep's folder, which contains one folder per point.
-        axes: the values of every axis, in the order of the file.
-        points: the grid, whose last axis varies fastest.
+        axes: by axis, all its values, in the order of the file.
+        points: all points of the grid; the last axis varies fastest.
         source: the plain values from which the configuration was parsed.
     """
 
@@ -85,14 +85,15 @@ def load_sweep(
 
     Args:
         path: the file.
-        overrides: changes `key=value` for the configuration that all points share, with dots in the
-            key and the value in YAML; `"sweep.task.vocab_size=[10, 20]"` sets an axis.
+        overrides: changes `key=value` to the configuration that all points share. Dots in the key
+            separate sections, and the value is YAML. `"sweep.task.vocab_size=[10, 20]"` sets an
+            axis.
         imports: modules to add to the key `imports`, which all points share.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ConfigError: on text that is not YAML, a module that cannot be imported, and where
-            `parse_sweep` raises it.
+        ConfigError: if the file is not valid YAML, if a module cannot be imported, and in the cases
+            of `parse_sweep`.
     """
     values = read_values(path)
     for override in overrides:
@@ -110,8 +111,8 @@ def parse_sweep(values: Mapping[str, Any]) -> SweepConfig:
     """Make a sweep from plain values, and parse the configuration of every point.
 
     Raises:
-        ConfigError: if there are no axes, on an axis that is empty, repeats a value or changes a
-            key that another axis changes, and on a point whose configuration does not parse.
+        ConfigError: if there are no axes; if an axis is empty, repeats a value or changes a key
+            that another axis changes; or if the configuration of a point is invalid.
     """
     source = copy.deepcopy(dict(values))
     axes = {name: _axis(name, axis) for name, axis in _axes(source).items()}
@@ -221,7 +222,7 @@ def _short_names(axes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _label(value: Any) -> str:
-    """Return a text for a folder's name, which is different for different values."""
+    """Return text for a folder's name; different values have different texts."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     safe = _safe(text)[:LONGEST]
     # Text that reads as a number or null gets a label other than that of the number or null.

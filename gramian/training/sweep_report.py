@@ -46,10 +46,10 @@ class PointReport:
     """One run of a sweep.
 
     Attributes:
-        name: name of its folder within the sweep's.
-        values: the value of every axis at this point.
+        name: name of the run's folder within the sweep's folder.
+        values: the value of each axis at this point.
         report: report of the run, or None if it failed.
-        error: one line that says why it failed, or None.
+        error: one line that says why the run failed, or None.
     """
 
     name: str
@@ -63,15 +63,17 @@ class SweepRow:
     """A group of runs that differ only in their seeds.
 
     Attributes:
-        values: the value of every axis but the seed.
+        values: by axis, the value that the runs share; the seed is left out.
         runs: number of runs that finished.
         failed: number of runs that failed.
-        best: the metric at its best evaluation, over the finished runs; None if no run finished.
-        last: the metric at the end.
+        best: mean and deviation, over the finished runs, of the metric at its best evaluation; None
+            if no run finished, as for the attributes below.
+        last: the same for the metric at the last evaluation.
         steps: mean number of optimizer steps.
-        seconds: mean time that the last process spent on each run.
-        ess: the average effective state-size at the end; None unless `evaluation.ess.rows` is set.
-        ess_utilization: likewise, the share of the state in use.
+        seconds: mean wall time of a run in seconds, counted from its last resumption.
+        ess: mean and deviation of the average effective state-size at the last evaluation; None
+            unless `evaluation.ess.rows` is set.
+        ess_utilization: the same for the share of the state in use.
     """
 
     values: dict[str, Any]
@@ -92,7 +94,7 @@ class SweepReport:
     Attributes:
         output: the sweep's folder.
         metric: `evaluation.metric`, by which the best evaluation of each run was chosen.
-        axes: the values of every axis.
+        axes: by axis, all its values.
         points: all runs, in the order of the grid.
     """
 
@@ -136,7 +138,7 @@ class SweepReport:
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
     def to_csv(self) -> str:
-        """Return one line for every run: its axes, then everything that was measured."""
+        """Return CSV with one line for every run: the values of its axes, then its results."""
         columns = [
             self._line(point) | ({} if point.error is None else {"error": point.error})
             for point in self.points
@@ -162,7 +164,7 @@ class SweepReport:
         return line
 
     def to_markdown(self) -> str:
-        """Return the table of `rows`, followed by the runs that failed."""
+        """Return the table of `rows` in Markdown, followed by the runs that failed."""
         header, *lines = self._cells()
         text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
         text += [
@@ -174,7 +176,7 @@ class SweepReport:
 
     @property
     def summary(self) -> str:
-        """Return one sentence on the number of runs, the failures, and the table."""
+        """Return one sentence with the number of runs and of failures, and what the table shows."""
         words = f"{len(self.points)} runs"
         if self.failed:
             words += f", {len(self.failed)} failed"

@@ -1,4 +1,4 @@
-"""The `Trainer` of transformers with our parameter groups, exact scores and complete checkpoints.
+"""Transformers' `Trainer` with parameter groups for filters, exact scores and safe checkpoints.
 
 A checkpoint is valid once its last file, `complete`, exists: a run that was killed while writing a
 checkpoint resumes from the one before. The best model so far is saved in `best/`, beside the folder
@@ -28,6 +28,7 @@ from gramian.memory import MemoryLosses
 from gramian.tasks import Description, find_kind
 from gramian.training.collation import Packer
 from gramian.training.configuration import ConfigError
+from gramian.training.starting import base_of, save_description
 
 __all__ = ["DivergedError", "GramianTrainer", "Patience", "complete_checkpoints"]
 
@@ -35,7 +36,7 @@ COMPLETE = "complete"
 
 
 class DivergedError(FloatingPointError):
-    """An error for a run whose loss or weights are no longer finite, so that it cannot go on.
+    """The error of a run that cannot go on because its loss or its weights are no longer finite.
 
     The message is one sentence that names the last good checkpoint, which is kept.
     """
@@ -48,7 +49,10 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 class Patience(EarlyStoppingCallback):
-    """Early stopping that does not require loading the best model, which is saved in a folder."""
+    """Early stopping by transformers, without its demand to load the best model at the end.
+
+    The best model is saved in the folder `best/` anyway.
+    """
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -68,12 +72,12 @@ def total(prediction: Any, description: Description) -> dict[str, float]:
 
 
 def _shard_this_process(state: AcceleratorState, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Switch accelerate's process-wide state, which it keeps in two places, to sharding.
+    """Switch accelerate's process-wide state to sharding, in both places where it is kept.
 
-    The change affects every trainer that the process makes afterwards, as accelerate's own does.
+    As when accelerate makes this change itself, it affects every later trainer of the process.
     """
     state.distributed_type = DistributedType.FSDP
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    PartialState().distributed_type = DistributedType.FSDP  # instances share their attributes
     state.fsdp_plugin = plugin
 
 
@@ -84,8 +88,8 @@ class GramianTrainer(Trainer):
         description: description of the task.
         folder: folder of the run.
         tokenizer: tokenizer to save beside the best model, or None.
-        losses: losses on the model's memory, added to the task's.
-        packer: collator for training batches; all other batches use `data_collator`.
+        losses: losses on the model's memory, which are added to the task's loss; None adds none.
+        packer: collator that packs training batches, or None; other batches use `data_collator`.
         kwargs: further arguments of `Trainer`.
     """
 
@@ -120,12 +124,12 @@ class GramianTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Count as the original does, but at least 1, so a batch without labels has zero loss."""
+        """Count labels as transformers does, but at least 1, to give zero loss without labels."""
         count = super()._get_num_items_in_batch(*args, **kwargs)
         return count.clamp_min(1) if isinstance(count, Tensor) else count
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Make the original's loader, with packed rows if requested; evaluation is never packed."""
+        """Make transformers' data loader, with packed rows if there is a packer."""
         collator = self.data_collator
         try:
             self.data_collator = self.packer or collator
@@ -134,7 +138,7 @@ class GramianTrainer(Trainer):
             self.data_collator = collator
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the original's accelerator, but let FSDP2 shard over CPUs too, unlike accelerate."""
+        """Make transformers' accelerator, but let FSDP2 shard over CPUs too, unlike accelerate."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and self.accelerator.distributed_type is DistributedType.MULTI_CPU:
             plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
@@ -161,8 +165,10 @@ class GramianTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """Compute the original's loss; in training, compute logits at the labelled positions alone,
-        and add the losses on memory."""
+        """Compute transformers' loss and, in training, add the losses on memory.
+
+        Training computes logits at the labelled positions alone where that saves work.
+        """
         if self.args.torch_compile:  # compiled code cannot read values, and its shapes are fixed
             shape = inputs["input_ids" if "input_ids" in inputs else "input_values"].shape
             due = self.kind.logits_shape(shape[0], shape[1], self.model.config)
@@ -180,11 +186,13 @@ class GramianTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as the original does; a training entry adds the mean losses on memory since the last.
+        """Log as transformers does, and add to training entries the mean losses on memory.
+
+        The means are over the steps since the previous training entry.
 
         Raises:
-            DivergedError: after writing an entry whose loss is not finite. Checkpoints are written
-                at steps that log, after the entry, so none holds a model that has diverged.
+            DivergedError: if the loss is not finite, after the entry is written. A checkpoint is
+                written only at a step that logs, after the entry, so none holds a diverged model.
         """
         if "loss" in logs:
             logs |= {name: sum(values) / len(values) for name, values in self.logged.items()}
@@ -210,7 +218,9 @@ class GramianTrainer(Trainer):
             raise self._diverged("a weight is no longer finite")
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate as the original does, with the loss over all labels, not a mean over batches."""
+        """Evaluate as transformers does, but compute metrics over all labels, not as means over
+        batches.
+        """
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         exact = total(output, self.description)
         if self.args.metric_for_best_model not in exact:
@@ -222,9 +232,9 @@ class GramianTrainer(Trainer):
         return output
 
     def save_as(self, name: str) -> None:
-        """Write the model and its tokenizer to `name` in the run's folder, complete or not at all.
+        """Write the model and its tokenizer to the folder `name` inside the run's folder.
 
-        Every process must call this method.
+        The folder is written completely or not at all. Every process must call this method.
 
         Raises:
             DivergedError: if a weight is not finite.
@@ -240,6 +250,8 @@ class GramianTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             (stage / "training_args.bin").unlink(missing_ok=True)  # a pickle that names the machine
+            if base_of(self.model) is not self.model:
+                save_description(self.model, stage)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(stage)
             old = self.folder / f".{name}-old"

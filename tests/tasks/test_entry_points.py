@@ -82,13 +82,10 @@ def call(
         monkeypatch.chdir(place)
         monkeypatch.setattr(sys, "argv", ["gramian", *line.split()])
         capfd.readouterr()
-        status = 0
-        try:
+        with pytest.raises(SystemExit) as ended:
             cli.main()
-        except SystemExit as exit:
-            assert isinstance(exit.code, int)
-            status = exit.code
-        return (status, *capfd.readouterr())
+        assert isinstance(ended.value.code, int)
+        return (ended.value.code, *capfd.readouterr())
 
     return main
 

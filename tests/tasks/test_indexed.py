@@ -125,9 +125,9 @@ def test_what_is_not_there_is_refused(
 @pytest.mark.parametrize("data", [b"", b">a\n", b">p\nMKLE\n", b"ACGT\n"])
 def test_no_genome_is_refused_with_the_readers_reason(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.fa").write_bytes(data)
-    with pytest.raises(ValueError) as expected:
+    with pytest.raises(ValueError, match=r"\w") as expected:
         texts(tmp_path / "x.fa")
-    with pytest.raises(ValueError) as found:
+    with pytest.raises(ValueError, match=r"\w") as found:
         IndexedGenome(tmp_path / "x.fa")
     assert str(found.value) == str(expected.value)
 

@@ -181,14 +181,14 @@ def test_compression_is_learnt_from_the_last_position(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "metric", "accepted"),
     [
-        (DELAY, "accuracy", "loss or mse or relative_error"),
-        ({"name": "mqar"}, "mse", "loss or acc"),
+        (DELAY, "accuracy", "'loss', 'mse', 'relative_error'"),
+        ({"name": "mqar"}, "mse", "'loss', 'acc"),
     ],
 )
 def test_a_metric_must_be_one_of_the_task(
     tmp_path: Path, task: dict[str, Any], metric: str, accepted: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{accepted}.*; got {metric}"):
+    with pytest.raises(ConfigError, match=f"{accepted}.*; got '{metric}'"):
         train(run(tmp_path / "run", task, {"filter": RTF}, evaluation={"metric": metric}))
 
 

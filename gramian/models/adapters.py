@@ -1,0 +1,202 @@
+"""Adapters of the package peft: low-rank changes of a model's maps, in a folder of their own.
+
+peft wraps any of our linear maps, and what it makes is trained, generated from and merged as peft
+documents. Here is what the rest of the library needs of it: a folder with an adapter is read as the
+base model that it names with the adapter merged into it, and caches notice adapters that are
+switched.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+__all__ = [
+    "base_folder",
+    "is_adapter",
+    "merge_adapter",
+    "refuse_tied",
+    "require_peft",
+    "switches",
+    "task_type",
+    "tokenizer_folder",
+]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_PREFIX = "base_model.model."
+_TASKS = {
+    "GramianForCausalLM": "CAUSAL_LM",
+    "GramianForSequenceClassification": "SEQ_CLS",
+    "GramianForTokenClassification": "TOKEN_CLS",
+}
+"""The names that peft has for the tasks of our classes."""
+
+
+def require_peft() -> None:
+    """Raise an ImportError with the cure unless peft is installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'adapters need peft: pip install "gramian[adapters]".', name="peft"
+        ) from error
+
+
+def task_type(kind: type[Any]) -> str | None:
+    """Return peft's name for the task of a class of ours, or None if it has none."""
+    return _TASKS.get(kind.__name__)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter and not a whole model."""
+    whole = any((folder / name).is_file() for name in _MODEL_WEIGHTS)
+    return (folder / CONFIG).is_file() and not whole
+
+
+def base_folder(folder: Path) -> Path:
+    """Return the folder of the model that an adapter changes.
+
+    Args:
+        folder: the adapter's folder.
+
+    Raises:
+        ValueError: if the adapter's configuration cannot be read or is not one of LoRA.
+        FileNotFoundError: if the base model is not where the configuration says.
+    """
+    file = folder / CONFIG
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} must hold JSON; it cannot be read.") from error
+    kind = values.get("peft_type") if isinstance(values, dict) else None
+    if kind != "LORA":
+        raise ValueError(f"the adapter in {folder} must be one of LoRA; got {kind!r}.")
+    base = Path(str(values.get("base_model_name_or_path") or ""))
+    if base == Path() or not base.is_dir():
+        named = "no base model" if base == Path() else f"the base model {base}, which is missing"
+        raise FileNotFoundError(
+            f"the adapter in {folder} must name the folder of its base model; it names {named}."
+        )
+    return base
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """Return the folder with a model's tokenizer: its own, or that of the base of an adapter."""
+    if (folder / "tokenizer_config.json").is_file() or not is_adapter(folder):
+        return folder
+    return base_folder(folder)
+
+
+def merge_adapter(model: nn.Module, folder: Path, new: Iterable[str] = ()) -> Any:
+    """Return a model with an adapter merged into its weights.
+
+    Args:
+        model: the base model, whose weights are changed in place.
+        folder: the adapter's folder.
+        new: names of parameters that the base model's folder does not have, so that the adapter
+            must hold them.
+
+    Raises:
+        ImportError: without peft.
+        FileNotFoundError: if the folder has no weights.
+        ValueError: on an adapter that does not fit the model.
+    """
+    require_peft()
+    from peft import PeftModel, get_peft_model_state_dict
+
+    found = _read_names(folder)
+    lacking = [name for name in new if f"{_PREFIX}{name}" not in found]
+    if lacking:
+        raise ValueError(
+            f"the adapter in {folder} must hold {lacking[0]}, which its base model does not have."
+        )
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # missing tensors are an error here
+        try:
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the adapter in {folder} must fit its base model; it does not: {_sentence(error)}"
+            ) from error
+    missing = sorted(get_peft_model_state_dict(adapted).keys() ^ found)
+    if missing:
+        raise ValueError(
+            f"the adapter in {folder} must fit its base model; it does not in "
+            f"{missing[0].removeprefix(_PREFIX)}."
+        )
+    try:
+        refuse_tied(adapted)
+    except ValueError as error:
+        raise ValueError(f"the adapter in {folder} cannot be merged: {error}") from error
+    merged: Any = adapted.merge_and_unload(safe_merge=True)
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad_(trained[name])
+    return merged.eval()
+
+
+def refuse_tied(adapted: Any) -> None:
+    """Raise a ValueError if an adapter changes a matrix that is embedding and output map at once.
+
+    Args:
+        adapted: a `PeftModel` around a model of ours.
+    """
+    model = adapted.get_base_model()
+    if not getattr(model.config, "tie_word_embeddings", False) or not model.can_generate():
+        return
+    for name, module in (
+        ("embed_tokens", model.model.embed_tokens),
+        ("lm_head", model.lm_head),
+    ):
+        if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
+            raise ValueError(
+                f"{name} must stay as it is, since its weight is embedding and output map at once "
+                "(tie_word_embeddings)."
+            )
+
+
+def switches(module: nn.Module) -> list[tuple[Any, ...]]:
+    """Return what peft's adapters inside a module do at present, apart from their weights.
+
+    It differs if adapters are turned on or off, others are selected, or they are scaled; merging
+    changes nothing that a module computes, and does not show.
+    """
+    return [
+        (
+            part.disable_adapters,
+            tuple(part.active_adapters),
+            tuple(sorted((getattr(part, "scaling", None) or {}).items())),
+        )
+        for part in _adapted(module)
+    ]
+
+
+def _adapted(module: nn.Module) -> list[Any]:
+    """Return the parts that peft has wrapped; transformers has methods of these names."""
+    properties = (getattr(type(part), "active_adapters", None) for part in module.modules())
+    parts = zip(module.modules(), properties, strict=True)
+    return [part for part, found in parts if isinstance(found, property)]
+
+
+def _read_names(folder: Path) -> set[str]:
+    """Return the names of the tensors in an adapter's file."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no weights of an adapter: it lacks {WEIGHTS}.")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return set(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {_sentence(error)}") from error
+
+
+def _sentence(error: Exception) -> str:
+    """Return an error's message on one line, ending in one period."""
+    return (" ".join(str(error).split()) or type(error).__name__).rstrip(".") + "."

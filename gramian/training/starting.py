@@ -1,0 +1,197 @@
+"""The model that a run goes on from: a saved one, perhaps under another head, and its adapter."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gramian._nearest import unknown
+from gramian.models import GramianConfig, GramianForCausalLM, load_any
+from gramian.models.adapters import is_adapter, refuse_tied, require_peft, task_type
+from gramian.tasks import Description, Kind
+from gramian.training.configuration import ConfigError, TrainingConfig
+
+__all__ = ["adapt", "base_of", "check_adapter", "load_saved", "save_description"]
+
+_OURS = (  # fields of peft's configuration that follow from the run
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
+)
+
+
+def load_saved(path: str, kind: Kind, description: Description) -> tuple[Any, list[str]]:
+    """Load a saved model as the class that a task trains.
+
+    A model of another class gives its body: the head is new, as large as the task needs. An adapter
+    is merged into its base model.
+
+    Args:
+        path: folder of the model.
+        kind: kind of the task.
+        description: description of the task.
+
+    Returns:
+        The model, and the names of its new parts.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ConfigError: if the model does not fit the task.
+    """
+    folder, wanted = Path(path), kind.model_class()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no model folder {path}.")
+    options = dict(kind.model_options())
+    new: list[str] = []
+    if is_adapter(folder):
+        try:
+            model: Any = load_any(folder)
+        except ValueError as error:
+            raise ConfigError(f"model.path: {error}") from error
+        if not isinstance(model, wanted):
+            raise ConfigError(
+                f"model.path must hold a {wanted.__name__} for this task; it holds an adapter of a "
+                f"{type(model).__name__}."
+            )
+    else:
+        saved = GramianConfig.from_pretrained(folder, local_files_only=True)
+        names = saved.architectures or [GramianForCausalLM.__name__]
+        if wanted.__name__ in names:
+            changes = {}
+        else:
+            changes = dict(options)
+            if description.num_labels is not None:
+                changes["num_labels"] = description.num_labels
+        model, info = wanted.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **changes
+        )
+        missing = sorted(info["missing_keys"])
+        lacking = [name for name in missing if name.startswith("model.")]
+        if lacking:
+            raise ConfigError(f"model.path must hold a whole model; {path} lacks {lacking[0]}.")
+        new = sorted({name.partition(".")[0] for name in missing})
+    for name, value in options.items():
+        if getattr(model.config, name, None) is None:
+            setattr(model.config, name, value)
+    _check_fit(model, path, kind, description)
+    return model, new
+
+
+def _check_fit(model: Any, path: str, kind: Kind, description: Description) -> None:
+    config = model.config
+    if not kind.accepts_model(model):
+        raise ConfigError(
+            f"model.path must hold a model for tasks of the kind {description.kind!r}; {path} has "
+            f"the problem_type {config.problem_type!r}."
+        )
+    if config.input_size != description.input_size:
+        raise ConfigError(
+            f"model.path must hold a model of the task's input_size, {description.input_size}; "
+            f"{path} has {config.input_size}."
+        )
+    if description.vocab_size is not None and config.vocab_size < description.vocab_size:
+        raise ConfigError(
+            f"model.path must hold a model of at least the task's {description.vocab_size} tokens; "
+            f"{path} has {config.vocab_size}."
+        )
+    if description.num_labels is not None:
+        try:
+            kind.check_size(config.num_labels, description)
+        except ValueError as error:
+            raise ConfigError(f"model.path: the task {error}") from error
+
+
+def check_adapter(config: TrainingConfig) -> None:
+    """Check the key `adapter` by itself.
+
+    Raises:
+        ConfigError: on an unknown key, or one that does not go with others.
+    """
+    values = config.adapter
+    if values is None:
+        return
+    if "path" not in config.model:
+        raise ConfigError("adapter needs model.path, the folder of the model that it adapts.")
+    for name in ("fsdp", "compile"):
+        if getattr(config.hardware, name):
+            raise ConfigError(f"adapter cannot be trained with hardware.{name}.")
+    kind = values.get("type", "lora")
+    if kind != "lora":
+        raise ConfigError(f"adapter.type must be 'lora'; got {kind!r}.")
+    _require_peft()
+    from peft import LoraConfig
+
+    known = [field.name for field in dataclasses.fields(LoraConfig)]
+    known = ["type", *(name for name in known if name not in _OURS)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(unknown("key of adapter", key, known))
+    if is_adapter(Path(config.model["path"])):
+        raise ConfigError(
+            f"model.path must hold a whole model to adapt; {config.model['path']} is itself an "
+            "adapter: save it merged first."
+        )
+
+
+def adapt(model: Any, values: Mapping[str, Any], path: str, new: list[str]) -> Any:
+    """Wrap a model in an adapter of peft, which is all that is trained from then on.
+
+    Args:
+        model: a model from `load_saved`.
+        values: the key `adapter` of a configuration.
+        path: folder of the model.
+        new: names of the parts that are new; they are trained and saved with the adapter.
+
+    Raises:
+        ConfigError: if peft refuses the values, or the adapter changes a tied embedding.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    settings = {key: value for key, value in values.items() if key != "type"}
+    if new:
+        given = settings.get("modules_to_save") or []
+        settings["modules_to_save"] = [*given, *(name for name in new if name not in given)]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # refused below
+            adapted = get_peft_model(
+                model, LoraConfig(task_type=task_type(type(model)), **settings)
+            )
+        refuse_tied(adapted)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"adapter: {' '.join(str(error).split())}") from error
+    adapted.peft_config["default"].base_model_name_or_path = str(Path(path).resolve())
+    return adapted
+
+
+def base_of(model: Any) -> Any:
+    """Return the model inside of an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def save_description(model: Any, folder: Path) -> None:
+    """Write the configuration of the model inside of an adapter beside the adapter.
+
+    It tells the class and the labels, which the adapter's own configuration does not.
+    """
+    base = base_of(model)
+    config = copy.deepcopy(base.config)
+    config.architectures = [type(base).__name__]
+    config.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's form, which nobody has filled in
+
+
+def _require_peft() -> None:
+    try:
+        require_peft()
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
