@@ -53,6 +53,9 @@ class Codes:
     def __len__(self) -> int:
         return self._length
 
+    def __del__(self) -> None:
+        self._file.close()
+
     def read(self, start: int, stop: int) -> bytes:
         """Return the codes from `start` to `stop`."""
         self._file.seek(start)

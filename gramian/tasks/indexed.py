@@ -11,7 +11,9 @@ right. Either way the letters are those that `genomes.records` gives.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -60,12 +62,13 @@ class IndexedGenome:
                 name="pyfaidx",
             ) from error
         self._file = str(file)
-        self._folder = tempfile.TemporaryDirectory(prefix="gramian-")
-        index = Path(self._folder.name, "genome.fai")
+        folder = tempfile.mkdtemp(prefix="gramian-")
+        self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        index = Path(folder, "genome.fai")
         entries = _regular(self._file)
         read_from = self._file
         if entries is None:
-            read_from = str(Path(self._folder.name, "genome.fa"))
+            read_from = str(Path(folder, "genome.fa"))
             entries = list(_copied(self._file, Path(read_from)))
         counts = Counter(entry.name for entry in entries)
         self._several = {name for name, count in counts.items() if count > 1}
@@ -114,9 +117,9 @@ class IndexedGenome:
         return codes.decode("ascii")
 
     def close(self) -> None:
-        """Close the file and remove what was written."""
+        """Close the file and remove what was written, as happens to an unused genome by itself."""
         self._reader.close()
-        self._folder.cleanup()
+        self._remove()
 
     def __enter__(self) -> IndexedGenome:
         return self
