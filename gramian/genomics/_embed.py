@@ -56,7 +56,7 @@ def embed(
     `hidden_states` yields them chunk by chunk, and `write_embeddings` writes them so.
 
     Args:
-        model: a model of ours that reads tokens, also inside of an adapter of peft.
+        model: a Gramian model that reads tokens; it may be wrapped in an adapter of peft.
         records: a FASTA file, as a path; or sequences by name; or documents or pairs of a name and
             a sequence.
         tokenizer: the model's tokenizer, which has one token for each nucleotide.

@@ -47,7 +47,7 @@ def write_embeddings(
 
     Args:
         output: the file, which must not exist yet.
-        model: a model of ours that reads tokens.
+        model: a Gramian model that reads tokens.
         records: a FASTA file, or other records as for `embed`.
         tokenizer: the model's tokenizer.
         layer: number or name of a layer.

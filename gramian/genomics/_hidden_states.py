@@ -66,7 +66,7 @@ def hidden_states(
     is carried from one to the next.
 
     Args:
-        model: a model of ours that reads tokens, also inside of an adapter of peft.
+        model: a Gramian model that reads tokens; it may be wrapped in an adapter of peft.
         sequence: token ids (length) or (batch, length), without padding; or a sequence of
             nucleotides, which `tokenizer` encodes.
         layers: a layer, or several. A number is counted as transformers counts `hidden_states`: 0
@@ -130,7 +130,7 @@ def _ids(model: Any, sequence: Tensor | str | Document, tokenizer: Any) -> Tenso
 
 
 def base_of(model: Any) -> GramianPreTrainedModel:
-    """Return the model itself, from inside of an adapter of peft if there is one.
+    """Return the model, which may be wrapped in an adapter of peft.
 
     Raises:
         TypeError: on a model that is not ours.
@@ -139,7 +139,7 @@ def base_of(model: Any) -> GramianPreTrainedModel:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not isinstance(model, GramianPreTrainedModel):
-        raise TypeError(f"model must be a model of ours; got {type(model).__name__}.")
+        raise TypeError(f"model must be a Gramian model; got {type(model).__name__}.")
     if model.config.bidirectional:
         raise ValueError("a bidirectional model looks ahead, so it cannot be read in chunks.")
     if model.config.input_size is not None:
@@ -155,7 +155,7 @@ def read_layer(text: str) -> Layer:
 
 
 class Taps:
-    """What is taken from a model at each of its calls.
+    """The hidden states that are taken from a model whenever it is called.
 
     Args:
         model: the model.

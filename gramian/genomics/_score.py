@@ -116,23 +116,24 @@ def score(
     rounding. Lower case (a soft mask) is read as upper case.
 
     The window around a variant has `window` bases with the reference allele, which stands in its
-    middle: the left flank has `(window - len(ref) + 1) // 2` bases and the right flank the rest,
-    and both end where the record ends. The alternative window has the same two flanks around the
-    alternative allele, so after an insertion it is longer and after a deletion shorter. What the
-    windows of a row share at their beginning is read once, and the state is continued with each.
+    middle: the left flank has `(window - len(ref) + 1) // 2` bases and the right flank the rest. A
+    flank is shorter where the record ends. The alternative window has the same two flanks around
+    the alternative allele, so an insertion makes it longer and a deletion shorter. The prefix that
+    the windows of a row share is read once, and each window continues from the state after it.
 
     Args:
-        model: the language model, also inside of an adapter of peft.
+        model: the language model; it may be wrapped in an adapter of peft.
         records: a FASTA file, as a path; or sequences by name; or documents or pairs of a name and
             a sequence.
         tokenizer: the model's tokenizer, which has one token for each nucleotide.
         variants: a VCF file, or a table with the columns chrom, pos, ref and alt
             (`read_variants`), or variants; by default the records themselves are scored.
         intervals: a BED file; its intervals, on their strands, are scored in place of the records.
-        reverse_complement: `"no"` scores each sequence as it stands; `"average"` and `"both"` score
-            its reverse complement too. They differ only in what a table of the scores shows.
-        bos: whether the tokenizer's token of the beginning, or else that of the end (as Evo's,
-            which has one between sequences), stands before every sequence.
+        reverse_complement: `"no"` scores each sequence as it is given; `"average"` and `"both"`
+            score its reverse complement too. `score` returns the same for both; the tables of
+            `write_scores` differ.
+        bos: whether every sequence begins with the tokenizer's beginning-of-sequence token, or with
+            its end-of-sequence token if it has no other (Evo's, which separates sequences).
         count_unknown: whether letters other than A, C, G and T count, such as N; they are read in
             any case, as the tokens that the tokenizer has for them.
         window: number of bases around a variant; by default 8,192, or the length of the model's

@@ -272,7 +272,7 @@ class Fasta(TokenizedTask):
     ) -> Iterator[tuple[str, tuple[int, int]]]:
         """Yield the name and the bounds of the part of each record that belongs to a split.
 
-        The bounds are those of nothing where a record belongs to another split.
+        They are (0, 0) for a record of another split.
         """
         named = self._held_out("validation") | self._held_out("test")
         divided = split == "train" or (self._divides(split) and getattr(self, split) is None)

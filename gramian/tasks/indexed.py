@@ -1,6 +1,6 @@
 """Random access to the records of a FASTA file, through pyfaidx.
 
-pyfaidx reads files whose records have lines of one length, from an index of five numbers a record.
+pyfaidx reads files in which all lines of a record have the same length.
 Here the index is made, and the file is checked for what pyfaidx reads otherwise than
 `gramian.tasks.genomes` or not at all: compression, a byte order mark, lines that end in CR, lines
 of different lengths, blank lines, comments, white space and numbers inside of lines. Such a file is
@@ -117,7 +117,10 @@ class IndexedGenome:
         return codes.decode("ascii")
 
     def close(self) -> None:
-        """Close the file and remove what was written, as happens to an unused genome by itself."""
+        """Close the file and remove the temporary folder.
+
+        This happens by itself when the object is no longer used.
+        """
         self._reader.close()
         self._remove()
 
