@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gramian.genomics._likelihood import evaluating
 from gramian.genomics._sequences import Alphabet
+from gramian.genomics._tokenizers import tokenizer_of
 from gramian.mixers import Mixer
 from gramian.models import GramianCache, GramianPreTrainedModel
 from gramian.tasks import Document, genomes
@@ -73,8 +74,7 @@ def hidden_states(
             for the embeddings, `i` for the output of the first `i` blocks, and the number of
             blocks (or -1) for the output of the last norm. A text is the dotted name of a module,
             such as `"model.layers.3.mlp"`, whose output is taken.
-        tokenizer: the tokenizer of a sequence that is not given as ids, with one token for each
-            nucleotide.
+        tokenizer: the tokenizer of a sequence that is not given as ids, as for `embed`.
         chunk_size: largest number of tokens that are read at once.
 
     Yields:
@@ -115,8 +115,7 @@ def _chunks(
 def _ids(model: Any, sequence: Tensor | str | Document, tokenizer: Any) -> Tensor:
     """Return ids (batch, length) on the model's device."""
     if not isinstance(sequence, Tensor):
-        if tokenizer is None:
-            raise ValueError("a sequence of nucleotides needs a tokenizer; give one, or ids.")
+        tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
         text = sequence.text if isinstance(sequence, Document) else sequence
         codes = genomes.clean(text.encode(), "the sequence", numbers=False)
         sequence = torch.from_numpy(Alphabet(tokenizer, model.config.vocab_size).ids(codes))

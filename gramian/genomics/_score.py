@@ -18,6 +18,7 @@ from gramian.genomics._sequences import (
     Source,
     open_records,
 )
+from gramian.genomics._tokenizers import tokenizer_of
 from gramian.genomics._variants import (
     Variant,
     check_variants,
@@ -95,7 +96,7 @@ def score(
     model: GramianForCausalLM,
     records: Records,
     *,
-    tokenizer: Any,
+    tokenizer: Any = None,
     variants: str | Path | Iterable[Variant] | None = None,
     intervals: str | Path | None = None,
     reverse_complement: str = "no",
@@ -125,7 +126,8 @@ def score(
         model: the language model; it may be wrapped in an adapter of peft.
         records: a FASTA file, as a path; or sequences by name; or documents or pairs of a name and
             a sequence.
-        tokenizer: the model's tokenizer, which has one token for each nucleotide.
+        tokenizer: the model's tokenizer, which must have one token for each nucleotide; by default
+            the one in the model's folder, or that of a converted HyenaDNA, Evo or model of bytes.
         variants: a VCF file, or a table with the columns chrom, pos, ref and alt
             (`read_variants`), or variants; by default the records themselves are scored.
         intervals: a BED file; its intervals, on their strands, are scored in place of the records.
@@ -170,6 +172,7 @@ def score(
         raise ValueError("window is the number of bases around a variant; give variants too.")
     if variants is not None and intervals is not None:
         raise ValueError("give variants or intervals, not both.")
+    tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
     alphabet = Alphabet(tokenizer, model.config.vocab_size)
     reader = Reader(model, alphabet, bos, count_unknown, chunk_size)
     source = open_records(records, intervals)

@@ -30,7 +30,7 @@ def write_scores(
     model: GramianForCausalLM,
     records: str | Path,
     *,
-    tokenizer: Any,
+    tokenizer: Any = None,
     variants: str | Path | None = None,
     intervals: str | Path | None = None,
     **options: Any,
@@ -52,7 +52,7 @@ def write_scores(
             interruption.
         model: the language model.
         records: a FASTA file.
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer, as for `score`.
         variants: a VCF file or a table of variants.
         intervals: a BED file.
         options: those of `score`.

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from gramian import genomics
+from gramian import checkpoints, genomics
 from gramian.genomics import RecordScore, _likelihood
-from gramian.models import GramianForCausalLM
+from gramian.models import GramianForCausalLM, load
 from tests.genomics.conftest import drawn
 from tests.genomics.reference import Reference, other_strand
 
@@ -234,3 +234,24 @@ def test_memory_does_not_grow_with_a_record(make_model: MakeModel, tokenizer: An
 
     before = peak(20_000)
     assert peak(200_000) - before < 20_000  # KiB; 180,000 logits alone would be 11 MiB a strand
+
+
+def test_the_tokenizer_is_that_of_the_model(
+    make_model: MakeModel, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="tokenizer must be given"):
+        genomics.score(make_model(), RECORDS)
+    expected = totals(genomics.score(make_model(), RECORDS, tokenizer=tokenizer))
+    make_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    saved = load(tmp_path)
+    assert totals(genomics.score(saved, RECORDS)) == expected
+    (chunk,) = genomics.hidden_states(saved, "ACGT", layers=0)
+    assert torch.equal(chunk, saved.model.embed_tokens.weight[7:11])
+    for name in ("hyenadna_tiny.ckpt", "evo_tiny.safetensors"):
+        model, own, _ = checkpoints.load(Path(__file__).parents[1] / "data" / name)
+        found = list(genomics.embed(model, {"a": "ACGTN"}, layer=0))
+        assert found[0].name == "a"
+        ids = own("ACGTN").input_ids
+        mean = model.model.embed_tokens.weight[ids].float().mean(0)
+        assert torch.allclose(torch.from_numpy(found[0].values), mean, atol=1e-6)
