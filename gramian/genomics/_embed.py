@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from gramian.genomics._hidden_states import Layer, Taps, base_of
-from gramian.genomics._score import block_size
+from gramian.genomics._score import blocks_of
 from gramian.genomics._sequences import Alphabet, Codes, Records, Source, open_records
 from gramian.genomics._tokenizers import tokenizer_of
 from gramian.models import GramianCache, GramianPreTrainedModel
@@ -164,7 +164,8 @@ class Embedder:
                 for states, _ in self._read([codes]):
                     yield index, self._array(states[0])
             return
-        while block := list(itertools.islice(numbered, block_size(self.batch_size))):
+        for first, last in blocks_of(self.source.lengths, self.batch_size, self.chunk_size):
+            block = list(itertools.islice(numbered, last - first))
             pooled: dict[int, np.ndarray] = {}
             for batch in self._batches(block):
                 rows = self._pooled([codes for _, codes in batch])

@@ -8,7 +8,7 @@ of the sequences, which continue from there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -83,6 +83,9 @@ class Reader:
         bos: whether every sequence begins with the token `alphabet.begin`.
         count_unknown: whether letters other than A, C, G and T count.
         chunk_size: largest number of tokens of a sequence that are read at once.
+
+    Attributes:
+        tell: called with the number of bases after they were read, or None.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Reader:
         self.model, self.alphabet = model, alphabet
         self.begin = alphabet.begin if bos else None
         self.count_unknown, self.chunk_size = count_unknown, chunk_size
+        self.tell: Callable[[int], None] | None = None
 
     def read(self, groups: Sequence[Sequence[Letters]]) -> list[list[LogLikelihood]]:
         """Return the log-likelihood of every sequence of every group, reading groups together."""
@@ -167,6 +171,9 @@ class Reader:
             place, values = self._values(predicting, targets, due)
             np.add.at(totals, place, values)
             counts += due.sum(1)
+            if self.tell is not None:
+                extra = sum(row.start + begin == 0 for row in rows) if self.begin is not None else 0
+                self.tell(int(mask.sum()) - extra)
             before = None if cache is None else cache.last_hidden_state
         if not np.isfinite(totals).all():
             raise ValueError(

@@ -27,7 +27,7 @@ from gramian.genomics._variants import (
 )
 from gramian.models import GramianForCausalLM
 
-__all__ = ["STRANDS", "RecordScore", "VariantScore", "block_size", "default_window", "score"]
+__all__ = ["STRANDS", "RecordScore", "VariantScore", "blocks_of", "default_window", "score"]
 
 STRANDS = ("no", "average", "both")
 
@@ -186,9 +186,28 @@ def score(
     return _score_variants(reader, genome, found, size, both, batch_size, skip, progress)
 
 
-def block_size(batch_size: int) -> int:
-    """Return the number of records that are sorted by length and read together."""
-    return max(batch_size, min(16 * batch_size, 256))
+def blocks_of(
+    lengths: list[int], batch_size: int, chunk_size: int, skip: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last index, exclusive, of records that are read together.
+
+    They are sorted by length together and give their results together, so there are few of them if
+    they are long.
+
+    Args:
+        lengths: number of bases of each record.
+        batch_size: number of records in a batch.
+        chunk_size: largest number of tokens of a record that are read at once.
+        skip: number of records whose results are not wanted; blocks of such records are left out.
+    """
+    most = max(batch_size, min(16 * batch_size, 256))
+    first = bases = 0
+    for last, length in enumerate(lengths, 1):
+        bases += length
+        if last - first == most or bases >= 16 * batch_size * chunk_size or last == len(lengths):
+            if last > skip:
+                yield first, last
+            first, bases = last, 0
 
 
 def default_window(model: GramianForCausalLM) -> int:
@@ -206,9 +225,9 @@ def _score_records(
 ) -> Iterator[RecordScore]:
     strands = 2 if both else 1
     lengths = source.lengths
-    size = block_size(batch_size)
-    first = skip // size * size  # what is computed together stays together
-    done, total = sum(lengths[:first]) * strands, sum(lengths) * strands
+    blocks = list(blocks_of(lengths, batch_size, reader.chunk_size, skip))
+    start = blocks[0][0] if blocks else len(lengths)
+    done, total = sum(lengths[:start]) * strands, sum(lengths) * strands
 
     def tell(bases: int) -> None:
         nonlocal done
@@ -217,22 +236,20 @@ def _score_records(
             progress(done, total)
 
     tell(0)
-    records = source.read(first)
-    while block := list(itertools.islice(records, size)):
+    reader.tell = tell
+    records = source.read(start)
+    for first, last in blocks:
         texts: list[Letters] = []
-        for one in block:
+        for one in itertools.islice(records, last - first):
             texts += [one, Reverse(one)] if both else [one]
-        found = _read_by_length(reader, texts, batch_size, tell)
-        for index, place in enumerate(range(first, first + len(block))):
+        found = _read_by_length(reader, texts, batch_size)
+        for index, place in enumerate(range(first, last)):
             if place >= skip:
                 results = tuple(found[index * strands : (index + 1) * strands])
                 yield RecordScore(source.names[place], lengths[place], results)
-        first += len(block)
 
 
-def _read_by_length(
-    reader: Reader, texts: list[Letters], batch_size: int, tell: Callable[[int], None]
-) -> list[LogLikelihood]:
+def _read_by_length(reader: Reader, texts: list[Letters], batch_size: int) -> list[LogLikelihood]:
     """Read sequences, those of similar length together; those of one chunk apart from others."""
     found = [LogLikelihood(0.0, 0)] * len(texts)
     order = sorted(
@@ -246,7 +263,6 @@ def _read_by_length(
                 batch, reader.read([[texts[i]] for i in batch]), strict=True
             ):
                 found[index] = result
-            tell(sum(len(texts[i]) for i in batch))
     return found
 
 

@@ -15,6 +15,7 @@ import torch
 
 from gramian import checkpoints, genomics
 from gramian.genomics import RecordScore, _likelihood
+from gramian.genomics._score import blocks_of
 from gramian.models import GramianForCausalLM, load
 from tests.genomics.conftest import drawn
 from tests.genomics.reference import Reference, other_strand
@@ -127,12 +128,23 @@ def test_progress_counts_bases(make_model: MakeModel, tokenizer: Any) -> None:
             tokenizer=tokenizer,
             reverse_complement="average",
             batch_size=2,
+            chunk_size=20,
+            bos=True,
             progress=lambda *counts: seen.append(counts),
         )
     )
     assert seen[0] == (0, 2 * sum(LENGTHS))
     assert seen[-1] == (2 * sum(LENGTHS), 2 * sum(LENGTHS))
-    assert all(a[0] <= b[0] for a, b in itertools.pairwise(seen))
+    steps = [b[0] - a[0] for a, b in itertools.pairwise(seen)]
+    assert min(steps) >= 0 and max(steps) <= 2 * 20  # also inside of a long record
+
+
+def test_long_records_are_few_at_once() -> None:
+    lengths = [10] * 40 + [10**6] * 3 + [0, 5]
+    blocks = list(blocks_of(lengths, 2, 1000))
+    assert blocks == [(0, 32), (32, 41), (41, 42), (42, 43), (43, 45)]
+    for skip in range(46):
+        assert list(blocks_of(lengths, 2, 1000, skip)) == [one for one in blocks if one[1] > skip]
 
 
 def test_what_is_skipped_changes_nothing(make_model: MakeModel, tokenizer: Any) -> None:
