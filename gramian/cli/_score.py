@@ -39,8 +39,8 @@ def score(
         bool,
         typer.Option(
             "--bos",
-            help="Put the tokenizer's token of the beginning before every sequence, so that the "
-            "first base is predicted too.",
+            help="Begin every sequence with the tokenizer's beginning-of-sequence token, so that "
+            "the first base is predicted too.",
         ),
     ] = False,
     skip_unknown: Annotated[

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from gramian.genomics._hidden_states import Layer, Taps, base_of
-from gramian.genomics._score import BLOCK
+from gramian.genomics._score import blocks_of
 from gramian.genomics._sequences import Alphabet, Codes, Records, Source, open_records
+from gramian.genomics._tokenizers import tokenizer_of
 from gramian.models import GramianCache, GramianPreTrainedModel
 
 __all__ = ["POOLS", "Embedder", "Embedding", "embed"]
@@ -41,8 +42,8 @@ def embed(
     model: GramianPreTrainedModel,
     records: Records,
     *,
-    tokenizer: Any,
-    layer: Layer,
+    layer: Layer = -1,
+    tokenizer: Any = None,
     pool: str = "mean",
     intervals: str | Path | None = None,
     batch_size: int = 8,
@@ -56,10 +57,11 @@ def embed(
     `hidden_states` yields them chunk by chunk, and `write_embeddings` writes them so.
 
     Args:
-        model: a model of ours that reads tokens, also inside of an adapter of peft.
+        model: a Gramian model that reads tokens; it may be wrapped in an adapter of peft.
         records: a FASTA file, as a path; or sequences by name; or documents or pairs of a name and
             a sequence.
-        tokenizer: the model's tokenizer, which has one token for each nucleotide.
+        tokenizer: the model's tokenizer, which must have one token for each nucleotide; by default
+            the one in the model's folder, or that of a converted HyenaDNA, Evo or model of bytes.
         layer: number or name of a layer, as for `hidden_states`: 0 is the embeddings, -1 the output
             of the last norm.
         pool: `"mean"` over the bases of a record, `"last"` for its last base, or `"none"`.
@@ -117,8 +119,8 @@ class Embedder:
         model: GramianPreTrainedModel,
         records: Records,
         *,
-        tokenizer: Any,
-        layer: Layer,
+        layer: Layer = -1,
+        tokenizer: Any = None,
         pool: str = "mean",
         intervals: str | Path | None = None,
         batch_size: int = 8,
@@ -135,6 +137,7 @@ class Embedder:
         self.taps = Taps(self.model, [layer])
         [(dtype, self.width)] = self.taps.shapes
         self.dtype = np.dtype("<f8" if dtype == torch.float64 else "<f4")
+        tokenizer = tokenizer_of(self.model) if tokenizer is None else tokenizer
         self._alphabet = Alphabet(tokenizer, self.model.config.vocab_size)
         self.source: Source = open_records(records, intervals)
         lengths = self.source.lengths
@@ -161,7 +164,8 @@ class Embedder:
                 for states, _ in self._read([codes]):
                     yield index, self._array(states[0])
             return
-        while block := list(itertools.islice(numbered, BLOCK * self.batch_size)):
+        for first, last in blocks_of(self.source.lengths, self.batch_size, self.chunk_size):
+            block = list(itertools.islice(numbered, last - first))
             pooled: dict[int, np.ndarray] = {}
             for batch in self._batches(block):
                 rows = self._pooled([codes for _, codes in batch])

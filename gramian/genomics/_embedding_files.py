@@ -28,8 +28,8 @@ def write_embeddings(
     model: GramianPreTrainedModel,
     records: str | Path,
     *,
-    tokenizer: Any,
-    layer: Layer,
+    layer: Layer = -1,
+    tokenizer: Any = None,
     pool: str = "mean",
     **options: Any,
 ) -> tuple[int, int]:
@@ -47,10 +47,10 @@ def write_embeddings(
 
     Args:
         output: the file, which must not exist yet.
-        model: a model of ours that reads tokens.
+        model: a Gramian model that reads tokens.
         records: a FASTA file, or other records as for `embed`.
-        tokenizer: the model's tokenizer.
         layer: number or name of a layer.
+        tokenizer: the model's tokenizer, as for `embed`.
         pool: `"mean"`, `"last"` or `"none"`.
         options: the other arguments of `embed`.
 

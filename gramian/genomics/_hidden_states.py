@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gramian.genomics._likelihood import evaluating
 from gramian.genomics._sequences import Alphabet
+from gramian.genomics._tokenizers import tokenizer_of
 from gramian.mixers import Mixer
 from gramian.models import GramianCache, GramianPreTrainedModel
 from gramian.tasks import Document, genomes
@@ -66,15 +67,14 @@ def hidden_states(
     is carried from one to the next.
 
     Args:
-        model: a model of ours that reads tokens, also inside of an adapter of peft.
+        model: a Gramian model that reads tokens; it may be wrapped in an adapter of peft.
         sequence: token ids (length) or (batch, length), without padding; or a sequence of
             nucleotides, which `tokenizer` encodes.
         layers: a layer, or several. A number is counted as transformers counts `hidden_states`: 0
             for the embeddings, `i` for the output of the first `i` blocks, and the number of
             blocks (or -1) for the output of the last norm. A text is the dotted name of a module,
             such as `"model.layers.3.mlp"`, whose output is taken.
-        tokenizer: the tokenizer of a sequence that is not given as ids, with one token for each
-            nucleotide.
+        tokenizer: the tokenizer of a sequence that is not given as ids, as for `embed`.
         chunk_size: largest number of tokens that are read at once.
 
     Yields:
@@ -115,8 +115,7 @@ def _chunks(
 def _ids(model: Any, sequence: Tensor | str | Document, tokenizer: Any) -> Tensor:
     """Return ids (batch, length) on the model's device."""
     if not isinstance(sequence, Tensor):
-        if tokenizer is None:
-            raise ValueError("a sequence of nucleotides needs a tokenizer; give one, or ids.")
+        tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
         text = sequence.text if isinstance(sequence, Document) else sequence
         codes = genomes.clean(text.encode(), "the sequence", numbers=False)
         sequence = torch.from_numpy(Alphabet(tokenizer, model.config.vocab_size).ids(codes))
@@ -130,7 +129,7 @@ def _ids(model: Any, sequence: Tensor | str | Document, tokenizer: Any) -> Tenso
 
 
 def base_of(model: Any) -> GramianPreTrainedModel:
-    """Return the model itself, from inside of an adapter of peft if there is one.
+    """Return the model, which may be wrapped in an adapter of peft.
 
     Raises:
         TypeError: on a model that is not ours.
@@ -139,7 +138,7 @@ def base_of(model: Any) -> GramianPreTrainedModel:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not isinstance(model, GramianPreTrainedModel):
-        raise TypeError(f"model must be a model of ours; got {type(model).__name__}.")
+        raise TypeError(f"model must be a Gramian model; got {type(model).__name__}.")
     if model.config.bidirectional:
         raise ValueError("a bidirectional model looks ahead, so it cannot be read in chunks.")
     if model.config.input_size is not None:
@@ -155,7 +154,7 @@ def read_layer(text: str) -> Layer:
 
 
 class Taps:
-    """What is taken from a model at each of its calls.
+    """The hidden states that are taken from a model whenever it is called.
 
     Args:
         model: the model.

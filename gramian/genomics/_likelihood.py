@@ -1,14 +1,14 @@
 """Log-likelihoods of many sequences, read in batches and in chunks through a model's state.
 
 The log-likelihood of a sequence is `sum_t log p(x_t | x_0 … x_(t-1))` in nats, over the tokens that
-count. The first token has no prediction unless a token of the beginning stands before it. Sequences
-of a group that begin alike are read once up to where they part; the state there is selected for
-each of them, and what follows is read for each.
+count. The first token has no prediction, unless a beginning-of-sequence token stands before it. The
+sequences of a group may share a prefix. It is read once, and the state after it is copied for each
+of the sequences, which continue from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,15 +42,15 @@ class LogLikelihood(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A part of a sequence: what is read, and what stands before it."""
+    """The tokens of a sequence from `start` to `stop`."""
 
     letters: Letters
-    start: int  # in tokens: the token of the beginning, if there is one, is token 0
+    start: int  # in tokens; the beginning-of-sequence token, if there is one, is token 0
     stop: int
 
 
 def language_model(model: Any) -> GramianForCausalLM:
-    """Return the language model itself, from inside of an adapter of peft if there is one.
+    """Return the language model, which may be wrapped in an adapter of peft.
 
     Raises:
         TypeError: on any other model.
@@ -64,7 +64,7 @@ def language_model(model: Any) -> GramianForCausalLM:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients, and back at the end."""
+    """Run a block without gradients and with a model in evaluation mode."""
     training = model.training
     model.eval()
     try:
@@ -80,9 +80,12 @@ class Reader:
     Args:
         model: the language model.
         alphabet: ids of the nucleotides.
-        bos: whether a token of the beginning stands before every sequence.
+        bos: whether every sequence begins with the token `alphabet.begin`.
         count_unknown: whether letters other than A, C, G and T count.
         chunk_size: largest number of tokens of a sequence that are read at once.
+
+    Attributes:
+        tell: called with the number of bases after they were read, or None.
     """
 
     def __init__(
@@ -96,10 +99,11 @@ class Reader:
         self.model, self.alphabet = model, alphabet
         self.begin = alphabet.begin if bos else None
         self.count_unknown, self.chunk_size = count_unknown, chunk_size
+        self.tell: Callable[[int], None] | None = None
 
     def read(self, groups: Sequence[Sequence[Letters]]) -> list[list[LogLikelihood]]:
         """Return the log-likelihood of every sequence of every group, reading groups together."""
-        offset = 0 if self.begin is None else 1  # the token of the beginning is shared
+        offset = 0 if self.begin is None else 1  # the beginning-of-sequence token is shared
         shared = [offset + _common_beginning(group) if len(group) > 1 else 0 for group in groups]
         rows, parted = [], []
         found: list[list[LogLikelihood]] = [[] for _ in groups]
@@ -143,12 +147,12 @@ class Reader:
     def _read(
         self, rows: list[_Row], cache: GramianCache | None, *, keep: bool
     ) -> tuple[list[LogLikelihood], GramianCache | None]:
-        """Read rows from their starts to their stops, where `cache` holds what is before.
+        """Return the log-likelihood of every row, and the state after the rows if it is kept.
 
         Args:
-            rows: the rows; with a cache, in its order.
-            cache: state before the rows, or None if all of them start at 0.
-            keep: whether to return the state behind the rows, each of which must have a token.
+            rows: the rows, in the order of the cache if there is one.
+            cache: the state before the rows, or None if all of them start at 0.
+            keep: whether to return the state after the rows; each row must then have a token.
         """
         longest = max(row.stop - row.start for row in rows)
         totals = np.zeros(len(rows))
@@ -167,6 +171,9 @@ class Reader:
             place, values = self._values(predicting, targets, due)
             np.add.at(totals, place, values)
             counts += due.sum(1)
+            if self.tell is not None:
+                extra = sum(row.start + begin == 0 for row in rows) if self.begin is not None else 0
+                self.tell(int(mask.sum()) - extra)
             before = None if cache is None else cache.last_hidden_state
         if not np.isfinite(totals).all():
             raise ValueError(
@@ -213,7 +220,7 @@ class Reader:
     def _values(
         self, hidden: Tensor, targets: np.ndarray, due: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows and log-likelihoods of the tokens that count, (tokens,) each."""
+        """Return the row and the log-likelihood of each token that counts, (tokens,) each."""
         place, column = np.nonzero(due)
         device = hidden.device
         rows, columns = torch.from_numpy(place).to(device), torch.from_numpy(column).to(device)

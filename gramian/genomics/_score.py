@@ -18,6 +18,7 @@ from gramian.genomics._sequences import (
     Source,
     open_records,
 )
+from gramian.genomics._tokenizers import tokenizer_of
 from gramian.genomics._variants import (
     Variant,
     check_variants,
@@ -26,11 +27,9 @@ from gramian.genomics._variants import (
 )
 from gramian.models import GramianForCausalLM
 
-__all__ = ["BLOCK", "STRANDS", "RecordScore", "VariantScore", "default_window", "score"]
+__all__ = ["STRANDS", "RecordScore", "VariantScore", "blocks_of", "default_window", "score"]
 
 STRANDS = ("no", "average", "both")
-BLOCK = 16
-"""Number of batches of records that are sorted by length together."""
 
 Progress = Callable[[int, int], None]
 
@@ -97,7 +96,7 @@ def score(
     model: GramianForCausalLM,
     records: Records,
     *,
-    tokenizer: Any,
+    tokenizer: Any = None,
     variants: str | Path | Iterable[Variant] | None = None,
     intervals: str | Path | None = None,
     reverse_complement: str = "no",
@@ -118,23 +117,25 @@ def score(
     rounding. Lower case (a soft mask) is read as upper case.
 
     The window around a variant has `window` bases with the reference allele, which stands in its
-    middle: the left flank has `(window - len(ref) + 1) // 2` bases and the right flank the rest,
-    and both end where the record ends. The alternative window has the same two flanks around the
-    alternative allele, so after an insertion it is longer and after a deletion shorter. What the
-    windows of a row share at their beginning is read once, and the state is continued with each.
+    middle: the left flank has `(window - len(ref) + 1) // 2` bases and the right flank the rest. A
+    flank is shorter where the record ends. The alternative window has the same two flanks around
+    the alternative allele, so an insertion makes it longer and a deletion shorter. The prefix that
+    the windows of a row share is read once, and each window continues from the state after it.
 
     Args:
-        model: the language model, also inside of an adapter of peft.
+        model: the language model; it may be wrapped in an adapter of peft.
         records: a FASTA file, as a path; or sequences by name; or documents or pairs of a name and
             a sequence.
-        tokenizer: the model's tokenizer, which has one token for each nucleotide.
+        tokenizer: the model's tokenizer, which must have one token for each nucleotide; by default
+            the one in the model's folder, or that of a converted HyenaDNA, Evo or model of bytes.
         variants: a VCF file, or a table with the columns chrom, pos, ref and alt
             (`read_variants`), or variants; by default the records themselves are scored.
         intervals: a BED file; its intervals, on their strands, are scored in place of the records.
-        reverse_complement: `"no"` scores each sequence as it stands; `"average"` and `"both"` score
-            its reverse complement too. They differ only in what a table of the scores shows.
-        bos: whether the tokenizer's token of the beginning, or else that of the end (as Evo's,
-            which has one between sequences), stands before every sequence.
+        reverse_complement: `"no"` scores each sequence as it is given; `"average"` and `"both"`
+            score its reverse complement too. `score` returns the same for both; the tables of
+            `write_scores` differ.
+        bos: whether every sequence begins with the tokenizer's beginning-of-sequence token, or with
+            its end-of-sequence token if it has no other (Evo's, which separates sequences).
         count_unknown: whether letters other than A, C, G and T count, such as N; they are read in
             any case, as the tokens that the tokenizer has for them.
         window: number of bases around a variant; by default 8,192, or the length of the model's
@@ -171,6 +172,7 @@ def score(
         raise ValueError("window is the number of bases around a variant; give variants too.")
     if variants is not None and intervals is not None:
         raise ValueError("give variants or intervals, not both.")
+    tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
     alphabet = Alphabet(tokenizer, model.config.vocab_size)
     reader = Reader(model, alphabet, bos, count_unknown, chunk_size)
     source = open_records(records, intervals)
@@ -182,6 +184,30 @@ def score(
     found = read_variants(variants) if isinstance(variants, str | Path) else list(variants)
     check_variants(found, genome, size)
     return _score_variants(reader, genome, found, size, both, batch_size, skip, progress)
+
+
+def blocks_of(
+    lengths: list[int], batch_size: int, chunk_size: int, skip: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last index, exclusive, of records that are read together.
+
+    They are sorted by length together and give their results together, so there are few of them if
+    they are long.
+
+    Args:
+        lengths: number of bases of each record.
+        batch_size: number of records in a batch.
+        chunk_size: largest number of tokens of a record that are read at once.
+        skip: number of records whose results are not wanted; blocks of such records are left out.
+    """
+    most = max(batch_size, min(16 * batch_size, 256))
+    first = bases = 0
+    for last, length in enumerate(lengths, 1):
+        bases += length
+        if last - first == most or bases >= 16 * batch_size * chunk_size or last == len(lengths):
+            if last > skip:
+                yield first, last
+            first, bases = last, 0
 
 
 def default_window(model: GramianForCausalLM) -> int:
@@ -199,9 +225,9 @@ def _score_records(
 ) -> Iterator[RecordScore]:
     strands = 2 if both else 1
     lengths = source.lengths
-    size = BLOCK * batch_size
-    first = skip // size * size  # what is computed together stays together
-    done, total = sum(lengths[:first]) * strands, sum(lengths) * strands
+    blocks = list(blocks_of(lengths, batch_size, reader.chunk_size, skip))
+    start = blocks[0][0] if blocks else len(lengths)
+    done, total = sum(lengths[:start]) * strands, sum(lengths) * strands
 
     def tell(bases: int) -> None:
         nonlocal done
@@ -210,22 +236,20 @@ def _score_records(
             progress(done, total)
 
     tell(0)
-    records = source.read(first)
-    while block := list(itertools.islice(records, size)):
+    reader.tell = tell
+    records = source.read(start)
+    for first, last in blocks:
         texts: list[Letters] = []
-        for one in block:
+        for one in itertools.islice(records, last - first):
             texts += [one, Reverse(one)] if both else [one]
-        found = _read_by_length(reader, texts, batch_size, tell)
-        for index, place in enumerate(range(first, first + len(block))):
+        found = _read_by_length(reader, texts, batch_size)
+        for index, place in enumerate(range(first, last)):
             if place >= skip:
                 results = tuple(found[index * strands : (index + 1) * strands])
                 yield RecordScore(source.names[place], lengths[place], results)
-        first += len(block)
 
 
-def _read_by_length(
-    reader: Reader, texts: list[Letters], batch_size: int, tell: Callable[[int], None]
-) -> list[LogLikelihood]:
+def _read_by_length(reader: Reader, texts: list[Letters], batch_size: int) -> list[LogLikelihood]:
     """Read sequences, those of similar length together; those of one chunk apart from others."""
     found = [LogLikelihood(0.0, 0)] * len(texts)
     order = sorted(
@@ -239,7 +263,6 @@ def _read_by_length(
                 batch, reader.read([[texts[i]] for i in batch]), strict=True
             ):
                 found[index] = result
-            tell(sum(len(texts[i]) for i in batch))
     return found
 
 

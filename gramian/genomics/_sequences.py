@@ -1,7 +1,7 @@
 """The sequences that are scored and embedded: records of files, intervals, and texts in memory.
 
-A sequence of any length is held in a temporary file beyond 16 MiB, so the memory that it takes does
-not grow with its length, and it can be read from its end for the other strand.
+A sequence of more than 1 MiB is held in a temporary file. So the memory that it needs does not grow
+with its length, and the other strand can be read from its end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gramian.tasks.indexed import IndexedGenome
 
 __all__ = ["Alphabet", "Codes", "Genome", "Letters", "Records", "Reverse", "Source", "open_records"]
 
-_IN_MEMORY = 2**24
+_IN_MEMORY = 2**20
 _UNKNOWN = np.ones(256, dtype=bool)
 _UNKNOWN[list(b"ACGT")] = False
 
@@ -53,6 +53,9 @@ class Codes:
     def __len__(self) -> int:
         return self._length
 
+    def __del__(self) -> None:
+        self._file.close()
+
     def read(self, start: int, stop: int) -> bytes:
         """Return the codes from `start` to `stop`."""
         self._file.seek(start)
@@ -73,7 +76,7 @@ class Reverse:
         return len(self._sequence)
 
     def read(self, start: int, stop: int) -> bytes:
-        """Return the reverse complement of the codes that lie opposite."""
+        """Return the codes from `start` to `stop` of the other strand."""
         length = len(self)
         return genomes.reverse_complement(self._sequence.read(length - stop, length - start))
 

@@ -1,7 +1,7 @@
-"""Scores in a table that is complete or absent, and that a killed run goes on with.
+"""Scores in a table that is complete or absent; a run that was killed can be continued.
 
-Rows are written to `NAME.partial` beside the table, behind a line that says of which call they are.
-A later call that is the same skips the rows that are there. At the end the rows become the table.
+Until the table is complete, its rows are in `NAME.partial`, whose first line describes the call. A
+later call with the same description computes only the rows that are missing.
 """
 
 from __future__ import annotations
@@ -30,33 +30,35 @@ def write_scores(
     model: GramianForCausalLM,
     records: str | Path,
     *,
-    tokenizer: Any,
+    tokenizer: Any = None,
     variants: str | Path | None = None,
     intervals: str | Path | None = None,
     **options: Any,
 ) -> int:
-    """Write the scores of a file into a table between tabs, and go on with one that was cut short.
+    """Write the scores of a file into a table whose columns are separated by tabs.
 
-    The rows of records have their name, length, number of tokens that count, and total and mean
-    log-likelihood in nats; those of variants have chrom, pos, id, ref, alt, the window's start and
-    end (from 0, half-open), the totals of reference and alternative, their difference, and the
-    means of both. With `reverse_complement="average"` all are averaged over the strands; with
-    `"both"` the rows also have the values of each strand. Names are written with a space for every
+    The row of a record has its name, its length, the number of tokens that count, and the total and
+    mean log-likelihood in nats. The row of a variant has chrom, pos, id, ref and alt, the start and
+    end of the window (from 0, half-open), the total log-likelihoods with the reference and with the
+    alternative allele, their difference, and the two means. With `reverse_complement="average"` all
+    values are averages over the two strands; with `"both"` the row also has the values of each
+    strand. Names are written with a space for every
     tab.
 
     Args:
         output: the table, which must not exist yet. Until it is complete, its rows are in
-            `OUTPUT.partial`. A call with the same arguments, files and weights goes on there, and
-            the table is then the same as that of one run.
+            `OUTPUT.partial`. After an interruption, a call with the same arguments, files and
+            weights continues from these rows, and the table is the same as without the
+            interruption.
         model: the language model.
         records: a FASTA file.
-        tokenizer: the model's tokenizer.
+        tokenizer: the model's tokenizer, as for `score`.
         variants: a VCF file or a table of variants.
         intervals: a BED file.
         options: those of `score`.
 
     Returns:
-        The number of rows that an earlier call had written.
+        The number of rows that were taken from an earlier call.
 
     Raises:
         FileExistsError: if the table exists.

@@ -12,7 +12,9 @@ right. In every case, the letters are the same as those of `genomes.records`.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,12 +67,13 @@ class IndexedGenome:
                 name="pyfaidx",
             ) from error
         self._file = str(file)
-        self._folder = tempfile.TemporaryDirectory(prefix="gramian-")
-        index = Path(self._folder.name, "genome.fai")
+        folder = tempfile.mkdtemp(prefix="gramian-")
+        self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        index = Path(folder, "genome.fai")
         entries = _regular(self._file)
         read_from = self._file
         if entries is None:
-            read_from = str(Path(self._folder.name, "genome.fa"))
+            read_from = str(Path(folder, "genome.fa"))
             entries = list(_copied(self._file, Path(read_from)))
         counts = Counter(entry.name for entry in entries)
         self._several = {name for name, count in counts.items() if count > 1}
@@ -123,9 +126,12 @@ class IndexedGenome:
         return codes.decode("ascii")
 
     def close(self) -> None:
-        """Close the file, and remove the temporary folder."""
+        """Close the file and remove the temporary folder.
+
+        This happens by itself when the object is no longer used.
+        """
         self._reader.close()
-        self._folder.cleanup()
+        self._remove()
 
     def __enter__(self) -> IndexedGenome:
         return self
