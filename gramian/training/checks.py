@@ -100,7 +100,7 @@ def check_hardware(section: Hardware) -> None:
 def check_combinations(
     optimization: Optimization, regularization: Regularization, hardware: Hardware
 ) -> None:
-    """Check that losses on memory, packed rows and the computation do not exclude each other."""
+    """Check that losses on memory, packed rows and the hardware settings go together."""
     regularized = regularization.gates > 0 or regularization.ess.weight > 0
     if regularized and (hardware.fsdp or hardware.compile):
         raise ConfigError(

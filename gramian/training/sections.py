@@ -1,4 +1,4 @@
-"""The sections of a training configuration: what their keys mean, and their defaults."""
+"""Define the sections of a training configuration, with the meanings and defaults of their keys."""
 
 from __future__ import annotations
 
