@@ -1,9 +1,9 @@
-"""Log-likelihoods of many sequences, read in batches and in chunks through a model's state.
+"""Compute log-likelihoods of many sequences, in batches, and in chunks with the model's state.
 
 The log-likelihood of a sequence is `sum_t log p(x_t | x_0 … x_(t-1))` in nats, over the tokens that
-count. The first token has no prediction unless a token of the beginning stands before it. Sequences
-of a group that begin alike are read once up to where they part; the state there is selected for
-each of them, and what follows is read for each.
+count. The first token has no prediction, unless a BOS token (beginning of sequence) is put before
+it. The common beginning of the sequences of a group is read once. Each of them then continues from
+a copy of the state at its end.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ class LogLikelihood(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A part of a sequence: what is read, and what stands before it."""
+    """A part of a sequence, from the token `start` to the token `stop` (excluded)."""
 
     letters: Letters
-    start: int  # in tokens: the token of the beginning, if there is one, is token 0
+    start: int  # token 0 is the BOS token, if there is one
     stop: int
 
 
 def language_model(model: Any) -> GramianForCausalLM:
-    """Return the language model itself, from inside of an adapter of peft if there is one.
+    """Return the language model or, if it is inside an adapter of peft, the model in the adapter.
 
     Raises:
-        TypeError: on any other model.
+        TypeError: if the model is not a `GramianForCausalLM`.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -64,7 +64,7 @@ def language_model(model: Any) -> GramianForCausalLM:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients, and back at the end."""
+    """Put a model into evaluation mode, disable gradients, and restore both at the end."""
     training = model.training
     model.eval()
     try:
@@ -75,12 +75,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Reader:
-    """A model that reads sequences of nucleotides.
+    """A function that computes log-likelihoods of sequences of nucleotides.
 
     Args:
         model: the language model.
         alphabet: ids of the nucleotides.
-        bos: whether a token of the beginning stands before every sequence.
+        bos: whether to put the BOS token before every sequence.
         count_unknown: whether letters other than A, C, G and T count.
         chunk_size: largest number of tokens of a sequence that are read at once.
     """
@@ -98,8 +98,8 @@ class Reader:
         self.count_unknown, self.chunk_size = count_unknown, chunk_size
 
     def read(self, groups: Sequence[Sequence[Letters]]) -> list[list[LogLikelihood]]:
-        """Return the log-likelihood of every sequence of every group, reading groups together."""
-        offset = 0 if self.begin is None else 1  # the token of the beginning is shared
+        """Return the log-likelihood of every sequence of every group. Groups are read together."""
+        offset = 0 if self.begin is None else 1  # the sequences share the BOS token
         shared = [offset + _common_beginning(group) if len(group) > 1 else 0 for group in groups]
         rows, parted = [], []
         found: list[list[LogLikelihood]] = [[] for _ in groups]
@@ -125,7 +125,7 @@ class Reader:
         offset: int,
         found: list[list[LogLikelihood]],
     ) -> None:
-        """Read what the sequences of each group share, and then the rest of each."""
+        """Read the common beginning of each group, and then the rest of each sequence."""
         before, cache = self._read(
             [_Row(groups[index][0], 0, shared[index]) for index in parted], None, keep=True
         )
@@ -143,12 +143,12 @@ class Reader:
     def _read(
         self, rows: list[_Row], cache: GramianCache | None, *, keep: bool
     ) -> tuple[list[LogLikelihood], GramianCache | None]:
-        """Read rows from their starts to their stops, where `cache` holds what is before.
+        """Read each row from its start to its stop, and return its log-likelihood.
 
         Args:
-            rows: the rows; with a cache, in its order.
-            cache: state before the rows, or None if all of them start at 0.
-            keep: whether to return the state behind the rows, each of which must have a token.
+            rows: the rows, in the order of the cache if one is given.
+            cache: the model's state before each row, or None if all rows start at token 0.
+            keep: whether to return the state after the rows too. Each row must then have a token.
         """
         longest = max(row.stop - row.start for row in rows)
         totals = np.zeros(len(rows))
@@ -179,7 +179,10 @@ class Reader:
     def _batch(
         self, rows: list[_Row], begin: int, end: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return ids, which of them are tokens, and which count, each (rows, end - begin)."""
+        """Return token ids, a mask of real tokens, and a mask of those that count.
+
+        All three are (rows, end - begin).
+        """
         shape = (len(rows), end - begin)
         ids = np.zeros(shape, dtype=np.int64)
         mask, due = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
@@ -213,7 +216,7 @@ class Reader:
     def _values(
         self, hidden: Tensor, targets: np.ndarray, due: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows and log-likelihoods of the tokens that count, (tokens,) each."""
+        """Return the row and the log-likelihood of every token that counts, both (tokens,)."""
         place, column = np.nonzero(due)
         device = hidden.device
         rows, columns = torch.from_numpy(place).to(device), torch.from_numpy(column).to(device)

@@ -1,4 +1,4 @@
-"""Variants from VCF and TSV files, checked against the genome, and the windows around them."""
+"""Read variants from VCF and TSV files, check them against the genome, and cut their windows."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _ALLELE = re.compile(r"[ACGTUNRYSWKMBDHVX]+", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Variant:
-    """A change of a genome: bases of it, and those that stand there instead.
+    """A change of a genome: some of its bases, and the bases that replace them.
 
     Attributes:
         chrom: name of the record.
         pos: position of the first base of `ref`, counted from 1 as in VCF.
         ref: bases of the genome, at least one.
-        alt: bases in their place, at least one; in an insertion or deletion the bases around the
-            change are repeated, as in VCF.
-        id: name of the variant, or "".
-        where: place that error messages name, such as a line of a file.
+        alt: bases that replace `ref`, at least one. For an insertion or a deletion, `ref` and `alt`
+            both contain a base beside the change, as in VCF.
+        id: name of the variant; "" if it has none.
+        where: origin of the variant for error messages, such as a line of a file.
     """
 
     chrom: str
@@ -44,14 +44,15 @@ def read_variants(file: str | Path) -> list[Variant]:
     """Read the variants of a VCF file, or of a table with the columns chrom, pos, ref and alt.
 
     A file whose first line begins with `##fileformat=VCF` or `#CHROM` is VCF. Any other file is a
-    table between tabs, whose first line names its columns, in either case and in any order; a
-    column `id` is read too, and others are skipped. In both, positions count from 1, and a row with
-    several alternatives, between commas, is one variant for each. Files may be compressed.
+    tab-separated table. Its first line names the columns, in upper or lower case and in any order.
+    A column `id` is read too, and other columns are skipped. In both formats, positions count from
+    1. Commas separate several alternatives in a row, and each of them becomes one variant. Files
+    may be compressed.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: on a file without variants, and on a row whose alleles are not sequences, such
-            as `<DEL>`, `*`, a breakend or `.`; the message names the line.
+        ValueError: if the file has no variants, or if an allele of a row is not a sequence, such as
+            `<DEL>`, `*`, a breakend or `.`. The message names the line.
     """
     text = b"".join(blocks(file)).decode("utf-8", errors="replace")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -120,10 +121,10 @@ def _kind(alt: str) -> str:
 
 
 def check_variants(variants: Iterable[Variant], genome: Genome, window: int) -> None:
-    """Check that every variant lies in the genome, has its bases and fits into the window.
+    """Check that every variant lies in the genome and fits the window, and that `ref` is right.
 
     Raises:
-        ValueError: on the first variant that does not.
+        ValueError: if a variant fails a check. The message describes the first one that does.
     """
     lengths = genome.lengths
     for one in variants:
@@ -159,9 +160,10 @@ class Window:
 
     Attributes:
         start: first position of the window in the record, from 0.
-        end: position after its last one.
-        reference: the bases there.
-        alternatives: the same with each alternative allele in place of the reference.
+        end: position after the last position of the window.
+        reference: the bases of the window.
+        alternatives: for each alternative allele, the bases of the window with this allele in place
+            of the reference allele.
     """
 
     start: int
@@ -174,9 +176,9 @@ def window_around(genome: Genome, variants: list[Variant], size: int) -> Window:
     """Cut the window around variants that replace the same bases.
 
     Args:
-        genome: where they are.
-        variants: variants of one place and reference allele.
-        size: number of bases of the window with the reference allele.
+        genome: the genome that the variants change.
+        variants: variants with the same position and the same reference allele.
+        size: number of bases in the window, including the reference allele.
     """
     one = variants[0]
     first, length = one.pos - 1, len(one.ref)
