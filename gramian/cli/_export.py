@@ -1,4 +1,4 @@
-"""The command `export`, which writes a model for other runtimes."""
+"""Define the command `export`, which writes a model for other runtimes."""
 
 from __future__ import annotations
 

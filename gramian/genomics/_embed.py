@@ -174,9 +174,7 @@ class Embedder:
                 yield index, pooled[index][None]
 
     def _batches(self, block: list[tuple[int, Codes]]) -> Iterator[list[tuple[int, Codes]]]:
-        """Cut a block into batches of similar lengths, or of equal lengths if padding is not
-        allowed.
-        """
+        """Cut a block into batches of similar lengths, or of equal ones if padding is refused."""
 
         def kind(one: tuple[int, Codes]) -> int:
             length = len(one[1])

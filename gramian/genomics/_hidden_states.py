@@ -154,7 +154,7 @@ def base_of(model: Any) -> GramianPreTrainedModel:
 
 
 def read_layer(text: str) -> Layer:
-    """Return the layer that a text means: its number if the text is a number, otherwise its name."""
+    """Return the layer that a text means: its number if the text is one, otherwise its name."""
     return int(text) if text.removeprefix("-").isdecimal() else text
 
 

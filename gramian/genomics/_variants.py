@@ -69,8 +69,8 @@ def read_variants(file: str | Path) -> list[Variant]:
         where = f"{file}, line {number}"
         if len(words) <= max(places.values()):
             raise ValueError(
-                f"{where}: a variant has {max(places.values()) + 1} columns or more between tabs; "
-                f"got {len(words)}."
+                f"{where}: a variant has at least {max(places.values()) + 1} columns, separated by "
+                f"tabs; got {len(words)}."
             )
         row = {name: words[place] for name, place in places.items()}
         found += _of_row(row, where)
@@ -85,7 +85,7 @@ def _columns(words: list[str], file: str) -> dict[str, int]:
     if missing:
         raise ValueError(
             f"{file} is neither VCF nor a table of variants: its first line must name the columns "
-            f"chrom, pos, ref and alt between tabs; {' and '.join(missing)} is missing."
+            f"chrom, pos, ref and alt, separated by tabs; {' and '.join(missing)} is missing."
         )
     return {name: names.index(name) for name in (*_COLUMNS, "id") if name in names}
 
