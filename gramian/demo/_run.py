@@ -95,8 +95,7 @@ def run_demo(
 
 
 class _Demo:
-    """A run of the demo, with the parts in order, and the values that they share.
-    """
+    """A run of the demo, with the parts in order, and the values that they share."""
 
     def __init__(self, settings: DemoSettings, stage: Path, console: Console) -> None:
         self.settings, self.stage, self.console = settings, stage, console

@@ -124,8 +124,7 @@ class _Suite:
         )
 
     def check_whole(self) -> None:
-        """Check that outputs are like inputs in shape and dtype, and do not depend on later inputs.
-        """
+        """Check that outputs are like inputs in shape and dtype, and do not depend on later inputs."""
         y = self.mixer(self.x)
         require(
             y.shape == self.x.shape and y.dtype == self.x.dtype,
@@ -188,8 +187,7 @@ class _Suite:
         return {side: mask.to(self.like.device) for side, mask in masks.items()}
 
     def check_padding(self) -> None:
-        """Check that no values in the padding change a row's outputs.
-        """
+        """Check that no values in the padding change a row's outputs."""
         x = self.draw(3, self.length)
         for side, mask in self.masks(self.length).items():
             for junk in (torch.nan, 1e4):
@@ -204,8 +202,7 @@ class _Suite:
                 self.require_close(claim, y[mask], self.mixer(x, mask=mask)[mask])
 
     def check_padded_states(self) -> None:
-        """Check that padding changes no state, in a prefill and in a chunk after it.
-        """
+        """Check that padding changes no state, in a prefill and in a chunk after it."""
         recurrence = self.mixer.recurrence()
         x, z, token = self.draw(3, self.length), self.draw(3, 8), self.draw(3, 1)[:, 0]
         second = self.masks(8)["gap"]
@@ -305,8 +302,7 @@ class _Suite:
             )
 
     def check_gradients(self) -> None:
-        """Check that gradients reach every parameter, and are the same if they pass through chunks.
-        """
+        """Check that gradients reach every parameter, and are the same if they pass through chunks."""
         mixer = copy.deepcopy(self.mixer).double()
         trained = {key: one for key, one in mixer.named_parameters() if one.requires_grad}
         x = self.x.double().requires_grad_()

@@ -77,8 +77,7 @@ def check_system(
 
 
 def _apply_definition(system: System[Any], name: str, u: Tensor, tolerance: float) -> Tensor:
-    """Return the output as a plain sum over taps or matrix rows, and check the dense matrix.
-    """
+    """Return the output as a plain sum over taps or matrix rows, and check the dense matrix."""
     length = u.shape[-1]
     matrix = system.matrix(length)
     wanted = (*system.channel_shape, length, length)
