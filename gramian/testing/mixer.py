@@ -124,7 +124,7 @@ class _Suite:
         )
 
     def check_whole(self) -> None:
-        """Check that outputs are like inputs in shape and dtype, and do not depend on later inputs."""
+        """Check that outputs have the inputs' shape and dtype, and ignore later inputs."""
         y = self.mixer(self.x)
         require(
             y.shape == self.x.shape and y.dtype == self.x.dtype,
@@ -302,7 +302,7 @@ class _Suite:
             )
 
     def check_gradients(self) -> None:
-        """Check that gradients reach every parameter, and are the same if they pass through chunks."""
+        """Check that gradients reach every parameter, and that chunks do not change them."""
         mixer = copy.deepcopy(self.mixer).double()
         trained = {key: one for key, one in mixer.named_parameters() if one.requires_grad}
         x = self.x.double().requires_grad_()
