@@ -7,8 +7,8 @@ sequences. Each part looks for one of three effects in Parnichkun et al. 2025 (a
 - recall: is accuracy correlated more with ESS per key-value pair than with the theoretical
   state-size (TSS) per pair? The runs vary the mixer, the state-size and the number of pairs. The
   mixers are gated, weighted and plain linear attention (GLA, WLA, LA) and softmax attention (SA).
-- state: if the state grows, does the ESS of S6 stop growing while the ESS of GLA grows, and does
-  GLA-S6's normalisation of its rates repair this?
+- state: if the state grows, does the ESS of S6 stall while the ESS of GLA grows, and does GLA-S6's
+  normalisation of its rates repair this?
 - regularizer: does the penalty λ‖A - I‖ improve GLA and WLA models whose gates forget too fast?
 
 Every training is short. Each batch contains new sequences, of between one pair and all pairs, so

@@ -1,4 +1,4 @@
-"""Does the memory that embeds and scores a genome grow with its length?
+"""Does the memory that is needed to embed and score a genome grow with its length?
 
 The benchmark uses two tiny models of published layouts (`tests/data`): HyenaDNA's has implicit
 filters, and StripedHyena's has modal filters. A random genome has one record. It is embedded as the
