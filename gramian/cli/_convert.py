@@ -52,8 +52,7 @@ def convert(
 
     A fine-tuned HyenaDNA becomes a classifier. A file that was split into NAME.part0, NAME.part1
     and so on is read as one. Files are read as tensors only: no code from a checkpoint runs. OUT
-    also contains conversion.json, which says from which files the weights came, with the SHA-256 of
-    each file.
+    also contains conversion.json. It lists the files of the weights, with the SHA-256 of each file.
     """
     check_new(out)
     quiet_transformers()

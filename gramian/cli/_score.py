@@ -69,10 +69,10 @@ def score(
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Score the records of a FASTA FILE with MODEL, or variants, by log-likelihoods in nats.
+    """Score the records of a FASTA FILE, or variants of them, by MODEL's log-likelihood in nats.
 
     Records of any length are read in chunks with the model's state, so memory does not grow with
-    the length. A variant is in the middle of a window, which is scored with the reference and with
+    the length. A window with the variant in its middle is scored twice, with the reference and with
     the alternative allele. The difference is the score of the alternative minus that of the
     reference. If the command is interrupted, the same command continues where it stopped.
     """

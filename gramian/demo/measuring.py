@@ -34,7 +34,7 @@ __all__ = [
 
 
 def bits_per_byte(model: GramianForCausalLM, windows: Tensor) -> float:
-    """Measure the mean bits per byte on windows (count, length), except on their first bytes."""
+    """Measure the mean bits per byte on windows (count, length), without their first bytes."""
     return mean_loss(model, windows.long()) / math.log(2)
 
 

@@ -66,7 +66,7 @@ class BigramModel:
         )  # (previous, next), rows sum to 1
 
     def bits_per_byte(self, windows: Tensor) -> float:
-        """Return the mean `-log2 P` per byte on windows (count, length), except on first bytes."""
+        """Return the mean `-log2 P` per byte on windows (count, length), without first bytes."""
         windows = windows.long()
         chosen = self.probabilities[windows[:, :-1], windows[:, 1:]]
         return -chosen.log2().mean().item()

@@ -8,7 +8,7 @@
     report = evaluation.EvaluationReport("small", measures, against="original", before=others)
 
 A model is a Gramian model or any causal language model of transformers. Tasks of `gramian.tasks`
-need the extra `train`. Tasks of lm-evaluation-harness need the extra `evaluate`; the harness is
+need the extra `train`. Tasks of lm-evaluation-harness need the extra `evaluate`. The harness is
 imported when it is first used.
 """
 

@@ -15,7 +15,7 @@ __all__ = ["HarnessError", "evaluate_harness"]
 
 
 class HarnessError(ValueError):
-    """An error of the harness; the message is one sentence."""
+    """An error of the harness. The message is one sentence."""
 
 
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"

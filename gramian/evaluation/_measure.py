@@ -1,10 +1,10 @@
 """Measure a number, and compute its standard error from the influence of each unit of data.
 
 A mean over units is `v = Σ a_i / Σ w_i`. By the delta method, the influence of unit i on `g(v)` is
-`g'(v) (a_i - v w_i) / Σ w_j`. The standard error of `g(v)` is that of the sum of the influences of
-all n units. If two models are measured on the same units, the standard error of the difference is
-that of the sum of the differences of their influences. In these differences, the difficulty that a
-unit has for both models cancels.
+`g'(v) (a_i - v w_i) / Σ w_j`. The standard error of `g(v)` is the standard error of the sum of the
+influences of all n units. If two models are measured on the same units, the standard error of the
+difference is computed in the same way from the differences of their influences. In these
+differences, the difficulty that a unit has for both models cancels.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def read_row(
         task: a task from `gramian.tasks.build`.
         name: name of the task.
         tokenizer: the model's own tokenizer, or None.
-        split: split of the task; by default test, or validation for a task without a test split.
+        split: split of the task; by default test, or validation if the task has no test split.
         seed: seed of the generated rows.
         index: index of the row, from 0.
 

@@ -41,7 +41,7 @@ def evaluate_task(
             `"tokens"`, and logits for the whole sequence for `"classification"`.
         task: a task from `gramian.tasks.build`.
         name: name of the task in the measures.
-        split: split of the task; by default test, or validation for a task without a test split.
+        split: split of the task; by default test, or validation if the task has no test split.
         seed: seed of the generated rows. Training with this seed used the same training split.
         examples: largest number of rows; None uses all.
         batch_size: number of rows in a batch.

@@ -37,7 +37,7 @@ class LogLikelihood(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Return the mean over the tokens that count, in nats; NaN if none counts."""
+        """Return the mean over the tokens that count, in nats, or NaN if no token counts."""
         return self.total / self.tokens if self.tokens else float("nan")
 
 

@@ -231,7 +231,8 @@ def open_records(records: Records, intervals: str | Path | None = None) -> Sourc
     Args:
         records: the path of a file; or a mapping from names to sequences; or a series of documents,
             or of pairs of a name and a sequence.
-        intervals: path of a BED file, whose intervals of the records are opened instead, or None.
+        intervals: path of a BED file, or None. If it is given, its intervals are opened instead of
+            the records.
 
     Raises:
         OSError: if a file cannot be read.

@@ -61,7 +61,7 @@ def write_scores(
 
     Raises:
         FileExistsError: if the table exists.
-        ValueError: if the partial table is that of another call, or if `score` raises this error.
+        ValueError: if another call wrote the partial table, or if `score` raises this error.
     """
     target = Path(output)
     if target.exists():
@@ -102,7 +102,7 @@ def _resume(partial: Path, call: str, target: Path) -> int:
     """Return the number of complete rows of an earlier call, and cut off an incomplete one.
 
     Raises:
-        ValueError: if the rows are those of another call.
+        ValueError: if another call wrote the rows.
     """
     if not partial.exists():
         return 0

@@ -31,7 +31,7 @@ def require_close(claim: str, actual: Tensor, expected: Tensor, tolerance: float
     """Raise an AssertionError unless two tensors agree.
 
     Args:
-        claim: beginning of the message, which says what should hold.
+        claim: beginning of the message. It states the property that should hold.
         actual: the computed tensor.
         expected: the correct tensor, of the same shape.
         tolerance: largest relative error accepted, both in the l2 norm and in the largest entry.

@@ -37,12 +37,12 @@ def check_filter(filter: Filter, *, tolerance: float = 1e-4, seed: int = 0) -> N
     - The system passes `check_system`.
 
     Args:
-        filter: the filter, which is not modified.
+        filter: the filter. It is not modified.
         tolerance: largest relative error accepted in single precision.
         seed: seed of the random numbers.
 
     Raises:
-        AssertionError: if a property fails; the message says which.
+        AssertionError: if a property fails. The message names the property.
         TypeError: if `filter` is not a `Filter`.
     """
     if not isinstance(filter, Filter):

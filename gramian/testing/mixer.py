@@ -42,8 +42,8 @@ def check_mixer(
     - Padding on the left, on the right and between tokens changes neither outputs nor states.
     - Sequences that are packed into one row have the outputs that they have alone.
     - Outputs in bfloat16 stay close to those in full precision.
-    - Gradients reach every trainable parameter, and are the same through chunks as through whole
-      sequences.
+    - Gradients reach every trainable parameter. They do not change if a sequence is processed in
+      chunks.
     - The operator is causal and zero at padding. With `rebuild`, it also gives the mixer's outputs
       when it is applied to the values.
     - A registered mixer can be built again from `mixer.config()`.
@@ -51,7 +51,7 @@ def check_mixer(
     For a mixer that is not causal, the checks of causality, states and operators are skipped.
 
     Args:
-        mixer: the mixer, which is not modified; a copy is run in evaluation mode.
+        mixer: the mixer. It is not modified: a copy is run in evaluation mode.
         length: number of tokens in the longest sequence, at least 8.
         rebuild: function that computes the mixer's output (batch, length, width) from the mixer,
             its input `x` (batch, length, width) and `mixer.operator(x)`. By default the operator is
@@ -61,7 +61,7 @@ def check_mixer(
         seed: seed of the random inputs.
 
     Raises:
-        AssertionError: if a property fails; the message says which.
+        AssertionError: if a property fails. The message names the property.
         TypeError: if `mixer` is not a `Mixer`.
         ValueError: if `length` is below 8.
     """

@@ -49,7 +49,7 @@ def check_reader(
             tried.
 
     Raises:
-        AssertionError: if a property fails; the message says which.
+        AssertionError: if a property fails. The message names the property.
     """
     for size in (*_BLOCKS, max(1, len(content))):
         found = list(reader(_cut(content, size), f"file{suffix}", column))

@@ -44,7 +44,7 @@ def check_system(
         seed: seed of the random inputs.
 
     Raises:
-        AssertionError: if a property fails; the message says which.
+        AssertionError: if a property fails. The message names the property.
         TypeError: if `system` is not a `System`.
     """
     if not isinstance(system, System):

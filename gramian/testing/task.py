@@ -38,7 +38,7 @@ def check_task(
         seed: seed of the rows.
 
     Raises:
-        AssertionError: if a property fails; the message says which.
+        AssertionError: if a property fails. The message names the property.
         TypeError: if `task` is not a `Task`.
     """
     if not isinstance(task, Task):

@@ -74,11 +74,12 @@ class TrainingReport:
         output: the run's folder.
         steps: number of optimizer steps, over all resumptions.
         parameters: number of parameters of the model.
-        metrics: metrics of the last evaluation, by name.
-        best: the best value of `evaluation.metric`, under the metric's name, and the optimizer step
-            of that evaluation, under `"step"`.
+        metrics: a mapping from the names of metrics to their values at the last evaluation.
+        best: a mapping with two entries. The name of `evaluation.metric` maps to its best value,
+            and `"step"` to the optimizer step of that evaluation.
         seconds: wall time of training in seconds, counted from the last resumption.
-        resumed_from: the step from which the run was last resumed; 0 if it never was.
+        resumed_from: the step from which the run was last resumed, or 0 if the run was never
+            resumed.
     """
 
     output: str
@@ -389,7 +390,11 @@ def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | Non
 def _prepare(
     folder: Path, config: TrainingConfig, arguments: TrainingArguments
 ) -> TrainingReport | None:
-    """Create the run's folder, or prepare it for resuming; return the report of a finished run."""
+    """Create the run's folder, or prepare it for resuming.
+
+    Returns:
+        The report of the run if it is finished already, or None.
+    """
     import yaml
 
     report = earlier_report(folder, config)

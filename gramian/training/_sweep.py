@@ -164,7 +164,7 @@ class _Outcome:
     """An event of the sweep: a run has ended, or some time has passed.
 
     Attributes:
-        point: the point whose run has ended; otherwise any unfinished point.
+        point: the point whose run has ended, or any unfinished point if none has.
         result: the report of the run, or its error as text; None if no run has ended.
         under_way: sum of the finished fractions of the runs that have not ended.
     """
@@ -278,7 +278,10 @@ def _end_with_parent() -> None:
 
 
 def _by_ray(waiting: list[SweepPoint], address: str | None) -> Iterator[_Outcome]:
-    """Run points as tasks of a Ray cluster, which starts each when it has the resources."""
+    """Run points as tasks of a Ray cluster.
+
+    The cluster starts each task when it has the resources.
+    """
     try:
         import ray
     except ImportError as error:

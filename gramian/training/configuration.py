@@ -63,7 +63,7 @@ IMPORTS = "imports"
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The configuration of a training run; `gramian train --keys` explains every key."""
+    """The configuration of a training run. `gramian train --keys` explains every key."""
 
     output: str = field(metadata={"help": "folder of the run."})
     task: dict[str, Any] = field(
@@ -105,7 +105,7 @@ class TrainingConfig:
     hardware: Hardware = field(default_factory=Hardware)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as plain values, which `parse_config` accepts."""
+        """Return the configuration as plain values. `parse_config` accepts these values."""
         return dataclasses.asdict(self)
 
 

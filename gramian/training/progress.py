@@ -1,4 +1,4 @@
-"""Show the progress of `train` and `sweep`, whose argument `progress` has one meaning."""
+"""Show the progress of `train` and `sweep`. Their argument `progress` has the same meaning."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Read rows of a `datasets.Dataset` by slicing tensors.
 
-`datasets` takes milliseconds to format a batch of rows, which is a considerable part of a small
-model's step. Here a column is stored as tensors of values, in memory or in a mapped file, and as
-the offset at which each row begins. A row is a view of the values.
+`datasets` takes milliseconds to format a batch of rows. This is a considerable part of the time of
+a small model's step. Here a column is stored as tensors of values, in memory or in a mapped file,
+and as the offset at which each row begins. A row is a view of the values.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
-        """Return the rows `indices`; a `DataLoader` calls this method for each batch."""
+        """Return the rows `indices`. A `DataLoader` calls this method for each batch."""
         if self._columns is None:
             table, features = self.dataset.data.table, self.features
             self._columns = {

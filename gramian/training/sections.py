@@ -25,12 +25,12 @@ DEVICES = ("auto", "cpu")
 
 
 class ConfigError(ValueError):
-    """An error in a configuration that its author can correct; the message is one sentence."""
+    """An error in a configuration that its author can correct. The message is one sentence."""
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """Settings of AdamW and of the schedule of its learning rate, which begins with a warm-up.
+    """Settings of AdamW and of its learning rate. The schedule of the rate begins with a warm-up.
 
     `gramian.parameter_groups` gives the parameters of filters the learning rates and weight decays
     that the filters request.
@@ -83,7 +83,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class StatePenalty:
-    """Settings of a loss on effective state-size; see `gramian.memory.ess_penalty`."""
+    """Settings of the loss on effective state-size that `gramian.memory.ess_penalty` computes."""
 
     weight: float = setting("weight of the loss; 0 turns it off.", 0.0)
     target: float | None = setting(
@@ -104,7 +104,7 @@ class StatePenalty:
 
 @dataclass(frozen=True)
 class Regularization:
-    """Settings of losses on memory, which are added to the task's loss and logged separately."""
+    """Settings of losses on memory. They are added to the task's loss and logged separately."""
 
     gates: float = setting(
         "weight of `gramian.memory.gate_regularizer`, which draws the gates of linear "
@@ -116,7 +116,7 @@ class Regularization:
 
 @dataclass(frozen=True)
 class StateSizes:
-    """Settings of the effective state-sizes measured at evaluations; see `StateSizeCallback`."""
+    """Settings of the effective state-sizes that `StateSizeCallback` measures at evaluations."""
 
     rows: int = setting(
         "number of held-out rows on which state-sizes are measured; 0 measures none.", 0
@@ -127,7 +127,7 @@ class StateSizes:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Settings of evaluation, which always takes place at the end of training."""
+    """Settings of evaluation. An evaluation always takes place at the end of training."""
 
     every: int | None = setting(
         "optimizer steps from one evaluation to the next; None evaluates at the end only.", None
@@ -173,7 +173,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Logging:
-    """Settings of the log of metrics, which is always written to `metrics.jsonl`."""
+    """Settings of the log of metrics. The log is always written to `metrics.jsonl`."""
 
     every: int = setting("optimizer steps from one log entry to the next.", 10)
     report_to: list[str] = field(

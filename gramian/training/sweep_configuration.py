@@ -63,7 +63,7 @@ class SweepConfig:
     Attributes:
         output: the sweep's folder, which contains one folder per point.
         axes: for each axis, a list of all its values. The axes are in the order of the file.
-        points: all points of the grid; the last axis varies fastest.
+        points: all points of the grid. The last axis varies fastest.
         source: the plain values from which the configuration was parsed.
     """
 

@@ -63,7 +63,7 @@ class SweepRow:
     """A group of runs that differ only in their seeds.
 
     Attributes:
-        values: the value of each axis, which the runs share; the seed is left out.
+        values: for each axis except the seed, the value that the runs share.
         runs: number of runs that finished.
         failed: number of runs that failed.
         best: mean and deviation, over the finished runs, of the metric at its best evaluation. If
