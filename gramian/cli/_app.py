@@ -137,7 +137,7 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _advice(error: BaseException | None) -> str:
-    """Return advice on the extra that installs a missing package, unless the error gives it."""
+    """Return advice on the extra that installs a missing package, unless the error names it."""
     if error is None or "pip install" in str(error):
         return ""
     package = (getattr(error, "name", None) or "").partition(".")[0]

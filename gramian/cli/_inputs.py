@@ -135,7 +135,7 @@ def byte_tokenizer(folder: Path, model: GramianPreTrainedModel) -> Any:
 
 
 def open_genome_model(folder: Path, device: str, *files: Path | None) -> tuple[Any, Any]:
-    """Read a Gramian model and its tokenizer, but first check that the other files exist."""
+    """Check that all given files exist, and read a Gramian model and its tokenizer."""
     for file in files:
         if file is not None and not file.is_file():
             raise UserError(f"there is no file {file}.")

@@ -98,7 +98,7 @@ class DemoReport:
         return all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as values that JSON can hold."""
+        """Return the whole report as values that JSON can represent."""
         return {
             "passed": self.passed,
             "checks": [asdict(check) for check in self.checks],

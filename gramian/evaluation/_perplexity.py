@@ -106,7 +106,7 @@ def perplexity(
         tokenizer: the model's tokenizer.
         text: a text of at least two tokens, or documents, such as those that
             `gramian.tasks.read_documents` reads from a file. If `gramian.tasks.documents`
-            recognizes a text as FASTA, it is split into its records.
+            recognizes a text as FASTA, the text is split into its records.
         window: number of tokens in an input; by default the context length in the model's
             configuration, at most 2,048.
         stride: number of tokens between the beginnings of inputs, at most `window`; by default half

@@ -22,7 +22,7 @@ class Comparison:
     Attributes:
         before: the measure of the reference model.
         after: the measure of the evaluated model.
-        difference: after minus before.
+        difference: the value of `after` minus the value of `before`.
         error: standard error of the difference, or None if it is not known. The measures are paired
             if both models were measured on the same data.
     """
@@ -71,7 +71,7 @@ class EvaluationReport:
         return tuple(Comparison(before, after) for before, after in pairs if before is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as values that JSON can hold."""
+        """Return the whole report as values that JSON can represent."""
         values: dict[str, Any] = {
             "model": self.model,
             "measures": [one.to_dict() for one in self.measures],

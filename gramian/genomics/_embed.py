@@ -51,10 +51,10 @@ def embed(
 ) -> Iterator[Embedding]:
     """Embed records as hidden states of one layer.
 
-    Records of any length are read in chunks through the model's state, in memory that does not grow
-    with the length. Without pooling, an embedding has one vector for each base, so it grows with
-    the length. If a record is long, `hidden_states` can yield its vectors chunk by chunk, and
-    `write_embeddings` can write them.
+    Records of any length are read in chunks, and the model's state is carried from chunk to chunk.
+    So the memory for reading does not grow with the length. Without pooling, an embedding has one
+    vector for each base, so the embedding itself grows. If a record is long, `hidden_states` can
+    yield its vectors chunk by chunk, and `write_embeddings` can write them.
 
     Args:
         model: a Gramian model that reads tokens. It may be inside an adapter of peft.

@@ -2,8 +2,8 @@
 
 The log-likelihood of a sequence is `sum_t log p(x_t | x_0 … x_(t-1))` in nats, over the tokens that
 count. The first token has no prediction, unless a BOS token (beginning of sequence) is put before
-it. The common beginning of the sequences of a group is read once. Each of them then continues from
-a copy of the state at its end.
+it. If the sequences of a group have a common beginning, it is read once. Each sequence then
+continues from a copy of the state at the end of this beginning.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Reader:
     def _batch(
         self, rows: list[_Row], begin: int, end: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return token ids, a mask of real tokens, and a mask of those that count.
+        """Return token ids, a mask of real tokens, and a mask of the tokens that count.
 
         All three are (rows, end - begin).
         """

@@ -68,7 +68,7 @@ class VariantScore:
     Attributes:
         variant: the variant.
         start: first position of the window in the record, from 0.
-        end: position after the last one. The window contains the reference allele.
+        end: position after the last position of the window with the reference allele.
         reference: log-likelihood of the window with the reference allele, on each strand.
         alternative: log-likelihood of the window with the alternative allele, on each strand.
     """
@@ -120,11 +120,11 @@ def score(
     errors only. Lower case (a soft mask) is read as upper case.
 
     The window around a variant has `window` bases and contains the reference allele in its middle.
-    The left flank has `(window - len(ref) + 1) // 2` bases, and the right flank has the rest. At an
-    end of the record a flank is shorter. The alternative window has the same two flanks around the
-    alternative allele. So it is longer for an insertion, and shorter for a deletion. The common
-    beginning of the windows of one reference allele is read once, and each window continues from
-    the state at its end.
+    The left flank has `(window - len(ref) + 1) // 2` bases, and the right flank has the rest. A
+    flank is shorter if the record ends in it. The alternative window has the same two flanks around
+    the alternative allele. So this window is longer for an insertion, and shorter for a deletion.
+    The windows of one reference allele have a common beginning, which is read once. Each window
+    then continues from the state at the end of this beginning.
 
     Args:
         model: the language model. It may be inside an adapter of peft.
@@ -139,8 +139,8 @@ def score(
         reverse_complement: `"no"` scores each sequence as it is written. `"average"` and `"both"`
             score its reverse complement too. These two differ only in the table that `write_scores`
             writes.
-        bos: whether to put the tokenizer's BOS token before every sequence. If it has none, its EOS
-            token is used, as Evo puts one between sequences.
+        bos: whether to put the tokenizer's BOS token before every sequence. If the tokenizer has
+            none, its EOS token is used, because Evo puts this token between sequences.
         count_unknown: whether letters other than A, C, G and T, such as N, count. The model reads
             their tokens in any case.
         window: number of bases in the window around a variant; by default 8,192, or the length of
@@ -162,7 +162,7 @@ def score(
         ValueError: if a record contains letters that are not codes of nucleotides; if the tokenizer
             does not fit the model; if a variant is not written as bases, lies outside the genome,
             or has a reference allele that differs from the genome; or if a log-likelihood is not
-            finite. Everything but the last is checked before the first score is computed.
+            finite. All of these except the last are checked before the first score is computed.
         ImportError: if variants or intervals of a FASTA file are requested and `pyfaidx` is not
             installed.
     """

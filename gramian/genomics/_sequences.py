@@ -54,7 +54,7 @@ class Codes:
         return self._length
 
     def read(self, start: int, stop: int) -> bytes:
-        """Return the codes from `start` to `stop`."""
+        """Return the codes from `start` to `stop` (excluded)."""
         self._file.seek(start)
         return self._file.read(stop - start)
 

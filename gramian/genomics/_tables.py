@@ -2,7 +2,7 @@
 
 Rows are written to `NAME.partial` beside the table. The first line of this file identifies the
 call. A later call with the same arguments, files and weights skips the rows that are already in the
-file. When all rows are written, the table is made of them.
+file. When all rows are written, they become the table.
 """
 
 from __future__ import annotations

@@ -51,8 +51,9 @@ def read_variants(file: str | Path) -> list[Variant]:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if the file has no variants, or if an allele of a row is not a sequence, such as
-            `<DEL>`, `*`, a breakend or `.`. The message names the line.
+        ValueError: if the file has no variants, if a row has too few columns or an invalid
+            position, or if an allele is not written as bases, such as `<DEL>`, `*`, a breakend or
+            `.`. The message names the line.
     """
     text = b"".join(blocks(file)).decode("utf-8", errors="replace")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -121,7 +122,7 @@ def _kind(alt: str) -> str:
 
 
 def check_variants(variants: Iterable[Variant], genome: Genome, window: int) -> None:
-    """Check that every variant lies in the genome and fits the window, and that `ref` is right.
+    """Check every variant: its place in the genome, its reference allele and its length.
 
     Raises:
         ValueError: if a variant fails a check. The message describes the first one that does.

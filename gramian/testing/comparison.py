@@ -73,7 +73,7 @@ def require_gradients(owner: str, names: Iterable[str], gradients: Iterable[Tens
 
 
 def stopped(gradients: Iterable[Tensor | None]) -> bool:
-    """Return whether a gradient exists and is zero everywhere."""
+    """Return whether any gradient exists but is zero everywhere."""
     return any(gradient is not None and not gradient.any() for gradient in gradients)
 
 

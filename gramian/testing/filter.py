@@ -32,8 +32,8 @@ def check_filter(filter: Filter, *, tolerance: float = 1e-4, seed: int = 0) -> N
       `max_length` with a ValueError.
     - A cast to half precision leaves the parameters in single precision and does not change the
       taps. No parameter and no buffer is complex.
-    - Gradients reach every trainable parameter. If zeros stop a gradient, it must pass at slightly
-      changed values of the parameters.
+    - Gradients reach every trainable parameter. If zeros stop a gradient, the gradient must pass at
+      slightly changed values of the parameters.
     - The system passes `check_system`.
 
     Args:

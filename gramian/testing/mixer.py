@@ -42,7 +42,7 @@ def check_mixer(
     - Padding on the left, on the right and between tokens changes neither outputs nor states.
     - Sequences that are packed into one row have the outputs that they have alone.
     - Outputs in bfloat16 stay close to those in full precision.
-    - Gradients reach every trainable parameter. They do not change if a sequence is processed in
+    - Gradients reach every trainable parameter, and do not change if a sequence is processed in
       chunks.
     - The operator is causal and zero at padding. With `rebuild`, it also gives the mixer's outputs
       when it is applied to the values.

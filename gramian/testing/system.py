@@ -20,7 +20,7 @@ _PRECISIONS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 def check_system(
     system: System[Any], *, length: int = 63, tolerance: float | None = None, seed: int = 0
 ) -> None:
-    """Check that a system computes the same causal operator in every way it can be run.
+    """Check that a system computes the same causal operator in every mode.
 
     The reference is a plain sum over the system's taps, or over the rows of its dense matrix if the
     system is not time-invariant. The following results must agree with it:
@@ -37,8 +37,8 @@ def check_system(
 
     Args:
         system: a system of any realization, with any channel dimensions.
-        length: number of samples of the longest input. If the system has a length, it must be at
-            most that.
+        length: number of samples of the longest input, which must not exceed the length of the
+            system, if the system has one.
         tolerance: largest relative error accepted; by default 1e-9 for a system in double precision
             and 1e-4 for others.
         seed: seed of the random inputs.

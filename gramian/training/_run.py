@@ -112,7 +112,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
         ConfigError: if the task, its labels, the model, the batch size and the number of processes
             do not fit together, or if the folder holds another run.
         DivergedError: if the loss or a weight is no longer finite. Earlier checkpoints are kept,
-            and the same call resumes from the last of them.
+            and the same call resumes from the last checkpoint.
         FileNotFoundError: if a file of the task is missing.
     """
     folder = Path(config.output)
@@ -200,7 +200,7 @@ def _without_bars() -> Iterator[None]:
 def _tensorboard_in(folder: Path) -> Iterator[None]:
     """Make transformers write TensorBoard's files into the run's folder.
 
-    A trainer reads the name of the folder from an environment variable when it is created.
+    When a trainer is created, it reads the name of the folder from an environment variable.
     """
     name = "TENSORBOARD_LOGGING_DIR"
     before = os.environ.get(name)

@@ -114,7 +114,7 @@ def _show_nothing(done: float, total: int) -> None:
 
 
 def _check(config: SweepConfig) -> dict[str, TrainingReport]:
-    """Check every point, and return the reports of finished ones by name.
+    """Check every point, and return a mapping from the names of finished points to their reports.
 
     If a point cannot run, its error is raised.
     """
@@ -164,7 +164,7 @@ class _Outcome:
     """An event of the sweep: a run has ended, or some time has passed.
 
     Attributes:
-        point: the point whose run has ended, or any unfinished point if none has.
+        point: the point whose run has ended, or any unfinished point if no run has ended.
         result: the report of the run, or its error as text; None if no run has ended.
         under_way: sum of the finished fractions of the runs that have not ended.
     """
@@ -357,7 +357,7 @@ def _share(point: SweepPoint) -> float:
 
 
 def _devices() -> list[str]:
-    """Return the names that CUDA_VISIBLE_DEVICES gives the accelerators this process may use."""
+    """Return the accelerators that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = allowed.split(",") if allowed else [str(index) for index in range(count)]

@@ -41,7 +41,7 @@ def make_arguments(
 
     Args:
         config: configuration of the run.
-        model: the model to train. FSDP2 shards its blocks, if it is requested.
+        model: the model to train. If FSDP2 is requested, it shards the model's blocks.
         steps: number of optimizer steps.
         bar: whether transformers shows its progress bar.
 

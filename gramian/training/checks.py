@@ -1,4 +1,4 @@
-"""Checks of the values in a training configuration, one function for each section.
+"""Check the values in a training configuration, with one function for each section.
 
 Every function raises a `ConfigError` at the first value that is out of range.
 """

@@ -46,10 +46,10 @@ class Packer:
 
     The models process each packed sequence as if it were alone. A row is at most as long as the
     longest sequence of the task, or of the batch if that is longer. `position_ids` restart at 0
-    with every sequence, and the models tell the sequences apart by this. The rest of a row is
-    padding, which `attention_mask` marks. In the padding, `position_ids` continue. No label is
-    shifted, so none moves from one sequence into another, and padding has the label -100. Labels of
-    whole sequences are in the order of the sequences in the rows.
+    with every sequence, which shows the models where sequences begin. The rest of a row is padding,
+    which `attention_mask` marks. In the padding, `position_ids` continue. No label is shifted, so
+    none moves from one sequence into another, and padding has the label -100. Labels of whole
+    sequences are in the order of the sequences in the rows.
 
     Args:
         description: description of a task whose kind is `packable`.

@@ -119,8 +119,8 @@ def load_config(
 ) -> TrainingConfig:
     """Read a YAML file, with changes such as `"optimization.steps=100"`.
 
-    The modules under `imports` are imported. If the file is in the folder of an earlier run, and
-    this folder has a copy of a module, the copy is imported instead.
+    The modules under the key `imports` are imported. If the file is in the folder of an earlier
+    run, and this folder has a copy of a module, the copy is imported instead.
 
     Args:
         path: the file.
@@ -141,7 +141,7 @@ def load_config(
 
 
 def add_imports(values: dict[str, Any], imports: Sequence[str], path: str | Path) -> None:
-    """Add modules to the key `imports` of `values` in place, and import all modules under it.
+    """Add modules to the key `imports` of `values` in place, and import all modules of the key.
 
     Args:
         values: contents of a configuration file, as plain values.
@@ -213,7 +213,7 @@ def set_value(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     `keys` are the parts of the key, such as `["optimization", "steps"]` for `optimization.steps`.
 
     Raises:
-        ConfigError: if a part of the key but the last has a value that is not a section.
+        ConfigError: if the value of a part of the key, except the last part, is not a section.
     """
     for key in keys[:-1]:
         values = values.setdefault(key, {})

@@ -85,7 +85,8 @@ def read_attributes(kind: type[Any]) -> dict[str, str]:
         kind: the class, whose section must have one entry for each annotated field.
 
     Returns:
-        The meanings by the names of the fields, in the order of the section, each in one line.
+        A mapping from the names of the fields to their meanings, in the order of the section. Each
+        meaning is one line.
 
     Raises:
         ValueError: if a field has no entry or several.

@@ -22,7 +22,7 @@ SILENCE = 30.0
 class Lines:
     """A function that prints progress on standard error, one line for every finished part.
 
-    A call also prints a line if the last one is at least 30 seconds old.
+    A call also prints a line if the last line is at least 30 seconds old.
 
     Args:
         what: name of the parts, such as `"runs"`.

@@ -2,7 +2,7 @@
 
 `datasets` takes milliseconds to format a batch of rows. This is a considerable part of the time of
 a small model's step. Here a column is stored as tensors of values, in memory or in a mapped file,
-and as the offset at which each row begins. A row is a view of the values.
+together with the offsets at which its rows begin. A row is a view of the values.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ _OURS = (  # fields of peft's configuration that the run determines
 def load_saved(path: str, kind: Kind, description: Description) -> tuple[Any, list[str]]:
     """Load a saved model as the class that a task trains.
 
-    If the saved model is of another class, only its body is loaded, and it gets a new head of the
-    size that the task needs. An adapter is merged into its base model.
+    If the saved model is of another class, only its body is loaded, and the head is new and as
+    large as the task needs. An adapter is merged into its base model.
 
     Args:
         path: folder of the model.

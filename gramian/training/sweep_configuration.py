@@ -219,7 +219,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _short_names(axes: Mapping[str, Any]) -> dict[str, str]:
-    """Return a short name for each key: its last part, or the whole key if others end alike."""
+    """Return a short name for each key: its last part or, if that is not unique, the whole key."""
     last = [name.rsplit(".", 1)[-1] for name in axes]
     return {
         name: _safe(one if last.count(one) == 1 else name)
@@ -228,7 +228,7 @@ def _short_names(axes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _label(value: Any) -> str:
-    """Return text that can be part of a folder's name, different for different values."""
+    """Return text for a folder's name. Different values have different texts."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     safe = _safe(text)[:LONGEST]
     # The text "1" must have another label than the number 1, and the text "null" than null.

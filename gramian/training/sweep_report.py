@@ -68,12 +68,12 @@ class SweepRow:
         failed: number of runs that failed.
         best: mean and deviation, over the finished runs, of the metric at its best evaluation. If
             no run finished, this attribute and the ones below are None.
-        last: the same for the metric at the last evaluation.
+        last: mean and deviation of the metric at the last evaluation.
         steps: mean number of optimizer steps.
         seconds: mean wall time of a run in seconds, counted from its last resumption.
         ess: mean and deviation of the average effective state-size at the last evaluation; None
             unless `evaluation.ess.rows` is set.
-        ess_utilization: the same for the share of the state in use.
+        ess_utilization: mean and deviation of the share of the state in use; None in the same case.
     """
 
     values: dict[str, Any]
@@ -134,7 +134,7 @@ class SweepReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as values that JSON can hold."""
+        """Return the whole report as values that JSON can represent."""
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
     def to_csv(self) -> str:

@@ -73,7 +73,7 @@ def total(prediction: Any, description: Description) -> dict[str, float]:
 
 
 def _shard_this_process(state: AcceleratorState, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Switch accelerate's process-wide state to sharding, in both places where it is kept.
+    """Switch accelerate's state of this process to sharding, in both objects that store it.
 
     The change affects every later trainer of the process, as if accelerate had made it.
     """
