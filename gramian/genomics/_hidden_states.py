@@ -264,8 +264,8 @@ class Taps:
     def _probe(self) -> list[tuple[torch.dtype, int]]:
         """Read two tokens and then three, and return the dtype and the width of each layer.
 
-        Two lengths show that a dimension of the output is the number of tokens, and does not equal
-        it by chance.
+        A dimension of the output that follows both lengths is the number of tokens. With one
+        length, another dimension could have the same size by chance.
         """
         device = next(self.model.parameters()).device
         for length in (2, 3):

@@ -1,9 +1,10 @@
 """Compute log-likelihoods of many sequences, in batches, and in chunks with the model's state.
 
 The log-likelihood of a sequence is `sum_t log p(x_t | x_0 … x_(t-1))` in nats, over the tokens that
-count. The first token has no prediction, unless a BOS token (beginning of sequence) is put before
-it. If the sequences of a group have a common beginning, it is read once. Each sequence then
-continues from a copy of the state at the end of this beginning.
+count. These are all tokens or, on request, only those of A, C, G and T. The first token has no
+prediction, unless a BOS token (beginning of sequence) is put before it. If the sequences of a group
+have a common beginning, it is read once. Each sequence then continues from a copy of the state at
+the end of this beginning.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Reader:
         model: the language model.
         alphabet: ids of the nucleotides.
         bos: whether to put the BOS token before every sequence.
-        count_unknown: whether letters other than A, C, G and T count.
+        count_unknown: whether the log-likelihood includes letters other than A, C, G and T.
         chunk_size: largest number of tokens of a sequence that are read at once.
     """
 

@@ -115,16 +115,16 @@ def score(
 
     A record of any length is read in chunks, from its beginning to its end, and the model's state
     is carried from chunk to chunk. So memory does not grow with the length, except for the keys and
-    values of attention. Every token counts once, and the first token has no prediction unless `bos`
-    is set. The order of the records, `batch_size` and `chunk_size` change a score by rounding
-    errors only. Lower case (a soft mask) is read as upper case.
+    values of attention. A score includes every token once, except the first, which has no
+    prediction unless `bos` is set. The order of the records, `batch_size` and `chunk_size` change a
+    score by rounding errors only. Lower case (a soft mask) is read as upper case.
 
     The window around a variant has `window` bases and contains the reference allele in its middle.
-    The left flank has `(window - len(ref) + 1) // 2` bases, and the right flank has the rest. A
-    flank is shorter if the record ends in it. The alternative window has the same two flanks around
-    the alternative allele. So this window is longer for an insertion, and shorter for a deletion.
-    The windows of one reference allele have a common beginning, which is read once. Each window
-    then continues from the state at the end of this beginning.
+    The left flank has `(window - len(ref) + 1) // 2` bases, and the right flank has the rest. If
+    the record ends within a flank, the flank ends there too. The alternative window has the same
+    two flanks around the alternative allele. So this window is longer for an insertion, and shorter
+    for a deletion. The windows of one reference allele have a common beginning, which is read once.
+    Each window then continues from the state at the end of this beginning.
 
     Args:
         model: the language model. It may be inside an adapter of peft.
@@ -141,8 +141,8 @@ def score(
             writes.
         bos: whether to put the tokenizer's BOS token before every sequence. If the tokenizer has
             none, its EOS token is used, because Evo puts this token between sequences.
-        count_unknown: whether letters other than A, C, G and T, such as N, count. The model reads
-            their tokens in any case.
+        count_unknown: whether a score includes letters other than A, C, G and T, such as N. The
+            model reads their tokens in any case.
         window: number of bases in the window around a variant; by default 8,192, or the length of
             the model's filters if that is less.
         batch_size: number of sequences that are read together.
@@ -235,7 +235,7 @@ def _score_records(
 def _read_by_length(
     reader: Reader, texts: list[Letters], batch_size: int, tell: Callable[[int], None]
 ) -> list[LogLikelihood]:
-    """Read sequences in batches of similar length.
+    """Return the log-likelihood of each sequence, and read sequences in batches of similar length.
 
     No batch mixes sequences that fit in a chunk with longer ones.
     """

@@ -302,7 +302,7 @@ class _Suite:
             )
 
     def check_gradients(self) -> None:
-        """Check that gradients reach every parameter, and that chunks do not change them."""
+        """Check that gradients reach every parameter, and are equal with chunks and without."""
         mixer = copy.deepcopy(self.mixer).double()
         trained = {key: one for key, one in mixer.named_parameters() if one.requires_grad}
         x = self.x.double().requires_grad_()

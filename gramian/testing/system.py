@@ -151,9 +151,9 @@ def _check_input_gradient(system: System[Any], name: str, u: Tensor, tolerance: 
 def _check_field_gradients(
     system: System[Any], name: str, u: Tensor, random: torch.Generator
 ) -> None:
-    """Check the derivative with respect to each tensor against a central difference.
+    """Compare derivatives with respect to each tensor, in a random direction, with differences.
 
-    The derivative is taken in a random direction.
+    The differences are central differences of the outputs.
     """
     double, u = system.to(dtype=torch.float64), u.double()
     leaves, spec = pytree.tree_flatten(double)

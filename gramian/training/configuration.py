@@ -141,7 +141,7 @@ def load_config(
 
 
 def add_imports(values: dict[str, Any], imports: Sequence[str], path: str | Path) -> None:
-    """Add modules to the key `imports` of `values` in place, and import all modules of the key.
+    """Add modules to the key `imports` of `values` in place, and import every module it lists.
 
     Args:
         values: contents of a configuration file, as plain values.
