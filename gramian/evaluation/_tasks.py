@@ -45,9 +45,9 @@ def evaluate_task(
         seed: seed of the generated rows. Training with this seed used the same training split.
         examples: largest number of rows; None uses all.
         batch_size: number of rows in a batch.
-        tokenizer: the model's own tokenizer; by default the one saved in the model's folder, if
-            there is one. It encodes a task of text. If the model has no tokenizer, the task's own
-            token ids are used, and the model's EOS and padding tokens must have the same ids.
+        tokenizer: the model's own tokenizer; by default, the tokenizer in the model's folder, if
+            the folder has one. It encodes tasks of text. If the model has no tokenizer, the task's
+            own token ids are used, and the model's EOS and padding tokens must have the same ids.
         progress: function called as `progress(done, total)` with numbers of rows, or None.
 
     Returns:
@@ -55,7 +55,7 @@ def evaluate_task(
         metrics are `loss` and `accuracy`. Tasks of the kinds `"tokens"` and `"reconstruction"` also
         have `sequence_accuracy`, the share of rows without a mistake, and text also has
         `bits_per_byte`. If labels are numbers, the metrics are `mse` and `relative_error`, the RMSE
-        divided by the RMS of the targets. If the model's outputs are NaN, so are the values.
+        divided by the RMS of the targets. If the model's outputs are NaN, the values are NaN too.
 
     Raises:
         ValueError: if the task does not match the model's class, sizes or tokenizer; if the split

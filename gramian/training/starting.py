@@ -181,7 +181,8 @@ def base_of(model: Any) -> Any:
 def save_description(model: Any, folder: Path) -> None:
     """Write the configuration of the model inside an adapter to the adapter's folder.
 
-    This configuration contains the class and the labels, which the adapter's own lacks.
+    This configuration contains the class and the labels, which the configuration of the adapter
+    lacks.
     """
     base = base_of(model)
     config = copy.deepcopy(base.config)
