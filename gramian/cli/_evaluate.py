@@ -141,7 +141,7 @@ def _require_one_process() -> None:
 
 
 def _of_the_harness(names: list[str]) -> list[str]:
-    """Return the names that are not in gramian.tasks. Raise an error if the harness is missing."""
+    """Return the names of tasks that only the harness can have, and check that it is installed."""
     import importlib.util
 
     from gramian import tasks

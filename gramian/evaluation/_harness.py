@@ -79,7 +79,8 @@ def evaluate_harness(
             near = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
             meant = f" Did you mean {near[0]!r}?" if near else ""
             raise HarnessError(
-                f"unknown task {task!r}, neither ours nor of lm-evaluation-harness.{meant}"
+                f"unknown task {task!r}, neither of gramian.tasks nor of lm-evaluation-harness."
+                f"{meant}"
             )
     training = model.training
     model.eval()

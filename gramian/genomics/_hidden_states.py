@@ -143,7 +143,7 @@ def base_of(model: Any) -> GramianPreTrainedModel:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not isinstance(model, GramianPreTrainedModel):
-        raise TypeError(f"model must be a model of ours; got {type(model).__name__}.")
+        raise TypeError(f"model must be a Gramian model; got {type(model).__name__}.")
     if model.config.bidirectional:
         raise ValueError("a bidirectional model looks ahead, so it cannot be read in chunks.")
     if model.config.input_size is not None:

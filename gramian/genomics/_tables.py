@@ -38,12 +38,12 @@ def write_scores(
 ) -> int:
     """Write the scores of a file into a tab-separated table, or complete an interrupted table.
 
-    The row of a record contains its name, its length, the number of tokens that count, and the
-    total and mean log-likelihood in nats. The row of a variant contains chrom, pos, id, ref, alt,
-    the window's start and end (from 0, half-open), the totals of reference and alternative, their
-    difference, and the means of both. With `reverse_complement="average"` or `"both"`, all values
-    are averaged over the strands. With `"both"`, a row also contains values of each strand. In
-    names, a space replaces every tab.
+    The row of a record contains its name, its length, the number of tokens that its score includes,
+    and the total and mean log-likelihood in nats. The row of a variant contains chrom, pos, id,
+    ref, alt, the window's start and end (from 0, half-open), the totals of reference and
+    alternative, their difference, and the means of both. With `reverse_complement="average"` or
+    `"both"`, all values are averaged over the strands. With `"both"`, a row also contains values of
+    each strand. In names, a space replaces every tab.
 
     Args:
         output: path of the table, which must not exist yet. Until the table is complete, its rows
@@ -113,8 +113,8 @@ def _resume(partial: Path, call: str, target: Path) -> int:
                 break
             if number == 0 and line.decode("utf-8", errors="replace").rstrip("\n") != call:
                 raise ValueError(
-                    f"{partial} is of another call (other files, weights or options); remove it, "
-                    f"or write to another file than {target}."
+                    f"{partial} belongs to another call (other files, weights or options); remove "
+                    f"it, or write to another file than {target}."
                 )
             rows += number >= 2
             size += len(line)

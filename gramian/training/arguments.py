@@ -158,6 +158,6 @@ def _processes(hardware: Hardware) -> tuple[int, bool]:
     if processes > 1 and here > devices:
         raise ConfigError(
             f"{here} processes of this machine need an accelerator each, and it has {devices}: "
-            "start as many, or give hardware.device=cpu."
+            "start at most that many processes, or give hardware.device=cpu."
         )
     return processes, False

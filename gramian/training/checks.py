@@ -86,7 +86,7 @@ def check_checkpoints(section: Checkpoints, logging: Logging) -> None:
     if section.every is not None and section.every % logging.every:
         raise ConfigError(
             "checkpoints.every must be a multiple of logging.every, so that a resumed run logs "
-            f"what one in one piece does; got {section.every} and {logging.every}."
+            f"the same lines as an uninterrupted run; got {section.every} and {logging.every}."
         )
 
 
@@ -104,8 +104,8 @@ def check_combinations(
     regularized = regularization.gates > 0 or regularization.ess.weight > 0
     if regularized and (hardware.fsdp or hardware.compile):
         raise ConfigError(
-            "regularization reads what layers read and their parameters, which it cannot with "
-            "hardware.fsdp or hardware.compile."
+            "regularization reads the inputs and the parameters of layers, which is impossible "
+            "with hardware.fsdp or hardware.compile."
         )
     if optimization.packing and regularized:
         raise ConfigError(

@@ -47,7 +47,7 @@ class Optimization:
         32,
     )
     accumulation: int = setting(
-        "number of micro-batches that each process takes in an optimizer step (gradient "
+        "number of micro-batches that each process reads in an optimizer step (gradient "
         "accumulation).",
         1,
     )
@@ -77,7 +77,8 @@ class Optimization:
         "learning rate at the end of the cosine schedule, as a share of the peak.", 0.05
     )
     clip_norm: float = setting(
-        "largest norm of the gradient, to which larger ones are scaled down; 0 turns this off.", 1.0
+        "largest norm of the gradient; a gradient of larger norm is scaled down. 0 turns this off.",
+        1.0,
     )
 
 
@@ -87,11 +88,12 @@ class StatePenalty:
 
     weight: float = setting("weight of the loss; 0 turns it off.", 0.0)
     target: float | None = setting(
-        "state-size to which the loss draws every head or channel; or give `share` instead.", None
+        "state-size towards which the loss pulls every head or channel; or give `share` instead.",
+        None,
     )
     share: float | None = setting(
-        "share of the available state to which the loss draws every head or channel, above 0 and "
-        "at most 1; or give `target` instead.",
+        "share of the available state towards which the loss pulls every head or channel, above 0 "
+        "and at most 1; or give `target` instead.",
         None,
     )
     sequences: int = setting(
@@ -107,7 +109,7 @@ class Regularization:
     """Settings of losses on memory. They are added to the task's loss and logged separately."""
 
     gates: float = setting(
-        "weight of `gramian.memory.gate_regularizer`, which draws the gates of linear "
+        "weight of `gramian.memory.gate_regularizer`, which pulls the gates of linear "
         "recurrences towards 1; 0 turns it off.",
         0.0,
     )
@@ -133,9 +135,9 @@ class Evaluation:
         "optimizer steps from one evaluation to the next; None evaluates at the end only.", None
     )
     split: str = setting("split of the task to evaluate on.", "validation")
-    examples: int | None = setting("largest number of rows to evaluate; None takes all.", None)
+    examples: int | None = setting("largest number of rows to evaluate; None uses all.", None)
     batch_size: int | None = setting(
-        "number of sequences in a batch of each process; None takes that of a training "
+        "number of sequences in a batch of each process; None uses the number in a training "
         "micro-batch.",
         None,
     )

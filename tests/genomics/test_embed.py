@@ -239,5 +239,5 @@ def test_classifiers_are_read_and_models_that_look_ahead_are_not(tokenizer: Any)
             GramianForSequenceClassification(config), {"a": "A"}, tokenizer=tokenizer, layer=1
         )
     other: Any = torch.nn.Linear(2, 2)
-    with pytest.raises(TypeError, match="must be a model of ours; got Linear"):
+    with pytest.raises(TypeError, match="must be a Gramian model; got Linear"):
         genomics.hidden_states(other, "ACGT", layers=0)
