@@ -1,7 +1,8 @@
 """Open the sequences to score or embed: records of files, intervals, and texts in memory.
 
 A sequence of more than 16 MiB is kept in a temporary file, so the memory in use does not grow with
-its length. It can also be read backwards, for the other strand.
+its length. Every part of the file can be read, so the other strand can be read from its own
+beginning.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Codes:
     """A sequence in memory or, if it is long, in a temporary file.
 
     Args:
-        pieces: the codes, in pieces.
+        pieces: the codes of the sequence, as byte strings that follow each other.
     """
 
     def __init__(self, pieces: Iterable[bytes]) -> None:

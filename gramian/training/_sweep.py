@@ -72,9 +72,9 @@ def sweep(
             `jobs` is then ignored. Each run requests `hardware.threads` cores, and one accelerator
             if the cluster has any.
         progress: whether to print progress on standard error, with one line for every run that ends
-            and at least one line every 30 seconds; or a function that is called as `progress(done,
-            total)` with numbers of runs. In `done`, an unfinished run counts as its finished
-            fraction.
+            and at least one line every 30 seconds; or a function, which is called as
+            `progress(done, total)` with numbers of runs. In `done`, an unfinished run counts as its
+            finished fraction.
 
     Returns:
         The report, which is also saved in the sweep's folder.
