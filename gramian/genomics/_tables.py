@@ -1,7 +1,8 @@
-"""Scores in a table that is complete or absent; a run that was killed can be continued.
+"""Write scores into a table, completely or not at all, and resume after an interruption.
 
-Until the table is complete, its rows are in `NAME.partial`, whose first line describes the call. A
-later call with the same description computes only the rows that are missing.
+Rows are written to `NAME.partial` beside the table. The first line of this file identifies the
+call. A later call with the same arguments, files and weights skips the rows that are already in the
+file. When all rows are written, they become the table.
 """
 
 from __future__ import annotations
@@ -35,34 +36,32 @@ def write_scores(
     intervals: str | Path | None = None,
     **options: Any,
 ) -> int:
-    """Write the scores of a file into a table whose columns are separated by tabs.
+    """Write the scores of a file into a tab-separated table, or complete an interrupted table.
 
-    The row of a record has its name, its length, the number of tokens that count, and the total and
-    mean log-likelihood in nats. The row of a variant has chrom, pos, id, ref and alt, the start and
-    end of the window (from 0, half-open), the total log-likelihoods with the reference and with the
-    alternative allele, their difference, and the two means. With `reverse_complement="average"` all
-    values are averages over the two strands; with `"both"` the row also has the values of each
-    strand. Names are written with a space for every
-    tab.
+    The row of a record contains its name, its length, the number of tokens that its score includes,
+    and the total and mean log-likelihood in nats. The row of a variant contains chrom, pos, id,
+    ref, alt, the window's start and end (from 0, half-open), the totals of reference and
+    alternative, their difference, and the means of both. With `reverse_complement="average"` or
+    `"both"`, all values are averaged over the strands. With `"both"`, a row also contains values of
+    each strand. In names, a space replaces every tab.
 
     Args:
-        output: the table, which must not exist yet. Until it is complete, its rows are in
-            `OUTPUT.partial`. After an interruption, a call with the same arguments, files and
-            weights continues from these rows, and the table is the same as without the
-            interruption.
+        output: path of the table, which must not exist yet. Until the table is complete, its rows
+            are in `OUTPUT.partial`. A call with the same arguments, files and weights continues
+            this file, and the table is then the same as that of an uninterrupted call.
         model: the language model.
-        records: a FASTA file.
-        tokenizer: the model's tokenizer, as for `score`.
-        variants: a VCF file or a table of variants.
-        intervals: a BED file.
-        options: those of `score`.
+        records: path of a FASTA file.
+        tokenizer: the model's tokenizer.
+        variants: path of a VCF file or a table of variants, or None.
+        intervals: path of a BED file, or None.
+        options: further arguments of `score`.
 
     Returns:
         The number of rows that were taken from an earlier call.
 
     Raises:
         FileExistsError: if the table exists.
-        ValueError: if the partial table is one of another call, and as `score` does.
+        ValueError: if another call wrote the partial table, or if `score` raises this error.
     """
     target = Path(output)
     if target.exists():
@@ -100,10 +99,10 @@ def write_scores(
 
 
 def _resume(partial: Path, call: str, target: Path) -> int:
-    """Return the number of whole rows of an earlier call, after cutting off a torn one.
+    """Return the number of complete rows of an earlier call, and cut off an incomplete one.
 
     Raises:
-        ValueError: if they are of another call.
+        ValueError: if another call wrote the rows.
     """
     if not partial.exists():
         return 0
@@ -114,8 +113,8 @@ def _resume(partial: Path, call: str, target: Path) -> int:
                 break
             if number == 0 and line.decode("utf-8", errors="replace").rstrip("\n") != call:
                 raise ValueError(
-                    f"{partial} is of another call (other files, weights or options); remove it, "
-                    f"or write to another file than {target}."
+                    f"{partial} belongs to another call (other files, weights or options); remove "
+                    f"it, or write to another file than {target}."
                 )
             rows += number >= 2
             size += len(line)
@@ -135,7 +134,7 @@ def _describe(
     intervals: str | Path | None,
     options: dict[str, Any],
 ) -> str:
-    """Return what determines the rows of a call, as one line."""
+    """Return one line that describes everything that determines the rows of a call."""
     given = {name: value for name, value in options.items() if name != "progress"}
     if variants is not None and given.get("window") is None:
         given["window"] = default_window(model)

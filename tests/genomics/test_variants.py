@@ -195,7 +195,7 @@ HEAD = "#CHROM\tPOS\tID\tREF\tALT\n"
         ("chr1\t0\t.\tA\tC", "at least 1; got 0"),
         ("chr1\tx\t.\tA\tC", "at least 1; got x"),
         ("chr1\t10\t.\tA\ta", "is the reference"),
-        ("chr1\t10\t.\tA", "5 columns or more between tabs; got 4"),
+        ("chr1\t10\t.\tA", "at least 5 columns, separated by tabs; got 4"),
         ("1\t10\t.\tA\tCG", "unknown record '1'. Did you mean 'chr1'"),
         ("chr1\t300\t.\tAA\tC", "ends at 301, and chr1 has 300 bases"),
         ("chr1\t301\t.\tA\tCG", "ends at 301, and chr1 has 300 bases"),
