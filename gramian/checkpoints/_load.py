@@ -17,7 +17,7 @@ from gramian.checkpoints.files import (
     read_config,
     read_inner_config,
 )
-from gramian.checkpoints.published import published_config
+from gramian.checkpoints.published import PUBLISHED, published_config
 from gramian.models import GramianPreTrainedModel
 
 __all__ = ["LoadedCheckpoint", "load"]
@@ -148,6 +148,13 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
         raise FileNotFoundError(
             f"{path} has no configuration beside it, such as config.json, and none among "
             "hyper-parameters inside; its tensors alone do not tell all of what the model computes."
+            " Give the configuration as a file, or for Evo 2 as a name such as evo2_7b "
+            "(--config on the command line, config in Python)."
+        )
+    if config is not None and not file.suffix and not file.exists():
+        raise FileNotFoundError(
+            f"there is no configuration {config}: it must be a file or one of "
+            f"{', '.join(PUBLISHED)}."
         )
     return read_config(file)
 

@@ -82,5 +82,5 @@ def embed(
             chunk_size=chunk_size,
             progress=bar,
         )
-    shown = f"{rows:,} vectors of {width:,} numbers."
+    shown = f"{rows:,} vector{'s' if rows != 1 else ''} of {width:,} numbers."
     finish(console, as_json, {"vectors": rows, "width": width}, shown, output)

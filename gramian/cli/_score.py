@@ -109,6 +109,7 @@ def score(
         )
     with output.open(encoding="utf-8") as table:
         rows = sum(1 for _ in table) - 1
-    what = "variants" if variants is not None else "records" if intervals is None else "intervals"
-    shown = f"{rows:,} {what}" + (f", {before:,} of them in an earlier call" if before else "")
+    what = "variant" if variants is not None else "record" if intervals is None else "interval"
+    shown = f"{rows:,} {what}{'s' if rows != 1 else ''}"
+    shown += f", {before:,} of them in an earlier call" if before else ""
     finish(console, as_json, {"rows": rows, "rows_before": before}, f"{shown}.", output)

@@ -65,6 +65,7 @@ def test_settings_by_hand(call: Any, published: Any, tmp_path: Path) -> None:
         (("{file}", "out", "--format", "gpt2"), "format must be one of"),
         (("{file}", "out", "--format", "striped_hyena"), "its keys are those of"),
         (("{file}", "out", "--config", "absent.json"), "no configuration absent.json"),
+        (("{file}", "out", "--config", "evo2_9b"), "a file or one of evo2_1b_base, evo2_7b,"),
         (("{expected}", "out"), "is no checkpoint of"),
     ],
 )

@@ -56,6 +56,7 @@ def test_score(call: Call, make_model: MakeModel, tokenizer: Any, tmp_path: Path
     status, out, err = call("score model x.fa --output out.tsv")
     assert status == 0, err
     assert "2 records." in out and "Written to out.tsv" in out
+    assert "\n1 variant.\n" in "\n" + call("score model x.fa --variants x.vcf -o one.tsv")[1]
     expected = list(genomics.score(make_model(), tmp_path / "x.fa", tokenizer=tokenizer))
     rows = [line.split("\t") for line in (tmp_path / "out.tsv").read_text().splitlines()]
     assert rows[0] == ["name", "length", "tokens", "total", "mean"]
