@@ -15,10 +15,11 @@ from gramian.cli._inputs import (
     SAVE_TOKENIZER,
     check_new,
     find_tasks,
+    move_model,
     quiet_transformers,
     read_texts,
 )
-from gramian.cli._options import Json, Settings, Split, TaskConfig, TaskSeed
+from gramian.cli._options import Device, Json, Settings, Split, TaskConfig, TaskSeed
 
 if TYPE_CHECKING:
     from gramian.analysis import StateReport
@@ -114,6 +115,7 @@ def analyze(
     picture: _Picture = "png",
     html: _Page = None,
     seed: TaskSeed = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure how much of its memory MODEL uses on a text or task, for every layer, head and token.
@@ -134,7 +136,7 @@ def analyze(
     quiet_transformers()
     for one in models:
         with running(console, f"Reading with {one}", about=one) as bar:
-            reports.append(_analyze(one, source, horizon, options, bar))
+            reports.append(_analyze(one, source, horizon, options, device, bar))
         if not as_json:
             console.print(reports[-1])
     if output is not None:
@@ -203,12 +205,18 @@ def _one_task(
 
 
 def _analyze(
-    name: str, source: _Source, horizon: int, options: dict[str, Any], progress: Bar
+    name: str,
+    source: _Source,
+    horizon: int,
+    options: dict[str, Any],
+    device: str,
+    progress: Bar,
 ) -> StateReport:
     """Measure one model on the input."""
     from gramian import analysis
 
     model, tokenizer = analysis.open_model(name)
+    move_model(model, device)
     sequence, tokenizer, read = source.read(name, tokenizer)
     report = analysis.analyze(
         model, sequence[:horizon], tokenizer=tokenizer, progress=progress, **options

@@ -10,7 +10,7 @@ import typer
 from gramian.cli._app import UserError, command
 from gramian.cli._console import console_for, finish, running
 from gramian.cli._inputs import first_windows, load_any_model
-from gramian.cli._options import Json, ModelFolder, Seed
+from gramian.cli._options import Device, Json, ModelFolder, Seed
 
 
 @command
@@ -41,6 +41,7 @@ def check(
         ),
     ] = 16,
     seed: Seed = 0,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Run MODEL in every way that it can be run, and compare the results in tables.
@@ -54,7 +55,7 @@ def check(
     if order < 0:
         raise UserError(f"--order must be at least 1, or 0 for no distilled copy; got {order}.")
     console = console_for(as_json)
-    loaded: Any = load_any_model(model)
+    loaded: Any = load_any_model(model, device)
     dtypes = [_dtype(name) for name in dtype] if dtype else None
     ids = None if text is None else first_windows(model, loaded, text, batch, length)
 

@@ -20,7 +20,7 @@ from gramian.cli._inputs import (
     load_tokenizer,
     spread_windows,
 )
-from gramian.cli._options import Json, ModelFolder, NewFolder
+from gramian.cli._options import Device, Json, ModelFolder, NewFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +88,7 @@ def distill(
     finetune: _Finetune = 0,
     max_order: _MaxOrder = None,
     tail: _Tail = "auto",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Replace the long filters of MODEL by small recurrences, and save the new model in OUT.
@@ -105,7 +106,7 @@ def distill(
     _check(wanted)
     check_new(out)
     console = console_for(as_json)
-    loaded = load_any_model(model)
+    loaded = load_any_model(model, device)
     if text is not None and not loaded.can_generate():
         raise UserError(f"{model} is a {type(loaded).__name__}; --text needs a language model.")
     tokenizer = load_tokenizer(model)

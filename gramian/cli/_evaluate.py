@@ -16,6 +16,7 @@ from gramian.cli._inputs import (
     SAVE_TOKENIZER,
     check_new,
     find_tasks,
+    move_model,
     quiet_transformers,
     read_texts,
 )
@@ -250,10 +251,7 @@ def _open(name: str, wanted: _Wanted, device: str) -> tuple[Any, Any]:
     from gramian.models import GramianForCausalLM, GramianPreTrainedModel
 
     model, tokenizer = open_model(name)
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {one_line(error)}") from error
+    move_model(model, device)
     if not (wanted.texts or wanted.harness):
         return model, tokenizer
     if isinstance(model, GramianPreTrainedModel) and not isinstance(model, GramianForCausalLM):

@@ -19,7 +19,7 @@ from gramian.cli._inputs import (
     prompt_ids,
     read_texts,
 )
-from gramian.cli._options import Json, ModelFolder, Seed
+from gramian.cli._options import Device, Json, ModelFolder, Seed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,6 +89,7 @@ def generate(
     prefill_chunk: _PrefillChunk = None,
     compiled: _Compile = False,
     seed: Seed = 0,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with MODEL, one recurrent step per token."""
@@ -100,7 +101,7 @@ def generate(
         raise UserError("the prompt is empty; give some text.")
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
     document = None if prompt_file is None else _only_document(prompt_file)
-    loaded = load_model(model)
+    loaded = load_model(model, device)
     tokenizer = load_tokenizer(model) or byte_tokenizer(model, loaded)
     if document is not None:
         prompt, ids = document.text, document_ids(tokenizer, document)
@@ -122,7 +123,7 @@ def generate(
 
         sys.stdout.write(prompt)
         options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sequence, seconds = _run(model, loaded, ids, seed, options)
+    sequence, seconds = _run(model, loaded, ids.to(loaded.device), seed, options)
     if stream:
         return
     new = sequence[ids.shape[1] :]

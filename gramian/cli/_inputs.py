@@ -79,26 +79,38 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def load_model(folder: Path) -> GramianForCausalLM:
-    """Read a Gramian language model."""
+def load_model(folder: Path, device: str = "cpu") -> GramianForCausalLM:
+    """Read a Gramian language model, and move it to a device."""
     _require_folder(folder)
     from gramian.models import load
 
     try:
-        return load(folder)
+        model = load(folder)
     except (OSError, ValueError) as error:
         raise UserError(one_line(error)) from error
+    move_model(model, device)
+    return model
 
 
-def load_any_model(folder: Path) -> GramianPreTrainedModel:
-    """Read a Gramian model of any class."""
+def load_any_model(folder: Path, device: str = "cpu") -> GramianPreTrainedModel:
+    """Read a Gramian model of any class, and move it to a device."""
     _require_folder(folder)
     from gramian.models import load_any
 
     try:
-        return load_any(folder)
+        model = load_any(folder)
     except (OSError, ValueError) as error:
         raise UserError(one_line(error)) from error
+    move_model(model, device)
+    return model
+
+
+def move_model(model: Any, device: str) -> None:
+    """Move a model to the device that `--device` names."""
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {one_line(error)}") from error
 
 
 def _require_folder(folder: Path) -> None:
@@ -155,10 +167,7 @@ def open_genome_model(folder: Path, device: str, *files: Path | None) -> tuple[A
             raise UserError(
                 f"{folder} has no tokenizer, so it cannot read a genome; {SAVE_TOKENIZER}."
             )
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {one_line(error)}") from error
+    move_model(model, device)
     return model, tokenizer
 
 

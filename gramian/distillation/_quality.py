@@ -43,7 +43,7 @@ def mean_loss(model: Any, input_ids: Tensor) -> float:
     training, total = model.training, 0.0
     model.eval()
     try:
-        for part in input_ids.split(max(1, _TOKENS // input_ids.shape[1])):
+        for part in input_ids.to(model.device).split(max(1, _TOKENS // input_ids.shape[1])):
             logits = model(part[:, :-1], use_cache=False).logits.float()
             losses = nn.functional.cross_entropy(
                 logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
