@@ -96,7 +96,7 @@ def base(adapted: PeftModel) -> Any:
 def test_an_adapter_is_on_off_merged_and_unmerged(
     make_model: MakeModel, make_tokens: MakeTokens, kind: dict[str, Any]
 ) -> None:
-    model, tokens = make_model(**kind), make_tokens(2, 10)
+    model, tokens = make_model(**kind), make_tokens(2, 7)
     without = whole(model, tokens)
     adapted = adapt(model)
     expected = whole(by_hand(adapted, lambda: make_model(**kind)), tokens)
@@ -122,8 +122,8 @@ def test_an_adapter_is_on_off_merged_and_unmerged(
 def test_generation_with_the_cache_is_that_without(
     make_model: MakeModel, make_tokens: MakeTokens, kind: dict[str, Any]
 ) -> None:
-    adapted, tokens = adapt(make_model(**kind)), make_tokens(2, 7)
-    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    adapted, tokens = adapt(make_model(**kind)), make_tokens(1, 7)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     expected = adapted.generate(input_ids=tokens, use_cache=False, **settings)
     assert torch.equal(adapted.generate(input_ids=tokens, **settings), expected)
     with adapted.disable_adapter():
@@ -131,8 +131,10 @@ def test_generation_with_the_cache_is_that_without(
         assert torch.equal(adapted.generate(input_ids=tokens, **settings), other)
 
 
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("mixers", ["hyena", "multi_hyena", "softmax_attention", "s6"])
+@pytest.mark.parametrize(
+    ("mixers", "safe"),
+    [("hyena", False), ("multi_hyena", True), ("softmax_attention", False), ("s6", True)],
+)
 def test_merging_while_compiled_decoding_is_on(
     make_model: MakeModel, make_tokens: MakeTokens, mixers: str, safe: bool
 ) -> None:

@@ -130,8 +130,7 @@ def test_a_run_holds_an_adapter_of_its_base(tmp_path: Path, base: Path) -> None:
 @pytest.mark.parametrize(
     "sections",
     [
-        {"hardware": {"device": "cpu", "gradient_checkpointing": True}},
-        {"hardware": {"device": "cpu", "bf16": True}},
+        {"hardware": {"device": "cpu", "gradient_checkpointing": True, "bf16": True}},
         {"optimization": {"steps": 4, "batch_size": 8, "packing": True, "accumulation": 2}},
         {"evaluation": {"every": 6, "ess": {"rows": 1, "every": 4, "channels": 2}}},
         {"regularization": {"ess": {"weight": 0.1, "target": 2.0, "sequences": 1, "channels": 1}}},
