@@ -12,10 +12,19 @@ from typing import Any
 from gramian._nearest import unknown
 from gramian.models import GramianConfig, GramianForCausalLM, load_any
 from gramian.models.adapters import is_adapter, refuse_tied, require_peft, task_type
+from gramian.models.labels import label_names
 from gramian.tasks import Description, Kind
 from gramian.training.configuration import ConfigError, TrainingConfig
 
-__all__ = ["adapt", "base_of", "check_adapter", "load_saved", "save_description"]
+__all__ = [
+    "adapt",
+    "base_of",
+    "check_adapter",
+    "load_saved",
+    "name_labels",
+    "save_description",
+    "saved_names",
+]
 
 _OURS = (  # fields of peft's configuration that follow from the run
     "auto_mapping",
@@ -108,6 +117,29 @@ def _check_fit(model: Any, path: str, kind: Kind, description: Description) -> N
             kind.check_size(config.num_labels, description)
         except ValueError as error:
             raise ConfigError(f"model.path: the task {error}") from error
+
+
+def saved_names(path: str | None, kind: Kind) -> list[str] | None:
+    """Return the names of a saved model's labels, if it is a classifier of the class of a task.
+
+    Args:
+        path: folder of the model, or None for a new one.
+        kind: kind of the task.
+    """
+    folder = Path(path or "")
+    if path is None or not (folder / "config.json").is_file():
+        return None
+    config = GramianConfig.from_pretrained(folder, local_files_only=True)
+    same = kind.model_class().__name__ in (config.architectures or [])
+    return label_names(config) if same else None
+
+
+def name_labels(model: Any, names: list[str]) -> None:
+    """Give the labels of a model the names of a task's classes, unless they have names already."""
+    config = base_of(model).config
+    if len(names) == config.num_labels and label_names(config) is None:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
 
 
 def check_adapter(config: TrainingConfig) -> None:

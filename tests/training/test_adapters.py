@@ -257,7 +257,8 @@ def test_a_language_model_becomes_a_classifier(
     report = train(run(tmp_path / "run", dna, adapter, **sections))
     assert report.metrics["accuracy"] > 0.9
     model = load_any(tmp_path / "run" / "last")
-    assert type(model) is GramianForSequenceClassification and model.config.num_labels == 3
+    assert type(model) is GramianForSequenceClassification
+    assert model.config.id2label == {0: "mostly A", 1: "mostly C", 2: "mostly G"}
     built = tasks.build(**task)
     found = {m.metric: m.value for m in evaluate_task(model, built, split="validation")}
     assert found == pytest.approx({k: report.metrics[k] for k in found}, rel=1e-4)
