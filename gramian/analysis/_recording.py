@@ -67,7 +67,11 @@ class RecordedOperator:
 
 
 def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return our mixers, and the innermost other modules whose class mixes tokens, by path."""
+    """Return the modules that mix tokens, by path.
+
+    They are our mixers and, outside of these, the innermost modules whose class has the name of a
+    token mixer.
+    """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         name = type(module).__name__

@@ -36,7 +36,7 @@ def selective_scan(
     delta_softplus: bool = False,
     **kwargs: Any,
 ) -> tuple[int, Callable[[slice], System]]:
-    """Read Mamba's scan (Gu and Dao 2023, algorithm 2), which is a recurrence for each channel.
+    """Return Mamba's scan (Gu and Dao 2023, algorithm 2) as one recurrence for each channel.
 
     Args:
         hidden_states: The values, (batch, channels, L).
@@ -81,7 +81,7 @@ def chunk_scan(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     **kwargs: Any,
 ) -> tuple[int, Callable[[slice], System]]:
-    """Read Mamba2's scan (Dao and Gu 2024), a recurrence with one gate for each head.
+    """Return Mamba2's scan (Dao and Gu 2024) as a recurrence with one gate for each head.
 
     Args:
         hidden_states: The values, (batch, L, heads, N).
@@ -130,7 +130,9 @@ def gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **kwargs: Any,
 ) -> tuple[int, Callable[[slice], System]]:
-    """Read the gated delta rule (Yang et al. 2024), `S_t = (I - β k kᵀ) e^g S_{t-1} + β k vᵀ`.
+    """Return the gated delta rule (Yang et al. 2024) as a time-varying system.
+
+    The rule is `S_t = (I - β k kᵀ) e^g S_{t-1} + β k vᵀ`.
 
     Args:
         query: The queries, (batch, L, key heads, n).

@@ -225,9 +225,9 @@ def tied(
 
     Args:
         config: the checkpoint's configuration.
-        weights: the checkpoint's tensors, by stripped name.
-        embedding: stripped name of the embedding.
-        head: stripped name of the output projection.
+        weights: the checkpoint's tensors. Their names lack the prefixes of wrappers.
+        embedding: name of the embedding in `weights`.
+        head: name of the output projection in `weights`, if it has one.
     """
     if head not in weights:
         return True

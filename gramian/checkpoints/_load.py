@@ -1,4 +1,4 @@
-"""Load checkpoints: recognize, compare and translate them before a model is built."""
+"""Load checkpoints: recognize the format, check names and shapes, translate, build the model."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         path: as for `read_checkpoint`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_checkpoint`.
+        FileNotFoundError, ValueError: in the same cases as `read_checkpoint`.
     """
     return read_checkpoint(path).tensors
 
@@ -145,8 +145,8 @@ def hash_weights(path: Path) -> dict[str, str]:
 def find_config(path: Path) -> Path | None:
     """Return the configuration file beside a checkpoint, or None.
 
-    In a folder, it is `config.json`, or `config` with the suffix .yml or .yaml. For a checkpoint
-    `NAME.ckpt`, files named `NAME.config` or `NAME` with such a suffix come first.
+    In a folder, it is `config.json`, `config.yml` or `config.yaml`. Beside a file `NAME.ckpt`, two
+    other names are tried before `config`, with the same suffixes: `NAME.config`, and then `NAME`.
     """
     folder = path if path.is_dir() else path.parent
     names = ["config"] if path.is_dir() else [f"{path.stem}.config", path.stem, "config"]

@@ -33,8 +33,8 @@ class DNATokenizer(PreTrainedTokenizerFast):
     The special tokens have the ids 0 to 6: `[CLS]`, `[SEP]` (which ends a sequence), `[BOS]`,
     `[MASK]`, `[PAD]`, `[RESERVED]` and `[UNK]`. The characters have the ids that follow; any other
     character is `[UNK]`. White space is skipped. Case is ignored, unless `characters` has a letter
-    in both cases. (The published tokenizer maps a lower-case base, which is soft-masked, to
-    `[UNK]`.)
+    in both cases. If only one of U and T is among `characters`, the other is read as it. (The
+    published tokenizer maps U, and lower-case bases, which are soft-masked, to `[UNK]`.)
 
     Args:
         characters: the known characters, in the order of their ids from 7 on.
@@ -98,6 +98,10 @@ def _characters(characters: str) -> Tokenizer:
     replaced += [
         (odd, known) for odd, known in other.items() if len(odd) == 1 and odd not in vocabulary
     ]
+    for odd, known in ("UT", "TU", "ut", "tu"):  # RNA as DNA, or the other way round
+        spelled = known if known in vocabulary else known.swapcase()
+        if not {odd, odd.swapcase()} & {*vocabulary} and spelled in vocabulary:
+            replaced.append((odd, spelled))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace(pattern, content) for pattern, content in replaced]
     )

@@ -1,7 +1,7 @@
 """The command line: a Typer app with one thin command for each job on a whole model.
 
-The exit status is 0 on success; 1 on an error that the user can correct, which is explained in one
-line on standard error, and on a failed check; and 2 on wrong usage. `--debug` shows tracebacks.
+The exit status is 0 on success and 2 on wrong usage. It is 1 on a failed check, and on an error
+that the user can correct, which one line on standard error explains. `--debug` shows tracebacks.
 With `--json`, standard output holds one JSON object and nothing else, and progress goes to standard
 error. Commands import torch, transformers and other packages only after parsing their arguments, so
 `--help` answers at once.
@@ -20,6 +20,8 @@ from gramian.cli import (  # noqa: F401, I001 (the order of the commands in the 
     _train,
     _sweep,
     _evaluate,
+    _score,
+    _embed,
 )
 from gramian.cli._app import app, main
 

@@ -49,6 +49,8 @@ _EXTRAS = {  # the extra that installs each package
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "pyarrow": "genomics",
+    "pyfaidx": "genomics",
     "peft": "adapters",
     "ray": "ray",
     "safetensors": "models",

@@ -45,10 +45,11 @@ def check(
 ) -> None:
     """Run MODEL in every way that it can be run, and compare the results in tables.
 
-    MODEL runs in parallel, as a recurrence, in chunks, in batches, reloaded and distilled. Its
-    input is padded on the left, on the right, between tokens and in a second turn, and packed. It
-    generates with a cache. All of this is done in float32 and in bfloat16. Every layer and the
-    whole model are compared. The command exits with status 1 if a difference is too large.
+    MODEL runs in parallel, as a recurrence, in chunks, in batches, reloaded and distilled. Padding
+    is put on the left, on the right, between tokens, and into a second part that continues from the
+    state after the first. Sequences are packed into one row. MODEL also generates with a cache. All
+    of this is done in float32 and in bfloat16. Every layer and the whole model are compared. The
+    command exits with status 1 if a difference is too large.
     """
     if order < 0:
         raise UserError(f"--order must be at least 1, or 0 for no distilled copy; got {order}.")

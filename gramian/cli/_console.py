@@ -91,7 +91,7 @@ def finish(
         as_json: whether to print JSON on standard output instead.
         values: plain values for JSON.
         shown: report or text for the console; None if it was printed already.
-        written: files and folders that were written, which are named; None is skipped.
+        written: files and folders whose paths are printed as text; None is skipped.
         indent: indentation of JSON; None prints one line.
     """
     if as_json:

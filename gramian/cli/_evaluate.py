@@ -19,7 +19,7 @@ from gramian.cli._inputs import (
     quiet_transformers,
     read_texts,
 )
-from gramian.cli._options import Json, Settings, Split, TaskConfig, TaskSeed
+from gramian.cli._options import Device, Json, Settings, Split, TaskConfig, TaskSeed
 
 if TYPE_CHECKING:
     from gramian.evaluation import EvaluationReport, Measure
@@ -60,7 +60,6 @@ _Limit = Annotated[
     int | None, typer.Option(min=1, help="Largest number of rows or documents of a task.")
 ]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Number of rows or windows in a batch.")]
-_Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1 and so on.")]
 _Output = Annotated[Path | None, typer.Option("--output", "-o", help="New folder for the results.")]
 
 
@@ -96,7 +95,7 @@ def evaluate(
     split: Split = None,
     limit: _Limit = None,
     batch_size: _BatchSize = 8,
-    device: _Device = "cpu",
+    device: Device = "cpu",
     output: _Output = None,
     seed: TaskSeed = None,
     as_json: Json = False,

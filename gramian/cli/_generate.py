@@ -11,15 +11,30 @@ import typer
 
 from gramian._json import to_json
 from gramian.cli._app import UserError, command, one_line
-from gramian.cli._inputs import byte_tokenizer, load_model, load_tokenizer, prompt_ids
+from gramian.cli._inputs import (
+    byte_tokenizer,
+    document_ids,
+    load_model,
+    load_tokenizer,
+    prompt_ids,
+    read_texts,
+)
 from gramian.cli._options import Json, ModelFolder, Seed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from gramian.models import GramianForCausalLM
+    from gramian.tasks import Document
 
-_Prompt = Annotated[str, typer.Option(help="Text or FASTA record to continue.")]
+_Prompt = Annotated[str | None, typer.Option(help="Text or FASTA record to continue.")]
+_PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the text or FASTA record to continue, plain or compressed; replaces "
+        "--prompt."
+    ),
+]
 _MaxNewTokens = Annotated[int, typer.Option(help="Largest number of tokens to generate.")]
 _Temperature = Annotated[
     float,
@@ -62,7 +77,8 @@ _Compile = Annotated[
 @command
 def generate(
     model: ModelFolder,
-    prompt: _Prompt,
+    prompt: _Prompt = None,
+    prompt_file: _PromptFile = None,
     max_new_tokens: _MaxNewTokens = 200,
     temperature: _Temperature = 0.8,
     top_k: _TopK = 50,
@@ -78,10 +94,20 @@ def generate(
     """Continue a prompt with MODEL, one recurrent step per token."""
     if stream and as_json:
         raise typer.BadParameter("give --stream or --json, not both.")
-    _check_sampling(prompt, max_new_tokens, temperature, top_k, top_p)
+    if (prompt is None) == (prompt_file is None):
+        raise typer.BadParameter("give one of --prompt TEXT and --prompt-file FILE.")
+    if prompt is not None and not prompt:
+        raise UserError("the prompt is empty; give some text.")
+    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    document = None if prompt_file is None else _only_document(prompt_file)
     loaded = load_model(model)
     tokenizer = load_tokenizer(model) or byte_tokenizer(model, loaded)
-    ids = _encode(tokenizer, prompt, model, loaded)
+    if document is not None:
+        prompt, ids = document.text, document_ids(tokenizer, document)
+    else:
+        assert prompt is not None
+        ids = prompt_ids(tokenizer, prompt)
+    _check_ids(ids, model, loaded)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": not greedy}
     if not greedy:
         options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -115,15 +141,26 @@ def generate(
     print(to_json(result, indent=2))
 
 
-def _encode(tokenizer: Any, prompt: str, folder: Path, model: GramianForCausalLM) -> Tensor:
-    """Encode the prompt as token ids (1, tokens) within the model's vocabulary."""
-    ids = prompt_ids(tokenizer, prompt)
+def _only_document(file: Path) -> Document:
+    """Read the one document of a file."""
+    documents = read_texts(file)
+    if not documents:
+        raise UserError(f"{file} has no tokens: it is empty.")
+    if len(documents) > 1:
+        raise UserError(
+            f"{file} holds {len(documents)} documents; the prompt must be one of them in a file of "
+            "its own."
+        )
+    return documents[0]
+
+
+def _check_ids(ids: Tensor, folder: Path, model: GramianForCausalLM) -> None:
+    """Refuse token ids (1, tokens) outside of the model's vocabulary."""
     if int(ids.max()) >= model.config.vocab_size:
         raise UserError(
             f"the tokenizer in {folder} knows more tokens than the model's "
             f"{model.config.vocab_size}: they do not belong together."
         )
-    return ids
 
 
 def _allowed(tokenizer: Any, alphabet: str) -> list[int]:
@@ -151,11 +188,7 @@ def _run(
     return sequence, time.perf_counter() - started
 
 
-def _check_sampling(
-    prompt: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float
-) -> None:
-    if not prompt:
-        raise UserError("the prompt is empty; give some text.")
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1; got {max_new_tokens}.")
     if not temperature > 0:

@@ -21,12 +21,14 @@ __all__ = [
     "byte_tokenizer",
     "check_new",
     "check_tolerance",
+    "document_ids",
     "find_tasks",
     "first_windows",
     "fraction",
     "load_any_model",
     "load_model",
     "load_tokenizer",
+    "open_genome_model",
     "prompt_ids",
     "quiet_transformers",
     "read_texts",
@@ -63,7 +65,7 @@ def fraction(name: str, text: str) -> float:
 
 
 def require_training() -> None:
-    """Raise a UserError if a package is missing that training and its configurations need."""
+    """Raise a UserError if training or its configurations need a package that is missing."""
     for package in ("yaml", "accelerate", "datasets"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'training needs {package}: pip install "gramian[train]".')
@@ -132,6 +134,34 @@ def byte_tokenizer(folder: Path, model: GramianPreTrainedModel) -> Any:
     return tokenizer
 
 
+def open_genome_model(folder: Path, device: str, *files: Path | None) -> tuple[Any, Any]:
+    """Read a model of ours and its tokenizer, after looking for the files that it shall read."""
+    for file in files:
+        if file is not None and not file.is_file():
+            raise UserError(f"there is no file {file}.")
+    if not folder.is_dir():
+        raise UserError(f"there is no model folder {folder}.")
+    quiet_transformers()
+    from gramian.models import ByteTokenizer, load_any
+
+    try:
+        model = load_any(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        tokenizer = ByteTokenizer()
+        if model.config.vocab_size != len(tokenizer):
+            raise UserError(
+                f"{folder} has no tokenizer, so it cannot read a genome; {SAVE_TOKENIZER}."
+            )
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {one_line(error)}") from error
+    return model, tokenizer
+
+
 def read_texts(text: Path) -> list[Document]:
     """Read the documents of a file: FASTA records, JSON lines, or one text."""
     from gramian.tasks import read_documents
@@ -192,20 +222,32 @@ def _token_ids(folder: Path, model: GramianPreTrainedModel, text: Path) -> list[
 
 def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
     """Encode a prompt, which may be a FASTA record, as token ids (1, count)."""
-    import torch
-
-    from gramian.tasks import Encoder, documents_in
+    from gramian.tasks import documents_in
 
     try:
         documents = documents_in(prompt, "the prompt")
-        if len(documents) > 1:
-            raise UserError(f"the prompt is {len(documents)} FASTA records; give one of them.")
-        ids = [torch.from_numpy(Encoder(tokenizer)(document)) for document in documents]
     except ValueError as error:
         raise UserError(one_line(error)) from error
-    if not ids or not len(ids[0]):
+    if len(documents) > 1:
+        raise UserError(f"the prompt is {len(documents)} FASTA records; give one of them.")
+    if not documents:
         raise UserError("the prompt has no tokens; give some text.")
-    return ids[0][None]
+    return document_ids(tokenizer, documents[0])
+
+
+def document_ids(tokenizer: Any, document: Document) -> Tensor:
+    """Encode a document that is a prompt to (1, count) tokens."""
+    import torch
+
+    from gramian.tasks import Encoder
+
+    try:
+        ids = torch.from_numpy(Encoder(tokenizer)(document))
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    if not len(ids):
+        raise UserError("the prompt has no tokens; give some text.")
+    return ids[None]
 
 
 def find_tasks(

@@ -228,7 +228,8 @@ def check_windows(model: Any, input_ids: Tensor) -> None:
 
     Raises:
         TypeError: unless the model is a `GramianForCausalLM`.
-        ValueError: unless `input_ids` are (count, length) with a length of at least 2.
+        ValueError: unless the shape of `input_ids` is (count, length), with a count of at least 1
+            and a length of at least 2.
     """
     from gramian.models import GramianForCausalLM
 

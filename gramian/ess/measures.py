@@ -68,14 +68,15 @@ class Measure:
     def unsafe_from_gram(self, eigenvalues: Tensor, sizes: Tensor, tolerance: float) -> Tensor:
         """Return whether a measure from the eigenvalues of a Gram matrix may be inaccurate.
 
-        Inaccurate means an error above `tolerance` (relative; for a count, any error). A Gram
-        matrix squares the condition number. If a spectrum falls gradually, its small eigenvalues
-        are nevertheless accurate to well below eps λ_1. If it ends, the rest are rounding errors,
-        half of which are negative. So the distance of the smallest eigenvalue below zero shows the
-        error δλ of the small ones. If no eigenvalue is negative, the sixth smallest is a bound of
-        δλ. A singular value is then accurate to `δλ / 2σ`, and at worst to √δλ. To first order the
-        error of the entropy is `Σ_k (|log p_k| + log ESS) δσ_k / Σσ`. Errors of singular values
-        above the noise have random signs; those within the noise all raise the singular value.
+        An entropy is inaccurate if its relative error exceeds `tolerance`, and a count if it is
+        wrong at all. A Gram matrix squares the condition number. If a spectrum falls gradually, its
+        small eigenvalues are nevertheless accurate to well below eps λ_1. If the rank is lower than
+        the size, the other eigenvalues are rounding errors, half of which are negative. So how far
+        the smallest eigenvalue is below zero shows the error δλ of all small eigenvalues. If no
+        eigenvalue is negative, the sixth smallest is an upper bound of δλ. A singular value is then
+        accurate to `δλ / 2σ`, and at worst to √δλ. To first order, the error of the entropy is
+        `Σ_k (|log p_k| + log ESS) δσ_k / Σσ`. The errors of singular values above the noise have
+        random signs; those of singular values within the noise are all positive.
 
         Args:
             eigenvalues: (*S, k), float64: the eigenvalues of each matrix, ascending, then zeros

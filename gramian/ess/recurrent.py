@@ -97,10 +97,11 @@ def _triangle(rows: Tensor) -> Tensor:
 
 
 def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """Compute the factors S at the positions `wanted`, the last of which has the factor `S`.
+    """Compute the factors S_i at the positions `wanted`, given `S`, the factor at the last one.
 
     Returns:
-        The factors (P, G, n, n), and the first of them without padding.
+        The factors (P, G, n, n), padded with zeros, and the factor at the first position without
+        padding.
     """
     groups, _, order = chain.B.shape
     factors = S.new_zeros(len(wanted), groups, order, order)
@@ -176,12 +177,14 @@ def time_varying_norm(system: TimeVarying) -> Tensor:
 
 
 def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator[Factors]:
-    """Yield the factors at every position in float64, from the Vandermonde matrix of {λ, λ̄}.
+    """Yield the factors S and R at every position, in float64.
+
+    They come from the triangular factor of the Vandermonde matrix of {λ, λ̄}.
 
     Args:
         system: A modal system with channels (G).
         positions: Positions in 1 … horizon - 1.
-        horizon: Where the blocks end.
+        horizon: The position at which the Hankel blocks end.
     """
     poles = torch.where(system.residues != 0, system.poles, 0).to(torch.complex128)
     residues = system.residues.to(torch.complex128)

@@ -3,8 +3,8 @@
 A text may consist of several documents, such as the records of a FASTA file; no window spans two.
 The inputs are windows of `window` tokens, one beginning every `stride` tokens of a document, and
 each window contributes the losses of the tokens that no earlier window predicted. So every token of
-a document but the first is predicted once. After the first window, it is predicted from at least
-the `window - stride + 1` tokens before it.
+a document but the first is predicted once. After the first window, every prediction is made from at
+least the `window - stride + 1` tokens before the predicted one.
 """
 
 from __future__ import annotations

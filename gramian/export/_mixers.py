@@ -1,8 +1,8 @@
 """Define mixers as pure functions of an input and the tensors of a state.
 
-The input is one token or a chunk of any length. The programs run the mixers' own code for
-projections, gates and short convolutions. They replace what a traced graph cannot contain: loops
-over time, Fourier transforms, and a growing cache.
+The input is one token or a chunk of any length. The exported programs run the mixers' own code for
+projections, gates and short convolutions. The functions here replace what a traced graph cannot
+contain: loops over time, Fourier transforms, and a growing cache.
 """
 
 from __future__ import annotations

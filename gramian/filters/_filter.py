@@ -12,6 +12,7 @@ import torch
 from gramian._checks import check_sizes
 from gramian._modules import SinglePrecisionModule
 from gramian._nearest import unknown
+from gramian._registry import registering
 from gramian.ops.precision import full_precision
 from gramian.systems import System
 
@@ -93,15 +94,7 @@ def register(name: str) -> Callable[[_FilterType], _FilterType]:
     Raises:
         ValueError: if another class already has the name.
     """
-
-    def add(cls: _FilterType) -> _FilterType:
-        if _REGISTRY.get(name, cls) is not cls:
-            raise ValueError(f"the filter type {name!r} is already registered.")
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return add
+    return registering(_REGISTRY, name, "name", "filter type")
 
 
 def build(config: dict[str, Any] | Filter, **defaults: Any) -> Filter:

@@ -27,8 +27,8 @@ class ExplicitFilter(Filter):
 
     Args:
         channels: The number of filters.
-        max_length: The number of taps in training.
-        taps: The number K of free taps; by default `max_length`, which it may exceed.
+        max_length: The number of taps that a kernel has in training, free or zero.
+        taps: The number K of free taps; by default `max_length`. It may be larger than that.
         groups: The number of different kernels, a divisor of `channels`. Each is shared by
             `channels / groups` consecutive channels. By default every channel has its own.
         skip: Whether every channel has its own direct term, which is added to tap 0.

@@ -1,16 +1,16 @@
-r"""S4: state spaces in continuous time whose matrix is diagonal plus low rank, discretized.
+r"""S4: discretized state spaces whose matrix in continuous time is diagonal plus low rank.
 
 The system is `x' = A x + B u`, `y = C x + D u` with `A = Λ - P P*` (S4, Gu et al. 2022, arXiv
 2111.00396, section 3.2), initialized with HiPPO-LegS. The bilinear transform with a step dt is
 
     Ā = (1 - dt A / 2)^{-1} (1 + dt A / 2),  B̄ = (1 - dt A / 2)^{-1} dt B.
 
-It leaves A diagonal plus rank one (Woodbury). With `R = (1 - dt Λ / 2)^{-1}` and
+The transform keeps A diagonal plus rank one (Woodbury). With `R = (1 - dt Λ / 2)^{-1}` and
 `γ = 1 / (1 + dt/2 P* R P)`,
 
     Ā = (2 R - 1) - dt γ R P P* R,  B̄ = dt (R B - dt/2 γ R P P* R B),
 
-and `h_t = C Ā^t B̄`, plus D at t = 0. Inner products run over both modes of every pair.
+and `h_t = C Ā^t B̄`, plus D at t = 0. Inner products sum over the modes and their conjugates.
 """
 
 from __future__ import annotations

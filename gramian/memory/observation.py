@@ -24,13 +24,13 @@ class Observer:
         …
         loss = model(ids, labels=ids).loss + 1e-3 * gate_regularizer(observer.operators())
 
-    The inputs of the last forward pass, with their graph of gradients, are kept until the next one.
-    `operators` and `sequences` make the operators from them. This computes projections, short
-    convolutions and gates once more, and reads parameters outside of `forward`, so it does not work
-    for sharded models.
+    The inputs of the last forward pass, with their autograd graph, are kept until the next pass.
+    `operators` and `sequences` make the operators from these inputs, which computes projections,
+    short convolutions and gates once more. They read parameters outside of `forward`, so an
+    observer does not work for sharded models.
 
     Args:
-        model: A module that contains mixers, or is one.
+        model: A mixer, or a module that contains mixers.
         kind: Class of the mixers to observe; all mixers by default.
 
     Raises:

@@ -1,7 +1,8 @@
-r"""Compute losses that make gates forget less, or draw state-sizes towards a target.
+r"""Compute losses that make gates forget less, or pull state-sizes towards a target.
 
-Both losses take operators. `mixer.operator(x)` returns one, and `gramian.memory.Observer` has those
-of a forward pass. Gradients flow into the tensors from which the operators were computed.
+Both losses are functions of operators. `mixer.operator(x)` returns the operator of one mixer, and
+`gramian.memory.Observer` returns those of all mixers in a forward pass. Gradients flow into the
+tensors from which the operators were computed.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
     computed as matrices.
 
     Args:
-        operators: One or more systems. Those that are `TimeVarying`, with state matrices that are
-            diagonal, diagonal plus rank one, or dense, are used. Other systems have no gates and
+        operators: One or more systems. The `TimeVarying` systems are used, whether their state
+            matrices are diagonal, diagonal plus rank one, or dense. Other systems have no gates and
             are skipped.
 
     Returns:

@@ -302,7 +302,7 @@ class Mixer(nn.Module, abc.ABC):
         segments: Segments | None,
         mix: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> Tensor:
-        """Mix whole sequences from a zero state, wherever their tokens stand.
+        """Mix whole sequences from a zero state, even if padding separates their tokens.
 
         Args:
             x: (batch, length, width).

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from gramian._nearest import unknown
+from gramian._registry import registering
 from gramian.mixers.mixer import Mixer
 
 __all__ = ["MIXERS", "build", "options_of", "register", "takes"]
@@ -34,15 +35,7 @@ def register(kind: str) -> Callable[[_MixerType], _MixerType]:
     Raises:
         ValueError: if another class is registered under that name.
     """
-
-    def add(cls: _MixerType) -> _MixerType:
-        if MIXERS.get(kind, cls) is not cls:
-            raise ValueError(f"the mixer type {kind!r} is already registered.")
-        cls.kind = kind
-        MIXERS[kind] = cls
-        return cls
-
-    return add
+    return registering(MIXERS, kind, "kind", "mixer type")
 
 
 def build(config: str | Mapping[str, Any] | Mixer, **defaults: Any) -> Mixer:

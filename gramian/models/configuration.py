@@ -1,4 +1,4 @@
-"""Define the configuration of a Gramian model, whose blocks surround any mixers and filters.
+"""Define the configuration of a Gramian model, whose blocks may hold any mixers and filters.
 
 `mixers` names the mixers, and `filter` describes the filters with which they convolve. Both are
 given once for all layers or once per layer: after distillation, every layer has filters of its own
@@ -376,7 +376,10 @@ def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
 
 
 def _validate_options(field: str, given: Any, family: str, names: list[str]) -> None:
-    """Check the arguments of a family against its mixers in the model, or all if there are none.
+    """Check that the mixers of a family accept the arguments that are given for the family.
+
+    These are the mixers in the model that belong to the family, or all of the family if the model
+    has none of them.
 
     Args:
         field: name of the field that holds the arguments.

@@ -40,7 +40,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class LabelError(ValueError):
-    """An error about labels that do not fit the model or the problem."""
+    """An error about labels that do not fit the model or the kind of problem that it solves."""
 
 
 def check_classes(

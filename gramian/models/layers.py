@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gramian._registry import registering
 from gramian.mixers import Mixer, MixerCall, Segments
 from gramian.models.norms import NORMS
 
@@ -116,15 +117,7 @@ def register_block(kind: str) -> Callable[[_BlockType], _BlockType]:
     Raises:
         ValueError: if another class is registered under that name.
     """
-
-    def add(cls: _BlockType) -> _BlockType:
-        if BLOCKS.get(kind, cls) is not cls:
-            raise ValueError(f"the block {kind!r} is already registered.")
-        cls.kind = kind
-        BLOCKS[kind] = cls
-        return cls
-
-    return add
+    return registering(BLOCKS, kind, "kind", "block")
 
 
 def _mix_on(mixer: Mixer, x: Tensor, mask: Segments | None, memory: GramianCacheLayer) -> Tensor:

@@ -1,4 +1,4 @@
-"""Read a saved model, whole or not at all; errors say in one sentence what is wrong."""
+"""Read a saved model completely, or raise an error that says in one sentence what is wrong."""
 
 from __future__ import annotations
 

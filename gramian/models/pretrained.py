@@ -39,7 +39,7 @@ def _whole(module: nn.Module) -> Iterator[None]:
 
 
 class GramianPreTrainedModel(PreTrainedModel):
-    """The base class of Gramian models, which has what all of them share."""
+    """The base class of Gramian models, with the settings and methods that all of them share."""
 
     config: GramianConfig
     config_class = GramianConfig

@@ -178,7 +178,11 @@ def _sequence_numbers(
 
 
 def _restarts(steps: Tensor, same_row: Tensor) -> Tensor:
-    """Return at which tokens positions restart, given their differences from the token before.
+    """Return for every real token but the first whether the positions restart there.
+
+    Args:
+        steps: by how much the position of the token exceeds that of the token before.
+        same_row: whether both tokens are in the same row.
 
     Raises:
         ValueError: if positions of one row jump ahead.

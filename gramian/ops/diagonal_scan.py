@@ -102,7 +102,7 @@ def _fill(states: Tensor, a: Tensor, w: Tensor, start: Tensor, reverse: bool) ->
 
 
 def _loop(states: Tensor, a: Tensor, w: Tensor | None, start: Tensor, reverse: bool) -> Tensor:
-    """Step through time. If w is None, compute the products of the gates instead."""
+    """Compute the states step by step or, if w is None, the products of the gates instead."""
     order = slice(None, None, -1 if reverse else 1)
     outputs, gates = states.unbind(-2)[order], a.unbind(-2)[order]
     end = torch.empty_like(start)

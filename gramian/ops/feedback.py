@@ -7,9 +7,9 @@ closed loop from u to y is the power series in z⁻¹
 
 Its first L taps depend on the first L taps of the four kernels only (this is the Woodbury identity
 for power series). The quotient is evaluated at N roots of unity, in double precision. Taps are
-damped by `ρ^t`, so taps from N on alias onto the first taps with a factor of `ρ^N`, and rounding
-errors grow by `ρ^{-L}`. With N = L and `ρ^N = 1e-8` both errors stay below single precision. With
-N = 2L and `ρ^N = 1e-11` they are three digits smaller.
+damped by `ρ^t`. So taps from N on alias onto the first taps with a factor of only `ρ^N`, but
+rounding errors grow by `ρ^{-L}`. With N = L and `ρ^N = 1e-8`, both errors stay below single
+precision. With N = 2L and `ρ^N = 1e-11`, both are three digits smaller.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class _Copy:
         self._product = torch.mv(source, self._vector)
 
     def equals(self, weight: Tensor) -> bool:
-        """Return whether the weight equals the copied one, judged by the product `W r`."""
+        """Return whether the weight still has the product `W r` that it had when it was copied."""
         return torch.equal(torch.mv(weight.detach(), self._vector), self._product)
 
 

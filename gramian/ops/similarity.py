@@ -295,8 +295,8 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
         C: (*C, n): the output vector.
 
     Returns:
-        The coordinates. Every channel whose powers are already bounded keeps the given ones. The
-        function reads the values of A, so it synchronizes with a GPU.
+        The coordinates. Where the powers of A are already bounded, the channel keeps the given
+        coordinates. The function reads the values of A, so it synchronizes with a GPU.
     """
     if A.numel() == 0:
         return Coordinates()

@@ -26,9 +26,9 @@ def work(function: Callable[[Item], Result], tasks: Sequence[Item], like: Tensor
 
     Each thread runs the tensor operations of its tasks single-threaded. The operations are many and
     small, and each would otherwise wake all of PyTorch's threads and wait for them. The threads end
-    with the call, because OpenMP's own threads wait less eagerly for each other when a process has
-    more threads than processors. Concurrent calls run one after the other, because MKL has one
-    number of threads for the whole process.
+    with the call. If they stayed, the process would have more threads than processors, and OpenMP's
+    own threads would then wait less eagerly for each other. Concurrent calls run one after the
+    other, because MKL has one number of threads for the whole process.
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(tasks))

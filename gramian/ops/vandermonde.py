@@ -188,7 +188,7 @@ def _unpair(values: Tensor) -> Tensor:
 
 
 def _folded(signal: Tensor, columns: int) -> Tensor:
-    """Reshape (g, r, T), padded with zeros at the end, to rows of J samples, (g, r I, J)."""
+    """Pad (g, r, T) with zeros at the end, and cut it into rows of J = `columns`, (g, r I, J)."""
     padded = torch.nn.functional.pad(signal, (0, -signal.shape[-1] % columns))
     return padded.reshape(len(signal), -1, columns)
 

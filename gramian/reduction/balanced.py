@@ -380,11 +380,12 @@ def _lower_orders(
 ) -> ModalFit:
     """Find the closest closed-form fits of lower orders.
 
-    For a channel where none is closer than `best`, the result has an infinite error. For much lower
-    orders, and where the bounds say little, only the treatment `leading` of the tail is tried.
+    If no lower order is closer than `best` in a channel, its error in the result is infinite. If an
+    order is much lower, and the lower bounds say little about a channel, only the treatment
+    `leading` of its tail is tried.
 
-    If the spectrum is flat, lower orders can be closer by chance. They can also be closer if the
-    singular basis contains vectors of rounding errors, whose shift has meaningless poles.
+    If the spectrum is flat, lower orders can be closer by chance. They can also be closer if some
+    singular vectors consist of rounding errors, because these add meaningless poles.
     """
     found = problem.silence(rows)
     found.l2_error[:] = torch.inf

@@ -135,7 +135,7 @@ class Problem:
 
     @property
     def singular_values(self) -> Tensor:
-        """Return the leading Hankel singular values of the kernels followed by zeros, (B, k)."""
+        """Return the leading Hankel singular values (B, k) of the kernels, continued by zeros."""
         return self.leading_values("zero")
 
     def leading_values(self, tail: str) -> Tensor:

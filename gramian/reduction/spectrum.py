@@ -176,7 +176,7 @@ class Symmetric(Protocol):
         """Return a tensor (B, …) that has the batch dimension, dtype and device of the matrices."""
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        """Multiply the vectors in the rows of (B, k, rows) by the matrices: (B, k, rows)."""
+        """Multiply the matrices by k vectors each: vectors and result are (B, k, rows)."""
 
     def __getitem__(self, index: Tensor) -> Symmetric: ...
 
@@ -191,7 +191,7 @@ def lanczos_spectrum(
     block: int = _BLOCK,
     exact: Symmetric | None = None,
 ) -> Spectrum:
-    """Compute the leading spectrum of symmetric matrices in their own precision.
+    """Compute the leading spectrum of symmetric matrices in the precision of the matrices.
 
     A Ritz pair is accepted when ‖H u - θ u‖ is at most `residual` times the smallest |θ|. If a
     value occurs more than `block` times, the iteration finds `block` copies only; the module's
@@ -199,14 +199,14 @@ def lanczos_spectrum(
     are always float64, and the vectors are orthonormal in float64.
 
     Args:
-        matrices: The matrices, by their products.
+        matrices: The matrices. Only their products with vectors are used.
         count: The number of singular values.
         residual: The largest accepted residual, relative to the smallest |θ|.
         guess: Vectors near the wanted span, as in `leading_spectrum`.
-        magnitude: (B, 1): the size of the terms whose small differences the products are, if they
-            are such. Rounding errors are in proportion to it.
+        magnitude: (B, 1): if the products are small differences of large terms, the size of these
+            terms. Rounding errors are proportional to it.
         block: The number of vectors in a block.
-        exact: The same matrices in the precision for dense factorization.
+        exact: The same matrices in the precision that a dense factorization uses.
     """
     batch, size = len(matrices.like), matrices.rows
     pending = torch.arange(batch, device=matrices.like.device)

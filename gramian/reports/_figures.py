@@ -157,10 +157,10 @@ def plot_decoding_cost(
     """Plot the time per generated token and the size of the state against the context length.
 
     Args:
-        milliseconds: by method of generation, the time per token in milliseconds, by context length
-            in tokens.
-        state_bytes: by method of generation, the size in bytes of the state that is carried from
-            token to token, by context length in tokens.
+        milliseconds: for each method of generation, a mapping from the context length in tokens to
+            the time per token in milliseconds.
+        state_bytes: for each method of generation, a mapping from the context length in tokens to
+            the size in bytes of the state that is carried from token to token.
 
     Raises:
         ValueError: if one of the arguments is empty.

@@ -90,10 +90,10 @@ class Recurrence(abc.ABC, Generic[StateT]):
         return self._advance(u_t, state)
 
     def step(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        """Process one sample (*B, *C') in place: as `advance`, but in the memory of `state`.
+        """Process one sample (*B, *C') as `advance` does, but overwrite the memory of `state`.
 
         Returns:
-            y (*B, *C') and the new state. `state` is consumed: use only the returned one.
+            y (*B, *C') and the new state. `state` is overwritten: use only the returned state.
 
         Raises:
             TypeError: if `state` is not of `state_type`.

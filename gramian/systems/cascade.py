@@ -125,7 +125,7 @@ def sections(zeros: np.ndarray, poles: np.ndarray) -> list[Section]:
 
     Args:
         zeros: The zeros, (m,), complex, as `check_roots` returns them.
-        poles: The poles, (n,), likewise.
+        poles: The poles, (n,), complex, as `check_roots` returns them.
     """
     upper, real = _pairs("poles", poles)
     real.sort(key=abs)

@@ -46,7 +46,9 @@ class DPLRState(State):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DPLR(TimeInvariantSystem[DPLRState]):
-    """`h_0 = D`, `h_t = C A^(t-1) B`, where A is diagonal plus rank one, in conjugate pairs.
+    """`h_0 = D`, `h_t = C A^(t-1) B`, where A is diagonal plus rank one.
+
+    Each of the m complex entries of a vector stands for a mode and its conjugate.
 
     Args:
         poles: (*C, m), complex: the diagonal Λ.

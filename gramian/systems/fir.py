@@ -1,8 +1,9 @@
 """FIR systems, whose kernel is zero after its last tap.
 
-A short kernel steps with a window of its last K - 1 inputs, the smallest state that a kernel with a
-nonzero last tap can have. A long kernel steps by online convolution. Its state is up to six times
-as large, but a step takes O(log² K) operations instead of K.
+The recurrence of a short kernel keeps a window of the last K - 1 inputs, the smallest state that a
+kernel with a nonzero last tap can have. The recurrence of a long kernel uses online convolution.
+Its state is up to six times as large as that window, but a step takes O(log² K) operations instead
+of K.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 r"""Time-varying systems: linear recurrences whose coefficients change at every step.
 
-`x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i` for i = 0 … L - 1. This is what gated
-linear attention, selective state spaces and the delta rule apply to their values on one input. The
-state matrix is diagonal (gates), diagonal plus rank one (the delta rule's `α (I - β k kᵀ)`), or
-dense.
+`x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i` for i = 0 … L - 1. On a given input,
+gated linear attention, selective state spaces and the delta rule apply such a system to their
+values. The state matrix is diagonal (gates), diagonal plus rank one (the delta rule's
+`α (I - β k kᵀ)`), or dense.
 
 In the notation of linear attention, `S_t = diag(α_t) S_{t-1} + k_t v_t`, `o_t = q_t S_t`, the
 system has `A = α`, `B = k`, `C = α q`, `D = q · k`. Its state is the memory *before* the present
 input, which contributes to the output through D.
 
-An input is processed in blocks, by matrix products and about log₂ L rounds (`gramian.ops.scan`).
+An input is processed in blocks, in about log₂ L rounds of matrix products (`gramian.ops.scan`).
 A single signal through a diagonal system is processed step by step (`gramian.ops.diagonal_scan`).
 """
 

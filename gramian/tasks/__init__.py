@@ -39,8 +39,10 @@ from gramian.tasks._task import (
     register,
     settings,
 )
+from gramian.tasks.bed import Interval, read_bed
 from gramian.tasks.documents import Document, documents_in, read_documents, register_reader
 from gramian.tasks.encoding import Encoder
+from gramian.tasks.indexed import IndexedGenome
 from gramian.tasks.kinds import (
     KINDS,
     ClassLabels,
@@ -62,6 +64,8 @@ __all__ = [
     "Document",
     "Encoder",
     "GeneratedTask",
+    "IndexedGenome",
+    "Interval",
     "Kind",
     "Metric",
     "NumberLabels",
@@ -72,6 +76,7 @@ __all__ = [
     "find_kind",
     "load",
     "names",
+    "read_bed",
     "read_documents",
     "register",
     "register_kind",

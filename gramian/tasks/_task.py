@@ -297,7 +297,7 @@ def settings(name: str) -> dict[str, dict[str, Any]]:
 
 
 def build(name: str, setting: str | None = None, **settings: Any) -> Task:
-    """Build the task `name` with a published setting and changes to it.
+    """Build the task `name` with a published setting, whose fields `settings` may override.
 
     Args:
         name: one of `names()`.
@@ -404,10 +404,14 @@ def choose_split(task: Task, name: str, split: str | None) -> str:
 
 
 def has_rows(task: Task, split: str) -> bool:
-    """Return whether a task has a split; a task that reads files needs files or records for it."""
+    """Return whether a task has a split.
+
+    A task that reads files needs files, records, intervals or a share for it.
+    """
     if split not in task.splits:
         return False
-    named = [name for name in (split, f"{split}_records") if hasattr(task, name)]
+    endings = ("", "_records", "_intervals", "_share")
+    named = [f"{split}{end}" for end in endings if hasattr(task, f"{split}{end}")]
     return not named or any(getattr(task, name) for name in named)
 
 

@@ -36,6 +36,8 @@ __all__ = [
     "documents_in",
     "find_files",
     "holds_keys",
+    "is_compressed",
+    "is_fasta",
     "read_documents",
     "register_reader",
 ]
@@ -110,6 +112,11 @@ def holds_keys(file: str | Path) -> bool:
     return _suffix(str(file)) in _JSON_LINES
 
 
+def is_fasta(file: str | Path) -> bool:
+    """Return whether a file is read as FASTA by its name alone."""
+    return _suffix(str(file)) in (*FASTA_SUFFIXES, *_FASTQ)
+
+
 def find_files(patterns: Any) -> list[str]:
     """Return the files that match a path, a pattern or a list of them, sorted within each pattern.
 
@@ -155,6 +162,14 @@ def blocks(file: str | Path) -> Iterator[bytes]:
                     return
                 yield block.removeprefix(_BOM) if first else block
                 first = False
+
+
+def is_compressed(file: str | Path) -> bool:
+    """Return whether `blocks` decompresses or decodes a file, by its first bytes."""
+    with open(file, "rb") as raw:
+        magic = raw.read(6)
+        with closing(_decompressed(raw, magic)) as stream:
+            return stream is not raw or magic.startswith((_BOM, *_REFUSED))
 
 
 def _decompressed(raw: BinaryIO, magic: bytes) -> BinaryIO:

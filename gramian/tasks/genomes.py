@@ -19,7 +19,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-__all__ = ["AMBIGUOUS", "MARKS", "NUCLEOTIDES", "clean", "names", "records", "warn_of"]
+__all__ = [
+    "AMBIGUOUS",
+    "MARKS",
+    "NUCLEOTIDES",
+    "clean",
+    "name_of",
+    "names",
+    "records",
+    "reverse_complement",
+    "warn_of",
+]
 
 NUCLEOTIDES = b"ACGTN"
 AMBIGUOUS = b"RYSWKMBDHVX"
@@ -31,6 +41,7 @@ _DIGIT = re.compile(rb"[0-9]")
 _DIGIT_AFTER_LETTER = re.compile(rb"[^\s0-9][0-9]")
 _AMINO_ACIDS = b"EFIJLOPQZ"  # whose letters are not codes of nucleotides
 _UPPER = bytes.maketrans(b"abcdefghijklmnopqrstuvwxyzuU", b"ABCDEFGHIJKLMNOPQRSTUVWXYZTT")
+_COMPLEMENT = bytes.maketrans(b"ACGTRYKMBVDH", b"TGCAYRMKVBHD")  # S, W, N and marks are their own
 _MARKED_LINE = re.compile(rb"\n[>;]")
 _LONGEST_HEADER = 2**20
 _SUSPICIOUS = 0.1  # share of ambiguous codes above which a warning asks whether this is a genome
@@ -75,7 +86,18 @@ def clean(
     return letters.translate(_UPPER, _SKIPPED)
 
 
-def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterator[bytes]]]:
+def reverse_complement(codes: bytes) -> bytes:
+    """Return the other strand of upper-case codes, read in its own direction.
+
+    Codes that stand for several nucleotides become those that stand for their complements; N, X and
+    marks stay.
+    """
+    return codes.translate(_COMPLEMENT)[::-1]
+
+
+def records(
+    blocks: Iterable[bytes], source: str, *, warn: bool = True
+) -> Iterator[tuple[str, Iterator[bytes]]]:
     """Yield the name and the sequence of each record, the sequence in pieces from `clean`.
 
     The pieces must be read in order or not at all. A record may have an empty sequence.
@@ -83,6 +105,7 @@ def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterato
     Args:
         blocks: the decompressed bytes of a file, in blocks of any size.
         source: the file's name, for errors and warnings.
+        warn: whether to warn of marks and of many ambiguous codes at the end.
 
     Raises:
         ValueError: if the text is not FASTA, or its letters are not codes of nucleotides.
@@ -96,7 +119,7 @@ def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterato
     odd: Counter[int] = Counter()
     total = 0
     while header is not None:
-        name = _name(header[1])
+        name = name_of(header[1])
         where = f"{source}, record {name!r}" if name else f"{source}, a record without a name"
         header = None
 
@@ -119,17 +142,19 @@ def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterato
             pass
     if total == 0:
         raise ValueError(f"{source} holds no bases: none of its FASTA records has a sequence.")
-    warn_of(odd, total, source)
+    if warn:
+        warn_of(odd, total, source)
 
 
 def names(blocks: Iterable[bytes], source: str) -> Iterator[str]:
     """Yield the names of the records, without checking their sequences."""
     for is_header, data in _events(blocks, source):
         if is_header:
-            yield _name(data)
+            yield name_of(data)
 
 
-def _name(header: bytes) -> str:
+def name_of(header: bytes) -> str:
+    """Return the name in a header without its '>', which is its first word, or ""."""
     words = header.split(maxsplit=1)
     return words[0].decode("utf-8", errors="replace") if words else ""
 

@@ -336,8 +336,9 @@ class SelectiveCopying(_MADTask):
     The labels of the last blanks are the tokens, in order.
 
     Args:
-        vocab_size: number of token ids: the tokens to copy, then the blank, then the mark.
-        length: number of tokens in a sequence, with blanks and the mark.
+        vocab_size: number of token ids. The last two are the blank and the mark, in this order, and
+            the others are the tokens that can be copied.
+        length: number of tokens in a sequence, including blanks and the mark.
         tokens: number of tokens to copy.
     """
 

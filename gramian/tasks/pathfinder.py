@@ -46,7 +46,7 @@ _Paths = tuple[list[np.ndarray], np.ndarray, list[list[tuple[int, int]]]]
 @register("lra/pathfinder")
 @dataclass(frozen=True, kw_only=True)
 class Pathfinder(GeneratedTask):
-    """Images of dashed paths; the label says whether the two discs lie on one of them.
+    """Images of dashed paths; the label says whether the two discs lie on the same path.
 
     Args:
         size: side of the image in pixels, above 4 × `seed_distance`.
@@ -56,7 +56,7 @@ class Pathfinder(GeneratedTask):
         thickness: thickness of a dash in pixels, a multiple of 0.5.
         gap: number of free pixels around a dash.
         seed_distance: distance in pixels between the beginnings of the two long paths.
-        continuity: straightness of the paths, the c of the formula above.
+        continuity: straightness of the paths: a turn by Δ has weight `cos²(continuity Δ)`.
         radius: radius of the discs in pixels.
         distractors: number of dashes in all distractor paths together; a distractor path has a
             third as many dashes as a long path.

@@ -1,4 +1,4 @@
-"""The conformance suite of mixers: one map in every mode, whatever the padding and packing."""
+"""A conformance suite: mixers compute one map in every mode, with any padding and packing."""
 
 from __future__ import annotations
 

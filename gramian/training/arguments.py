@@ -46,9 +46,9 @@ def make_arguments(
         bar: whether transformers shows its progress bar.
 
     Raises:
-        ConfigError: if the batch cannot be divided among the processes and micro-batches, the
-            number of processes does not suit the machine, the environment or FSDP, or a model
-            without known blocks is to be sharded.
+        ConfigError: if the batch cannot be divided among the processes and micro-batches; if the
+            number of processes does not suit the machine, the environment or FSDP; or if the model
+            is to be sharded, but its block is not registered.
     """
     optimization, evaluation, hardware = config.optimization, config.evaluation, config.hardware
     processes, on_cpu = _processes(hardware)

@@ -77,15 +77,15 @@ def _model_keys() -> list[Key]:
 def read_attributes(kind: type[Any]) -> dict[str, str]:
     """Read the meanings of a class's fields from the section `Attributes:` of its docstring.
 
-    A line that begins with the name of an annotated field and a colon begins an entry, whatever its
-    indentation, and the other lines of the section continue the entry before them. The section ends
-    at a blank line.
+    A line that begins with the name of an annotated field and a colon begins an entry, at any
+    indentation. The other lines of the section continue the entry before them. The section ends at
+    a blank line.
 
     Args:
         kind: the class, whose section must have one entry for each annotated field.
 
     Returns:
-        The meanings by the names of the fields, in the order of the section. Each is one line.
+        The meanings by the names of the fields, in the order of the section, each in one line.
 
     Raises:
         ValueError: if a field has no entry or several.

@@ -187,7 +187,7 @@ class Logging:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Settings of the computation, which change what is learned by rounding errors only."""
+    """Settings of the computation. They change the trained model by rounding errors only."""
 
     device: str = setting(
         '`"auto"` trains on accelerators if there are any; `"cpu"` trains on the processor.', "auto"

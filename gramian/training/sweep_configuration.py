@@ -45,9 +45,9 @@ class SweepPoint:
     """One training run of a sweep.
 
     Attributes:
-        name: name of its folder within the sweep's.
-        values: by axis, the value at this point: the value of the key, or the name of the group of
-            changes.
+        name: name of the run's folder within the sweep's folder.
+        values: the value of each axis at this point: the value of the key, or the name of the group
+            of changes.
         config: the run's configuration.
     """
 

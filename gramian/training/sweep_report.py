@@ -46,8 +46,8 @@ class PointReport:
     """One run of a sweep.
 
     Attributes:
-        name: name of its folder within the sweep's.
-        values: by axis, the value at this point.
+        name: name of the run's folder within the sweep's folder.
+        values: the value of each axis at this point.
         report: report of the run, or None if it failed.
         error: one line that says why the run failed, or None.
     """

@@ -124,7 +124,7 @@ class GramianTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Count as transformers does, but at least 1, so a batch without labels has zero loss."""
+        """Count labels as transformers does, but at least 1, to give zero loss without labels."""
         count = super()._get_num_items_in_batch(*args, **kwargs)
         return count.clamp_min(1) if isinstance(count, Tensor) else count
 

@@ -80,7 +80,7 @@ def test_version_and_help(tmp_path: Path) -> None:
     assert (version.returncode, version.stdout) == (0, f"gramian {gramian.__version__}\n")
     overview = run("--help", cwd=tmp_path)
     assert overview.returncode == 0
-    commands = "demo distill convert generate check analyze train sweep evaluate export"
+    commands = "demo distill convert generate check analyze train sweep evaluate export score embed"
     for command in commands.split():
         assert command in overview.stdout
 

@@ -30,6 +30,7 @@ PACKAGES = (
     "gramian.evaluation",
     "gramian.export",
     "gramian.filters",
+    "gramian.genomics",
     "gramian.memory",
     "gramian.mixers",
     "gramian.models",

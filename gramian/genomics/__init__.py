@@ -1,0 +1,38 @@
+"""Genomes through a language model: scores of records and variants, and hidden states.
+
+    from gramian import genomics
+
+    for one in genomics.score(model, "genome.fa", tokenizer=tokenizer):
+        print(one.name, one.total, one.mean)
+    for one in genomics.score(model, "genome.fa", tokenizer=tokenizer, variants="calls.vcf"):
+        print(one.variant.pos, one.difference)
+    for one in genomics.embed(model, "genome.fa", tokenizer=tokenizer, layer=-1):
+        print(one.name, one.values.shape)
+
+Log-likelihoods are in nats. Sequences of any length are read in chunks through the model's state.
+`gramian.tasks.genomes` defines how FASTA is read. Variants and intervals need random access to a
+file, for which pyfaidx is needed: `pip install "gramian[genomics]"`.
+"""
+
+from gramian.genomics._embed import Embedding, embed
+from gramian.genomics._embedding_files import write_embeddings
+from gramian.genomics._hidden_states import hidden_states, read_layer
+from gramian.genomics._likelihood import LogLikelihood
+from gramian.genomics._score import RecordScore, VariantScore, score
+from gramian.genomics._tables import write_scores
+from gramian.genomics._variants import Variant, read_variants
+
+__all__ = [
+    "Embedding",
+    "LogLikelihood",
+    "RecordScore",
+    "Variant",
+    "VariantScore",
+    "embed",
+    "hidden_states",
+    "read_layer",
+    "read_variants",
+    "score",
+    "write_embeddings",
+    "write_scores",
+]
