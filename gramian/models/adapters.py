@@ -17,11 +17,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from gramian.ops.fp8 import FP8Linear
+
 __all__ = [
     "base_folder",
+    "check_mergeable",
     "is_adapter",
     "merge_adapter",
-    "refuse_tied",
     "require_peft",
     "switches",
     "task_type",
@@ -133,33 +135,48 @@ def merge_adapter(model: nn.Module, folder: Path, new: Iterable[str] = ()) -> An
             f"{missing[0].removeprefix(_PREFIX)}."
         )
     try:
-        refuse_tied(adapted)
-    except ValueError as error:
-        raise ValueError(f"the adapter in {folder} cannot be merged: {error}") from error
-    merged: Any = adapted.merge_and_unload(safe_merge=True)
+        check_mergeable(adapted)
+        merged: Any = adapted.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"the adapter in {folder} cannot be merged: {_sentence(error)}") from error
     for name, parameter in merged.named_parameters():
         parameter.requires_grad_(trained[name])
     return merged.eval()
 
 
-def refuse_tied(adapted: Any) -> None:
-    """Raise a ValueError if an adapter changes a matrix that is embedding and output map at once.
+def check_mergeable(adapted: Any) -> None:
+    """Raise a ValueError unless an adapter can be merged without changing what it computes.
+
+    A matrix that is embedding and output map at once would change in both places. A change of a map
+    that is computed in 8-bit floating point would be rounded away.
 
     Args:
         adapted: a `PeftModel` around a model of ours.
     """
     model = adapted.get_base_model()
-    if not getattr(model.config, "tie_word_embeddings", False) or not model.can_generate():
-        return
+    tied = getattr(model.config, "tie_word_embeddings", False) and model.can_generate()
     for name, module in (
-        ("embed_tokens", model.model.embed_tokens),
-        ("lm_head", model.lm_head),
+        (("embed_tokens", model.model.embed_tokens), ("lm_head", model.lm_head)) if tied else ()
     ):
         if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
             raise ValueError(
                 f"{name} must stay as it is, since its weight is embedding and output map at once "
                 "(tie_word_embeddings)."
             )
+    for name, module in model.named_modules():
+        inner = getattr(module, "base_layer", None)
+        if isinstance(inner, FP8Linear):
+            raise ValueError(
+                f"{name} must stay as it is, since its weight is rounded to 8-bit floating point."
+            )
+        if hasattr(module, "parameter_name") and not isinstance(inner, nn.Linear):
+            raise ValueError(
+                f"target_parameters must be weights of linear maps; {name} is a "
+                f"{type(inner).__name__}."
+            )
+        biased = any(getattr(module, "lora_bias", {}).values())
+        if biased and getattr(inner, "bias", None) is None:
+            raise ValueError(f"lora_bias must be off, since {name} has no bias.")
 
 
 def switches(module: nn.Module) -> list[tuple[Any, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from gramian._nearest import unknown
 from gramian.models import GramianConfig, GramianForCausalLM, load_any
-from gramian.models.adapters import is_adapter, refuse_tied, require_peft, task_type
+from gramian.models.adapters import check_mergeable, is_adapter, require_peft, task_type
 from gramian.models.labels import label_names
 from gramian.tasks import Description, Kind
 from gramian.training.configuration import ConfigError, TrainingConfig
@@ -198,7 +198,7 @@ def adapt(model: Any, values: Mapping[str, Any], path: str, new: list[str]) -> A
             adapted = get_peft_model(
                 model, LoraConfig(task_type=task_type(type(model)), **settings)
             )
-        refuse_tied(adapted)
+        check_mergeable(adapted)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"adapter: {' '.join(str(error).split())}") from error
     adapted.peft_config["default"].base_model_name_or_path = str(Path(path).resolve())

@@ -193,6 +193,16 @@ def test_an_interrupted_run_resumes_to_the_same_losses(tmp_path: Path, base: Pat
         ({"target_modules": ["absent"]}, {}, "adapter: Target modules .*absent.* not found"),
         (LORA | {"target_modules": ["lm_head"]}, {}, "adapter: lm_head must stay as it is"),
         (LORA | {"modules_to_save": ["embed_tokens"]}, {}, "adapter: embed_tokens must stay"),
+        (
+            {"target_parameters": ["short.weight"], "target_modules": []},
+            {},
+            "adapter: target_parameters must be weights of linear maps; .*short is a ShortConvol",
+        ),
+        (
+            {"target_modules": ["down_proj"], "lora_bias": True},
+            {},
+            "adapter: lora_bias must be off, since .*down_proj has no bias",
+        ),
         (LORA, {"model": small()}, "adapter needs model.path"),
         (LORA, {"hardware": {"compile": True}}, "adapter cannot be trained with hardware.compile"),
         ("lora", {}, "adapter must hold keys and values; got 'lora'"),
@@ -205,6 +215,24 @@ def test_what_peft_does_not_know_is_refused(
         train(run(tmp_path / "run", base, adapter, **sections))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_map_in_eight_bits_is_not_adapted(tmp_path: Path) -> None:
+    """Merged into it, a small change would be rounded away."""
+    options = small(mixers={"type": "hyena", "fp8_scales": [16.0, 64.0]})
+    GramianForCausalLM(GramianConfig(**options)).save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"in_proj must stay as it is, .* 8-bit floating point"):
+        train(run(tmp_path / "run", tmp_path / "base"))
+    other = LORA | {"target_modules": ["out_proj"]}
+    report = train(run(tmp_path / "run", tmp_path / "base", other))
+    merged = load(tmp_path / "run" / "last")
+    found = evaluate_task(merged, tasks.build(**TASK), split="validation")
+    assert found[0].value == pytest.approx(report.metrics["loss"], rel=1e-3)
+    # a checkpoint is a model too
+    ids = torch.arange(12)[None]
+    checkpoint = load(tmp_path / "run" / "checkpoints" / "checkpoint-12")
+    with torch.no_grad():
+        assert torch.equal(checkpoint(ids).logits, merged(ids).logits)
 
 
 def test_without_peft_the_cure_is_named(
