@@ -64,15 +64,11 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
 
 def _kind(folder: Path) -> str | None:
     """Return the `model_type` in a folder's config.json, or in that of an adapter's base."""
-    from gramian.models.adapters import base_folder, is_adapter
+    from gramian.models.adapters import config_folder
 
-    if is_adapter(folder) and not (folder / "config.json").is_file():
-        try:
-            return _kind(base_folder(folder))
-        except (OSError, ValueError):  # of another library, perhaps
-            return None
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        file = config_folder(folder) / "config.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no JSON, or an adapter of another library
         return None
     return values.get("model_type") if isinstance(values, dict) else None

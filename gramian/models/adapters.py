@@ -22,6 +22,7 @@ from gramian.ops.fp8 import FP8Linear
 __all__ = [
     "base_folder",
     "check_mergeable",
+    "config_folder",
     "is_adapter",
     "merge_adapter",
     "require_peft",
@@ -89,11 +90,18 @@ def base_folder(folder: Path) -> Path:
     return base
 
 
+def config_folder(folder: Path) -> Path:
+    """Return the folder with a model's configuration: its own, or that of an adapter's base."""
+    if not is_adapter(folder) or (folder / "config.json").is_file():
+        return folder
+    return config_folder(base_folder(folder))
+
+
 def tokenizer_folder(folder: Path) -> Path:
     """Return the folder with a model's tokenizer: its own, or that of the base of an adapter."""
     if (folder / "tokenizer_config.json").is_file() or not is_adapter(folder):
         return folder
-    return base_folder(folder)
+    return tokenizer_folder(base_folder(folder))
 
 
 def merge_adapter(model: nn.Module, folder: Path, new: Iterable[str] = ()) -> Any:

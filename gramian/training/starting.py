@@ -11,7 +11,13 @@ from typing import Any
 
 from gramian._nearest import unknown
 from gramian.models import GramianConfig, GramianForCausalLM, load_any
-from gramian.models.adapters import check_mergeable, is_adapter, require_peft, task_type
+from gramian.models.adapters import (
+    check_mergeable,
+    config_folder,
+    is_adapter,
+    require_peft,
+    task_type,
+)
 from gramian.models.labels import label_names
 from gramian.tasks import Description, Kind
 from gramian.training.configuration import ConfigError, TrainingConfig
@@ -126,8 +132,13 @@ def saved_names(path: str | None, kind: Kind) -> list[str] | None:
         path: folder of the model, or None for a new one.
         kind: kind of the task.
     """
-    folder = Path(path or "")
-    if path is None or not (folder / "config.json").is_file():
+    if path is None or not Path(path).is_dir():
+        return None
+    try:
+        folder = config_folder(Path(path))
+    except ValueError as error:
+        raise ConfigError(f"model.path: {error}") from error
+    if not (folder / "config.json").is_file():
         return None
     config = GramianConfig.from_pretrained(folder, local_files_only=True)
     same = kind.model_class().__name__ in (config.architectures or [])
@@ -211,14 +222,19 @@ def base_of(model: Any) -> Any:
 
 
 def save_description(model: Any, folder: Path) -> None:
-    """Write the configuration of the model inside of an adapter beside the adapter.
+    """Write the configuration of the model inside of an adapter, unless that of its base says it.
 
-    It tells the class and the labels, which the adapter's own configuration does not.
+    It says the class and the labels, which the adapter's own configuration does not. Beside one,
+    transformers' Auto classes would look for whole weights, so it is written where it is needed.
     """
     base = base_of(model)
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__]
-    config.save_pretrained(folder)
+    told = config_folder(Path(model.peft_config["default"].base_model_name_or_path))
+    saved = GramianConfig.from_pretrained(told, local_files_only=True)
+    names = ("architectures", "id2label", "problem_type", "pooling")
+    if any(getattr(saved, name) != getattr(config, name) for name in names):
+        config.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form, which nobody has filled in
 
 

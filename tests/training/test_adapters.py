@@ -22,6 +22,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("peft")
 
 from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
 
 from gramian import cli, tasks
 from gramian.checkpoints import DNATokenizer
@@ -92,8 +93,6 @@ def test_a_run_holds_an_adapter_of_its_base(tmp_path: Path, base: Path) -> None:
         assert {file.name for file in folder.iterdir()} == {
             "adapter_config.json",
             "adapter_model.safetensors",
-            "config.json",
-            "modeling_gramian.py",
         }
         values = json.loads((folder / "adapter_config.json").read_text())
         assert values["base_model_name_or_path"] == str(base.resolve())
@@ -121,8 +120,9 @@ def test_a_run_holds_an_adapter_of_its_base(tmp_path: Path, base: Path) -> None:
     ids = torch.arange(12)[None]
     unmerged = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "last").eval()
     again = PeftModel.from_pretrained(load(base), tmp_path / "run" / "last").eval()
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "last").eval()
     with torch.no_grad():
-        for one in (unmerged, again):
+        for one in (unmerged, again, auto):
             assert_close(one(input_ids=ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
     assert train(run(tmp_path / "run", base)) == report  # finished
 
@@ -292,6 +292,7 @@ def test_a_language_model_becomes_a_classifier(
     assert found == pytest.approx({k: report.metrics[k] for k in found}, rel=1e-4)
     files = {file.name for file in (tmp_path / "run" / "last").iterdir()}
     assert ("model.safetensors" in files) == (adapter is None)
+    assert "config.json" in files  # its classes are not those of the base
     assert "tokenizer.json" in files
     # and goes on from there, merged
     sections |= {"optimization": options | {"steps": 4}}
