@@ -69,6 +69,6 @@ def _kind(folder: Path) -> str | None:
     try:
         file = config_folder(folder) / "config.json"
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no JSON, or an adapter of another library
+    except (OSError, json.JSONDecodeError):  # or an adapter of another library
         return None
     return values.get("model_type") if isinstance(values, dict) else None

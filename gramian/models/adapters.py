@@ -58,9 +58,18 @@ def task_type(kind: type[Any]) -> str | None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds an adapter and not a whole model."""
-    whole = any((folder / name).is_file() for name in _MODEL_WEIGHTS)
-    return (folder / CONFIG).is_file() and not whole
+    """Return whether a folder holds an adapter.
+
+    Raises:
+        ValueError: if it holds a whole model too; transformers would read the adapter.
+    """
+    if not (folder / CONFIG).is_file():
+        return False
+    if any((folder / name).is_file() for name in _MODEL_WEIGHTS):
+        raise ValueError(
+            f"{folder} must hold a model or an adapter; it holds both, so give each its own folder."
+        )
+    return True
 
 
 def base_folder(folder: Path) -> Path:
@@ -82,6 +91,8 @@ def base_folder(folder: Path) -> Path:
     if kind != "LORA":
         raise ValueError(f"the adapter in {folder} must be one of LoRA; got {kind!r}.")
     base = Path(str(values.get("base_model_name_or_path") or ""))
+    if base != Path() and base.resolve() == folder.resolve():
+        raise ValueError(f"the adapter in {folder} must name another folder as its base model.")
     if base == Path() or not base.is_dir():
         named = "no base model" if base == Path() else f"the base model {base}, which is missing"
         raise FileNotFoundError(

@@ -200,6 +200,7 @@ def test_the_tokenizer_ends_a_sequence_as_in_training(tmp_path: Path) -> None:
             },
             "problem_type='multi_label_classification'",
         ),
+        ({"id2label": {"a": "b"}}, "id2label .* must have numbers as keys; got 'a'"),
         ({"id2label": "a"}, "id2label in the checkpoint's configuration cannot be 'a'"),
     ],
 )

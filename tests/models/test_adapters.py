@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,13 @@ def test_an_adapter_that_does_not_fit_is_refused(saved: Callable[..., Path]) -> 
     change(folder, peft_type="LORA", base_model_name_or_path="/absent")
     with pytest.raises(FileNotFoundError, match="it names the base model /absent, which is miss"):
         load_any(folder)
+    change(folder, base_model_name_or_path=str(folder))
+    with pytest.raises(ValueError, match="must name another folder as its base model"):
+        load_any(folder)
+    shutil.copy(folder.parent / "base" / "model.safetensors", folder)
+    with pytest.raises(ValueError, match="must hold a model or an adapter; it holds both"):
+        load(folder)
+    (folder / "model.safetensors").unlink()
     (folder / "adapter_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="must hold JSON"):
         load(folder)
