@@ -19,8 +19,8 @@ from gramian.models import GramianConfig, GramianForCausalLM, load
 DATA = Path(__file__).parents[1] / "data"
 FILTERS: dict[str, dict[str, Any]] = {
     "short": {"type": "explicit", "taps": 7, "groups": 3},
-    "medium": {"type": "explicit", "taps": 100, "groups": 4, "skip": True},
-    "long": {"type": "explicit", "taps": 150},
+    "medium": {"type": "explicit", "taps": 100, "groups": 4, "skip": True, "lr": 1e-4},
+    "long": {"type": "explicit", "taps": 150, "lr": 1e-4},
     "real": {"type": "modal", "orders": 4, "real": True},
 }
 
@@ -42,6 +42,11 @@ def make(filter: dict[str, Any], **changes: Any) -> GramianForCausalLM:
 @pytest.mark.parametrize("name", FILTERS)
 def test_they_train_save_load_distil_and_are_measured(name: str, tmp_path: Path) -> None:
     model = make(FILTERS[name])
+    for layer in model.model.layers:  # smooth, so that there are smaller recurrences
+        if isinstance(layer.mixer.filter, ExplicitFilter):
+            kernel = layer.mixer.filter.kernel
+            rates = torch.linspace(0.1, 0.3, len(kernel))[:, None]
+            kernel.data = torch.exp(-rates * torch.arange(kernel.shape[1]))
     ids = torch.randint(50, (2, 200))  # longer than any filter
     optimizer = torch.optim.AdamW(gramian.parameter_groups(model, lr=0.01, weight_decay=0.0))
     losses = []
@@ -60,11 +65,11 @@ def test_they_train_save_load_distil_and_are_measured(name: str, tmp_path: Path)
         output = model(ids[:, :100], use_cache=True)
         last = model(ids[:, 100:], past_key_values=output.past_key_values).logits
     torch.testing.assert_close(last, whole[:, 100:], rtol=1e-3, atol=2e-4)
-    report = gramian.analyze(model, ids[:1, :60], positions=[20, 40])
+    report = gramian.analyze(model, ids[:1, :60], every=20)
     assert len(report.layers) == 2
     if name != "real":
-        small, distilled = gramian.distill(model, tol=0.3)
-        assert distilled.converged
+        small, distilled = gramian.distill(model, order=8)
+        assert distilled.max_relative_error < 0.3
         assert distilled.distilled_state_bytes <= distilled.original_state_bytes
         assert all(layer.kept == (name == "short") for layer in distilled.layers)
         with torch.no_grad():
