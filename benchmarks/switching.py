@@ -1,17 +1,18 @@
 """Does the recurrence of a rational filter compute its convolution?
 
 For every order n, the benchmark draws random systems with the truncated numerator of the published
-parametrisation. Their poles are conjugate pairs, uniform in the disc of radius 0.999 ("disc"), or
-their reflection coefficients are tanh(θ), with θ normal with variance 1/n ("reflection").
-Coefficients are rounded to float32. Systems that rounding makes unstable are drawn again, and their
-share is printed. Numerators are standard normal. The error of a recurrence is
-‖y_rec - y_conv‖₂ / ‖y_conv‖₂ on white noise of 1,024 samples: the recurrence steps through them one
-by one, and the convolution with the kernel that was learned is computed in float64.
+parametrisation. In the case "disc", their poles are conjugate pairs, uniform in the disc of radius
+0.999. In the case "reflection", their reflection coefficients are tanh(θ), where θ is normal with
+variance 1/n. Coefficients are rounded to float32. If rounding makes a system unstable, it is drawn
+again, and the share of the stable ones is printed. Numerators are standard normal. The error of a
+recurrence is ‖y_rec - y_conv‖₂ / ‖y_conv‖₂ on white noise of 1,024 samples. The recurrence steps
+through the samples one by one. The convolution with the system's kernel is computed in float64.
 
-The table has the share of systems whose recurrence is within 1e-4, for four ways of choosing it: as
-the library does; as the library does without its exact online convolution; the companion form
-stepped in float32; and, for systems made of reflection coefficients, the lattice in float32. For
-every system, what the library reports (`form`, `error`) is also compared with what is measured.
+The table contains the share of systems whose recurrence has an error of at most 1e-4, for four
+recurrences: the library's choice; the library's choice, where its exact online convolution counts
+as a failure; the companion form stepped in float32; and, for the case "reflection", the lattice in
+float32. The errors that the library reports (`recurrence.error`) are also compared with the
+measured ones.
 
     python benchmarks/switching.py [--systems 1000] [--output PATH]
 """
@@ -67,7 +68,7 @@ def denominators(sampler: str, order: int, rng: np.random.Generator) -> tuple[Te
 
 
 def draw(sampler: str, order: int, count: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Draw stable systems, and return the share of systems that rounding made unstable."""
+    """Draw stable systems, and return them with the share that is stable after rounding."""
     kept_a: list[Tensor] = []
     kept_k: list[Tensor] = []
     drawn = 0
@@ -117,7 +118,7 @@ def measure(sampler: str, order: int, count: int, rng: np.random.Generator) -> d
     u = torch.from_numpy(rng.standard_normal((count, LENGTH)))
     expected = system(u)
 
-    # Systems whose companion form passes are taken together, the others one by one.
+    # Systems whose companion form is accurate are measured together, the others one by one.
     companion = system.recurrence("companion")
     impulse = torch.zeros(count, LENGTH, dtype=torch.float64)
     impulse[:, 0] = 1
@@ -135,7 +136,7 @@ def measure(sampler: str, order: int, count: int, rng: np.random.Generator) -> d
         online[group] = recurrence.form == "online"
         errors[group] = relative(stepped(recurrence, u[group]), expected[group])
         taps = relative(stepped(recurrence, impulse[group]), part.taps)
-        # what is reported is the largest error of the taps; float64 stepping repeats it exactly
+        # the reported error is the largest error of the taps, which stepping in float64 reproduces
         untrue += int(float(taps.max()) > 1.01 * recurrence.error + 1e-12)
     with_fallback = errors <= WANTED
     row = {
@@ -153,8 +154,8 @@ def measure(sampler: str, order: int, count: int, rng: np.random.Generator) -> d
         ),
     }
     if sampler == "reflection":
-        # The lattice steps on the coefficients themselves: its kernel is theirs, not that of the
-        # denominator rounded to float32.
+        # The lattice uses the reflection coefficients themselves, so its kernel is that of the
+        # exact denominator, which is not rounded to float32.
         exact = TransferFunction.from_truncated(
             system.b, step_up(k), system.d, LENGTH, dtype=torch.float64
         )

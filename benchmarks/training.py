@@ -1,22 +1,22 @@
 """Do the filters learn Delay, Copying and sequential digits, at equal state, with three seeds?
 
-- Delay is the task `delay` of `gramian.tasks`: white noise cut to a tenth of its band, of length
-  1,024, whose target is the input 256 steps ago. The model has one long convolution between two
-  linear maps (a `GramianForSignalRegression`). The figure is the root mean square error on fresh
-  sequences, relative to the root mean square of the target.
-- Copying has 8 tokens of an alphabet of 8, then 112 blanks, then 8 marks, whose labels are the
-  tokens. The model has two residual blocks. The figure is the share of right tokens on fresh
-  sequences (1/8 by chance).
+- Delay is the task `delay` of `gramian.tasks`. The input is white noise of length 1,024, limited to
+  a tenth of its band, and the target is the input 256 steps earlier. The model has one long
+  convolution between two linear maps (a `GramianForSignalRegression`). The figure is the root mean
+  square error on fresh sequences, relative to the root mean square of the target.
+- Copying has 8 tokens of an alphabet of 8, then 112 blanks, then 8 marks. The labels of the marks
+  are the 8 tokens. The model has two residual blocks. The figure is the share of right tokens on
+  fresh sequences (1/8 by chance).
 - Digits are scikit-learn's 8 × 8 digits as sequences of 64 grey values, 1,437 for training and 360
   for testing. The model has two residual blocks and mean pooling. The figure is the accuracy on the
   test set.
 
 The layers are RTF with each `stability`, S4D and S4. RTF with `schur` starts either from zeros, as
-an FIR filter, or from drawn reflection coefficients, with poles at the start. All have the same
-state size, width, steps, batches and learning rates (AdamW with a cosine schedule, and what the
-filters request through `parameter_groups`). Each training is short: this shows which
-parametrisations train without tuning, not what each could reach. All results are written, whatever
-they are.
+an FIR filter, or from random reflection coefficients, which give it poles at the start. All have
+the same state size, width, steps, batches and learning rates (AdamW with a cosine schedule, and
+what the filters request through `parameter_groups`). Each training is short. So the results show
+which parametrisations train without tuning, and not the best that each can reach. All results are
+written.
 
     python benchmarks/training.py [--seeds 3] [--output PATH] [--table PATH]
 """
@@ -60,7 +60,7 @@ def copying_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return sequences (n, 64, 1) and labels, for training and for testing."""
+    """Return sequences (n, 64, 1) and labels for training, and the same for testing."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -71,14 +71,14 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class Pooled(nn.Module):
-    """A head that takes the mean over time."""
+    """A head that returns the mean over time."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(1)
 
 
 class Last(nn.Module):
-    """A head that takes the last eight positions."""
+    """A head that returns the last eight positions."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, -8:]

@@ -1,19 +1,20 @@
-"""What does a training step of the papers' models cost, beside the published RTF and S4?
+"""What does a training step of the papers' models cost, compared with the published RTF and S4?
 
 The models are those of `recipes/papers` at their full width, depth and length: Hyena and Hyena-RTF
 as on WikiText-103, and RTF as on the Long Range Arena and Speech Commands. A step consists of a
 forward pass, the loss, a backward pass and AdamW on random data, in bfloat16 if the recipe says so
 and there is a GPU. The same models also run with the published layers in place of their mixers. The
-published files have no Hyena, so there the published kernels replace the filters:
+published files contain no Hyena, so in Hyena models the published kernels replace the filters:
 
     --rtf PATH   folder of the published rtf.py (it needs einops)
     --s4 PATH    folder of the published s4.py (its models/s4; without compiled extensions)
 
-On a GPU the batch is the recipe's share of one device, and memory is the most that PyTorch holds.
-On a processor the batch size is 4 (1 for Hyena), and memory is the resident peak above that of an
-idle process. Every measurement is made in a process of its own, and takes the fastest of several
-steps after two to warm up. A measurement that runs out of memory or of time is named and left out.
-After --limit seconds no further step is begun; at least one is measured.
+On a GPU, the batch is the recipe's share of one device, and memory is the peak that PyTorch
+allocates. On a processor, the batch size is 4 (1 for Hyena), and memory is the resident peak minus
+that of an idle process. Every measurement is made in a process of its own. Its time is that of the
+fastest of several steps, after two steps to warm up. If a measurement runs out of memory or time,
+the output says so, and it is left out. After --limit seconds, no further step begins, but at least
+one step is measured.
 
     python benchmarks/training_step.py [--rtf PATH] [--s4 PATH] [--cases NAME …] [--output PATH]
 """
@@ -41,7 +42,7 @@ from gramian.tasks import Description
 from gramian.training import TrainingConfig, _run, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = {  # the data that a recipe reads, which need not be at hand
+CASES = {  # descriptions of the recipes' data, so that the data themselves are not needed
     "wikitext103_hyena": Description("tokens", 1024, vocab_size=50_257),
     "wikitext103_hyena_rtf": Description("tokens", 1024, vocab_size=50_257),
     "lra_listops": Description("classification", 2048, vocab_size=18, num_labels=10),
@@ -52,13 +53,13 @@ CASES = {  # the data that a recipe reads, which need not be at hand
     "lra_pathx": Description("classification", 16_384, input_size=1, num_labels=2),
     "speech_commands": Description("classification", 16_000, input_size=1, num_labels=35),
 }
-SHARE = {"wikitext103_hyena": 16, "wikitext103_hyena_rtf": 16}  # of a batch, on one of 8 devices
+SHARE = {"wikitext103_hyena": 16, "wikitext103_hyena_rtf": 16}  # sequences on each of 8 devices
 SIDES = ("gramian", "RTF, published", "S4, published")
-STATE = 64  # of the published S4, its default
+STATE = 64  # state size of the published S4, its default
 
 
 class PublishedKernel(Filter):
-    """The taps of a published kernel, for a Hyena layer."""
+    """A filter that returns the taps of a published kernel, for a Hyena layer."""
 
     name = "published"
 

@@ -1,4 +1,4 @@
-"""The command line as `python -m gramian`."""
+"""Run the command line as `python -m gramian`."""
 
 from gramian.cli import main
 

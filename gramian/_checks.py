@@ -1,4 +1,4 @@
-"""Checks of arguments. Their errors say in one sentence what is accepted and what was given."""
+"""Check arguments. Each error says in one sentence what is accepted and what was given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_sizes(**sizes: object) -> None:
     """Raise a ValueError unless every size is an integer of at least 1.
 
     Args:
-        sizes: the sizes, by their names in the message.
+        sizes: the sizes by their names, which the message uses.
     """
     check_integers(1, **sizes)
 
@@ -26,8 +26,8 @@ def check_integers(least: int, /, **values: object) -> None:
     """Raise a ValueError unless every value is an integer of at least `least`.
 
     Args:
-        least: smallest value accepted.
-        values: the values, by their names in the message.
+        least: smallest accepted value.
+        values: the values by their names, which the message uses.
     """
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -35,7 +35,7 @@ def check_integers(least: int, /, **values: object) -> None:
 
 
 def check_probability(name: str, value: float) -> float:
-    """Return `value` as a float, or raise a ValueError unless it is a probability below 1."""
+    """Return `value` as a float. Raise a ValueError unless it is a probability below 1."""
     if not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"{name} must be a probability, at least 0 and below 1; got {value!r}.")
     return float(value)

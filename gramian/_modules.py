@@ -1,4 +1,4 @@
-"""A base class of PyTorch modules that several packages use."""
+"""Define a base class of modules whose tensors stay in single precision."""
 
 from __future__ import annotations
 

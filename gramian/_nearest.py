@@ -1,4 +1,4 @@
-"""Error messages for unknown names, which suggest the nearest known one."""
+"""Make error messages for unknown names. The messages suggest the nearest known name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["unknown"]
 
 
 def unknown(what: str, name: object, accepted: Iterable[str]) -> str:
-    """Return a message that a name is unknown, with the nearest name and all accepted ones.
+    """Return a message that a name is unknown, with the nearest name and all accepted names.
 
     Args:
-        what: what the name stands for, such as "task".
+        what: the kind of thing that has the name, such as "task".
         name: the unknown name.
         accepted: the accepted names.
     """

@@ -1,4 +1,4 @@
-"""Registries of classes by name, from which configurations build parts."""
+"""Register classes by name. Configurations build parts by these names."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def registering(
     """Return a class decorator that registers a class.
 
     Args:
-        table: the registered classes by name.
+        table: the registered classes by their names.
         name: name of the class in the table.
         attribute: attribute of the class that is set to `name`.
         what: the kind of class in messages, such as "filter type".
 
     Raises:
-        ValueError: from the decorator, if another class has that name.
+        ValueError: from the decorator, if another class is registered under `name`.
     """
 
     def add(cls: _Class) -> _Class:

@@ -1,7 +1,7 @@
-"""Outputs that are either complete or absent: they are written beside their target, then renamed.
+"""Write outputs completely or not at all: write them beside their target, then rename them.
 
-A rename within one folder is atomic. So whoever reads the target sees either its old content or the
-finished output, whatever happens while the output is written.
+A rename within one folder is atomic. So a reader of the target always sees either the old content
+or the finished output, even if writing the output fails.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ __all__ = ["staged_directory", "staged_file"]
 
 @contextmanager
 def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that becomes `target` when the block succeeds.
+    """Yield an empty folder beside `target`. It becomes `target` when the block succeeds.
 
     If the block raises an exception, the folder and the parent folders that were created for it are
     removed, and `target` is unchanged.
 
     Args:
         target: folder to write.
-        replace: whether an existing `target` is replaced at the end; otherwise it is an error.
+        replace: whether an existing `target` is replaced at the end. If not, an existing `target`
+            is an error.
 
     Raises:
-        FileExistsError: at the start, if `target` exists and `replace` is false.
+        FileExistsError: at the start, if `target` exists and `replace` is False.
     """
     target = Path(os.path.abspath(target))
     if not replace and (target.exists() or target.is_symlink()):
@@ -48,7 +49,7 @@ def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
             stage.rename(target)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
-        with suppress(OSError):  # a parent that someone else has used meanwhile stays
+        with suppress(OSError):  # a parent folder that is no longer empty stays
             for parent in made:
                 parent.rmdir()
         raise
@@ -56,7 +57,7 @@ def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """Yield the path of a file beside `target`, which replaces `target` when the block succeeds."""
+    """Yield the path of a file beside `target`. It replaces `target` when the block succeeds."""
     target = Path(os.path.abspath(target))
     stage = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
     try:

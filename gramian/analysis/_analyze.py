@@ -19,7 +19,7 @@ from gramian.tasks import Encoder, documents_in
 
 __all__ = ["analyze"]
 
-_MATRIX_BYTES = 2**27  # maximal bytes of operators held at once, in double precision
+_MATRIX_BYTES = 2**27  # the largest number of bytes of double-precision operators held at once
 
 
 @full_precision()
@@ -39,43 +39,43 @@ def analyze(
 ) -> StateReport:
     """Measure the effective state-size of every layer, head and position of a model on one input.
 
-    The model runs once. Each causal operator is measured when its layer runs and then dropped, so
-    the operators of no more than one layer are held at once. The function reads the mixers of
+    The model runs once. Each causal operator is measured when its layer runs and is then dropped,
+    so the operators of no more than one layer are held at once. The function measures the mixers of
     `gramian.mixers`, softmax attention of every architecture that uses transformers' attention
     interface, selective scans (Mamba, FalconMamba, Jamba, Zamba; Mamba2, Bamba, Falcon-H1,
-    Nemotron-H), and the gated delta rule (Qwen3-Next, Qwen3.5, OLMo-Hybrid). The report names other
-    layers that mix tokens.
+    Nemotron-H), and the gated delta rule (Qwen3-Next, Qwen3.5, OLMo-Hybrid). The report names the
+    other layers that mix tokens.
 
     Args:
-        model: A model of this package or of transformers, or any module that contains mixers of
+        model: A model of Gramian or of transformers, or any module that contains mixers of
             `gramian.mixers`.
-        inputs: One sequence without padding. It is a text or a FASTA record, with `tokenizer`;
-            token ids, (L) or (1, L), or a sequence of integers; a mapping with `input_ids`, as
-            tokenizers return it; or, for models of continuous inputs, floating-point numbers,
-            (L, size) or (1, L, size).
-        tokenizer: Tokenizer of the text, which also gives the names of tokens in the report.
+        inputs: One sequence without padding. A text or a FASTA record needs `tokenizer`. Token ids
+            are (L) or (1, L), a sequence of integers, or a mapping with `input_ids`, as tokenizers
+            return it. Inputs of models of continuous inputs are floating-point numbers, (L, size)
+            or (1, L, size).
+        tokenizer: Tokenizer of the text. It also provides the texts of tokens in the report.
         at: The positions at which to measure; all by default. Position i separates the tokens
-            before i from token i and later ones.
-        every: Distance between positions, which begin at 0; it takes the place of `at`.
+            before i from token i and later tokens.
+        every: Distance between positions, of which the first is 0. Give `every` or `at`, not both.
         horizon: Number of tokens to read; all by default. The rank of `T[i:horizon, :i]` is at most
             min(i, horizon - i), so the horizon should be well past the last position of interest.
         measure: "entropy" or "tolerance", as in `gramian.effective_state_size`.
         tol: Absolute tolerance of the measure "tolerance".
         rtol: Relative tolerance of the measure "tolerance".
-        max_channels: Maximal number of heads or channels to measure in a layer; if there are more,
-            every n-th is measured. None measures all.
-        progress: A function that is called after each layer with the number of layers read and the
-            number of known layers.
+        max_channels: Maximal number of heads or channels to measure in a layer. If a layer has
+            more, every n-th of them is measured. If it is None, all are measured.
+        progress: A function that is called after each layer with the number of layers measured so
+            far and the number of known layers.
 
     Returns:
         The report, which prints as a table.
 
     Raises:
-        TypeError: for inputs of another type, or a model that is not a module.
-        ValueError: for a model without layers that mix tokens; inputs that are empty, padded, or
-            more than one sequence; a text without a tokenizer; positions or a horizon outside of
-            the sequence; an unknown measure; and operators that are not finite, in which case the
-            message names the layer.
+        TypeError: if the inputs have another type, or the model is not a module.
+        ValueError: if the model has no layers that mix tokens; if the inputs are empty, padded, or
+            more than one sequence; if a text is given without a tokenizer; if a position or the
+            horizon is outside of the sequence; if the measure is unknown; or if an operator is not
+            finite. In the last case, the message names the layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model to analyze must be a torch module; got {type(model).__name__}.")
@@ -159,7 +159,7 @@ def _layer(
 
 
 def _joined(layers: list[LayerState]) -> Iterator[LayerState]:
-    """Yield the layers, of which those with one name are joined, head after head."""
+    """Yield the layers. Join the heads or channels of layers that have the same name."""
     by_name: dict[str, list[LayerState]] = {}
     for layer in layers:
         by_name.setdefault(layer.name, []).append(layer)

@@ -1,4 +1,4 @@
-"""Open a model of any kind, with its tokenizer."""
+"""Open a model of Gramian or of transformers, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -14,19 +14,21 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
     """Return a model in evaluation mode, and its tokenizer.
 
     Args:
-        name: A folder that `save_pretrained` wrote, which holds any Gramian model, an adapter of
-            one, or a causal language model of transformers; a GGUF file, whose quantized weights
-            are expanded to float32; or any other name that `from_pretrained` accepts.
+        name: A folder that `save_pretrained` wrote, a GGUF file, or any other name that
+            `from_pretrained` accepts. A folder may hold any Gramian model, an adapter of a Gramian
+            model, or a causal language model of transformers. The quantized weights of a GGUF file
+            are expanded to float32.
 
     Returns:
-        The model and the tokenizer. For a Gramian model that was saved without a tokenizer, this is
-        the byte tokenizer if the model reads tokens and has the vocabulary of that tokenizer, and
-        None otherwise.
+        The model and the tokenizer. If a Gramian model was saved without a tokenizer, the byte
+        tokenizer is returned, provided that the model reads tokens and its vocabulary has the size
+        of the byte tokenizer's. Otherwise the tokenizer is None.
 
     Raises:
-        OSError: if there is no such model, or a model of transformers has no tokenizer.
+        OSError: if the model does not exist, or a model of transformers has no tokenizer.
         ValueError: if the model cannot be read.
-        ImportError: if `name` is a GGUF file and the package `gguf` is missing.
+        ImportError: if a package that is needed to read the model is missing: `gguf` for a GGUF
+            file, or `peft` for an adapter.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -63,7 +65,10 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
 
 
 def _kind(folder: Path) -> str | None:
-    """Return the `model_type` in a folder's config.json, or in that of an adapter's base."""
+    """Return the `model_type` in a folder's config.json, or None if it cannot be read.
+
+    If the folder has an adapter without config.json, read config.json of the base model.
+    """
     from gramian.models.adapters import config_folder
 
     try:

@@ -2,16 +2,17 @@ r"""Record the causal operators of a model while it runs, one at a time.
 
 Operators are found in three ways, none of which depends on an architecture:
 
-- The operator of one of our mixers is that of `gramian.mixers.Mixer.operator`.
+- `gramian.mixers.Mixer.operator` returns the operator of a Gramian mixer.
 - Softmax attention of transformers calls an attention function that the recorder registers. This
-  function lets the layer's own `eager_attention_forward` compute the map from values to outputs, so
-  the map has the soft caps, sinks, position biases, grouped queries and masks (also of sliding
-  windows) of the model. The map is compared with the layer's output before it is recorded.
+  function calls the layer's own `eager_attention_forward` to compute the map from values to
+  outputs. So the map contains the soft caps, sinks, position biases, grouped queries and masks
+  (including those of sliding windows) of the model. The map is compared with the layer's output
+  before it is recorded.
 - The operators of selective scans (of Mamba, Mamba2 and related models) and of the gated delta rule
   are computed from the arguments of the functions that the modeling files of transformers call
   (`gramian.analysis._scans`).
 
-Every operator is passed to one visitor and then dropped, so that a recording never holds the
+Every operator is passed to a visitor and then dropped, so that a recording never holds the
 operators of the whole model.
 """
 
@@ -36,7 +37,7 @@ from gramian.systems import DenseOperator, System
 __all__ = ["RecordedOperator", "Recorder", "token_mixers"]
 
 _IMPLEMENTATION = "gramian_capture"
-_AGREEMENT = 1e-3  # accepted relative difference of map times values from the layer's output
+_AGREEMENT = 1e-3  # the largest relative difference between map times values and layer's output
 
 _MIXES = re.compile(
     "Attention|Mamba|DeltaNet|Mixer|SSM|Rwkv|RWKV|LSTM|Recurrent|ShortConv|Retention|Hyena"
@@ -45,15 +46,15 @@ _MIXES_NOT = re.compile("Norm|Rotary|Embedding|MLP|Mlp|FeedForward|Cache|Output$
 
 
 class RecordedOperator:
-    """The operator of a layer, as a function that makes its system for some heads or channels.
+    """The operator of a layer, with a function that returns it for some heads or channels.
 
     Args:
         name: path of the module.
         mixer: name of the module's class.
         kind: "attention", "recurrence" or "convolution".
         count: number of heads or channels.
-        system: function from a slice of heads or channels to their system, whose channels are
-            (*1, n) for n of them.
+        system: function that maps a slice of the heads or channels to their system. For n heads or
+            channels, the channels of the system are (*1, n).
     """
 
     def __init__(
@@ -67,10 +68,10 @@ class RecordedOperator:
 
 
 def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that mix tokens, by path.
+    """Return the modules that mix tokens, by their paths.
 
-    They are our mixers and, outside of these, the innermost modules whose class has the name of a
-    token mixer.
+    These modules are the Gramian mixers and, outside of Gramian mixers, the innermost modules whose
+    class has the name of a token mixer.
     """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
@@ -127,7 +128,7 @@ class Recorder:
             yield
 
     def unread(self) -> tuple[tuple[str, str], ...]:
-        """Return the path of every module that ran and could not be read, and the reason."""
+        """Return the path of every module that ran but could not be measured, and the reason."""
         reasons = dict(self.refused)
         for path, module in self.mixers.items():
             near = [r for r in self.read if r == path or r.startswith(f"{path}.")]
@@ -208,8 +209,8 @@ class Recorder:
     ) -> tuple[Tensor, Tensor | None]:
         """Compute a layer's own eager attention, in at least single precision, and record it.
 
-        The signature is that of attention functions of transformers; queries, keys and values are
-        (batch, heads, length, N).
+        The function has the signature of transformers' attention functions. Queries, keys and
+        values are (batch, heads, length, N).
 
         Returns:
             The layer's output in the dtype of the queries, and None in place of the weights.
@@ -292,7 +293,7 @@ def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
 
 
 def _not_a_causal_map(weights: Tensor | None, value: Tensor, output: Tensor) -> str | None:
-    """Return why the weights are no causal map from the values to the output, or None if they are.
+    """Return why the weights are not a causal map from values to output, or None if they are.
 
     Args:
         weights: (batch, heads, L, L).

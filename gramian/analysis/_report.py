@@ -1,4 +1,4 @@
-"""Define the report of `analyze`, with the state-sizes of every layer, head and position."""
+"""Define the report that `analyze` returns: the state-sizes of every layer, head and position."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class LayerState:
         channels: indices of the measured heads or channels.
         count: number of all heads or channels.
         ess: effective state-size (ESS) at each of the P positions, (len(channels), P).
-        tss: theoretically realizable state-size (TSS), which is the size of the state at each
-            position, (len(channels), P).
+        tss: theoretically realizable state-size (TSS) at each of the P positions, which is the size
+            of the state there, (len(channels), P).
     """
 
     name: str
@@ -49,15 +49,18 @@ class LayerState:
 
     @property
     def utilization(self) -> Tensor:
-        """The share ESS / TSS, (len(channels), P); it is 0 where there is no state.
+        """The share ESS / TSS, (len(channels), P). It is 0 where TSS is 0.
 
-        The table of a report has the mean `in_use`, which leaves such places out.
+        The table of a report shows `in_use`, a mean without the entries where TSS is 0.
         """
         return utilization(self.ess, self.tss)
 
     @property
     def in_use(self) -> float | None:
-        """The mean of ESS / TSS over channels and positions with a state; None without a state."""
+        """The mean of ESS / TSS, or None if TSS is 0 everywhere.
+
+        The mean is over all channels and positions where TSS is above 0.
+        """
         share = self.utilization[self.tss > 0]
         return float(share.mean()) if share.numel() else None
 
@@ -77,9 +80,9 @@ class LayerState:
 
 @dataclass(frozen=True, eq=False)
 class StateReport:
-    """The report of `analyze`, which prints as a table with a row for each layer.
+    """The report that `analyze` returns. It prints as a table with a row for each layer.
 
-    Position i separates the tokens before i from token i and later ones.
+    Position i separates the tokens before i from token i and later tokens.
 
     Attributes:
         model: name of the model.
@@ -87,9 +90,10 @@ class StateReport:
         positions: the P measured positions.
         tokens: text of every token that was read.
         measure: "entropy" or "tolerance".
-        tol: absolute tolerance; None if there was none.
-        rtol: relative tolerance; None if there was none.
-        unread: for every layer that mixes tokens and could not be read, its path and the reason.
+        tol: absolute tolerance, or None.
+        rtol: relative tolerance, or None.
+        unread: for every layer that mixes tokens but could not be measured, its path and the
+            reason.
         seconds: duration of the analysis in seconds.
         source: name of the input; empty if it has none.
     """
@@ -107,14 +111,15 @@ class StateReport:
 
     @property
     def horizon(self) -> int:
-        """The number of tokens that were read; the measured blocks are `T[i:horizon, :i]`."""
+        """The number of tokens that were read. The measured blocks are `T[i:horizon, :i]`."""
         return len(self.tokens)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The paths of the layers without their common beginning and end.
 
-        The label of a single layer is the number in its path, or the path if that has no number.
+        If the report has a single layer, its label is the number in its path, or the path if there
+        is no number.
         """
         parts = [layer.name.split(".") for layer in self.layers]
         if len(parts) == 1:
@@ -138,24 +143,24 @@ class StateReport:
         return tuple(layer.ess for layer in self.layers)
 
     def average(self, *, over_positions: bool = True) -> Tensor:
-        """Return the average ESS, which is the mean over heads or channels and then over layers.
+        """Return the average ESS: the mean over heads or channels, and then over layers.
 
         Args:
             over_positions: whether to take the mean over positions, too.
 
         Returns:
-            A scalar; without the mean over positions, (P).
+            A scalar, or (P) if `over_positions` is False.
         """
         return aggregate(self.ess, "average", over_positions=over_positions)
 
     def total(self, *, over_positions: bool = True) -> Tensor:
-        """Return the total ESS, which is the sum over all measured heads or channels.
+        """Return the total ESS: the sum over all measured heads or channels of all layers.
 
         Args:
             over_positions: whether to take the mean over positions.
 
         Returns:
-            A scalar; without the mean over positions, (P).
+            A scalar, or (P) if `over_positions` is False.
         """
         return aggregate(self.ess, "total", over_positions=over_positions)
 
@@ -168,20 +173,20 @@ class StateReport:
     ) -> dict[str, Any]:
         """Measure state modulation: whether ESS drops where a context ends.
 
-        For every delimiter token, ESS just after it (where the delimiter is the last token of the
-        past) is divided by the mean ESS at positions nearby. These are up to `reach` positions on
-        each side that do not follow a delimiter. Both sides have equally many positions, so that a
-        linear trend cancels. A ratio below 1 means that ESS drops.
+        For every delimiter token, the ESS at the position just after it is divided by the mean ESS
+        at positions nearby. At most `reach` positions on each side are used, and none that directly
+        follows a delimiter. Both sides have the same number of positions, so that a linear trend
+        cancels. A ratio below 1 means that ESS drops.
 
         Args:
-            delimiter: A function that says of a token's text whether the token is a delimiter; or
-                texts, of which a delimiter contains at least one.
+            delimiter: A function that returns, for the text of a token, whether the token is a
+                delimiter. Or a sequence of texts; tokens that contain one of them are delimiters.
             reach: Maximal number of positions on each side, at least 1.
 
         Returns:
-            "delimiters", the number of delimiters compared; "average_ratio", the ratio for the
-            model's average ESS; and "head_ratios", one tensor (heads or channels) for each layer.
-            Ratios are means over delimiters.
+            A dictionary with "delimiters", the number of delimiters compared; "average_ratio", the
+            ratio for the model's average ESS; and "head_ratios", one tensor (heads or channels) for
+            each layer. Ratios are means over delimiters.
 
         Raises:
             ValueError: if no delimiter has measured positions on both sides.
@@ -214,7 +219,7 @@ class StateReport:
             )
 
         def ratios(sizes: Tensor) -> Tensor:
-            """Return the mean ratio over delimiters, (…), for sizes (…, P)."""
+            """Return the mean ratio over delimiters, (…), for state-sizes (…, P)."""
             sizes = sizes.double()
             each = [sizes[..., at] / sizes[..., around].mean(-1) for at, around in compared]
             return torch.stack(each).nan_to_num(1.0, posinf=1.0).mean(0)
@@ -249,7 +254,7 @@ class StateReport:
         return to_json(self.to_dict(), indent=indent)
 
     def save(self, path: str | Path) -> Path:
-        """Write the report as a JSON file, whole or not at all, and return the path."""
+        """Write the report as a JSON file, completely or not at all, and return the path."""
         path = Path(path)
         with staged_file(path) as stage:
             stage.write_text(self.to_json() + "\n", encoding="utf-8")
@@ -260,7 +265,7 @@ class StateReport:
         """Return the report from which `to_dict` made `values`.
 
         Raises:
-            ValueError: if `values` are not those of a report.
+            ValueError: if `values` do not have the format of a report.
         """
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
             raise ValueError(f"a state report of format {_FORMAT!r} is needed.")
@@ -331,7 +336,7 @@ class StateReport:
 
 
 def _row(layer: LayerState, label: str) -> tuple[str, ...]:
-    """Return the cells of a layer in the table of a report; `_COLUMNS` has their headings."""
+    """Return the cells of a layer in the table of a report. `_COLUMNS` has their headings."""
     counted = len(layer.channels)
     measured = f"{counted:,}" if counted == layer.count else f"{counted:,} of {layer.count:,}"
     share = layer.in_use
@@ -347,5 +352,8 @@ def _row(layer: LayerState, label: str) -> tuple[str, ...]:
 
 
 def _numbers(values: Tensor) -> list[list[float]]:
-    """Return a float32 matrix as lists of numbers with nine digits, which determine a float32."""
+    """Return a float32 matrix as lists of numbers with nine digits.
+
+    Nine digits determine a float32 number.
+    """
     return [[float(f"{value:.9g}") for value in row] for row in values.tolist()]

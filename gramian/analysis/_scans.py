@@ -1,10 +1,10 @@
-r"""Read the scans in transformers' modeling files as time-varying systems.
+r"""Return the scans in transformers' modeling files as time-varying systems.
 
-Each reader has the signature of a function that layers call, and returns the recurrence that this
-function applies to its values. Where the published state S_t includes the present input, the state
-of the returned system does not: `A = a_t`, `B = b_t`, `C = a_t c_t`, and `D` is `c_t · b_t` plus
-the skip. Output gates and projections are left out. All value channels of a head share one
-operator.
+Each function here corresponds to a scan: a function that layers of transformers call. It has the
+signature of the scan, and returns the recurrence that the scan applies to its values. The published
+state S_t includes the present input, but the state of the returned system does not. So the system
+has `A = a_t`, `B = b_t`, `C = a_t c_t`, and `D` is `c_t · b_t` plus the skip. Output gates and
+projections are left out. All value channels of a head share one operator.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gramian.systems import System, TimeVarying
 __all__ = ["SCANS", "Scan"]
 
 Scan = Callable[..., tuple[int, Callable[[slice], System]]]
-"""A function from the arguments of a scan to the number of its channels and to a second function,
-which returns the system of a slice of the channels."""
+"""A function that maps the arguments of a scan to the number of its channels and a second function.
+The second function maps a slice of the channels to their system."""
 
 
 def selective_scan(
@@ -50,7 +50,7 @@ def selective_scan(
         **kwargs: Arguments that are ignored, such as an output gate.
 
     Returns:
-        The number of channels, and a function from a slice of channels to their system.
+        The number of channels, and a function that maps a slice of channels to their system.
     """
     B, C = B[0].double().mT, C[0].double().mT  # (L, n)
 
@@ -89,7 +89,7 @@ def chunk_scan(
         A: Negative rates of decay, (heads).
         B: Input coefficients, (batch, L, groups, n).
         C: Output coefficients, (batch, L, groups, n).
-        chunk_size: Ignored, as it does not change the recurrence.
+        chunk_size: Ignored, because it does not change the recurrence.
         D: The skip, (heads); None if there is none.
         dt_bias: Bias of the time steps, (heads); None if there is none.
         dt_softplus: Whether softplus is applied to the time steps.
@@ -97,7 +97,7 @@ def chunk_scan(
         **kwargs: Arguments that are ignored.
 
     Returns:
-        The number of heads, and a function from a slice of heads to their system.
+        The number of heads, and a function that maps a slice of heads to their system.
     """
     heads = hidden_states.shape[2]
     group = torch.arange(heads, device=B.device) // (heads // B.shape[2])
@@ -144,7 +144,7 @@ def gated_delta_rule(
         **kwargs: Arguments that are ignored.
 
     Returns:
-        The number of heads, and a function from a slice of heads to their system.
+        The number of heads, and a function that maps a slice of heads to their system.
     """
     heads = value.shape[2]
     group = torch.arange(heads, device=key.device) // (heads // key.shape[2])
@@ -174,4 +174,4 @@ SCANS: dict[str, Scan] = {
     "mamba2_chunk_scan": chunk_scan,
     "torch_chunk_gated_delta_rule": gated_delta_rule,
 }
-"""The readers, by the names of the functions that layers call."""
+"""A mapping from the names of the functions that layers call to the functions of this module."""

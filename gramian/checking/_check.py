@@ -1,8 +1,9 @@
 """Compare all ways of running a model, for every layer and the whole model, in every precision.
 
-A mixer is one causal map, and so is a model of mixers, so the output must not depend on how either
-is run. The inputs of a layer are those of the model's parallel pass, so that the differences of one
-layer do not add to those of the next. The whole model reads tokens, and its logits are compared.
+A mixer computes one causal map, and so does a model of mixers. So the output must not depend on how
+the mixer or the model runs. The inputs of a layer come from the model's parallel pass. So the
+differences of one layer do not add to the differences of the next layer. The whole model reads
+tokens, and its logits are compared.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ _ACCEPTED = {
     torch.float16: 1e-2,
     torch.bfloat16: 6e-2,
 }
-"""The accepted relative differences of a layer, by dtype.
+"""For each dtype, the accepted relative difference of a layer.
 
-In half precision, they are a few units in the last place. In higher precisions, they are more
-units, since a convolution sums as many products as it has taps.
+In half precision, the accepted difference is a few units in the last place. In higher precisions,
+it is more units, because a convolution sums many products, one for each tap.
 """
 
 _ADD_UP = 4
@@ -49,7 +50,7 @@ _WRITTEN = 8
 """The number of generated tokens."""
 
 _CHUNKS = (1, 7, 2, 31, 64)
-"""The lengths of successive chunks, which repeat until the sequence ends."""
+"""The lengths of successive chunks. They are repeated until the sequence ends."""
 
 
 @full_precision()
@@ -67,39 +68,41 @@ def check(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Run a model in every possible way, and compare the outputs.
+    """Run a model in every way in which it can run, and compare the outputs.
 
     Args:
         model: a Gramian causal language model, or a token classifier that is not bidirectional
-            and reads tokens; it stays unchanged.
+            and reads tokens. The model stays unchanged.
         input_ids: tokens that the model reads, (batch, length); by default, random tokens of the
-            shape (`batch`, `length`). Steps are taken one by one, so the time grows with the
-            length. Filters are tested past their last tap only if the length exceeds
+            shape (`batch`, `length`). Steps are made one by one, so the time grows with the length.
+            Filters are tested past their last tap only if the length exceeds
             `max_position_embeddings`.
         batch: number of random sequences, at least 2.
         length: number of random tokens in each sequence, at least 2.
         dtypes: dtypes of the weights; by default float32 and bfloat16. Filters stay float32.
         tolerance: accepted relative difference of a layer in every precision. By default, it is
-            1.5e-5 in float32, 6e-2 in bfloat16, 1e-10 in float64 and 1e-2 in float16; where states
-            are carried, it is twice the error that a converted recurrence reports, if that is
-            larger, and for steps of the distilled copy twice the rounding error of modes that
-            cancel. The whole model may differ by four times as much.
-        distill_order: order of the filters of a distilled copy, which is checked, too; None for no
-            such copy.
+            1.5e-5 in float32, 6e-2 in bfloat16, 1e-10 in float64 and 1e-2 in float16. The default
+            is larger in two cases. If a state is carried, it is at least twice the error that a
+            converted recurrence reports. For steps of the distilled copy, it is also at least twice
+            the rounding error of modes that cancel each other. The whole model may differ by four
+            times the accepted difference of a layer.
+        distill_order: order of the filters of a distilled copy, which is also checked. If it is
+            None, no distilled copy is made.
         reference: whether to compare with a second copy of the model in float64.
-        seed: seed of the random tokens and of what stands at padding.
+        seed: seed of the random tokens and of the random inputs at padding.
         progress: a function that is called as `progress(rows done, all rows)` before the first row
             of the report and after every row.
 
     Returns:
-        The report, which prints as a table; its `passed` says whether all differences are accepted.
+        The report, which prints as a table. Its `passed` says whether all differences are accepted.
 
     Raises:
-        TypeError: if the model is neither a causal language model nor a token classifier of this
-            package.
-        ValueError: for a bidirectional model or one of numbers, a batch or a length below 2, tokens
-            outside of the vocabulary, a tolerance that is not positive, or a dtype other than
-            float64, float32, float16 and bfloat16.
+        TypeError: if the model is neither a `GramianForCausalLM` nor a
+            `GramianForTokenClassification`.
+        ValueError: if the model is bidirectional or reads numbers; if there are fewer than 2
+            sequences, or fewer than 2 tokens in each; if tokens are outside of the vocabulary; if
+            the tolerance is not positive; or if a dtype is not float64, float32, float16 or
+            bfloat16.
     """
     dtypes = (torch.float32, torch.bfloat16) if dtypes is None else tuple(dtypes)
     ids = _checked(model, input_ids, batch, length, dtypes, tolerance, seed)
@@ -139,7 +142,7 @@ def _checked(
     tolerance: float | None,
     seed: int,
 ) -> Tensor:
-    """Check the arguments of `check`, and return the tokens to run on the device of the model."""
+    """Check the arguments of `check`, and return the tokens, on the device of the model."""
     from gramian.models import GramianForCausalLM, GramianForTokenClassification
 
     if not isinstance(model, GramianForCausalLM | GramianForTokenClassification):
@@ -175,7 +178,7 @@ def _copy(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _distilled(model: Any, order: int | None) -> tuple[Any, str | None]:
-    """Return a distilled copy and its summary, or None twice if there is nothing to distil."""
+    """Return a distilled copy and its summary, or (None, None) if there is nothing to distil."""
     filters = [getattr(block.mixer, "filter", None) for block in model.model.layers]
     long = [f.max_length for f in filters if f is not None and not isinstance(f, ModalFilter)]
     if order is None or not long:
@@ -186,7 +189,7 @@ def _distilled(model: Any, order: int | None) -> tuple[Any, str | None]:
 
 @contextmanager
 def _reloaded(model: Any) -> Iterator[Any]:
-    """Save the model to a temporary folder, and yield what is loaded from there."""
+    """Save the model to a temporary folder, and yield the model that is loaded from there."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder, dtype="auto", local_files_only=True)
@@ -194,7 +197,7 @@ def _reloaded(model: Any) -> Iterator[Any]:
 
 
 class _Run:
-    """The parallel pass of a model, with its logits and the input and output of each mixer."""
+    """The parallel pass of a model: its logits, and the input and output of each mixer."""
 
     def __init__(self, model: Any, ids: Tensor) -> None:
         self.model, self.ids = model, ids
@@ -217,7 +220,10 @@ class _Run:
 
 
 def _difference(y: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, relative to the largest expected number of its sequence."""
+    """Return the largest difference between numbers of two outputs.
+
+    A difference is relative to the largest expected number of the same sequence.
+    """
     y, expected = y.double().flatten(1), expected.double().flatten(1)
     scale = expected.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
     relative = (y - expected).abs().amax(1) / scale
@@ -276,10 +282,11 @@ def _check_layer(
 
 
 def _rounding(mixer: Mixer, length: int) -> float:
-    """Return how far rounding may take the steps of modal filters apart from their taps.
+    """Return how large the rounding error in steps of modal filters may be, relative to the taps.
 
-    Modes that cancel carry the rounding errors of single precision, relative to the sum of their
-    moduli, into an impulse response that is smaller. For all other filters it is 0.
+    The rounding errors of single precision are relative to the sum of the moduli of the modes. If
+    modes cancel each other, the impulse response is smaller than this sum. So the errors relative
+    to the impulse response are larger. If the filter is not modal, the result is 0.
     """
     filter = getattr(mixer, "filter", None)
     if not isinstance(filter, ModalFilter):
@@ -292,12 +299,12 @@ def _rounding(mixer: Mixer, length: int) -> float:
 
 
 def layouts(batch: int, length: int) -> dict[str, list[Tensor]]:
-    """Return where the tokens of every sequence stand, for each mode of padding.
+    """Return the columns of the tokens of every sequence, for each mode of padding.
 
     Returns:
-        The turns of each mode: one, or two of which the second continues from the state after the
-        first. A turn is (batch, columns), int64, with the index of the token in every column, or
-        -1 for padding.
+        The turns of each mode. A mode has one turn, or two turns; the second turn then continues
+        from the state after the first. A turn is (batch, columns), int64. It has the index of the
+        token in every column, or -1 for padding.
     """
     padding = max(1, length // 5)
     found: dict[str, list[list[list[int]]]] = {"padded": [[]], "right": [[]], "gap": [[]]}
@@ -326,15 +333,15 @@ def _laid_out(
 ) -> float:
     """Return the largest difference that padding causes in the outputs of a mixer.
 
-    The mixer runs on whole sequences, continues from a state, and steps from the state at the end.
+    The mixer runs on whole sequences, continues from a state, and makes a step from the last state.
 
     Args:
         mixer: the mixer.
         recurrence: the recurrence of the mixer.
         x: inputs without padding, (batch, length, width).
         y: outputs without padding, (batch, length, width).
-        turns: where the tokens stand, from `layouts`.
-        seed: seed of the numbers at padding.
+        turns: the turns of a mode, from `layouts`.
+        seed: seed of the random inputs at padding.
     """
     generator = torch.Generator().manual_seed(seed)
     # The output after the last turn depends on the state at its end.
@@ -376,7 +383,7 @@ def _placed(x: Tensor, padding: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _collected(made: list[Tensor], turns: list[Tensor]) -> Tensor:
-    """Return the outputs at the tokens, (batch, length, …), from those of turns."""
+    """Return the outputs at the tokens, (batch, length, …), from the outputs of all turns."""
     order = torch.cat(turns, 1).to(made[0].device)
     outputs = torch.cat(made, 1)
     return torch.stack([row[at >= 0] for row, at in zip(outputs, order, strict=True)])
@@ -458,7 +465,7 @@ def _check_model(
 
 
 def _generated(model: Any, ids: Tensor) -> float:
-    """Return the difference of the logits of `generate` from those of a pass over its output."""
+    """Return the difference between the logits of `generate` and of a pass over the same text."""
     prompt = ids[:, : max(1, ids.shape[1] // 2)]
     try:
         written = model.generate(
@@ -483,7 +490,7 @@ def _generated(model: Any, ids: Tensor) -> float:
 def _continued(
     model: Any, ids: Tensor, parts: Sequence[slice], mask: Tensor | None = None
 ) -> Tensor:
-    """Return the logits of the tokens, which the model reads in parts through a cache."""
+    """Return the logits of tokens that the model reads in parts, with a cache."""
     from gramian.models.cache import CACHE
 
     cache, made = None, []
@@ -496,7 +503,7 @@ def _continued(
 
 
 def _limits(own: float, carried: float) -> dict[str, float]:
-    """Return the accepted difference of every mode that is judged.
+    """Return the accepted difference of every mode that can fail.
 
     Args:
         own: the accepted difference of modes that carry no state.
@@ -505,7 +512,7 @@ def _limits(own: float, carried: float) -> dict[str, float]:
     limits = dict.fromkeys(("batched", "reloaded", "packed"), own)
     modes = ("recurrent", "chunked", "stepped", "padded", "right", "gap", "turn")
     limits |= dict.fromkeys(modes, carried)
-    # `generate` returns its logits in float32, so rounding to it must be accepted.
+    # `generate` returns its logits in float32, so rounding to float32 must be accepted.
     return limits | {"generated": max(carried, _ACCEPTED[torch.float32])}
 
 

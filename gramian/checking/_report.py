@@ -1,4 +1,4 @@
-"""Define the report of a check, with a row for each layer and the whole model in each dtype."""
+"""Define the report of a check. In each dtype, it has a row for each layer and the whole model."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ MODES = {
     "packed": "all sequences in one row",
     "generated": "the logits that `generate` writes by, against a pass without a cache",
 }
-"""The ways of running a model, each with what it is compared with.
+"""The ways of running a model, with a description of each.
 
-If a description names no reference, it is the parallel pass in the same precision.
+If a description names no reference for the comparison, the reference is the parallel pass in the
+same precision.
 """
 
 _TABLES = (tuple(MODES)[:7], tuple(MODES)[7:])
-"""The modes of the two tables: ways of running the model, and positions of the tokens."""
+"""The modes in each of the two tables: ways of running the model, and positions of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,14 @@ class CheckRow:
 
     Attributes:
         dtype: dtype of the weights: "float32", "bfloat16", …
-        layer: index of the layer, or None for the whole model, whose outputs are logits.
+        layer: index of the layer, or None for the whole model.
         name: name of the class of the mixer, or of the model.
-        forms: the forms in which the mixer's long convolutions are stepped.
-        differences: for each of `MODES` that applies, the largest difference between a number of
-            the output and its reference, relative to the largest number of the same sequence. It is
-            infinite if an output is not finite.
-        limits: the accepted difference of each mode that is judged.
+        forms: the forms in which the recurrences of the mixer's long convolutions step.
+        differences: a mapping from the modes that were run, keys of `MODES`, to the largest
+            difference between a number of the output and its reference. Differences are relative to
+            the largest number of the same sequence, and infinite if an output is not finite. The
+            outputs of the whole model are logits.
+        limits: a mapping from each mode that can fail to the accepted difference.
     """
 
     dtype: str
@@ -70,7 +72,7 @@ class CheckRow:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as values that JSON can hold; an infinite difference is None."""
+        """Return all fields as values that JSON can hold. An infinite difference becomes None."""
         finite = {m: d if math.isfinite(d) else None for m, d in self.differences.items()}
         return {
             "dtype": self.dtype,
@@ -85,14 +87,14 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The report of `gramian.check`, which prints as a table.
+    """The report that `gramian.check` returns. It prints as a table.
 
     Attributes:
-        rows: for each precision, one row for every layer in order, and then one for the whole
+        rows: for each precision, one row for every layer in order, and then one row for the whole
             model.
         batch: number of sequences that the model read.
         length: number of tokens of each sequence.
-        distillation: summary of the distilled copy, or None if there was none.
+        distillation: summary of the distilled copy, or None if there is no distilled copy.
         seconds: duration of the check in seconds.
     """
 
@@ -104,7 +106,7 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every difference that is judged is within its limit."""
+        """Whether every difference that has a limit is within its limit."""
         return not any(row.failures for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class CheckReport:
         return [(name, [row for row in self.rows if row.dtype == name]) for name in precisions]
 
     def _mixers(self) -> str:
-        """Return a text that names the mixers of the layers, with equal neighbors in one group."""
+        """Return a text with the mixers of the layers. Successive equal mixers are one group."""
         runs: list[tuple[str, list[int]]] = []
         for row in self._by_precision()[0][1]:
             if row.layer is None:

@@ -1,11 +1,11 @@
 """Load checkpoints of published models as Gramian models.
 
 `load(path)` recognizes a checkpoint by its keys, shapes and configuration. It returns a model that
-computes what the published implementation computes, and its tokenizer if one is known: a
-`GramianForCausalLM`, or a classifier for a fine-tuned HyenaDNA. Each file has related formats:
-safari's Hyena language models and HyenaDNA (`hyena_lm.py`), the published Hyena-RTF
-(`hyena_rtf.py`), StripedHyena and Evo (`striped_hyena.py`), and StripedHyena 2 and Evo 2
-(`striped_hyena_2.py`).
+computes the same outputs as the published implementation, and the model's tokenizer if one is
+known. The model is a `GramianForCausalLM`, or a classifier if the checkpoint is a fine-tuned
+HyenaDNA. Each file of the package has related formats: safari's Hyena language models and HyenaDNA
+(`hyena_lm.py`), the published Hyena-RTF (`hyena_rtf.py`), StripedHyena and Evo
+(`striped_hyena.py`), and StripedHyena 2 and Evo 2 (`striped_hyena_2.py`).
 """
 
 from gramian.checkpoints import (  # noqa: F401

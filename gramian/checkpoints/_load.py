@@ -27,10 +27,10 @@ class LoadedCheckpoint(NamedTuple):
     """The result of `load`.
 
     Attributes:
-        model: the model, in evaluation mode: a `GramianForCausalLM`, or for a fine-tuned HyenaDNA a
-            `GramianForSequenceClassification` or `GramianForTokenClassification`.
-        tokenizer: the tokenizer of the model, or None if none is known.
-        format: the name that the checkpoint's format has in `FORMATS`.
+        model: the model, in evaluation mode. It is a `GramianForCausalLM`, or, for a fine-tuned
+            HyenaDNA, a `GramianForSequenceClassification` or `GramianForTokenClassification`.
+        tokenizer: the tokenizer of the model, or None if no tokenizer is known.
+        format: the name of the checkpoint's format in `FORMATS`.
     """
 
     model: GramianPreTrainedModel
@@ -49,38 +49,40 @@ def load(
 ) -> LoadedCheckpoint:
     """Load a published checkpoint as a Gramian model that computes the same outputs.
 
-    Before a model is built, names and shapes are compared with those that the format requires, so a
-    checkpoint is never loaded in part. Nothing but tensors is read from files of weights
-    (`gramian.checkpoints.files`).
+    Before a model is built, the names and shapes of the tensors are compared with the names and
+    shapes that the format requires. So a checkpoint is never loaded in part. Reading a file of
+    weights never runs code from the file (`gramian.checkpoints.files`).
 
     Args:
-        path: a checkpoint file, or a folder that holds one.
+        path: a checkpoint file, or a folder that holds a checkpoint.
         config: the checkpoint's configuration, a JSON or YAML file that holds it, or the name of a
-            published model whose configuration does not lie beside its weights (a key of
-            `PUBLISHED`, such as `"evo2_7b"`). By default, this is the file beside the checkpoint:
-            `config.json`, `NAME.config.json`, `NAME.json`, or the same names with .yml; or else the
-            configuration among the hyper-parameters of a Lightning checkpoint. A configuration is
-            required, since shapes do not determine a model completely.
-        format: one of `FORMATS`; by default, the format is recognized by keys and configuration.
-            Safari's Hyena and HyenaDNA have the same keys. Without `format`, a checkpoint with
-            HyenaDNA's vocabulary is loaded as a HyenaDNA.
-        dtype: dtype of the weights; by default, that of the embedding. Filters stay float32.
+            published model (a key of `PUBLISHED`, such as `"evo2_7b"`) if the configuration is not
+            published beside the weights. By default, the configuration is read from a file beside
+            the checkpoint: `config.json`, or, for a checkpoint `NAME.ckpt`, `NAME.config.json` or
+            `NAME.json`, or the same names with .yml or .yaml. If there is no such file, it is read
+            from the hyper-parameters of a Lightning checkpoint. A configuration is required,
+            because shapes do not determine a model completely.
+        format: name of the format, a key of `FORMATS`; by default, the format is recognized by keys
+            and configuration. Safari's Hyena and HyenaDNA have the same keys. By default, a
+            checkpoint with HyenaDNA's vocabulary is loaded as a HyenaDNA.
+        dtype: dtype of the weights; by default, the dtype of the embedding. Filters stay float32.
         fp8: whether projections that were trained in 8-bit floating point are computed in it, by
-            emulation with the checkpoint's scales (`gramian.ops.fp8`). By default, they are if the
-            published model is of no use otherwise, as Evo 2 of 1, 20 and 40 billion parameters.
+            emulation with the checkpoint's scales (`gramian.ops.fp8`). By default, this is done
+            only for models that are useless otherwise. These are the models of Evo 2 with 1, 20 and
+            40 billion parameters.
         progress: a function that is called as `progress(layers done, all layers)`.
 
     Returns:
         The model, its tokenizer or None, and the name of the format. If the format has no
-        tokenizer, one in the checkpoint's folder is used, provided that transformers can read it
-        without running code from that folder.
+        tokenizer, the tokenizer in the checkpoint's folder is used, provided that transformers can
+        read it without running code from that folder.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint, or no configuration beside it.
-        ValueError: on a file that cannot be read, or whose reading would make other objects than
-            tensors; on keys of none of the formats; on a configuration that lacks an entry or
-            describes a model that Gramian's models cannot express; and on missing, unexpected or
-            misshapen tensors, which the message names.
+        FileNotFoundError: if there is no checkpoint, or no configuration beside or inside it.
+        ValueError: if a file cannot be read, or reading it would make other objects than tensors;
+            if the keys belong to none of the formats; if the configuration lacks an entry or
+            describes a model that Gramian models cannot express; or if tensors are missing,
+            unexpected or misshapen. In the last case, the message names the tensors.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
@@ -127,7 +129,7 @@ def load(
 
 
 def _strip_states(cls: type[Format], states: Mapping[str, bytes | None]) -> dict[str, bytes | None]:
-    """Return the states by the names that they have without wrappers' prefixes."""
+    """Return a mapping from the stripped names of byte streams to the byte streams."""
     names = cls.strip([*states, cls.embedding]) or {}
     return {names[name]: state for name, state in states.items()}
 
@@ -153,7 +155,10 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
 def _recognize(
     path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], format: str | None
 ) -> type[Format]:
-    """Return the format of a checkpoint's keys; among several, the configuration decides."""
+    """Return the format to which a checkpoint's keys belong.
+
+    If the keys belong to several formats, the configuration decides.
+    """
     fitting = [cls for cls in FORMATS.values() if cls.strip(weights)]
     if format is not None:
         if FORMATS[format] not in fitting:
@@ -166,7 +171,10 @@ def _recognize(
 
 
 def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer in a checkpoint's folder, if its class is one of transformers."""
+    """Return the tokenizer in a checkpoint's folder if its class is part of transformers.
+
+    If there is none, or it cannot be read without running code from the folder, return None.
+    """
     if not (path / "tokenizer.json").is_file():
         return None
     try:
@@ -176,12 +184,12 @@ def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _suppress_ids_without_tokens(model: GramianPreTrainedModel, tokens: int) -> None:
-    """Keep `generate` from choosing ids that have no token.
+    """Prevent `generate` from choosing ids that have no token.
 
-    A vocabulary is padded with such ids to a round size.
+    Vocabularies have such ids if they are padded to a round size.
 
     Args:
-        model: the model, whose `generation_config` is changed.
+        model: the model. Its `generation_config` is changed.
         tokens: number of tokens of the tokenizer.
     """
     if model.can_generate() and tokens < model.config.vocab_size:

@@ -1,12 +1,12 @@
 """Read the tensors and the configuration in a checkpoint's files, and nothing else.
 
-safetensors files hold nothing but tensors. Files that `torch.save` wrote are pickles. They are read
-with `weights_only=True`: names in them are not looked up or called, except for those that tensors
-need. Lightning stores objects of its own and of packages such as omegaconf beside the weights. Each
-name of these packages is replaced by an empty placeholder class, which accepts any arguments and
-keeps nothing. Transformer Engine stores the scales of its layers as byte streams under names that
-end in `_extra_state`; these are kept as bytes. Any other name ends the reading before a single
-object is made.
+safetensors files hold only tensors. Files that `torch.save` wrote are pickles, which name functions
+and classes to call. They are read with `weights_only=True`: of these names, only those that tensors
+need are looked up and called. Lightning stores objects of its own and of packages such as omegaconf
+beside the weights. Each class of these packages is replaced by an empty placeholder class, which
+accepts any arguments and keeps nothing. Transformer Engine stores the scales of its layers as byte
+streams under names that end in `_extra_state`. These are kept as bytes. If a file refers to any
+other function or class, reading fails before a single object is made.
 
 A file that was split into `NAME.part0`, `NAME.part1` and so on is read as if it were joined.
 """
@@ -46,10 +46,10 @@ _BYTE_STREAM = "_io.BytesIO"
 _EXTRA_STATE = "_extra_state"
 
 _TRAINERS = ("optimizer", "random_states", "rng_state", "scaler", "scheduler", "training_args")
-"""Beginnings of the names of files that a trainer writes beside the weights."""
+"""Trainers write files beside the weights; their names begin with these words."""
 
 _CONFIGURED = ("d_model", "layer", "model")
-"""Entries by which hyper-parameters are known to be a model's configuration."""
+"""If hyper-parameters have one of these entries, they are a model's configuration."""
 
 _BOOKKEEPING_PACKAGES = (
     "argparse",
@@ -72,9 +72,9 @@ class Stored(NamedTuple):
     """The content of a checkpoint.
 
     Attributes:
-        tensors: all tensors by name, on the CPU.
-        states: the byte streams of entries whose names end in `_extra_state`, by name; an entry
-            without content is None.
+        tensors: all tensors by their names, on the CPU.
+        states: the byte streams of entries whose names end in `_extra_state`, by these names. An
+            entry without content is None.
     """
 
     tensors: dict[str, Tensor]
@@ -85,17 +85,17 @@ def read_checkpoint(path: Path) -> Stored:
     """Return the content of a checkpoint.
 
     Args:
-        path: a file, or a folder. A folder must have `model.safetensors` or `pytorch_model.bin`,
-            either of which may be sharded, `weights.ckpt`, or exactly one file whose name ends in
-            .safetensors, .ckpt, .bin, .pt or .pth. The name of a file in parts is its own, or that
-            of its first part. A trainer's own files in a folder, such as `optimizer.pt`, are
-            ignored.
+        path: a file or a folder. A folder must have `model.safetensors`, `pytorch_model.bin`,
+            `weights.ckpt`, or exactly one other file whose name ends in .safetensors, .ckpt, .bin,
+            .pt or .pth. The first two may be sharded. If a file was split into parts, give its name
+            without the suffix of the parts, or the name of the first part. Files that a trainer
+            writes beside the weights, such as `optimizer.pt`, are ignored.
 
     Raises:
-        FileNotFoundError: if there is no such file, or no checkpoint in the folder.
-        ValueError: on several possible files, a file that cannot be read, a file that holds or
-            refers to anything but tensors, extra states and the objects that Lightning stores, or a
-            part that is missing.
+        FileNotFoundError: if the file does not exist, or the folder holds no checkpoint.
+        ValueError: if several files in a folder could be the checkpoint; if a file cannot be read;
+            if a file holds or refers to anything but tensors, extra states and the objects that
+            Lightning stores; or if a part is missing.
     """
     stored = Stored({}, {})
     for file in _weight_files(path):
@@ -111,10 +111,10 @@ def read_checkpoint(path: Path) -> Stored:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name, on the CPU.
+    """Return all tensors of a checkpoint by their names, on the CPU.
 
     Args:
-        path: as for `read_checkpoint`.
+        path: a file or a folder, as for `read_checkpoint`.
 
     Raises:
         FileNotFoundError, ValueError: in the same cases as `read_checkpoint`.
@@ -123,13 +123,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def hash_weights(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file that `read_tensors` reads, by the name of the file.
+    """Return a mapping from the names of the files that `read_tensors` reads to their SHA-256.
 
     Args:
-        path: as for `read_tensors`.
+        path: a file or a folder, as for `read_tensors`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_tensors` does.
+        FileNotFoundError: if the file does not exist, or the folder holds no checkpoint.
+        ValueError: if several files in a folder could be the checkpoint, or a part is missing.
     """
     hashes = {}
     for file in _weight_files(path):
@@ -161,7 +162,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """Return the mapping in a JSON or YAML file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if the file cannot be read or does not hold a mapping.
     """
     if not file.is_file():
@@ -187,17 +188,19 @@ def read_config(file: Path) -> dict[str, Any]:
 def read_inner_config(path: Path) -> dict[str, Any] | None:
     """Return the model's configuration among the hyper-parameters of a Lightning checkpoint.
 
-    It is what they hold under `config`, as regLM's do, or all of them if they describe a model.
-    Values that are not numbers, texts, lists or mappings are left out.
+    The configuration is the entry `config` of the hyper-parameters, as in regLM's checkpoints, or
+    else all hyper-parameters, if they describe a model. A value that is not a number, text, list or
+    mapping becomes None.
 
     Args:
-        path: as for `read_tensors`.
+        path: a file or a folder, as for `read_tensors`.
 
     Returns:
         The configuration, or None if there is none.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_tensors`.
+        FileNotFoundError: if the file does not exist, or the folder holds no checkpoint.
+        ValueError: if several files in a folder could be the checkpoint, or a file cannot be read.
     """
     files = _weight_files(path)
     if len(files) != 1 or files[0].suffix == ".safetensors":
@@ -212,7 +215,7 @@ def read_inner_config(path: Path) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """Return a copy made of numbers, texts, lists and mappings; None for anything else."""
+    """Return a copy made of numbers, texts, lists and mappings. Other values become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -243,7 +246,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _only_file(folder: Path) -> Path:
-    """Return the one file of weights in a folder, besides the files of a trainer."""
+    """Return the only file of weights in a folder, without counting the files of a trainer."""
     whole = {file.with_name(file.name.removesuffix(_FIRST_PART)) for file in folder.iterdir()}
     files = sorted(
         file for file in whole if file.suffix in _SUFFIXES and not file.name.startswith(_TRAINERS)
@@ -271,10 +274,10 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def _parts(file: Path) -> list[Path]:
-    """Return the parts of a file that was split, in order; none if it was not.
+    """Return the parts of a file that was split, in order, or an empty list if it was not split.
 
     Raises:
-        ValueError: if the file is there too, or a part between others is missing.
+        ValueError: if the joined file also exists, or if a part between other parts is missing.
     """
     if not file.with_name(file.name + _FIRST_PART).is_file():
         return []
@@ -289,7 +292,7 @@ def _parts(file: Path) -> list[Path]:
 
 
 class _JoinedFiles(io.RawIOBase):
-    """Files as one stream of bytes, which is never joined on the disk or in memory."""
+    """A stream of bytes over several files, which are never joined on the disk or in memory."""
 
     def __init__(self, files: list[Path]) -> None:
         self._files = [file.open("rb") for file in files]
@@ -330,7 +333,7 @@ class _JoinedFiles(io.RawIOBase):
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """Yield what `torch.load` reads: the path, or the stream of a file's parts."""
+    """Yield the source that `torch.load` reads: the path, or the stream of a file's parts."""
     parts = _parts(file)
     if not parts:
         yield file
@@ -347,11 +350,11 @@ def _read_safetensors(file: Path) -> Stored:
 
 
 def _load_pickle(file: Path, *, mapped: bool = False) -> Any:
-    """Read what `torch.save` wrote: tensors, plain values and placeholders.
+    """Read a file that `torch.save` wrote: tensors, plain values and placeholders.
 
     Args:
-        file: the file, or the name of one in parts.
-        mapped: whether to map tensors into memory, where that is possible, and not to read them.
+        file: the file. If it was split into parts, its name without the suffix of the parts.
+        mapped: whether to map tensors into memory in place of reading them, if that is possible.
     """
     with _opened(file) as source:
         return _load_opened(file, source, mapped)
@@ -359,7 +362,7 @@ def _load_pickle(file: Path, *, mapped: bool = False) -> Any:
 
 def _load_opened(file: Path, source: Any, mapped: bool) -> Any:
     try:
-        # Files of PyTorch before 1.6 are not archives; they are read without placeholders.
+        # Files that PyTorch wrote before 1.6 are not archives. They are read without placeholders.
         archive = zipfile.is_zipfile(source)
         _rewind(source)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source) if archive else []
@@ -406,7 +409,7 @@ def _read_pickle(file: Path) -> Stored:
 
 
 def _rewind(source: Any) -> None:
-    """Return to the beginning of a stream; a path needs nothing."""
+    """Return to the beginning of a stream. If the source is a path, do nothing."""
     if not isinstance(source, Path):
         source.seek(0)
 
@@ -422,7 +425,7 @@ def _is_bookkeeping(name: str) -> bool:
 
 
 class _Placeholder:
-    """A placeholder for a class of another package, which accepts any arguments and keeps none."""
+    """A placeholder for a class of another package. It accepts any arguments and keeps none."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Placeholder:
         return super().__new__(cls)
@@ -435,7 +438,7 @@ class _Placeholder:
 
 
 class _ByteStream(_Placeholder):
-    """A placeholder for a byte stream, which keeps its content."""
+    """A placeholder for a byte stream. It keeps the content of the stream."""
 
     content: bytes | None = None
 
@@ -445,7 +448,7 @@ class _ByteStream(_Placeholder):
 
 
 def _placeholder(name: str) -> type[_Placeholder]:
-    """Return a placeholder that the reader uses in place of the class called `name`."""
+    """Return a placeholder class that replaces the class called `name`."""
     module, _, own = name.rpartition(".")
     base = _ByteStream if name == _BYTE_STREAM else _Placeholder
     return type(own, (base,), {"__module__": module, "__qualname__": own})

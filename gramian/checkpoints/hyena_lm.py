@@ -3,18 +3,18 @@ r"""Read Hyena language models of safari (`SimpleLMHeadModel`, layer `hyena`) an
 Both models consist of an embedding, prenorm blocks with layer norms, a last layer norm and a tied
 head. A block has a Hyena mixer and an MLP with tanh-GELU and biases. The models differ in three
 points that their configurations do not state. The `shift` of the filter's window is 0.05 in
-HyenaDNA and 0 in safari. HyenaDNA always adds the filter's bias. With an order above 2, safari
+HyenaDNA and 0 in safari. HyenaDNA always adds the filter's bias. If the order is above 2, safari
 numbers filters by channel and then by gate, and HyenaDNA by gate and then by channel. The published
-models drop out gated values inside the mixers; Gramian's do not have that dropout.
+models apply dropout to gated values inside the mixers; Gramian models do not.
 
 Folders of a fine-tuned HyenaDNA have a linear head `score` in place of the output projection. The
-published `HyenaDNAForSequenceClassification` applies it to every position and takes the logits of
-the one before the first padding token or, if a sequence has none or begins with some, of the last
-one: in either case those of the last real token, as our `pooling="last"` does by the mask. It does
-not mask what stands before them, so padding on the left, which its tokenizer makes by default,
-changes its logits; ours are those of the sequence alone. There is no published class for tokens:
-`HyenaDNAForTokenClassification` is what users call theirs, with a linear head `score` or
-`classifier`.
+published `HyenaDNAForSequenceClassification` applies the head to every position and returns the
+logits of one position. If padding follows the tokens, this is the position before the first padding
+token; otherwise it is the last position. In both cases it is the last real token. Gramian finds
+the same token from the mask, with `pooling="last"`. The published model does not mask padding on
+the left, which its tokenizer makes by default, so this padding changes the logits. In Gramian, the
+logits are the same as without padding. There is no published class for tokens. Users call their own
+class `HyenaDNAForTokenClassification`; its linear head is named `score` or `classifier`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _SCORES = {
     GramianForSequenceClassification: ("score",),
     GramianForTokenClassification: ("score", "classifier"),
 }
-"""The names that the linear head of a classifier may have, by its class."""
+"""For each class of classifiers, the possible names of its linear head in a checkpoint."""
 
 
 @register
@@ -172,8 +172,9 @@ class SafariHyena(Format):
     def _frequencies(self, filter: str, found: Iterable[str]) -> list[str]:
         """Return the names of the frequencies of a filter's sines.
 
-        All layers of a filter share one tensor of frequencies, of whose names safetensors keeps
-        only one. So these are the names among `found`, or all names if `found` has none of them.
+        All layers of a filter share one tensor of frequencies. `torch.save` keeps the name of this
+        tensor in every layer, but safetensors keeps only one of the names. So the names in `found`
+        are returned, or all names if `found` has none of them.
 
         Args:
             filter: prefix of the filter's names.
@@ -265,7 +266,7 @@ class SafariHyena(Format):
             for theirs, name in names.items():
                 for kind in ("weight", "bias"):
                     state[f"{ours}{name}.{kind}"] = weights.pop(f"{block}{theirs}.{kind}")
-            # Our tap 0 acts on the present input, as the last tap does in safari.
+            # In Gramian, tap 0 acts on the present input; in safari, the last tap does.
             taps = weights.pop(f"{block}mixer.short_filter.weight")
             state[f"{ours}mixer.short.weight"] = taps.squeeze(1).flip(-1)
             state[f"{ours}mixer.short.bias"] = weights.pop(f"{block}mixer.short_filter.bias")
@@ -284,7 +285,7 @@ class SafariHyena(Format):
         """Translate the filter of a layer, and the parts of its mixer that not every Hyena has.
 
         Args:
-            weights: the checkpoint's tensors, from which the used ones are removed.
+            weights: the checkpoint's tensors. The used tensors are removed from it.
             theirs: prefix of the mixer's names in the checkpoint.
             ours: prefix of the mixer's names in the Gramian model.
         """
@@ -322,18 +323,19 @@ class SafariHyena(Format):
         return state
 
     def _channel_order(self) -> Tensor:
-        """Return the checkpoint's index of each filter, in the order of the Gramian model.
+        """Return for each filter of the Gramian model its index in the checkpoint.
 
-        In that order, the index of the filter for channel c and gate n is `c (order - 1) + n`.
+        In the Gramian model, the filter for channel c and gate n has the index `c (order - 1) + n`.
         """
         return torch.arange(self.filters)
 
 
 @register
 class HyenaDNA(SafariHyena):
-    """The format of HyenaDNA, as Lightning checkpoints or Hugging Face folders have it.
+    """The format of HyenaDNA, in Lightning checkpoints and in Hugging Face folders.
 
-    A folder may hold a language model or a classifier, by its configuration's `architectures`.
+    A folder may hold a language model or a classifier. The entry `architectures` of the
+    configuration says which.
     """
 
     name = "hyenadna"
@@ -341,10 +343,10 @@ class HyenaDNA(SafariHyena):
 
     @classmethod
     def meant_by(cls, config: Mapping[str, Any]) -> bool:
-        """Return whether the configuration of a Hyena language model is that of a HyenaDNA.
+        """Return whether the configuration of a Hyena language model describes a HyenaDNA.
 
-        It is, if its `model_type` says so, or if it has no `model_type` and its vocabulary is that
-        of the DNA tokenizer.
+        A configuration describes a HyenaDNA if its `model_type` is "hyenadna". If there is no
+        `model_type`, the size of the vocabulary must be the size of the DNA tokenizer's vocabulary.
         """
         inner = config.get("model")
         config = inner if "layer" not in config and isinstance(inner, Mapping) else config
@@ -388,7 +390,10 @@ class HyenaDNA(SafariHyena):
             )
 
     def _class(self, config: Mapping[str, Any]) -> type[GramianPreTrainedModel]:
-        """Return our class for what the configuration names; a language model by default."""
+        """Return the Gramian class for the class that the configuration names.
+
+        If the configuration names no class, return the class of language models.
+        """
         names = setting(config, "architectures", list, [])
         found = next((_CLASSES[name] for name in names if name in _CLASSES), None)
         if names and found is None:
@@ -410,7 +415,10 @@ class HyenaDNA(SafariHyena):
         return self.kind
 
     def _labels(self) -> dict[str, Any]:
-        """Return the names of the classes; Hugging Face leaves out those of the default two."""
+        """Return the names of the classes.
+
+        Configurations leave out the names if they are transformers' default names of two classes.
+        """
         names = setting(self.given, "id2label", Mapping, {})
         if not names:
             count = size(self.given, "num_labels", 2)
@@ -476,7 +484,7 @@ def _affine(name: str, *shape: int) -> Shapes:
 
 
 def _check_time(time: Tensor, name: str) -> None:
-    """Raise a ValueError unless the time of a filter's window runs evenly from 0 to 1."""
+    """Raise a ValueError unless the times of a filter's window run evenly from 0 to 1."""
     expected = torch.linspace(0, 1, time.numel())
     tolerance = 2 * torch.finfo(time.dtype).eps
     if not torch.allclose(time.flatten().float(), expected, rtol=tolerance, atol=tolerance):

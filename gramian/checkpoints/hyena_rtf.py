@@ -1,9 +1,8 @@
 r"""Read the published Hyena-RTF, safari's language model with rational filters (arXiv 2405.06147).
 
-Two details are easy to miss. First, the direct term of a filter enters twice, once in the kernel
-and once as the skip of the convolution, so tap 0 is `2 h_0` plus the aliased taps. Second, the last
-gate is followed by `gelu(W norm(y))`, a map from the channels to 384 features, before the output
-projection.
+Two details are easy to miss. First, the direct term of a filter enters twice, in the kernel and as
+the skip of the convolution. So tap 0 is `2 h_0` plus the aliased taps. Second, between the last
+gate and the output projection, `gelu(W norm(y))` maps the channels to 384 features.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Define the tokenizers of published models, as fast tokenizers that `AutoTokenizer` reads.
+"""Define the tokenizers of published models, as fast tokenizers that `AutoTokenizer` can read.
 
-Reading them needs no code of this package. By default they add no special token to a text, so that
-a prompt is continued where it ends. The published tokenizers of HyenaDNA append `[SEP]`, the token
-that ends a sequence, and so does `DNATokenizer` for classifiers, which were trained with it.
+Reading a saved tokenizer needs no code of this package. By default, the tokenizers add no special
+token to a text, so that a prompt is continued where it ends. The published tokenizers of HyenaDNA
+append `[SEP]`, the token that ends a sequence. `DNATokenizer` also appends it for classifiers,
+because they were trained with it.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ _DNA_SPECIAL = ("[CLS]", "[SEP]", "[BOS]", "[MASK]", "[PAD]", "[RESERVED]", "[UN
 
 
 class DNATokenizer(PreTrainedTokenizerFast):
-    """HyenaDNA's tokenizer, which has one token per character and pads on the left.
+    """HyenaDNA's tokenizer. It has one token per character and pads on the left.
 
     The special tokens have the ids 0 to 6: `[CLS]`, `[SEP]` (which ends a sequence), `[BOS]`,
-    `[MASK]`, `[PAD]`, `[RESERVED]` and `[UNK]`. The characters have the ids that follow; any other
-    character is `[UNK]`. White space is skipped. Case is ignored, unless `characters` has a letter
-    in both cases. If only one of U and T is among `characters`, the other is read as it. (The
-    published tokenizer maps U, and lower-case bases, which are soft-masked, to `[UNK]`.)
+    `[MASK]`, `[PAD]`, `[RESERVED]` and `[UNK]`. The known characters have the ids from 7 on; any
+    other character becomes `[UNK]`. White space is skipped. Upper and lower case of a letter are
+    the same token, unless `characters` has the letter in both cases. If `characters` has T but not
+    U, a U is read as a T, and the other way round. (The published tokenizer maps U and lower-case
+    letters, which mark masked bases, to `[UNK]`.)
 
     Args:
-        characters: the known characters, in the order of their ids from 7 on.
+        characters: the known characters, in the order of their ids.
         append_end: whether `[SEP]` is appended to a sequence, as the published tokenizer does.
-        kwargs: arguments of any fast tokenizer of transformers.
+        kwargs: arguments of `PreTrainedTokenizerFast`.
     """
 
     def __init__(
@@ -66,13 +68,13 @@ class DNATokenizer(PreTrainedTokenizerFast):
 
 
 class EvoTokenizer(PreTrainedTokenizerFast):
-    """Evo's tokenizer, whose ids 0–255 are bytes of UTF-8; byte 0 ends a text, and byte 1 pads it.
+    """Evo's tokenizer. Its ids 0–255 are bytes of UTF-8; byte 0 ends a text, and byte 1 pads it.
 
-    It pads on the left, as generation requires. The published decoder shows ids below 32 as spaces;
-    this one decodes them as bytes.
+    The tokenizer pads on the left, as generation requires. It decodes ids below 32 as bytes; the
+    published tokenizer decodes them as spaces.
 
     Args:
-        kwargs: arguments of any fast tokenizer of transformers.
+        kwargs: arguments of `PreTrainedTokenizerFast`.
     """
 
     def __init__(self, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command `analyze`, which measures effective state-sizes."""
+"""Define the command `analyze`, which measures effective state-sizes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class _Source:
     row: int = 0
 
     def read(self, model: str, tokenizer: Any) -> tuple[Any, Any, str]:
-        """Return the input of a model, the tokenizer that names its tokens, and what was read."""
+        """Return the input of a model, the tokenizer for its tokens, and a name of the input."""
         from gramian.evaluation import read_row
         from gramian.tasks import Encoder
 
@@ -116,7 +116,7 @@ def analyze(
     seed: TaskSeed = None,
     as_json: Json = False,
 ) -> None:
-    """Measure how much of its memory MODEL uses on a text or a task, by layer, head and token.
+    """Measure how much of its memory MODEL uses on a text or task, for every layer, head and token.
 
     Several models are compared on the same input. The command exits with status 1 if a model has no
     layer that can be read.
@@ -167,7 +167,7 @@ def _check(
 
 
 def _document(text: Path | None, prompt: str | None) -> _Source | None:
-    """Read the first document of a file or a prompt; return None if neither is given."""
+    """Read the first document of a file or a prompt, or return None if neither is given."""
     from gramian.tasks import documents_in
 
     if text is not None:
@@ -191,7 +191,7 @@ def _document(text: Path | None, prompt: str | None) -> _Source | None:
 def _one_task(
     name: str | None, settings: list[str], config: Path | None, seed: int | None
 ) -> tuple[str, Task, int]:
-    """Build the named task or the configuration's; return its name, the task and the seed."""
+    """Build the task that is named or configured, and return its name, the task and the seed."""
     from gramian import tasks
     from gramian._nearest import unknown
 
@@ -205,7 +205,7 @@ def _one_task(
 def _analyze(
     name: str, source: _Source, horizon: int, options: dict[str, Any], progress: Bar
 ) -> StateReport:
-    """Measure one model on the source."""
+    """Measure one model on the input."""
     from gramian import analysis
 
     model, tokenizer = analysis.open_model(name)

@@ -1,4 +1,4 @@
-"""The command `check`, which compares all ways of running a model."""
+"""Define the command `check`, which compares all ways to run a model."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def check(
     parallel, as a recurrence, in chunks, in batches, reloaded and distilled. Padding is put on the
     left, on the right, between tokens, and into a second part that continues from the state after
     the first. Sequences are packed into one row. A language model also generates with a cache. All
-    of this is done in float32 and in bfloat16. Every layer and the whole model are compared. The
-    command exits with status 1 if a difference is too large.
+    of this is done in float32 and in bfloat16, or in the types that --dtype names. Every layer and
+    the whole model are compared. The command exits with status 1 if a difference is too large.
     """
     if order < 0:
         raise UserError(f"--order must be at least 1, or 0 for no distilled copy; got {order}.")

@@ -1,4 +1,4 @@
-"""The output of all commands: progress while they work, and a report at the end."""
+"""Print the output of all commands: progress while they work, and a report at the end."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Bar", "console_for", "finish", "running"]
 
 
 def console_for(as_json: bool) -> Console:
-    """Return a console on standard output or, if standard output is for JSON, standard error."""
+    """Return a console on standard output, or on standard error if standard output is for JSON."""
     return Console(stderr=as_json)
 
 
 class Bar:
-    """A progress bar, which is called with the amount of work done and the total amount."""
+    """A progress bar. It is called with the amount of work done and the total amount."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
@@ -60,7 +60,7 @@ def running(
     Args:
         console: console that shows the bar.
         title: text in front of the bar.
-        about: beginning of the sentence, such as the name of a model, or None.
+        about: beginning of the sentence, such as the name of a model. None adds no beginning.
         errors: classes of exceptions whose messages are written for users.
 
     Raises:

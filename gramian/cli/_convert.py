@@ -1,4 +1,4 @@
-"""The command `convert`, which reads published checkpoints."""
+"""Define the command `convert`, which reads published checkpoints."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ def convert(
 
     A fine-tuned HyenaDNA becomes a classifier. A file that was split into NAME.part0, NAME.part1
     and so on is read as one. Files are read as tensors only: no code from a checkpoint runs. OUT
-    also gets conversion.json, which says where the weights came from, with the SHA-256 of each
-    file.
+    also contains conversion.json. It lists the files of the weights, with the SHA-256 of each file.
     """
     check_new(out)
     quiet_transformers()

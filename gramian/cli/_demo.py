@@ -1,4 +1,4 @@
-"""The command `demo`, which shows the whole library on one text."""
+"""Define the command `demo`, which shows the whole library on one text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `distill`, which turns long filters into small recurrences."""
+"""Define the command `distill`, which turns long filters into small recurrences."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def distill(
 ) -> None:
     """Replace the long filters of MODEL by small recurrences, and save the new model in OUT.
 
-    OUT also gets distillation.json and distillation.png, which show the orders, errors and bounds
-    of every layer.
+    OUT also contains distillation.json and distillation.png, which show the orders, errors and
+    bounds of every layer.
     """
     given = [name for name in (tol, order, max_increase) if name is not None]
     if len(given) > 1:
@@ -168,5 +168,5 @@ def _draw(report: DistillationReport, title: str, path: Path) -> None:
 
     try:
         save_figure(plot_distillation(report, title), path)
-    except ImportError as error:  # a missing figure must not lose the result
+    except ImportError as error:  # the result is kept even if no figure can be drawn
         print(f"gramian: no figure: {one_line(error)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The command that embeds genomes: embed."""
+"""Define the command `embed`, which embeds genomes."""
 
 from __future__ import annotations
 
@@ -34,22 +34,26 @@ def embed(
         ),
     ] = "-1",
     pool: Annotated[
-        str, typer.Option(help="Vector of a record: mean, last, or none for one of every base.")
+        str,
+        typer.Option(
+            help="Pooling over a record: mean, last (its last base), or none (one vector for every "
+            "base)."
+        ),
     ] = "mean",
     intervals: Intervals = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Number of records that are read together.")
     ] = 8,
     chunk_size: Annotated[
-        int, typer.Option(min=1, help="Largest number of tokens of a record read at once.")
+        int, typer.Option(min=1, help="Largest number of tokens of a record that are read at once.")
     ] = 16_384,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Write hidden states of MODEL on the records of a FASTA FILE, pooled or one for every base.
+    """Write hidden states of MODEL for the records of a FASTA FILE, pooled or one for every base.
 
-    Records of any length are read through the state, and what is computed is written at once, so
-    memory does not grow with the length.
+    Records of any length are read in chunks with the model's state, and hidden states are written
+    as soon as they are computed. So memory does not grow with the length.
     """
     if pool not in ("mean", "last", "none"):
         raise typer.BadParameter(f"--pool must be mean, last or none; got {pool!r}.")

@@ -1,4 +1,4 @@
-"""The command `evaluate`, which scores a model."""
+"""Define the command `evaluate`, which scores a model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _Output = Annotated[Path | None, typer.Option("--output", "-o", help="New folder
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The requested evaluations: tasks of ours, names of harness tasks, and texts."""
+    """The requested evaluations: tasks of gramian.tasks, names of harness tasks, and texts."""
 
     tasks: dict[str, Task]
     harness: list[str]
@@ -100,9 +100,9 @@ def evaluate(
     seed: TaskSeed = None,
     as_json: Json = False,
 ) -> None:
-    """Score MODEL on tasks and texts in one table, and compare it with another model if given.
+    """Score MODEL on tasks and texts in one table, alone or in comparison with another model.
 
-    Tasks are those of gramian.tasks and, by their own names, those of lm-evaluation-harness.
+    Tasks are named as in gramian.tasks or as in lm-evaluation-harness.
     """
     if not task and not text and config is None:
         raise typer.BadParameter("give at least one of --task, --config and --text.")
@@ -141,7 +141,7 @@ def _require_one_process() -> None:
 
 
 def _of_the_harness(names: list[str]) -> list[str]:
-    """Return the names that are not tasks of ours, which need the harness to be installed."""
+    """Return the names of tasks that only the harness can have, and check that it is installed."""
     import importlib.util
 
     from gramian import tasks
@@ -171,7 +171,7 @@ def _compare(
 
 
 def _conditions(wanted: _Wanted) -> dict[str, Any]:
-    """Return what results depend on: seed, limit, window, stride, shots, splits and settings."""
+    """Return everything that results depend on, such as the seed, the window and the splits."""
     from dataclasses import asdict
 
     from gramian.tasks import choose_split

@@ -1,4 +1,4 @@
-"""The command `export`, which writes a model for other runtimes."""
+"""Define the command `export`, which writes a model for other runtimes."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def export(
 ) -> None:
     """Write the recurrence of MODEL as ONNX files or torch.export programs in OUT.
 
-    The programs `step` and `prefill` take token ids and the state, and return logits and the new
-    state; export.json describes them. Long convolutions must be distilled first. Weights in half
-    precision become float32. The programs are compared with MODEL, and the command exits with
-    status 1 if they generate other tokens.
+    The programs `step` and `prefill` read token ids and the state, and return logits and the new
+    state. export.json describes them. Long convolutions must be distilled first. Weights in half
+    precision become float32. The programs and MODEL generate tokens, and the command exits with
+    status 1 if the tokens differ.
     """
     check_new(out)
     console = console_for(as_json)

@@ -1,4 +1,4 @@
-"""The command `generate`, which continues a prompt."""
+"""Define the command `generate`, which continues a prompt."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _only_document(file: Path) -> Document:
 
 
 def _check_ids(ids: Tensor, folder: Path, model: GramianForCausalLM) -> None:
-    """Refuse token ids (1, tokens) outside of the model's vocabulary."""
+    """Raise a UserError if token ids (1, tokens) lie outside the model's vocabulary."""
     if int(ids.max()) >= model.config.vocab_size:
         raise UserError(
             f"the tokenizer in {folder} knows more tokens than the model's "
@@ -164,7 +164,7 @@ def _check_ids(ids: Tensor, folder: Path, model: GramianForCausalLM) -> None:
 
 
 def _allowed(tokenizer: Any, alphabet: str) -> list[int]:
-    """Return the ids of the tokens that write nothing but characters of the alphabet."""
+    """Return the ids of the tokens whose text consists of characters of the alphabet."""
     from gramian.models import allowed_tokens
 
     try:
@@ -176,7 +176,7 @@ def _allowed(tokenizer: Any, alphabet: str) -> list[int]:
 def _run(
     folder: Path, model: GramianForCausalLM, ids: Tensor, seed: int, options: dict[str, Any]
 ) -> tuple[Tensor, float]:
-    """Return the prompt with its continuation, (tokens,), and the seconds that it took."""
+    """Return the prompt with its continuation, (tokens,), and the seconds that generation took."""
     import torch
 
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Functions that read and check the inputs of commands: models, texts, tasks and numbers."""
+"""Read and check the inputs of commands: models, texts, tasks and numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 
 
 SAVE_TOKENIZER = "save the one it was trained with there, by its method save_pretrained"
-"""The advice for a model without a tokenizer."""
+"""The advice for a model that was saved without a tokenizer."""
 
 
 def check_new(out: Path) -> None:
@@ -54,7 +54,7 @@ def check_tolerance(tol: float) -> None:
 
 
 def fraction(name: str, text: str) -> float:
-    """Return the positive number that a text such as "0.001" or "0.1%" stands for."""
+    """Return the positive number that a text such as "0.001" or "0.1%" means."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -72,7 +72,7 @@ def require_training() -> None:
 
 
 def quiet_transformers() -> None:
-    """Keep transformers from writing into a command's output."""
+    """Keep messages of transformers out of a command's output."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -80,7 +80,7 @@ def quiet_transformers() -> None:
 
 
 def load_model(folder: Path) -> GramianForCausalLM:
-    """Read a language model of ours."""
+    """Read a Gramian language model."""
     _require_folder(folder)
     from gramian.models import load
 
@@ -91,7 +91,7 @@ def load_model(folder: Path) -> GramianForCausalLM:
 
 
 def load_any_model(folder: Path) -> GramianPreTrainedModel:
-    """Read a model of ours, of any class."""
+    """Read a Gramian model of any class."""
     _require_folder(folder)
     from gramian.models import load_any
 
@@ -102,13 +102,13 @@ def load_any_model(folder: Path) -> GramianPreTrainedModel:
 
 
 def _require_folder(folder: Path) -> None:
-    if not folder.is_dir():  # before seconds of imports
+    if not folder.is_dir():  # checked before imports that take seconds
         raise UserError(f"there is no model folder {folder}.")
     quiet_transformers()
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Read the tokenizer saved with a model or the base of an adapter, or return None."""
+    """Read the tokenizer that was saved with a model or an adapter's base, or return None."""
     from gramian.models.adapters import tokenizer_folder
 
     folder = tokenizer_folder(folder)
@@ -123,7 +123,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def byte_tokenizer(folder: Path, model: GramianPreTrainedModel) -> Any:
-    """Make a byte tokenizer for a model without a tokenizer, if the vocabulary is that of bytes."""
+    """Make a byte tokenizer for a model without a tokenizer, if their vocabularies are equal."""
     from gramian.models import ByteTokenizer
 
     tokenizer = ByteTokenizer()
@@ -135,7 +135,7 @@ def byte_tokenizer(folder: Path, model: GramianPreTrainedModel) -> Any:
 
 
 def open_genome_model(folder: Path, device: str, *files: Path | None) -> tuple[Any, Any]:
-    """Read a model of ours and its tokenizer, after looking for the files that it shall read."""
+    """Check that all given files exist, and read a Gramian model and its tokenizer."""
     for file in files:
         if file is not None and not file.is_file():
             raise UserError(f"there is no file {file}.")
@@ -177,7 +177,7 @@ def read_texts(text: Path) -> list[Document]:
 def first_windows(
     folder: Path, model: GramianPreTrainedModel, text: Path, batch: int, length: int
 ) -> Tensor:
-    """Read (batch, length) tokens from the beginning of a file; no row spans two documents."""
+    """Read (batch, length) tokens from the beginning of a file. No row spans two documents."""
     from gramian.tasks.windows import cut_windows
 
     documents = _token_ids(folder, model, text)
@@ -195,7 +195,7 @@ def spread_windows(
 ) -> Tensor:
     """Read windows (count, length) that are spread over a file.
 
-    They have at most as many tokens as the model's filters have taps, and at most 2,048.
+    The length is at most the number of taps of the model's filters, and at most 2,048.
     """
     from gramian.tasks import windows
 
@@ -236,7 +236,7 @@ def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
 
 
 def document_ids(tokenizer: Any, document: Document) -> Tensor:
-    """Encode a document that is a prompt to (1, count) tokens."""
+    """Encode a document as the token ids (1, count) of a prompt."""
     import torch
 
     from gramian.tasks import Encoder
@@ -256,13 +256,13 @@ def find_tasks(
     """Build the named tasks of `gramian.tasks`, and the task of a training configuration.
 
     Args:
-        names: names of tasks; those that are not in `gramian.tasks` are ignored.
-        settings: changes KEY=VALUE to the settings of the task, if there is only one.
+        names: names of tasks. Names that are not in `gramian.tasks` are ignored.
+        settings: changes KEY=VALUE to the settings of the task. They are allowed for one task only.
         config: file of a training configuration, or None.
-        seed: seed of the tasks' rows; None takes that of the configuration, otherwise 0.
+        seed: seed of the tasks' rows. None uses the seed of the configuration or, without one, 0.
 
     Returns:
-        The tasks by name, and the seed.
+        A mapping from names to tasks, and the seed.
     """
     from gramian import tasks
 
@@ -272,7 +272,7 @@ def find_tasks(
             require_training()
             from gramian.training.configuration import load_config
 
-            loaded = load_config(config)  # imports what registers its tasks
+            loaded = load_config(config)  # also imports the modules that register its tasks
             wanted.append(dict(loaded.task))
             seed = loaded.seed if seed is None else seed
         ours = [name for name in names if name in tasks.names()]

@@ -1,4 +1,4 @@
-"""The command that scores genomes and variants: score."""
+"""Define the command `score`, which scores genomes and variants."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def score(
     model: ModelFolder,
     file: Genome,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Table to write, between tabs; it must be new.")
+        Path,
+        typer.Option("--output", "-o", help="Tab-separated table to write; it must not exist yet."),
     ],
     variants: Annotated[
         Path | None,
@@ -31,16 +32,16 @@ def score(
     reverse_complement: Annotated[
         str,
         typer.Option(
-            help="Score the other strand too: average writes the mean of both, both writes each as "
-            "well, no leaves it out."
+            help="Score the other strand too: average writes the mean over the strands, both also "
+            "writes each strand, no scores one strand only."
         ),
     ] = "no",
     bos: Annotated[
         bool,
         typer.Option(
             "--bos",
-            help="Put the tokenizer's token of the beginning before every sequence, so that the "
-            "first base is predicted too.",
+            help="Put the tokenizer's BOS token before every sequence, so that the first base is "
+            "predicted too.",
         ),
     ] = False,
     skip_unknown: Annotated[
@@ -62,17 +63,18 @@ def score(
         int, typer.Option(min=1, help="Number of sequences that are read together.")
     ] = 8,
     chunk_size: Annotated[
-        int, typer.Option(min=1, help="Largest number of tokens of a sequence read at once.")
+        int,
+        typer.Option(min=1, help="Largest number of tokens of a sequence that are read at once."),
     ] = 16_384,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Score the records of a FASTA FILE with MODEL, or variants, by log-likelihoods in nats.
+    """Score the records of a FASTA FILE, or variants of them, by MODEL's log-likelihood in nats.
 
-    Records of any length are read through the state, in memory that does not grow with the length.
-    A variant is scored in a window that has it in the middle, with the reference and with the
-    alternative allele; the difference is that of alternative and reference. A call that was killed
-    goes on where it stopped when it is repeated.
+    Records of any length are read in chunks with the model's state, so memory does not grow with
+    the length. A window with the variant in its middle is scored twice, with the reference and with
+    the alternative allele. The difference is the score of the alternative minus that of the
+    reference. If the command is interrupted, the same command continues where it stopped.
     """
     if output.exists():
         raise UserError(f"{output} exists already; name a file that does not.")

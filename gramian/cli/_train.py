@@ -1,4 +1,4 @@
-"""The command `train`, which trains a model."""
+"""Define the command `train`, which trains a model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def train(
         return
     if config is None:
         raise typer.BadParameter("give the file CONFIG.yaml, or --keys.")
-    if not config.is_file():  # before seconds of imports
+    if not config.is_file():  # checked before imports that take seconds
         raise UserError(f"there is no configuration file {config}.")
     require_training()
     quiet_transformers()

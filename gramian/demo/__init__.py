@@ -1,4 +1,4 @@
-"""The demo: train on real English, distil, generate in constant memory, and measure each step.
+"""Run the demo: train on real English, distil, generate in constant memory, measure each step.
 
 `run_demo` trains a MultiHyena language model on the text behind Python's `help()`, reduces its long
 filters to small recurrences, and checks every claim during the run. It needs the extra `cli`.

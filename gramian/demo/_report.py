@@ -1,4 +1,4 @@
-"""The settings of the demo, and the report of what it measured."""
+"""Define the settings of the demo, and the report of its measurements."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["Check", "DemoReport", "DemoSettings"]
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Settings of the demo; with the defaults it takes a few minutes on two cores.
+    """Settings of the demo. With the defaults, it takes a few minutes on two cores.
 
     Attributes:
         seed: seed of initialization, training windows and sampling.
         tol: largest relative l2 error of a distilled filter.
         hidden_size: width of the model.
         layers: number of blocks.
-        heads: number of heads in a layer, each with a filter of its own, which has as many taps as
-            a training window has tokens.
+        heads: number of heads in a layer. Each head has a filter of its own. The filter has as many
+            taps as a training window has tokens.
         frequency: frequency of the sine activations in the networks that make the filters.
         training: settings of training.
-        prompt: text that both models continue.
+        prompt: text that the original and the distilled model continue.
         written: number of bytes that each model writes.
         greedy_tokens: number of tokens on which recurrence and recomputation are compared.
         contexts: context lengths in tokens at which generation is timed.
@@ -55,7 +55,7 @@ class Check:
     Attributes:
         claim: the claim, as part of a sentence.
         passed: whether this run confirms it.
-        measured: the numbers that the run measured, in words.
+        measured: text with the numbers that the run measured.
     """
 
     claim: str
@@ -69,16 +69,17 @@ class DemoReport:
 
     Attributes:
         settings: settings of the run.
-        checks: the claims and whether the run confirms them.
-        bits_per_byte: bits per byte of the bigram model and the three networks on held-out text, by
-            name.
-        distillation: orders and errors of every filter.
+        checks: the checks of all claims.
+        bits_per_byte: a mapping from the names of the bigram model and the three networks to their
+            bits per byte on held-out text.
+        distillation: orders and errors of every distilled filter.
         agreement: agreement of greedy generation by recurrence with recomputation.
-        milliseconds_per_token: by method of generation, the time per token, by context length.
-        state_bytes: by method of generation, the bytes carried from token to token, by context
-            length.
-        texts: text that each model wrote, by the model's name.
-        seconds: wall time of each part of the demo, by name.
+        milliseconds_per_token: for each method of generation, a mapping from the context length in
+            tokens to the time per token in milliseconds.
+        state_bytes: for each method of generation, a mapping from the context length in tokens to
+            the size in bytes of the state that is carried from token to token.
+        texts: a mapping from the name of each model to the text that it wrote.
+        seconds: a mapping from the name of each part of the demo to its wall time in seconds.
     """
 
     settings: DemoSettings
@@ -97,7 +98,7 @@ class DemoReport:
         return all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as values that JSON can hold."""
+        """Return the whole report as values that JSON can represent."""
         return {
             "passed": self.passed,
             "checks": [asdict(check) for check in self.checks],

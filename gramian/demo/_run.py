@@ -1,4 +1,4 @@
-"""The whole demo, from reading the text to the last check."""
+"""Run the whole demo, from reading the text to the last check."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ __all__ = ["run_demo"]
 
 REPORT = "demo.json"
 
-# The demo's claims, each of which is checked in every run.
+# The limits of the demo's claims, all of which every run checks.
 LEAST_GAIN_OF_LONG_FILTERS = 0.02  # bits per byte, relative
 MOST_CHANGE_BY_DISTILLING = 0.001  # bits per byte, relative
 MOST_MEAN_ORDER = 32
@@ -63,16 +63,16 @@ MOST_SLOWDOWN_WITH_CONTEXT = 1.1
 def run_demo(
     output: str | Path, settings: DemoSettings | None = None, console: Console | None = None
 ) -> DemoReport:
-    """Run the demo and write its models, figures and numbers to a folder.
+    """Run the demo, and write its models, figures and numbers to a folder.
 
-    The folder holds `original/` and `distilled/` (models with their tokenizer),
-    `hankel_spectra.png`, `quality.png`, `cost.png` and `demo.json`. It is created when everything
-    is done, and replaces the output of an earlier run.
+    The folder contains `original/` and `distilled/` (models with their tokenizer),
+    `hankel_spectra.png`, `quality.png`, `cost.png` and `demo.json`. It is created after the last
+    part of the demo, and replaces the output of an earlier run.
 
     Args:
         output: the folder.
-        settings: settings of the demo; None takes the defaults.
-        console: console on which progress and results are printed; None takes standard output.
+        settings: settings of the demo; None uses the defaults.
+        console: console on which progress and results are printed; None uses standard output.
 
     Raises:
         FileExistsError: if `output` exists and was not written by an earlier run.
@@ -95,7 +95,7 @@ def run_demo(
 
 
 class _Demo:
-    """One run of the demo: its parts in order, and the values that they share."""
+    """A run of the demo, with the parts in order, and the values that they share."""
 
     def __init__(self, settings: DemoSettings, stage: Path, console: Console) -> None:
         self.settings, self.stage, self.console = settings, stage, console
@@ -184,7 +184,7 @@ class _Demo:
             train(model, corpus.train, self.settings.training, show)
 
     def _distill(self, model: GramianForCausalLM) -> tuple[GramianForCausalLM, DistillationReport]:
-        """Distil, save both models, and return the distilled one as loaded from its folder."""
+        """Distil, save both models, and return the distilled model, loaded from its folder."""
         with self._progress() as progress:
             task = progress.add_task("Distilling", total=None)
             distilled, report = distill(
@@ -240,9 +240,9 @@ class _Demo:
         """Measure the costs of every method of generation at each context length.
 
         Returns:
-            Milliseconds per token and bytes of state, by method and context length; and the time
-            of a token of the distilled model at the longest context, divided by that at the
-            shortest.
+            The milliseconds per token and the bytes of state, each as a mapping from methods of
+            generation to mappings from context lengths to values. The third value is the distilled
+            model's time per token at the longest context, divided by its time at the shortest.
         """
         settings = self.settings
         contexts = settings.contexts
@@ -259,7 +259,8 @@ class _Demo:
             )
             times = {"distilled": {n: min(seconds) for n, seconds in rounds.items()}}
             slowdown = median_ratio(rounds[max(contexts)], rounds[min(contexts)])
-            # Online convolution computes its largest blocks once in as many steps as taps.
+            # Online convolution computes its largest block once in every cycle of steps, and a
+            # cycle has as many steps as the filters have taps.
             decoders = {n: Decoder(model, context[:, :n]) for n in (min(contexts), max(contexts))}
             name = "original, online convolution"
             sizes[name] = {n: decoder.state_bytes for n, decoder in decoders.items()}

@@ -1,4 +1,4 @@
-"""The demo's measurements: quality, spectra, agreement of two methods of generation, and cost."""
+"""Measure quality, spectra, the agreement of two methods of generation, and cost."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ __all__ = [
 
 
 def bits_per_byte(model: GramianForCausalLM, windows: Tensor) -> float:
-    """Measure the mean bits per byte on windows (count, length), without each first byte."""
+    """Measure the mean bits per byte on windows (count, length), without their first bytes."""
     return mean_loss(model, windows.long()) / math.log(2)
 
 
 @torch.no_grad()
 def cut_to_tap_zero(model: GramianForCausalLM) -> GramianForCausalLM:
-    """Copy a model, and keep in the copy only tap 0 of the long filters, which has no memory."""
+    """Copy a model, and set all taps of its long filters except tap 0 to zero in the copy.
+
+    A filter with tap 0 only has no memory.
+    """
     cut = copy.deepcopy(model)
     for block in cut.model.layers:
         mixer: Any = block.mixer
@@ -55,7 +58,7 @@ def cut_to_tap_zero(model: GramianForCausalLM) -> GramianForCausalLM:
 def hankel_spectra(model: GramianForCausalLM, taps: int) -> dict[str, Tensor]:
     """Return the singular values of `T[taps/2:, :taps/2]` for each layer's filters.
 
-    They are (filters, values) in float64, by the name of the layer.
+    The result maps the name of each layer to singular values (filters, values) in float64.
     """
     spectra = {}
     for index, block in enumerate(model.model.layers):
@@ -67,13 +70,14 @@ def hankel_spectra(model: GramianForCausalLM, taps: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of greedy generation by recurrence with that by full recomputation.
+    """The agreement of two greedy generations, by recurrence and by full recomputation.
 
     Attributes:
         tokens: number of generated tokens.
         first_difference: index of the first token that differs, or None if none does.
         gap: difference of the two largest logits of the recomputation at that token, or None.
-        max_logit_difference: largest difference of any logit up to there.
+        max_logit_difference: largest difference between logits before that token, or at all tokens
+            if none differs.
     """
 
     tokens: int
@@ -82,7 +86,7 @@ class Agreement:
     max_logit_difference: float
 
     def holds(self, tie: float = 1e-4) -> bool:
-        """Return whether all tokens are equal, or the first different one was a tie.
+        """Return whether all tokens are equal, or the first difference comes from a tie.
 
         A tie means that the two largest logits differ by at most `tie`.
         """
@@ -102,7 +106,8 @@ def compare_greedy(
         model: the model.
         prompt: (1, length) token ids.
         tokens: number of tokens to generate.
-        on_token: function called with the number of recomputed tokens after each, or None.
+        on_token: function that is called after each recomputed token with their number so far, or
+            None.
     """
     generated = model.generate(
         prompt,
@@ -149,7 +154,7 @@ class Decoder:
 
     @torch.no_grad()
     def seconds_per_token(self, tokens: int) -> float:
-        """Write `tokens` tokens greedily, and return the mean time of one in seconds."""
+        """Write `tokens` tokens greedily, and return the mean time per token in seconds."""
         started = time.perf_counter()
         for _ in range(tokens):
             logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits
@@ -166,8 +171,8 @@ def interleaved_seconds(
 ) -> dict[int, list[float]]:
     """Measure each decoder's seconds per token in each of `rounds` runs of `tokens` tokens.
 
-    The decoders take turns, in alternating order, so that other load on the machine affects all of
-    them alike.
+    The decoders take turns, in an order that is reversed in every other round, so that other load
+    on the machine affects all of them alike.
     """
     samples: dict[int, list[float]] = {key: [] for key in decoders}
     for decoder in decoders.values():
@@ -189,7 +194,7 @@ def interleaved_seconds(
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
     """Return the median over rounds of `first / second`.
 
-    The two times of one round were measured under about the same load of the machine.
+    The machine had about the same load for the two times of a round.
     """
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
@@ -198,9 +203,10 @@ def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
 def recomputation_seconds(
     model: GramianForCausalLM, context: Tensor, lengths: Sequence[int]
 ) -> dict[int, float]:
-    """Measure the seconds per token without a cache, by length of the context.
+    """Measure the seconds per token without a cache, at each length of the context.
 
-    A token then costs one pass over the whole context; the shortest of three passes counts.
+    A token then costs one pass over the whole context. The result maps each length to the shortest
+    of three passes.
     """
     costs = {}
     for length in lengths:

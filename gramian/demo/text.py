@@ -1,6 +1,6 @@
-"""English text that ships with Python, and the bigram model that a network must outperform on it.
+"""Provide English text that ships with Python, and the bigram model to outperform on it.
 
-The text is the reference documentation behind `help()`, with each paragraph once.
+The text is the reference documentation that `help()` prints. It contains each paragraph once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["BigramModel", "Corpus", "python_documentation"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text to train on and one that is held out.
+    """A text to train on, and a text that is held out.
 
     Attributes:
         train: (bytes,) uint8, the first part of the text.
@@ -29,10 +29,12 @@ class Corpus:
 
 
 def python_documentation(held_out_fraction: float = 0.1) -> Corpus:
-    """Return the text behind Python's `help()`, each paragraph once, with its last part held out.
+    """Return the text that Python's `help()` prints, and hold out its last part.
+
+    The text contains each paragraph once.
 
     Args:
-        held_out_fraction: share of the bytes that is held out.
+        held_out_fraction: share of the bytes to hold out.
 
     Raises:
         RuntimeError: if this Python was installed without `pydoc_data`.
@@ -46,8 +48,8 @@ def python_documentation(held_out_fraction: float = 0.1) -> Corpus:
 class BigramModel:
     """A model of `P(next | previous)` from counts, with Witten-Bell smoothing towards `P(next)`.
 
-    The counts of a context seen c times with t different successors have weight c / (c + t);
-    `P(next)` itself has one added to every count, so every byte has a positive probability.
+    For a previous byte that occurs c times with t different successors, the counts have weight c /
+    (c + t). In `P(next)`, 1 is added to every count, so every byte has a positive probability.
     """
 
     def __init__(self, train: Tensor) -> None:

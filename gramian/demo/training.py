@@ -1,4 +1,4 @@
-"""Training of a small byte-level language model, which takes a few minutes on two cores."""
+"""Train a small byte-level language model in a few minutes on two cores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ __all__ = ["TrainingSettings", "train"]
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of AdamW with a linear warm-up and a cosine down to a twentieth of the peak rate.
+    """Settings of AdamW and of the schedule of its learning rate.
+
+    After a linear warm-up, a cosine lowers the rate to a twentieth of its peak.
 
     Attributes:
         steps: number of optimizer steps.
@@ -52,14 +54,16 @@ def train(
     settings: TrainingSettings,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train `model` in place on random windows of `data`, drawn by torch's global generator.
+    """Train `model` in place on random windows of `data`.
+
+    Torch's global generator draws the windows.
 
     Args:
         model: the model to train.
         data: (bytes,) uint8, longer than a window.
         settings: settings of training.
-        on_step: function called after every step with the number of steps done and the loss in bits
-            per byte, or None.
+        on_step: function that is called after every step with the number of steps done and the loss
+            in bits per byte, or None.
 
     Returns:
         The loss of every step, in bits per byte.

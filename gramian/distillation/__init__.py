@@ -1,8 +1,8 @@
 """Distil a model: replace its long filters by small recurrences.
 
-`distill(model, tol=...)` reduces every filter of a model, as in Laughing Hyena Distillery
+`distill(model, tol=...)` reduces every long filter of a model, as in Laughing Hyena Distillery
 (arXiv 2310.18780), but by balanced truncation in place of the paper's gradient descent. It returns
-a model of the same class, together with a `DistillationReport` of its orders and errors.
+a model of the same class, and a `DistillationReport` of the orders and errors of its filters.
 """
 
 from gramian.distillation._distill import distill

@@ -1,4 +1,4 @@
-"""Distil modules of other libraries, whose filters the user names."""
+"""Distil modules of other libraries. The user names the submodules that have filters."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def _long_convolution(module: nn.Module, filter: ModalFilter) -> nn.Module:
 
 @dataclass(frozen=True)
 class ForeignFilter:
-    """A function that reads the kernel of a submodule, and one that makes its replacement.
+    """The functions that read the kernel of a submodule and make the submodule's replacement.
 
     Attributes:
         kernel: function that returns the kernel of the submodule, (channels, taps), real.
         replace: function that is called with the submodule and the `ModalFilter` to which its
-            kernel was reduced, and returns the module that takes the submodule's place. By default,
-            this is a `LongConvolution` with that filter. A submodule that returns its kernel can be
-            replaced by a module that returns `filter(length).impulse_response(length)`.
+            kernel was reduced. It returns the module that replaces the submodule. By default, this
+            module is a `LongConvolution` with the filter. If the submodule's output is its kernel,
+            the module should return `filter(length).impulse_response(length)`.
     """
 
     kernel: FilterReader
@@ -49,7 +49,7 @@ def distill_modules(
     goal: Goal,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Any, DistillationReport]:
-    """Distil the filters of submodules by their paths; see `gramian.distill`."""
+    """Distil the submodules that `filters` names, as `gramian.distill` does."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"distill takes a module; it was given a {type(model).__name__}.")
     if not filters:

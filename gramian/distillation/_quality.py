@@ -1,8 +1,8 @@
 """Distil a model within a budget for the increase of its loss on a text.
 
-How a filter's error affects the loss depends on the model. So several tolerances are tried, and the
-loss is measured for each. The tolerance is lowered until the increase of the loss is within the
-budget; then the last step is halved, to find a larger tolerance that also is.
+The effect of a filter's error on the loss depends on the model. So several tolerances are tried,
+and the loss is measured for each. The tolerance is lowered until the increase of the loss is within
+the budget. Then larger tolerances within the last step are tried, too.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _COARSEST, _FINEST, _STEP = 0.3, 1e-6, 10**0.5
 _HALVINGS = 2
 
 _TOKENS = 2**13
-"""Number of tokens in one forward pass when a loss is measured."""
+"""The number of tokens in one forward pass when a loss is measured."""
 
 
 @torch.no_grad()
 def mean_loss(model: Any, input_ids: Tensor) -> float:
     """Return the mean cross-entropy of the tokens of a text, in nats.
 
-    The model runs in evaluation mode. Nothing predicts the first token of a window, so it does not
-    count.
+    The model runs in evaluation mode. The first token of a window is not scored, because no token
+    predicts it.
 
     Args:
         model: a Gramian causal language model.
@@ -63,10 +63,10 @@ def measure_quality(
         original: a Gramian causal language model.
         distilled: the distilled model that `gramian.distill` returned.
         report: the report that `gramian.distill` returned.
-        input_ids: windows of the text, (count, length), length at least 2.
+        input_ids: windows of the text, (count, length), with a length of at least 2.
 
     Returns:
-        The losses, with one trial.
+        The losses. The list of trials has one entry.
     """
     before, after = (mean_loss(model, input_ids) for model in (original, distilled))
     trial = Trial(report.tol, report.mean_order, after, after / before - 1)
@@ -82,29 +82,30 @@ def distill_to_budget(
     tail: str = "auto",
     progress: Callable[[Trial], None] | None = None,
 ) -> tuple[Any, DistillationReport]:
-    """Distil to the smallest recurrences with which the loss on a text stays within a budget.
+    """Distil to small recurrences with which the loss on a text stays within a budget.
 
-    All filters are reduced to the same tolerance, the largest one tried that stays within the
-    budget. The tolerance is lowered from 0.3 by factors of √10 until the loss is within the budget;
-    then the last step is halved twice on a logarithmic scale. No tolerance above 0.3 is tried,
-    whatever the budget.
+    All filters are reduced to the same tolerance. This is the largest tolerance tried with which
+    the loss stays within the budget. The tolerance is lowered from 0.3 by factors of √10 until the
+    loss is within the budget. Then the last step is halved twice on a logarithmic scale. No
+    tolerance above 0.3 is tried, even if the budget is large.
 
     Args:
-        model: a Gramian causal language model, which stays unchanged.
-        input_ids: windows of the text, (count, length), length at least 2.
-        max_increase: the budget, that is, the largest increase of the mean cross-entropy, relative
-            to that of the model; positive.
-        max_order: as for `gramian.distill`.
-        tail: as for `gramian.distill`.
+        model: a Gramian causal language model. It stays unchanged.
+        input_ids: windows of the text, (count, length), with a length of at least 2.
+        max_increase: the budget: the largest increase of the mean cross-entropy, relative to the
+            mean cross-entropy of the given model; positive.
+        max_order: largest order of a filter, as for `gramian.distill`.
+        tail: behavior of a filter past its last tap, as for `gramian.distill`.
         progress: a function that is called with every trial.
 
     Returns:
-        The distilled model and its report, whose `quality` has all trials.
+        The distilled model and its report. `quality` in the report has all trials.
 
     Raises:
-        TypeError, ValueError: as `gramian.distill` does; also for windows that are not
-            (count, length), and for a budget that is not positive or is exceeded even at a
-            tolerance of 1e-6.
+        TypeError: if the model is not a `GramianForCausalLM`.
+        ValueError: in the same cases as `gramian.distill`; if the shape of `input_ids` is not
+            (count, length); or if the budget is not positive, or is exceeded even at a tolerance of
+            1e-6.
     """
     check_windows(model, input_ids)
     if not max_increase > 0:
@@ -161,10 +162,10 @@ def finetune(
 ) -> tuple[float, float]:
     """Train a distilled model briefly, in place, to recover lost quality.
 
-    All weights are trained by AdamW without weight decay. The learning rate rises over a tenth of
-    the steps and falls to zero along a cosine. The parameters of the dynamics use the optimizer
-    hints of their filters. Every tenth window is held out. If the loss on the held-out windows does
-    not improve, the weights are restored.
+    AdamW trains all weights without weight decay. The learning rate rises over a tenth of the steps
+    and falls to zero along a cosine. For the parameters that determine the filters' dynamics, the
+    optimizer uses the hints of the filters. Every tenth window is held out. If the loss on the
+    held-out windows does not improve, the weights are restored.
 
     Args:
         model: a Gramian causal language model.
@@ -181,8 +182,8 @@ def finetune(
         were restored.
 
     Raises:
-        TypeError: if the model is not a causal language model of this package.
-        ValueError: for windows of another shape, or fewer than one step.
+        TypeError: if the model is not a `GramianForCausalLM`.
+        ValueError: if the windows have another shape, or `steps` is below 1.
     """
     check_windows(model, input_ids)
     if len(input_ids) < 2:

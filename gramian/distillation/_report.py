@@ -1,4 +1,4 @@
-"""Define the report of a distillation, with the orders and errors of all filters."""
+"""Define the report of a distillation. It has the orders and errors of all filters."""
 
 from __future__ import annotations
 
@@ -25,37 +25,40 @@ _COLUMNS = (
 )
 
 _AUDIBLE = 1e-2
-"""Energy past the taps, relative to that of the taps, above which a summary mentions it."""
+"""A summary mentions the energy past the taps if its ratio to the taps' energy is larger."""
 
 _ENOUGH = 16
-"""Smallest number of filters for which a rank correlation is reported."""
+"""The smallest number of filters for which a rank correlation is reported."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The report on the filters of one layer, in which every tuple has one entry for each filter.
+    """The report on the filters of one layer.
+
+    Except for `unconverged`, every tuple has one entry for each filter.
 
     Attributes:
         layer: index of the layer in the model, or path of the submodule.
         mixer: name of the class of the mixer to which the filters belong.
         taps: number of taps of the kernels that were reduced.
         orders: real state dimension of each reduced filter.
-        relative_errors: relative error `‖h − ĥ‖₂ / ‖h‖₂` over the taps, where ĥ is the filter as
-            the new model has it.
-        lower_bounds: lower bound on the relative error of every recurrence of the same order,
-            stable or not.
-        l1_errors: `‖h − ĥ‖₁` over the taps, which bounds `‖y − ŷ‖∞ / ‖u‖∞` for inputs that are no
-            longer than the taps.
+        relative_errors: relative error `‖h − ĥ‖₂ / ‖h‖₂` over the taps. Here h is the original
+            kernel, and ĥ is the kernel of the filter in the new model.
+        lower_bounds: lower bound on the relative error. It holds for every recurrence of the same
+            order, stable or not.
+        l1_errors: `‖h − ĥ‖₁` over the taps. It is an upper bound of `‖y − ŷ‖∞ / ‖u‖∞` for inputs
+            that are no longer than the number of taps.
         tail_energies: energy of ĥ past the taps, divided by the energy of h.
         hankel_singular_values: leading Hankel singular values of each kernel, in descending order;
             at most 64, and fewer if the reduction needed fewer.
-        effective_state_sizes: effective state-size (entropy-ESS) of each original filter at the
-            middle of its taps, with the taps as horizon, which measures the memory that it uses. It
-            is an estimate for more than 1,024 taps.
+        effective_state_sizes: effective state-size (entropy-ESS) of each original filter, which
+            measures the memory that the filter uses. It is measured at the middle of the taps, with
+            the number of taps as horizon. If there are more than 1,024 taps, it is an estimate.
         unconverged: indices of the filters whose relative error stayed above the tolerance; empty
             if an order was given.
-        kept: whether the layer keeps its filters, because their taps are so few that the state of
-            reduced ones would not be smaller. Orders and errors are then those of its own filters.
+        kept: whether the layer keeps its own filters, because these have so few taps that the state
+            of reduced filters would not be smaller. The orders and errors are then those of the
+            kept filters.
     """
 
     layer: int | str
@@ -103,7 +106,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Trial:
-    """A distillation to one tolerance or order, and the loss of its result.
+    """A distillation to one tolerance or order, and the loss of the distilled model.
 
     Attributes:
         tol: tolerance of every filter's relative l2 error, or None if an order was given.
@@ -120,14 +123,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Quality:
-    """The loss on a text before and after distilling.
+    """The loss on a text before and after a distillation.
 
     Attributes:
         tokens: number of tokens of the text.
         max_increase: the allowed relative increase of the loss, or None if there was no budget.
         loss: mean cross-entropy of the original model on the text, in nats.
         trials: all trials, in the order in which they were made.
-        finetuned: loss on held-out windows before and after fine-tuning; None without fine-tuning.
+        finetuned: loss on held-out windows before and after fine-tuning, or None if the model was
+            not fine-tuned.
     """
 
     tokens: int
@@ -139,24 +143,24 @@ class Quality:
 
 @dataclass(frozen=True)
 class DistillationReport:
-    """The report of `distill`, which prints as a table.
+    """The report that `distill` returns. It prints as a table.
 
     For every layer, the table shows the mean effective state-size, the orders, the relative l2
-    errors, the largest lower bound on such an error, and the number of filters that missed the
-    tolerance.
+    errors, the largest of their lower bounds, and the number of filters whose error stayed above
+    the tolerance.
 
     Attributes:
         tol: tolerance of every filter's relative l2 error, or None if an order was given.
         order: order of every filter, or None if a tolerance was given.
         layers: one report for every layer that had long filters.
-        context: number of taps of the original filters, which is the context for which the next
-            two attributes hold.
-        original_state_bytes: bytes of the state of one sequence of that length in the original
-            model, which uses exact online convolution.
-        distilled_state_bytes: bytes of the state of one sequence in the distilled model, which are
-            the same at any length, except for attention.
+        context: number of taps of the original filters. The next two attributes hold for sequences
+            of this length.
+        original_state_bytes: bytes of the state of one sequence in the original model, which uses
+            exact online convolution.
+        distilled_state_bytes: bytes of the state of one sequence in the distilled model. Except for
+            attention, this number is the same at any length.
         seconds: duration of the distillation in seconds.
-        quality: the loss on a text before and after; None if no text was given.
+        quality: the loss on a text before and after the distillation; None if no text was given.
     """
 
     tol: float | None
@@ -185,11 +189,12 @@ class DistillationReport:
 
     @property
     def rank_correlation(self) -> float | None:
-        """Spearman's rank correlation of the effective state-size with the cost of distilling.
+        """Spearman's rank correlation of the effective state-size with the cost of distillation.
 
-        It shows how well the effective state-size of a filter predicts that cost. The cost is the
-        relative error if an order was given, and the order if a tolerance was given. The
-        correlation is None for fewer than 16 filters, or if all state-sizes or costs are equal.
+        The correlation shows how well the effective state-size of a filter predicts the cost. The
+        cost is the relative error if an order was given, and the order if a tolerance was given.
+        The correlation is None if there are fewer than 16 filters, or if all state-sizes or all
+        costs are equal.
         """
         if len(self.orders) < _ENOUGH:
             return None
@@ -206,7 +211,8 @@ class DistillationReport:
     def max_tail_energy(self) -> float:
         """The largest energy of a filter past its taps, relative to the energy of the taps.
 
-        It affects inputs that are longer than `context`. No error in this report includes it.
+        This energy affects only inputs that are longer than `context`. The errors in this report do
+        not include it.
         """
         return max(energy for layer in self.layers for energy in layer.tail_energies)
 
@@ -293,7 +299,7 @@ class DistillationReport:
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
-    """Return the cells of a layer in the table of a report; `_COLUMNS` has their headings."""
+    """Return the cells of a layer in the table of a report. `_COLUMNS` has their headings."""
     order, error = _spread(layer.orders), _spread(layer.relative_errors)
     return (
         str(layer.layer),
@@ -307,7 +313,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
 
 
 def _describe_quality(quality: Quality, tol: float | None) -> str:
-    """Return a sentence about the loss on the text, for a distillation to the tolerance `tol`."""
+    """Return a sentence about the loss on the text. `tol` is the tolerance of the distillation."""
     words = f"Loss on {quality.tokens:,} tokens: {quality.loss:.4f} nats before"
     chosen = [trial for trial in quality.trials if trial.tol == tol]
     if chosen:

@@ -27,14 +27,15 @@ def effective_state_size(
     length: int | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    r"""Measure how much of its memory a causal operator uses, the numerical rank of `T[i:, :i]`.
+    r"""Measure how much memory a causal operator uses at i: the numerical rank of `T[i:, :i]`.
 
     The rank of that Hankel block is the smallest state that a recurrence computing T can have
-    before step i (arXiv 2504.19561, section 3). It is at most min(i, horizon - i), so every curve
-    falls towards the horizon. Choose a horizon beyond the last position of interest.
+    before step i (arXiv 2504.19561, section 3). This rank is at most min(i, horizon - i), so every
+    curve falls towards the horizon. Choose a horizon beyond the last position of interest.
 
-    If an input requires a gradient, the entropy is differentiable. It then takes one singular value
-    decomposition for each block (of the block's factors, for a `TimeVarying` system).
+    If an input requires a gradient, the entropy is differentiable. The computation then takes one
+    singular value decomposition for each block or, for a `TimeVarying` system, for the factors of
+    each block.
 
     Args:
         system_or_matrix: A system, channels (*C), or matrices (*C, L, L), whose entries above the
@@ -44,25 +45,25 @@ def effective_state_size(
         measure: "entropy" is `exp(-Σ p log p)` of the normalized singular values p. "tolerance" is
             the number of singular values above `tol` and above `rtol` times the largest. Such a
             count is exact unless a singular value of the block is nearer to the threshold than
-            1e-13 times the largest; with a threshold below that, rounding errors count too.
+            1e-13 times the largest. With a threshold below that, rounding errors are counted too.
         tol: The absolute tolerance, as in the paper; for "tolerance" only.
         rtol: The relative tolerance; for "tolerance" only.
         length: The number of positions; by default all positions of the operator. A time-invariant
             system has no end, so it needs either `length` or `at`.
-        horizon: Where the blocks `T[i:horizon, :i]` end; by default at the operator's end. For a
-            time-invariant system the default is twice the number of positions, so that
+        horizon: The position at which the blocks `T[i:horizon, :i]` end; by default the operator's
+            end. For a time-invariant system the default is twice the number of positions, so that
             horizon - i does not limit the rank.
 
     Returns:
         (*C, len(at)), in the dtype of the input (float32 for half precision). Values are computed
-        in float64: counts are exact, and entropies are accurate to 1e-6, since singular value
-        decompositions replace Gram matrices where those would be less accurate. The value is 0 at
-        position 0 and where ‖H_i‖_F ≤ eps ‖T‖_F, with the eps of the returned dtype.
+        in float64. Counts are exact, and entropies are accurate to 1e-6, since singular value
+        decompositions replace Gram matrices that would be less accurate. The value is 0 at position
+        0, and where ‖H_i‖_F ≤ eps ‖T‖_F, with the eps of the returned dtype.
 
     Raises:
         TypeError: if the input is neither a system nor a tensor.
-        ValueError: if the measure, tolerance, positions, length or horizon are invalid, or a value
-            is NaN or infinite; the message names the first such channel.
+        ValueError: if the measure, tolerance, positions, length or horizon are invalid, or if a
+            value is NaN or infinite. The message then names the first channel with such a value.
     """
     chosen = _measure(measure, tol, rtol)
     reading = Reading(system_or_matrix, at, length, horizon)
@@ -90,14 +91,15 @@ def hankel_singular_values(
         horizon: As in `effective_state_size`.
 
     Returns:
-        (*C, len(at), k), descending and then zeros, where k is the largest rank that any of the
-        blocks can have, at most n for a recurrence. The values are computed in float64 and
-        returned in the dtype of the input (float32 for half precision). No gradient flows through
-        them.
+        (*C, len(at), k), descending and followed by zeros. Here k is the largest rank that any of
+        the blocks can have, which is at most n for a recurrence. The values are computed in float64
+        and returned in the dtype of the input (float32 for half precision). No gradient flows
+        through them.
 
     Raises:
-        TypeError: as for `effective_state_size`.
-        ValueError: as for `effective_state_size`.
+        TypeError: if the input is neither a system nor a tensor.
+        ValueError: if the positions, length or horizon are invalid, or if a value is NaN or
+            infinite. The message then names the first channel with such a value.
     """
     reading = Reading(system_or_matrix, at, length, horizon)
     return reading.result(reading.spectra())
@@ -118,8 +120,8 @@ def sketched_state_size(
     """Estimate the entropy-ESS of long contexts by a randomized method, with the estimate's error.
 
     The leading singular values come from a randomized subspace iteration. The contribution of all
-    others is estimated from random vectors by Lanczos quadrature. How much the random vectors
-    differ gives the error.
+    other values is estimated from random vectors by Lanczos quadrature. The scatter of the results
+    for different vectors gives the error.
 
     Args:
         matrix: Lower-triangular matrices (*C, L, L), or a `DenseOperator`.
@@ -129,18 +131,20 @@ def sketched_state_size(
         probes: The number of random vectors for the other singular values, at least 2.
         iterations: The number of subspace iterations, each of which takes two products with the
             block.
-        horizon: Where the blocks `T[i:horizon, :i]` end; by default L.
+        horizon: The position at which the blocks `T[i:horizon, :i]` end; by default L.
         seed: The seed of the random vectors.
 
     Returns:
-        The estimate and its error, (*C, len(at)) each. The error is two standard errors, which one
-        estimate in twenty exceeds, and 0 where the estimate is exact. It includes neither the
-        errors of the leading values, which fall with every iteration, nor those of the quadrature,
-        which are below a percent of the contribution of the other values.
+        The estimate and its error, (*C, len(at)) each. The error is twice the standard error. In
+        one case of twenty, the estimate is farther from the truth than this. The error is 0 where
+        the estimate is exact. It does not include the errors of the leading values, which fall with
+        every iteration. Nor does it include the errors of the quadrature, which are below a percent
+        of the contribution of the other values.
 
     Raises:
         TypeError: if `matrix` is neither a tensor nor a dense operator.
-        ValueError: as for `effective_state_size`, and if `rank` is below 1 or `probes` below 2.
+        ValueError: if the positions or the horizon are invalid, if a value is NaN or infinite, if
+            `rank` is below 1, if `probes` is below 2, or if `iterations` is negative.
     """
     if not isinstance(matrix, Tensor | DenseOperator):
         raise TypeError(

@@ -1,4 +1,4 @@
-r"""What is measured of an operator: its channels, at some positions, up to a horizon."""
+r"""The part of an operator that is measured: its channels, at some positions, up to a horizon."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = ["Positions", "Reading"]
 Positions = int | Sequence[int] | range | Tensor | None
 
 _TRUSTED = 1e-10
-"""Factors are used if the rounding errors of singular values are below this, relative to the
-largest singular value."""
+"""Factors are used if they give singular values whose rounding errors are below this, relative to
+the largest singular value."""
 
 _TRUSTED_VARYING = 1e-8
-"""The same limit for time-varying systems, whose blocks take much more work than those of a
-convolution."""
+"""The limit `_TRUSTED` for time-varying systems, whose blocks take much more work than the blocks
+of a convolution."""
 
 _FACTORS = 2**28
 """Largest number of bytes that the factors of a block of channels may take."""
@@ -44,14 +44,14 @@ class Reading:
 
     Args:
         source: A system or matrices.
-        at: The positions. None: the first `length` positions.
+        at: The positions. None means the first `length` positions.
         length: The number of positions if `at` is None.
-        horizon: Where the blocks `T[i:horizon, :i]` end.
+        horizon: The position at which the blocks `T[i:horizon, :i]` end.
 
     Raises:
         TypeError: if the source is neither a system nor a tensor.
-        ValueError: if the positions, length or horizon do not fit the source, or a value is NaN or
-            infinite; the message names the channel.
+        ValueError: if the positions, length or horizon do not fit the source, or if a value is NaN
+            or infinite. The message then names the channel.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Reading:
 
     @torch.no_grad()
     def measured(self, measure: Measure) -> Tensor:
-        """Compute the measure at every position inside, (G, len(inside)), float64."""
+        """Compute the measure at every position in `inside`, (G, len(inside)), float64."""
         floor = self.floor()
         if not self.inside or not len(floor):
             return floor.new_zeros(len(floor), len(self.inside))
@@ -197,7 +197,7 @@ class Reading:
 
     @torch.no_grad()
     def spectra(self) -> Tensor:
-        """Compute the singular values, descending and then zeros, (G, len(inside), k), float64."""
+        """Compute the singular values (G, len(inside), k), float64, descending, then zeros."""
         rank = max((min(i, self.horizon - i) for i in self.inside), default=0)
         count = self.shape.numel()
         if not self.inside or not count:
@@ -241,9 +241,9 @@ class Reading:
     ) -> Tensor:
         """Evaluate a function of channels and their singular values (P, G, n): (G, len(inside), …).
 
-        Channels are processed in parts. Where rounding errors of the factors would affect the
-        result, the taps are used instead, since the impulse response of a time-invariant system is
-        more accurate than powers of its state matrix.
+        Channels are processed in parts. If rounding errors of the factors would affect the result,
+        the taps are used instead, since the impulse response of a time-invariant system is more
+        accurate than powers of its state matrix.
         """
         order = self._factor_order
         kept = min(len(self.inside), 64) * order * order * 8
@@ -297,5 +297,5 @@ class Reading:
 
 
 def _padded(values: Tensor, size: int) -> Tensor:
-    """Pad with zeros, or cut, the last dimension to `size`."""
+    """Pad the last dimension with zeros to `size`, or cut it to `size`."""
     return torch.nn.functional.pad(values, (0, size - values.shape[-1]))

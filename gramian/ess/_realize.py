@@ -7,8 +7,9 @@ From one position to the next, a Hankel block loses its first row and gains a co
 
 so its singular values and right factor are those of the matrix in brackets. The right singular
 vectors of that matrix are `[A_i, B_i]`. Their rows are orthonormal, so the recurrence is
-contractive. `C_i` is the first row of O_i. Dropped parts do not enter later steps, and the parts
-that are dropped at different steps are orthogonal: `‖T - T̂‖_F² = Σ_i Σ_dropped σ²`, exactly.
+contractive. `C_i` is the first row of O_i. A part of the matrix that is dropped does not enter
+later steps. The parts that are dropped at different steps are orthogonal:
+`‖T - T̂‖_F² = Σ_i Σ_dropped σ²`, exactly.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def realize(matrix: Tensor | DenseOperator | TimeVarying, tol: float) -> TimeVar
 
     For an attention map, this is the recurrence with the smallest state that reproduces the map.
     The state before step i has the rank of `T[i:, :i]` to the tolerance. The order is the largest
-    of these ranks over all steps and channels; smaller states are padded with zeros. The ranks
-    come from blocks that are already truncated, so they are not ESS, and the states are minimal
-    only up to earlier truncations. With `tol=0` each state has the numerical rank of its block.
+    of these ranks over all steps and channels. Smaller states are padded with zeros. The ranks are
+    computed from blocks that are already truncated. So they may differ from ESS, and the states are
+    minimal only up to earlier truncations. With `tol=0` each state has the numerical rank of its
+    block.
 
     Args:
         matrix: Lower-triangular matrices (*C, L, L), or a system of L steps. Entries above the
@@ -53,8 +55,8 @@ def realize(matrix: Tensor | DenseOperator | TimeVarying, tol: float) -> TimeVar
 
     Raises:
         TypeError: if the input is neither a tensor nor a system of L steps.
-        ValueError: if the tolerance is outside of 0 … 1, or a value is NaN or infinite; the message
-            names the channel.
+        ValueError: if the tolerance is outside of 0 … 1, or if a value is NaN or infinite. The
+            message then names the channel.
     """
     if not isinstance(matrix, Tensor | DenseOperator | TimeVarying):
         raise TypeError(
@@ -108,7 +110,8 @@ def _realized(T: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
 def _right_vectors(matrix: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
     """Compute the right singular vectors (r, k) of a matrix (m, r), the largest first.
 
-    For each vector, the second result is the energy that is dropped with it and all after it.
+    The second result is, for each vector, the energy that is lost if this vector and all after it
+    are dropped.
     """
     if squared:
         energies, vectors = torch.linalg.eigh(matrix.mT @ matrix)

@@ -1,8 +1,8 @@
 r"""Theoretical state-size, utilization, and averages and totals over a model.
 
 TSS, the theoretically realizable state-size, is the size of the state that a layer has at a
-position. For a recurrence this is its order; for attention and finite convolutions it is the number
-of inputs so far. Utilization is ESS / TSS. For a model, ESS is reported as the *average* per
+position. For a recurrence this size is the order. For attention and finite convolutions it is the
+number of inputs so far. Utilization is ESS / TSS. For a model, ESS is reported as the *average* per
 channel or as the *total* over all channels (arXiv 2504.19561, sections 3 and 4).
 """
 
@@ -34,7 +34,7 @@ def theoretical_state_size(
     length: int | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    """Compute TSS, the size of the state at a position, whether the system uses it or not.
+    """Compute TSS, the size of the state at a position, whether or not the system uses it all.
 
     Args:
         system_or_matrix: As in `gramian.effective_state_size`.
@@ -43,14 +43,15 @@ def theoretical_state_size(
         horizon: As in `gramian.effective_state_size`.
 
     Returns:
-        (*C, len(at)), in the dtype of the input (float32 for half precision). For a recurrence it
+        (*C, len(at)), in the dtype of the input (float32 for half precision). For a recurrence, TSS
         is the order n of each channel. For matrices and FIR systems, which keep their inputs, it is
-        min(i, order). States that no input reaches or on which no output depends, because
-        coefficients are zero, are padding and do not count.
+        min(i, order). If coefficients are zero, so that no input reaches a state or no output
+        depends on it, this state is padding and does not count.
 
     Raises:
-        TypeError: as for `gramian.effective_state_size`.
-        ValueError: as for `gramian.effective_state_size`.
+        TypeError: if the input is neither a system nor a tensor.
+        ValueError: if the positions, length or horizon are invalid, or if a value is NaN or
+            infinite.
     """
     reading = Reading(system_or_matrix, at, length, horizon)
     system = reading.system
@@ -107,11 +108,11 @@ def _closure(edges: Tensor, start: Tensor) -> Tensor:
 
 
 def utilization(ess: Tensor, tss: Tensor) -> Tensor:
-    """Return ESS / TSS, the fraction of the state in use, which is 0 for a system without a state.
+    """Return ESS / TSS, the fraction of the state in use. It is 0 for a system without a state.
 
     Args:
         ess: Sizes from `gramian.effective_state_size`.
-        tss: Sizes from `theoretical_state_size`; they broadcast against `ess`.
+        tss: Sizes from `theoretical_state_size`, which broadcast against `ess`.
     """
     return torch.where(tss > 0, ess / torch.where(tss > 0, tss, 1), 0)
 
@@ -124,18 +125,18 @@ def aggregate(
     Positions are averaged, never added, since memory is reused from step to step.
 
     Args:
-        sizes: (*C, P): the ESS or TSS of the channels and heads of a layer; or one such tensor for
-            each layer, all with the same positions.
-        kind: "average" is the mean over channels and then over layers, so that all layers count the
-            same. "total" is the sum over channels and layers.
+        sizes: (*C, P): the ESS or TSS of the channels and heads of a layer. Or a sequence of such
+            tensors, one for each layer, all at the same positions.
+        kind: "average" is the mean over channels and then over layers, so that all layers have the
+            same weight. "total" is the sum over channels and layers.
         over_positions: Whether to average over positions too.
 
     Returns:
         (), or (P) if `over_positions` is false.
 
     Raises:
-        ValueError: if the kind is another, there are no layers, or their numbers of positions
-            differ.
+        ValueError: if `kind` is neither of these, if there are no layers, or if the layers have
+            different numbers of positions.
     """
     if kind not in ("average", "total"):
         raise ValueError(f'kind must be "average" or "total"; got {kind!r}.')

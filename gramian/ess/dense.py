@@ -1,11 +1,11 @@
 r"""Hankel spectra of a dense operator, at many positions.
 
 If only a measure is needed, the singular values come from Gram matrices of the smaller side of each
-block, in double precision. Going from the middle outwards, a block gains rows and loses columns
-(towards the start) or gains columns and loses rows (towards the end). So each Gram matrix is a
-corner of the previous one plus a product of the added rows or columns. Nothing is subtracted, and
-no block is formed. Where the squared condition number would affect the result, the singular values
-of the block itself are used.
+block, in double precision. From the middle towards the start, blocks gain rows and lose columns.
+From the middle towards the end, they gain columns and lose rows. So each Gram matrix is a corner of
+the previous Gram matrix plus a product of the added rows or columns. Nothing is subtracted, and no
+block is formed. If the squared condition number would affect the result, the singular values of the
+block itself are used.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from gramian.ops.threads import work
 __all__ = ["measure_blocks", "measure_hankel_blocks", "singular_values"]
 
 _TOLERANCE = 9e-7
-"""Largest relative error of an entropy with which it may come from a Gram matrix."""
+"""The largest relative error with which an entropy may come from a Gram matrix."""
 
 _BATCH = 64
 """Number of spectra that are measured together."""
 
 _COLUMNS = 128
-"""Number of columns of a Gram matrix that are computed together, down to the diagonal."""
+"""The number of columns of a Gram matrix that are computed together, down to the diagonal."""
 
 
 def singular_values(T: Tensor, at: int) -> Tensor:
@@ -122,13 +122,13 @@ def measure_hankel_blocks(
 ) -> Tensor:
     """Compute the measure of the blocks `T[i:horizon, :i]` of convolutions from their taps.
 
-    The block at i is the transpose of the block at `horizon - i`, so they have the same spectrum.
-    All blocks that contain every tap have the same spectrum, too.
+    The block at i is the transpose of the block at `horizon - i`, so both have the same spectrum.
+    All blocks that contain every tap also have the same spectrum.
 
     Args:
-        taps: (G, K), float64: h_1 … h_K; later taps are zero.
+        taps: (G, K), float64: h_1 … h_K. Later taps are zero.
         positions: Positions in 1 … horizon - 1.
-        horizon: Where the blocks end.
+        horizon: The position at which the blocks end.
         measure: The measure to compute.
         floor: (G), float64: the norms up to which a block counts as zero.
 

@@ -16,17 +16,19 @@ from torch import Tensor
 __all__ = ["Measure"]
 
 _ROUNDING = torch.finfo(torch.float64).eps / 4
-"""Lower bound of the error of a small eigenvalue of a Gram matrix, relative to the largest one."""
+"""Lower bound of the error of a Gram matrix's small eigenvalue, relative to the largest
+eigenvalue."""
 
 _COUNTED = 64 * torch.finfo(torch.float64).eps
-"""Upper bound of that error. For blocks of rank one with sides of 2 to 3,000 it is up to 3 eps."""
+"""Upper bound of the error of a small eigenvalue. For blocks of rank one with sides of 2 to 3,000
+it is up to 3 eps."""
 
 _NEGATIVE = 4
 """Ratio of the error of a small eigenvalue to how far the smallest eigenvalue is below zero."""
 
 _POSITIVE = 6
-"""If this many of the smallest eigenvalues are all positive, the largest of them is a bound of
-their rounding error."""
+"""If this many of the smallest eigenvalues are all positive, the largest of them is an upper bound
+of their rounding errors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +43,12 @@ class Measure:
         return self.tol is not None or self.rtol is not None
 
     def __call__(self, values: Tensor, floor: Tensor) -> Tensor:
-        """Compute the measure of every spectrum; an entropy is differentiable.
+        """Compute the measure of every spectrum. An entropy is differentiable.
 
         Args:
-            values: (*S, k), float64: singular values in any order; zeros are allowed.
-            floor: The norms up to which blocks count as zero; broadcasts against (*S).
+            values: (*S, k), float64: singular values in any order, which may include zeros.
+            floor: The norms up to which blocks count as zero, in a shape that broadcasts against
+                (*S).
 
         Returns:
             (*S), float64.
@@ -79,8 +82,8 @@ class Measure:
         random signs; those of singular values within the noise are all positive.
 
         Args:
-            eigenvalues: (*S, k), float64: the eigenvalues of each matrix, ascending, then zeros
-                up to a common k.
+            eigenvalues: (*S, k), float64: the eigenvalues of each matrix, ascending and followed by
+                zeros up to a common k.
             sizes: (*S): the number of eigenvalues of each matrix.
             tolerance: The largest acceptable relative error.
 
@@ -91,7 +94,7 @@ class Measure:
         known = torch.arange(values.shape[-1], device=values.device) < sizes.unsqueeze(-1)
         below = -eigenvalues.amin(-1, keepdim=True).clamp_max(0)
         largest = eigenvalues.amax(-1, keepdim=True)
-        if self.counts:  # the spectrum gives no bound: all of it may be rounding errors
+        if self.counts:  # the spectrum may consist of rounding errors, so it gives no bound
             error = torch.maximum(_COUNTED * largest, _NEGATIVE * below)
             near = (eigenvalues - self._threshold(values).square()).abs() <= error
             return (near & known).any(-1)

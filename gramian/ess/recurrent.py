@@ -1,16 +1,17 @@
 r"""Hankel spectra of recurrences from square-root factors.
 
-A Hankel block is observability times reachability, `H_i = O_i X_i`. The Gramians of these square
-the condition number and lose half of the digits. Their triangular factors do not:
+A Hankel block is the product of an observability and a reachability matrix, `H_i = O_i X_i`. The
+Gramians of these matrices square the condition number and lose half of the digits. The triangular
+factors of the Gramians do not:
 
     `R_{i+1} = qr([R_i A_iᵀ; B_iᵀ])`,  `S_i = qr([S_{i+1} A_i; C_i])`.
 
-The singular values of H_i are those of the n × n product `S_i R_iᵀ`. All positions take O(L n³)
-operations, where the blocks themselves would take O(L⁴).
+The singular values of H_i are those of the n × n product `S_i R_iᵀ`. All positions together take
+O(L n³) operations, whereas the blocks themselves would take O(L⁴).
 
 A modal system has both factors in closed form. If W has the rows `w_t = (Re λ^t, Im λ^t)`, then
 `H_i = W_{L-i} M W_iᵀ`, where M holds the residues as 2 × 2 blocks. The triangular factor of the
-Vandermonde matrix of {λ, λ̄}, which grows row by row, serves both sides.
+Vandermonde matrix of {λ, λ̄}, which grows row by row, gives both factors.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 _BUDGET = 2**27
-"""Largest number of bytes of the triangular factors in memory, for each of S and R."""
+"""The largest number of bytes in memory for the triangular factors S, and as many for R."""
 
 Factors = tuple[list[int], Tensor, Tensor]
 """Positions, and the factors S and R at these positions, (P, G, n, n) each. H_i has the singular
@@ -97,7 +98,7 @@ def _triangle(rows: Tensor) -> Tensor:
 
 
 def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """Compute the factors S_i at the positions `wanted`, given `S`, the factor at the last one.
+    """Compute the factors S_i at the positions `wanted`, given `S`, the factor at the last of them.
 
     Returns:
         The factors (P, G, n, n), padded with zeros, and the factor at the first position without
@@ -115,10 +116,11 @@ def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tens
 
 
 def _reached(chain: _Chain, R: Tensor, start: int, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """Compute the factors R at the positions `wanted`, starting from the factor `R` at `start`.
+    """Compute the factors R_i at the positions `wanted`, given `R`, the factor at `start`.
 
     Returns:
-        The factors (P, G, n, n), and the last of them without padding.
+        The factors (P, G, n, n), padded with zeros, and the factor at the last position without
+        padding.
     """
     groups, _, order = chain.B.shape
     factors = R.new_zeros(len(wanted), groups, order, order)
@@ -131,7 +133,7 @@ def _reached(chain: _Chain, R: Tensor, start: int, wanted: list[int]) -> tuple[T
 
 
 def time_varying_factors(system: TimeVarying, positions: list[int]) -> Iterator[Factors]:
-    """Yield the factors at every position in float64, for some positions at a time.
+    """Yield the factors S and R at every position, in float64, for some positions at a time.
 
     Args:
         system: A system with channels (G), whose last step is the horizon.
@@ -142,7 +144,7 @@ def time_varying_factors(system: TimeVarying, positions: list[int]) -> Iterator[
     chain = _Chain(system.transition(torch.float64), B, C)
     count = max(8, _BUDGET // max(1, groups * order * order * 8))
     stretches = [positions[k : k + count] for k in range(0, len(positions), count)]
-    # These are the factors S at the end of each stretch; those inside it are computed again later.
+    # These are the factors S at the ends of stretches. Those inside are computed again later.
     S, at, edges = B.new_zeros(groups, 0, order), length, []
     for stretch in reversed(stretches):
         for i in range(at - 1, stretch[-1] - 1, -1):
@@ -179,7 +181,7 @@ def time_varying_norm(system: TimeVarying) -> Tensor:
 def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator[Factors]:
     """Yield the factors S and R at every position, in float64.
 
-    They come from the triangular factor of the Vandermonde matrix of {λ, λ̄}.
+    The factors come from the triangular factor of the Vandermonde matrix of {λ, λ̄}.
 
     Args:
         system: A modal system with channels (G).
@@ -217,10 +219,10 @@ def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator
 class FactoredSingularValues(torch.autograd.Function):
     """The singular values of `left right`, computed from these two factors.
 
-    The factors are (G, m, n) and (G, n, k). This takes O((m + k) n²) operations forwards and
-    backwards, and no m × k matrix is formed. Use it through `factored_singular_values`. It supports
-    both modes of differentiation. Second derivatives exist where the factors have full rank and the
-    singular values differ, and are NaN elsewhere.
+    The factors are (G, m, n) and (G, n, k). The forward and the backward pass take O((m + k) n²)
+    operations each, and no m × k matrix is formed. Use this function through
+    `factored_singular_values`. It supports both modes of differentiation. Second derivatives exist
+    where the factors have full rank and the singular values differ, and are NaN elsewhere.
     """
 
     generate_vmap_rule = True

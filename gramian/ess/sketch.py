@@ -4,9 +4,9 @@ A subspace iteration from a random start (Halko, Martinsson and Tropp 2011) give
 singular values. Of all other values, only the sums `Σ σ` and `Σ σ log σ` are needed. These are
 traces of functions of the part of the block outside the subspace. Stochastic Lanczos quadrature
 (Ubaru, Chen and Saad 2017) estimates both from a few random vectors, and the scatter of these
-estimates gives the error. The energy of the other values is known exactly. It bounds the entropy,
-which is smallest if the energy is in as few values as the last known value allows, and largest if
-the energy is spread evenly.
+estimates gives the error. The energy of the other values is known exactly. It bounds the entropy.
+The entropy is smallest if the energy is in as few values as the last known value allows, and
+largest if the energy is spread evenly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gramian.ops.threads import work
 __all__ = ["sketched_sizes"]
 
 _STEPS = 40
-"""Number of Lanczos steps, which is the number of nodes of a quadrature."""
+"""The number of Lanczos steps, which is the number of nodes of a quadrature."""
 
 
 def sketched_sizes(
@@ -35,7 +35,7 @@ def sketched_sizes(
     seed: int,
     floor: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Estimate the entropy-ESS and two standard errors, (G, P) each, float64.
+    """Estimate the entropy-ESS and twice its standard error, (G, P) each, float64.
 
     Args:
         T: Lower-triangular matrices (G, L, L).
@@ -67,7 +67,7 @@ def sketched_sizes(
 
 
 def _sketched(block: Tensor, start: Tensor, probes: Tensor, iterations: int) -> Tensor:
-    """Estimate the entropy-ESS of a block (m, k), m ≥ k, and two standard errors: (2)."""
+    """Estimate the entropy-ESS of a block (m, k), m ≥ k, and twice its standard error: (2)."""
     basis = torch.linalg.qr(block @ start)[0]
     for _ in range(iterations):
         basis = torch.linalg.qr(block @ torch.linalg.qr(block.mT @ basis)[0])[0]
@@ -131,12 +131,12 @@ def _sums(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _size(S: Tensor, Q: Tensor) -> Tensor:
-    """Compute `exp(-Σ p log p)` for `p = σ / S` and `Q = Σ σ log σ`."""
+    """Compute `exp(-Σ p log p)` with `p = σ / S` from `S = Σ σ` and `Q = Σ σ log σ`."""
     return S * (-Q / S).exp()
 
 
 def _concentrated(largest: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-    """Concentrate the energy in the fewest values of at most `largest`: their size and number."""
+    """Put the energy into the fewest equal values, at most `largest`. Return value and number."""
     count = energy / largest.square().clamp_min(torch.finfo(energy.dtype).tiny)
     return torch.where(count >= 1, largest, energy.sqrt()), count.clamp_min(1)
 

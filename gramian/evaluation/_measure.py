@@ -1,9 +1,10 @@
-"""A measured number with its standard error, computed from the influence of each unit of data.
+"""Measure a number, and compute its standard error from the influence of each unit of data.
 
 A mean over units is `v = Σ a_i / Σ w_i`. By the delta method, the influence of unit i on `g(v)` is
-`g'(v) (a_i - v w_i) / Σ w_j`. The standard error of `g(v)` is that of a sum of n such influences.
-The standard error of the difference between two models on the same units is that of the sum of the
-differences of their influences, in which the difficulty that both models share cancels.
+`g'(v) (a_i - v w_i) / Σ w_j`. The standard error of `g(v)` is the standard error of the sum of the
+influences of all n units. If two models are measured on the same units, the standard error of the
+difference is computed in the same way from the differences of their influences. In these
+differences, the difficulty that a unit has for both models cancels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Measure:
     Attributes:
         task: name of the task or text.
         metric: name of the metric.
-        value: the number; NaN or infinite if the model's outputs are.
+        value: the number. It is NaN or infinite if the model's outputs are.
         error: standard error of the value, or None if it is not known.
         units: number of independent units of data (documents, rows, windows).
         higher_is_better: whether larger values are better, or None if that is not known.
@@ -39,7 +40,7 @@ class Measure:
     influence: tuple[float, ...] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the influences as plain values."""
+        """Return all attributes except the influences, as plain values."""
         return {
             "task": self.task,
             "metric": self.metric,
@@ -62,8 +63,8 @@ def ratio(
 ) -> Measure:
     """Return a ratio of sums over units, or a function of it, with its standard error.
 
-    If a total is NaN or infinite, so is the value, and its error and influences are None. The same
-    holds if the exponential overflows.
+    If a total is NaN or infinite, or if the exponential overflows, the value is NaN or infinite,
+    and its error and influences are None.
 
     Args:
         task: name of the task or text.
@@ -72,8 +73,8 @@ def ratio(
         weights: (units,) terms of the denominator.
         higher_is_better: whether larger values are better.
         scale: factor of the ratio.
-        of: `"mean"` returns `scale * Σ totals / Σ weights`, `"exponential"` its exponential and
-            `"root"` its square root.
+        of: `"mean"` returns the ratio `scale * Σ totals / Σ weights`, `"exponential"` the
+            exponential of the ratio, and `"root"` its square root.
     """
     weight = math.fsum(weights)
     mean = math.fsum(totals) / weight
@@ -98,8 +99,8 @@ def ratio(
 def difference_error(one: Measure, other: Measure) -> float | None:
     """Return the standard error of `one.value - other.value`, or None if it is not known.
 
-    If both have influences of the same number of units, these are taken as pairs. Otherwise the two
-    errors are added in quadrature.
+    If both measures contain influences of the same number of units, the influences are paired.
+    Otherwise the two errors are added in quadrature.
     """
     if one.influence is not None and other.influence is not None and one.units == other.units:
         pairs = zip(one.influence, other.influence, strict=True)

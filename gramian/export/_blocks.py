@@ -1,10 +1,11 @@
 """Define recurrences as modules that `torch.export` can trace, for a step or a whole chunk.
 
-The recurrence defines the matrices by which a chunk is multiplied, and the layout that states have
-for these products (`gramian.systems.BlockForm`). In a program, the length of a chunk is open. So
-this module cuts the chunk into blocks of c samples, and a scan passes the state from block to
-block. The last block may have any number r < c of samples. The state x before it becomes `A^r x`
-plus R times the block that has the r samples at its end and zeros before them.
+The recurrence defines the matrices by which a chunk is multiplied, and the layout of states for
+these products (`gramian.systems.BlockForm`). A program must accept chunks of any length. So this
+module cuts the chunk into blocks of c samples, and a scan passes the state from block to block. The
+last block may have any number r < c of samples. Let x be the state before this block, A the state
+matrix, and R the matrix that maps a block of inputs to its part of the next state. The state after
+the last block is `A^r x`, plus R times a block with c - r zeros followed by the r samples.
 """
 
 from __future__ import annotations
@@ -32,23 +33,24 @@ __all__ = [
 BLOCK = 32
 """The number c of samples in a block.
 
-It is about the size of a state, so that products with T, O and R cost about the same.
+This number is about the size of a state, so that products with the matrices T, O and R of
+`gramian.systems.BlockForm` cost about the same.
 """
 
 
 def split_blocks(x: Tensor, size: int = BLOCK, silent: float = 0.0) -> Tensor:
     """Cut a signal into blocks.
 
-    There is always one block more than the length needs. So no number of blocks or of added samples
-    is a special case, and one traced graph works for all lengths.
+    There is always one block more than the length requires. So no length is a special case, and one
+    traced graph works for all lengths.
 
     Args:
-        x: (…, length).
+        x: the signal, (…, length).
         size: number of samples in a block.
         silent: value of the samples that are added after the end.
 
     Returns:
-        (…, K, size).
+        The K blocks, (…, K, size).
     """
     length = x.shape[-1]
     count = length // size + 2
@@ -60,12 +62,12 @@ def last_block(x: Tensor, size: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Return the samples that follow the last whole block of a signal.
 
     Args:
-        x: (…, length).
+        x: the signal, (…, length).
         size: number of samples in a block.
 
     Returns:
-        The `length % size` last samples at the end of (…, size), with zeros before them; and their
-        number, (), int64.
+        A block, (…, size), that ends with the last `length % size` samples and begins with zeros;
+        and the number of these samples, (), int64.
     """
     length = x.shape[-1]
     rest = length - length // size * size
@@ -174,7 +176,7 @@ class TracedBlocks(nn.Module):
 
 
 class WindowedRecurrence(nn.Module):
-    """A short FIR recurrence as functions without side effects: a convolution with its taps.
+    """A short FIR recurrence as functions without side effects, which convolve with its taps.
 
     Args:
         recurrence: The recurrence, with channels *C.
@@ -190,7 +192,7 @@ class WindowedRecurrence(nn.Module):
         self.register_buffer("kernel", taps, persistent=False)
 
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Compute the recurrence's step without writing into `state`."""
+        """Compute a step of the recurrence without writing into `state`."""
         assert isinstance(state, FIRWindowState)
         return self.recurrence.advance(u_t, state)
 
@@ -213,7 +215,7 @@ class BlockedRecurrence(nn.Module):
             the outer products of MultiHyena, whose system has channels (heads, 1, 1), it is 2.
 
     Raises:
-        ValueError: for a recurrence of another kind.
+        ValueError: if the recurrence has no block form.
     """
 
     def __init__(self, recurrence: Recurrence, streams: int = 0) -> None:
@@ -221,7 +223,7 @@ class BlockedRecurrence(nn.Module):
         self.recurrence = recurrence
         self.form = recurrence.form
         self._blocks = recurrence.block_form(BLOCK, streams)
-        # The state has one tensor for each group of channels, and so there is one part for each.
+        # There is one part for each group of channels, because the state has a tensor for each.
         self.parts: Any = nn.ModuleList(TracedBlocks(part) for part in self._blocks.parts)
 
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
@@ -248,7 +250,7 @@ class BlockedRecurrence(nn.Module):
         return self._blocks.pack(state)
 
     def unpack(self, packed: list[Tensor], like: State) -> State:
-        """Return the state that `pack` maps to `packed`; `like` is any state of the recurrence."""
+        """Return the state that `pack` maps to `packed`. `like` is any state of the recurrence."""
         return self._blocks.unpack(packed, like)
 
 

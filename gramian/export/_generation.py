@@ -1,8 +1,8 @@
 """Choose the next token in numpy, as `generate` of transformers does.
 
-The choice follows the settings in a model's `generation_config` that change the generated text. At
-export, `describe` returns these settings, or raises an error for a setting that is not supported.
-`Rules` applies the settings to logits, in the same order as transformers.
+The settings in a model's `generation_config` that change the generated text determine the choice.
+When a model is exported, `describe` returns these settings, or raises an error if one of them is
+not supported. `Rules` applies the settings to logits, in the same order as transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SCORES = (
 )
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _HONOURED = ("do_sample", "eos_token_id", "pad_token_id", *_SCORES, *_SAMPLING)
-_NEUTRAL = (  # they change the text only together with other settings, or never
+_NEUTRAL = (  # settings that change the text only together with other settings, or never
     "max_length",
     "max_new_tokens",
     "early_stopping",
@@ -63,7 +63,7 @@ _NEUTRAL = (  # they change the text only together with other settings, or never
     "low_memory",
     "transformers_version",
 )
-_IDLE: dict[str, Any] = {  # values besides None and False that have no effect
+_IDLE: dict[str, Any] = {  # values of settings, besides None and False, that have no effect
     "repetition_penalty": 1,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
@@ -92,7 +92,7 @@ def describe(config: Any) -> dict[str, Any]:
         config: a `transformers.GenerationConfig`.
 
     Raises:
-        ValueError: for a setting that exported models do not support.
+        ValueError: if exported models do not support a setting.
     """
     found: dict[str, Any] = {}
     for name in type(config)().__dict__:
@@ -109,7 +109,7 @@ def describe(config: Any) -> dict[str, Any]:
             )
         found[name] = _plain(name, value)
     if "min_new_tokens" in found:
-        found.pop("min_length", None)  # as in transformers
+        found.pop("min_length", None)  # transformers does the same
     return found
 
 
@@ -122,12 +122,13 @@ def _plain(name: str, value: Any) -> Any:
 
 
 class Rules:
-    """The rules for choosing the next token, from the entry `generation` of an `export.json`.
+    """The rules that choose the next token.
 
     Args:
-        settings: The settings that `describe` returned.
-        temperature: With 0, the most likely token is chosen; with a positive temperature, tokens
-            are sampled. By default, the settings decide.
+        settings: The settings that `describe` returned, which are the entry `generation` of
+            `export.json`.
+        temperature: Temperature for sampling. If it is 0, the most likely token is chosen. By
+            default, the settings decide.
     """
 
     def __init__(self, settings: dict[str, Any], temperature: float | None = None) -> None:
@@ -169,8 +170,11 @@ class Rules:
         return np.asarray(scores.argmax(-1))
 
     def scores(self, ids: np.ndarray, logits: np.ndarray, prompt: int, end: int) -> np.ndarray:
-        """Return logits (batch, vocab_size) after all settings, with -inf for excluded tokens."""
-        scores = logits.astype(np.float32)  # as transformers does
+        """Return the logits (batch, vocab_size) after all settings, with -inf for excluded tokens.
+
+        The arguments are those of `choose`.
+        """
+        scores = logits.astype(np.float32)  # transformers does the same
         with np.errstate(invalid="ignore", over="ignore"):
             for name in _SCORES:
                 if self.settings.get(name) is not None:

@@ -1,4 +1,4 @@
-"""Define mixers as pure functions of an input and the tensors of a state.
+"""Define mixers as functions without side effects, of an input and the tensors of a state.
 
 The input is one token or a chunk of any length. The exported programs run the mixers' own code for
 projections, gates and short convolutions. The functions here replace what a traced graph cannot
@@ -46,11 +46,12 @@ _DISTIL = (
 
 
 def named_tensors(state: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a state that have a batch, each with its name.
+    """Yield the names and the tensors of a state. Tensors without a batch are left out.
 
     Args:
         state: The state, or one of its fields.
-        prefix: Name of the state, to which the names of fields and the indices of tuples are added.
+        prefix: Name of the state. The name of a tensor is this name, followed by the names of
+            fields and the indices of tuples.
     """
     if isinstance(state, Tensor):
         if state.ndim:  # a number for the whole batch is not part of the exported state
@@ -72,12 +73,12 @@ def fill(template: Any, tensors: Iterator[Tensor]) -> Any:
 class MixerProgram:
     """The recurrence of a mixer in a form that can be traced.
 
-    This class is for mixers whose `mix_token` and `mix_chunk` can themselves be traced, for any
+    This class suits mixers whose `mix_token` and `mix_chunk` can themselves be traced, for any
     length, without padding. Any other mixer needs a subclass, which `register_program` registers.
 
     Args:
-        mixer: The mixer to export; its filters are evaluated here.
-        name: Name of the mixer in messages of errors.
+        mixer: The mixer to export. Its filters are evaluated when the program is made.
+        name: Name of the mixer in error messages.
         context: Number of tokens for which attention without a window has room.
 
     Attributes:
@@ -86,7 +87,7 @@ class MixerProgram:
         context: Number of tokens for which the program has room; None if there is no limit.
 
     Raises:
-        ValueError: for a mixer or a filter that cannot be exported.
+        ValueError: if the mixer or its filter cannot be exported.
     """
 
     constants: tuple[nn.Module, ...] = ()
@@ -112,9 +113,9 @@ _ProgramType = TypeVar("_ProgramType", bound="type[MixerProgram]")
 def register_program(*kinds: type[Any]) -> Callable[[_ProgramType], _ProgramType]:
     """Return a class decorator that registers a program for mixers of some classes.
 
-    The program is also used for subclasses of these classes. For example,
-    `gramian.export.register_program(MyMixer)(gramian.export.MixerProgram)` registers the program of
-    a mixer whose own methods can be traced.
+    The program is also used for subclasses of these classes. If the methods of a mixer can
+    themselves be traced, `MixerProgram` is its program, and
+    `gramian.export.register_program(MyMixer)(gramian.export.MixerProgram)` registers it.
 
     Args:
         kinds: The classes of mixers.
@@ -128,10 +129,14 @@ def register_program(*kinds: type[Any]) -> Callable[[_ProgramType], _ProgramType
 
 
 def make_program(mixer: Mixer, name: str, context: int | None = None) -> MixerProgram:
-    """Make the program of a mixer, by its class or the nearest base class that has a program.
+    """Make the program of a mixer.
+
+    If no program is registered for the class of the mixer, the program of its nearest base class is
+    used.
 
     Raises:
-        ValueError: for a mixer that is not causal, or one without a program for any of its classes.
+        ValueError: if the mixer is not causal, or if neither its class nor a base class has a
+            program.
     """
     if not mixer.causal:
         raise ValueError(
@@ -149,7 +154,7 @@ def make_program(mixer: Mixer, name: str, context: int | None = None) -> MixerPr
 
 @register_program(Block)
 class _BlockProgram(MixerProgram):
-    """The program of a block, which surrounds the program of the inner mixer."""
+    """The program of a block, which calls the program of the mixer inside."""
 
     def __init__(self, mixer: Block, name: str, context: int | None = None) -> None:
         self.block = mixer
@@ -167,7 +172,7 @@ class _BlockProgram(MixerProgram):
 
 @register_program(ConvolutionMixer)
 class _ConvolutionProgram(MixerProgram):
-    """The program of mixers with long convolutions, which processes chunks in blocks of samples."""
+    """The program of mixers with long convolutions. It processes chunks in blocks of samples."""
 
     mixer: ConvolutionMixer
 
@@ -183,7 +188,7 @@ class _ConvolutionProgram(MixerProgram):
         self.constants = self.long
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        long: Any = self.long  # they have the interface of recurrences
+        long: Any = self.long  # these modules have the interface of recurrences
         return self.mixer.convolve_token(x_t, state, long)
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -193,7 +198,7 @@ class _ConvolutionProgram(MixerProgram):
 
 @register_program(MultiHyena)
 class _MultiHyenaProgram(_ConvolutionProgram):
-    """The program of MultiHyena, `(Q Kᵀ ∘ T) V` within a block plus the output of the state."""
+    """The program of MultiHyena. A block's output is `(Q Kᵀ ∘ T) V`, plus the state's output."""
 
     mixer: MultiHyena
 
@@ -254,9 +259,9 @@ def _outer_products(
 
 @register_program(LinearRecurrence)
 class _LinearRecurrenceProgram(MixerProgram):
-    """The program of linear recurrences, which processes chunks in blocks of steps.
+    """The program of linear recurrences. It processes chunks in blocks of steps.
 
-    Steps that leave the memory unchanged fill the last block.
+    The last block is filled with steps that leave the memory unchanged.
     """
 
     mixer: LinearRecurrence
@@ -332,7 +337,7 @@ def _by_blocks(
 
 @register_program(SoftmaxAttention)
 class _AttentionProgram(MixerProgram):
-    """The program of attention, which has memory for a fixed number of keys and values."""
+    """The program of attention. Its state has room for a fixed number of keys and values."""
 
     mixer: SoftmaxAttention
 
@@ -363,7 +368,7 @@ class _AttentionProgram(MixerProgram):
         index = torch.arange(length, device=x.device)
         positions = state.real[:, None] + index
         q, k, v = mixer.project(x, positions)
-        ahead = index[:, None] - index  # how far key s lies before query t
+        ahead = index[:, None] - index  # number of positions from key s to query t
         seen = ahead >= 0
         if mixer.window is not None:
             seen = seen & (ahead < mixer.window)
@@ -378,9 +383,9 @@ class _AttentionProgram(MixerProgram):
         return self._inside_room(y, state), mixer.remember(state, k, v, None)
 
     def _inside_room(self, y: Tensor, state: State) -> Tensor:
-        """Return outputs with NaN in place of those at tokens for which there is no room.
+        """Return outputs, with NaN at tokens for which attention has no room.
 
-        A program cannot raise an error.
+        A program cannot raise an error, so the outputs must show that there is no room.
 
         Args:
             y: The outputs, (batch, length, width).

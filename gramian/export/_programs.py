@@ -1,4 +1,4 @@
-"""Trace steps and prefills with explicit states, and save them as `torch.export` or ONNX."""
+"""Trace functions with explicit states, and save them as `torch.export` or ONNX programs."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from gramian.mixers import Mixer
 __all__ = ["FORMATS", "Stateful", "check_format", "frozen_for_export", "save_programs"]
 
 FORMATS = {"onnx": "onnx", "torch": "pt2"}
-"""The formats, and the suffixes of their files."""
+"""A mapping from the formats to the suffixes of their files."""
 
 MANIFEST = "export.json"
 WEIGHTS = "weights.bin"
-_SMALL = 1024  # bytes up to which the programs do not share a tensor
+_SMALL = 1024  # tensors of at most this number of bytes are not shared between the programs
 
 _NEEDS = 'exporting to ONNX needs onnx, onnxscript and onnxruntime: pip install "gramian[export]".'
 
 
 @dataclass(frozen=True)
 class Stateful:
-    """What is exported: two functions of an input and of the named tensors of a state.
+    """The two functions to export. Each maps an input and a state to an output and a next state.
 
     Attributes:
-        module: module that holds the parameters, whose names the programs use.
+        module: module that holds the parameters. The programs use their names in this module.
         constants: modules that hold tensors computed from the parameters.
-        step: function that maps an input and {name: state} to the output and {name: next state},
-            for one token or sample.
-        prefill: function that does the same for a chunk.
+        step: function that maps one token or sample and {name: state} to the output and
+            {name: next state}.
+        prefill: function that maps a chunk and {name: state} to the outputs and
+            {name: next state}.
         states: the zero state of one sequence, {name: (1, …)}.
-        step_input: example of the input of a step, with a batch of 2.
-        prefill_input: example of the input of a chunk, with a batch of 2.
-        time: the dimension of `prefill_input` that is time, whose length is open.
+        step_input: example of the input of `step`, with a batch of 2.
+        prefill_input: example of the input of `prefill`, with a batch of 2.
+        time: the dimension of `prefill_input` that is time. Its length may vary.
         input: name of the input in the programs.
         output: name of the output in the programs.
         description: further entries of `export.json`.
@@ -62,7 +63,10 @@ class Stateful:
 
 
 class _Program(nn.Module):
-    """A function as a module that owns all tensors it reads, so that it can be traced."""
+    """A module that runs a function and owns all tensors that the function reads.
+
+    A function can be traced only in this form.
+    """
 
     def __init__(self, what: Stateful, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -75,10 +79,10 @@ class _Program(nn.Module):
 
 
 def check_format(format: str) -> None:
-    """Check that a format is known and that the packages it needs are installed.
+    """Check that a format is known, and that the packages that it needs are installed.
 
     Raises:
-        ValueError: for an unknown format.
+        ValueError: if the format is unknown.
         ImportError: if a package is missing.
     """
     if format not in FORMATS:
@@ -94,7 +98,7 @@ def check_format(format: str) -> None:
 
 @contextmanager
 def frozen_for_export(module: nn.Module) -> Iterator[None]:
-    """Set evaluation mode, without gradients and compiled steps, and restore all at exit."""
+    """Set evaluation mode, and turn off gradients and compiled steps, until the context exits."""
     training = {part: part.training for part in module.modules()}
     mixers = [part for part in module.modules() if isinstance(part, Mixer)]
     compiled = [mixer.compiled_step for mixer in mixers]
@@ -120,7 +124,7 @@ def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
         format: "onnx" or "torch".
 
     Returns:
-        The description, as it is written to `export.json`.
+        The description, which is also written to `export.json`.
     """
     suffix = FORMATS[format]
     open_ = torch.export.Dim.DYNAMIC
@@ -230,7 +234,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _open(tensor: Tensor, time: int | None = None) -> list[int | str]:
-    """Return the shape of a tensor, with names in place of the sizes that are open."""
+    """Return the shape of a tensor, with names in place of the sizes that may vary."""
     shape: list[int | str] = list(tensor.shape)
     shape[0] = "batch"
     if time is not None:

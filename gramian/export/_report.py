@@ -1,4 +1,4 @@
-"""Define the report of the comparison after an export."""
+"""Define the report of an export, which compares the exported programs with PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ExportReport"]
 
 @dataclass(frozen=True)
 class ExportReport:
-    """The result of `export_model` and `export_recurrence`, which prints as a table.
+    """The report that `export_model` and `export_recurrence` return. It prints as a table.
 
     Attributes:
         kind: "language model", "mixer" or "system".
@@ -25,11 +25,11 @@ class ExportReport:
         context: number of tokens for which attention has room; None if there is no limit.
         compared: number of greedy tokens, or of samples, that were compared in each of two
             sequences.
-        ties: number of these tokens for which the program chose another token than PyTorch, whose
-            logit in PyTorch differs by no more than rounding.
-        prefill_difference: largest difference of an output of `prefill` from PyTorch.
-        step_difference: largest difference of an output of `step` from PyTorch.
-        scale: largest absolute value of an output, to which the differences are to be compared.
+        ties: number of these tokens for which the program and PyTorch chose different tokens, but
+            their logits in PyTorch differ by no more than rounding.
+        prefill_difference: largest difference between an output of `prefill` and PyTorch's output.
+        step_difference: largest difference between an output of `step` and PyTorch's output.
+        scale: largest absolute value of an output. Compare the differences with this value.
     """
 
     kind: str

@@ -1,7 +1,7 @@
 """Run exported programs on numpy arrays, and carry the state from call to call.
 
-ONNX files run in onnxruntime, and `torch.export` programs in PyTorch. No other package is needed,
-and no model is built.
+ONNX files run in onnxruntime, and `torch.export` programs run in PyTorch. Besides numpy, no other
+package is needed, and no model is built.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _Program = Callable[[np.ndarray, _Arrays], tuple[np.ndarray, _Arrays]]
 
 @dataclass(frozen=True)
 class ExportedState:
-    """The state of an exported program, which is carried from call to call.
+    """The state of an exported program, which is passed from call to call.
 
     Attributes:
         tensors: the arrays that `export.json` lists, {name: (batch, …)}.
-        taken: number of tokens or samples that the state has seen. If it is not given, the counts
-            of attention among the tensors give it; without attention, it is None.
+        taken: number of tokens or samples that the state has seen. If it is not given, it is read
+            from the counts of tokens in the state of attention. Without attention, it is None.
     """
 
     tensors: dict[str, np.ndarray]
@@ -173,7 +173,7 @@ class ExportedModel(_Exported):
     Args:
         folder: The folder that `export_model` wrote.
         threads: Number of threads of onnxruntime within one operation; by default, onnxruntime
-            chooses it.
+            chooses the number.
         providers: Execution providers of onnxruntime; by default, the CPU.
 
     Raises:
@@ -191,7 +191,7 @@ class ExportedModel(_Exported):
         """Read a prompt of any length, without padding, in chunks.
 
         Args:
-            input_ids: Token ids, (batch, length), integers; length at least 1.
+            input_ids: Token ids, (batch, length), integers, with a length of at least 1.
             state: The state from which to continue; by default, the zero state.
             chunk_size: Number of tokens that are read at once.
 
@@ -200,8 +200,9 @@ class ExportedModel(_Exported):
             prompt.
 
         Raises:
-            ValueError: for ids of another shape, an id outside of the vocabulary, or more tokens
-                than attention has room for.
+            ValueError: if the ids have another shape or dtype; if an id is outside of the
+                vocabulary; if the state has another batch size; if `chunk_size` is below 1; or if
+                there are more tokens than attention has room for.
         """
         ids = self._checked(input_ids)
         if chunk_size < 1:
@@ -225,7 +226,8 @@ class ExportedModel(_Exported):
             The logits of the token that follows, (batch, vocab_size), and the next state.
 
         Raises:
-            ValueError: as `prefill` does.
+            ValueError: if the ids have another shape or dtype; if an id is outside of the
+                vocabulary; if the state has another batch size; or if attention has no room.
         """
         ids = np.asarray(tokens)
         ids = self._checked(ids[:, None] if ids.ndim == 1 else ids)
@@ -243,16 +245,16 @@ class ExportedModel(_Exported):
     ) -> np.ndarray:
         """Continue token ids, as the model's own `generate` does.
 
-        `export.json` has the settings of the model's `generation_config` that change the text, and
-        they apply here. They suppress, force and penalize tokens, exclude bad words, restrict
-        sampling, and name the tokens that end a text, after which a sequence is padded.
+        `export.json` has the settings of the model's `generation_config` that change the text. This
+        method applies these settings. They suppress, force and penalize tokens, exclude bad words,
+        restrict sampling, and name the tokens that end a text. After such a token, a sequence is
+        padded.
 
         Args:
-            input_ids: As for `prefill`.
+            input_ids: Token ids of the prompts, as for `prefill`.
             max_new_tokens: Maximal number of new tokens, at least 1.
-            temperature: With 0, the most likely token is chosen; with a positive temperature,
-                tokens are sampled within the restrictions of the settings. By default, the settings
-                decide.
+            temperature: Temperature for sampling within the restrictions of the settings. If it is
+                0, the most likely token is chosen. By default, the settings decide.
             seed: Seed of the sampling.
 
         Returns:
@@ -260,8 +262,8 @@ class ExportedModel(_Exported):
             if all sequences have ended.
 
         Raises:
-            ValueError: for arguments out of range, more tokens than attention has room for, or if
-                the settings exclude all tokens.
+            ValueError: if an argument is out of range; if there are more tokens than attention has
+                room for; if a logit is NaN; or if the settings exclude all tokens.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
@@ -299,7 +301,7 @@ class ExportedModel(_Exported):
 class ExportedRecurrence(_Exported):
     """A mixer or a system that `gramian.export.export_recurrence` wrote.
 
-    Arguments and errors are those of `ExportedModel`.
+    The arguments and errors are the same as those of `ExportedModel`.
     """
 
     _kinds = ("mixer", "system")
@@ -308,14 +310,18 @@ class ExportedRecurrence(_Exported):
     def prefill(
         self, x: Any, state: ExportedState | None = None
     ) -> tuple[np.ndarray, ExportedState]:
-        """Process a chunk.
+        """Process a chunk of samples.
 
         Args:
-            x: (batch, length, width) for a mixer, (batch, *C, length) for a system.
+            x: The chunk: (batch, length, width) for a mixer, (batch, *C, length) for a system.
             state: The state from which to continue; by default, the zero state.
 
         Returns:
-            The outputs, of the same shape, and the state after the chunk.
+            The outputs, in the shape of `x`, and the state after the chunk.
+
+        Raises:
+            ValueError: if `x` has another shape, if the state has another batch size, or if
+                attention has no room.
         """
         x = self._checked(x, "prefill")
         state = self.initial_state(len(x)) if state is None else state
@@ -323,7 +329,18 @@ class ExportedRecurrence(_Exported):
         return self._run(self._prefill, x, state, x.shape[time])
 
     def step(self, x_t: Any, state: ExportedState) -> tuple[np.ndarray, ExportedState]:
-        """Process one sample, (batch, width) for a mixer or (batch, *C) for a system."""
+        """Process one sample of each sequence.
+
+        Args:
+            x_t: The samples: (batch, width) for a mixer, (batch, *C) for a system.
+            state: The state from which to continue.
+
+        Returns:
+            The outputs, in the shape of `x_t`, and the next state.
+
+        Raises:
+            ValueError: in the same cases as `prefill`.
+        """
         return self._run(self._step, self._checked(x_t, "step"), state, 1)
 
     def _checked(self, x: Any, program: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Compare exported programs with the recurrence in PyTorch from which they were made."""
+"""Compare exported programs with the PyTorch recurrence from which they were made."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ _PROMPT = 45  # number of tokens or samples that are processed as one chunk
 _SINGLE, _DOUBLE = 1e-4, 1e-9
 """The accepted differences of outputs, relative to the largest output.
 
-The first is for programs that use single precision anywhere, and the second for all others.
+The first number applies to programs that use single precision anywhere. The second number applies
+to all other programs.
 """
 
 
 class _Differences:
-    """The largest differences from PyTorch so far, and the largest output."""
+    """The largest differences between program and PyTorch so far, and the largest output."""
 
     def __init__(self) -> None:
         self.prefill = self.step = self.scale = 0.0
@@ -64,12 +65,13 @@ def verify_model(
     tokens: int,
     seed: int,
 ) -> ExportReport:
-    """Compare the greedy tokens of an exported model with those of PyTorch.
+    """Compare the greedy tokens of an exported model with the greedy tokens of PyTorch.
 
-    Both continue two random prompts, and both read the tokens that PyTorch chooses. As long as all
-    choices agree, two independent runs would generate the same text. A choice that differs is a tie
-    if PyTorch's logits of the two tokens differ by less than the accepted difference of outputs. If
-    the model has generation settings, generation by these settings is compared, too.
+    Both models continue two random prompts, and both read the tokens that PyTorch chooses. As long
+    as all choices agree, two independent runs would generate the same text. If the choices differ,
+    but PyTorch's logits of the two tokens differ by no more than the accepted difference of
+    outputs, the choice is a tie. If the model has generation settings, the generation with these
+    settings is compared, too.
 
     Args:
         model: The model in PyTorch.
@@ -79,8 +81,7 @@ def verify_model(
         seed: Seed of the prompts.
 
     Raises:
-        RuntimeError: if a choice differs that is not a tie, or if outputs or generated texts
-            differ.
+        RuntimeError: if choices differ and are not a tie, or if outputs or generated texts differ.
     """
     from gramian.models.cache import CACHE
 
@@ -147,9 +148,10 @@ def _verify_rules(
 def _verify_generation(
     model: GramianForCausalLM, run: ExportedModel, ids: Tensor, tokens: int, rounding: float
 ) -> None:
-    """Compare texts that the exported model and `model.generate` greedily generate on their own.
+    """Compare the texts that the exported model and `model.generate` greedily generate.
 
-    The texts may diverge at a token for which the two best scores differ by no more than rounding.
+    The texts may diverge at a token if the scores of the two choices differ by no more than
+    rounding.
 
     Raises:
         RuntimeError: if the texts diverge at another token, or end at different lengths.
@@ -211,9 +213,9 @@ def verify_recurrence(
     samples: int,
     seed: int,
 ) -> ExportReport:
-    """Compare the outputs of an exported recurrence with those in PyTorch, for random samples.
+    """Compare the outputs of an exported recurrence and of PyTorch for random samples.
 
-    Both process a chunk of two sequences, and then single steps.
+    Both recurrences process a chunk of two sequences, and then single steps.
 
     Args:
         recurrence: The recurrence in PyTorch.

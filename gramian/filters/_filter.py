@@ -26,13 +26,13 @@ class Filter(SinglePrecisionModule, abc.ABC):
     """A module whose parameters make a time-invariant system, with one channel for each filter.
 
     `filter(length)` goes through `forward`, so that hooks and sharding see the call. Every call
-    makes a new system, and gradients flow through it. The parameters describe dynamics, where a
-    pole of 0.999 must not become 1.0. So they stay in float32 when the model is cast to half
-    precision, and the system is made outside of autocast.
+    makes a new system, and gradients flow through it. The parameters describe dynamics, in which a
+    pole of 0.999 must not become 1.0. So the parameters stay in float32 when the model is cast to
+    half precision, and the system is made outside of autocast.
 
     Args:
         channels: The number of filters.
-        max_length: The number of taps in training.
+        max_length: The number of taps that kernels have in training.
     """
 
     name: ClassVar[str]
@@ -53,7 +53,7 @@ class Filter(SinglePrecisionModule, abc.ABC):
         """Make the system of all channels.
 
         Args:
-            length: The number of taps that will be used. None: as many as the filter has.
+            length: The number of taps that will be used. None means as many as the filter has.
         """
 
     @abc.abstractmethod
@@ -71,9 +71,9 @@ class Filter(SinglePrecisionModule, abc.ABC):
         """Return optimizer options for parameters that should differ from the rest of the model.
 
         Returns:
-            The options by the name of the parameter in `named_parameters`, such as
-            `{"a": {"weight_decay": 0.0}}`. `gramian.parameter_groups` makes parameter groups from
-            them.
+            A mapping from the names of parameters, as in `named_parameters`, to their options, such
+            as `{"a": {"weight_decay": 0.0}}`. `gramian.parameter_groups` makes parameter groups
+            from these options.
         """
         return {}
 
@@ -102,12 +102,12 @@ def build(config: dict[str, Any] | Filter, **defaults: Any) -> Filter:
 
     Args:
         config: `{"type": name, …}` with the constructor's arguments, or a filter, which is returned
-            as it is.
+            unchanged.
         defaults: Arguments that `config` may omit, such as `channels` and `max_length`.
 
     Raises:
-        ValueError: if the type is unknown, the filter does not accept an argument, or `config`
-            contradicts the number of channels in `defaults`.
+        ValueError: if the type is unknown, if the filter does not accept an argument, or if
+            `config` contradicts the number of channels in `defaults`.
     """
     if isinstance(config, Filter):
         built = config

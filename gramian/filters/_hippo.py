@@ -21,7 +21,10 @@ __all__ = ["NormalPlusLowRank", "normal_plus_low_rank"]
 
 
 class NormalPlusLowRank(NamedTuple):
-    """One of each conjugate pair of modes, by rising frequency; (n // 2) each, complex128."""
+    """One mode of each conjugate pair, in order of rising frequency.
+
+    Every field is (n // 2), complex128.
+    """
 
     diagonal: Tensor
     """Λ: real part -1/2, imaginary part positive."""
@@ -35,8 +38,8 @@ class NormalPlusLowRank(NamedTuple):
 def normal_plus_low_rank(state_size: int) -> NormalPlusLowRank:
     """Return HiPPO-LegS with an even number of real states, as diagonal plus low rank.
 
-    The other modes are the conjugates of those returned. All callers share the result, so do not
-    write to it.
+    The other modes are the conjugates of the returned modes. All callers share the result, so do
+    not write to it.
     """
     with torch.device("cpu"):
         P = (torch.arange(state_size, dtype=torch.float64) + 0.5).sqrt()
@@ -45,7 +48,7 @@ def normal_plus_low_rank(state_size: int) -> NormalPlusLowRank:
         # S = V (iω) V*, so that -iS is Hermitian with the real eigenvalues ω.
         frequencies, vectors = torch.linalg.eigh(-1j * skew)
         frequencies = frequencies[state_size // 2 :]
-        # The phases of the eigenvectors are free; here they make P̃ and B̃ real and positive.
+        # The phases of the eigenvectors are free. Here they are chosen to make P̃ and B̃ positive.
         transformed = (vectors[:, state_size // 2 :].mH @ P.to(vectors.dtype)).abs()
         transformed = transformed.to(vectors.dtype)
         diagonal = torch.complex(torch.full_like(frequencies, -0.5), frequencies)

@@ -16,12 +16,12 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 
     The module may or may not contain filters of this library. Every trainable parameter is in
     exactly one group. Parameters with equal options share a group, and a parameter that is used in
-    several places counts once. The options in `Filter.optimizer_hints` are used as absolute values.
-    Other parameters have weight decay, except biases, norms (all with fewer than two dimensions),
-    embeddings and everything that is tied to an embedding.
+    several places counts once. The options in `Filter.optimizer_hints` are absolute values, not
+    factors. Other parameters have weight decay. The exceptions are parameters with fewer than two
+    dimensions (biases and norms), embeddings, and parameters that are tied to an embedding.
 
     Args:
-        model: Any module; parameters that do not require gradients are left out.
+        model: Any module. Parameters that do not require gradients are left out.
         lr: The learning rate of parameters without a hint.
         weight_decay: The weight decay of parameters without a hint, if they are decayed at all.
 
@@ -31,8 +31,8 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[d
 
     Raises:
         TypeError: if `model` is not a module.
-        ValueError: if `lr` or `weight_decay` is not a finite number of at least 0, a filter
-            gives a hint for a parameter that it does not have, or two filters that share a
+        ValueError: if `lr` or `weight_decay` is not a finite number of at least 0, if a filter
+            gives a hint for a parameter that it does not have, or if two filters that share a
             parameter give different hints for it.
     """
     if not isinstance(model, nn.Module):

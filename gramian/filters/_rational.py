@@ -17,7 +17,7 @@ class RationalFilter(Filter):
 
     @abc.abstractmethod
     def poles(self) -> Tensor:
-        """Return the poles of every channel, conjugates included: (channels, n), complex128."""
+        """Return the poles of every channel, with their conjugates: (channels, n), complex128."""
 
     @torch.no_grad()
     def spectral_radius(self) -> Tensor:

@@ -1,8 +1,8 @@
 r"""Explicit filters: the taps themselves are the parameters.
 
-`h_t = kernel_t` for t < K, and zero after that. With `skip`, a direct term `d` is added at tap 0.
-StripedHyena 2 has short and medium filters of this kind, with 7 and 128 taps, and several channels
-share one kernel (Ku et al. 2025, section 2).
+The taps are `h_t = kernel_t` for t < K, and zero after that. With `skip`, a direct term `d` is
+added at tap 0. StripedHyena 2 has short and medium filters of this kind, with 7 and 128 taps, and
+several channels share one kernel (Ku et al. 2025, section 2).
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ __all__ = ["ExplicitFilter"]
 
 @register("explicit")
 class ExplicitFilter(Filter):
-    """A filter whose K taps are free parameters; later taps are zero.
+    """A filter whose first K taps are free parameters and whose later taps are zero.
 
     Args:
         channels: The number of filters.
         max_length: The number of taps that a kernel has in training, free or zero.
         taps: The number K of free taps; by default `max_length`. It may be larger than that.
-        groups: The number of different kernels, a divisor of `channels`. Each is shared by
-            `channels / groups` consecutive channels. By default every channel has its own.
+        groups: The number of different kernels, a divisor of `channels`. Each kernel is shared by
+            `channels / groups` consecutive channels. By default every channel has its own kernel.
         skip: Whether every channel has its own direct term, which is added to tap 0.
         lr: The learning rate of the taps; by default that of the model.
 
     Raises:
-        ValueError: if a size is below 1, `groups` does not divide `channels`, or `lr` is negative.
+        ValueError: if a size is below 1, if `groups` does not divide `channels`, or if `lr` is
+            negative.
     """
 
     def __init__(
@@ -69,7 +70,8 @@ class ExplicitFilter(Filter):
         Args:
             kernel: (groups, taps), real floating point: the taps of every group.
             max_length: As in the class; by default the number of taps.
-            channels: The number of channels, which share the kernels; by default one for each.
+            channels: The number of channels, which share the kernels; by default one channel for
+                each kernel.
 
         Raises:
             ValueError: if the kernel has another number of dimensions or no taps.
@@ -118,5 +120,5 @@ class ExplicitFilter(Filter):
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Return the learning rate of the taps, if they have their own."""
+        """Return the learning rate of the taps, if `lr` is given."""
         return {} if self.lr is None else {"kernel": {"lr": self.lr}}

@@ -1,9 +1,9 @@
 r"""Modal filters: poles and residues as parameters, with an order for every channel.
 
-`λ_k = exp(-exp(log_decay_k) + iπ angle_k)` lies inside the unit circle whatever the parameters are.
-An angle of exactly 0 or 1 is a real pole. Residues are pairs of real numbers, so no complex tensor
-is stored. Poles without a bound are `exp(-decay_k + iπ angle_k)`. Real modes have no angle, and one
-number for each residue, like the long filters of StripedHyena 2 (Ku et al. 2025).
+`λ_k = exp(-exp(log_decay_k) + iπ angle_k)` lies inside the unit circle for any parameters. An angle
+of exactly 0 or 1 gives a real pole. Residues are pairs of real numbers, so no complex tensor is
+stored. Poles that are not bounded are `exp(-decay_k + iπ angle_k)`. Real modes have no angle, and
+one number for each residue, like the modes of the long filters of StripedHyena 2 (Ku et al. 2025).
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ class ModalFilter(RationalFilter):
 
     Args:
         channels: The number of filters.
-        orders: The number of modes of every channel, or one number for all. A mode is a real pole
-            or a conjugate pair. Parameters are stored without padding, channel after channel.
+        orders: The number of modes of every channel, or one number for all channels. A mode is a
+            real pole or a conjugate pair. Parameters are stored without padding, channel after
+            channel.
         max_length: The number of taps over which the filter was trained or fitted. Its kernel
             continues beyond them.
         lr: The learning rate of the poles; by default that of the model.
         bounded: Whether poles are held inside the unit circle. Published modal models leave them
             free, so some may be outside, which does no harm over few taps.
-        real: Whether all poles and residues are real. Poles are then in (0, 1) if `bounded`, and
-            above 0 if not, and states hold one number for each mode in place of two.
+        real: Whether all poles and residues are real. Real poles are in (0, 1) if `bounded`, and
+            above 0 if not. States of a real filter hold one number for each mode instead of two.
 
     Raises:
-        ValueError: if `orders` does not have one non-negative number for every channel, or `lr`
+        ValueError: if `orders` does not have one non-negative number for every channel, or if `lr`
             is negative.
     """
 
@@ -91,14 +92,14 @@ class ModalFilter(RationalFilter):
     ) -> Self:
         """Make a filter whose system is `system`, without its padding.
 
-        Parameters are rounded to float32. Poles are rounded in another form than the system's,
-        which shifts their phases over thousands of taps. If `kernel` is given, residues are fitted
-        again to the rounded poles of the filter.
+        Parameters are rounded to float32. The filter stores poles in another form than the system,
+        so their rounding differs. This shifts the phases of the modes over thousands of taps. If
+        `kernel` is given, residues are fitted again to the rounded poles of the filter.
 
         Args:
             system: A system with one channel dimension, whose poles are inside the unit circle if
-                the filter is `bounded`. If it is `real`, so is the filter, and the poles must be
-                positive.
+                the filter is `bounded`. If the system is `real`, the filter is real too, and the
+                poles must be positive.
             max_length: As in the class.
             kernel: (*C, L), real floating point, finite: the taps of which the system is a
                 reduction.
@@ -146,7 +147,9 @@ class ModalFilter(RationalFilter):
 
     @torch.no_grad()
     def refit_residues(self, kernel: Tensor) -> None:
-        """Fit residues to the current poles by least squares; keep those closer to the taps.
+        """Fit residues to the current poles by least squares, and keep them if this is closer.
+
+        Every channel keeps the residues, old or new, whose impulse response is closer to the taps.
 
         Args:
             kernel: (channels, L), real floating point: the taps to fit.
@@ -216,12 +219,12 @@ class ModalFilter(RationalFilter):
             return torch.view_as_complex(flat.index_copy(0, self._slot, pairs).reshape(shape))
 
         padded = pad(poles.to(self.residues.dtype)), pad(self.residues)
-        # A copy, because a sharded parameter is whole only until this function returns.
+        # This is a copy, because a sharded parameter is whole only until this function returns.
         return Modal(*padded, self.d.clone(), counts=self.orders, real=self.real)
 
     @torch.no_grad()
     def poles(self) -> Tensor:
-        """Return the poles of every channel, conjugates included: (channels, n), complex128.
+        """Return the poles of every channel, with their conjugates: (channels, n), complex128.
 
         Channels with fewer modes than others are padded with zeros.
         """
@@ -238,7 +241,7 @@ class ModalFilter(RationalFilter):
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Return no weight decay for the poles, and their learning rate if it is set."""
+        """Return no weight decay for the poles, and their learning rate if `lr` is given."""
         options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
         names = ["log_decay" if self.bounded else "decay"] + ([] if self.real else ["angle"])
         return {name: dict(options) for name in names}

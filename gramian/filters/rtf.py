@@ -29,10 +29,11 @@ _STABILITIES = ("none", "montel", "schur")
 _INITIALIZATIONS = ("zeros", "xavier", "montel", "schur")
 
 _REFLECTION_LIMIT = 1 - 1e-6
-"""Reflection coefficients stay below this, so that rounding does not take them to 1."""
+"""Reflection coefficients stay below this, so that rounding does not make them 1."""
 
 _SLACK = 1e-6
-"""Keeps the l1 norm of a Montel-bounded denominator below 1 even if its trained slack is 0."""
+"""The slack that keeps the l1 norm of a Montel-bounded denominator below 1 if the trained slack is
+0."""
 
 
 @register("rtf")
@@ -41,23 +42,24 @@ class RTF(RationalFilter):
 
     Coefficients are transformed and divided in float64, since in float32 the spectrum itself is off
     by more than 1e-4 for most stable systems beyond n = 16. The system that `forward` returns has
-    the exact numerator, so its recurrence computes the convolution that was learned. The `form` and
-    `error` of the recurrence say which form it takes, and how close it is.
+    the exact numerator, so its recurrence computes the convolution that was learned. The attributes
+    `form` and `error` of the recurrence say which form it has, and how close it is to the
+    convolution.
 
     Args:
         channels: The number of filters.
         state_size: The degree n of the denominators.
         max_length: The number of taps, greater than `state_size`. The transfer function is sampled
-            at `max_length + max_length % 2` roots of unity, whatever the length of an input.
+            at `max_length + max_length % 2` roots of unity, for inputs of any length.
         numerator: "truncated" is the published parametrization: b is the numerator of the kernel
             truncated to the grid, and the kernel is the inverse FFT of b / a (section 3.2). With
-            "exact", b is the numerator itself, and its kernel continues beyond `max_length`. This
-            is for training on sequences that continue from chunk to chunk, and computing the kernel
-            costs about twice as much.
+            "exact", b is the numerator itself, and its kernel continues beyond `max_length`. Use
+            "exact" to train on sequences that continue from chunk to chunk. The kernel then takes
+            about twice as long to compute.
         stability: With "none", denominators are free. "montel" keeps `‖a‖₁ < 1`, which keeps all
             poles inside the unit circle but excludes many stable denominators (section 3.4). With
             "schur", the parameters are `atanh` of the reflection coefficients, which reach every
-            stable denominator and no other; the recurrence can then step by these coefficients.
+            stable denominator and no other. The recurrence can then step by these coefficients.
         num_denominators: The number of denominators, each of which `channels / num_denominators`
             neighboring channels share. By default every channel has its own.
         initialization: How a and b are drawn. "zeros" sets them to zero. "xavier" draws them
@@ -68,7 +70,7 @@ class RTF(RationalFilter):
         lr: The learning rate of the denominators' parameters; by default that of the model.
 
     Raises:
-        ValueError: if an argument has another value than these.
+        ValueError: if an argument does not have one of the values described here.
     """
 
     def __init__(
@@ -163,9 +165,9 @@ class RTF(RationalFilter):
             a: (num_denominators, n), real: the coefficients of every denominator.
 
         Raises:
-            ValueError: if the shape is another, or the `stability` rules out a denominator: "schur"
-                one with a pole on or outside the unit circle, "montel" one with an l1 norm of 1 or
-                more.
+            ValueError: if `a` has another shape, or if `stability` excludes a denominator. "schur"
+                excludes denominators with a pole on or outside the unit circle, and "montel" those
+                with an l1 norm of 1 or more.
         """
         shape = (self.num_denominators, self.state_size)
         if tuple(a.shape) != shape:
@@ -189,7 +191,7 @@ class RTF(RationalFilter):
     def reflection(self) -> Tensor:
         """Return the reflection coefficients of the denominators, (num_denominators, n), float64.
 
-        With the stability "schur" they follow from the parameters. Otherwise they are computed from
+        With the stability "schur", the parameters determine them. Otherwise they are computed from
         the denominators, and a coefficient outside of (-1, 1) shows that a pole is outside the unit
         circle.
         """
@@ -222,7 +224,7 @@ class RTF(RationalFilter):
     def forward(self, length: int | None = None) -> TransferFunction:
         shared = (self.num_denominators, self.channels // self.num_denominators)
         length = min(self.max_length, length or self.max_length)
-        # Copies, because a sharded parameter is whole only until this function returns.
+        # These are copies, because a sharded parameter is whole only until this function returns.
         b, d = self.b.clone().reshape(*shared, -1), self.d.clone().reshape(shared)
         a = self.denominator().unsqueeze(1)
         reflection = self.reflection().unsqueeze(1) if self.stability == "schur" else None
@@ -264,7 +266,8 @@ class RTF(RationalFilter):
         """Make the filter of a published RTF layer (github.com/ruke1ire/RTF).
 
         A bidirectional layer of D channels becomes a filter of 2 D channels: first the forward
-        kernels, then the backward ones, as `LongConvolution(filter, bidirectional=True)` expects.
+        kernels, then the backward kernels, as `LongConvolution(filter, bidirectional=True)`
+        expects.
 
         Args:
             state_dict: The state dict of the layer. `ab` (denominators + channels, n) holds first
@@ -275,7 +278,7 @@ class RTF(RationalFilter):
             max_length: The layer's `trunc_len`, which its state dict does not contain.
 
         Raises:
-            ValueError: if there are other keys, or the shapes do not fit together.
+            ValueError: if there are other keys, or if the shapes do not fit together.
         """
         required, optional = {"ab", "h_0"}, {"scalar"}
         missing = sorted(required - state_dict.keys())

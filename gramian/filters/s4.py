@@ -35,24 +35,26 @@ __all__ = ["S4"]
 class S4(RationalFilter):
     """State spaces with `A = Λ - P P*`, of `state_size / 2` conjugate pairs for every channel.
 
-    The parameters are real: `log_dt` and `D` (channels); `log_A_real` and `A_imag` (channels,
-    n / 2), which make `Λ = -exp(log_A_real) + i A_imag`; and `P`, `B`, `C` (channels, n / 2, 2).
-    The real part of Λ is negative and `-P P*` only adds to that, so the system is stable whatever
-    the parameters are. C itself is learned, where the published code learns `C (1 - Ā^L)`. So the
-    kernel does not depend on the length for which it is evaluated.
+    The parameters are real. `log_dt` and `D` are (channels), `log_A_real` and `A_imag` are
+    (channels, n/2), and `P`, `B` and `C` are (channels, n/2, 2). They give
+    `Λ = -exp(log_A_real) + i A_imag`. The real part of Λ is negative, and `-P P*` only adds
+    damping, so the system is stable for any parameters. C itself is learned, whereas the published
+    code learns `C (1 - Ā^L)`. So the kernel does not depend on the length for which it is
+    evaluated.
 
     Args:
         channels: The number of filters.
         state_size: The number n of real states of every channel. It is even, since modes come in
             conjugate pairs.
-        max_length: The number of taps in training. The kernel continues beyond them.
-        initialization: The initial A and B: "legs", HiPPO-LegS.
-        dt_min: The smallest initial step; the initial steps are log-uniform.
+        max_length: The number of taps that kernels have in training. The kernel continues beyond
+            them.
+        initialization: The initial A and B. "legs", the only choice, is HiPPO-LegS.
+        dt_min: The smallest initial step. The initial steps are log-uniform.
         dt_max: The largest initial step.
-        lr: The largest learning rate for the parameters of the dynamics: all but C and D.
+        lr: The largest learning rate for the parameters of the dynamics, which are all but C and D.
 
     Raises:
-        ValueError: if an argument has another value than these.
+        ValueError: if an argument does not have one of the values described here.
     """
 
     def __init__(
@@ -119,8 +121,8 @@ class S4(RationalFilter):
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Return optimizer options for the parameters of the dynamics.
 
-        They are a learning rate of at most `lr`, and no weight decay, which would drive A and dt to
-        meaningless values.
+        The options are a learning rate of at most `lr`, and no weight decay. Weight decay would
+        drive A and dt to meaningless values.
         """
         names = ("log_dt", "log_A_real", "A_imag", "P", "B")
         return {name: {"lr": self.lr, "weight_decay": 0.0} for name in names}
@@ -137,5 +139,5 @@ class S4(RationalFilter):
 
 
 def _both(row: Tensor, column: Tensor) -> Tensor:
-    """Multiply a row and a column over both modes of every pair: (*C, 1), real."""
+    """Multiply a row and a column, and sum over all modes and their conjugates: (*C, 1), real."""
     return 2 * (row * column).real.sum(-1, keepdim=True)

@@ -1,8 +1,8 @@
 r"""S4D: diagonal state spaces in continuous time, discretized.
 
-The system is `x' = A x + B u`, `y = 2 Re C x + D u`, where A is diagonal and complex and has one of
-each conjugate pair (S4D, Gu et al. 2022, arXiv 2206.11893). With a step dt for every channel
-(section 3.1 of the paper), there are two discretizations:
+The system is `x' = A x + B u`, `y = 2 Re C x + D u`, where A is diagonal and complex. It has one
+mode of each conjugate pair (S4D, Gu et al. 2022, arXiv 2206.11893). With a step dt for every
+channel (section 3.1 of the paper), there are two discretizations:
 
     zoh:       Ā = exp(dt A),                      B̄ = (exp(dt A) - 1) / A
     bilinear:  Ā = (1 + dt A / 2) / (1 - dt A / 2),  B̄ = dt / (1 - dt A / 2)
@@ -35,27 +35,28 @@ _DISCRETIZATIONS = ("zoh", "bilinear")
 class S4D(RationalFilter):
     """Diagonal state spaces of `state_size / 2` conjugate pairs of modes for every channel.
 
-    The parameters are real: `log_dt` (channels); `log_A_real` and `A_imag` (channels, n / 2), which
-    make `A = -exp(log_A_real) + i A_imag`; `C` (channels, n / 2, 2); and `D` (channels). The real
-    part of A stays negative, so the poles stay inside the unit circle. Poles are computed and kept
-    in double precision, and the kernel's samples in the precision of the parameters.
+    The parameters are real. `log_dt` and `D` are (channels), `log_A_real` and `A_imag` are
+    (channels, n/2), and `C` is (channels, n/2, 2). They give `A = -exp(log_A_real) + i A_imag`. The
+    real part of A stays negative, so the poles stay inside the unit circle. Poles are computed and
+    kept in double precision, and the kernel's samples in the precision of the parameters.
 
     Args:
         channels: The number of filters.
         state_size: The number n of real states of every channel. It is even, since modes come in
             conjugate pairs.
-        max_length: The number of taps in training. The kernel continues beyond them.
+        max_length: The number of taps that kernels have in training. The kernel continues beyond
+            them.
         initialization: The initial A, whose real parts are -1/2. "legs" takes the eigenvalues of
             the normal part of HiPPO-LegS, and scales C by its B (S4D-LegS). "lin" takes `πk i`,
             k = 0 … n/2 - 1 (S4D-Lin). "inv" takes `n/π (n / (2k + 1) - 1) i` (S4D-Inv; equations 8
             and 9 in the paper).
         discretization: "zoh" (zero-order hold) or "bilinear".
-        dt_min: The smallest initial step; the initial steps are log-uniform.
+        dt_min: The smallest initial step. The initial steps are log-uniform.
         dt_max: The largest initial step.
         lr: The largest learning rate for `log_dt`, `log_A_real` and `A_imag`.
 
     Raises:
-        ValueError: if an argument has another value than these.
+        ValueError: if an argument does not have one of the values described here.
     """
 
     def __init__(
@@ -130,8 +131,8 @@ class S4D(RationalFilter):
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Return optimizer options for the parameters of the dynamics.
 
-        They are a learning rate of at most `lr`, and no weight decay, which would drive A and dt to
-        meaningless values.
+        The options are a learning rate of at most `lr`, and no weight decay. Weight decay would
+        drive A and dt to meaningless values.
         """
         return {
             name: {"lr": self.lr, "weight_decay": 0.0}

@@ -1,4 +1,4 @@
-"""Genomes through a language model: scores of records and variants, and hidden states.
+"""Read genomes with a language model: score records and variants, and yield hidden states.
 
     from gramian import genomics
 
@@ -9,9 +9,10 @@
     for one in genomics.embed(model, "genome.fa", tokenizer=tokenizer, layer=-1):
         print(one.name, one.values.shape)
 
-Log-likelihoods are in nats. Sequences of any length are read in chunks through the model's state.
-`gramian.tasks.genomes` defines how FASTA is read. Variants and intervals need random access to a
-file, for which pyfaidx is needed: `pip install "gramian[genomics]"`.
+Log-likelihoods are in nats. Sequences of any length are read in chunks, and the model's state is
+carried from chunk to chunk. `gramian.tasks.genomes` defines how FASTA is read. Variants and
+intervals of a file need random access to it, which pyfaidx provides: `pip install
+"gramian[genomics]"`.
 """
 
 from gramian.genomics._embed import Embedding, embed

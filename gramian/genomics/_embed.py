@@ -1,4 +1,4 @@
-"""Embeddings of records: hidden states of one layer, pooled over a record or not."""
+"""Embed records as hidden states of one layer, with or without pooling over a record."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from gramian.genomics._hidden_states import Layer, Taps, base_of
-from gramian.genomics._score import BLOCK
+from gramian.genomics._score import blocks_of
 from gramian.genomics._sequences import Alphabet, Codes, Records, Source, open_records
+from gramian.genomics._tokenizers import tokenizer_of
 from gramian.models import GramianCache, GramianPreTrainedModel
 
 __all__ = ["POOLS", "Embedder", "Embedding", "embed"]
@@ -28,8 +29,8 @@ class Embedding(NamedTuple):
     Attributes:
         name: name of the record.
         length: number of its bases.
-        values: (width), or (length, width) without pooling; float32, or float64 of a model in
-            float64.
+        values: the embedding, (width), or (length, width) without pooling. Its dtype is float64 if
+            the hidden states are in float64, and float32 otherwise.
     """
 
     name: str
@@ -41,8 +42,8 @@ def embed(
     model: GramianPreTrainedModel,
     records: Records,
     *,
-    tokenizer: Any,
-    layer: Layer,
+    layer: Layer = -1,
+    tokenizer: Any = None,
     pool: str = "mean",
     intervals: str | Path | None = None,
     batch_size: int = 8,
@@ -51,34 +52,38 @@ def embed(
 ) -> Iterator[Embedding]:
     """Embed records as hidden states of one layer.
 
-    Records of any length are read in chunks through the model's state, in memory that does not grow
-    with the length. Without pooling an embedding has one vector for each base; for a long record
-    `hidden_states` yields them chunk by chunk, and `write_embeddings` writes them so.
+    Records of any length are read in chunks, and the model's state is carried from chunk to chunk.
+    So the memory for reading does not grow with the length. Without pooling, an embedding has one
+    vector for each base, so the embedding itself grows. If a record is long, `hidden_states` can
+    yield its vectors chunk by chunk, and `write_embeddings` can write them.
 
     Args:
-        model: a model of ours that reads tokens, also inside of an adapter of peft.
-        records: a FASTA file, as a path; or sequences by name; or documents or pairs of a name and
-            a sequence.
-        tokenizer: the model's tokenizer, which has one token for each nucleotide.
-        layer: number or name of a layer, as for `hidden_states`: 0 is the embeddings, -1 the output
-            of the last norm.
-        pool: `"mean"` over the bases of a record, `"last"` for its last base, or `"none"`.
-        intervals: a BED file; its intervals, on their strands, are embedded in place of the
-            records.
+        model: a Gramian model that reads tokens. It may be inside an adapter of peft.
+        records: the path of a FASTA file; or a mapping from names to sequences; or a series of
+            documents, or of pairs of a name and a sequence.
+        tokenizer: the model's tokenizer, which has one token for each nucleotide. By default, it is
+            the one in the model's folder, or that of a converted HyenaDNA, Evo or model of bytes.
+        layer: number or name of a layer, as for `hidden_states`. 0 means the embeddings of tokens,
+            and -1 the output of the last norm.
+        pool: `"mean"` returns the mean over the bases of a record, `"last"` the vector of its last
+            base, and `"none"` the vectors of all bases.
+        intervals: path of a BED file, or None. If it is given, its intervals are embedded instead
+            of the records, each on its strand.
         batch_size: number of records that are read together.
         chunk_size: largest number of tokens of a record that are read at once.
-        progress: called as `progress(bases done, bases)`.
+        progress: function that is called as `progress(done, total)` with numbers of bases, or None.
 
     Returns:
-        An iterator over the embeddings in the order of the records, which computes them as it goes
-        on.
+        An iterator over the embeddings, in the order of the records. It computes each embedding
+        when it is needed.
 
     Raises:
-        TypeError: on another kind of model.
+        TypeError: if the model is not a Gramian model.
         OSError: if a file cannot be read.
-        ValueError: on records that are no genome, a record without sequence with `"mean"` and
-            `"last"`, a tokenizer that does not fit, and as `hidden_states` does.
-        ImportError: for intervals of a file, without `pyfaidx`.
+        ValueError: if a record contains letters that are not codes of nucleotides, if there is no
+            record, if a record without a sequence is to be pooled, if the tokenizer does not fit
+            the model, or if `hidden_states` refuses the model or the layer.
+        ImportError: if intervals of a FASTA file are requested and `pyfaidx` is not installed.
     """
     embedder = Embedder(
         model,
@@ -104,12 +109,12 @@ def _whole(embedder: Embedder) -> Iterator[Embedding]:
 
 
 class Embedder:
-    """What `embed` computes, in pieces; its arguments are those of `embed`.
+    """Compute in pieces what `embed` computes. The arguments are those of `embed`.
 
     Attributes:
         source: the records.
         dtype: dtype of the embeddings.
-        width: number of values of a vector.
+        width: number of values in a vector.
     """
 
     def __init__(
@@ -117,8 +122,8 @@ class Embedder:
         model: GramianPreTrainedModel,
         records: Records,
         *,
-        tokenizer: Any,
-        layer: Layer,
+        layer: Layer = -1,
+        tokenizer: Any = None,
         pool: str = "mean",
         intervals: str | Path | None = None,
         batch_size: int = 8,
@@ -135,6 +140,7 @@ class Embedder:
         self.taps = Taps(self.model, [layer])
         [(dtype, self.width)] = self.taps.shapes
         self.dtype = np.dtype("<f8" if dtype == torch.float64 else "<f4")
+        tokenizer = tokenizer_of(self.model) if tokenizer is None else tokenizer
         self._alphabet = Alphabet(tokenizer, self.model.config.vocab_size)
         self.source: Source = open_records(records, intervals)
         lengths = self.source.lengths
@@ -147,10 +153,11 @@ class Embedder:
         self._done, self._bases = 0, sum(lengths)
 
     def pieces(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield the index of a record, and one or more of its vectors, (vectors, width), in order.
+        """Yield the index of each record with some of its vectors, (vectors, width), in order.
 
-        With pooling there is one vector of each record, otherwise as many as it has bases, in
-        pieces of at most `chunk_size`. A record without sequence has one piece of no vectors.
+        With pooling, a record has one vector. Without pooling, it has one vector for each base, in
+        pieces of at most `chunk_size` vectors. A record without a sequence then has one empty
+        piece.
         """
         self._tell(0)
         numbered = enumerate(self.source.read())
@@ -161,7 +168,8 @@ class Embedder:
                 for states, _ in self._read([codes]):
                     yield index, self._array(states[0])
             return
-        while block := list(itertools.islice(numbered, BLOCK * self.batch_size)):
+        for first, last in blocks_of(self.source.lengths, self.batch_size, self.chunk_size):
+            block = list(itertools.islice(numbered, last - first))
             pooled: dict[int, np.ndarray] = {}
             for batch in self._batches(block):
                 rows = self._pooled([codes for _, codes in batch])
@@ -170,7 +178,7 @@ class Embedder:
                 yield index, pooled[index][None]
 
     def _batches(self, block: list[tuple[int, Codes]]) -> Iterator[list[tuple[int, Codes]]]:
-        """Cut a block into batches of similar lengths, or of equal ones if there is no padding."""
+        """Cut a block into batches of similar lengths, or of equal ones if padding is refused."""
 
         def kind(one: tuple[int, Codes]) -> int:
             length = len(one[1])
@@ -181,7 +189,7 @@ class Embedder:
                 yield batch
 
     def _pooled(self, texts: list[Codes]) -> np.ndarray:
-        """Return one vector of each record, (records, width)."""
+        """Return one vector for each record, (records, width)."""
         found = np.zeros((len(texts), self.width), dtype=np.float64)
         for states, mask in self._read(texts):
             real = np.ones(states.shape[:2], dtype=bool) if mask is None else mask
@@ -202,7 +210,10 @@ class Embedder:
         return found.astype(self.dtype)
 
     def _read(self, texts: list[Codes]) -> Iterator[tuple[torch.Tensor, np.ndarray | None]]:
-        """Yield hidden states (records, tokens, width) of chunks, and where their tokens are."""
+        """Yield the hidden states of each chunk, (records, tokens, width), and its mask.
+
+        The mask is (records, tokens) and true for real tokens. It is None if there is no padding.
+        """
         longest = max(map(len, texts))
         cache = GramianCache(self.model.config)
         device = next(self.model.parameters()).device

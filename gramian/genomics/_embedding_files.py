@@ -1,4 +1,4 @@
-"""Embeddings in files, written as they are computed, complete or absent."""
+"""Write embeddings into files while they are computed, completely or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gramian.models import GramianPreTrainedModel
 __all__ = ["SUFFIXES", "write_embeddings"]
 
 SUFFIXES = (".safetensors", ".npy", ".parquet")
-_ROWS = 1024  # of a group of rows in Parquet, or more
+_ROWS = 1024  # smallest number of rows in a group of a Parquet file, except the last
 
 
 def write_embeddings(
@@ -28,39 +28,41 @@ def write_embeddings(
     model: GramianPreTrainedModel,
     records: str | Path,
     *,
-    tokenizer: Any,
-    layer: Layer,
+    layer: Layer = -1,
+    tokenizer: Any = None,
     pool: str = "mean",
     **options: Any,
 ) -> tuple[int, int]:
-    """Write the embeddings of records into a file, in the memory of a few chunks.
+    """Write the embeddings of records into a file, with memory for a few chunks only.
 
-    The format is that of the file's suffix:
+    The suffix of the file determines the format:
 
-    - `.safetensors`: `embeddings`, (records, width), or (bases of all records, width) without
-      pooling; `lengths`, (records), the number of bases of each record; and in the metadata
-      `names`, the records' names as a JSON list, `layer` and `pool`.
-    - `.npy`: the embeddings alone. A table beside it, `NAME.tsv`, has each record's name and
-      length, and the rows `start` to `end` of the array that are its own.
-    - `.parquet`: a row for each record with `name`, `length` and `embedding`; without pooling a row
-      for each base with `name`, `position` (from 0) and `embedding`.
+    - `.safetensors`: the tensor `embeddings` is (records, width), or (bases of all records, width)
+      without pooling. The tensor `lengths`, (records), contains the number of bases of each record.
+      The metadata contain `layer`, `pool`, and `names`, a JSON list of the records' names.
+    - `.npy`: the file contains the embeddings only. A table beside it, `NAME.tsv`, contains the
+      name and length of each record, and the range `start` to `end` of its rows in the array.
+    - `.parquet`: the file has one row for each record, with `name`, `length` and `embedding`.
+      Without pooling, it has one row for each base, with `name`, `position` (from 0) and
+      `embedding`.
 
     Args:
         output: the file, which must not exist yet.
-        model: a model of ours that reads tokens.
+        model: a Gramian model that reads tokens.
         records: a FASTA file, or other records as for `embed`.
-        tokenizer: the model's tokenizer.
         layer: number or name of a layer.
+        tokenizer: the model's tokenizer, as for `embed`.
         pool: `"mean"`, `"last"` or `"none"`.
         options: the other arguments of `embed`.
 
     Returns:
-        Number of vectors and their width.
+        The number of vectors and their width.
 
     Raises:
         FileExistsError: if the file, or the table beside it, exists.
-        ImportError: for Parquet, without pyarrow.
-        ValueError: on another suffix, and as `embed` does.
+        ImportError: if the format is Parquet and pyarrow is not installed, or if `embed` needs a
+            package that is missing.
+        ValueError: if the file has another suffix, or if `embed` raises this error.
     """
     target = Path(output)
     write = {".safetensors": _safetensors, ".npy": _npy, ".parquet": _parquet}.get(target.suffix)
@@ -173,7 +175,7 @@ def _parquet(stage: Path, embedder: Embedder, rows: int, layer: str) -> None:
 
 
 def _row_groups(embedder: Embedder) -> Iterator[tuple[list[str], list[int], np.ndarray]]:
-    """Yield names, positions or lengths, and vectors, of many rows at once."""
+    """Yield the columns of many rows at once: names, positions or lengths, and vectors."""
     names: list[str] = []
     numbers: list[int] = []
     kept: list[np.ndarray] = []

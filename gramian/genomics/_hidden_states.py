@@ -1,12 +1,14 @@
-"""Hidden states of sequences of any length, chunk by chunk, from any layer of a model.
+"""Yield hidden states of any layer, chunk by chunk, for sequences of any length.
 
-A layer is a number, counted as transformers counts `hidden_states`: 0 is the embeddings, `i` the
-output of block `i - 1` and so the input of block `i`, and the last number is the output of the last
-norm, after all blocks. Or it is the dotted name of a module, whose output is taken.
+A layer is given by a number or a name. The numbers are those of `hidden_states` in transformers: 0
+means the embeddings, `i` the output of block `i - 1`, which is the input of block `i`, and the last
+number the output of the last norm, after all blocks. A name is the dotted name of a module, and
+means the output of this module.
 
-With a cache and without gradients a block runs the recurrence of its mixer, which calls none of the
-modules inside of the mixer. Where one of these is wanted, the mixers are called as with gradients,
-from the same states and on the same chunks, but no graph is recorded.
+With a cache and without gradients, a block runs the recurrence of its mixer, which calls none of
+the modules inside the mixer. If the output of such a module is requested, gradients are enabled, so
+that the mixers themselves are called, from the same states and on the same chunks. Since no
+parameter then requires a gradient, no graph is recorded.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from gramian.genomics._likelihood import evaluating
 from gramian.genomics._sequences import Alphabet
+from gramian.genomics._tokenizers import tokenizer_of
 from gramian.mixers import Mixer
 from gramian.models import GramianCache, GramianPreTrainedModel
 from gramian.tasks import Document, genomes
@@ -60,31 +63,33 @@ def hidden_states(
     tokenizer: Any = None,
     chunk_size: int = 16_384,
 ) -> Iterator[Tensor] | Iterator[dict[Layer, Tensor]]:
-    """Yield the hidden states of a sequence chunk by chunk, in the memory of one chunk.
+    """Yield the hidden states of a sequence chunk by chunk, with memory for one chunk only.
 
-    The chunks together are the hidden states of the whole sequence, since the state of every layer
-    is carried from one to the next.
+    Together, the chunks are the hidden states of the whole sequence, because the state of every
+    layer is carried from one chunk to the next.
 
     Args:
-        model: a model of ours that reads tokens, also inside of an adapter of peft.
-        sequence: token ids (length) or (batch, length), without padding; or a sequence of
-            nucleotides, which `tokenizer` encodes.
-        layers: a layer, or several. A number is counted as transformers counts `hidden_states`: 0
-            for the embeddings, `i` for the output of the first `i` blocks, and the number of
-            blocks (or -1) for the output of the last norm. A text is the dotted name of a module,
-            such as `"model.layers.3.mlp"`, whose output is taken.
-        tokenizer: the tokenizer of a sequence that is not given as ids, with one token for each
-            nucleotide.
+        model: a Gramian model that reads tokens. It may be inside an adapter of peft.
+        sequence: token ids (length) or (batch, length), without padding; or nucleotides, as text or
+            a document, which `tokenizer` encodes.
+        layers: a layer, or several layers. A number has the meaning that it has in `hidden_states`
+            of transformers: 0 means the embeddings, `i` the output of the first `i` blocks, and the
+            number of blocks (or -1) the output of the last norm. A text is the dotted name of a
+            module, such as `"model.layers.3.mlp"`, and means the output of this module.
+        tokenizer: the model's tokenizer, with one token for each nucleotide. It is needed for
+            nucleotides only.
         chunk_size: largest number of tokens that are read at once.
 
     Yields:
-        (tokens, width) for ids without a batch and for nucleotides, (batch, tokens, width) for a
-        batch; for several layers a dictionary of these by layer.
+        The hidden states of a chunk: (batch, tokens, width) if the token ids are (batch, length),
+        and (tokens, width) otherwise. If `layers` are several, a dictionary from each layer to its
+        hidden states.
 
     Raises:
-        TypeError: on another kind of model.
-        ValueError: on an empty sequence; on a model that looks ahead; on a layer that does not
-            exist or whose output is not one vector for each token.
+        TypeError: if the model is not a Gramian model.
+        ValueError: if the sequence is empty or not made of token ids or nucleotides, if the model
+            is bidirectional or reads no tokens, if a layer does not exist, or if its output is not
+            one vector for each token.
     """
     model = base_of(model)
     if chunk_size < 1:
@@ -115,8 +120,7 @@ def _chunks(
 def _ids(model: Any, sequence: Tensor | str | Document, tokenizer: Any) -> Tensor:
     """Return ids (batch, length) on the model's device."""
     if not isinstance(sequence, Tensor):
-        if tokenizer is None:
-            raise ValueError("a sequence of nucleotides needs a tokenizer; give one, or ids.")
+        tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
         text = sequence.text if isinstance(sequence, Document) else sequence
         codes = genomes.clean(text.encode(), "the sequence", numbers=False)
         sequence = torch.from_numpy(Alphabet(tokenizer, model.config.vocab_size).ids(codes))
@@ -130,16 +134,16 @@ def _ids(model: Any, sequence: Tensor | str | Document, tokenizer: Any) -> Tenso
 
 
 def base_of(model: Any) -> GramianPreTrainedModel:
-    """Return the model itself, from inside of an adapter of peft if there is one.
+    """Return the model itself or, if it is an adapter of peft, the model inside the adapter.
 
     Raises:
-        TypeError: on a model that is not ours.
-        ValueError: on a model that reads no tokens, or looks ahead.
+        TypeError: if the model is not a Gramian model.
+        ValueError: if the model reads no tokens, or is bidirectional.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if not isinstance(model, GramianPreTrainedModel):
-        raise TypeError(f"model must be a model of ours; got {type(model).__name__}.")
+        raise TypeError(f"model must be a Gramian model; got {type(model).__name__}.")
     if model.config.bidirectional:
         raise ValueError("a bidirectional model looks ahead, so it cannot be read in chunks.")
     if model.config.input_size is not None:
@@ -150,24 +154,24 @@ def base_of(model: Any) -> GramianPreTrainedModel:
 
 
 def read_layer(text: str) -> Layer:
-    """Return a layer's number if a text is one, otherwise the text."""
+    """Return the layer that a text means: its number if the text is one, otherwise its name."""
     return int(text) if text.removeprefix("-").isdecimal() else text
 
 
 class Taps:
-    """What is taken from a model at each of its calls.
+    """A function that calls a model and returns the hidden states of chosen layers.
 
     Args:
         model: the model.
         layers: numbers and names of layers.
 
     Attributes:
-        padded: whether rows of one batch may differ in length: no layer is inside of a mixer, where
-            padding may stand elsewhere.
-        shapes: dtype and width of the vectors of each layer.
+        padded: whether the rows of a batch may differ in length. They may not if a layer is inside
+            a mixer, because a mixer can move the padding.
+        shapes: for each layer, the dtype and the width of its vectors.
 
     Raises:
-        ValueError: on a layer that does not exist or gives no vectors for tokens.
+        ValueError: if a layer does not exist, or its output is not one vector for each token.
     """
 
     def __init__(self, model: GramianPreTrainedModel, layers: Sequence[Layer]) -> None:
@@ -188,12 +192,13 @@ class Taps:
         self.shapes = self._probe()
 
     def __call__(self, ids: Tensor, mask: Tensor | None, cache: GramianCache) -> list[Tensor]:
-        """Read more tokens, and return what each layer gives, (batch, tokens, width).
+        """Read more tokens, and return the hidden states of each layer, (batch, tokens, width).
 
         Args:
             ids: (batch, tokens) token ids.
-            mask: (batch, tokens), 1 for a token; None if all are.
-            cache: the state before them, which is updated.
+            mask: (batch, tokens), 1 for a real token and 0 for padding; None if there is no
+                padding.
+            cache: the model's state before these tokens. It is updated in place.
         """
         found: list[list[Any]] = [[] for _ in self._layers]
         with evaluating(self.model), ExitStack() as stack:
@@ -257,7 +262,11 @@ class Taps:
         return found.detach()
 
     def _probe(self) -> list[tuple[torch.dtype, int]]:
-        """Read two and three tokens, so that no other dimension is taken for that of time."""
+        """Read two tokens and then three, and return the dtype and the width of each layer.
+
+        A dimension of the output that follows both lengths is the number of tokens. With one
+        length, another dimension could have the same size by chance.
+        """
         device = next(self.model.parameters()).device
         for length in (2, 3):
             ids = torch.zeros(1, length, dtype=torch.long, device=device)
@@ -281,7 +290,7 @@ def _input_keeper(found: list[Any]) -> Any:
 
 @contextmanager
 def _without_parameters(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require a gradient, so that nothing is recorded where gradients are on."""
+    """Let no parameter require a gradient, so that no graph is recorded."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -1,14 +1,15 @@
-"""Log-likelihoods of many sequences, read in batches and in chunks through a model's state.
+"""Compute log-likelihoods of many sequences, in batches, and in chunks with the model's state.
 
 The log-likelihood of a sequence is `sum_t log p(x_t | x_0 … x_(t-1))` in nats, over the tokens that
-count. The first token has no prediction unless a token of the beginning stands before it. Sequences
-of a group that begin alike are read once up to where they part; the state there is selected for
-each of them, and what follows is read for each.
+count. These are all tokens or, on request, only those of A, C, G and T. The first token has no
+prediction, unless a BOS token (beginning of sequence) is put before it. If the sequences of a group
+have a common beginning, it is read once. Each sequence then continues from a copy of the state at
+the end of this beginning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -37,23 +38,23 @@ class LogLikelihood(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Return the mean over the tokens that count, in nats; NaN if none counts."""
+        """Return the mean over the tokens that count, in nats, or NaN if no token counts."""
         return self.total / self.tokens if self.tokens else float("nan")
 
 
 class _Row(NamedTuple):
-    """A part of a sequence: what is read, and what stands before it."""
+    """A part of a sequence, from the token `start` to the token `stop` (excluded)."""
 
     letters: Letters
-    start: int  # in tokens: the token of the beginning, if there is one, is token 0
+    start: int  # token 0 is the BOS token, if there is one
     stop: int
 
 
 def language_model(model: Any) -> GramianForCausalLM:
-    """Return the language model itself, from inside of an adapter of peft if there is one.
+    """Return the language model or, if it is inside an adapter of peft, the model in the adapter.
 
     Raises:
-        TypeError: on any other model.
+        TypeError: if the model is not a `GramianForCausalLM`.
     """
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -64,7 +65,7 @@ def language_model(model: Any) -> GramianForCausalLM:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients, and back at the end."""
+    """Put a model into evaluation mode, disable gradients, and restore both at the end."""
     training = model.training
     model.eval()
     try:
@@ -75,14 +76,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Reader:
-    """A model that reads sequences of nucleotides.
+    """A function that computes log-likelihoods of sequences of nucleotides.
 
     Args:
         model: the language model.
         alphabet: ids of the nucleotides.
-        bos: whether a token of the beginning stands before every sequence.
-        count_unknown: whether letters other than A, C, G and T count.
+        bos: whether to put the BOS token before every sequence.
+        count_unknown: whether the log-likelihood includes letters other than A, C, G and T.
         chunk_size: largest number of tokens of a sequence that are read at once.
+
+    Attributes:
+        tell: called with the number of bases after they were read, or None.
     """
 
     def __init__(
@@ -96,10 +100,11 @@ class Reader:
         self.model, self.alphabet = model, alphabet
         self.begin = alphabet.begin if bos else None
         self.count_unknown, self.chunk_size = count_unknown, chunk_size
+        self.tell: Callable[[int], None] | None = None
 
     def read(self, groups: Sequence[Sequence[Letters]]) -> list[list[LogLikelihood]]:
-        """Return the log-likelihood of every sequence of every group, reading groups together."""
-        offset = 0 if self.begin is None else 1  # the token of the beginning is shared
+        """Return the log-likelihood of every sequence of every group. Groups are read together."""
+        offset = 0 if self.begin is None else 1  # the sequences share the BOS token
         shared = [offset + _common_beginning(group) if len(group) > 1 else 0 for group in groups]
         rows, parted = [], []
         found: list[list[LogLikelihood]] = [[] for _ in groups]
@@ -125,7 +130,7 @@ class Reader:
         offset: int,
         found: list[list[LogLikelihood]],
     ) -> None:
-        """Read what the sequences of each group share, and then the rest of each."""
+        """Read the common beginning of each group, and then the rest of each sequence."""
         before, cache = self._read(
             [_Row(groups[index][0], 0, shared[index]) for index in parted], None, keep=True
         )
@@ -143,12 +148,12 @@ class Reader:
     def _read(
         self, rows: list[_Row], cache: GramianCache | None, *, keep: bool
     ) -> tuple[list[LogLikelihood], GramianCache | None]:
-        """Read rows from their starts to their stops, where `cache` holds what is before.
+        """Read each row from its start to its stop, and return its log-likelihood.
 
         Args:
-            rows: the rows; with a cache, in its order.
-            cache: state before the rows, or None if all of them start at 0.
-            keep: whether to return the state behind the rows, each of which must have a token.
+            rows: the rows, in the order of the cache if one is given.
+            cache: the model's state before each row, or None if all rows start at token 0.
+            keep: whether to return the state after the rows too. Each row must then have a token.
         """
         longest = max(row.stop - row.start for row in rows)
         totals = np.zeros(len(rows))
@@ -167,6 +172,9 @@ class Reader:
             place, values = self._values(predicting, targets, due)
             np.add.at(totals, place, values)
             counts += due.sum(1)
+            if self.tell is not None:
+                extra = sum(row.start + begin == 0 for row in rows) if self.begin is not None else 0
+                self.tell(int(mask.sum()) - extra)
             before = None if cache is None else cache.last_hidden_state
         if not np.isfinite(totals).all():
             raise ValueError(
@@ -179,7 +187,10 @@ class Reader:
     def _batch(
         self, rows: list[_Row], begin: int, end: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return ids, which of them are tokens, and which count, each (rows, end - begin)."""
+        """Return token ids, a mask of real tokens, and a mask of the tokens that count.
+
+        All three are (rows, end - begin).
+        """
         shape = (len(rows), end - begin)
         ids = np.zeros(shape, dtype=np.int64)
         mask, due = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
@@ -213,7 +224,7 @@ class Reader:
     def _values(
         self, hidden: Tensor, targets: np.ndarray, due: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return rows and log-likelihoods of the tokens that count, (tokens,) each."""
+        """Return the row and the log-likelihood of every token that counts, both (tokens,)."""
         place, column = np.nonzero(due)
         device = hidden.device
         rows, columns = torch.from_numpy(place).to(device), torch.from_numpy(column).to(device)

@@ -1,4 +1,4 @@
-"""Log-likelihoods of records and of variants."""
+"""Score records and variants by their log-likelihoods."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from gramian.genomics._sequences import (
     Source,
     open_records,
 )
+from gramian.genomics._tokenizers import tokenizer_of
 from gramian.genomics._variants import (
     Variant,
     check_variants,
@@ -26,11 +27,9 @@ from gramian.genomics._variants import (
 )
 from gramian.models import GramianForCausalLM
 
-__all__ = ["BLOCK", "STRANDS", "RecordScore", "VariantScore", "default_window", "score"]
+__all__ = ["STRANDS", "RecordScore", "VariantScore", "blocks_of", "default_window", "score"]
 
 STRANDS = ("no", "average", "both")
-BLOCK = 16
-"""Number of batches of records that are sorted by length together."""
 
 Progress = Callable[[int, int], None]
 
@@ -42,7 +41,7 @@ class RecordScore:
     Attributes:
         name: name of the record.
         length: number of its bases.
-        strands: log-likelihood of the record as it stands and, unless `reverse_complement` is
+        strands: log-likelihood of the record as it is written and, unless `reverse_complement` is
             `"no"`, of its reverse complement.
     """
 
@@ -68,9 +67,9 @@ class VariantScore:
     Attributes:
         variant: the variant.
         start: first position of the window in the record, from 0.
-        end: position after the last one, with the reference allele.
+        end: position after the last position of the window with the reference allele.
         reference: log-likelihood of the window with the reference allele, on each strand.
-        alternative: the same with the alternative allele.
+        alternative: log-likelihood of the window with the alternative allele, on each strand.
     """
 
     variant: Variant
@@ -81,8 +80,10 @@ class VariantScore:
 
     @property
     def difference(self) -> float:
-        """Return the total log-likelihood of the alternative minus that of the reference, in nats,
-        averaged over the strands; it is below 0 where the model finds the variant less likely.
+        """Return the total log-likelihood of the alternative minus that of the reference.
+
+        The difference is in nats and averaged over the strands. It is below 0 if the model finds
+        the alternative less likely than the reference.
         """
         return sum(self.differences) / len(self.reference)
 
@@ -97,7 +98,7 @@ def score(
     model: GramianForCausalLM,
     records: Records,
     *,
-    tokenizer: Any,
+    tokenizer: Any = None,
     variants: str | Path | Iterable[Variant] | None = None,
     intervals: str | Path | None = None,
     reverse_complement: str = "no",
@@ -111,51 +112,59 @@ def score(
 ) -> Iterator[RecordScore] | Iterator[VariantScore]:
     """Score records, or variants of them, by their log-likelihood in nats.
 
-    A record of any length is read from its beginning to its end through the model's state, in
-    chunks and in memory that does not grow with the length (but for the keys and values of
-    attention). Every token counts once, and the first one has no prediction unless `bos` is set.
-    Neither the order of the records nor `batch_size` nor `chunk_size` changes a score beyond
-    rounding. Lower case (a soft mask) is read as upper case.
+    A record of any length is read in chunks, from its beginning to its end, and the model's state
+    is carried from chunk to chunk. So memory does not grow with the length, except for the keys and
+    values of attention. A score includes every token once, except the first, which has no
+    prediction unless `bos` is set. The order of the records, `batch_size` and `chunk_size` change a
+    score by rounding errors only. Lower case (a soft mask) is read as upper case.
 
-    The window around a variant has `window` bases with the reference allele, which stands in its
-    middle: the left flank has `(window - len(ref) + 1) // 2` bases and the right flank the rest,
-    and both end where the record ends. The alternative window has the same two flanks around the
-    alternative allele, so after an insertion it is longer and after a deletion shorter. What the
-    windows of a row share at their beginning is read once, and the state is continued with each.
+    The window around a variant has `window` bases and contains the reference allele in its middle.
+    The left flank has `(window - len(ref) + 1) // 2` bases, and the right flank has the rest. If
+    the record ends within a flank, the flank ends there too. The alternative window has the same
+    two flanks around the alternative allele. So this window is longer for an insertion, and shorter
+    for a deletion. The windows of one reference allele have a common beginning, which is read once.
+    Each window then continues from the state at the end of this beginning.
 
     Args:
-        model: the language model, also inside of an adapter of peft.
-        records: a FASTA file, as a path; or sequences by name; or documents or pairs of a name and
-            a sequence.
-        tokenizer: the model's tokenizer, which has one token for each nucleotide.
-        variants: a VCF file, or a table with the columns chrom, pos, ref and alt
-            (`read_variants`), or variants; by default the records themselves are scored.
-        intervals: a BED file; its intervals, on their strands, are scored in place of the records.
-        reverse_complement: `"no"` scores each sequence as it stands; `"average"` and `"both"` score
-            its reverse complement too. They differ only in what a table of the scores shows.
-        bos: whether the tokenizer's token of the beginning, or else that of the end (as Evo's,
-            which has one between sequences), stands before every sequence.
-        count_unknown: whether letters other than A, C, G and T count, such as N; they are read in
-            any case, as the tokens that the tokenizer has for them.
-        window: number of bases around a variant; by default 8,192, or the length of the model's
-            filters if that is less.
+        model: the language model. It may be inside an adapter of peft.
+        records: the path of a FASTA file; or a mapping from names to sequences; or a series of
+            documents, or of pairs of a name and a sequence.
+        tokenizer: the model's tokenizer, which has one token for each nucleotide. By default, it is
+            the one in the model's folder, or that of a converted HyenaDNA, Evo or model of bytes.
+        variants: the variants to score; or the path of a VCF file or of a table with the columns
+            chrom, pos, ref and alt, which `read_variants` reads. By default, the records themselves
+            are scored.
+        intervals: path of a BED file, or None. If it is given, its intervals are scored instead of
+            the records, each on its strand.
+        reverse_complement: `"no"` scores each sequence as it is written. `"average"` and `"both"`
+            score its reverse complement too. These two differ only in the table that `write_scores`
+            writes.
+        bos: whether to put the tokenizer's BOS token before every sequence. If the tokenizer has
+            none, its EOS token is used, because Evo puts this token between sequences.
+        count_unknown: whether a score includes letters other than A, C, G and T, such as N. The
+            model reads their tokens in any case.
+        window: number of bases in the window around a variant; by default 8,192, or the length of
+            the model's filters if that is less.
         batch_size: number of sequences that are read together.
         chunk_size: largest number of tokens of a sequence that are read at once.
-        skip: number of scores to leave out at the beginning; the others are what they are without
-            it, to the last bit.
-        progress: called as `progress(done, all)`, of bases or variants.
+        skip: number of scores to leave out at the beginning. The other scores do not change, not
+            even by rounding errors.
+        progress: function that is called as `progress(done, total)` with numbers of bases or
+            variants, or None.
 
     Returns:
-        An iterator over the scores, in the order of the records or variants, which computes them as
-        it goes on.
+        An iterator over the scores, in the order of the records or variants. It computes each score
+        when it is needed.
 
     Raises:
-        TypeError: on another kind of model.
+        TypeError: if the model is not a `GramianForCausalLM`.
         OSError: if a file cannot be read.
-        ValueError: on records that are no genome; on a tokenizer that does not fit; on a variant
-            that is not written as bases, lies outside of the genome or whose reference allele is
-            not there, before anything is computed; and on log-likelihoods that are not finite.
-        ImportError: for variants or intervals of a file, without `pyfaidx`.
+        ValueError: if a record contains letters that are not codes of nucleotides; if the tokenizer
+            does not fit the model; if a variant is not written as bases, lies outside the genome,
+            or has a reference allele that differs from the genome; or if a log-likelihood is not
+            finite. All of these except the last are checked before the first score is computed.
+        ImportError: if variants or intervals of a FASTA file are requested and `pyfaidx` is not
+            installed.
     """
     model = language_model(model)
     if reverse_complement not in STRANDS:
@@ -171,6 +180,7 @@ def score(
         raise ValueError("window is the number of bases around a variant; give variants too.")
     if variants is not None and intervals is not None:
         raise ValueError("give variants or intervals, not both.")
+    tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
     alphabet = Alphabet(tokenizer, model.config.vocab_size)
     reader = Reader(model, alphabet, bos, count_unknown, chunk_size)
     source = open_records(records, intervals)
@@ -184,8 +194,32 @@ def score(
     return _score_variants(reader, genome, found, size, both, batch_size, skip, progress)
 
 
+def blocks_of(
+    lengths: list[int], batch_size: int, chunk_size: int, skip: int = 0
+) -> Iterator[tuple[int, int]]:
+    """Yield the first and the last index, exclusive, of records that are read together.
+
+    They are sorted by length together and give their results together, so there are few of them if
+    they are long.
+
+    Args:
+        lengths: number of bases of each record.
+        batch_size: number of records in a batch.
+        chunk_size: largest number of tokens of a record that are read at once.
+        skip: number of records whose results are not wanted; blocks of such records are left out.
+    """
+    most = max(batch_size, min(16 * batch_size, 256))
+    first = bases = 0
+    for last, length in enumerate(lengths, 1):
+        bases += length
+        if last - first == most or bases >= 16 * batch_size * chunk_size or last == len(lengths):
+            if last > skip:
+                yield first, last
+            first, bases = last, 0
+
+
 def default_window(model: GramianForCausalLM) -> int:
-    """Return the number of bases around a variant that `score` takes by default."""
+    """Return the number of bases that the window around a variant has by default in `score`."""
     return min(8192, int(model.config.max_position_embeddings or 8192))
 
 
@@ -199,9 +233,9 @@ def _score_records(
 ) -> Iterator[RecordScore]:
     strands = 2 if both else 1
     lengths = source.lengths
-    size = BLOCK * batch_size
-    first = skip // size * size  # what is computed together stays together
-    done, total = sum(lengths[:first]) * strands, sum(lengths) * strands
+    blocks = list(blocks_of(lengths, batch_size, reader.chunk_size, skip))
+    start = blocks[0][0] if blocks else len(lengths)
+    done, total = sum(lengths[:start]) * strands, sum(lengths) * strands
 
     def tell(bases: int) -> None:
         nonlocal done
@@ -210,23 +244,24 @@ def _score_records(
             progress(done, total)
 
     tell(0)
-    records = source.read(first)
-    while block := list(itertools.islice(records, size)):
+    reader.tell = tell
+    records = source.read(start)
+    for first, last in blocks:
         texts: list[Letters] = []
-        for one in block:
+        for one in itertools.islice(records, last - first):
             texts += [one, Reverse(one)] if both else [one]
-        found = _read_by_length(reader, texts, batch_size, tell)
-        for index, place in enumerate(range(first, first + len(block))):
+        found = _read_by_length(reader, texts, batch_size)
+        for index, place in enumerate(range(first, last)):
             if place >= skip:
                 results = tuple(found[index * strands : (index + 1) * strands])
                 yield RecordScore(source.names[place], lengths[place], results)
-        first += len(block)
 
 
-def _read_by_length(
-    reader: Reader, texts: list[Letters], batch_size: int, tell: Callable[[int], None]
-) -> list[LogLikelihood]:
-    """Read sequences, those of similar length together; those of one chunk apart from others."""
+def _read_by_length(reader: Reader, texts: list[Letters], batch_size: int) -> list[LogLikelihood]:
+    """Return the log-likelihood of each sequence, and read sequences in batches of similar length.
+
+    No batch mixes sequences that fit in a chunk with longer ones.
+    """
     found = [LogLikelihood(0.0, 0)] * len(texts)
     order = sorted(
         (index for index, text in enumerate(texts) if len(text)), key=lambda i: len(texts[i])
@@ -239,7 +274,6 @@ def _read_by_length(
                 batch, reader.read([[texts[i]] for i in batch]), strict=True
             ):
                 found[index] = result
-            tell(sum(len(texts[i]) for i in batch))
     return found
 
 
@@ -255,7 +289,7 @@ def _score_variants(
 ) -> Iterator[VariantScore]:
     rows = (list(row) for _, row in itertools.groupby(variants, lambda v: (v.chrom, v.pos, v.ref)))
     done = 0
-    together = max(1, batch_size // (4 if both else 2))  # of rows with two sequences on each strand
+    together = max(1, batch_size // (4 if both else 2))  # rows of two sequences on each strand
     while block := list(itertools.islice(rows, together)):
         count = sum(map(len, block))
         if done + count > skip:
@@ -269,7 +303,7 @@ def _score_variants(
 def _score_rows(
     reader: Reader, genome: Genome, rows: list[list[Variant]], size: int, both: bool
 ) -> Iterator[VariantScore]:
-    """Score variants together, those of each row in windows of one reference."""
+    """Score variants together. The variants of a row have the same reference allele."""
     windows = [window_around(genome, row, size) for row in rows]
     groups: list[list[Letters]] = []
     for one in windows:

@@ -1,7 +1,8 @@
-"""The sequences that are scored and embedded: records of files, intervals, and texts in memory.
+"""Open the sequences to score or embed: records of files, intervals, and texts in memory.
 
-A sequence of any length is held in a temporary file beyond 16 MiB, so the memory that it takes does
-not grow with its length, and it can be read from its end for the other strand.
+A sequence of more than 1 MiB is kept in a temporary file, so the memory in use does not grow with
+its length. Every part of the file can be read, so the other strand can be read from its own
+beginning.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from gramian.tasks.indexed import IndexedGenome
 
 __all__ = ["Alphabet", "Codes", "Genome", "Letters", "Records", "Reverse", "Source", "open_records"]
 
-_IN_MEMORY = 2**24
+_IN_MEMORY = 2**20
 _UNKNOWN = np.ones(256, dtype=bool)
 _UNKNOWN[list(b"ACGT")] = False
 
 Records = str | Path | Mapping[str, str] | Iterable[Document | tuple[str, str]]
-"""What `score` and `embed` accept as records."""
+"""The records that `score` and `embed` accept."""
 
 
 class Letters(Protocol):
@@ -36,34 +37,37 @@ class Letters(Protocol):
         """Return the number of codes."""
 
     def read(self, start: int, stop: int) -> bytes:
-        """Return the codes from `start` to `stop`, which lie inside of the sequence."""
+        """Return the codes from `start` to `stop` (excluded), which lie inside the sequence."""
 
 
 class Codes:
     """A sequence in memory or, if it is long, in a temporary file.
 
     Args:
-        pieces: the codes, in pieces.
+        pieces: the codes of the sequence, as byte strings that follow each other.
     """
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
-        self._file = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (it lives on)
+        self._file = SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (it stays open)
         self._length = sum(self._file.write(piece) for piece in pieces)
 
     def __len__(self) -> int:
         return self._length
 
+    def __del__(self) -> None:
+        self._file.close()
+
     def read(self, start: int, stop: int) -> bytes:
-        """Return the codes from `start` to `stop`."""
+        """Return the codes from `start` to `stop` (excluded)."""
         self._file.seek(start)
         return self._file.read(stop - start)
 
 
 class Reverse:
-    """The other strand of a sequence, read in its own direction.
+    """The other strand of a sequence, read in the direction of that strand.
 
     Args:
-        sequence: the sequence.
+        sequence: the sequence on its first strand.
     """
 
     def __init__(self, sequence: Letters) -> None:
@@ -73,7 +77,7 @@ class Reverse:
         return len(self._sequence)
 
     def read(self, start: int, stop: int) -> bytes:
-        """Return the reverse complement of the codes that lie opposite."""
+        """Return the codes from `start` to `stop` (excluded) of the other strand."""
         length = len(self)
         return genomes.reverse_complement(self._sequence.read(length - stop, length - start))
 
@@ -86,7 +90,8 @@ class Alphabet:
         vocab_size: number of tokens of the model.
 
     Raises:
-        ValueError: if a nucleotide is no token of its own, or no token of the model.
+        ValueError: if a nucleotide has no token of its own, or its token id is not below
+            `vocab_size`.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
@@ -105,7 +110,7 @@ class Alphabet:
             )
 
     def ids(self, codes: bytes) -> np.ndarray:
-        """Return the ids of codes, (codes,), int64."""
+        """Return the token ids of codes, (codes,), int64."""
         if not codes:
             return np.empty(0, dtype=np.int64)
         (ids,) = self.encoder.encode_pieces([codes])
@@ -113,10 +118,10 @@ class Alphabet:
 
     @property
     def begin(self) -> int:
-        """Return the id of the token that begins a sequence.
+        """Return the id of the token that begins a sequence: the BOS token, or else the EOS token.
 
         Raises:
-            ValueError: if the tokenizer has none.
+            ValueError: if the tokenizer has neither.
         """
         for name in ("bos_token_id", "eos_token_id"):
             found = getattr(self.tokenizer, name, None)
@@ -134,14 +139,14 @@ def unknown(codes: bytes) -> np.ndarray:
 
 
 class Genome(Protocol):
-    """Sequences that are found by name."""
+    """Sequences with names, of which any part can be fetched."""
 
     @property
     def lengths(self) -> Mapping[str, int]:
-        """Return the length of each sequence by its name."""
+        """Return a mapping from the name of each sequence to its length."""
 
     def fetch(self, name: str, start: int, stop: int) -> str:
-        """Return the codes from `start` to `stop` of the sequence `name`."""
+        """Return the codes from `start` to `stop` (excluded) of the sequence `name`."""
 
 
 class _InMemory:
@@ -161,7 +166,7 @@ class _InMemory:
 
 
 class Source:
-    """Records with their names and lengths, which are read in order, as often as needed.
+    """Records with their names and lengths. They can be read in order, several times.
 
     Args:
         names: name of each record.
@@ -181,7 +186,7 @@ class Source:
         self._file, self._documents = file, documents
 
     def read(self, skip: int = 0) -> Iterator[Codes]:
-        """Yield the sequence of every record but the first `skip`."""
+        """Yield the sequence of every record except the first `skip` records."""
         if self._documents is not None:
             for document in self._documents[skip:]:
                 yield Codes([document.text.encode("ascii")])
@@ -196,8 +201,8 @@ class Source:
         """Return random access to the records.
 
         Raises:
-            ValueError: if several records in memory have one name.
-            ImportError: without `pyfaidx`, for a file.
+            ValueError: if several records in memory have the same name.
+            ImportError: if the records are in a file and `pyfaidx` is not installed.
         """
         if self._file is not None:
             return IndexedGenome(self._file)
@@ -206,7 +211,7 @@ class Source:
 
 
 class _Intervals(Source):
-    """Intervals of a genome as records, each fetched when it is read."""
+    """Intervals of a genome, as records. Each interval is fetched when it is read."""
 
     def __init__(self, genome: Genome, file: str | Path) -> None:
         self._genome = genome
@@ -228,14 +233,16 @@ def open_records(records: Records, intervals: str | Path | None = None) -> Sourc
     """Open records, and check every letter of them.
 
     Args:
-        records: a file, sequences by name, or documents or pairs of names and sequences.
-        intervals: a BED file of parts of the records to take in their place, or None.
+        records: the path of a file; or a mapping from names to sequences; or a series of documents,
+            or of pairs of a name and a sequence.
+        intervals: path of a BED file, or None. If it is given, its intervals are opened instead of
+            the records.
 
     Raises:
         OSError: if a file cannot be read.
-        ValueError: on letters that are not codes of nucleotides, no record, and intervals outside
-            of the records.
-        ImportError: without `pyfaidx`, for intervals of a file.
+        ValueError: if a letter is not the code of a nucleotide, if there is no record, or if an
+            interval lies outside the records.
+        ImportError: if intervals of a FASTA file are requested and `pyfaidx` is not installed.
     """
     if isinstance(records, str | Path):
         source = _of_file(str(records))

@@ -1,7 +1,8 @@
-"""Scores in a table that is complete or absent, and that a killed run goes on with.
+"""Write scores into a table, completely or not at all, and resume after an interruption.
 
-Rows are written to `NAME.partial` beside the table, behind a line that says of which call they are.
-A later call that is the same skips the rows that are there. At the end the rows become the table.
+Rows are written to `NAME.partial` beside the table. The first line of this file identifies the
+call. A later call with the same arguments, files and weights skips the rows that are already in the
+file. When all rows are written, they become the table.
 """
 
 from __future__ import annotations
@@ -30,37 +31,37 @@ def write_scores(
     model: GramianForCausalLM,
     records: str | Path,
     *,
-    tokenizer: Any,
+    tokenizer: Any = None,
     variants: str | Path | None = None,
     intervals: str | Path | None = None,
     **options: Any,
 ) -> int:
-    """Write the scores of a file into a table between tabs, and go on with one that was cut short.
+    """Write the scores of a file into a tab-separated table, or complete an interrupted table.
 
-    The rows of records have their name, length, number of tokens that count, and total and mean
-    log-likelihood in nats; those of variants have chrom, pos, id, ref, alt, the window's start and
-    end (from 0, half-open), the totals of reference and alternative, their difference, and the
-    means of both. With `reverse_complement="average"` all are averaged over the strands; with
-    `"both"` the rows also have the values of each strand. Names are written with a space for every
-    tab.
+    The row of a record contains its name, its length, the number of tokens that its score includes,
+    and the total and mean log-likelihood in nats. The row of a variant contains chrom, pos, id,
+    ref, alt, the window's start and end (from 0, half-open), the totals of reference and
+    alternative, their difference, and the means of both. With `reverse_complement="average"` or
+    `"both"`, all values are averaged over the strands. With `"both"`, a row also contains values of
+    each strand. In names, a space replaces every tab.
 
     Args:
-        output: the table, which must not exist yet. Until it is complete, its rows are in
-            `OUTPUT.partial`. A call with the same arguments, files and weights goes on there, and
-            the table is then the same as that of one run.
+        output: path of the table, which must not exist yet. Until the table is complete, its rows
+            are in `OUTPUT.partial`. A call with the same arguments, files and weights continues
+            this file, and the table is then the same as that of an uninterrupted call.
         model: the language model.
-        records: a FASTA file.
+        records: path of a FASTA file.
         tokenizer: the model's tokenizer.
-        variants: a VCF file or a table of variants.
-        intervals: a BED file.
-        options: those of `score`.
+        variants: path of a VCF file or a table of variants, or None.
+        intervals: path of a BED file, or None.
+        options: further arguments of `score`.
 
     Returns:
-        The number of rows that an earlier call had written.
+        The number of rows that were taken from an earlier call.
 
     Raises:
         FileExistsError: if the table exists.
-        ValueError: if the partial table is one of another call, and as `score` does.
+        ValueError: if another call wrote the partial table, or if `score` raises this error.
     """
     target = Path(output)
     if target.exists():
@@ -98,10 +99,10 @@ def write_scores(
 
 
 def _resume(partial: Path, call: str, target: Path) -> int:
-    """Return the number of whole rows of an earlier call, after cutting off a torn one.
+    """Return the number of complete rows of an earlier call, and cut off an incomplete one.
 
     Raises:
-        ValueError: if they are of another call.
+        ValueError: if another call wrote the rows.
     """
     if not partial.exists():
         return 0
@@ -112,8 +113,8 @@ def _resume(partial: Path, call: str, target: Path) -> int:
                 break
             if number == 0 and line.decode("utf-8", errors="replace").rstrip("\n") != call:
                 raise ValueError(
-                    f"{partial} is of another call (other files, weights or options); remove it, "
-                    f"or write to another file than {target}."
+                    f"{partial} belongs to another call (other files, weights or options); remove "
+                    f"it, or write to another file than {target}."
                 )
             rows += number >= 2
             size += len(line)
@@ -133,7 +134,7 @@ def _describe(
     intervals: str | Path | None,
     options: dict[str, Any],
 ) -> str:
-    """Return what determines the rows of a call, as one line."""
+    """Return one line that describes everything that determines the rows of a call."""
     given = {name: value for name, value in options.items() if name != "progress"}
     if variants is not None and given.get("window") is None:
         given["window"] = default_window(model)

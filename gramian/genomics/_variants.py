@@ -1,4 +1,4 @@
-"""Variants from VCF and TSV files, checked against the genome, and the windows around them."""
+"""Read variants from VCF and TSV files, check them against the genome, and cut their windows."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _ALLELE = re.compile(r"[ACGTUNRYSWKMBDHVX]+", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Variant:
-    """A change of a genome: bases of it, and those that stand there instead.
+    """A change of a genome: some of its bases, and the bases that replace them.
 
     Attributes:
         chrom: name of the record.
         pos: position of the first base of `ref`, counted from 1 as in VCF.
         ref: bases of the genome, at least one.
-        alt: bases in their place, at least one; in an insertion or deletion the bases around the
-            change are repeated, as in VCF.
-        id: name of the variant, or "".
-        where: place that error messages name, such as a line of a file.
+        alt: bases that replace `ref`, at least one. For an insertion or a deletion, `ref` and `alt`
+            both contain a base beside the change, as in VCF.
+        id: name of the variant; "" if it has none.
+        where: origin of the variant for error messages, such as a line of a file.
     """
 
     chrom: str
@@ -44,14 +44,16 @@ def read_variants(file: str | Path) -> list[Variant]:
     """Read the variants of a VCF file, or of a table with the columns chrom, pos, ref and alt.
 
     A file whose first line begins with `##fileformat=VCF` or `#CHROM` is VCF. Any other file is a
-    table between tabs, whose first line names its columns, in either case and in any order; a
-    column `id` is read too, and others are skipped. In both, positions count from 1, and a row with
-    several alternatives, between commas, is one variant for each. Files may be compressed.
+    tab-separated table. Its first line names the columns, in upper or lower case and in any order.
+    A column `id` is read too, and other columns are skipped. In both formats, positions count from
+    1. Commas separate several alternatives in a row, and each of them becomes one variant. Files
+    may be compressed.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: on a file without variants, and on a row whose alleles are not sequences, such
-            as `<DEL>`, `*`, a breakend or `.`; the message names the line.
+        ValueError: if the file has no variants, if a row has too few columns or an invalid
+            position, or if an allele is not written as bases, such as `<DEL>`, `*`, a breakend or
+            `.`. The message names the line.
     """
     text = b"".join(blocks(file)).decode("utf-8", errors="replace")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -68,8 +70,8 @@ def read_variants(file: str | Path) -> list[Variant]:
         where = f"{file}, line {number}"
         if len(words) <= max(places.values()):
             raise ValueError(
-                f"{where}: a variant has {max(places.values()) + 1} columns or more between tabs; "
-                f"got {len(words)}."
+                f"{where}: a variant has at least {max(places.values()) + 1} columns, separated by "
+                f"tabs; got {len(words)}."
             )
         row = {name: words[place] for name, place in places.items()}
         found += _of_row(row, where)
@@ -84,7 +86,7 @@ def _columns(words: list[str], file: str) -> dict[str, int]:
     if missing:
         raise ValueError(
             f"{file} is neither VCF nor a table of variants: its first line must name the columns "
-            f"chrom, pos, ref and alt between tabs; {' and '.join(missing)} is missing."
+            f"chrom, pos, ref and alt, separated by tabs; {' and '.join(missing)} is missing."
         )
     return {name: names.index(name) for name in (*_COLUMNS, "id") if name in names}
 
@@ -120,10 +122,10 @@ def _kind(alt: str) -> str:
 
 
 def check_variants(variants: Iterable[Variant], genome: Genome, window: int) -> None:
-    """Check that every variant lies in the genome, has its bases and fits into the window.
+    """Check every variant: its place in the genome, its reference allele and its length.
 
     Raises:
-        ValueError: on the first variant that does not.
+        ValueError: if a variant fails a check. The message describes the first one that does.
     """
     lengths = genome.lengths
     for one in variants:
@@ -159,9 +161,10 @@ class Window:
 
     Attributes:
         start: first position of the window in the record, from 0.
-        end: position after its last one.
-        reference: the bases there.
-        alternatives: the same with each alternative allele in place of the reference.
+        end: position after the last position of the window.
+        reference: the bases of the window.
+        alternatives: for each alternative allele, the bases of the window with this allele in place
+            of the reference allele.
     """
 
     start: int
@@ -174,9 +177,9 @@ def window_around(genome: Genome, variants: list[Variant], size: int) -> Window:
     """Cut the window around variants that replace the same bases.
 
     Args:
-        genome: where they are.
-        variants: variants of one place and reference allele.
-        size: number of bases of the window with the reference allele.
+        genome: the genome that the variants change.
+        variants: variants with the same position and the same reference allele.
+        size: number of bases in the window, including the reference allele.
     """
     one = variants[0]
     first, length = one.pos - 1, len(one.ref)

@@ -1,6 +1,6 @@
 """Measure and shape the memory of models, by losses, observers and the initialization of gates.
 
-The state-sizes of filters, and those of models in training, are measured here, too.
+The package also measures the state-sizes of filters, and of models in training.
 """
 
 from __future__ import annotations

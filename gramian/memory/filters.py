@@ -22,16 +22,16 @@ from gramian.reduction.spectrum import leading_spectrum
 __all__ = ["filter_state_sizes"]
 
 _DENSE = 512
-"""Size up to which all eigenvalues of a block are computed.
+"""The size up to which all eigenvalues of a block are computed.
 
-This takes about as long as reducing the filters.
+Computing them takes about as long as reducing the filters.
 """
 
 _LEADING = 32
-"""Number of singular values of larger blocks that are computed."""
+"""The number of singular values that are computed for larger blocks."""
 
 _BLOCK = 2**23
-"""Maximal number of entries of the matrices, or of the Lanczos bases, that are held at once."""
+"""The maximal number of entries of the matrices, or of the Lanczos bases, that are held at once."""
 
 
 @torch.no_grad()
@@ -43,8 +43,8 @@ def filter_state_sizes(kernel: Tensor) -> Tensor:
 
     Returns:
         (C), the value of `effective_state_size(FIR(kernel), L // 2, horizon=2 * (L // 2))`. It is
-        exact for up to 1,024 taps, and an estimate for more. The estimate is accurate to about a
-        tenth if the spectrum decays fast, and to a factor of two if the filter is rough.
+        exact for up to 1,024 taps, and an estimate for longer kernels. The estimate is accurate to
+        about a tenth if the spectrum decays fast, and to a factor of two if the filter is rough.
     """
     side = kernel.shape[-1] // 2
     if side == 0:

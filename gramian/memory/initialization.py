@@ -2,11 +2,11 @@
 
 How fast a memory decays determines how much it holds. One number per layer, or per head, shifts all
 gates of that layer or head. The shift is added to the logits of the gates of `GatedLinearAttention`
-and `WeightedLinearAttention`. The rates of `S6`, `GLAS6` and `GatedDeltaNet` are divided by its
-exponential, which for `GLAS6` multiplies the normalization factor. ESS is not always monotonic in
-the shift. So ESS is measured on a grid of shifts, the crossing of the target that is nearest to a
-shift of zero is chosen, and bisection refines it (arXiv 2504.19561, on initialization informed by
-ESS).
+and `WeightedLinearAttention`. The rates of `S6`, `GLAS6` and `GatedDeltaNet` are divided by the
+exponential of the shift. For `GLAS6`, this is the same as multiplying the normalization factor by
+it. ESS is not always monotonic in the shift. So ESS is measured on a grid of shifts. Of the places
+where it crosses the target, the nearest to a shift of zero is chosen, and bisection refines it
+(arXiv 2504.19561, on initialization informed by ESS).
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = ["GateInitialization", "InitializedGates", "initialize_gates"]
 
 _REACH, _GRID = 24.0, 49  # the largest shift of the grid, and its number of shifts
 _BISECTIONS = 16
-_ABOUT = 0.01  # errors that differ by less than this share of the target count as equal
+_ABOUT = 0.01  # errors count as equal if they differ by less than this share of the target
 
 
 @dataclasses.dataclass(frozen=True)
 class InitializedGates:
-    """The initialization of the gates of a layer, or of one head of it.
+    """The initialization of the gates of a layer, or of one of its heads.
 
     Attributes:
         name: path of the mixer in the model.
-        head: index of the head; None if all heads of the layer have one shift.
+        head: index of the head, or None if all heads of the layer have the same shift.
         target: target state-size.
         before: mean state-size before initialization.
         reached: mean state-size after initialization.
@@ -71,7 +71,7 @@ class InitializedGates:
 
 @dataclasses.dataclass(frozen=True)
 class GateInitialization:
-    """The result of `initialize_gates`, which prints as one line for each layer or head.
+    """The result of `initialize_gates`. As a string, it has one line for each layer or head.
 
     Attributes:
         gates: one entry for each layer, or for each head.
@@ -109,11 +109,12 @@ def initialize_gates(
     over sequences, and, unless `per_head` is set, over heads.
 
     Args:
-        model: A module that contains linear recurrences of `gramian.mixers`, or is one.
+        model: A linear recurrence of `gramian.mixers`, or a module that contains linear
+            recurrences.
         inputs: A batch with which the model is called: a tensor, or a mapping of arguments.
-        target: Entropy-ESS that every head is to have, positive.
-        share: The target as a share of the state size n, above 0 and at most 1; it takes the place
-            of `target`.
+        target: The entropy-ESS that every head should have, positive.
+        share: The target as a share of the state size n, above 0 and at most 1. It replaces
+            `target`.
         per_head: Whether every head has its own shift.
         at: The position at which ESS is measured; by default, the middle of the input. The input
             should be long enough that min(at, length - at) does not limit ESS.
@@ -121,13 +122,14 @@ def initialize_gates(
 
     Returns:
         The state-sizes of every layer or head before and after the change, and whether they reached
-        the target. A target may be out of reach: a memory whose gates forget nothing may hold less,
-        and so may the memory of too few tokens. Such a layer or head gets the closest shift.
+        the target. A target may be out of reach, because a memory whose gates forget nothing holds
+        less, or because there are too few tokens. The layer or head then gets the shift that comes
+        closest.
 
     Raises:
-        ValueError: unless exactly one of `target` and `share` is given, within its bounds; for a
-            model that has no linear recurrences or runs none of them; for a position outside of the
-            sequence.
+        ValueError: unless exactly one of `target` and `share` is given, within its bounds. Also if
+            the model has no linear recurrences or runs none of them, or if the position is outside
+            of the sequence.
     """
     check_goal(target, share)
     entries: list[InitializedGates] = []
@@ -164,7 +166,7 @@ def _run(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> None:
 
 
 class _Search:
-    """A search for the shift of a mixer's gates at which its heads have a state-size."""
+    """A search for the shift of a mixer's gates at which its heads have a given state-size."""
 
     def __init__(
         self,
@@ -195,7 +197,7 @@ class _Search:
         self.dynamics.slow(shift.to(like).expand(self.mixer.heads))
 
     def sizes(self, shift: Tensor) -> Tensor:
-        """Return the mean state-size over the sequences at a shift, (heads) or (1), float64."""
+        """Return the state-size at a shift, a mean over the sequences: (heads) or (1), float64."""
         self.set(shift)
         sizes = effective_state_size(self.mixer.operator(self.x, mask=self.mask), self.at)
         of_heads = sizes.double().mean(0)
@@ -237,10 +239,11 @@ def _crossing(grid: Tensor, curve: Tensor, target: float) -> tuple[Tensor, Tenso
         target: The target state-size.
 
     Returns:
-        The two ends of the interval of the grid, nearest to 0, in which the curve crosses the
-        target, and whether the curve rises in it; each (heads). If a curve does not cross the
-        target, both ends are the shift that comes closest. Among shifts that come about as close,
-        it is the smallest, since a larger one would only saturate the gates.
+        Three tensors (heads): the two ends of an interval of the grid, and whether the curve rises
+        in this interval. Of the intervals in which the curve crosses the target, this is the
+        interval nearest to 0. If a curve does not cross the target, both ends are the shift that
+        comes closest. If several shifts come about as close, both ends are the smallest of these,
+        since a larger shift would only saturate the gates.
     """
     above = curve > target
     crosses = above[1:] != above[:-1]  # (grid - 1, heads)

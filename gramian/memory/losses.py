@@ -19,14 +19,15 @@ class MemoryLosses:
 
     Args:
         model: A module that contains mixers.
-        gates: Weight of `gate_regularizer` on the model's linear recurrences; 0 leaves it out.
-        ess: Weight of `ess_penalty` on the model's mixers; 0 leaves it out.
+        gates: Weight of `gate_regularizer` on the model's linear recurrences. 0 leaves this loss
+            out.
+        ess: Weight of `ess_penalty` on the model's mixers. 0 leaves this loss out.
         target: As for `ess_penalty`.
         share: As for `ess_penalty`.
-        sequences: Maximal number of sequences of a pass for which `ess_penalty` is computed; all
-            by default.
+        sequences: Maximal number of sequences of a pass for which `ess_penalty` is computed. By
+            default, it is computed for all.
         channels: Maximal number of heads or channels of a layer for which `ess_penalty` is
-            computed; all by default.
+            computed. By default, it is computed for all.
 
     Raises:
         ValueError: if the model has no mixers for a loss whose weight is positive.
@@ -59,7 +60,7 @@ class MemoryLosses:
             raise ValueError(f"{name} needs {needed}; this model has none.") from error
 
     def __call__(self) -> tuple[Tensor, dict[str, float]]:
-        """Return the weighted sum, and the unweighted losses by the names that logs use."""
+        """Return the weighted sum, and a mapping from names in logs to the unweighted losses."""
         losses: dict[str, float] = {}
         total: Any = 0.0
         if self.gated is not None:
@@ -73,7 +74,7 @@ class MemoryLosses:
         return total, losses
 
     def _penalty(self, observer: Observer) -> Tensor:
-        """Return the mean penalty over mixers and sequences, which are taken without padding."""
+        """Return the mean penalty over the mixers and the sequences, whose padding is left out."""
         total, sequences = torch.zeros(()), 0
         for system, length, count in observer.sequences(**self.most):
             at = sorted({length * quarter // 4 for quarter in (1, 2, 3)} - {0})

@@ -1,4 +1,4 @@
-"""Observe a model's forward passes, for the operators that its mixers apply to their inputs."""
+"""Observe forward passes, to compute the operators that mixers apply to their inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Observer"]
 
 
 class Observer:
-    """An observer that keeps the inputs of a model's mixers, for losses on their operators.
+    """An observer that keeps the inputs of mixers, to compute losses on the mixers' operators.
 
         observer = Observer(model, LinearRecurrence)
         …
@@ -31,7 +31,7 @@ class Observer:
 
     Args:
         model: A mixer, or a module that contains mixers.
-        kind: Class of the mixers to observe; all mixers by default.
+        kind: Class of the mixers to observe. By default, all mixers are observed.
 
     Raises:
         ValueError: if the model has no such mixer.
@@ -60,10 +60,10 @@ class Observer:
         self._read[path] = x, Segments.of(mask)
 
     def inputs(self) -> dict[str, tuple[Tensor, Segments | None]]:
-        """Return the input of every mixer that ran, by the mixer's path.
+        """Return a mapping from the path of every mixer that ran to its input.
 
-        An input is a tensor (batch, length, width), with the positions of its tokens, or None if
-        there is no padding.
+        An input is a pair: a tensor (batch, length, width), and the positions of its tokens, which
+        are None if there is no padding.
         """
         return dict(self._read)
 
@@ -76,14 +76,14 @@ class Observer:
         packed rows a mixer has several operators, each of them for sequences of similar length.
 
         Args:
-            sequences: Maximal number of sequences of an operator, of which the first are used; all
-                by default.
+            sequences: Maximal number of sequences of an operator. If there are more, the first are
+                used. By default, all are used.
             channels: Maximal number of heads or channels of a layer. If there are more, every n-th
-                is used, beginning with a random one. All by default.
+                is used, beginning at random. By default, all are used.
 
         Raises:
             RuntimeError: if no mixer has run since the observer was created.
-            ValueError: for numbers below 1, and from mixers that are not causal.
+            ValueError: if a number is below 1, or if a mixer is not causal.
         """
         found: list[System] = []
         for mixer, x, segments, chosen in self._observed(sequences, channels):
@@ -98,8 +98,8 @@ class Observer:
         """Return the operators on sequences without padding, in batches of equal length.
 
         Args:
-            sequences: Maximal number of sequences of a pass, of which the first are used; all by
-                default.
+            sequences: Maximal number of sequences of a pass. If there are more, the first are used.
+                By default, all are used.
             channels: As for `operators`.
 
         Returns:
@@ -107,7 +107,8 @@ class Observer:
             and the number of sequences of that length.
 
         Raises:
-            RuntimeError, ValueError: as `operators` does.
+            RuntimeError: if no mixer has run since the observer was created.
+            ValueError: if a number is below 1, or if a mixer is not causal.
         """
         found = []
         for mixer, x, segments, chosen in self._observed(sequences, channels):
@@ -152,7 +153,7 @@ def _unpacked(x: Tensor, segments: Segments | None) -> list[tuple[Tensor, Tensor
 
 
 def _alone(x: Tensor, segments: Segments | None, count: int | None) -> list[Tensor]:
-    """Return the first `count` sequences, in a batch (sequences, length, width) for each length."""
+    """Return the first `count` sequences, one batch (sequences, length, width) for each length."""
     if segments is None:
         return [x[:count]]
     tokens, begins, lengths = (part.to(x.device) for part in segments.sequences())

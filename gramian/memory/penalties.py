@@ -22,12 +22,12 @@ __all__ = ["check_goal", "ess_penalty", "gate_regularizer"]
 def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
     r"""Return `‖A - I‖`, the distance of state matrices from the identity, which forgets nothing.
 
-    For every operator this is the root of the mean, over channels and steps, of
-    `‖A_t - I‖_F² / n`. The result is the mean over operators. Steps that neither forget nor read
-    anything, as those at padding, do not count. Added to a loss with a factor λ, the result
-    restores memories that have collapsed because their gates forget too fast (arXiv 2504.19561, on
-    state collapse). The cost is linear in the number of coefficients, since the operators are not
-    computed as matrices.
+    For every operator this is the root of the mean, over channels and steps, of `‖A_t - I‖_F² / n`.
+    The result is the mean over operators. Steps that neither forget nor read anything, such as the
+    steps at padding, do not count. Added to a loss with a factor λ, the result restores memories
+    that have collapsed because their gates forget too fast (arXiv 2504.19561, on state collapse).
+    The cost is linear in the number of coefficients, since the operators are not computed as
+    matrices.
 
     Args:
         operators: One or more systems. The `TimeVarying` systems are used, whether their state
@@ -101,17 +101,16 @@ def ess_penalty(
     The distance is `(ESS / target - 1)²`, or, with a share, `(ESS / TSS - share)²`. It is averaged
     over positions and channels, and then over operators. ESS is the entropy-ESS of
     `gramian.effective_state_size`, and TSS the size of the state. For a recurrence, a position
-    costs O(L n²) operations forward and backward; for a matrix, it costs a singular value
-    decomposition of a block. So use few positions, channels and sequences.
+    takes O(L n²) operations in the forward and in the backward pass. For a matrix, it takes a
+    singular value decomposition of a block. So use few positions, channels and sequences.
 
     Args:
-        operators: One or more systems, of which all channels are used.
+        operators: One or more systems. All of their channels are used.
         target: Target state-size, positive.
-        share: Target utilization of the state, ESS / TSS, in (0, 1]; it takes the place of
-            `target`.
+        share: Target utilization of the state, ESS / TSS, in (0, 1]. It replaces `target`.
         at: Positions at which ESS is measured; by default a quarter, a half and three quarters of
             an operator's length.
-        horizon: Number of steps that are considered: the blocks are `T[i:horizon, :i]`, as in
+        horizon: The position at which the blocks `T[i:horizon, :i]` end, as in
             `gramian.effective_state_size`.
 
     Returns:
@@ -119,8 +118,8 @@ def ess_penalty(
 
     Raises:
         TypeError: if an operator is not a system.
-        ValueError: unless exactly one of `target` and `share` is given, within its bounds; for
-            positions outside of an operator; and, if no positions are given, for systems of
+        ValueError: unless exactly one of `target` and `share` is given, within its bounds. Also if
+            a position is outside of an operator, or if no positions are given and a system has
             unlimited length.
     """
     check_goal(target, share)

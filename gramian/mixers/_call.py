@@ -15,15 +15,15 @@ class MixerCall:
     """A function through which a block runs its mixer: `call(x)` is the mixer's output for `x`.
 
     The same block runs on whole sequences, on chunks that continue from a state, on single tokens
-    and in exported programs. Each of these gives the block a `MixerCall` of its own.
+    and in exported programs. In each of these cases, the block gets a different `MixerCall`.
 
     Args:
         function: A function that maps (batch, length, width), or one token (batch, width), to the
             same shape.
-        mask: The positions of tokens and of the beginnings of sequences; None if every row is one
+        mask: The positions of tokens and of the beginnings of sequences. None if every row is one
             sequence without padding.
-        carries_state: Whether the mixer continues from a state. A block then skips what applies
-            to whole sequences only, such as dropout in `gramian.mixers.Block`.
+        carries_state: Whether the mixer continues from a state. A block then skips operations on
+            whole sequences, such as dropout in `gramian.mixers.Block`.
     """
 
     __slots__ = ("carries_state", "function", "mask")

@@ -8,14 +8,14 @@ from typing import Any
 
 __all__ = ["CompiledStep"]
 
-_RECOMPILATIONS = 128  # number of shapes that torch compiles before it gives up
+_RECOMPILATIONS = 128  # the number of shapes that torch compiles before it gives up
 
 
 class CompiledStep:
     """A callable that runs `torch.compile(function)`, or `function` itself if compiling fails.
 
-    Every shape of the arguments is compiled separately. A failure is reported once per process. It
-    is harmless, since compiling does not touch any state.
+    Every shape of the arguments is compiled separately. A failure is reported once per process. A
+    failure is harmless, since compiling does not change any state.
 
     Args:
         function: The function, called as `function(mixer, z, state, *long)`.

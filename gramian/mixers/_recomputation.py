@@ -16,7 +16,7 @@ _Result = TypeVar("_Result")
 def recomputed(function: Callable[..., _Result], *arguments: object) -> _Result:
     """Return `function(*arguments)`, whose intermediate results the backward pass recomputes.
 
-    The transforms of `torch.func` do not support recomputation, so under them the intermediate
+    The transforms of `torch.func` do not support recomputation. Within them, the intermediate
     results are kept.
     """
     if torch._C._are_functorch_transforms_active():  # noqa: SLF001 (it has no public name)

@@ -31,39 +31,39 @@ _NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm1d}
 class Block(Mixer):
     """A residual block of a norm, a mixer, GELU, a linear map with GLU, and dropout.
 
-    The block is a mixer itself: it maps (batch, length, width) to the same shape. It accepts a mask
-    and a state, and has a recurrence, if the inner mixer does; its state is that of the inner
-    mixer. In training, dropout acts on whole sequences; nothing is dropped where a state is
-    carried.
+    The block is a mixer itself: it maps (batch, length, width) to the same shape. If the inner
+    mixer accepts a mask and a state and has a recurrence, so does the block. The state of the block
+    is the state of the inner mixer. In training, dropout acts on whole sequences. Nothing is
+    dropped where a state is carried.
 
-    In training, a batch norm computes its statistics over the real tokens of whole sequences;
-    everywhere else it uses its running statistics. So padding does not affect the statistics, and a
+    In training, a batch norm computes its statistics over the real tokens of whole sequences.
+    Everywhere else it uses its running statistics. So padding does not affect the statistics, and a
     recurrence can process one token at a time. Checkpointing computes a block twice, so each batch
     enters the running statistics twice.
 
     Args:
         width: Channels of input and output.
-        mixer: A mixer of that width. A filter, or the configuration of one, stands for a
-            `LongConvolution` with that filter.
-        max_length: The filter's `max_length`, if its configuration does not give one.
-        bidirectional: Whether the `LongConvolution` is bidirectional; its filter then has
-            `2 width` channels.
+        mixer: A mixer of that width. If it is a filter, or the configuration of a filter, the mixer
+            is a `LongConvolution` with this filter.
+        max_length: The filter's `max_length`, if its configuration does not give it.
+        bidirectional: Whether the `LongConvolution` is bidirectional. Its filter then has `2 width`
+            channels.
         kernel_dropout: Probability of dropping a tap of the `LongConvolution` in training.
         norm: "layer", "rms" or "batch".
         eps: Number that the norm adds to the variance or mean square.
-        prenorm: Whether the norm comes before the mixer, as above, or after the residual
+        prenorm: Whether the norm comes before the mixer. If false, it comes after the residual
             connection.
         dropout: Probability of dropping an activation, after the GELU and at the end.
         tied_dropout: Whether a channel is dropped either over the whole length of a sequence or
             not at all.
-        glu: Whether the linear map has `2 width` outputs, one half of which gates the other
-            half; if not, it has `width` outputs.
+        glu: Whether the linear map has `2 width` outputs, one half of which gates the other half.
+            If false, it has `width` outputs.
 
     Raises:
         TypeError: if `mixer` is not a mixer, a filter or a configuration.
-        ValueError: for an unknown norm, a mixer or filter that does not fit the width, or an
-            invalid probability; also for `bidirectional` or `kernel_dropout` together with a mixer,
-            since a mixer has settings of its own.
+        ValueError: if the norm is unknown, if a mixer or filter does not fit the width, or if a
+            probability is invalid. Also if `bidirectional` or `kernel_dropout` is given together
+            with a mixer, since a mixer has its own settings.
     """
 
     def __init__(
@@ -157,11 +157,11 @@ class Block(Mixer):
 
         Args:
             x: (…, width).
-            state: The mixer's state, or whatever `move` accepts in its place.
+            state: The mixer's state, or another object that `move` accepts in its place.
             move: A function that maps (input, state) of the mixer to (output, next state).
 
         Returns:
-            The block's output, of the shape of x, and the next state.
+            The block's output, which has the shape of x, and the next state.
         """
 
         def call(z: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class Block(Mixer):
         return nn.functional.dropout(x, self.dropout)
 
     def _normed(self, x: Tensor) -> Tensor:
-        """Apply the norm to x (…, width); a batch norm uses its running statistics."""
+        """Apply the norm to x (…, width). A batch norm uses its running statistics."""
         if not isinstance(self.norm, nn.BatchNorm1d):
             return self.norm(x)
         norm, flat = self.norm, x.reshape(-1, self.width)
@@ -244,7 +244,7 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 class _BlockRecurrence(MixerRecurrence):
-    """The recurrence of a block, which applies the block around the recurrence of its mixer."""
+    """The recurrence of a block, which runs the block with the recurrence of its mixer."""
 
     mixer: Block
 

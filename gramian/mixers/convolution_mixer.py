@@ -26,7 +26,7 @@ __all__ = ["ConvolutionMixer", "ConvolutionRecurrence", "for_products", "has_sma
 
 
 class ConvolutionMixer(Mixer):
-    """A mixer whose memory consists of the states of long convolutions; one filter makes them all.
+    """A mixer whose memory consists of the states of long convolutions, all made by one filter.
 
     Long convolutions use FFTs, which mix all samples of a sequence. So a NaN or an infinity also
     affects earlier outputs of its sequence, and so does a number so large that the other numbers
@@ -44,8 +44,8 @@ class ConvolutionMixer(Mixer):
     """The filter that makes all long convolutions."""
 
     kernel_dropout: float = 0.0
-    """The probability of dropping a tap of a long convolution in training. It applies to whole
-    sequences only, never where a state is carried."""
+    """The probability of dropping a tap of a long convolution in training. Taps are dropped for
+    whole sequences only, never where a state is carried."""
 
     @abc.abstractmethod
     def systems(self, length: int | None = None) -> tuple[System, ...]:
@@ -70,7 +70,7 @@ class ConvolutionMixer(Mixer):
 
         Args:
             x: (batch, length, width).
-            mask: (batch, length), false for padding; None if there is none.
+            mask: (batch, length), false for padding. None if there is no padding.
             systems: The systems of the long convolutions, with at least `length` taps.
 
         Returns:
@@ -87,7 +87,7 @@ class ConvolutionMixer(Mixer):
             x: (batch, length, width).
             state: The state before the chunk.
             mask: (batch, length), false for padding, which comes before the tokens of a row and
-                leaves the state unchanged; None if there is none.
+                leaves the state unchanged. None if there is no padding.
             operators: One function for each long convolution, which maps its input and state to its
                 output and next state.
 
@@ -101,7 +101,7 @@ class ConvolutionMixer(Mixer):
     ) -> tuple[Tensor, State]:
         """Mix one token (batch, width) from `state`.
 
-        What is computed between the projections belongs in `inner`, so that it can be compiled.
+        The computation between the projections belongs in `inner`, so that it can be compiled.
 
         Args:
             x_t: (batch, width).
@@ -130,7 +130,7 @@ class ConvolutionMixer(Mixer):
         return super().config() | own
 
     def recurrence(self) -> ConvolutionRecurrence:
-        """Make a frozen snapshot for generation; making it evaluates the filters once."""
+        """Evaluate the filters once, and make a frozen snapshot for generation."""
         self.check_causal()
         return ConvolutionRecurrence(self)
 
@@ -148,7 +148,7 @@ class ConvolutionMixer(Mixer):
         return self.convolve_chunk(x, state, mask, self.systems())
 
     def mix_token(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mix one token; `recurrence()` is faster, as it evaluates the filter only once."""
+        """Mix one token. `recurrence()` is faster, because it evaluates the filter only once."""
         return self.recurrence().step(x_t, state)
 
     def make_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
@@ -202,7 +202,7 @@ class ConvolutionRecurrence(MixerRecurrence):
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mix one token (batch, width). This consumes `state`: use only the returned one."""
+        """Mix one token (batch, width). This overwrites `state`: use only the returned state."""
         return self.mixer.convolve_token(x_t, state, self.long)
 
 
@@ -214,8 +214,8 @@ def _taps(system: System, like: Tensor, length: int) -> Tensor:
 def for_products(x: Tensor) -> Tensor:
     """Return x in a dtype whose range is large enough for products of activations.
 
-    Whole sequences use it. float16, whose largest number is 65,504, becomes float32. bfloat16 has
-    the range of float32, so it stays as it is, which saves memory.
+    Only whole sequences need this. float16, whose largest number is 65,504, becomes float32.
+    bfloat16 has the range of float32, so it stays as it is, which saves memory.
     """
     return x.float() if x.dtype == torch.float16 else x
 
@@ -223,12 +223,12 @@ def for_products(x: Tensor) -> Tensor:
 def has_small_state(system: System, length: int, copies: int = 1) -> TypeGuard[Modal]:
     """Return whether the recurrence of a system is cheaper to measure than its matrix.
 
-    Only modal systems qualify: other realizations can be less accurate than the taps from which
-    they were made.
+    The result is false for systems that are not modal, since other realizations can be less
+    accurate than the taps from which they were made.
 
     Args:
         system: The system.
         length: Rows of the matrix.
-        copies: Number of copies of the system's state that the recurrence has.
+        copies: Number of copies of the system's state in the recurrence.
     """
     return isinstance(system, Modal) and 0 < 2 * copies * system.order < length

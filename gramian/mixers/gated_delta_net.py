@@ -21,7 +21,7 @@ from gramian.mixers.registry import register
 
 __all__ = ["GatedDeltaNet"]
 
-_EPS = 1e-6  # added to the squared length of queries and keys
+_EPS = 1e-6  # this is added to the squared length of queries and keys
 
 
 class _DeltaDynamics(Dynamics):
@@ -56,7 +56,7 @@ class GatedDeltaNet(LinearAttention):
     Queries, keys and values pass through a short convolution and SiLU. As in `LinearAttention`, the
     output of every head passes through a norm and is multiplied by a gate. The rows of the input
     projection belong to the queries of all heads, then to all keys, all values, β, α and the output
-    gate; each group has its heads in order.
+    gate. Within each of these groups, the heads are in order.
 
     Args:
         width: Channels of input and output.
@@ -66,7 +66,7 @@ class GatedDeltaNet(LinearAttention):
         short_kernel: Taps of the short convolution.
 
     Raises:
-        ValueError: if a number is out of range; also if `state_size` or `value_width` is not given
+        ValueError: if a number is out of range. Also if `state_size` or `value_width` is not given
             and the heads do not divide the width.
     """
 

@@ -39,7 +39,7 @@ class _SigmoidGates(Dynamics):
         self.bias.add_(amount.unsqueeze(-1))
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Return the gates, of the shape of the logits (batch, length, heads, n)."""
+        """Compute the gates from logits (batch, length, heads, n), in the same shape."""
         return powered_sigmoid(logits.to(self.bias.dtype) + self.bias, self.temperature)
 
 
@@ -48,13 +48,14 @@ class GatedLinearAttention(LinearAttention):
     """`LinearAttention` whose memory decays by input-dependent gates.
 
     Args:
-        width: As for `LinearAttention`, like all arguments that are not listed here.
+        width: Channels of input and output. All arguments that are not listed here are as in
+            `LinearAttention`.
         temperature: τ of the gates, positive. With a high temperature the gates start near 1.
         gate_rank: Rank of the map from the input to the gates.
 
     Raises:
-        ValueError: as `LinearAttention` does; also if the temperature is not positive, or if the
-            rank is below 1.
+        ValueError: if an argument is invalid for `LinearAttention`, if the temperature is not
+            positive, or if the rank is below 1.
     """
 
     def __init__(

@@ -58,16 +58,18 @@ class GLAS6(LinearAttention):
     """Linear attention in heads whose memory decays as in S6 (GLA-S6).
 
     The memory of a head is `S_t = exp(-Δ_t a / c) S_{t-1} + Δ_t k_t v_tᵀ`, with one Δ_t per head
-    and one rate a for each of its n states. Queries, keys, values, norm and output gate are those
-    of `LinearAttention`.
+    and one rate a for each of its n states. Queries, keys, values, norm and output gate are the
+    same as in `LinearAttention`.
 
     Args:
-        width: As for `LinearAttention`, like all arguments that are not listed here.
-        normalization: The divisor c of the rates, positive; n by default. With 1, the rates are
-            those of S6.
+        width: Channels of input and output. All arguments that are not listed here are as in
+            `LinearAttention`.
+        normalization: The divisor c of the rates, positive; n by default. With 1, the rates are the
+            same as in S6.
 
     Raises:
-        ValueError: as `LinearAttention` does; also if the normalization is not positive.
+        ValueError: if an argument is invalid for `LinearAttention`, or if the normalization is not
+            positive.
     """
 
     def __init__(

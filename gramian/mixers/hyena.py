@@ -1,10 +1,11 @@
 r"""Hyena: long convolutions interleaved with gates.
 
-Projections and a short convolution make `x^0, …, x^{N-1}, v` of the input. Then `v ← h^n * (x^n v)`
-for n from N - 1 down to 1, and `y = x^0 v` (Hyena, Poli et al. 2023, definition 3.1; order N ≥ 2).
+Projections and a short convolution compute `x^0, …, x^{N-1}, v` from the input. Then
+`v ← h^n * (x^n v)` for n from N - 1 down to 1, and `y = x^0 v` (Hyena, Poli et al. 2023, definition
+3.1; order N ≥ 2).
 
 In half precision, everything between the first product and the last gate is float32, since v may
-exceed float16's largest number, 65,504, before the next gate brings it back into range.
+exceed 65,504, the largest number of float16, before the next gate brings it back into range.
 
 Hyena-RTF (Parnichkun et al. 2024, section 4.3) applies `gelu(W norm(y))` to y before the output
 projection.
@@ -47,10 +48,10 @@ class _Fields(NamedTuple):
 
 
 class HyenaState(_Fields, State):
-    """The past of the short convolution and the states of the long ones.
+    """The past of the short convolution and the states of the long convolutions.
 
-    `short` has the last inputs of the short convolution, (batch, taps - 1, (order + 1) width), and
-    `long` one state for each long convolution.
+    `short` has the last inputs of the short convolution, (batch, taps - 1, (order + 1) width).
+    `long` has one state for each long convolution.
     """
 
     __slots__ = ()
@@ -65,8 +66,8 @@ class Hyena(ConvolutionMixer):
         filter: A filter of `(order - 1) width` channels, or its configuration. The filter's channel
             `c (order - 1) + n` belongs to gate n of channel c of the mixer, as in the published
             code.
-        max_length: The filter's `max_length`, if its configuration does not give one.
-        order: N ≥ 2; there are N - 1 long convolutions.
+        max_length: The filter's `max_length`, if its configuration does not give it.
+        order: N ≥ 2. There are N - 1 long convolutions.
         short_kernel: Taps of the short convolution.
         kernel_dropout: Probability of dropping a tap of the long convolutions in training.
         mimo_size: Width of Hyena-RTF's map across channels after the last gate, `gelu(W norm(y))`
@@ -74,13 +75,14 @@ class Hyena(ConvolutionMixer):
         bias: Whether the input projection has a bias.
         short_bias: Whether the short convolution has a bias; by default equal to `bias`.
         out_bias: Whether the output projection has a bias; by default equal to `bias`.
-        fp8_scales: Factors of the input and of the weight of the input projection, which is then
-            computed in 8-bit floating point (`gramian.ops.fp8`), as the published Evo 2 models of
-            1, 20 and 40 billion parameters need. By default, it is not.
+        fp8_scales: Factors for the input and for the weight of the input projection. With these
+            factors, the projection is computed in 8-bit floating point (`gramian.ops.fp8`), as the
+            published Evo 2 models of 1, 20 and 40 billion parameters require. By default, it is
+            computed without 8-bit numbers.
 
     Raises:
-        ValueError: if the order is below 2, `mimo_size` below 1, `fp8_scales` are not two positive
-            numbers, or the filter does not fit.
+        ValueError: if the order is below 2, if `mimo_size` is below 1, if `fp8_scales` are not two
+            positive numbers, or if the filter does not fit.
     """
 
     def __init__(
@@ -156,12 +158,12 @@ class Hyena(ConvolutionMixer):
 
         Args:
             x: (batch, length, width).
-            mask: (batch, length), false for padding; None if there is none.
-            past: The short convolution's last inputs; None for zeros.
+            mask: (batch, length), false for padding. None if there is no padding.
+            past: The short convolution's last inputs. None means zeros.
 
         Returns:
-            The gates, the last to be applied first; the value; and the short convolution's new
-            past. Gates and value are (batch, length, width).
+            The gates, the value, and the short convolution's new past. The gate that is applied
+            last comes first. Each gate and the value are (batch, length, width).
         """
         z, past = self.short(apply_mask(self.in_proj(x), mask), past, mask)
         *gates, value = z.split(self.width, dim=-1)

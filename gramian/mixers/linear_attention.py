@@ -1,10 +1,10 @@
 r"""Linear attention: `S_t = S_{t-1} + k_t v_tᵀ`, `y_t = q_tᵀ S_t` in every head.
 
-These are equations 18–20 of Katharopoulos et al. 2020, but a norm of the output takes the place of
-the denominator (TransNormer, Qin et al. 2022), and the output has a gate (Gated Linear Attention,
-Yang et al. 2024, section 4.4). This mixer is called LA in arXiv 2504.19561. In its variants, gates
-make the memory decay: they are the same for every input (weighted linear attention, WLA) or
-computed from the input (gated linear attention, GLA).
+These are equations 18–20 of Katharopoulos et al. 2020 with two changes. A norm of the output
+replaces the denominator (TransNormer, Qin et al. 2022), and the output has a gate (Gated Linear
+Attention, Yang et al. 2024, section 4.4). This mixer is called LA in arXiv 2504.19561. In the
+variants of this mixer, gates make the memory decay. The gates are the same for every input
+(weighted linear attention, WLA), or they are computed from the input (gated linear attention, GLA).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LinearAttention(LinearRecurrence):
     The output is `y = W (silu(g) ∘ rms(o))`, with `o_t = q_tᵀ S_t` and `S_t = S_{t-1} + k_t v_tᵀ`.
     Queries, keys and values pass through a short convolution. The rows of the input projection
     belong to the queries of all heads, then to all keys, all values, the gates of a variant if it
-    has any, and the output gate; each group has its heads in order.
+    has any, and the output gate. Within each of these groups, the heads are in order.
 
     Args:
         width: Channels of input and output.
@@ -50,8 +50,8 @@ class LinearAttention(LinearRecurrence):
         feature_map: The feature map of queries and keys: "identity", "silu" or "elu" (elu + 1).
 
     Raises:
-        ValueError: if a number is out of range or the feature map is unknown; also if `state_size`
-            or `value_width` is not given and the heads do not divide the width.
+        ValueError: if a number is out of range, or if the feature map is unknown. Also if
+            `state_size` or `value_width` is not given and the heads do not divide the width.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class LinearAttention(LinearRecurrence):
     ) -> None:
         """Construct the modules.
 
-        The arguments are those of the class; a size that is None has the default of the class.
+        The arguments are the same as in the class. If a size is None, it has the default of the
+        class.
 
         Args:
             gates: Number of features of the input projection from which a variant computes gates.
@@ -120,14 +121,14 @@ class LinearAttention(LinearRecurrence):
     def _gates(self, features: Tensor) -> Tensor:
         """Return the gates a_t from their features (batch, length, gate features).
 
-        They broadcast to (batch, heads, length, n).
+        The gates broadcast to (batch, heads, length, n).
         """
         return features.new_ones((), dtype=working_dtype(features))
 
     def _qkv(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys (batch, heads, length, n) and values (batch, heads, length, N).
 
-        They are in float32, or in float64 if `mixed` is.
+        The results are in float32, or in float64 if `mixed` is in float64.
         """
         n, N = self.heads * self.state_size, self.heads * self.value_width
         heads = (
@@ -138,7 +139,7 @@ class LinearAttention(LinearRecurrence):
         return q, k, v
 
     def _mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features of the queries, scaled by 1/√n, and those of the keys."""
+        """Return the features of the queries, scaled by 1/√n, and the features of the keys."""
         phi = FEATURE_MAPS[self.feature_map]
         return phi(q) * self.state_size**-0.5, phi(k)
 
@@ -155,12 +156,12 @@ class LinearAttention(LinearRecurrence):
 
 
 class _HeadNorm(nn.RMSNorm):
-    """An RMS norm that computes in the dtype of its input, whatever the dtype of its weight."""
+    """An RMS norm that computes in the dtype of its input, even if its weight has another dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def powered_sigmoid(logits: Tensor, temperature: float) -> Tensor:
-    """Return `σ(logits)^(1 / temperature)`, in (0, 1) and near 1 for a high temperature."""
+    """Return `σ(logits)^(1 / temperature)` in (0, 1), which is near 1 for a high temperature."""
     return torch.exp(nn.functional.logsigmoid(logits) / temperature)

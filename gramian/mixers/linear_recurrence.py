@@ -1,12 +1,13 @@
 r"""Define mixers that are linear recurrences of their values.
 
-The coefficients depend on the input. The memory of every head is a matrix S (state × value width):
+The coefficients of the recurrences depend on the input. The memory of every head is a matrix S
+(state × value width):
 
     S_t = A_t S_{t-1} + B_t v_tᵀ,  y_t = C_tᵀ S_{t-1} + D_t v_t,  A_t = diag(a_t) + p_t q_tᵀ,
 
-which is a `gramian.TimeVarying` system on each column of values. Linear attention with and without
-gates, S6 and the gated delta rule differ in how they compute the coefficients. This module has what
-they share.
+This is a `gramian.TimeVarying` system that acts on each column of values. Linear attention with and
+without gates, S6 and the gated delta rule differ in how they compute the coefficients. This module
+contains the parts that they share.
 
 A whole sequence is processed in blocks of steps (`gramian.ops.scan`), by matrix products within a
 block and a scan across blocks. Nothing is divided by a product of gates. Coefficients and memory
@@ -33,7 +34,7 @@ from gramian.systems.time_varying import TimeVaryingState
 
 __all__ = ["Coefficients", "Dynamics", "LinearRecurrence", "LinearRecurrenceState", "Steps"]
 
-_ELEMENTS = 2**24  # maximal number of coefficients that are held at once
+_ELEMENTS = 2**24  # the maximal number of coefficients that are held at once
 
 
 class Steps(Protocol):
@@ -71,9 +72,9 @@ class _Fields(NamedTuple):
 class LinearRecurrenceState(_Fields, State):
     """The past of the short convolution and the memory of the heads.
 
-    `short` has the last inputs of the short convolution, (batch, taps - 1, channels). `memory`
-    is (batch, heads, n, N), in float32 or float64: heads × n × N numbers per sequence, whatever
-    the length of the input.
+    `short` has the last inputs of the short convolution, (batch, taps - 1, channels). `memory` is
+    (batch, heads, n, N), in float32 or float64: heads × n × N numbers per sequence, for inputs of
+    any length.
     """
 
     __slots__ = ()
@@ -83,7 +84,7 @@ class Coefficients(NamedTuple):
     """The coefficients of a `gramian.TimeVarying` system with channels (batch, heads)."""
 
     A: Tensor
-    """The gates, (batch, heads, length, n); B, C, p and q have the same shape."""
+    """The gates, (batch, heads, length, n). B, C, p and q have the same shape."""
     B: Tensor
     C: Tensor
     D: Tensor
@@ -109,7 +110,7 @@ class Coefficients(NamedTuple):
         return self
 
     def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Run all steps from a memory, as a `TimeVarying` system; see `Steps.run`."""
+        """Run all steps from a memory, as a `TimeVarying` system does; see `Steps.run`."""
         state = TimeVaryingState(memory.permute(3, 0, 1, 2), torch.zeros((), dtype=torch.int64))
         y, after = TimeVarying(*self)(values.permute(3, 0, 1, 2), state)
         assert isinstance(after, TimeVaryingState)
@@ -129,8 +130,8 @@ class Coefficients(NamedTuple):
 class Dynamics(SinglePrecisionModule, abc.ABC):
     """Parameters that determine how fast a memory decays.
 
-    They stay float32 when a model is cast to half precision, as a gate of 0.999 must not become
-    1.0.
+    The parameters stay in float32 when a model is cast to half precision, because a gate of 0.999
+    must not become 1.0.
     """
 
     @abc.abstractmethod
@@ -148,20 +149,21 @@ class Dynamics(SinglePrecisionModule, abc.ABC):
 
 
 class LinearRecurrence(Mixer):
-    """A mixer of a projection, a short convolution, a linear recurrence and a projection.
+    """A mixer with a short convolution and a linear recurrence between two projections.
 
     Subclasses compute the coefficients of the recurrence (`_read`) and process its outputs
     (`_write`). Where the mask is zero, the short convolution reads zeros and the memory stays
-    unchanged. The description of the module has the recurrence.
+    unchanged. The docstring of the module gives the equations of the recurrence.
 
     Args:
         width: Channels of input and output.
         heads: Number of heads.
         state_size: n, the number of rows of a head's memory.
         value_width: N, the number of columns of a head's memory.
-        convolved: Number of leading features of the input projection, which pass through the short
-            convolution.
-        others: Number of the other features of the input projection, which follow them.
+        convolved: Number of features of the input projection that pass through the short
+            convolution. They come first.
+        others: Number of the other features of the input projection. They follow the convolved
+            features.
         inner: Number of features that the output projection reads.
         short_kernel: Taps of the short convolution.
     """
@@ -222,8 +224,8 @@ class LinearRecurrence(Mixer):
 
         Args:
             x: (batch, length, width).
-            past: The last inputs of the short convolution; None for zeros.
-            mask: (batch, length), false for padding; None if there is none.
+            past: The last inputs of the short convolution. None means zeros.
+            mask: (batch, length), false for padding. None if there is no padding.
 
         Returns:
             The steps, the values, the features that are not convolved, and the short convolution's
@@ -249,7 +251,7 @@ class LinearRecurrence(Mixer):
         return self.finish(y, rest), LinearRecurrenceState(past, memory)
 
     def _most_elements(self, device: torch.device) -> int:
-        """Return how many coefficients (batch, heads, length, n) are held at once at most."""
+        """Return the maximal number of coefficients (batch, heads, length, n) to hold at once."""
         return _ELEMENTS
 
     def finish(self, y: Tensor, rest: Tensor) -> Tensor:
@@ -258,7 +260,8 @@ class LinearRecurrence(Mixer):
     def _run(self, coefficients: Steps, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Run all steps, in stretches if the sequence is long.
 
-        The backward pass recomputes each stretch, so that no more than one needs working memory.
+        The backward pass recomputes each stretch, so that only one stretch at a time needs working
+        memory.
         """
         length = values.shape[2]
         size = max(

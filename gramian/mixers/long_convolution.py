@@ -24,7 +24,7 @@ class _Fields(NamedTuple):
 
 
 class LongConvolutionState(_Fields, State):
-    """The state of a `LongConvolution`, whose only field is that of the filter's system."""
+    """The state of a `LongConvolution`, whose only field is the state of the filter's system."""
 
     __slots__ = ()
 
@@ -39,18 +39,20 @@ class LongConvolution(ConvolutionMixer):
 
     Args:
         filter: A filter, or its configuration. It has one channel for each input channel. The
-            filter of a bidirectional layer has two: first all channels of h, then all of g.
+            filter of a bidirectional layer has two channels for each input channel: first all
+            channels of h, then all channels of g.
         bidirectional: Whether the output also depends on later inputs. Such a layer has no
             recurrence and accepts whole sequences only.
         kernel_dropout: Probability of dropping a tap in training.
-        width: Channels of input and output; by default, they follow from the filter.
-        max_length: The filter's `max_length`, if its configuration does not give one.
+        width: Channels of input and output. By default, the filter determines them.
+        max_length: The filter's `max_length`, if its configuration does not give it.
 
     Raises:
         TypeError: if `filter` is neither a filter nor a configuration.
-        ValueError: if a bidirectional layer's filter has an odd number of channels, or
-            `kernel_dropout` is not a probability below 1; also if a bidirectional layer, which has
-            neither a recurrence nor a state, is asked for a recurrence or called with a state.
+        ValueError: if a bidirectional layer's filter has an odd number of channels, or if
+            `kernel_dropout` is not a probability below 1. Bidirectional layers have neither a
+            recurrence nor a state, so they also raise it if they are asked for a recurrence or
+            called with a state.
     """
 
     def __init__(

@@ -24,11 +24,11 @@ class Mixer(nn.Module, abc.ABC):
     a whole sequence from a zero state. `mixer(x, state, mask=None) -> (y, state)` continues from a
     state, through which gradients flow. `recurrence()` makes a frozen snapshot for generation.
 
-    The mask, (batch, length), is 1 where a token is real. Padding does not count as time: wherever
-    it stands (on the left, on the right, between tokens, or after a state from earlier tokens), a
-    row has the outputs and the state that its tokens alone would have. Outputs at padding are
-    meaningless. For rows that hold several sequences, `Segments` take the place of the mask; such
-    rows must be whole sequences.
+    The mask, (batch, length), is 1 where a token is real. Padding does not count as time. It may
+    come on the left, on the right, between tokens, or after a state from earlier tokens. In all
+    these cases, a row has the outputs and the state that its tokens would have without padding.
+    Outputs at padding are meaningless. For rows that hold several sequences, `Segments` replace the
+    mask. Such rows must consist of whole sequences.
 
     A subclass sets `width` and defines how a chunk is mixed (`mix_chunk`), what the zero state is
     (`make_state`) and which operator is applied (`make_operator`). By default, `mix_whole` and
@@ -43,7 +43,7 @@ class Mixer(nn.Module, abc.ABC):
     """The mixer's family in reports: "attention", "convolution" or "recurrence"."""
 
     width: int
-    """Channels of input and output."""
+    """The number of channels of input and output."""
 
     compiled_step: CompiledStep | None = None
     """The compiled step, set by `compile_step`."""
@@ -70,16 +70,16 @@ class Mixer(nn.Module, abc.ABC):
             x: (batch, length, width), length at least 1.
             state: The state from which to continue, made by `recurrence().initial_state(batch)` or
                 returned by an earlier call. If None, the sequences are whole.
-            mask: (batch, length), boolean or numeric, nonzero for real tokens; or `Segments`. By
+            mask: (batch, length), boolean or numeric, nonzero for real tokens, or `Segments`. By
                 default, there is no padding.
 
         Returns:
-            The output, (batch, length, width); with a state, also the next state.
+            The output, (batch, length, width). If a state is given, also the next state.
 
         Raises:
             TypeError: if `state` is not a `State`.
-            ValueError: for an input or a mask of another shape, a state together with rows of
-                several sequences, or a state for a mixer that is not causal.
+            ValueError: if x or the mask has another shape, if a state is given together with rows
+                of several sequences, or if a state is given to a mixer that is not causal.
         """
         segments = self.read_mask(x, mask)
         if state is None:
@@ -105,20 +105,18 @@ class Mixer(nn.Module, abc.ABC):
 
         Args:
             x: The input, (batch, length, width), length at least 1. The state before it is zero.
-            channels: The heads or channels of the operator to return; all by default.
+            channels: The heads or channels of the operator to return. By default, all are returned.
             mask: (batch, length), nonzero for real tokens. In an operator that depends on the
-                input, rows and columns at padding are zero. If padding stands between the tokens of
-                a row, the operator is that of the tokens after they are moved together, to the end
-                of the row.
+                input, rows and columns at padding are zero. If there is padding between the tokens
+                of a row, the tokens are first moved together to the end of the row.
 
         Returns:
             A system of `length` steps with channels (batch, heads) or (batch, width). If the
             operator does not depend on the input, a time-invariant system with channels (width).
 
         Raises:
-            ValueError: for an input of another shape or a mixer that is not causal; also for rows
-                of several sequences, since each of their `Segments.parts` has an operator of its
-                own.
+            ValueError: if x has another shape, or if the mixer is not causal. Also if rows hold
+                several sequences, since each part in `Segments.parts` has its own operator.
         """
         self.check_causal()
         segments = self.read_mask(x, mask)
@@ -158,7 +156,7 @@ class Mixer(nn.Module, abc.ABC):
 
     @property
     def core(self) -> Mixer:
-        """The mixer that has the state, which is this one or, for a block, the one inside it."""
+        """The mixer that has the state: this mixer or, for a block, the mixer inside it."""
         return self
 
     def config(self) -> dict[str, Any]:
@@ -182,7 +180,7 @@ class Mixer(nn.Module, abc.ABC):
 
     @property
     def output_projection(self) -> Any:
-        """The projection onto the residual stream, `out_proj`; None if the mixer has none.
+        """The projection onto the residual stream, `out_proj`, or None if the mixer has none.
 
         Models initialize it with smaller weights than other projections.
         """
@@ -198,7 +196,7 @@ class Mixer(nn.Module, abc.ABC):
             x: The chunk, (batch, length, width), zero where the mask is false.
             state: The state of the past. The method must not write into it.
             mask: (batch, length), false for padding, which comes before the tokens of a row and
-                leaves the state unchanged; None if there is no padding.
+                leaves the state unchanged. None if there is no padding.
 
         Returns:
             The output, (batch, length, width), and the state after the chunk.
@@ -211,7 +209,7 @@ class Mixer(nn.Module, abc.ABC):
         Args:
             batch: Number of sequences.
             dtype: Dtype of activations.
-            device: Device of the state; it may be "meta".
+            device: Device of the state. It may be "meta".
         """
 
     @abc.abstractmethod
@@ -226,7 +224,7 @@ class Mixer(nn.Module, abc.ABC):
         return self.mix_chunk(x, self.make_state(x.shape[0], x.dtype, x.device), mask)[0]
 
     def mix_token(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mix one token (batch, width). This consumes `state`, which may be written into."""
+        """Mix one token (batch, width). This may overwrite `state`: use only the returned state."""
         y, state = self.mix_chunk(x_t.unsqueeze(1), state, None)
         return y.squeeze(1), state
 
@@ -261,7 +259,7 @@ class Mixer(nn.Module, abc.ABC):
         once, and steps run uncompiled.
 
         Args:
-            enabled: Whether to compile; False undoes an earlier call.
+            enabled: Whether to compile. False undoes an earlier call.
             options: Arguments of `torch.compile`: `backend`, `mode`, `options`.
         """
         self.compiled_step = None
@@ -271,7 +269,7 @@ class Mixer(nn.Module, abc.ABC):
     # Checks, and the handling of padded and packed rows
 
     def check_input(self, x: Tensor, mask: Tensor | Segments | None) -> None:
-        """Raise a ValueError unless x is (batch, length ≥ 1, width) and a mask (batch, length)."""
+        """Raise a ValueError unless x is (batch, length ≥ 1, width) and fits the mask."""
         if x.ndim != 3 or x.shape[-1] != self.width or x.shape[1] == 0:
             raise ValueError(
                 f"a mixer of width {self.width} takes (batch, length, {self.width}) with a length "
@@ -306,7 +304,7 @@ class Mixer(nn.Module, abc.ABC):
 
         Args:
             x: (batch, length, width).
-            segments: The positions of the tokens; None if there is no padding.
+            segments: The positions of the tokens. None if there is no padding.
             mix: The function that mixes rows without padding between their tokens; by default,
                 `mix_whole`.
 
@@ -326,12 +324,12 @@ class Mixer(nn.Module, abc.ABC):
         segments: Segments | None,
         mix: Callable[[Tensor, State, Tensor | None], tuple[Tensor, State]] | None = None,
     ) -> tuple[Tensor, State]:
-        """Mix a chunk that continues from `state`, wherever its tokens stand.
+        """Mix a chunk that continues from `state`, even if padding separates its tokens.
 
         Args:
             x: (batch, length, width).
             state: The state before the chunk.
-            segments: The positions of the tokens; None if there is no padding.
+            segments: The positions of the tokens. None if there is no padding.
             mix: The function that mixes rows whose padding comes before their tokens; by default,
                 `mix_chunk`.
 
@@ -339,7 +337,7 @@ class Mixer(nn.Module, abc.ABC):
             The output, (batch, length, width), and the state after the chunk.
 
         Raises:
-            ValueError: for rows of several sequences.
+            ValueError: if rows hold several sequences.
         """
         mix = self.mix_chunk if mix is None else mix
         if segments is None:
@@ -373,7 +371,7 @@ def _silent_at_padding(system: System, real: Tensor) -> System:
 class MixerRecurrence:
     """A snapshot of a mixer for generation.
 
-    It holds the evaluated filters and shares all other weights with the mixer.
+    The snapshot holds the evaluated filters and shares all other weights with the mixer.
     """
 
     long: tuple[Recurrence, ...] = ()
@@ -384,7 +382,7 @@ class MixerRecurrence:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The form in which each long convolution is stepped."""
+        """The forms of the recurrences of the long convolutions, in their order."""
         return tuple(recurrence.form for recurrence in self.long)
 
     def initial_state(
@@ -427,7 +425,7 @@ class MixerRecurrence:
         Args:
             x: (batch, length, width).
             state: The state before the chunk; by default, the zero state.
-            mask: As for `Mixer.forward`: padding leaves the state unchanged, wherever it stands.
+            mask: As for `Mixer.forward`. Padding leaves the state unchanged, even between tokens.
 
         Returns:
             The output, (batch, length, width), and the state after each row's last token.
@@ -441,12 +439,12 @@ class MixerRecurrence:
     def _carry(
         self, x: Tensor, state: State, segments: Segments | None, silent: bool
     ) -> tuple[Tensor, State]:
-        """Mix a chunk that continues from `state`; `silent` says that this is the zero state."""
+        """Mix a chunk that continues from `state`, which is the zero state if `silent` is true."""
         return self.mixer.continue_rows(x, state, segments)
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mix one token (batch, width). This consumes `state`: use only the returned one."""
+        """Mix one token (batch, width). This overwrites `state`: use only the returned state."""
         state = self.mixer.reserve(state, 1)
         return self.mixer.mix_token(x_t, state)
 

@@ -8,7 +8,8 @@ softmax and takes O(L²) time. The convolution of the outer products by FFT take
 for heads of width N. The form that is cheaper for the given sizes is used.
 
 In half precision, intermediate results between the products are float32 where a state is carried.
-With float16 they always are, since scores and outer products may exceed its largest number, 65,504.
+With float16, they are float32 also where no state is carried, since scores and outer products may
+exceed 65,504, the largest number of float16.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from gramian.systems import (
 
 __all__ = ["MultiHyena", "MultiHyenaState"]
 
-_ROWS = 256  # number of rows of the masked attention that are computed at once
+_ROWS = 256  # the number of rows of the masked attention that are computed at once
 _CHUNK_ELEMENTS = 2**24  # maximal size of the outer products (batch, heads, N, N, T) in a chunk
 _SAVED_ELEMENTS = 2**26  # number of scores above which the backward pass recomputes them
 _FFT_COST = 10.0
-"""Cost of the FFT form's N L log2(2L) relative to the attention form's L²; measured on a CPU by
-benchmarks/multi_hyena_forms.py."""
+"""The cost of the FFT form's N L log2(2L) relative to the attention form's L².
+benchmarks/multi_hyena_forms.py measured it on a CPU."""
 
 
 class _Fields(NamedTuple):
@@ -55,7 +56,7 @@ class _Fields(NamedTuple):
 
 
 class MultiHyenaState(_Fields, State):
-    """The past of the short convolution and the state of the long one.
+    """The past of the short convolution and the state of the long convolution.
 
     `short` has the last inputs of the short convolution, (batch, taps - 1, 3 width). `long` is
     the filter's state on the outer products, (batch, heads, N, N, …): it has width × N numbers for
@@ -73,12 +74,12 @@ class MultiHyena(ConvolutionMixer):
         width: Channels of input and output.
         heads: Number of heads, a divisor of the width.
         filter: A filter of `heads` channels, or its configuration.
-        max_length: The filter's `max_length`, if its configuration does not give one.
+        max_length: The filter's `max_length`, if its configuration does not give it.
         short_kernel: Taps of the short convolution.
         kernel_dropout: Probability of dropping a tap of the filters in training.
 
     Raises:
-        ValueError: if the heads do not divide the width, or the filter does not have one channel
+        ValueError: if the heads do not divide the width, or if the filter does not have one channel
             per head.
     """
 
@@ -128,8 +129,8 @@ class MultiHyena(ConvolutionMixer):
 
         Args:
             x: (batch, length, width).
-            mask: (batch, length), false for padding; None if there is none.
-            past: The short convolution's last inputs; None for zeros.
+            mask: (batch, length), false for padding. None if there is no padding.
+            past: The short convolution's last inputs. None means zeros.
 
         Returns:
             Queries, keys and values, (batch, heads, length, N), and the short convolution's new
@@ -236,7 +237,7 @@ def toeplitz_masked_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -
 
     Args:
         q, k, v: (batch, heads, length, N).
-        kernel: The taps h, (heads, K); taps past the end are zero.
+        kernel: The taps h, (heads, K). Taps past the end are zero.
 
     Returns:
         (batch, heads, length, N).
@@ -260,10 +261,10 @@ def toeplitz_masked_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -
 
 
 def convolved_outer_products(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
-    """Compute the same map by FFT convolutions of `k_n v`, one key feature n after the other.
+    """Compute `(Q Kᵀ ∘ T_h) V` by FFT convolutions of `k_n v`, one key feature n after the other.
 
-    The backward pass recomputes each of them, so that N rather than N² sequences per head are in
-    memory. Arguments and result are those of `toeplitz_masked_attention`.
+    The backward pass recomputes each convolution, so that N rather than N² sequences per head are
+    in memory. Arguments and result are the same as in `toeplitz_masked_attention`.
     """
 
     def one(q_n: Tensor, k_n: Tensor, v: Tensor, kernel: Tensor) -> Tensor:

@@ -45,11 +45,11 @@ def build(config: str | Mapping[str, Any] | Mixer, **defaults: Any) -> Mixer:
         config: `{"type": name, …}` with the constructor's arguments, the name alone, or a mixer,
             which is returned unchanged.
         defaults: Values for arguments that `config` omits, such as `width`, `heads`, `filter` and
-            `max_length`. The mixer gets those that its constructor accepts.
+            `max_length`. The mixer gets only the defaults that its constructor accepts.
 
     Raises:
-        ValueError: for an unknown type, arguments that the mixer does not accept, or a `config`
-            that contradicts the requested width.
+        ValueError: if the type is unknown, if the mixer does not accept an argument, or if `config`
+            contradicts the requested width.
     """
     if isinstance(config, Mixer):
         built = config

@@ -1,7 +1,7 @@
 r"""S6, Mamba's scan: `h_t = exp(-Δ_t a) h_{t-1} + Δ_t B_t x_t`, `y_t = C_t · h_t + D x_t`.
 
-Every channel has n states of its own. Δ, B and C are computed from the input, and a is initialized
-to 1, 2, …, n (Gu and Dao 2023, arXiv 2312.00752, algorithm 2 and section 3.4).
+Every channel has its own n states. Δ, B and C are computed from the input, and a is initialized to
+1, 2, …, n (Gu and Dao 2023, arXiv 2312.00752, algorithm 2 and section 3.4).
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class _SelectiveDynamics(Dynamics):
         """Compute Δ from its logits (batch, length, channels).
 
         Returns:
-            Δ, of the same shape; the rates, (channels, n); and D, (channels).
+            Δ in the shape of the logits, the rates (channels, n), and D (channels).
         """
         return softplus(logits.to(self.dt_bias.dtype) + self.dt_bias), self.A_log.exp(), self.D
 
 
 class SelectiveSteps(NamedTuple):
-    """The inputs of a selective scan, which are n times smaller than the coefficients they give."""
+    """The inputs of a selective scan, which are n times smaller than its coefficients."""
 
     dt: Tensor
     """Δ, (batch, length, channels)."""

@@ -1,12 +1,12 @@
-"""Describe where the tokens of a batch of rows stand, and to which sequences they belong.
+"""Describe the positions of tokens in a batch of rows, and the sequences that they form.
 
-Padding does not count as time: a sequence consists of its tokens, wherever they stand. So before
-mixing, the tokens of every sequence are moved together such that all sequences end at the last
-column (`Part.take`). Afterwards, the outputs are moved back (`Segments.restore`). Rows that already
-have this order are not moved.
+Padding does not count as time: a sequence consists of its tokens only. So before mixing, the tokens
+of every sequence are moved together such that all sequences end at the last column (`Part.take`).
+Afterwards, the outputs are moved back (`Segments.restore`). Rows that already have this order are
+not moved.
 
 Several sequences may share a row, which is then called packed. In that case sequences of similar
-length form a part, which is a batch of its own, so that a long sequence does not make a short one
+length form a part, which is a separate batch. So a long sequence does not make short sequences
 expensive.
 """
 
@@ -21,13 +21,14 @@ from gramian.systems import Pause
 
 __all__ = ["Part", "Segments", "has_values"]
 
-_OVERHEAD = 4096  # number of padded positions that cost about as much as one more part
+_OVERHEAD = 4096  # the number of padded positions that cost about as much as one more part
 
 
 def has_values(x: Tensor) -> bool:
     """Return whether control flow may depend on the values of x.
 
-    It must not in a traced graph, nor under `torch.vmap`, where x has several values at once.
+    Control flow must not depend on values in a traced graph or under `torch.vmap`, where x has
+    several values at once.
     """
     if torch.compiler.is_compiling() or x.is_meta:
         return False
@@ -43,7 +44,7 @@ class Part(NamedTuple):
     """A batch of sequences, one in each row, which all end at the last column."""
 
     source: Tensor
-    """(sequences, length), int64: where each column comes from in the flattened batch of rows."""
+    """(sequences, length), int64: the index of each column in the flattened batch of rows."""
     real: Tensor | None
     """(sequences, length), boolean: false before a sequence begins.
 
@@ -53,7 +54,7 @@ class Part(NamedTuple):
     def take(self, x: Tensor) -> Tensor:
         """Return the entries of x (batch, length, …) at the sequences' tokens.
 
-        They are (sequences, length, …), with zeros before a sequence begins.
+        The result is (sequences, length, …), with zeros before a sequence begins.
         """
         taken = x.flatten(0, 1).index_select(0, self.source.flatten())
         taken = taken.unflatten(0, tuple(self.source.shape))
@@ -70,14 +71,14 @@ class Segments:
         real: (batch, length), boolean: true for tokens, false for padding. If None, all positions
             are tokens.
         numbers: (batch, length), integers: tokens of a row that have the same number form a
-            sequence, and only padding may stand between them. If None, every row is one sequence.
+            sequence, and only padding may come between them. If None, every row is one sequence.
 
     Raises:
-        ValueError: for tensors of other shapes. The parts of packed rows also raise it, if a number
-            occurs in a row again after another number.
+        ValueError: if a tensor has another shape. The parts of packed rows also raise it if a
+            number occurs in a row again after another number.
 
-    In a traced graph, and under `torch.vmap`, nothing may depend on values: there, rows are always
-    moved, and packed rows raise a ValueError.
+    In a traced graph, and under `torch.vmap`, control flow must not depend on values. So there,
+    rows are always moved, and packed rows raise a ValueError.
     """
 
     def __init__(self, real: Tensor | None, numbers: Tensor | None = None) -> None:
@@ -149,7 +150,7 @@ class Segments:
     def places(self) -> Tensor:
         """The position of each token in the flattened and concatenated parts.
 
-        They are (batch, length), int64.
+        The result is (batch, length), int64.
         """
         return self._planned()[1]
 
@@ -179,7 +180,8 @@ class Segments:
     def pause(self) -> Pause:
         """Return the number of columns before the first token of each row.
 
-        If the rows are not aligned, columns are those of the part into which the rows are moved.
+        If the rows are not aligned, the columns of the part into which the rows are moved are
+        counted.
         """
         assert self.real is not None
         length = self.shape[1] if self.aligned else self.parts[0].source.shape[1]
@@ -188,7 +190,7 @@ class Segments:
         return Pause([length - count for count in self._counts], length)
 
     def _turned(self) -> tuple[tuple[Part, ...], Tensor]:
-        """Plan one part, in which each row's tokens stand at its end.
+        """Plan one part, in which the tokens of each row come at the end of the row.
 
         The part has as many columns as the row with the most tokens needs.
         """
@@ -221,7 +223,7 @@ class Segments:
         buckets = list(groups.values())
         for later in range(
             len(buckets) - 1, 0, -1
-        ):  # merge small groups into those of longer sequences
+        ):  # merge small groups into groups of longer sequences
             earlier = buckets[later - 1]
             if len(earlier) * sizes[buckets[later][-1]] <= _OVERHEAD:
                 buckets[later - 1 : later + 1] = [earlier + buckets[later]]

@@ -15,7 +15,7 @@ class ShortConvolution(nn.Module):
 
     Args:
         channels: Number of channels.
-        taps: Number K of taps, at least 1; tap 0 acts on the present input.
+        taps: Number K of taps, at least 1. Tap 0 acts on the present input.
         bias: Whether a bias is added.
     """
 
@@ -45,12 +45,12 @@ class ShortConvolution(nn.Module):
 
         Args:
             x: (batch, length, channels), or one token (batch, channels) together with a past.
-            past: The K - 1 inputs before x, (batch, K - 1, channels); None for zeros.
+            past: The K - 1 inputs before x, (batch, K - 1, channels). None means zeros.
             mask: (batch, length), zero for padding at the beginning of rows, where x must be zero.
                 The past then comes directly before the first token. None if there is no padding.
 
         Returns:
-            The output, of the shape of x, and the new past.
+            The output, which has the shape of x, and the new past.
         """
         if x.ndim == 2 and past is not None:
             return self._one(x, past)
@@ -91,7 +91,7 @@ class ShortConvolution(nn.Module):
         return y, torch.cat([past, x_t.unsqueeze(1)], dim=1)[:, 1:]
 
     def _offset(self, like: Tensor) -> Tensor:
-        """Return the bias, or zero (), in the dtype of `like`."""
+        """Return the bias, or a zero of shape (), in the dtype of `like`."""
         return like.new_zeros(()) if self.bias is None else self.bias.to(like.dtype)
 
     def extra_repr(self) -> str:

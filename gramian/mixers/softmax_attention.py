@@ -24,8 +24,8 @@ from gramian.systems import DenseOperator, State, System, working_dtype
 
 __all__ = ["SoftmaxAttention", "SoftmaxAttentionState"]
 
-_ROOM = 64  # number of tokens for which the smallest cache has room
-_MASK_ELEMENTS = 2**25  # maximal number of entries (batch, rows, keys) of a mask
+_ROOM = 64  # the number of tokens for which the smallest cache has room
+_MASK_ELEMENTS = 2**25  # the maximal number of entries (batch, rows, keys) of a mask
 
 
 class _Fields(NamedTuple):
@@ -38,12 +38,13 @@ class _Fields(NamedTuple):
 class SoftmaxAttentionState(_Fields, State):
     """The rotated keys and the values of the real tokens so far.
 
-    `keys` and `values` are (batch, kv_heads, room, N), where room is the number of tokens for
-    which there is memory. Token p of a sequence is in slot `p % room`; padding has no slot and no
-    effect. `real`, (batch), int64, is the number of real tokens of each sequence. `seen`, (), int64
-    on the CPU, is the number of all tokens, padding included.
+    `keys` and `values` are (batch, kv_heads, room, N), where room is the number of slots for
+    tokens. Token p of a sequence is in slot `p % room`. Padding has no slot and no effect. `real`,
+    (batch), int64, is the number of real tokens of each sequence. `seen`, (), int64 on the CPU, is
+    the number of all tokens, padding included.
 
-    When the slots are full, their number doubles; if there is a window, it never exceeds that.
+    When the slots are full, their number doubles. If there is a window, the number never exceeds
+    the window.
     """
 
     __slots__ = ()
@@ -55,26 +56,29 @@ class SoftmaxAttention(Mixer):
 
     The input projection is one matrix, whose rows belong to all queries, then to all keys, then to
     all values, with the heads in order. So the separate projections of another library can be
-    concatenated, and a fused one can be used unchanged. A token's position is the number of real
-    tokens before it.
+    concatenated, and a fused projection can be used unchanged. A token's position is the number of
+    real tokens before it.
 
     Args:
         width: Channels of input and output.
         heads: Number of query heads.
         kv_heads: Number of heads of keys and values, a divisor of `heads`; by default `heads`.
         head_width: N, the number of features of a head; by default `width / heads`.
-        window: Number of last tokens to which a query attends, its own included; None for all.
+        window: Number of last tokens to which a query attends, including its own token. None means
+            all tokens.
         rotary_base: Base θ of the rotations' periods, or None for attention without positions.
         rotary_scaling: Divisor of positions (linear interpolation, Chen et al. 2023).
-        rotary_width: Number of leading features of a head that are rotated; all by default.
+        rotary_width: Number of leading features of a head that are rotated. By default, all are
+            rotated.
         rotary_frequencies: Angles of the rotations in radians per position, `rotary_width / 2`
-            numbers. They replace those that follow from `rotary_base`, and `rotary_scaling` divides
-            them too. A model that was published with rounded frequencies needs them as stored.
+            numbers. They replace the angles that follow from `rotary_base`, and `rotary_scaling`
+            divides them too. A model that was published with rounded frequencies needs these
+            frequencies as stored.
         bias: Whether the input projection has a bias.
         out_bias: Whether the output projection has a bias; by default equal to `bias`.
 
     Raises:
-        ValueError: if a number is out of range or `kv_heads` does not divide `heads`; also if
+        ValueError: if a number is out of range, or if `kv_heads` does not divide `heads`. Also if
             `head_width` is not given and the heads do not divide the width.
     """
 
@@ -197,8 +201,8 @@ class SoftmaxAttention(Mixer):
             positions: The positions of the tokens, (batch, length) or (1, length).
 
         Returns:
-            The queries, (batch, heads, length, N); the keys and the values, both
-            (batch, kv_heads, length, N).
+            The queries (batch, heads, length, N), the keys (batch, kv_heads, length, N) and the
+            values, in the shape of the keys.
         """
         z = self.in_proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
         rotated, v = z.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
@@ -252,17 +256,17 @@ class SoftmaxAttention(Mixer):
         mask: Tensor | None,
         past: SoftmaxAttentionState | None = None,
     ) -> Tensor:
-        """Attend with each query to the past and to the keys up to its own.
+        """Let each query attend to the past and to the keys up to and including its own.
 
-        A query at padding sees its own key, so that its output, which is never read, is finite.
+        A query at padding sees its own key. So its output is finite, although it is never read.
 
         Args:
             q: (batch, heads, length, N), rotated.
             k: (batch, kv_heads, length, N), rotated.
             v: (batch, kv_heads, length, N).
             positions: (batch, length) or (1, length).
-            mask: (batch, length), zero for padding; None if there is none.
-            past: The state before these tokens; None if there were no tokens.
+            mask: (batch, length), zero for padding. None if there is no padding.
+            past: The state before these tokens. None if there were no tokens.
 
         Returns:
             (batch, heads, length, N).
@@ -310,7 +314,7 @@ class SoftmaxAttention(Mixer):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def remembered(self, past: SoftmaxAttentionState, now: Tensor) -> Tensor:
-        """Return which slots of a state some queries see.
+        """Return which slots of a state each query sees.
 
         Args:
             past: The state before the queries.
@@ -373,7 +377,7 @@ class SoftmaxAttention(Mixer):
         held = last - (last - slots) % room  # the position that each slot will hold
         new = (
             held - count[:, None]
-        )  # its number among the new real tokens; negative for an old token
+        )  # the index among the new real tokens, negative for an old token
         source = new.clamp_min(0)
         if mask is not None:
             order = kept.logical_not().to(torch.int8).argsort(dim=1, stable=True)

@@ -1,9 +1,9 @@
 r"""Weighted linear attention: `S_t = diag(a) S_{t-1} + k_t v_tᵀ`, with input-independent gates.
 
 This mixer is called WLA in arXiv 2504.19561. Linear attention never forgets, and gated linear
-attention computes its gates from the input; this mixer learns gates that do not depend on the
-input, one for each row of a head's memory. RetNet (Sun et al. 2023) is the special case of one
-fixed gate per head.
+attention computes its gates from the input. Weighted linear attention learns gates that do not
+depend on the input, one for each row of a head's memory. RetNet (Sun et al. 2023) is the special
+case of one fixed gate per head.
 """
 
 from __future__ import annotations
@@ -51,11 +51,13 @@ class WeightedLinearAttention(LinearAttention):
     """`LinearAttention` whose memory decays by learned gates `σ(logits)^(1/temperature)`.
 
     Args:
-        width: As for `LinearAttention`, like all arguments that are not listed here.
+        width: Channels of input and output. All arguments that are not listed here are as in
+            `LinearAttention`.
         temperature: τ of the gates, positive. With a high temperature the gates start near 1.
 
     Raises:
-        ValueError: as `LinearAttention` does; also if the temperature is not positive.
+        ValueError: if an argument is invalid for `LinearAttention`, or if the temperature is not
+            positive.
     """
 
     def __init__(

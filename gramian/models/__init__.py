@@ -1,4 +1,4 @@
-"""Provide Hugging Face models, which importing this package registers with the Auto classes."""
+"""Provide Hugging Face models. Importing this package registers them with the Auto classes."""
 
 try:
     import transformers

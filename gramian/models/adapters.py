@@ -1,9 +1,9 @@
-"""Adapters of the package peft: low-rank changes of a model's maps, in a folder of their own.
+"""Read and merge adapters of the package peft: low-rank changes of a model's linear maps.
 
-peft wraps any of our linear maps, and what it makes is trained, generated from and merged as peft
-documents. Here is what the rest of the library needs of it: a folder with an adapter is read as the
-base model that it names with the adapter merged into it, and caches notice adapters that are
-switched.
+peft can wrap any linear map of a Gramian model. peft's documentation says how to train, run and
+merge the wrapped model. This module has the functions that the rest of the library needs. A folder
+with an adapter names its base model. Such a folder is read as the base model with the adapter
+merged into it. Caches notice when adapters are turned on or off, selected or scaled.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _TASKS = {
     "GramianForSequenceClassification": "SEQ_CLS",
     "GramianForTokenClassification": "TOKEN_CLS",
 }
-"""The names that peft has for the tasks of our classes."""
+"""peft's name for the task of each model class."""
 
 
 def require_peft() -> None:
-    """Raise an ImportError with the cure unless peft is installed."""
+    """Raise an ImportError that says how to install peft, unless it is installed."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
@@ -53,7 +53,7 @@ def require_peft() -> None:
 
 
 def task_type(kind: type[Any]) -> str | None:
-    """Return peft's name for the task of a class of ours, or None if it has none."""
+    """Return peft's name for the task of a Gramian model class, or None if peft has no name."""
     return _TASKS.get(kind.__name__)
 
 
@@ -79,8 +79,8 @@ def base_folder(folder: Path) -> Path:
         folder: the adapter's folder.
 
     Raises:
-        ValueError: if the adapter's configuration cannot be read or is not one of LoRA.
-        FileNotFoundError: if the base model is not where the configuration says.
+        ValueError: if the adapter's configuration cannot be read, or the adapter is not a LoRA.
+        FileNotFoundError: if the configuration names no base model, or a folder that is missing.
     """
     file = folder / CONFIG
     try:
@@ -109,7 +109,10 @@ def config_folder(folder: Path) -> Path:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """Return the folder with a model's tokenizer: its own, or that of the base of an adapter."""
+    """Return the folder with a model's tokenizer.
+
+    A folder with an adapter and no tokenizer has the tokenizer of its base model.
+    """
     if (folder / "tokenizer_config.json").is_file() or not is_adapter(folder):
         return folder
     return tokenizer_folder(base_folder(folder))
@@ -119,15 +122,15 @@ def merge_adapter(model: nn.Module, folder: Path, new: Iterable[str] = ()) -> An
     """Return a model with an adapter merged into its weights.
 
     Args:
-        model: the base model, whose weights are changed in place.
+        model: the base model. Its weights are changed in place.
         folder: the adapter's folder.
-        new: names of parameters that the base model's folder does not have, so that the adapter
-            must hold them.
+        new: names of parameters that the base model's folder lacks. The adapter must hold them.
 
     Raises:
-        ImportError: without peft.
+        ImportError: if peft is not installed.
         FileNotFoundError: if the folder has no weights.
-        ValueError: on an adapter that does not fit the model.
+        ValueError: if the adapter cannot be read, does not fit the model, lacks a parameter of
+            `new`, or changes a weight that is both the embedding and the output map.
     """
     require_peft()
     from peft import PeftModel, get_peft_model_state_dict
@@ -170,7 +173,7 @@ def check_mergeable(adapted: Any) -> None:
     that is computed in 8-bit floating point would be rounded away.
 
     Args:
-        adapted: a `PeftModel` around a model of ours.
+        adapted: a `PeftModel` around a Gramian model.
     """
     model = adapted.get_base_model()
     tied = getattr(model.config, "tie_word_embeddings", False) and model.can_generate()
@@ -199,10 +202,11 @@ def check_mergeable(adapted: Any) -> None:
 
 
 def switches(module: nn.Module) -> list[tuple[Any, ...]]:
-    """Return what peft's adapters inside a module do at present, apart from their weights.
+    """Return the settings of peft's adapters inside a module, apart from their weights.
 
-    It differs if adapters are turned on or off, others are selected, or they are scaled; merging
-    changes nothing that a module computes, and does not show.
+    The settings of a linear map with adapters say whether the adapters are turned off, which of
+    them are selected, and how they are scaled. Merging an adapter changes neither the output of a
+    module nor the settings.
     """
     return [
         (
@@ -215,14 +219,17 @@ def switches(module: nn.Module) -> list[tuple[Any, ...]]:
 
 
 def _adapted(module: nn.Module) -> list[Any]:
-    """Return the parts that peft has wrapped; transformers has methods of these names."""
+    """Return the parts of a module that peft has wrapped.
+
+    `active_adapters` is a property of these parts, but a method of transformers' models.
+    """
     properties = (getattr(type(part), "active_adapters", None) for part in module.modules())
     parts = zip(module.modules(), properties, strict=True)
     return [part for part, found in parts if isinstance(found, property)]
 
 
 def _read_names(folder: Path) -> set[str]:
-    """Return the names of the tensors in an adapter's file."""
+    """Return the names of the tensors in an adapter's file of weights."""
     file = folder / WEIGHTS
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no weights of an adapter: it lacks {WEIGHTS}.")

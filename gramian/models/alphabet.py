@@ -1,8 +1,8 @@
-"""Generation within an alphabet: the tokens that are allowed, and models that keep to them.
+"""Restrict generation to an alphabet: find the allowed tokens, and make a model write no others.
 
-Whatever is not allowed is listed in `suppress_tokens` of transformers' `GenerationConfig`. Every
-kind of decoding honours that field, it is saved with a model, copied when the model is distilled,
-and applied by exported programs.
+The tokens that are not allowed are listed in `suppress_tokens` of transformers' `GenerationConfig`.
+Every kind of decoding obeys this field. The field is saved with a model and copied when the model
+is distilled, and exported programs apply it.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 __all__ = ["allowed_tokens", "restrict_generation", "suppressed_tokens"]
 
 _NAMED = 40
-"""The largest number of a tokenizer's letters that a message names."""
+"""The largest number of the tokenizer's characters that an error message lists."""
 
 
 def allowed_tokens(tokenizer: Any, alphabet: str | Iterable[str]) -> list[int]:
-    """Return the ids of all tokens that write nothing but letters of an alphabet.
+    """Return the ids of all tokens that write only characters of an alphabet.
 
-    A token of several characters is among them if all of its characters are allowed. Special
-    tokens, such as the end of a text, write no letters and are not among them.
+    A token of several characters is returned if all of its characters are allowed. Special tokens,
+    such as the end of a text, write no characters and are not returned.
 
     Args:
         tokenizer: a tokenizer of transformers.
         alphabet: the allowed characters.
 
     Raises:
-        ValueError: if the alphabet is empty, or has a character that no token writes within it; the
-            message names the tokenizer's characters.
+        ValueError: if the alphabet is empty, or if one of its characters is in no token that writes
+            only characters of the alphabet. The message lists the tokenizer's characters.
     """
     letters = dict.fromkeys("".join(alphabet))
     if not letters:
@@ -50,12 +50,12 @@ def allowed_tokens(tokenizer: Any, alphabet: str | Iterable[str]) -> list[int]:
 def suppressed_tokens(
     allowed: Iterable[int], vocab_size: int, suppressed: Iterable[int] | None = None
 ) -> list[int]:
-    """Return the ids that generation must not choose: all but the allowed ones.
+    """Return the ids that generation must not choose: all ids that are not allowed.
 
     Args:
         allowed: ids of the allowed tokens.
         vocab_size: number of ids.
-        suppressed: ids that are suppressed already, and stay so.
+        suppressed: ids that are suppressed already. They stay suppressed.
 
     Raises:
         ValueError: if an id is not in the vocabulary, or no token is left to choose.
@@ -73,19 +73,20 @@ def suppressed_tokens(
 
 
 def restrict_generation(model: Any, tokens: Iterable[int]) -> None:
-    """Let a language model write the given tokens only, from now on.
+    """Restrict a language model to writing the given tokens, from now on.
 
-    The restriction is part of `model.generation_config`: it is saved and loaded with the model, and
-    kept by distilling and exporting it. For a single call, `model.generate(..., allowed_tokens=…)`
-    does the same. The end of a text is a token like any other, so a text ends before its largest
-    length only if that token is allowed.
+    The restriction is part of `model.generation_config`. So it is saved and loaded with the model,
+    and distilled models and exported programs keep it. For a single call,
+    `model.generate(..., allowed_tokens=…)` does the same. The end of a text is a token like any
+    other. So a text ends before its largest length only if that token is allowed.
 
     Args:
-        model: a language model of ours.
+        model: a Gramian language model.
         tokens: ids of the allowed tokens, such as `allowed_tokens(tokenizer, "ACGT")`.
 
     Raises:
-        ValueError: as `suppressed_tokens`, and if the model's settings force another token.
+        ValueError: if an id is not in the vocabulary, if no token is left to choose, or if the
+            model's generation configuration forces a token that is not allowed.
     """
     config = model.generation_config
     tokens = list(tokens)
@@ -108,7 +109,7 @@ def check_forced(config: Any, suppressed: Iterable[int]) -> None:
 
 
 def _pieces(tokenizer: Any) -> dict[int, str]:
-    """Return the text of every token that is no special one, by its id."""
+    """Return a mapping from the id of every token to its text, without special tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {token for token, one in added.items() if getattr(one, "special", True)}
     special |= set(tokenizer.all_special_ids)
@@ -117,10 +118,18 @@ def _pieces(tokenizer: Any) -> dict[int, str]:
 
 
 def _in_context(tokenizer: Any, pieces: dict[int, str], letters: Iterable[str]) -> dict[int, str]:
-    """Return those tokens that write allowed letters after another token too.
+    """Return the tokens that write only allowed letters after another token, too.
 
-    A token of a sentence's first word may write a space in the middle of a text, which a decoder
-    takes away at the beginning of one.
+    Some tokens begin with a space, which a decoder removes at the beginning of a text but writes in
+    the middle.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        pieces: a mapping from the ids of tokens to their texts at the beginning of a text.
+        letters: the allowed characters.
+
+    Returns:
+        A mapping from the ids of these tokens to their texts after another token.
     """
     written = {token: piece for token, piece in pieces.items() if piece}
     if not written:

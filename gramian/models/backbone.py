@@ -1,12 +1,11 @@
 """Define the model that all Gramian models contain: an embedding, blocks and a last norm.
 
-Each block surrounds a mixer (`gramian.models.blocks`), and the configuration names the mixer of
-every layer. The order of the tokens enters through the mixers alone, so there is no positional
-embedding.
+Each block contains a mixer (`gramian.models.blocks`), and the configuration names the mixer of
+every layer. Only the mixers depend on the order of the tokens, so there is no positional embedding.
 
-Training and scoring use convolutions. With a cache, the recurrences of the mixers run: a prompt is
-prefilled at once, and then each token costs one step. The state has a fixed size (`state_bytes`),
-whatever the length of the text.
+Training and scoring use convolutions. With a cache, the recurrences of the mixers run: the whole
+prompt is processed in one pass, and then each token takes one step. Except for the keys and values
+of attention, the size of the state (`state_bytes`) does not depend on the length of the text.
 """
 
 from __future__ import annotations
@@ -63,49 +62,51 @@ class GramianModel(GramianPreTrainedModel):
         cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Return the hidden states of a batch of sequences, or of their continuation.
+        """Return the hidden states of a batch of sequences, or of the continuation of a batch.
 
-        Padding does not count as time: a sequence has the outputs that its tokens alone would have,
-        whether padding stands before them, after them, between them, or after the tokens in a
-        cache. Rows may be packed, that is, hold several sequences: each of these has the outputs
-        that it would have alone.
+        Padding does not count as time: the tokens of a sequence have the outputs that they would
+        have without padding. Padding may be before, after or between the tokens, also in a
+        continuation. Rows may be packed, that is, hold several sequences. Each of these sequences
+        has the outputs that it would have alone.
 
         Args:
             input_ids: (batch, length) token ids; give either these or `inputs_embeds`.
             attention_mask: (batch, length or more), 1 for a real token, 0 for padding; or
                 `gramian.mixers.Segments`. If there are more than `length` columns (`generate` also
-                passes those of the past), the last `length` columns are used, and those of the past
-                must not hide a token that the cache has seen.
-            past_key_values: the cache of the tokens before these, which is updated in place.
+                passes the columns of the past), the last `length` columns are used. The columns of
+                the past must not hide a token that the cache has seen.
+            past_key_values: the cache of the tokens before these. It is updated in place.
             inputs_embeds: (batch, length, hidden_size).
-            use_cache: whether to return a cache. By default, `config.use_cache` decides, but no
-                cache is returned in training or with gradients enabled, where it would be of no
-                use, or in a traced graph, which could not return it.
-            output_hidden_states: whether to return the embeddings and the output of every block, to
-                the last of which the last norm is applied.
+            use_cache: whether to return a cache. By default, a cache is returned if
+                `config.use_cache` is True, except in training or with gradients enabled, where a
+                cache has no use, and in a traced graph, which cannot return one.
+            output_hidden_states: whether to return the embeddings and the output of every block.
+                The output of the last block is returned after the last norm.
             input_values: (batch, length, `config.input_size`), in place of `input_ids` if the
                 configuration has an `input_size`.
             position_ids: (batch, length) or (1, length). Positions count the real tokens of a
-                sequence. The model reads only where they restart, since the next sequence of the
-                row begins there.
+                sequence. The next sequence of a row begins where the positions restart; the model
+                uses the positions for nothing else.
             cache: the name of `past_key_values` in newer releases of transformers.
-            kwargs: further arguments. `seq_idx`, (batch, length), changes where a sequence begins.
-                `cu_seq_lens_q` and `cu_seq_lens_k`, (sequences + 1), are the positions in the
-                flattened rows at which sequences begin, and the number of all positions.
+            kwargs: further arguments. `seq_idx`, (batch, length), numbers the sequences: its value
+                changes where the next sequence begins. `cu_seq_lens_q` and `cu_seq_lens_k`,
+                (sequences + 1), are the positions in the flattened rows at which sequences begin,
+                followed by the number of all positions.
                 `cache_position`, (length), must continue from the cache.
 
         Returns:
-            `last_hidden_state`, (batch, length, hidden_size); `past_key_values`, which newer
-            releases of transformers name `cache`; and `hidden_states`. Hidden states at padding are
-            meaningless.
+            An output with `last_hidden_state`, (batch, length, hidden_size), `hidden_states` and
+            `past_key_values`, which newer releases of transformers name `cache`. Hidden states at
+            padding are meaningless.
 
         Raises:
             ValueError: if both or neither of `input_ids` (or `input_values`) and `inputs_embeds`
-                are given; on a kind of input that the configuration does not have, an empty
-                sequence, a mask that is not (batch, length or more) of zeros and ones, or positions
-                that jump ahead; on a cache with packed rows, with gradient checkpointing, in a
-                bidirectional model, of another batch size, or with tokens that the mask hides.
-            TypeError: on a cache that is not a `GramianCache`, and on an unknown argument.
+                are given; if the configuration does not accept the kind of input; if the input has
+                length 0; if the mask is not (batch, length or more) of zeros and ones; if positions
+                jump ahead; if a cache is used with packed rows, in training with gradient
+                checkpointing, or in a bidirectional model; or if the cache has another batch size,
+                or has seen tokens that the mask hides.
+            TypeError: if the cache is not a `GramianCache`, or an argument is unknown.
         """
         inputs = (input_ids, inputs_embeds, input_values)
         mask = read_rows(inputs, attention_mask, position_ids, kwargs)
@@ -153,8 +154,8 @@ class GramianModel(GramianPreTrainedModel):
         """Return the input of the first block, (batch, length, hidden_size).
 
         Raises:
-            ValueError: on several inputs or none, or on an input of another kind or shape than the
-                model reads.
+            ValueError: unless exactly one input is given, of the kind and shape that the model
+                reads.
         """
         hidden_states = self.embedding_dropout(self._embed(input_ids, input_values, inputs_embeds))
         if self.config.residual_in_fp32 and hidden_states.dtype.itemsize < 4:

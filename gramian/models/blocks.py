@@ -1,8 +1,8 @@
-"""Define the kinds of blocks, which surround a layer's mixer by norms and residual connections.
+"""Define the kinds of blocks. A block adds norms and residual connections to a layer's mixer.
 
-A block of the kind "mlp" computes `h ← h + mixer(norm(h))`, and then `h ← h + mlp(norm(h))`. The
-kind "glu" is `gramian.mixers.Block`. The kind "mixer" computes `h ← mixer(h)`. Each kind is one
-class, which is registered under its name in `gramian.models.layers`.
+A block of the kind "mlp" computes `h ← h + mixer(norm(h))`, and then `h ← h + mlp(norm(h))`. A
+block of the kind "glu" is a `gramian.mixers.Block`. A block of the kind "mixer" computes
+`h ← mixer(h)`. Each kind is a class that `gramian.models.layers` registers under its name.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class GramianMLP(nn.Module):
 
 @register_block("mlp")
 class GramianBlock(GramianLayer):
-    """A layer of a mixer and an MLP, each after a norm and beside a residual connection."""
+    """A layer with a mixer and an MLP. Each has a norm before it and a residual connection."""
 
     options = ("mlp_bias", "residual_in_fp32")
 
@@ -108,7 +108,7 @@ class GramianGLUBlock(GramianLayer):
 
 @register_block("mixer")
 class GramianMixerBlock(GramianLayer):
-    """A layer of a mixer and dropout, without norm and residual connection."""
+    """A layer with a mixer and dropout, without a norm or a residual connection."""
 
     def __init__(self, config: GramianConfig, layer: int) -> None:
         super().__init__(layer)

@@ -1,9 +1,9 @@
-"""Define the cache of a Gramian model, which has one recurrence and its state per layer.
+"""Define the cache of a Gramian model. For each layer it holds a recurrence and its state.
 
-A layer of the cache holds the frozen recurrence of its mixer, the state of that recurrence, and the
-number of tokens that it has seen. The block makes the recurrence at its first use, within the
-block's own forward, where sharded parameters are gathered. Every update replaces the state, since a
-recurrence consumes the state that it continues from.
+A layer of the cache holds the frozen recurrence of a mixer, the state of the recurrence, and the
+number of tokens that the state has seen. The recurrence is made when it is first used, within the
+block's own forward, where sharded parameters are gathered. Every update replaces the state, because
+a recurrence overwrites the state from which it continues.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_value
 
 
 def one_cache(past_key_values: Any, cache: Any) -> Any:
-    """Return the cache, which a caller may pass under either of its two names, or None.
+    """Return the cache that was passed under one of the two names, or None if there is none.
 
     Raises:
         ValueError: if two caches were given.
@@ -48,15 +48,15 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
 
 
 def check_past(cache: Any, mask: Any, inputs: tuple[Tensor | None, ...]) -> None:
-    """Raise a ValueError if a mask of past and inputs hides tokens that the cache has seen.
+    """Raise a ValueError if the mask hides tokens that the cache has seen.
 
-    Such tokens are, for example, those that `generate` writes after the end of a row while other
-    rows continue. A state cannot take them back, so the next token would follow another past.
+    For example, `generate` writes such tokens after the end of a row while other rows continue. A
+    state cannot forget them, so the next token would follow tokens that the mask hides.
 
     Args:
         cache: the argument that was passed as a cache.
         mask: (batch, columns of the past + length), 1 for real tokens. A mask of another shape is
-            not checked, nor is any mask in a traced graph.
+            not checked. In a traced graph, no mask is checked.
         inputs: the possible inputs, (batch, length, …); the first that is not None is used.
     """
     rows = next((x for x in inputs if x is not None), None)
@@ -78,7 +78,7 @@ def check_past(cache: Any, mask: Any, inputs: tuple[Tensor | None, ...]) -> None
 
 
 class _Source:
-    """A tensor of a filter: where it is held, and its value when a recurrence was made."""
+    """A tensor of a filter: the place that holds it, and its value when a recurrence was made."""
 
     __slots__ = ("digest", "name", "place", "record", "trained")
 
@@ -90,7 +90,7 @@ class _Source:
     def holds(self) -> bool:
         """Return whether the tensor has kept its value.
 
-        If another tensor is now in its place, all values are compared.
+        If the place now holds another tensor, a digest of all its values is compared.
         """
         tensor = self.place.get(self.name)
         if self.record.matches(tensor):
@@ -105,7 +105,7 @@ class _Source:
 
 
 def _sources(mixer: nn.Module) -> list[_Source]:
-    """Return the sources of a mixer's filters: parameters and buffers whose values can be read."""
+    """Return the parameters and buffers of a mixer's filters whose values can be read."""
     filters = [part for part in mixer.modules() if isinstance(part, Filter)]
     parts = {id(part): part for one in filters for part in one.modules()}.values()
     return [
@@ -152,21 +152,21 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         return 0 if self.state is None else self.state.nbytes
 
     def recurrence_of(self, mixer: Mixer, length: int) -> MixerRecurrence:
-        """Return the frozen recurrence of a mixer, which is made if there is none.
+        """Return the frozen recurrence of a mixer. If there is none yet, make it.
 
-        Without gradients, the recurrence must agree with the present weights of the filter. If it
-        does not, it is made again, provided that the layer holds no state, as after `reset`. Before
-        a single token, only trainable tensors are compared. Some changes go unnoticed: edits of
-        single values through `.data` or numpy, the steps of a fused optimizer on a GPU, and changes
-        of offloaded or sharded weights.
+        With gradients disabled, the recurrence must agree with the present weights of the filters.
+        If it does not, and the layer holds no state, as after `reset`, the recurrence is made
+        again. If only one token follows, only trainable tensors are compared. Some changes go
+        unnoticed: edits of single values through `.data` or numpy, the steps of a fused optimizer
+        on a GPU, and changes of offloaded or sharded weights.
 
         Args:
             mixer: the mixer of the layer.
             length: number of tokens that the recurrence will process next.
 
         Raises:
-            ValueError: if the layer holds a state, and the filter has changed since or the cache
-                belongs to another model.
+            ValueError: if the layer holds a state, and either a filter has changed since the
+                recurrence was made, or the cache belongs to another model.
         """
         if self.recurrence is not None and not torch.compiler.is_compiling():
             other = self.recurrence.mixer is not mixer
@@ -206,7 +206,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
     def update_recurrent_state(
         self, recurrent_states: Any, state_idx: int = 0, *, batch_size: int = -1, tokens: int = 0
     ) -> Any:
-        """Replace the state by the one after `tokens` more tokens of `batch_size` sequences."""
+        """Replace the state by the state after `tokens` more tokens of `batch_size` sequences."""
         if not self.is_recurrent_states_initialized[0]:
             self.lazy_initialization(recurrent_states=recurrent_states)
         self.recurrent_states[0] = recurrent_states
@@ -216,7 +216,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         return recurrent_states
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0) -> Tensor:
-        """Raise a TypeError, since the past of a short convolution is part of the mixer's state."""
+        """Raise a TypeError, because the mixer's state contains the past of short convolutions."""
         raise TypeError("a Gramian cache layer holds one recurrent state and no convolution state.")
 
     def get_seq_length(self) -> int:
@@ -224,7 +224,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         return self.tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of a mask over all tokens seen and `query_length` new ones."""
+        """Return length and offset of a mask over all tokens seen and `query_length` new tokens."""
         return self.tokens + query_length, 0
 
     def reset(self) -> None:
@@ -257,7 +257,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         self.batch_size *= repeats
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GramianCacheLayer:
-        """Return a copy with a state of its own, which shares the recurrence."""
+        """Return a copy that shares the recurrence and has its own copy of the state."""
         copied = copy.copy(self)
         copied.recurrent_states = {0: None if self.state is None else self.state.clone()}
         copied.is_recurrent_states_initialized = dict(self.is_recurrent_states_initialized)
@@ -265,7 +265,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         return copied
 
     def detach(self) -> None:
-        """Detach the state from the graph of gradients."""
+        """Detach the state from the autograd graph."""
         if self.state is not None:
             self.recurrent_states[0] = self.state.detach()
 
@@ -281,31 +281,33 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        """False, as a recurrence does not run backwards."""
+        """False, because a recurrence does not run backwards."""
         return False
 
     def activate_past_recording(self) -> None:
-        """Raise a ValueError, since the state has no record of its past."""
+        """Raise a ValueError, because the cache keeps no earlier states."""
         raise ValueError("a Gramian cache cannot record its past: a recurrence keeps one state.")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raise a ValueError, since the state cannot take tokens back."""
+        """Raise a ValueError, because tokens cannot be removed from a state."""
         raise ValueError("a Gramian cache cannot be cropped: a recurrence keeps one state.")
 
 
 class GramianCache(Cache):
-    """The generation state of a Gramian model: `past_key_values` of its forward.
+    """The generation state of a Gramian model, which `forward` accepts as `past_key_values`.
 
     Args:
         config: the model's configuration.
 
     The size of the cache depends on the model and the batch, but not on the length of the text,
-    except for the keys and values of attention. `reset` keeps the recurrences, so that a cache can
-    be used again; they are made again only if the filters have changed. The recurrences are
-    snapshots: without gradients, a cache that holds a sequence is refused after a change of the
-    filters. All other weights are shared with the model: after a change, the new weights process
-    the next tokens, while the state of the past still comes from the old weights, as keys and
-    values do in attention.
+    except for the keys and values of attention.
+
+    The recurrences are made at the first use, from the weights that the filters have at that time.
+    `reset` keeps the recurrences for the next sequences, and they are made again only if the
+    filters have changed. If the filters change while the cache holds a sequence, using the cache
+    without gradients is an error. The cache shares all other weights with the model. If these
+    change, the new weights process the next tokens, but the state of the past still comes from the
+    old weights. The same is true of the keys and values of attention.
     """
 
     layers: list[GramianCacheLayer]
@@ -313,11 +315,11 @@ class GramianCache(Cache):
     last_hidden_state: Tensor | None
     """The output of the last norm at each row's last token, (batch, hidden_size).
 
-    It is NaN for a row that has had no token.
+    A row that has had no token yet has NaN here.
     """
 
     padding: Tensor | None
-    """The number of columns so far that were padding, (batch), int64; None if there were none."""
+    """The number of columns so far that were padding, (batch), int64; None if no column was."""
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__(layers=[GramianCacheLayer() for _ in range(config.num_hidden_layers)])
@@ -329,7 +331,7 @@ class GramianCache(Cache):
         return self.layers[layer_idx].get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return length and offset of a mask over all tokens seen and `query_length` new ones."""
+        """Return length and offset of a mask over all tokens seen and `query_length` new tokens."""
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
     def note(self, hidden_states: Tensor, segments: Segments | None) -> None:
@@ -357,15 +359,15 @@ class GramianCache(Cache):
         self.last_hidden_state = last if hidden_states.shape[1] == 1 else last.clone()
 
     def unstarted(self) -> Tensor:
-        """Return which rows have had no token yet, (batch), boolean."""
+        """Return for every row whether it has had no token yet, (batch), boolean."""
         if self.padding is None:
             return torch.zeros(max(self.batch_size, 0), dtype=torch.bool)
         return self.padding >= self.get_seq_length()
 
     def detach(self) -> GramianCache:
-        """Detach the states from the graph of gradients, in place, and return the cache.
+        """Detach the states from the autograd graph, in place, and return the cache.
 
-        Calling this between chunks gives truncated backpropagation through time.
+        Calling `detach` between chunks gives truncated backpropagation through time.
         """
         for layer in self.layers:
             layer.detach()
@@ -403,8 +405,8 @@ class GramianCache(Cache):
     def is_linear(self) -> list[bool]:
         """False for every layer.
 
-        This cache counts the tokens that it has seen, and `generate` must remove them from the
-        sequence, which it does not do for layers that are said to be linear.
+        `generate` must remove the tokens that the cache has seen from the sequence. It would not do
+        so if the layers were declared linear.
         """
         return [False] * len(self.layers)
 
@@ -422,11 +424,11 @@ class GramianCache(Cache):
         """Write the state to a file that `load` reads; see `gramian.models.snapshots`.
 
         Args:
-            path: the file, which is written whole or not at all.
-            model: the model that filled the cache; its fingerprint is stored in the file.
+            path: the file. It is written completely or not at all.
+            model: the model that filled the cache. Its fingerprint is stored in the file.
 
         Raises:
-            ValueError: on an empty cache, or a cache with another number of layers than the model.
+            ValueError: if the cache is empty, or has another number of layers than the model.
         """
         save_cache(self, path, model)
 
@@ -435,7 +437,7 @@ class GramianCache(Cache):
         """Return the cache that `save` wrote, on the device of `model`.
 
         Raises:
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: if the file does not exist.
             ValueError: if the file holds no cache, or the cache of a model with other weights.
         """
         return load_cache(path, model)

@@ -1,8 +1,9 @@
 """Define the configuration of a Gramian model, whose blocks may hold any mixers and filters.
 
 `mixers` names the mixers, and `filter` describes the filters with which they convolve. Both are
-given once for all layers or once per layer: after distillation, every layer has filters of its own
-orders. The configuration determines the shapes of all parameters before any weight is read.
+given once for all layers or once per layer. After distillation, for example, the filters of every
+layer have different orders. The configuration determines the shapes of all parameters before any
+weight is read.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from gramian.models.remote_code import AUTO_MAP, write_module
 __all__ = ["MIXERS", "POOLING", "GramianConfig"]
 
 _FAMILIES = {"attention": "attention", "linear_recurrence": "recurrence"}
-"""The fields that hold arguments of mixers, and the family of mixers that each is for."""
+"""The fields that hold arguments of mixers, and the family of mixers that each field is for."""
 
 MIXERS: dict[str, type[Mixer]] = registry.MIXERS
 """The names that `GramianConfig.mixers` accepts: the mixers registered in `gramian.mixers`."""
@@ -37,8 +38,8 @@ POOLING = ("mean", "last")
 class GramianConfig(PreTrainedConfig):
     """The configuration of `GramianModel` and of models with a head, such as `GramianForCausalLM`.
 
-    Further keyword arguments are those of any configuration of transformers, such as `num_labels`
-    and `problem_type`.
+    The constructor also accepts the keyword arguments of any configuration of transformers, such as
+    `num_labels` and `problem_type`.
 
     Attributes:
         vocab_size: number of token ids. The default, 259, is `ByteTokenizer`'s: 256 bytes and three
@@ -52,58 +53,61 @@ class GramianConfig(PreTrainedConfig):
             `"weighted_linear_attention"`, `"gated_linear_attention"`, `"s6"`, `"gla_s6"` or
             `"gated_delta_net"`; or another registered mixer (`gramian.mixers.register`). In place
             of the name, `{"type": name, ...}` gives further arguments of that mixer. A list has one
-            of these for each layer.
+            such entry for each layer.
         filter: configuration of the mixers' filters, `{"type": name, ...}`, as for
-            `gramian.filters.build`; or a list with one configuration per layer, in which the
-            entries of layers without a filter are ignored and may be None.
+            `gramian.filters.build`. A list has one configuration for each layer. Its entries for
+            layers without a filter are ignored and may be None.
         attention: further arguments of `gramian.mixers.SoftmaxAttention`, such as `kv_heads`,
             `window` and `rotary_base`, for all `softmax_attention` layers.
         linear_recurrence: further arguments of the linear recurrences in `gramian.mixers`, such as
-            `state_size` and `temperature`. Each layer uses those that its mixer accepts; an
+            `state_size` and `temperature`. Each layer uses the arguments that its mixer accepts; an
             argument that no layer uses is an error.
-        max_position_embeddings: `max_length` of the filters. It does not limit the input: past this
-            length, an FIR filter is zero and a rational filter continues. There is no positional
-            embedding, except for the rotations inside attention, which have no limit either.
+        max_position_embeddings: `max_length` of the filters. The input may be longer. Past this
+            length, the kernel of an FIR filter is zero, and the kernel of a rational filter
+            continues. There is no positional embedding, except for the rotations inside attention,
+            which have no limit either.
         hyena_order: order N of `hyena` mixers, which have N - 1 long convolutions; at least 2.
-        short_kernel: taps of the mixers' short convolutions.
+        short_kernel: number of taps of the mixers' short convolutions.
         hyena_mimo_size: width of the map across channels before the output projection of `hyena`
-            mixers, as in Hyena-RTF; by default there is no such map.
-        block: kind of the blocks. `"mlp"` is a mixer and an MLP, each after a norm and beside a
+            mixers, as in Hyena-RTF. By default, there is no map across channels.
+        block: kind of the blocks. `"mlp"` is a mixer and an MLP, each with a norm before it and a
             residual connection, as in language models. `"glu"` is a `gramian.mixers.Block`, in
             which one gated linear map follows a mixer, as in models of long continuous sequences.
-            `"mixer"` is a mixer without norm and residual connection, as in the linear models of
+            `"mixer"` is a mixer without a norm or a residual connection, as in the linear models of
             the Delay task. `register_block` adds further kinds.
-        norm: norm of the blocks. For `"mlp"` blocks: `"rms"`, `"rms_plus_eps"` (StripedHyena's,
-            where the epsilon is added to the root and not under it) or `"layer"`; for `"glu"`
-            blocks: `"rms"`, `"layer"` or `"batch"`. `GramianForCausalLM` does not accept
-            `"batch"`, whose statistics depend on later tokens.
+        norm: norm of the blocks. `"mlp"` blocks accept `"rms"`, `"layer"` and `"rms_plus_eps"`, the
+            norm of StripedHyena, which adds the epsilon to the root and not under it. `"glu"`
+            blocks accept `"rms"`, `"layer"` and `"batch"`. `GramianForCausalLM` does not accept
+            `"batch"`, because its statistics depend on later tokens.
         final_norm: norm after the last block: `"rms"`, `"rms_plus_eps"`, `"layer"` or `"none"`. The
             default is the value of `norm` after `"mlp"` blocks, `"rms"` after `"glu"` blocks and
             `"none"` after `"mixer"` blocks.
-        prenorm: whether the norm of a `"glu"` block comes before its mixer, or after the residual
-            connection.
+        prenorm: whether the norm of a `"glu"` block comes before its mixer. If not, it comes after
+            the residual connection.
         tied_dropout: whether the dropout of `"glu"` blocks drops a channel over the whole length.
         bidirectional: whether the outputs of mixers also depend on later positions. All mixers must
             then be `long_convolution`, and their filters have 2 × `hidden_size` channels.
-            `GramianForCausalLM` does not accept it.
-        input_size: number of features of a continuous input (1 for the samples of a signal or the
-            pixels of a gray image), which the model reads as `input_values` through a linear map.
-            By default, the model reads token ids. `GramianForCausalLM` does not accept it.
+            `GramianForCausalLM` does not accept this option.
+        input_size: number of features of a continuous input, for example 1 for the samples of a
+            signal or the pixels of a gray image. The model reads this input as `input_values`
+            through a linear map. By default, the model reads token ids. `GramianForCausalLM` does
+            not accept an `input_size`.
         pooling: how `GramianForSequenceClassification` pools the hidden states: `"mean"` is their
             mean over the real tokens, and `"last"` is the hidden state of the last real token.
         dropout: probability of dropping, in training, an element of the output of a mixer or MLP
             before it is added to the residual stream.
         embedding_dropout: probability of dropping, in training, an element of the embeddings.
         kernel_dropout: probability of dropping, in training, a tap of a long convolution.
-        residual_in_fp32: whether the residual stream between `"mlp"` blocks, and with it the hidden
-            states, is in single precision when the weights are in half precision.
-        intermediate_size: inner width of the MLP of `"mlp"` blocks. By default 4 × `hidden_size`,
-            or 8/3 × `hidden_size` rounded up to a multiple of 16 when gated.
-        gated_mlp: whether the MLP computes `act(W₁ x) ∘ W₂ x` or only `act(W₁ x)`; a projection
-            follows in both cases.
+        residual_in_fp32: whether the residual stream between `"mlp"` blocks, and thus the hidden
+            states, are in single precision when the weights are in half precision.
+        intermediate_size: inner width of the MLP of `"mlp"` blocks. The default is 4 ×
+            `hidden_size`, or 8/3 × `hidden_size` if the MLP is gated, rounded up to a multiple of
+            16.
+        gated_mlp: whether the MLP computes `act(W₁ x) ∘ W₂ x` or only `act(W₁ x)`. In both cases,
+            a projection follows.
         mlp_bias: whether the linear maps in the MLP have biases.
-        hidden_act: activation of the MLP, or a list with one for each layer; `"linear"` is the
-            identity.
+        hidden_act: activation of the MLP, or a list with one activation for each layer. `"linear"`
+            is the identity.
         rms_norm_eps: number added to the mean square or the variance in norms of every kind.
         initializer_range: standard deviation of the initial embeddings and projections.
         use_cache: whether a forward pass without gradients returns its cache.
@@ -113,12 +117,13 @@ class GramianConfig(PreTrainedConfig):
         eos_token_id: id of the token that ends a text, or a list of such ids; None by default.
 
     Raises:
-        ValueError: on an unknown mixer, filter, pooling, block or norm; a list without exactly one
-            entry per layer; a size below 1; heads that do not divide the width; an option of one
-            kind of blocks with blocks of another kind; a dropout that is not a probability below 1;
-            `bidirectional` with mixers other than `long_convolution`; an `attention` argument that
-            `SoftmaxAttention` does not accept; or a `linear_recurrence` argument that none of the
-            model's recurrences accepts.
+        ValueError: if a mixer, pooling, block, norm or activation is unknown; a filter's
+            configuration has no type; a list does not have exactly one entry for each layer; a size
+            is below 1; `num_heads` does not divide `hidden_size`; an option of one kind of blocks
+            is set for blocks of another kind; a dropout is not a probability below 1;
+            `bidirectional` is set with mixers other than `long_convolution`; `SoftmaxAttention`
+            does not accept an argument in `attention`; or none of the model's recurrences accepts
+            an argument in `linear_recurrence`.
     """
 
     model_type = "gramian"
@@ -185,12 +190,13 @@ class GramianConfig(PreTrainedConfig):
     ) -> None:
         """Write `config.json`, and beside it the module with which transformers loads the folder.
 
-        Where this package has not been imported, the Auto classes load the folder only with
+        If this package has not been imported, the Auto classes load the folder only with
         `trust_remote_code=True`.
 
         Args:
-            save_directory: the folder, created if it does not exist.
-            push_to_hub: as for any configuration of transformers, like `kwargs`.
+            save_directory: the folder. It is created if it does not exist.
+            push_to_hub: whether to upload the folder to the Hugging Face Hub.
+            kwargs: further arguments of `save_pretrained` of transformers' configurations.
         """
         if not os.path.isfile(save_directory):  # the call below refuses a file
             os.makedirs(save_directory, exist_ok=True)
@@ -203,11 +209,11 @@ class GramianConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing, since saved folders name this package and hold no copy of its source."""
+        """Do nothing, because saved folders import this package and hold no copy of its source."""
 
     @property
     def layer_types(self) -> list[str]:
-        """The kind of every layer, as transformers names it; `mixers` has our own names."""
+        """The kind of every layer by transformers' name. `mixers` has the names of the mixers."""
         return ["linear_attention"] * self.num_hidden_layers
 
     def mixer_of(self, layer: int) -> str:
@@ -230,9 +236,9 @@ class GramianConfig(PreTrainedConfig):
     def mixer_config(self, layer: int) -> dict[str, Any]:
         """Return the configuration of a layer's mixer, for `gramian.mixers.build`.
 
-        It joins three sources, of which an earlier one takes precedence: the entry in `mixers`; the
-        arguments in `attention` or `linear_recurrence` that the mixer accepts; and the fields that
-        are named after the mixer, such as `hyena_order`.
+        The configuration joins three sources, and earlier sources take precedence: the entry in
+        `mixers`; the arguments in `attention` or `linear_recurrence` that the mixer accepts; and
+        the fields that are named after the mixer, such as `hyena_order`.
         """
         own = self._mixer(layer)
         kind = own["type"]
@@ -316,10 +322,12 @@ class GramianConfig(PreTrainedConfig):
         """Check the fields that concern the blocks.
 
         Args:
-            others: the further keyword arguments, among which are fields of registered blocks.
+            others: the keyword arguments that are not fields of the configuration. They may be
+                options of registered blocks.
 
         Raises:
-            ValueError: on an unknown block or norm, or a field of another kind of blocks.
+            ValueError: if the block or the norm is unknown, or an option of another kind of blocks
+                is set.
         """
         check_choice("block", self.block, BLOCKS)
         block = BLOCKS[self.block]
@@ -378,8 +386,8 @@ def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
 def _validate_options(field: str, given: Any, family: str, names: list[str]) -> None:
     """Check that the mixers of a family accept the arguments that are given for the family.
 
-    These are the mixers in the model that belong to the family, or all of the family if the model
-    has none of them.
+    Each argument must be accepted by a mixer of the model that belongs to the family. If the model
+    has no mixer of the family, any mixer of the family may accept it.
 
     Args:
         field: name of the field that holds the arguments.

@@ -1,7 +1,7 @@
 """Generate text, and raise an error as soon as logits are not finite.
 
-Logits with a NaN have no maximum. `argmax` returns the index of the NaN, so greedy search would
-write the same token again and again without an error.
+If a logit is NaN, the logits have no maximum. `argmax` then returns the index of the NaN, so greedy
+search would write the same token again and again without an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["GramianGenerationMixin"]
 
 
 class GramianGenerationMixin(GenerationMixin):
-    """The `generate` of transformers, which here keeps to an alphabet and to finite logits."""
+    """The `generate` of transformers, with an optional alphabet and a check for finite logits."""
 
     def generate(
         self,
@@ -36,20 +36,22 @@ class GramianGenerationMixin(GenerationMixin):
         """Generate text as `GenerationMixin.generate` of transformers does.
 
         Args:
-            inputs: as for any model of transformers, like the other arguments.
-            generation_config: likewise.
-            logits_processor: likewise.
-            stopping_criteria: likewise.
-            args: likewise.
-            streamer: likewise.
-            allowed_tokens: ids of the only tokens that may be written, such as those of
-                `gramian.models.allowed_tokens`; `restrict_generation` allows them for every call.
-                Tokens that `suppress_tokens` names are not written in any case.
-            kwargs: as for any model of transformers.
+            inputs: the prompt, as for any model of transformers.
+            generation_config: the generation configuration; by default the model's own.
+            logits_processor: further logits processors.
+            stopping_criteria: further stopping criteria.
+            args: further positional arguments of `GenerationMixin.generate`.
+            streamer: an object that receives every token as soon as it is chosen.
+            allowed_tokens: ids of the only tokens that may be written, such as
+                `gramian.models.allowed_tokens` returns. They apply to this call; use
+                `restrict_generation` to set them for every call. Tokens in `suppress_tokens` are
+                not written even if they are allowed.
+            kwargs: further keyword arguments of `GenerationMixin.generate`.
 
         Raises:
             FloatingPointError: if logits are NaN or infinite.
-            ValueError: if no allowed token is left to choose, or one is not in the vocabulary.
+            ValueError: if no allowed token is left to choose, if an allowed token is not in the
+                vocabulary, or if the generation configuration forces a token that is not allowed.
         """
         if allowed_tokens is not None:
             config: Any = generation_config or self.generation_config
@@ -68,13 +70,13 @@ class GramianGenerationMixin(GenerationMixin):
 
 
 class FiniteLogits(LogitsProcessor):
-    """A logits processor that looks for NaN or infinite logits at every token.
+    """A logits processor that tests at every token whether the logits are finite.
 
-    It reads the logits before a token is chosen. On a CPU the test costs nothing, and the error is
-    raised at once. On an accelerator, the program would have to wait for the test at every token.
-    So its result stays on the accelerator, `StopAtNaN` ends the generation, and `check` raises the
-    error afterwards. Until then, equal numbers replace the logits of a row with NaN or infinity,
-    since sampling from NaN would end the process.
+    The processor reads the logits before a token is chosen. On a CPU the test costs nothing, and
+    the error is raised at once. On an accelerator, the program would have to wait for the result of
+    the test at every token. So the result stays on the accelerator, `StopAtNaN` ends the
+    generation, and `check` raises the error afterwards. Until then, zeros replace all logits of a
+    row with NaN or infinity, because sampling from NaN would end the process.
 
     Args:
         at_once: whether to raise the error at once on every device, as streaming tokens requires.

@@ -1,9 +1,9 @@
-"""Initialize the tensors of a loaded model that no file has, and leave all others unchanged.
+"""Initialize the tensors of a loaded model that are in no file, and keep all other tensors.
 
 transformers builds a model without memory, reads the tensors in the files, and then initializes
 the other tensors, module by module. Its initializers skip tensors that were read. Code that writes
-in place (`weight.data.normal_()`) does not skip them, and a tensor that no code writes keeps
-whatever its memory happened to contain.
+in place (`weight.data.normal_()`) does not skip them. If no code writes a tensor, its values are
+arbitrary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Keeping", "is_read", "own_tensors", "reset_unwritten"]
 
 
 def is_read(tensor: Tensor) -> bool:
-    """Return whether transformers has read a tensor from a file, or will tie it to such a one."""
+    """Return whether a tensor was read from a file, or will be tied to a tensor that was read."""
     return bool(getattr(tensor, "_is_hf_initialized", False))
 
 
@@ -86,7 +86,7 @@ class Keeping(TorchDispatchMode):
 
 
 def reset_unwritten(model: nn.Module, keeping: Keeping) -> None:
-    """Call `reset_parameters` of every module with a tensor that was neither read nor written.
+    """Call `reset_parameters` on every module with a tensor that was neither read nor written.
 
     Raises:
         ValueError: if a tensor still has not been written afterwards.
@@ -113,7 +113,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor
     Yields:
         The module's dictionary that holds the tensor, the tensor's name in it, and the tensor.
     """
-    # torch's public iterators do not give the dictionaries, in which a tensor can be replaced.
+    # torch's public iterators do not yield the dictionaries, which are needed to replace a tensor.
     for place in (module._parameters, module._buffers):  # noqa: SLF001 (see above)
         for name, tensor in place.items():
             if tensor is not None:

@@ -1,14 +1,14 @@
 """Check labels and compute their losses, in the same way for every model with a head.
 
-A label of -100 is never scored, neither as a class nor as a number: losses leave it out of their
-sum and their count. All other labels are checked, since a NaN or a class out of range would
-silently make the loss meaningless. The message of a `LabelError` says in one sentence what was
-given. Checking values makes an accelerator wait once for each loss. A compiled graph cannot check
-them.
+A label of -100 is never scored, neither as a class nor as a number: losses exclude it from their
+sum and their count. All other labels are checked, because a NaN or a class out of range would
+silently make the loss meaningless. The message of a `LabelError` says in one sentence which labels
+were given. The check makes an accelerator wait once for each loss. In a compiled graph, the values
+of labels are not checked.
 
-Losses are means over the scored labels, in at least single precision. With `num_items_in_batch`
-they are sums divided by that number, so that the losses of the parts of a batch add up to the loss
-of the whole batch.
+Losses are means over the scored labels, in at least single precision. With `num_items_in_batch`,
+they are sums divided by that number. Then the losses of the parts of a batch add up to the loss of
+the whole batch.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ def check_classes(
     """Check class labels and return them as int64.
 
     Args:
-        labels: integers from 0 to `classes` - 1, or -100; with two classes, also booleans.
+        labels: integers from 0 to `classes` - 1, or -100. If there are two classes, booleans are
+            accepted, too.
         classes: number of classes.
         shapes: the shapes that are accepted.
-        task: purpose of the labels, which the message of an error names.
+        task: purpose of the labels, for the message of an error.
 
     Raises:
-        LabelError: on labels of another dtype, shape or value.
+        LabelError: if labels have another dtype, shape or value.
     """
     _check_shape(labels, shapes, task)
     if labels.dtype not in INTEGERS and not (labels.dtype == torch.bool and classes == 2):
@@ -81,16 +82,17 @@ def token_labels(
 
     Args:
         logits: (batch, length, vocab_size), or the logits of selected positions.
-        labels: (batch, length), which the loss shifts by one.
-        shift_labels: labels that are already shifted, used in place of `labels`. Their shape is
-            that of the logits without `vocab_size`.
-        num_items_in_batch: divisor of the loss. Without it, at least one label must be scored.
+        labels: (batch, length). The loss shifts them by one.
+        shift_labels: labels that are already shifted. They replace `labels`, and have the shape of
+            the logits without the last dimension.
+        num_items_in_batch: divisor of the loss. If it is None, at least one label must be scored.
 
     Returns:
         The arguments of transformers' loss: `labels`, and `shift_labels` if they were given.
 
     Raises:
-        LabelError: as `check_classes` does; also if no label is scored and there is no divisor.
+        LabelError: if labels have another dtype, shape or value, or if no label is scored and
+            `num_items_in_batch` is None.
     """
     shape = tuple(logits.shape[:-1])
     given = labels if shift_labels is None else shift_labels
@@ -115,18 +117,18 @@ def check_numbers(
         labels: real numbers, or -100 for labels that are not scored.
         dtype: dtype of the returned labels.
         shapes: the shapes that are accepted.
-        task: purpose of the labels, which the message of an error names.
-        real: booleans that broadcast against the labels. Where they are False, labels are not
+        task: purpose of the labels, for the message of an error.
+        real: booleans that broadcast against the labels. Labels where `real` is False are not
             scored and may have any value.
         shares: whether the numbers must lie from 0 to 1.
 
     Returns:
-        The labels in `dtype`, with 0 where they are not scored; and booleans of the same shape,
-        true where they are scored.
+        The labels in `dtype`, with 0 in place of labels that are not scored; and booleans of the
+        same shape, which are true where labels are scored.
 
     Raises:
-        LabelError: on complex labels, labels of another shape, numbers that are not finite, and,
-            with `shares`, numbers outside of [0, 1].
+        LabelError: if labels are complex, have another shape or are not finite, or if `shares` is
+            True and a label is outside of [0, 1].
     """
     _check_shape(labels, shapes, task)
     if labels.is_complex():
@@ -150,7 +152,7 @@ def check_numbers(
 def cross_entropy(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the mean cross-entropy of logits (…, classes) and labels (…) from `check_classes`."""
+    """Return the mean cross-entropy of logits (…, classes) and checked class labels (…)."""
     logits, labels = _wide(logits).flatten(0, -2), labels.flatten()
     if num_items_in_batch is None:
         _require(labels != IGNORED)
@@ -162,7 +164,7 @@ def cross_entropy(
 def squared_error(
     logits: Tensor, labels: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the mean squared error of logits and labels from `check_numbers`."""
+    """Return the mean squared error of logits and the labels that `check_numbers` returned."""
     errors = torch.where(due, _wide(logits) - labels, 0).square()
     return _mean(errors, due, num_items_in_batch)
 
@@ -170,7 +172,7 @@ def squared_error(
 def binary_cross_entropy(
     logits: Tensor, labels: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the binary cross-entropy of logits and labels from `check_numbers`."""
+    """Return the binary cross-entropy of logits and the labels that `check_numbers` returned."""
     losses = nn.functional.binary_cross_entropy_with_logits(_wide(logits), labels, reduction="none")
     return _mean(torch.where(due, losses, 0), due, num_items_in_batch)
 
@@ -181,22 +183,22 @@ def classification_loss(
     config: GramianConfig,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """Return the loss for the problem that `config.problem_type` names.
+    """Return the loss for the kind of problem that `config.problem_type` names.
 
-    If `problem_type` is None, the problem is inferred from the labels and their number, and stored
-    in the configuration. A label of -100 is not scored. If a sequence has one label, that leaves
-    out the sequence; if it has several, it leaves out only that label.
+    If `problem_type` is None, the kind is inferred from the labels and their number, and stored in
+    the configuration. A label of -100 is not scored, but other labels of the same sequence are.
 
     Args:
         logits: (batch, num_labels).
-        labels: (batch) or (batch, num_labels), depending on the problem.
-        config: configuration of the model, whose `problem_type` may be set here.
+        labels: (batch) or (batch, num_labels), depending on the kind of problem.
+        config: configuration of the model. Its `problem_type` is set if it is None.
         num_items_in_batch: divisor of the summed loss; by default, the number of scored labels.
 
     Raises:
-        LabelError: on labels of another shape or dtype than the problem requires, classes out of
-            range, numbers that are not finite, and numbers outside of [0, 1] if a sequence has
-            several labels; also if no label is scored.
+        LabelError: if labels have another shape or dtype than the kind of problem requires; if a
+            class is out of range; if a number is not finite; if a sequence has several labels, and
+            one of them is outside of [0, 1]; or if no label is scored and `num_items_in_batch` is
+            None.
     """
     batch, count = logits.shape
     labels, problem = labels.to(logits.device), config.problem_type
@@ -259,7 +261,7 @@ def _check_shape(labels: Tensor, shapes: Sequence[tuple[int, ...]], task: str) -
 
 
 def _any(wrong: Tensor) -> bool:
-    """Return whether any entry is true, or False if the tensor's values cannot be read."""
+    """Return whether any entry is true; return False if the tensor's values cannot be read."""
     return has_values(wrong) and bool(wrong.any())
 
 

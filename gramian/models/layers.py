@@ -1,8 +1,8 @@
 """Define the interface of a model's blocks, and register their kinds.
 
-The method `mix` of a block applies everything that surrounds the mixer. Forward passes with and
-without a cache, exported programs, sharding and the checks of `GramianConfig` all use the class of
-the block, so a new kind needs no change elsewhere:
+The method `mix` of a block calls the mixer and computes everything around it, such as norms and
+residual connections. Forward passes with and without a cache, exported programs, sharding and the
+checks of `GramianConfig` all use the class of the block. So a new kind needs no change elsewhere:
 
     @register_block("post_norm")
     class PostNormBlock(GramianLayer):
@@ -41,13 +41,13 @@ _BlockType = TypeVar("_BlockType", bound="type[GramianLayer]")
 
 
 class GramianLayer(GradientCheckpointingLayer, abc.ABC):
-    """The base class of blocks. A block is one layer of a model: a mixer and what surrounds it.
+    """The base class of blocks. A block is one layer of a model, with a mixer inside.
 
-    A model builds a block as `kind(config, layer)`. The subclass makes its mixer by
-    `gramian.models.build_mixer(config, layer)`, and is registered by `register_block`.
+    A model builds a block as `kind(config, layer)`. The subclass makes its mixer with
+    `gramian.models.build_mixer(config, layer)`, and `register_block` registers the subclass.
 
     Args:
-        layer: index of the layer, which selects its part of a cache.
+        layer: index of the layer in the model and in a cache.
     """
 
     kind: ClassVar[str]
@@ -67,12 +67,12 @@ class GramianLayer(GradientCheckpointingLayer, abc.ABC):
 
     @abc.abstractmethod
     def mix(self, hidden_states: Tensor, call: MixerCall) -> Tensor:
-        """Apply norms, residual connections and whatever else surrounds the mixer.
+        """Call the mixer, and apply the norms, residual connections and other layers around it.
 
         Args:
             hidden_states: (batch, length, hidden_size).
-            call: the function that runs the mixer, which `mix` must call once. It may process
-                whole sequences, continue from a state, or be part of a traced program.
+            call: the function that runs the mixer. `mix` must call it once. The function may
+                process whole sequences, continue from a state, or be part of a traced program.
 
         Returns:
             (batch, length, hidden_size).
@@ -98,7 +98,7 @@ class GramianLayer(GradientCheckpointingLayer, abc.ABC):
         Args:
             hidden_states: (batch, length, hidden_size).
             mask: the positions of tokens and sequences; None if there is no padding.
-            past_key_values: the cache to continue from, which is updated in place.
+            past_key_values: the cache to continue from. It is updated in place.
 
         Returns:
             (batch, length, hidden_size).
@@ -112,7 +112,7 @@ class GramianLayer(GradientCheckpointingLayer, abc.ABC):
 
 
 def register_block(kind: str) -> Callable[[_BlockType], _BlockType]:
-    """Return a class decorator that registers a block for `GramianConfig` as `block=kind`.
+    """Return a class decorator that registers a block under the name `kind` for `GramianConfig`.
 
     Raises:
         ValueError: if another class is registered under that name.

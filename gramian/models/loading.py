@@ -48,21 +48,22 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCausalLM:
     """Return the language model that `save_pretrained` wrote into a folder, in evaluation mode.
 
-    Before any tensor is read, the names and shapes in the files are compared with those that the
-    configuration requires, so a model is never loaded in part. A folder with an adapter of peft
-    gives the base model that it names, with the adapter merged into it.
+    Before any tensor is read, the names and shapes of the tensors in the files are compared with
+    the names and shapes that the configuration requires. So a model is never loaded in part. A
+    folder with an adapter of peft names a base model. In this case the base model is returned, with
+    the adapter merged into it.
 
     Args:
         path: the folder.
-        dtype: dtype of the weights; by default, that of the files. Filters stay float32.
+        dtype: dtype of the weights; by default, the dtype in the files. Filters stay float32.
 
     Raises:
-        FileNotFoundError: if there is no such folder, it lacks `config.json` or weights, or the
-            base model of an adapter is missing.
-        ValueError: on a model of another class, an invalid configuration, files that cannot be
-            read, weights that are missing, left over or of other shapes, or an adapter that does
-            not fit its base model.
-        ImportError: for an adapter, without peft.
+        FileNotFoundError: if the folder does not exist, if it lacks `config.json` or weights, or if
+            the base model of an adapter is missing.
+        ValueError: if the model has another class; if the configuration is invalid; if a file
+            cannot be read; if weights are missing, superfluous or of other shapes; or if an adapter
+            does not fit its base model.
+        ImportError: if the folder has an adapter, and peft is not installed.
     """
     folder = Path(path)
     adapted = is_adapter(folder)
@@ -79,9 +80,9 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCau
 
 
 def load_any(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianPreTrainedModel:
-    """Return the model in a folder, of any class of this package, in evaluation mode.
+    """Return the model in a folder, which may be of any Gramian class, in evaluation mode.
 
-    Arguments and errors are those of `load`, but the model may be of any class.
+    The arguments and errors are the same as those of `load`, except that any class is accepted.
     """
     folder = Path(path)
     if is_adapter(folder):
@@ -91,7 +92,7 @@ def load_any(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianPr
 
 
 def _load_adapted(folder: Path, dtype: torch.dtype | None) -> GramianPreTrainedModel:
-    """Return the base model of an adapter, of the adapter's class, with the adapter merged."""
+    """Return the base model of an adapter, in the adapter's class, with the adapter merged."""
     base = base_folder(folder)
     values = _read_own_config(folder)
     kind, base_kind = _class(folder, values), _class(base, _read_own_config(base))
@@ -128,10 +129,14 @@ def _load_adapted(folder: Path, dtype: torch.dtype | None) -> GramianPreTrainedM
 
 
 def _read_own_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of a model; of an adapter without one, that of its base model.
+    """Return the configuration of a model or of an adapter.
+
+    If an adapter has no configuration, return the configuration of its base model.
 
     Raises:
-        ValueError: also if an adapter without a configuration is for another class than its base.
+        FileNotFoundError: if there is no configuration.
+        ValueError: if the configuration cannot be read, or if an adapter without a configuration is
+            for another class than its base model.
     """
     own = config_folder(folder)
     values = _read_config(own)
@@ -167,7 +172,7 @@ def _load(
 
 
 def _class(folder: Path, values: dict[str, Any]) -> type[GramianPreTrainedModel]:
-    """Return the class that a configuration names, or that of the language model by default."""
+    """Return the class that a configuration names; by default, the class of language models."""
     names = values.get("architectures") or [GramianForCausalLM.__name__]
     known = [CLASSES[name] for name in names if name in CLASSES]
     if not known:
@@ -212,7 +217,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of all tensors in the folder's safetensors files, by name."""
+    """Return a mapping from the names of all tensors in the safetensors files to their shapes."""
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
@@ -238,7 +243,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _expected_shapes(
     folder: Path, kind: type[GramianPreTrainedModel], config: GramianConfig
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Return the shapes of the required tensors by name, and the names of those tied to them."""
+    """Return the shapes of the required tensors by name, and the names of tensors tied to them."""
     try:
         with torch.device("meta"):
             model = kind(config)

@@ -1,8 +1,8 @@
-"""Build the norms of `"mlp"` blocks, and the one after the last block, from their names.
+"""Build the norms of `"mlp"` blocks, and the norm after the last block, from their names.
 
-The names are those of `GramianConfig`. `"rms"` is `w x / √(mean(x²) + ε)`. `"rms_plus_eps"` is
-StripedHyena's `w x / (√mean(x²) + ε)`, which differs where activations are small. `"layer"` is
-PyTorch's layer norm, with a bias. `"none"` is the identity.
+`GramianConfig` uses the same names. `"rms"` is `w x / √(mean(x²) + ε)`. `"rms_plus_eps"` is
+StripedHyena's `w x / (√mean(x²) + ε)`; the two differ for small activations. `"layer"` is PyTorch's
+layer norm, with a bias. `"none"` is the identity.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PlusEpsRMSNorm(nn.Module):
 
 
 def make_norm(kind: str, width: int, eps: float) -> nn.Module:
-    """Build the norm of a name, for vectors of `width` features."""
+    """Build the norm with the name `kind`, for vectors of `width` features."""
     if kind == "none":
         return nn.Identity()
     kinds = {"rms": nn.RMSNorm, "rms_plus_eps": PlusEpsRMSNorm, "layer": nn.LayerNorm}
@@ -49,6 +49,6 @@ def make_norm(kind: str, width: int, eps: float) -> nn.Module:
 
 
 def apply_norm(norm: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Apply a norm to a residual stream, which is first cast to the dtype of the norm's weight."""
+    """Cast a residual stream to the dtype of a norm's weight, and apply the norm."""
     weight = getattr(norm, "weight", hidden_states)  # the identity has none
     return norm(hidden_states.to(weight.dtype))

@@ -17,14 +17,14 @@ def pool(hidden_states: Tensor, segments: Segments | None, pooling: str) -> Tens
     Args:
         hidden_states: (batch, length, width).
         segments: the positions of tokens and sequences; None if there is no padding.
-        pooling: "mean" for the mean of the real tokens, or "last" for the last real token.
+        pooling: "mean" for the mean over the real tokens, or "last" for the last real token.
 
     Returns:
-        (sequences, width). Every row is one sequence, unless the rows are packed: then the
-        sequences of the first row come first, in their order.
+        (sequences, width). Without packing, every row is one sequence. With packing, the sequences
+        of the first row come first, in their order.
 
     Raises:
-        ValueError: on a mask that hides a whole sequence.
+        ValueError: if the mask hides a whole sequence.
     """
     batch, length = hidden_states.shape[:2]
     if segments is None:

@@ -1,4 +1,4 @@
-"""Define the base class of all Gramian models, which initializes, saves and loads them."""
+"""Define the base class of all Gramian models. It initializes, saves and loads them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["GramianPreTrainedModel"]
 
 @contextmanager
 def _whole(module: nn.Module) -> Iterator[None]:
-    """Gather parameters that FSDP2 has sharded, to use them outside of the module's forward."""
+    """Gather the parameters that FSDP2 has sharded, for use outside of the module's forward."""
     sharded: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
     for part in sharded:
         part.unshard()
@@ -50,9 +50,9 @@ class GramianPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
-    # Filters and dynamics stay in float32 by themselves. The first list keeps quantizers from
-    # changing them, and the second keeps loading in bfloat16 from casting them. The patterns differ
-    # since transformers refuses a name that is in both lists.
+    # Filters and dynamics stay in float32 without these lists when a model is cast. The first list
+    # prevents quantizers from changing them, and the second prevents loading in bfloat16 from
+    # casting them. The patterns differ because transformers refuses a name that is in both lists.
     _keep_in_fp32_modules = [r".*\.mixer\.(?:filter|dynamics)"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [r"mixer\.(?:filter|dynamics)"]  # noqa: RUF012
 
@@ -83,22 +83,22 @@ class GramianPreTrainedModel(PreTrainedModel):
     def state_bytes(self, batch: int = 1, context: int = 1) -> int:
         """Return the bytes of state that `batch` sequences keep after `context` tokens.
 
-        The result is the sum, over layers, of what the recurrence of the mixer reports. It equals
-        `GramianCache.nbytes`, but the model does not run. The state of a convolution does not grow
-        with the context: that of a modal filter has one complex number per mode and stream, and
-        that of an FIR filter has room for `max_position_embeddings` inputs from the first token on.
-        The keys and values of attention grow until they fill its window; their memory doubles each
-        time it is full. The snapshots of the filters are not counted, since they belong to the
-        model and are shared by the batch. If FSDP2 has sharded the model, all processes must call
-        this method together.
+        The result is the sum over layers of the sizes that the mixers' recurrences report. The
+        result equals `GramianCache.nbytes`, but the model does not run. The state of a convolution
+        does not grow with the context. For a modal filter, the state has one complex number per
+        mode and stream. For an FIR filter, the state has room for `max_position_embeddings` inputs
+        from the first token on. The keys and values of attention grow until they fill the window of
+        the attention. The room for keys and values doubles each time that it is full. The copies of
+        the filters in the recurrences are not counted, because they do not depend on the batch. If
+        FSDP2 has sharded the model, all processes must call this method together.
 
         Args:
             batch: number of sequences, at least 1.
             context: number of tokens of each sequence, at least 1.
 
         Raises:
-            ValueError: if `batch` or `context` is below 1, or the model is bidirectional, which
-                keeps no state.
+            ValueError: if `batch` or `context` is below 1, or if the model is bidirectional and
+                therefore has no state.
         """
         if batch < 1 or context < 1:
             raise ValueError(
@@ -112,18 +112,20 @@ class GramianPreTrainedModel(PreTrainedModel):
         return total
 
     def compile_decoding(self, enabled: bool = True, **options: Any) -> None:
-        """Make the model faster at steps of one token, which `generate` takes after the prompt.
+        """Make steps of one token faster. `generate` takes such steps after the prompt.
 
-        What a layer computes between its projections is compiled at the first step of each batch
-        size. On a CPU, passes with a cache multiply by packed copies of the projections' weights,
-        which need as much memory as the weights. Results are the same up to rounding. Attention and
-        online convolution cannot be compiled and run unchanged. If compiling fails, a warning is
-        given once. `generate(..., compile_config=CompileConfig(...))` has the same effect.
+        The computation of a layer between its projections is compiled at the first step of each
+        batch size. On a CPU, passes with a cache multiply by packed copies of the projections'
+        weights. The copies need the same amount of memory as the weights. Results are the same up
+        to rounding. Attention and online convolution are not compiled, because they cannot be. If
+        compiling fails, a warning is given once. `generate(..., compile_config=CompileConfig(...))`
+        has the same effect.
 
-        The copies follow the weights. Every generation compares all values before it uses a copy,
-        however the weights were changed, and training mode drops the copies. Within one generation,
-        which begins with an empty cache, a change is detected by the version of a weight or by a
-        few of its values; so an edit of single values through `.data` or numpy goes unnoticed.
+        The copies follow the weights. When a generation begins with an empty cache, all values of a
+        weight are compared with its copy before the copy is used. So every change is detected.
+        Later in the same generation, a change is detected by the version of the weight or by a few
+        of its values. So an edit of single values through `.data` or numpy goes unnoticed then.
+        Training mode drops the copies.
 
         Args:
             enabled: whether to compile; False undoes an earlier call.
@@ -138,7 +140,7 @@ class GramianPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing, since saved folders name this package and hold no copy of its source."""
+        """Do nothing, because saved folders import this package and hold no copy of its source."""
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
         with Keeping(self) as keeping:
@@ -146,8 +148,9 @@ class GramianPreTrainedModel(PreTrainedModel):
             reset_unwritten(self, keeping)
 
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
-        # transformers skips modules of other packages that own no tensor themselves, and a filter
-        # that consists of submodules may own none. Skip only modules that were read from a file.
+        # transformers skips modules of other packages that own no tensor themselves. A filter that
+        # consists of submodules may own none, but it must not be skipped. So this method skips only
+        # modules whose tensors were all read from files.
         tensors = [*module.parameters(), *module.buffers()]
         if tensors and all(is_read(tensor) for tensor in tensors):
             return
@@ -155,8 +158,8 @@ class GramianPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Projections onto the residual stream start smaller, since the stream is the sum of 2 of
-        # their outputs per layer.
+        # Projections onto the residual stream start smaller, because the stream is a sum with two
+        # of their outputs for each layer.
         small = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, Filter | ShortConvolution | Dynamics):
             module.reset_parameters()

@@ -1,10 +1,10 @@
 """Define the model that reconstructs a sequence of tokens from one vector.
 
-This is the compression task of the MAD suite (Poli et al., arXiv 2403.17844). The hidden states are
-pooled to one vector; in the published task, it is the hidden state of the last token. For every
-position, the decoder adds a sinusoidal code to the vector and predicts the token through two
-layers. So all information about the sequence passes through that vector. Unlike in the published
-model, the model's last norm is applied before the pooling.
+The model is made for the compression task of the MAD suite (Poli et al., arXiv 2403.17844). The
+hidden states are pooled to one vector. In the published task, this vector is the hidden state of
+the last token. For every position, the decoder adds a sinusoidal code to the vector and predicts
+the token through two layers. So all information about the sequence passes through this vector.
+Unlike in the published model, the model's last norm is applied before the pooling.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ __all__ = ["GramianForReconstruction"]
 
 
 class GramianForReconstruction(GramianPreTrainedModel):
-    """A `GramianModel` with a decoder, which predicts the input from the pooled hidden state.
+    """A `GramianModel` with a decoder that predicts the input from the pooled hidden state.
 
-    `config.pooling` names the pooling, which is `"last"` in the published model. Rows may be
-    packed, as for `GramianModel.forward`; each of their sequences has a vector of its own.
+    `config.pooling` names the pooling; the published model uses `"last"`. Rows may be packed, as
+    for `GramianModel.forward`. Each sequence of a packed row is pooled to a separate vector.
     """
 
     accepts_loss_kwargs = False  # tells the Trainer that the loss is a mean over the batch
@@ -74,19 +74,19 @@ class GramianForReconstruction(GramianPreTrainedModel):
         Args:
             labels: (batch, length) token ids at their own positions, or -100 for positions to
                 ignore. To reconstruct the whole input, pass `input_ids`.
-            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, by which the summed
-                loss is divided in place of the number of labels.
+            kwargs: the further arguments of `GramianModel.forward`, and `num_items_in_batch`. If
+                the latter is given, it divides the summed loss in place of the number of labels.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Returns:
-            `loss`, which is the mean cross-entropy; `logits`, (batch, length, vocab_size); and
-            `hidden_states`. The positions that are coded count real tokens only. Outputs at padding
+            An output with `loss`, the mean cross-entropy; `logits`, (batch, length, vocab_size);
+            and `hidden_states`. The codes of positions count real tokens only. Outputs at padding
             are meaningless.
 
         Raises:
-            ValueError: also on a mask that hides a whole sequence, and on labels of another shape
-                or dtype, outside of the vocabulary, or all ignored.
+            ValueError: if the mask hides a whole sequence, or if labels have another shape or
+                dtype, are outside of the vocabulary, or are all ignored.
         """
         segments = read_rows((input_ids, inputs_embeds), attention_mask, position_ids, kwargs)
         check_arguments(type(self).__name__, kwargs)
@@ -117,8 +117,8 @@ def _places(
     """Return the sequence of every position, and the position of its token within the sequence.
 
     Returns:
-        Two int64 tensors (batch, length). The first is None if every row is one sequence; without
-        padding, the second is (length).
+        Two int64 tensors (batch, length). The first is None if every row is one sequence. The
+        second is (length) if there is no padding.
     """
     if segments is None:
         return None, torch.arange(length, device=device)
@@ -137,11 +137,12 @@ def _places(
 def position_codes(positions: Tensor, width: int) -> Tensor:
     """Return the sinusoidal codes of positions.
 
-    With half = ⌊width / 2⌋, a code consists of the sines of position × 10,000^(-k / (half - 1)) for
-    k = 0 … half - 1, then of their cosines, and of a zero at the end if the width is odd.
+    Let half = ⌊width / 2⌋. The angles are position × 10,000^(-k / (half - 1)) for k = 0 … half - 1.
+    A code consists of the sines of the angles, then of their cosines. If the width is odd, a zero
+    follows.
 
     Args:
-        positions: (…).
+        positions: the positions, (…).
         width: length of a code.
 
     Returns:

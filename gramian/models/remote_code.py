@@ -1,8 +1,9 @@
 """Write the module with which `trust_remote_code=True` loads a saved folder.
 
-For a model of an unknown type, transformers looks under `auto_map` in `config.json` for the module
-that defines the model, and runs that module from the folder. Our module does not define a model: it
-imports this package, or says how to install the package if it is missing.
+If transformers does not know the type of a model, it looks under `auto_map` in `config.json`. There
+it finds the name of a module in the folder, which it runs to define the model. The module that is
+written here does not define a model. It imports the package gramian, or says how to install the
+package if it is missing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Find which positions of a model's rows are tokens, and to which sequences they belong.
 
-Rows may be padded, which an `attention_mask` describes. They may also be packed, which means that
-several sequences follow each other in a row. Packed rows are described by `position_ids` that
-restart, by `seq_idx`, or by `cu_seq_lens_q` and `cu_seq_lens_k`; transformers'
+Rows may be padded; an `attention_mask` describes the padding. Rows may also be packed, which means
+that several sequences follow each other in a row. Packed rows are described by `position_ids` that
+restart, by `seq_idx`, or by `cu_seq_lens_q` and `cu_seq_lens_k`. transformers'
 `DataCollatorWithFlattening` and TRL's padding-free collators make these arguments.
 """
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """Return the last `length` columns of a mask as booleans, or None if they hide nothing.
+    """Return the last `length` columns of a mask as booleans, or None if all of them are 1.
 
     Args:
         mask: (batch, length or more), 1 for real tokens and 0 for padding; or None.
@@ -37,7 +37,7 @@ def recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
         length: number of columns to return.
 
     Raises:
-        ValueError: on a mask of another shape, or one that holds numbers other than 0 and 1.
+        ValueError: if the mask has another shape, or holds numbers other than 0 and 1.
     """
     if mask is None:
         return None
@@ -82,17 +82,17 @@ def token_segments(
         attention_mask: (batch, length or more), 1 for real tokens. The last `length` columns are
             used.
         position_ids: (batch, length) or (1, length). Only the differences between successive real
-            tokens of a row are read: a difference of 1 continues a sequence, and a difference of 0
-            or less begins the next one.
+            tokens of a row are used: a difference of 1 continues a sequence, and a difference of 0
+            or less begins the next sequence.
         seq_idx: (batch, length) or (1, length). A sequence begins where the value changes.
         cu_seq_lens_q: (sequences + 1), the number of positions in the flattened rows before each
-            sequence, and at the end the number of all positions.
+            sequence, followed by the number of all positions.
         cu_seq_lens_k: a tensor equal to `cu_seq_lens_q`.
 
     Raises:
-        ValueError: on arguments of other shapes, positions that jump ahead, cumulative lengths that
-            do not end at the number of all positions, or arguments that describe different
-            sequences.
+        ValueError: if an argument has another shape; if positions jump ahead; if the cumulative
+            lengths do not end at the number of all positions; or if two arguments describe
+            different sequences.
     """
     real = recent_mask(attention_mask, batch, length)
     _check_shapes(batch, length, position_ids=position_ids, seq_idx=seq_idx)
@@ -122,9 +122,9 @@ def _refuse_packing(
     seq_idx: Tensor | None,
     cu_seq_lens_q: Tensor | None,
 ) -> None:
-    """Raise a ValueError for arguments of packed rows, which a traced graph cannot read.
+    """Raise a ValueError for arguments of packed rows, because a traced graph cannot read them.
 
-    `position_ids` may be those of one sequence per row, which is checked when the graph runs.
+    `position_ids` are accepted if each row is one sequence. The graph checks this when it runs.
     """
     if seq_idx is not None or cu_seq_lens_q is not None:
         raise ValueError("packed rows cannot be traced: give each sequence a row of its own.")
@@ -141,10 +141,10 @@ def _sequence_numbers(
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
 ) -> Tensor | None:
-    """Return a number for every real token, (batch, length), which is equal within a sequence.
+    """Return a number for every real token, (batch, length), so that sequences can be told apart.
 
-    The numbers are int64 and rise from one sequence of a row to the next. If every row is one
-    sequence, None is returned in their place.
+    The numbers are int64. They are equal within a sequence, and rise from one sequence of a row to
+    the next. If every row is one sequence, None is returned.
     """
     given = [x for x in (position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k) if x is not None]
     if not given:
@@ -156,7 +156,7 @@ def _sequence_numbers(
     same_row = tokens[1:] // length == tokens[:-1] // length
 
     def differences(values: Tensor) -> Tensor:
-        """Return by how much the value at each real token exceeds that at the one before."""
+        """Return the difference between the values at each real token and the token before."""
         return values.to(device).expand(batch, length).flatten()[tokens].diff()
 
     begins: dict[str, Tensor] = {}  # whether each real token but the first begins a sequence
@@ -181,8 +181,8 @@ def _restarts(steps: Tensor, same_row: Tensor) -> Tensor:
     """Return for every real token but the first whether the positions restart there.
 
     Args:
-        steps: by how much the position of the token exceeds that of the token before.
-        same_row: whether both tokens are in the same row.
+        steps: the position of each of these tokens, minus the position of the token before.
+        same_row: for each of these tokens, whether the token before is in the same row.
 
     Raises:
         ValueError: if positions of one row jump ahead.
@@ -196,10 +196,15 @@ def _restarts(steps: Tensor, same_row: Tensor) -> Tensor:
 
 
 def _agreed(begins: dict[str, Tensor]) -> Tensor | None:
-    """Return where sequences begin within rows, or None if no argument says that one does.
+    """Return where sequences begin within rows, or None if every row is one sequence.
+
+    Args:
+        begins: a mapping from the name of each argument to booleans, which say for every real token
+            but the first whether it begins a sequence within a row. An argument is ignored if its
+            booleans are all False.
 
     Raises:
-        ValueError: if two arguments name different places. An argument that names none is ignored.
+        ValueError: if two arguments describe different sequences.
     """
     packing = {name: begin for name, begin in begins.items() if bool(begin.any())}
     if not packing:
@@ -212,7 +217,7 @@ def _agreed(begins: dict[str, Tensor]) -> Tensor | None:
 
 
 def _begins(query: Tensor | None, key: Tensor | None, total: int) -> Tensor:
-    """Return the positions at which sequences begin, except the first, from cumulative lengths.
+    """Return from cumulative lengths the positions at which all sequences but the first begin.
 
     Raises:
         ValueError: unless both tensors are equal and rise from 0 to `total`.
@@ -234,7 +239,7 @@ def _begins(query: Tensor | None, key: Tensor | None, total: int) -> Tensor:
 
 
 def _assert_one_sequence(position_ids: Tensor, real: Tensor | None) -> None:
-    """Make a traced graph fail when it runs, unless positions describe one sequence per row."""
+    """Make a traced graph fail when it runs, unless the positions describe one sequence per row."""
     message = "position_ids of packed rows cannot be traced: give each sequence a row of its own."
     assert_async = torch._assert_async  # noqa: SLF001 (no public function asserts in a graph)
     if real is None:
@@ -278,10 +283,10 @@ def next_labels(labels: Tensor, segments: Segments) -> Tensor:
 def items_due(items: Tensor | int, labels: Tensor, due: Tensor) -> Tensor | int:
     """Return the divisor of a loss, given a trainer's count of labels over all of its batches.
 
-    Trainers count all labels after the first column. Among these are labels at padding, and those
-    of the first token of a sequence, which nothing predicts. So the count is multiplied by the
-    share of this batch's labels that are scored. If no label of the batch is scored, the count
-    stays unchanged.
+    Trainers count all labels after the first column. They also count labels at padding, and labels
+    of the first token of a sequence, which no token predicts. So the count is multiplied by the
+    share of this batch's labels that are scored. If no label of the batch is scored, the count is
+    returned unchanged.
 
     Args:
         items: the count of the trainer.
@@ -301,8 +306,8 @@ def last_tokens(hidden_states: Tensor, segments: Segments | None, count: int) ->
         count: number of tokens, at least 1.
 
     Returns:
-        (batch, count, …). In a row with fewer tokens, zeros come before them. Of packed rows, the
-        last columns are returned.
+        (batch, count, …). If a row has fewer tokens, zeros come before them. If the rows are
+        packed, the last columns are returned.
     """
     if segments is None or segments.packed or segments.aligned:
         return hidden_states[:, -count:]
@@ -318,19 +323,19 @@ def read_rows(
     arguments: dict[str, Any],
     suffix: str = "",
 ) -> Segments | None:
-    """Return the segments of a forward pass's rows, and remove their arguments from `arguments`.
+    """Return the segments of the rows of a forward pass.
 
     Args:
         inputs: the possible inputs, (batch, length, …); the first that is not None is used.
-        attention_mask: as for `token_segments`; or segments, which are returned.
-        position_ids: as for `token_segments`.
-        arguments: the other arguments of the pass. `seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k`
-            are read and removed; `max_length_q` and `max_length_k`, which add no information, are
-            only removed.
-        suffix: text at the end of these arguments' names.
+        attention_mask: the mask, as for `token_segments`; or segments, which are returned.
+        position_ids: the positions, as for `token_segments`.
+        arguments: the other arguments of the pass. The arguments of packed rows are removed from
+            this dictionary. These are `seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k`, which are
+            used, and `max_length_q` and `max_length_k`, which add no information.
+        suffix: text at the end of the names of the arguments of packed rows.
 
     Raises:
-        ValueError: as `token_segments` does.
+        ValueError: in the same cases as `token_segments`.
     """
     packing = {
         name: arguments.pop(f"{name}{suffix}", None)
@@ -352,8 +357,8 @@ def check_arguments(name: str, arguments: dict[str, Any], *known: str) -> None:
 
     Args:
         name: name of the model's class, for the message.
-        arguments: the remaining arguments, of which those that are None are skipped.
-        known: names of arguments that this model accepts, besides those that every model accepts.
+        arguments: the remaining arguments. An argument that is None is not checked.
+        known: names of arguments that this model accepts and other models do not.
     """
     unknown = sorted(
         key

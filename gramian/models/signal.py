@@ -1,7 +1,7 @@
 """Define the model that maps a signal or tokens to a signal of the same length.
 
-At every position, the hidden state is mapped to `num_labels` real numbers; the loss is the mean
-squared error. The Delay task, filtering, denoising and one-step forecasts have this form.
+At every position, the hidden state is mapped to `num_labels` real numbers. The loss is the mean
+squared error. The model suits the Delay task, filtering, denoising and one-step forecasts.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["GramianForSignalRegression"]
 class GramianForSignalRegression(GramianPreTrainedModel):
     """A `GramianModel` whose hidden states are mapped to real numbers, position by position.
 
-    The model is causal unless the configuration is `bidirectional` or has batch norms. A causal
-    model can stream: with a cache, it reads a signal piece by piece. With `block="mixer"` the model
-    is linear.
+    The model is causal unless the configuration is `bidirectional` or has batch norms. With a
+    cache, a causal model can read a signal piece by piece. With `block="mixer"`, the model is
+    linear.
     """
 
     accepts_loss_kwargs = False  # tells the Trainer that the loss is a mean over the batch
@@ -59,21 +59,21 @@ class GramianForSignalRegression(GramianPreTrainedModel):
         """Return the numbers at every position, and their loss if `labels` are given.
 
         Args:
-            labels: (batch, length, num_labels), real numbers, or -100 where nothing is scored. The
-                loss is the mean squared error, in at least single precision, over the other numbers
-                at positions that `attention_mask` does not hide.
-            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, by which the summed
-                loss is divided in place of the number of labels.
+            labels: (batch, length, num_labels), real numbers, or -100 for numbers that are not
+                scored. The loss is the mean squared error, in at least single precision, over the
+                scored numbers at positions that `attention_mask` does not hide.
+            kwargs: the further arguments of `GramianModel.forward`, and `num_items_in_batch`. If
+                the latter is given, it divides the summed loss in place of the number of labels.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Returns:
-            `loss`; `logits`, (batch, length, num_labels), which is the name of a regression's
-            output in transformers; `past_key_values`; and `hidden_states`.
+            An output with `loss`, `logits`, `past_key_values` and `hidden_states`. The numbers are
+            in `logits`, (batch, length, num_labels), as transformers names the output of a
+            regression.
 
         Raises:
-            ValueError: also on labels of another shape or labels that are not finite, and if no
-                label is scored.
+            ValueError: if labels have another shape or are not finite, or if no label is scored.
         """
         inputs = (input_ids, inputs_embeds, input_values)
         segments = read_rows(inputs, attention_mask, position_ids, kwargs)

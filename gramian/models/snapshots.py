@@ -1,8 +1,8 @@
 """Save the state of a generation to disk, to continue it later or on another machine.
 
-The file is a safetensors file. It has the tensors of every layer's state, in the order of the
-state's fields, and a fingerprint of the model that filled the cache, since a state is meaningless
-to another model.
+The file is a safetensors file. It holds the tensors of every layer's state, in the order of the
+state's fields. It also holds a fingerprint of the model that filled the cache, because a state is
+meaningless to another model.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _SAMPLES = 4096  # number of values of each tensor that enter a fingerprint
 def fingerprint(model: GramianPreTrainedModel) -> str:
     """Return a hash of the names, shapes, dtypes and some values of a model's tensors.
 
-    The values are evenly spaced in each tensor. Any training changes the hash, and so does casting
-    the model to another dtype.
+    The positions of the values are evenly spaced in each tensor. Any training changes the hash.
+    Casting the model to another dtype changes it, too.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.base_model.state_dict().items()):
@@ -47,10 +47,10 @@ def fingerprint(model: GramianPreTrainedModel) -> str:
 
 
 def save_cache(cache: GramianCache, path: str | Path, model: GramianPreTrainedModel) -> None:
-    """Write a cache that a model has filled to a file, whole or not at all.
+    """Write a cache that a model has filled to a file, completely or not at all.
 
     Raises:
-        ValueError: on an empty cache, or a cache with another number of layers than the model.
+        ValueError: if the cache is empty, or has another number of layers than the model.
     """
     if cache.batch_size < 0:
         raise ValueError("an empty cache has no state to save.")
@@ -67,7 +67,7 @@ def save_cache(cache: GramianCache, path: str | Path, model: GramianPreTrainedMo
     tensors |= {name: row for name in _ROWS if (row := getattr(cache, name)) is not None}
     tensors = {
         name: tensor.detach().clone() for name, tensor in tensors.items()
-    }  # no shared memory
+    }  # the tensors in a safetensors file must not share memory
     metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint(model),
@@ -88,8 +88,8 @@ def load_cache(path: str | Path, model: GramianPreTrainedModel) -> GramianCache:
     """Return the cache that `save_cache` wrote, on the device of the model.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file holds no cache, or the cache of another model.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file cannot be read, holds no cache, or holds the cache of another model.
     """
     from gramian.models.cache import GramianCache
 

@@ -1,4 +1,4 @@
-"""Classification of every token of a sequence, or of every position of a signal."""
+"""Define the model that classifies every token of a sequence, or every position of a signal."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ["GramianForTokenClassification"]
 class GramianForTokenClassification(GramianPreTrainedModel):
     """A `GramianModel` whose hidden states are mapped to logits of classes, position by position.
 
-    It is causal unless the configuration is `bidirectional` or has batch norms. A causal model can
-    stream: with a cache, a sequence may be given piece by piece. Padding has no effect, wherever it
-    stands, and the sequences of packed rows do not affect each other.
+    The model is causal unless the configuration is `bidirectional` or has batch norms. With a
+    cache, a causal model can read a sequence piece by piece. Padding has no effect at any position,
+    and the sequences of packed rows do not affect each other.
 
     Raises:
-        ValueError: if `config.problem_type` is neither None nor `"single_label_classification"`,
-            the only problem that transformers knows for tokens.
+        ValueError: if `config.problem_type` is neither None nor `"single_label_classification"`.
+            transformers supports no other kind of problem for tokens.
     """
 
-    accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
+    accepts_loss_kwargs = False  # tells the Trainer that the loss is a mean over the batch
 
     def __init__(self, config: GramianConfig) -> None:
         if config.problem_type not in (None, "single_label_classification"):
@@ -64,21 +64,22 @@ class GramianForTokenClassification(GramianPreTrainedModel):
         """Return the logits of every position, and their loss if `labels` are given.
 
         Args:
-            labels: (batch, length) integers from 0 to `num_labels` - 1, at their own positions, and
-                -100 where nothing is due. The loss is the mean cross-entropy, in at least single
-                precision, over the labels at positions that are real by `attention_mask`.
-            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
-                summed loss in place of the number of labels. If a trainer counted labels at padding
-                in it, the count is corrected.
+            labels: (batch, length) integers from 0 to `num_labels` - 1, at the positions of their
+                tokens, or -100 for positions that are not scored. The loss is the mean
+                cross-entropy, in at least single precision, over the scored labels at positions
+                that `attention_mask` does not hide.
+            kwargs: the further arguments of `GramianModel.forward`, and `num_items_in_batch`. If
+                the latter is given, it divides the summed loss in place of the number of labels. If
+                a trainer has counted labels at padding in it, the model corrects the count.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Returns:
-            `loss`, `logits` (batch, length, num_labels), `past_key_values`, `hidden_states`.
-            Outputs at padding are meaningless.
+            An output with `loss`, `logits` (batch, length, num_labels), `past_key_values` and
+            `hidden_states`. Outputs at padding are meaningless.
 
         Raises:
-            ValueError: also on labels of another shape or dtype, out of range, or all ignored.
+            ValueError: if labels have another shape or dtype, are out of range, or are all ignored.
         """
         inputs = (input_ids, inputs_embeds, input_values)
         segments = read_rows(inputs, attention_mask, position_ids, kwargs)
@@ -114,7 +115,7 @@ def _loss(
     segments: Segments | None,
     num_items_in_batch: Tensor | int | None,
 ) -> Tensor:
-    """Return the cross-entropy over the labels (batch, length) that are due at real positions."""
+    """Return the cross-entropy over the scored labels (batch, length) at real positions."""
     labels = labels.to(logits.device)
     real = None if segments is None else segments.real
     shapes = [tuple(logits.shape[:-1])]

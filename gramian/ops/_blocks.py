@@ -1,4 +1,4 @@
-"""Division of tensor rows that share an operand into blocks that fit into the processor's cache."""
+"""Divide tensor rows that share an operand into blocks that fit into the processor's cache."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ Block = tuple[slice, ...]
 
 
 class Task(NamedTuple):
-    """One block of rows of the shared operand, and the blocks of rows to which it applies."""
+    """One block of the shared operand's rows, and the blocks of the tensor's rows that share it."""
 
     shared: Block
     blocks: list[Block]
@@ -21,16 +21,16 @@ def cut(
 ) -> tuple[int, list[Task]]:
     """Divide the rows of a tensor into blocks.
 
-    On a CPU a block has `cpu_elements // points` rows, but at least `cpu_rows`. On other devices
+    On a CPU, a block has `cpu_elements // points` rows, but at least `cpu_rows`. On other devices
     the block size only bounds the memory. Rows that are neighbors in memory belong to one block, so
     that whole cache lines are used. If rows are interleaved (the last dimension is not contiguous),
-    a block has `cpu_rows` of them, since more would evict each other from the cache.
+    a block has `cpu_rows` of them, since more rows would evict each other from the cache.
 
     Args:
         rows: (*S, …): the tensor.
         shared: (*S or 1, …): the operand that the rows share.
-        points: The numbers in a row.
-        cpu_elements: The numbers in a block on a CPU.
+        points: The number of elements in a row.
+        cpu_elements: The number of elements in a block on a CPU.
         cpu_rows: The smallest number of rows in a block on a CPU.
 
     Returns:

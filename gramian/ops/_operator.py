@@ -1,10 +1,10 @@
 """Registration of operators with PyTorch, and of their derivatives.
 
-This module stands in for `torch.library.custom_op`, whose operators import `torch._dynamo` when
-they are first called. That import costs two seconds and 80 MB even in programs that never compile.
-Moreover, `register_autograd` of `torch.library` registers reverse mode only: forward-mode
-derivatives are then silently zero, and the transforms of `torch.func` fail. An operator that is
-registered here has both modes, or raises an error.
+This module replaces `torch.library.custom_op`, whose operators import `torch._dynamo` when they are
+first called. That import costs two seconds and 80 MB even in programs that never compile. Moreover,
+`register_autograd` of `torch.library` registers reverse mode only: forward-mode derivatives are
+then silently zero, and the transforms of `torch.func` fail. An operator that is registered here has
+both modes, or raises an error.
 """
 
 import functools
@@ -37,11 +37,11 @@ _enable_forward_mode = forward_ad._set_fwd_grad_enabled  # noqa: SLF001 (no publ
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a function as the operator `gramian::name`.
 
-    The annotations of the function are the operator's schema. It must not change its arguments, and
-    its results must not share memory with them. It computes in the precision of its arguments, even
-    under autocast, which would otherwise take matrix products in half precision. `differentiable`
-    gives the operator derivatives. Without them, it raises an error if an argument requires a
-    gradient or has a tangent.
+    The annotations of the function define the operator's schema. The function must not change its
+    arguments, and its results must not share memory with them. The operator computes in the
+    precision of its arguments, even under autocast, which would otherwise compute matrix products
+    in half precision. `differentiable` gives the operator derivatives. An operator without
+    derivatives raises an error if an argument requires a gradient or has a tangent.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -69,17 +69,20 @@ def differentiable(
     backward: Callable[..., Any] | None = None,
     jvp: Callable[..., Any] | None = None,
 ) -> None:
-    """Give an operator its derivatives; without any, it raises an error where they are needed.
+    """Give an operator its derivatives.
+
+    Without `backward` and `jvp`, the operator raises an error if derivatives are needed.
 
     Args:
         op: The operator, as returned by `operator`.
         setup: `setup(ctx, inputs, output)`, as in `torch.autograd.Function`.
-        backward: `backward(ctx, *gradients)`, likewise. While `records_derivatives()` is true, it
-            must consist of operations that are themselves differentiable.
-        jvp: `jvp(inputs, tangents)` returns the tangents of the outputs: a tensor or a tuple like
-            the outputs, of their dtypes, with None for a tangent that is zero. Inputs without a
-            tangent have None in its place. It must consist of operations that are themselves
+        backward: `backward(ctx, *gradients)`, as in `torch.autograd.Function`. While
+            `records_derivatives()` is true, it must consist of operations that are themselves
             differentiable.
+        jvp: `jvp(inputs, tangents)` returns the tangents of the outputs. In `tangents`, None takes
+            the place of an input without a tangent. The result is a tensor or a tuple as the
+            outputs are, of the same dtypes, in which None means zero. The function must consist of
+            operations that are themselves differentiable.
     """
 
     def compute(keyset: Any, inputs: Sequence[Any]) -> Any:
@@ -147,15 +150,16 @@ def differentiable(
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
-    """Return the sum of the terms, where None stands for zero."""
+    """Return the sum of the terms, in which None means zero."""
     given = [term for term in terms if term is not None]
     return sum(given[1:], given[0]) if given else None
 
 
 def batch_first(tensor: Any, axis: int | None, size: int = 1) -> Any:
-    """Move the mapped axis of a tensor to the front, as a rule of `torch.vmap` needs it.
+    """Move the mapped axis of a tensor to the front, as the vmap rule of an operator needs it.
 
-    A tensor that is not mapped gets a first axis of `size`. Other values are returned unchanged.
+    A tensor that is not mapped gets a first axis of size `size`. Other values are returned
+    unchanged.
     """
     if not isinstance(tensor, Tensor):
         return tensor

@@ -1,9 +1,10 @@
 """Detection of changes to a tensor by means of a record that is quick to compare.
 
 The object, its address and its version are not enough: fused optimizers, `.data` and numpy views
-write without changing any of them. A record therefore also holds a few evenly spaced values, read
-from memory directly. It detects every change of the tensor as a whole. It misses a change of other
-values if the version stays the same; `digest` detects that.
+write without changing any of them. A record therefore also holds a few evenly spaced values, which
+are read directly from memory. A record detects every change of the whole tensor. If only values
+that the record does not hold change, and the version stays the same, the record misses the change.
+`digest` detects such changes.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ class Record:
     """The identity of a tensor: the object, its address, its version and, on a CPU, a few values.
 
     The record keeps the tensor object alive, so that no other tensor gets its address. It reads the
-    values by address, and only while the tensor still has its memory. A numpy view would keep that
-    memory from being freed, as sharding does between layers, and making one costs more time than
-    the cache misses.
+    values by address, and only while the tensor still has its memory. A numpy view does not serve
+    this purpose. Sharding frees the memory between layers, which a view would prevent, and making a
+    view takes more time than the cache misses of reading by address.
     """
 
     __slots__ = ("_at", "_first", "_read", "_second", "_values", "_version", "tensor")
@@ -50,7 +51,7 @@ class Record:
             self._values = self._read(self._first).value, self._read(self._second).value
 
     def matches(self, tensor: Tensor | None) -> bool:
-        """Return whether `tensor` is the recorded object, at its address, with its values."""
+        """Return whether `tensor` is the recorded object, with the recorded address and values."""
         if (
             tensor is not self.tensor
             or tensor.data_ptr() != self._at

@@ -15,7 +15,7 @@ def forward_mode_is_on() -> bool:
 
 
 def records_derivatives() -> bool:
-    """Return whether a graph is recorded or forward mode is on, so derivatives may be needed."""
+    """Return whether derivatives may be needed: a graph is recorded, or forward mode is on."""
     return torch.is_grad_enabled() or forward_mode_is_on()
 
 

@@ -1,14 +1,14 @@
 r"""Diagonal recurrences, `x_{t+1} = a_t x_t + w_t`, the core of a selective scan.
 
-The scan is a loop over time. Each step is one call, which reads its coefficients once and writes
-one state. If a step is too small to be worth a call, the sequence is split into stretches that all
-step at the same time, each from a state of zeros. The true states at which the stretches begin
-follow from the same recurrence over the stretches. Multiplied by the products of each stretch's
-gates, they are then added to its states. The algorithm never divides, so gates may be zero or
-negative.
+The scan is a loop over time. Each step is one call, which reads the coefficients of the step once
+and writes one state. If a step is too small to be worth a call, the sequence is split into
+stretches. All stretches step at the same time, each from a state of zeros. The same recurrence over
+the stretches then gives the true state at the beginning of each stretch. This state, multiplied by
+the products of the stretch's gates, is added to the states of the stretch. The algorithm never
+divides, so gates may be zero or negative.
 
 Let μ_t be the gradient of x_t, and g_t the gradient that reaches x_t as an output. Then
-`μ_t = g_t + a_t μ_{t+1}`. So the gradient is the same recurrence backwards in time, and the
+`μ_t = g_t + a_t μ_{t+1}`. So the gradient obeys the same recurrence backwards in time, and the
 derivatives of the operator consist of the operator itself.
 """
 
@@ -25,7 +25,7 @@ from gramian.ops._operator import batch_first, differentiable, operator, total
 
 __all__ = ["apply_diagonal", "diagonal_scan"]
 
-_CPU_STEP, _STEP = 2**12, 2**20  # a step over fewer numbers is not worth a call
+_CPU_STEP, _STEP = 2**12, 2**20  # a step over fewer elements is not worth a call
 _LEAST = 8  # with fewer stretches, computing the products of gates does not pay
 
 
@@ -35,11 +35,11 @@ def diagonal_scan(a: Tensor, w: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         a: (*S, L, n), real: the gates.
         w: (*S, L, n), of the dtype of `a`: the inputs.
-        start: (*S, n), likewise: the state before the first step.
+        start: (*S, n), of the dtype of `a`: the state before the first step.
 
     Returns:
-        The states before every step, (*S, L, n) in the memory layout of `w`, and the state after
-        the last step, (*S, n). Both are differentiable to any order.
+        The state before each step, (*S, L, n) in the memory layout of `w`, and the state after the
+        last step, (*S, n). Both results are differentiable to any order.
     """
     states, end = _scan(a, w, start, False)
     return states, end
@@ -67,13 +67,13 @@ def apply_diagonal(
 
 @operator("diagonal_scan")
 def _scan(a: Tensor, w: Tensor, start: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Return the state before every step, and the last state; with `reverse`, backwards in time."""
+    """Return the state before each step and the last state, in reversed time if `reverse`."""
     states = torch.empty_like(w)
     return states, _fill(states, a, w, start, reverse)
 
 
 def _fill(states: Tensor, a: Tensor, w: Tensor, start: Tensor, reverse: bool) -> Tensor:
-    """Write the state before every step, and return the state after the last."""
+    """Write the state before each step into `states`, and return the state after the last step."""
     length = w.shape[-2]
     if length == 0:
         return start.clone()

@@ -1,9 +1,9 @@
 """Double-double arithmetic: real and complex numbers of 32 digits, each the sum of two doubles.
 
 The method is that of error-free transformations: the rounding error of a sum or a product of two
-doubles is itself a double, so it can be kept (T. J. Dekker, "A floating-point technique for
+doubles is itself a double, so it can be stored (T. J. Dekker, "A floating-point technique for
 extending the available precision", 1971; D. E. Knuth, The Art of Computer Programming, volume 2,
-section 4.2.2). One operation costs tens of operations on doubles, so the arithmetic is meant for
+section 4.2.2). One operation takes tens of operations on doubles, so the arithmetic is meant for
 sums of few numbers that cancel.
 """
 

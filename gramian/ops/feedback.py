@@ -1,13 +1,13 @@
-r"""The closed loop of causal kernels with feedback, by FFT.
+r"""The closed loop of causal kernels with feedback, computed by FFT.
 
 With `y = k_yu ∗ u - k_yv ∗ v` and `v = k_vu ∗ u - k_vv ∗ v`, where all kernels start at lag 1, the
 closed loop from u to y is the power series in z⁻¹
 
     K = K_yu - K_yv K_vu / (1 + K_vv).
 
-Its first L taps depend on the first L taps of the four kernels only (this is the Woodbury identity
-for power series). The quotient is evaluated at N roots of unity, in double precision. Taps are
-damped by `ρ^t`. So taps from N on alias onto the first taps with a factor of only `ρ^N`, but
+The first L taps of K depend only on the first L taps of the four kernels (this is the Woodbury
+identity for power series). The quotient is evaluated at N roots of unity, in double precision. Taps
+are damped by `ρ^t`. So taps from N on alias onto the first taps with a factor of only `ρ^N`, but
 rounding errors grow by `ρ^{-L}`. With N = L and `ρ^N = 1e-8`, both errors stay below single
 precision. With N = 2L and `ρ^N = 1e-11`, both are three digits smaller.
 """
@@ -29,20 +29,20 @@ from gramian.ops.lengths import fft_length
 
 __all__ = ["feedback_kernel"]
 
-# Numbers in one block on a CPU.
+# The number of elements in one block on a CPU.
 _CPU_NUMBERS = 2**20
 
 
 def feedback_kernel(taps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Compute the closed loop `k_yu - k_yv ∗ k_vu ∗ (δ + k_vv)^{-1}` at the given lags.
+    """Compute the closed loop `k_yu - k_yv ∗ k_vu ∗ (δ + k_vv)^{-1}` at the lags of the taps.
 
-    It is computed in double precision and differentiable to any order. The loop must be stable:
-    `1 + K_vv` must not have zeros on or outside the unit circle.
+    The computation is in double precision, and the result is differentiable to any order. The loop
+    must be stable: `1 + K_vv` must not have zeros on or outside the unit circle.
 
     Args:
         taps: (*C, 4, L), real: k_yu, k_yv, k_vu and k_vv, each at the lags 1 … L.
-        dtype: The dtype of the result, by default that of `taps`. In float64 the result is correct
-            to about 1e-11, otherwise to 1e-8.
+        dtype: The dtype of the result, by default that of `taps`. A float64 result is correct to
+            about 1e-11, any other to 1e-8.
 
     Returns:
         (*C, L): the closed loop at the lags 1 … L.
@@ -76,7 +76,7 @@ def _circle(taps: Tensor, precise: bool) -> _Circle:
 
 
 def _spectra(taps: Tensor, circle: _Circle) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the spectra of k_yv, k_vu / (z + k_vv) and 1 / (z + k_vv), with lag 1 moved to 0."""
+    """Return the spectra of k_yv, k_vu / (z + k_vv), 1 / (z + k_vv), with lag 1 moved to lag 0."""
     damped = taps[..., 1:, :] * circle.damping
     out, into, loop = torch.fft.rfft(damped, n=circle.points).unbind(-2)
     inverse = 1 / (circle.z + loop)
@@ -90,7 +90,7 @@ def _close(taps: Tensor, circle: _Circle) -> Tensor:
 
 
 def _gradient(g: Tensor, taps: Tensor, circle: _Circle) -> Tensor:
-    """Return the gradient of the taps (…, 4, L) from that of the closed loop, g (…, L)."""
+    """Return the gradient of the taps (…, 4, L), given g (…, L), the gradient of the loop."""
     out, into, inverse = _spectra(taps, circle)
     incoming = torch.fft.rfft(g / circle.damping, n=circle.points)
     # conj_physical, because PyTorch ignores a lazy conj in the first call of a compiled function

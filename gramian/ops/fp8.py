@@ -1,8 +1,8 @@
 r"""Linear maps in 8-bit floating point, emulated on any device.
 
-They compute `y = q(a x) q(b W)ᵀ / (a b) + bias`, where q clamps to ±448 and rounds to
-`float8_e4m3fn` (4 bits of exponent, 3 of mantissa; Micikevicius et al. 2022). Products and sums are
-computed in float32, whereas the matrix units of a GPU may add with fewer bits.
+A map computes `y = q(a x) q(b W)ᵀ / (a b) + bias`, where q clamps numbers to ±448 and rounds them
+to `float8_e4m3fn` (4 bits of exponent, 3 of mantissa; Micikevicius et al. 2022). Products and sums
+are computed in float32, whereas the matrix units of a GPU may add with fewer bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LARGEST = 448.0  # the largest number of float8_e4m3fn
 
 
 class _Quantize(torch.autograd.Function):
-    """Rounding to float8 with the derivative of the clamp alone."""
+    """Clamp and round to float8, with the derivative of the clamp only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
@@ -60,8 +60,8 @@ def quantize_fp8(x: Tensor, scale: float) -> Tensor:
 class FP8Linear(Linear):
     """An `nn.Linear` that rounds its input and its weight to float8 before it multiplies them.
 
-    Parameters stay in their own dtype, so the layer can be trained; `quantize_fp8` says what its
-    derivatives are.
+    The parameters keep their dtype, so the layer can be trained. `quantize_fp8` describes the
+    derivatives.
 
     Args:
         in_features: The size of the input.

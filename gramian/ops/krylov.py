@@ -1,12 +1,12 @@
-r"""Powers of dense matrices between two vectors, as products of about √L × √L blocks.
+r"""Products `c A^t x` with powers of dense matrices, computed in blocks of about √L × √L.
 
 For t = iJ + j, `c A^t x` splits into `(c A^{iJ}) (A^j x)`. About √L row vectors and as many column
 vectors are computed by doubling with the squares of `A`, and one matrix product combines them.
 Neither L powers nor an n × L matrix is formed. Powers are computed in double precision: in single
 precision, the 16384th power of a matrix of spectral radius 0.999 has no correct digit left.
 Squaring is as accurate as plain steps if no power is much larger than the identity.
-`gramian.ops.similarity` finds coordinates in which that holds; `plain_steps` works in any
-coordinates.
+`gramian.ops.similarity` finds coordinates in which this condition holds. `plain_steps` is accurate
+in any coordinates.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def krylov_vectors(A: Tensor, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
         count: The number of powers, a power of two.
 
     Returns:
-        The vectors (*B, n, r count), with the r vectors of each power next to each other, and
+        The vectors (*B, n, r count), in which the r vectors of each power are neighbors, and
         `A^count`.
     """
     power = A
@@ -66,15 +66,15 @@ def krylov_product(c: Tensor, A: Tensor, x: Tensor, length: int) -> Tensor:
         length: The number of values of t, at least 1.
 
     Returns:
-        (*B, length), in the dtype of `x`; differentiable.
+        (*B, length), in the dtype of `x`. The result is differentiable.
     """
     columns = _columns(length)
     rows = 1 << (-(-length // columns) - 1).bit_length()
     wide = A.double()
     right, stride = krylov_vectors(wide, x.double().unsqueeze(-1), columns)  # (*B, n, J)
     left, _ = krylov_vectors(stride.mT, c.double().unsqueeze(-1), rows)  # (*C, n, I)
-    # From here on, only what cancels in the taps themselves can cancel. Half precision, to which
-    # autocast would switch, would leave few correct digits.
+    # From here on, terms cancel only if the taps themselves are small sums of large terms. Half
+    # precision, to which autocast would switch, would leave few correct digits.
     with torch.autocast(x.device.type, enabled=False):
         samples = left.mT.to(x.dtype) @ right.to(x.dtype)  # (*B, I, J)
     return samples.flatten(-2)[..., :length]
@@ -89,7 +89,7 @@ def krylov_sum(A: Tensor, b: Tensor, signal: Tensor) -> Tensor:
         signal: (*B, T): the inputs; `C` broadcasts against `B`.
 
     Returns:
-        (*B, n), in the dtype of `signal`; differentiable.
+        (*B, n), in the dtype of `signal`. The result is differentiable.
     """
     length = signal.shape[-1]
     columns = _columns(length)
@@ -99,7 +99,7 @@ def krylov_sum(A: Tensor, b: Tensor, signal: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(signal.double(), (rows * columns - length, 0))
     blocks = padded.unflatten(-1, (rows, columns)).mT  # (*B, J, I)
     partial = right.flip(-1) @ blocks  # (*B, n, I)
-    while partial.shape[-1] > 1:  # sum pairs of neighbors; the earlier one is J steps older
+    while partial.shape[-1] > 1:  # sum pairs of neighbors, of which the first is J steps older
         partial = stride @ partial[..., ::2] + partial[..., 1::2]
         stride = stride @ stride
     return partial.squeeze(-1).to(signal.dtype)
@@ -110,7 +110,7 @@ def plain_steps(
 ) -> tuple[Tensor, Tensor]:
     """Compute `y_t = c x_t`, `x_{t+1} = A x_t + b signal_t` by a loop over time.
 
-    In exact arithmetic the result equals that of `krylov_product` and `krylov_sum`. The loop is for
+    In exact arithmetic, `krylov_product` and `krylov_sum` give the same result. The loop is for
     matrices whose powers are inaccurate when they are computed by squaring.
 
     Args:
@@ -121,7 +121,7 @@ def plain_steps(
         x: (*B, n): the state before the first input.
 
     Returns:
-        The outputs (*B, T) and the last state (*B, n), in float64; differentiable.
+        The outputs (*B, T) and the last state (*B, n), in float64. Both are differentiable.
     """
     A, b, c, x = (value.double() for value in (A, b, c, x))
     outputs = []

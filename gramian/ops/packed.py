@@ -1,15 +1,15 @@
 """Linear layers that multiply few rows by a copy of their weights in another memory layout.
 
-Decoding multiplies a handful of rows by every weight of a model at each token, so its time is the
-time to read the weights. On a CPU, oneDNN can read them from a packed layout of its own, which is
-faster for few rows than the general matrix product (benchmarks/decoding.py measures whole models).
+For each token, decoding multiplies a few rows by every weight of a model, so it takes as long as
+reading the weights. On a CPU, oneDNN can read them from a packed layout of its own, which is faster
+for few rows than the general matrix product (benchmarks/decoding.py measures whole models).
 
 A copy is out of date as soon as the weight changes. Neither the address nor the version of a tensor
 reveals that reliably, since fused optimizers, `.data` and numpy views write without changing
 either. So copies are used only inside `Packing.generation`. The first use in a generation compares
-the whole weight with the copied one by the product `W r` with a fixed random vector r, which costs
-about as much as one step. Every later use compares the object, its address, its version and a few
-values.
+the whole weight with the copy, by means of the product `W r` with a fixed random vector r. This
+costs about as much as one step. Every later use compares the tensor object, its address, its
+version and a few values.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Copy:
 
 
 class Packing:
-    """The packed copies of a model's linear layers, each verified once per generation.
+    """The packed copies of a model's weights, each of which is verified once per generation.
 
     Copies take as much memory as the weights. They are never saved, copied or pickled.
     """
@@ -65,7 +65,7 @@ class Packing:
 
         Args:
             owner: The object that the generation belongs to, such as a cache.
-            begins: Whether `owner` is empty, so that a new generation begins. A generation also
+            begins: Whether a new generation begins because `owner` is empty. A generation also
                 begins when an owner is used for the first time.
         """
         if begins or owner not in self._owners:
@@ -78,7 +78,7 @@ class Packing:
             _current.packing = before
 
     def clear(self) -> None:
-        """Delete all copies; they are made again when they are needed."""
+        """Delete all copies, which are made again when they are needed."""
         self._copies = {}
 
     def __len__(self) -> int:
@@ -116,10 +116,10 @@ _current = _Current()
 
 
 class Linear(nn.Linear):
-    """An `nn.Linear` that may multiply by a packed weight; results agree up to rounding.
+    """An `nn.Linear` that may multiply by a packed weight, with the same results up to rounding.
 
-    Within `Packing.generation` the layer multiplies by a packed copy if its input has few rows and
-    is in float32 on a CPU, and no gradients are recorded.
+    Within `Packing.generation`, the layer multiplies by a packed copy if the input has few rows and
+    is in float32 on a CPU, and if no gradients are recorded.
     """
 
     def forward(self, x: Tensor) -> Tensor:

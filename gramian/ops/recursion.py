@@ -1,9 +1,10 @@
 r"""All-pole filters `w_t = u_t - Σ_{j=1}^n a_j w_{t-j}`, computed in blocks.
 
-A block of J samples solves a triangular Toeplitz system. The right-hand side is the input minus the
-contribution of the n samples before the block. This is the recursion itself, with one matrix
-product and one triangular solve per block. It is as accurate as stepping, even for poles that crowd
-near the unit circle. The reciprocal of the polynomial as a power series is not accurate there.
+Each block of J output samples is the solution of a triangular Toeplitz system. The right-hand side
+is the input minus the contribution of the n output samples before the block. So the recursion
+itself is computed, by one matrix product and one triangular solve per block. The result is as
+accurate as the result of single steps, even if poles crowd near the unit circle. For such poles,
+the reciprocal of the polynomial as a power series is not accurate.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ _BLOCK = 128
 
 
 def all_pole_filter(a: Tensor, signal: Tensor, past: Tensor | None = None) -> Tensor:
-    """Divide the signal by `1 + a_1 z^-1 + … + a_n z^-n`; poles may be unstable.
+    """Divide the signal by `1 + a_1 z^-1 + … + a_n z^-n`, even if this filter is unstable.
 
     Args:
-        a: (*C, n), real: the coefficients; the leading 1 is implied.
+        a: (*C, n), real: the coefficients `a_1 … a_n`.
         signal: (*B, L), of the dtype of `a`: the input; `C` broadcasts against `B`.
-        past: (*B, n): the outputs before the first sample, newest first. None: zeros.
+        past: (*B, n): the outputs before the first sample, newest first. None means zeros.
 
     Returns:
-        The outputs (*B, L); gradients flow to all arguments.
+        The outputs (*B, L). Gradients flow to all arguments.
     """
     order, length = a.shape[-1], signal.shape[-1]
     if order == 0:

@@ -14,7 +14,7 @@ product of gates, so gates may be zero or negative.
 
 Merging is as accurate as plain steps if no product of transitions is much larger than the identity.
 Products of gates and of the delta rule's transitions never are. `bounded_products` checks this for
-dense transitions; `step_by_step` handles those that fail the check.
+dense transitions. `step_by_step` handles dense transitions that fail the check.
 
 A transition is diagonal, diagonal plus low rank (products of Householder-like factors in the WY
 form, as in the delta rule), or dense. All tensors are (G, K, …), with G groups and K steps or
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 _BOUND = 32.0
-"""Largest norm of products, relative to that of the identity, with which merging is accurate."""
+"""The largest norm of products, in multiples of the identity's, with which merging is accurate."""
 
 
 class Transition(abc.ABC):
@@ -61,7 +61,7 @@ class Transition(abc.ABC):
 
     @abc.abstractmethod
     def after(self, earlier: Transition) -> Transition:
-        """Return `A A'`: first the transition `earlier`, A', then this one."""
+        """Return `A A'`, which applies `earlier` (A') first and then this transition (A)."""
 
     @abc.abstractmethod
     def dense(self) -> Tensor:
@@ -69,11 +69,11 @@ class Transition(abc.ABC):
 
     @abc.abstractmethod
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Apply `function`, such as a cast or a slice of steps, to every tensor (G, K, …)."""
+        """Return the result of applying `function` (a cast, say) to every tensor (G, K, …)."""
 
     @abc.abstractmethod
     def padded(self, steps: int) -> Self:
-        """Append `steps` identities after the last step."""
+        """Return the transition with `steps` identities after the last step."""
 
     def __getitem__(self, steps: slice | int) -> Self:
         return self.map(lambda tensor: tensor[:, steps])
@@ -167,7 +167,7 @@ class Dense(Transition):
 
 
 class Blocks(NamedTuple):
-    """Blocks of c steps, as the maps from states and inputs to states and outputs."""
+    """Blocks of c steps, given by their maps from states and inputs to states and outputs."""
 
     transition: Transition
     reach: Tensor
@@ -179,7 +179,9 @@ class Blocks(NamedTuple):
 
 
 def join(transition: Transition, B: Tensor, C: Tensor, D: Tensor, size: int) -> Blocks:
-    """Join steps to blocks of `size` steps; silent steps complete the last block.
+    """Join steps to blocks of `size` steps.
+
+    Steps that change no state and give no output fill up the last block.
 
     Args:
         transition: The transition of T steps.
@@ -214,11 +216,11 @@ def scan(transition: Transition, inputs: Tensor, start: Tensor) -> tuple[Tensor,
 
     Args:
         transition: The transition of K blocks.
-        inputs: (G, K, n, r): what each block adds to the state.
+        inputs: (G, K, n, r): the vectors that each block adds to the state.
         start: (G, n, r): the state before the first block.
 
     Returns:
-        The states before every block (G, K, n, r), and the state after the last (G, n, r).
+        The state before each block (G, K, n, r), and the state after the last block (G, n, r).
     """
     count = inputs.shape[1]
     if count == 1:
@@ -240,7 +242,7 @@ def scan(transition: Transition, inputs: Tensor, start: Tensor) -> tuple[Tensor,
 def bounded_products(A: Tensor) -> bool:
     """Return whether products of 2^k neighboring state matrices are bounded, for every k.
 
-    That means that no product is much larger than the identity. The function reads values, so it
+    Bounded means that no product is much larger than the identity. The function reads values, so it
     synchronizes with a GPU.
 
     Args:

@@ -1,8 +1,9 @@
 r"""Changes of state coordinates that make powers of a state matrix accurate.
 
-Powers by squaring are as accurate as plain steps only if no power is much larger than the next,
-since the error of `A^2k` is `eps ‖A^k‖²`. The companion matrix of a filter whose poles crowd at
-z = 1 has powers of norm 1e10 and more before they decay to zero. In the coordinates `x = L x̃` with
+Powers that are computed by squaring are as accurate as plain steps only if no power is much larger
+than the next, since the error of `A^2k` is `eps ‖A^k‖²`. The companion matrix of a filter whose
+poles crowd at z = 1 has powers of norm 1e10 and more before they decay to zero. In the coordinates
+`x = L x̃` with
 
     L Lᵀ = Σ_t A^t (b bᵀ + Q) (A^t)ᵀ,  Ã = L⁻¹ A L,  b̃ = L⁻¹ b,  c̃ = c L
 
@@ -10,10 +11,11 @@ the state matrix is a contraction, `‖Ã‖ ≤ 1`, and `‖c̃‖` is about th
 so nothing cancels. This is the input-normal form of B. C. Moore, IEEE Trans. Automatic Control 26,
 1981. The matrix Q, small and diagonal, keeps L regular even if b does not reach every state.
 
-The sum is taken over as many t as have accurate powers. It is then taken again in the coordinates
-that result. Each L may have a condition number of 1e8, and all of them together far more than
-1/eps, so `Ã` is not computed as a product of three matrices. It is solved from `L Ã = A L` by
-iterative refinement in twice the working precision, and only the last result is rounded.
+The sum extends over all t for which `A^t` is accurate. It is then computed again in the coordinates
+that result, and so on. Each L may have a condition number of 1e8, and the product of all L a
+condition number far above 1/eps. So `Ã` is not computed as a product of three matrices. Instead,
+`L Ã = A L` is solved by iterative refinement in twice the working precision, and only the last
+result is rounded.
 
 Coordinates are found without gradients and applied with gradients, since the impulse response is
 the same in all coordinates.
@@ -30,22 +32,23 @@ from torch import Tensor
 __all__ = ["Coordinates", "bounded_powers", "coordinates", "exact_product", "reached"]
 
 _BOUND = 32.0
-"""Largest norm of powers, relative to that of the identity, with which squaring is accurate. The
-error of squaring is the square of this number times the rounding unit, so three digits are lost."""
+"""The largest norm of powers, relative to the norm of the identity, with which squaring is
+accurate. The error of squaring is the square of this number times the rounding unit, so three
+digits are lost."""
 
 _TRUSTED = 1e6
-"""Largest norm of powers that are accurate enough to find coordinates, but not to compute taps."""
+"""The largest norm of powers that are accurate enough for coordinates, though not for taps."""
 
 _FORCING = 1e-8
-"""The square root of Q, relative to how far b moves each coordinate. With it, the coordinates keep
-states that b does not reach, with as many digits fewer."""
+"""The square root of Q, relative to how far b moves each coordinate. With Q, the coordinates keep
+states that b does not reach, but with eight digits fewer."""
 
 _LEAST_TRUSTED = 30.0
 _MOST_FORCING = 0.5
 """The search gives up when failures have moved one of its two parameters beyond this."""
 
 _CANCELLED = 1e3
-"""Largest acceptable ‖b̃‖ ‖c̃‖, relative to the norm of the impulse response."""
+"""The largest acceptable ‖b̃‖ ‖c̃‖, relative to the norm of the impulse response."""
 
 _DOUBLINGS = 50
 _PASSES = 16
@@ -71,7 +74,7 @@ class Pair(NamedTuple):
         return Pair(total, lost - (total - high))
 
     def where(self, condition: Tensor, other: Pair) -> Pair:
-        """Select this value where `condition` holds, and the other elsewhere."""
+        """Select this pair where `condition` holds, and `other` elsewhere."""
         return Pair(*(torch.where(condition, a, b) for a, b in zip(self, other, strict=True)))
 
 
@@ -194,7 +197,7 @@ def _similar(L: Tensor, rows: Pair) -> tuple[Pair, Tensor]:
 
 
 def _refined(L: Tensor, rows: Pair, columns: Tensor) -> tuple[Pair, Tensor]:
-    """Compute `L⁻¹ rows columns` by iterative refinement, and whether it is accurate, (*C)."""
+    """Compute `L⁻¹ rows columns` by iterative refinement, and whether the result is accurate."""
     finfo = torch.finfo(L.dtype)
     X = Pair.of(_solve(L, rows.high @ columns))
     lead = X.high.shape[:-2]
@@ -220,10 +223,10 @@ def _refined(L: Tensor, rows: Pair, columns: Tensor) -> tuple[Pair, Tensor]:
 
 
 def bounded_powers(A: Tensor) -> Tensor:
-    """Return whether powers by squaring are as accurate as plain steps, (*C).
+    """Return, for each channel (*C), whether powers by squaring are as accurate as plain steps.
 
-    They are if no power `A^(2^k)` is much larger than the identity. Growth at the
-    rate of the spectral radius does not count, because the result grows as much.
+    This is the case if no power `A^(2^k)` is much larger than the identity. Growth at the rate of
+    the spectral radius does not count, because the result grows at the same rate.
 
     Args:
         A: (*C, n, n), float64: the state matrix.
@@ -236,13 +239,16 @@ def bounded_powers(A: Tensor) -> Tensor:
 
 
 def _growth(A: Tensor) -> Tensor:
-    """Return the spectral radius, or 1 where it is smaller, (*C, 1, 1)."""
+    """Return the spectral radius, but at least 1, (*C, 1, 1)."""
     finite = A.nan_to_num(0.0, 0.0, 0.0)
     return torch.linalg.eigvals(finite).abs().amax(-1).clamp_min(1.0)[..., None, None]
 
 
 def _largest_power(A: Tensor, bound: float) -> Tensor:
-    """Return the largest ‖A^(2^k)‖_F, (*C), or if one exceeds `bound`, some norm that does."""
+    """Compute the largest ‖A^(2^k)‖_F, (*C).
+
+    If it exceeds `bound`, the result may be a smaller norm that exceeds `bound` too.
+    """
     largest = norm = torch.linalg.matrix_norm(A).nan_to_num(torch.inf)
     for _ in range(_DOUBLINGS):
         if bool(((norm <= 1) | (largest > bound)).all()):
@@ -258,14 +264,14 @@ def reached(
 ) -> Tensor:
     """Compute R with `RᵀR = Σ_t A^t rowsᵀ rows (A^t)ᵀ` by doubling.
 
-    The horizon is infinite, or ends where the powers of A, computed by squaring, become too large
-    to be accurate.
+    The horizon is infinite, unless the powers of A that are computed by squaring become too large
+    to be accurate. It ends where they do.
 
     Args:
         A: (*C, n, n), float64: the state matrix.
         rows: (*C, r, n): the input vectors.
-        trusted: The norm of a power at which the sum ends; one number, or (*C).
-        doublings: The largest number of doublings; the horizon is at most 2 to this power.
+        trusted: One number, or (*C): the sum ends when a power has a larger norm.
+        doublings: The largest number of doublings. The horizon is at most 2 to this power.
 
     Returns:
         (*C, k, n), upper triangular, k ≤ n.
@@ -295,7 +301,7 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
         C: (*C, n): the output vector.
 
     Returns:
-        The coordinates. Where the powers of A are already bounded, the channel keeps the given
+        The coordinates. Channels where the powers of A are already bounded keep the given
         coordinates. The function reads the values of A, so it synchronizes with a GPU.
     """
     if A.numel() == 0:
@@ -316,8 +322,8 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
         rows, output = changed.where(use, rows), _times(output, L).where(use, output)
         if bool(use.any()):
             factors.append(torch.where(use, L, identity))
-        # After a failure, a shorter horizon is tried, whose factor is better conditioned. Where
-        # that changes nothing any more, a larger forcing is tried.
+        # After a failure, a shorter horizon is tried, whose factor is better conditioned. When a
+        # shorter horizon changes nothing any more, a larger forcing is tried.
         spread = L.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)
         trusted = torch.where(right, trusted, trusted.sqrt())
         flat = spread.max <= 4 * spread.min
@@ -338,7 +344,7 @@ def _reach(A: Tensor, B: Tensor, trusted: Tensor, forcing: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(B, dim=-1, keepdim=True)
     column = (B / torch.where(norm > 0, norm, 1)).unsqueeze(-1)
     columns = [column]
-    for _ in range(A.shape[-1]):  # include all states that b reaches, trusted powers or not
+    for _ in range(A.shape[-1]):  # include all states that b reaches, trusted or not
         columns.append(A @ columns[-1])
     rows = torch.cat(columns, dim=-1).mT
     moved = torch.linalg.vector_norm(reached(A, rows, trusted), dim=-2)  # (*C, n)

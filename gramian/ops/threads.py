@@ -15,7 +15,7 @@ __all__ = ["work"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# With OpenMP, each calling thread has its own limit on the threads that an operation uses.
+# With OpenMP, each calling thread has its own limit on the number of threads of an operation.
 _OPENMP = torch.backends.openmp.is_available()
 
 _lock = threading.Lock()

@@ -7,8 +7,8 @@ product of `c_k λ_k^{iJ}` and `λ_k^j`, each with about √L rows. The transpos
 
 Powers of about L^(1/4) steps are computed by doubling in double precision and then rounded, so that
 a pole on the negative real axis keeps its phase over thousands of steps. All other powers are
-products of two of these. Both products are operators, each of which has a backward pass in terms of
-the other. They work on blocks of channels that stay in cache.
+products of two of these. The product and the transposed product are operators, and the backward
+pass of each consists of the other. They work on blocks of channels that stay in cache.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ __all__ = [
     "vandermonde_transpose_product",
 ]
 
-# Numbers in one block on a CPU.
+# The number of elements in one block on a CPU.
 _CPU_NUMBERS = 2**21
 
 
 def geometric_powers(base: Tensor, count: int) -> Tensor:
-    """Compute the powers `base^0, …, base^(count - 1)` by doubling; exact for base 0.
+    """Compute the powers `base^0, …, base^(count - 1)` by doubling. They are exact for base 0.
 
     Args:
         base: (*C, m), real or complex: the numbers to raise to powers.
@@ -55,7 +55,7 @@ def geometric_powers(base: Tensor, count: int) -> Tensor:
 
 
 def integer_power(base: Tensor, exponent: int) -> Tensor:
-    """Raise `base` to a power ≥ 0 by squaring; the result is exact for base 0, with `0^0 = 1`."""
+    """Raise `base` to a power ≥ 0 by squaring. Powers of 0 are exact, with `0^0 = 1`."""
     result = torch.ones_like(base)
     while exponent:
         if exponent & 1:
@@ -73,8 +73,8 @@ def vandermonde_product(poles: Tensor, coefficients: Tensor, length: int) -> Ten
 
     Args:
         poles: (*C, m), complex: the poles.
-        coefficients: (*B, m), complex: a coefficient for every pole; `C` broadcasts
-            against `B`. Along dimensions where `C` has size 1, powers are computed once and shared.
+        coefficients: (*B, m), complex: a coefficient for every pole. `C` broadcasts against `B`.
+            Along dimensions where `C` has size 1, powers are computed once and shared.
         length: The number of samples, at least 1.
 
     Returns:
@@ -171,7 +171,7 @@ def _progression(base: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 def _basis(poles: Tensor, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Compute λ^j, j < J, as real pairs (J, g, 2m), and λ^J in complex128, for poles (g, m)."""
+    """Compute λ^j, j < J = `columns`, as real pairs (J, g, 2m), and λ^J in complex128."""
     wide = poles.to(torch.complex128)
     powers, stride = _progression(wide, torch.ones_like(poles, dtype=dtype), columns)
     return _pairs(powers), stride
@@ -234,9 +234,10 @@ def _transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
 def _product_backward(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradients of poles (G, m) and coefficients (G, R, m) from g (G, R, L).
 
-    For the gradient g of the samples they are the conjugates of `Σ_r c_r Σ_t t g_t λ^{t-1}` and
-    `Σ_t g_t λ^t`. The sums over the columns are one product with the powers λ^j and their
-    derivatives. The rows are then folded in half, both values and derivatives, until one is left.
+    Here g is the gradient of the samples. The gradients are the conjugates of
+    `Σ_r c_r Σ_t t g_t λ^{t-1}` and `Σ_t g_t λ^t`. One product with the powers λ^j and their
+    derivatives gives the sums over the columns. Then the rows, of both values and derivatives, are
+    folded in half until one row is left.
     """
     modes, (rows, columns) = poles.shape[-1], _split(g.shape[-1])
     of_poles, of_coefficients = torch.empty_like(poles), coefficients.new_empty(coefficients.shape)
@@ -339,8 +340,8 @@ def _differentiate_transpose_product(ctx: Any, g: Tensor) -> tuple[Tensor, Tenso
 def _product_jvp(inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor | None:
     """Compute the tangent of the product.
 
-    The tangents τ of the coefficients contribute `Re Σ_k τ_k λ_k^t`, and the tangents s of the
-    poles `t Re Σ_k c_k s_k λ_k^{t-1}`.
+    The tangents τ of the coefficients contribute `Re Σ_k τ_k λ_k^t`. The tangents s of the poles
+    contribute `t Re Σ_k c_k s_k λ_k^{t-1}`.
     """
     poles, coefficients, length = inputs
     t_poles, t_coefficients, _ = tangents

@@ -25,39 +25,41 @@ __all__ = ["Reduction", "reduce"]
 _TAILS = {"auto": ("zero", "free"), "zero": ("zero",), "free": ("free",)}
 
 _FIRST_LEVEL = 16
-"""The first order that the search for a tolerance tries."""
+"""The first order that is tried when a tolerance is given."""
 
 _REACH = 2.0
-"""Largest ratio of error to tolerance with which a fit is refined. Above it, the order is doubled
-instead."""
+"""The largest ratio of error to tolerance with which a fit is refined. If the ratio is larger, the
+order is doubled instead."""
 
 _LARGEST_BLOCK = 96
 """The largest number of channels that one thread refines at a time."""
 
 _MAX_ORDER = 256
-"""The default of the largest order that the search for a tolerance tries."""
+"""The default of the largest order that is tried when a tolerance is given."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Reduction:
     """A smaller system and its distance from the original.
 
-    All errors are measured in float64 on the taps of `system` itself, after it was rounded to its
+    All errors are measured in float64 on the taps of `system`, whose numbers are rounded to its
     dtype.
 
     Attributes:
         system: The `Modal` that was found, channels (*C).
         order: (*C), integers: the state dimension of every channel, in real numbers. It is below
             the requested order if the Hankel matrix of the kernel has a lower rank, or if a fit of
-            a lower order was closer than any fit of the requested one.
+            a lower order was closer than any fit of the requested order.
         relative_error: (*C): ‖h - ĥ‖₂ / ‖h‖₂ over the L taps; 0 for a silent channel.
-        lower_bound: (*C): no system of that order, stable or not, has a smaller `relative_error`.
+        lower_bound: (*C): a lower bound of `relative_error` for every system of that order, stable
+            or not.
         l1_error: (*C): ‖h - ĥ‖₁ over the L taps. It bounds ‖y - ŷ‖_∞ / ‖u‖_∞ for inputs of at most
             L samples.
-        hankel_singular_values: (*C, k), descending: the leading singular values of the kernel
-            followed by zeros; NaN where none was computed. They are Lanczos estimates: the leading
-            ones are accurate to 1e-4 or better, the last of a flat spectrum to two percent. To that
-            accuracy, value n + 1 is a lower bound of `hankel_error` for every system of order n.
+        hankel_singular_values: (*C, k), descending: the leading Hankel singular values of the
+            kernel, continued by zeros. A value that was not computed is NaN. The values are Lanczos
+            estimates. The first values are accurate to 1e-4 or better, and the last value of a flat
+            spectrum is accurate to two percent. To that accuracy, value n + 1 is a lower bound of
+            `hankel_error` for every system of order n.
         tail_energy: (*C): Σ_{t≥L} ĥ_t² / ‖h‖₂².
         converged: (*C), bool: whether the error is within the tolerance; true if an order was
             given.
@@ -90,7 +92,7 @@ class Reduction:
     def hankel_error(self) -> Tensor:
         """Return the Hankel norm of h - ĥ on the infinite horizon, (*C).
 
-        Beyond the taps, h continues with zeros and ĥ with its own tail. The norm is computed when
+        After the taps, h continues with zeros, and ĥ with its own tail. The norm is computed when
         it is first accessed.
         """
         shape, taps = self.order.shape, self._kernel.shape[-1]
@@ -137,9 +139,10 @@ def reduce(
       V. Pereyra, 1973; L. Kaufman, 1975) and fits the residues to all taps by least squares.
       Refined poles are kept only if the measured error is smaller, so refinement makes no channel
       worse.
-    - "modal" keeps the modes with the most energy. They are the modes of the system if it is a
-      `gramian.Modal` or `gramian.TransferFunction`, and otherwise those of a balanced truncation of
-      more than twice the order. Their residues are fitted again. Of a repeated pole, one is kept.
+    - "modal" keeps the modes with the most energy. If the given system is a `gramian.Modal` or
+      `gramian.TransferFunction`, these are modes of the system. Otherwise they are modes of a
+      balanced truncation of more than twice the order. The residues of the kept modes are fitted
+      again. A repeated pole is kept once.
     - "gradient" finds poles and residues by gradient descent, as the Laughing Hyena Distillery does
       (arXiv 2310.18780, section 3.2). It is slow and serves as the baseline.
 
@@ -152,27 +155,27 @@ def reduce(
             first `length` taps are then reduced.
         order: The state dimension in real numbers, 1 … L - 1, where a conjugate pair of poles
             counts 2 and a real pole 1. It is one number, or integers that broadcast to (*C).
-        tol: The relative l2 error over the taps to reach, above 0, in place of an order. Every
-            channel gets the smallest order that reaches it, as far as the error falls with the
-            order. A channel that does not reach it gets the closest fit that was found, and its
-            `converged` is false.
-        method: "balanced", "modal" or "gradient", or, to set its options, a
+        tol: The largest accepted relative l2 error over the taps, above 0, instead of an order.
+            Every channel gets the smallest order whose error is accepted, as far as the error falls
+            with the order. A channel for which no order is accepted gets the closest fit that was
+            found, and its `converged` is false.
+        method: "balanced", "modal" or "gradient". To set the options of a method, pass a
             `gramian.reduction.Balanced`, `ModalTruncation` or `Gradient`.
-        tail: What to assume beyond the last tap. "zero" assumes silence, for a recurrence that
-            fades after L taps as the kernel does; poles are then refined for the error on the
+        tail: What to assume beyond the last tap. "zero" assumes silence, so that the recurrence
+            fades after L taps as the kernel does. Poles are then refined for the error on the
             infinite horizon. "free" assumes nothing, and poles are refined for the error over the
-            taps. This is usually closer over the taps, but see `tail_energy`. "auto" decides for
-            every channel: without a tolerance it takes whichever is closer over the taps, and with
-            one, whichever is within it and has less energy beyond the taps.
-        stable: Whether to keep poles inside the unit circle. Poles outside are then moved inside
-            before the residues are fitted.
-        length: The number of taps of a system to use; by default those of an FIR. It must not be
-            given for a kernel.
-        max_order: The largest order that the search for `tol` tries; by default 256, or L - 1 if
-            that is less.
-        progress: A function that is called as `progress(done, total)`, with numbers of channels, as
-            the work proceeds. The calls come from one thread at a time, which is not always the
-            caller's.
+            taps. The fit is then usually closer over the taps, but see `tail_energy`. "auto" tries
+            both and decides for every channel. Without a tolerance, it chooses the fit that is
+            closer over the taps. With a tolerance, it chooses the fit that is within the tolerance
+            and has less energy beyond the taps.
+        stable: Whether to keep poles inside the unit circle. If true, poles outside are moved
+            inside before the residues are fitted.
+        length: The number of taps of a system to use. For an FIR, the default is its number of
+            taps. For other systems, a length is necessary. It must not be given for a kernel.
+        max_order: The largest order to try for `tol`; by default 256, or L - 1 if that is less.
+        progress: A function that is called as `progress(done, total)` as the work proceeds, where
+            `done` and `total` are numbers of channels. Different threads may call it, but never two
+            at the same time.
 
     Returns:
         A `Reduction`. Its system is in float32 for a half-precision kernel, and otherwise in the
@@ -180,8 +183,8 @@ def reduce(
 
     Raises:
         TypeError: if the first argument is neither a real floating-point tensor nor a system.
-        ValueError: if an argument is out of range, no method has the given name, or a kernel is not
-            finite.
+        ValueError: if an argument is out of range, if no method has the given name, or if a kernel
+            is not finite.
     """
     kernel = _kernel_of(kernel_or_system, length)
     if (order is None) == (tol is None):
@@ -236,7 +239,7 @@ def reduce(
 
 
 class _Progress:
-    """Counts finished channels for a callback, from any thread."""
+    """A counter of finished channels, which any thread may advance and which calls a callback."""
 
     def __init__(self, callback: Callable[[int, int], None] | None, total: int) -> None:
         self.callback, self.total = callback, total
@@ -256,7 +259,7 @@ class _Progress:
 
 
 def _source_modes(source: Tensor | System, device: torch.device) -> SourceModes | None:
-    """Return the modes of a system for modal truncation, if it has any."""
+    """Return the modes of a system for modal truncation, or None if it has none."""
     if isinstance(source, Modal):
         count = source.poles.shape[-1]
         poles, residues = (
@@ -316,7 +319,7 @@ def _orders(order: int | Tensor, shape: torch.Size, taps: int) -> Tensor:
         raise ValueError(
             f"orders {tuple(orders.shape)} do not broadcast to the channels {tuple(shape)}."
         ) from None
-    highest = max(1, taps - 1)  # a kernel of one tap is its direct term, whatever the order
+    highest = max(1, taps - 1)  # a kernel of one tap is its direct term, for any order
     wrong = orders[(orders < 1) | (orders > highest)]
     if wrong.numel():
         raise ValueError(
@@ -334,7 +337,7 @@ def _check_finite(kernel: Tensor) -> None:
 
 
 def _work_device(device: torch.device) -> torch.device:
-    """Return the device on which to compute; Apple's GPUs have no float64."""
+    """Return the device on which to compute: the CPU for Apple's GPUs, which have no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -343,10 +346,10 @@ def _returned(figure: Tensor, device: torch.device) -> Tensor:
 
 
 def _block_size(taps: Tensor, order: int) -> int:
-    """Return how many channels to reduce to an order at a time.
+    """Return how many channels to reduce to an order at one time.
 
-    Large blocks make operations long enough, but the singular vectors of a block have to fit into
-    memory. On a CPU every thread gets the same number of blocks.
+    Operations on large blocks are more efficient, but the singular vectors of a block have to fit
+    into memory. On a CPU every thread gets the same number of blocks.
     """
     count, length = taps.shape
     if taps.device.type != "cpu":
@@ -359,7 +362,7 @@ def _block_size(taps: Tensor, order: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The result for one block of channels; `bound` is a lower bound of the squared l2 error."""
+    """The result for a block of channels, with `bound`, a lower bound of the squared l2 error."""
 
     fit: ModalFit
     bound: Tensor
@@ -384,7 +387,7 @@ def _reduce_to_order(
 
 
 class _Search:
-    """A search for the smallest order in (low, high] whose error meets a goal, for every channel.
+    """A search, for every channel, for the smallest order in (low, high] whose error meets a goal.
 
     `fit` holds the fits of order `high`, and `met` marks the channels whose fits meet their goal.
     """
@@ -424,7 +427,7 @@ class _Search:
     def descend(self) -> None:
         """Lower the order in growing strides until the next failure, then bisect.
 
-        Orders that failed before are tried again.
+        Orders that did not meet the goal before are tried again.
         """
         self.low.zero_()
         some, stride = self.rows[self.met], 1
@@ -445,7 +448,8 @@ def _reduce_to_tolerance(
     """Reduce every channel to the smallest order whose error is within its tolerance.
 
     For every channel separately, the order is doubled until the error is small enough, and then
-    bisected. Afterwards lower orders are tried as long as their refined fits are good enough.
+    bisected. Afterwards, lower orders are tried as long as their refined fits are within the
+    tolerance.
     """
     taps, allowed = kernel[:, 1:], tol * kernel.norm(dim=-1)
     everywhere = torch.arange(len(kernel), device=kernel.device)
@@ -491,7 +495,7 @@ def _reduce_to_tolerance(
 
 
 def _quieten(problem: Problem, fit: ModalFit, goal: Tensor) -> None:
-    """Where possible, replace fits that meet their goal but have much energy beyond the taps.
+    """If possible, replace fits that meet their goal but have much energy beyond the taps.
 
     The replacement has no larger order, meets the goal too, and has less energy beyond the taps. It
     is refined for the infinite horizon, from the same poles or from poles that fade.

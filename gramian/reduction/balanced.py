@@ -3,15 +3,15 @@ r"""Balanced truncation of kernels with refined poles, the default method.
 Kung's method, also called the eigensystem realization algorithm (ERA), gives the poles in closed
 form. The leading n left singular vectors U of a Hankel matrix span the outputs that n states can
 produce after the input has ended. The span of an observability matrix `[C; CA; CA²; …]` is
-invariant under a shift of its rows, so `A = U[:-1]⁺ U[1:]`, and the poles are its eigenvalues
-(S. Kung, "A new identification and model reduction algorithm via singular value decomposition",
-1978). U has orthonormal columns. With l its last row, `U[:-1]ᵀ U[:-1] = I - l lᵀ`, and the inverse
-of this is `I + l lᵀ / (1 - lᵀl)`.
+invariant under a shift of its rows, so `A = U[:-1]⁺ U[1:]`, and the poles are its eigenvalues (S.
+Kung, "A new identification and model reduction algorithm via singular value decomposition", 1978).
+U has orthonormal columns. With l its last row, `U[:-1]ᵀ U[:-1] = I - l lᵀ`, and the inverse of this
+matrix is `I + l lᵀ / (1 - lᵀl)`.
 
-These poles are close to the best in l2, but not the best. A descent
-(`gramian.reduction.refinement`) starts from them. Their error is large if the Hankel spectrum of
-the kernel is flat. Then a greedy search gives another start, and modes are moved to where the
-residual is largest. A refined fit is kept only if its measured error is smaller.
+These poles are close to the best poles in l2. A descent (`gramian.reduction.refinement`) starts
+from them. If the Hankel spectrum of the kernel is flat, their error is large. In that case a greedy
+search gives another start, and modes are moved to places where the residual is largest. A refined
+fit is kept only if its measured error is smaller.
 """
 
 from __future__ import annotations
@@ -32,31 +32,32 @@ from gramian.reduction.spectrum import Spectrum, hankel_matrices
 __all__ = ["balanced", "balanced_poles", "refined_further"]
 
 _FLAT = 0.05
-"""Relative error from which the spectrum counts as flat and a greedy start is tried."""
+"""If the relative error exceeds this, the spectrum counts as flat, and a greedy start is tried."""
 
 _HOPELESS = 30.0
 """A start is not refined if its error is this many times that of another start."""
 
 _LARGEST_GREEDY = 64
-"""Largest order of a greedy start, which needs one transform for every pole. For larger orders, a
-start of this order is tried."""
+"""The largest order of a greedy start, which needs one transform for every pole. For larger orders,
+a start of this order is tried."""
 
 _LEAST_FACTOR = 1e-6
-"""Smallest factor by which a ring of poles decays per turn; residues are damped from 1e-9 on."""
+"""The smallest factor by which a ring of poles decays per turn. From 1e-9 on, residues are
+damped."""
 
 _AMISS = 3.0
-"""Ratio of an error to the first omitted singular value above which a closed form counts as worse
-than expected. Most errors are smaller than that singular value."""
+"""A closed form counts as worse than expected if the ratio of its error to the first omitted
+singular value exceeds this. Most errors are smaller than that singular value."""
 
 _SHORT = 64
 """For kernels of at most this many taps, every lower order that might be closer is tried."""
 
 _STEPS_DOWN = (*range(1, 33), 40, 48, 64, 80, 96, 128, 160, 192)
-"""How far below the order the lower orders lie that are tried for longer kernels."""
+"""The differences between the order and the lower orders that are tried for longer kernels."""
 
 _SCATTER = 1.08
-"""Factor by which errors of the closed forms of a flat spectrum scatter about a multiple of the
-lower bound."""
+"""The factor by which the closed forms' errors scatter about a multiple of the lower bound if the
+spectrum is flat."""
 
 _TELLING = 1.85
 """For errors above this multiple of the lower bound, the bound shows how errors fall with the
@@ -66,21 +67,22 @@ _SUSPECT = 1.6
 """Ratio of error to lower bound that is seldom exceeded if the spectrum is not flat."""
 
 _STEPS_REFINED = 8
-"""For long kernels, lower orders are also refined if they lie at most this far below the order."""
+"""For long kernels, lower orders are also refined if they are at most this far below the order."""
 
 _STEPS_ALWAYS = 4
-"""Lower orders that lie at most this far below the order are always tried, whatever the errors of a
-flat spectrum suggest."""
+"""Lower orders that are at most this far below the order are always tried, even if the errors of a
+flat spectrum suggest otherwise."""
 
 _NEAR_BOUND = 0.7
-"""How far an error of a lower order exceeds its lower bound if the spectrum falls, as a fraction of
-that excess at the present order."""
+"""If the spectrum falls, the excess of a lower order's error over its lower bound, as a fraction of
+this excess at the present order."""
 
 _FARTHEST = 0.15
-"""Largest such excess that is assumed, as a fraction of the lower bound."""
+"""The largest excess of an error over its lower bound that is assumed, as a fraction of the
+bound."""
 
 _SPECTRAL_ROUNDING = 1e-6
-"""Fraction of a squared Frobenius norm that rounding may take from singular values."""
+"""The fraction of a squared Frobenius norm that singular values may lose by rounding."""
 
 _SILENT = 1e-12
 """Relative error below which no lower order is tried."""
@@ -99,7 +101,7 @@ _STEPS_AFTER_MOVE = 8
 _STEPS_FURTHER = 20
 
 _MOVES = 1
-"""How often the mode that contributes least is moved to another place."""
+"""The number of times that the least contributing mode is moved to another place."""
 
 
 def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
@@ -135,7 +137,7 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
 def _is_suspect(
     problem: Problem, best: ModalFit, order: Tensor, rows: Tensor, least: Tensor
 ) -> Tensor:
-    """Return for which long kernels refining lower orders is worth the time: a mask (len(rows)).
+    """Return a mask (len(rows)) of the long kernels for which lower orders are worth refining.
 
     These are the kernels whose refined errors are far above their lower bounds.
     """
@@ -146,7 +148,7 @@ def _is_suspect(
 
 
 def _fitted(problem: Problem, order: Tensor, rows: Tensor, *, lower: bool) -> ModalFit:
-    """Fit as `balanced` does; `lower` also starts from the best closed form of a lower order."""
+    """Fit as `balanced` does. If `lower`, also start from the best closed form of a lower order."""
     settings = problem.settings
     best = problem.silence(rows)
     everywhere = torch.arange(len(rows), device=rows.device)
@@ -190,7 +192,8 @@ def _refine(
     }
     flat = best.l2_error[open_] > _FLAT * taps.norm(dim=-1)
     everyone = torch.arange(len(open_), device=open_.device)
-    # For a flat spectrum both treatments of the tail give similar poles; the closer one is enough.
+    # For a flat spectrum both treatments of the tail give similar poles, so the closer treatment is
+    # enough.
     least, leading = torch.stack([fit.l2_error[open_] for fit in starts]).min(0)
     batch: list[tuple[Modes, Tensor]] = []
     for i, fit in enumerate(starts):
@@ -207,7 +210,7 @@ def _refine(
     found, errors = refined(
         taps[channel], Modes.joined([modes for modes, _ in batch]), steps=_HEAT, **arguments
     )
-    # A start that is behind at this point seldom wins, so only the leading one goes on.
+    # A start that is behind at this point seldom wins, so only the leading start goes on.
     error = taps.new_full((len(batch), len(open_)), torch.inf)
     place = torch.full((len(batch), len(open_)), -1, device=open_.device)
     first = 0
@@ -259,7 +262,7 @@ def refined_further(problem: Problem, fit: ModalFit, rows: Tensor) -> ModalFit:
 def _offer_fading(
     problem: Problem, best: ModalFit, modes: Modes, rows: Tensor, where: Tensor
 ) -> None:
-    """Accept a refined fit if it has a smaller error over the taps and no larger tail."""
+    """Accept fits that are closer over the taps and no farther on the infinite horizon."""
     taps = problem.taps[rows[where]]
     fit = fit_residues(taps, modes.poles_or_nan, problem.settings.dtype)
     before = best[where]
@@ -272,10 +275,10 @@ def _offer_fading(
 
 
 def _amiss(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> Tensor:
-    """Return the channels whose closed form is worse than expected: a mask (len(rows)).
+    """Return a mask (len(rows)) of the channels whose closed form is worse than expected.
 
-    Either their error is large compared with the first omitted Hankel singular value, or their
-    Hankel matrix has too few rows for the order.
+    In such a channel, the error is large compared with the first omitted Hankel singular value, or
+    the Hankel matrix has too few rows for the order.
     """
     taps = problem.taps[rows]
     missed = torch.full_like(best.l2_error, torch.inf)
@@ -293,7 +296,7 @@ def _spread_poles(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) 
 
     A modal system has no multiple poles, so the closed form gives poles that nearly coincide. A
     random change δ of the shift moves m such poles about δ^(1/m) apart. The result holds the
-    closest of these fits. For the other channels it holds fits of infinite error.
+    closest of these fits. Channels outside of `amiss` have an infinite error in the result.
     """
     found = problem.silence(rows)
     found.l2_error[:] = torch.inf
@@ -311,8 +314,8 @@ def _turned(poles: Tensor) -> Tensor:
     """Replace real poles that nearly coincide by closer conjugate pairs: (B, n).
 
     Real poles at a distance δ approximate a double pole with residues of size 1 / δ that cancel.
-    The real and the imaginary part of a conjugate pair approximate it without cancellation, however
-    close the pair is.
+    The real and the imaginary part of a conjugate pair approximate a double pole without
+    cancellation, even if the pair is very close.
     """
     real = (poles.imag == 0) & ~poles.isnan()
     place = torch.where(real, poles.real, torch.inf).argsort(dim=-1)
@@ -323,7 +326,7 @@ def _turned(poles: Tensor) -> Tensor:
     for k in range(value.shape[-1] - 1):
         left, right = value[:, k], value[:, k + 1]
         middle, half = (left + right) / 2, (right - left) / 2
-        close = free & (half <= _CLOSE * middle.abs())  # false for poles that are not real
+        close = free & (half <= _CLOSE * middle.abs())  # false for complex poles
         turn = _LEAST_FACTOR * middle.abs()
         poles[close, k] = torch.complex(middle, turn)[close]
         poles[close, k + 1] = torch.complex(middle, -turn)[close]
@@ -334,12 +337,13 @@ def _turned(poles: Tensor) -> Tensor:
 
 
 def _least_errors(problem: Problem, rows: Tensor) -> Tensor:
-    """Compute lower bounds of the errors over the taps of the orders 0 … k, (len(rows), k + 1).
+    """Compute lower bounds (len(rows), k + 1) of the errors over the taps for the orders 0 … k.
 
     This is the windowed bound of `gramian.reduction.errors`, which is exact for short kernels. For
     long kernels it is an estimate, in which the rest of the Frobenius norm replaces the singular
     values that were not computed. If silence is the only treatment of the tail, the zero-extended
-    matrix replaces the windowed one. For systems that fade, the two give similar bounds.
+    matrix replaces the windowed matrix. For systems that fade, the two matrices give similar
+    bounds.
     """
     tail = "free" if "free" in problem.settings.tails else "zero"
     taps = problem.taps[rows]
@@ -366,7 +370,7 @@ def _least_errors(problem: Problem, rows: Tensor) -> Tensor:
 def _may_be_closer(
     problem: Problem, best: ModalFit, lower: Tensor, rows: Tensor, least: Tensor
 ) -> Tensor:
-    """Return whether a fit of the order `lower` may be closer than `best`: a mask (len(rows))."""
+    """Return a mask (len(rows)) of the channels that order `lower` may fit closer than `best`."""
     floor = max(_SILENT, torch.finfo(problem.settings.dtype).eps)
     place = lower.clamp(0, least.shape[-1] - 1).unsqueeze(-1)
     bound = least.gather(-1, place).squeeze(-1)
@@ -380,9 +384,9 @@ def _lower_orders(
 ) -> ModalFit:
     """Find the closest closed-form fits of lower orders.
 
-    If no lower order is closer than `best` in a channel, its error in the result is infinite. If an
-    order is much lower, and the lower bounds say little about a channel, only the treatment
-    `leading` of its tail is tried.
+    If no lower order is closer than `best` in a channel, the channel has an infinite error in the
+    result. If an order is much lower, and the lower bounds say little about a channel, only the
+    treatment `leading` of its tail is tried.
 
     If the spectrum is flat, lower orders can be closer by chance. They can also be closer if some
     singular vectors consist of rounding errors, because these add meaningless poles.
@@ -415,12 +419,12 @@ def _lower_orders(
 
 
 def _offer_rings(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> None:
-    """Try rings of poles for kernels that fall silent after at most as many taps as the order.
+    """Try rings of poles for kernels that are zero after their first n taps, n being the order.
 
-    As many poles as taps, evenly spaced on a circle, reproduce any taps. They repeat the taps after
-    each turn, multiplied by a factor c. If silence has to follow, c is small, but not smaller than
-    rounding allows, since residues grow as 1 / c. Balanced truncation would omit nothing at this
-    order and give a multiple pole at zero.
+    A ring of m poles, evenly spaced on a circle, reproduces any m taps. It repeats these taps after
+    each turn, multiplied by a factor c. If the kernel is silent after the taps, c is small, but not
+    smaller than rounding allows, since residues grow as 1 / c. At this order, balanced truncation
+    would omit nothing and give a multiple pole at zero.
     """
     taps = problem.taps[rows]
     place = torch.arange(1, taps.shape[-1] + 1, device=taps.device)
@@ -430,7 +434,7 @@ def _offer_rings(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) 
     for count in support[short].unique().tolist():
         where = torch.nonzero(short & (support == count)).flatten()
         size = 0.25 if count == taps.shape[-1] else factor
-        if count == 2:  # an imaginary pair holds one tap in its real and one in its imaginary part
+        if count == 2:  # each of the two parts of an imaginary pair holds one tap
             pair = torch.tensor([1j, -1j], dtype=torch.complex128, device=taps.device)
             problem.offer(best, _LEAST_FACTOR * pair.expand(len(where), -1), rows, where)
         problem.offer(best, _ring(count, size, taps).expand(len(where), -1), rows, where)
@@ -482,7 +486,7 @@ def balanced_poles(spectrum: Spectrum, order: Tensor, spread: float = 0.0) -> Te
         spread: The size of a random change of the shift, which separates multiple poles.
 
     Returns:
-        (B, n), complex128, in conjugate pairs; channels of a lower order are padded with NaN.
+        (B, n), complex128, in conjugate pairs. Channels of a lower order are padded with NaN.
     """
     values, vectors = spectrum.values, spectrum.vectors  # (B, k), (B, k, rows)
     size = vectors.shape[-1]

@@ -83,7 +83,7 @@ class Modes:
         return Modes(*(getattr(self, f.name).clone() for f in dataclasses.fields(self)))
 
     def put(self, where: Tensor, other: Modes) -> None:
-        """Replace the channels `where` (mask or indices) by those of `other`, of equal width."""
+        """Replace the channels `where` (mask or indices) by the channels of `other`, of equal m."""
         for field in dataclasses.fields(self):
             getattr(self, field.name)[where] = getattr(other, field.name)
 
@@ -91,8 +91,8 @@ class Modes:
 def geometric_sums(z: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `Σ_{t<count} t^p z^t` for p = 0, 1, 2 by doubling.
 
-    The sum S of 2k terms follows from that of k terms, and the sum of k + 1 terms too. No quotient
-    is formed, so nothing cancels if z is near 1.
+    The sums of 2k terms and of k + 1 terms are computed from the sum of k terms. No quotient is
+    formed, so nothing cancels if z is near 1.
 
     Args:
         z: Complex or real, of any shape.
@@ -146,7 +146,7 @@ def basis_gram(sums: Tensor) -> Tensor:
 def geometric_tail_sums(
     products: Tensor, sums: tuple[Tensor, Tensor, Tensor], length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `Σ_{t≥length} t^p z^t`, |z| < 1, by doubling the sums over `length` terms further."""
+    """Compute `Σ_{t≥length} t^p z^t`, |z| < 1, by doubling the sums of `length` terms further."""
     s0, s1, s2 = sums
     start = power = integer_power(products, length)
     have = length
@@ -173,7 +173,7 @@ class Vandermonde:
 
     @functools.cached_property
     def weighted(self) -> Tensor:
-        """Return `λ^j` in the rows above `j λ^j`, (B, 4m, J)."""
+        """Return the rows `λ^j` above the rows `j λ^j`, (B, 4m, J)."""
         place = torch.arange(self.columns, dtype=self.inner.dtype, device=self.inner.device)
         return torch.cat([self.inner, self.inner * place], dim=-2)
 

@@ -7,7 +7,7 @@ rank n.
 
 The zero-extended bound (V. M. Adamjan, D. Z. Arov, M. G. Krein, "Analytic properties of Schmidt
 pairs for a Hankel operator and the generalized Schur–Takagi problem", 1971) is σ_{n+1} of the
-Hankel operator of the kernel followed by zeros. It is at most the Hankel norm of h - ĥ on the
+Hankel operator of the kernel, continued by zeros. This is at most the Hankel norm of h - ĥ on the
 infinite horizon, which includes the tail of ĥ.
 """
 
@@ -32,18 +32,18 @@ _DENSE_SIZE = 128
 """Operators up to this size are formed as a matrix and factored."""
 
 _LARGEST_SPLIT = 256
-"""Largest number of rows p = 4 n with which the bound for order n is computed. A matrix with that
-many rows gives the tightest bound for flat spectra, but takes p³ operations."""
+"""The largest number of rows p = 4 n with which the bound for order n is computed. A matrix with
+that many rows gives the tightest bound for flat spectra, but takes p³ operations."""
 
 _RESIDUAL = 1e-4
 """Relative accuracy of a Hankel norm."""
 
 _DOUBLINGS = 60
-"""Number of doublings after which the powers of a stable matrix of doubles are zero, or never will
-be."""
+"""The number of doublings after which powers of a stable matrix of doubles are zero, if they ever
+become zero."""
 
 _CANCELLATION = 1e3
-"""Largest ratio of terms to their sum with which double precision is enough."""
+"""The largest ratio of terms to their sum for which double precision is enough."""
 
 
 def squared_lower_bound(taps: Tensor, order: Tensor, windowed: Tensor | None) -> Tensor:
@@ -87,7 +87,7 @@ def _row_gram(taps: Tensor, p: int) -> Tensor:
 
 
 def _tail_eigenvalues(gram: Tensor, n: int) -> Tensor:
-    """Sum all but the n largest eigenvalues, minus what rounding may have added to the sum."""
+    """Sum all but the n largest eigenvalues, and subtract a bound of the sum's rounding errors."""
     values = torch.linalg.eigvalsh(gram, UPLO="U")  # ascending
     p = gram.shape[-1]
     noise = 8 * torch.finfo(gram.dtype).eps * p * values[:, -1]
@@ -95,7 +95,7 @@ def _tail_eigenvalues(gram: Tensor, n: int) -> Tensor:
 
 
 def tail_energy(poles: Tensor, residues: Tensor, length: int) -> Tensor:
-    """Compute `Σ_{t≥length} ĥ_t²`, (B); infinite if a pole is on or outside the unit circle.
+    """Compute `Σ_{t≥length} ĥ_t²`, (B), infinite if a pole is on or outside the unit circle.
 
     The sum uses the Takenaka–Malmquist basis, which is orthonormal for any poles. So large residues
     of nearly coincident poles cancel before they are squared.
@@ -123,11 +123,11 @@ def tail_energy(poles: Tensor, residues: Tensor, length: int) -> Tensor:
 
 @full_precision()
 def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
-    """Estimate the Hankel norm of h - ĥ on the infinite horizon, where h is zero past its end: (B).
+    """Estimate the Hankel norm (B) of h - ĥ on the infinite horizon, where h continues with zeros.
 
     The estimate is not above the norm and at most 1e-4 (relative) below it, except for rounding
     errors of `(1e-12 + 1e-15 / (1 - ρ)) (‖h‖₂ + ‖Γ_ĥ‖)`, where ρ is the largest modulus of a pole.
-    This holds however close the poles are to each other and however large their residues are. The
+    This holds even if poles are very close to each other and their residues are very large. The
     norm is infinite if a pole is on or outside the unit circle.
 
     Args:
@@ -197,8 +197,8 @@ class _Cascade:
         [[β d, -d √(1-β²), √(1-d²)],  [√(1-β²), β, 0],  [-β √(1-d²), √(1-β²) √(1-d²), d]].
 
     Its two states are Kautz functions of its input (W. H. Kautz, "Transient synthesis in the time
-    domain", 1954), and its output is the input of the next section. So `A Aᵀ + b bᵀ = I`, whatever
-    the poles are. If poles coincide, no number here is large, unlike the residues.
+    domain", 1954), and its output is the input of the next section. So `A Aᵀ + b bᵀ = I` for any
+    poles. If poles coincide, no number here is large, unlike the residues.
 
     Args:
         poles: (B, m), complex128: the poles λ, inside the unit circle.
@@ -255,7 +255,7 @@ class _Cascade:
         return middle
 
     def compressed_carefully(self, residues: Tensor) -> Tensor:
-        """Compute `compressed` where large residues cancel."""
+        """Compute the result of `compressed` for channels in which large residues cancel."""
         weights = Complex.of(residues)
         sums = [(value * weights).real.sum(-1).high for value in self._transforms(Complex.of)]
         c = torch.stack(sums, dim=-1) * self._gains

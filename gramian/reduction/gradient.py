@@ -6,7 +6,7 @@ optimizes poles in polar form, `λ = A e^{iθ}`, and residues r together. There 
 
 - `"l2"` is `Σ_{t<L} (h_t - ĥ_t)²`, the error over the taps.
 - `"h2"` is `1/N Σ_k |H(z_k) - Ĥ(z_k)|²` on N ≥ 2 L roots of unity, the error of the transfer
-  function, where h is followed by zeros. It counts the tail of ĥ.
+  function, where h is followed by zeros. This objective includes the tail of ĥ.
 
 One entry of a conjugate pair is learned, and an odd order ends with a real pole. ĥ_0 = h_0. Kernels
 are first scaled to unit norm. The descent is Adam (D. P. Kingma, J. Ba, 2015). Its learning rate is
@@ -43,7 +43,7 @@ __all__ = ["modal_interpolation"]
 
 _LEAST_RADIUS = 1e-3
 _REPORTED = 50
-"""Number of progress reports in a run."""
+"""The number of progress reports in a run."""
 
 
 def modal_interpolation(
@@ -87,7 +87,7 @@ def modal_interpolation(
 
 
 def _slots(order: Tensor) -> tuple[Tensor, Tensor]:
-    """Return masks (B, m) of the entries in use, and of those that stand for a pair."""
+    """Return masks (B, m) of the entries in use, and of the entries that stand for a pair."""
     slot = torch.arange(int(order.max() + 1) // 2, device=order.device)
     order = order.unsqueeze(-1)
     return 2 * slot < order, 2 * slot + 1 < order
@@ -193,8 +193,8 @@ class _FrequencyLoss:
         upper, lower = 1 / (self.z - poles), 1 / (self.z - poles.conj())  # (B, m, F)
         found = (residues * upper + residues.conj() * lower).sum(1, keepdim=True) / 2
         error = self.spectrum - found  # (B, 1, F)
-        # This sums conj(E) / (z - λ) over the whole circle; the lower half is the upper one's
-        # conjugate.
+        # This sums conj(E) / (z - λ) over the whole circle. The lower half is the conjugate of the
+        # upper half.
         weighted = error * (self.weight / 2)
         back, ahead = weighted.conj(), weighted
         lower = lower.conj()  # 1 / (z̄ - λ)

@@ -40,8 +40,8 @@ class Balanced(Method):
     """Take the poles of a balanced truncation (S. Kung, 1978) and refine them.
 
     Args:
-        refine: Whether to refine the poles by variable projection. Without it, the reduction has a
-            closed form and takes a fraction of the time.
+        refine: Whether to refine the poles by variable projection. Without refinement, the
+            reduction has a closed form and takes a fraction of the time.
     """
 
     name = "balanced"
@@ -71,7 +71,7 @@ class Gradient(Method):
 
     Args:
         steps: The number of steps, at least 1.
-        learning_rate: The learning rate of the first step, above 0; it is annealed to 0.
+        learning_rate: The learning rate of the first step, above 0. It is annealed to 0.
         objective: "l2", the error over the taps, or "h2", the error of the transfer function on
             roots of unity. None chooses "h2" if the tail counts as silence, and "l2" otherwise.
         initialization: "even" places poles at evenly spaced angles close to the unit circle, and
@@ -117,7 +117,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_of(method: str | Method) -> Method:
-    """Return a method as it is, or the method of a name with its default options.
+    """Return `method` unchanged or, if it is a name, the method with its default options.
 
     Raises:
         ValueError: if no method has the name.

@@ -5,8 +5,8 @@ infinite horizon this is near `|r|² / (2 (1 - |λ|²))` (L. A. Aguirre, "Quanti
 dominance for continuous systems", CDC 1993). Unlike balanced truncation, this measure ignores how
 modes overlap. The residues of the kept modes are fitted again to all taps.
 
-The modes are those of the system if it has any (a `gramian.Modal`, or the poles of a
-`gramian.TransferFunction`), and otherwise those of a larger balanced truncation.
+If the system is a `gramian.Modal` or a `gramian.TransferFunction`, the modes are given by its
+poles. Otherwise they are the modes of a larger balanced truncation.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ def _realized(problem: Problem, order: Tensor, rows: Tensor) -> list[SourceModes
 
 
 def dominant_modes(poles: Tensor, residues: Tensor, order: Tensor, length: int) -> Tensor:
-    """Choose which modes to keep, (B, m), bool: those with the most energy that fit into the order.
+    """Choose the modes with the most energy that fit into the order: a mask (B, m).
 
     Args:
-        poles: (B, m), complex128: the poles, one of each pair; NaN or with residue 0
-            where there is none.
+        poles: (B, m), complex128: the poles, one of each pair. An unused entry is NaN or has
+            residue 0.
         residues: (B, m), complex128: their residues.
         order: (B), integers: the largest order, of which a pair takes 2 and a real pole 1.
         length: The number of taps.

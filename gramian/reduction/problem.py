@@ -37,9 +37,10 @@ class Settings:
         stable: Whether poles must lie inside the unit circle.
         dtype: The real dtype of the result, float32 or float64.
         refine: Whether balanced truncation refines its poles.
-        lower: Whether to look for a closer fit of a lower order. Only the search for a tolerance
-            does not.
-        tick: A function that is called with every amount of finished work, in channels.
+        lower: Whether to look for a closer fit of a lower order. It is false only while an order is
+            searched for a tolerance.
+        tick: A function that is called with the amount of work, in channels, that has been finished
+            since the last call.
     """
 
     tails: tuple[str, ...]
@@ -56,7 +57,7 @@ class Settings:
 
     @property
     def least_decay(self) -> float | None:
-        """Return the smallest allowed `-log |λ|` of a pole. None: every value is allowed."""
+        """Return the smallest allowed `-log |λ|` of a pole, or None if every value is allowed."""
         if not self.stable and not self.fades:
             return None
         return -math.log(largest_radius(self.dtype))
@@ -67,9 +68,9 @@ class SourceModes:
     """The modes of the systems to reduce, if they are known.
 
     Args:
-        poles: (B, m), complex128: the poles, one or both of each pair; NaN where there is none.
-        residues: (B, m), complex128: the residues r_k in `Re Σ_k r_k λ_k^t`. None: they have yet to
-            be fitted.
+        poles: (B, m), complex128: the poles, one or both of each pair. An unused entry is NaN.
+        residues: (B, m), complex128: the residues r_k in `Re Σ_k r_k λ_k^t`. None means that they
+            have yet to be fitted.
     """
 
     poles: Tensor
@@ -86,14 +87,14 @@ class SourceModes:
 
 @dataclasses.dataclass(frozen=True)
 class SpectralPiece:
-    """The Hankel spectra of a problem's channels from `first` on, by treatment of the tail."""
+    """The Hankel spectra of the channels from `first` on, for each treatment of the tail."""
 
     first: int
     spectra: dict[str, Spectrum]
 
 
 def lanczos_block(taps: Tensor, order: int) -> int:
-    """Return how many Lanczos bases to grow at a time.
+    """Return how many Lanczos bases to grow at one time.
 
     The vectors in use have to fit into the cache of a CPU, and the allocated vectors into memory.
     """
@@ -139,18 +140,18 @@ class Problem:
         return self.leading_values("zero")
 
     def leading_values(self, tail: str) -> Tensor:
-        """Return the leading singular values of the Hankel matrices with this tail, (B, k)."""
+        """Return the leading Hankel singular values for this treatment of the tail, (B, k)."""
         return torch.cat([piece.spectra[tail].values for piece in self.pieces])
 
     def ritz(self, tail: str) -> Tensor:
-        """Return lower bounds of the Hankel singular values with this tail, (B, K)."""
+        """Return lower bounds (B, K) of Hankel singular values for this treatment of the tail."""
         parts = [piece.spectra[tail].ritz for piece in self.pieces]
         width = max(part.shape[-1] for part in parts)
         pad = torch.nn.functional.pad
         return torch.cat([pad(part, (0, width - part.shape[-1])) for part in parts])
 
     def with_settings(self, settings: Settings) -> Problem:
-        """Return the same problem with other settings; both share the spectra."""
+        """Return the same problem, including its spectra, with other settings."""
         other = copy.copy(self)
         other.settings = settings
         return other
@@ -166,8 +167,8 @@ class Problem:
 
         Args:
             best: Fits of the channels `rows`.
-            poles: (len(where), n), complex128: the poles, NaN where there is none. They are made
-                stable first if the settings ask for it.
+            poles: (len(where), n), complex128: the poles. An unused entry is NaN. If the settings
+                require stable poles, the poles are made stable first.
             rows: The indices of the channels.
             where: Indices into `rows`.
 
@@ -181,7 +182,7 @@ class Problem:
         return fit
 
     def keep(self, best: ModalFit, fit: ModalFit, where: Tensor) -> None:
-        """Put a fit into `best` where its measured error over the taps is smaller."""
+        """Put a fit into `best` in the channels where its measured error over taps is smaller."""
         better = fit.l2_error < best.l2_error[where]
         best.put(where[better], fit[better])
 

@@ -8,10 +8,11 @@ least squares problems", 1975). A change dω of `log λ` changes the fit by `Re(
 the columns `E = (Re t λ^t, Im t λ^t)` a step is one linear least-squares problem in [Φ E].
 
 The Gram matrix of [Φ E] holds geometric sums `Σ_t t^p z^t`, p = 0, 1, 2, where z is a product of
-two poles; they are computed by doubling. The right-hand side and the residual are Vandermonde
-products in √T × √T blocks. So a step costs O(n² log T + n T) and does not form the basis. If poles
-nearly coincide, the basis is formed after all, and its QR decomposition gives the factor. Both ways
-use the same ridge as the final fit of the residues (`gramian.reduction.residues`).
+two poles. These sums are computed by doubling. The right-hand side and the residual are Vandermonde
+products in √T × √T blocks. So a step takes O(n² log T + n T) operations and does not form the
+basis. If poles nearly coincide, the basis is formed after all, and its QR decomposition gives the
+factor of the Gram matrix. Both ways use the same ridge as the final fit of the residues
+(`gramian.reduction.residues`).
 
 The descent moves a pair in decay and angle, and a real pole in decay. A pair stays a pair, and a
 real pole stays real. A decay at the edge of stability stays there while the descent pushes it
@@ -41,16 +42,16 @@ from gramian.reduction.residues import real_basis
 __all__ = ["greedy_modes", "insert_mode", "refined", "relocated", "remainder"]
 
 _SAFE_PIVOT = 1e-10
-"""Smallest squared Cholesky pivot with which the Gram matrix is accurate enough."""
+"""The smallest squared Cholesky pivot with which the Gram matrix is accurate enough."""
 
 _PRECISE_PIVOT = 1e-8
-"""Squared pivot from which on a solution with the Gram matrix needs no refinement."""
+"""If the squared pivots are at least this, a solution with the Gram matrix needs no refinement."""
 
 _PRECISE_ERROR = 1e-5
-"""Relative squared error from which on differences of squares are precise enough."""
+"""If the relative squared error is at least this, differences of squares are precise enough."""
 
 _LARGEST_QR = 128
-"""Largest number of columns [Φ E] that are factored by QR; a wider basis is not refined."""
+"""The largest number of columns [Φ E] that are factored by QR. A wider basis is not refined."""
 
 _SMALLEST_DIRECTION = 1e-9
 """Smallest relative ridge on the residues."""
@@ -59,11 +60,11 @@ _FIRST_DAMPING = 1e-2
 _LARGEST_DAMPING = 1e6
 
 _WINDOWS = 6
-"""Number of decays among which a greedy search looks for the next pole."""
+"""The number of decays among which a greedy search looks for the next pole."""
 
 
 def _joint_gram(sums: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Compute the inner products of the columns [Φ E], (B, 4m, 4m), from the three sums."""
+    """Compute the inner products of the columns [Φ E], (B, 4m, 4m), from the geometric sums."""
     g0, g1, g2 = (basis_gram(s) for s in sums)
     return torch.cat([torch.cat([g0, g1], dim=-1), torch.cat([g1, g2], dim=-1)], dim=-2)
 
@@ -129,7 +130,7 @@ def _point(taps: Tensor, modes: Modes, ridge: float, infinite: bool) -> _Point:
     vague = (pivot < _PRECISE_PIVOT) | (error < _PRECISE_ERROR * size)
     if bool(vague.any()):
         # For these channels the formula is a difference of large numbers, so the residual itself is
-        # computed and refined once. The others are left out, so no result depends on other
+        # computed and refined once. The other channels are left out, so no result depends on other
         # channels.
         better = weights
         for again in (True, False):
@@ -234,8 +235,8 @@ def refined(
             its modes.
         ridge: The size of the penalty on residues, relative to the error: the rounding error of the
             dtype that will hold them.
-        limit: The smallest decay. None: every decay is allowed, so poles may lie outside the unit
-            circle.
+        limit: The smallest decay. None means that every decay is allowed, so poles may lie outside
+            the unit circle.
         infinite: Whether to minimize over the infinite horizon, where taps past T are zero, instead
             of over T taps.
         steps: The largest number of evaluations.
@@ -243,7 +244,7 @@ def refined(
             fraction.
 
     Returns:
-        The modes, and the remaining squared error, (B), which is infinite if none could be
+        The modes, and the remaining squared error, (B), which is infinite if no error could be
         computed.
     """
     ridge = max(ridge, _SMALLEST_DIRECTION)
@@ -329,7 +330,7 @@ def greedy_modes(taps: Tensor, order: Tensor) -> Modes:
 
     Args:
         taps: (B, T), float64: h_1 … h_T.
-        order: (B), integers: the orders, at least 1; an odd one ends with a real pole.
+        order: (B), integers: the orders, at least 1. An odd order ends with a real pole.
     """
     width = int((order + 1).max()) // 2
     new = taps.new_zeros(len(taps), width)
@@ -347,7 +348,7 @@ def greedy_modes(taps: Tensor, order: Tensor) -> Modes:
 
 
 def relocated(taps: Tensor, modes: Modes) -> tuple[Modes, Tensor]:
-    """Move the mode that contributes least to where the residual is largest.
+    """Move the least contributing mode to the place where the residual is largest.
 
     A pair may also replace two real poles.
 

@@ -1,13 +1,13 @@
 r"""Residues for given poles, by linear least squares on the taps after the direct term.
 
 The problem is `min_r Σ_{t≥1} (h_t - Re Σ_k r_k λ_k^{t-1})²` in the real basis `Re λ^t, Im λ^t`. The
-poles are rounded to the dtype of the result before the fit and the residues after it, so that the
-fit and the measured errors are those of the returned system.
+poles are rounded to the dtype of the result before the fit, and the residues after it. So the fit
+and the measured errors are those of the returned system.
 
 Usually the normal equations are enough. They come from geometric sums, are scaled to a unit
 diagonal, and their solution is refined. For channels with poles that nearly coincide, the basis is
 formed and the problem is solved by QR and a damped SVD. The ridge has the size of the residues'
-rounding error; it keeps the residues from cancelling more digits than they have.
+rounding error. It keeps the residues from cancelling more digits than they have.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ _SAFE_EIGENVALUE = 1e-11
 """Smallest eigenvalue with which normal equations of unit diagonal are accurate enough."""
 
 _SETTLED = 1e-3
-"""Largest part of the residual that another refinement of the normal equations could still remove.
-"""
+"""Another refinement of the normal equations is unnecessary if it could remove at most this part of
+the residual."""
 
 _CANCELLED = 1e-6
-"""Fraction of `Σ |λ|^2t` below which a sum of squares of `Re λ^t` or `Im λ^t` has lost digits."""
+"""A sum of squares of `Re λ^t` or `Im λ^t` has lost digits if it is below this fraction of
+`Σ |λ|^2t`."""
 
 _SMALLEST_DIRECTIONS = (1e-5, 1e-6, 1e-7, 1e-9, 1e-11, 1e-13)
-"""Limits to try. Directions of the basis with a smaller relative singular value are damped. Of the
-limits above rounding errors, the one with the smallest error for rounded residues is used."""
+"""The limits to try. Directions of the basis whose relative singular value is below the limit are
+damped. Of the limits above rounding errors, the limit with the smallest error for rounded residues
+is used."""
 
 _ROUNDING = 8
 """Rounding errors of the taps of a mode, in units of the last place of its largest tap."""
@@ -55,9 +57,9 @@ class ModalFit:
 
     Attributes:
         poles: (B, m), complex128: the poles, one of each pair.
-        residues: (B, m), complex128: their residues; 0 where there is no mode.
+        residues: (B, m), complex128: their residues. An unused entry has residue 0.
         l2_error: (B), float64: the l2 norm of `h - ĥ` over the taps.
-        l1_error: (B), float64: its l1 norm.
+        l1_error: (B), float64: the l1 norm of `h - ĥ` over the taps.
     """
 
     poles: Tensor
@@ -77,7 +79,7 @@ class ModalFit:
         self.l1_error[where] = other.l1_error
 
     def orders(self) -> Tensor:
-        """Return the state dimensions in real numbers, (B); an entry without residue counts 0."""
+        """Return the state dimensions in real numbers, (B). An entry with residue zero counts 0."""
         return torch.where(self.residues != 0, 1 + (self.poles.imag != 0).long(), 0).sum(-1)
 
     def __getitem__(self, index: Tensor) -> ModalFit:
@@ -90,10 +92,10 @@ def largest_radius(dtype: torch.dtype) -> float:
 
 
 def stabilized(poles: Tensor, dtype: torch.dtype) -> Tensor:
-    """Move poles inside the unit circle, where they stay when they are rounded to `dtype`.
+    """Move poles so far inside the unit circle that they stay inside when rounded to `dtype`.
 
-    A pole outside is reflected to `1 / λ̄`. Then all poles are kept a rounding error away from the
-    circle.
+    A pole outside is reflected to `1 / λ̄`. Then a pole that is closer to the circle than a
+    rounding error is moved inwards.
     """
     radius = poles.abs()
     poles = torch.where(radius > 1, poles / radius.square(), poles)
@@ -107,7 +109,7 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
 
     Args:
         taps: (B, T), float64: h_1 … h_T.
-        poles: (B, n), complex128: the poles, in conjugate pairs; NaN where there is none.
+        poles: (B, n), complex128: the poles, in conjugate pairs. An unused entry is NaN.
         dtype: The real dtype of the result, float32 or float64.
     """
     poles = one_of_each_pair(poles.to(dtype.to_complex()).to(torch.complex128), dtype)
@@ -186,7 +188,7 @@ def _by_sums(
 
     Returns:
         x (B, 2m), and a mask (B) of the channels where x is inaccurate, because the factor is
-        nearly singular or a sum is a small difference of large ones.
+        nearly singular or a sum is a small difference of large terms.
     """
     modes = poles.shape[-1]
     gram = basis_gram(geometric_sum(pole_products(poles), taps.shape[-1]))
@@ -215,9 +217,9 @@ def _by_sums(
 
 
 def _is_singular(factor: Tensor) -> Tensor:
-    """Return whether equations with these Cholesky factors (B, n, n) are nearly singular: (B).
+    """Return a mask (B) of the Cholesky factors (B, n, n) whose equations are nearly singular.
 
-    The pivots do not show it: if several poles nearly coincide, the last pivots are rounding
+    The pivots do not show this. If several poles nearly coincide, the last pivots are rounding
     errors, far above the smallest eigenvalue. The squared norm of a factor's inverse, by contrast,
     is at least the reciprocal of that eigenvalue.
     """
@@ -229,11 +231,12 @@ def _is_singular(factor: Tensor) -> Tensor:
 def _is_settled(
     energy: Tensor, moved: Tensor, residual: Tensor, taps: Tensor, eps: float
 ) -> Tensor:
-    """Return whether another refinement of the normal equations is unnecessary: a mask (B).
+    """Return a mask (B) of the channels where another refinement is unnecessary.
 
-    After a first solution of energy `energy` (B), let a refinement move the fit by the energy
-    `moved` (B). The next one would move it by about `moved² / energy`, since each shrinks the error
-    by the same factor. `residual` is the part of the taps that the first solution leaves.
+    Let the first solution of the normal equations have the energy `energy` (B), and let a
+    refinement move the fit by the energy `moved` (B). The next refinement would move it by about
+    `moved² / energy`, since each refinement shrinks the error by the same factor. `residual` is the
+    part of the taps that the first solution leaves.
     """
     left = residual.square().sum(-1) - moved
     floor = (eps * _SETTLED) ** 2 * taps.square().sum(-1)
@@ -241,7 +244,7 @@ def _is_settled(
 
 
 def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, dtype: torch.dtype) -> Tensor:
-    """Solve the problem of `_by_sums` from the basis itself: (B, 2m), `signal` (B, T, 1)."""
+    """Solve the problem of `_by_sums`, (B, 2m), from the basis itself and `signal` (B, T, 1)."""
     eps = torch.finfo(dtype).eps
     gram = torch.bmm(basis, basis.mT)
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -266,7 +269,7 @@ def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, dtype: torch.dty
 
 
 def _damped(basis: Tensor, scale: Tensor, signal: Tensor, dtype: torch.dtype) -> Tensor:
-    """Solve the same problem by QR and a damped SVD, for poles that nearly coincide."""
+    """Solve the problem of `_least_squares` by QR and a damped SVD, if poles nearly coincide."""
     eps = torch.finfo(dtype).eps
     basis = torch.nan_to_num(basis, posinf=0.0, neginf=0.0)
     q, r = torch.linalg.qr((basis * scale).mT)

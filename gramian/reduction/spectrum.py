@@ -2,21 +2,22 @@ r"""Leading singular values and vectors of many Hankel matrices at once.
 
 There are two Hankel matrices of the taps `h_1 … h_{L-1}`:
 
-- `tail="zero"` gives (L-1) × (L-1), of the taps followed by zeros: the Hankel operator of the FIR
-  system on its infinite horizon.
-- `tail="free"` gives about L/2 × L/2, of taps alone.
+- `tail="zero"` gives an (L-1) × (L-1) matrix of the taps, continued by zeros. It represents the
+  Hankel operator of the FIR system on the infinite horizon.
+- `tail="free"` gives a matrix of about L/2 × L/2 that contains taps only.
 
 A square Hankel matrix is symmetric, so its singular values are the moduli of its eigenvalues, and
 its eigenvectors are its singular vectors. A block Lanczos iteration (G. H. Golub, R. Underwood,
-"The block Lanczos method for computing eigenvalues", 1977) finds the leading ones at both ends of
-the spectrum. The spectra of long filters are flat: σ_16 and σ_17 often differ by less than 1%. For
-such spectra a Krylov method needs far fewer products than subspace iteration.
+"The block Lanczos method for computing eigenvalues", 1977) finds the leading eigenvalues at both
+ends of the spectrum. The spectra of long filters are flat: σ_16 and σ_17 often differ by less than
+1%. For such spectra a Krylov method needs far fewer products than subspace iteration.
 
 Every block is orthogonalized against all blocks before it, and its remaining inner products with
-them are measured, so orthogonality is not estimated. A block of b vectors finds at most b copies of
-a repeated value, such as combs and delays have. If b values come out alike, or a channel has not
-converged, it is computed again, either densely or with a block of more vectors than the number of
-values sought. Short kernels are factored densely from the start.
+them are measured. So orthogonality is measured rather than estimated. A block of b vectors finds at
+most b copies of a repeated value. Combs and delays have repeated values. If b values of a channel
+are nearly equal, or if the channel has not converged, it is computed again. It is then computed
+densely, or with a block of more vectors than the number of values sought. Short kernels are
+factored densely from the start.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ _DENSE_SIZE = 160
 """Hankel matrices up to this size are factored densely."""
 
 _RESIDUAL = 1e-2
-"""Residual below which the span of the Ritz vectors gives the same reduction as the exact span."""
+"""If residuals are below this, the span of the Ritz vectors gives the same reduction as the exact
+span."""
 
 _BLOCK = 3
-"""Number of vectors in a block, and so the largest multiplicity that is found without a second
+"""The number of vectors in a block. It is the largest multiplicity that is found without a second
 search."""
 
 _ALIKE = 1e-3
@@ -70,7 +72,7 @@ _DENSE_AGAIN = 512
 """Matrices up to this size are factored densely if the iteration is inconclusive."""
 
 _PASSES = 4
-"""How often a block is orthogonalized at most; in theory, two passes are enough."""
+"""The largest number of times that a block is orthogonalized. In theory, two are enough."""
 
 _SMALL_OVERLAP = 1e-2
 """Size of inner products that one more pass reduces to rounding errors."""
@@ -101,7 +103,7 @@ class Spectrum:
         return Spectrum(self.values[index], self.vectors[index], self.ritz[index])
 
     def replace(self, where: Tensor, other: Spectrum) -> Spectrum:
-        """Replace the spectra where the mask `where` (B) is true by those of `other`."""
+        """Replace the spectra where the mask `where` (B) is true by the spectra `other`."""
         width = max(self.ritz.shape[-1], other.ritz.shape[-1])
         pad = torch.nn.functional.pad
         ritz = pad(self.ritz, (0, width - self.ritz.shape[-1]))
@@ -114,8 +116,8 @@ class Spectrum:
 def hankel_matrices(taps: Tensor, tail: str) -> Hankel:
     """Return the Hankel matrices of `taps` (B, L-1) = h_1 … h_{L-1}, as this module defines them.
 
-    With `tail="free"` and an even number of taps, no square matrix holds all of them. So a small
-    matrix gets one more column, and a large one omits the last tap.
+    With `tail="free"` and an even number of taps, no square matrix holds all taps. So a small
+    matrix gets one more column, and a large matrix omits the last tap.
     """
     count = taps.shape[-1]
     if tail == "zero":
@@ -130,10 +132,11 @@ def _is_large(size: int) -> bool:
 
 
 def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) -> Spectrum:
-    """Compute the `count` leading singular values and left singular vectors, or all if fewer.
+    """Compute the leading singular values and left singular vectors, `count` or all if fewer exist.
 
     Args:
-        hankel: B Hankel matrices (rows, columns) of float64 sequences; square if they are large.
+        hankel: B Hankel matrices (rows, columns) of float64 sequences. Large matrices must be
+            square.
         count: The number of singular values, at least 1.
         guess: (B, k, at most rows): vectors near the wanted span. Starting from them takes at most
             half of the steps.
@@ -194,8 +197,8 @@ def lanczos_spectrum(
     """Compute the leading spectrum of symmetric matrices in the precision of the matrices.
 
     A Ritz pair is accepted when ‖H u - θ u‖ is at most `residual` times the smallest |θ|. If a
-    value occurs more than `block` times, the iteration finds `block` copies only; the module's
-    docstring describes how repeated values are detected and computed again. The values and vectors
+    value occurs more than `block` times, the iteration finds only `block` copies. The docstring of
+    the module describes how repeated values are detected and computed again. The values and vectors
     are always float64, and the vectors are orthonormal in float64.
 
     Args:
@@ -282,7 +285,7 @@ class _BlockLanczos:
 
     Every vector is orthogonalized against all vectors before it. The compressed matrices come from
     actual inner products, not from a recurrence. If only rounding errors are left of a direction, a
-    random one replaces it.
+    random direction replaces it.
     """
 
     def __init__(
@@ -373,7 +376,7 @@ class _BlockLanczos:
             vectors = torch.where(ended.unsqueeze(-1), self._noise(vectors.shape[1]), vectors)
         for _ in range(_PASSES):
             overlap = self._projected(vectors, 0).abs()
-            if float(overlap.amax()) <= math.sqrt(self.eps):  # as orthonormal as before the pass
+            if float(overlap.amax()) <= math.sqrt(self.eps):  # as orthonormal as before
                 return vectors
             vectors = torch.linalg.qr(vectors.mT).Q.mT.contiguous()
             large = (overlap > _SMALL_OVERLAP).any(-1).any(-1)
@@ -398,10 +401,10 @@ class _BlockLanczos:
 
 
 def _alike(theta: Tensor, misfit: Tensor, noise: Tensor, block: int, close: float) -> Tensor:
-    """Return whether as many leading Ritz values (B, k) coincide as a block has vectors, (B).
+    """Return a mask (B) of the channels where `block` leading Ritz values (B, k) coincide.
 
-    Values coincide if their relative distance is below `close`, or below what their residuals can
-    resolve if that is larger. Only values above the noise (B, 1) count.
+    Values coincide if their relative distance is below `close`, or too small for their residuals to
+    resolve. Only values above the noise (B, 1) count.
     """
     if block > theta.shape[-1]:
         return torch.zeros_like(theta[:, 0], dtype=torch.bool)
@@ -426,20 +429,22 @@ def hankel_singular_values(
 
     Args:
         kernel: (*C, L), real floating point, L ≥ 2: the taps h_0 … h_{L-1}; h_0 is not used.
-        count: The number of values. None: all of them, by a dense factorization that takes O(L³)
-            operations per kernel.
-        tail: "zero" gives the values of the system whose kernel is zero past its end, on the
-            infinite horizon. "free" gives those of a square block of taps alone.
+        count: The number of values. None means all values, which are computed by a dense
+            factorization in O(L³) operations per kernel.
+        tail: "zero" gives the values on the infinite horizon, where the kernel continues with
+            zeros. "free" gives the values of a square block that contains taps only.
 
     Returns:
-        (*C, count), or fewer if the matrices are smaller; float64, descending. If all of them are
-        requested, or the kernel is short, they are accurate to rounding. For long kernels the
-        relative error of the leading ones is about 1e-4, and that of the last of a flat spectrum
-        about two percent, for values above a millionth of the largest.
+        (*C, count), float64, descending, or fewer values if the matrices are smaller. If all values
+        are requested, or if the kernel is short, the values are accurate to rounding. For long
+        kernels and values above a millionth of the largest, the relative error of the leading
+        values is about 1e-4. The relative error of the last value of a flat spectrum is about two
+        percent.
 
     Raises:
         TypeError: if the kernel is not real floating point.
-        ValueError: if the kernel is too short or not finite, or another argument is out of range.
+        ValueError: if the kernel is too short or not finite, or if another argument is out of
+            range.
     """
     if not kernel.dtype.is_floating_point:
         raise TypeError(f"a kernel must be real floating point; got {kernel.dtype}.")

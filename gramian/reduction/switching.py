@@ -13,11 +13,13 @@ __all__ = ["find_modal_form"]
 
 
 def find_modal_form(taps: Tensor, order: int) -> tuple[Modal, float]:
-    """Find a stable modal system with nearly the given taps, as `reducer` of a `TransferFunction`.
+    """Find a stable modal system with nearly the given taps.
+
+    This function is meant for the field `reducer` of a `TransferFunction`.
 
     Args:
         taps: (*C, K): the taps to approximate.
-        order: The largest order.
+        order: The largest order that the system may have.
 
     Returns:
         The system, and the largest relative l2 error of a channel, which is infinite if the taps

@@ -1,4 +1,4 @@
-"""Figures of Hankel spectra, distillation, bits per byte and the cost of decoding."""
+"""Plot Hankel spectra, the outcome of distillation, bits per byte and the cost of decoding."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = [
 def plot_hankel_spectra(
     spectra: Mapping[str, Any], orders: Mapping[str, Sequence[int]] | None = None
 ) -> Figure:
-    """Plot Hankel singular values in one panel per group of filters.
+    """Plot the Hankel singular values of groups of filters, with one panel for each group.
 
     The values of a filter are shown relative to its largest value.
 
     Args:
-        spectra: by group, such as a layer, the singular values (filters, values), descending in
-            each row.
-        orders: by group, the orders of its reduced filters, whose mean is marked; None marks
-            nothing.
+        spectra: a mapping from the names of the groups, such as layers, to the singular values of
+            their filters, (filters, values), in descending order in each row.
+        orders: a mapping from the names of the groups to the orders of their reduced filters. The
+            mean order is marked. If it is None, nothing is marked.
 
     Raises:
         ValueError: if there is no group.
@@ -68,8 +68,9 @@ def plot_hankel_spectra(
 def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
     """Plot the outcome of distillation in three panels.
 
-    They show the median Hankel spectrum of each layer; the relative l2 errors of each layer's
-    filters, with the lower bounds for recurrences of the same orders; and the orders.
+    The first panel shows the median Hankel spectrum of each layer. The second panel shows the
+    relative l2 errors of each layer's filters, with the lower bounds for recurrences of the same
+    orders. The third panel shows the orders.
 
     Args:
         report: a report from `gramian.distill`.
@@ -132,7 +133,7 @@ def plot_bits_per_byte(values: Mapping[str, float]) -> Figure:
     """Plot the bits per byte of models as horizontal bars, in the given order.
 
     Args:
-        values: bits per byte, by name of the model.
+        values: a mapping from the name of each model to its bits per byte.
 
     Raises:
         ValueError: if there are no values.

@@ -1,6 +1,6 @@
-"""An interactive HTML page of state-size reports, which opens offline and loads nothing else.
+"""Make an interactive HTML page of state-size reports. It works offline and loads no other file.
 
-The page is the template beside this file with the reports embedded as JSON. It draws on two
+The page is the template beside this file, with the reports embedded as JSON. The page draws on two
 canvases and uses no library.
 """
 
@@ -25,14 +25,14 @@ def state_page(reports: StateReport | Sequence[StateReport]) -> str:
     """Return a self-contained HTML page of reports on effective state-size.
 
     The page shows heat maps of all layers and of one layer's heads, curves with the largest
-    possible rank (the cap), and the text. The token, layer, head and values under the pointer are
-    shown too.
+    possible rank (the cap), and the text. The page also shows the token, layer, head and values
+    under the pointer.
 
     Args:
-        reports: one report, or several among which the reader of the page can choose.
+        reports: one report, or several reports. The reader of the page can choose one of them.
 
     Raises:
-        ValueError: if there are no reports, or a report has no layer that was read.
+        ValueError: if there are no reports, or a report has no measured layer.
     """
     several = list(reports) if isinstance(reports, Sequence) else [reports]
     if not several:

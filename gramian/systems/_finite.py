@@ -1,4 +1,4 @@
-"""The base class of systems with a fixed number of steps, which refuse to step past the last."""
+"""The base class of systems that have a fixed number of steps and refuse to take more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["FiniteSystem"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FiniteSystem(System[StateT]):
-    """A system of L steps; its state counts how many of them have been taken."""
+    """A system of L steps. Its state counts the steps that have been taken."""
 
     @property
     @abc.abstractmethod
@@ -21,7 +21,7 @@ class FiniteSystem(System[StateT]):
         """Return L, the number of steps."""
 
     def check_steps(self, start: int, length: int) -> None:
-        """Raise a ValueError unless the system has `length` steps from step `start` on."""
+        """Raise a ValueError if the system has fewer than `length` steps from step `start` on."""
         if start + length > self.length:
             taken = f" of which {start} are taken" if start else ""
             raise ValueError(
@@ -32,7 +32,7 @@ class FiniteSystem(System[StateT]):
         """Check a horizon and the position that splits it into past and future, and return both.
 
         Args:
-            length: The horizon; by default L.
+            length: The horizon, by default L.
             at: The first step of the future, 1 … length - 1; by default `length // 2`.
         """
         length = self.length if length is None else length

@@ -1,7 +1,7 @@
 """Hankel singular values of a state-space system, from square-root factors of its Gramians.
 
 Forming a Gramian squares the condition number and so loses half of the digits. The triangular
-factors of the Gramians are computed without forming them, and lose none.
+factors are computed without forming the Gramians, and lose no digits.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def infinite_hankel_singular_values(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 def check_spectral_radius(radius: Tensor) -> None:
     """Raise a ValueError unless every pole is inside the unit circle.
 
-    Otherwise there are no Hankel singular values over the infinite horizon.
+    If a pole is on or outside it, there are no Hankel singular values over the infinite horizon.
 
     Args:
-        radius: (*C): the largest modulus of a pole of every channel.
+        radius: (*C): for every channel, the largest modulus of a pole.
     """
     if bool((~(radius < 1)).any()):
         raise ValueError(

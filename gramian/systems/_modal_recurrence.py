@@ -35,7 +35,8 @@ _PADDING = 0.1  # while more than this fraction of the slots is padding, one mor
 class ModalState(State):
     """The state x of `x_{t+1} = λ x_t + u_t` for every mode, as real and imaginary parts.
 
-    If the system is real, there are real parts alone, and the dimension of size 2 has size 1.
+    If the system is real, the state holds the real parts only, and the dimension of size 2 in the
+    shape below has size 1.
 
     Channels with similar numbers of modes share one tensor, so that a single channel with many
     modes does not enlarge the state of all others. The tensor of a group has the shape
@@ -60,15 +61,15 @@ class Group(NamedTuple):
 def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
     """Divide channels with `counts` modes into few groups with little padding.
 
-    A group pads every channel to the largest number of modes in it. There are as many groups as it
-    takes to keep the padding within a tenth of all modes, but at most four. Among the partitions
-    into that many groups, dynamic programming over the distinct counts finds one with the least
-    padding.
+    A group pads every channel to the largest number of modes in it. The number of groups is the
+    smallest with which the padding is at most a tenth of all modes, but no more than four. Among
+    the partitions into this number of groups, dynamic programming over the distinct counts finds
+    one with the least padding.
     """
     sizes = sorted(set(counts))
     many = [counts.count(size) for size in sizes]
-    # least[g][j]: the slots that the j smallest sizes take in g groups, and the first size of the
-    # last of these groups.
+    # least[g][j]: the smallest number of slots in which g groups hold the j smallest sizes, and the
+    # index of the first size in the last of these groups.
     least: list[list[tuple[float, int]]] = [[(0.0, 0)] + [(torch.inf, 0)] * len(sizes)]
     groups = 0
     while groups < _MAX_GROUPS:
@@ -94,7 +95,7 @@ def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
 
 
 def pair_axis(dims: int) -> int:
-    """Return the axis of a state that holds real and imaginary parts, or real parts alone.
+    """Return the axis of a state's tensors along which the real and imaginary parts lie.
 
     Args:
         dims: The number of channel dimensions of the system.
@@ -105,14 +106,14 @@ def pair_axis(dims: int) -> int:
 def modes_fit(
     state: ModalState, groups: tuple[Group, ...], dims: int, shape: torch.Size, numbers: int = 2
 ) -> bool:
-    """Return whether the shapes of a state are those that samples of `shape` need.
+    """Return whether a state has the shapes that samples of `shape` need.
 
     Args:
         state: The state to check.
         groups: The groups of channels of the system.
         dims: The number of channel dimensions of the system.
         shape: The shape (*B, *C') of a sample.
-        numbers: How many real numbers hold a mode: 1 if the system is real, otherwise 2.
+        numbers: The number of real numbers that store a mode: 1 if the system is real, otherwise 2.
     """
     if len(state.modes) != len(groups):
         return False
@@ -142,7 +143,8 @@ class _GroupStep(NamedTuple):
     def widen(self, width: int) -> _GroupStep:
         """Repeat the coefficients `width` times along the last dimension.
 
-        It is for inputs with `width` channels along that dimension, all of which share one filter.
+        This is done for inputs that have `width` channels along that dimension, if all of these
+        channels share one filter.
         """
         channels, *values = self
         assert all(value is not None for value in values)
@@ -218,7 +220,7 @@ class ModalRecurrence(Recurrence[ModalState]):
         return sample.index_select(-self._d.ndim, group.channels)
 
     def _read(self, outputs: list[Tensor], sample: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return y from the sample and the sums over the modes of every group."""
+        """Compute y from the sample and from the sum over the modes of each group."""
         y = outputs[0]
         if self._place is not None:
             dims = self._d.ndim

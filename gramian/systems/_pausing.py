@@ -1,14 +1,15 @@
 r"""Chunks in which the streams of a batch have different numbers of samples.
 
-Sequences of different lengths share a chunk by ending together: stream b starts with `steps[b]`
+Sequences of different lengths that share a chunk end together. So stream b starts with `steps[b]`
 columns in which no time passes for it. If the past is silent, zeros in these columns have no
-effect. Any other state must stay unchanged until the stream's first sample.
+effect. If it is not, the state must stay unchanged until the stream's first sample.
 
 A finite-dimensional state does not depend on the columns, so the streams can be processed in pieces
-of equal length. If few lengths occur, each length is one piece. If more lengths occur than they
-have binary digits, every stream is cut along the binary representation of its length, which gives
-at most ⌊log₂ T⌋ + 1 pieces for a chunk of T columns. The state of an FIR system is its last inputs,
-which are moved next to the stream's first sample instead.
+of equal length. If there are few different lengths, the streams of each length form one piece. If
+there are more lengths than binary digits in them, every stream is cut into pieces whose lengths are
+the powers of two in the binary representation of its length. This gives at most ⌊log₂ T⌋ + 1 pieces
+for a chunk of T columns. The state of an FIR system consists of its last inputs. Its streams are
+not cut: these inputs are moved next to the stream's first sample instead.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ class Pause:
         self._pieces: list[_Piece] | None = None
 
     def within(self, begin: int, end: int) -> Pause:
-        """Return the pause of columns `begin` … `end - 1`, taken as a chunk of their own."""
+        """Return the pause of a chunk that consists of the columns `begin` … `end - 1` only."""
         length = min(end, self.length) - begin
         return Pause([min(max(step - begin, 0), length) for step in self.steps], length)
 
     @property
     def pieces(self) -> list[_Piece]:
-        """Return the pieces of equal length, in the order of time."""
+        """Return the pieces in order of time. In each piece, all streams have the same length."""
         if self._pieces is None:
             counts = [self.length - step for step in self.steps]
             lengths = sorted({count for count in counts if count})
@@ -87,7 +88,7 @@ def apply_paused(operator: Operator, u: Tensor, state: State, pause: Pause) -> t
         pause: The pause, for T columns.
 
     Returns:
-        y, of the shape of `u` and zero in paused columns, and the state after the chunk.
+        y, which has the shape of `u` and is zero in paused columns, and the state after the chunk.
     """
     if not any(pause.steps):
         return operator(u, state)
@@ -115,9 +116,9 @@ def _apply_to_moved_past(
 
 
 class PausedOperator:
-    """An operator that pauses as `apply_paused` does, for a chunk given whole or in parts.
+    """An operator that pauses as `apply_paused` does, for a chunk that is given whole or in parts.
 
-    Each call takes the next columns of the chunk, in the order of time.
+    Each call takes the next columns of the chunk, in order of time.
 
     Args:
         operator: A system that is called with a state, or the `prefill` of its recurrence.

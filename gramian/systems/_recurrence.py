@@ -1,4 +1,4 @@
-"""The contract of every recurrence: a frozen copy of a system that carries a state and steps."""
+"""The contract of recurrences: frozen copies of systems that process samples one by one."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ __all__ = ["Recurrence", "VectorRecurrence"]
 
 
 class Recurrence(abc.ABC, Generic[StateT]):
-    """A frozen copy of a system that is ready to step; no gradient flows through it.
+    """A frozen copy of a system that processes samples one by one. No gradient flows through it.
 
-    A subclass names the type of its states, sets `_like` (a tensor with the dtype and device of a
-    new state), makes the initial state and computes `_advance`. Where a step can reuse the memory
-    of its state, the subclass computes `_step` too.
+    A subclass names the type of its states, and sets `_like`, a tensor with the dtype and device of
+    a new state. It defines `initial_state`, `_prefill` and `_advance`. If a step can reuse the
+    memory of its state, the subclass defines `_step` too.
     """
 
     form: str
-    """The form in which it steps: "modal", "lattice", "companion", "state_space", "dplr", "window",
-    "online", "time_varying" or "dense"."""
+    """The form in which the recurrence steps: "modal", "lattice", "companion", "state_space",
+    "dplr", "window", "online", "time_varying" or "dense"."""
 
     error: float = 0.0
-    """How far the impulse response of the recurrence is from the taps that the system was made
-    from: the largest relative l2 error of a channel. It is 0 if the system was not made from
-    taps."""
+    """The largest relative l2 error of a channel: the distance of the recurrence's impulse response
+    from the taps from which the system was made. It is 0 if the system was not made from taps."""
 
     state_type: ClassVar[type[State]]
-    """The type of its states."""
+    """The type of the recurrence's states."""
 
     system: System
     """The frozen copy of the system."""
@@ -49,8 +48,8 @@ class Recurrence(abc.ABC, Generic[StateT]):
 
         Args:
             batch_shape: The shape of one sample, broadcast against the channels of the system.
-            dtype: The dtype of the state; by default the one in which the recurrence steps.
-            device: The device of the state; by default that of the system.
+            dtype: The dtype of the state; by default the dtype in which the recurrence computes.
+            device: The device of the state; by default the device of the system.
         """
 
     @torch.no_grad()
@@ -59,13 +58,13 @@ class Recurrence(abc.ABC, Generic[StateT]):
 
         Args:
             u: The chunk.
-            state: The state after the samples before the chunk. None: a silent past.
+            state: The state after the samples before the chunk. None means that the past is silent.
 
         Returns:
             y (*B, *C', T) and the new state.
 
         Raises:
-            TypeError: if `state` is not of `state_type`.
+            TypeError: if `state` does not have the type `state_type`.
             ValueError: if the shape of `state` does not fit the system and `u`.
         """
         if state is None:
@@ -80,10 +79,10 @@ class Recurrence(abc.ABC, Generic[StateT]):
         This is the step that `torch.export` can trace.
 
         Returns:
-            y (*B, *C') and the new state; `state` keeps its values.
+            y (*B, *C') and the new state. The given `state` keeps its values.
 
         Raises:
-            TypeError: if `state` is not of `state_type`.
+            TypeError: if `state` does not have the type `state_type`.
             ValueError: if the shape of `state` does not fit the system and `u_t`.
         """
         self._check_state(state, u_t.shape)
@@ -96,7 +95,7 @@ class Recurrence(abc.ABC, Generic[StateT]):
             y (*B, *C') and the new state. `state` is overwritten: use only the returned state.
 
         Raises:
-            TypeError: if `state` is not of `state_type`.
+            TypeError: if `state` does not have the type `state_type`.
             ValueError: if the shape of `state` does not fit the system and `u_t`.
         """
         self._check_state(state, u_t.shape)
@@ -130,11 +129,11 @@ class Recurrence(abc.ABC, Generic[StateT]):
         """Compute `advance` from a state that has been checked."""
 
     def _step(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        """Compute `step` from a state that has been checked; the default calls `_advance`."""
+        """Compute `step` from a state that has been checked. The default calls `_advance`."""
         return self._advance(u_t, state)
 
     def _fits(self, state: StateT, shape: torch.Size) -> bool:
-        """Return whether the shapes of a state are those that samples of `shape` need."""
+        """Return whether a state has the shapes that samples of `shape` need."""
         return self.system.fits(state, shape)
 
     def _check_state(self, state: StateT, shape: torch.Size) -> None:
@@ -145,10 +144,10 @@ class Recurrence(abc.ABC, Generic[StateT]):
 
 
 class VectorRecurrence(Recurrence[StateT]):
-    """Base class of the recurrences whose state holds one tensor (*B, *C', *S).
+    """The base class of recurrences whose state holds one tensor (*B, *C', *S).
 
     A subclass sets `_like`, a tensor with the dtype and device of the state, and `_state_shape`,
-    the dimensions S.
+    the shape S.
     """
 
     _like: Tensor

@@ -28,7 +28,7 @@ class State(tuple[Any, ...]):
 
     A field is a real tensor with the batch in its first dimension, a tuple of such fields, or
     another state. A tensor without dimensions (a position, say) belongs to the whole batch, and no
-    method here changes it. `define_state` turns a subclass into a named tuple.
+    method of this class changes it. `define_state` turns a subclass into a named tuple.
     """
 
     __slots__ = ()
@@ -49,15 +49,15 @@ class State(tuple[Any, ...]):
         return _map(self, function)
 
     def select(self, indices: Tensor) -> Self:
-        """Return the streams at `indices` (int64), in that order, as beam search needs them."""
+        """Select the streams at `indices` (int64), in that order, as beam search needs them."""
         return self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def put(self, indices: Tensor, other: Self) -> Self:
-        """Return the state with the streams at `indices` (int64) replaced by those of `other`."""
+        """Return the state with the streams at `indices` (int64) replaced by `other`'s."""
         return _combine(self, other, indices)
 
     def repeat(self, n: int) -> Self:
-        """Repeat every stream `n` times, with its copies next to each other."""
+        """Return a state in which `n` copies of every stream follow each other."""
         return self.map(lambda tensor: tensor.repeat_interleave(n, dim=0))
 
     def detach(self) -> Self:
@@ -65,13 +65,13 @@ class State(tuple[Any, ...]):
         return self.map(Tensor.detach)
 
     def clone(self) -> Self:
-        """Copy the state, so that a step that consumes the original leaves the copy alone."""
+        """Copy the state, so that a step that overwrites the original leaves the copy unchanged."""
         return self.map(Tensor.clone)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
-        """Move to another device or floating-point dtype; integer counts keep their dtype."""
+        """Move to another device or floating-point dtype. Integer counts keep their dtype."""
         return self.map(
             lambda tensor: tensor.to(
                 device=device, dtype=dtype if tensor.is_floating_point() else None
@@ -92,7 +92,7 @@ class State(tuple[Any, ...]):
 
 
 StateT = TypeVar("StateT", bound=State, default=Any)
-"""The type of the states of a recurrence and of the system that it was made from."""
+"""The type of the states that a system and its recurrence use."""
 
 _StateClass = TypeVar("_StateClass", bound=State)
 
@@ -124,7 +124,8 @@ def check_state(owner: str, state: object, accepted: Sequence[type[State]]) -> N
     """Raise a TypeError unless `state` has an accepted type.
 
     Args:
-        owner: A name for what should continue from the state, as the subject of a sentence.
+        owner: A name for the object that continues from the state. The message uses it as its
+            subject.
         state: The given state.
         accepted: The types from which the owner can continue.
     """
@@ -135,7 +136,7 @@ def check_state(owner: str, state: object, accepted: Sequence[type[State]]) -> N
 
 
 def vector_fits(x: Tensor, own: tuple[int, ...], shape: torch.Size) -> bool:
-    """Return whether a tensor (*B, *C', *own) can be in a state for samples of `shape`."""
+    """Return whether a tensor (*B, *C', *own) can belong to a state for samples of `shape`."""
     split = x.ndim - len(own)
     if split < 0 or x.shape[split:] != own:
         return False
@@ -143,7 +144,7 @@ def vector_fits(x: Tensor, own: tuple[int, ...], shape: torch.Size) -> bool:
 
 
 def broadcasts(*shapes: torch.Size, onto: torch.Size | None = None) -> bool:
-    """Return whether shapes broadcast against each other, and to `onto` if that is given."""
+    """Return whether shapes broadcast against each other and, if `onto` is given, to `onto`."""
     try:
         shape = torch.broadcast_shapes(*shapes)
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The contract of every system: a causal operator, stored as an immutable batch of channels."""
+"""The contract of systems: causal operators, each an immutable batch of channels."""
 
 from __future__ import annotations
 
@@ -34,23 +34,24 @@ STATIC = {"static": True}
 """The metadata of a dataclass field that holds a hashable value instead of a tensor."""
 
 _TAPS = 4096
-"""Largest number of taps over which a system is compared with its copy in another precision."""
+"""The largest number of taps that are compared when a system is cast to another precision."""
 
 _TAPS_IN_ALL = 2**24
-"""Largest number of taps that are compared in all channels together."""
+"""The largest number of taps that are compared in all channels together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class System(abc.ABC, Generic[StateT]):
     """A causal operator `y = T u` on every channel of a batch.
 
-    Fields are tensors whose leading dimensions `(*C)` are the channels, or static values, which
-    have the metadata `STATIC`. A system is immutable and a pytree. Gradients flow through it to the
-    tensors that its fields were computed from. Constructors check shapes and dtypes, never values.
+    A field is either a tensor whose leading dimensions `(*C)` are the channels, or a static value.
+    The dataclass field of a static value has the metadata `STATIC`. A system is immutable and a
+    pytree. Gradients flow through it to the tensors from which its fields were computed.
+    Constructors check shapes and dtypes, but never values.
     """
 
     _kind: ClassVar[str] = "system"
-    """What messages call this kind of system."""
+    """The name of this kind of system in messages."""
 
     _state_types: ClassVar[tuple[type[State], ...]] = (State,)
     """The types of the states from which the system can continue."""
@@ -79,7 +80,7 @@ class System(abc.ABC, Generic[StateT]):
 
     @classmethod
     def _from_fields(cls, values: Iterable[Any], static: tuple[Any, ...] | None = None) -> Self:
-        """Make a system from tensors and static values (None: their defaults), without checks."""
+        """Make a system without checks. Static fields have their defaults if `static` is None."""
         system = object.__new__(cls)
         tensors, rest = _split_fields(cls)
         if static is None:
@@ -89,7 +90,7 @@ class System(abc.ABC, Generic[StateT]):
         return system
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Apply `function` to every tensor and keep the static fields."""
+        """Return the system with `function` applied to every tensor and the same static fields."""
         return self._from_fields(
             [function(value) if value is not None else None for value in self._fields()],
             self._static,
@@ -121,41 +122,41 @@ class System(abc.ABC, Generic[StateT]):
 
     @abc.abstractmethod
     def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
-        """Return the singular values of a Hankel block `T[at:length, :at]`, (*C, k), descending."""
+        """Return the singular values of the block `T[at:length, :at]`, (*C, k), descending."""
 
     @abc.abstractmethod
     def recurrence(self, form: str | None = None) -> Recurrence[StateT]:
-        """Return the system as a recurrence; `form=None` chooses a form that is safe."""
+        """Return the system as a recurrence. `form=None` chooses an accurate form."""
 
     @abc.abstractmethod
     def _apply(self, u: Tensor) -> Tensor:
-        """Return the outputs for a silent past."""
+        """Compute the outputs after a silent past."""
 
     @abc.abstractmethod
     def apply_from(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        """Return the outputs and the final state of a chunk that starts from `state`.
+        """Compute the outputs of a chunk that starts from `state`, and the state after it.
 
-        Neither is checked; `system(u, state)` checks both.
+        Neither `u` nor `state` is checked; `system(u, state)` checks both.
         """
 
     @property
     def state_shape(self) -> tuple[int, ...]:
-        """Return the dimensions that a state's tensor has after the channel dimensions."""
+        """Return the shape of a state's tensor after its channel dimensions."""
         return (self.order,)
 
     def fits(self, state: StateT, shape: torch.Size) -> bool:
-        """Return whether the shapes of a state are those that samples of `shape` need."""
+        """Return whether a state has the shapes that samples of `shape` need."""
         return vector_fits(state[0], self.state_shape, shape)
 
     def __getitem__(self, index: Any) -> Self:
-        """Index the channel dimensions as those of a tensor: `system[::2]`, `system[:, None]`."""
+        """Index the channels like the dimensions of a tensor: `system[::2]`, `system[:, None]`."""
         index = index if isinstance(index, tuple) else (index,)
         if Ellipsis in index:
             raise IndexError("a system is indexed along its channels; `...` is not accepted.")
         return self._map(lambda value: value[index])
 
     def reshape_channels(self, *shape: int) -> Self:
-        """Return the same channels with the channel dimensions `shape`."""
+        """Return a system of the same channels whose channel dimensions are `shape`."""
         skip = len(self.channel_shape)
         return self._map(lambda value: value.reshape((*shape, *value.shape[skip:])))
 
@@ -175,11 +176,11 @@ class System(abc.ABC, Generic[StateT]):
         return self._map(move)
 
     def detach(self) -> Self:
-        """Return the same values, detached from the graph."""
+        """Return the same system, detached from the autograd graph."""
         return self._map(Tensor.detach)
 
     def frozen(self) -> Self:
-        """Copy the values, so that neither gradients nor later changes of parameters reach them."""
+        """Return a copy that neither gradients nor later changes of parameters reach."""
         return self._map(lambda value: value.detach().clone())
 
     @overload
@@ -191,23 +192,23 @@ class System(abc.ABC, Generic[StateT]):
     def __call__(self, u: Tensor, state: StateT | None = None) -> Tensor | tuple[Tensor, StateT]:
         """Apply the system to `u` (*B, *C', L), where C' broadcasts against the channels C.
 
-        A time-invariant system transforms the whole chunk, so it is causal only up to rounding
-        errors: a NaN in the input also reaches the earlier outputs of its chunk (see
-        `gramian.causal_convolution`).
+        A time-invariant system is causal only up to rounding errors, because it computes Fourier
+        transforms of the whole chunk. So a NaN in the input also reaches the earlier outputs of its
+        chunk (see `gramian.causal_convolution`).
 
         Args:
-            u: Real input. Half precision is computed in float32 and cast back.
+            u: Real input. For an input in half precision, y is computed in float32 and cast back.
             state: The state after the samples before `u`, from `recurrence()` or an earlier call.
-                None: a silent past.
+                None means that the past is silent.
 
         Returns:
-            y, of the shape of `u`; if a state is given, `(y, new state)`.
+            y, which has the shape of `u`. If a state is given, `(y, new state)`.
 
         Raises:
-            TypeError: if `u` is not real floating point, or `state` is not a state of this kind
-                of system.
-            ValueError: if the channels of `u` do not broadcast against those of the system, or the
-                shapes of `state` do not fit.
+            TypeError: if `u` is not a real floating-point tensor, or if `state` is not a state of
+                this kind of system.
+            ValueError: if the channels of `u` do not broadcast against the channels of the system,
+                or if the shapes of `state` do not fit.
         """
         shape = u.shape[:-1]
         self._check_input(u, shape)
@@ -248,9 +249,10 @@ class TimeInvariantSystem(System[StateT]):
         """Move to another device or to another real floating-point dtype.
 
         Warns:
-            UserWarning: if the impulse response loses more than half of the digits of a narrower
-                dtype when the system is rounded to it. The first 4,096 taps are compared, which
-                synchronizes with a GPU. Nothing is compared if the dtype stays or becomes wider.
+            UserWarning: if `dtype` is narrower than the system's dtype, and rounding to `dtype`
+                changes the impulse response in more than half of the digits of `dtype`. The first
+                4,096 taps are compared, which synchronizes with a GPU. If the dtype stays the same
+                or becomes wider, nothing is compared.
         """
         moved = super().to(device, dtype)
         if torch.finfo(moved.dtype).eps > torch.finfo(self.dtype).eps:
@@ -298,20 +300,20 @@ class TimeInvariantSystem(System[StateT]):
 
         Raises:
             ImportError: if python-control is not installed.
-            ValueError: if the system has several channels; index one of them first.
+            ValueError: if the system has several channels. Index one of them first.
         """
         control = import_control()
         check_single(self)
         return self._as_control(control)
 
     def _as_control(self, control: Any) -> Any:
-        """Return the single channel as a system of python-control, the module `control`."""
+        """Return the single channel as a system of python-control, given its module `control`."""
         return control.StateSpace(*self.state_space().to_scipy(), True)
 
     def kernel_for(self, u: Tensor, length: int) -> Tensor:
         """Return `impulse_response(length)` in the precision in which `u` is convolved.
 
-        This is float64 for a float64 input and float32 for every other.
+        The precision is float64 for a float64 input, and float32 for every other input.
         """
         return self.impulse_response(length).to(working_dtype(u))
 
@@ -324,14 +326,14 @@ class TimeInvariantSystem(System[StateT]):
         """Return the singular values of a Hankel block, through which the past acts on the future.
 
         Args:
-            length: The horizon L: the block is `T[at:L, :at]`. None: the infinite horizon.
+            length: The horizon L. The block is `T[at:L, :at]`. None means the infinite horizon.
             at: The first step of the future, 1 … L - 1; by default `L // 2`.
 
         Returns:
-            (*C, k), descending, computed in float64 and returned in the system's dtype.
+            (*C, k), descending. They are computed in float64 and returned in the system's dtype.
 
         Raises:
-            ValueError: if the horizon is infinite and a pole is not inside the unit circle, or
+            ValueError: if the horizon is infinite and a pole is not inside the unit circle, or if
                 `at` is out of range.
         """
         if length is None:
@@ -347,18 +349,18 @@ class TimeInvariantSystem(System[StateT]):
 
 
 def working_dtype(u: Tensor) -> torch.dtype:
-    """Return the dtype in which a signal is convolved: float64 for float64, else float32."""
+    """Return the dtype in which `u` is convolved: float64 if `u` is in float64, else float32."""
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Raise a TypeError unless `value` is a tensor, or what a transform put in a tensor's place."""
+    """Raise a TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}.")
 
 
 def check_single(system: System) -> None:
-    """Raise a ValueError unless the system is one channel without channel dimensions."""
+    """Raise a ValueError if the system has channel dimensions, rather than a single channel."""
     if system.channel_shape:
         raise ValueError(
             f"one channel at a time: index the system, whose channels are "
@@ -381,7 +383,7 @@ _SPLIT: dict[type, tuple[_Fields, _Fields]] = {}
 
 
 def _split_fields(cls: type[System]) -> tuple[_Fields, _Fields]:
-    """Return the fields of a class that hold tensors, and its static fields."""
+    """Return the fields of a class that hold tensors, and the static fields of the class."""
     if cls not in _SPLIT:
         fields = dataclasses.fields(cls)
         static = tuple(field for field in fields if field.metadata.get("static"))

@@ -1,12 +1,13 @@
 r"""The block form of time-invariant recurrences: c samples at a time, by matrix products.
 
-With the realization `x ← A x + B u`, `y = C x + D u`, a block of c samples takes
+With the realization `x ← A x + B u`, `y = C x + D u`, a block of c samples is processed by
 
     y_block = T u_block + O x,  O = [C; CA; …; CA^(c-1)],  T = Toeplitz(D, CB, CAB, …),
     x ← A^c x + R u_block,      R = [A^(c-1)B, …, AB, B].
 
-The products with T, O and R run over all blocks at once; only `A^c x` goes from one block to the
-next. Matrices are computed in double precision and then rounded to the dtype of the state.
+The products with T, O and R are computed for all blocks at once. Only the products `A^c x` are
+computed one block after the other. Matrices are computed in double precision and then rounded to
+the dtype of the state.
 
 Powers of a state matrix are computed one factor at a time rather than by squaring, as in
 `gramian.ops.krylov`. A companion matrix whose poles crowd has powers of norm 1e10 and more, and the
@@ -42,7 +43,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Blocks(abc.ABC):
-    """The block matrices of G channels whose states (batch, G, n, streams) have one size n."""
+    """The block matrices of G channels whose states (batch, G, n, streams) have the same size n."""
 
     inside: Tensor
     """T, (G, c, c): from the inputs of a block to its outputs."""
@@ -55,7 +56,7 @@ class Blocks(abc.ABC):
     powers: Tensor
     """Lower powers of A, in the layout that `advance_by` reads."""
     channels: Tensor | None = None
-    """The indices of these channels along the first channel dimension. None: all channels."""
+    """The indices of the G channels along the first channel dimension. None means all channels."""
 
     @abc.abstractmethod
     def advance(self, x: Tensor) -> Tensor:
@@ -63,19 +64,19 @@ class Blocks(abc.ABC):
 
     @abc.abstractmethod
     def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
-        """Return `A^steps x` for an integer tensor `steps` without dimensions, below c."""
+        """Return `A^steps x`, where `steps` is an integer tensor without dimensions, below c."""
 
     def select(self, u: Tensor) -> Tensor:
-        """Return these channels of u (batch, channels, …)."""
+        """Return the channels of u (batch, channels, …) to which these matrices belong."""
         return u if self.channels is None else u.index_select(1, self.channels)
 
 
 class RotationBlocks(Blocks):
     """The block matrices of a modal system, whose state matrix rotates and scales pairs of numbers.
 
-    A state holds first the real parts of all modes and then the imaginary parts. `whole` is
-    (2, G, m, 1): the real and imaginary parts of λ^c. `powers` is (c, 2, G, m, 1): those of
-    λ^0 … λ^(c-1).
+    A state holds first the real parts of all modes and then the imaginary parts. The tensor `whole`
+    is (2, G, m, 1): the real and imaginary parts of λ^c. `powers` is (c, 2, G, m, 1): the real and
+    imaginary parts of λ^0 … λ^(c-1).
     """
 
     @classmethod
@@ -96,7 +97,8 @@ class RotationBlocks(Blocks):
             d: (G), real: the direct term.
             size: The number of samples in a block, c.
             dtype: The dtype of the state.
-            channels: The indices of these channels along the first channel dimension. None: all.
+            channels: The indices of the G channels along the first channel dimension. None means
+                all channels.
         """
         poles, residues = poles.to(torch.complex128), residues.to(torch.complex128)
         powers = torch.stack([integer_power(poles, t) for t in range(size + 1)])
@@ -121,7 +123,7 @@ class RotationBlocks(Blocks):
 
 
 class ScalingBlocks(RotationBlocks):
-    """The block matrices of a modal system with real modes, whose A multiplies each by its pole.
+    """The block matrices of a system with real modes, where A multiplies each mode by its pole.
 
     `whole` is (1, G, m, 1): λ^c. `powers` is (c, 1, G, m, 1): λ^0 … λ^(c-1).
     """
@@ -136,7 +138,7 @@ class ScalingBlocks(RotationBlocks):
         dtype: torch.dtype,
         channels: Tensor | None = None,
     ) -> ScalingBlocks:
-        """Make the blocks as `RotationBlocks.from_modes` does, for modes that are all real."""
+        """Make the blocks as `RotationBlocks.from_modes` does, but for modes that are all real."""
         pairs = RotationBlocks.from_modes(poles, residues, d, size, dtype, channels)
         modes = poles.shape[-1]
         return cls(
@@ -207,10 +209,10 @@ class MatrixBlocks(Blocks):
 
 
 class ShiftBlocks(Blocks):
-    """The block matrices of an FIR system whose state is its last n inputs, the latest one last.
+    """The block matrices of an FIR system whose state is its last n inputs, the latest input last.
 
     A drops the first of these inputs. `whole` (n) and `powers` (log₂ c) hold no values, because a
-    shift only needs their shapes.
+    shift needs only their shapes.
     """
 
     @classmethod
@@ -247,10 +249,11 @@ class ShiftBlocks(Blocks):
 
 
 class BlockForm(abc.ABC, Generic[StateT]):
-    """A recurrence as block matrices, with the conversion of its states to their layout and back.
+    """The block matrices of a recurrence, and conversions of its states to their layout and back.
 
     Args:
-        parts: One set of block matrices for each group of channels that the state keeps together.
+        parts: One set of block matrices for each group of channels that share a tensor of the
+            state.
         streams: The number of dimensions after the first channel dimension along which all streams
             share the system.
     """
@@ -265,7 +268,7 @@ class BlockForm(abc.ABC, Generic[StateT]):
 
     @abc.abstractmethod
     def unpack(self, packed: Sequence[Tensor], like: StateT) -> StateT:
-        """Return the state that `pack` turns into `packed`, with the shapes of `like`."""
+        """Undo `pack`, and return the state in the shapes of `like`."""
 
     def restore_order(self, outputs: Sequence[Tensor]) -> Tensor:
         """Join the outputs of the parts, (batch, channels, …), in the order of the channels."""
@@ -276,13 +279,13 @@ class BlockForm(abc.ABC, Generic[StateT]):
 
 
 class VectorBlockForm(BlockForm[StateT]):
-    """The block form of a state with one tensor (batch, *C, *S), so one vector for each channel."""
+    """The block form of a recurrence whose state is one tensor (batch, *C, *S)."""
 
     @classmethod
     def from_state_space(
         cls, system: StateSpace, size: int, dtype: torch.dtype, streams: int = 0
     ) -> VectorBlockForm[StateT]:
-        """Make the block form of a recurrence from its realization on the flattened state.
+        """Make the block form of a recurrence from its realization, whose states are flattened.
 
         Args:
             system: The realization.

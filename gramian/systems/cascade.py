@@ -1,15 +1,16 @@
-r"""Realizations of zeros, poles and a gain that expand no polynomial.
+r"""Realizations of systems given by zeros, poles and a gain, without expanding polynomials.
 
 If the zeros of a polynomial of degree 10 crowd, its coefficients in double precision do not
-determine them. So a pair of poles stays a pair here, in a cascade of second-order sections
+determine them. So this module forms no polynomial of a degree above 2. Each pair of poles belongs
+to one section of a cascade of second-order sections
 
     H_s(z) = (b_0 z² + b_1 z + b_2) / (z² + a_1 z + a_2).
 
 A section with poles σ ± iω has `A = [[σ, -ω² / m], [m, σ]]` and `B = (1, 0)`. This is a rotation
 for m = ω; with another m, the powers of A stay bounded even if the two poles coincide. The
-numerator of a section minus its direct term is computed in rational arithmetic, so that a zero
-near a pole loses no digits. The residues of partial fractions are products of quotients of
-differences of zeros and poles, each accurate to the last digits.
+numerator of a section minus its direct term is computed in rational arithmetic, so that a zero near
+a pole loses no digits. The residues of partial fractions are products of quotients. The numerators
+and denominators of these are differences of zeros and poles, each accurate to the last digits.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from numpy.typing import ArrayLike
 __all__ = ["Section", "cascade", "check_roots", "partial_fractions", "sections"]
 
 _POINTS = 1024
-"""Number of points on the upper half circle at which the gain of a section is evaluated."""
+"""The number of points on the upper half circle at which the gain of a section is evaluated."""
 
 _PAIRED = 100 * np.finfo(np.float64).eps
-"""Relative distance of a root from the conjugate of another up to which the two form a pair."""
+"""Two roots form a pair if the relative distance of one from the other's conjugate is at most
+this."""
 
 
 class Section(NamedTuple):
-    """`(b_0 z^n + … + b_n) / (z^n + … + a_n)`, of degree n = len(a) ≤ 2, in exact numbers."""
+    """`(b_0 z^n + … + b_n) / (z^n + … + a_n)`, of degree n = len(a) ≤ 2, in rational numbers."""
 
     b: tuple[Fraction, ...]
     a: tuple[Fraction, ...]
@@ -120,8 +122,8 @@ def _pairs(name: str, roots: np.ndarray) -> tuple[list[complex], list[float]]:
 def sections(zeros: np.ndarray, poles: np.ndarray) -> list[Section]:
     """Group zeros and poles into sections whose numerators start with 1 or 0.
 
-    Sections with poles nearest to the unit circle come last. Each section gets the zeros that are
-    nearest to its poles.
+    The sections whose poles are nearest to the unit circle come last. Each section gets the zeros
+    that are nearest to its poles.
 
     Args:
         zeros: The zeros, (m,), complex, as `check_roots` returns them.
@@ -157,7 +159,7 @@ def _expanded(roots: list[complex], degree: int) -> tuple[Fraction, ...]:
     """Expand `Π (z - root)` for at most two real roots or one conjugate pair.
 
     Returns:
-        The coefficients, that of `z^degree` first.
+        The coefficients, in the order of falling powers from `z^degree` on.
     """
     real = [Fraction(root.real) for root in roots]
     if len(roots) == 2:
@@ -173,8 +175,8 @@ def _expanded(roots: list[complex], degree: int) -> tuple[Fraction, ...]:
 def cascade(parts: list[Section], gain: float = 1.0) -> tuple[np.ndarray, ...]:
     """Connect sections in series.
 
-    Every section is scaled by a power of two, so that the sections up to it amplify a sinusoid by
-    about 1 at most. No state then becomes much larger than another.
+    Every section is scaled by a power of two, so that it and the sections before it together
+    amplify no sinusoid by much more than 1. So no state becomes much larger than another.
 
     Returns:
         (A, B, C, D), float64, of shapes (n, n), (n,), (n,) and ().
@@ -204,12 +206,12 @@ def partial_fractions(
 
     Args:
         zeros: The zeros, (m,), complex, as `check_roots` returns them.
-        poles: The poles, (n,), likewise, no two of them equal.
+        poles: The poles, (n,), complex, as `check_roots` returns them. No two of them may be equal.
         gain: A real number.
 
     Returns:
-        One pole of each conjugate pair, its residue, which counts for both poles of the pair, and
-        the direct term.
+        The poles, the residues and the direct term. Of each conjugate pair, only one pole is
+        returned, and its residue counts for both.
     """
     upper, real = _pairs("poles", poles)
     kept = np.array([*upper, *real], dtype=np.complex128)
@@ -218,7 +220,7 @@ def partial_fractions(
     for k, pole in enumerate(kept):
         others = pole - np.delete(everything, k if k < len(upper) else k + len(upper))
         above = pole - zeros
-        # The products are formed as quotients, since either alone may overflow.
+        # The quotients are multiplied, since a product of numerators or denominators may overflow.
         count = min(len(above), len(others))
         residues[k] *= np.prod(above[:count] / others[:count])
         residues[k] *= np.prod(above[count:]) / np.prod(others[count:])

@@ -1,7 +1,7 @@
 r"""The companion recurrence of a rational transfer function.
 
-With `A = [[-a], [I, 0]]`, `B = e_1`, `C = b` (RTF, section 3.1), the state is the last n values of
-`w = u / a(z)`, so a step takes O(n) operations. Coefficients and state are kept in double
+With `A = [[-a], [I, 0]]`, `B = e_1`, `C = b` (RTF, section 3.1), the state consists of the last n
+values of `w = u / a(z)`, so a step takes O(n) operations. Coefficients and state are kept in double
 precision, because rounding `a` to single precision makes half of all stable denominators of degree
 128 unstable.
 """

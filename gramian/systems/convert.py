@@ -1,12 +1,12 @@
 r"""Conversions between the realizations of a system.
 
-The functions in the table return a system with the same impulse response in float64, or raise an
-error that says why there is none. Some conversions are exact in exact arithmetic but may be ruined
-by rounding: all that find the zeros of a polynomial or compute coefficients from zeros. Their
-result is verified. The impulse responses before and after are compared over the infinite horizon,
-and the conversion is refused if they differ by more than `tol` or if a stable system would become
-unstable. A system with a pole within 1e-7 of the unit circle is compared over 2^20 steps, and an
-unstable system over 4,096.
+`to_transfer_function`, `to_modal`, `to_state_space` and `to_fir` return a system with the same
+impulse response in float64, or raise an error that says why there is none. The table shows how the
+first three find it. Rounding may ruin the conversions that find the zeros of a polynomial or
+compute coefficients from zeros, so their results are verified. The impulse responses before and
+after are compared over the infinite horizon. The conversion is refused if they differ by more than
+`tol`, or if a stable system would become unstable. A system with a pole within 1e-7 of the unit
+circle is compared over 2^20 steps, and an unstable system over 4,096.
 
 ==================  =====================  =======================  ==========================
 from \ to           TransferFunction       Modal                    StateSpace
@@ -22,8 +22,9 @@ The impulse response of a rational system with a nonzero pole never ends, so onl
 converts to an `FIR`. `FIR(system.impulse_response(length))` truncates any impulse response, and
 `gramian.reduce` finds an approximation where a conversion is refused.
 
-For L steps, `to_dense_operator` converts every system, and `to_time_varying` every recurrence.
-`gated_convolution` makes a time-varying system from a convolution and two gates.
+`to_dense_operator` converts the first L steps of any system, and `to_time_varying` the first L
+steps of any recurrence. `gated_convolution` makes a time-varying system from a convolution and two
+gates.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ __all__ = [
 ]
 
 TOLERANCE = 1e-8
-"""Largest relative l2 error of the impulse response with which a conversion is accepted."""
+"""The largest relative l2 error of the impulse response with which a conversion is accepted."""
 
 _TAPS = 4096
-"""Largest number of taps over which computed impulse responses are compared. It is also the horizon
-for unstable systems, whose responses grow without end."""
+"""The largest number of taps over which computed impulse responses are compared. It is also the
+horizon for unstable systems, whose responses grow without end."""
 
 _LONG = 2**20
-"""Number of steps of the comparison if a pole is within `_MARGIN` of the unit circle."""
+"""The number of steps that are compared if a pole is within `_MARGIN` of the unit circle."""
 
 _MARGIN = 1e-7
 
@@ -72,8 +73,8 @@ def to_transfer_function(system: TimeInvariantSystem, tol: float = TOLERANCE) ->
     """Convert to a fraction of polynomials.
 
     The denominator is the product of `1 - λ z^-1` over the poles λ. The numerator is the first n
-    coefficients of the product of the denominator and the impulse response. The degree is that of
-    the largest channel; channels of a lower order get additional poles at zero.
+    coefficients of the product of the denominator and the impulse response. The degree is the order
+    of the largest channel. Channels of a lower order get additional poles at zero.
 
     Args:
         system: A time-invariant system, channels (*C).
@@ -83,9 +84,9 @@ def to_transfer_function(system: TimeInvariantSystem, tol: float = TOLERANCE) ->
         A `TransferFunction` in float64, channels (*C).
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
-        ValueError: if rounding makes the error larger than `tol`, as in polynomials of high degree
-            whose zeros crowd.
+        TypeError: if the system is not time-invariant.
+        ValueError: if rounding makes the error larger than `tol`, as happens for polynomials of
+            high degree whose zeros crowd.
     """
     if isinstance(system, TransferFunction):
         return system.to(dtype=torch.float64)
@@ -113,9 +114,9 @@ def to_modal(system: TimeInvariantSystem, tol: float = TOLERANCE) -> Modal:
         A `Modal` in float64 and complex128, channels (*C).
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
-        ValueError: if poles coincide, as those of a finite kernel do, so that there is no modal
-            form; or if rounding makes the error larger than `tol`.
+        TypeError: if the system is not time-invariant.
+        ValueError: if there is no modal form because poles coincide, as the poles of a finite
+            kernel do, or if rounding makes the error larger than `tol`.
     """
     if isinstance(system, Modal):
         return system.to(dtype=torch.float64)
@@ -155,7 +156,7 @@ def to_state_space(system: TimeInvariantSystem) -> StateSpace:
         rotation for every conjugate pair of a modal system, or the shift register of an FIR.
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
+        TypeError: if the system is not time-invariant.
     """
     if not isinstance(system, TimeInvariantSystem):
         raise TypeError(
@@ -175,7 +176,7 @@ def to_fir(system: TimeInvariantSystem) -> FIR:
         An `FIR` in float64, channels (*C).
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
+        TypeError: if the system is not time-invariant.
         ValueError: if the impulse response never ends.
     """
     if isinstance(system, FIR):
@@ -200,8 +201,9 @@ def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> T
 
     Args:
         system: A time-invariant system of finite order, or a `TimeVarying` to shorten. A modal
-            system without complex poles becomes a diagonal one. Every other becomes a dense one,
-            in coordinates where products of state matrices are bounded.
+            system without complex poles becomes a diagonal system. Every other time-invariant
+            system becomes a dense system, in coordinates where products of state matrices are
+            bounded.
         length: The number of steps, L.
 
     Returns:
@@ -210,7 +212,7 @@ def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> T
 
     Raises:
         TypeError: if the system is of another kind.
-        ValueError: if a time-varying system has fewer steps.
+        ValueError: if a time-varying system has fewer than `length` steps.
     """
     if isinstance(system, TimeVarying):
         system.check_steps(0, length)
@@ -240,8 +242,8 @@ def gated_convolution(system: TimeInvariantSystem, q: Tensor, k: Tensor) -> Time
     Args:
         system: The convolution: a time-invariant system of finite order, channels (*C).
         q: (*B, L), real: the gate that multiplies the output of the convolution.
-        k: (*B, L), real: the gate that multiplies its input. C broadcasts against B, and B may
-            have further channels.
+        k: (*B, L), real: the gate that multiplies its input. C broadcasts against B, and B may have
+            further dimensions.
 
     Returns:
         A `TimeVarying` of L steps in float64, channels (*B). Gradients flow to the gates, and
@@ -249,7 +251,8 @@ def gated_convolution(system: TimeInvariantSystem, q: Tensor, k: Tensor) -> Time
 
     Raises:
         TypeError: if the system is of another kind.
-        ValueError: if the gates have different shapes, or do not fit the channels.
+        ValueError: if the gates have different shapes, or if these do not fit the channels of the
+            system.
     """
     lead = q.shape[:-1]
     try:
@@ -281,7 +284,7 @@ def to_dense_operator(system: System, length: int) -> DenseOperator:
         A `DenseOperator` of L steps, channels (*C).
 
     Raises:
-        ValueError: if the system has fewer steps.
+        ValueError: if the system has fewer than `length` steps.
     """
     return DenseOperator(system.matrix(length))
 
@@ -302,8 +305,9 @@ def _all_poles(system: Modal) -> Tensor:
 def _polynomial(zeros: Tensor) -> Tensor:
     """Return the coefficients a_1 … a_n of `Π (1 - λ z^-1)`, (*C, n), complex128.
 
-    The zeros are multiplied in Leja order, each as far as possible from those before it. So no
-    intermediate coefficient grows beyond the final ones.
+    The factors are multiplied in the Leja order of their zeros, in which each zero is as far as
+    possible from the zeros before it. So no intermediate coefficient grows beyond the final
+    coefficients.
     """
     zeros = _leja(zeros)
     coefficients = torch.ones_like(zeros[..., :1])
@@ -314,7 +318,7 @@ def _polynomial(zeros: Tensor) -> Tensor:
 
 
 def _leja(points: Tensor) -> Tensor:
-    """Sort points (*C, n): each has the largest product of distances to those before it."""
+    """Sort points (*C, n) so that each has the largest product of distances to its predecessors."""
     count = points.shape[-1]
     if count < 3:
         return points
@@ -358,9 +362,9 @@ def conversion_error(
 ) -> Tensor:
     """Measure the relative l2 error of a conversion's impulse response, (*C).
 
-    The result is the larger of two errors: the one in exact arithmetic over all time, and the one
-    between the taps that both systems compute. The latter covers the taps that matter at the
-    tolerance `tol`, at most `_TAPS` of them.
+    The result is the larger of two errors. The first is the difference of the exact impulse
+    responses over the infinite horizon. The second is the difference of the taps that the two
+    systems compute. It covers the taps that matter at the tolerance `tol`, but at most `_TAPS`.
     """
     error, memory = _difference(to_state_space(system), to_state_space(converted), tol)
     length = int(min(_TAPS, max(64, 8 * (system.order + 1), memory)))
@@ -374,13 +378,14 @@ def conversion_error(
 def _difference(before: StateSpace, after: StateSpace, tol: float) -> tuple[Tensor, float]:
     """Measure how much two systems differ over an infinite horizon.
 
-    The measure comes from a square-root factor of the reachability Gramian of the two systems side
-    by side, so that no condition number is squared.
+    The measure is computed from a square-root factor of the reachability Gramian of both systems
+    together, so that no condition number is squared.
 
     Returns:
-        The l2 norm of the difference between the impulse responses, relative to the norm of the
-        first, (*C), which is infinite if the first system is stable and the second is not; and the
-        number of steps in which the slowest pole of the first decays to `tol`.
+        Two results. The first, (*C), is the l2 norm of the difference between the impulse
+        responses, relative to the norm of the impulse response of `before`. It is infinite if
+        `before` is stable and `after` is not. The second is the number of steps in which the
+        slowest pole of `before` decays to `tol`.
     """
     (one, (A, B, C)), (two, (F, G, H)) = before.realized(), after.realized()
     radius, other = _radius(A), _radius(F)

@@ -1,7 +1,8 @@
 r"""Dense causal operators: lower-triangular matrices without known structure.
 
-`y_i = Σ_{j≤i} T_ij u_j` is what softmax attention applies to its values on one input. The state
-consists of all inputs so far; `gramian.realize` finds the smallest recurrence.
+On a given input, softmax attention applies such an operator, `y_i = Σ_{j≤i} T_ij u_j`, to its
+values. The state consists of all inputs so far. `gramian.realize` finds the smallest recurrence
+that computes an operator.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
             (*C, length, length), lower triangular.
 
         Raises:
-            ValueError: if the operator has fewer steps.
+            ValueError: if the operator has fewer than `length` steps.
         """
         length = self.length if length is None else length
         self.check_steps(0, length)
@@ -105,12 +106,12 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
         """Return the singular values of a Hankel block, through which the past acts on the future.
 
         Args:
-            length: The horizon: the block is `T[at:length, :at]`; by default L.
+            length: The horizon, by default L. The block is `T[at:length, :at]`.
             at: The first step of the future, 1 … length - 1; by default `length // 2`.
 
         Returns:
-            (*C, k), k = min(at, length - at), descending, computed in float64 and returned in the
-            system's dtype.
+            (*C, k), k = min(at, length - at), descending. They are computed in float64 and returned
+            in the system's dtype.
 
         Raises:
             ValueError: if `length` or `at` is out of range.
@@ -120,10 +121,10 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
         return torch.linalg.svdvals(block).to(self.dtype)
 
     def recurrence(self, form: str | None = None) -> DenseOperatorRecurrence:
-        """Return the recurrence that applies one row a step, in O(L) operations.
+        """Return the recurrence, which applies one row in each step, in O(L) operations.
 
         Raises:
-            ValueError: for any form other than "dense", which is the only one.
+            ValueError: if `form` is given and is not "dense", the only form.
         """
         self._check_form(form, "dense")
         return DenseOperatorRecurrence(self)
@@ -159,7 +160,7 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
 
 
 class DenseOperatorRecurrence(VectorRecurrence[DenseOperatorState]):
-    """`y_i = T[i, :i + 1] u[:i + 1]`. It keeps every input and refuses to step past the last row.
+    """`y_i = T[i, :i + 1] u[:i + 1]`. The recurrence keeps every input and takes at most L steps.
 
     Args:
         system: The operator to step.

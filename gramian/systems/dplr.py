@@ -1,13 +1,14 @@
 r"""Diagonal plus low-rank systems: modes that feed back into each other through one number.
 
 `x_{t+1} = Λ x_t - p v_t + B u_t`, `v_t = 2 Re q x_t`, `y_t = 2 Re C x_t + D u_t`. The state matrix
-is that of S4 (Gu et al. 2022, arXiv 2111.00396) after the bilinear transform, which keeps a
-diagonal plus rank-one matrix diagonal plus rank one. One complex entry stands for a mode and its
-conjugate, so the matrix acts on a complex vector as a real-linear map only.
+of S4 (Gu et al. 2022, arXiv 2111.00396) has this form after the bilinear transform, because the
+transform of a diagonal plus rank-one matrix is diagonal plus rank one again. One complex entry
+stands for a mode and its conjugate, so the matrix acts on complex vectors as a map that is linear
+only over the reals.
 
-The kernel follows from four modal impulse responses, from u and v to y and v, once
-`gramian.ops.feedback.feedback_kernel` has closed the loop over v. This needs no Cauchy kernel, no
-dense state matrix and no matrix of modes times length.
+The kernel is computed from the four modal impulse responses from u and v to y and v.
+`gramian.ops.feedback.feedback_kernel` closes the loop over v. No Cauchy kernel, no dense state
+matrix and no matrix of modes times length is needed.
 """
 
 from __future__ import annotations
@@ -126,7 +127,10 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         return StateSpace(A, torch.cat([B.real, B.imag], dim=-1), output, self.D.double())
 
     def impulse_response(self, length: int) -> Tensor:
-        """Return the Markov parameters (*C, length), by FFTs and O(n L) matrix products."""
+        """Compute the Markov parameters (*C, length).
+
+        The matrix products take O(n L) operations, and FFTs close the loop over v.
+        """
         if length == 1 or self.order == 0:
             return nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
         tail = feedback_kernel(self._open_loop(length - 1), self.dtype)
@@ -136,17 +140,17 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         """Return the kernels from u to y, v to y, u to v and v to v without feedback.
 
         Returns:
-            (*C, 4, length), float64, at the lags 1 … length; at lag 0 only D contributes.
+            (*C, 4, length), float64, at the lags 1 … length. At lag 0 only D contributes.
         """
         rows = (self.C * self.B, self.C * self.p, self.q * self.B, self.q * self.p)
         coefficients = 2 * torch.stack(rows, dim=-2).to(torch.complex128)
         return vandermonde_product(self.poles.unsqueeze(-2), coefficients, length)
 
     def recurrence(self, form: str | None = None) -> DPLRRecurrence:
-        """Return the recurrence, which takes O(n) operations a step.
+        """Return the recurrence, which takes O(n) operations for each step.
 
         Raises:
-            ValueError: for any form other than "dplr", which is the only one.
+            ValueError: if `form` is given and is not "dplr", the only form.
         """
         if form not in (None, "dplr"):
             raise ValueError(f'a DPLR system has the recurrence form "dplr" only; got {form!r}.')

@@ -28,17 +28,17 @@ from gramian.systems.state_space import StateSpace
 __all__ = ["FIR", "FIRRecurrence", "FIRState", "FIRWindowRecurrence", "FIRWindowState"]
 
 _LONGEST_WINDOW = 128
-"""The largest order with which a kernel steps by a window of its last inputs by default."""
+"""The largest order for which the default form of the recurrence is "window"."""
 
 
 @define_state
 class FIRState(State):
-    """The buffers of an online convolution, whose window is P samples.
+    """The buffers of an online convolution with a window of P samples.
 
     Attributes:
-        inputs: (*B, 2P): the previous window, then the current one up to `position`.
+        inputs: (*B, 2P): the previous window, then the current window up to `position`.
         owed: (*B, P): contributions of earlier inputs to the outputs of the current window.
-        position: (), int64 on the CPU: the number of samples so far.
+        position: (), int64 on the CPU: the number of samples that have been processed.
     """
 
     inputs: Tensor
@@ -72,7 +72,7 @@ class FIRWindowState(State):
     """The last inputs.
 
     Attributes:
-        inputs: (*B, *C, K - 1): the last K - 1 inputs, the latest one last.
+        inputs: (*B, *C, K - 1): the last K - 1 inputs, the latest input last.
     """
 
     inputs: Tensor
@@ -170,16 +170,16 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
         return kernel.to(working_dtype(u))
 
     def recurrence(self, form: str | None = None) -> Recurrence[Any]:
-        """Return a recurrence, which is exact in both forms.
+        """Return a recurrence. Both forms are exact.
 
         Args:
             form: "window" keeps the last K - 1 inputs and takes K operations a sample. "online" is
                 online convolution, which keeps up to six times as many numbers and takes an
-                amortized O(log² K) operations a sample. By default "window" up to order 128, and
-                "online" above.
+                amortized O(log² K) operations a sample. The default is "window" up to order 128,
+                and "online" above.
 
         Raises:
-            ValueError: if the form is another.
+            ValueError: if `form` is neither of these.
         """
         if form is None:
             form = "window" if self.order <= _LONGEST_WINDOW else "online"
@@ -224,7 +224,7 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
 
 
 class FIRWindowRecurrence(VectorRecurrence[FIRWindowState]):
-    """An FIR system that steps by a sum over its last K inputs.
+    """The recurrence of an FIR system that computes each output as a sum over the last K inputs.
 
     Args:
         system: The FIR system to step.
@@ -255,7 +255,7 @@ class FIRWindowRecurrence(VectorRecurrence[FIRWindowState]):
 
 
 class FIRRecurrence(Recurrence[FIRState]):
-    """An FIR system that steps by online convolution.
+    """The recurrence of an FIR system that uses online convolution.
 
     `step` writes into the buffers of its state, and `advance` into a copy of them. The place where
     they write depends on the number of samples so far, which a traced program cannot know.
@@ -299,13 +299,13 @@ class FIRRecurrence(Recurrence[FIRState]):
 
 
 def _extend(online: OnlineConvolution, u: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
-    """Return the outputs of a chunk in its dtype, and the buffers after it in theirs."""
+    """Return the outputs in the dtype of `u`, and the buffers after `u` in the dtype of `state`."""
     y, buffers = online.extend(u.to(state.inputs.dtype), OnlineBuffers(*state))
     return y.to(u.dtype), FIRState(*buffers)
 
 
 def _fits(state: FIRState, window: int, shape: torch.Size) -> bool:
-    """Return whether buffers belong to a convolution of this window and samples of `shape`."""
+    """Return whether a state fits an online convolution of this window and samples of `shape`."""
     inputs, owed = state.inputs.shape, state.owed.shape
     if inputs[:-1] != owed[:-1] or inputs[-1:] != (2 * window,) or owed[-1:] != (window,):
         return False

@@ -19,12 +19,12 @@ from gramian.systems.transfer_function import TransferFunction, proper_fraction
 __all__ = ["from_control", "from_zpk", "to_control", "to_zpk"]
 
 _TOLERANCE = 1e-6
-"""Largest relative l2 error of the impulse response with which the coefficients of a polynomial
-may replace its zeros."""
+"""The coefficients of a polynomial may replace its zeros if the relative l2 error of the impulse
+response is at most this."""
 
 
 def to_control(system: TimeInvariantSystem) -> Any:
-    """Return a system of python-control; see `TimeInvariantSystem.to_control`."""
+    """Convert to a system of python-control; see `TimeInvariantSystem.to_control`."""
     return system.to_control()
 
 
@@ -42,7 +42,7 @@ def from_control(system: Any, dtype: torch.dtype = torch.float64) -> TransferFun
 
     Raises:
         ImportError: if python-control is not installed.
-        TypeError: if the system is neither of these.
+        TypeError: if the system is neither a `control.TransferFunction` nor a `control.StateSpace`.
         ValueError: if the system is continuous in time, has several inputs or outputs, or has more
             zeros than poles.
     """
@@ -79,9 +79,9 @@ def from_zpk(
 
     Raises:
         ValueError: if there are more zeros than poles, if a complex root has no conjugate, or if
-            the coefficients of the polynomials do not determine their zeros in double precision,
-            as for high degrees with poles that crowd. `StateSpace.from_zpk` and `Modal.from_zpk`
-            expand no polynomial.
+            the coefficients of the polynomials do not determine their zeros in double precision, as
+            happens if the degree is high and poles crowd. `StateSpace.from_zpk` and
+            `Modal.from_zpk` expand no polynomial.
     """
     z, p = check_roots(zeros, poles, gain)
     num, den = (np.atleast_1d(np.poly(roots)).real for roots in (z, p))
@@ -196,10 +196,10 @@ def _given_sections(sos: Any) -> list[Section]:
 def to_zpk(system: TransferFunction) -> tuple[np.ndarray, np.ndarray, float]:
     """Return scipy's `(zeros, poles, gain)` of a transfer function with one channel.
 
-    They are those of `H(z) = gain Π (z - zeros) / Π (z - poles)`.
+    The transfer function is `H(z) = gain Π (z - zeros) / Π (z - poles)`.
 
     Raises:
-        ValueError: if the system has several channels; index one of them first.
+        ValueError: if the system has several channels. Index one of them first.
     """
     check_single(system)
     b, a = system.to_scipy()
@@ -216,11 +216,11 @@ def _from_polynomials(
     """Make a transfer function from polynomials in z.
 
     Args:
-        num: The numerator's coefficients, that of the highest power first.
-        den: The denominator's coefficients, likewise.
+        num: The numerator's coefficients, in the order of falling powers.
+        den: The denominator's coefficients, in the order of falling powers.
         dtype: The dtype of the result.
-        checked: Whether the caller has checked that the coefficients determine the poles. If not,
-            this function warns where they do not.
+        checked: Whether the caller has checked that the coefficients determine the poles. If false,
+            this function checks it and warns if they do not.
     """
     num = np.trim_zeros(num, "f")
     if len(num) > len(den):

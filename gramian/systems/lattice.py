@@ -1,11 +1,11 @@
-r"""The lattice: a rational system that steps by its reflection coefficients.
+r"""The lattice, which steps a rational system by its reflection coefficients.
 
 With the backward prediction errors `x` of the last step, a step of the two-multiplier lattice is
 
     f_m = u - Σ_{j>m} k_j x_{j-1},   x_m ← x_{m-1} + k_m f_{m-1},   x_0 ← f_0,   y = d u + Σ e_m x_m
 
-It takes O(n) operations: one suffix sum and one product. Its coefficients are those of the Schur
-recursion. Rounding them moves poles, but never across the unit circle, so single precision is
+A step takes O(n) operations: one suffix sum and one product. The coefficients k are those of the
+Schur recursion. Rounding them moves poles, but never across the unit circle, so single precision is
 enough (A. H. Gray and J. D. Markel, "Digital lattice and ladder filter synthesis", 1973).
 """
 
@@ -42,10 +42,10 @@ def _lattice_step(k: Tensor, x: Tensor, sample: Tensor) -> Tensor:
 
 
 def lattice_realization(reflection: Tensor, b: Tensor, d: Tensor) -> StateSpace:
-    """Return the lattice as a dense state-space system in float64, for chunks and blocks.
+    """Return the lattice as a dense state-space system in float64, to process chunks and blocks.
 
     Args:
-        reflection: (*C, n) or broadcasting against it: the reflection coefficients.
+        reflection: (*C, n), or a shape that broadcasts to it: the reflection coefficients.
         b: (*C, n): the exact numerator.
         d: (*C): the direct term.
     """
@@ -59,13 +59,17 @@ def lattice_realization(reflection: Tensor, b: Tensor, d: Tensor) -> StateSpace:
 
 
 class LatticeRecurrence(VectorRecurrence[LatticeState]):
-    """A rational system that steps by its reflection coefficients, by default in single precision.
+    """The recurrence of a rational system by its reflection coefficients.
+
+    By default, it computes in single precision.
 
     Args:
-        reflection: (*C, n) or broadcasting against it, inside (-1, 1): the reflection coefficients.
+        reflection: (*C, n), or a shape that broadcasts to it: the reflection coefficients, inside
+            (-1, 1).
         b: (*C, n): the exact numerator.
         d: (*C): the direct term.
-        taps: (*C, K): the taps against which `error` is measured. None: no error is measured.
+        taps: (*C, K): the taps with which the impulse response is compared to measure `error`. If
+            None, no error is measured.
         dtype: The dtype of the state and the coefficients.
     """
 
@@ -106,6 +110,6 @@ class LatticeRecurrence(VectorRecurrence[LatticeState]):
 def apply_lattice(
     realization: StateSpace, u: Tensor, state: LatticeState
 ) -> tuple[Tensor, LatticeState]:
-    """Process a chunk from `state` with the lattice's `lattice_realization`."""
+    """Process a chunk from `state`, given the result of `lattice_realization`."""
     y, new = realization.apply_from(u, StateSpaceState(state.x))
     return y, LatticeState(new.x)

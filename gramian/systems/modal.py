@@ -1,8 +1,8 @@
 r"""Modal systems, given by poles and residues.
 
 `H(z) = d + Re Σ_k residues_k z^-1 / (1 - poles_k z^-1)`, so `h_0 = d` and
-`h_t = Re Σ_k residues_k poles_k^(t-1)` (Laughing Hyena, equation 3.2). One complex entry stands
-for a pole and its conjugate. An entry with imaginary part zero is a real pole.
+`h_t = Re Σ_k residues_k poles_k^(t-1)` (Laughing Hyena, equation 3.2). One complex entry stands for
+a pole and its conjugate. An entry whose imaginary part is zero is a real pole.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class Modal(TimeInvariantSystem[ModalState]):
     """`h_0 = d`, `h_t = Re Σ_k residues_k poles_k^(t-1)`.
 
     Args:
-        poles: (*C, m), complex: the poles. One with imaginary part zero is a real pole. Channels
+        poles: (*C, m), complex: the poles. A pole whose imaginary part is zero is real. Channels
             with fewer modes are padded with modes whose residue is zero.
         residues: (*C, m), complex: the residues of the poles.
         d: (*C), real: the direct term.
         counts: For every index along the first channel dimension, the number of modes in use, which
-            are the leading ones. States then hold no slots for the padding of channels with few
-            modes. By default all m modes are in use.
+            come first. By default all m modes are in use. If it is given, states hold no slots for
+            the padding of channels with few modes.
         real: Whether all poles and residues are real numbers. They are still given as complex
-            numbers, whose imaginary parts must be zero. States then hold one number for each mode
-            in place of two.
+            numbers, whose imaginary parts must be zero. States of a real system hold one number for
+            each mode instead of two.
 
     Raises:
         TypeError: if the poles or residues are not complex, or `d` is not real.
@@ -105,7 +105,7 @@ class Modal(TimeInvariantSystem[ModalState]):
 
         Raises:
             ValueError: if there are more zeros than poles, if a complex root has no conjugate, or
-                if poles are so close that their residues cancel more than eight digits;
+                if poles are so close that their residues cancel more than eight digits.
                 `StateSpace.from_zpk` has no such limit.
         """
         from gramian.systems.interop import modal_of_zpk
@@ -121,8 +121,8 @@ class Modal(TimeInvariantSystem[ModalState]):
             dtype: The dtype of the direct term; poles and residues are complex of that precision.
 
         Raises:
-            ValueError: if the shape is another, a value is not finite, an a0 is zero, or poles
-                coincide or nearly do; `StateSpace.from_sos` accepts such poles.
+            ValueError: if `sos` has another shape, if a value is not finite, if an a0 is zero, or
+                if poles coincide or nearly coincide. `StateSpace.from_sos` accepts such poles.
         """
         from gramian.systems.interop import modal_of_sos
 
@@ -138,7 +138,7 @@ class Modal(TimeInvariantSystem[ModalState]):
 
         Raises:
             ImportError: if python-control is not installed.
-            TypeError: if the system is not one of python-control.
+            TypeError: if the system is not a system of python-control.
             ValueError: if the system is continuous in time, has several inputs or outputs, has more
                 zeros than poles, or has no modal form; see `gramian.systems.to_modal`.
         """
@@ -153,7 +153,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         return dataclasses.replace(super().__getitem__(index), counts=kept or None)
 
     def reshape_channels(self, *shape: int) -> Self:
-        """Return the channels in another shape, each with no more modes than it needs."""
+        """Return the channels in another shape, and adapt `counts` to it."""
         system = super().reshape_channels(*shape)
         if self.counts is None:
             return system
@@ -162,7 +162,7 @@ class Modal(TimeInvariantSystem[ModalState]):
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """Return the groups of channels in which states are kept."""
+        """Return the groups of channels that share a tensor of the state."""
         if self.counts is None:
             return (Group(None, self.poles.shape[-1]),)
         return partition_channels(self.counts)
@@ -201,15 +201,15 @@ class Modal(TimeInvariantSystem[ModalState]):
         return torch.cat([self.d.unsqueeze(-1), tail.to(self.d.dtype)], dim=-1)
 
     def spectral_radius(self) -> Tensor:
-        """Return the largest modulus of a pole with nonzero residue, (*C); 0 if there is none."""
+        """Return the largest modulus of poles with nonzero residues, (*C); 0 if none exist."""
         radii = torch.where(self.residues != 0, self.poles.abs(), 0.0)
         return torch.nn.functional.pad(radii, (0, 1)).amax(-1)
 
     def recurrence(self, form: str | None = None) -> ModalRecurrence:
-        """Return the recurrence, which takes one complex multiplication for each mode and step.
+        """Return the recurrence. Each step takes one complex multiplication for each mode.
 
         Raises:
-            ValueError: for any form other than "modal", which is the only one.
+            ValueError: if `form` is given and is not "modal", the only form.
         """
         if form not in (None, "modal"):
             raise ValueError(f'a modal system has the recurrence form "modal" only; got {form!r}.')
@@ -264,7 +264,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         return y.to(u.dtype), ModalState(tuple(states))
 
     def part(self, group: Group) -> Modal:
-        """Return the channels of one group as a system with as many modes as they need."""
+        """Return the channels of one group as a system without the other channels' padding."""
         poles, residues, d = (
             self.poles[..., : group.modes],
             self.residues[..., : group.modes],
@@ -301,9 +301,9 @@ class Modal(TimeInvariantSystem[ModalState]):
 def _reshape_counts(
     counts: tuple[int, ...], before: torch.Size, after: torch.Size
 ) -> tuple[int, ...] | None:
-    """Return how many modes the channels along the first dimension have after a reshape.
+    """Return the `counts` of a system after its channels were reshaped.
 
-    The result is None if there is no channel or no channel dimension.
+    The result is None if the new shape has no channel or no channel dimension.
     """
     if not after or not after.numel():
         return None

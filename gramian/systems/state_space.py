@@ -28,8 +28,8 @@ __all__ = ["StateSpace", "StateSpaceRecurrence", "StateSpaceState"]
 
 
 _ANGLES = 64
-"""Number of points on the upper half circle at which the frequency response is evaluated, besides
-the angles of the poles."""
+"""The number of points on the upper half circle at which the frequency response is evaluated,
+besides the angles of the poles."""
 
 _Realized = tuple[Coordinates, tuple[Tensor, Tensor, Tensor]]
 
@@ -63,7 +63,8 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
     _kind = "state-space system"
     _state_types = (StateSpaceState,)
     _known: ClassVar[dict[str, _Realized] | None] = None
-    """The coordinates of a frozen copy, once they are computed; None if it is not frozen."""
+    """The coordinates of a frozen copy, once they are computed; None for a system that is not
+    frozen."""
 
     A: Tensor
     B: Tensor
@@ -107,12 +108,13 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
             dtype: The dtype of the result.
 
         Warns:
-            UserWarning: if a pole is outside the unit circle, or if rounding of the matrices alone
-                moves the frequency response by more than 1e-6 (3e-4 for a dtype of single
-                precision), as happens with companion matrices of polynomials of high degree.
+            UserWarning: if a pole is outside the unit circle, or if rounding the matrices moves the
+                frequency response by more than 1e-6 (3e-4 for a dtype of single precision). This
+                happens with companion matrices of polynomials of high degree.
 
         Raises:
-            ValueError: if the system has several inputs or outputs, or the shapes do not fit.
+            ValueError: if the system has several inputs or outputs, or if the shapes do not fit
+                together.
         """
         a, b, c, d = (np.atleast_2d(np.asarray(m, dtype=np.float64)) for m in (A, B, C, D))
         n = a.shape[0] if a.size else 0
@@ -174,7 +176,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
             dtype: The dtype of the result.
 
         Raises:
-            ValueError: if the shape is another, a value is not finite, or an a0 is zero.
+            ValueError: if `sos` has another shape, if a value is not finite, or if an a0 is zero.
         """
         from gramian.systems.interop import state_space_of_sos
 
@@ -192,7 +194,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
 
         Raises:
             ImportError: if python-control is not installed.
-            TypeError: if the system is not one of python-control.
+            TypeError: if the system is not a system of python-control.
             ValueError: if the system is continuous in time, has several inputs or outputs, or has
                 more zeros than poles.
         """
@@ -232,7 +234,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
     def poles(self) -> Tensor:
         """Return the eigenvalues of `A`, (*C, n), complex128.
 
-        They are computed in the coordinates in which rounding moves them least.
+        The eigenvalues are computed in the coordinates in which rounding moves them least.
         """
         return torch.linalg.eigvals(self.realized()[1][0])
 
@@ -242,11 +244,11 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
 
     def frozen(self) -> Self:
         system = super().frozen()
-        object.__setattr__(system, "_known", {})  # constant values: coordinates are found once
+        object.__setattr__(system, "_known", {})  # values are constant: coordinates are found once
         return system
 
     def realized(self) -> _Realized:
-        """Return coordinates in which powers of A are computed, and A, B, C in them, in float64."""
+        """Return coordinates for powers of A, and A, B and C in these coordinates, in float64."""
         known = self._known
         if known:
             return known["realized"]
@@ -258,7 +260,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         return realized
 
     def impulse_response(self, length: int) -> Tensor:
-        """Return the Markov parameters (*C, length) in O(n² √L + n L + n³ log L) operations."""
+        """Compute the Markov parameters (*C, length) in O(n² √L + n L + n³ log L) operations."""
         if length == 1 or self.order == 0:
             return torch.nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
         tail = self._free(self.B, length - 1, self.realized())
@@ -276,13 +278,13 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         return krylov_product(C, A, found.into(x.double()), length).to(x.dtype)
 
     def recurrence(self, form: str | None = None) -> StateSpaceRecurrence:
-        """Return the recurrence, which takes one product with the dense `A` a step.
+        """Return the recurrence, which takes one product with the dense `A` for each step.
 
         `gramian.systems.to_modal` and `gramian.systems.to_transfer_function` lead to cheaper
         recurrences where these forms exist.
 
         Raises:
-            ValueError: for any form other than "state_space", which is the only one.
+            ValueError: if `form` is given and is not "state_space", the only form.
         """
         if form not in (None, "state_space"):
             raise ValueError(

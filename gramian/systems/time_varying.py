@@ -1,8 +1,8 @@
 r"""Time-varying systems: linear recurrences whose coefficients change at every step.
 
-`x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i` for i = 0 … L - 1. On a given input,
-gated linear attention, selective state spaces and the delta rule apply such a system to their
-values. The state matrix is diagonal (gates), diagonal plus rank one (the delta rule's
+A system computes `x_{i+1} = A_i x_i + B_i u_i` and `y_i = C_i x_i + D_i u_i` for i = 0 … L - 1. On
+a given input, gated linear attention, selective state spaces and the delta rule apply such a system
+to their values. The state matrix is diagonal (gates), diagonal plus rank one (the delta rule's
 `α (I - β k kᵀ)`), or dense.
 
 In the notation of linear attention, `S_t = diag(α_t) S_{t-1} + k_t v_t`, `o_t = q_t S_t`, the
@@ -62,22 +62,23 @@ class TimeVaryingState(State):
 class TimeVarying(FiniteSystem[TimeVaryingState]):
     """`x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i` for L steps.
 
-    A system has exactly L steps. A longer input is an error, and so are chunks that together are
-    longer; a shorter input takes the first steps. The state counts the steps. `state.restart()`
-    carries the memory into another system, which describes the next stretch of an endless input.
+    A system has exactly L steps. An input of fewer samples uses the first steps. An input, or a
+    series of chunks, of more than L samples is an error. The state counts the steps.
+    `state.restart()` carries the memory into another system, which describes the next stretch of an
+    endless input.
 
     Args:
         A: (*C, L, n), real: the diagonals of the state matrices; or (*C, L, n, n): dense matrices.
         B: (*C, L, n), real: the input vectors.
         C: (*C, L, n), real: the output vectors.
         D: (*C, L), real: the direct terms.
-        p: (*C, L, n), real, or None: with q, the rank-one part of `diag(A_i) + p_i q_iᵀ`, which is
-            then the state matrix.
+        p: (*C, L, n), real, or None. If p and q are given, the state matrices are
+            `diag(A_i) + p_i q_iᵀ`.
         q: (*C, L, n), real, or None: see p.
 
     Raises:
         TypeError: if a field is not a real floating-point tensor.
-        ValueError: if the shapes do not fit together, or only one of p and q is given.
+        ValueError: if the shapes do not fit together, or if only one of p and q is given.
     """
 
     _kind = "time-varying system"
@@ -138,7 +139,7 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         return self.B.shape[-1]
 
     def steps(self, start: int, stop: int) -> Self:
-        """Return steps `start` … `stop - 1` as a system of their own."""
+        """Return the steps `start` … `stop - 1` as a separate system."""
         skip = len(self.channel_shape)
         return self._map(lambda value: value.narrow(skip, start, stop - start))
 
@@ -187,7 +188,7 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
             (*C, length, length), lower triangular.
 
         Raises:
-            ValueError: if the system has fewer steps.
+            ValueError: if the system has fewer than `length` steps.
         """
         length = self.length if length is None else length
         self.check_steps(0, length)
@@ -210,15 +211,16 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
     def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
         """Return the singular values of a Hankel block, through which the past acts on the future.
 
-        They are computed from a product of two triangular factors; no Gramian is formed.
+        The singular values are computed from a product of two triangular factors. No Gramian is
+        formed.
 
         Args:
-            length: The horizon: the block is `T[at:length, :at]`; by default L.
+            length: The horizon, by default L. The block is `T[at:length, :at]`.
             at: The first step of the future, 1 … length - 1; by default `length // 2`.
 
         Returns:
-            (*C, k), k = min(n, at, length - at), descending, computed in float64 and returned in
-            the system's dtype.
+            (*C, k), k = min(n, at, length - at), descending. They are computed in float64 and
+            returned in the system's dtype.
 
         Raises:
             ValueError: if `length` or `at` is out of range.
@@ -262,7 +264,7 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         """Return the recurrence, which takes at most L steps.
 
         Raises:
-            ValueError: for any form other than "time_varying", which is the only one.
+            ValueError: if `form` is given and is not "time_varying", the only form.
         """
         self._check_form(form, "time_varying")
         return TimeVaryingRecurrence(self)
@@ -303,13 +305,13 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
 
 
 def _block_size(length: int, order: int, signals: int) -> int:
-    """Return the steps in a block: its operator then costs about what carrying the states costs."""
+    """Return a number of steps for which a block's operator costs about as much as its states."""
     wanted = max(4, min(64, order, signals))
     return 1 << (min(wanted, length) - 1).bit_length()
 
 
 class TimeVaryingRecurrence(VectorRecurrence[TimeVaryingState]):
-    """`y_i = C_i x + D_i u_i`, `x ← A_i x + B_i u_i`. It refuses to step past the last step.
+    """`y_i = C_i x + D_i u_i`, `x ← A_i x + B_i u_i`. The recurrence takes at most L steps.
 
     Args:
         system: The time-varying system to step.

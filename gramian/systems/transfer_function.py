@@ -36,27 +36,27 @@ from gramian.systems.state_space import StateSpace
 __all__ = ["TransferFunction", "TruncatedTransferFunction", "exact_numerator", "proper_fraction"]
 
 _TOLERANCE = 1e-5
-"""Largest relative l2 error with which a recurrence may stand in for the kernel of its taps."""
+"""The largest relative l2 error with which a recurrence is said to reproduce the known taps."""
 
 _ANGLES = 512
-"""Number of points on the upper half circle at which the frequency response is evaluated, besides
-the angles of the poles."""
+"""The number of points on the upper half circle at which the frequency response is evaluated,
+besides the angles of the poles."""
 
 _DENSE_ELEMENTS = 2**20
-"""Largest number of elements with which a Toeplitz product is computed without an FFT."""
+"""The largest number of elements for which a Toeplitz product is computed without an FFT."""
 
 
 Reducer = Callable[[Tensor, int], tuple[Modal, float]]
-"""A function that maps taps (*C, K) and an order to a modal system with nearly these taps and its
-relative error."""
+"""A function that takes taps (*C, K) and an order. It returns a modal system with nearly these
+taps, and the relative error of that system."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TransferFunction(TimeInvariantSystem[Any]):
     """`H(z) = d + b(z) / a(z)`: a strictly proper fraction plus a direct term.
 
-    Unlike scipy's coefficients, `b` starts at `z^-1` and `a` omits its leading 1; `from_scipy`
-    converts.
+    Unlike in scipy, `b` starts at `z^-1` and `a` omits its leading 1. `from_scipy` makes a system
+    from scipy's coefficients.
 
     Args:
         b: (*C, n), real: the numerator coefficients `b_1 … b_n`.
@@ -75,7 +75,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
     a: Tensor
     d: Tensor
     taps: Tensor | None = dataclasses.field(default=None, repr=False, kw_only=True)
-    """(*C, K): the first taps, if they were known before `b` was; see `from_truncated`."""
+    """(*C, K): the first taps, if the system was made from them; see `from_truncated`."""
     reflection: Tensor | None = dataclasses.field(default=None, repr=False, kw_only=True)
     """(*C, n): the reflection coefficients of `a`, if `a` was computed from them."""
     reducer: Reducer | None = dataclasses.field(
@@ -119,15 +119,16 @@ class TransferFunction(TimeInvariantSystem[Any]):
 
         Args:
             b: (*C, n), real: the truncated numerator.
-            a: (*C, n), real: the denominator, or a shared one that broadcasts against this shape.
+            a: (*C, n), real: the denominator. A shared denominator may have a shape that broadcasts
+                to this.
             d: (*C), real: the constant term on the grid.
             grid: The number of roots of unity, greater than n.
-            length: The number of taps to keep for `impulse_response`; by default all of the grid.
+            length: The number of taps to keep for `impulse_response`; by default `grid`.
             dtype: The dtype of the system; by default that of the coefficients. In float32 the
-                spectrum itself is off by more than 1e-4 for most stable systems beyond n = 16.
+                error of the spectrum exceeds 1e-4 for most stable systems beyond n = 16.
             reflection: The reflection coefficients of `a`, in its shape, if `a` was computed from
                 them.
-            reducer: As the field `reducer`.
+            reducer: The field `reducer` of the system.
 
         Raises:
             ValueError: if the grid is not larger than the order.
@@ -153,7 +154,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
     ) -> Self:
         """Make a system from scipy's `(b, a)`.
 
-        They stand for `(b[0] + b[1] z^-1 + …) / (a[0] + a[1] z^-1 + …)`.
+        The transfer function is `(b[0] + b[1] z^-1 + …) / (a[0] + a[1] z^-1 + …)`.
 
         Args:
             b: (*C, m + 1): the numerator. If it is longer than the denominator, the system has
@@ -162,9 +163,10 @@ class TransferFunction(TimeInvariantSystem[Any]):
             dtype: The dtype of the result.
 
         Warns:
-            UserWarning: if a pole is outside the unit circle, or if rounding of the coefficients
-                alone moves the frequency response by more than 1e-6 (3e-4 for a dtype of single
-                precision), since coefficients of high degree do not determine poles that crowd.
+            UserWarning: if a pole is outside the unit circle, or if rounding the coefficients moves
+                the frequency response by more than 1e-6 (3e-4 for a dtype of single precision).
+                This happens if the degree is high and poles crowd, because the coefficients do not
+                determine such poles.
 
         Raises:
             ValueError: if `a[..., 0]` is zero.
@@ -199,7 +201,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
 
     def impulse_response(self, length: int) -> Tensor:
         if self.taps is not None and length <= self.taps.shape[-1]:
-            # Slicing costs a copy of the gradient, so the whole is returned without a slice.
+            # Slicing costs a copy of the gradient, so all taps are returned without a slice.
             whole = length == self.taps.shape[-1]
             return self.taps if whole else self.taps[..., :length]
         if length == 1 or self.order == 0:
@@ -211,7 +213,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
         return torch.cat([self.d.unsqueeze(-1), tail], dim=-1)
 
     def poles(self) -> Tensor:
-        """Return the zeros of the denominator, the companion matrix's eigenvalues.
+        """Return the zeros of the denominator, computed as eigenvalues of the companion matrix.
 
         Returns:
             (*C, n), complex128.
@@ -225,22 +227,22 @@ class TransferFunction(TimeInvariantSystem[Any]):
     def recurrence(self, form: str | None = None) -> Recurrence:
         """Return the system as a recurrence.
 
-        The recurrence's `form` says which form was chosen. Its `error` says how far its impulse
-        response is from the known taps: the largest relative l2 error of a channel.
+        The attribute `form` of the recurrence is the form that was chosen. Its attribute `error` is
+        the largest relative l2 distance of a channel's impulse response from the known taps.
 
         Args:
             form: One of the following. "companion" takes O(n) operations a step, in double
-                precision. "lattice" takes O(n) operations a step by the reflection coefficients,
-                in single precision. "modal" steps the poles and residues that the `reducer` finds
-                for the known taps at order n. "online" is the exact convolution with the known
-                taps. None chooses the first of these that is available and reproduces the known
-                taps to 1e-5. If no taps are known, the coefficients are the definition, and None
-                chooses "companion".
+                precision. "lattice" takes O(n) operations a step by the reflection coefficients, in
+                single precision. "modal" steps the poles and residues that the `reducer` finds for
+                the known taps at order n. "online" is the exact convolution with the known taps.
+                None chooses the first of these that is available and reproduces the known taps to
+                1e-5. If no taps are known, the coefficients define the system, and None chooses
+                "companion".
 
         Raises:
-            ValueError: if the form is another, if it is "lattice" and no reflection coefficients
-                are known, if it is "modal" or "online" and no taps are known, or if it is "modal"
-                and there is no reducer.
+            ValueError: if `form` is none of these, if it is "lattice" and no reflection
+                coefficients are known, if it is "modal" or "online" and no taps are known, or if it
+                is "modal" and there is no reducer.
         """
         forms: dict[str, Callable[[], Recurrence]] = {
             "companion": lambda: CompanionRecurrence(self)
@@ -279,7 +281,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
         return recurrence
 
     def fits(self, state: State, shape: torch.Size) -> bool:
-        if isinstance(state, FIRState | ModalState):  # the system that takes it checks it
+        if isinstance(state, FIRState | ModalState):  # the system that uses the state checks it
             return True
         return super().fits(state, shape)
 
@@ -315,8 +317,8 @@ class TransferFunction(TimeInvariantSystem[Any]):
 class TruncatedTransferFunction(TransferFunction):
     """A transfer function that is defined by its taps; see `TransferFunction.from_truncated`.
 
-    Its numerator is computed from the taps when it is first needed. A convolution needs the taps
-    only, and computing n coefficients of many channels takes time.
+    The numerator is computed from the taps when it is first needed. A convolution needs only the
+    taps, and computing n coefficients of many channels takes time.
 
     Args:
         b: (*C, n), real: the numerator if it is already known, or None.
@@ -349,7 +351,7 @@ class TruncatedTransferFunction(TransferFunction):
         """Return the numerator (*C, n): the first n coefficients of `a` times the taps."""
         if self._numerator is not None:
             return self._numerator
-        with torch.enable_grad():  # the first caller may be one without gradients
+        with torch.enable_grad():  # the first caller may have disabled gradients
             taps = self.taps[..., 1 : self.order + 1]
             return exact_numerator(self.a, taps) if self.order else taps
 
@@ -386,8 +388,8 @@ def proper_fraction(
         dtype: The dtype of the result.
 
     Returns:
-        The strictly proper numerator and the denominator, (*C, max(m, n)) each, and the direct term
-        (*C).
+        The strictly proper numerator (*C, max(m, n)), the denominator (*C, max(m, n)), and the
+        direct term (*C).
 
     Raises:
         ValueError: if `a[..., 0]` is zero.

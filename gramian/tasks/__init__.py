@@ -1,12 +1,13 @@
-"""The field's tasks: seeded generators and loaders that return a `datasets.Dataset`.
+"""Provide benchmark tasks: seeded generators and loaders that return a `datasets.Dataset`.
 
     train = gramian.tasks.load("mqar", split="train", seed=0, setting="64x4")
     gramian.tasks.names()
     gramian.tasks.settings("mqar")
 
-All tasks follow one convention: a label is the answer that is expected *at* its own position, so
-labels are not shifted, and positions with the label -100 are not scored. A causal language model of
-transformers shifts `labels` itself, so pass ours as `shift_labels`, as `gramian.training` does.
+All tasks follow one convention. The label at a position is the answer that is expected *at* this
+position, so labels are not shifted. Positions with the label -100 are not scored. Causal language
+models of transformers shift `labels` themselves. So pass the labels of a task as `shift_labels`, as
+`gramian.training` does.
 
 Needs `datasets` (`pip install "gramian[train]"`).
 """

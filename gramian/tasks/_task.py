@@ -1,4 +1,4 @@
-"""The interface of a task: settings, a description for models, and rows by split and seed."""
+"""Define the interface of tasks: their settings, their descriptions for models, and their rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation", "test")
-"""Names of the splits; a task may have fewer."""
+"""The names of the splits. A task may have only some of them."""
 
 Row = dict[str, Any]
 
@@ -50,21 +50,22 @@ class Description:
     """The inputs and outputs that a model for a task needs.
 
     Attributes:
-        kind: name of the kind of task, a key of `KINDS`: `"tokens"` (a class at every position),
-            `"classification"` (one class per sequence), `"token_classification"` (one of
-            `num_labels` classes at every position), `"pairs"` (one class for two sequences,
-            `input_ids` and `input_ids_2`), `"signal"` (real numbers at every position),
-            `"regression"` (real numbers per sequence), `"reconstruction"` (the whole input, decoded
-            from its last position), or a kind added with `register_kind`.
+        kind: name of the kind of task, a key of `KINDS`. The labels of `"tokens"` are a token id at
+            every position; of `"classification"`, one class per sequence; of
+            `"token_classification"`, one of `num_labels` classes at every position; of `"pairs"`,
+            one class for two sequences, `input_ids` and `input_ids_2`; of `"signal"`, real numbers
+            at every position; and of `"regression"`, real numbers per sequence. In
+            `"reconstruction"`, the whole input is decoded from its last position. `register_kind`
+            adds further kinds.
         length: number of positions of the longest sequence.
         vocab_size: number of token ids, or None if the inputs are `input_values`.
-        num_labels: number of classes; for `"signal"` the number of real numbers per position, and
-            for `"regression"` per sequence. None for `"tokens"` and `"reconstruction"`, whose
-            classes are the token ids.
+        num_labels: number of classes. For `"signal"` it is the number of real numbers per position,
+            and for `"regression"` the number of real numbers per sequence. For `"tokens"` and
+            `"reconstruction"`, whose classes are the token ids, it is None.
         input_size: number of features of `input_values` at each position, or None if the inputs are
             token ids.
-        pad_token_id: id that pads `input_ids`; padding is masked, so any id works.
-        text: whether ids 0 to 255 are bytes of text, those of `gramian.models.ByteTokenizer`.
+        pad_token_id: id that pads `input_ids`. Padding is masked, so any id works.
+        text: whether ids 0 to 255 are bytes of text, as in `gramian.models.ByteTokenizer`.
     """
 
     kind: str
@@ -78,10 +79,10 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A task with its settings, which are the fields of the subclass.
+    """A task with its settings. The fields of a subclass are the settings of the task.
 
     Subclasses implement `description` and `rows`. `published` maps names to settings from the
-    literature; the defaults come from the literature too.
+    literature. The defaults of the fields also come from the literature.
     """
 
     splits: ClassVar[tuple[str, ...]] = SPLITS
@@ -93,10 +94,10 @@ class Task(ABC):
 
     @abstractmethod
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        """Yield the rows of a split: dictionaries of arrays.
+        """Yield the rows of a split, which are dictionaries of arrays.
 
-        A row has `labels` and the inputs of its kind, `input_ids` (length,) or `input_values`
-        (length, input_size).
+        A row has `labels`, and inputs as its kind of task requires: `input_ids` (length,) or
+        `input_values` (length, input_size).
         """
 
     def tokens_of(self, tokenizer: Any) -> Task:
@@ -148,8 +149,8 @@ class Task(ABC):
         Args:
             split: one of `splits`.
             seed: seed of the generated rows. Rows that are read from files do not depend on it.
-            streaming: whether to return an `IterableDataset`, which makes the same rows while they
-                are read and stores none of them.
+            streaming: whether to return an `IterableDataset`. It makes the same rows when they are
+                read, and does not store them.
 
         Raises:
             ImportError: if `datasets` is not installed.
@@ -180,7 +181,7 @@ class Task(ABC):
         return concatenate_datasets(parts).with_format("torch")
 
     def checked_rows(self, split: str, seed: int) -> Iterator[Row]:
-        """Yield `rows`, after checking each row against the description.
+        """Yield the rows of a split, after checking each row against the description.
 
         `datasets` does not check values: an integer column would truncate real numbers, and a
         sequence in place of a label would raise an unrelated error.
@@ -231,7 +232,7 @@ class Task(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedTask(Task):
-    """A task whose rows are drawn at random; subclasses implement `row`.
+    """A task whose rows are drawn at random. Subclasses implement `row`.
 
     Args:
         train_examples: number of rows in the training split.
@@ -259,10 +260,10 @@ _T = TypeVar("_T", bound=type[Task])
 
 
 def register(name: str) -> Callable[[_T], _T]:
-    """Decorate a subclass of `Task` to register it as `name`.
+    """Return a decorator that registers a subclass of `Task` under `name`.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if another task is registered under `name`.
     """
 
     def add(task: _T) -> _T:
@@ -282,11 +283,11 @@ def names() -> list[str]:
 def settings(name: str) -> dict[str, dict[str, Any]]:
     """Return the published settings of a task by their names.
 
-    Each is a dictionary of the fields that it changes. `"default"` has every field with its
-    default, or None for a field that must be given.
+    A setting is a dictionary of the fields that it changes. The setting `"default"` has every field
+    with its default, or with None if the field must be given.
 
     Raises:
-        ValueError: on an unknown task.
+        ValueError: if the task is unknown.
     """
     kind = _lookup(name)
     defaults = {
@@ -302,11 +303,11 @@ def build(name: str, setting: str | None = None, **settings: Any) -> Task:
     Args:
         name: one of `names()`.
         setting: name of a published setting, a key of `settings(name)`; by default `"default"`.
-        settings: fields of the task's class, which override those of the published setting.
+        settings: fields of the task's class. They override the fields of the published setting.
 
     Raises:
-        ValueError: if the task, the published setting or a field is unknown, a field that must be
-            given is missing, or a value is invalid.
+        ValueError: if the task, the published setting or a field is unknown; if a field that must
+            be given is missing; or if a value is invalid.
     """
     kind = _lookup(name)
     chosen: dict[str, Any] = {}
@@ -348,11 +349,13 @@ def load(
         split: name of the split: `"train"`, `"validation"` or `"test"`.
         seed: seed of the generated rows.
         setting: name of a published setting; by default `"default"`.
-        streaming: whether to return an `IterableDataset`, which makes rows while they are read.
-        settings: fields of the task's class, which override those of the published setting.
+        streaming: whether to return an `IterableDataset`. It makes the same rows when they are
+            read, and does not store them.
+        settings: fields of the task's class. They override the fields of the published setting.
 
     Raises:
-        ValueError: if the task, the setting or the split is unknown, or a value is invalid.
+        ImportError: if `datasets` is not installed.
+        ValueError: if the task, a setting or the split is unknown, or if a value is invalid.
         FileNotFoundError: if a file that the task reads is missing.
     """
     return build(name, setting, **settings).dataset(split, seed, streaming=streaming)
@@ -387,7 +390,7 @@ def _feature(column: Column, length: int) -> Any:
 
 
 def choose_split(task: Task, name: str, split: str | None) -> str:
-    """Return the requested split, or by default test, or validation if there is no test split.
+    """Return the requested split; by default, the test split, or else the validation split.
 
     Args:
         task: the task.
@@ -404,9 +407,10 @@ def choose_split(task: Task, name: str, split: str | None) -> str:
 
 
 def has_rows(task: Task, split: str) -> bool:
-    """Return whether a task has a split.
+    """Return whether a task has rows for a split.
 
-    A task that reads files needs files, records, intervals or a share for it.
+    A task that reads files has rows for a split if the settings give the split files, records,
+    intervals or a share.
     """
     if split not in task.splits:
         return False
@@ -418,7 +422,7 @@ def has_rows(task: Task, split: str) -> bool:
 def require_files(task: Task, name: str, split: str) -> list[str]:
     """Return the files of a split, for a task with patterns in `train`, `validation` and `test`.
 
-    For the training split, a warning names files that also belong to another split.
+    If files of the training split also belong to another split, a warning is given.
 
     Raises:
         ValueError: if no pattern was given for the split.
@@ -443,7 +447,11 @@ def require_files(task: Task, name: str, split: str) -> list[str]:
 
 
 def require_patterns(task: Task) -> None:
-    """Check that the settings train, validation and test are paths or patterns, or None."""
+    """Check that the settings `train`, `validation` and `test` are paths, patterns or None.
+
+    Raises:
+        ValueError: if a setting is not a path, a pattern, a list of these, or None.
+    """
     for split in SPLITS:
         given = getattr(task, split)
         patterns = given if isinstance(given, list | tuple) else [given]
@@ -456,6 +464,10 @@ def require_patterns(task: Task) -> None:
 
 
 def require_sizes(task: Task, *names: str, least: int = 1) -> None:
-    """Check that the settings `names` are integers of at least `least`."""
+    """Check that the settings `names` are integers of at least `least`.
+
+    Raises:
+        ValueError: if a setting is not an integer, or is below `least`.
+    """
     for name in names:
         check_integers(least, **{name: getattr(task, name)})

@@ -1,4 +1,4 @@
-"""Changes of windows of nucleotides, as ids: the other strand, and letters that are unknown."""
+"""Change windows of nucleotides: read the other strand, and hide unknown nucleotides."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Nucleotides"]
 
 
 class Nucleotides:
-    """The ids of nucleotides, of a tokenizer that has one token for each.
+    """The ids of nucleotides in a tokenizer that has one token for each nucleotide.
 
     Args:
-        encoder: the tokenizer's encoder.
+        encoder: the encoder of the tokenizer.
 
     Raises:
         ValueError: if a nucleotide is not one token.
@@ -37,7 +37,8 @@ class Nucleotides:
         """Return the id of the complement of each id, (largest id + 1,), int64.
 
         Raises:
-            ValueError: if letters with different complements share an id.
+            ValueError: if a complement has no token, or if letters with different complements share
+                an id.
         """
         table = np.arange(int(self._letters.max()) + 1)
         for code in genomes.NUCLEOTIDES + genomes.AMBIGUOUS + genomes.MARKS:
@@ -54,10 +55,10 @@ class Nucleotides:
         return table
 
     def hide_unknown(self, row: Row) -> Row | None:
-        """Replace letters other than A, C, G and T by padding, and ignore them as labels.
+        """Replace letters other than A, C, G and T by padding, and do not score them as labels.
 
         Returns:
-            The row, or None if no label is left.
+            The new row, or None if no label is left.
 
         Raises:
             ValueError: if the tokenizer has no token for padding.

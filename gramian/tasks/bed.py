@@ -1,10 +1,10 @@
-"""BED, the one reader of intervals of a genome.
+"""Read the intervals of a genome from BED files.
 
-A line has three to six columns, between tabs or spaces: the record's name, the start and the end of
-a half-open interval counted from 0, a name, a score and a strand (`+`, `-`, or `.` for none).
-Further columns are skipped, but for the blocks of a line of twelve columns, of which there may be
-only one. Blank lines and lines that begin with `#`, `track` or `browser` are skipped. Files may be
-compressed, and their lines may end in LF, CRLF or CR.
+A line has three to six columns, separated by tabs or spaces: the record's name, the start and the
+end of a half-open interval counted from 0, a name, a score and a strand (`+`, `-`, or `.` for
+none). Further columns are skipped. But if a line has twelve columns, the tenth column, the number
+of blocks, must be 1. Blank lines and lines that begin with `#`, `track` or `browser` are skipped.
+Files may be compressed, and their lines may end in LF, CRLF or CR.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Interval:
 
     Attributes:
         record: name of the record.
-        start: first position, from 0.
-        end: position after the last one.
-        name: name of the interval, or "".
+        start: first position, counted from 0.
+        end: the position after the last position.
+        name: name of the interval, or "" if it has no name.
         strand: `"+"` or `"-"`.
     """
 
@@ -40,7 +40,7 @@ class Interval:
 
     @property
     def label(self) -> str:
-        """Return the name, or the place as `record:start-end(strand)` if there is none."""
+        """Return the name; if there is none, return the place as `record:start-end(strand)`."""
         return self.name or f"{self.record}:{self.start}-{self.end}({self.strand})"
 
 
@@ -49,13 +49,13 @@ def read_bed(file: str | Path, lengths: Mapping[str, int] | None = None) -> list
 
     Args:
         file: the file, plain or compressed.
-        lengths: length of each record by its name, in which the intervals must lie; None accepts
-            any.
+        lengths: a mapping from the names of the records to their lengths. The intervals must lie
+            in these records. If it is None, any interval is accepted.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: on a file without intervals, and on a line that is no interval, names no record
-            or leaves the record; the message names the line.
+        ValueError: if the file has no intervals; if a line is no interval; or if an interval's
+            record is not in `lengths` or is too short. The message names the line.
     """
     text = b"".join(blocks(file)).decode("utf-8", errors="replace")
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
@@ -106,7 +106,13 @@ def _require_inside(interval: Interval, lengths: Mapping[str, int]) -> None:
 
 
 def count_overlaps(places: list[Interval], others: list[Interval], margin: int = 0) -> int:
-    """Return how many intervals share a base with one of the others, once widened by `margin`."""
+    """Return how many of the intervals `places` share a base with an interval of `others`.
+
+    Args:
+        places: the intervals to count.
+        others: the other intervals.
+        margin: number of bases by which the intervals `places` are widened at both ends.
+    """
     starts: dict[str, list[int]] = {}
     ends: dict[str, list[int]] = {}
     for one in others:
@@ -124,7 +130,10 @@ def count_overlaps(places: list[Interval], others: list[Interval], margin: int =
 
 
 def unknown_record(name: str, lengths: Mapping[str, int]) -> str:
-    """Return a message that no record is called `name`, with the nearest name, and all if few."""
+    """Return a message that no record is called `name`.
+
+    The message suggests the nearest name, and lists all names if there are at most 20.
+    """
     other = name.removeprefix("chr") if name.startswith("chr") else f"chr{name}"
     close = [other] if other in lengths else difflib.get_close_matches(name, lengths, 1, 0.5)
     meant = f" Did you mean {close[0]!r}?" if close else ""

@@ -1,6 +1,6 @@
-"""Genomes from FASTA files, as HyenaDNA reads them: one token per nucleotide.
+"""Define the task of predicting the next nucleotide in the records of FASTA files.
 
-Each record is cut into its own windows, so no row spans two records.
+Each record is cut into windows separately, so no row spans two records.
 """
 
 from __future__ import annotations
@@ -41,47 +41,50 @@ __all__ = ["Fasta"]
 class Fasta(TokenizedTask):
     """Next-nucleotide prediction on FASTA files, plain or compressed.
 
-    `gramian.tasks.genomes` defines how FASTA is read. Token ids are those of the model's own
-    tokenizer if it is known, otherwise HyenaDNA's, which maps everything but A, C, G, T and N to
-    `[UNK]`. A record of a single base gives no row, because there is nothing to predict. The seed
-    determines the augmentation and nothing else. Rows of different splits share no base of a
-    record, unless the same intervals or files are given for both, of which a warning tells.
+    `gramian.tasks.genomes` defines how FASTA is read. Token ids come from the model's own tokenizer
+    if it is known. Otherwise they come from HyenaDNA's tokenizer, which maps everything but A, C,
+    G, T and N to `[UNK]`. A record of a single base gives no row, because there is nothing to
+    predict. The seed determines the augmentation and nothing else. Rows of different splits share
+    no base of a record, unless intervals of two splits overlap or two splits have the same files.
+    If one of these splits is the training split, a warning is given.
 
     Args:
-        train: path or pattern of the training split's files, or a list of them.
+        train: path or pattern of the training split's files, or a list of paths and patterns.
         validation: the same for the validation split, unless records, intervals or a share are
-            given for it.
-        test: the same for the test split, unless records or intervals are given for it.
+            given for this split.
+        test: the same for the test split, unless records or intervals are given for this split.
         validation_records: name of a record in the files of `train` that belongs to the validation
-            split instead, or a list of names. A name is the first word of a record's header.
+            split instead, or a list of names. The name of a record is the first word of its header.
         test_records: the same for the test split.
-        intervals: a BED file of intervals of the training files' records; its rows are windows of
-            these intervals, on their strands (`gramian.tasks.read_bed`). Needs pyfaidx.
-        validation_intervals: the same for the validation split: of the files of `validation`, or of
-            `train` if there are none.
+        intervals: a BED file with intervals of the training files' records. The rows are then
+            windows of these intervals, on the strands of the intervals (`gramian.tasks.read_bed`).
+            Intervals need pyfaidx.
+        validation_intervals: a BED file with intervals for the validation split. They are intervals
+            of the files of `validation`, or of the files of `train` if `validation` is not given.
         test_intervals: the same for the test split.
         validation_share: share of `train` that belongs to the validation split instead, above 0 and
             below 1.
-        validation_by: `"records"` gives that share of the records, evenly spread over the files, to
-            the validation split; `"positions"` gives it that share of every record, at its end.
+        validation_by: how the validation split gets its share. `"records"` gives it this share of
+            the records, evenly spread over the files. `"positions"` gives it this share of every
+            record, at the end of the record.
         reverse_complement: whether to read each training row from the other strand with probability
-            1/2, which the seed and the row's number determine.
-        shift: largest number of bases by which a training row is moved to either side, within what
-            the record has for training; an interval's row may leave the interval. The seed and the
-            row's number determine it. Needs pyfaidx.
-        replace_n: whether letters other than A, C, G and T become the tokenizer's token for padding
-            in the inputs and are no labels, as in HyenaDNA's training. Rows without a label are
-            left out.
+            1/2. The seed and the row's number determine the strand.
+        shift: largest number of bases by which a training row is moved to either side. The seed and
+            the row's number determine how far it is moved. A row stays within the part of its
+            record that belongs to training, but may leave its interval. Shifts need pyfaidx.
+        replace_n: whether the tokenizer's token for padding replaces letters other than A, C, G and
+            T in the inputs. These letters are then not scored as labels, as in HyenaDNA's training.
+            Rows without a label are left out.
         length: number of nucleotides in a row.
-        tokenizer: a tokenizer of transformers, its folder or its name; by default that of the model
-            if it is known, otherwise HyenaDNA's.
+        tokenizer: a tokenizer of transformers, its folder or its name; by default the model's
+            tokenizer if it is known, otherwise HyenaDNA's.
 
     Raises:
-        ValueError: when files are read, if no record has one of the names, or if
-            `gramian.tasks.read_bed` refuses the intervals, or `gramian.tasks.genomes.records` a
-            file.
-        FileNotFoundError: when files are read, if a path or pattern matches none.
-        ImportError: for intervals and shifts, without `pyfaidx`.
+        ValueError: if the settings contradict each other. When the files are read: if no record has
+            one of the names, if `gramian.tasks.read_bed` refuses the intervals, or if
+            `gramian.tasks.genomes.records` refuses a file.
+        FileNotFoundError: when the files are read, if a path or pattern matches no file.
+        ImportError: if intervals or a shift are given and `pyfaidx` is not installed.
     """
 
     train: str | list[str] | None = None
@@ -184,11 +187,11 @@ class Fasta(TokenizedTask):
                 yield kept
 
     def _draws(self, seed: int, number: int) -> np.random.Generator:
-        """Return the random numbers of a training row: its strand, then its shift."""
+        """Return the generator of a training row, which draws its strand and then its shift."""
         return np.random.default_rng([seed, number])
 
     def _rows_of_places(self, encoder: Encoder, split: str, seed: int) -> Iterator[Row]:
-        """Yield rows of intervals, or of records whose rows are shifted."""
+        """Yield the rows of intervals, or of records if rows are shifted."""
         files = self._files(split)
         genome = _Genome(files)
         if self._bed(split) is not None:
@@ -211,7 +214,7 @@ class Fasta(TokenizedTask):
                     start, end = place.start + first, place.start + last
                 if split == "train" and self.shift:
                     draws = self._draws(seed, number)
-                    draws.random()  # the strand's
+                    draws.random()  # the number that determines the strand
                     moved = start + int(draws.integers(-self.shift, self.shift + 1))
                     moved = max(bound[0], min(moved, bound[1] - (end - start)))
                     start, end = moved, moved + end - start
@@ -227,7 +230,7 @@ class Fasta(TokenizedTask):
         return found
 
     def _warn_of_overlaps(self, places: list[Interval], lengths: Mapping[str, int]) -> None:
-        """Warn if training rows may have bases of intervals that are held out."""
+        """Warn if training rows may contain bases of held-out intervals."""
         for split in SPLITS[1:]:
             held_out = self._bed(split)
             if held_out is None or getattr(self, split) is not None:
@@ -252,7 +255,7 @@ class Fasta(TokenizedTask):
         return {str(name) for name in names}
 
     def _files(self, split: str) -> list[str]:
-        """Return the files that a split's rows are of."""
+        """Return the files from which the rows of a split come."""
         own = getattr(self, split) is not None
         from_train = split != "train" and not own and self._divides(split)
         if split != "train" and not own and not from_train:
@@ -270,9 +273,9 @@ class Fasta(TokenizedTask):
     def _parts(
         self, split: str, files: list[str], names: list[str], lengths: list[int]
     ) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Yield the name and the bounds of the part of each record that belongs to a split.
+        """Yield for each record its name and the bounds of the part that belongs to a split.
 
-        The bounds are those of nothing where a record belongs to another split.
+        If no part of a record belongs to the split, both bounds are 0.
         """
         named = self._held_out("validation") | self._held_out("test")
         divided = split == "train" or (self._divides(split) and getattr(self, split) is None)
@@ -337,7 +340,7 @@ class _Genome:
                 self._owners[name], self.lengths[name] = genome, length
 
     def fetch(self, name: str, start: int, stop: int) -> str:
-        """Return codes of a record."""
+        """Return the codes of a record from position `start` to position `stop` - 1."""
         return self._owners[name].fetch(name, start, stop)
 
 
@@ -346,7 +349,7 @@ def _interval_setting(split: str) -> str:
 
 
 def _cut(pieces: Iterator[bytes], start: int, end: int) -> Iterator[bytes]:
-    """Yield the codes from `start` to `end` of a sequence in pieces."""
+    """Yield the codes from position `start` to position `end` - 1 of a sequence, in pieces."""
     place = 0
     for piece in pieces:
         kept = piece[max(0, start - place) : max(0, end - place)]
@@ -356,7 +359,11 @@ def _cut(pieces: Iterator[bytes], start: int, end: int) -> Iterator[bytes]:
 
 
 def _require_records(wanted: set[str], files: list[str]) -> None:
-    """Check that a record exists for every name, and warn of names that several records share."""
+    """Check that a record exists for every name, and warn if several records share a name.
+
+    Raises:
+        ValueError: if no record has one of the names.
+    """
     if not wanted:
         return
     there: Counter[str] = Counter()
@@ -391,7 +398,7 @@ def _lengths_in(file: str) -> list[int]:
     return _lengths(file, status.st_size, status.st_mtime_ns)
 
 
-# Arguments besides the file distinguish its versions in the caches.
+# The arguments `size` and `changed` distinguish versions of a file in the caches.
 @lru_cache(maxsize=64)
 def _names(file: str, size: int, changed: int) -> list[str]:
     return list(genomes.names(blocks(file), file))

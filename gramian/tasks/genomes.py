@@ -1,15 +1,15 @@
-"""The reader of genomes in FASTA, which works block by block in bounded memory.
+"""Read genomes in FASTA, block by block in bounded memory.
 
 A record is a header and the lines up to the next header. A header is a line that begins with `>`,
 and its first word is the record's name. The other lines are read as follows:
 
-- lines end in LF, CRLF or CR; blank lines and white space are skipped, as are numbers that do not
-  follow a letter;
-- lines that begin with `;` are comments;
-- case is ignored (soft-masked bases are bases), and U is read as T;
-- A, C, G, T and N are nucleotides, and the other IUPAC codes (and X) are ambiguous nucleotides;
-- the marks `-`, `.`, `~`, `?` and `*` keep their place as unknown positions, with a warning;
-- any other character is an error, so a protein is never read as a genome silently.
+- Lines end in LF, CRLF or CR. Blank lines, white space and numbers that do not follow a letter are
+  skipped.
+- Lines that begin with `;` are comments.
+- Case is ignored, so soft-masked bases are read as bases. U is read as T.
+- A, C, G, T and N are nucleotides, and the other IUPAC codes (and X) are ambiguous nucleotides.
+- The marks `-`, `.`, `~`, `?` and `*` are kept as unknown positions, and a warning is given.
+- Any other character is an error, so that a protein is not silently read as a genome.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _SKIPPED = b" \t\n\v\f\r0123456789"
 _COMMON = b"ACGTNUacgtnu \t\n\r"
 _DIGIT = re.compile(rb"[0-9]")
 _DIGIT_AFTER_LETTER = re.compile(rb"[^\s0-9][0-9]")
-_AMINO_ACIDS = b"EFIJLOPQZ"  # whose letters are not codes of nucleotides
+_AMINO_ACIDS = b"EFIJLOPQZ"  # the letters of amino acids that are not codes of nucleotides
 _UPPER = bytes.maketrans(b"abcdefghijklmnopqrstuvwxyzuU", b"ABCDEFGHIJKLMNOPQRSTUVWXYZTT")
-_COMPLEMENT = bytes.maketrans(b"ACGTRYKMBVDH", b"TGCAYRMKVBHD")  # S, W, N and marks are their own
+_COMPLEMENT = bytes.maketrans(b"ACGTRYKMBVDH", b"TGCAYRMKVBHD")  # S, W, N, X, marks are kept
 _MARKED_LINE = re.compile(rb"\n[>;]")
 _LONGEST_HEADER = 2**20
-_SUSPICIOUS = 0.1  # share of ambiguous codes above which a warning asks whether this is a genome
+_SUSPICIOUS = 0.1  # if the share of ambiguous codes is larger, a warning asks if it is a genome
 
 
 def clean(
@@ -55,14 +55,14 @@ def clean(
     numbers: bool = True,
     before: bytes = b"",
 ) -> bytes:
-    """Return sequence lines as upper-case codes, without white space and numbers and with U as T.
+    """Return sequence lines as upper-case codes, with T for U, and without white space and numbers.
 
     Args:
         letters: bytes of any number of lines, complete or not.
         where: name of the lines in error messages.
         odd: counter to which the characters that are not in `NUCLEOTIDES` are added, or None.
-        numbers: whether to skip digits that do not follow a letter; otherwise they are errors.
-        before: the bytes before `letters`, of which the last one matters.
+        numbers: whether to skip digits that do not follow a letter. If not, they are errors.
+        before: the bytes before `letters`. Only the last of them is used.
 
     Raises:
         ValueError: if a character is neither an IUPAC code nor a mark, or a digit follows a letter.
@@ -89,8 +89,8 @@ def clean(
 def reverse_complement(codes: bytes) -> bytes:
     """Return the other strand of upper-case codes, read in its own direction.
 
-    Codes that stand for several nucleotides become those that stand for their complements; N, X and
-    marks stay.
+    A code for several nucleotides becomes the code for their complements. N, X and marks do not
+    change.
     """
     return codes.translate(_COMPLEMENT)[::-1]
 
@@ -98,14 +98,14 @@ def reverse_complement(codes: bytes) -> bytes:
 def records(
     blocks: Iterable[bytes], source: str, *, warn: bool = True
 ) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Yield the name and the sequence of each record, the sequence in pieces from `clean`.
+    """Yield the name and the sequence of each record. `clean` makes the pieces of a sequence.
 
     The pieces must be read in order or not at all. A record may have an empty sequence.
 
     Args:
         blocks: the decompressed bytes of a file, in blocks of any size.
         source: the file's name, for errors and warnings.
-        warn: whether to warn of marks and of many ambiguous codes at the end.
+        warn: whether to warn at the end if there are marks or many ambiguous codes.
 
     Raises:
         ValueError: if the text is not FASTA, or its letters are not codes of nucleotides.
@@ -154,7 +154,11 @@ def names(blocks: Iterable[bytes], source: str) -> Iterator[str]:
 
 
 def name_of(header: bytes) -> str:
-    """Return the name in a header without its '>', which is its first word, or ""."""
+    """Return the first word of a header, which is the record's name, or "" if there is none.
+
+    Args:
+        header: the header without its '>'.
+    """
     words = header.split(maxsplit=1)
     return words[0].decode("utf-8", errors="replace") if words else ""
 
@@ -224,7 +228,7 @@ def _refusal(strange: bytes, where: str) -> str:
 
 
 def warn_of(odd: Counter[int], total: int, source: str) -> None:
-    """Warn of marks among `total` letters, and if there are too many ambiguous codes."""
+    """Warn if there are marks or too many ambiguous codes among `total` letters."""
     marks = {chr(code): count for code, count in odd.items() if code in MARKS}
     if marks:
         named = ", ".join(f"{count:,} {mark!r}" for mark, count in sorted(marks.items()))

@@ -1,17 +1,20 @@
-"""Random access to the records of a FASTA file, through pyfaidx.
+"""Provide random access to the records of a FASTA file, through pyfaidx.
 
-pyfaidx reads files whose records have lines of one length, from an index of five numbers a record.
-Here the index is made, and the file is checked for what pyfaidx reads otherwise than
-`gramian.tasks.genomes` or not at all: compression, a byte order mark, lines that end in CR, lines
-of different lengths, blank lines, comments, white space and numbers inside of lines. Such a file is
-written out once, by `genomes.records`, into a temporary folder. An index that stands beside the
-file (`.fai`, as samtools writes it) is used if it is not older than the file and its places are
-right. Either way the letters are those that `genomes.records` gives.
+pyfaidx reads files in which all lines of a record have one length. It finds the records by an
+index, which has a name and four numbers for each record. This module makes the index. Some features
+of a file are not read by pyfaidx, or not in the way of `gramian.tasks.genomes`. They are
+compression, a byte order mark, lines that end in CR, lines of different lengths, blank lines,
+comments, white space, and numbers inside of lines. If a file has such a feature, its records are
+written once, as `genomes.records` reads them, into a temporary folder. An index beside the file
+(`.fai`, as samtools writes it) is used if it is not older than the file and its positions are
+right. In every case, the letters are the same as those of `genomes.records`.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +32,11 @@ _WIDTH = 2**16
 
 
 class _Entry(NamedTuple):
-    """A line of an index: all of it but the name in numbers of bytes and bases."""
+    """A line of an index.
+
+    `length` is the number of bases of the record, and `offset` is the byte at which they begin. A
+    full line has `bases` bases and `width` bytes.
+    """
 
     name: str
     length: int
@@ -39,15 +46,15 @@ class _Entry(NamedTuple):
 
 
 class IndexedGenome:
-    """Records of a FASTA file, found by name.
+    """Random access to the records of a FASTA file by their names.
 
     Args:
         file: the file, plain or compressed.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if `genomes.records` refuses it.
-        ImportError: without `pyfaidx`.
+        OSError: if the file cannot be read.
+        ValueError: if `genomes.records` refuses the file.
+        ImportError: if `pyfaidx` is not installed.
     """
 
     def __init__(self, file: str | Path) -> None:
@@ -60,12 +67,13 @@ class IndexedGenome:
                 name="pyfaidx",
             ) from error
         self._file = str(file)
-        self._folder = tempfile.TemporaryDirectory(prefix="gramian-")
-        index = Path(self._folder.name, "genome.fai")
+        folder = tempfile.mkdtemp(prefix="gramian-")
+        self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        index = Path(folder, "genome.fai")
         entries = _regular(self._file)
         read_from = self._file
         if entries is None:
-            read_from = str(Path(self._folder.name, "genome.fa"))
+            read_from = str(Path(folder, "genome.fa"))
             entries = list(_copied(self._file, Path(read_from)))
         counts = Counter(entry.name for entry in entries)
         self._several = {name for name, count in counts.items() if count > 1}
@@ -79,19 +87,23 @@ class IndexedGenome:
 
     @property
     def lengths(self) -> Mapping[str, int]:
-        """Return the length of each record by its name; of several with one name, the last's."""
+        """Return a mapping from the names of the records to their lengths.
+
+        If several records have the same name, the mapping has the length of the last of them.
+        """
         return self._lengths
 
     def fetch(self, name: str, start: int, stop: int) -> str:
-        """Return upper-case codes, as `genomes.records` gives them.
+        """Return upper-case codes of a record, as `genomes.records` yields them.
 
         Args:
             name: name of the record.
-            start: first position, from 0.
-            stop: position after the last one.
+            start: first position, counted from 0.
+            stop: the position after the last position.
 
         Raises:
-            ValueError: if there is no record of that name or several, or positions outside of it.
+            ValueError: if no record or several records have the name; if the positions are not in
+                the record; or if the file has changed.
         """
         if name not in self._lengths:
             raise ValueError(unknown_record(name, self._lengths))
@@ -114,9 +126,12 @@ class IndexedGenome:
         return codes.decode("ascii")
 
     def close(self) -> None:
-        """Close the file and remove what was written."""
+        """Close the file and remove the temporary folder.
+
+        This happens by itself when the object is no longer used.
+        """
         self._reader.close()
-        self._folder.cleanup()
+        self._remove()
 
     def __enter__(self) -> IndexedGenome:
         return self
@@ -126,7 +141,7 @@ class IndexedGenome:
 
 
 def _copied(file: str, target: Path) -> Iterator[_Entry]:
-    """Write the records with lines of one length, and yield their entries."""
+    """Write the records of a file to `target` with lines of one length, and yield their entries."""
     with target.open("wb") as out:
         for name, pieces in genomes.records(blocks(file), file, warn=False):
             out.write(b">\n")
@@ -143,7 +158,7 @@ def _copied(file: str, target: Path) -> Iterator[_Entry]:
 
 
 def _regular(file: str) -> list[_Entry] | None:
-    """Return the entries of a file that pyfaidx reads as we do, or None for any other file."""
+    """Return the entries of a file if pyfaidx reads it as `genomes.records` does, else None."""
     if is_compressed(file):
         return None
     beside = Path(f"{file}.fai")
@@ -158,7 +173,7 @@ def _scanned(file: str) -> list[_Entry] | None:
     entries: list[_Entry] = []
     name, offset, place = "", 0, 0
     length = bases = width = 0
-    ended = True  # whether the record's lines must have ended
+    ended = True  # whether the record may have no further lines
     begun = False
     with open(file, "rb") as stream:
         for line in stream:
@@ -173,7 +188,7 @@ def _scanned(file: str) -> list[_Entry] | None:
                 ended = False
                 continue
             letters = line.removesuffix(b"\n").removesuffix(b"\r")
-            if begun and not letters:  # blank lines may stand at the end of a record
+            if begun and not letters:  # a record may end with blank lines
                 ended = True
                 continue
             if not begun or ended or letters.translate(None, _PLAIN):
@@ -186,7 +201,7 @@ def _scanned(file: str) -> list[_Entry] | None:
                 ended = True
             length += len(letters)
     if not begun or not sum(entry.length for entry in entries) + length:
-        return None  # which the reader refuses with a reason
+        return None  # `genomes.records` refuses the file and gives the reason
     entries.append(_Entry(name, length, offset, bases or 1, width or 2))
     return entries
 
@@ -205,7 +220,10 @@ def _read_index(file: Path) -> list[_Entry] | None:
 
 
 def _fits(entries: list[_Entry], file: str) -> bool:
-    """Return whether each entry's header and end are where the index says, and no record more."""
+    """Return whether the index is right about the header and the end of every record of the file.
+
+    The file must not have further records.
+    """
     with open(file, "rb") as stream:
         place = 0
         for entry in entries:

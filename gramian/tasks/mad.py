@@ -1,8 +1,9 @@
-"""The MAD suite: mechanistic architecture design (Poli et al., arXiv 2403.17844; athms/mad-lab).
+"""Define the tasks of the MAD suite (mechanistic architecture design).
 
-The defaults are the suite's baselines; its variations change a few settings. As published, the
-recall tasks train on every next token and are evaluated on the values of keys that occurred before;
-memorization and copying use only their answers, in training too.
+The suite was published by Poli et al. (arXiv 2403.17844; athms/mad-lab). The default settings are
+the suite's baselines, and the suite's variations change a few settings. As published, training on
+the recall tasks scores every next token, and evaluation scores the values of keys that occurred
+before. Memorization and selective copying score only the answers, in training and in evaluation.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ class _NoisyTask(_MADTask):
 
     @property
     def _special(self) -> int:
-        """Return the number of special tokens, which come last in the vocabulary."""
+        """Return the number of special tokens.
+
+        The vocabulary has ordinary tokens first, then noise tokens, then special tokens.
+        """
         return 0
 
     @property
@@ -71,18 +75,18 @@ class _NoisyTask(_MADTask):
 @register("mad/in-context-recall")
 @dataclass(frozen=True, kw_only=True)
 class InContextRecall(_NoisyTask):
-    """Pairs of keys and values; when a key occurs again, the model must give its value.
+    """Pairs of keys and values. When a key occurs again, the model must predict its value.
 
     The dictionary of keys and values is drawn anew for each sequence.
 
     Args:
         vocab_size: number of token ids. The last ids are `noise_vocab_size` noise tokens and,
-            unless `multi_query` is on, the copy mark. Of the ids before, the lower half are keys
-            and the upper half values.
-        length: number of tokens in all pairs, even. Since the last value is not an input, a
-            sequence has `length` - 1 tokens, or `length` with the copy mark.
-        multi_query: whether to score the value of every repeated key; otherwise only the value of
-            the last key is scored, which follows the copy mark.
+            unless `multi_query` is on, the copy mark. The lower half of the other ids are keys, and
+            the upper half are values.
+        length: number of tokens in all pairs, even. The last value is not an input. So a sequence
+            has `length` - 1 tokens, or `length` tokens with the copy mark.
+        multi_query: whether to score the value of every repeated key. If not, only the value of the
+            last key, which comes after the copy mark, is scored.
         noise: share of pairs that are replaced by noise tokens, at least 0 and below 1.
         noise_vocab_size: number of noise tokens.
     """
@@ -137,7 +141,7 @@ class InContextRecall(_NoisyTask):
 @register("mad/noisy-in-context-recall")
 @dataclass(frozen=True, kw_only=True)
 class NoisyRecall(InContextRecall):
-    """In-context recall in which some pairs are noise, with the settings of `InContextRecall`."""
+    """In-context recall with noise by default. It has the same settings as `InContextRecall`."""
 
     vocab_size: int = 32
     noise_vocab_size: int = 16
@@ -147,22 +151,23 @@ class NoisyRecall(InContextRecall):
 @register("mad/fuzzy-in-context-recall")
 @dataclass(frozen=True, kw_only=True)
 class FuzzyRecall(_NoisyTask):
-    """In-context recall with keys and values of several tokens each.
+    """In-context recall whose keys and values consist of several tokens each.
 
-    In training, keys and values have any number of tokens up to the largest; in evaluation, keys
-    have the largest number. Sequences are padded on the left. The pair that is queried at the end
-    always occurs in the sequence before. The published generator omits it when the random place
-    that it draws for the pair lies past the end of the pairs.
+    In training, the numbers of tokens in keys and values are random, up to the largest numbers. In
+    evaluation, only the number of tokens in a value is random, and keys have the largest number.
+    Sequences are padded on the left. The key at the end of a sequence always occurs, with its
+    value, earlier in the sequence. The published generator draws a random place for this pair, and
+    omits the pair if the place is past the end of the pairs.
 
     Args:
         vocab_size: number of token ids. The last ids are `noise_vocab_size` noise tokens, the
-            padding token and, unless `multi_query` is on, the copy mark. Of the ids before, the
-            lower half are parts of keys and the upper half parts of values.
-        length: number of tokens in a sequence, with its padding.
-        key_size: largest number of tokens in a key, all different.
-        value_size: largest number of tokens in a value, all different.
-        multi_query: whether to score the value of every repeated key; otherwise only the value of
-            the last key is scored, which follows the copy mark.
+            padding token and, unless `multi_query` is on, the copy mark. The lower half of the
+            other ids are parts of keys, and the upper half are parts of values.
+        length: number of tokens in a sequence, including padding.
+        key_size: largest number of tokens in a key. The tokens of a key are all different.
+        value_size: largest number of tokens in a value. The tokens of a value are all different.
+        multi_query: whether to score the value of every repeated key. If not, only the value of the
+            last key, which comes after the copy mark, is scored.
         noise: share of pairs that are replaced by noise tokens, at least 0 and below 1.
         noise_vocab_size: number of noise tokens.
     """
@@ -246,14 +251,15 @@ class FuzzyRecall(_NoisyTask):
 @register("mad/memorization")
 @dataclass(frozen=True, kw_only=True)
 class Memorization(_NoisyTask):
-    """Keys of a fixed dictionary; after each key comes a mark, whose label is the key's value.
+    """Keys of a fixed dictionary. A mark follows each key, and its label is the key's value.
 
     Args:
         vocab_size: number of token ids. The last ids are `noise_vocab_size` noise tokens and the
-            mark. Of the ids before, the lower half are keys and the upper half values.
+            mark. The lower half of the other ids are keys, and the upper half are values.
         length: number of tokens in a sequence, even.
-        dictionary_seed: seed of the dictionary, which all splits and seeds share.
-        noise: share of keys that are replaced, with their marks, by noise tokens, at least 0 and
+        dictionary_seed: seed of the dictionary. All splits and all seeds of rows share the
+            dictionary.
+        noise: share of keys that, with their marks, are replaced by noise tokens; at least 0 and
             below 1.
         noise_vocab_size: number of noise tokens.
     """
@@ -277,7 +283,7 @@ class Memorization(_NoisyTask):
         return Description("tokens", self.length, vocab_size=self.vocab_size)
 
     def dictionary(self) -> Mapping[int, int]:
-        """Return the value of every key; all values are different."""
+        """Return a mapping from every key to its value. All values are different."""
         half = self._ordinary // 2
         random = np.random.default_rng(self.dictionary_seed)
         values = half + random.permutation(self._ordinary - half)[:half]
@@ -299,14 +305,14 @@ class Memorization(_NoisyTask):
 @register("mad/compression")
 @dataclass(frozen=True, kw_only=True)
 class Compression(_NoisyTask):
-    """Random tokens and a final mark, from whose position alone the whole input is decoded.
+    """Random tokens and a final mark. The whole input must be decoded from the mark's position.
 
     Noise tokens must be decoded too, as published.
 
     Args:
-        vocab_size: number of token ids: ordinary tokens, then `noise_vocab_size` noise tokens, then
-            the mark.
-        length: number of tokens in a sequence, with the mark.
+        vocab_size: number of token ids. The ordinary tokens come first, then `noise_vocab_size`
+            noise tokens, then the mark.
+        length: number of tokens in a sequence, including the mark.
         noise: share of tokens that are replaced by noise tokens, at least 0 and below 1.
         noise_vocab_size: number of noise tokens.
     """
@@ -331,9 +337,9 @@ class Compression(_NoisyTask):
 @register("mad/selective-copying")
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopying(_MADTask):
-    """Tokens scattered among blanks, then a mark, then one blank for each token.
+    """Tokens scattered among blanks, then a mark, then one blank for each of these tokens.
 
-    The labels of the last blanks are the tokens, in order.
+    The labels of the blanks after the mark are the tokens, in order.
 
     Args:
         vocab_size: number of token ids. The last two are the blank and the mark, in this order, and
@@ -361,7 +367,7 @@ class SelectiveCopying(_MADTask):
         blank, mark = self.vocab_size - 2, self.vocab_size - 1
         blanks = self.length - 2 * self.tokens - 1
         copied = random.integers(blank, size=self.tokens)
-        # Blanks are inserted before a token, never after the last one.
+        # Blanks are inserted before a token, never after the last token.
         before = random.integers(self.tokens, size=blanks)
         scattered = np.insert(copied, before, blank)
         tokens = np.concatenate([scattered, [mark], np.full(self.tokens, blank)])

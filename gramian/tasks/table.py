@@ -1,4 +1,4 @@
-"""Tables of sequences and labels: CSV or TSV files with one line for each sequence."""
+"""Define a task that reads one sequence and one label from each line of CSV or TSV files."""
 
 from __future__ import annotations
 
@@ -39,37 +39,40 @@ _IGNORED = str(IGNORED)
 @register("table")
 @dataclass(frozen=True, kw_only=True)
 class Table(TokenizedTask):
-    """Sequences with one class or number each, from tables in CSV, or in TSV if named `.tsv`.
+    """A task that reads sequences and their labels from tables.
 
-    The first line names the columns. Files may be compressed. The classes are the distinct labels
-    of all files, in numeric order if all labels are integers and in alphabetic order otherwise. The
+    A table is a TSV file if its name contains `.tsv`, and a CSV file otherwise. Its first line
+    names the columns. Files may be compressed. The classes are the distinct labels of all files. If
+    all labels are integers, the classes are in numeric order, otherwise in alphabetic order. The
     seed has no effect.
 
-    With `kind="token_classification"` every token has a class: a label holds one word for each
-    token, separated by white space, or one character for each. The word -100 stands for a token
-    that is not scored, and special tokens are not scored either.
+    With `kind="token_classification"`, every token has a class. A label then has one word for each
+    token, separated by white space, or one character for each token. A token with the word -100 is
+    not scored. Special tokens are not scored either.
 
     Args:
-        train: path or pattern of the training split's files, or a list of them.
+        train: path or pattern of the training split's files, or a list of paths and patterns.
         validation: the same for the validation split.
         test: the same for the test split.
         sequence: name of the column of sequences.
         label: name of the column of labels.
-        kind: `"classification"`, `"regression"` for labels that are numbers, or
-            `"token_classification"` for a class of every token.
+        kind: `"classification"`, `"regression"` if labels are numbers, or
+            `"token_classification"` if every token has a class.
         length: largest number of tokens in a sequence.
-        tokenizer: a tokenizer of transformers, its folder or its name, or `"dna"` for HyenaDNA's;
-            by default the model's own if it is known, otherwise bytes.
-        special_tokens: whether a sequence gets the special tokens that the tokenizer adds by
-            default, such as the `[SEP]` with which published HyenaDNA classifiers were trained.
+        tokenizer: a tokenizer of transformers, its folder or its name, or `"dna"` for HyenaDNA's
+            tokenizer; by default the model's tokenizer if it is known, otherwise a tokenizer of
+            bytes.
+        special_tokens: whether to add the special tokens that the tokenizer adds by default, such
+            as the `[SEP]` with which published HyenaDNA classifiers were trained.
         names: names of the classes in the order of their numbers; by default, those of the model
             if it is a classifier that has names for its labels, and otherwise the distinct labels.
 
     Raises:
-        ValueError: when files are read, if a column is missing, a sequence is empty or longer than
-            `length`, or a label is missing, is not a number for regression, or does not have a
-            class for each token for token classification.
-        FileNotFoundError: when files are read, if a path or pattern matches none.
+        ValueError: if no files are given, or `kind` is unknown. When the files are read: if a
+            column or a label is missing; if a sequence is empty or longer than `length`; if a label
+            of a regression is not a number; or if a label of a token classification does not have a
+            class for each token.
+        FileNotFoundError: when the files are read, if a path or pattern matches no file.
     """
 
     train: str | list[str] | None = None
@@ -93,6 +96,7 @@ class Table(TokenizedTask):
         return byte_tokenizer()
 
     def classes(self) -> list[str]:
+        """Return the names of the classes in the order of their numbers, or [] for a regression."""
         if self.kind == "regression":
             return []
         if self.names is not None:
@@ -164,14 +168,14 @@ class Table(TokenizedTask):
         return numbers[name]
 
     def _labels(self, label: str) -> list[str]:
-        """Return the classes in a label: itself, or those of every token."""
+        """Return the classes in a label: the label itself, or the class of every token."""
         if self.kind != "token_classification":
             return [label]
         words = label.split()
         return words if len(words) > 1 else list(label)
 
     def _lines(self, split: str) -> Iterator[tuple[str, str, str]]:
-        """Yield the place, the sequence and the label of every line."""
+        """Yield the file and line number, the sequence and the label of every line."""
         for file in require_files(self, "table", split):
             status = os.stat(file)
             columns = (self.sequence, self.label)
@@ -183,8 +187,9 @@ class Table(TokenizedTask):
 def _read(
     file: str, columns: tuple[str, str], size: int, changed: int
 ) -> list[tuple[int, tuple[str, str]]]:
-    """Read two columns of a file with their line numbers; `size` and `changed` distinguish its
-    versions in the cache.
+    """Read two columns of a file, with line numbers.
+
+    `size` and `changed` distinguish versions of the file in the cache.
     """
     try:
         text = b"".join(blocks(file)).decode("utf-8")
@@ -212,7 +217,16 @@ def _read(
 
 
 def _find(tokens: np.ndarray, ids: np.ndarray, where: str) -> int:
-    """Return the place at which the tokens of a sequence stand among special tokens."""
+    """Return the index in `ids`, which include special tokens, at which the tokens begin.
+
+    Args:
+        tokens: the tokens of a sequence without special tokens.
+        ids: the tokens of the sequence with special tokens.
+        where: name of the line, for the message of an error.
+
+    Raises:
+        ValueError: if special tokens are between the tokens.
+    """
     for begin in range(len(ids) - len(tokens) + 1):
         if np.array_equal(ids[begin : begin + len(tokens)], tokens):
             return begin

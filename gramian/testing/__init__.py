@@ -1,9 +1,9 @@
-"""Conformance suites: the properties that every system, filter, mixer, task and reader must have.
+"""Test the properties that every system, filter, mixer, task and reader must have.
 
-Each function takes one part, either the library's or your own, and compares it with an independent
-definition. If a property fails, the function raises an `AssertionError`, whose message is one
-sentence that names the property, the argument and the size of the error. The functions are plain
-functions, so they work with any test runner:
+Each function is a conformance suite. It receives one part, of the library or your own, and compares
+it with an independent definition. If a property fails, it raises an `AssertionError`. The message
+is one sentence that names the property, the argument and the size of the error. The suites are
+plain functions, so they work with any test runner:
 
     from gramian.testing import check_filter
 

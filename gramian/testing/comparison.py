@@ -1,4 +1,4 @@
-"""Comparisons that raise an `AssertionError` with one sentence."""
+"""Compare values, and raise an `AssertionError` with one sentence if they disagree."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def require_close(claim: str, actual: Tensor, expected: Tensor, tolerance: float
     """Raise an AssertionError unless two tensors agree.
 
     Args:
-        claim: beginning of the message, which says what should hold.
+        claim: beginning of the message. It states the property that should hold.
         actual: the computed tensor.
         expected: the correct tensor, of the same shape.
         tolerance: largest relative error accepted, both in the l2 norm and in the largest entry.
@@ -73,14 +73,14 @@ def require_gradients(owner: str, names: Iterable[str], gradients: Iterable[Tens
 
 
 def stopped(gradients: Iterable[Tensor | None]) -> bool:
-    """Return whether a gradient arrives and is zero everywhere."""
+    """Return whether any gradient exists but is zero everywhere."""
     return any(gradient is not None and not gradient.any() for gradient in gradients)
 
 
 def nudge(parameters: Iterable[Tensor], random: torch.Generator) -> None:
-    """Move parameters a little, so that none is zero because it was initialized so.
+    """Change parameters a little, so that none keeps an initial value of zero.
 
-    A weight of zeros lets no gradient through to what it multiplies until the first step.
+    If a weight is zero, no gradient passes to the values that it multiplies.
     """
     with torch.no_grad():
         for parameter in parameters:
@@ -89,7 +89,7 @@ def nudge(parameters: Iterable[Tensor], random: torch.Generator) -> None:
 
 
 def require_json(owner: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Write `config` as JSON and read it back; raise an AssertionError if that changes it."""
+    """Write `config` as JSON and return it read again, or raise an AssertionError if it changed."""
     try:
         again: dict[str, Any] = json.loads(to_json(config))
     except (TypeError, ValueError) as error:

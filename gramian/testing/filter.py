@@ -1,4 +1,4 @@
-"""The conformance suite of filters: configuration, lengths, precision and gradients."""
+"""Test filters: configuration, lengths, precision and gradients."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ def check_filter(filter: Filter, *, tolerance: float = 1e-4, seed: int = 0) -> N
     """Check that a registered filter keeps the contract of filters.
 
     - `build(filter.config())` makes a filter with the same system.
-    - The first 1, 2, 3 and 63 taps do not depend on how many taps are requested. A filter whose
-      `max_length` is one of these numbers has finite taps, or is refused with a ValueError.
+    - The first 1, 2, 3 and 63 taps do not depend on how many taps are requested. A filter that is
+      built with one of these numbers as `max_length` has finite taps, unless it refuses this
+      `max_length` with a ValueError.
     - A cast to half precision leaves the parameters in single precision and does not change the
       taps. No parameter and no buffer is complex.
-    - Gradients reach every trainable parameter, at its value or, where zeros stop a gradient, near
-      it.
+    - Gradients reach every trainable parameter. If zeros stop a gradient, the gradient must pass at
+      slightly changed values of the parameters.
     - The system passes `check_system`.
 
     Args:
-        filter: the filter, which is not modified.
+        filter: the filter. It is not modified.
         tolerance: largest relative error accepted in single precision.
         seed: seed of the random numbers.
 
     Raises:
-        AssertionError: if a property fails; the message says which.
+        AssertionError: if a property fails. The message names the property.
         TypeError: if `filter` is not a `Filter`.
     """
     if not isinstance(filter, Filter):
@@ -115,7 +116,7 @@ def _check_lengths(filter: Filter, name: str, tolerance: float) -> None:
             require_close(claim, _taps(filter, length), taps[:, :length], tolerance)
         try:
             short = build(filter.config() | {"max_length": length})
-        except ValueError:  # a filter may refuse so small a max_length
+        except ValueError:  # a filter may refuse a max_length that is too small
             continue
         require(
             _taps(short, length).isfinite().all(),

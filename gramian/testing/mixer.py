@@ -1,4 +1,4 @@
-"""A conformance suite: mixers compute one map in every mode, with any padding and packing."""
+"""Test that mixers compute one map in every mode, with any padding and packing."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def check_mixer(
     tolerance: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Check that a mixer computes one map, however it is run.
+    """Check that a mixer computes the same map in every mode.
 
     - Whole sequences of 1, 2, 3 and `length` tokens, chunks, prefill and steps give the same
-      outputs, which do not depend on later inputs.
+      outputs. These do not depend on later inputs.
     - Padding on the left, on the right and between tokens changes neither outputs nor states.
-    - Sequences packed into one row have the outputs that they have alone.
+    - Sequences that are packed into one row have the outputs that they have alone.
     - Outputs in bfloat16 stay close to those in full precision.
-    - Gradients reach every trainable parameter, and are the same through chunks as through whole
-      sequences.
+    - Gradients reach every trainable parameter, and do not change if a sequence is processed in
+      chunks.
     - The operator is causal and zero at padding. With `rebuild`, it also gives the mixer's outputs
       when it is applied to the values.
     - A registered mixer can be built again from `mixer.config()`.
@@ -51,7 +51,7 @@ def check_mixer(
     For a mixer that is not causal, the checks of causality, states and operators are skipped.
 
     Args:
-        mixer: the mixer, which is not modified; a copy is run in evaluation mode.
+        mixer: the mixer. It is not modified: a copy is run in evaluation mode.
         length: number of tokens in the longest sequence, at least 8.
         rebuild: function that computes the mixer's output (batch, length, width) from the mixer,
             its input `x` (batch, length, width) and `mixer.operator(x)`. By default the operator is
@@ -61,7 +61,7 @@ def check_mixer(
         seed: seed of the random inputs.
 
     Raises:
-        AssertionError: if a property fails; the message says which.
+        AssertionError: if a property fails. The message names the property.
         TypeError: if `mixer` is not a `Mixer`.
         ValueError: if `length` is below 8.
     """
@@ -124,7 +124,7 @@ class _Suite:
         )
 
     def check_whole(self) -> None:
-        """Check that outputs have the inputs' shape and dtype and do not depend on later inputs."""
+        """Check that outputs have the inputs' shape and dtype, and ignore later inputs."""
         y = self.mixer(self.x)
         require(
             y.shape == self.x.shape and y.dtype == self.x.dtype,
@@ -171,9 +171,10 @@ class _Suite:
                 self.require_close(claim, y, expected[:, first])
 
     def masks(self, length: int) -> dict[str, Tensor]:
-        """Return masks (3, length) for three places of padding: left, right and between tokens.
+        """Return a mask (3, length) for each place of padding: left, right and between tokens.
 
-        The rows have `length`, `length // 2` and one token. With gaps, row 1 has every other token.
+        The rows have `length`, `length // 2` and one token. In the mask with padding between
+        tokens, every other position of row 1 is a token.
         """
         counts = (length, length // 2, 1)
         masks = {side: torch.zeros(3, length, dtype=torch.bool) for side in ("left", "right")}
@@ -186,7 +187,7 @@ class _Suite:
         return {side: mask.to(self.like.device) for side, mask in masks.items()}
 
     def check_padding(self) -> None:
-        """Check that a row's outputs are those of its tokens alone, whatever the padding holds."""
+        """Check that no values in the padding change a row's outputs."""
         x = self.draw(3, self.length)
         for side, mask in self.masks(self.length).items():
             for junk in (torch.nan, 1e4):
@@ -201,7 +202,7 @@ class _Suite:
                 self.require_close(claim, y[mask], self.mixer(x, mask=mask)[mask])
 
     def check_padded_states(self) -> None:
-        """Check that padding changes no state, in a prefill and in a chunk from a warm state."""
+        """Check that padding changes no state, in a prefill and in a chunk after it."""
         recurrence = self.mixer.recurrence()
         x, z, token = self.draw(3, self.length), self.draw(3, 8), self.draw(3, 1)[:, 0]
         second = self.masks(8)["gap"]
@@ -228,7 +229,7 @@ class _Suite:
                     self.require_close(claim, step[row], y[0])
 
     def check_packing(self) -> None:
-        """Check that sequences that share a row have the outputs that they have alone."""
+        """Check that sequences in a shared row have the outputs that they have alone."""
         numbers = torch.zeros(2, self.length, dtype=torch.int64)
         numbers[0, 3:], numbers[0, self.length // 2 :], numbers[1, 1:] = 4, 7, 1
         real = torch.ones(2, self.length, dtype=torch.bool)
@@ -243,7 +244,10 @@ class _Suite:
                 self.require_close(claim, y[row, chosen], alone)
 
     def check_operator(self, rebuild: Rebuild | None) -> None:
-        """Check that the operator is causal, ignores padding and (with `rebuild`) is the mixer."""
+        """Check that the operator is causal and ignores padding.
+
+        With `rebuild`, also check that the operator gives the mixer's outputs.
+        """
         length, half = self.length, self.length // 2
         system = self.mixer.operator(self.x)
         matrix = system.matrix(length)
@@ -298,7 +302,7 @@ class _Suite:
             )
 
     def check_gradients(self) -> None:
-        """Check that gradients reach every parameter, and are the same through chunks."""
+        """Check that gradients reach every parameter, and are equal with chunks and without."""
         mixer = copy.deepcopy(self.mixer).double()
         trained = {key: one for key, one in mixer.named_parameters() if one.requires_grad}
         x = self.x.double().requires_grad_()

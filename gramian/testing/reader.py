@@ -1,4 +1,4 @@
-"""The conformance suite of readers: the same documents for all blocks and compressions."""
+"""Test that readers yield the same documents for all sizes of blocks and all compressions."""
 
 from __future__ import annotations
 
@@ -41,13 +41,15 @@ def check_reader(
         reader: the function that is registered with `register_reader`.
         suffix: end of the files' names, such as `".gb"`.
         content: the bytes of a file in the reader's format.
-        documents: the documents in `content`. A document whose name is "" matches any name.
+        documents: the documents in `content`. An expected document whose name is "" matches any
+            name.
         column: key of the texts, for formats that store texts under keys.
-        refused: the bytes of an invalid file, which the reader must refuse with a ValueError of one
-            sentence that begins with the file's name. By default no invalid file is tried.
+        refused: the bytes of an invalid file. The reader must refuse it with a ValueError, whose
+            message is one sentence that begins with the file's name. By default, no invalid file is
+            tried.
 
     Raises:
-        AssertionError: if a property fails; the message says which.
+        AssertionError: if a property fails. The message names the property.
     """
     for size in (*_BLOCKS, max(1, len(content))):
         found = list(reader(_cut(content, size), f"file{suffix}", column))

@@ -1,4 +1,4 @@
-"""The conformance suite of systems: one operator, run whole, in chunks, by steps or as a matrix."""
+"""Test that a system is one operator, run whole, in chunks, by steps or as a matrix."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PRECISIONS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 def check_system(
     system: System[Any], *, length: int = 63, tolerance: float | None = None, seed: int = 0
 ) -> None:
-    """Check that a system is one causal operator, however it is run.
+    """Check that a system computes the same causal operator in every mode.
 
     The reference is a plain sum over the system's taps, or over the rows of its dense matrix if the
-    system is not time-invariant. These must agree with it:
+    system is not time-invariant. The following results must agree with it:
 
     - the dense matrix;
     - the outputs for 1, 2, 3 and `length` samples;
@@ -31,18 +31,20 @@ def check_system(
     - the gradient with respect to the input;
     - the outputs for inputs in single precision and bfloat16.
 
-    Derivatives with respect to the system's tensors must agree with finite differences. Indexing a
-    channel, flattening as a pytree, and selecting and repeating states must keep the operator.
+    Derivatives with respect to the system's tensors must agree with finite differences. The
+    operator must stay the same if a channel is indexed, the system is flattened as a pytree, or
+    states are selected and repeated.
 
     Args:
         system: a system of any realization, with any channel dimensions.
-        length: number of samples of the longest input, at most the length of a system that has one.
+        length: number of samples of the longest input, which must not exceed the length of the
+            system, if the system has one.
         tolerance: largest relative error accepted; by default 1e-9 for a system in double precision
             and 1e-4 for others.
         seed: seed of the random inputs.
 
     Raises:
-        AssertionError: if a property fails; the message says which.
+        AssertionError: if a property fails. The message names the property.
         TypeError: if `system` is not a `System`.
     """
     if not isinstance(system, System):
@@ -75,7 +77,7 @@ def check_system(
 
 
 def _apply_definition(system: System[Any], name: str, u: Tensor, tolerance: float) -> Tensor:
-    """Return the output as a plain sum over taps or rows of the matrix, and check the matrix."""
+    """Return the output as a plain sum over taps or matrix rows, and check the dense matrix."""
     length = u.shape[-1]
     matrix = system.matrix(length)
     wanted = (*system.channel_shape, length, length)
@@ -149,8 +151,9 @@ def _check_input_gradient(system: System[Any], name: str, u: Tensor, tolerance: 
 def _check_field_gradients(
     system: System[Any], name: str, u: Tensor, random: torch.Generator
 ) -> None:
-    """Compare the derivative with respect to each tensor, in a random direction, with a central
-    difference.
+    """Compare derivatives with respect to each tensor, in a random direction, with differences.
+
+    The differences are central differences of the outputs.
     """
     double, u = system.to(dtype=torch.float64), u.double()
     leaves, spec = pytree.tree_flatten(double)
@@ -204,7 +207,7 @@ def _check_structure(system: System[Any], name: str, length: int) -> None:
 
 
 def _check_states(system: System[Any], name: str, u: Tensor, tolerance: float) -> None:
-    """Check that states that are selected or repeated continue as their sequences do."""
+    """Check that a selected or repeated state continues as the state of its sequence does."""
     recurrence, half = system.recurrence(), u.shape[-1] // 2
     if not half:
         return

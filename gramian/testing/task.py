@@ -1,4 +1,4 @@
-"""The conformance suite of tasks: rows by split and seed, and the layout of inputs and labels."""
+"""Test tasks: rows of every split and seed, and the layout of inputs and labels."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ def check_task(
 
     - Reading a split again with the same seed gives the same rows. The rows of a `GeneratedTask`
       differ between splits and between seeds.
-    - Inputs and labels have the names, shapes and types of numbers that the description implies.
-      Token ids and classes are in range, no row is longer than `length`, and every row has a label
-      to score.
+    - Inputs and labels have the names, shapes and types that the description implies. Token ids and
+      classes are in range, no row is longer than `length`, and every row has a label to score.
     - The dataset holds the same numbers as the rows.
-    - Published settings are accepted.
+    - The task accepts its published settings.
 
     Args:
         task: the task, with its settings.
@@ -39,7 +38,7 @@ def check_task(
         seed: seed of the rows.
 
     Raises:
-        AssertionError: if a property fails; the message says which.
+        AssertionError: if a property fails. The message names the property.
         TypeError: if `task` is not a `Task`.
     """
     if not isinstance(task, Task):

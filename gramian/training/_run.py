@@ -1,14 +1,14 @@
-"""One run: task and model from the configuration, training, and the run's folder.
+"""Run one training: make the task and the model, train, and write the run's folder.
 
 config.yaml        the configuration
-environment.json   versions, machine and command; one more such file for each resumption
+environment.json   a list: versions, machine and command at the start and at each resumption
 metrics.jsonl      one line for each log entry
 samples.jsonl      the model's predictions for a few rows at each evaluation
-checkpoints/       checkpoints, from which a killed run resumes
+checkpoints/       checkpoints, from which an interrupted run resumes
 imports/           copies of the user's modules that registered parts of the run
 best/, last/       models for `from_pretrained`
 training.png       losses and metrics against steps
-report.json        the report; it is written last, so its presence marks a finished run
+report.json        the report; it is written last, so a run that has a report is finished
 """
 
 from __future__ import annotations
@@ -81,11 +81,12 @@ class TrainingReport:
         output: the run's folder.
         steps: number of optimizer steps, over all resumptions.
         parameters: number of parameters of the model.
-        metrics: metrics of the last evaluation, by name.
-        best: the best value of `evaluation.metric`, under the metric's name, and the optimizer step
-            of that evaluation, under `"step"`.
+        metrics: a mapping from the names of metrics to their values at the last evaluation.
+        best: a mapping with two entries. The name of `evaluation.metric` maps to its best value,
+            and `"step"` to the optimizer step of that evaluation.
         seconds: wall time of training in seconds, counted from the last resumption.
-        resumed_from: the step from which the run was last resumed; 0 if it never was.
+        resumed_from: the step from which the run was last resumed, or 0 if the run was never
+            resumed.
     """
 
     output: str
@@ -107,7 +108,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
 
     Args:
         config: a configuration from `load_config` or `parse_config`.
-        progress: whether to show a progress bar on standard error; or a function, called as
+        progress: whether to show a progress bar on standard error; or a function that is called as
             `progress(done, total)` with numbers of optimizer steps.
 
     Returns:
@@ -118,7 +119,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
         ConfigError: if the task, its labels, the model, the batch size and the number of processes
             do not fit together, or if the folder holds another run.
         DivergedError: if the loss or a weight is no longer finite. Earlier checkpoints are kept,
-            and the same call resumes from the last of them.
+            and the same call resumes from the last checkpoint.
         FileNotFoundError: if a file of the task is missing.
     """
     folder = Path(config.output)
@@ -207,7 +208,7 @@ def _without_bars() -> Iterator[None]:
 def _tensorboard_in(folder: Path) -> Iterator[None]:
     """Make transformers write TensorBoard's files into the run's folder.
 
-    A trainer reads the name of the folder from an environment variable when it is created.
+    When a trainer is created, it reads the name of the folder from an environment variable.
     """
     name = "TENSORBOARD_LOGGING_DIR"
     before = os.environ.get(name)
@@ -224,7 +225,7 @@ def check(config: TrainingConfig) -> None:
     """Raise the errors that `train` would raise before its first step, and write nothing.
 
     Raises:
-        ConfigError, FileNotFoundError: as `train`.
+        ConfigError, FileNotFoundError: if `train` would raise one before its first step.
     """
     _import(config)
     task = _task(config)
@@ -245,8 +246,9 @@ def check(config: TrainingConfig) -> None:
 
 
 def _import(config: TrainingConfig) -> None:
-    """Import the modules that register parts of the run, from the copies of an earlier call if the
-    originals are missing.
+    """Import the modules that register parts of the run.
+
+    If an original is missing, the copy that an earlier call stored is imported.
     """
     try:
         import_parts(config.imports, Path(config.output, IMPORTS))
@@ -292,7 +294,7 @@ def _task(config: TrainingConfig) -> Task:
 
 
 def _tokenizer(config: TrainingConfig, task: Task) -> Any:
-    """Return the tokenizer to save with the model: the task's, or that of the initial model."""
+    """Return the tokenizer to save with the model: the task's or else the initial model's."""
     own = task.own_tokenizer()
     return _tokenizer_of_model(config) if own is None else own
 
@@ -306,7 +308,7 @@ def _tokenizer_of_model(config: TrainingConfig) -> Any:
 
 
 def _model(config: TrainingConfig, description: Description) -> Any:
-    """Make or load the model that is trained; a `PeftModel` for an adapter."""
+    """Make or load the model to train, which is a `PeftModel` if an adapter is trained."""
     check_adapter(config)
     kind = find_kind(description.kind)
     model_class: type[PreTrainedModel] = kind.model_class()
@@ -375,7 +377,7 @@ def _packer(config: TrainingConfig, description: Description) -> Packer | None:
 
 
 def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | None:
-    """Return the report of this run if it is finished, or None if it is not.
+    """Return the report of this run if the run is finished, or None if it is not.
 
     Raises:
         ConfigError: if the folder holds another run or other files.
@@ -403,7 +405,11 @@ def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | Non
 def _prepare(
     folder: Path, config: TrainingConfig, arguments: TrainingArguments
 ) -> TrainingReport | None:
-    """Create the run's folder, or prepare it for resuming; return the report of a finished run."""
+    """Create the run's folder, or prepare it for resuming.
+
+    Returns:
+        The report of the run if it is finished already, or None.
+    """
     import yaml
 
     report = earlier_report(folder, config)

@@ -1,15 +1,15 @@
-"""Sweeps: each point is one run, in a process on this machine or as a task of a Ray cluster.
+"""Run each point of a sweep in a process on this machine, or as a task of a Ray cluster.
 
 sweep.yaml         the configuration
 NAME=VALUE,…/      folders of the runs
 logs/              output of each run's processes, and tracebacks
-results.json       all results; this file and those below are written at the end
+results.json       all results; this file and the files below are written at the end
 results.csv        one line per run
 table.md           means over the seeds
 sweep.png          the metric along the first numeric axis
 
-Each run has its own process, so a run that fails or dies does not affect the others. Finished runs
-are kept, so the same call resumes a sweep that was killed.
+Each run has its own process, so a run that fails or dies does not affect the others. If a sweep was
+killed, the same call resumes it and keeps the finished runs.
 """
 
 from __future__ import annotations
@@ -59,21 +59,22 @@ def sweep(
 ) -> SweepReport:
     """Run the unfinished points of a sweep, and gather the results.
 
-    Every point is checked before the first one starts. A run that fails is listed with its error
-    and tried again by the next call; the others continue.
+    Every point is checked before the first one starts. If a run fails, the report lists its error,
+    and the other runs continue. The next call tries the failed run again.
 
     Args:
         config: a configuration from `load_sweep` or `parse_sweep`.
         jobs: number of simultaneous runs on this machine. Each run uses `hardware.threads` cores
             or, by default, an equal share of the cores. Accelerators are assigned in turn, one per
             run.
-        address: address of a Ray cluster, or `"auto"` for that of this machine. Runs go to its
-            machines, which must share the file system and the working directory, and `jobs` is
-            ignored. Each run requests `hardware.threads` cores and one accelerator, if the cluster
-            has any.
-        progress: whether to print progress on standard error, one line for every run that ends and
-            at least one every 30 seconds; or a function, called as `progress(done, total)` with
-            numbers of runs. In `done`, an unfinished run counts as its finished fraction.
+        address: address of a Ray cluster, or `"auto"` for the cluster of this machine. The machines
+            of the cluster run the points, and must share the file system and the working directory.
+            `jobs` is then ignored. Each run requests `hardware.threads` cores, and one accelerator
+            if the cluster has any.
+        progress: whether to print progress on standard error, with one line for every run that ends
+            and at least one line every 30 seconds; or a function, which is called as
+            `progress(done, total)` with numbers of runs. In `done`, an unfinished run counts as its
+            finished fraction.
 
     Returns:
         The report, which is also saved in the sweep's folder.
@@ -113,7 +114,10 @@ def _show_nothing(done: float, total: int) -> None:
 
 
 def _check(config: SweepConfig) -> dict[str, TrainingReport]:
-    """Return the reports of finished points by name; raise the error of a point that cannot run."""
+    """Check every point, and return a mapping from the names of finished points to their reports.
+
+    If a point cannot run, its error is raised.
+    """
     finished, seen = {}, set()
     for point in config.points:
         try:
@@ -160,8 +164,8 @@ class _Outcome:
     """An event of the sweep: a run has ended, or some time has passed.
 
     Attributes:
-        point: the point whose run has ended; otherwise any unfinished point.
-        result: the report or the error of the run, or None if no run has ended.
+        point: the point whose run has ended, or any unfinished point if no run has ended.
+        result: the report of the run, or its error as text; None if no run has ended.
         under_way: sum of the finished fractions of the runs that have not ended.
     """
 
@@ -172,7 +176,7 @@ class _Outcome:
 
 @dataclass
 class _Job:
-    """A process that runs a point; `slot` numbers the processes that run at the same time."""
+    """A process that runs a point. Processes that run at the same time differ in `slot`."""
 
     point: SweepPoint
     process: BaseProcess
@@ -186,7 +190,8 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
     devices = _devices()
     context: Any = multiprocessing.get_context("spawn")
     if not devices and "forkserver" in multiprocessing.get_all_start_methods():
-        # A fork server imports once; a process that has initialized an accelerator must not fork.
+        # A fork server imports modules only once. It is not used with accelerators, because a
+        # process that has initialized one must not fork.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
     queue, running = list(reversed(waiting)), list[_Job]()
@@ -221,7 +226,7 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
 
 
 def _result_of(job: _Job) -> TrainingReport | str:
-    """Return the report or error that an ended process sent, or one line on how it died."""
+    """Return the report or error that an ended process sent, or one line that says how it ended."""
     job.process.join()
     try:
         if job.receiver.poll():
@@ -239,7 +244,7 @@ def _result_of(job: _Job) -> TrainingReport | str:
 
 
 def _work(sender: Any, config: TrainingConfig, threads: int, device: str | None, log: str) -> None:
-    """Run a point in its own process, and send its report or one line about its failure."""
+    """Run a point in its own process, and send its report, or one line that says why it failed."""
     _end_with_parent()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -258,8 +263,9 @@ def _work(sender: Any, config: TrainingConfig, threads: int, device: str | None,
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent ends, so that no run of a killed sweep goes on and conflicts
-    with the next sweep.
+    """End this process when its parent ends.
+
+    Otherwise the runs of a killed sweep would go on and conflict with those of the next sweep.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -272,7 +278,10 @@ def _end_with_parent() -> None:
 
 
 def _by_ray(waiting: list[SweepPoint], address: str | None) -> Iterator[_Outcome]:
-    """Run points as tasks of a Ray cluster, as many at once as it has resources for."""
+    """Run points as tasks of a Ray cluster.
+
+    The cluster starts each task when it has the resources.
+    """
     try:
         import ray
     except ImportError as error:
@@ -342,13 +351,13 @@ def _share(point: SweepPoint) -> float:
         for line in reversed(file.read().splitlines()):
             try:
                 return min(1.0, float(json.loads(line)[key]) / total)
-            except (ValueError, KeyError, TypeError):  # a line cut off at either end
+            except (ValueError, KeyError, TypeError):  # a line of which a part is missing
                 continue
     return 0.0
 
 
 def _devices() -> list[str]:
-    """Return the names of the accelerators that this process may use, for CUDA_VISIBLE_DEVICES."""
+    """Return the accelerators that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = allowed.split(",") if allowed else [str(index) for index in range(count)]

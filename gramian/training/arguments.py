@@ -1,4 +1,4 @@
-"""The arguments of transformers' `Trainer` for a configuration, checked against the machine."""
+"""Make the arguments of transformers' `Trainer`, and check that they suit the machine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_arguments(
 
     Args:
         config: configuration of the run.
-        model: the model to train, whose blocks may be sharded.
+        model: the model to train. If FSDP2 is requested, it shards the model's blocks.
         steps: number of optimizer steps.
         bar: whether transformers shows its progress bar.
 
@@ -71,7 +71,7 @@ def make_arguments(
     recomputing = {}
     if hardware.gradient_checkpointing and not hardware.fsdp:
         known = TrainingArguments.__dataclass_fields__
-        name = "activation_checkpointing"  # the newer name
+        name = "activation_checkpointing"  # its name in newer versions of transformers
         recomputing = {name if name in known else "gradient_checkpointing": True}
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -127,7 +127,7 @@ def _sharding(config: TrainingConfig, model: PreTrainedModel) -> dict[str, Any]:
     """Return the options of FSDP2: one group of parameters for each of the model's blocks.
 
     Raises:
-        ConfigError: if the model's class of blocks is not known.
+        ConfigError: if the model's class of blocks is not registered.
     """
     kind = getattr(model.config, "block", None)
     if kind not in BLOCKS:
@@ -145,7 +145,7 @@ def _sharding(config: TrainingConfig, model: PreTrainedModel) -> dict[str, Any]:
 def _processes(hardware: Hardware) -> tuple[int, bool]:
     """Return the number of processes, and whether they train on CPUs.
 
-    They do if the configuration says so or the machine has no accelerator.
+    They train on CPUs if the configuration says so, or if the machine has no accelerator.
     """
     try:
         processes = world_size()
@@ -158,6 +158,6 @@ def _processes(hardware: Hardware) -> tuple[int, bool]:
     if processes > 1 and here > devices:
         raise ConfigError(
             f"{here} processes of this machine need an accelerator each, and it has {devices}: "
-            "start as many, or give hardware.device=cpu."
+            "start at most that many processes, or give hardware.device=cpu."
         )
     return processes, False

@@ -1,4 +1,4 @@
-"""Checks of the values in a training configuration, one function for each section.
+"""Check the values in a training configuration, with one function for each section.
 
 Every function raises a `ConfigError` at the first value that is out of range.
 """
@@ -86,7 +86,7 @@ def check_checkpoints(section: Checkpoints, logging: Logging) -> None:
     if section.every is not None and section.every % logging.every:
         raise ConfigError(
             "checkpoints.every must be a multiple of logging.every, so that a resumed run logs "
-            f"what one in one piece does; got {section.every} and {logging.every}."
+            f"the same lines as an uninterrupted run; got {section.every} and {logging.every}."
         )
 
 
@@ -100,12 +100,12 @@ def check_hardware(section: Hardware) -> None:
 def check_combinations(
     optimization: Optimization, regularization: Regularization, hardware: Hardware
 ) -> None:
-    """Check that losses on memory, packed rows and the computation do not exclude each other."""
+    """Check that losses on memory, packed rows and the hardware settings go together."""
     regularized = regularization.gates > 0 or regularization.ess.weight > 0
     if regularized and (hardware.fsdp or hardware.compile):
         raise ConfigError(
-            "regularization reads what layers read and their parameters, which it cannot with "
-            "hardware.fsdp or hardware.compile."
+            "regularization reads the inputs and the parameters of layers, which is impossible "
+            "with hardware.fsdp or hardware.compile."
         )
     if optimization.packing and regularized:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The configuration of a training run, read from YAML and checked against dataclasses.
+"""Read the configuration of a training run from YAML, and check it against dataclasses.
 
 An unknown key is an error that names the nearest known one, and every value must have the type of
 its field. The defaults are defined in the dataclasses and nowhere else.
@@ -63,7 +63,7 @@ IMPORTS = "imports"
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The configuration of a training run; `gramian train --keys` explains every key."""
+    """The configuration of a training run. `gramian train --keys` explains every key."""
 
     output: str = field(metadata={"help": "folder of the run."})
     task: dict[str, Any] = field(
@@ -105,7 +105,7 @@ class TrainingConfig:
     hardware: Hardware = field(default_factory=Hardware)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as plain values, which `parse_config` accepts."""
+        """Return the configuration as plain values. `parse_config` accepts these values."""
         return dataclasses.asdict(self)
 
 
@@ -119,8 +119,8 @@ def load_config(
 ) -> TrainingConfig:
     """Read a YAML file, with changes such as `"optimization.steps=100"`.
 
-    The modules under `imports` are imported. If the file is in the folder of an earlier run, the
-    copies of modules that this folder holds are imported in their place.
+    The modules under the key `imports` are imported. If the file is in the folder of an earlier
+    run, and this folder has a copy of a module, the copy is imported instead.
 
     Args:
         path: the file.
@@ -141,12 +141,13 @@ def load_config(
 
 
 def add_imports(values: dict[str, Any], imports: Sequence[str], path: str | Path) -> None:
-    """Add modules to the key `imports` of plain values in place, and import all of them.
+    """Add modules to the key `imports` of `values` in place, and import every module it lists.
 
     Args:
-        values: contents of the file.
+        values: contents of a configuration file, as plain values.
         imports: modules to add.
-        path: the file. If a run keeps copies of modules beside it, these are imported.
+        path: the file. If the copy of a module is in the folder `imports/` beside it, the copy is
+            imported.
 
     Raises:
         ConfigError: if a module cannot be imported.
@@ -181,7 +182,7 @@ def read_values(path: str | Path) -> dict[str, Any]:
 
 
 def read_change(text: str) -> tuple[str, Any]:
-    """Parse a `key=value` whose value is YAML, and return the key and the value."""
+    """Parse text `key=value`, whose value is YAML, and return the key and the value."""
     import yaml
 
     key, equals, value = text.partition("=")
@@ -194,7 +195,7 @@ def read_change(text: str) -> tuple[str, Any]:
 
 
 def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
-    """Make a configuration from plain values.
+    """Make a configuration from plain values, such as those that YAML gives.
 
     Raises:
         ConfigError: if a key is unknown or missing, or a value is invalid.
@@ -207,10 +208,12 @@ def parse_config(values: Mapping[str, Any]) -> TrainingConfig:
 
 
 def set_value(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Set a key of nested sections in place; `keys` are its parts, which dots separate in YAML.
+    """Set a key of nested sections in place.
+
+    `keys` are the parts of the key, such as `["optimization", "steps"]` for `optimization.steps`.
 
     Raises:
-        ConfigError: if a part of the key but the last has a value that is not a section.
+        ConfigError: if the value of a part of the key, except the last part, is not a section.
     """
     for key in keys[:-1]:
         values = values.setdefault(key, {})

@@ -1,4 +1,4 @@
-"""The list of a configuration's keys, with their defaults and meanings."""
+"""List the keys of a configuration, with their defaults and meanings."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def list_keys(kind: type[Any], where: str = "") -> list[Key]:
 
 
 def _model_keys() -> list[Key]:
-    """List the fields of `GramianConfig`, with their meanings from its docstring."""
+    """List the fields of `GramianConfig`, with the meanings that its docstring gives."""
     from gramian.models import GramianConfig
 
     defaults = GramianConfig().to_dict()
@@ -85,7 +85,8 @@ def read_attributes(kind: type[Any]) -> dict[str, str]:
         kind: the class, whose section must have one entry for each annotated field.
 
     Returns:
-        The meanings by the names of the fields, in the order of the section, each in one line.
+        A mapping from the names of the fields to their meanings, in the order of the section. Each
+        meaning is one line.
 
     Raises:
         ValueError: if a field has no entry or several.
@@ -113,6 +114,9 @@ def read_attributes(kind: type[Any]) -> dict[str, str]:
 
 
 def _yaml(value: Any) -> str:
-    """Format a plain value as YAML: as JSON, a subset of YAML, except for numbers like 1e-06."""
+    """Format a plain value as YAML.
+
+    JSON is almost a subset of YAML 1.1; only a number like 1e-06 needs a point.
+    """
     text = to_json(value)
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text

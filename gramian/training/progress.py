@@ -1,4 +1,4 @@
-"""Progress of `train` and `sweep`, which share the meaning of the argument `progress`."""
+"""Show the progress of `train` and `sweep`. Their argument `progress` has the same meaning."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SILENCE = 30.0
 
 
 class Lines:
-    """A function that prints progress on standard error: a line for every finished part.
+    """A function that prints progress on standard error, one line for every finished part.
 
-    At least one line is printed every 30 seconds, as long as the function is called.
+    A call also prints a line if the last line is at least 30 seconds old.
 
     Args:
         what: name of the parts, such as `"runs"`.
@@ -34,7 +34,7 @@ class Lines:
         self._told = -math.inf
 
     def __call__(self, done: float, total: int) -> None:
-        """Print how many of `total` parts are done, if a line is due."""
+        """Print how many of `total` parts are done, unless the call comes too soon."""
         now = time.monotonic()
         whole = math.floor(done)
         if whole == self._done and now - self._told < SILENCE:
@@ -49,7 +49,7 @@ class Lines:
 class StepCallback(TrainerCallback):
     """A callback that calls a function with the number of steps done and the number of all steps.
 
-    It does so at the start of training and after every step, in the main process only.
+    The function is called at the start of training and after every step, in the main process only.
     """
 
     def __init__(self, progress: Callable[[float, int], None]) -> None:

@@ -1,4 +1,4 @@
-"""The sections of a training configuration: what their keys mean, and their defaults."""
+"""Define the sections of a training configuration, with the meanings and defaults of their keys."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ DEVICES = ("auto", "cpu")
 
 
 class ConfigError(ValueError):
-    """An error in a configuration that its author can correct; the message is one sentence."""
+    """An error in a configuration that its author can correct. The message is one sentence."""
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """Settings of AdamW and of the schedule of its learning rate, which begins with a warm-up.
+    """Settings of AdamW and of its learning rate. The schedule of the rate begins with a warm-up.
 
     `gramian.parameter_groups` gives the parameters of filters the learning rates and weight decays
     that the filters request.
@@ -47,7 +47,7 @@ class Optimization:
         32,
     )
     accumulation: int = setting(
-        "number of micro-batches that each process takes in an optimizer step (gradient "
+        "number of micro-batches that each process reads in an optimizer step (gradient "
         "accumulation).",
         1,
     )
@@ -77,21 +77,23 @@ class Optimization:
         "learning rate at the end of the cosine schedule, as a share of the peak.", 0.05
     )
     clip_norm: float = setting(
-        "largest norm of the gradient, to which larger ones are scaled down; 0 turns this off.", 1.0
+        "largest norm of the gradient; a gradient of larger norm is scaled down. 0 turns this off.",
+        1.0,
     )
 
 
 @dataclass(frozen=True)
 class StatePenalty:
-    """Settings of a loss on effective state-size; see `gramian.memory.ess_penalty`."""
+    """Settings of the loss on effective state-size that `gramian.memory.ess_penalty` computes."""
 
     weight: float = setting("weight of the loss; 0 turns it off.", 0.0)
     target: float | None = setting(
-        "state-size to which the loss draws every head or channel; or give `share` instead.", None
+        "state-size towards which the loss pulls every head or channel; or give `share` instead.",
+        None,
     )
     share: float | None = setting(
-        "share of the available state to which the loss draws every head or channel, above 0 and "
-        "at most 1; or give `target` instead.",
+        "share of the available state towards which the loss pulls every head or channel, above 0 "
+        "and at most 1; or give `target` instead.",
         None,
     )
     sequences: int = setting(
@@ -104,10 +106,10 @@ class StatePenalty:
 
 @dataclass(frozen=True)
 class Regularization:
-    """Settings of losses on memory, which are added to the task's loss and logged separately."""
+    """Settings of losses on memory. They are added to the task's loss and logged separately."""
 
     gates: float = setting(
-        "weight of `gramian.memory.gate_regularizer`, which draws the gates of linear "
+        "weight of `gramian.memory.gate_regularizer`, which pulls the gates of linear "
         "recurrences towards 1; 0 turns it off.",
         0.0,
     )
@@ -116,7 +118,7 @@ class Regularization:
 
 @dataclass(frozen=True)
 class StateSizes:
-    """Settings of the effective state-sizes measured at evaluations; see `StateSizeCallback`."""
+    """Settings of the effective state-sizes that `StateSizeCallback` measures at evaluations."""
 
     rows: int = setting(
         "number of held-out rows on which state-sizes are measured; 0 measures none.", 0
@@ -127,15 +129,15 @@ class StateSizes:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Settings of evaluation, which always takes place at the end of training."""
+    """Settings of evaluation. An evaluation always takes place at the end of training."""
 
     every: int | None = setting(
         "optimizer steps from one evaluation to the next; None evaluates at the end only.", None
     )
     split: str = setting("split of the task to evaluate on.", "validation")
-    examples: int | None = setting("largest number of rows to evaluate; None takes all.", None)
+    examples: int | None = setting("largest number of rows to evaluate; None uses all.", None)
     batch_size: int | None = setting(
-        "number of sequences in a batch of each process; None takes that of a training "
+        "number of sequences in a batch of each process; None uses the number in a training "
         "micro-batch.",
         None,
     )
@@ -173,7 +175,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Logging:
-    """Settings of the log of metrics, which is always written to `metrics.jsonl`."""
+    """Settings of the log of metrics. The log is always written to `metrics.jsonl`."""
 
     every: int = setting("optimizer steps from one log entry to the next.", 10)
     report_to: list[str] = field(

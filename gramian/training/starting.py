@@ -1,4 +1,4 @@
-"""The model that a run goes on from: a saved one, perhaps under another head, and its adapter."""
+"""Load the saved model from which a run starts, give it a new head if needed, and adapt it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
     "saved_names",
 ]
 
-_OURS = (  # fields of peft's configuration that follow from the run
+_OURS = (  # fields of peft's configuration that the run determines
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
@@ -47,8 +47,8 @@ _OURS = (  # fields of peft's configuration that follow from the run
 def load_saved(path: str, kind: Kind, description: Description) -> tuple[Any, list[str]]:
     """Load a saved model as the class that a task trains.
 
-    A model of another class gives its body: the head is new, as large as the task needs. An adapter
-    is merged into its base model.
+    If the saved model is of another class, only its body is loaded, and the head is new and as
+    large as the task needs. An adapter is merged into its base model.
 
     Args:
         path: folder of the model.
@@ -59,7 +59,7 @@ def load_saved(path: str, kind: Kind, description: Description) -> tuple[Any, li
         The model, and the names of its new parts.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if the folder does not exist.
         ConfigError: if the model does not fit the task.
     """
     folder, wanted = Path(path), kind.model_class()
@@ -154,10 +154,10 @@ def name_labels(model: Any, names: list[str]) -> None:
 
 
 def check_adapter(config: TrainingConfig) -> None:
-    """Check the key `adapter` by itself.
+    """Check the key `adapter`, before the model is loaded.
 
     Raises:
-        ConfigError: on an unknown key, or one that does not go with others.
+        ConfigError: if a key of the adapter is unknown, or conflicts with other keys.
     """
     values = config.adapter
     if values is None:
@@ -186,13 +186,13 @@ def check_adapter(config: TrainingConfig) -> None:
 
 
 def adapt(model: Any, values: Mapping[str, Any], path: str, new: list[str]) -> Any:
-    """Wrap a model in an adapter of peft, which is all that is trained from then on.
+    """Wrap a model in an adapter of peft, so that only the adapter and new parts are trained.
 
     Args:
         model: a model from `load_saved`.
         values: the key `adapter` of a configuration.
         path: folder of the model.
-        new: names of the parts that are new; they are trained and saved with the adapter.
+        new: names of the model's parts that are new. They are trained and saved with the adapter.
 
     Raises:
         ConfigError: if peft refuses the values, or the adapter changes a tied embedding.
@@ -217,15 +217,15 @@ def adapt(model: Any, values: Mapping[str, Any], path: str, new: list[str]) -> A
 
 
 def base_of(model: Any) -> Any:
-    """Return the model inside of an adapter, or the model itself."""
+    """Return the model inside an adapter, or the model itself if it has no adapter."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def save_description(model: Any, folder: Path) -> None:
-    """Write the configuration of the model inside of an adapter, unless that of its base says it.
+    """Write the configuration of the model inside an adapter, unless that of its base is the same.
 
-    It says the class and the labels, which the adapter's own configuration does not. Beside one,
-    transformers' Auto classes would look for whole weights, so it is written where it is needed.
+    It contains the class and the labels, which the configuration of the adapter lacks.
+    transformers' Auto classes look for whole weights beside it, so it is written only if needed.
     """
     base = base_of(model)
     config = copy.deepcopy(base.config)
@@ -235,7 +235,7 @@ def save_description(model: Any, folder: Path) -> None:
     names = ("architectures", "id2label", "problem_type", "pooling")
     if any(getattr(saved, name) != getattr(config, name) for name in names):
         config.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's form, which nobody has filled in
+    (folder / "README.md").unlink(missing_ok=True)  # peft's template, whose fields are empty
 
 
 def _require_peft() -> None:

@@ -1,4 +1,4 @@
-"""The results of a sweep: all points, means over the seeds, and tables."""
+"""Gather the results of a sweep: all points, means over the seeds, and tables."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["SEED", "PointReport", "Spread", "SweepReport", "SweepRow"]
 
 SEED = "seed"
 STATE_SIZES = {"ess": "ESS", "ess_utilization": "ESS / TSS"}
-"""Metrics of memory and the headings of their columns, which appear if they were measured."""
+"""The headings of the columns of metrics of memory. A column appears if its metric was measured."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean and a sample standard deviation, which is None for a single value."""
+    """A mean and a sample standard deviation. For a single value, the deviation is None."""
 
     mean: float
     deviation: float | None
@@ -63,17 +63,17 @@ class SweepRow:
     """A group of runs that differ only in their seeds.
 
     Attributes:
-        values: by axis, the value that the runs share; the seed is left out.
+        values: for each axis except the seed, the value that the runs share.
         runs: number of runs that finished.
         failed: number of runs that failed.
-        best: mean and deviation, over the finished runs, of the metric at its best evaluation; None
-            if no run finished, as for the attributes below.
-        last: the same for the metric at the last evaluation.
+        best: mean and deviation, over the finished runs, of the metric at its best evaluation. If
+            no run finished, this attribute and the ones below are None.
+        last: mean and deviation of the metric at the last evaluation.
         steps: mean number of optimizer steps.
         seconds: mean wall time of a run in seconds, counted from its last resumption.
         ess: mean and deviation of the average effective state-size at the last evaluation; None
             unless `evaluation.ess.rows` is set.
-        ess_utilization: the same for the share of the state in use.
+        ess_utilization: mean and deviation of the share of the state in use; None in the same case.
     """
 
     values: dict[str, Any]
@@ -89,12 +89,12 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """The results of a sweep, which print as the table of `rows`.
+    """The results of a sweep. A report prints as the table of `rows`.
 
     Attributes:
         output: the sweep's folder.
         metric: `evaluation.metric`, by which the best evaluation of each run was chosen.
-        axes: by axis, all its values.
+        axes: for each axis, a list of all its values.
         points: all runs, in the order of the grid.
     """
 
@@ -134,11 +134,11 @@ class SweepReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as values that JSON can hold."""
+        """Return the whole report as values that JSON can represent."""
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
     def to_csv(self) -> str:
-        """Return CSV with one line for every run: the values of its axes, then its results."""
+        """Return CSV with one line for every run: the value of each axis, then the results."""
         columns = [
             self._line(point) | ({} if point.error is None else {"error": point.error})
             for point in self.points
@@ -176,7 +176,7 @@ class SweepReport:
 
     @property
     def summary(self) -> str:
-        """Return one sentence with the number of runs and of failures, and what the table shows."""
+        """Return one sentence: the numbers of runs and of failures, and what the table shows."""
         words = f"{len(self.points)} runs"
         if self.failed:
             words += f", {len(self.failed)} failed"
@@ -221,7 +221,7 @@ class SweepReport:
 
 
 def _measured(reports: Sequence[TrainingReport], metric: str) -> Spread | None:
-    """Return the spread of a metric over the runs that measured it, or None if none did."""
+    """Return the spread of a metric over the runs that measured it, or None if no run did."""
     values = [report.metrics[metric] for report in reports if metric in report.metrics]
     return Spread.of(values) if values else None
 

@@ -1,8 +1,8 @@
-"""Transformers' `Trainer` with parameter groups for filters, exact scores and safe checkpoints.
+"""Extend transformers' `Trainer` by parameter groups for filters, exact scores, safe checkpoints.
 
-A checkpoint is valid once its last file, `complete`, exists: a run that was killed while writing a
-checkpoint resumes from the one before. The best model so far is saved in `best/`, beside the folder
-of checkpoints.
+A checkpoint is valid once its last file, `complete`, exists. If a run was killed while it wrote a
+checkpoint, it resumes from the checkpoint before. The best model so far is saved in `best/`, beside
+the folder of checkpoints.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COMPLETE = "complete"
 class DivergedError(FloatingPointError):
     """The error of a run that cannot go on because its loss or its weights are no longer finite.
 
-    The message is one sentence that names the last good checkpoint, which is kept.
+    The message is one sentence that names the last good checkpoint. This checkpoint is kept.
     """
 
 
@@ -49,9 +49,10 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 class Patience(EarlyStoppingCallback):
-    """Early stopping by transformers, without its demand to load the best model at the end.
+    """Early stopping by transformers that does not load the best model at the end.
 
-    The best model is saved in the folder `best/` anyway.
+    Transformers demands that `load_best_model_at_end` is set. Here the best model is saved in the
+    folder `best/` anyway.
     """
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -59,7 +60,7 @@ class Patience(EarlyStoppingCallback):
 
 
 def total(prediction: Any, description: Description) -> dict[str, float]:
-    """Compute metrics from the scores of all sequences; `loss` is the first of them.
+    """Compute metrics from the scores of all sequences, and return the first one as `loss` too.
 
     Raises:
         ConfigError: if no sequence has a label to score.
@@ -72,9 +73,9 @@ def total(prediction: Any, description: Description) -> dict[str, float]:
 
 
 def _shard_this_process(state: AcceleratorState, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Switch accelerate's process-wide state to sharding, in both places where it is kept.
+    """Switch accelerate's state of this process to sharding, in both objects that store it.
 
-    As when accelerate makes this change itself, it affects every later trainer of the process.
+    The change affects every later trainer of the process, as if accelerate had made it.
     """
     state.distributed_type = DistributedType.FSDP
     PartialState().distributed_type = DistributedType.FSDP  # instances share their attributes
@@ -89,7 +90,7 @@ class GramianTrainer(Trainer):
         folder: folder of the run.
         tokenizer: tokenizer to save beside the best model, or None.
         losses: losses on the model's memory, which are added to the task's loss; None adds none.
-        packer: collator that packs training batches, or None; other batches use `data_collator`.
+        packer: collator that packs training batches; None uses `data_collator` for them too.
         kwargs: further arguments of `Trainer`.
     """
 
@@ -110,7 +111,7 @@ class GramianTrainer(Trainer):
             preprocess_logits_for_metrics=lambda outputs, labels: kind.score(
                 outputs[0] if isinstance(outputs, tuple | list) else outputs, labels
             ),
-            compute_metrics=lambda prediction: {},  # computed below, where the loss is available
+            compute_metrics=lambda prediction: {},  # `evaluation_loop` computes them
             **kwargs,
         )
         self.description = description
@@ -120,11 +121,11 @@ class GramianTrainer(Trainer):
         self.packer = packer
         self.logged: dict[str, list[float]] = {}
         # Losses are sums over the labels, divided by the number of labels in the whole batch,
-        # however the batch is divided among processes and micro-batches.
+        # so they do not depend on the division among processes and micro-batches.
         self.model_accepts_loss_kwargs = True
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Count labels as transformers does, but at least 1, to give zero loss without labels."""
+        """Count labels as transformers does, but return at least 1 to avoid a division by zero."""
         count = super()._get_num_items_in_batch(*args, **kwargs)
         return count.clamp_min(1) if isinstance(count, Tensor) else count
 
@@ -138,7 +139,10 @@ class GramianTrainer(Trainer):
             self.data_collator = collator
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make transformers' accelerator, but let FSDP2 shard over CPUs too, unlike accelerate."""
+        """Make transformers' accelerator, and let FSDP2 shard over CPUs too.
+
+        Accelerate itself does not shard over CPUs.
+        """
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and self.accelerator.distributed_type is DistributedType.MULTI_CPU:
             plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
@@ -146,7 +150,7 @@ class GramianTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return AdamW over `gramian.parameter_groups`."""
+        """Return AdamW for the parameter groups that `gramian.parameter_groups` makes."""
         if self.optimizer is None:
             arguments: TrainingArguments = self.args
             groups = parameter_groups(
@@ -167,7 +171,7 @@ class GramianTrainer(Trainer):
     ) -> Any:
         """Compute transformers' loss and, in training, add the losses on memory.
 
-        Training computes logits at the labelled positions alone where that saves work.
+        In training, logits are computed at the labelled positions only, if that saves work.
         """
         if self.args.torch_compile:  # compiled code cannot read values, and its shapes are fixed
             shape = inputs["input_ids" if "input_ids" in inputs else "input_values"].shape
@@ -191,8 +195,8 @@ class GramianTrainer(Trainer):
         The means are over the steps since the previous training entry.
 
         Raises:
-            DivergedError: if the loss is not finite, after the entry is written. A checkpoint is
-                written only at a step that logs, after the entry, so none holds a diverged model.
+            DivergedError: if the loss is not finite. The entry is written first. A checkpoint is
+                written only after the entry of its step, so no checkpoint holds a diverged model.
         """
         if "loss" in logs:
             logs |= {name: sum(values) / len(values) for name, values in self.logged.items()}
@@ -209,7 +213,10 @@ class GramianTrainer(Trainer):
         return DivergedError(f"{what} at step {self.state.global_step}; {kept}.")
 
     def _check_weights(self) -> None:
-        """Raise a `DivergedError` if a weight is not finite; every process must call this."""
+        """Raise a `DivergedError` if a weight is not finite.
+
+        Every process must call this method.
+        """
         wrong = torch.zeros((), device=self.args.device)
         for parameter in self.model.parameters():
             shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -218,8 +225,9 @@ class GramianTrainer(Trainer):
             raise self._diverged("a weight is no longer finite")
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate as transformers does, but compute metrics over all labels, not as means over
-        batches.
+        """Evaluate as transformers does, but compute metrics over all labels.
+
+        Transformers would compute the loss as a mean over batches.
         """
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         exact = total(output, self.description)

@@ -16,6 +16,7 @@ from gramian.models import GramianConfig, GramianForCausalLM
 FILTERS: dict[str, dict[str, Any]] = {
     "implicit": {"type": "implicit", "hidden": 16, "embedding_features": 5},
     "modal": {"type": "modal", "orders": 3},
+    "explicit": {"type": "explicit", "taps": 29},
 }
 MAX_LENGTH = 64
 
@@ -23,7 +24,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "hyena/modal": {"mixers": "hyena", "filter": FILTERS["modal"]},
     "hyena/implicit": {"mixers": "hyena", "filter": FILTERS["implicit"]},
     "multi_hyena": {"mixers": "multi_hyena", "filter": FILTERS["modal"]},
-    "long_convolution": {"mixers": "long_convolution", "filter": FILTERS["implicit"]},
+    "long_convolution/explicit": {"mixers": "long_convolution", "filter": FILTERS["explicit"]},
     "striped": {"mixers": ["hyena", "softmax_attention"], "filter": FILTERS["modal"]},
     "s6": {"mixers": "s6"},
     "gated_delta_net": {"mixers": "gated_delta_net"},

@@ -43,7 +43,7 @@ def encoded(tokenizer: Any, sequence: str) -> torch.Tensor:
     return torch.tensor([[tokenizer.convert_tokens_to_ids(letter) for letter in sequence]])
 
 
-@pytest.mark.parametrize("chunk_size", [1, 37, 64, 10_000])
+@pytest.mark.parametrize("chunk_size", [1, 37, 10_000])
 def test_chunks_are_the_whole(
     make_model: MakeModel, tokenizer: Any, kind: str, chunk_size: int
 ) -> None:
@@ -79,7 +79,7 @@ def pooled(states: np.ndarray, pool: str) -> np.ndarray:
     return {"mean": states.mean(0), "last": states[-1], "none": states}[pool]
 
 
-@pytest.mark.parametrize("layer", [1, -1, "model.layers.0.mlp", "model.layers.1.mixer"])
+@pytest.mark.parametrize("layer", [1, "model.layers.1.mixer"])
 def test_embeddings_are_pooled_hidden_states(
     make_model: MakeModel, tokenizer: Any, kind: str, layer: int | str
 ) -> None:
@@ -239,5 +239,5 @@ def test_classifiers_are_read_and_models_that_look_ahead_are_not(tokenizer: Any)
             GramianForSequenceClassification(config), {"a": "A"}, tokenizer=tokenizer, layer=1
         )
     other: Any = torch.nn.Linear(2, 2)
-    with pytest.raises(TypeError, match="must be a model of ours; got Linear"):
+    with pytest.raises(TypeError, match="must be a Gramian model; got Linear"):
         genomics.hidden_states(other, "ACGT", layers=0)

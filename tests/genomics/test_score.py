@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from gramian import genomics
+from gramian import checkpoints, genomics
 from gramian.genomics import RecordScore, _likelihood
-from gramian.models import GramianForCausalLM
+from gramian.genomics._score import blocks_of
+from gramian.models import GramianForCausalLM, load
 from tests.genomics.conftest import drawn
 from tests.genomics.reference import Reference, other_strand
 
@@ -127,12 +128,23 @@ def test_progress_counts_bases(make_model: MakeModel, tokenizer: Any) -> None:
             tokenizer=tokenizer,
             reverse_complement="average",
             batch_size=2,
+            chunk_size=20,
+            bos=True,
             progress=lambda *counts: seen.append(counts),
         )
     )
     assert seen[0] == (0, 2 * sum(LENGTHS))
     assert seen[-1] == (2 * sum(LENGTHS), 2 * sum(LENGTHS))
-    assert all(a[0] <= b[0] for a, b in itertools.pairwise(seen))
+    steps = [b[0] - a[0] for a, b in itertools.pairwise(seen)]
+    assert min(steps) >= 0 and max(steps) <= 2 * 20  # also inside of a long record
+
+
+def test_long_records_are_few_at_once() -> None:
+    lengths = [10] * 40 + [10**6] * 3 + [0, 5]
+    blocks = list(blocks_of(lengths, 2, 1000))
+    assert blocks == [(0, 32), (32, 41), (41, 42), (42, 43), (43, 45)]
+    for skip in range(46):
+        assert list(blocks_of(lengths, 2, 1000, skip)) == [one for one in blocks if one[1] > skip]
 
 
 def test_what_is_skipped_changes_nothing(make_model: MakeModel, tokenizer: Any) -> None:
@@ -234,3 +246,24 @@ def test_memory_does_not_grow_with_a_record(make_model: MakeModel, tokenizer: An
 
     before = peak(20_000)
     assert peak(200_000) - before < 20_000  # KiB; 180,000 logits alone would be 11 MiB a strand
+
+
+def test_the_tokenizer_is_that_of_the_model(
+    make_model: MakeModel, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="tokenizer must be given"):
+        genomics.score(make_model(), RECORDS)
+    expected = totals(genomics.score(make_model(), RECORDS, tokenizer=tokenizer))
+    make_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    saved = load(tmp_path)
+    assert totals(genomics.score(saved, RECORDS)) == expected
+    (chunk,) = genomics.hidden_states(saved, "ACGT", layers=0)
+    assert torch.equal(chunk, saved.model.embed_tokens.weight[7:11])
+    for name in ("hyenadna_tiny.ckpt", "evo_tiny.safetensors"):
+        model, own, _ = checkpoints.load(Path(__file__).parents[1] / "data" / name)
+        found = list(genomics.embed(model, {"a": "ACGTN"}, layer=0))
+        assert found[0].name == "a"
+        ids = own("ACGTN").input_ids
+        mean = model.model.embed_tokens.weight[ids].float().mean(0)
+        assert torch.allclose(torch.from_numpy(found[0].values), mean, atol=1e-6)

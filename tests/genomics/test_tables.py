@@ -153,6 +153,6 @@ def test_the_rows_of_another_call_are_not_gone_on_with(
         (make_model("s6"), genome, {}),
         (changed, genome, {}),
     ):
-        with pytest.raises(ValueError, match=r"out\.tsv\.partial is of another call"):
+        with pytest.raises(ValueError, match=r"out\.tsv\.partial belongs to another call"):
             genomics.write_scores(target, model, file, **options | more)
     assert genomics.write_scores(target, make_model(), genome, **options) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,23 @@ def test_an_index_beside_the_file_is_used_if_it_is_its_own(tmp_path: Path) -> No
     with IndexedGenome(file) as genome:
         assert genome.fetch("a", 3, 9) == "TACGTA"
     assert index.read_bytes() == before
+
+
+def test_what_was_written_goes_with_the_genome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x.fa").write_bytes(b">a\rACGT\r")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    genome = IndexedGenome(tmp_path / "x.fa")
+    assert len(list((tmp_path / "temporary").iterdir())) == 1
+    del genome
+    gc.collect()
+    assert not list((tmp_path / "temporary").iterdir())
+    with IndexedGenome(tmp_path / "x.fa") as genome:
+        assert genome.fetch("a", 1, 3) == "CG"
+    assert not list((tmp_path / "temporary").iterdir())
+    assert [one.name for one in tmp_path.iterdir() if one.is_file()] == ["x.fa"]
 
 
 @pytest.mark.parametrize(
