@@ -69,15 +69,11 @@ def _kind(folder: Path) -> str | None:
 
     If the folder has an adapter without config.json, read config.json of the base model.
     """
-    from gramian.models.adapters import base_folder, is_adapter
+    from gramian.models.adapters import config_folder
 
-    if is_adapter(folder) and not (folder / "config.json").is_file():
-        try:
-            return _kind(base_folder(folder))
-        except (OSError, ValueError):  # the adapter may belong to another library
-            return None
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        file = config_folder(folder) / "config.json"
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):  # or an adapter of another library
         return None
     return values.get("model_type") if isinstance(values, dict) else None

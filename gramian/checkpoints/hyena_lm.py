@@ -423,6 +423,12 @@ class HyenaDNA(SafariHyena):
         if not names:
             count = size(self.given, "num_labels", 2)
             names = {number: f"LABEL_{number}" for number in range(count)}
+        wrong = [key for key in names if not str(key).isdecimal()]
+        if wrong:
+            raise ValueError(
+                "id2label in the checkpoint's configuration must have numbers as keys; got "
+                f"{wrong[0]!r}."
+            )
         numbers = {int(key): str(name) for key, name in names.items()}
         given = setting(self.given, "label2id", Mapping, None)
         back = {name: number for number, name in numbers.items()} if given is None else dict(given)

@@ -46,9 +46,10 @@ def check(
 ) -> None:
     """Run MODEL in every way that it can be run, and compare the results in tables.
 
-    MODEL runs in parallel, as a recurrence, in chunks, in batches, reloaded and distilled. Padding
-    is put on the left, on the right, between tokens, and into a second part that continues from the
-    state after the first. Sequences are packed into one row. MODEL also generates with a cache. All
+    MODEL is a language model, or a classifier of tokens that does not look ahead. It runs in
+    parallel, as a recurrence, in chunks, in batches, reloaded and distilled. Padding is put on the
+    left, on the right, between tokens, and into a second part that continues from the state after
+    the first. Sequences are packed into one row. A language model also generates with a cache. All
     of this is done in float32 and in bfloat16, or in the types that --dtype names. Every layer and
     the whole model are compared. The command exits with status 1 if a difference is too large.
     """

@@ -62,9 +62,13 @@ def evaluate_task(
             is unknown or empty; or if labels are invalid.
         ImportError: if a package that `gramian.training` needs is not installed.
     """
+    from gramian.models.labels import label_names
     from gramian.training.collation import Collator
 
     task = _in_tokens_of(model, name, task, tokenizer)
+    names = label_names(model.config)
+    if names is not None:
+        task = task.with_classes(names)
     description = task.description()
     kind = find_kind(description.kind)
     _check(model, name, description)

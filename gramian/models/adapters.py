@@ -17,11 +17,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from gramian.ops.fp8 import FP8Linear
+
 __all__ = [
     "base_folder",
+    "check_mergeable",
+    "config_folder",
     "is_adapter",
     "merge_adapter",
-    "refuse_tied",
     "require_peft",
     "switches",
     "task_type",
@@ -55,9 +58,18 @@ def task_type(kind: type[Any]) -> str | None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds an adapter and not a whole model."""
-    whole = any((folder / name).is_file() for name in _MODEL_WEIGHTS)
-    return (folder / CONFIG).is_file() and not whole
+    """Return whether a folder holds an adapter.
+
+    Raises:
+        ValueError: if it holds a whole model too; transformers would read the adapter.
+    """
+    if not (folder / CONFIG).is_file():
+        return False
+    if any((folder / name).is_file() for name in _MODEL_WEIGHTS):
+        raise ValueError(
+            f"{folder} must hold a model or an adapter; it holds both, so give each its own folder."
+        )
+    return True
 
 
 def base_folder(folder: Path) -> Path:
@@ -79,12 +91,21 @@ def base_folder(folder: Path) -> Path:
     if kind != "LORA":
         raise ValueError(f"the adapter in {folder} must be one of LoRA; got {kind!r}.")
     base = Path(str(values.get("base_model_name_or_path") or ""))
+    if base != Path() and base.resolve() == folder.resolve():
+        raise ValueError(f"the adapter in {folder} must name another folder as its base model.")
     if base == Path() or not base.is_dir():
         named = "no base model" if base == Path() else f"the base model {base}, which is missing"
         raise FileNotFoundError(
             f"the adapter in {folder} must name the folder of its base model; it names {named}."
         )
     return base
+
+
+def config_folder(folder: Path) -> Path:
+    """Return the folder with a model's configuration: its own, or that of an adapter's base."""
+    if not is_adapter(folder) or (folder / "config.json").is_file():
+        return folder
+    return config_folder(base_folder(folder))
 
 
 def tokenizer_folder(folder: Path) -> Path:
@@ -94,7 +115,7 @@ def tokenizer_folder(folder: Path) -> Path:
     """
     if (folder / "tokenizer_config.json").is_file() or not is_adapter(folder):
         return folder
-    return base_folder(folder)
+    return tokenizer_folder(base_folder(folder))
 
 
 def merge_adapter(model: nn.Module, folder: Path, new: Iterable[str] = ()) -> Any:
@@ -136,33 +157,48 @@ def merge_adapter(model: nn.Module, folder: Path, new: Iterable[str] = ()) -> An
             f"{missing[0].removeprefix(_PREFIX)}."
         )
     try:
-        refuse_tied(adapted)
-    except ValueError as error:
-        raise ValueError(f"the adapter in {folder} cannot be merged: {error}") from error
-    merged: Any = adapted.merge_and_unload(safe_merge=True)
+        check_mergeable(adapted)
+        merged: Any = adapted.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"the adapter in {folder} cannot be merged: {_sentence(error)}") from error
     for name, parameter in merged.named_parameters():
         parameter.requires_grad_(trained[name])
     return merged.eval()
 
 
-def refuse_tied(adapted: Any) -> None:
-    """Raise a ValueError if an adapter changes a weight that is both embedding and output map.
+def check_mergeable(adapted: Any) -> None:
+    """Raise a ValueError unless an adapter can be merged without changing what it computes.
+
+    A matrix that is embedding and output map at once would change in both places. A change of a map
+    that is computed in 8-bit floating point would be rounded away.
 
     Args:
         adapted: a `PeftModel` around a Gramian model.
     """
     model = adapted.get_base_model()
-    if not getattr(model.config, "tie_word_embeddings", False) or not model.can_generate():
-        return
+    tied = getattr(model.config, "tie_word_embeddings", False) and model.can_generate()
     for name, module in (
-        ("embed_tokens", model.model.embed_tokens),
-        ("lm_head", model.lm_head),
+        (("embed_tokens", model.model.embed_tokens), ("lm_head", model.lm_head)) if tied else ()
     ):
         if hasattr(module, "base_layer") or hasattr(module, "modules_to_save"):
             raise ValueError(
                 f"{name} must stay as it is, since its weight is embedding and output map at once "
                 "(tie_word_embeddings)."
             )
+    for name, module in model.named_modules():
+        inner = getattr(module, "base_layer", None)
+        if isinstance(inner, FP8Linear):
+            raise ValueError(
+                f"{name} must stay as it is, since its weight is rounded to 8-bit floating point."
+            )
+        if hasattr(module, "parameter_name") and not isinstance(inner, nn.Linear):
+            raise ValueError(
+                f"target_parameters must be weights of linear maps; {name} is a "
+                f"{type(inner).__name__}."
+            )
+        biased = any(getattr(module, "lora_bias", {}).values())
+        if biased and getattr(inner, "bias", None) is None:
+            raise ValueError(f"lora_bias must be off, since {name} has no bias.")
 
 
 def switches(module: nn.Module) -> list[tuple[Any, ...]]:

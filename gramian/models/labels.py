@@ -14,6 +14,7 @@ the whole batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ __all__ = [
     "check_numbers",
     "classification_loss",
     "cross_entropy",
+    "label_names",
     "squared_error",
     "token_labels",
 ]
@@ -219,6 +221,21 @@ def classification_loss(
         loss = error(logits, labels.reshape(shape), due.reshape(shape), num_items_in_batch)
     config.problem_type = problem
     return loss
+
+
+def label_names(config: Any) -> list[str] | None:
+    """Return the names of a model's labels in the order of their numbers.
+
+    Args:
+        config: configuration of a model of transformers.
+
+    Returns:
+        The names; or None if the labels have none besides those that transformers makes up.
+    """
+    names = getattr(config, "id2label", None) or {}
+    numbered = [str(names.get(number, "")) for number in range(len(names))]
+    made_up = [f"LABEL_{number}" for number in range(len(names))]
+    return None if numbered == made_up or not all(numbered) else numbered
 
 
 def _mean(losses: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:

@@ -10,7 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from gramian.models.adapters import CONFIG, base_folder, is_adapter, merge_adapter, task_type
+from gramian.models.adapters import (
+    CONFIG,
+    base_folder,
+    config_folder,
+    is_adapter,
+    merge_adapter,
+    task_type,
+)
 from gramian.models.backbone import GramianModel
 from gramian.models.classification import GramianForSequenceClassification
 from gramian.models.configuration import GramianConfig
@@ -131,9 +138,10 @@ def _read_own_config(folder: Path) -> dict[str, Any]:
         ValueError: if the configuration cannot be read, or if an adapter without a configuration is
             for another class than its base model.
     """
-    if not is_adapter(folder) or (folder / "config.json").is_file():
-        return _read_config(folder)
-    values = _read_own_config(base_folder(folder))
+    own = config_folder(folder)
+    values = _read_config(own)
+    if own == folder:
+        return values
     task = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("task_type")
     kind = _class(folder, values)
     if task not in (None, task_type(kind)):
@@ -192,7 +200,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def describe_missing(folder: Path) -> str:
     """Return a sentence that says why a folder without config.json does not hold a model."""
     inside = [folder / name for name in ("best", "last")]
-    models = [str(path) for path in inside if (path / "config.json").is_file()]
+    models = [str(path) for path in inside if (path / "config.json").is_file() or is_adapter(path)]
     if models:
         return f"{folder} is the folder of a training run; its models are {' and '.join(models)}."
     return f"{folder} is not a model folder: it has no config.json."

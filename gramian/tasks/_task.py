@@ -7,7 +7,7 @@ import os
 import warnings
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -110,6 +110,20 @@ class Task(ABC):
 
         Raises:
             ValueError: if the task was built with another tokenizer.
+        """
+        return self
+
+    def classes(self) -> list[str]:
+        """Return the names of the classes in the order of their numbers, if they have names."""
+        return []
+
+    def with_classes(self, names: Sequence[str]) -> Task:
+        """Return the same task with its classes numbered as in `names`.
+
+        Tasks whose classes have no names are returned unchanged.
+
+        Raises:
+            ValueError: if a class of the task is not among the names.
         """
         return self
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,6 +20,7 @@ from gramian.tasks._task import (
     SPLITS,
     Description,
     Row,
+    Task,
     has_rows,
     register,
     require_files,
@@ -62,6 +64,8 @@ class Table(TokenizedTask):
             bytes.
         special_tokens: whether to add the special tokens that the tokenizer adds by default, such
             as the `[SEP]` with which published HyenaDNA classifiers were trained.
+        names: names of the classes in the order of their numbers; by default, those of the model
+            if it is a classifier that has names for its labels, and otherwise the distinct labels.
 
     Raises:
         ValueError: if no files are given, or `kind` is unknown. When the files are read: if a
@@ -78,6 +82,7 @@ class Table(TokenizedTask):
     label: str = "label"
     kind: str = "classification"
     special_tokens: bool = True
+    names: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,9 +99,23 @@ class Table(TokenizedTask):
         """Return the names of the classes in the order of their numbers, or [] for a regression."""
         if self.kind == "regression":
             return []
+        if self.names is not None:
+            return list(self.names)
         lines = (line for split in SPLITS if has_rows(self, split) for line in self._lines(split))
         found = {one for _, _, label in lines for one in self._labels(label)} - {_IGNORED}
         return sorted(found, key=int if all(map(_is_integer, found)) else str)
+
+    def with_classes(self, names: Sequence[str]) -> Task:
+        own = self.classes()
+        if not own or own == list(names):
+            return self
+        others = [name for name in own if name not in names]
+        if others:
+            raise ValueError(
+                f"the classes of the table must be among the model's, {', '.join(names)}; got "
+                f"{', '.join(others)}."
+            )
+        return dataclasses.replace(self, names=list(names))
 
     def description(self) -> Description:
         tokens = super().description()
@@ -121,7 +140,7 @@ class Table(TokenizedTask):
                     f"{self.length:,}, the setting length."
                 )
             if self.kind == "classification":
-                yield {"input_ids": ids, "labels": numbers[label]}
+                yield {"input_ids": ids, "labels": self._number_of(numbers, label, where)}
             elif self.kind == "token_classification":
                 tokens = bare(Document(sequence, where))
                 labels = np.full(len(ids), IGNORED)
@@ -132,10 +151,21 @@ class Table(TokenizedTask):
                         f"tokens of {self.sequence}; got {len(words):,}."
                     )
                 begin = _find(tokens, ids, where)
-                labels[begin : begin + len(words)] = [numbers.get(one, IGNORED) for one in words]
+                labels[begin : begin + len(words)] = [
+                    IGNORED if word == _IGNORED else self._number_of(numbers, word, where)
+                    for word in words
+                ]
                 yield {"input_ids": ids, "labels": labels}
             else:
                 yield {"input_ids": ids, "labels": np.array([_number(label, where, self.label)])}
+
+    def _number_of(self, numbers: dict[str, int], name: str, where: str) -> int:
+        """Return the number of a class."""
+        if name not in numbers:
+            raise ValueError(
+                f"{where}: {self.label} must be among the names, {', '.join(numbers)}; got {name}."
+            )
+        return numbers[name]
 
     def _labels(self, label: str) -> list[str]:
         """Return the classes in a label: the label itself, or the class of every token."""

@@ -60,7 +60,14 @@ from gramian.training.recording import (
     write_json,
 )
 from gramian.training.rows import Rows
-from gramian.training.starting import adapt, base_of, check_adapter, load_saved
+from gramian.training.starting import (
+    adapt,
+    base_of,
+    check_adapter,
+    load_saved,
+    name_labels,
+    saved_names,
+)
 from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoints
 
 __all__ = ["TrainingReport", "check", "earlier_report", "train"]
@@ -123,6 +130,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
         torch.set_num_threads(config.hardware.threads)
     set_seed(config.seed)
     model = _model(config, description)
+    name_labels(model, task.classes())
     try:
         data: Any = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
         held_out: Any = task.dataset(config.evaluation.split, config.seed)
@@ -266,6 +274,13 @@ def _task(config: TrainingConfig) -> Task:
         kind = find_kind(description.kind)
     except ValueError as error:
         raise ConfigError(f"task {name}: {error}") from error
+    names = saved_names(config.model.get("path"), kind)
+    if names is not None:
+        try:
+            task = task.with_classes(names)
+        except ValueError as error:
+            raise ConfigError(f"task {name}: {error}") from error
+        description = task.description()
     try:
         kind.check_description(description)
     except ValueError as error:

@@ -11,11 +11,26 @@ from typing import Any
 
 from gramian._nearest import unknown
 from gramian.models import GramianConfig, GramianForCausalLM, load_any
-from gramian.models.adapters import is_adapter, refuse_tied, require_peft, task_type
+from gramian.models.adapters import (
+    check_mergeable,
+    config_folder,
+    is_adapter,
+    require_peft,
+    task_type,
+)
+from gramian.models.labels import label_names
 from gramian.tasks import Description, Kind
 from gramian.training.configuration import ConfigError, TrainingConfig
 
-__all__ = ["adapt", "base_of", "check_adapter", "load_saved", "save_description"]
+__all__ = [
+    "adapt",
+    "base_of",
+    "check_adapter",
+    "load_saved",
+    "name_labels",
+    "save_description",
+    "saved_names",
+]
 
 _OURS = (  # fields of peft's configuration that the run determines
     "auto_mapping",
@@ -110,6 +125,34 @@ def _check_fit(model: Any, path: str, kind: Kind, description: Description) -> N
             raise ConfigError(f"model.path: the task {error}") from error
 
 
+def saved_names(path: str | None, kind: Kind) -> list[str] | None:
+    """Return the names of a saved model's labels, if it is a classifier of the class of a task.
+
+    Args:
+        path: folder of the model, or None for a new one.
+        kind: kind of the task.
+    """
+    if path is None or not Path(path).is_dir():
+        return None
+    try:
+        folder = config_folder(Path(path))
+    except ValueError as error:
+        raise ConfigError(f"model.path: {error}") from error
+    if not (folder / "config.json").is_file():
+        return None
+    config = GramianConfig.from_pretrained(folder, local_files_only=True)
+    same = kind.model_class().__name__ in (config.architectures or [])
+    return label_names(config) if same else None
+
+
+def name_labels(model: Any, names: list[str]) -> None:
+    """Give the labels of a model the names of a task's classes, unless they have names already."""
+    config = base_of(model).config
+    if len(names) == config.num_labels and label_names(config) is None:
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: number for number, name in enumerate(names)}
+
+
 def check_adapter(config: TrainingConfig) -> None:
     """Check the key `adapter`, before the model is loaded.
 
@@ -166,7 +209,7 @@ def adapt(model: Any, values: Mapping[str, Any], path: str, new: list[str]) -> A
             adapted = get_peft_model(
                 model, LoraConfig(task_type=task_type(type(model)), **settings)
             )
-        refuse_tied(adapted)
+        check_mergeable(adapted)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"adapter: {' '.join(str(error).split())}") from error
     adapted.peft_config["default"].base_model_name_or_path = str(Path(path).resolve())
@@ -179,15 +222,19 @@ def base_of(model: Any) -> Any:
 
 
 def save_description(model: Any, folder: Path) -> None:
-    """Write the configuration of the model inside an adapter to the adapter's folder.
+    """Write the configuration of the model inside an adapter, unless that of its base is the same.
 
-    This configuration contains the class and the labels, which the configuration of the adapter
-    lacks.
+    It contains the class and the labels, which the configuration of the adapter lacks.
+    transformers' Auto classes look for whole weights beside it, so it is written only if needed.
     """
     base = base_of(model)
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__]
-    config.save_pretrained(folder)
+    told = config_folder(Path(model.peft_config["default"].base_model_name_or_path))
+    saved = GramianConfig.from_pretrained(told, local_files_only=True)
+    names = ("architectures", "id2label", "problem_type", "pooling")
+    if any(getattr(saved, name) != getattr(config, name) for name in names):
+        config.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's template, whose fields are empty
 
 

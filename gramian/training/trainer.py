@@ -282,4 +282,6 @@ class GramianTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if base_of(self.model) is not self.model:
+                save_description(self.model, folder)
             (folder / COMPLETE).touch()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -199,6 +200,7 @@ def test_the_tokenizer_ends_a_sequence_as_in_training(tmp_path: Path) -> None:
             },
             "problem_type='multi_label_classification'",
         ),
+        ({"id2label": {"a": "b"}}, "id2label .* must have numbers as keys; got 'a'"),
         ({"id2label": "a"}, "id2label in the checkpoint's configuration cannot be 'a'"),
     ],
 )
@@ -226,7 +228,7 @@ def test_a_trainers_files_are_no_checkpoints(tmp_path: Path) -> None:
 
 
 def lightning(**hyper_parameters: Any) -> dict[str, Any]:
-    """What Lightning writes of a regression-free language model such as regLM's."""
+    """What Lightning writes of a language model such as regLM's."""
     named = {name.replace("hyena.", "model."): value for name, value in hyenadna.tensors().items()}
     embedding = named["model.backbone.embeddings.word_embeddings.weight"]
     named |= {
@@ -280,8 +282,8 @@ REGLM: dict[str, Any] = {
     "lr": 1e-4,
     "label_len": 2,
     "hyenadna_path": "hyena-dna",
-    "seq_len": 30,
-    "unique_labels": {"0", "1"},
+    "seq_len": np.max([30, 28]),
+    "unique_labels": set(np.array(["0", "1"])),
 }
 
 
@@ -292,7 +294,6 @@ REGLM: dict[str, Any] = {
 def test_a_configuration_inside_of_the_file_is_used(
     tmp_path: Path, ids: Tensor, hyper_parameters: dict[str, Any]
 ) -> None:
-    hyper_parameters = {k: v for k, v in hyper_parameters.items() if k != "unique_labels"}
     torch.save(lightning(**hyper_parameters), tmp_path / "last.ckpt")
     loaded = checkpoints.load(tmp_path / "last.ckpt")
     assert type(loaded.model) is GramianForCausalLM and loaded.format == "hyenadna"
@@ -305,13 +306,12 @@ def test_a_configuration_inside_of_the_file_is_used(
 
 
 def test_a_file_without_a_configuration_is_refused(tmp_path: Path) -> None:
-    config = {key: value for key, value in REGLM.items() if key != "unique_labels"}
-    torch.save(lightning(**config, config=None), tmp_path / "last.ckpt")
+    torch.save(lightning(**REGLM, config=None), tmp_path / "last.ckpt")
     with pytest.raises(FileNotFoundError, match="none among hyper-parameters inside"):
         checkpoints.load(tmp_path / "last.ckpt")
     assert checkpoints.load(tmp_path / "last.ckpt", config=INNER).format == "hyenadna"
     wrong = {**INNER, "layer": {**INNER["layer"], "l_max": 49}}
-    torch.save(lightning(**config, config=wrong), tmp_path / "last.ckpt")
+    torch.save(lightning(**REGLM, config=wrong), tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"of other shapes \(model.*pos_emb.*is \(1, 50, 5\)"):
         checkpoints.load(tmp_path / "last.ckpt")
     (tmp_path / "last.config.json").write_text(json.dumps(INNER), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def base(adapted: PeftModel) -> Any:
 def test_an_adapter_is_on_off_merged_and_unmerged(
     make_model: MakeModel, make_tokens: MakeTokens, kind: dict[str, Any]
 ) -> None:
-    model, tokens = make_model(**kind), make_tokens(2, 10)
+    model, tokens = make_model(**kind), make_tokens(2, 7)
     without = whole(model, tokens)
     adapted = adapt(model)
     expected = whole(by_hand(adapted, lambda: make_model(**kind)), tokens)
@@ -122,8 +123,8 @@ def test_an_adapter_is_on_off_merged_and_unmerged(
 def test_generation_with_the_cache_is_that_without(
     make_model: MakeModel, make_tokens: MakeTokens, kind: dict[str, Any]
 ) -> None:
-    adapted, tokens = adapt(make_model(**kind)), make_tokens(2, 7)
-    settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    adapted, tokens = adapt(make_model(**kind)), make_tokens(1, 7)
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     expected = adapted.generate(input_ids=tokens, use_cache=False, **settings)
     assert torch.equal(adapted.generate(input_ids=tokens, **settings), expected)
     with adapted.disable_adapter():
@@ -131,8 +132,10 @@ def test_generation_with_the_cache_is_that_without(
         assert torch.equal(adapted.generate(input_ids=tokens, **settings), other)
 
 
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("mixers", ["hyena", "multi_hyena", "softmax_attention", "s6"])
+@pytest.mark.parametrize(
+    ("mixers", "safe"),
+    [("hyena", False), ("multi_hyena", True), ("softmax_attention", False), ("s6", True)],
+)
 def test_merging_while_compiled_decoding_is_on(
     make_model: MakeModel, make_tokens: MakeTokens, mixers: str, safe: bool
 ) -> None:
@@ -312,6 +315,13 @@ def test_an_adapter_that_does_not_fit_is_refused(saved: Callable[..., Path]) -> 
     change(folder, peft_type="LORA", base_model_name_or_path="/absent")
     with pytest.raises(FileNotFoundError, match="it names the base model /absent, which is miss"):
         load_any(folder)
+    change(folder, base_model_name_or_path=str(folder))
+    with pytest.raises(ValueError, match="must name another folder as its base model"):
+        load_any(folder)
+    shutil.copy(folder.parent / "base" / "model.safetensors", folder)
+    with pytest.raises(ValueError, match="must hold a model or an adapter; it holds both"):
+        load(folder)
+    (folder / "model.safetensors").unlink()
     (folder / "adapter_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="must hold JSON"):
         load(folder)

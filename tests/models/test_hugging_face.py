@@ -26,6 +26,7 @@ from gramian.models import (
     GramianForCausalLM,
     GramianForSequenceClassification,
     GramianForSignalRegression,
+    GramianForTokenClassification,
     GramianModel,
     load,
 )
@@ -291,6 +292,7 @@ def test_the_map_of_classes_is_in_the_file_alone(
         GramianForCausalLM,
         GramianForSequenceClassification,
         GramianForSignalRegression,
+        GramianForTokenClassification,
     ],
 )
 @pytest.mark.parametrize(

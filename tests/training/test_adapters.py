@@ -22,6 +22,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("peft")
 
 from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
 
 from gramian import cli, tasks
 from gramian.checkpoints import DNATokenizer
@@ -92,8 +93,6 @@ def test_a_run_holds_an_adapter_of_its_base(tmp_path: Path, base: Path) -> None:
         assert {file.name for file in folder.iterdir()} == {
             "adapter_config.json",
             "adapter_model.safetensors",
-            "config.json",
-            "modeling_gramian.py",
         }
         values = json.loads((folder / "adapter_config.json").read_text())
         assert values["base_model_name_or_path"] == str(base.resolve())
@@ -121,8 +120,9 @@ def test_a_run_holds_an_adapter_of_its_base(tmp_path: Path, base: Path) -> None:
     ids = torch.arange(12)[None]
     unmerged = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "last").eval()
     again = PeftModel.from_pretrained(load(base), tmp_path / "run" / "last").eval()
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "last").eval()
     with torch.no_grad():
-        for one in (unmerged, again):
+        for one in (unmerged, again, auto):
             assert_close(one(input_ids=ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
     assert train(run(tmp_path / "run", base)) == report  # finished
 
@@ -130,8 +130,7 @@ def test_a_run_holds_an_adapter_of_its_base(tmp_path: Path, base: Path) -> None:
 @pytest.mark.parametrize(
     "sections",
     [
-        {"hardware": {"device": "cpu", "gradient_checkpointing": True}},
-        {"hardware": {"device": "cpu", "bf16": True}},
+        {"hardware": {"device": "cpu", "gradient_checkpointing": True, "bf16": True}},
         {"optimization": {"steps": 4, "batch_size": 8, "packing": True, "accumulation": 2}},
         {"evaluation": {"every": 6, "ess": {"rows": 1, "every": 4, "channels": 2}}},
         {"regularization": {"ess": {"weight": 0.1, "target": 2.0, "sequences": 1, "channels": 1}}},
@@ -194,6 +193,16 @@ def test_an_interrupted_run_resumes_to_the_same_losses(tmp_path: Path, base: Pat
         ({"target_modules": ["absent"]}, {}, "adapter: Target modules .*absent.* not found"),
         (LORA | {"target_modules": ["lm_head"]}, {}, "adapter: lm_head must stay as it is"),
         (LORA | {"modules_to_save": ["embed_tokens"]}, {}, "adapter: embed_tokens must stay"),
+        (
+            {"target_parameters": ["short.weight"], "target_modules": []},
+            {},
+            "adapter: target_parameters must be weights of linear maps; .*short is a ShortConvol",
+        ),
+        (
+            {"target_modules": ["down_proj"], "lora_bias": True},
+            {},
+            "adapter: lora_bias must be off, since .*down_proj has no bias",
+        ),
         (LORA, {"model": small()}, "adapter needs model.path"),
         (LORA, {"hardware": {"compile": True}}, "adapter cannot be trained with hardware.compile"),
         ("lora", {}, "adapter must hold keys and values; got 'lora'"),
@@ -206,6 +215,24 @@ def test_what_peft_does_not_know_is_refused(
         train(run(tmp_path / "run", base, adapter, **sections))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_map_in_eight_bits_is_not_adapted(tmp_path: Path) -> None:
+    """Merged into it, a small change would be rounded away."""
+    options = small(mixers={"type": "hyena", "fp8_scales": [16.0, 64.0]})
+    GramianForCausalLM(GramianConfig(**options)).save_pretrained(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"in_proj must stay as it is, .* 8-bit floating point"):
+        train(run(tmp_path / "run", tmp_path / "base"))
+    other = LORA | {"target_modules": ["out_proj"]}
+    report = train(run(tmp_path / "run", tmp_path / "base", other))
+    merged = load(tmp_path / "run" / "last")
+    found = evaluate_task(merged, tasks.build(**TASK), split="validation")
+    assert found[0].value == pytest.approx(report.metrics["loss"], rel=1e-3)
+    # a checkpoint is a model too
+    ids = torch.arange(12)[None]
+    checkpoint = load(tmp_path / "run" / "checkpoints" / "checkpoint-12")
+    with torch.no_grad():
+        assert torch.equal(checkpoint(ids).logits, merged(ids).logits)
 
 
 def test_without_peft_the_cure_is_named(
@@ -258,12 +285,14 @@ def test_a_language_model_becomes_a_classifier(
     report = train(run(tmp_path / "run", dna, adapter, **sections))
     assert report.metrics["accuracy"] > 0.9
     model = load_any(tmp_path / "run" / "last")
-    assert type(model) is GramianForSequenceClassification and model.config.num_labels == 3
+    assert type(model) is GramianForSequenceClassification
+    assert model.config.id2label == {0: "mostly A", 1: "mostly C", 2: "mostly G"}
     built = tasks.build(**task)
     found = {m.metric: m.value for m in evaluate_task(model, built, split="validation")}
     assert found == pytest.approx({k: report.metrics[k] for k in found}, rel=1e-4)
     files = {file.name for file in (tmp_path / "run" / "last").iterdir()}
     assert ("model.safetensors" in files) == (adapter is None)
+    assert "config.json" in files  # its classes are not those of the base
     assert "tokenizer.json" in files
     # and goes on from there, merged
     sections |= {"optimization": options | {"steps": 4}}

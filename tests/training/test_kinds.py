@@ -313,7 +313,7 @@ def test_a_kind_from_outside_is_trained_and_evaluated(tmp_path: Path, tags: None
     assert report.metrics["tags_right"] == right / (2 * len(rows))
     samples = read_lines(tmp_path / "run" / "samples.jsonl")
     assert samples[0]["due"] == rows[0]["labels"].tolist()
-    with pytest.raises(ConfigError, match="must be loss or tags_right for the task test/tags"):
+    with pytest.raises(ConfigError, match="must be one of 'loss', 'tags_right' for the task"):
         train(run(tmp_path / "other", task, model, evaluation={"metric": "accuracy"}))
 
 

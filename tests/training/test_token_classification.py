@@ -18,7 +18,12 @@ pytest.importorskip("datasets")
 from gramian import tasks
 from gramian.checkpoints import DNATokenizer
 from gramian.evaluation import evaluate_task
-from gramian.models import GramianConfig, GramianForTokenClassification, load_any
+from gramian.models import (
+    GramianConfig,
+    GramianForSequenceClassification,
+    GramianForTokenClassification,
+    load_any,
+)
 from gramian.tasks import Description
 from gramian.training import parse_config, train
 from gramian.training.configuration import ConfigError
@@ -150,6 +155,63 @@ def test_training_learns_and_scores_every_token(
         assert report.metrics[name] == pytest.approx(value, rel=1e-4)
     samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
     assert json.loads(samples[0])["due"] == rows[0]["labels"].tolist()
+
+
+@pytest.mark.parametrize("kind", ["classification", "token_classification"])
+def test_classes_are_numbered_as_the_model_numbers_them(tmp_path: Path, kind: str) -> None:
+    """Whatever their order in the alphabet, and also where a file lacks one of them."""
+    made = {"classification": GramianForSequenceClassification}
+    made["token_classification"] = GramianForTokenClassification
+    names = ["z", "x", "y"]
+    torch.manual_seed(0)
+    model = made[kind](
+        GramianConfig(
+            vocab_size=12,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_heads=2,
+            mixers="hyena",
+            id2label=dict(enumerate(names)),
+        )
+    ).eval()
+    model.save_pretrained(tmp_path / "model")
+    lines = [("ACGT", "x"), ("GGTA", "y"), ("TTTA", "x")]
+    if kind == "token_classification":
+        lines = [("ACGT", "xxyx"), ("GGTA", "yyxx"), ("TTTA", "xyxy")]
+    text = "sequence,label\n" + "".join(f"{one},{label}\n" for one, label in lines)
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text(text, encoding="utf-8")
+    options = {one: str(tmp_path / f"{one}.csv") for one in ("train", "validation")}
+    options |= {"tokenizer": "dna", "kind": kind}
+    task = tasks.build("table", **options)
+    assert task.classes() == ["x", "y"]
+    losses = []
+    for sequence, label in lines:
+        ids = torch.tensor([["ACGTN".index(base) + 7 for base in sequence]])
+        with torch.no_grad():
+            logs = model(ids).logits[0].double().log_softmax(-1)
+        numbers = [names.index(one) for one in label]
+        rows = logs if kind == "token_classification" else logs[None]
+        losses += [-float(row[number]) for row, number in zip(rows, numbers, strict=True)]
+    measured = {m.metric: m.value for m in evaluate_task(model, task, split="validation")}
+    assert measured["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    config = configuration(
+        tmp_path / "run",
+        {"name": "table", **options},
+        model={"path": str(tmp_path / "model")},
+        optimization={"steps": 1, "batch_size": 3, "learning_rate": 0.0},
+        evaluation={},
+    )
+    assert train(config).metrics["loss"] == pytest.approx(measured["loss"], rel=1e-5)
+    assert load_any(tmp_path / "run" / "last").config.id2label == dict(enumerate(names))
+    wrong = "w" * len(lines[0][1])
+    text = f"sequence,label\nACGT,{wrong}\n"
+    (tmp_path / "validation.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"must be among the model's, z, x, y; got w\."):
+        evaluate_task(model, tasks.build("table", **options), split="validation")
+    named = tasks.build("table", names=["x", "y"], **options)
+    with pytest.raises(ValueError, match="line 2: label must be among the names, x, y; got w"):
+        list(named.rows("validation", 0))
 
 
 def test_one_class_is_no_task(tmp_path: Path) -> None:
