@@ -1,4 +1,4 @@
-"""A measurement in a process of its own: bounded in memory and time, and its resident peak."""
+"""Run measurements in processes of their own, with limits of memory and time."""
 
 import json
 import os
@@ -11,9 +11,9 @@ _NO_ROOM = ("can't allocate memory", "MemoryError", "out of memory", "not enough
 
 
 def run(command: list[str], what: str, timeout: float | None = None) -> dict[str, Any] | None:
-    """The JSON on the last line that a Python script prints, None if it ran out of memory or time.
+    """Run a script, and return the JSON on its last line, or None if memory or time ran out.
 
-    Any other failure ends this process with the script's last line, behind `what`.
+    Any other failure ends this process with a message: `what` and the script's last line.
     """
     try:
         process = subprocess.run(
@@ -30,12 +30,12 @@ def run(command: list[str], what: str, timeout: float | None = None) -> dict[str
 
 
 def bound_memory() -> None:
-    """Let this process have three quarters of the machine's memory, and fail beyond."""
+    """Limit this process to three quarters of the machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     resource.setrlimit(resource.RLIMIT_AS, (3 * memory // 4, 3 * memory // 4))
 
 
 def resident_peak() -> float:
-    """The most memory that this process has held, in MiB."""
+    """Return the largest resident memory that this process has had, in MiB."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

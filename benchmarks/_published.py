@@ -1,4 +1,4 @@
-"""The published RTF and S4, from their own files."""
+"""Load the published RTF and S4 from their own files."""
 
 import importlib.util
 import logging
@@ -21,17 +21,20 @@ def module_from(folder: Path, name: str) -> Any:
 
 
 def published_s4(folder: Path) -> Any:
-    """The published s4.py; of pytorch_lightning it wants one decorator, which does nothing here."""
+    """Load the published s4.py.
+
+    The file imports one decorator of pytorch_lightning. A decorator that does nothing replaces it.
+    """
     stand_in = types.ModuleType("pytorch_lightning.utilities")
     stand_in.rank_zero_only = lambda function: function  # type: ignore[attr-defined]
     sys.modules.setdefault("pytorch_lightning", types.ModuleType("pytorch_lightning"))
     sys.modules.setdefault("pytorch_lightning.utilities", stand_in)
-    logging.disable(logging.ERROR)  # it warns that its extensions are missing: so they are
+    logging.disable(logging.ERROR)  # it would warn that its compiled extensions are missing
     return module_from(folder, "s4")
 
 
 class First(nn.Module):
-    """A layer that returns its output and more: the output."""
+    """A wrapper that returns only the first output of a layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

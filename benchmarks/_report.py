@@ -1,4 +1,4 @@
-"""Benchmark results as JSON, with the machine that they were measured on."""
+"""Write benchmark results as JSON, with the machine on which they were measured."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 
 
 def machine() -> dict[str, Any]:
-    """Processor, platform, versions and threads of this process."""
+    """Return the processor, platform, versions and number of threads of this process."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Writes `results` with the date and the machine to `path`, whole or not at all."""
+    """Write `results` with the date and the machine to `path`, completely or not at all."""
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),

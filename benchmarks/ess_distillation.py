@@ -1,15 +1,17 @@
-"""Does a teacher's effective state-size say in advance what distilling it costs?
+"""Does a teacher's effective state-size predict what is lost by distilling it?
 
-Small byte-level Hyena language models, which differ in their filters and seeds and in nothing else,
-are trained on the text behind Python's `help()`. Every teacher is distilled to the same orders. Its
-effective state-size, the mean over its filters as `distill` reports it, is ranked against what the
-student loses on held-out bytes: the relative increase of the loss, the divergence KL(teacher ‖
-student) of the predictions, and the error of the filters (arXiv 2504.19561, on distillation: the
-higher a teacher's ESS, the harder it is to distil into small states).
+Small byte-level Hyena language models are trained on the text behind Python's `help()`. They differ
+only in their filters and seeds. Every teacher is distilled to the same orders. Its effective
+state-size is the mean over its filters, as `distill` reports it. The benchmark computes the rank
+correlation of the effective state-size with three costs: the relative increase of the loss on
+held-out bytes, the divergence KL(teacher ‖ student) of the predictions, and the error of the
+filters. According to arXiv 2504.19561, a teacher is harder to distil into small states if its ESS
+is higher.
 
     python benchmarks/ess_distillation.py [--steps N] [--seeds N] [--threads N]
 
-`--teachers JSON` takes the teachers of earlier results, and only correlates and draws.
+With `--teachers JSON`, the measurements are read from earlier results, and only the correlations
+and the figure are made.
 """
 
 import argparse
@@ -70,7 +72,7 @@ def teacher(name: str, seed: int, steps: int, data: Tensor) -> GramianForCausalL
 
 @torch.no_grad()
 def divergence(model: GramianForCausalLM, student: GramianForCausalLM, windows: Tensor) -> float:
-    """Mean KL(teacher ‖ student) of the predictions at every byte, in bits."""
+    """Return the mean KL(teacher ‖ student) of the predictions over all bytes, in bits."""
     total = 0.0
     for part in windows.long().split(8):
         p, q = (m(part, use_cache=False).logits.log_softmax(-1) for m in (model, student))
@@ -109,7 +111,7 @@ def correlations(rows: list[dict[str, Any]]) -> dict[str, dict[str, float | None
 
 
 def within_kinds(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The correlations among teachers of one kind of parametrisation."""
+    """Return the correlations among the teachers with the same kind of parametrisation."""
     kinds = dict.fromkeys(row["filter"].split(",")[0] for row in rows)
     return {
         kind: correlations([row for row in rows if row["filter"].split(",")[0] == kind])

@@ -1,24 +1,24 @@
-"""Does the state that a model uses explain what it recalls better than the state that it has?
+"""Does the state that a model uses explain its recall better than the state that it has?
 
-Small models learn multi-query associative recall: a time-invariant convolution, then one mixer,
-whose effective state-size (entropy-ESS) is measured on held-out sequences. Three effects of
-Parnichkun et al. 2025 (arXiv 2504.19561) are looked for, one a part:
+Small models learn multi-query associative recall. Each model has a time-invariant convolution and
+then one mixer. The effective state-size (entropy-ESS) of the mixer is measured on held-out
+sequences. Each part looks for one of three effects in Parnichkun et al. 2025 (arXiv 2504.19561):
 
-- recall: over gated, weighted and plain linear attention (GLA, WLA, LA) and softmax attention (SA),
-  state-sizes and numbers of key-value pairs, is accuracy correlated with ESS per pair more than
-  with the theoretical state-size (TSS) per pair?
-- state: as the state grows, does the ESS of S6 stall where that of GLA rises, and does GLA-S6's
-  normalisation of its rates repair it?
-- regularizer: does λ‖A - I‖ lift GLA and WLA whose gates forget too fast?
+- recall: is accuracy correlated more with ESS per key-value pair than with the theoretical
+  state-size (TSS) per pair? The runs vary the mixer, the state-size and the number of pairs. The
+  mixers are gated, weighted and plain linear attention (GLA, WLA, LA) and softmax attention (SA).
+- state: if the state grows, does the ESS of S6 stall while the ESS of GLA grows, and does GLA-S6's
+  normalisation of its rates repair this?
+- regularizer: does the penalty λ‖A - I‖ improve GLA and WLA models whose gates forget too fast?
 
-Every training is short; it reads fresh sequences of 1 to all pairs, so that it begins to learn
-early. Accuracy and ESS are of sequences with all of them. ESS is averaged over positions, heads and
-sequences. All results are written, whatever they are.
+Every training is short. Each batch contains new sequences, of between one pair and all pairs, so
+that the model begins to learn early. Accuracy and ESS are measured on sequences with all pairs. ESS
+is averaged over positions, heads and sequences. All results are written, whatever they are.
 
     python benchmarks/ess_effects.py [--part recall|state|regularizer] [--seeds N] [--runs FOLDER]
 
-A training that has ended is kept in `--runs`, so that a killed sweep goes on where it was.
-`--document` and `--figures` write tables and pictures.
+The result of every training is stored in the folder `--runs`. If the benchmark is interrupted, the
+same command continues it. `--document` writes the tables, and `--figures` writes the figures.
 """
 
 import argparse
@@ -71,34 +71,34 @@ SIZES = ("ess", "tss")
 VOCABULARY = 64
 WIDTH = 64
 BATCH = 32
-FORGETFUL = {"GLA": 0.25, "WLA": 1 / 32}  # temperatures at which gates begin near 0
-RATES = {"SA": 3e-3}  # of learning, where it is another
+FORGETFUL = {"GLA": 0.25, "WLA": 1 / 32}  # temperatures at which gates are near 0 before training
+RATES = {"SA": 3e-3}  # learning rates that differ from `RATE`
 RATE = 1e-2
-LONGER = 1.5  # trainings of softmax attention, and with a regulariser
-EVALUATED = 512  # sequences that accuracy is taken of
-MEASURED = 16  # and state-sizes: so many sequences, or one with so many channels or more
-UNTRAINED = 5  # seeds of models that are measured as they begin
+LONGER = 1.5  # factor of the steps of softmax attention, and of the part regularizer
+EVALUATED = 512  # sequences on which accuracy is measured
+MEASURED = 16  # sequences × channels on which state-sizes are measured, at least one sequence
+UNTRAINED = 5  # number of seeds of models that are measured without training
 
 Run = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One training."""
+    """The settings of one training."""
 
     mixer: str
     state: int
-    """n, and the width of keys for softmax attention."""
+    """The state size n, or the width of keys for softmax attention."""
     pairs: int
     length: int
     steps: int
     seed: int
     temperature: float = 16.0
-    """Of the gates of GLA and WLA."""
+    """The temperature of the gates of GLA and WLA."""
     normalization: float | None = None
-    """c of GLA-S6; n if None."""
+    """The constant c of GLA-S6; None means n."""
     penalty: float = 0.0
-    """λ of the gate regulariser."""
+    """The weight λ of the gate regulariser."""
 
     @property
     def label(self) -> str:
@@ -108,7 +108,7 @@ class Setting:
 
 
 def settings(part: str, steps: int, seeds: int) -> list[Setting]:
-    """All trainings of a part, seed by seed, so that the first are a sweep already."""
+    """List all trainings of a part, seed by seed, so that an early stop leaves whole seeds."""
     found: list[Setting] = []
     if part == "state":
         found += [
@@ -153,7 +153,7 @@ def settings(part: str, steps: int, seeds: int) -> list[Setting]:
 
 
 def model_of(setting: Setting) -> GramianForCausalLM:
-    """A convolution and the mixer, each followed by an MLP."""
+    """Make a model of a convolution and the mixer, each followed by an MLP."""
     recurrence: dict[str, Any] = {"state_size": setting.state}
     if setting.mixer in ("GLA", "WLA"):
         recurrence["temperature"] = setting.temperature
@@ -185,7 +185,7 @@ def model_of(setting: Setting) -> GramianForCausalLM:
 def tokens(
     setting: Setting, random: np.random.Generator, count: int, fewest: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and labels (count, length) of sequences with ``fewest`` to all pairs."""
+    """Return inputs and labels (count, length) of sequences with at least ``fewest`` pairs."""
     rows = []
     for pairs in random.integers(fewest, setting.pairs + 1, size=count).tolist():
         task = MQAR(
@@ -197,13 +197,13 @@ def tokens(
 
 
 def answers(model: GramianForCausalLM, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and values where values are due."""
+    """Return the logits and the labels at the positions that have a label."""
     due = y != IGNORED
     return model.lm_head(model.model(x).last_hidden_state[due]), y[due]
 
 
 def train(setting: Setting) -> Run:
-    """Train a model; accuracy, state-sizes before and after, and gates."""
+    """Train a model, and return its accuracy, its state-sizes before and after, and its gates."""
     began = time.process_time()
     torch.manual_seed(setting.seed)
     held_out = tokens(setting, np.random.default_rng([setting.seed, 1]), EVALUATED, setting.pairs)
@@ -230,7 +230,7 @@ def train(setting: Setting) -> Run:
 
 
 def fit(setting: Setting, model: GramianForCausalLM, observer: Observer) -> None:
-    """The training itself."""
+    """Train the model in place, by the settings."""
     random = np.random.default_rng([setting.seed, 0])
     rate = RATES.get(setting.mixer, RATE)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=rate, weight_decay=0.01))
@@ -255,7 +255,7 @@ def fit(setting: Setting, model: GramianForCausalLM, observer: Observer) -> None
 
 @torch.no_grad()
 def state_sizes(model: GramianForCausalLM, observer: Observer, x: Tensor) -> Run:
-    """ESS, its mean at every position, TSS, and the distance of gates from 1, of the mixer."""
+    """Return the mixer's ESS, its mean at every position, TSS, and the gates' distance from 1."""
     model.model(x)
     (mixer,) = observer.mixers.values()
     heads = mixer.heads if isinstance(mixer, LinearRecurrence) else 1
@@ -271,7 +271,7 @@ def state_sizes(model: GramianForCausalLM, observer: Observer, x: Tensor) -> Run
 
 
 def sweep(part: str, chosen: Sequence[Setting], folder: Path) -> list[Run]:
-    """The results of all trainings, those that are there already and the others, in order."""
+    """Run all trainings that have no result yet, and return the results of all, in order."""
     path = folder / f"{part}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     kept: dict[Setting, Run] = {}
@@ -297,7 +297,11 @@ def sweep(part: str, chosen: Sequence[Setting], folder: Path) -> list[Run]:
 
 
 def correlations(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """Of accuracy with ESS and TSS per pair: over all, by mixer, by number of pairs."""
+    """Return the correlations of accuracy with ESS and with TSS per pair.
+
+    They are computed over all runs, over those of each mixer, and over those of each number of
+    pairs.
+    """
     groups = {"all": list(runs)}
     for run in sorted(runs, key=lambda run: list(MIXERS).index(run["label"])):
         groups.setdefault(run["label"], []).append(run)
@@ -316,7 +320,7 @@ def correlations(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
 
 
 def averages(runs: Sequence[Run], *by: str) -> list[Run]:
-    """Means over the seeds of what was measured, a row for each value of ``by``."""
+    """Return the means of all measurements over the seeds, one row for each value of ``by``."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(run[name] for name in by), []).append(run)
@@ -364,7 +368,7 @@ def recall_table(runs: Sequence[Run]) -> str:
 
 
 def state_table(runs: Sequence[Run]) -> str:
-    """ESS before training against n, then what is trained."""
+    """Make the tables of ESS before training against n, and of the trained models."""
     before = averages([run for run in runs if not run["steps"]], "label", "state")
     after = averages([run for run in runs if run["steps"]], "label", "state")
     sizes = list(dict.fromkeys(row["state"] for row in before))
@@ -411,7 +415,7 @@ def _label_order(row: Run) -> tuple[int, float]:
 
 
 def figures_of(part: str, runs: Sequence[Run]) -> dict[str, "Figure"]:
-    """The pictures of a part by name."""
+    """Draw the figures of a part, and return them by name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -467,7 +471,7 @@ def figures_of(part: str, runs: Sequence[Run]) -> dict[str, "Figure"]:
 
 
 def saturation(runs: Sequence[Run]) -> "Figure":
-    """ESS at every position of linear attention with little and with enough state."""
+    """Draw the ESS of linear attention at every position, with little and with enough state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -483,7 +487,7 @@ def saturation(runs: Sequence[Run]) -> "Figure":
 
 
 def collapse(runs: Sequence[Run]) -> "Figure":
-    """ESS at every position of GLA and WLA that forget, without the regulariser and with it."""
+    """Draw the ESS of GLA and WLA with gates near 0, without and with the regularizer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.2), layout="constrained")
@@ -502,7 +506,7 @@ def collapse(runs: Sequence[Run]) -> "Figure":
 
 
 def _curve(axes: Any, curve: Sequence[float], colour: str, label: str) -> None:
-    """ESS against the position, and the cap min(i, L - i) in grey."""
+    """Draw ESS against the position i, and its upper bound min(i, L - i) in grey."""
     length = len(curve)
     positions = range(length)
     axes.plot(positions, curve, color=colour, label=label)
@@ -537,14 +541,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--part", choices=TABLES, help="By default all, one after the other.")
+    parser.add_argument("--part", choices=TABLES, help="Part to run; by default all.")
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, help=f"Of trainings; by default {SEEDS}.")
+    parser.add_argument("--seeds", type=int, help=f"Number of seeds; by default {SEEDS}.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/ess_effects"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--document", type=Path, help="A page with places for the tables.")
-    parser.add_argument("--figures", type=Path, help="The folder of the pictures.")
+    parser.add_argument("--document", type=Path, help="Page with marks for the tables.")
+    parser.add_argument("--figures", type=Path, help="Folder for the figures.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for part in [arguments.part] if arguments.part else TABLES:

@@ -1,17 +1,19 @@
 """How do time and memory of a training step grow with the length and with the state?
 
-Forward and backward of one layer on the processor, float32, input (batch, length, channels):
-`LongConvolution` with the filters RTF, S4D and S4 of this library beside the packages s5-pytorch
-and mambapy, where they are installed, and the published RTF and S4, where they are given:
+The benchmark runs forward and backward passes of one layer on the processor in float32, with inputs
+(batch, length, channels). It compares `LongConvolution` with this library's filters RTF, S4D and S4
+with the packages s5-pytorch and mambapy, if they are installed, and with the published RTF and S4,
+if they are given:
 
     --rtf PATH   folder of the published rtf.py (it needs einops)
     --s4 PATH    folder of the published s4.py (its models/s4; without compiled extensions)
 
-Every measurement is a fresh process: the fastest of several steps after one to warm up, and peak
-resident memory above that of a process that imports the same modules and makes the same input.
-Layers that run out of memory (three quarters of the machine's) or take longer than --limit seconds
-are left out and named. Two figures, against the length at one state size and against the state size
-at one length, go beside the results.
+Every measurement is made in a fresh process. Its time is that of the fastest of several steps,
+after one step to warm up. Its memory is the peak resident memory, minus that of a process that
+imports the same modules and makes the same input. Layers that run out of memory (three quarters of
+the machine's) or take longer than --limit seconds are left out and named. Two figures are written
+beside the results: one shows the cost against the length at one state size, and the other against
+the state size at one length.
 
     python benchmarks/layers.py [--rtf PATH] [--s4 PATH] [--quick] [--output PATH] [--figures DIR]
 """
@@ -36,7 +38,7 @@ from benchmarks._report import write
 CHANNELS = 64
 LENGTHS = (1024, 4096, 16384, 65536)
 STATES = (16, 64, 256, 1024)
-LENGTH, STATE = 4096, 64  # what stays while the other varies
+LENGTH, STATE = 4096, 64  # the value of each while the other varies
 OURS = {"RTF": "rtf", "S4D": "s4d", "S4": "s4"}
 COLOURS = {"RTF": "tab:blue", "S4D": "tab:green", "S4": "tab:red", "S5": "tab:purple"}
 
@@ -88,7 +90,7 @@ def sides(arguments: argparse.Namespace) -> list[str]:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One measurement, in a process of its own: prints JSON."""
+    """Run one measurement in a process of its own, and print the result as JSON."""
     bound_memory()
     length, state = arguments.length, arguments.state
     u = torch.randn(arguments.batch, length, CHANNELS).requires_grad_()
@@ -140,7 +142,7 @@ def measure(side: str, length: int, state: int, arguments: argparse.Namespace) -
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The comparisons that matter, wherever both sides ran."""
+    """Return the ratios of the most important comparisons, at all sizes at which both sides ran."""
     at = {(r["layer"], r["length"], r["state"]): r for r in rows if "milliseconds" in r}
     found: dict[str, Any] = {}
 
@@ -230,7 +232,7 @@ def main() -> None:
     sizes = dict.fromkeys(
         [(length, STATE) for length in lengths] + [(LENGTH, state) for state in states]
     )
-    # Sides take turns at every size, so that a machine that slows down does so for all.
+    # The sides take turns at every size, so that a slowdown of the machine affects all of them.
     rows = [measure(side, *size, arguments) for size in sizes for side in sides(arguments)]
     found = ratios(rows)
     for name, value in found.items():

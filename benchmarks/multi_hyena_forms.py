@@ -1,7 +1,7 @@
-"""Which form of MultiHyena is cheaper at which size: FFT of outer products or masked attention?
+"""At which sizes is each form of MultiHyena cheaper: FFT of outer products or masked attention?
 
-Times forward plus backward of both forms on the same inputs over lengths and head widths, and
-prints their ratio beside the choice that `MultiHyena` makes.
+The benchmark times the forward and backward passes of both forms on the same inputs, for several
+lengths and head widths. It prints the ratio of the times beside the choice that `MultiHyena` makes.
 
     python benchmarks/multi_hyena_forms.py [--output FILE] [--repeats N]
 """

@@ -1,9 +1,10 @@
-"""How much does online convolution save a convolution that must answer at every sample?
+"""How much does online convolution save if the output is needed after every sample?
 
-384 streams of 8,192 samples with filters as long, one sample at a time on the CPU: online
-convolution, run whole; one dot product of the filter with the past per sample; and recomputing the
-convolution of everything so far by FFT at every sample. The last two are timed at samples spread
-evenly over the run, and their mean is multiplied by the number of samples. The sides take turns.
+There are 384 streams of 8,192 samples with filters of the same length, processed one sample at a
+time on the CPU. Three methods are compared. One is online convolution. The others compute, for each
+sample, a dot product of the filter with the past, or an FFT of the whole past. Online convolution
+runs over all samples. The others are timed at samples spread evenly over the run, and their mean
+time is multiplied by the number of samples. The sides take turns.
 """
 
 import argparse
@@ -24,8 +25,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def now() -> float:
-    """Seconds of this process on the processor if it has one thread, which other processes on the
-    machine disturb little; else those on the wall."""
+    """Return processor seconds if this process has one thread, otherwise wall-clock seconds.
+
+    Other processes on the machine change the processor time only a little.
+    """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -52,7 +55,7 @@ def main() -> None:
     signal = torch.randn(streams, length)
     recurrence = FIR(kernel).recurrence()
     backwards = kernel.flip(-1).contiguous()
-    inputs = signal.T.contiguous()  # (length, streams): a sample of all streams at a time
+    inputs = signal.T.contiguous()  # (length, streams); a row has one sample of every stream
     positions = [(2 * i + 1) * length // (2 * arguments.samples) for i in range(arguments.samples)]
 
     def online() -> torch.Tensor:
@@ -74,14 +77,14 @@ def main() -> None:
     exact = online()
     whole = causal_convolution(signal, kernel)
     error = float((exact - whole).norm() / whole.norm())
-    for t in positions:  # the three sides compute one thing
+    for t in positions:  # all three sides compute the same output
         torch.testing.assert_close(dot(t), exact[:, t], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(fft(t), exact[:, t], rtol=1e-3, atol=1e-3)
     seconds: dict[str, list[float]] = {"online": [], "dot product": [], "FFT recomputation": []}
     for _ in range(arguments.rounds):
         seconds["online"].append(timed(online))
         sides = (
-            ("dot product", (dot, dot_by_einsum)),  # the better of the two
+            ("dot product", (dot, dot_by_einsum)),  # the faster of the two is reported
             ("FFT recomputation", (fft,)),
         )
         for name, ways in sides:

@@ -1,8 +1,9 @@
-"""What does a training step cost on packed rows, beside the same sequences padded to the longest?
+"""What does a training step cost on packed rows, compared with padding to the longest sequence?
 
-Forward and backward passes of a language model of each mixer, on the same sequences: one to a row
-under a mask, and all of them in one row, told by positions that restart. Both see the same tokens,
-so the ratio of their times is the ratio of their tokens a second. The two take turns.
+The benchmark runs forward and backward passes of a language model with each mixer on the same
+sequences: once with one sequence per row under a mask, and once with all of them in one row, where
+restarting positions separate them. Both sides process the same tokens, so the ratio of their tokens
+per second is the inverse ratio of their times. The sides take turns.
 
     python benchmarks/packing.py [--output FILE] [--repeats N] [--width N]
 """
@@ -44,7 +45,7 @@ def step(model: GramianForCausalLM, batch: dict[str, torch.Tensor]) -> float:
 
 
 def batches(lengths: list[int]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The sequences padded on the right, and packed into one row."""
+    """Return two batches: the sequences padded on the right, and packed into one row."""
     rows = [torch.randint(256, (length,)) for length in lengths]
     pad = torch.nn.utils.rnn.pad_sequence
     mask = pad([torch.ones_like(row) for row in rows], batch_first=True)

@@ -1,36 +1,38 @@
-"""How fast and how close is `gramian.reduce`, beside pyMOR's ERA and the published gradient method?
+"""How fast and close is `gramian.reduce`, beside pyMOR's ERA and the published gradient method?
 
-Five parts, each by itself with `--part`:
+There are five parts, which `--part` selects:
 
-`era` compares the closed form (`Balanced(refine=False)`) with pyMOR. Speed: 1,024 implicit filters
-in the published configuration (33 features of time, three hidden layers of 64 sines at frequency
-10, exponential windows), 2,048 taps, order 16, otherwise default arguments; pyMOR's `ERAReductor`,
-which factors one dense Hankel matrix after the other, on a few of them.
-
-Accuracy: 32 seeded filters at order 16, sixteen as initialised and sixteen from a small Hyena
-language model that this script trains for a minute on the text behind Python's `help()`. pyMOR's
-`force_stability=True` extends the taps by zeros as `tail="zero"` does; `force_stability=False` uses
-taps alone and leaves unstable poles as they come, as `tail="free", stable=False` does. Errors are
-‖h - ĥ‖₂ over the taps behind the direct term, which both sides hold exactly.
+`era` compares the closed form (`Balanced(refine=False)`) with pyMOR. Speed is measured on 1,024
+implicit filters in the published configuration (33 features of time, three hidden layers of 64
+sines at frequency 10, exponential windows), with 2,048 taps, order 16 and otherwise default
+arguments. pyMOR's `ERAReductor`, which factors the dense Hankel matrices one after another, runs on
+a few of these filters. Accuracy is measured on 32 seeded filters at order 16: sixteen as
+initialised, and sixteen from a small Hyena language model that this script trains for a minute on
+the text behind Python's `help()`. pyMOR's `force_stability=True` extends the taps by zeros, as
+`tail="zero"` does. `force_stability=False` uses the taps alone and keeps unstable poles, as
+`tail="free", stable=False` does. Errors are ‖h - ĥ‖₂ over the taps after the direct term, which
+both sides represent exactly.
 
 `gradient` reduces the same filters, half of them trained, with the default method and with
-`method=Gradient(…)` at 20,000 steps, each in one run of all filters: for how many is the error
-smaller, and what is the ratio of the times. Nothing of that is extrapolated; with `--quick` the
-steps are fewer, and the output says so. Our gradient method has gradients in closed form from
-√L × √L blocks; beside it stands the published formulation, in which the modal form is materialised
-and automatic differentiation runs through it. Its time for all steps is extrapolated from the
-fastest of some, and called so.
+`method=Gradient(…)` at 20,000 steps, each in one run of all filters. It counts the filters for
+which the error of the default method is smaller, and computes the ratio of the times. These times
+are not extrapolated. With `--quick` there are fewer steps, and the output says so. Gramian's
+gradient method computes gradients in closed form from √L × √L blocks. It is also compared with the
+published formulation, which materialises the modal form and differentiates through it
+automatically. The time of the published formulation for all steps is extrapolated from the fastest
+of a few steps, and the output says so.
 
-`large` takes the time and the peak resident memory of 49,152 refined filters of 2,048 taps at order
-16, and the time of 192, with the errors of the closed form beside. It measures memory from the
-start of the process, so for that figure run it alone.
+`large` measures the time and the peak resident memory of refining 49,152 filters of 2,048 taps at
+order 16, and the time for 192 filters, with the errors of the closed form for comparison. Memory is
+measured from the start of the process, so run this part alone for that figure.
 
-`optimum` asks how much better any refinement could be: on sixteen filters as initialised, chains of
-random moves with full refinement after each, much longer than the default method's, and the lower
-bound, all over the closed form's mean error.
+`optimum` asks how much better any refinement could be. On sixteen filters as initialised, it runs
+chains of random moves, with full refinement after each move. These chains take much longer than the
+default method. Their errors and the lower bound are divided by the closed form's mean error.
 
-`smooth` compares errors on filters of 5 features of time at frequency 1, with the closed form of a
-silent tail, as pyMOR's, and with the better of both closed forms, which these filters need most.
+`smooth` compares errors on filters of 5 features of time at frequency 1. It compares the default
+method with the closed form for a tail of zeros, which pyMOR computes. It also compares the default
+method with the better of both closed forms. This choice matters most for these filters.
 
     python benchmarks/reduction.py [--part era gradient large optimum smooth] [--quick]
                                    [--output FOLDER]
@@ -66,13 +68,13 @@ TREATMENTS = {"zero": {"tail": "zero"}, "free": {"tail": "free", "stable": False
 
 @torch.no_grad()
 def untrained(count: int, seed: int) -> Tensor:
-    """Kernels (count, LENGTH) of an implicit filter as initialised, float32."""
+    """Return kernels (count, LENGTH) of an implicit filter as initialised, in float32."""
     torch.manual_seed(seed)
     return ImplicitFilter(count, LENGTH)().kernel
 
 
 def trained(count: int, seconds: float) -> tuple[Tensor, dict[str, float]]:
-    """Kernels (count, LENGTH) of a one-layer Hyena after some training, and its loss in bits."""
+    """Return kernels (count, LENGTH) of a one-layer Hyena after training, and its loss in bits."""
     torch.manual_seed(1)
     corpus = python_documentation()
     embedding = nn.Embedding(256, count)
@@ -102,7 +104,7 @@ def trained(count: int, seconds: float) -> tuple[Tensor, dict[str, float]]:
 
 
 def pymor_error(taps: np.ndarray, force_stability: bool) -> tuple[float, float]:
-    """‖h - ĥ‖₂ of pyMOR's reduction over h_1 … h_{L-1}, and the seconds that it took."""
+    """Return ‖h - ĥ‖₂ of pyMOR's reduction over h_1 … h_{L-1}, and the seconds that it took."""
     from pymor.core.logger import set_log_levels
     from pymor.reductors.era import ERAReductor
 
@@ -120,7 +122,10 @@ def pymor_error(taps: np.ndarray, force_stability: bool) -> tuple[float, float]:
 
 
 def throughput(count: int, repeats: int) -> dict[str, Any]:
-    """The fastest of some runs over `count` filters: noise only ever adds time."""
+    """Reduce `count` filters several times, and return the times and the filters per second.
+
+    The fastest run counts, because noise only adds time.
+    """
     kernel = untrained(count, seed=0)
     reduce(kernel[:64], ORDER, method=Balanced(refine=False))
     seconds = []
@@ -138,7 +143,7 @@ def throughput(count: int, repeats: int) -> dict[str, Any]:
 
 
 def accuracy(kernels: dict[str, Tensor]) -> dict[str, Any]:
-    """Errors of both sides for every filter and both treatments of the tail."""
+    """Return the errors of both sides, for every filter and both treatments of the tail."""
     results: dict[str, Any] = {}
     pymor_seconds = []
     for treatment, arguments in TREATMENTS.items():
@@ -189,7 +194,7 @@ def against_pymor(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def progress(name: str) -> Any:
-    """A line that counts, on a terminal only."""
+    """Return a function that prints the progress, or None if the output is no terminal."""
 
     def tell(done: int, total: int) -> None:
         print(f"\r  {name}: {done} of {total}", end="\n" if done == total else "", flush=True)
@@ -204,8 +209,11 @@ def timed(name: str, kernel: Tensor, **arguments: Any) -> tuple[Any, float]:
 
 
 def published_step(kernel: Tensor, steps: int) -> float:
-    """Seconds of the fastest step on all filters at once, in float32: poles, their powers over all
-    taps, the impulse response, autograd, Adam (arXiv 2310.18780, section 3.2)."""
+    """Return the seconds of the fastest step of the published formulation.
+
+    A step processes all filters at once, in float32: poles, their powers over all taps, the impulse
+    response, autograd and Adam (arXiv 2310.18780, section 3.2).
+    """
     torch.manual_seed(0)
     taps = kernel[:, 1:].float()
     taps = taps / taps.norm(dim=-1, keepdim=True)
@@ -232,7 +240,7 @@ def published_step(kernel: Tensor, steps: int) -> float:
 
 
 def against_gradient(options: argparse.Namespace) -> dict[str, Any]:
-    """The default method and the gradient method on the same filters, half of them trained."""
+    """Compare the default and the gradient method on the same filters, half of them trained."""
     half, steps = options.gradient_filters // 2, options.steps
     print(f"Gradient method: {2 * half} filters of {LENGTH} taps, order {ORDER}, {steps:,} steps")
     if steps < 20_000:
@@ -283,7 +291,7 @@ def against_gradient(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def large(options: argparse.Namespace) -> dict[str, Any]:
-    """Many filters at once: time, memory, and what refinement gains."""
+    """Reduce many filters at once, and measure the time, the memory and the gain by refinement."""
     results: dict[str, Any] = {}
     reduce(untrained(64, seed=0), ORDER)
     for count in (192, options.large_filters):
@@ -315,7 +323,7 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def optimum(options: argparse.Namespace) -> dict[str, Any]:
-    """How far below the default method's errors a long random search comes."""
+    """Measure how much a long random search lowers the errors of the default method."""
     results: dict[str, Any] = {}
     for length in options.search_lengths:
         torch.manual_seed(3)
@@ -346,10 +354,11 @@ def optimum(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def searched_error(kernel: Tensor, chains: int, moves: int) -> Tensor:
-    """The least relative errors that chains of random moves find, from greedy and random poles.
+    """Return the least relative errors that chains of random moves find.
 
-    A move takes one mode or two out at random, puts others where what is left has a peak, under a
-    random modulation, and refines all of them; it is kept where the error falls.
+    The chains start from greedy and from random poles. A move removes one or two modes at random,
+    adds others where the residual, under a random modulation, has a peak, and refines all modes. It
+    is kept if the error falls.
     """
     taps, pairs = kernel[:, 1:], ORDER // 2
     many = taps.repeat_interleave(chains, 0)
@@ -380,7 +389,7 @@ def searched_error(kernel: Tensor, chains: int, moves: int) -> Tensor:
 
 
 def smooth(options: argparse.Namespace) -> dict[str, Any]:
-    """The default method over both closed forms on filters that are smooth, taps in float64."""
+    """Compare the default method with both closed forms on smooth filters, with taps in float64."""
     results: dict[str, Any] = {}
     torch.manual_seed(5)
     filters = ImplicitFilter(options.smooth_filters, LENGTH, embedding_features=5, frequency=1.0)
@@ -419,19 +428,22 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument(
-        "--quick", action="store_true", help="small sizes, for a look at the output"
-    )
-    parser.add_argument("--filters", type=int, default=1024, help="of the part era")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see the output")
+    parser.add_argument("--filters", type=int, default=1024, help="filters of the part era")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--gradient-filters", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=20_000, help="of the gradient method")
+    parser.add_argument("--steps", type=int, default=20_000, help="steps of the gradient method")
     parser.add_argument(
-        "--published-steps", type=int, default=300, help="measured of the published formulation"
+        "--published-steps",
+        type=int,
+        default=300,
+        help="measured steps of the published formulation",
     )
     parser.add_argument("--search-lengths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--search-filters", type=int, default=16, help="of the part optimum")
-    parser.add_argument("--smooth-filters", type=int, default=64, help="of the part smooth")
+    parser.add_argument(
+        "--search-filters", type=int, default=16, help="filters of the part optimum"
+    )
+    parser.add_argument("--smooth-filters", type=int, default=64, help="filters of the part smooth")
     parser.add_argument("--chains", type=int, default=12)
     parser.add_argument("--hops", type=int, default=60)
     parser.add_argument("--large-filters", type=int, default=49_152)

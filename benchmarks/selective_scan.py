@@ -1,10 +1,11 @@
 """How fast and small is S6, Mamba's block, in training on a processor?
 
-The block (projections, short convolution, selective scan, gate) forward and backward, beside
-transformers' `MambaMixer` with the same weights, without compiled extensions: its loop over time,
-and, where the package mambapy is installed, its parallel scan. Outputs and gradients of the input
-are compared. Every measurement is a process of its own: the fastest of several steps, and the
-resident peak above that of an idle process; one that takes over 20 seconds is not repeated.
+The benchmark runs forward and backward passes of the block (projections, short convolution,
+selective scan, gate). It compares them with transformers' `MambaMixer` with the same weights and
+without compiled extensions: with its loop over time and, if the package mambapy is installed, with
+its parallel scan. Outputs and gradients of the input are compared. Every measurement is made in a
+process of its own. Its time is that of the fastest of several steps, and its memory is the resident
+peak minus that of an idle process. A step that takes over 20 seconds is not repeated.
 
     python benchmarks/selective_scan.py [--output PATH]
 """
@@ -41,7 +42,7 @@ STATE = 16
 
 
 class Published(nn.Module):
-    """transformers' mixer with the weights of ours."""
+    """The mixer of transformers, with the weights of a Gramian mixer."""
 
     def __init__(self, ours: S6, scan: bool) -> None:
         super().__init__()
@@ -67,7 +68,8 @@ class Published(nn.Module):
             "out_proj.weight": "out_proj.weight",
         }
         state = {name: own[source] for name, source in names.items()}
-        state["conv1d.weight"] = own["short.weight"].flip(-1).unsqueeze(1)  # the present is last
+        # In transformers, the tap of the present comes last.
+        state["conv1d.weight"] = own["short.weight"].flip(-1).unsqueeze(1)
         self.mixer.load_state_dict(state)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ class Published(nn.Module):
 
 
 def child(side: str, batch: int, length: int, width: int, idle: bool) -> None:
-    """One measurement: prints JSON."""
+    """Run one measurement, and print it as JSON."""
     torch.manual_seed(0)
     ours = S6(width, STATE)
     mixer = ours if side == "gramian" else Published(ours, side == "mambapy")

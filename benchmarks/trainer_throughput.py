@@ -1,11 +1,12 @@
-"""What does `gramian train` cost beside a bare PyTorch loop? Tokens per second, and their ratio.
+"""How many tokens per second does `gramian train` process, compared with a bare PyTorch loop?
 
-Each case is a recipe. `gramian.training.train` runs it, and so does the loop that one would write
-by hand: the same model, weights, rows, batch, AdamW over the same parameter groups, clipping and
-schedule, logits where something is due, with all rows in memory as one tensor. The two take turns,
-several times; a turn counts its steps after a warm-up, without evaluation. Wall time is the field's
-measure; the processor's time of this process says the same where other work shares the machine.
-Ratios are medians over the turns of one turn's pair.
+Each case is a recipe. `gramian.training.train` runs it, and so does a loop that is written by hand.
+The loop has the same model, weights, rows, batch size, parameter groups of AdamW, clipping and
+schedule. It computes logits at the same labelled positions, and keeps all rows in memory as one
+tensor. The two sides take turns, several times. In a turn, the steps after a warm-up are timed,
+without evaluation. Wall time is the usual measure. The processor time of this process is reliable
+even if other processes share the machine. Ratios are computed within each turn, and their median
+over the turns is reported.
 
     python benchmarks/trainer_throughput.py [--repeats 5] [--steps 60] [--output PATH]
 """
@@ -40,7 +41,7 @@ CASES: dict[str, list[str]] = {
     "delay_rtf": ["task.train_examples=1024"],
     "bytes_multi_hyena": [],
 }
-Clocks = tuple[float, float]  # wall and processor
+Clocks = tuple[float, float]  # wall time and processor time
 
 
 def clocks() -> Clocks:
@@ -55,7 +56,7 @@ def elapsed(began: Clocks) -> Clocks:
 
 
 class Stopwatch(_run.Recorder):
-    """The recorder of a run, which also looks at the clocks after the warm-up and at the end."""
+    """A recorder of a run that also reads the clocks, after the warm-up and at the end."""
 
     began: Clocks
     measured: Clocks
@@ -68,13 +69,13 @@ class Stopwatch(_run.Recorder):
 
 
 def trained(config: TrainingConfig) -> Clocks:
-    """Time of the steps after the warm-up in `gramian.training.train`."""
+    """Measure the time of the steps after the warm-up in `gramian.training.train`."""
     _run.train(config)
     return Stopwatch.measured
 
 
 def by_hand(config: TrainingConfig, batches: Callable[[], dict[str, Tensor]]) -> Clocks:
-    """The same in a loop."""
+    """Measure the time of the steps after the warm-up in a loop that is written by hand."""
     optimization, description = config.optimization, _run._task(config).description()
     torch.manual_seed(config.seed)
     model = _run._model(config, description).train()
@@ -113,7 +114,7 @@ def by_hand(config: TrainingConfig, batches: Callable[[], dict[str, Tensor]]) ->
 
 
 def due(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch whose logits are made where something is due, as `gramian train` does."""
+    """Restrict a batch to the positions with a label, as `gramian train` does."""
     labels = batch.get("shift_labels")
     if labels is None:
         return batch
@@ -124,7 +125,7 @@ def due(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sampler(config: TrainingConfig) -> tuple[Callable[[], dict[str, Tensor]], int]:
-    """Random batches of the training rows, all in memory, and the tokens of one."""
+    """Return a function that draws batches of rows in memory, and a batch's number of tokens."""
     task = _run._task(config)
     rows = task.dataset("train", config.seed)
     whole = Collator(task.description())([rows[index] for index in range(len(rows))])

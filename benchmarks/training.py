@@ -1,19 +1,22 @@
-"""Do the filters learn? Delay, Copying and sequential digits, at equal state, three seeds.
+"""Do the filters learn Delay, Copying and sequential digits, at equal state, with three seeds?
 
-- Delay: the task `delay` of `gramian.tasks`, white noise cut to a tenth of its band, length 1,024;
-  the target is the input 256 steps ago. One long convolution between two linear maps (a
-  `GramianForSignalRegression`); the figure is the root mean square error relative to the target's,
-  on fresh sequences.
-- Copying: 8 tokens of an alphabet of 8, then 112 blanks, then 8 marks at which the tokens are due.
-  Two residual blocks; the figure is the share of right tokens on fresh sequences (1/8 by chance).
-- Digits: scikit-learn's 8 × 8 digits as sequences of 64 grey values, 1,437 to train and 360 to
-  test. Two residual blocks, mean pooling; the figure is accuracy on the test set.
+- Delay is the task `delay` of `gramian.tasks`. The input is white noise of length 1,024, limited to
+  a tenth of its band, and the target is the input 256 steps earlier. The model has one long
+  convolution between two linear maps (a `GramianForSignalRegression`). The figure is the root mean
+  square error on fresh sequences, relative to the root mean square of the target.
+- Copying has 8 tokens of an alphabet of 8, then 112 blanks, then 8 marks. The labels of the marks
+  are the 8 tokens. The model has two residual blocks. The figure is the share of right tokens on
+  fresh sequences (1/8 by chance).
+- Digits are scikit-learn's 8 × 8 digits as sequences of 64 grey values, 1,437 for training and 360
+  for testing. The model has two residual blocks and mean pooling. The figure is the accuracy on the
+  test set.
 
-RTF with each `stability` (with `schur` from zeros, an FIR filter, and from drawn reflection
-coefficients, which have poles at the start), S4D and S4, all with the same state size, width,
-steps, batches and learning rates (AdamW, cosine, what the filters ask for through
-`parameter_groups`). Each training is short: this shows which parametrisations train out of the box,
-not what each could reach. All results are written, whatever they are.
+The layers are RTF with each `stability`, S4D and S4. RTF with `schur` starts either from zeros, as
+an FIR filter, or from random reflection coefficients, which give it poles at the start. All have
+the same state size, width, steps, batches and learning rates (AdamW with a cosine schedule, and
+what the filters request through `parameter_groups`). Each training is short. So the results show
+which parametrisations train without tuning, and not the best that each can reach. All results are
+written.
 
     python benchmarks/training.py [--seeds 3] [--output PATH] [--table PATH]
 """
@@ -50,14 +53,14 @@ LAYERS = {
 
 
 def copying_batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Token ids (count, 128) and the tokens due at the last 8 positions (count, 8)."""
+    """Draw token ids (count, 128) and the labels of the last 8 positions (count, 8)."""
     tokens = torch.randint(8, (count, 8), generator=generator)
     blanks = torch.full((count, 112), 8)
     return torch.cat([tokens, blanks, torch.full((count, 8), 9)], dim=1), tokens
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sequences (n, 64, 1) and labels, to train and to test."""
+    """Return sequences (n, 64, 1) and labels for training, and the same for testing."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -68,21 +71,21 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class Pooled(nn.Module):
-    """The mean over time."""
+    """A head that returns the mean over time."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(1)
 
 
 class Last(nn.Module):
-    """The last eight positions."""
+    """A head that returns the last eight positions."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, -8:]
 
 
 class Signals(nn.Module):
-    """A model of signals as a map of tensors."""
+    """A model of signals that maps a tensor to a tensor."""
 
     def __init__(self, model: GramianForSignalRegression) -> None:
         super().__init__()
@@ -93,7 +96,7 @@ class Signals(nn.Module):
 
 
 def blocks(filter: dict[str, Any], width: int, length: int, first: nn.Module, *last: nn.Module):
-    """Two residual blocks around long convolutions."""
+    """Make two residual blocks with long convolutions."""
     config = {**filter, "state_size": STATE}
     return nn.Sequential(first, *(Block(width, config, length) for _ in range(2)), *last)
 
@@ -141,7 +144,7 @@ def delay(filter: dict[str, Any], seed: int, steps: int) -> float:
     )
 
     def batch(split: str, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (count, 1024, 1)."""
+        """Draw inputs and targets, both (count, 1024, 1)."""
         some = list(islice(rows[split], count))
         x, y = (np.stack([row[name] for row in some]) for name in ("input_values", "labels"))
         return torch.from_numpy(x), torch.from_numpy(y)
@@ -195,10 +198,11 @@ def table(results: dict[str, dict[str, list[float]]], seeds: int, minutes: float
     lines = [
         "# Training at equal state",
         "",
-        f"Made by `python benchmarks/training.py`: state {STATE}, {seeds} seeds each, "
-        f"{minutes:.0f} minutes on a processor ({torch.get_num_threads()} thread). Mean over the "
-        "seeds, smallest and largest in brackets. What the tasks are, and what these short runs "
-        "do not show, is in the script's first lines.",
+        f"This table was made by `python benchmarks/training.py` in {minutes:.0f} minutes on a "
+        f"processor ({torch.get_num_threads()} thread). Every layer has state {STATE} and {seeds} "
+        "seeds. Values are means over the seeds, with the smallest and the largest value in "
+        "brackets. The docstring of the script describes the tasks, and says what these short "
+        "runs do not show.",
         "",
         "| layer | " + " | ".join(f"{task} ({TASKS[task][2]})" for task in results) + " |",
         "|---" * (len(results) + 1) + "|",
@@ -216,7 +220,7 @@ def main() -> None:
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the number of steps")
     parser.add_argument("--output", type=Path, default=here / "results" / "training.json")
     parser.add_argument(
         "--table", type=Path, default=here.parent / "docs" / "results" / "training.md"

@@ -1,19 +1,20 @@
-"""What does a training step of the papers' models cost, beside the published RTF and S4?
+"""What does a training step of the papers' models cost, compared with the published RTF and S4?
 
-Models of `recipes/papers` at their full width, depth and length: Hyena and Hyena-RTF as on
-WikiText-103, RTF on the Long Range Arena and Speech Commands. A step is forward, loss, backward and
-AdamW on random data, in bfloat16 where the recipe says so and there is a GPU. The same models run
-with the published layers in place of their mixers, or, in Hyena, which those files do not have,
-with the published kernels in place of its filters:
+The models are those of `recipes/papers` at their full width, depth and length: Hyena and Hyena-RTF
+as on WikiText-103, and RTF as on the Long Range Arena and Speech Commands. A step consists of a
+forward pass, the loss, a backward pass and AdamW on random data, in bfloat16 if the recipe says so
+and there is a GPU. The same models also run with the published layers in place of their mixers. The
+published files contain no Hyena, so in Hyena models the published kernels replace the filters:
 
     --rtf PATH   folder of the published rtf.py (it needs einops)
     --s4 PATH    folder of the published s4.py (its models/s4; without compiled extensions)
 
-On a GPU the batch is the recipe's share of one device, memory what PyTorch holds at most. On a
-processor the batch is 4 (Hyena's 1) and memory the resident peak above that of an idle process.
-Every measurement is a process of its own, the fastest of several steps after two to warm up; one
-that runs out of memory or of time is named and left out. --limit ends the steps after so many
-seconds, at least one being taken.
+On a GPU, the batch is the recipe's share of one device, and memory is the peak that PyTorch
+allocates. On a processor, the batch size is 4 (1 for Hyena), and memory is the resident peak minus
+that of an idle process. Every measurement is made in a process of its own. Its time is that of the
+fastest of several steps, after two steps to warm up. If a measurement runs out of memory or time,
+the output says so, and it is left out. After --limit seconds, no further step begins, but at least
+one step is measured.
 
     python benchmarks/training_step.py [--rtf PATH] [--s4 PATH] [--cases NAME …] [--output PATH]
 """
@@ -41,7 +42,7 @@ from gramian.tasks import Description
 from gramian.training import TrainingConfig, _run, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = {  # the data that a recipe reads, which need not be at hand
+CASES = {  # descriptions of the recipes' data, so that the data themselves are not needed
     "wikitext103_hyena": Description("tokens", 1024, vocab_size=50_257),
     "wikitext103_hyena_rtf": Description("tokens", 1024, vocab_size=50_257),
     "lra_listops": Description("classification", 2048, vocab_size=18, num_labels=10),
@@ -52,13 +53,13 @@ CASES = {  # the data that a recipe reads, which need not be at hand
     "lra_pathx": Description("classification", 16_384, input_size=1, num_labels=2),
     "speech_commands": Description("classification", 16_000, input_size=1, num_labels=35),
 }
-SHARE = {"wikitext103_hyena": 16, "wikitext103_hyena_rtf": 16}  # of a batch, on one of 8 devices
+SHARE = {"wikitext103_hyena": 16, "wikitext103_hyena_rtf": 16}  # sequences on each of 8 devices
 SIDES = ("gramian", "RTF, published", "S4, published")
-STATE = 64  # of the published S4, its default
+STATE = 64  # state size of the published S4, its default
 
 
 class PublishedKernel(Filter):
-    """The taps of a published kernel, for a Hyena layer."""
+    """A filter that returns the taps of a published kernel, for a Hyena layer."""
 
     name = "published"
 
@@ -79,7 +80,7 @@ class PublishedKernel(Filter):
 
 
 def published_layer(mixer: LongConvolution, side: str, arguments: argparse.Namespace) -> nn.Module:
-    """The published layer in place of a long convolution."""
+    """Make the published layer that replaces a long convolution."""
     filter, both = mixer.filter, mixer.bidirectional
     if side == "S4, published":
         s4 = published_s4(arguments.s4)
@@ -105,7 +106,7 @@ def published_layer(mixer: LongConvolution, side: str, arguments: argparse.Names
 
 
 def published_kernel(filter: Filter, side: str, arguments: argparse.Namespace) -> nn.Module:
-    """The published kernel in place of a Hyena layer's filter."""
+    """Make the published kernel that replaces a Hyena layer's filter."""
     channels, length = filter.channels, filter.max_length
     if side == "S4, published":
         kernels = published_s4(arguments.s4).kernel_registry
@@ -116,7 +117,7 @@ def published_kernel(filter: Filter, side: str, arguments: argparse.Namespace) -
 
 
 class Layer(nn.Module):
-    """A published layer where the block expects a mixer."""
+    """A published layer that a block can use as its mixer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -146,7 +147,7 @@ def recipe(name: str) -> TrainingConfig:
 
 
 def inputs(description: Description, batch: int, device: torch.device) -> dict[str, Tensor]:
-    """Random data of a task's shape."""
+    """Draw random data of a task's shape."""
     shape = (batch, description.length)
     made: dict[str, Tensor] = {}
     for suffix in ("", "_2") if description.kind == "pairs" else ("",):
@@ -164,7 +165,7 @@ def inputs(description: Description, batch: int, device: torch.device) -> dict[s
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One measurement, in a process of its own: prints JSON."""
+    """Run one measurement in a process of its own, and print it as JSON."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
@@ -218,8 +219,10 @@ def main() -> None:
     parser.add_argument("--rtf", type=Path, help="folder of the published rtf.py")
     parser.add_argument("--s4", type=Path, help="folder of the published s4.py")
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--batch", type=int, help="sequences of a step")
-    parser.add_argument("--limit", type=float, default=60, help="seconds for a measurement")
+    parser.add_argument("--batch", type=int, help="number of sequences in a step")
+    parser.add_argument(
+        "--limit", type=float, default=60, help="largest number of seconds for a measurement"
+    )
     parser.add_argument("--output", type=Path, default=here / "results" / "training_step.json")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--idle", action="store_true", help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
-"""What the documentation site does while it is built.
+"""Hooks that mkdocs calls while it builds the documentation site.
 
-It makes the references of the command line and of a configuration's keys, and drops
+They insert the references of the command line and of a configuration's keys, and remove
 reStructuredText's roles from docstrings.
 """
 
@@ -18,7 +18,7 @@ KEYS_PAGE = "reference/training.md"
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Put the commands and the keys where their marks stand, as mkdocs asks for it."""
+    """Replace the marks in two pages by the commands and the keys; mkdocs calls this function."""
     for place, mark, text in ((PAGE, MARK, commands), (KEYS_PAGE, KEYS_MARK, training_keys)):
         if page.file.src_uri == place:
             if mark not in markdown:
@@ -28,12 +28,12 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Drop `:func:` and its like before a name, which Markdown would show."""
+    """Remove `:func:` and similar roles before names, which Markdown would show."""
     return re.sub(r":(?:attr|class|data|func|meth|mod|obj):(?=<code>)", "", html)
 
 
 def commands() -> str:
-    """Markdown of every command, its arguments and options, read from the Typer app itself."""
+    """Return Markdown of every command with its arguments and options, read from the Typer app."""
     from gramian.cli import app
 
     group: Any = typer.main.get_command(app)
@@ -41,7 +41,7 @@ def commands() -> str:
 
 
 def training_keys() -> str:
-    """Markdown of every key of a training configuration, read from the dataclasses themselves."""
+    """Return Markdown of every key of a training configuration, read from the dataclasses."""
     from gramian.training.configuration import keys as listed
 
     rows = [

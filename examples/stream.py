@@ -1,4 +1,4 @@
-"""One sample in, one sample out: an S4 layer, exported, filters a signal as it arrives.
+"""Filter a signal sample by sample as it arrives, with an S4 layer that was exported.
 
     python examples/stream.py --channels 4 --state-size 64 --samples 2000
 
@@ -21,7 +21,7 @@ import onnxruntime
 
 
 def stream(folder: Path, samples: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Outputs (channels) of samples (channels), each as soon as its sample is there."""
+    """Yield the output (channels) of each sample (channels) as soon as the sample arrives."""
     description = json.loads((folder / "export.json").read_text())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # one sample is too little to share

@@ -1,12 +1,12 @@
-"""Gramian: the memory of causal sequence models.
+"""Train, measure and shrink the memory of causal sequence models.
 
-Every causal mixer applies a lower-triangular operator `y = T u`, and the rank of its Hankel blocks
-is the memory that it needs. The library parametrizes that operator (filters, mixers), measures it
-(`effective_state_size`), shrinks it (`reduce`, `realize`, `distill`) and runs it (convolution and
-recurrence).
+Every causal mixer applies a lower-triangular operator `y = T u`. The rank of the operator's Hankel
+blocks is the memory that the mixer needs. Gramian parametrizes this operator (filters, mixers),
+measures it (`effective_state_size`), shrinks it (`reduce`, `realize`, `distill`) and applies it
+(convolution and recurrence).
 
-`import gramian` imports nothing else until a name is used. `import gramian.models` imports
-transformers and registers our classes with its Auto classes.
+`import gramian` imports none of its packages until a name is used. `import gramian.models` imports
+transformers and registers Gramian's classes with transformers' Auto classes.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _HOMES = {
     "realize": "ess",
     "reduce": "reduction",
 }
-"""The package of each public name, imported when the name is first used."""
+"""The package of each public name. It is imported when the name is first used."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m gramian`: the command line."""
+"""Run the command line as `python -m gramian`."""
 
 from gramian.cli import main
 

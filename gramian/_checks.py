@@ -1,21 +1,41 @@
-"""Checks of arguments, whose errors say in one sentence what was given and what is accepted."""
+"""Check arguments. Each error says in one sentence what is accepted and what was given."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["check_choice", "check_divides", "check_probability", "check_sizes"]
+__all__ = [
+    "check_choice",
+    "check_divides",
+    "check_integers",
+    "check_probability",
+    "check_sizes",
+]
 
 
 def check_sizes(**sizes: object) -> None:
-    """Raise a ValueError unless all are integers of at least 1."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+    """Raise a ValueError unless every size is an integer of at least 1.
+
+    Args:
+        sizes: the sizes by their names, which the message uses.
+    """
+    check_integers(1, **sizes)
+
+
+def check_integers(least: int, /, **values: object) -> None:
+    """Raise a ValueError unless every value is an integer of at least `least`.
+
+    Args:
+        least: smallest accepted value.
+        values: the values by their names, which the message uses.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
 
 
 def check_probability(name: str, value: float) -> float:
-    """Return `value` as a float, or raise a ValueError unless it is a probability below 1."""
+    """Return `value` as a float. Raise a ValueError unless it is a probability below 1."""
     if not isinstance(value, int | float) or not 0 <= value < 1:
         raise ValueError(f"{name} must be a probability, at least 0 and below 1; got {value!r}.")
     return float(value)
@@ -34,7 +54,7 @@ def check_choice(name: str, value: object, accepted: Iterable[str], where: str =
         name: name of the value in the message.
         value: the given value.
         accepted: the accepted names.
-        where: text that follows them in the message, such as " in 'glu' blocks".
+        where: text that follows the accepted names in the message, such as " in 'glu' blocks".
     """
     choices = tuple(accepted)
     if value not in choices:

@@ -1,4 +1,4 @@
-"""Parts that all figures share: colors, an empty figure, the style of axes, and saving."""
+"""Provide the colors and the style of all figures, and write figures to files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def finish(axes: Any, *, title: str, x: str, y: str) -> None:
 
 
 def head(figure: Figure, title: str) -> None:
-    """Put a title over a whole figure, such as its folder; a long title is cut at its start."""
+    """Put a title over a whole figure. The beginning of a long title is cut off."""
     shown = title if len(title) <= _LONGEST_TITLE else f"…{title[1 - _LONGEST_TITLE :]}"
     figure.suptitle(shown, fontsize=9, color=GREY, x=0.01, ha="left", parse_math=False)
 

@@ -1,8 +1,8 @@
-"""Imports of the user's own modules, which register tasks, filters, mixers and other parts.
+"""Import the user's own modules, which register tasks, filters, mixers and other parts.
 
-A module is given as a file (`parts/my_task.py`) or by its dotted name (`my_lab.parts`). Python
-knows a file by its stem. Training keeps a copy of each module beside the results, which is imported
-if the original no longer exists.
+A module is given as a file (`parts/my_task.py`) or by its dotted name (`my_lab.parts`). A file is
+imported under the stem of its name. Training keeps a copy of each module beside the results. The
+copy is imported if the original no longer exists.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from gramian._staging import staged_file
 __all__ = ["copy_parts", "find_copy", "import_parts"]
 
 _LOADED: dict[str, ModuleType] = {}
-"""Modules by the hash of their files, so that a copy of an imported module is not imported."""
+"""The imported modules by the hashes of their files. No file is imported twice, nor is its copy."""
 
 
 def import_parts(names: Sequence[str], copies: str | Path | None = None) -> None:
-    """Import modules that register parts, each once.
+    """Import modules that register parts. A module is imported only once.
 
     Args:
         names: paths of Python files, relative to the working directory, or dotted names of modules
-            that are in it or installed.
+            that are installed or are in the working directory.
         copies: folder of the copies that `copy_parts` made, or None. Copies are imported in place
             of modules that are not found.
 
@@ -55,20 +55,21 @@ def import_parts(names: Sequence[str], copies: str | Path | None = None) -> None
 
 
 def find_copy(name: str, copies: str | Path) -> Path | None:
-    """Return the copy of a module that `copy_parts` put into a folder, or None."""
+    """Return the copy of a module that `copy_parts` put into the folder `copies`, or None."""
     copy = Path(copies, _copy_name(name))
     return copy if copy.is_file() else None
 
 
 def copy_parts(names: Sequence[str], folder: str | Path) -> dict[str, str]:
-    """Copy the files of modules into a folder, unless it has them already.
+    """Copy the files of modules into a folder. Copies that the folder already has are kept.
 
     Args:
-        names: as for `import_parts`. Only the `__init__.py` of a package is copied.
-        folder: folder of the copies, which is created if needed.
+        names: files or names of modules, as for `import_parts`. Only the `__init__.py` of a package
+            is copied.
+        folder: folder of the copies. It is created if it does not exist.
 
     Returns:
-        SHA-256 of the copy of each module, by the module's name.
+        A mapping from the name of each module to the SHA-256 of its copy.
     """
     hashes = {}
     for name in names:
@@ -83,14 +84,14 @@ def copy_parts(names: Sequence[str], folder: str | Path) -> dict[str, str]:
 
 
 def _find(name: str) -> Path | None:
-    """Return the Python file of a name, or None if it does not exist."""
+    """Return the Python file of a module, or None if there is none."""
     if name.endswith(".py"):
         file = Path(name)
     else:
         with _working_directory_on_path():
             try:
                 spec = importlib.util.find_spec(name)
-            except (ImportError, ValueError):  # no such package, or a module made by hand
+            except (ImportError, ValueError):  # the package is missing, or a module has no spec
                 spec = None
         file = Path((spec and spec.origin) or "")
     return file.resolve() if file.suffix == ".py" and file.is_file() else None
@@ -105,7 +106,7 @@ def _import_file(name: str, file: Path) -> None:
     if digest in _LOADED:
         return
     stem = file.stem
-    if stem in sys.modules or _find(stem) not in (None, file):  # json.py, say
+    if stem in sys.modules or _find(stem) not in (None, file):  # for example, json.py
         stem = f"{stem}_{digest[:8]}"
     spec = importlib.util.spec_from_file_location(stem, file)
     assert spec is not None and spec.loader is not None
@@ -142,7 +143,10 @@ def _failure(name: str, error: Exception) -> ValueError:
 
 @contextmanager
 def _working_directory_on_path() -> Iterator[None]:
-    """Add the working directory to the path during an import, as `python -m` does."""
+    """Add the working directory to the module search path within this context.
+
+    `python -m` also searches the working directory.
+    """
     here = os.getcwd()
     sys.path.append(here)
     try:

@@ -1,6 +1,6 @@
-"""Standard JSON, in which NaN and infinities become null.
+"""Write standard JSON. NaN and infinities become null.
 
-Python writes NaN and Infinity as bare words, which other JSON parsers reject.
+By default, Python writes NaN and Infinity as words that other JSON parsers reject.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ __all__ = ["to_json"]
 
 
 def to_json(values: Any, **options: Any) -> str:
-    """Return JSON text in which floating-point numbers that are not finite are null.
+    """Return JSON text. Floating-point numbers that are not finite become null.
 
     Args:
         values: plain values, mappings, lists and tuples.
         options: options of `json.dumps`.
 
     Raises:
-        TypeError: on a value that JSON cannot hold.
+        TypeError: if JSON cannot hold a value.
     """
     return json.dumps(_finite(values), allow_nan=False, **options)
 

@@ -1,4 +1,4 @@
-"""PyTorch modules that several packages build on."""
+"""Define a base class of modules whose tensors stay in single precision."""
 
 from __future__ import annotations
 

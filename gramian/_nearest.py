@@ -1,4 +1,4 @@
-"""Error messages for unknown names, which suggest the nearest known one."""
+"""Make error messages for unknown names. The messages suggest the nearest known name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ __all__ = ["unknown"]
 
 
 def unknown(what: str, name: object, accepted: Iterable[str]) -> str:
-    """Return a message that `what` `name` is unknown, with the nearest and all accepted names."""
+    """Return a message that a name is unknown, with the nearest name and all accepted names.
+
+    Args:
+        what: the kind of thing that has the name, such as "task".
+        name: the unknown name.
+        accepted: the accepted names.
+    """
     names = sorted(accepted)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     meant = f" Did you mean {close[0]!r}?" if close else ""

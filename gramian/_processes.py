@@ -1,4 +1,4 @@
-"""The number of processes, which torchrun and similar launchers set in the environment."""
+"""Read the number of processes, which torchrun and similar launchers set in the environment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ def world_size() -> int:
     """Return `WORLD_SIZE`, or 1 if it is not set.
 
     Raises:
-        ValueError: if it is not an integer of at least 1, or if several processes have no `RANK`.
+        ValueError: if `WORLD_SIZE` is not an integer of at least 1, or if it is above 1 and `RANK`
+            is not set.
     """
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
@@ -25,10 +26,10 @@ def world_size() -> int:
 
 
 def require_one_process(reason: str) -> None:
-    """Refuse to run as one of several processes.
+    """Raise a ValueError if this process is one of several.
 
     Args:
-        reason: reason for the refusal, as the beginning of the error's sentence.
+        reason: beginning of the message. It gives the reason for the refusal.
 
     Raises:
         ValueError: if the environment describes several processes, or is invalid.

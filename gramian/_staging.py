@@ -1,7 +1,7 @@
-"""Outputs that are either complete or absent: they are written beside the target, then renamed.
+"""Write outputs completely or not at all: write them beside their target, then rename them.
 
-A rename within one folder is atomic, so readers of the target see either the old state of the disk
-or the finished output, whatever happens while it is written.
+A rename within one folder is atomic. So a reader of the target always sees either the old content
+or the finished output, even if writing the output fails.
 """
 
 from __future__ import annotations
@@ -18,11 +18,18 @@ __all__ = ["staged_directory", "staged_file"]
 
 @contextmanager
 def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that becomes `target` when the block succeeds.
+    """Yield an empty folder beside `target`. It becomes `target` when the block succeeds.
 
-    With `replace`, an existing `target` is replaced at the end; without it, an existing one raises
-    `FileExistsError` at the start. After an exception, what was written and any parent folders that
-    were created are removed, and `target` is unchanged.
+    If the block raises an exception, the folder and the parent folders that were created for it are
+    removed, and `target` is unchanged.
+
+    Args:
+        target: folder to write.
+        replace: whether an existing `target` is replaced at the end. If not, an existing `target`
+            is an error.
+
+    Raises:
+        FileExistsError: at the start, if `target` exists and `replace` is False.
     """
     target = Path(os.path.abspath(target))
     if not replace and (target.exists() or target.is_symlink()):
@@ -42,7 +49,7 @@ def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
             stage.rename(target)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
-        with suppress(OSError):  # a parent that someone else has used meanwhile stays
+        with suppress(OSError):  # a parent folder that is no longer empty stays
             for parent in made:
                 parent.rmdir()
         raise
@@ -50,7 +57,7 @@ def staged_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(target: Path) -> Iterator[Path]:
-    """Yield the name of a new file beside `target` that replaces it when the block succeeds."""
+    """Yield the path of a file beside `target`. It replaces `target` when the block succeeds."""
     target = Path(os.path.abspath(target))
     stage = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
     try:

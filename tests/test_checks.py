@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from gramian._checks import check_choice, check_divides, check_probability, check_sizes
+from gramian._checks import (
+    check_choice,
+    check_divides,
+    check_integers,
+    check_probability,
+    check_sizes,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +23,8 @@ from gramian._checks import check_choice, check_divides, check_probability, chec
         (lambda: check_sizes(a=1, b=0), "b must be an integer of at least 1; got 0."),
         (lambda: check_sizes(a=True), "a must be an integer of at least 1; got True."),
         (lambda: check_sizes(a=1.0), "a must be an integer of at least 1; got 1.0."),
+        (lambda: check_integers(0, a=0, b=-1), "b must be an integer of at least 0; got -1."),
+        (lambda: check_integers(4, a="5"), "a must be an integer of at least 4; got '5'."),
         (
             lambda: check_probability("p", 1),
             "p must be a probability, at least 0 and below 1; got 1.",
@@ -37,6 +45,7 @@ def test_a_wrong_argument_is_refused(call: Callable[[], Any], message: str) -> N
 
 def test_what_is_accepted_passes() -> None:
     check_sizes(a=1, b=7)
+    check_integers(0, a=0, least=3)
     assert check_probability("p", 0) == 0.0
     check_divides("heads", 4, 8)
     check_choice("norm", "x", {"x": 1})

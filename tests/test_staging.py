@@ -24,9 +24,13 @@ def test_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), staged_directory(tmp_path / "new" / "out") as stage:
-        (stage / "file").write_text("text")
-        raise error
+    def fail() -> None:
+        with staged_directory(tmp_path / "new" / "out") as stage:
+            (stage / "file").write_text("text")
+            raise error("halfway")
+
+    with pytest.raises(error, match="halfway"):
+        fail()
     assert listing(tmp_path) == {}
 
 
@@ -42,8 +46,11 @@ def test_replacement_keeps_the_old_directory_until_the_end(tmp_path: Path) -> No
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(ValueError), staged_directory(target, replace=True):
-        raise ValueError
+    with (
+        pytest.raises(ValueError, match="halfway"),
+        staged_directory(target, replace=True),
+    ):
+        raise ValueError("halfway")
     assert listing(tmp_path) == {"out": None, "out/old": b"old"}
     with staged_directory(target, replace=True) as stage:
         (stage / "new").write_text("new")
@@ -53,9 +60,14 @@ def test_replacement_keeps_the_old_directory_until_the_end(tmp_path: Path) -> No
 def test_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "file.txt"
     target.write_text("old")
-    with pytest.raises(ValueError), staged_file(target) as stage:
-        stage.write_text("half")
-        raise ValueError
+
+    def fail() -> None:
+        with staged_file(target) as stage:
+            stage.write_text("half")
+            raise ValueError("halfway")
+
+    with pytest.raises(ValueError, match="halfway"):
+        fail()
     assert listing(tmp_path) == {"file.txt": b"old"}
     with staged_file(target) as stage:
         stage.write_text("new")

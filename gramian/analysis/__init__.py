@@ -1,4 +1,4 @@
-"""Measurement of how much of its memory a whole model uses, layer by layer, on a text."""
+"""Measure how much of its memory each layer of a model uses while the model reads a text."""
 
 from gramian.analysis._analyze import analyze
 from gramian.analysis._opening import open_model

@@ -1,4 +1,4 @@
-"""The function `analyze`: state-sizes of every layer of a model while it reads a text."""
+"""Measure the state-sizes of every layer of a model while the model reads a text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.analysis._recording import Met, Recorder
+from gramian.analysis._recording import RecordedOperator, Recorder
 from gramian.analysis._report import LayerState, StateReport
 from gramian.ess import effective_state_size, theoretical_state_size
 from gramian.ops.precision import full_precision
@@ -19,7 +19,7 @@ from gramian.tasks import Encoder, documents_in
 
 __all__ = ["analyze"]
 
-_MATRIX_BYTES = 2**27  # maximal bytes of operators held at once, in double precision
+_MATRIX_BYTES = 2**27  # the largest number of bytes of double-precision operators held at once
 
 
 @full_precision()
@@ -39,38 +39,43 @@ def analyze(
 ) -> StateReport:
     """Measure the effective state-size of every layer, head and position of a model on one input.
 
-    The model runs once. Each causal operator is measured when its layer runs and then dropped, so
-    no more than one layer's is held. The function reads our own mixers, softmax attention of every
-    architecture that uses transformers' attention interface, selective scans (Mamba, FalconMamba,
-    Jamba, Zamba; Mamba2, Bamba, Falcon-H1, Nemotron-H), and the gated delta rule (Qwen3-Next,
-    Qwen3.5, OLMo-Hybrid). Other layers that mix tokens are named in the report.
+    The model runs once. Each causal operator is measured when its layer runs and is then dropped,
+    so the operators of no more than one layer are held at once. The function measures the mixers of
+    `gramian.mixers`, softmax attention of every architecture that uses transformers' attention
+    interface, selective scans (Mamba, FalconMamba, Jamba, Zamba; Mamba2, Bamba, Falcon-H1,
+    Nemotron-H), and the gated delta rule (Qwen3-Next, Qwen3.5, OLMo-Hybrid). The report names the
+    other layers that mix tokens.
 
     Args:
-        model: A transformers model, ours included, or any module that contains our mixers.
-        inputs: A text or FASTA record, with `tokenizer`; token ids, (L) or (1, L), or a sequence
-            of integers; a mapping with `input_ids`, as tokenizers return it; or, for models of
-            continuous inputs, floating-point numbers (L, size) or (1, L, size). One sequence, not
-            padded.
-        tokenizer: Tokenizer of a text, which also gives the names of tokens in the report.
-        at: Positions; position i separates the tokens before i from token i and later ones.
-        every: Used in place of `at`: distance between positions, from 0 on.
-        horizon: Number of tokens to read, all by default. The rank of `T[i:horizon, :i]` is at
-            most min(i, horizon - i), so it should be well past the last position of interest.
+        model: A model of Gramian or of transformers, or any module that contains mixers of
+            `gramian.mixers`.
+        inputs: One sequence without padding. A text or a FASTA record needs `tokenizer`. Token ids
+            are (L) or (1, L), a sequence of integers, or a mapping with `input_ids`, as tokenizers
+            return it. Inputs of models of continuous inputs are floating-point numbers, (L, size)
+            or (1, L, size).
+        tokenizer: Tokenizer of the text. It also provides the texts of tokens in the report.
+        at: The positions at which to measure; all by default. Position i separates the tokens
+            before i from token i and later tokens.
+        every: Distance between positions, of which the first is 0. Give `every` or `at`, not both.
+        horizon: Number of tokens to read; all by default. The rank of `T[i:horizon, :i]` is at most
+            min(i, horizon - i), so the horizon should be well past the last position of interest.
         measure: "entropy" or "tolerance", as in `gramian.effective_state_size`.
-        tol: Absolute tolerance.
-        rtol: Relative tolerance.
-        max_channels: Maximal number of heads or channels to measure in a layer; if there are more,
-            every n-th is measured. None measures all.
-        progress: Called with the number of layers read and the number of known layers.
+        tol: Absolute tolerance of the measure "tolerance".
+        rtol: Relative tolerance of the measure "tolerance".
+        max_channels: Maximal number of heads or channels to measure in a layer. If a layer has
+            more, every n-th of them is measured. If it is None, all are measured.
+        progress: A function that is called after each layer with the number of layers measured so
+            far and the number of known layers.
 
     Returns:
         The report, which prints as a table.
 
     Raises:
-        TypeError: for inputs or a model of another kind.
-        ValueError: for a model without layers that mix tokens, inputs that are empty, padded, or
-            more than one sequence, positions or a horizon that do not fit, an unknown measure, a
-            text without a tokenizer, and operators that are not finite, whose layer is named.
+        TypeError: if the inputs have another type, or the model is not a module.
+        ValueError: if the model has no layers that mix tokens; if the inputs are empty, padded, or
+            more than one sequence; if a text is given without a tokenizer; if a position or the
+            horizon is outside of the sequence; if the measure is unknown; or if an operator is not
+            finite. In the last case, the message names the layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"a model to analyze must be a torch module; got {type(model).__name__}.")
@@ -86,12 +91,12 @@ def analyze(
     length = sequence.shape[1]
     positions = _positions(at, every, length)
     options: dict[str, Any] = {"measure": measure, "tol": tol, "rtol": rtol}
-    effective_state_size(torch.eye(2), **options)  # checks the measure before the model runs
+    effective_state_size(torch.eye(2), **options)  # raise its errors before the model runs
     started = time.perf_counter()
     layers: list[LayerState] = []
 
-    def visit(met: Met) -> None:
-        layers.append(_layer(met, positions, length, max_channels, options))
+    def visit(recorded: RecordedOperator) -> None:
+        layers.append(_layer(recorded, positions, length, max_channels, options))
         if progress is not None:
             known = max(len(recorder.mixers), len(layers))
             progress(len(layers), known)
@@ -121,40 +126,40 @@ def analyze(
 
 
 def _layer(
-    met: Met,
+    recorded: RecordedOperator,
     positions: list[int],
     length: int,
     max_channels: int | None,
     options: dict[str, Any],
 ) -> LayerState:
-    """Measure a layer's state-sizes, a few channels at a time."""
-    step = 1 if max_channels is None else math.ceil(met.count / max_channels)
-    chosen = range(0, met.count, step)
+    """Measure the state-sizes of a recorded layer, a few channels at a time."""
+    step = 1 if max_channels is None else math.ceil(recorded.count / max_channels)
+    chosen = range(0, recorded.count, step)
     size = max(1, _MATRIX_BYTES // (8 * length * length))
     ess, tss = [], []
     for begin in range(0, len(chosen), size):
         part = chosen[begin : begin + size]
-        system = met.system(slice(part.start, part.stop, part.step))
+        system = recorded.system(slice(part.start, part.stop, part.step))
         try:
             sizes = effective_state_size(system, positions, horizon=length, **options)
         except ValueError as error:
-            raise ValueError(f"{met.name}: {error}") from error
-        there = theoretical_state_size(system, positions, horizon=length)
+            raise ValueError(f"{recorded.name}: {error}") from error
+        capacity = theoretical_state_size(system, positions, horizon=length)
         ess.append(sizes.reshape(-1, len(positions)).float().cpu())
-        tss.append(there.reshape(-1, len(positions)).float().cpu())
+        tss.append(capacity.reshape(-1, len(positions)).float().cpu())
     return LayerState(
-        name=met.name,
-        mixer=met.mixer,
-        kind=met.kind,
+        name=recorded.name,
+        mixer=recorded.mixer,
+        kind=recorded.kind,
         channels=tuple(chosen),
-        count=met.count,
+        count=recorded.count,
         ess=torch.cat(ess),
         tss=torch.cat(tss),
     )
 
 
 def _joined(layers: list[LayerState]) -> Iterator[LayerState]:
-    """Yield the layers, joining those whose heads were recorded one after the other."""
+    """Yield the layers. Join the heads or channels of layers that have the same name."""
     by_name: dict[str, list[LayerState]] = {}
     for layer in layers:
         by_name.setdefault(layer.name, []).append(layer)
@@ -176,7 +181,7 @@ def _joined(layers: list[LayerState]) -> Iterator[LayerState]:
 
 
 def _sequence(inputs: Any, tokenizer: Any) -> Tensor:
-    """Return token ids (1, L), or continuous inputs (1, L, size)."""
+    """Return the inputs as token ids (1, L) or as floating-point numbers (1, L, size)."""
     if isinstance(inputs, str):
         if tokenizer is None:
             raise ValueError("a text needs a tokenizer: give `tokenizer`, or token ids.")

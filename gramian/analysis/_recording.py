@@ -1,16 +1,19 @@
-r"""Recording of the causal operators of a model while it runs, one at a time.
+r"""Record the causal operators of a model while it runs, one at a time.
 
 Operators are found in three ways, none of which depends on an architecture:
 
-- our mixers, by `gramian.mixers.Mixer.operator`;
-- softmax attention of transformers, by an attention function registered in its interface. The
-  layer's own `eager_attention_forward` computes the map, so soft caps, sinks, position biases,
-  grouped queries and masks (of sliding windows, too) are the model's; the map is then compared with
-  the layer's output and passed on;
-- selective scans (Mamba and Mamba2's kin) and the gated delta rule, by the arguments of the
-  functions that the modeling files of transformers call (`gramian.analysis._scans`).
+- `gramian.mixers.Mixer.operator` returns the operator of a Gramian mixer.
+- Softmax attention of transformers calls an attention function that the recorder registers. This
+  function calls the layer's own `eager_attention_forward` to compute the map from values to
+  outputs. So the map contains the soft caps, sinks, position biases, grouped queries and masks
+  (including those of sliding windows) of the model. The map is compared with the layer's output
+  before it is recorded.
+- The operators of selective scans (of Mamba, Mamba2 and related models) and of the gated delta rule
+  are computed from the arguments of the functions that the modeling files of transformers call
+  (`gramian.analysis._scans`).
 
-Every operator is passed to one visitor and then dropped: nothing is kept for the whole model.
+Every operator is passed to a visitor and then dropped, so that a recording never holds the
+operators of the whole model.
 """
 
 from __future__ import annotations
@@ -31,10 +34,10 @@ from gramian.analysis._scans import SCANS, Scan
 from gramian.mixers import Mixer
 from gramian.systems import DenseOperator, System
 
-__all__ = ["Met", "Recorder", "token_mixers"]
+__all__ = ["RecordedOperator", "Recorder", "token_mixers"]
 
 _IMPLEMENTATION = "gramian_capture"
-_AGREEMENT = 1e-3  # accepted relative difference of a map on its values from the layer's output
+_AGREEMENT = 1e-3  # the largest relative difference between map times values and layer's output
 
 _MIXES = re.compile(
     "Attention|Mamba|DeltaNet|Mixer|SSM|Rwkv|RWKV|LSTM|Recurrent|ShortConv|Retention|Hyena"
@@ -42,15 +45,16 @@ _MIXES = re.compile(
 _MIXES_NOT = re.compile("Norm|Rotary|Embedding|MLP|Mlp|FeedForward|Cache|Output$|Pooling|Function")
 
 
-class Met:
-    """A recorded operator.
+class RecordedOperator:
+    """The operator of a layer, with a function that returns it for some heads or channels.
 
     Args:
         name: path of the module.
-        mixer: class of the module.
+        mixer: name of the module's class.
         kind: "attention", "recurrence" or "convolution".
         count: number of heads or channels.
-        system: function from a slice of heads or channels to their system, channels (*1, n).
+        system: function that maps a slice of the heads or channels to their system. For n heads or
+            channels, the channels of the system are (*1, n).
     """
 
     def __init__(
@@ -64,7 +68,11 @@ class Met:
 
 
 def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the innermost modules whose class is known to mix tokens, and our mixers, by path."""
+    """Return the modules that mix tokens, by their paths.
+
+    These modules are the Gramian mixers and, outside of Gramian mixers, the innermost modules whose
+    class has the name of a token mixer.
+    """
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         name = type(module).__name__
@@ -89,11 +97,11 @@ class Recorder:
     """A recorder that passes the operators of a model's layers to a visitor.
 
     Args:
-        model: The model.
-        visit: Called with each operator during the forward pass.
+        model: The model whose layers are recorded.
+        visit: A function that is called with each operator during the forward pass.
     """
 
-    def __init__(self, model: nn.Module, visit: Callable[[Met], None]) -> None:
+    def __init__(self, model: nn.Module, visit: Callable[[RecordedOperator], None]) -> None:
         self.model = model
         self.visit = visit
         self.paths = {id(module): path for path, module in model.named_modules()}
@@ -120,7 +128,7 @@ class Recorder:
             yield
 
     def unread(self) -> tuple[tuple[str, str], ...]:
-        """Return path and reason for every module that ran and could not be read."""
+        """Return the path of every module that ran but could not be measured, and the reason."""
         reasons = dict(self.refused)
         for path, module in self.mixers.items():
             near = [r for r in self.read if r == path or r.startswith(f"{path}.")]
@@ -135,17 +143,17 @@ class Recorder:
             return
         x = args[0] if args else kwargs["x"]
         try:
-            module.operator(x[:, :1], slice(0, 1))  # a bidirectional one refuses
+            module.operator(x[:, :1], slice(0, 1))  # a bidirectional mixer raises an error
         except ValueError as error:
             self.refused[path] = str(error)
             return
         operator = partial(module.operator, x)
-        self._met(path, module, module.family, module.channels, operator)
+        self._record(path, module, module.family, module.channels, operator)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._current.pop()
 
-    def _met(
+    def _record(
         self,
         path: str,
         module: nn.Module,
@@ -156,37 +164,39 @@ class Recorder:
         runs = self.ran[path]
         name = path if runs <= 1 else f"{path} (run {runs})"
         self.read.add(path)
-        self.visit(Met(name or type(module).__name__, type(module).__name__, kind, count, system))
+        mixer = type(module).__name__
+        self.visit(RecordedOperator(name or mixer, mixer, kind, count, system))
 
     # Attention
 
     @contextmanager
     def _attention(self) -> Iterator[None]:
-        """Make all attention layers that use transformers' interface call `_attend`."""
+        """Make attention layers that use transformers' interface call `_attend` in this context."""
         from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
         from transformers.masking_utils import eager_mask
 
         configs: dict[int, Any] = {}
         for module in self.model.modules():
-            if isinstance(module, PreTrainedModel) and module._can_set_attn_implementation():
+            if isinstance(module, PreTrainedModel) and _takes_functions(module):
                 todo = [module.config]
                 while todo:
                     config = todo.pop()
                     configs[id(config)] = config
                     inner = (getattr(config, key, None) for key in config.sub_configs)
                     todo += [c for c in inner if c is not None and id(c) not in configs]
-        before = {key: config._attn_implementation_internal for key, config in configs.items()}
+        before = {key: _implementation(config) for key, config in configs.items()}
         AttentionInterface.register(_IMPLEMENTATION, self._attend)
         AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
         try:
             for config in configs.values():
-                config._attn_implementation_internal = _IMPLEMENTATION
+                _set_implementation(config, _IMPLEMENTATION)
             yield
         finally:
             for key, config in configs.items():
-                config._attn_implementation_internal = before[key]
-            AttentionInterface._global_mapping.pop(_IMPLEMENTATION, None)
-            AttentionMaskInterface._global_mapping.pop(_IMPLEMENTATION, None)
+                _set_implementation(config, before[key])
+            for interface in (AttentionInterface, AttentionMaskInterface):
+                registered = interface._global_mapping  # noqa: SLF001 (nothing public unregisters)
+                registered.pop(_IMPLEMENTATION, None)
 
     def _attend(
         self,
@@ -197,9 +207,13 @@ class Recorder:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute the layer's own eager attention, in at least single precision.
+        """Compute a layer's own eager attention, in at least single precision, and record it.
 
-        Queries, keys and values are (batch, heads, length, N).
+        The function has the signature of transformers' attention functions. Queries, keys and
+        values are (batch, heads, length, N).
+
+        Returns:
+            The layer's output in the dtype of the queries, and None in place of the weights.
         """
         path = self.paths.get(id(module), type(module).__name__)
         if not self._current or self._current[-1][1] is not module:
@@ -216,7 +230,7 @@ class Recorder:
         refusal = _not_a_causal_map(weights, wide[2], output)
         if refusal is None:
             maps = weights[0]  # (heads, length, length)
-            self._met(path, module, "attention", len(maps), lambda s: DenseOperator(maps[s]))
+            self._record(path, module, "attention", len(maps), lambda s: DenseOperator(maps[s]))
         else:
             self.refused[path] = refusal
         return output.to(query.dtype), None
@@ -225,7 +239,7 @@ class Recorder:
 
     @contextmanager
     def _scans(self) -> Iterator[None]:
-        """Make the scans of the modeling files pass their arguments to `_scan` first."""
+        """Make the scans of the modeling files pass through `_scan` in this context."""
         places: dict[str, ModuleType] = {}
         for module in self.mixers.values():
             for cls in type(module).__mro__:
@@ -249,12 +263,27 @@ class Recorder:
         if self._current:
             path, module = self._current[-1]
             count, system = scan(*args, **kwargs)
-            self._met(path, module, "recurrence", count, system)
+            self._record(path, module, "recurrence", count, system)
         return function(*args, **kwargs)
 
 
+def _takes_functions(model: Any) -> bool:
+    """Return whether the attention function of a transformers model can be chosen by name."""
+    return bool(model._can_set_attn_implementation())  # noqa: SLF001 (there is no public test)
+
+
+def _implementation(config: Any) -> str | None:
+    """Return the name of the attention function in a configuration of transformers."""
+    return config._attn_implementation_internal  # noqa: SLF001 (there is no public field)
+
+
+def _set_implementation(config: Any, name: str | None) -> None:
+    """Set the name of the attention function in one configuration, and in no other."""
+    config._attn_implementation_internal = name  # noqa: SLF001 (public setters change others, too)
+
+
 def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """Return the attention function that the layer would use without an interface."""
+    """Return the eager attention function in the file that defines a layer's class, or None."""
     for cls in type(module).__mro__:
         place = sys.modules.get(cls.__module__)
         function = getattr(place, "eager_attention_forward", None)
@@ -264,7 +293,7 @@ def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
 
 
 def _not_a_causal_map(weights: Tensor | None, value: Tensor, output: Tensor) -> str | None:
-    """Return why the weights are not a causal map from the values to the output, or None.
+    """Return why the weights are not a causal map from values to output, or None if they are.
 
     Args:
         weights: (batch, heads, L, L).
@@ -277,7 +306,7 @@ def _not_a_causal_map(weights: Tensor | None, value: Tensor, output: Tensor) -> 
         rows, columns = weights.shape[-2:]
         return f"it maps {columns} positions to {rows}: not those of one sequence."
     if not bool(weights.isfinite().all()):
-        return None  # the measurement reports numbers that are not finite
+        return None  # the measurement raises an error about such numbers
     if bool(weights[0].triu(1).any()):
         return "it is not causal: it looks ahead."
     value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)

@@ -1,4 +1,4 @@
-"""The report of `analyze`: state-sizes of every layer, head and position, and their summaries."""
+"""Define the report that `analyze` returns: the state-sizes of every layer, head and position."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ class LayerState:
 
     Attributes:
         name: path of the module in the model.
-        mixer: class of the module.
+        mixer: name of the module's class.
         kind: "attention", "recurrence" or "convolution".
         channels: indices of the measured heads or channels.
         count: number of all heads or channels.
-        ess: (len(channels), P), effective state-size before each position.
-        tss: (len(channels), P), theoretically realizable state-size, the size of the state.
+        ess: effective state-size (ESS) at each of the P positions, (len(channels), P).
+        tss: theoretically realizable state-size (TSS) at each of the P positions, which is the size
+            of the state there, (len(channels), P).
     """
 
     name: str
@@ -48,15 +49,18 @@ class LayerState:
 
     @property
     def utilization(self) -> Tensor:
-        """ESS / TSS, (len(channels), P), 0 where there is no state.
+        """The share ESS / TSS, (len(channels), P). It is 0 where TSS is 0.
 
-        The mean in the table is `in_use`, which leaves those places out.
+        The table of a report shows `in_use`, a mean without the entries where TSS is 0.
         """
         return utilization(self.ess, self.tss)
 
     @property
     def in_use(self) -> float | None:
-        """The mean of ESS / TSS over channels and positions with a state, or None without any."""
+        """The mean of ESS / TSS, or None if TSS is 0 everywhere.
+
+        The mean is over all channels and positions where TSS is above 0.
+        """
         share = self.utilization[self.tss > 0]
         return float(share.mean()) if share.numel() else None
 
@@ -73,26 +77,12 @@ class LayerState:
             "tss": _numbers(self.tss),
         }
 
-    def _row(self, label: str) -> tuple[str, ...]:
-        counted = len(self.channels)
-        measured = f"{counted:,}" if counted == self.count else f"{counted:,} of {self.count:,}"
-        share = self.in_use
-        return (
-            label,
-            self.mixer,
-            measured,
-            f"{float(self.ess.mean()):.2f}",
-            f"{float(self.ess.max()):.2f}",
-            f"{float(self.tss.mean()):.1f}",
-            "" if share is None else f"{100 * share:.1f} %",
-        )
-
 
 @dataclass(frozen=True, eq=False)
 class StateReport:
-    """The report of `analyze`, which prints as a table with a row for each layer.
+    """The report that `analyze` returns. It prints as a table with a row for each layer.
 
-    Position i separates the tokens before it from token i and later ones.
+    Position i separates the tokens before i from token i and later tokens.
 
     Attributes:
         model: name of the model.
@@ -100,11 +90,12 @@ class StateReport:
         positions: the P measured positions.
         tokens: text of every token that was read.
         measure: "entropy" or "tolerance".
-        tol: absolute tolerance, if any.
-        rtol: relative tolerance, if any.
-        unread: path and reason, for every layer that mixes tokens and could not be read.
-        seconds: duration of the analysis.
-        source: name of the input, if given.
+        tol: absolute tolerance, or None.
+        rtol: relative tolerance, or None.
+        unread: for every layer that mixes tokens but could not be measured, its path and the
+            reason.
+        seconds: duration of the analysis in seconds.
+        source: name of the input; empty if it has none.
     """
 
     model: str
@@ -120,14 +111,15 @@ class StateReport:
 
     @property
     def horizon(self) -> int:
-        """The number of tokens read; blocks are `T[i:horizon, :i]`."""
+        """The number of tokens that were read. The measured blocks are `T[i:horizon, :i]`."""
         return len(self.tokens)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The paths of the layers without their common beginning and end.
 
-        The label of a single layer is its number.
+        If the report has a single layer, its label is the number in its path, or the path if there
+        is no number.
         """
         parts = [layer.name.split(".") for layer in self.layers]
         if len(parts) == 1:
@@ -141,21 +133,35 @@ class StateReport:
 
     @property
     def cap(self) -> Tensor:
-        """The bound min(i, horizon - i) of the rank of every block, (P)."""
+        """The bound min(i, horizon - i) on the rank of the block at every position, (P)."""
         positions = torch.tensor(self.positions)
         return torch.minimum(positions, self.horizon - positions)
 
     @property
     def ess(self) -> tuple[Tensor, ...]:
-        """The effective state-sizes of every layer, (heads or channels, P)."""
+        """The effective state-sizes, one tensor (heads or channels, P) for each layer."""
         return tuple(layer.ess for layer in self.layers)
 
     def average(self, *, over_positions: bool = True) -> Tensor:
-        """Return the average ESS: the mean over heads, then over layers, (); or (P)."""
+        """Return the average ESS: the mean over heads or channels, and then over layers.
+
+        Args:
+            over_positions: whether to take the mean over positions, too.
+
+        Returns:
+            A scalar, or (P) if `over_positions` is False.
+        """
         return aggregate(self.ess, "average", over_positions=over_positions)
 
     def total(self, *, over_positions: bool = True) -> Tensor:
-        """Return the total ESS: the sum over all measured heads or channels, (); or (P)."""
+        """Return the total ESS: the sum over all measured heads or channels of all layers.
+
+        Args:
+            over_positions: whether to take the mean over positions.
+
+        Returns:
+            A scalar, or (P) if `over_positions` is False.
+        """
         return aggregate(self.ess, "total", over_positions=over_positions)
 
     def layer_curves(self) -> Tensor:
@@ -167,19 +173,20 @@ class StateReport:
     ) -> dict[str, Any]:
         """Measure state modulation: whether ESS drops where a context ends.
 
-        For every delimiter token, this is the ratio of ESS just after it (when the delimiter is the
-        last token of the past) to the mean ESS at the nearest positions before and after that do
-        not follow a delimiter, up to `reach` on each side. Both sides have equally many positions,
-        so that a linear trend cancels. A ratio below 1 is a drop.
+        For every delimiter token, the ESS at the position just after it is divided by the mean ESS
+        at positions nearby. At most `reach` positions on each side are used, and none that directly
+        follows a delimiter. Both sides have the same number of positions, so that a linear trend
+        cancels. A ratio below 1 means that ESS drops.
 
         Args:
-            delimiter: Predicate of a token's text; or texts to look for in a token.
-            reach: Positions on each side, at least 1.
+            delimiter: A function that returns, for the text of a token, whether the token is a
+                delimiter. Or a sequence of texts; tokens that contain one of them are delimiters.
+            reach: Maximal number of positions on each side, at least 1.
 
         Returns:
-            "delimiters", the number of delimiters compared; "average_ratio", the ratio for the
-            model's average ESS; and "head_ratios", one tensor (heads or channels) for each layer.
-            Ratios are means over delimiters.
+            A dictionary with "delimiters", the number of delimiters compared; "average_ratio", the
+            ratio for the model's average ESS; and "head_ratios", one tensor (heads or channels) for
+            each layer. Ratios are means over delimiters.
 
         Raises:
             ValueError: if no delimiter has measured positions on both sides.
@@ -212,7 +219,7 @@ class StateReport:
             )
 
         def ratios(sizes: Tensor) -> Tensor:
-            """Return the mean ratios (…) of sizes (…, P)."""
+            """Return the mean ratio over delimiters, (…), for state-sizes (…, P)."""
             sizes = sizes.double()
             each = [sizes[..., at] / sizes[..., around].mean(-1) for at, around in compared]
             return torch.stack(each).nan_to_num(1.0, posinf=1.0).mean(0)
@@ -247,7 +254,7 @@ class StateReport:
         return to_json(self.to_dict(), indent=indent)
 
     def save(self, path: str | Path) -> Path:
-        """Write a JSON file, whole or not at all."""
+        """Write the report as a JSON file, completely or not at all, and return the path."""
         path = Path(path)
         with staged_file(path) as stage:
             stage.write_text(self.to_json() + "\n", encoding="utf-8")
@@ -258,7 +265,7 @@ class StateReport:
         """Return the report from which `to_dict` made `values`.
 
         Raises:
-            ValueError: if `values` are not those of a report.
+            ValueError: if `values` do not have the format of a report.
         """
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
             raise ValueError(f"a state report of format {_FORMAT!r} is needed.")
@@ -293,7 +300,7 @@ class StateReport:
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: if it does not hold a report.
+            ValueError: if the file does not hold a report.
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -302,7 +309,7 @@ class StateReport:
 
     def __str__(self) -> str:
         lines = ["\t".join(_COLUMNS)]
-        lines += ["\t".join(layer._row(layer.name)) for layer in self.layers]
+        lines += ["\t".join(_row(layer, layer.name)) for layer in self.layers]
         return "\n".join([*lines, self._summary()])
 
     def __rich__(self) -> Table:
@@ -312,7 +319,7 @@ class StateReport:
         for index, name in enumerate(_COLUMNS):
             table.add_column(name, justify="left" if index < 2 else "right")
         for layer, label in zip(self.layers, self.labels, strict=True):
-            table.add_row(*layer._row(label))
+            table.add_row(*_row(layer, label))
         return table
 
     def _summary(self) -> str:
@@ -328,6 +335,25 @@ class StateReport:
         return "\n".join(lines)
 
 
+def _row(layer: LayerState, label: str) -> tuple[str, ...]:
+    """Return the cells of a layer in the table of a report. `_COLUMNS` has their headings."""
+    counted = len(layer.channels)
+    measured = f"{counted:,}" if counted == layer.count else f"{counted:,} of {layer.count:,}"
+    share = layer.in_use
+    return (
+        label,
+        layer.mixer,
+        measured,
+        f"{float(layer.ess.mean()):.2f}",
+        f"{float(layer.ess.max()):.2f}",
+        f"{float(layer.tss.mean()):.1f}",
+        "" if share is None else f"{100 * share:.1f} %",
+    )
+
+
 def _numbers(values: Tensor) -> list[list[float]]:
-    """Round to nine digits, which determine a float32."""
+    """Return a float32 matrix as lists of numbers with nine digits.
+
+    Nine digits determine a float32 number.
+    """
     return [[float(f"{value:.9g}") for value in row] for row in values.tolist()]

@@ -1,10 +1,10 @@
-r"""The scans of transformers' modeling files as time-varying systems.
+r"""Return the scans in transformers' modeling files as time-varying systems.
 
-Each reader takes the arguments with which a layer calls one function, and returns the recurrence
-that this function applies to its values. Where the published state S_t includes the present input,
-it is replaced by the state before that input: `A = a_t`, `B = b_t`, `C = a_t c_t`, `D = c_t · b_t`,
-plus the skip. Output gates and projections are left out. All value channels of a head share one
-operator.
+Each function here corresponds to a scan: a function that layers of transformers call. It has the
+signature of the scan, and returns the recurrence that the scan applies to its values. The published
+state S_t includes the present input, but the state of the returned system does not. So the system
+has `A = a_t`, `B = b_t`, `C = a_t c_t`, and `D` is `c_t · b_t` plus the skip. Output gates and
+projections are left out. All value channels of a head share one operator.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from gramian.systems import System, TimeVarying
 __all__ = ["SCANS", "Scan"]
 
 Scan = Callable[..., tuple[int, Callable[[slice], System]]]
-"""A function from a scan's arguments to its number of channels and the system of some of them."""
+"""A function that maps the arguments of a scan to the number of its channels and a second function.
+The second function maps a slice of the channels to their system."""
 
 
 def selective_scan(
@@ -35,18 +36,21 @@ def selective_scan(
     delta_softplus: bool = False,
     **kwargs: Any,
 ) -> tuple[int, Callable[[slice], System]]:
-    """Read Mamba's scan (Gu and Dao 2023, algorithm 2): a recurrence for each channel.
+    """Return Mamba's scan (Gu and Dao 2023, algorithm 2) as one recurrence for each channel.
 
     Args:
-        hidden_states: (batch, channels, L), the values.
-        dt: (batch, channels, L), time steps before bias and softplus.
-        A: (channels, n), negative.
-        B: (batch, n, L).
-        C: (batch, n, L).
-        D: (channels), the skip.
-        delta_bias: (channels).
-        delta_softplus: Whether softplus is applied to dt.
-        **kwargs: Ignored, an output gate among them.
+        hidden_states: The values, (batch, channels, L).
+        dt: Time steps before bias and softplus, (batch, channels, L).
+        A: Negative rates of decay, (channels, n).
+        B: Input coefficients, (batch, n, L).
+        C: Output coefficients, (batch, n, L).
+        D: The skip, (channels); None if there is none.
+        delta_bias: Bias of the time steps, (channels); None if there is none.
+        delta_softplus: Whether softplus is applied to the time steps.
+        **kwargs: Arguments that are ignored, such as an output gate.
+
+    Returns:
+        The number of channels, and a function that maps a slice of channels to their system.
     """
     B, C = B[0].double().mT, C[0].double().mT  # (L, n)
 
@@ -77,20 +81,23 @@ def chunk_scan(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     **kwargs: Any,
 ) -> tuple[int, Callable[[slice], System]]:
-    """Read Mamba2's scan (Dao and Gu 2024): a recurrence with one gate for each head.
+    """Return Mamba2's scan (Dao and Gu 2024) as a recurrence with one gate for each head.
 
     Args:
-        hidden_states: (batch, L, heads, N), the values.
-        dt: (batch, L, heads), time steps before bias and softplus.
-        A: (heads), negative.
-        B: (batch, L, groups, n).
-        C: (batch, L, groups, n).
-        chunk_size: Ignored, as it does not change the recurrence.
-        D: (heads), the skip.
-        dt_bias: (heads).
-        dt_softplus: Whether softplus is applied to dt.
+        hidden_states: The values, (batch, L, heads, N).
+        dt: Time steps before bias and softplus, (batch, L, heads).
+        A: Negative rates of decay, (heads).
+        B: Input coefficients, (batch, L, groups, n).
+        C: Output coefficients, (batch, L, groups, n).
+        chunk_size: Ignored, because it does not change the recurrence.
+        D: The skip, (heads); None if there is none.
+        dt_bias: Bias of the time steps, (heads); None if there is none.
+        dt_softplus: Whether softplus is applied to the time steps.
         dt_limit: Smallest and largest time step.
-        **kwargs: Ignored.
+        **kwargs: Arguments that are ignored.
+
+    Returns:
+        The number of heads, and a function that maps a slice of heads to their system.
     """
     heads = hidden_states.shape[2]
     group = torch.arange(heads, device=B.device) // (heads // B.shape[2])
@@ -123,16 +130,21 @@ def gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **kwargs: Any,
 ) -> tuple[int, Callable[[slice], System]]:
-    """Read the gated delta rule (Yang et al. 2024), `S_t = (I - β k kᵀ) e^g S_{t-1} + β k vᵀ`.
+    """Return the gated delta rule (Yang et al. 2024) as a time-varying system.
+
+    The rule is `S_t = (I - β k kᵀ) e^g S_{t-1} + β k vᵀ`.
 
     Args:
-        query: (batch, L, key heads, n).
-        key: (batch, L, key heads, n).
-        value: (batch, L, heads, N).
-        g: (batch, L, heads), logarithms of gates.
-        beta: (batch, L, heads).
-        use_qk_l2norm_in_kernel: Whether queries and keys are normalized.
-        **kwargs: Ignored.
+        query: The queries, (batch, L, key heads, n).
+        key: The keys, (batch, L, key heads, n).
+        value: The values, (batch, L, heads, N).
+        g: Logarithms of the gates, (batch, L, heads).
+        beta: The factors β, (batch, L, heads).
+        use_qk_l2norm_in_kernel: Whether queries and keys are normalized to length 1.
+        **kwargs: Arguments that are ignored.
+
+    Returns:
+        The number of heads, and a function that maps a slice of heads to their system.
     """
     heads = value.shape[2]
     group = torch.arange(heads, device=key.device) // (heads // key.shape[2])
@@ -162,4 +174,4 @@ SCANS: dict[str, Scan] = {
     "mamba2_chunk_scan": chunk_scan,
     "torch_chunk_gated_delta_rule": gated_delta_rule,
 }
-"""The readers by the name of the function that layers call."""
+"""A mapping from the names of the functions that layers call to the functions of this module."""

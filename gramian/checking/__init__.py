@@ -1,4 +1,4 @@
-"""A check that a model computes the same map in every way of running it."""
+"""Check that a model computes the same map in every way in which it can run."""
 
 from gramian.checking._check import check
 from gramian.checking._report import MODES, CheckReport, CheckRow

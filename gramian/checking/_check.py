@@ -1,13 +1,15 @@
-"""Comparison of all ways of running a model, for every layer, the model, and every precision.
+"""Compare all ways of running a model, for every layer and the whole model, in every precision.
 
-A mixer is one causal map, and so is a model of mixers; its output must not depend on how it is run.
-Layers read their inputs from the model's own parallel pass, so that the differences of one layer do
-not add to those of the next; the whole model reads tokens, and its logits are compared.
+A mixer computes one causal map, and so does a model of mixers. So the output must not depend on how
+the mixer or the model runs. The inputs of a layer come from the model's parallel pass. So the
+differences of one layer do not add to the differences of the next layer. The whole model reads
+tokens, and its logits are compared.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +22,13 @@ from torch import Tensor
 from gramian.checking._report import CheckReport, CheckRow
 from gramian.distillation import distill
 from gramian.filters import ModalFilter
-from gramian.mixers import Segments
+from gramian.mixers import Mixer, Segments
 from gramian.ops.precision import full_precision
+from gramian.systems import Modal
 
 if TYPE_CHECKING:
     from gramian.mixers import Mixer
-    from gramian.models import GramianForCausalLM
+    from gramian.models import GramianForCausalLM, GramianForTokenClassification
 
 __all__ = ["check"]
 
@@ -35,23 +38,27 @@ _ACCEPTED = {
     torch.float16: 1e-2,
     torch.bfloat16: 6e-2,
 }
-"""Accepted relative differences of a layer: a few units in the last place in half precision, and
-more in higher precisions, where a convolution sums as many products as it has taps."""
+"""For each dtype, the accepted relative difference of a layer.
 
-_ADD_UP = 4
-"""The accepted difference of a whole model, in multiples of that of a layer."""
+In half precision, the accepted difference is a few units in the last place. In higher precisions,
+it is more units, because a convolution sums many products, one for each tap.
+"""
+
+_ADD_UP, _ADD_UP_DEEP = 4, 1.5
+"""The accepted difference of a whole model, in multiples of the accepted difference of a layer: the
+first number, or the second one times the root of the number of layers if that is more."""
 
 _WRITTEN = 8
-"""Number of generated tokens."""
+"""The number of generated tokens."""
 
 _CHUNKS = (1, 7, 2, 31, 64)
-"""Lengths of the chunks, repeated."""
+"""The lengths of successive chunks. They are repeated until the sequence ends."""
 
 
 @full_precision()
 @torch.no_grad()
 def check(
-    model: GramianForCausalLM,
+    model: GramianForCausalLM | GramianForTokenClassification,
     input_ids: Tensor | None = None,
     *,
     batch: int = 3,
@@ -63,30 +70,40 @@ def check(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
-    """Run a model in every possible way, and compare the outputs.
+    """Run a model in every way in which it can run, and compare the outputs.
 
     Args:
-        model: a Gramian causal language model, left untouched.
-        input_ids: (batch, length) tokens to run it on; by default `batch` sequences of `length`
-            random ones. Steps are taken one by one, so the time grows with the length. Only tokens
-            beyond `max_position_embeddings` show the filters past their last tap.
-        dtypes: precisions of the weights; by default float32 and bfloat16. Filters keep float32.
-        tolerance: accepted relative difference of a layer in every precision; by default 1.5e-5
-            in float32 and 6e-2 in bfloat16, or, where states are carried, twice the error that a
-            converted recurrence reports, if that is larger. The whole model may differ by four
-            times as much.
-        distill_order: order of the filters of the distilled copy; None for no such copy.
+        model: a Gramian causal language model, or a token classifier that is not bidirectional
+            and reads tokens. The model stays unchanged.
+        input_ids: tokens that the model reads, (batch, length); by default, random tokens of the
+            shape (`batch`, `length`). Steps are made one by one, so the time grows with the length.
+            Filters are tested past their last tap only if the length exceeds
+            `max_position_embeddings`.
+        batch: number of random sequences, at least 2.
+        length: number of random tokens in each sequence, at least 2.
+        dtypes: dtypes of the weights; by default float32 and bfloat16. Filters stay float32.
+        tolerance: accepted relative difference of a layer in every precision. By default, it is
+            1.5e-5 in float32, 6e-2 in bfloat16, 1e-10 in float64 and 1e-2 in float16. The default
+            is larger in two cases. If a state is carried, it is at least twice the error that a
+            converted recurrence reports. For steps of the distilled copy, it is also at least twice
+            the rounding error of modes that cancel each other. The whole model may differ by four
+            times as much or, if it has n > 7 layers, by 1.5 √n times.
+        distill_order: order of the filters of a distilled copy, which is also checked. If it is
+            None, no distilled copy is made.
         reference: whether to compare with a second copy of the model in float64.
-        seed: seed of the random tokens and the padding.
-        progress: called as `progress(done, total)` before the first and after each row.
+        seed: seed of the random tokens and of the random inputs at padding.
+        progress: a function that is called as `progress(rows done, all rows)` before the first row
+            of the report and after every row.
 
     Returns:
-        The report, with `passed`; it prints as a table.
+        The report, which prints as a table. Its `passed` says whether all differences are accepted.
 
     Raises:
-        TypeError: for another kind of model.
-        ValueError: for a batch below 2, a length below 2, tokens that are not of this model, a
-            tolerance that is not positive, or a precision other than float64, float32, float16 and
+        TypeError: if the model is neither a `GramianForCausalLM` nor a
+            `GramianForTokenClassification`.
+        ValueError: if the model is bidirectional or reads numbers; if there are fewer than 2
+            sequences, or fewer than 2 tokens in each; if tokens are outside of the vocabulary; if
+            the tolerance is not positive; or if a dtype is not float64, float32, float16 or
             bfloat16.
     """
     dtypes = (torch.float32, torch.bfloat16) if dtypes is None else tuple(dtypes)
@@ -127,11 +144,17 @@ def _checked(
     tolerance: float | None,
     seed: int,
 ) -> Tensor:
-    """Return the tokens to run, or raise an error for arguments that are wrong."""
-    from gramian.models import GramianForCausalLM
+    """Check the arguments of `check`, and return the tokens, on the device of the model."""
+    from gramian.models import GramianForCausalLM, GramianForTokenClassification
 
-    if not isinstance(model, GramianForCausalLM):
-        raise TypeError(f"check takes a GramianForCausalLM; got a {type(model).__name__}.")
+    if not isinstance(model, GramianForCausalLM | GramianForTokenClassification):
+        raise TypeError(
+            "check takes a GramianForCausalLM or a GramianForTokenClassification; got a "
+            f"{type(model).__name__}."
+        )
+    if model.config.bidirectional or model.config.input_size is not None:
+        kind = "bidirectional model" if model.config.bidirectional else "model of numbers"
+        raise ValueError(f"check takes a causal model of tokens; got a {kind}.")
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"the tolerance must be positive; got {tolerance!r}.")
     for dtype in dtypes:
@@ -157,7 +180,7 @@ def _copy(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _distilled(model: Any, order: int | None) -> tuple[Any, str | None]:
-    """Return the distilled copy and its summary, or None twice if no filter can be distilled."""
+    """Return a distilled copy and its summary, or (None, None) if there is nothing to distil."""
     filters = [getattr(block.mixer, "filter", None) for block in model.model.layers]
     long = [f.max_length for f in filters if f is not None and not isinstance(f, ModalFilter)]
     if order is None or not long:
@@ -168,7 +191,7 @@ def _distilled(model: Any, order: int | None) -> tuple[Any, str | None]:
 
 @contextmanager
 def _reloaded(model: Any) -> Iterator[Any]:
-    """Yield the model, saved and loaded again."""
+    """Save the model to a temporary folder, and yield the model that is loaded from there."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = type(model).from_pretrained(folder, dtype="auto", local_files_only=True)
@@ -176,7 +199,7 @@ def _reloaded(model: Any) -> Iterator[Any]:
 
 
 class _Run:
-    """A model, the output of its parallel pass, and the input and output of each mixer."""
+    """The parallel pass of a model: its logits, and the input and output of each mixer."""
 
     def __init__(self, model: Any, ids: Tensor) -> None:
         self.model, self.ids = model, ids
@@ -199,7 +222,10 @@ class _Run:
 
 
 def _difference(y: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, relative to the largest number of the same sequence."""
+    """Return the largest difference between numbers of two outputs.
+
+    A difference is relative to the largest expected number of the same sequence.
+    """
     y, expected = y.double().flatten(1), expected.double().flatten(1)
     scale = expected.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
     relative = (y - expected).abs().amax(1) / scale
@@ -250,16 +276,37 @@ def _check_layer(
     reported = max((long.error for long in recurrence.long), default=0.0)
     own = _ACCEPTED[x.dtype] if tolerance is None else tolerance
     limits = _limits(own, max(own, 2 * reported) if tolerance is None else own)
+    if small is not None and tolerance is None:
+        amplified = _rounding(small.model.layers[layer].mixer, x.shape[1])
+        limits["stepped"] = max(limits["stepped"], 2 * amplified)
     name = type(mixer).__name__
     return CheckRow(_name(x.dtype), layer, name, recurrence.forms, differences, limits)
 
 
+def _rounding(mixer: Mixer, length: int) -> float:
+    """Return how large the rounding error in steps of modal filters may be, relative to the taps.
+
+    The rounding errors of single precision are relative to the sum of the moduli of the modes. If
+    modes cancel each other, the impulse response is smaller than this sum. So the errors relative
+    to the impulse response are larger. If the filter is not modal, the result is 0.
+    """
+    filter = getattr(mixer, "filter", None)
+    if not isinstance(filter, ModalFilter):
+        return 0.0
+    system = filter(length).to(dtype=torch.float64)
+    moduli = Modal(system.poles.abs() + 0j, system.residues.abs() + 0j, system.d.abs())
+    sums, taps = (one.impulse_response(length).norm(dim=-1) for one in (moduli, system))
+    largest = torch.where(taps > 0, sums / taps.clamp_min(1e-300), 0.0).max()
+    return torch.finfo(torch.float32).eps * float(largest)
+
+
 def layouts(batch: int, length: int) -> dict[str, list[Tensor]]:
-    """Return the positions of the tokens of every sequence, for each mode of padding.
+    """Return the columns of the tokens of every sequence, for each mode of padding.
 
     Returns:
-        For each mode one or two turns, each (batch, columns) of int64: the index of the token in
-        every column, or -1 for padding. The second turn follows the first.
+        The turns of each mode. A mode has one turn, or two turns; the second turn then continues
+        from the state after the first. A turn is (batch, columns), int64. It has the index of the
+        token in every column, or -1 for padding.
     """
     padding = max(1, length // 5)
     found: dict[str, list[list[list[int]]]] = {"padded": [[]], "right": [[]], "gap": [[]]}
@@ -286,7 +333,18 @@ def _laid_out(
     turns: list[Tensor],
     seed: int,
 ) -> float:
-    """Return how much padding changes the outputs of a mixer at once, from a state, and stepped."""
+    """Return the largest difference that padding causes in the outputs of a mixer.
+
+    The mixer runs on whole sequences, continues from a state, and makes a step from the last state.
+
+    Args:
+        mixer: the mixer.
+        recurrence: the recurrence of the mixer.
+        x: inputs without padding, (batch, length, width).
+        y: outputs without padding, (batch, length, width).
+        turns: the turns of a mode, from `layouts`.
+        seed: seed of the random inputs at padding.
+    """
     generator = torch.Generator().manual_seed(seed)
     # The output after the last turn depends on the state at its end.
     ending = torch.randn(len(x), 1, x.shape[2], generator=generator).to(x)
@@ -310,10 +368,15 @@ def _laid_out(
 
 
 def _placed(x: Tensor, padding: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-    """Place the tokens' entries of x (batch, length, …) in their columns between `padding`.
+    """Move the entries of x to the columns of a turn.
+
+    Args:
+        x: the entries at the tokens, (batch, length, …).
+        padding: the entries at padding, (batch, columns, …).
+        turn: the index of the token in every column, (batch, columns), or -1 for padding.
 
     Returns:
-        The padded rows and their mask.
+        The padded rows, (batch, columns, …), and their mask, (batch, columns).
     """
     mask = (turn >= 0).to(x.device)
     rows = torch.arange(len(x), device=x.device)[:, None]
@@ -322,14 +385,14 @@ def _placed(x: Tensor, padding: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _collected(made: list[Tensor], turns: list[Tensor]) -> Tensor:
-    """Collect the outputs at the tokens, (batch, length, …), from turns (batch, columns, …)."""
+    """Return the outputs at the tokens, (batch, length, …), from the outputs of all turns."""
     order = torch.cat(turns, 1).to(made[0].device)
     outputs = torch.cat(made, 1)
     return torch.stack([row[at >= 0] for row, at in zip(outputs, order, strict=True)])
 
 
 def _packed(x: Tensor) -> tuple[Tensor, None, Segments]:
-    """Return a mixer's arguments for all sequences of x (batch, length, width) in one row."""
+    """Return the arguments of a mixer for one row that holds all sequences of x."""
     batch, length = x.shape[:2]
     numbers = torch.arange(batch, device=x.device).repeat_interleave(length)
     return x.flatten(0, 1)[None], None, Segments(None, numbers[None])
@@ -384,7 +447,8 @@ def _check_model(
     positions = torch.arange(length, device=ids.device).repeat(len(ids))[None]
     in_one = model(ids.flatten()[None], position_ids=positions, use_cache=False).logits
     differences["packed"] = _difference(in_one.view_as(logits), logits)
-    differences["generated"] = _generated(model, ids)
+    if model.can_generate():
+        differences["generated"] = _generated(model, ids)
     alone = torch.cat([model(one, use_cache=False).logits for one in ids.split(1)])
     differences["batched"] = _difference(alone, logits)
     differences["reloaded"] = _difference(again(ids, use_cache=False).logits, logits)
@@ -393,16 +457,18 @@ def _check_model(
         differences["distilled"] = _difference(made, logits)
         stepped = _continued(small, ids, one_by_one)
         differences["stepped"] = _difference(stepped, made)
+    times = max(_ADD_UP, _ADD_UP_DEEP * math.sqrt(len(layers)))
     own, carried = (
-        _ADD_UP * max(row.limits[mode] for row in layers) for mode in ("batched", "recurrent")
+        times * max(row.limits[mode] for row in layers) for mode in ("batched", "recurrent")
     )
     limits = _limits(own, carried)
+    limits["stepped"] = max(carried, times * max(row.limits["stepped"] for row in layers))
     dtype = layers[0].dtype
     return CheckRow(dtype, None, type(model).__name__, (), differences, limits)
 
 
 def _generated(model: Any, ids: Tensor) -> float:
-    """Return the difference of the logits in `generate` from those of a pass over its output."""
+    """Return the difference between the logits of `generate` and of a pass over the same text."""
     prompt = ids[:, : max(1, ids.shape[1] // 2)]
     try:
         written = model.generate(
@@ -416,7 +482,7 @@ def _generated(model: Any, ids: Tensor) -> float:
             output_logits=True,
             return_dict_in_generate=True,
         )
-    except FloatingPointError:  # logits are not finite
+    except FloatingPointError:  # the logits are not finite
         return torch.inf
     made = torch.stack(written.logits, 1)
     again = model(written.sequences, use_cache=False).logits
@@ -427,7 +493,7 @@ def _generated(model: Any, ids: Tensor) -> float:
 def _continued(
     model: Any, ids: Tensor, parts: Sequence[slice], mask: Tensor | None = None
 ) -> Tensor:
-    """Return the logits of the tokens, computed in parts through a cache."""
+    """Return the logits of tokens that the model reads in parts, with a cache."""
     from gramian.models.cache import CACHE
 
     cache, made = None, []
@@ -440,11 +506,17 @@ def _continued(
 
 
 def _limits(own: float, carried: float) -> dict[str, float]:
-    """Return the accepted difference of every mode, `carried` where a state is carried."""
+    """Return the accepted difference of every mode that can fail.
+
+    Args:
+        own: the accepted difference of modes that carry no state.
+        carried: the accepted difference of modes that carry a state.
+    """
     limits = dict.fromkeys(("batched", "reloaded", "packed"), own)
     modes = ("recurrent", "chunked", "stepped", "padded", "right", "gap", "turn")
     limits |= dict.fromkeys(modes, carried)
-    return limits | {"generated": max(carried, _ACCEPTED[torch.float32])}  # written in float32
+    # `generate` returns its logits in float32, so rounding to float32 must be accepted.
+    return limits | {"generated": max(carried, _ACCEPTED[torch.float32])}
 
 
 def _name(dtype: torch.dtype) -> str:

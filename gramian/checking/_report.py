@@ -1,4 +1,4 @@
-"""The report of a check, with a row for each layer and the whole model in each precision."""
+"""Define the report of a check. In each dtype, it has a row for each layer and the whole model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ MODES = {
     "packed": "all sequences in one row",
     "generated": "the logits that `generate` writes by, against a pass without a cache",
 }
-"""Ways of running a model, and their references: by default, the parallel pass in the same
-precision."""
+"""The ways of running a model, with a description of each.
+
+If a description names no reference for the comparison, the reference is the parallel pass in the
+same precision.
+"""
 
 _TABLES = (tuple(MODES)[:7], tuple(MODES)[7:])
-"""The modes of each table: ways of running the model, and positions of the tokens."""
+"""The modes in each of the two tables: ways of running the model, and positions of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,14 @@ class CheckRow:
 
     Attributes:
         dtype: dtype of the weights: "float32", "bfloat16", …
-        layer: index of the layer, or None for the whole model, whose outputs are logits.
-        name: class of the mixer, or of the model.
-        forms: forms of the recurrences of the mixer's long convolutions.
-        differences: for each of `MODES`, the largest difference of any number of the output,
-            relative to the largest number of the same sequence; infinite where an output is not
-            finite. Modes that do not apply are left out.
-        limits: for each mode that is judged, the accepted difference.
+        layer: index of the layer, or None for the whole model.
+        name: name of the class of the mixer, or of the model.
+        forms: the forms in which the recurrences of the mixer's long convolutions step.
+        differences: a mapping from the modes that were run, keys of `MODES`, to the largest
+            difference between a number of the output and its reference. Differences are relative to
+            the largest number of the same sequence, and infinite if an output is not finite. The
+            outputs of the whole model are logits.
+        limits: a mapping from each mode that can fail to the accepted difference.
     """
 
     dtype: str
@@ -68,7 +72,7 @@ class CheckRow:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as values that JSON can hold; an infinite difference is None."""
+        """Return all fields as values that JSON can hold. An infinite difference becomes None."""
         finite = {m: d if math.isfinite(d) else None for m, d in self.differences.items()}
         return {
             "dtype": self.dtype,
@@ -80,22 +84,18 @@ class CheckRow:
             "failures": list(self.failures),
         }
 
-    def _cells(self, modes: tuple[str, ...]) -> list[str]:
-        found = (self.differences.get(mode) for mode in modes)
-        cells = ("–" if d is None else "0" if d == 0 else f"{d:.1e}" for d in found)
-        return ["model" if self.layer is None else str(self.layer), *cells]
-
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The report of `gramian.check`, which prints as a table.
+    """The report that `gramian.check` returns. It prints as a table.
 
     Attributes:
-        rows: for each precision, the layers in order and then the whole model.
-        batch: number of sequences that were run.
-        length: tokens of each sequence.
-        distillation: summary of the distilled copy, or None if there was none.
-        seconds: duration of the check.
+        rows: for each precision, one row for every layer in order, and then one row for the whole
+            model.
+        batch: number of sequences that the model read.
+        length: number of tokens of each sequence.
+        distillation: summary of the distilled copy, or None if there is no distilled copy.
+        seconds: duration of the check in seconds.
     """
 
     rows: tuple[CheckRow, ...]
@@ -106,7 +106,7 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every difference that is judged is within its limit."""
+        """Whether every difference that has a limit is within its limit."""
         return not any(row.failures for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class CheckReport:
         for dtype, rows in self._by_precision():
             lines.append(dtype)
             for modes in _TABLES:
-                table = [["layer", *modes], *(row._cells(modes) for row in rows)]
+                table = [["layer", *modes], *(_cells(row, modes) for row in rows)]
                 failed = (not set(modes).isdisjoint(row.failures) for row in rows)
                 marks = ["", *("  FAIL" if fails else "" for fails in failed)]
                 widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
@@ -153,7 +153,7 @@ class CheckReport:
                 for column in ("layer", *modes):
                     table.add_column(column, justify="right")
                 for row in rows:
-                    label, *cells = row._cells(modes)
+                    label, *cells = _cells(row, modes)
                     shown = (
                         Text(cell, style="bold red" if mode in row.failures else "")
                         for mode, cell in zip(modes, cells, strict=True)
@@ -167,7 +167,7 @@ class CheckReport:
         return [(name, [row for row in self.rows if row.dtype == name]) for name in precisions]
 
     def _mixers(self) -> str:
-        """Return the mixers of the layers in words, with equal neighbors grouped."""
+        """Return a text with the mixers of the layers. Successive equal mixers are one group."""
         runs: list[tuple[str, list[int]]] = []
         for row in self._by_precision()[0][1]:
             if row.layer is None:
@@ -215,3 +215,10 @@ class CheckReport:
         if self.distillation is not None:
             lines.append(f"Distilled: {self.distillation}")
         return "\n".join(lines)
+
+
+def _cells(row: CheckRow, modes: tuple[str, ...]) -> list[str]:
+    """Return the cells of a row in a table: the layer, then the difference of every mode."""
+    found = (row.differences.get(mode) for mode in modes)
+    cells = ("–" if d is None else "0" if d == 0 else f"{d:.1e}" for d in found)
+    return ["model" if row.layer is None else str(row.layer), *cells]

@@ -1,10 +1,11 @@
-"""Loading of checkpoints of published models as Gramian models.
+"""Load checkpoints of published models as Gramian models.
 
-`load(path)` recognizes a checkpoint from its keys, shapes and configuration, and returns a
-`GramianForCausalLM` that computes what the published implementation computes, and its tokenizer
-where one is known. Each format is one file: safari's Hyena language models and HyenaDNA
+`load(path)` recognizes a checkpoint by its keys, shapes and configuration. It returns a model that
+computes the same outputs as the published implementation, and the model's tokenizer if one is
+known. The model is a `GramianForCausalLM`, or a classifier if the checkpoint is a fine-tuned
+HyenaDNA. Each file of the package has related formats: safari's Hyena language models and HyenaDNA
 (`hyena_lm.py`), the published Hyena-RTF (`hyena_rtf.py`), StripedHyena and Evo
-(`striped_hyena.py`), StripedHyena 2 and Evo 2 (`striped_hyena_2.py`).
+(`striped_hyena.py`), and StripedHyena 2 and Evo 2 (`striped_hyena_2.py`).
 """
 
 from gramian.checkpoints import (  # noqa: F401

@@ -1,4 +1,4 @@
-"""The interface of every format of checkpoints, and the checks before a model is made."""
+"""Define the interface of checkpoint formats, and check a checkpoint before it is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from gramian.models import GramianConfig
+from gramian.models import GramianConfig, GramianForCausalLM, GramianPreTrainedModel
 
 __all__ = [
     "FORMATS",
@@ -31,28 +31,31 @@ Progress = Callable[[int, int], None]
 
 
 class Format(abc.ABC):
-    """A checkpoint of one format, with names stripped of wrappers' prefixes.
+    """A checkpoint of one format. Each subclass is a format.
+
+    Wrappers put prefixes before the names of tensors. A stripped name is the name without these
+    prefixes.
 
     Args:
-        shapes: shapes of all tensors, by stripped name.
+        shapes: a mapping from the stripped names of all tensors to their shapes.
         config: the checkpoint's configuration.
 
     Raises:
-        ValueError: from the constructor, on a configuration that lacks an entry, describes a model
-            that our models cannot express, or contradicts the tensors' shapes.
+        ValueError: if the configuration lacks an entry, describes a model that Gramian models
+            cannot express, or contradicts the shapes of the tensors.
     """
 
     name: ClassVar[str]
     """The name of the format in `load`."""
 
     embedding: ClassVar[str]
-    """The stripped name of the embedding, whose dtype is the default of the model's."""
+    """The stripped name of the embedding. By default, the model has the embedding's dtype."""
 
     layers: int
     """The number of layers."""
 
     reads_states: ClassVar[bool] = False
-    """Whether files of the format hold byte streams beside their tensors, for `read_states`."""
+    """Whether files of the format also hold byte streams, which `read_states` reads."""
 
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         self.shapes = shapes
@@ -60,55 +63,74 @@ class Format(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def strip(cls, names: Iterable[str]) -> dict[str, str] | None:
-        """Return names without wrappers' prefixes, by name; None if they are of another format."""
+        """Return a mapping from the names of tensors in a checkpoint to their stripped names.
+
+        Tensors that are not part of the model are left out. If the names belong to another format,
+        None is returned.
+        """
 
     @classmethod
     def meant_by(cls, config: Mapping[str, Any]) -> bool:
-        """Return whether a configuration is of this format, among those with the same keys."""
+        """Return whether a configuration belongs to this format.
+
+        If several formats have the same keys, this method selects the format.
+        """
         return False
 
     def read_states(self, states: Mapping[str, bytes | None], fp8: bool | None) -> None:  # noqa: B027
-        """Read what files hold beside tensors; called before `model_config`.
+        """Read the byte streams in a checkpoint. `load` calls this before `model_config`.
 
-        Most formats have nothing to read there.
+        The files of most formats hold no byte streams.
 
         Args:
-            states: byte streams by stripped name.
-            fp8: whether maps that were trained in 8-bit floating point are computed in it; None:
-                where the model needs it.
+            states: a mapping from stripped names to byte streams.
+            fp8: whether linear maps that were trained in 8-bit floating point are computed in it.
+                If `fp8` is None, they are computed in it only if the model needs this.
 
         Raises:
-            ValueError: on a state that is needed and missing or damaged.
+            ValueError: if a byte stream is needed and is missing or damaged.
         """
 
     @abc.abstractmethod
     def expected(self) -> Shapes:
-        """Return names and shapes of exactly the tensors that the checkpoint must have."""
+        """Return a mapping from the stripped names of the required tensors to their shapes.
+
+        A checkpoint must have exactly these tensors.
+        """
 
     @abc.abstractmethod
     def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
-        """Return the state dict of our model, and remove the used tensors from `weights`."""
+        """Return the state dict of the Gramian model, and remove the used tensors from `weights`.
+
+        Args:
+            weights: the checkpoint's tensors by their stripped names.
+            progress: a function to call as `progress(layers done, all layers)` after each layer.
+        """
 
     @abc.abstractmethod
     def model_config(self, weights: Mapping[str, Tensor]) -> GramianConfig:
-        """Return the configuration of our model; called before `translate`."""
+        """Return the configuration of the Gramian model. `load` calls this before `translate`."""
+
+    def model_class(self) -> type[GramianPreTrainedModel]:
+        """Return the class of the Gramian model; by default, the class of language models."""
+        return GramianForCausalLM
 
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        """Return the tokenizer of all checkpoints of the format, if there is one."""
+        """Return the tokenizer of the checkpoint, or None if the format has no tokenizer."""
         return None
 
 
 FORMATS: dict[str, type[Format]] = {}
-"""The formats that can be read, by name."""
+"""The registered formats by their names."""
 
 _T = TypeVar("_T", bound=type[Format])
 
 
 def register(format: _T) -> _T:
-    """Register a format for `load` under its `name`; a class decorator.
+    """Register a format for `load` under its `name`. This is a class decorator.
 
     Raises:
-        ValueError: if another class has that name.
+        ValueError: if another class is registered under that name.
     """
     if FORMATS.get(format.name, format) is not format:
         raise ValueError(f"the format {format.name!r} is already registered.")
@@ -119,13 +141,13 @@ def register(format: _T) -> _T:
 def compare(
     source: str, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], expected: Shapes
 ) -> None:
-    """Raise a ValueError that names the keys that do not fit, if there are any.
+    """Raise a ValueError that names missing, unexpected and misshapen tensors, if there are any.
 
     Args:
         source: name of the checkpoint in the message.
-        names: stripped names, by the checkpoint's own names.
-        shapes: shapes of the tensors, by stripped name.
-        expected: shapes of the required tensors, by stripped name.
+        names: a mapping from the names of the tensors in the checkpoint to their stripped names.
+        shapes: a mapping from the stripped names of the tensors to their shapes.
+        expected: a mapping from the stripped names of the required tensors to their shapes.
     """
     original = {stripped: name for name, stripped in names.items()}
     missing = sorted(expected.keys() - shapes.keys())
@@ -144,12 +166,16 @@ def compare(
 def setting(
     config: Mapping[str, Any], name: str, kind: type | tuple[type, ...], *default: Any
 ) -> Any:
-    """Return `config[name]`, checked to be of type `kind`.
+    """Return `config[name]` after checking that it is of type `kind`.
 
-    If it is missing or None, the default is returned, if one is given.
+    Args:
+        config: the checkpoint's configuration.
+        name: name of the setting.
+        kind: accepted type or types.
+        default: value that is returned if the setting is missing or None. It may be left out.
 
     Raises:
-        ValueError: if it is missing and has no default, or is of another type.
+        ValueError: if the setting is of another type, or is missing and has no default.
     """
     value = config.get(name)
     if value is None and default:
@@ -162,7 +188,10 @@ def setting(
 
 
 def size(config: Mapping[str, Any], name: str, *default: Any) -> Any:
-    """Return a `setting` that must be an integer of at least 1."""
+    """Return a setting that must be an integer of at least 1.
+
+    The arguments and errors are the same as those of `setting`, without `kind`.
+    """
     value = setting(config, name, int, *default)
     if isinstance(value, int) and value < 1:
         raise ValueError(
@@ -172,7 +201,7 @@ def size(config: Mapping[str, Any], name: str, *default: Any) -> Any:
 
 
 def refuse_unless(config: Mapping[str, Any], name: str, *accepted: Any) -> None:
-    """Raise a ValueError unless the setting is missing or one of the accepted values."""
+    """Raise a ValueError unless a setting is missing, None or one of the accepted values."""
     value = config.get(name)
     if value is not None and value not in accepted:
         raise ValueError(
@@ -182,10 +211,11 @@ def refuse_unless(config: Mapping[str, Any], name: str, *accepted: Any) -> None:
 
 
 def has_head(config: Mapping[str, Any], shapes: Mapping[str, Any], head: str) -> bool:
-    """Return whether a checkpoint has a separate output projection, `head`.
+    """Return whether a checkpoint has the tensor `head` of an output projection.
 
     Raises:
-        ValueError: if it has none, although its configuration says that it is not the embedding.
+        ValueError: if the tensor is missing, although the configuration says that the output
+            projection is not the embedding.
     """
     if head not in shapes and _untied(config):
         raise ValueError(
@@ -200,7 +230,14 @@ def tied(
 ) -> bool:
     """Return whether the output projection is the embedding.
 
-    It is if it is missing, or if both are equal and the configuration does not separate them.
+    The output projection is the embedding if the checkpoint has no output projection, or if both
+    tensors are equal and the configuration does not say that they are separate.
+
+    Args:
+        config: the checkpoint's configuration.
+        weights: the checkpoint's tensors. Their names lack the prefixes of wrappers.
+        embedding: name of the embedding in `weights`.
+        head: name of the output projection in `weights`, if it has one.
     """
     if head not in weights:
         return True
@@ -208,7 +245,7 @@ def tied(
 
 
 def _untied(config: Mapping[str, Any]) -> str | None:
-    """Return the setting by which a configuration separates output projection and embedding."""
+    """Return the name of the setting that unties output projection and embedding, or None."""
     names = ("tie_word_embeddings", "tie_embeddings")
     return next((name for name in names if config.get(name) is False), None)
 

@@ -1,4 +1,4 @@
-"""Loading of checkpoints: recognize, compare, translate, and only then make a model."""
+"""Load checkpoints: recognize the format, check names and shapes, translate, build the model."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gramian.checkpoints._format import FORMATS, Format, Progress, compare
-from gramian.checkpoints.files import find_config, read_checkpoint, read_config
-from gramian.checkpoints.published import published_config
-from gramian.models import GramianForCausalLM
+from gramian.checkpoints.files import (
+    find_config,
+    read_checkpoint,
+    read_config,
+    read_inner_config,
+)
+from gramian.checkpoints.published import PUBLISHED, published_config
+from gramian.models import GramianPreTrainedModel
 
 __all__ = ["LoadedCheckpoint", "load"]
 
@@ -22,12 +27,13 @@ class LoadedCheckpoint(NamedTuple):
     """The result of `load`.
 
     Attributes:
-        model: the model, in evaluation mode.
-        tokenizer: the tokenizer of the model, or None if none is known.
-        format: name of the checkpoint's format in `FORMATS`.
+        model: the model, in evaluation mode. It is a `GramianForCausalLM`, or, for a fine-tuned
+            HyenaDNA, a `GramianForSequenceClassification` or `GramianForTokenClassification`.
+        tokenizer: the tokenizer of the model, or None if no tokenizer is known.
+        format: the name of the checkpoint's format in `FORMATS`.
     """
 
-    model: GramianForCausalLM
+    model: GramianPreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     format: str
 
@@ -43,34 +49,40 @@ def load(
 ) -> LoadedCheckpoint:
     """Load a published checkpoint as a Gramian model that computes the same outputs.
 
-    Names and shapes are compared with those of the format before a model is made, so a checkpoint
-    is never loaded in part, and files are read only as tensors (`gramian.checkpoints.files`).
+    Before a model is built, the names and shapes of the tensors are compared with the names and
+    shapes that the format requires. So a checkpoint is never loaded in part. Reading a file of
+    weights never runs code from the file (`gramian.checkpoints.files`).
 
     Args:
-        path: a checkpoint file, or a folder that holds one.
-        config: the checkpoint's configuration, or a JSON or YAML file with it, or the name of a
-            published model whose configuration does not lie beside its weights (`PUBLISHED`, such
-            as `"evo2_7b"`); by default the file beside the checkpoint (`config.json`,
-            `NAME.config.json`, `NAME.json`, or the same names with .yml). It is required, since
-            shapes do not determine a model completely.
-        format: one of `FORMATS`; by default it is recognized from keys and configuration. Safari's
-            Hyena and HyenaDNA have the same keys; without `format`, a checkpoint with HyenaDNA's
-            vocabulary is a HyenaDNA.
-        dtype: dtype of the weights; by default, that of the embedding. Filters are held in float32.
+        path: a checkpoint file, or a folder that holds a checkpoint.
+        config: the checkpoint's configuration, a JSON or YAML file that holds it, or the name of a
+            published model (a key of `PUBLISHED`, such as `"evo2_7b"`) if the configuration is not
+            published beside the weights. By default, the configuration is read from a file beside
+            the checkpoint: `config.json`, or, for a checkpoint `NAME.ckpt`, `NAME.config.json` or
+            `NAME.json`, or the same names with .yml or .yaml. If there is no such file, it is read
+            from the hyper-parameters of a Lightning checkpoint. A configuration is required,
+            because shapes do not determine a model completely.
+        format: name of the format, a key of `FORMATS`; by default, the format is recognized by keys
+            and configuration. Safari's Hyena and HyenaDNA have the same keys. By default, a
+            checkpoint with HyenaDNA's vocabulary is loaded as a HyenaDNA.
+        dtype: dtype of the weights; by default, the dtype of the embedding. Filters stay float32.
         fp8: whether projections that were trained in 8-bit floating point are computed in it, by
-            emulation with the checkpoint's scales (`gramian.ops.fp8`); by default where the
-            published model is of no use without, as Evo 2 of 1, 20 and 40 billion parameters.
-        progress: called as `progress(layers done, layers)`.
+            emulation with the checkpoint's scales (`gramian.ops.fp8`). By default, this is done
+            only for models that are useless otherwise. These are the models of Evo 2 with 1, 20 and
+            40 billion parameters.
+        progress: a function that is called as `progress(layers done, all layers)`.
 
     Returns:
-        The model, its tokenizer or None, and the name of the format. A tokenizer in the
-        checkpoint's folder is used if transformers can read it without running code from there.
+        The model, its tokenizer or None, and the name of the format. If the format has no
+        tokenizer, the tokenizer in the checkpoint's folder is used, provided that transformers can
+        read it without running code from that folder.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint, or no configuration beside it.
-        ValueError: on a file that cannot be read or would make anything but tensors, keys of none
-            of the formats, a configuration that lacks an entry or describes a model that Gramian's
-            models do not express, and missing, unexpected or misshapen tensors, which are named.
+        FileNotFoundError: if there is no checkpoint, or no configuration beside or inside it.
+        ValueError: if a file cannot be read, or reading it would make other objects than tensors;
+            if the keys belong to none of the formats; if the configuration lacks an entry or
+            describes a model that Gramian models cannot express; or if tensors are missing,
+            unexpected or misshapen. In the last case, the message names the tensors.
     """
     path = Path(path)
     if format is not None and format not in FORMATS:
@@ -104,20 +116,20 @@ def load(
     dtype = weights[cls.embedding].dtype if dtype is None else dtype
     model_config = source.model_config(weights)
     state = source.translate(weights, progress or (lambda done, total: None))
-    model, info = GramianForCausalLM.from_pretrained(
+    model, info = source.model_class().from_pretrained(
         None, config=model_config, state_dict=state, dtype=dtype, output_loading_info=True
     )
-    if any(info.values()):  # a bug in the format; never return random weights
+    if any(info.values()):  # the format has a bug; never return random weights
         raise RuntimeError(f"{cls.name} was not translated whole: {info}")
     model.eval()
     tokenizer = source.tokenizer() or _own_tokenizer(path)
     if tokenizer is not None:
-        _never_write_what_has_no_text(model, len(tokenizer))
+        _suppress_ids_without_tokens(model, len(tokenizer))
     return LoadedCheckpoint(model, tokenizer, cls.name)
 
 
 def _strip_states(cls: type[Format], states: Mapping[str, bytes | None]) -> dict[str, bytes | None]:
-    """Return the states by the names that they have without wrappers' prefixes."""
+    """Return a mapping from the stripped names of byte streams to the byte streams."""
     names = cls.strip([*states, cls.embedding]) or {}
     return {names[name]: state for name, state in states.items()}
 
@@ -130,9 +142,19 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
         return published
     file = find_config(path) if config is None else Path(config)
     if file is None:
+        inner = read_inner_config(path)
+        if inner is not None:
+            return inner
         raise FileNotFoundError(
-            f"{path} has no configuration beside it, such as config.json; it does not tell all of "
-            "what the model computes by itself."
+            f"{path} has no configuration beside it, such as config.json, and none among "
+            "hyper-parameters inside; its tensors alone do not tell all of what the model computes."
+            " Give the configuration as a file, or for Evo 2 as a name such as evo2_7b "
+            "(--config on the command line, config in Python)."
+        )
+    if config is not None and not file.suffix and not file.exists():
+        raise FileNotFoundError(
+            f"there is no configuration {config}: it must be a file or one of "
+            f"{', '.join(PUBLISHED)}."
         )
     return read_config(file)
 
@@ -140,7 +162,10 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
 def _recognize(
     path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], format: str | None
 ) -> type[Format]:
-    """Return the format of the keys, or of the configuration if formats share the keys."""
+    """Return the format to which a checkpoint's keys belong.
+
+    If the keys belong to several formats, the configuration decides.
+    """
     fitting = [cls for cls in FORMATS.values() if cls.strip(weights)]
     if format is not None:
         if FORMATS[format] not in fitting:
@@ -153,7 +178,10 @@ def _recognize(
 
 
 def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer in a checkpoint's folder, if it is one of transformers' own."""
+    """Return the tokenizer in a checkpoint's folder if its class is part of transformers.
+
+    If there is none, or it cannot be read without running code from the folder, return None.
+    """
     if not (path / "tokenizer.json").is_file():
         return None
     try:
@@ -162,8 +190,15 @@ def _own_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _never_write_what_has_no_text(model: GramianForCausalLM, tokens: int) -> None:
-    """Keep `generate` from the rows without tokens that pad a vocabulary to a round size."""
-    if model.generation_config is not None and tokens < model.config.vocab_size:
+def _suppress_ids_without_tokens(model: GramianPreTrainedModel, tokens: int) -> None:
+    """Prevent `generate` from choosing ids that have no token.
+
+    Vocabularies have such ids if they are padded to a round size.
+
+    Args:
+        model: the model. Its `generation_config` is changed.
+        tokens: number of tokens of the tokenizer.
+    """
+    if model.can_generate() and tokens < model.config.vocab_size:
         rows = list(range(tokens, model.config.vocab_size))
         model.generation_config.suppress_tokens = rows

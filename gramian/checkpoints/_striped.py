@@ -1,8 +1,8 @@
-"""What the formats of StripedHyena 1 and 2 share: embedding, norms, gated MLPs, attention.
+"""Read the parts that StripedHyena 1 and 2 share: embedding, norms, gated MLPs and attention.
 
-Without fused kernels an RMS norm divides by `rms(x) + ε`, with them by `√(mean(x²) + ε)`. Rotations
-use the frequencies that the checkpoint stores: in some files they are rounded to bfloat16, and the
-published model runs on them as they are.
+Without fused kernels, the RMS norms of the published model divide by `rms(x) + ε`. With fused
+kernels, they divide by `√(mean(x²) + ε)`. Rotations use the frequencies that the checkpoint stores.
+In some files these are rounded to bfloat16, and the published model uses the rounded frequencies.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _FREQUENCIES = "inner_mha_cls.rotary_emb.inv_freq"
 
 
 class StripedFormat(Format):
-    """A model of blocks with a Hyena operator or attention, and a gated MLP, after RMS norms."""
+    """A checkpoint whose blocks have a Hyena operator or attention, a gated MLP and RMS norms."""
 
     embedding = EMBEDDING
 
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         super().__init__(shapes, config)
         self.config = config
-        # the configuration of a Hugging Face folder has its own defaults
+        # Configurations of Hugging Face folders have other defaults.
         self.hugging = config.get("model_type") == "stripedhyena"
         self.width = size(config, "hidden_size")
         self.layers = size(config, "num_layers")
@@ -72,10 +72,14 @@ class StripedFormat(Format):
         self.inner = self._inner_size()
 
     default_activation = "silu"
-    """The activation of the MLP where the configuration names none."""
+    """The activation of the MLP if the configuration names none."""
 
     def _inner_size(self) -> int:
-        """Return the configured inner size of the MLP, or that of the published rule."""
+        """Return the inner size of the MLP: the configured size, or else 8/3 of the width.
+
+        The latter is rounded down to an integer, and then up to a multiple of the setting
+        `inner_size_multiple_of`.
+        """
         multiple = size(self.config, "inner_size_multiple_of", 64)
         least = int(2 * self.width * 4 / 3)
         return size(self.config, "inner_mlp_size", -(-least // multiple) * multiple)
@@ -107,7 +111,7 @@ class StripedFormat(Format):
 
     @abc.abstractmethod
     def hyena_shapes(self, layer: int, block: str) -> Shapes:
-        """Return names and shapes of the tensors of a Hyena operator, which begin with `block`."""
+        """Return the shapes of a Hyena operator's tensors by name. Names begin with `block`."""
 
     def _attention_shapes(self, block: str) -> Shapes:
         width, attention = self.width, f"{block}inner_mha_cls."
@@ -136,7 +140,7 @@ class StripedFormat(Format):
 
     @property
     def is_evo(self) -> bool:
-        """Whether the tokens are those of Evo."""
+        """Whether the vocabulary has the size of Evo's."""
         return bool(self.vocabulary == _EVO_VOCABULARY)
 
     def common_config(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -168,7 +172,7 @@ class StripedFormat(Format):
         }
 
     def attention_mixer(self, weights: Mapping[str, Tensor], layer: int) -> dict[str, Any]:
-        """Return the configuration of the attention of a layer, with the stored frequencies."""
+        """Return the configuration of a layer's attention, with frequencies if they are stored."""
         stored = weights.get(f"blocks.{layer}.{_FREQUENCIES}")
         mixer: dict[str, Any] = {"type": "softmax_attention"}
         if stored is not None:
@@ -208,12 +212,12 @@ class StripedFormat(Format):
     def translate_hyena(
         self, weights: dict[str, Tensor], layer: int, block: str
     ) -> dict[str, Tensor]:
-        """Return the state dict of our mixer, and remove the used tensors from `weights`."""
+        """Return the state dict of a Gramian mixer, and remove the used tensors from `weights`."""
 
     def attention_rows(self) -> Tensor | None:
-        """Return the published indices of the rows of all queries, keys and values.
+        """Return the indices in the checkpoint of the rows of all queries, then keys, then values.
 
-        None stands for their own order.
+        None means that the checkpoint stores the rows in this order.
         """
         return None
 
@@ -236,5 +240,12 @@ class StripedFormat(Format):
 
 
 def grouped_by_head(width: int, heads: int) -> Tensor:
-    """Return the indices of three kinds of rows, kind by kind, that are stored head by head."""
+    """Return the indices that sort rows by kind, if they are stored head by head.
+
+    There are three kinds, for example queries, keys and values. Each head has its rows of the first
+    kind, then of the second, then of the third.
+
+    Returns:
+        (3 × width), first the indices of all rows of the first kind, head by head.
+    """
     return torch.arange(3 * width).reshape(heads, 3, -1).transpose(0, 1).flatten()

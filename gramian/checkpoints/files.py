@@ -1,11 +1,12 @@
-"""Reading of a checkpoint's files as tensors by name and a configuration, and nothing else.
+"""Read the tensors and the configuration in a checkpoint's files, and nothing else.
 
-safetensors files hold nothing but tensors. Files written by `torch.save` are pickles, read with
-`weights_only=True`: no name in them is looked up or called, except for those of tensors. Lightning
-writes its own bookkeeping beside the weights, objects of omegaconf and the like; for names of those
-packages an empty placeholder class is used, which accepts any arguments and keeps nothing. Byte
-streams, in which Transformer Engine stores the scales of its layers under names that end in
-`_extra_state`, are kept as bytes. Any other name ends the reading before a single object is made.
+safetensors files hold only tensors. Files that `torch.save` wrote are pickles, which name functions
+and classes to call. They are read with `weights_only=True`: of these names, only those that tensors
+need are looked up and called. Lightning stores objects of its own and of packages such as omegaconf
+beside the weights. Each class of these packages is replaced by an empty placeholder class, which
+accepts any arguments and keeps nothing. Transformer Engine stores the scales of its layers as byte
+streams under names that end in `_extra_state`. These are kept as bytes. If a file refers to any
+other function or class, reading fails before a single object is made.
 
 A file that was split into `NAME.part0`, `NAME.part1` and so on is read as if it were joined.
 """
@@ -33,6 +34,7 @@ __all__ = [
     "hash_weights",
     "read_checkpoint",
     "read_config",
+    "read_inner_config",
     "read_tensors",
 ]
 
@@ -42,6 +44,12 @@ _SUFFIXES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 _FIRST_PART, _PART = ".part0", ".part"
 _BYTE_STREAM = "_io.BytesIO"
 _EXTRA_STATE = "_extra_state"
+
+_TRAINERS = ("optimizer", "random_states", "rng_state", "scaler", "scheduler", "training_args")
+"""Trainers write files beside the weights; their names begin with these words."""
+
+_CONFIGURED = ("d_model", "layer", "model")
+"""If hyper-parameters have one of these entries, they are a model's configuration."""
 
 _BOOKKEEPING_PACKAGES = (
     "argparse",
@@ -64,9 +72,9 @@ class Stored(NamedTuple):
     """The content of a checkpoint.
 
     Attributes:
-        tensors: all tensors by name, on the CPU.
-        states: the byte streams of entries whose names end in `_extra_state`, by name; an entry
-            without content is None.
+        tensors: all tensors by their names, on the CPU.
+        states: the byte streams of entries whose names end in `_extra_state`, by these names. An
+            entry without content is None.
     """
 
     tensors: dict[str, Tensor]
@@ -77,15 +85,17 @@ def read_checkpoint(path: Path) -> Stored:
     """Return the content of a checkpoint.
 
     Args:
-        path: a file, or a folder with `model.safetensors`, `pytorch_model.bin` (either may be
-            sharded), `weights.ckpt`, or one file whose name ends in .safetensors, .ckpt, .bin, .pt
-            or .pth. A file in parts is meant by its own name, by that of its first part, or by the
-            folder.
+        path: a file or a folder. A folder must have `model.safetensors`, `pytorch_model.bin`,
+            `weights.ckpt`, or exactly one other file whose name ends in .safetensors, .ckpt, .bin,
+            .pt or .pth. The first two may be sharded. If a file was split into parts, give its name
+            without the suffix of the parts, or the name of the first part. Files that a trainer
+            writes beside the weights, such as `optimizer.pt`, are ignored.
 
     Raises:
-        FileNotFoundError: if there is no such file, or no checkpoint in the folder.
-        ValueError: on several possible files, a file that cannot be read, one that holds or refers
-            to anything but tensors, extra states and bookkeeping, or a part that is missing.
+        FileNotFoundError: if the file does not exist, or the folder holds no checkpoint.
+        ValueError: if several files in a folder could be the checkpoint; if a file cannot be read;
+            if a file holds or refers to anything but tensors, extra states and the objects that
+            Lightning stores; or if a part is missing.
     """
     stored = Stored({}, {})
     for file in _weight_files(path):
@@ -101,25 +111,26 @@ def read_checkpoint(path: Path) -> Stored:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by name, on the CPU.
+    """Return all tensors of a checkpoint by their names, on the CPU.
 
     Args:
-        path: as for `read_checkpoint`.
+        path: a file or a folder, as for `read_checkpoint`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_checkpoint`.
+        FileNotFoundError, ValueError: in the same cases as `read_checkpoint`.
     """
     return read_checkpoint(path).tensors
 
 
 def hash_weights(path: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file of weights that `read_tensors` reads, by the file's name.
+    """Return a mapping from the names of the files that `read_tensors` reads to their SHA-256.
 
     Args:
-        path: as for `read_tensors`.
+        path: a file or a folder, as for `read_tensors`.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_tensors`.
+        FileNotFoundError: if the file does not exist, or the folder holds no checkpoint.
+        ValueError: if several files in a folder could be the checkpoint, or a part is missing.
     """
     hashes = {}
     for file in _weight_files(path):
@@ -135,8 +146,8 @@ def hash_weights(path: Path) -> dict[str, str]:
 def find_config(path: Path) -> Path | None:
     """Return the configuration file beside a checkpoint, or None.
 
-    For a folder it is `config.json` or `config.yml`; for `NAME.ckpt`, `NAME.config.json`,
-    `NAME.json` and the like come first.
+    In a folder, it is `config.json`, `config.yml` or `config.yaml`. Beside a file `NAME.ckpt`, two
+    other names are tried before `config`, with the same suffixes: `NAME.config`, and then `NAME`.
     """
     folder = path if path.is_dir() else path.parent
     names = ["config"] if path.is_dir() else [f"{path.stem}.config", path.stem, "config"]
@@ -151,8 +162,8 @@ def read_config(file: Path) -> dict[str, Any]:
     """Return the mapping in a JSON or YAML file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or does not hold a mapping.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file cannot be read or does not hold a mapping.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no configuration {file}.")
@@ -167,15 +178,53 @@ def read_config(file: Path) -> dict[str, Any]:
                 values = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(first_line(error)) from error
-    except ValueError as error:  # JSON's and Unicode's errors are among them
+    except ValueError as error:  # errors of JSON and Unicode are ValueErrors
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a mapping; it holds a {type(values).__name__}.")
     return values
 
 
+def read_inner_config(path: Path) -> dict[str, Any] | None:
+    """Return the model's configuration among the hyper-parameters of a Lightning checkpoint.
+
+    The configuration is the entry `config` of the hyper-parameters, as in regLM's checkpoints, or
+    else all hyper-parameters, if they describe a model. A value that is not a number, text, list or
+    mapping becomes None.
+
+    Args:
+        path: a file or a folder, as for `read_tensors`.
+
+    Returns:
+        The configuration, or None if there is none.
+
+    Raises:
+        FileNotFoundError: if the file does not exist, or the folder holds no checkpoint.
+        ValueError: if several files in a folder could be the checkpoint, or a file cannot be read.
+    """
+    files = _weight_files(path)
+    if len(files) != 1 or files[0].suffix == ".safetensors":
+        return None
+    loaded = _load_pickle(files[0], mapped=True)
+    given = loaded.get("hyper_parameters") if isinstance(loaded, Mapping) else None
+    found = _plain(given)
+    for candidate in (found.get("config"), found) if isinstance(found, dict) else ():
+        if isinstance(candidate, dict) and any(name in candidate for name in _CONFIGURED):
+            return candidate
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy made of numbers, texts, lists and mappings. Other values become None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, bool | int | float | str) else None
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, ending in one period."""
+    """Return the first line of an error's message, with one period at its end."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
 
@@ -193,14 +242,23 @@ def _weight_files(path: Path) -> list[Path]:
     for name in _WHOLE:
         if (path / name).is_file():
             return [path / name]
-    whole = {file.with_name(file.name.removesuffix(_FIRST_PART)) for file in path.iterdir()}
-    files = sorted(file for file in whole if file.suffix in _SUFFIXES)
+    return [_only_file(path)]
+
+
+def _only_file(folder: Path) -> Path:
+    """Return the only file of weights in a folder, without counting the files of a trainer."""
+    whole = {file.with_name(file.name.removesuffix(_FIRST_PART)) for file in folder.iterdir()}
+    files = sorted(
+        file for file in whole if file.suffix in _SUFFIXES and not file.name.startswith(_TRAINERS)
+    )
     if not files:
-        raise FileNotFoundError(f"{path} holds no checkpoint: no {', '.join(_WHOLE)} or the like.")
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint: no {', '.join(_WHOLE)} or the like."
+        )
     if len(files) > 1:
         names = ", ".join(file.name for file in files[:4])
-        raise ValueError(f"{path} holds several checkpoints ({names}): name the file.")
-    return files
+        raise ValueError(f"{folder} holds several checkpoints ({names}): name the file.")
+    return files[0]
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
@@ -216,10 +274,10 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def _parts(file: Path) -> list[Path]:
-    """Return the parts of a file that was split, in order; none if it was not.
+    """Return the parts of a file that was split, in order, or an empty list if it was not split.
 
     Raises:
-        ValueError: if the file is there too, or a part between others is missing.
+        ValueError: if the joined file also exists, or if a part between other parts is missing.
     """
     if not file.with_name(file.name + _FIRST_PART).is_file():
         return []
@@ -234,7 +292,7 @@ def _parts(file: Path) -> list[Path]:
 
 
 class _JoinedFiles(io.RawIOBase):
-    """Files as one stream of bytes, which is never joined on the disk or in memory."""
+    """A stream of bytes over several files, which are never joined on the disk or in memory."""
 
     def __init__(self, files: list[Path]) -> None:
         self._files = [file.open("rb") for file in files]
@@ -275,7 +333,7 @@ class _JoinedFiles(io.RawIOBase):
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """Yield what `torch.load` reads: the path, or the stream of a file's parts."""
+    """Yield the source that `torch.load` reads: the path, or the stream of a file's parts."""
     parts = _parts(file)
     if not parts:
         yield file
@@ -291,18 +349,24 @@ def _read_safetensors(file: Path) -> Stored:
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def _read_pickle(file: Path) -> Stored:
+def _load_pickle(file: Path, *, mapped: bool = False) -> Any:
+    """Read a file that `torch.save` wrote: tensors, plain values and placeholders.
+
+    Args:
+        file: the file. If it was split into parts, its name without the suffix of the parts.
+        mapped: whether to map tensors into memory in place of reading them, if that is possible.
+    """
     with _opened(file) as source:
-        return _read_opened(file, source)
+        return _load_opened(file, source, mapped)
 
 
-def _read_opened(file: Path, source: Any) -> Stored:
+def _load_opened(file: Path, source: Any, mapped: bool) -> Any:
     try:
-        # files of PyTorch before 1.6 are not archives, and are read without placeholders
+        # Files that PyTorch wrote before 1.6 are not archives. They are read without placeholders.
         archive = zipfile.is_zipfile(source)
         _rewind(source)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(source) if archive else []
-    except Exception as error:  # a broken file can cause any error in the disassembler
+    except Exception as error:  # a damaged file can cause any error here
         raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
     foreign = sorted(name for name in names if not _is_bookkeeping(name))
     if foreign:
@@ -313,13 +377,18 @@ def _read_opened(file: Path, source: Any) -> Stored:
     with torch.serialization.safe_globals([_placeholder(name) for name in names]):
         try:
             _rewind(source)
-            loaded = torch.load(source, map_location="cpu", weights_only=True)
+            mmap = mapped and archive and isinstance(source, Path)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{file} is refused: it is damaged, or reading it would make more than tensors."
             ) from error
-        except Exception as error:  # a pickle may be wrong in any way; none of its code has run
+        except Exception as error:  # a damaged pickle can cause any error; no code in it has run
             raise ValueError(f"{file} is no checkpoint, or a damaged one: {_why(error)}") from error
+
+
+def _read_pickle(file: Path) -> Stored:
+    loaded = _load_pickle(file)
     state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(state, Mapping):
         raise ValueError(f"{file} must hold tensors by name; it holds a {type(state).__name__}.")
@@ -340,7 +409,7 @@ def _read_opened(file: Path, source: Any) -> Stored:
 
 
 def _rewind(source: Any) -> None:
-    """Return to the beginning of a stream; a path needs nothing."""
+    """Return to the beginning of a stream. If the source is a path, do nothing."""
     if not isinstance(source, Path):
         source.seek(0)
 
@@ -356,7 +425,7 @@ def _is_bookkeeping(name: str) -> bool:
 
 
 class _Placeholder:
-    """A placeholder for bookkeeping, which accepts any arguments and state and keeps nothing."""
+    """A placeholder for a class of another package. It accepts any arguments and keeps none."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Placeholder:
         return super().__new__(cls)
@@ -369,7 +438,7 @@ class _Placeholder:
 
 
 class _ByteStream(_Placeholder):
-    """A placeholder for a byte stream, which keeps its content."""
+    """A placeholder for a byte stream. It keeps the content of the stream."""
 
     content: bytes | None = None
 
@@ -379,7 +448,7 @@ class _ByteStream(_Placeholder):
 
 
 def _placeholder(name: str) -> type[_Placeholder]:
-    """Return a class of ours that the reader uses as the one called `name`."""
+    """Return a placeholder class that replaces the class called `name`."""
     module, _, own = name.rpartition(".")
     base = _ByteStream if name == _BYTE_STREAM else _Placeholder
     return type(own, (base,), {"__module__": module, "__qualname__": own})

@@ -1,10 +1,20 @@
-r"""Hyena language models of safari (`SimpleLMHeadModel`, layer `hyena`) and HyenaDNA.
+r"""Read Hyena language models of safari (`SimpleLMHeadModel`, layer `hyena`) and HyenaDNA.
 
-Both are an embedding, prenorm blocks with layer norms (a Hyena mixer and an MLP with tanh-GELU and
-biases), a last layer norm and a tied head. They differ in points that their configuration does not
-state: the window's `shift` is 0.05 in HyenaDNA and 0 in safari, HyenaDNA always adds the filter's
-bias, and with an order above 2 safari numbers filters by channel, then gate, HyenaDNA by gate, then
-channel. Dropout of gated values inside the mixers has no counterpart here and is left out.
+Both models consist of an embedding, prenorm blocks with layer norms, a last layer norm and a tied
+head. A block has a Hyena mixer and an MLP with tanh-GELU and biases. The models differ in three
+points that their configurations do not state. The `shift` of the filter's window is 0.05 in
+HyenaDNA and 0 in safari. HyenaDNA always adds the filter's bias. If the order is above 2, safari
+numbers filters by channel and then by gate, and HyenaDNA by gate and then by channel. The published
+models apply dropout to gated values inside the mixers; Gramian models do not.
+
+Folders of a fine-tuned HyenaDNA have a linear head `score` in place of the output projection. The
+published `HyenaDNAForSequenceClassification` applies the head to every position and returns the
+logits of one position. If padding follows the tokens, this is the position before the first padding
+token; otherwise it is the last position. In both cases it is the last real token. Gramian finds
+the same token from the mask, with `pooling="last"`. The published model does not mask padding on
+the left, which its tokenizer makes by default, so this padding changes the logits. In Gramian, the
+logits are the same as without padding. There is no published class for tokens. Users call their own
+class `HyenaDNAForTokenClassification`; its linear head is named `score` or `classifier`.
 """
 
 from __future__ import annotations
@@ -28,7 +38,13 @@ from gramian.checkpoints._format import (
     tied,
 )
 from gramian.checkpoints.tokenizers import DNATokenizer
-from gramian.models import GramianConfig
+from gramian.models import (
+    GramianConfig,
+    GramianForCausalLM,
+    GramianForSequenceClassification,
+    GramianForTokenClassification,
+    GramianPreTrainedModel,
+)
 
 __all__ = ["HyenaDNA", "SafariHyena"]
 
@@ -37,11 +53,21 @@ HEAD = "lm_head.weight"
 _PREFIXES = ("", "model.", "hyena.")
 _METRICS = ("train_torchmetrics.", "val_torchmetrics.", "test_torchmetrics.")
 _DNA_TOKENS = 12
+_CLASSES: dict[str, type[GramianPreTrainedModel]] = {
+    "HyenaDNAForCausalLM": GramianForCausalLM,
+    "HyenaDNAForSequenceClassification": GramianForSequenceClassification,
+    "HyenaDNAForTokenClassification": GramianForTokenClassification,
+}
+_SCORES = {
+    GramianForSequenceClassification: ("score",),
+    GramianForTokenClassification: ("score", "classifier"),
+}
+"""For each class of classifiers, the possible names of its linear head in a checkpoint."""
 
 
 @register
 class SafariHyena(Format):
-    """A `SimpleLMHeadModel` with implicit filters."""
+    """The format of safari's `SimpleLMHeadModel` with implicit filters."""
 
     name = "safari"
     embedding = EMBEDDING
@@ -81,9 +107,9 @@ class SafariHyena(Format):
             return None
         stripped = {}
         for name in names:
-            if not name.startswith(_METRICS):  # counters that Lightning keeps beside the weights
+            if not name.startswith(_METRICS):  # counters that Lightning stores beside the weights
                 short = name.removeprefix(prefix)
-                # a module that recomputes its activations is wrapped in another called `layer`
+                # The wrapper of a module that recomputes its activations calls the module `layer`.
                 for part in (".mixer.layer.", ".mlp.layer."):
                     short = short.replace(part, part.removesuffix("layer."))
                 stripped[name] = short
@@ -94,7 +120,7 @@ class SafariHyena(Format):
         return not any(".filter_fn.ab" in name for name in names)
 
     def _as_safari(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the model's part of the configuration of an experiment."""
+        """Return the part of a configuration that describes the model, with safari's names."""
         inner = config.get("model")
         return inner if "layer" not in config and isinstance(inner, Mapping) else config
 
@@ -109,9 +135,11 @@ class SafariHyena(Format):
             shapes |= _affine(f"{block}mlp.fc2", width, inner)
             shapes |= self._mixer_shapes(f"{block}mixer.")
         shapes |= _affine("backbone.ln_f", width)
-        if has_head(self.config, self.shapes, HEAD):
-            shapes[HEAD] = (self.vocabulary, width)
-        return shapes
+        return shapes | self._head_shapes()
+
+    def _head_shapes(self) -> Shapes:
+        head = has_head(self.config, self.shapes, HEAD)
+        return {HEAD: (self.vocabulary, self.width)} if head else {}
 
     def _mixer_shapes(self, mixer: str) -> Shapes:
         width, projected = self.width, (self.order + 1) * self.width
@@ -142,9 +170,15 @@ class SafariHyena(Format):
         return shapes | dict.fromkeys(frequencies, (1, hidden))
 
     def _frequencies(self, filter: str, found: Iterable[str]) -> list[str]:
-        """Return the names of the sines' frequencies that were found, or all if none was.
+        """Return the names of the frequencies of a filter's sines.
 
-        All layers share one tensor, which safetensors saves under one of its names.
+        All layers of a filter share one tensor of frequencies. `torch.save` keeps the name of this
+        tensor in every layer, but safetensors keeps only one of the names. So the names in `found`
+        are returned, or all names if `found` has none of them.
+
+        Args:
+            filter: prefix of the filter's names.
+            found: names of the tensors in the checkpoint.
         """
         if not self._trains_frequency:
             return []
@@ -212,15 +246,13 @@ class SafariHyena(Format):
         )
 
     def _more_config(self) -> dict[str, Any]:
-        """Return further arguments of the configuration."""
+        """Return the arguments of the configuration that only some formats have."""
         return {}
 
     def translate(self, weights: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
         embedding = weights.pop(EMBEDDING)
-        state = {
-            "model.embed_tokens.weight": embedding,
-            "lm_head.weight": weights.pop(HEAD, embedding),
-        }
+        state = {"model.embed_tokens.weight": embedding}
+        state |= self._translate_head(weights, embedding)
         for i in range(self.layers):
             block, ours = f"backbone.layers.{i}.", f"model.layers.{i}."
             names = {
@@ -234,7 +266,7 @@ class SafariHyena(Format):
             for theirs, name in names.items():
                 for kind in ("weight", "bias"):
                     state[f"{ours}{name}.{kind}"] = weights.pop(f"{block}{theirs}.{kind}")
-            # our tap 0 acts on the present, as their last tap does
+            # In Gramian, tap 0 acts on the present input; in safari, the last tap does.
             taps = weights.pop(f"{block}mixer.short_filter.weight")
             state[f"{ours}mixer.short.weight"] = taps.squeeze(1).flip(-1)
             state[f"{ours}mixer.short.bias"] = weights.pop(f"{block}mixer.short_filter.bias")
@@ -244,10 +276,19 @@ class SafariHyena(Format):
             state[f"model.norm.{kind}"] = weights.pop(f"backbone.ln_f.{kind}")
         return state
 
+    def _translate_head(self, weights: dict[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
+        return {"lm_head.weight": weights.pop(HEAD, embedding)}
+
     def _translate_mixer(
         self, weights: dict[str, Tensor], theirs: str, ours: str
     ) -> dict[str, Tensor]:
-        """Translate the filter, and the parts of the mixer that not every Hyena has."""
+        """Translate the filter of a layer, and the parts of its mixer that not every Hyena has.
+
+        Args:
+            weights: the checkpoint's tensors. The used tensors are removed from it.
+            theirs: prefix of the mixer's names in the checkpoint.
+            ours: prefix of the mixer's names in the Gramian model.
+        """
         theirs, ours = f"{theirs}filter_fn.", f"{ours}filter."
         _check_time(weights.pop(f"{theirs}pos_emb.t"), f"{theirs}pos_emb.t")
         channels = self._channel_order()
@@ -282,33 +323,40 @@ class SafariHyena(Format):
         return state
 
     def _channel_order(self) -> Tensor:
-        """Return the published index of each filter.
+        """Return for each filter of the Gramian model its index in the checkpoint.
 
-        Our index is `c (order - 1) + n` for channel c and gate n.
+        In the Gramian model, the filter for channel c and gate n has the index `c (order - 1) + n`.
         """
         return torch.arange(self.filters)
 
 
 @register
 class HyenaDNA(SafariHyena):
-    """A Lightning checkpoint with its `config.json`, or a Hugging Face folder."""
+    """The format of HyenaDNA, in Lightning checkpoints and in Hugging Face folders.
+
+    A folder may hold a language model or a classifier. The entry `architectures` of the
+    configuration says which.
+    """
 
     name = "hyenadna"
     default_shift = 0.05
 
     @classmethod
     def meant_by(cls, config: Mapping[str, Any]) -> bool:
-        """Return whether the configuration of a Hyena language model is that of a HyenaDNA.
+        """Return whether the configuration of a Hyena language model describes a HyenaDNA.
 
-        Its type says so, or its vocabulary is that of the DNA tokenizer.
+        A configuration describes a HyenaDNA if its `model_type` is "hyenadna". If there is no
+        `model_type`, the size of the vocabulary must be the size of the DNA tokenizer's vocabulary.
         """
+        inner = config.get("model")
+        config = inner if "layer" not in config and isinstance(inner, Mapping) else config
         kind = config.get("model_type")
         return kind == "hyenadna" or (kind is None and config.get("vocab_size") == _DNA_TOKENS)
 
     def _as_safari(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         if "max_seq_len" not in config:
             return super()._as_safari(config)
-        refuse_unless(config, "layer_norm_epsilon", 1e-5)  # the blocks' norms always use 1e-5
+        refuse_unless(config, "layer_norm_epsilon", 1e-5)  # the norms of the blocks always use 1e-5
         return {
             "d_model": size(config, "d_model", 256),
             "n_layer": size(config, "n_layer", 12),
@@ -317,6 +365,7 @@ class HyenaDNA(SafariHyena):
             "pad_vocab_size_multiple": size(config, "pad_vocab_size_multiple", 8),
             "embed_dropout": config.get("embed_dropout"),
             "residual_in_fp32": True,
+            "tie_word_embeddings": config.get("tie_word_embeddings"),
             "layer": {
                 "order": size(config, "hyena_order", 2),
                 "l_max": config["max_seq_len"],
@@ -332,11 +381,80 @@ class HyenaDNA(SafariHyena):
 
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         super().__init__(shapes, config)
+        self.given = config
+        self.kind = self._class(config)
         if self.short != 3:
             raise ValueError(
                 "a HyenaDNA has short filters of 3 taps: with others its published code pads as "
                 f"for 3 and is not causal; got short_filter_order={self.short}."
             )
+
+    def _class(self, config: Mapping[str, Any]) -> type[GramianPreTrainedModel]:
+        """Return the Gramian class for the class that the configuration names.
+
+        If the configuration names no class, return the class of language models.
+        """
+        names = setting(config, "architectures", list, [])
+        found = next((_CLASSES[name] for name in names if name in _CLASSES), None)
+        if names and found is None:
+            raise ValueError(
+                f"architectures in the checkpoint's configuration must name one of "
+                f"{', '.join(_CLASSES)}; got {', '.join(map(str, names))}."
+            )
+        if found is None and HEAD not in self.shapes and "score.weight" in self.shapes:
+            raise ValueError(
+                "the checkpoint has score.weight, the head of a classifier, and its configuration "
+                "must say of which kind: architectures lacks HyenaDNAForSequenceClassification or "
+                "HyenaDNAForTokenClassification."
+            )
+        if found is GramianForTokenClassification:
+            refuse_unless(config, "problem_type", "single_label_classification")
+        return found or GramianForCausalLM
+
+    def model_class(self) -> type[GramianPreTrainedModel]:
+        return self.kind
+
+    def _labels(self) -> dict[str, Any]:
+        """Return the names of the classes.
+
+        Configurations leave out the names if they are transformers' default names of two classes.
+        """
+        names = setting(self.given, "id2label", Mapping, {})
+        if not names:
+            count = size(self.given, "num_labels", 2)
+            names = {number: f"LABEL_{number}" for number in range(count)}
+        wrong = [key for key in names if not str(key).isdecimal()]
+        if wrong:
+            raise ValueError(
+                "id2label in the checkpoint's configuration must have numbers as keys; got "
+                f"{wrong[0]!r}."
+            )
+        numbers = {int(key): str(name) for key, name in names.items()}
+        given = setting(self.given, "label2id", Mapping, None)
+        back = {name: number for number, name in numbers.items()} if given is None else dict(given)
+        return {"id2label": numbers, "label2id": back}
+
+    def _score(self) -> str:
+        """Return the name of the classifier's head."""
+        names = _SCORES[self.kind]
+        return next((name for name in names if f"{name}.weight" in self.shapes), names[0])
+
+    def _head_shapes(self) -> Shapes:
+        if self.kind is GramianForCausalLM:
+            return super()._head_shapes()
+        score, labels = self._score(), len(self._labels()["id2label"])
+        shapes: Shapes = {f"{score}.weight": (labels, self.width)}
+        if f"{score}.bias" in self.shapes:
+            shapes[f"{score}.bias"] = (labels,)
+        return shapes
+
+    def _translate_head(self, weights: dict[str, Tensor], embedding: Tensor) -> dict[str, Tensor]:
+        if self.kind is GramianForCausalLM:
+            return super()._translate_head(weights, embedding)
+        score = self._score()
+        weight = weights.pop(f"{score}.weight")
+        bias = weights.pop(f"{score}.bias", weight.new_zeros(len(weight)))
+        return {"score.weight": weight, "score.bias": bias}
 
     @property
     def _has_bias(self) -> bool:
@@ -348,12 +466,17 @@ class HyenaDNA(SafariHyena):
     def tokenizer(self) -> PreTrainedTokenizerFast | None:
         if self.tokens != _DNA_TOKENS:
             return None
-        return DNATokenizer(model_max_length=self.length)
+        classifies = self.kind is not GramianForCausalLM
+        return DNATokenizer(model_max_length=self.length, append_end=classifies)
 
     def _more_config(self) -> dict[str, Any]:
-        if self.tokens != _DNA_TOKENS:
-            return {}
-        return {"pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 1}
+        more: dict[str, Any] = {}
+        if self.tokens == _DNA_TOKENS:
+            more |= {"pad_token_id": 4, "bos_token_id": 2, "eos_token_id": 1}
+        if self.kind is not GramianForCausalLM:
+            problem = setting(self.given, "problem_type", str, None)
+            more |= {"pooling": "last", "problem_type": problem, **self._labels()}
+        return more
 
 
 def _affine(name: str, *shape: int) -> Shapes:
@@ -361,7 +484,7 @@ def _affine(name: str, *shape: int) -> Shapes:
 
 
 def _check_time(time: Tensor, name: str) -> None:
-    """Raise a ValueError unless the window's time is that of all published filters."""
+    """Raise a ValueError unless the times of a filter's window run evenly from 0 to 1."""
     expected = torch.linspace(0, 1, time.numel())
     tolerance = 2 * torch.finfo(time.dtype).eps
     if not torch.allclose(time.flatten().float(), expected, rtol=tolerance, atol=tolerance):

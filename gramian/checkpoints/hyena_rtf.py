@@ -1,8 +1,8 @@
-r"""The published Hyena-RTF: safari's language model with rational filters (arXiv 2405.06147).
+r"""Read the published Hyena-RTF, safari's language model with rational filters (arXiv 2405.06147).
 
-Two details are easy to miss. The filter's direct term enters twice, once in the kernel and once as
-the convolution's skip, so tap 0 is `2 h_0` plus the aliased taps. And `gelu(W norm(y))`, a map from
-the channels to 384 features, stands between the last gate and the output projection.
+Two details are easy to miss. First, the direct term of a filter enters twice, in the kernel and as
+the skip of the convolution. So tap 0 is `2 h_0` plus the aliased taps. Second, between the last
+gate and the output projection, `gelu(W norm(y))` maps the channels to 384 features.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["HyenaRTF"]
 
 @register
 class HyenaRTF(SafariHyena):
-    """A `SimpleLMHeadModel` with the layer `hyena` and `filter_cls: rtf`."""
+    """The format of a `SimpleLMHeadModel` with the layer `hyena` and `filter_cls: rtf`."""
 
     name = "hyena_rtf"
     filter_class = "rtf"
@@ -29,7 +29,7 @@ class HyenaRTF(SafariHyena):
     def __init__(self, shapes: Shapes, config: Mapping[str, Any]) -> None:
         super().__init__(shapes, config)
         arguments = setting(self.layer, "filter_args", Mapping, {})
-        truncated = arguments.get("trunc_len")  # an unresolved reference to l_max is a string
+        truncated = arguments.get("trunc_len")  # it may be an unresolved reference, a string
         self.taps = truncated if isinstance(truncated, int) else self.length
         self.state_size = size(arguments, "state_size")
         self.denominators = size(arguments, "num_a", self.filters)

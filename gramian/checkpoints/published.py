@@ -1,6 +1,6 @@
-"""Configurations of the published Evo 2 models, which do not lie beside their weights.
+"""Provide the configurations of the published Evo 2 models, which are not beside the weights.
 
-The sizes are those of the files that the package evo2 ships, by the names of its models.
+The names of the models and the sizes are those in the configuration files of the package evo2.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def _size(
     factor: int = 1,
     base: int = 10_000,
 ) -> dict[str, Any]:
-    """Return the configuration of a size.
+    """Return the configuration of a model with the given sizes.
 
-    Short, medium and long operators follow each other in this order in the blocks that attention
-    leaves, and heads are 128 wide.
+    In the blocks without attention, short, medium and long operators follow each other in this
+    order. Heads are 128 wide.
     """
     others = [layer for layer in range(layers) if layer not in attention]
     rotation: dict[str, Any] = {"rotary_emb_base": base}
@@ -83,10 +83,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "evo2_40b": _size(8192, 22528, 512, 50, _ATTENTION, 1_048_576, 128, 1_000_000),
     "evo2_40b_base": _size(8192, 21888, 512, 50, _ATTENTION, 8192, 1, 1_000_000),
 }
-"""The configurations by the names of the models in the package evo2."""
+"""The configurations of Evo 2 models by their names in the package evo2."""
 
 
 def published_config(name: str) -> dict[str, Any] | None:
-    """Return the configuration of a published model, or None for another name."""
+    """Return the configuration of a published model, or None if the name is unknown."""
     found = PUBLISHED.get(name)
     return None if found is None else dict(found)

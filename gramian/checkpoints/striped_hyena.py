@@ -1,9 +1,10 @@
-r"""StripedHyena and Evo: Hyena blocks with modal filters, some of them with attention instead.
+r"""Read StripedHyena and Evo, whose blocks have Hyena operators with modal filters, or attention.
 
-A filter is `h_t = Re Σ r λ^t` from tap 0 on, plus a skip `D`. Ours has `λ^(t-1)` and a separate tap
-0, so its residues are `r λ` and its direct term is `D + Re Σ r`. Poles are unconstrained and may
-lie outside of the unit circle. With `column_split_hyena` the rows of the projection and of the
-short convolution are grouped by head: outer gate, inner gate and value of each head in turn.
+A published filter is `h_t = Re Σ r λ^t` from tap 0 on, plus a skip `D`. Gramian's filters have
+`λ^(t-1)` and a separate tap 0. So their residues are `r λ`, and their direct terms `D + Re Σ r`.
+Poles are not constrained and may lie outside of the unit circle. With `column_split_hyena`, the
+rows of the projection and of the short convolution are stored head by head. The rows of a head are
+those of its outer gate, then of its inner gate, then of its value.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = ["StripedHyena"]
 
 @register
 class StripedHyena(StripedFormat):
-    """A `StripedHyena` model, of its own library or in a Hugging Face folder."""
+    """The format of StripedHyena, in files of its own library and in Hugging Face folders."""
 
     name = "striped_hyena"
 
@@ -72,7 +73,10 @@ class StripedHyena(StripedFormat):
         )
 
     def _filter(self, weights: Mapping[str, Tensor], name: str) -> ModalFilter:
-        """Return the modal filter of all channels, from poles and residues that groups share."""
+        """Return the modal filter of all channels of a layer.
+
+        In the checkpoint, groups of channels share poles and residues.
+        """
         poles, residues = (
             torch.view_as_complex(weights[f"{name}{kind}"].double()).squeeze(-1)
             for kind in ("poles", "residues")

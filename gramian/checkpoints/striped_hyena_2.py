@@ -1,19 +1,21 @@
-r"""StripedHyena 2 and Evo 2: short, medium and long Hyena operators, and attention.
+r"""Read StripedHyena 2 and Evo 2: short, medium and long Hyena operators, and attention.
 
-In every Hyena block the projection of the input passes through a depthwise convolution, whose last
-stored tap acts on the present, and is divided into outer gate o, inner gate g and value v; the
-output is `o ∘ (h * (g ∘ v))`. The rows of the three are interleaved, stored head by head, or one
-kind after the other, and `hyena_flip_x1x2` exchanges o and g.
+In every Hyena block, the input is projected and passes through a depthwise convolution, whose last
+stored tap acts on the present input. The result is divided into outer gate o, inner gate g and
+value v, and the output is `o ∘ (h * (g ∘ v))`. The rows of o, g and v are interleaved, stored head
+by head, or stored one kind after the other. `hyena_flip_x1x2` exchanges o and g.
 
-- Short and medium operators have explicit taps, of which consecutive channels share one set. The
-  convention depends on the number of taps alone: with 128 or more the first tap acts on the present
-  and a skip `D` is added, with fewer the last tap does and there is no skip.
-- Long operators have real modes, `h_t = Σ R exp(p t) + D [t = 0]`. Our modal filters have `λ^(t-1)`
-  and a separate tap 0, so `λ = exp(p)`, residues are `R λ` and the direct term is `D + Σ R`.
+- Short and medium operators have explicit taps, which groups of consecutive channels share. With
+  128 taps or more, the first tap acts on the present input, and a skip `D` is added. With fewer
+  taps, the last tap acts on the present input, and there is no skip.
+- Long operators have real modes, `h_t = Σ R exp(p t) + D [t = 0]`. Gramian's modal filters have
+  `λ^(t-1)` and a separate tap 0. So `λ = exp(p)`, residues are `R λ` and the direct term is
+  `D + Σ R`.
 
 With `evo2_style_activations`, the MLP of every block but the first multiplies its two maps without
-an activation. In some models the projections of Hyena blocks were trained in 8-bit floating point
-with scales that the checkpoint stores, and the model is of no use without (`gramian.ops.fp8`).
+an activation. In some models, the projections of Hyena blocks were trained in 8-bit floating point
+with scales that the checkpoint stores. These models are useless if their projections are computed
+in another precision (`gramian.ops.fp8`).
 """
 
 from __future__ import annotations
@@ -33,16 +35,16 @@ from gramian.models import GramianConfig
 __all__ = ["StripedHyena2"]
 
 _PRESENT_FIRST = 128
-"""Taps from which on the first one acts on the present and there is a skip."""
+"""Filters with this many taps or more have a skip, and their first tap acts on the present."""
 
 _KINDS = ("hcl", "hcm", "hcs")
 _WITHOUT_FP8 = (4096, 32)
-"""Width and layers of the models of 7 billion parameters, which do not need their FP8 scales."""
+"""Width and number of layers of the models of 7 billion parameters, which do not need FP8."""
 
 
 @register
 class StripedHyena2(StripedFormat):
-    """A StripedHyena 2 model, such as Evo 2, of the library vortex."""
+    """The format of StripedHyena 2 models, such as Evo 2, in files of the library vortex."""
 
     name = "striped_hyena_2"
     default_activation = "gelu"
@@ -112,7 +114,7 @@ class StripedHyena2(StripedFormat):
             shapes[f"{block}filter.residues"] = (width, self.state_size)
             shapes[f"{block}filter.D"] = (width,)
             grid = f"{block}mixer.mixer.filter.t"
-            if grid in self.shapes:  # the times 0, 1, …, which nothing reads
+            if grid in self.shapes:  # the times 0, 1, …, which are not needed
                 shapes[grid] = (1, 1, self.shapes[grid][-1])
             return shapes
         taps = self.taps[kind]
@@ -133,7 +135,7 @@ class StripedHyena2(StripedFormat):
         return bool(setting(self.config, "mha_out_proj_bias", bool, True))
 
     def needs_fp8(self) -> bool:
-        """Return whether the published model is of use only with its FP8 projections."""
+        """Return whether the published model is useless unless its projections use FP8."""
         wanted = setting(self.config, "use_fp8_input_projections", bool, False)
         return bool(wanted and (self.width, self.layers) != _WITHOUT_FP8)
 
@@ -177,7 +179,10 @@ class StripedHyena2(StripedFormat):
         )
 
     def _is_tied(self, weights: Mapping[str, Tensor]) -> bool:
-        """Return whether the output projection is the embedding, of which files hold a copy."""
+        """Return whether the output projection is the embedding.
+
+        If `tie_embeddings` is True, both are the same, even if the checkpoint has two tensors.
+        """
         return self.config.get("tie_embeddings") is True or tied(
             self.config, weights, EMBEDDING, HEAD
         )
@@ -202,7 +207,7 @@ class StripedHyena2(StripedFormat):
         return filter
 
     def _modal_filter(self, weights: Mapping[str, Tensor], name: str) -> ModalFilter:
-        rates = -weights[f"{name}log_poles"].double().squeeze(-1)  # of decay, (width, modes)
+        rates = -weights[f"{name}log_poles"].double().squeeze(-1)  # rates of decay, (width, modes)
         residues = weights[f"{name}residues"].double()
         bounded = bool((rates > 0).all())
         filter = ModalFilter(self.width, self.state_size, self.length, bounded=bounded, real=True)
@@ -239,7 +244,7 @@ class StripedHyena2(StripedFormat):
         return state | {f"filter.{name}": value for name, value in filter.state_dict().items()}
 
     def _rows(self) -> Tensor:
-        """Return the published indices of the rows of outer gate, inner gate and value."""
+        """Return the indices in the checkpoint of the rows of outer gate, inner gate and value."""
         rows = torch.arange(3 * self.width)
         if self.interleave:
             rows = rows.reshape(-1, 3).T.flatten()
@@ -255,12 +260,20 @@ class StripedHyena2(StripedFormat):
 
 
 def _read_scales(state: bytes | None, name: str) -> tuple[float, float]:
-    """Return the factors of input and weight in the state of a layer of Transformer Engine."""
+    """Return the scales of input and weight from the byte stream of a Transformer Engine layer.
+
+    Args:
+        state: the byte stream.
+        name: name of the byte stream, for the message of an error.
+
+    Raises:
+        ValueError: if the byte stream is missing or holds no scales.
+    """
     try:
         held = torch.load(io.BytesIO(state or b""), map_location="cpu", weights_only=True)
         scales = held["scale_fwd"]
         return float(scales[0]), float(scales[1])
-    except Exception as error:  # nothing, or anything but such a state
+    except Exception as error:  # the stream may be missing, damaged, or without scales
         raise ValueError(
             f"this model needs the FP8 scales of its projections, and {name} holds none; without "
             "them (fp8=False) its outputs are near chance."

@@ -1,15 +1,16 @@
-"""The command line: a thin Typer app over whole-model jobs.
+"""Define the command line: a Typer app with one thin command for each job on a whole model.
 
-The exit status is 0 on success, 1 on an error that the user can correct (one line on standard
-error) and on a failed check, and 2 on wrong usage. `--debug` shows tracebacks. With `--json`
-standard output holds one JSON object and nothing else; progress goes to standard error. Commands
-import torch, transformers and other packages only after parsing their arguments, so `--help`
-answers at once.
+The exit status is 0 on success and 2 on wrong usage. It is 1 on a failed check, and on an error
+that the user can correct. One line on standard error explains the error. `--debug` shows
+tracebacks. With `--json`, standard output holds one JSON object and nothing else, and progress goes
+to standard error. Commands import torch, transformers and other packages only after parsing their
+arguments, so `--help` answers at once.
 
-Each command has its own module and registers itself with the app, in the order of the imports.
+Each command has its own module, and importing the module registers the command. `--help` lists the
+commands in the order of the imports.
 """
 
-from gramian.cli import (  # noqa: F401, I001 (the order of the commands in the help)
+from gramian.cli import (  # noqa: F401, I001 (this is the order of the commands in the help)
     _demo,
     _distill,
     _convert,
@@ -20,6 +21,8 @@ from gramian.cli import (  # noqa: F401, I001 (the order of the commands in the 
     _train,
     _sweep,
     _evaluate,
+    _score,
+    _embed,
 )
 from gramian.cli._app import app, main
 

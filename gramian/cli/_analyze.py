@@ -1,4 +1,4 @@
-"""The command that measures effective state-sizes: analyze."""
+"""Define the command `analyze`, which measures effective state-sizes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from gramian.cli._inputs import (
     SAVE_TOKENIZER,
     check_new,
     find_tasks,
+    move_model,
     quiet_transformers,
     read_texts,
 )
-from gramian.cli._options import Json, Settings, Split, TaskConfig, TaskSeed
+from gramian.cli._options import Device, Json, Settings, Split, TaskConfig, TaskSeed
 
 if TYPE_CHECKING:
     from gramian.analysis import StateReport
@@ -36,11 +37,11 @@ _Text = Annotated[
 ]
 _Prompt = Annotated[str | None, typer.Option(help="Text to read; replaces --text.")]
 _Task = Annotated[
-    str | None, typer.Option(help="Task of gramian.tasks to read a row of; replaces --text.")
+    str | None, typer.Option(help="Task of gramian.tasks whose row is read; replaces --text.")
 ]
 _Row = Annotated[int, typer.Option(min=0, help="Row of the split, counted from 0.")]
 _Horizon = Annotated[int, typer.Option(min=1, help="Largest number of tokens to read.")]
-_Every = Annotated[int, typer.Option(min=1, help="Measure at every n-th position.")]
+_Every = Annotated[int, typer.Option(min=1, help="Measure at every N-th position only.")]
 _Measure = Annotated[
     str, typer.Option(help="Measure of the effective state-size: entropy or tolerance.")
 ]
@@ -50,10 +51,11 @@ _Tol = Annotated[
 ]
 _Rtol = Annotated[
     float | None,
-    typer.Option(help="The same, relative to the largest singular value."),
+    typer.Option(help="The same, but with a threshold relative to the largest singular value."),
 ]
 _MaxChannels = Annotated[
-    int, typer.Option(min=0, help="Largest number of channels to measure in a layer; 0 takes all.")
+    int,
+    typer.Option(min=0, help="Largest number of channels to measure in a layer; 0 measures all."),
 ]
 _Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="New folder for the report and figures.")
@@ -77,7 +79,7 @@ class _Source:
     row: int = 0
 
     def read(self, model: str, tokenizer: Any) -> tuple[Any, Any, str]:
-        """Return the input of a model, the tokenizer that names its tokens, and what was read."""
+        """Return the input of a model, the tokenizer for its tokens, and a name of the input."""
         from gramian.evaluation import read_row
         from gramian.tasks import Encoder
 
@@ -113,12 +115,13 @@ def analyze(
     picture: _Picture = "png",
     html: _Page = None,
     seed: TaskSeed = None,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Measure how much of its memory MODEL uses on a text or a task: every layer, head and token.
+    """Measure how much of its memory MODEL uses on a text or task, for every layer, head and token.
 
-    Several models are compared on the same input. The command exits with status 1 if no layer of a
-    model can be read.
+    Several models are compared on the same input. The command exits with status 1 if a model has no
+    layer that can be read.
     """
     _check(text, prompt, task, settings, config, picture)
     if output is not None:
@@ -133,7 +136,7 @@ def analyze(
     quiet_transformers()
     for one in models:
         with running(console, f"Reading with {one}", about=one) as bar:
-            reports.append(_analyze(one, source, horizon, options, bar))
+            reports.append(_analyze(one, source, horizon, options, device, bar))
         if not as_json:
             console.print(reports[-1])
     if output is not None:
@@ -166,7 +169,7 @@ def _check(
 
 
 def _document(text: Path | None, prompt: str | None) -> _Source | None:
-    """Read the first document of a file or prompt; return None if neither is given."""
+    """Read the first document of a file or a prompt, or return None if neither is given."""
     from gramian.tasks import documents_in
 
     if text is not None:
@@ -190,7 +193,7 @@ def _document(text: Path | None, prompt: str | None) -> _Source | None:
 def _one_task(
     name: str | None, settings: list[str], config: Path | None, seed: int | None
 ) -> tuple[str, Task, int]:
-    """Build the named task, or the configuration's; return its name, the task and the seed."""
+    """Build the task that is named or configured, and return its name, the task and the seed."""
     from gramian import tasks
     from gramian._nearest import unknown
 
@@ -202,12 +205,18 @@ def _one_task(
 
 
 def _analyze(
-    name: str, source: _Source, horizon: int, options: dict[str, Any], progress: Bar
+    name: str,
+    source: _Source,
+    horizon: int,
+    options: dict[str, Any],
+    device: str,
+    progress: Bar,
 ) -> StateReport:
-    """Measure one model."""
+    """Measure one model on the input."""
     from gramian import analysis
 
     model, tokenizer = analysis.open_model(name)
+    move_model(model, device)
     sequence, tokenizer, read = source.read(name, tokenizer)
     report = analysis.analyze(
         model, sequence[:horizon], tokenizer=tokenizer, progress=progress, **options
@@ -221,7 +230,7 @@ def _analyze(
 
 
 def _save(reports: list[StateReport], output: Path, suffix: str) -> None:
-    """Write a folder of numbers, figures and a page."""
+    """Write a folder with the reports as JSON, figures and an interactive page."""
     from gramian import reports as drawing
     from gramian._staging import staged_directory
 

@@ -1,4 +1,4 @@
-"""The app, the registration of its commands, and their one-line errors."""
+"""Define the app, register its commands, and turn errors into one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _Imports = Annotated[
         help="Python file or module that registers your own tasks, filters or mixers; repeatable.",
     ),
 ]
-_EXTRAS = {  # the extra that a missing package comes with
+_EXTRAS = {  # the extra that installs each package
     "PIL": "train",
     "accelerate": "train",
     "datasets": "train",
@@ -49,6 +49,9 @@ _EXTRAS = {  # the extra that a missing package comes with
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "pyarrow": "genomics",
+    "pyfaidx": "genomics",
+    "peft": "adapters",
     "ray": "ray",
     "safetensors": "models",
     "sklearn": "train",
@@ -57,19 +60,19 @@ _EXTRAS = {  # the extra that a missing package comes with
     "yaml": "train",
 }
 _REGISTERED = ("unknown task '", "unknown filter type '", "mixers must be among ")
-"""Beginnings of messages whose cause may be a missing module that registers parts."""
+"""Beginnings of messages that may mean that a module which registers parts is missing."""
 
 
 class UserError(Exception):
-    """An error that the user can correct; its message is one sentence."""
+    """An error that the user can correct. Its message is one sentence."""
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a function as the command of its name, with the options `--import` and `--debug`.
+    """Register a function as a command of the same name, and add the options --import and --debug.
 
-    The modules of `--import` are imported before the function runs. The function receives their
-    list if it has a parameter `imports`. Its errors end the process with one line, or with a
-    traceback under `--debug`.
+    The modules of `--import` are imported before the function runs. Their names are passed to the
+    function if it has a parameter `imports`. An exception in the function ends the process with
+    status 1 and one line on standard error, or with a traceback under `--debug`.
     """
     signature = inspect.signature(function)
     wants_imports = "imports" in signature.parameters
@@ -102,14 +105,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def main() -> None:
-    """Run the `gramian` command and end the process with one of the exit statuses named above."""
+    """Run the `gramian` command, and end the process with the exit status 0, 1 or 2."""
     with _failures():
         app()
 
 
 @contextmanager
 def _failures(debug: bool = False) -> Iterator[None]:
-    """Turn every exception except Typer's own into an exit status of 1 and a line about it."""
+    """Turn every exception, except Typer's own, into exit status 1 and one line of explanation."""
     try:
         yield
     except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -134,7 +137,7 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _advice(error: BaseException | None) -> str:
-    """Return advice on the extra that provides a missing package, unless the error names it."""
+    """Return advice on the extra that installs a missing package, unless the error names it."""
     if error is None or "pip install" in str(error):
         return ""
     package = (getattr(error, "name", None) or "").partition(".")[0]
@@ -144,7 +147,7 @@ def _advice(error: BaseException | None) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line."""
+    """Return the message of an error in one line."""
     return " ".join(str(error).split()) or "no message."
 
 

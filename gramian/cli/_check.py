@@ -1,4 +1,4 @@
-"""The command that compares all ways of running a model: check."""
+"""Define the command `check`, which compares all ways to run a model."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 
 from gramian.cli._app import UserError, command
 from gramian.cli._console import console_for, finish, running
-from gramian.cli._inputs import first_windows, load_model
-from gramian.cli._options import Json, ModelFolder, Seed
+from gramian.cli._inputs import first_windows, load_any_model
+from gramian.cli._options import Device, Json, ModelFolder, Seed
 
 
 @command
@@ -18,7 +18,7 @@ def check(
     model: ModelFolder,
     batch: Annotated[int, typer.Option(help="Number of sequences to run, at least 2.")] = 3,
     length: Annotated[
-        int, typer.Option(help="Tokens of a sequence, which are also run one by one.")
+        int, typer.Option(help="Number of tokens in a sequence, which are also run one by one.")
     ] = 200,
     text: Annotated[
         Path | None,
@@ -37,29 +37,32 @@ def check(
     order: Annotated[
         int,
         typer.Option(
-            help="Order of the filters in a distilled copy, which is checked too; 0 makes none."
+            help="Order of the filters in a distilled copy that is checked too; 0 makes no copy."
         ),
     ] = 16,
     seed: Seed = 0,
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Run MODEL in every way that it can be run, and compare the results in two tables.
+    """Run MODEL in every way that it can be run, and compare the results in tables.
 
-    MODEL runs in parallel, as a recurrence, in chunks, in batches, reloaded and distilled; padded
-    on the left, on the right, in between and in a second turn; packed, and generating with a cache;
-    in float32 and bfloat16. Every layer and the whole model are compared. The command exits with
-    status 1 if a difference is too large.
+    MODEL is a language model, or a classifier of tokens that does not look ahead. It runs in
+    parallel, as a recurrence, in chunks, in batches, reloaded and distilled. Padding is put on the
+    left, on the right, between tokens, and into a second part that continues from the state after
+    the first. Sequences are packed into one row. A language model also generates with a cache. All
+    of this is done in float32 and in bfloat16, or in the types that --dtype names. Every layer and
+    the whole model are compared. The command exits with status 1 if a difference is too large.
     """
     if order < 0:
         raise UserError(f"--order must be at least 1, or 0 for no distilled copy; got {order}.")
     console = console_for(as_json)
-    loaded = load_model(model)
+    loaded: Any = load_any_model(model, device)
     dtypes = [_dtype(name) for name in dtype] if dtype else None
     ids = None if text is None else first_windows(model, loaded, text, batch, length)
 
     from gramian import checking
 
-    with running(console, "Checking") as bar:
+    with running(console, "Checking", errors=(TypeError, ValueError)) as bar:
         report = checking.check(
             loaded,
             ids,

@@ -1,4 +1,4 @@
-"""The output of all commands: progress while they work, and a report at the end."""
+"""Print the output of all commands: progress while they work, and a report at the end."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["Bar", "console_for", "finish", "running"]
 
 
 def console_for(as_json: bool) -> Console:
-    """Return a console on standard output, or on standard error if the former is to hold JSON."""
+    """Return a console on standard output, or on standard error if standard output is for JSON."""
     return Console(stderr=as_json)
 
 
 class Bar:
-    """A progress bar that learns its total from its first call."""
+    """A progress bar. It is called with the amount of work done and the total amount."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
@@ -34,7 +34,7 @@ class Bar:
         self._progress.update(self._task, completed=done, total=total)
 
     def describe(self, title: str) -> None:
-        """Replace the title."""
+        """Replace the text in front of the bar."""
         self._progress.update(self._task, description=title)
 
     @contextmanager
@@ -60,8 +60,11 @@ def running(
     Args:
         console: console that shows the bar.
         title: text in front of the bar.
-        about: beginning of the sentence, such as the name of a model.
-        errors: exceptions whose messages are meant for users.
+        about: beginning of the sentence, such as the name of a model. None adds no beginning.
+        errors: classes of exceptions whose messages are written for users.
+
+    Raises:
+        UserError: if one of `errors` is raised in the block.
     """
     from rich.progress import Progress
 
@@ -88,8 +91,8 @@ def finish(
         as_json: whether to print JSON on standard output instead.
         values: plain values for JSON.
         shown: report or text for the console; None if it was printed already.
-        written: files and folders that hold the outcome; None is skipped.
-        indent: indentation of JSON.
+        written: files and folders whose paths are printed as text; None is skipped.
+        indent: indentation of JSON; None prints one line.
     """
     if as_json:
         print(to_json(values, indent=indent))

@@ -1,4 +1,4 @@
-"""The command that reads published checkpoints: convert."""
+"""Define the command `convert`, which reads published checkpoints."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def convert(
     ] = "5GB",
     as_json: Json = False,
 ) -> None:
-    """Make a published Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo CHECKPOINT a model in OUT.
+    """Convert a CHECKPOINT of Hyena, HyenaDNA, Hyena-RTF, StripedHyena or Evo to a model in OUT.
 
-    A file that was split into NAME.part0, NAME.part1 and so on is read as one. Files are read as
-    tensors only: no code from a checkpoint runs. OUT also gets conversion.json, which says where
-    the weights came from, with the SHA-256 of each file.
+    A fine-tuned HyenaDNA becomes a classifier. A file that was split into NAME.part0, NAME.part1
+    and so on is read as one. Files are read as tensors only: no code from a checkpoint runs. OUT
+    also contains conversion.json. It lists the files of the weights, with the SHA-256 of each file.
     """
     check_new(out)
     quiet_transformers()
@@ -74,6 +74,7 @@ def convert(
             "checkpoint": str(checkpoint.resolve()),
             "sha256": hash_weights(checkpoint),
             "format": name,
+            "model": type(model).__name__,
             "layers": settings.num_hidden_layers,
             "width": settings.hidden_size,
             "vocabulary": settings.vocab_size,

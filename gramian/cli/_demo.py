@@ -1,4 +1,4 @@
-"""The command that shows the whole library on one text: demo."""
+"""Define the command `demo`, which shows the whole library on one text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def demo(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a language model on real English, distil it, generate from both, measure everything.
+    """Train a language model on real English, distil it, generate from both models, and measure.
 
     The demo takes a few minutes on two cores. It exits with status 1 if one of its checks fails.
     """

@@ -1,4 +1,4 @@
-"""The command that makes long filters small recurrences: distill."""
+"""Define the command `distill`, which turns long filters into small recurrences."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gramian.cli._inputs import (
     check_new,
     check_tolerance,
     fraction,
-    load_model,
+    load_any_model,
     load_tokenizer,
     spread_windows,
 )
-from gramian.cli._options import Json, ModelFolder, NewFolder
+from gramian.cli._options import Device, Json, ModelFolder, NewFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +37,8 @@ _Order = Annotated[
 _MaxIncrease = Annotated[
     str | None,
     typer.Option(
-        help="Largest increase of the loss on --text, such as 0.1%. The command then looks for the "
-        "largest tolerance up to 0.3 that keeps to it."
+        help="Largest relative increase of the loss on --text, such as 0.1%. The command then "
+        "looks for the largest tolerance, up to 0.3, that stays within it."
     ),
 ]
 _Text = Annotated[
@@ -58,8 +58,8 @@ _MaxOrder = Annotated[
 _Tail = Annotated[
     str,
     typer.Option(
-        help="What a filter does past its last tap: zero makes it fade there; auto and free leave "
-        "it to the fit, which needs the smallest state."
+        help="Response of a filter past its last tap: zero makes it fade; auto and free leave it "
+        "unconstrained, which needs the smallest state."
     ),
 ]
 
@@ -88,12 +88,13 @@ def distill(
     finetune: _Finetune = 0,
     max_order: _MaxOrder = None,
     tail: _Tail = "auto",
+    device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Replace the long filters of MODEL by small recurrences and save the new model in OUT.
+    """Replace the long filters of MODEL by small recurrences, and save the new model in OUT.
 
-    OUT also gets distillation.json and distillation.png, with orders, errors and bounds of every
-    layer.
+    OUT also contains distillation.json and distillation.png, which show the orders, errors and
+    bounds of every layer.
     """
     given = [name for name in (tol, order, max_increase) if name is not None]
     if len(given) > 1:
@@ -105,7 +106,9 @@ def distill(
     _check(wanted)
     check_new(out)
     console = console_for(as_json)
-    loaded = load_model(model)
+    loaded = load_any_model(model, device)
+    if text is not None and not loaded.can_generate():
+        raise UserError(f"{model} is a {type(loaded).__name__}; --text needs a language model.")
     tokenizer = load_tokenizer(model)
     windows = None if text is None else spread_windows(model, loaded, text, max_tokens)
 
@@ -166,5 +169,5 @@ def _draw(report: DistillationReport, title: str, path: Path) -> None:
 
     try:
         save_figure(plot_distillation(report, title), path)
-    except ImportError as error:  # a missing figure must not lose the result
+    except ImportError as error:  # the result is kept even if no figure can be drawn
         print(f"gramian: no figure: {one_line(error)}", file=sys.stderr)

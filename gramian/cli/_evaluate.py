@@ -1,4 +1,4 @@
-"""The command that scores a model: evaluate."""
+"""Define the command `evaluate`, which scores a model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from gramian.cli._inputs import (
     SAVE_TOKENIZER,
     check_new,
     find_tasks,
+    move_model,
     quiet_transformers,
     read_texts,
 )
-from gramian.cli._options import Json, Settings, Split, TaskConfig, TaskSeed
+from gramian.cli._options import Device, Json, Settings, Split, TaskConfig, TaskSeed
 
 if TYPE_CHECKING:
     from gramian.evaluation import EvaluationReport, Measure
@@ -41,11 +42,13 @@ _Text = Annotated[
     typer.Option(help="Text or FASTA file to measure perplexity on; repeatable."),
 ]
 _Window = Annotated[
-    int | None, typer.Option(min=1, help="Number of tokens of a text that are read at once.")
+    int | None, typer.Option(min=1, help="Number of tokens of a text that the model reads at once.")
 ]
 _Stride = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens from one window to the next (default: half of --window)."),
+    typer.Option(
+        min=1, help="Number of tokens from one window to the next (default: half of --window)."
+    ),
 ]
 _IncludePath = Annotated[
     Path | None, typer.Option(help="Folder of further task files for lm-evaluation-harness.")
@@ -58,13 +61,12 @@ _Limit = Annotated[
     int | None, typer.Option(min=1, help="Largest number of rows or documents of a task.")
 ]
 _BatchSize = Annotated[int, typer.Option(min=1, help="Number of rows or windows in a batch.")]
-_Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1 and so on.")]
 _Output = Annotated[Path | None, typer.Option("--output", "-o", help="New folder for the results.")]
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The requested evaluations: tasks of ours, names of harness tasks, and texts."""
+    """The requested evaluations: tasks of gramian.tasks, names of harness tasks, and texts."""
 
     tasks: dict[str, Task]
     harness: list[str]
@@ -94,14 +96,14 @@ def evaluate(
     split: Split = None,
     limit: _Limit = None,
     batch_size: _BatchSize = 8,
-    device: _Device = "cpu",
+    device: Device = "cpu",
     output: _Output = None,
     seed: TaskSeed = None,
     as_json: Json = False,
 ) -> None:
-    """Score MODEL on tasks and texts, perhaps beside another model, in one table.
+    """Score MODEL on tasks and texts in one table, alone or in comparison with another model.
 
-    Tasks are those of gramian.tasks and, by their own names, those of lm-evaluation-harness.
+    Tasks are named as in gramian.tasks or as in lm-evaluation-harness.
     """
     if not task and not text and config is None:
         raise typer.BadParameter("give at least one of --task, --config and --text.")
@@ -140,7 +142,7 @@ def _require_one_process() -> None:
 
 
 def _of_the_harness(names: list[str]) -> list[str]:
-    """Return the names that are not tasks of ours, if the harness is installed."""
+    """Return the names of tasks that only the harness can have, and check that it is installed."""
     import importlib.util
 
     from gramian import tasks
@@ -170,7 +172,7 @@ def _compare(
 
 
 def _conditions(wanted: _Wanted) -> dict[str, Any]:
-    """Return the conditions of the measurements, without the names of tasks and texts."""
+    """Return everything that results depend on, such as the seed, the window and the splits."""
     from dataclasses import asdict
 
     from gramian.tasks import choose_split
@@ -249,10 +251,7 @@ def _open(name: str, wanted: _Wanted, device: str) -> tuple[Any, Any]:
     from gramian.models import GramianForCausalLM, GramianPreTrainedModel
 
     model, tokenizer = open_model(name)
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {one_line(error)}") from error
+    move_model(model, device)
     if not (wanted.texts or wanted.harness):
         return model, tokenizer
     if isinstance(model, GramianPreTrainedModel) and not isinstance(model, GramianForCausalLM):

@@ -1,4 +1,4 @@
-"""The command that writes a model for other runtimes: export."""
+"""Define the command `export`, which writes a model for other runtimes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def export(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Write the recurrence of MODEL as ONNX files or torch.export programs in OUT, and compare.
+    """Write the recurrence of MODEL as ONNX files or torch.export programs in OUT.
 
-    The programs step and prefill take token ids and the state, and return logits and the new state;
-    export.json describes them. Long convolutions must be distilled first. Weights of half precision
-    become float32. The command exits with status 1 if the programs write other tokens than MODEL.
+    The programs `step` and `prefill` read token ids and the state, and return logits and the new
+    state. export.json describes them. Long convolutions must be distilled first. Weights in half
+    precision become float32. The programs and MODEL generate tokens, and the command exits with
+    status 1 if the tokens differ.
     """
     check_new(out)
     console = console_for(as_json)

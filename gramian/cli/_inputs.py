@@ -1,4 +1,4 @@
-"""Readers of the commands' inputs: models, tokenizers, texts, tasks and numbers, all checked."""
+"""Read and check the inputs of commands: models, texts, tasks and numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gramian.cli._app import UserError, one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gramian.models import GramianForCausalLM
+    from gramian.models import GramianForCausalLM, GramianPreTrainedModel
     from gramian.tasks import Document, Task
 
 __all__ = [
@@ -21,11 +21,14 @@ __all__ = [
     "byte_tokenizer",
     "check_new",
     "check_tolerance",
+    "document_ids",
     "find_tasks",
     "first_windows",
     "fraction",
+    "load_any_model",
     "load_model",
     "load_tokenizer",
+    "open_genome_model",
     "prompt_ids",
     "quiet_transformers",
     "read_texts",
@@ -35,23 +38,23 @@ __all__ = [
 
 
 SAVE_TOKENIZER = "save the one it was trained with there, by its method save_pretrained"
-"""The advice for a model without a tokenizer."""
+"""The advice for a model that was saved without a tokenizer."""
 
 
 def check_new(out: Path) -> None:
-    """Refuse a path that exists already."""
+    """Raise a UserError if a path exists already."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already; name a folder that does not.")
 
 
 def check_tolerance(tol: float) -> None:
-    """Refuse a relative error that is not between 0 and 1."""
+    """Raise a UserError unless a relative error is above 0 and below 1."""
     if not 0 < tol < 1:
         raise UserError(f"the tolerance must lie between 0 and 1, both excluded; got {tol:g}.")
 
 
 def fraction(name: str, text: str) -> float:
-    """Read a number, or one followed by a percent sign."""
+    """Return the positive number that a text such as "0.001" or "0.1%" means."""
     try:
         value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -62,35 +65,65 @@ def fraction(name: str, text: str) -> float:
 
 
 def require_training() -> None:
-    """Refuse to train, or to read a training configuration, without the packages for it."""
+    """Raise a UserError if training or its configurations need a package that is missing."""
     for package in ("yaml", "accelerate", "datasets"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'training needs {package}: pip install "gramian[train]".')
 
 
 def quiet_transformers() -> None:
-    """Keep transformers from writing into a command's output."""
+    """Keep messages of transformers out of a command's output."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
-def load_model(folder: Path) -> GramianForCausalLM:
-    """Read a language model of ours."""
-    if not folder.is_dir():  # before seconds of imports
-        raise UserError(f"there is no model folder {folder}.")
-    quiet_transformers()
+def load_model(folder: Path, device: str = "cpu") -> GramianForCausalLM:
+    """Read a Gramian language model, and move it to a device."""
+    _require_folder(folder)
     from gramian.models import load
 
     try:
-        return load(folder)
+        model = load(folder)
     except (OSError, ValueError) as error:
         raise UserError(one_line(error)) from error
+    move_model(model, device)
+    return model
+
+
+def load_any_model(folder: Path, device: str = "cpu") -> GramianPreTrainedModel:
+    """Read a Gramian model of any class, and move it to a device."""
+    _require_folder(folder)
+    from gramian.models import load_any
+
+    try:
+        model = load_any(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    move_model(model, device)
+    return model
+
+
+def move_model(model: Any, device: str) -> None:
+    """Move a model to the device that `--device` names."""
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {one_line(error)}") from error
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():  # checked before imports that take seconds
+        raise UserError(f"there is no model folder {folder}.")
+    quiet_transformers()
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Read the tokenizer saved with a model, or return None."""
+    """Read the tokenizer that was saved with a model or an adapter's base, or return None."""
+    from gramian.models.adapters import tokenizer_folder
+
+    folder = tokenizer_folder(folder)
     if not (folder / "tokenizer_config.json").is_file():
         return None
     from transformers import AutoTokenizer
@@ -101,8 +134,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
 
 
-def byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
-    """Make a byte tokenizer for a model that has no tokenizer but a vocabulary of bytes."""
+def byte_tokenizer(folder: Path, model: GramianPreTrainedModel) -> Any:
+    """Make a byte tokenizer for a model without a tokenizer, if their vocabularies are equal."""
     from gramian.models import ByteTokenizer
 
     tokenizer = ByteTokenizer()
@@ -113,8 +146,33 @@ def byte_tokenizer(folder: Path, model: GramianForCausalLM) -> Any:
     return tokenizer
 
 
+def open_genome_model(folder: Path, device: str, *files: Path | None) -> tuple[Any, Any]:
+    """Check that all given files exist, and read a Gramian model and its tokenizer."""
+    for file in files:
+        if file is not None and not file.is_file():
+            raise UserError(f"there is no file {file}.")
+    if not folder.is_dir():
+        raise UserError(f"there is no model folder {folder}.")
+    quiet_transformers()
+    from gramian.models import ByteTokenizer, load_any
+
+    try:
+        model = load_any(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        tokenizer = ByteTokenizer()
+        if model.config.vocab_size != len(tokenizer):
+            raise UserError(
+                f"{folder} has no tokenizer, so it cannot read a genome; {SAVE_TOKENIZER}."
+            )
+    move_model(model, device)
+    return model, tokenizer
+
+
 def read_texts(text: Path) -> list[Document]:
-    """Read the documents of a file: records of FASTA, JSON lines, or one text."""
+    """Read the documents of a file: FASTA records, JSON lines, or one text."""
     from gramian.tasks import read_documents
 
     try:
@@ -126,9 +184,9 @@ def read_texts(text: Path) -> list[Document]:
 
 
 def first_windows(
-    folder: Path, model: GramianForCausalLM, text: Path, batch: int, length: int
+    folder: Path, model: GramianPreTrainedModel, text: Path, batch: int, length: int
 ) -> Tensor:
-    """Read (batch, length) tokens from the beginning of a file; no row spans two documents."""
+    """Read (batch, length) tokens from the beginning of a file. No row spans two documents."""
     from gramian.tasks.windows import cut_windows
 
     documents = _token_ids(folder, model, text)
@@ -141,8 +199,13 @@ def first_windows(
     return windows[:batch]
 
 
-def spread_windows(folder: Path, model: GramianForCausalLM, text: Path, max_tokens: int) -> Tensor:
-    """Read (count, length) windows spread over a file, as long as the model's filters allow."""
+def spread_windows(
+    folder: Path, model: GramianPreTrainedModel, text: Path, max_tokens: int
+) -> Tensor:
+    """Read windows (count, length) that are spread over a file.
+
+    The length is at most the number of taps of the model's filters, and at most 2,048.
+    """
     from gramian.tasks import windows
 
     documents = _token_ids(folder, model, text)
@@ -153,8 +216,8 @@ def spread_windows(folder: Path, model: GramianForCausalLM, text: Path, max_toke
         raise UserError(f"{text}: {one_line(error)}") from error
 
 
-def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> list[Tensor]:
-    """Encode each document of a file, to (count,) tokens."""
+def _token_ids(folder: Path, model: GramianPreTrainedModel, text: Path) -> list[Tensor]:
+    """Encode each document of a file as token ids (count,)."""
     from torch import from_numpy
 
     from gramian.tasks import Encoder
@@ -167,30 +230,48 @@ def _token_ids(folder: Path, model: GramianForCausalLM, text: Path) -> list[Tens
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
-    """Encode a prompt, which may be a FASTA record, to (1, count) tokens."""
-    import torch
-
-    from gramian.tasks import Encoder, documents_in
+    """Encode a prompt, which may be a FASTA record, as token ids (1, count)."""
+    from gramian.tasks import documents_in
 
     try:
         documents = documents_in(prompt, "the prompt")
-        if len(documents) > 1:
-            raise UserError(f"the prompt is {len(documents)} FASTA records; give one of them.")
-        ids = [torch.from_numpy(Encoder(tokenizer)(document)) for document in documents]
     except ValueError as error:
         raise UserError(one_line(error)) from error
-    if not ids or not len(ids[0]):
+    if len(documents) > 1:
+        raise UserError(f"the prompt is {len(documents)} FASTA records; give one of them.")
+    if not documents:
         raise UserError("the prompt has no tokens; give some text.")
-    return ids[0][None]
+    return document_ids(tokenizer, documents[0])
+
+
+def document_ids(tokenizer: Any, document: Document) -> Tensor:
+    """Encode a document as the token ids (1, count) of a prompt."""
+    import torch
+
+    from gramian.tasks import Encoder
+
+    try:
+        ids = torch.from_numpy(Encoder(tokenizer)(document))
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    if not len(ids):
+        raise UserError("the prompt has no tokens; give some text.")
+    return ids[None]
 
 
 def find_tasks(
     names: list[str], settings: list[str], config: Path | None, seed: int | None
 ) -> tuple[dict[str, Task], int]:
-    """Build the named tasks of `gramian.tasks` and that of the configuration.
+    """Build the named tasks of `gramian.tasks`, and the task of a training configuration.
+
+    Args:
+        names: names of tasks. Names that are not in `gramian.tasks` are ignored.
+        settings: changes KEY=VALUE to the settings of the task. They are allowed for one task only.
+        config: file of a training configuration, or None.
+        seed: seed of the tasks' rows. None uses the seed of the configuration or, without one, 0.
 
     Returns:
-        The tasks by name, with changed settings; and the seed, by default the configuration's.
+        A mapping from names to tasks, and the seed.
     """
     from gramian import tasks
 
@@ -200,7 +281,7 @@ def find_tasks(
             require_training()
             from gramian.training.configuration import load_config
 
-            loaded = load_config(config)  # imports what registers its tasks
+            loaded = load_config(config)  # also imports the modules that register its tasks
             wanted.append(dict(loaded.task))
             seed = loaded.seed if seed is None else seed
         ours = [name for name in names if name in tasks.names()]

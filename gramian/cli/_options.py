@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Define the arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import typer
 
 __all__ = [
     "Changes",
+    "Device",
+    "Genome",
+    "Intervals",
     "Json",
     "ModelFolder",
     "NewFolder",
@@ -27,8 +30,14 @@ Changes = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="Values that replace those of the file, such as optimization.steps=100.",
+        help="Values that replace those in the file, such as optimization.steps=100.",
     ),
+]
+Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1 and so on.")]
+Genome = Annotated[Path, typer.Argument(metavar="FILE", help="FASTA file, plain or compressed.")]
+Intervals = Annotated[
+    Path | None,
+    typer.Option(help="BED file of intervals that are read in place of the records."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]

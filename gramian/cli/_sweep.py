@@ -1,4 +1,4 @@
-"""The command that trains at every point of a grid: sweep."""
+"""Define the command `sweep`, which trains at every point of a grid."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def sweep(
     address: Annotated[
         str | None,
         typer.Option(
-            help="Address of a Ray cluster to run on instead; auto is the cluster of this machine."
+            help="Address of a Ray cluster on which to run; auto is the cluster of this machine."
         ),
     ] = None,
     imports: list[str] | None = None,
     as_json: Json = False,
 ) -> None:
-    """Train at every point of a grid of settings, and gather one table and one figure.
+    """Train at every point of a grid of settings, and gather the results in a table and a figure.
 
-    The same command goes on with a sweep that was interrupted. It exits with status 1 if a run
-    failed, and tries that run again the next time.
+    The same command continues a sweep that was interrupted. If a run fails, the command exits with
+    status 1, and the next call tries the run again.
     """
-    if not config.is_file():  # before seconds of imports
+    if not config.is_file():  # checked before imports that take seconds
         raise UserError(f"there is no configuration file {config}.")
     require_training()
     quiet_transformers()

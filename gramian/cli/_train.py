@@ -1,4 +1,4 @@
-"""The command that trains a model: train."""
+"""Define the command `train`, which trains a model."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def train(
     imports: list[str] | None = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model on a task. The same command goes on with a run that was interrupted.
+    """Train a model on a task. The same command continues a run that was interrupted.
 
-    On several devices: torchrun --nproc-per-node 8 -m gramian train CONFIG.yaml
+    To train on several devices: torchrun --nproc-per-node 8 -m gramian train CONFIG.yaml
     """
     if keys:
         _show_keys(as_json)
         return
     if config is None:
         raise typer.BadParameter("give the file CONFIG.yaml, or --keys.")
-    if not config.is_file():  # before seconds of imports
+    if not config.is_file():  # checked before imports that take seconds
         raise UserError(f"there is no configuration file {config}.")
     require_training()
     quiet_transformers()

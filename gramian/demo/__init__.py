@@ -1,10 +1,11 @@
-"""The demo: train on real English, distil, generate in constant memory, and measure all of it.
+"""Run the demo: train on real English, distil, generate in constant memory, measure each step.
 
 `run_demo` trains a MultiHyena language model on the text behind Python's `help()`, reduces its long
 filters to small recurrences, and checks every claim during the run. It needs the extra `cli`.
 """
 
-from gramian.demo._run import Check, DemoReport, DemoSettings, run_demo
+from gramian.demo._report import Check, DemoReport, DemoSettings
+from gramian.demo._run import run_demo
 from gramian.demo.training import TrainingSettings
 
 __all__ = ["Check", "DemoReport", "DemoSettings", "TrainingSettings", "run_demo"]

@@ -1,13 +1,11 @@
-"""The whole demo, from reading the text to the last check."""
+"""Run the whole demo, from reading the text to the last check."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from gramian._json import to_json
 from gramian._staging import staged_directory
+from gramian.demo._report import Check, DemoReport, DemoSettings
 from gramian.demo.measuring import (
     Agreement,
     Decoder,
@@ -39,7 +38,7 @@ from gramian.demo.measuring import (
     recomputation_seconds,
 )
 from gramian.demo.text import BigramModel, Corpus, python_documentation
-from gramian.demo.training import TrainingSettings, train
+from gramian.demo.training import train
 from gramian.distillation import DistillationReport, distill
 from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM, load
 from gramian.reports import (
@@ -49,11 +48,11 @@ from gramian.reports import (
     save_figure,
 )
 
-__all__ = ["Check", "DemoReport", "DemoSettings", "run_demo"]
+__all__ = ["run_demo"]
 
 REPORT = "demo.json"
 
-# The demo's claims, each of which is checked in every run.
+# The limits of the demo's claims, all of which every run checks.
 LEAST_GAIN_OF_LONG_FILTERS = 0.02  # bits per byte, relative
 MOST_CHANGE_BY_DISTILLING = 0.001  # bits per byte, relative
 MOST_MEAN_ORDER = 32
@@ -61,99 +60,19 @@ LOGIT_TIE = 1e-4
 MOST_SLOWDOWN_WITH_CONTEXT = 1.1
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """Settings of the demo; with the defaults it takes a few minutes on two cores.
-
-    Attributes:
-        seed: seed of initialization, training windows and sampling.
-        tol: relative l2 error of every distilled filter.
-        hidden_size, layers, heads, frequency: sizes of the model, and the frequency of the sine
-            activations of its implicit filters. The filters have as many taps as a training window.
-        training: settings of training.
-        prompt, written: the prompt that both models continue, and the number of bytes to write.
-        greedy_tokens: number of tokens on which recurrence and recomputation are compared.
-        contexts: context lengths at which generation is timed.
-        timed_tokens, timed_rounds: tokens per timing, and timings per context.
-    """
-
-    seed: int = 0
-    tol: float = 2e-2
-    hidden_size: int = 128
-    layers: int = 2
-    heads: int = 8
-    frequency: float = 1.0
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    prompt: str = 'The "while" statement is used for '
-    written: int = 320
-    greedy_tokens: int = 256
-    contexts: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)
-    timed_tokens: int = 8
-    timed_rounds: int = 60
-
-
-@dataclass(frozen=True)
-class Check:
-    """A claim, whether this run confirms it, and the numbers behind it."""
-
-    claim: str
-    passed: bool
-    measured: str
-
-
-@dataclass(frozen=True)
-class DemoReport:
-    """All measurements of a run.
-
-    Attributes:
-        checks: the claims and their checks.
-        bits_per_byte: bits per byte of the bigram model and the three networks on held-out text.
-        distillation: orders and errors of every filter.
-        agreement: agreement of greedy generation by recurrence with recomputation.
-        milliseconds_per_token, state_bytes: costs of every method of generation, by context length.
-        texts: text that each model wrote.
-        seconds: duration of each part.
-    """
-
-    settings: DemoSettings
-    checks: tuple[Check, ...]
-    bits_per_byte: dict[str, float]
-    distillation: DistillationReport
-    agreement: Agreement
-    milliseconds_per_token: dict[str, dict[int, float]]
-    state_bytes: dict[str, dict[int, int]]
-    texts: dict[str, str]
-    seconds: dict[str, float]
-
-    @property
-    def passed(self) -> bool:
-        """Return whether every check passed."""
-        return all(check.passed for check in self.checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as values that JSON can hold."""
-        return {
-            "passed": self.passed,
-            "checks": [asdict(check) for check in self.checks],
-            "bits_per_byte": self.bits_per_byte,
-            "agreement": asdict(self.agreement),
-            "milliseconds_per_token": self.milliseconds_per_token,
-            "state_bytes": self.state_bytes,
-            "texts": self.texts,
-            "seconds": self.seconds,
-            "settings": asdict(self.settings),
-            "distillation": self.distillation.to_dict(),
-        }
-
-
 def run_demo(
     output: str | Path, settings: DemoSettings | None = None, console: Console | None = None
 ) -> DemoReport:
-    """Run the demo, report its progress on `console`, and write models, figures and numbers.
+    """Run the demo, and write its models, figures and numbers to a folder.
 
-    The folder `output` then holds `original/` and `distilled/` (models with their tokenizer),
-    `hankel_spectra.png`, `quality.png`, `cost.png` and `demo.json`. It is created when everything
-    is done, and replaces the output of an earlier run.
+    The folder contains `original/` and `distilled/` (models with their tokenizer),
+    `hankel_spectra.png`, `quality.png`, `cost.png` and `demo.json`. It is created after the last
+    part of the demo, and replaces the output of an earlier run.
+
+    Args:
+        output: the folder.
+        settings: settings of the demo; None uses the defaults.
+        console: console on which progress and results are printed; None uses standard output.
 
     Raises:
         FileExistsError: if `output` exists and was not written by an earlier run.
@@ -176,7 +95,7 @@ def run_demo(
 
 
 class _Demo:
-    """One run of the demo: its parts in order, and the values that they share."""
+    """A run of the demo, with the parts in order, and the values that they share."""
 
     def __init__(self, settings: DemoSettings, stage: Path, console: Console) -> None:
         self.settings, self.stage, self.console = settings, stage, console
@@ -265,7 +184,7 @@ class _Demo:
             train(model, corpus.train, self.settings.training, show)
 
     def _distill(self, model: GramianForCausalLM) -> tuple[GramianForCausalLM, DistillationReport]:
-        """Distil, save both models, and return the distilled one as loaded from its folder."""
+        """Distil, save both models, and return the distilled model, loaded from its folder."""
         with self._progress() as progress:
             task = progress.add_task("Distilling", total=None)
             distilled, report = distill(
@@ -318,8 +237,13 @@ class _Demo:
     def _measure_cost(
         self, model: GramianForCausalLM, distilled: GramianForCausalLM, corpus: Corpus
     ) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, int]], float]:
-        """Measure milliseconds and bytes for every method of generation and context, and the
-        distilled model's cost of a token at the longest context relative to the shortest."""
+        """Measure the costs of every method of generation at each context length.
+
+        Returns:
+            The milliseconds per token and the bytes of state, each as a mapping from methods of
+            generation to mappings from context lengths to values. The third value is the distilled
+            model's time per token at the longest context, divided by its time at the shortest.
+        """
         settings = self.settings
         contexts = settings.contexts
         context = corpus.train[: max(contexts)].long().unsqueeze(0)  # (1, length)
@@ -335,7 +259,8 @@ class _Demo:
             )
             times = {"distilled": {n: min(seconds) for n, seconds in rounds.items()}}
             slowdown = median_ratio(rounds[max(contexts)], rounds[min(contexts)])
-            # Online convolution computes its largest blocks once in as many steps as taps.
+            # Online convolution computes its largest block once in every cycle of steps, and a
+            # cycle has as many steps as the filters have taps.
             decoders = {n: Decoder(model, context[:, :n]) for n in (min(contexts), max(contexts))}
             name = "original, online convolution"
             sizes[name] = {n: decoder.state_bytes for n, decoder in decoders.items()}

@@ -1,4 +1,4 @@
-"""The demo's measurements: quality, spectra, agreement of two methods of generation, and cost."""
+"""Measure quality, spectra, the agreement of two methods of generation, and cost."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ __all__ = [
 
 
 def bits_per_byte(model: GramianForCausalLM, windows: Tensor) -> float:
-    """Measure the mean bits per byte of windows (count, length), each window's first excluded."""
+    """Measure the mean bits per byte on windows (count, length), without their first bytes."""
     return mean_loss(model, windows.long()) / math.log(2)
 
 
 @torch.no_grad()
 def cut_to_tap_zero(model: GramianForCausalLM) -> GramianForCausalLM:
-    """Copy a model and keep only tap 0 of its long filters, which removes their long memory."""
+    """Copy a model, and set all taps of its long filters except tap 0 to zero in the copy.
+
+    A filter with tap 0 only has no memory.
+    """
     cut = copy.deepcopy(model)
     for block in cut.model.layers:
         mixer: Any = block.mixer
@@ -53,7 +56,10 @@ def cut_to_tap_zero(model: GramianForCausalLM) -> GramianForCausalLM:
 
 @torch.no_grad()
 def hankel_spectra(model: GramianForCausalLM, taps: int) -> dict[str, Tensor]:
-    """Return the singular values of `T[taps/2:, :taps/2]` of each layer's filters, float64."""
+    """Return the singular values of `T[taps/2:, :taps/2]` for each layer's filters.
+
+    The result maps the name of each layer to singular values (filters, values) in float64.
+    """
     spectra = {}
     for index, block in enumerate(model.model.layers):
         mixer: Any = block.mixer
@@ -64,13 +70,14 @@ def hankel_spectra(model: GramianForCausalLM, taps: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of greedy generation by recurrence with that by full recomputation.
+    """The agreement of two greedy generations, by recurrence and by full recomputation.
 
     Attributes:
         tokens: number of generated tokens.
-        first_difference: index of the first token that differs, or None.
-        gap: difference of the two largest logits of the recomputation at that token.
-        max_logit_difference: largest difference of any logit while the texts were equal.
+        first_difference: index of the first token that differs, or None if none does.
+        gap: difference of the two largest logits of the recomputation at that token, or None.
+        max_logit_difference: largest difference between logits before that token, or at all tokens
+            if none differs.
     """
 
     tokens: int
@@ -79,7 +86,10 @@ class Agreement:
     max_logit_difference: float
 
     def holds(self, tie: float = 1e-4) -> bool:
-        """Return whether all tokens are equal, or the first to differ was a tie within `tie`."""
+        """Return whether all tokens are equal, or the first difference comes from a tie.
+
+        A tie means that the two largest logits differ by at most `tie`.
+        """
         return self.gap is None or self.gap <= tie
 
 
@@ -93,7 +103,11 @@ def compare_greedy(
     """Generate greedily with the model's cache, then by recomputing everything at every token.
 
     Args:
+        model: the model.
         prompt: (1, length) token ids.
+        tokens: number of tokens to generate.
+        on_token: function that is called after each recomputed token with their number so far, or
+            None.
     """
     generated = model.generate(
         prompt,
@@ -122,6 +136,7 @@ class Decoder:
     """A model that has read a context and continues it, one token at a time.
 
     Args:
+        model: the model.
         context: (1, length) token ids.
     """
 
@@ -139,7 +154,7 @@ class Decoder:
 
     @torch.no_grad()
     def seconds_per_token(self, tokens: int) -> float:
-        """Write `tokens` tokens greedily, and return the mean time of one."""
+        """Write `tokens` tokens greedily, and return the mean time per token in seconds."""
         started = time.perf_counter()
         for _ in range(tokens):
             logits = self.model(self.token, past_key_values=self.cache, use_cache=True).logits
@@ -156,8 +171,8 @@ def interleaved_seconds(
 ) -> dict[int, list[float]]:
     """Measure each decoder's seconds per token in each of `rounds` runs of `tokens` tokens.
 
-    The decoders take turns, in alternating order, so that other load on the machine affects all of
-    them alike.
+    The decoders take turns, in an order that is reversed in every other round, so that other load
+    on the machine affects all of them alike.
     """
     samples: dict[int, list[float]] = {key: [] for key in decoders}
     for decoder in decoders.values():
@@ -177,7 +192,10 @@ def interleaved_seconds(
 
 
 def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the median of `first / second` over rounds, within which the load is the same."""
+    """Return the median over rounds of `first / second`.
+
+    The machine had about the same load for the two times of a round.
+    """
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 
@@ -185,9 +203,10 @@ def median_ratio(first: Sequence[float], second: Sequence[float]) -> float:
 def recomputation_seconds(
     model: GramianForCausalLM, context: Tensor, lengths: Sequence[int]
 ) -> dict[int, float]:
-    """Measure the seconds per token without a cache, which is one pass over the whole context.
+    """Measure the seconds per token without a cache, at each length of the context.
 
-    The result is the shortest of three passes.
+    A token then costs one pass over the whole context. The result maps each length to the shortest
+    of three passes.
     """
     costs = {}
     for length in lengths:

@@ -1,6 +1,6 @@
-"""English text that ships with Python, and the bigram model that a network must outperform on it.
+"""Provide English text that ships with Python, and the bigram model to outperform on it.
 
-The text is the reference documentation behind `help()`, with each paragraph once.
+The text is the reference documentation that `help()` prints. It contains each paragraph once.
 """
 
 from __future__ import annotations
@@ -17,14 +17,24 @@ __all__ = ["BigramModel", "Corpus", "python_documentation"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training bytes and held-out bytes, which come last in the text; both are 1-D and uint8."""
+    """A text to train on, and a text that is held out.
+
+    Attributes:
+        train: (bytes,) uint8, the first part of the text.
+        held_out: (bytes,) uint8, the rest of the text.
+    """
 
     train: Tensor
     held_out: Tensor
 
 
 def python_documentation(held_out_fraction: float = 0.1) -> Corpus:
-    """Return the text behind Python's `help()`, each paragraph once, with its last part held out.
+    """Return the text that Python's `help()` prints, and hold out its last part.
+
+    The text contains each paragraph once.
+
+    Args:
+        held_out_fraction: share of the bytes to hold out.
 
     Raises:
         RuntimeError: if this Python was installed without `pydoc_data`.
@@ -38,8 +48,8 @@ def python_documentation(held_out_fraction: float = 0.1) -> Corpus:
 class BigramModel:
     """A model of `P(next | previous)` from counts, with Witten-Bell smoothing towards `P(next)`.
 
-    The counts of a context seen c times with t different successors have weight c / (c + t);
-    `P(next)` itself has one added to every count, so every byte has a positive probability.
+    For a previous byte that occurs c times with t different successors, the counts have weight c /
+    (c + t). In `P(next)`, 1 is added to every count, so every byte has a positive probability.
     """
 
     def __init__(self, train: Tensor) -> None:
@@ -56,7 +66,7 @@ class BigramModel:
         )  # (previous, next), rows sum to 1
 
     def bits_per_byte(self, windows: Tensor) -> float:
-        """Return the mean `-log2 P` per byte of windows (count, length), each first excluded."""
+        """Return the mean `-log2 P` per byte on windows (count, length), without first bytes."""
         windows = windows.long()
         chosen = self.probabilities[windows[:, :-1], windows[:, 1:]]
         return -chosen.log2().mean().item()

@@ -1,4 +1,4 @@
-"""Training of a small byte-level language model in a couple of minutes on two cores."""
+"""Train a small byte-level language model in a few minutes on two cores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,19 @@ __all__ = ["TrainingSettings", "train"]
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of AdamW with linear warm-up, then a cosine to a twentieth of the peak rate."""
+    """Settings of AdamW and of the schedule of its learning rate.
+
+    After a linear warm-up, a cosine lowers the rate to a twentieth of its peak.
+
+    Attributes:
+        steps: number of optimizer steps.
+        batch_size: number of windows in a batch.
+        length: number of bytes that the model reads in a window.
+        learning_rate: learning rate at its peak.
+        warmup_fraction: share of the steps that are warm-up.
+        weight_decay: weight decay of matrices other than embeddings and the parameters of filters.
+        clip_norm: largest norm of the gradient.
+    """
 
     steps: int = 600
     batch_size: int = 4
@@ -42,11 +54,16 @@ def train(
     settings: TrainingSettings,
     on_step: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train `model` in place on random windows of `data`; torch's global seed decides which.
+    """Train `model` in place on random windows of `data`.
+
+    Torch's global generator draws the windows.
 
     Args:
-        data: (bytes,), uint8, longer than a window.
-        on_step: called as `on_step(steps done, loss in bits per byte)` after every step.
+        model: the model to train.
+        data: (bytes,) uint8, longer than a window.
+        settings: settings of training.
+        on_step: function that is called after every step with the number of steps done and the loss
+            in bits per byte, or None.
 
     Returns:
         The loss of every step, in bits per byte.

@@ -1,8 +1,8 @@
-"""Distillation: replacing the long filters of a model by small recurrences.
+"""Distil a model: replace its long filters by small recurrences.
 
-`distill(model, tol=...)` reduces every filter of a model (Laughing Hyena Distillery,
-arXiv 2310.18780, by balanced truncation in place of the paper's gradient descent) and returns a
-model of the same class, together with a `DistillationReport` of its orders and errors.
+`distill(model, tol=...)` reduces every long filter of a model, as in Laughing Hyena Distillery
+(arXiv 2310.18780), but by balanced truncation in place of the paper's gradient descent. It returns
+a model of the same class, and a `DistillationReport` of the orders and errors of its filters.
 """
 
 from gramian.distillation._distill import distill

@@ -1,4 +1,4 @@
-"""Reduction of every filter of a model, and construction of the distilled model."""
+"""Reduce every long filter of a model, and build the distilled model."""
 
 from __future__ import annotations
 
@@ -37,39 +37,44 @@ def distill(
 ) -> tuple[_Model, DistillationReport]:
     """Replace every long filter of a model by a small recurrence (arXiv 2310.18780).
 
-    Each filter's kernel, over the model's `max_position_embeddings` taps, is reduced with
-    `gramian.reduce`; `ModalFilter`s with the results replace the filters in a copy of the model.
-    The copy has the same class, with one configuration per layer in `config.filter`, and can be
-    saved, loaded, trained and used for generation like any other model. Filters that are modal
-    already, and attention layers, are not changed. Neither are explicit filters of few taps, where
-    the state of reduced ones would not be smaller than the inputs that the taps need. A filter that
-    is zero past its taps is reduced over them alone. The given model is left untouched.
+    `gramian.reduce` reduces the kernel of each filter. It uses the first `max_position_embeddings`
+    taps of the kernel, or fewer if all later taps are zero. The result is a `ModalFilter`, which
+    replaces the filter in a copy of the model. The given model stays unchanged. The copy has the
+    same class, with one configuration per layer in `config.filter`. It can be saved, loaded,
+    trained and used for generation like any other model. Filters that are already modal, and
+    attention layers, are not changed. The state of an explicit filter of few taps is a window of
+    its last inputs. Such a filter is not changed if the state of the reduced filter would not be
+    smaller than this window.
 
     Args:
-        model: any Gramian model that is not bidirectional.
-        tol: tolerance of the relative l2 error `‖h − ĥ‖₂ / ‖h‖₂` of every filter, each of which
-            gets the smallest order that reaches it. Between 0 and 1, both excluded. Ignored if
-            `order` is given.
+        model: a Gramian model that is not bidirectional; if `filters` are given, any module.
+        tol: tolerance of the relative l2 error `‖h − ĥ‖₂ / ‖h‖₂` of every filter, between 0 and 1,
+            both excluded. Each filter gets the smallest order that reaches the tolerance. Ignored
+            if `order` is given.
         order: real state dimension of every filter, from 1 to the number of taps minus one.
-        max_order: largest order in the search for `tol`; by default 256 or the number of taps. One
-            filter of high order makes the state of its whole layer large.
-        tail: behavior of a filter past its last tap, in inputs longer than the taps: "free" leaves
-            it to the fit, which gives the smallest orders, and the report states the energy there;
-            "zero" fits a filter that ends. "auto" is "zero" for filters that end before the
-            model's `max_position_embeddings`, and else the choice of `gramian.reduce`.
+        max_order: largest order in the search for `tol`; by default 256, or one less than the
+            number of taps if that is smaller. One filter of high order makes the state of its whole
+            layer large.
+        tail: behavior of a filter past its last tap. It matters for inputs that are longer than the
+            number of taps. With "free", the fit is not constrained there, which gives the smallest
+            orders. The report states the energy past the taps. With "zero", the fitted filter is
+            zero there. With "auto", filters that end before the model's `max_position_embeddings`
+            are fitted with "zero", and `gramian.reduce` chooses for the other filters.
         filters: a mapping from the path of a submodule, as in `model.named_modules()`, to a
-            function of the submodule that returns its kernel, or to a `ForeignFilter`.
-        progress: called as `progress(layers done, layers)` before the first and after each layer.
+            function that returns the kernel of the submodule, or to a `ForeignFilter`. By default,
+            all long filters of a Gramian model are reduced.
+        progress: a function that is called as `progress(layers done, all layers)` before the first
+            layer and after every layer.
 
     Returns:
-        The distilled model and a report. Filters that stay above `tol` are never silently
-        accepted: the report names them, see `DistillationReport.converged`.
+        The distilled model and a report. The report names the filters whose errors stay above
+        `tol`; see `DistillationReport.converged`.
 
     Raises:
-        TypeError: if `model` is not a Gramian model, and no `filters` are given.
-        ValueError: if `tol`, `order`, `max_order` or `tail` is out of range, the model has no
-            filter to distil or is bidirectional, a path names no submodule, or a kernel is not
-            (channels, taps), real and finite.
+        TypeError: if `model` is not a Gramian model and no `filters` are given.
+        ValueError: if `tol`, `order`, `max_order` or `tail` is out of range; if the model has no
+            filter to distil, or is bidirectional; if a path names no submodule; or if a kernel is
+            not (channels, taps), real and finite.
     """
     goal = Goal(None if order is not None else tol, order, max_order, tail)
     if filters is not None:
@@ -132,9 +137,10 @@ class _Kernel(NamedTuple):
 
     Attributes:
         taps: (channels, taps).
-        ends: whether the filter is zero past these taps within its `max_length`.
-        is_window: whether it is an explicit filter that steps through its last inputs.
-        share: number of consecutive channels with the same taps after the first.
+        ends: whether the filter has fewer taps than its `max_length`, and is zero past them.
+        is_window: whether the filter is explicit and its recurrence keeps a window of its last
+            inputs.
+        share: number of consecutive channels whose taps are equal, except for the first tap.
     """
 
     taps: Tensor
@@ -143,12 +149,12 @@ class _Kernel(NamedTuple):
     share: int = 1
 
     def fits(self, goal: Goal) -> bool:
-        """Return whether the filters have no higher order than the goal already."""
+        """Return whether the filters need no reduction, because their order is low enough."""
         order = self.taps.shape[-1] - 1
         return self.is_window and (order == 0 or (goal.order is not None and order <= goal.order))
 
     def goal(self, goal: Goal) -> Goal:
-        """Return the goal with the tail that these filters have."""
+        """Return the goal. If the filters end, replace the tail "auto" by "zero"."""
         return dataclasses.replace(goal, tail="zero") if self.ends and goal.tail == "auto" else goal
 
 

@@ -1,4 +1,4 @@
-"""Reduction of the long filters of one layer."""
+"""Reduce the long filters of one layer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ from gramian.systems import Modal
 
 __all__ = ["Goal", "reduce_filter", "report_kept"]
 
-# A filter is held in float32: its error may exceed that of float64 by this relative amount.
+# The parameters of a filter are float32. Rounding may increase its error by this share.
 _ROUNDING = 1e-3
 
 _SPECTRUM = 64
-"""Number of leading Hankel singular values of each filter in a report."""
+"""The number of leading Hankel singular values of each filter in a report."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The goal for every filter: a relative l2 error `tol`, or an `order`."""
+    """The goal of a reduction, which is a relative l2 error or an order for every filter.
+
+    Attributes:
+        tol: tolerance of the relative l2 error; None if an order is given.
+        order: real state dimension; None if a tolerance is given.
+        max_order: largest order in the search for `tol`; None for the default of `gramian.reduce`.
+        tail: behavior past the last tap, "auto", "zero" or "free".
+    """
 
     tol: float | None
     order: int | None
@@ -51,7 +58,7 @@ class Goal:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `gramian.reduce`."""
+        """The arguments of `gramian.reduce` for this goal."""
         if self.order is not None:
             return {"order": self.order, "tail": self.tail}
         return {"tol": self.tol, "max_order": self.max_order, "tail": self.tail}
@@ -61,19 +68,22 @@ class Goal:
 def reduce_filter(
     kernel: Tensor, goal: Goal, layer: int | str, mixer: str, share: int = 1
 ) -> tuple[ModalFilter, LayerReport]:
-    """Return a modal filter for the kernels (channels, taps) of a layer, and its report.
+    """Reduce the kernels of a layer to a modal filter.
 
     Args:
-        kernel: (channels, taps).
-        goal: the order or tolerance.
-        layer: index or path of the layer, for the report.
-        mixer: name of the mixer, for the report.
-        share: number of consecutive channels whose taps differ at most in the first, which does not
-            enter the state. One kernel of each such group is reduced: that of the smallest norm, so
-            that a tolerance holds for all.
+        kernel: the taps of every channel, (channels, taps), real.
+        goal: the goal for every channel.
+        layer: index of the layer, or path of the submodule, for the report.
+        mixer: name of the class of the mixer or submodule, for the report.
+        share: number of consecutive channels whose taps are equal, except for the first tap, which
+            does not enter the state. Only one kernel of each such group is reduced. This is the
+            kernel with the smallest norm, so that the tolerance holds for the whole group.
+
+    Returns:
+        The modal filter, and the report on the layer.
 
     Raises:
-        ValueError: if the kernels cannot be reduced; the message names the layer.
+        ValueError: if the kernels cannot be reduced. The message names the layer.
     """
     taps, kernel = kernel.shape[-1], kernel.double()
     norm = kernel.norm(dim=-1)
@@ -81,8 +91,8 @@ def reduce_filter(
     chosen = chosen + share * torch.arange(len(chosen), device=kernel.device)
     row = torch.arange(len(chosen), device=kernel.device).repeat_interleave(share)
     try:
-        # Reduce in float32, the dtype of a ModalFilter: poles and residues that need more digits,
-        # or poles that lie closer to the unit circle, could not be represented in it.
+        # Reduce in float32, the dtype of a ModalFilter. A reduction in float64 could return poles
+        # and residues that need more digits, or poles closer to the unit circle, than float32 has.
         reduction = reduce(kernel[chosen].float(), **goal.arguments)
     except ValueError as reason:
         raise ValueError(f"layer {layer} cannot be distilled: {reason}") from reason
@@ -115,7 +125,13 @@ def reduce_filter(
 
 @torch.no_grad()
 def report_kept(kernel: Tensor, layer: int | str, mixer: str) -> LayerReport:
-    """Return the report of a layer that keeps its filters of few taps, (channels, taps)."""
+    """Return the report of a layer that keeps its filters, because they have few taps.
+
+    Args:
+        kernel: the taps of every channel, (channels, taps).
+        layer: index of the layer, or path of the submodule.
+        mixer: name of the class of the mixer or submodule.
+    """
     channels, taps = kernel.shape
     padded = torch.nn.functional.pad(kernel[:, 1:].double(), (0, max(taps - 2, 0)))
     hankel = padded.unfold(-1, max(taps - 1, 1), 1) if taps > 1 else padded.unsqueeze(-1)

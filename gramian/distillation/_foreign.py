@@ -1,4 +1,4 @@
-"""Distillation of modules of other libraries, with filters named by the user."""
+"""Distil modules of other libraries. The user names the submodules that have filters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gramian.systems import FIR
 __all__ = ["FilterReader", "ForeignFilter", "distill_modules"]
 
 FilterReader = Callable[[Any], Tensor]
-"""A function from a submodule to its kernel, (channels, taps), real."""
+"""A function that returns the kernel of a submodule, (channels, taps), real."""
 
 
 def _long_convolution(module: nn.Module, filter: ModalFilter) -> nn.Module:
@@ -29,14 +29,14 @@ def _long_convolution(module: nn.Module, filter: ModalFilter) -> nn.Module:
 
 @dataclass(frozen=True)
 class ForeignFilter:
-    """A reader of the kernel of a submodule, and a factory of its replacement.
+    """The functions that read the kernel of a submodule and make the submodule's replacement.
 
     Attributes:
-        kernel: function from the submodule to its kernel, (channels, taps), real.
-        replace: function from the submodule, and the `ModalFilter` to which its kernel was reduced,
-            to the module that replaces it; by default it makes a `LongConvolution` of that filter.
-            A module that returns its kernel can be replaced by one that returns
-            `filter(length).impulse_response(length)`.
+        kernel: function that returns the kernel of the submodule, (channels, taps), real.
+        replace: function that is called with the submodule and the `ModalFilter` to which its
+            kernel was reduced. It returns the module that replaces the submodule. By default, this
+            module is a `LongConvolution` with the filter. If the submodule's output is its kernel,
+            the module should return `filter(length).impulse_response(length)`.
     """
 
     kernel: FilterReader
@@ -49,7 +49,7 @@ def distill_modules(
     goal: Goal,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Any, DistillationReport]:
-    """Distil the filters of named submodules; see `gramian.distill`."""
+    """Distil the submodules that `filters` names, as `gramian.distill` does."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"distill takes a module; it was given a {type(model).__name__}.")
     if not filters:
@@ -86,7 +86,7 @@ def distill_modules(
 
 @torch.no_grad()
 def _kernel(model: nn.Module, path: str, reader: FilterReader | ForeignFilter) -> Tensor:
-    """Return the kernel of the submodule at `path`, checked."""
+    """Return the kernel of the submodule at `path` after checking its shape and dtype."""
     try:
         module = model.get_submodule(path)
     except AttributeError:

@@ -1,8 +1,8 @@
-"""Distillation within a budget for the increase of the loss on a text.
+"""Distil a model within a budget for the increase of its loss on a text.
 
-The effect of a filter's error on the model's loss depends on the model, so several tolerances are
-tried and the loss is measured for each: tolerances are lowered until the budget is kept, then the
-last step is halved.
+The effect of a filter's error on the loss depends on the model. So several tolerances are tried,
+and the loss is measured for each. The tolerance is lowered until the increase of the loss is within
+the budget. Then larger tolerances within the last step are tried, too.
 """
 
 from __future__ import annotations
@@ -26,19 +26,24 @@ _COARSEST, _FINEST, _STEP = 0.3, 1e-6, 10**0.5
 _HALVINGS = 2
 
 _TOKENS = 2**13
-"""Number of tokens in one forward pass when a loss is measured."""
+"""The number of tokens in one forward pass when a loss is measured."""
 
 
 @torch.no_grad()
 def mean_loss(model: Any, input_ids: Tensor) -> float:
-    """Return the mean cross-entropy, in nats, of the tokens of windows (count, length).
+    """Return the mean cross-entropy of the tokens of a text, in nats.
 
-    The first token of each window does not count. The model runs in evaluation mode.
+    The model runs in evaluation mode. The first token of a window is not scored, because no token
+    predicts it.
+
+    Args:
+        model: a Gramian causal language model.
+        input_ids: windows of the text, (count, length).
     """
     training, total = model.training, 0.0
     model.eval()
     try:
-        for part in input_ids.split(max(1, _TOKENS // input_ids.shape[1])):
+        for part in input_ids.to(model.device).split(max(1, _TOKENS // input_ids.shape[1])):
             logits = model(part[:, :-1], use_cache=False).logits.float()
             losses = nn.functional.cross_entropy(
                 logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
@@ -57,11 +62,11 @@ def measure_quality(
     Args:
         original: a Gramian causal language model.
         distilled: the distilled model that `gramian.distill` returned.
-        report: the report that it returned.
-        input_ids: (count, length): windows of the text, length at least 2.
+        report: the report that `gramian.distill` returned.
+        input_ids: windows of the text, (count, length), with a length of at least 2.
 
     Returns:
-        The quality, with one trial.
+        The losses. The list of trials has one entry.
     """
     before, after = (mean_loss(model, input_ids) for model in (original, distilled))
     trial = Trial(report.tol, report.mean_order, after, after / before - 1)
@@ -77,26 +82,30 @@ def distill_to_budget(
     tail: str = "auto",
     progress: Callable[[Trial], None] | None = None,
 ) -> tuple[Any, DistillationReport]:
-    """Distil to the smallest recurrences that keep the increase of a text's loss within a budget.
+    """Distil to small recurrences with which the loss on a text stays within a budget.
 
-    All filters are reduced to the same tolerance, the largest of those tried that keeps the budget.
-    Tolerances are lowered from 0.3 by factors of √10 until the budget is kept; then the last step
-    is halved twice on a logarithmic scale. No tolerance above 0.3 is tried, whatever the budget.
+    All filters are reduced to the same tolerance. This is the largest tolerance tried with which
+    the loss stays within the budget. The tolerance is lowered from 0.3 by factors of √10 until the
+    loss is within the budget. Then the last step is halved twice on a logarithmic scale. No
+    tolerance above 0.3 is tried, even if the budget is large.
 
     Args:
-        model: a Gramian causal language model, left untouched.
-        input_ids: (count, length): windows of the text whose loss is kept, length at least 2.
-        max_increase: largest increase of the mean cross-entropy, relative to that of the model.
-        max_order: see `gramian.distill`.
-        tail: see `gramian.distill`.
-        progress: called with every trial.
+        model: a Gramian causal language model. It stays unchanged.
+        input_ids: windows of the text, (count, length), with a length of at least 2.
+        max_increase: the budget: the largest increase of the mean cross-entropy, relative to the
+            mean cross-entropy of the given model; positive.
+        max_order: largest order of a filter, as for `gramian.distill`.
+        tail: behavior of a filter past its last tap, as for `gramian.distill`.
+        progress: a function that is called with every trial.
 
     Returns:
-        The distilled model and its report, whose `quality` has all trials.
+        The distilled model and its report. `quality` in the report has all trials.
 
     Raises:
-        TypeError, ValueError: as `gramian.distill`; also for windows that are not (count, length),
-            and for a budget that is not positive or is exceeded even at a tolerance of 1e-6.
+        TypeError: if the model is not a `GramianForCausalLM`.
+        ValueError: in the same cases as `gramian.distill`; if the shape of `input_ids` is not
+            (count, length); or if the budget is not positive, or is exceeded even at a tolerance of
+            1e-6.
     """
     check_windows(model, input_ids)
     if not max_increase > 0:
@@ -113,7 +122,7 @@ def distill_to_budget(
         trials.append(Trial(tol, report.mean_order, reached, reached / loss - 1))
         if progress is not None:
             progress(trials[-1])
-        if not trials[-1].increase <= max_increase:  # NaN does not keep the budget
+        if not trials[-1].increase <= max_increase:  # NaN is not within the budget
             return False
         found = (small, report)
         return True
@@ -153,24 +162,28 @@ def finetune(
 ) -> tuple[float, float]:
     """Train a distilled model briefly, in place, to recover lost quality.
 
-    All weights are trained (AdamW without decay, warm-up over a tenth of the steps and cosine decay
-    to zero), those of the dynamics with the optimizer hints of their filters. Every tenth window is
-    held out; if the loss on these becomes worse, the weights are restored.
+    AdamW trains all weights without weight decay. The learning rate rises over a tenth of the steps
+    and falls to zero along a cosine. For the parameters that determine the filters' dynamics, the
+    optimizer uses the hints of the filters. Every tenth window is held out. If the loss on the
+    held-out windows does not improve, the weights are restored.
 
     Args:
         model: a Gramian causal language model.
-        input_ids: (count, length): windows of text, at least 2, of length at least 2.
+        input_ids: windows of text, (count, length), with a count and a length of at least 2.
         steps: number of steps, at least 1.
         lr: peak learning rate.
-        batch: windows per step.
-        seed: seed of the order of windows.
-        progress: called as `progress(steps done, steps)`.
+        batch: number of windows in each step.
+        seed: seed of the random choice of windows.
+        progress: a function that is called as `progress(steps done, all steps)` before the first
+            step and after every step.
 
     Returns:
-        The loss on the held-out windows before and after; both are equal if there was no gain.
+        The loss on the held-out windows before and after training. Both are equal if the weights
+        were restored.
 
     Raises:
-        ValueError: for windows other than these, or fewer than one step.
+        TypeError: if the model is not a `GramianForCausalLM`.
+        ValueError: if the windows have another shape, or `steps` is below 1.
     """
     check_windows(model, input_ids)
     if len(input_ids) < 2:
@@ -212,7 +225,13 @@ def finetune(
 
 
 def check_windows(model: Any, input_ids: Tensor) -> None:
-    """Raise an error unless the model is a language model and `input_ids` are windows of tokens."""
+    """Check the arguments of functions that measure a loss on a text.
+
+    Raises:
+        TypeError: unless the model is a `GramianForCausalLM`.
+        ValueError: unless the shape of `input_ids` is (count, length), with a count of at least 1
+            and a length of at least 2.
+    """
     from gramian.models import GramianForCausalLM
 
     if not isinstance(model, GramianForCausalLM):

@@ -1,4 +1,4 @@
-"""The report of a distillation: orders and errors of every filter, and sizes of the state."""
+"""Define the report of a distillation. It has the orders and errors of all filters."""
 
 from __future__ import annotations
 
@@ -25,35 +25,40 @@ _COLUMNS = (
 )
 
 _AUDIBLE = 1e-2
-"""Energy past the taps, relative to that of the taps, above which a summary mentions it."""
+"""A summary mentions the energy past the taps if its ratio to the taps' energy is larger."""
 
 _ENOUGH = 16
-"""Smallest number of filters for which a rank correlation is reported."""
+"""The smallest number of filters for which a rank correlation is reported."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """The report on one layer; every tuple has one entry for each filter.
+    """The report on the filters of one layer.
+
+    Except for `unconverged`, every tuple has one entry for each filter.
 
     Attributes:
         layer: index of the layer in the model, or path of the submodule.
-        mixer: class of the mixer that the filters belong to.
-        taps: length of the kernels that were reduced.
+        mixer: name of the class of the mixer to which the filters belong.
+        taps: number of taps of the kernels that were reduced.
         orders: real state dimension of each reduced filter.
-        relative_errors: `‖h − ĥ‖₂ / ‖h‖₂` over the taps, of the filter as the new model holds it.
-        lower_bounds: lower bound of the relative error of any recurrence of that order, stable or
-            not.
-        l1_errors: `‖h − ĥ‖₁` over the taps, which bounds `‖y − ŷ‖∞ / ‖u‖∞` for inputs up to that
-            length.
-        tail_energies: energy of ĥ past the taps, divided by that of h.
-        hankel_singular_values: leading ones of each kernel, descending; fewer if fewer were
-            needed.
-        effective_state_sizes: entropy-ESS of each original filter before the middle of its taps,
-            with the taps as horizon, a measure of the memory it uses. An estimate above 1,024 taps.
+        relative_errors: relative error `‖h − ĥ‖₂ / ‖h‖₂` over the taps. Here h is the original
+            kernel, and ĥ is the kernel of the filter in the new model.
+        lower_bounds: lower bound on the relative error. It holds for every recurrence of the same
+            order, stable or not.
+        l1_errors: `‖h − ĥ‖₁` over the taps. It is an upper bound of `‖y − ŷ‖∞ / ‖u‖∞` for inputs
+            that are no longer than the number of taps.
+        tail_energies: energy of ĥ past the taps, divided by the energy of h.
+        hankel_singular_values: leading Hankel singular values of each kernel, in descending order;
+            at most 64, and fewer if the reduction needed fewer.
+        effective_state_sizes: effective state-size (entropy-ESS) of each original filter, which
+            measures the memory that the filter uses. It is measured at the middle of the taps, with
+            the number of taps as horizon. If there are more than 1,024 taps, it is an estimate.
         unconverged: indices of the filters whose relative error stayed above the tolerance; empty
             if an order was given.
-        kept: whether the layer keeps its filters, because their taps are so few that the state of
-            reduced ones would not be smaller. Orders and errors are then those of its own filters.
+        kept: whether the layer keeps its own filters, because these have so few taps that the state
+            of reduced filters would not be smaller. The orders and errors are then those of the
+            kept filters.
     """
 
     layer: int | str
@@ -71,7 +76,7 @@ class LayerReport:
 
     @property
     def mean_order(self) -> float:
-        """Mean of `orders`."""
+        """The mean of `orders`."""
         return sum(self.orders) / len(self.orders)
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,28 +103,16 @@ class LayerReport:
             "kept": self.kept,
         }
 
-    def _row(self) -> tuple[str, ...]:
-        order, error = _spread(self.orders), _spread(self.relative_errors)
-        return (
-            str(self.layer),
-            str(len(self.orders)),
-            f"{_spread(self.effective_state_sizes)['mean']:.1f}",
-            f"{order['min']} / {order['mean']:.1f} / {order['max']}",
-            f"{error['mean']:.1e} / {error['max']:.1e}",
-            f"{max(self.lower_bounds):.1e}",
-            str(len(self.unconverged)),
-        )
-
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of a distillation, and its loss.
+    """A distillation to one tolerance or order, and the loss of the distilled model.
 
     Attributes:
         tol: tolerance of every filter's relative l2 error, or None if an order was given.
         mean_order: mean order of the filters.
         loss: mean cross-entropy on the text, in nats.
-        increase: increase of the loss, relative to the original's.
+        increase: increase of the loss, relative to the loss of the original model.
     """
 
     tol: float | None
@@ -130,14 +123,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Quality:
-    """The loss on a text before and after distilling.
+    """The loss on a text before and after a distillation.
 
     Attributes:
         tokens: number of tokens of the text.
         max_increase: the allowed relative increase of the loss, or None if there was no budget.
-        loss: the original's mean cross-entropy on the text, in nats.
-        trials: all trials, in their order.
-        finetuned: loss on held-out windows before and after fine-tuning, if there was any.
+        loss: mean cross-entropy of the original model on the text, in nats.
+        trials: all trials, in the order in which they were made.
+        finetuned: loss on held-out windows before and after fine-tuning, or None if the model was
+            not fine-tuned.
     """
 
     tokens: int
@@ -149,21 +143,24 @@ class Quality:
 
 @dataclass(frozen=True)
 class DistillationReport:
-    """The report of `distill`, which prints as a table.
+    """The report that `distill` returns. It prints as a table.
 
-    The table shows, for every layer, the mean effective state-size, the orders, the relative l2
-    errors, the largest of their lower bounds, and the number of filters that missed the tolerance.
+    For every layer, the table shows the mean effective state-size, the orders, the relative l2
+    errors, the largest of their lower bounds, and the number of filters whose error stayed above
+    the tolerance.
 
     Attributes:
         tol: tolerance of every filter's relative l2 error, or None if an order was given.
         order: order of every filter, or None if a tolerance was given.
         layers: one report for every layer that had long filters.
-        context: the original's filter length, which is the context of the next two figures.
-        original_state_bytes: state of one sequence of that length in the original (exact online
-            convolution), in bytes.
-        distilled_state_bytes: the same in the distilled model, at any length.
-        seconds: duration of the distillation.
-        quality: the loss on a text, if one was given.
+        context: number of taps of the original filters. The next two attributes hold for sequences
+            of this length.
+        original_state_bytes: bytes of the state of one sequence in the original model, which uses
+            exact online convolution.
+        distilled_state_bytes: bytes of the state of one sequence in the distilled model. Except for
+            attention, this number is the same at any length.
+        seconds: duration of the distillation in seconds.
+        quality: the loss on a text before and after the distillation; None if no text was given.
     """
 
     tol: float | None
@@ -177,26 +174,27 @@ class DistillationReport:
 
     @property
     def orders(self) -> tuple[int, ...]:
-        """Orders of all filters, layer by layer."""
+        """The orders of all filters, layer by layer."""
         return tuple(order for layer in self.layers for order in layer.orders)
 
     @property
     def mean_order(self) -> float:
-        """Mean order over all filters."""
+        """The mean of the orders of all filters."""
         return sum(self.orders) / len(self.orders)
 
     @property
     def effective_state_sizes(self) -> tuple[float, ...]:
-        """Effective state-size of all original filters, layer by layer."""
+        """The effective state-sizes of all original filters, layer by layer."""
         return tuple(size for layer in self.layers for size in layer.effective_state_sizes)
 
     @property
     def rank_correlation(self) -> float | None:
-        """Spearman's rank correlation of effective state-size with the cost of distilling.
+        """Spearman's rank correlation of the effective state-size with the cost of distillation.
 
-        It shows how well ESS predicts that cost, over all filters. The cost is the relative error
-        if an order was given, and the order if a tolerance was given. None for fewer than 16
-        filters, or if all are equal.
+        The correlation shows how well the effective state-size of a filter predicts the cost. The
+        cost is the relative error if an order was given, and the order if a tolerance was given.
+        The correlation is None if there are fewer than 16 filters, or if all state-sizes or all
+        costs are equal.
         """
         if len(self.orders) < _ENOUGH:
             return None
@@ -206,14 +204,15 @@ class DistillationReport:
 
     @property
     def max_relative_error(self) -> float:
-        """The largest relative l2 error of any filter."""
+        """The largest relative l2 error of all filters."""
         return max(error for layer in self.layers for error in layer.relative_errors)
 
     @property
     def max_tail_energy(self) -> float:
-        """The largest energy of any filter past its taps, relative to that of the taps.
+        """The largest energy of a filter past its taps, relative to the energy of the taps.
 
-        It affects inputs longer than `context`, and no error in this report includes it.
+        This energy affects only inputs that are longer than `context`. The errors in this report do
+        not include it.
         """
         return max(energy for layer in self.layers for energy in layer.tail_energies)
 
@@ -248,7 +247,7 @@ class DistillationReport:
         return to_json(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        rows = [_COLUMNS, *(layer._row() for layer in self.layers)]
+        rows = [_COLUMNS, *(_row(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
         lines = [
             "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
@@ -262,12 +261,12 @@ class DistillationReport:
         for column in _COLUMNS:
             table.add_column(column, justify="right")
         for layer in self.layers:
-            table.add_row(*layer._row())
+            table.add_row(*_row(layer))
         return table
 
     @property
     def summary(self) -> str:
-        """Return one or two sentences: goal, mean order, and the state before and after."""
+        """A few sentences with the goal, the mean order, and the state before and after."""
         goal = f"tolerance {self.tol:g}" if self.tol is not None else f"order {self.order}"
         missed = sum(len(layer.unconverged) for layer in self.layers)
         outcome = f"; {missed} filters stayed above it" if missed else ""
@@ -292,11 +291,29 @@ class DistillationReport:
         if correlation is not None:
             cost = "error" if self.tol is None else "order"
             words += f" Rank correlation of ESS with the {cost}: {correlation:.2f}."
-        return words if self.quality is None else f"{words}\n{_told(self.quality, self.tol)}"
+        return (
+            words
+            if self.quality is None
+            else f"{words}\n{_describe_quality(self.quality, self.tol)}"
+        )
 
 
-def _told(quality: Quality, tol: float | None) -> str:
-    """Return a sentence about the loss on the text."""
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    """Return the cells of a layer in the table of a report. `_COLUMNS` has their headings."""
+    order, error = _spread(layer.orders), _spread(layer.relative_errors)
+    return (
+        str(layer.layer),
+        str(len(layer.orders)),
+        f"{_spread(layer.effective_state_sizes)['mean']:.1f}",
+        f"{order['min']} / {order['mean']:.1f} / {order['max']}",
+        f"{error['mean']:.1e} / {error['max']:.1e}",
+        f"{max(layer.lower_bounds):.1e}",
+        str(len(layer.unconverged)),
+    )
+
+
+def _describe_quality(quality: Quality, tol: float | None) -> str:
+    """Return a sentence about the loss on the text. `tol` is the tolerance of the distillation."""
     words = f"Loss on {quality.tokens:,} tokens: {quality.loss:.4f} nats before"
     chosen = [trial for trial in quality.trials if trial.tol == tol]
     if chosen:

@@ -1,5 +1,8 @@
-"""Effective state-size: how much of its memory a causal operator uses, and the smallest recurrence
-that computes it. Losses that change it are in `gramian.memory`."""
+"""Measure effective state-size, and find the smallest recurrence of a causal operator.
+
+The effective state-size says how much of its memory a causal operator uses. `gramian.memory` has
+losses that change it.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ess_penalty", "gate_regularizer"):  # which were here
+    if name in ("ess_penalty", "gate_regularizer"):  # earlier versions had these names here
         return getattr(importlib.import_module("gramian.memory"), name)
     raise AttributeError(f"module 'gramian.ess' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-r"""The public functions that measure how much memory an operator uses."""
+r"""The public functions that measure how much memory a causal operator uses."""
 
 from __future__ import annotations
 
@@ -27,41 +27,43 @@ def effective_state_size(
     length: int | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    r"""Measure how much of its memory a causal operator uses, the numerical rank of `T[i:, :i]`.
+    r"""Measure how much memory a causal operator uses at i: the numerical rank of `T[i:, :i]`.
 
-    The rank of that Hankel block is the smallest state that any recurrence computing T can have
-    before step i (arXiv 2504.19561, section 3). It is at most min(i, horizon - i), so every curve
-    falls towards the horizon: choose a horizon past the last position of interest.
+    The rank of that Hankel block is the smallest state that a recurrence computing T can have
+    before step i (arXiv 2504.19561, section 3). This rank is at most min(i, horizon - i), so every
+    curve falls towards the horizon. Choose a horizon beyond the last position of interest.
 
-    Differentiable where something requires a gradient: entropy only, by a singular value
-    decomposition of each block (of its factors, for a `TimeVarying` system).
+    If an input requires a gradient, the entropy is differentiable. The computation then takes one
+    singular value decomposition for each block or, for a `TimeVarying` system, for the factors of
+    each block.
 
     Args:
-        system_or_matrix: A system, channels (*C), or matrices (*C, L, L), of which the entries
-            above the diagonal are not read.
-        at: Positions, 0 … horizon - 1; an integer drops the dimension. Default: the first `length`
-            positions.
-        measure: "entropy", `exp(-Σ p log p)` of the normalized singular values; or "tolerance",
-            the number of singular values above `tol` and above `rtol` times the largest.
-            A count is exact unless a singular value of the block lies within 1e-13 times the
-            largest of the threshold; below that threshold, rounding errors count.
-        tol: Absolute tolerance, as in the paper; for "tolerance" only.
-        rtol: Relative tolerance, likewise.
-        length: Number of positions; by default all that the operator has. A time-invariant system
-            has no end and needs either `length` or `at`.
-        horizon: Blocks are `T[i:horizon, :i]`. Default: all that the operator has; for a
-            time-invariant system, twice the number of positions, so that the cap does not bind.
+        system_or_matrix: A system, channels (*C), or matrices (*C, L, L), whose entries above the
+            diagonal are not read.
+        at: The positions i, each in 0 … horizon - 1. An integer removes the dimension of positions
+            from the result. By default the first `length` positions.
+        measure: "entropy" is `exp(-Σ p log p)` of the normalized singular values p. "tolerance" is
+            the number of singular values above `tol` and above `rtol` times the largest. Such a
+            count is exact unless a singular value of the block is nearer to the threshold than
+            1e-13 times the largest. With a threshold below that, rounding errors are counted too.
+        tol: The absolute tolerance, as in the paper; for "tolerance" only.
+        rtol: The relative tolerance; for "tolerance" only.
+        length: The number of positions; by default all positions of the operator. A time-invariant
+            system has no end, so it needs either `length` or `at`.
+        horizon: The position at which the blocks `T[i:horizon, :i]` end; by default the operator's
+            end. For a time-invariant system the default is twice the number of positions, so that
+            horizon - i does not limit the rank.
 
     Returns:
-        (*C, len(at)), of the dtype of the input (float32 for half precision), decided in float64:
-        counts are exact and entropies to 1e-6, which is where Gram matrices give way to singular
-        value decompositions. 0 at position 0 and where ‖H_i‖_F ≤ eps ‖T‖_F, with eps that of the
-        dtype returned.
+        (*C, len(at)), in the dtype of the input (float32 for half precision). Values are computed
+        in float64. Counts are exact, and entropies are accurate to 1e-6, since singular value
+        decompositions replace Gram matrices that would be less accurate. The value is 0 at position
+        0, and where ‖H_i‖_F ≤ eps ‖T‖_F, with the eps of the returned dtype.
 
     Raises:
-        TypeError: for another kind of input.
-        ValueError: if the measure, tolerance, positions, length or horizon are invalid, or a value
-            is NaN or infinite; the message names the first such channel.
+        TypeError: if the input is neither a system nor a tensor.
+        ValueError: if the measure, tolerance, positions, length or horizon are invalid, or if a
+            value is NaN or infinite. The message then names the first channel with such a value.
     """
     chosen = _measure(measure, tol, rtol)
     reading = Reading(system_or_matrix, at, length, horizon)
@@ -80,20 +82,24 @@ def hankel_singular_values(
     length: int | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    """Compute the singular values of `T[i:horizon, :i]` at many positions.
+    """Compute the singular values of `T[i:horizon, :i]` at many positions i.
 
     Args:
-        system_or_matrix: As in `effective_state_size`, and so are `at`, `length` and
-            `horizon`.
+        system_or_matrix: As in `effective_state_size`.
+        at: As in `effective_state_size`.
+        length: As in `effective_state_size`.
+        horizon: As in `effective_state_size`.
 
     Returns:
-        (*C, len(at), k), descending, followed by zeros; k is the rank that the largest block can
-        have, at most n for a recurrence. Of the dtype of the input (float32 for half precision),
-        decided in float64. No gradient flows through it.
+        (*C, len(at), k), descending and followed by zeros. Here k is the largest rank that any of
+        the blocks can have, which is at most n for a recurrence. The values are computed in float64
+        and returned in the dtype of the input (float32 for half precision). No gradient flows
+        through them.
 
     Raises:
-        TypeError: as `effective_state_size`.
-        ValueError: likewise.
+        TypeError: if the input is neither a system nor a tensor.
+        ValueError: if the positions, length or horizon are invalid, or if a value is NaN or
+            infinite. The message then names the first channel with such a value.
     """
     reading = Reading(system_or_matrix, at, length, horizon)
     return reading.result(reading.spectra())
@@ -111,30 +117,34 @@ def sketched_state_size(
     horizon: int | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Estimate the entropy-ESS of long contexts by a randomized method, with its error.
+    """Estimate the entropy-ESS of long contexts by a randomized method, with the estimate's error.
 
     The leading singular values come from a randomized subspace iteration. The contribution of all
-    others is estimated from random vectors by Lanczos quadrature, whose scatter gives the error.
+    other values is estimated from random vectors by Lanczos quadrature. The scatter of the results
+    for different vectors gives the error.
 
     Args:
-        matrix: (*C, L, L), lower triangular, or a `DenseOperator`.
+        matrix: Lower-triangular matrices (*C, L, L), or a `DenseOperator`.
         at: As in `effective_state_size`.
-        rank: Number of singular values that are computed; blocks whose smaller side is at most
-            twice as large are exact.
-        probes: Number of random vectors for the others, at least 2.
-        iterations: Number of subspace iterations, each with two products with the block.
-        horizon: Blocks are `T[i:horizon, :i]`; default L.
-        seed: Seed of the random vectors.
+        rank: The number of leading singular values to compute. A block whose smaller side is at
+            most twice this number is measured exactly.
+        probes: The number of random vectors for the other singular values, at least 2.
+        iterations: The number of subspace iterations, each of which takes two products with the
+            block.
+        horizon: The position at which the blocks `T[i:horizon, :i]` end; by default L.
+        seed: The seed of the random vectors.
 
     Returns:
-        The estimate and its error, (*C, len(at)) each: two standard errors, exceeded by one
-        estimate in twenty; 0 where it is exact. It counts neither the errors of the leading values,
-        which fall with every iteration, nor those of the quadrature, which are below a percent of
-        what the others add.
+        The estimate and its error, (*C, len(at)) each. The error is twice the standard error. In
+        one case of twenty, the estimate is farther from the truth than this. The error is 0 where
+        the estimate is exact. It does not include the errors of the leading values, which fall with
+        every iteration. Nor does it include the errors of the quadrature, which are below a percent
+        of the contribution of the other values.
 
     Raises:
-        TypeError: if it is neither a tensor nor a dense operator.
-        ValueError: as `effective_state_size`, for a rank below 1 or fewer than 2 probes.
+        TypeError: if `matrix` is neither a tensor nor a dense operator.
+        ValueError: if the positions or the horizon are invalid, if a value is NaN or infinite, if
+            `rank` is below 1, if `probes` is below 2, or if `iterations` is negative.
     """
     if not isinstance(matrix, Tensor | DenseOperator):
         raise TypeError(

@@ -1,4 +1,4 @@
-r"""The view of an operator that is measured: its channels, some positions and a horizon."""
+r"""The part of an operator that is measured: its channels, at some positions, up to a horizon."""
 
 from __future__ import annotations
 
@@ -28,28 +28,30 @@ __all__ = ["Positions", "Reading"]
 Positions = int | Sequence[int] | range | Tensor | None
 
 _TRUSTED = 1e-10
-"""Largest rounding errors of singular values, relative to the largest, for factors to be used."""
+"""Factors are used if they give singular values whose rounding errors are below this, relative to
+the largest singular value."""
 
 _TRUSTED_VARYING = 1e-8
-"""The same for time-varying systems, whose blocks are much more work than a convolution's."""
+"""The limit `_TRUSTED` for time-varying systems, whose blocks take much more work than the blocks
+of a convolution."""
 
 _FACTORS = 2**28
-"""Bytes that factors of a block of channels may take."""
+"""Largest number of bytes that the factors of a block of channels may take."""
 
 
 class Reading:
-    """The part of an operator that is measured, with its channels in one dimension.
+    """The part of an operator to measure, with its channels in one dimension.
 
     Args:
         source: A system or matrices.
-        at: Positions, or None for the first `length`.
-        length: Number of positions where `at` is None.
-        horizon: Blocks are `T[i:horizon, :i]`.
+        at: The positions. None means the first `length` positions.
+        length: The number of positions if `at` is None.
+        horizon: The position at which the blocks `T[i:horizon, :i]` end.
 
     Raises:
-        TypeError: for another kind of source.
-        ValueError: for positions, a length or a horizon that do not fit, and for NaN or infinite
-            values, naming the channel.
+        TypeError: if the source is neither a system nor a tensor.
+        ValueError: if the positions, length or horizon do not fit the source, or if a value is NaN
+            or infinite. The message then names the channel.
     """
 
     def __init__(
@@ -114,9 +116,9 @@ class Reading:
                 )
 
     def result(self, values: Tensor) -> Tensor:
-        """Return values (G, len(inside), …) at the requested positions, with 0 at position 0.
+        """Expand values (G, len(inside), …) to all requested positions, with 0 at position 0.
 
-        The result is (*C, P, …), or (*C, …) for a single position, in a dtype that holds counts.
+        The result is (*C, P, …), or (*C, …) for a single position, in a dtype that can hold counts.
         """
         column = {i: c for c, i in enumerate(self.inside)}
         columns = [column.get(i, len(column)) for i in self.positions]
@@ -127,7 +129,7 @@ class Reading:
         return picked.squeeze(len(self.shape)) if self.scalar else picked
 
     def matrices(self) -> Tensor:
-        """Return the matrices (G, horizon, horizon), whose entries above the diagonal are void."""
+        """Return the matrices (G, horizon, horizon); entries above the diagonal are undefined."""
         if isinstance(self.system, DenseOperator):
             return self.system.entries[:, : self.horizon, : self.horizon]
         return self.system.to(dtype=torch.float64).matrix(self.horizon)
@@ -141,7 +143,7 @@ class Reading:
 
     @torch.no_grad()
     def floor(self) -> Tensor:
-        """Return the norms up to which a block counts as zero, `eps ‖T‖_F`, (G), float64."""
+        """Return the norm up to which a block counts as zero, `eps ‖T‖_F`, (G), float64."""
         system = self.system
         if not self.shape.numel():
             return torch.zeros(0, dtype=torch.float64, device=self.device)
@@ -161,14 +163,14 @@ class Reading:
 
     @property
     def _has_small_state(self) -> bool:
-        """Return whether factors of the size of the order are cheaper than blocks."""
+        """Return whether factors, whose size is the order, are cheaper than blocks."""
         return not isinstance(self.system, DenseOperator | FIR) and (
             0 < 2 * self.system.order < self.horizon
         )
 
     @torch.no_grad()
     def measured(self, measure: Measure) -> Tensor:
-        """Compute the measure, (G, len(inside)), float64."""
+        """Compute the measure at every position in `inside`, (G, len(inside)), float64."""
         floor = self.floor()
         if not self.inside or not len(floor):
             return floor.new_zeros(len(floor), len(self.inside))
@@ -195,7 +197,7 @@ class Reading:
 
     @torch.no_grad()
     def spectra(self) -> Tensor:
-        """Compute singular values, descending, then zeros, (G, len(inside), k), float64."""
+        """Compute the singular values (G, len(inside), k), float64, descending, then zeros."""
         rank = max((min(i, self.horizon - i) for i in self.inside), default=0)
         count = self.shape.numel()
         if not self.inside or not count:
@@ -212,7 +214,7 @@ class Reading:
         return self._block_spectra(torch.arange(count))
 
     def _block_spectra(self, rows: Tensor) -> Tensor:
-        """Compute spectra (R, len(inside), k) of some channels from the blocks themselves."""
+        """Compute the spectra (R, len(inside), k) of the channels `rows` from the blocks."""
         matrices = self.matrices()[rows.to(self.device)]
         rank = max(min(i, self.horizon - i) for i in self.inside)
         spectra = matrices.new_zeros(len(rows), len(self.inside), rank, dtype=torch.float64)
@@ -239,9 +241,9 @@ class Reading:
     ) -> Tensor:
         """Evaluate a function of channels and their singular values (P, G, n): (G, len(inside), …).
 
-        Some channels are processed at a time. Where rounding errors of the factors would show, the
-        taps are used instead, since the impulse response of a time-invariant system is more
-        accurate than its powers.
+        Channels are processed in parts. If rounding errors of the factors would affect the result,
+        the taps are used instead, since the impulse response of a time-invariant system is more
+        accurate than powers of its state matrix.
         """
         order = self._factor_order
         kept = min(len(self.inside), 64) * order * order * 8
@@ -295,5 +297,5 @@ class Reading:
 
 
 def _padded(values: Tensor, size: int) -> Tensor:
-    """Pad with zeros, or cut, to `size` in the last dimension."""
+    """Pad the last dimension with zeros to `size`, or cut it to `size`."""
     return torch.nn.functional.pad(values, (0, size - values.shape[-1]))

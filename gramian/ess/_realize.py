@@ -1,14 +1,15 @@
 r"""The smallest time-varying recurrence of a causal matrix.
 
-From one position to the next a Hankel block loses its first row and gains a column. With
-`H_i = O_i R_i`, the rows of R_i orthonormal, the next block is
+From one position to the next, a Hankel block loses its first row and gains a column. Let
+`H_i = O_i R_i`, where the rows of R_i are orthonormal. Then the next block is
 
     `H_{i+1} = [O_i[1:], T[i+1:, i]] diag(R_i, 1)`,
 
-so its singular values and right factor are those of the matrix in brackets, whose right singular
-vectors are `[A_i, B_i]`: orthonormal rows, so the recurrence is contractive. `C_i` is the first
-row of O_i. Parts that are dropped do not enter later steps, and the parts dropped at different
-steps are orthogonal: `‖T - T̂‖_F² = Σ_i Σ_dropped σ²`, exactly.
+so its singular values and right factor are those of the matrix in brackets. The right singular
+vectors of that matrix are `[A_i, B_i]`. Their rows are orthonormal, so the recurrence is
+contractive. `C_i` is the first row of O_i. A part of the matrix that is dropped does not enter
+later steps. The parts that are dropped at different steps are orthogonal:
+`‖T - T̂‖_F² = Σ_i Σ_dropped σ²`, exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from gramian.systems import DenseOperator, TimeVarying
 __all__ = ["realize"]
 
 _GRAM = 1e-5
-"""Tolerance from which on right singular vectors may come from Gram matrices."""
+"""Smallest tolerance with which right singular vectors may come from Gram matrices."""
 
 
 @full_precision()
@@ -34,26 +35,28 @@ _GRAM = 1e-5
 def realize(matrix: Tensor | DenseOperator | TimeVarying, tol: float) -> TimeVarying:
     """Find the smallest recurrence that computes a causal matrix to a tolerance.
 
-    For an attention map, for instance, it is the recurrence with the smallest state that reproduces
-    the map: the state before step i has the rank of `T[i:, :i]` to the tolerance. The order is that
-    of the largest step of all channels, with zeros where less is needed. Because these ranks come
-    from blocks that are already truncated, they are not ESS, and the states are minimal up to
-    earlier truncations: with `tol=0` each state has the numerical rank of its block.
+    For an attention map, this is the recurrence with the smallest state that reproduces the map.
+    The state before step i has the rank of `T[i:, :i]` to the tolerance. The order is the largest
+    of these ranks over all steps and channels. Smaller states are padded with zeros. The ranks are
+    computed from blocks that are already truncated. So they may differ from ESS, and the states are
+    minimal only up to earlier truncations. With `tol=0` each state has the numerical rank of its
+    block.
 
     Args:
-        matrix: (*C, L, L), lower triangular, or a system of L steps. Entries above the diagonal
-            are not read.
-        tol: `‖T - T̂‖_F ≤ tol ‖T‖_F` for every channel, up to rounding. At most
-            `tol² ‖T‖_F² / L` of energy is dropped at a step.
+        matrix: Lower-triangular matrices (*C, L, L), or a system of L steps. Entries above the
+            diagonal are not read.
+        tol: The tolerance in `‖T - T̂‖_F ≤ tol ‖T‖_F`, which holds for every channel, up to
+            rounding. At most `tol² ‖T‖_F² / L` of energy is dropped at a step.
 
     Returns:
-        A `TimeVarying` with dense A, channels (*C), of the dtype of the input (float32 for half
-        precision). `[A_i, B_i]` has orthonormal rows, or rows of zeros.
+        A `TimeVarying` with dense A, channels (*C), in the dtype of the input (float32 for half
+        precision). Each row of `[A_i, B_i]` is zero, or it has length 1 and is orthogonal to the
+        others.
 
     Raises:
-        TypeError: for another kind of input.
-        ValueError: for a tolerance outside of 0 … 1, or values that are NaN or infinite, naming the
-            channel.
+        TypeError: if the input is neither a tensor nor a system of L steps.
+        ValueError: if the tolerance is outside of 0 … 1, or if a value is NaN or infinite. The
+            message then names the channel.
     """
     if not isinstance(matrix, Tensor | DenseOperator | TimeVarying):
         raise TypeError(
@@ -78,10 +81,10 @@ def realize(matrix: Tensor | DenseOperator | TimeVarying, tol: float) -> TimeVar
 
 
 def _realized(T: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute A (L, n, n), B and C (L, n) of one matrix (L, L)."""
+    """Compute A (L, n, n), B and C (L, n) for one matrix (L, L)."""
     length = len(T)
     energy = T.square().sum()
-    # Even tol = 0 drops what is rounding errors of the matrix as a whole.
+    # Even tol = 0 drops parts that are rounding errors of the matrix as a whole.
     floor = torch.finfo(T.dtype).eps * math.sqrt(length)
     budget = float(energy) * max(tol, floor) ** 2 / length
     observe = T.new_zeros(length, 0)  # O_i: (L - i, r_i)
@@ -105,9 +108,10 @@ def _realized(T: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _right_vectors(matrix: Tensor, squared: bool) -> tuple[Tensor, Tensor]:
-    """Compute the right singular vectors (r, k) of (m, r), the largest first.
+    """Compute the right singular vectors (r, k) of a matrix (m, r), the largest first.
 
-    The second result is, for each vector, the energy that is dropped with it and all after it.
+    The second result is, for each vector, the energy that is lost if this vector and all after it
+    are dropped.
     """
     if squared:
         energies, vectors = torch.linalg.eigh(matrix.mT @ matrix)

@@ -1,9 +1,9 @@
 r"""Theoretical state-size, utilization, and averages and totals over a model.
 
-TSS, the theoretically realizable state-size, is the state that a layer has at a position: its order
-for a recurrence, the inputs so far for attention and finite convolutions. Utilization is ESS / TSS.
-Over a model ESS is reported as the *average* per channel or as the *total* over all of them
-(arXiv 2504.19561, sections 3 and 4).
+TSS, the theoretically realizable state-size, is the size of the state that a layer has at a
+position. For a recurrence this size is the order. For attention and finite convolutions it is the
+number of inputs so far. Utilization is ESS / TSS. For a model, ESS is reported as the *average* per
+channel or as the *total* over all channels (arXiv 2504.19561, sections 3 and 4).
 """
 
 from __future__ import annotations
@@ -34,21 +34,24 @@ def theoretical_state_size(
     length: int | None = None,
     horizon: int | None = None,
 ) -> Tensor:
-    """Compute TSS, the state that a system has at a position, whether it uses it or not.
+    """Compute TSS, the size of the state at a position, whether or not the system uses it all.
 
     Args:
-        system_or_matrix: As in `gramian.effective_state_size`, and so are `at`, `length`
-            and `horizon`.
+        system_or_matrix: As in `gramian.effective_state_size`.
+        at: As in `gramian.effective_state_size`.
+        length: As in `gramian.effective_state_size`.
+        horizon: As in `gramian.effective_state_size`.
 
     Returns:
-        (*C, len(at)), of the dtype of the input (float32 for half precision): for a recurrence the
-        order n of each channel, for matrices and FIR systems, which keep their inputs,
-        min(i, order). States that no input reaches or that no output depends on, because
-        coefficients are zero, are padding and do not count.
+        (*C, len(at)), in the dtype of the input (float32 for half precision). For a recurrence, TSS
+        is the order n of each channel. For matrices and FIR systems, which keep their inputs, it is
+        min(i, order). If coefficients are zero, so that no input reaches a state or no output
+        depends on it, this state is padding and does not count.
 
     Raises:
-        TypeError: as `gramian.effective_state_size`.
-        ValueError: likewise.
+        TypeError: if the input is neither a system nor a tensor.
+        ValueError: if the positions, length or horizon are invalid, or if a value is NaN or
+            infinite.
     """
     reading = Reading(system_or_matrix, at, length, horizon)
     system = reading.system
@@ -64,7 +67,7 @@ def theoretical_state_size(
 
 
 def _orders(system: System) -> Tensor:
-    """Count the states of every channel between its input and its output, (*C)."""
+    """Count, for every channel, the states that link its input to its output, (*C)."""
     if isinstance(system, Modal):
         return system.orders
     if isinstance(system, TransferFunction):
@@ -86,14 +89,14 @@ def _orders(system: System) -> Tensor:
 
 
 def _ever(value: Tensor, axis: int) -> Tensor:
-    """Return where a coefficient is not zero at some step along `axis`."""
-    if value.shape[axis] and value.stride(axis) == 0:  # constant
+    """Return where a coefficient is nonzero at some step along `axis`."""
+    if value.shape[axis] and value.stride(axis) == 0:  # a constant coefficient
         return value.select(axis, 0) != 0
     return (value != 0).any(axis)
 
 
 def _closure(edges: Tensor, start: Tensor) -> Tensor:
-    """Return the states (*C, n) on which those of `start` (*C, n) act, and these themselves.
+    """Return the states (*C, n) that the states `start` (*C, n) influence, including these.
 
     The `edges` (*C, n, n) lead from the second index to the first.
     """
@@ -105,11 +108,11 @@ def _closure(edges: Tensor, start: Tensor) -> Tensor:
 
 
 def utilization(ess: Tensor, tss: Tensor) -> Tensor:
-    """Return ESS / TSS, the fraction of the state in use; 0 for a system without state.
+    """Return ESS / TSS, the fraction of the state in use. It is 0 for a system without a state.
 
     Args:
         ess: Sizes from `gramian.effective_state_size`.
-        tss: Sizes from `theoretical_state_size`; they broadcast against `ess`.
+        tss: Sizes from `theoretical_state_size`, which broadcast against `ess`.
     """
     return torch.where(tss > 0, ess / torch.where(tss > 0, tss, 1), 0)
 
@@ -119,20 +122,21 @@ def aggregate(
 ) -> Tensor:
     """Aggregate state-sizes over positions, channels, heads and layers.
 
-    Positions are always averaged, since memory is reused from step to step.
+    Positions are averaged, never added, since memory is reused from step to step.
 
     Args:
-        sizes: (*C, P), ESS or TSS of the channels and heads of a layer, or one such tensor for
-            each layer, with the same positions.
-        kind: "average", the mean over channels and then over layers, so that layers count the
-            same; or "total", the sum over channels and layers.
-        over_positions: Whether to take the mean over positions too.
+        sizes: (*C, P): the ESS or TSS of the channels and heads of a layer. Or a sequence of such
+            tensors, one for each layer, all at the same positions.
+        kind: "average" is the mean over channels and then over layers, so that all layers have the
+            same weight. "total" is the sum over channels and layers.
+        over_positions: Whether to average over positions too.
 
     Returns:
-        (), or (P) with `over_positions=False`.
+        (), or (P) if `over_positions` is false.
 
     Raises:
-        ValueError: for another kind, no layers, or different numbers of positions.
+        ValueError: if `kind` is neither of these, if there are no layers, or if the layers have
+            different numbers of positions.
     """
     if kind not in ("average", "total"):
         raise ValueError(f'kind must be "average" or "total"; got {kind!r}.')

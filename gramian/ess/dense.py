@@ -1,10 +1,11 @@
 r"""Hankel spectra of a dense operator, at many positions.
 
-For the measures alone the singular values come from Gram matrices of the smaller side of each
-block, in double precision. From the middle outwards a block gains rows and loses columns (towards
-the start) or the other way round (towards the end), so each Gram matrix is a corner of the one
-before plus a product of what was added: nothing is subtracted, and no block is formed. Where the
-squared condition number would affect the result, the block's singular values are used instead.
+If only a measure is needed, the singular values come from Gram matrices of the smaller side of each
+block, in double precision. From the middle towards the start, blocks gain rows and lose columns.
+From the middle towards the end, they gain columns and lose rows. So each Gram matrix is a corner of
+the previous Gram matrix plus a product of the added rows or columns. Nothing is subtracted, and no
+block is formed. If the squared condition number would affect the result, the singular values of the
+block itself are used.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from gramian.ops.threads import work
 __all__ = ["measure_blocks", "measure_hankel_blocks", "singular_values"]
 
 _TOLERANCE = 9e-7
-"""Relative error of an entropy above which a Gram matrix is not trusted."""
+"""The largest relative error with which an entropy may come from a Gram matrix."""
 
 _BATCH = 64
-"""Spectra that are measured together."""
+"""Number of spectra that are measured together."""
 
 _COLUMNS = 128
-"""Columns of a Gram matrix that are computed together, down to its diagonal."""
+"""The number of columns of a Gram matrix that are computed together, down to the diagonal."""
 
 
 def singular_values(T: Tensor, at: int) -> Tensor:
-    """Compute those of `T[at:, :at]`, (*C, min(at, L - at)), float64, descending.
+    """Compute the singular values of `T[at:, :at]`, differentiably.
 
-    They are differentiable.
+    Returns:
+        (*C, min(at, L - at)), float64, descending.
     """
     return torch.linalg.svdvals(T[..., at:, :at].double())
 
@@ -41,10 +43,10 @@ def measure_blocks(T: Tensor, positions: list[int], measure: Measure, floor: Ten
     """Compute the measure of `T[i:, :i]` at every position.
 
     Args:
-        T: (G, L, L), lower triangular, of any floating-point dtype.
-        positions: Within 1 … L - 1, ascending, without repetitions.
-        measure: What to compute.
-        floor: (G), float64.
+        T: Lower-triangular matrices (G, L, L) of any floating-point dtype.
+        positions: Positions in 1 … L - 1, ascending, without repetitions.
+        measure: The measure to compute.
+        floor: (G), float64: the norms up to which a block counts as zero.
 
     Returns:
         (G, len(positions)), float64.
@@ -76,7 +78,7 @@ def measure_blocks(T: Tensor, positions: list[int], measure: Measure, floor: Ten
 def _measured(
     T: Tensor, positions: list[int], spectra: list[Tensor], measure: Measure, floor: Tensor
 ) -> Tensor:
-    """Measure spectra of Gram matrices, or of blocks where necessary: (len(positions))."""
+    """Measure spectra from Gram matrices, or from blocks where necessary: (len(positions))."""
     eigenvalues = torch.nn.utils.rnn.pad_sequence(spectra, batch_first=True)
     sizes = measure(eigenvalues.clamp_min(0).sqrt(), floor)
     counts = torch.tensor([len(spectrum) for spectrum in spectra], device=floor.device)
@@ -87,7 +89,7 @@ def _measured(
 
 
 def _towards_the_start(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Yield upper triangles of `H_iᵀ H_i` for descending positions."""
+    """Yield the upper triangle of `H_iᵀ H_i` for each of the descending positions i."""
     below = len(T)
     gram = T.new_zeros(positions[0], positions[0], dtype=torch.float64)
     for i in positions:
@@ -98,7 +100,7 @@ def _towards_the_start(T: Tensor, positions: list[int]) -> Iterator[tuple[int, T
 
 
 def _towards_the_end(T: Tensor, positions: list[int]) -> Iterator[tuple[int, Tensor]]:
-    """Yield upper triangles of `H_i H_iᵀ` for ascending positions."""
+    """Yield the upper triangle of `H_i H_iᵀ` for each of the ascending positions i."""
     before, first = 0, positions[0]
     gram = T.new_zeros(len(T) - first, len(T) - first, dtype=torch.float64)
     for i in positions:
@@ -118,17 +120,17 @@ def _add_outer_products(gram: Tensor, rows: Tensor) -> None:
 def measure_hankel_blocks(
     taps: Tensor, positions: list[int], horizon: int, measure: Measure, floor: Tensor
 ) -> Tensor:
-    """Compute the measure of `T[i:horizon, :i]` of convolutions from their taps.
+    """Compute the measure of the blocks `T[i:horizon, :i]` of convolutions from their taps.
 
-    A block and its transpose, at i and at `horizon - i`, have one spectrum, and so have all
-    blocks that hold every tap.
+    The block at i is the transpose of the block at `horizon - i`, so both have the same spectrum.
+    All blocks that contain every tap also have the same spectrum.
 
     Args:
-        taps: (G, K), float64: h_1 … h_K, zeros after them.
-        positions: Within 1 … horizon - 1.
-        horizon: Where the blocks end.
-        measure: What to compute.
-        floor: (G), float64.
+        taps: (G, K), float64: h_1 … h_K. Later taps are zero.
+        positions: Positions in 1 … horizon - 1.
+        horizon: The position at which the blocks end.
+        measure: The measure to compute.
+        floor: (G), float64: the norms up to which a block counts as zero.
 
     Returns:
         (G, len(positions)), float64.

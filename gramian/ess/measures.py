@@ -1,8 +1,9 @@
 r"""Measures of the spectrum of a Hankel block, which define effective state-size.
 
-Entropy: `exp(-Σ_k p_k log p_k)`, `p = σ / Σ σ`, the exponential of the entropy of the
-normalized singular values. Tolerance: how many singular values exceed `tol`, or `rtol` times
-the largest (arXiv 2504.19561, section 3). Both are 0 for a block that is zero up to rounding.
+The entropy measure is `exp(-Σ_k p_k log p_k)` with `p = σ / Σ σ`, the exponential of the entropy of
+the normalized singular values. The tolerance measure is the number of singular values that exceed
+`tol`, or `rtol` times the largest (arXiv 2504.19561, section 3). Both are 0 for a block that is
+zero up to rounding.
 """
 
 from __future__ import annotations
@@ -15,22 +16,24 @@ from torch import Tensor
 __all__ = ["Measure"]
 
 _ROUNDING = torch.finfo(torch.float64).eps / 4
-"""Error of a small eigenvalue of a Gram matrix relative to the largest eigenvalue, at least."""
+"""Lower bound of the error of a Gram matrix's small eigenvalue, relative to the largest
+eigenvalue."""
 
 _COUNTED = 64 * torch.finfo(torch.float64).eps
-"""The same error, at most. For blocks of rank one with sides of 2 to 3,000 it is up to 3 eps."""
+"""Upper bound of the error of a small eigenvalue. For blocks of rank one with sides of 2 to 3,000
+it is up to 3 eps."""
 
 _NEGATIVE = 4
-"""Error of a small eigenvalue relative to how far below zero the smallest one lies."""
+"""Ratio of the error of a small eigenvalue to how far the smallest eigenvalue is below zero."""
 
 _POSITIVE = 6
-"""If this many of the smallest eigenvalues are all positive, the largest of them bounds their
-rounding error."""
+"""If this many of the smallest eigenvalues are all positive, the largest of them is an upper bound
+of their rounding errors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """The entropy of a spectrum, or, with a threshold, the count of singular values above it."""
+    """The entropy of a spectrum or, given a threshold, the number of singular values above it."""
 
     tol: float | None = None
     rtol: float | None = None
@@ -40,11 +43,12 @@ class Measure:
         return self.tol is not None or self.rtol is not None
 
     def __call__(self, values: Tensor, floor: Tensor) -> Tensor:
-        """Compute the measure of every spectrum; an entropy is differentiable.
+        """Compute the measure of every spectrum. An entropy is differentiable.
 
         Args:
-            values: (*S, k), float64, singular values in any order, zeros allowed.
-            floor: Broadcasts against (*S): norms of blocks up to which they count as zero.
+            values: (*S, k), float64: singular values in any order, which may include zeros.
+            floor: The norms up to which blocks count as zero, in a shape that broadcasts against
+                (*S).
 
         Returns:
             (*S), float64.
@@ -67,19 +71,21 @@ class Measure:
     def unsafe_from_gram(self, eigenvalues: Tensor, sizes: Tensor, tolerance: float) -> Tensor:
         """Return whether a measure from the eigenvalues of a Gram matrix may be inaccurate.
 
-        Inaccurate means an error above `tolerance` (relative; for a count, any error). A Gram
-        matrix squares the condition number. If a spectrum falls gradually, its small eigenvalues
-        are nevertheless accurate to well below eps λ_1; if it ends, the rest are rounding errors,
-        half of them negative. So the distance of the smallest eigenvalue below zero shows the error
-        δλ of the small ones; if none is negative, the sixth smallest bounds it. A singular value
-        is then accurate to `δλ / 2σ`, at worst to √δλ. To first order the error of the entropy is
-        `Σ_k (|log p_k| + log ESS) δσ_k / Σσ`; errors of singular values above the noise have random
-        signs, and those within it are all towards larger values.
+        An entropy is inaccurate if its relative error exceeds `tolerance`, and a count if it is
+        wrong at all. A Gram matrix squares the condition number. If a spectrum falls gradually, its
+        small eigenvalues are nevertheless accurate to well below eps λ_1. If the rank is lower than
+        the size, the other eigenvalues are rounding errors, half of which are negative. So how far
+        the smallest eigenvalue is below zero shows the error δλ of all small eigenvalues. If no
+        eigenvalue is negative, the sixth smallest is an upper bound of δλ. A singular value is then
+        accurate to `δλ / 2σ`, and at worst to √δλ. To first order, the error of the entropy is
+        `Σ_k (|log p_k| + log ESS) δσ_k / Σσ`. The errors of singular values above the noise have
+        random signs; those of singular values within the noise are all positive.
 
         Args:
-            eigenvalues: (*S, k), float64, ascending, followed by zeros to a common k.
-            sizes: (*S), how many each matrix has.
-            tolerance: Largest acceptable relative error.
+            eigenvalues: (*S, k), float64: the eigenvalues of each matrix, ascending and followed by
+                zeros up to a common k.
+            sizes: (*S): the number of eigenvalues of each matrix.
+            tolerance: The largest acceptable relative error.
 
         Returns:
             (*S), bool.
@@ -88,7 +94,7 @@ class Measure:
         known = torch.arange(values.shape[-1], device=values.device) < sizes.unsqueeze(-1)
         below = -eigenvalues.amin(-1, keepdim=True).clamp_max(0)
         largest = eigenvalues.amax(-1, keepdim=True)
-        if self.counts:  # no bound from the spectrum itself: all of it may be rounding errors
+        if self.counts:  # the spectrum may consist of rounding errors, so it gives no bound
             error = torch.maximum(_COUNTED * largest, _NEGATIVE * below)
             near = (eigenvalues - self._threshold(values).square()).abs() <= error
             return (near & known).any(-1)

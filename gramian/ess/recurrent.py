@@ -1,16 +1,17 @@
-r"""Hankel spectra of recurrences by square-root factors.
+r"""Hankel spectra of recurrences from square-root factors.
 
-`H_i = O_i X_i`, observability after reachability. Their Gramians square the condition number and
-lose half the digits; triangular factors do not:
+A Hankel block is the product of an observability and a reachability matrix, `H_i = O_i X_i`. The
+Gramians of these matrices square the condition number and lose half of the digits. The triangular
+factors of the Gramians do not:
 
-    `R_{i+1} = qr([R_i A_iᵀ; B_iᵀ])`,  `S_i = qr([S_{i+1} A_i; C_i])`,
+    `R_{i+1} = qr([R_i A_iᵀ; B_iᵀ])`,  `S_i = qr([S_{i+1} A_i; C_i])`.
 
-and the singular values of H_i are those of the n × n product `S_i R_iᵀ`. All positions take
-O(L n³) operations, where the blocks themselves would take O(L⁴).
+The singular values of H_i are those of the n × n product `S_i R_iᵀ`. All positions together take
+O(L n³) operations, whereas the blocks themselves would take O(L⁴).
 
-A modal system has both factors in closed form: with `w_t = (Re λ^t, Im λ^t)`, rows of W,
-`H_i = W_{L-i} M W_iᵀ`, M the residues as 2 × 2 blocks. One triangular factor of the Vandermonde
-matrix of {λ, λ̄}, as it grows row by row, serves both sides.
+A modal system has both factors in closed form. If W has the rows `w_t = (Re λ^t, Im λ^t)`, then
+`H_i = W_{L-i} M W_iᵀ`, where M holds the residues as 2 × 2 blocks. The triangular factor of the
+Vandermonde matrix of {λ, λ̄}, which grows row by row, gives both factors.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ __all__ = [
 ]
 
 _BUDGET = 2**27
-"""Bytes of triangular factors that are held at a time, for each of the two."""
+"""The largest number of bytes in memory for the triangular factors S, and as many for R."""
 
 Factors = tuple[list[int], Tensor, Tensor]
-"""Positions, and the factors S and R there, (P, G, n, n) each: H_i has the singular values of
-`S Rᵀ`."""
+"""Positions, and the factors S and R at these positions, (P, G, n, n) each. H_i has the singular
+values of `S Rᵀ`."""
 
 
 def factor_spectra(
@@ -52,12 +53,12 @@ def factor_spectra(
 
     Args:
         measure: A function of singular values (P, G, n), descending.
-        left: (P, G, n, n).
-        right: (P, G, n, n).
+        left: (P, G, n, n): the factors S.
+        right: (P, G, n, n): the factors R.
 
     Returns:
-        The function's values, (P, G, …), and `eps ‖S‖ ‖R‖ / σ_1`, (P, G): about the rounding
-        errors of the singular values relative to the largest.
+        The values of the function, (P, G, …), and `eps ‖S‖ ‖R‖ / σ_1`, (P, G), which is about the
+        rounding error of the singular values relative to the largest.
     """
     size = max(1, 2**16 // max(1, left[0].numel()))
 
@@ -90,17 +91,18 @@ class _Chain(NamedTuple):
 
 
 def _triangle(rows: Tensor) -> Tensor:
-    """Reduce rows to at most n rows (G, k, n) with the same Gram matrix."""
+    """Reduce rows (G, k, n) to at most n rows with the same Gram matrix."""
     if rows.shape[-2] <= rows.shape[-1]:
         return rows
     return torch.linalg.qr(rows, mode="r")[1]
 
 
 def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """Compute the factors S at `wanted` positions, of which the last has the factor `S`.
+    """Compute the factors S_i at the positions `wanted`, given `S`, the factor at the last of them.
 
     Returns:
-        The factors (P, G, n, n), and the first of them without padding.
+        The factors (P, G, n, n), padded with zeros, and the factor at the first position without
+        padding.
     """
     groups, _, order = chain.B.shape
     factors = S.new_zeros(len(wanted), groups, order, order)
@@ -114,10 +116,11 @@ def _observed(chain: _Chain, S: Tensor, wanted: list[int]) -> tuple[Tensor, Tens
 
 
 def _reached(chain: _Chain, R: Tensor, start: int, wanted: list[int]) -> tuple[Tensor, Tensor]:
-    """Compute the factors R at `wanted` positions, from the factor `R` at `start` on.
+    """Compute the factors R_i at the positions `wanted`, given `R`, the factor at `start`.
 
     Returns:
-        The factors (P, G, n, n), and the last of them without padding.
+        The factors (P, G, n, n), padded with zeros, and the factor at the last position without
+        padding.
     """
     groups, _, order = chain.B.shape
     factors = R.new_zeros(len(wanted), groups, order, order)
@@ -130,18 +133,18 @@ def _reached(chain: _Chain, R: Tensor, start: int, wanted: list[int]) -> tuple[T
 
 
 def time_varying_factors(system: TimeVarying, positions: list[int]) -> Iterator[Factors]:
-    """Yield the factors at every position in float64, some positions at a time.
+    """Yield the factors S and R at every position, in float64, for some positions at a time.
 
     Args:
-        system: Channels (G); its last step is the horizon.
-        positions: Within 1 … L - 1, ascending.
+        system: A system with channels (G), whose last step is the horizon.
+        positions: Positions in 1 … L - 1, ascending.
     """
     groups, length, order = system.D.shape[0], system.length, system.order
     B, C, _ = system.vectors(torch.float64)
     chain = _Chain(system.transition(torch.float64), B, C)
     count = max(8, _BUDGET // max(1, groups * order * order * 8))
     stretches = [positions[k : k + count] for k in range(0, len(positions), count)]
-    # The factors S where each stretch ends; those inside it are made again when its turn comes.
+    # These are the factors S at the ends of stretches. Those inside are computed again later.
     S, at, edges = B.new_zeros(groups, 0, order), length, []
     for stretch in reversed(stretches):
         for i in range(at - 1, stretch[-1] - 1, -1):
@@ -160,7 +163,7 @@ def time_varying_factors(system: TimeVarying, positions: list[int]) -> Iterator[
 
 
 def time_varying_norm(system: TimeVarying) -> Tensor:
-    """Compute ‖T‖_F of channels (G), float64, by blocks."""
+    """Compute ‖T‖_F of every channel (G), float64, in blocks."""
     given, vectors = system.transition(torch.float64), system.vectors(torch.float64)
     size = min(64, 1 << (system.length - 1).bit_length())
     if isinstance(given, Dense) and not bounded_products(given.a):
@@ -168,7 +171,7 @@ def time_varying_norm(system: TimeVarying) -> Tensor:
     transition, reach, observe, inside = join(given, *vectors, size)
     energy = inside.square().sum((1, 2, 3))
     gramian = torch.zeros_like(reach[:, :1] @ reach[:, :1].mT)
-    for k in range(inside.shape[1]):  # energies need no square-root factors
+    for k in range(inside.shape[1]):  # energies do not need square-root factors
         energy = energy + ((observe[:, k] @ gramian[:, 0]) * observe[:, k]).sum((-2, -1))
         block = transition[k : k + 1]
         gramian = block.left(block.left(gramian).mT) + reach[:, k : k + 1] @ reach[:, k : k + 1].mT
@@ -176,12 +179,14 @@ def time_varying_norm(system: TimeVarying) -> Tensor:
 
 
 def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator[Factors]:
-    """Yield the factors at every position in float64, of the Vandermonde matrix of {λ, λ̄}.
+    """Yield the factors S and R at every position, in float64.
+
+    The factors come from the triangular factor of the Vandermonde matrix of {λ, λ̄}.
 
     Args:
-        system: Channels (G).
-        positions: Within 1 … horizon - 1.
-        horizon: Where the blocks end.
+        system: A modal system with channels (G).
+        positions: Positions in 1 … horizon - 1.
+        horizon: The position at which the Hankel blocks end.
     """
     poles = torch.where(system.residues != 0, system.poles, 0).to(torch.complex128)
     residues = system.residues.to(torch.complex128)
@@ -212,11 +217,12 @@ def modal_factors(system: Modal, positions: list[int], horizon: int) -> Iterator
 
 
 class FactoredSingularValues(torch.autograd.Function):
-    """Singular values of `left right` from its factors, (G, m, n) and (G, n, k): O((m + k) n²)
-    operations forwards and backwards, and no m × k matrix.
+    """The singular values of `left right`, computed from these two factors.
 
-    Use `factored_singular_values`. Both modes of differentiation; second derivatives exist where
-    the factors have full rank and the singular values differ, and are NaN elsewhere.
+    The factors are (G, m, n) and (G, n, k). The forward and the backward pass take O((m + k) n²)
+    operations each, and no m × k matrix is formed. Use this function through
+    `factored_singular_values`. It supports both modes of differentiation. Second derivatives exist
+    where the factors have full rank and the singular values differ, and are NaN elsewhere.
     """
 
     generate_vmap_rule = True
@@ -228,7 +234,7 @@ class FactoredSingularValues(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, U, V = output  # what the gradient is made of
+        _, U, V = output  # the gradient consists of these
         ctx.mark_non_differentiable(U, V)
         ctx.save_for_backward(*inputs, U, V)
         ctx.save_for_forward(*inputs)
@@ -236,7 +242,7 @@ class FactoredSingularValues(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         left, right, U, V = ctx.saved_tensors
-        if records_derivatives():  # of the gradient, to which the vectors belong
+        if records_derivatives():  # the gradient, which contains the vectors, is differentiated too
             U, _, V = _factored_svd(left, right)
         weighted = U * g.unsqueeze(-2)
         return weighted @ (right @ V).mT, (left.mT @ weighted) @ V.mT
@@ -254,7 +260,7 @@ class FactoredSingularValues(torch.autograd.Function):
 
 
 def _factored_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute U (G, m, r), σ (G, r), V (G, k, r) of `left right`, r the least of m, n and k."""
+    """Compute U (G, m, r), σ (G, r), V (G, k, r) of `left right`, r the smallest of m, n and k."""
     Q, S = torch.linalg.qr(left)
     P, R = torch.linalg.qr(right.mT)
     U, values, Vh = torch.linalg.svd(S @ R.mT, full_matrices=False)
@@ -262,5 +268,5 @@ def _factored_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def factored_singular_values(left: Tensor, right: Tensor) -> Tensor:
-    """Compute singular values (G, r) by `FactoredSingularValues`."""
+    """Compute the singular values (G, r) of `left right` by `FactoredSingularValues`."""
     return FactoredSingularValues.apply(left, right)[0]

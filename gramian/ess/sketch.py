@@ -1,11 +1,12 @@
-r"""Randomized estimates of entropy-ESS, for blocks too large to decompose.
+r"""Randomized estimates of entropy-ESS for blocks that are too large to decompose.
 
 A subspace iteration from a random start (Halko, Martinsson and Tropp 2011) gives the leading r
-singular values. Of all others two sums are needed, `Σ σ` and `Σ σ log σ`, which are traces of
-functions of what the subspace leaves of the block: stochastic Lanczos quadrature (Ubaru, Chen and
-Saad 2017) estimates both from a few random vectors, whose scatter is the error. Besides, the energy
-of the others is known, and bounds the entropy: it is smallest where the energy sits in as few
-values as the last known one allows, and largest where it is spread evenly.
+singular values. Of all other values, only the sums `Σ σ` and `Σ σ log σ` are needed. These are
+traces of functions of the part of the block outside the subspace. Stochastic Lanczos quadrature
+(Ubaru, Chen and Saad 2017) estimates both from a few random vectors, and the scatter of these
+estimates gives the error. The energy of the other values is known exactly. It bounds the entropy.
+The entropy is smallest if the energy is in as few values as the last known value allows, and
+largest if the energy is spread evenly.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from gramian.ops.threads import work
 __all__ = ["sketched_sizes"]
 
 _STEPS = 40
-"""Steps of Lanczos, the nodes of a quadrature."""
+"""The number of Lanczos steps, which is the number of nodes of a quadrature."""
 
 
 def sketched_sizes(
@@ -34,16 +35,16 @@ def sketched_sizes(
     seed: int,
     floor: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Estimate the entropy-ESS and two standard errors, (G, P) each, float64.
+    """Estimate the entropy-ESS and twice its standard error, (G, P) each, float64.
 
     Args:
-        T: (G, L, L), lower triangular.
-        positions: Within 1 … L - 1.
-        rank: Leading singular values.
-        probes: Random vectors for the others, at least 2.
-        iterations: Of the subspace.
-        seed: Of the random vectors.
-        floor: (G), float64: norms up to which a block counts as zero.
+        T: Lower-triangular matrices (G, L, L).
+        positions: Positions in 1 … L - 1.
+        rank: The number of leading singular values to compute.
+        probes: The number of random vectors for the other values, at least 2.
+        iterations: The number of subspace iterations.
+        seed: The seed of the random vectors.
+        floor: (G), float64: the norms up to which a block counts as zero.
     """
     sizes = torch.zeros(2, len(T), len(positions), dtype=torch.float64, device=T.device)
 
@@ -66,7 +67,7 @@ def sketched_sizes(
 
 
 def _sketched(block: Tensor, start: Tensor, probes: Tensor, iterations: int) -> Tensor:
-    """Estimate the entropy-ESS of a block (m, k), m ≥ k, and two standard errors: (2)."""
+    """Estimate the entropy-ESS of a block (m, k), m ≥ k, and twice its standard error: (2)."""
     basis = torch.linalg.qr(block @ start)[0]
     for _ in range(iterations):
         basis = torch.linalg.qr(block @ torch.linalg.qr(block.mT @ basis)[0])[0]
@@ -89,7 +90,7 @@ def _sketched(block: Tensor, start: Tensor, probes: Tensor, iterations: int) -> 
     high = _bound(S, Q, (energy / others).sqrt(), values.new_tensor(float(others)))
     S, Q = S + total.mean(), Q + logs.mean()
     size = _size(S, Q)
-    # To first order in the two sums.
+    # This is the standard error to first order in the two sums.
     scatter = size * ((1 / S + Q / S.square()) * total - logs / S)
     error = 2 * scatter.std() / math.sqrt(probes.shape[1])
     return torch.stack([torch.minimum(torch.maximum(size, low), high), error])
@@ -98,8 +99,8 @@ def _sketched(block: Tensor, start: Tensor, probes: Tensor, iterations: int) -> 
 def _quadrature(apply: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
     """Compute nodes and weights (s, steps) of `Σ_j w_j f(θ_j) ≈ zᵀ f(M) z` by Lanczos.
 
-    The z are the columns of `start` (k, s), and the symmetric matrix M is applied by a function.
-    The Lanczos vectors are orthogonalized.
+    The vectors z are the columns of `start` (k, s). The function `apply` multiplies by the
+    symmetric matrix M. The Lanczos vectors are orthogonalized.
     """
     norm = torch.linalg.vector_norm(start, dim=0)
     steps = min(_STEPS, len(start))
@@ -130,16 +131,16 @@ def _sums(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _size(S: Tensor, Q: Tensor) -> Tensor:
-    """Compute `exp(-Σ p log p)` for `p = σ / S` and `Q = Σ σ log σ`."""
+    """Compute `exp(-Σ p log p)` with `p = σ / S` from `S = Σ σ` and `Q = Σ σ log σ`."""
     return S * (-Q / S).exp()
 
 
 def _concentrated(largest: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
-    """Concentrate the energy in the fewest values up to `largest`: the value and how many."""
+    """Put the energy into the fewest equal values, at most `largest`. Return value and number."""
     count = energy / largest.square().clamp_min(torch.finfo(energy.dtype).tiny)
     return torch.where(count >= 1, largest, energy.sqrt()), count.clamp_min(1)
 
 
 def _bound(S: Tensor, Q: Tensor, value: Tensor, count: Tensor) -> Tensor:
-    """Compute the size with `count` (which may be a fraction) more values."""
+    """Compute the size with `count` (possibly a fraction) further singular values of `value`."""
     return _size(S + count * value, Q + count * torch.xlogy(value, value))

@@ -1,4 +1,4 @@
-"""Evaluation of a model on held-out data, alone or against another, with standard errors.
+"""Evaluate one model, or compare two, on held-out data, with standard errors.
 
     from gramian import evaluation
 
@@ -7,8 +7,9 @@
     measures = evaluation.evaluate_harness(model, tokenizer, ["arc_easy"], limit=100)
     report = evaluation.EvaluationReport("small", measures, against="original", before=others)
 
-Models are ours or any causal language model of transformers. Tasks of `gramian.tasks` need the
-extra `train`. Those of lm-evaluation-harness need the extra `evaluate`, which is imported on use.
+A model is a Gramian model or any causal language model of transformers. Tasks of `gramian.tasks`
+need the extra `train`. Tasks of lm-evaluation-harness need the extra `evaluate`. The harness is
+imported when it is first used.
 """
 
 from gramian.evaluation._harness import HarnessError, evaluate_harness

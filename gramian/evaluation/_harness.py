@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a model that is in memory."""
+"""Run tasks of EleutherAI's lm-evaluation-harness on a model that is in memory."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["HarnessError", "evaluate_harness"]
 
 
 class HarnessError(ValueError):
-    """An error of the harness; the message is one sentence."""
+    """An error of the harness. The message is one sentence."""
 
 
 _TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
-"""The key under which transformers notes that a tokenizer has warned of a text that is too long."""
+"""The key by which transformers records that a tokenizer has warned of too long a text."""
 
 
 def evaluate_harness(
@@ -36,23 +36,24 @@ def evaluate_harness(
     """Score a model on tasks of lm-evaluation-harness.
 
     Args:
-        model: a causal language model of ours or of transformers.
+        model: a causal language model of Gramian or of transformers.
         tokenizer: the model's tokenizer.
         tasks: names of tasks that the harness knows or that YAML files under `include_path` define.
-        include_path: a folder of the caller's own task files.
+        include_path: folder of your own task files; None if there are none.
         limit: largest number of documents of each task; None uses all.
-        shots: number of examples before each question; None uses each task's own number.
+        shots: number of solved examples before each question; None uses each task's own number.
         batch_size: number of requests in a batch.
-        seed: seed of everything that the tasks draw at random.
+        seed: seed of all random numbers that the tasks use.
 
     Returns:
-        Every metric of every task and group. If a metric is a mean over documents, or a function of
-        one, its influences are known, and hence paired differences between models. Other metrics
-        have the harness's own standard error, if it gives one.
+        One measure for every metric of every task and group of tasks. If a metric is a mean over
+        documents, or a function of a mean, its measure contains influences, so that the difference
+        between two models can be paired. Other measures contain the standard error of the harness,
+        if it returns one.
 
     Raises:
         ImportError: if lm-evaluation-harness is not installed.
-        HarnessError: on an unknown task, or any failure of the harness.
+        HarnessError: if a task is unknown, or the harness fails.
     """
     try:
         from lm_eval import simple_evaluate
@@ -68,7 +69,7 @@ def evaluate_harness(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     where = None if include_path is None else str(include_path)
     manager = None
-    if where is not None:  # indexing the harness's own thousands of files takes a while
+    if where is not None:  # to index the harness's own thousands of files takes a while
         manager = TaskManager(include_path=where, include_defaults=False)
     if manager is None or any(task not in manager.all_tasks for task in tasks):
         manager = TaskManager(include_path=where)
@@ -78,11 +79,13 @@ def evaluate_harness(
             near = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
             meant = f" Did you mean {near[0]!r}?" if near else ""
             raise HarnessError(
-                f"unknown task {task!r}, neither ours nor of lm-evaluation-harness.{meant}"
+                f"unknown task {task!r}, neither of gramian.tasks nor of lm-evaluation-harness."
+                f"{meant}"
             )
     training = model.training
     model.eval()
-    # The harness itself truncates texts that are too long, so no "indexing errors" can follow.
+    # The harness truncates texts that are too long, so the "indexing errors" of which tokenizers
+    # warn cannot occur.
     getattr(tokenizer, "deprecation_warnings", {})[_TOO_LONG] = True
     try:
         found = simple_evaluate(
@@ -97,7 +100,7 @@ def evaluate_harness(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    except Exception as error:  # the harness raises many kinds
+    except Exception as error:  # the harness raises exceptions of many classes
         raise HarnessError(
             f"lm-evaluation-harness failed on {', '.join(tasks)}: {type(error).__name__}: {error}"
         ) from error
@@ -135,7 +138,7 @@ def _measure(
     higher: bool | None,
     samples: list[Any],
 ) -> Measure:
-    """Make a measure, with influences if the value follows from those of the documents."""
+    """Make a measure, with influences if the values of the documents give the metric's value."""
     better = bool(higher)
     guesses = []
     if samples and all(isinstance(one, int | float) for one in samples):
@@ -157,14 +160,14 @@ def _measure(
 
 
 def _is_lost(answers: Any) -> bool:
-    """Return whether the model's answers contain NaN, which makes comparisons meaningless."""
+    """Return whether the model's answers contain NaN. Comparisons are then meaningless."""
     if isinstance(answers, list | tuple):
         return any(map(_is_lost, answers))
     return isinstance(answers, float) and math.isnan(answers)
 
 
 def _is_weighted(sample: Any) -> bool:
-    """Return whether a sample is a log-likelihood with a number of words or bytes."""
+    """Return whether a sample is a pair of a log-likelihood and a number of words or bytes."""
     return (
         isinstance(sample, list | tuple)
         and len(sample) == 2

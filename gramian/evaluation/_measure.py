@@ -1,9 +1,10 @@
-"""A measured number with its standard error, computed from the influence of each unit of data.
+"""Measure a number, and compute its standard error from the influence of each unit of data.
 
-A mean over units is `v = Σ a_i / Σ w_i`, and unit i moves `g(v)` by `g'(v) (a_i - v w_i) / Σ w_j`
-(the delta method, for ratios and for functions of them). The standard error is that of a sum of n
-such influences. For the difference between two models on the same units it is that of the sum of
-the differences of influences, in which difficulty that both models share cancels.
+A mean over units is `v = Σ a_i / Σ w_i`. By the delta method, the influence of unit i on `g(v)` is
+`g'(v) (a_i - v w_i) / Σ w_j`. The standard error of `g(v)` is the standard error of the sum of the
+influences of all n units. If two models are measured on the same units, the standard error of the
+difference is computed in the same way from the differences of their influences. In these
+differences, the difficulty that a unit has for both models cancels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Measure:
     Attributes:
         task: name of the task or text.
         metric: name of the metric.
-        value: the number; NaN or infinite if the model's outputs are.
+        value: the number. It is NaN or infinite if the model's outputs are.
         error: standard error of the value, or None if it is not known.
         units: number of independent units of data (documents, rows, windows).
         higher_is_better: whether larger values are better, or None if that is not known.
@@ -39,7 +40,7 @@ class Measure:
     influence: tuple[float, ...] | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the influences as plain values."""
+        """Return all attributes except the influences, as plain values."""
         return {
             "task": self.task,
             "metric": self.metric,
@@ -60,11 +61,20 @@ def ratio(
     scale: float = 1.0,
     of: str = "mean",
 ) -> Measure:
-    """Return `scale * Σ totals / Σ weights` with its standard error (`of="mean"`), or its
-    exponential (`"exponential"`), or its square root (`"root"`).
+    """Return a ratio of sums over units, or a function of it, with its standard error.
 
-    If a total is NaN or infinite, so is the value, and its error and influences are not known. The
-    same holds if the exponential overflows.
+    If a total is NaN or infinite, or if the exponential overflows, the value is NaN or infinite,
+    and its error and influences are None.
+
+    Args:
+        task: name of the task or text.
+        metric: name of the metric.
+        totals: (units,) terms of the numerator.
+        weights: (units,) terms of the denominator.
+        higher_is_better: whether larger values are better.
+        scale: factor of the ratio.
+        of: `"mean"` returns the ratio `scale * Σ totals / Σ weights`, `"exponential"` the
+            exponential of the ratio, and `"root"` its square root.
     """
     weight = math.fsum(weights)
     mean = math.fsum(totals) / weight
@@ -87,7 +97,11 @@ def ratio(
 
 
 def difference_error(one: Measure, other: Measure) -> float | None:
-    """Return the standard error of `one.value - other.value`, over pairs if the units are equal."""
+    """Return the standard error of `one.value - other.value`, or None if it is not known.
+
+    If both measures contain influences of the same number of units, the influences are paired.
+    Otherwise the two errors are added in quadrature.
+    """
     if one.influence is not None and other.influence is not None and one.units == other.units:
         pairs = zip(one.influence, other.influence, strict=True)
         return _error([first - second for first, second in pairs])

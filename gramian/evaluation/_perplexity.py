@@ -1,10 +1,10 @@
-"""The loss of a causal language model, in windows, on a text longer than its context.
+"""Compute the loss of a causal language model on a text longer than its context, in windows.
 
-A text may consist of several documents, such as the records of a FASTA file; no window spans two.
-The inputs are windows of `window` tokens, one beginning every `stride` tokens of a document, and
-each window contributes the losses of the tokens that no earlier window predicted. So every token
-but the first of a document is predicted once and, after the first window, from at least
-`window - stride + 1` tokens before it.
+A text may consist of several documents, such as the records of a FASTA file. No window spans two
+documents. The inputs are windows of `window` tokens, and a window begins every `stride` tokens of a
+document. Each window contributes the losses of the tokens that no earlier window predicted. So
+every token of a document except the first is predicted once. After the first window, every
+prediction is made from at least the `window - stride + 1` tokens before the predicted one.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ class Perplexity:
 
     Attributes:
         nats: sum of the losses over the predicted tokens.
-        tokens: number of predicted tokens: all but the first of each document.
+        tokens: number of predicted tokens, which are all tokens except the first of each document.
         bytes: number of bytes of UTF-8 that these tokens encode.
         window: number of tokens in an input.
         stride: number of tokens between the beginnings of inputs.
-        losses: nats of every window, summed over the tokens that count in it.
-        counts: number of tokens that count in every window.
+        losses: (windows,) for each window, the sum of the losses in nats over the tokens that the
+            window contributes.
+        counts: (windows,) for each window, the number of tokens that it contributes.
     """
 
     nats: float
@@ -53,18 +54,18 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """Return the perplexity per token, the exponential of the loss."""
+        """Return the perplexity per token, which is the exponential of the loss."""
         return exponential(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
-        """Return the bits per byte, which are comparable across vocabularies."""
+        """Return the bits per byte. They can be compared between vocabularies."""
         return self.nats / math.log(2) / self.bytes
 
     def measures(self, name: str) -> list[Measure]:
         """Return the loss, perplexity and bits per byte of the text called `name`.
 
-        Standard errors treat windows as independent units of data, which they nearly are.
+        The standard errors treat windows as independent units of data. They are nearly independent.
         """
         per_byte = self.tokens / self.bytes / math.log(2)
         return [
@@ -101,20 +102,21 @@ def perplexity(
     """Compute the loss of a causal language model on a text, with a sliding window.
 
     Args:
-        model: a causal language model of ours or of transformers.
+        model: a causal language model of Gramian or of transformers.
         tokenizer: the model's tokenizer.
-        text: a text of at least two tokens, or documents, which `gramian.tasks.read_documents`
-            reads from a file. A text in FASTA, by the rule in `gramian.tasks.documents`, is split
-            into its records.
+        text: a text of at least two tokens, or documents, such as those that
+            `gramian.tasks.read_documents` reads from a file. If `gramian.tasks.documents`
+            recognizes a text as FASTA, the text is split into its records.
         window: number of tokens in an input; by default the context length in the model's
             configuration, at most 2,048.
         stride: number of tokens between the beginnings of inputs, at most `window`; by default half
-            of it. A smaller stride gives each counted token more context, and takes longer.
+            of `window`. A smaller stride gives each counted token more context, and takes longer.
         batch_size: number of windows in a batch.
-        progress: called as `progress(windows done, windows)`.
+        progress: function called as `progress(done, total)` with numbers of windows, or None.
 
     Raises:
-        ValueError: on an invalid window or stride, or a text of fewer than two tokens.
+        ValueError: if the window, the stride or the batch size is invalid, or if no document has at
+            least two tokens.
     """
     if window is None:
         window = min(int(getattr(model.config, "max_position_embeddings", None) or 2048), 2048)
@@ -159,7 +161,8 @@ def perplexity(
 def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Yield `(start, begin, end)` of every window.
 
-    The window's input is tokens start … end - 2; its predictions of begin … end - 1 count.
+    The window's input is tokens start … end - 2. Of its predictions, those of tokens begin … end -
+    1 count.
     """
     begin, start = 1, 0
     while begin < tokens:
@@ -171,7 +174,7 @@ def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, i
 def _equally_long(
     places: list[tuple[int, int, int]],
 ) -> Iterator[list[tuple[int, int, int]]]:
-    """Group the windows, in order, by length; the last ones may be shorter than the others."""
+    """Group adjacent windows of equal length. The last window of a document may be shorter."""
     group: list[tuple[int, int, int]] = []
     for place in places:
         if group and place[2] - place[0] != group[0][2] - group[0][0]:
@@ -183,7 +186,7 @@ def _equally_long(
 
 @torch.no_grad()
 def _losses(model: Any, ids: Tensor, places: list[tuple[int, int, int]]) -> list[float]:
-    """Return the nats of each window, summed over the tokens that count."""
+    """Return the loss of each window in nats, summed over the tokens that it contributes."""
     device = next(model.parameters()).device
     inputs = torch.stack([ids[start : end - 1] for start, _, end in places]).to(device)
     logits = model(inputs, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""The report of an evaluation of one model, or of two side by side."""
+"""Report the evaluation of one model, or of two models side by side."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Comparison", "EvaluationReport"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One metric of two models.
+    """The values of one metric for two models.
 
     Attributes:
         before: the measure of the reference model.
-        after: the measure of the model itself.
-        difference: after minus before.
-        error: standard error of the difference, paired if both were measured on the same data; None
-            if it is not known.
+        after: the measure of the evaluated model.
+        difference: the value of `after` minus the value of `before`.
+        error: standard error of the difference, or None if it is not known. The measures are paired
+            if both models were measured on the same data.
     """
 
     before: Measure
@@ -41,14 +41,15 @@ class Comparison:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """The measures of a model, which print as a table.
+    """The measures of a model. A report prints as a table.
 
     Attributes:
         model: name of the model.
         measures: measures of the model, in the order of the tasks.
         against: name of the reference model, or None.
-        before: measures of the reference model.
-        conditions: seed, limit, window, and splits and settings of the tasks.
+        before: measures of the reference model, if there is one.
+        conditions: the settings that the values depend on: the seed and, if they apply, the limit,
+            the window, the stride, the number of shots, and the splits and settings of the tasks.
     """
 
     model: str
@@ -59,18 +60,18 @@ class EvaluationReport:
 
     @property
     def unusable(self) -> tuple[Measure, ...]:
-        """Return the measures of both models that are NaN or infinite, which are null in JSON."""
+        """Return the measures of both models that are NaN or infinite. JSON shows them as null."""
         return tuple(one for one in (*self.before, *self.measures) if not math.isfinite(one.value))
 
     @property
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Return the comparisons of all that was measured of both models."""
+        """Return a comparison for every metric that was measured for both models."""
         others = {(one.task, one.metric): one for one in self.before}
         pairs = ((others.get((one.task, one.metric)), one) for one in self.measures)
         return tuple(Comparison(before, after) for before, after in pairs if before is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as values that JSON can hold."""
+        """Return the whole report as values that JSON can represent."""
         values: dict[str, Any] = {
             "model": self.model,
             "measures": [one.to_dict() for one in self.measures],
@@ -94,11 +95,11 @@ class EvaluationReport:
         return values
 
     def to_json(self) -> str:
-        """Return `to_dict` as indented JSON text."""
+        """Return the values of `to_dict` as indented JSON text."""
         return to_json(self.to_dict(), indent=2)
 
     def to_markdown(self) -> str:
-        """Return the table."""
+        """Return the table in Markdown, followed by the summary."""
         header, *lines = self._cells()
         rule = f"|{'---|' * len(header)}"
         text = [f"| {' | '.join(header)} |", rule]
@@ -107,7 +108,7 @@ class EvaluationReport:
 
     @property
     def summary(self) -> str:
-        """Describe the table's contents and the splits in words."""
+        """Return one line that explains the table and names the splits."""
         compared = "" if self.against is None else f" against {self.against}"
         differences = "" if self.against is None else ", differences over the same data"
         splits = [

@@ -1,4 +1,4 @@
-"""One row of a task's split, for measurements that read a single sequence."""
+"""Read one row of a task's split, for measurements on a single sequence."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class TaskRow:
 
     Attributes:
         inputs: token ids (length,) or numbers (length, size).
-        tokenizer: tokenizer that names the tokens, or None.
-        place: origin of the row, in words.
+        tokenizer: tokenizer that made the token ids, or None.
+        place: text that identifies the row by task, split, index and seed.
     """
 
     inputs: Tensor
@@ -35,18 +35,18 @@ class TaskRow:
 def read_row(
     task: Task, name: str, tokenizer: Any, split: str | None, seed: int, index: int
 ) -> TaskRow:
-    """Read one row of a task in the tokens of a model.
+    """Read one row of a task, and encode text with a model's tokenizer.
 
     Args:
         task: a task from `gramian.tasks.build`.
         name: name of the task.
         tokenizer: the model's own tokenizer, or None.
-        split: split of the task; by default test, or validation for a task without a test split.
+        split: split of the task; by default test, or validation if the task has no test split.
         seed: seed of the generated rows.
         index: index of the row, from 0.
 
     Raises:
-        ValueError: on an unknown split, or one without such a row.
+        ValueError: if the split is unknown, or if it has no row of this index.
     """
     if tokenizer is not None:
         task = task.tokens_of(tokenizer)

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a model on a split of a task of `gramian.tasks`."""
+"""Compute the metrics of a model on a split of a task of `gramian.tasks`."""
 
 from __future__ import annotations
 
@@ -36,34 +36,39 @@ def evaluate_task(
     """Score a model over all labels of a split, as `gramian train` does.
 
     Args:
-        model: a model of ours, of the class that `gramian train` makes for the task; or a model of
-            transformers, with logits at every position for tasks of the kind `"tokens"`, or with
-            one set of logits per sequence for `"classification"`.
+        model: a Gramian model of the class that `gramian train` makes for the task; or a model of
+            transformers. The latter must have logits at every position for a task of the kind
+            `"tokens"`, and logits for the whole sequence for `"classification"`.
         task: a task from `gramian.tasks.build`.
         name: name of the task in the measures.
-        split: split of the task; by default test, or validation for a task without a test split.
-        seed: seed of the generated rows; training with the same seed used the same training split.
+        split: split of the task; by default test, or validation if the task has no test split.
+        seed: seed of the generated rows. Training with this seed used the same training split.
         examples: largest number of rows; None uses all.
         batch_size: number of rows in a batch.
-        tokenizer: the model's own tokenizer; by default the one saved in the model's folder. It
-            encodes a task of text, unless the task was built with another. Without a tokenizer, the
-            model must use the task's ids; the ids of its end and padding are compared.
-        progress: called as `progress(rows done, rows)`.
+        tokenizer: the model's own tokenizer; by default, the tokenizer in the model's folder, if
+            the folder has one. It encodes tasks of text. If the model has no tokenizer, the task's
+            own token ids are used, and the model's EOS and padding tokens must have the same ids.
+        progress: function called as `progress(done, total)` with numbers of rows, or None.
 
     Returns:
-        `loss` and `accuracy`; for `"tokens"` and `"reconstruction"` also `sequence_accuracy`, the
-        share of rows without a mistake; for text also `bits_per_byte`; for a `"signal"` `mse` and
-        `relative_error`, the RMSE divided by the RMS of the targets. Standard errors are over rows.
-        Values are NaN if the model's outputs are.
+        One measure for each metric, with a standard error over rows. If labels are classes, the
+        metrics are `loss` and `accuracy`. Tasks of the kinds `"tokens"` and `"reconstruction"` also
+        have `sequence_accuracy`, the share of rows without a mistake, and text also has
+        `bits_per_byte`. If labels are numbers, the metrics are `mse` and `relative_error`, the RMSE
+        divided by the RMS of the targets. If the model's outputs are NaN, the values are NaN too.
 
     Raises:
-        ValueError: if the task does not match the model's kind, size or tokenizer, on an unknown
-            split, an empty split, or invalid labels.
-        ImportError: without the packages that `gramian.training` needs.
+        ValueError: if the task does not match the model's class, sizes or tokenizer; if the split
+            is unknown or empty; or if labels are invalid.
+        ImportError: if a package that `gramian.training` needs is not installed.
     """
+    from gramian.models.labels import label_names
     from gramian.training.collation import Collator
 
     task = _in_tokens_of(model, name, task, tokenizer)
+    names = label_names(model.config)
+    if names is not None:
+        task = task.with_classes(names)
     description = task.description()
     kind = find_kind(description.kind)
     _check(model, name, description)
@@ -109,12 +114,18 @@ def evaluate_task(
 
 
 def _in_tokens_of(model: Any, name: str, task: Task, tokenizer: Any) -> Task:
-    """Return the task in the model's own ids, as far as they are known."""
+    """Return the task in the model's token ids, or unchanged if the model has no tokenizer.
+
+    Raises:
+        ValueError: if there is no tokenizer, and the id of a special token differs.
+    """
+    from gramian.models.adapters import tokenizer_folder
+
     own = task.own_tokenizer()
     if own is None:
         return task
     if tokenizer is None:
-        folder = Path(str(getattr(model.config, "_name_or_path", "") or "."))
+        folder = tokenizer_folder(Path(str(getattr(model.config, "_name_or_path", "") or ".")))
         if folder != Path() and (folder / "tokenizer_config.json").is_file():
             tokenizer = load_tokenizer(str(folder))
     if tokenizer is not None:

@@ -1,8 +1,8 @@
-"""Export of recurrences: step and prefill as ONNX or `torch.export` programs.
+"""Export recurrences as ONNX or `torch.export` programs, one for steps and one for whole chunks.
 
-The state is explicit: a program maps the input and the state's tensors to the output and the new
-tensors, so a loop feeds these back. No program contains complex numbers or Fourier transforms;
-whole chunks are processed by blocks of matrix products.
+The state is explicit: a program maps the input and the tensors of the state to the output and the
+tensors of the next state. The caller passes the next state to the next call. No program contains
+complex numbers or Fourier transforms. Whole chunks are processed in blocks, by matrix products.
 """
 
 from gramian.export._export import export_model, export_recurrence

@@ -1,10 +1,11 @@
-"""Recurrences as modules that `torch.export` traces, for one step or any chunk at a time.
+"""Define recurrences as modules that `torch.export` can trace, for a step or a whole chunk.
 
-The recurrence defines the matrices that a chunk is multiplied with, and the layout of states for
-them (`gramian.systems.BlockForm`). This module cuts a chunk, whose length is open in programs, into
-blocks, and only the state passes from block to block, by a scan. The last block may have any number
-r < c of samples: the state after it is `A^r x` plus R applied to those samples, moved to the end of
-the block.
+The recurrence defines the matrices by which a chunk is multiplied, and the layout of states for
+these products (`gramian.systems.BlockForm`). A program must accept chunks of any length. So this
+module cuts the chunk into blocks of c samples, and a scan passes the state from block to block. The
+last block may have any number r < c of samples. Let x be the state before this block, A the state
+matrix, and R the matrix that maps a block of inputs to its part of the next state. The state after
+the last block is `A^r x`, plus R times a block with c - r zeros followed by the r samples.
 """
 
 from __future__ import annotations
@@ -30,14 +31,26 @@ __all__ = [
 ]
 
 BLOCK = 32
-"""Samples in a block: about as many as a state has numbers, so that T, O and R cost the same."""
+"""The number c of samples in a block.
+
+This number is about the size of a state, so that products with the matrices T, O and R of
+`gramian.systems.BlockForm` cost about the same.
+"""
 
 
 def split_blocks(x: Tensor, size: int = BLOCK, silent: float = 0.0) -> Tensor:
-    """Cut (…, length) into (…, K, size), filled with `silent` after the end.
+    """Cut a signal into blocks.
 
-    There is always one block more than needed, so that no number of blocks or of filled samples is
-    a special case, and one traced graph works for all lengths.
+    There is always one block more than the length requires. So no length is a special case, and one
+    traced graph works for all lengths.
+
+    Args:
+        x: the signal, (…, length).
+        size: number of samples in a block.
+        silent: value of the samples that are added after the end.
+
+    Returns:
+        The K blocks, (…, K, size).
     """
     length = x.shape[-1]
     count = length // size + 2
@@ -46,9 +59,15 @@ def split_blocks(x: Tensor, size: int = BLOCK, silent: float = 0.0) -> Tensor:
 
 
 def last_block(x: Tensor, size: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Return the `length % size` samples after the last whole block of (…, length).
+    """Return the samples that follow the last whole block of a signal.
 
-    They stand at the end of (…, size), with zeros before them; their number is returned, too.
+    Args:
+        x: the signal, (…, length).
+        size: number of samples in a block.
+
+    Returns:
+        A block, (…, size), that ends with the last `length % size` samples and begins with zeros;
+        and the number of these samples, (), int64.
     """
     length = x.shape[-1]
     rest = length - length // size * size
@@ -66,13 +85,13 @@ def carry(
     """Compute `x_{k+1} = advance(x_k, *others_k) + inputs_k` from `start`.
 
     Args:
-        advance: A map that is linear in its first argument.
-        inputs: (K, …).
-        start: (…).
-        others: (K, …) each.
+        advance: A function that is linear in its first argument.
+        inputs: The tensors to add in each of the K steps, (K, …).
+        start: x_0, (…).
+        others: Further arguments of `advance`, each (K, …).
 
     Returns:
-        x_0 … x_{K-1}, (K, …), and x_K.
+        x_0 … x_{K-1}, (K, …), and x_K, (…).
     """
     from torch._higher_order_ops.scan import scan
 
@@ -85,10 +104,12 @@ def carry(
 
 
 class TracedBlocks(nn.Module):
-    """Block matrices as buffers, since tensors in a scan's body must belong to the traced module.
+    """A module that holds block matrices as its buffers.
+
+    Tensors in the body of a scan must belong to the module that is traced.
 
     Args:
-        blocks: Block matrices of a group of channels.
+        blocks: The block matrices of a group of channels.
     """
 
     inside: Tensor
@@ -106,7 +127,7 @@ class TracedBlocks(nn.Module):
 
     @property
     def blocks(self) -> Blocks:
-        """The block matrices, made from the buffers."""
+        """The block matrices, whose tensors are the buffers."""
         return dataclasses.replace(self._like, **{n: getattr(self, n) for n in self._names})
 
     @property
@@ -123,13 +144,20 @@ class TracedBlocks(nn.Module):
         return self.blocks.advance_by(x, steps)
 
     def select(self, x: Tensor) -> Tensor:
-        """Take the part's channels of x (batch, channels, …)."""
+        """Return the channels of this group from x (batch, channels, …)."""
         return self.blocks.select(x)
 
     def convolve(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs (batch, G, length) of u from the state x (batch, G, n, 1).
+        """Process a chunk that continues from a state.
 
-        The state after u is returned, too. All blocks form one batched product, channel by channel.
+        The products of all blocks are one batched matrix product for each channel.
+
+        Args:
+            u: The inputs of G channels, (batch, G, length).
+            x: The state before the chunk, (batch, G, n, 1).
+
+        Returns:
+            The outputs, (batch, G, length), and the state after the chunk.
         """
         batch, groups, length = u.shape
         signal = u.to(self.dtype)
@@ -148,7 +176,7 @@ class TracedBlocks(nn.Module):
 
 
 class WindowedRecurrence(nn.Module):
-    """A short FIR recurrence as functions without side effects: a convolution with its taps.
+    """A short FIR recurrence as functions without side effects, which convolve with its taps.
 
     Args:
         recurrence: The recurrence, with channels *C.
@@ -164,7 +192,7 @@ class WindowedRecurrence(nn.Module):
         self.register_buffer("kernel", taps, persistent=False)
 
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Compute the recurrence's step without writing into `state`."""
+        """Compute a step of the recurrence without writing into `state`."""
         assert isinstance(state, FIRWindowState)
         return self.recurrence.advance(u_t, state)
 
@@ -179,15 +207,15 @@ class WindowedRecurrence(nn.Module):
 
 
 class BlockedRecurrence(nn.Module):
-    """A frozen recurrence as functions without side effects.
+    """A frozen recurrence in the form of functions without side effects.
 
     Args:
         recurrence: The recurrence of any finite-dimensional time-invariant system.
-        streams: Number of dimensions after the channels that share a filter, as the outer products
-            of MultiHyena do: its system has channels (heads, 1, 1).
+        streams: Number of dimensions, after the channels, along which inputs share a filter. For
+            the outer products of MultiHyena, whose system has channels (heads, 1, 1), it is 2.
 
     Raises:
-        ValueError: for a recurrence of another kind.
+        ValueError: if the recurrence has no block form.
     """
 
     def __init__(self, recurrence: Recurrence, streams: int = 0) -> None:
@@ -195,15 +223,15 @@ class BlockedRecurrence(nn.Module):
         self.recurrence = recurrence
         self.form = recurrence.form
         self._blocks = recurrence.block_form(BLOCK, streams)
-        # One for each group of channels of the state.
+        # There is one part for each group of channels, because the state has a tensor for each.
         self.parts: Any = nn.ModuleList(TracedBlocks(part) for part in self._blocks.parts)
 
     def step(self, u_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Compute the recurrence's step without writing into `state`."""
+        """Compute a step of the recurrence without writing into `state`."""
         return self.recurrence.advance(u_t, state)
 
     def prefill(self, u: Tensor, state: State) -> tuple[Tensor, State]:
-        """Process a chunk (batch, *C, length) in blocks, where *C are the system's channels."""
+        """Process a chunk u (batch, *C, length) in blocks, with the channels *C of the system."""
         channels = u.shape[1:-1]
         outputs, ends = [], []
         for part, x in zip(self.parts, self.pack(state), strict=True):
@@ -214,15 +242,15 @@ class BlockedRecurrence(nn.Module):
         return y.to(u.dtype), self.unpack(ends, state)
 
     def restore_order(self, outputs: list[Tensor]) -> Tensor:
-        """Return the channels of all parts, (batch, channels, …) each, in their original order."""
+        """Join the outputs of all parts, (batch, channels, …), in the order of the channels."""
         return self._blocks.restore_order(outputs)
 
     def pack(self, state: State) -> list[Tensor]:
-        """Return the state's tensors as (batch, G, n, streams)."""
+        """Return the state as one tensor (batch, G, n, streams) for each part."""
         return self._blocks.pack(state)
 
     def unpack(self, packed: list[Tensor], like: State) -> State:
-        """Return the state from which `pack` makes `packed`."""
+        """Return the state that `pack` maps to `packed`. `like` is any state of the recurrence."""
         return self._blocks.unpack(packed, like)
 
 

@@ -1,4 +1,4 @@
-"""Export of whole models, single mixers and systems as programs that step and prefill."""
+"""Export models, mixers and systems as two programs: for single steps and for whole chunks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["export_model", "export_recurrence"]
 
-_EXAMPLE = 37  # the length used in tracing, not a multiple of a block
+_EXAMPLE = 37  # the length of the traced example, which is not a multiple of a block
 
 
 def export_model(
@@ -41,25 +41,31 @@ def export_model(
 ) -> ExportReport:
     """Write a language model as two programs, `step` and `prefill`, that carry its state.
 
-    Both take token ids, int64, (batch, 1) or (batch, length), and the state's tensors, and return
-    next-token logits (batch, vocab_size) and the new state; batch and length are open. `folder`
-    also holds `export.json`, which describes the states (they start from zeros) and how the next
-    token is chosen, the model's configuration and the tokenizer. Padding is not supported:
-    all sequences of a batch must have the same length. Past the room of its attention a program's
-    logits are NaN. The files are loaded again and run; they appear in `folder` only if their tokens
-    equal those of the recurrence in PyTorch, and their generation equals `model.generate`.
+    `step` takes token ids (batch, 1), and `prefill` takes token ids (batch, length), in int64. Both
+    also take the tensors of the state, and return next-token logits (batch, vocab_size) and the
+    next state. The batch and the length may have any size. `folder` also holds the model's
+    configuration, the tokenizer and `export.json`. This file describes the states, which begin with
+    zeros, and how the next token is chosen.
+
+    Padding is not supported: all sequences of a batch must have the same length. If there are more
+    tokens than attention has room for, the logits are NaN.
+
+    The exported files are loaded and run before they appear in `folder`. They appear only if they
+    choose the same tokens as the recurrence in PyTorch and generate the same text as
+    `model.generate`.
 
     Args:
         model: A model on the CPU, in float32 or float64. Every long convolution must have a
             recurrence of fixed size, as distilled and state-space filters do.
         folder: Path of the new folder.
         format: "onnx", for onnxruntime and other runtimes, or "torch", for `torch.export.load`.
-        context: Number of tokens, prompt and text together, for which attention without a window
-            has room; by default `model.config.max_position_embeddings`.
-        tokenizer: A tokenizer to save with the programs.
-        verify: Number of greedy tokens of two sequences to compare, at least 1.
-        threads: onnxruntime threads for the comparison; onnxruntime chooses by default.
-        seed: Seed of the prompts of the comparison.
+        context: Number of tokens, of prompt and generated text together, for which attention
+            without a window has room; by default `model.config.max_position_embeddings`.
+        tokenizer: A tokenizer to save with the programs. It may be left out.
+        verify: Number of greedy tokens to compare in each of two sequences, at least 1.
+        threads: Number of threads of onnxruntime in the comparison; by default, onnxruntime
+            chooses the number.
+        seed: Seed of the prompts in the comparison.
 
     Returns:
         A report of the comparison.
@@ -67,11 +73,12 @@ def export_model(
     Raises:
         FileExistsError: if `folder` exists.
         ImportError: if a package that the format needs is missing.
-        TypeError: if `model` is not a language model of this library.
-        ValueError: for an unknown format, a model in half precision, a layer that has no
-            recurrence of fixed size, or a setting of `model.generation_config` that changes the
-            generated text and is not supported, such as beams; the message says what to do.
-        RuntimeError: if the exported programs compute other tokens.
+        TypeError: if `model` is not a `GramianForCausalLM`.
+        ValueError: if the format is unknown; if the model is in half precision or not on the CPU;
+            if a layer has no recurrence of fixed size; or if a setting of
+            `model.generation_config`, such as beams, changes the generated text and is not
+            supported. The message says what to do.
+        RuntimeError: if the exported programs choose other tokens.
     """
     from gramian.models import GramianForCausalLM
 
@@ -89,7 +96,7 @@ def export_model(
     _check_device(model.device)
     if verify < 1:
         raise ValueError(f"verify must be at least 1 token; got {verify}.")
-    describe(model.generation_config)  # fail early
+    describe(model.generation_config)  # raises its errors before the export
     context = model.config.max_position_embeddings if context is None else context
     with staged_directory(Path(folder)) as stage, frozen_for_export(model):
         exported = _language_model(model, context)
@@ -114,30 +121,36 @@ def export_recurrence(
 ) -> ExportReport:
     """Write one layer or system as two programs, `step` and `prefill`, that carry its state.
 
-    For a mixer, `step` takes (batch, width) and `prefill` (batch, length, width); for a system with
-    channels (*C), they take (batch, *C) and (batch, *C, length). Both return the outputs, of the
-    same shape, and the new state; batch and length are open. `export.json` describes the states.
+    The `step` of a mixer takes (batch, width), and its `prefill` takes (batch, length, width). For
+    a system with channels (*C), `step` takes (batch, *C), and `prefill` takes (batch, *C, length).
+    Both programs also take the tensors of the state, and return the output, in the shape of the
+    input, and the next state. The batch and the length may have any size. `export.json` describes
+    the states.
 
     Args:
         target: A mixer in float32 or float64, or a time-invariant system, on the CPU. A long `FIR`
             system needs `form="window"`.
         folder: Path of the new folder.
-        format: As for `export_model`.
-        form: Form of a system's recurrence, as in `system.recurrence(form)`: "lattice" and
-            "modal" keep a transfer function's state in single precision.
-        context: Number of samples for which attention without a window has room.
-        verify: Number of random samples of two sequences to compare, at least 1.
-        threads: onnxruntime threads for the comparison.
-        seed: Seed of these samples.
+        format: "onnx" or "torch", as for `export_model`.
+        form: Form of a system's recurrence, as in `system.recurrence(form)`. With "lattice" and
+            "modal", the state of a transfer function is in single precision.
+        context: Number of samples for which attention has room; required for attention without a
+            window.
+        verify: Number of random samples to compare in each of two sequences, at least 1.
+        threads: Number of threads of onnxruntime in the comparison; by default, onnxruntime
+            chooses the number.
+        seed: Seed of the random samples.
 
     Returns:
         A report of the comparison.
 
     Raises:
+        FileExistsError: if `folder` exists.
+        ImportError: if a package that the format needs is missing.
         TypeError: if `target` is neither a mixer nor a system.
-        ValueError: for a target without a recurrence of fixed size or in half precision, or an
-            unknown format.
-        FileExistsError, ImportError, RuntimeError: as `export_model`.
+        ValueError: if the format is unknown, or if `target` has no recurrence of fixed size, is in
+            half precision, or is not on the CPU.
+        RuntimeError: if the exported programs compute other outputs.
     """
     check_format(format)
     if verify < 1:
@@ -217,7 +230,7 @@ def _language_model(model: GramianForCausalLM, context: int) -> Stateful:
 
 
 class _Carried:
-    """A call of a layer's mixer on (batch, length, width), which keeps the new state."""
+    """A function that runs a layer's mixer on (batch, length, width) and keeps the next state."""
 
     def __init__(self, layer: MixerProgram, state: State, chunk: bool) -> None:
         self.layer = layer

@@ -1,8 +1,8 @@
-"""The choice of the next token in numpy, as transformers' `generate` makes it.
+"""Choose the next token in numpy, as `generate` of transformers does.
 
-It follows the settings of a model's `generation_config` that change the generated text. At export,
-`describe` returns the settings, or refuses a setting that is not supported; `Rules` applies them
-to logits, in the order in which transformers does.
+The settings in a model's `generation_config` that change the generated text determine the choice.
+When a model is exported, `describe` returns these settings, or raises an error if one of them is
+not supported. `Rules` applies the settings to logits, in the same order as transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SCORES = (
 )
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _HONOURED = ("do_sample", "eos_token_id", "pad_token_id", *_SCORES, *_SAMPLING)
-_NEUTRAL = (  # they do not change the text, or only in combination with other settings
+_NEUTRAL = (  # settings that change the text only together with other settings, or never
     "max_length",
     "max_new_tokens",
     "early_stopping",
@@ -63,7 +63,7 @@ _NEUTRAL = (  # they do not change the text, or only in combination with other s
     "low_memory",
     "transformers_version",
 )
-_IDLE: dict[str, Any] = {  # values with which a setting has no effect, besides None and False
+_IDLE: dict[str, Any] = {  # values of settings, besides None and False, that have no effect
     "repetition_penalty": 1,
     "no_repeat_ngram_size": 0,
     "min_length": 0,
@@ -86,10 +86,13 @@ _IDLE: dict[str, Any] = {  # values with which a setting has no effect, besides 
 
 
 def describe(config: Any) -> dict[str, Any]:
-    """Return the settings of a `transformers.GenerationConfig` that change the text, for JSON.
+    """Return the settings that change the text, as values that JSON can hold.
+
+    Args:
+        config: a `transformers.GenerationConfig`.
 
     Raises:
-        ValueError: for a setting that exported models do not support.
+        ValueError: if exported models do not support a setting.
     """
     found: dict[str, Any] = {}
     for name in type(config)().__dict__:
@@ -106,7 +109,7 @@ def describe(config: Any) -> dict[str, Any]:
             )
         found[name] = _plain(name, value)
     if "min_new_tokens" in found:
-        found.pop("min_length", None)  # as in transformers
+        found.pop("min_length", None)  # transformers does the same
     return found
 
 
@@ -119,12 +122,13 @@ def _plain(name: str, value: Any) -> Any:
 
 
 class Rules:
-    """The rules that choose the next token, by the entry `generation` of an `export.json`.
+    """The rules that choose the next token.
 
     Args:
-        settings: The settings that `describe` returned.
-        temperature: 0 chooses the most likely token; with a positive temperature tokens are
-            sampled; None leaves it to the settings.
+        settings: The settings that `describe` returned, which are the entry `generation` of
+            `export.json`.
+        temperature: Temperature for sampling. If it is 0, the most likely token is chosen. By
+            default, the settings decide.
     """
 
     def __init__(self, settings: dict[str, Any], temperature: float | None = None) -> None:
@@ -140,17 +144,20 @@ class Rules:
     def choose(
         self, ids: np.ndarray, logits: np.ndarray, prompt: int, end: int, draw: np.random.Generator
     ) -> np.ndarray:
-        """Choose tokens (batch) after ids (batch, length), from logits (batch, vocab_size).
+        """Choose the next token of every sequence.
 
         Args:
-            ids: Token ids of the prompt and the text generated so far.
-            logits: Logits of the next token.
+            ids: Token ids of the prompt and the text generated so far, (batch, length).
+            logits: Logits of the next token, (batch, vocab_size).
             prompt: Length of the prompt.
             end: Length at which generation ends.
             draw: Random generator for sampling.
 
+        Returns:
+            Token ids, (batch).
+
         Raises:
-            ValueError: if no token is left to choose, as all are suppressed or NaN.
+            ValueError: if a logit is NaN, or the settings exclude all tokens.
         """
         scores = self.scores(ids, logits, prompt, end)
         best = scores.max(-1)
@@ -163,8 +170,11 @@ class Rules:
         return np.asarray(scores.argmax(-1))
 
     def scores(self, ids: np.ndarray, logits: np.ndarray, prompt: int, end: int) -> np.ndarray:
-        """Return logits (batch, vocab_size) after all settings; -inf for excluded tokens."""
-        scores = logits.astype(np.float32)  # as transformers does
+        """Return the logits (batch, vocab_size) after all settings, with -inf for excluded tokens.
+
+        The arguments are those of `choose`.
+        """
+        scores = logits.astype(np.float32)  # transformers does the same
         with np.errstate(invalid="ignore", over="ignore"):
             for name in _SCORES:
                 if self.settings.get(name) is not None:

@@ -1,7 +1,8 @@
-"""Mixers as pure functions of one token or a chunk of any length, and of the state's tensors.
+"""Define mixers as functions without side effects, of an input and the tensors of a state.
 
-Projections, gates and short convolutions are the mixers' own code. The programs replace what a
-traced graph cannot contain: loops over time, Fourier transforms, and a growing cache.
+The input is one token or a chunk of any length. The exported programs run the mixers' own code for
+projections, gates and short convolutions. The functions here replace what a traced graph cannot
+contain: loops over time, Fourier transforms, and a growing cache.
 """
 
 from __future__ import annotations
@@ -45,9 +46,15 @@ _DISTIL = (
 
 
 def named_tensors(state: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield names and tensors of a state's batched tensors, by field and index."""
+    """Yield the names and the tensors of a state. Tensors without a batch are left out.
+
+    Args:
+        state: The state, or one of its fields.
+        prefix: Name of the state. The name of a tensor is this name, followed by the names of
+            fields and the indices of tuples.
+    """
     if isinstance(state, Tensor):
-        if state.ndim:  # a count for the whole batch is not carried
+        if state.ndim:  # a number for the whole batch is not part of the exported state
             yield prefix, state
         return
     names = getattr(state, "_fields", range(len(state)))
@@ -56,7 +63,7 @@ def named_tensors(state: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def fill(template: Any, tensors: Iterator[Tensor]) -> Any:
-    """Return a state like `template` with other tensors, in the order of `named_tensors`."""
+    """Return a state like `template` with the given tensors, in the order of `named_tensors`."""
     if isinstance(template, Tensor):
         return next(tensors) if template.ndim else torch.zeros_like(template)
     values = [fill(value, tensors) for value in template]
@@ -64,24 +71,23 @@ def fill(template: Any, tensors: Iterator[Tensor]) -> Any:
 
 
 class MixerProgram:
-    """A mixer's recurrence in a form that can be traced.
+    """The recurrence of a mixer in a form that can be traced.
 
-    This class is for mixers whose `mix_token` and `mix_chunk` can be traced themselves, for any
-    length, and need no padding. Any other mixer needs a subclass, registered with
-    `register_program`.
+    This class suits mixers whose `mix_token` and `mix_chunk` can themselves be traced, for any
+    length, without padding. Any other mixer needs a subclass, which `register_program` registers.
 
     Args:
-        mixer: The mixer to export; its filters are evaluated here.
-        name: Name of the mixer in messages.
+        mixer: The mixer to export. Its filters are evaluated when the program is made.
+        name: Name of the mixer in error messages.
         context: Number of tokens for which attention without a window has room.
 
     Attributes:
         template: The zero state of one sequence.
-        constants: Modules whose buffers the program reads, besides the mixer.
+        constants: Modules, besides the mixer, whose buffers the program reads.
         context: Number of tokens for which the program has room; None if there is no limit.
 
     Raises:
-        ValueError: for a mixer or a filter that cannot be exported.
+        ValueError: if the mixer or its filter cannot be exported.
     """
 
     constants: tuple[nn.Module, ...] = ()
@@ -96,7 +102,7 @@ class MixerProgram:
         return self.mixer.mix_token(x_t, state.clone())
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mix a chunk (batch, length, width) of any length."""
+        """Mix a chunk (batch, length, width) of any length that continues from `state`."""
         return self.mixer.mix_chunk(x, state, None)
 
 
@@ -105,10 +111,14 @@ _ProgramType = TypeVar("_ProgramType", bound="type[MixerProgram]")
 
 
 def register_program(*kinds: type[Any]) -> Callable[[_ProgramType], _ProgramType]:
-    """Return a class decorator that registers a program for mixers of these classes.
+    """Return a class decorator that registers a program for mixers of some classes.
 
-    It also applies to their subclasses. For example:
-    `gramian.export.register_program(MyMixer)(gramian.export.MixerProgram)`.
+    The program is also used for subclasses of these classes. If the methods of a mixer can
+    themselves be traced, `MixerProgram` is its program, and
+    `gramian.export.register_program(MyMixer)(gramian.export.MixerProgram)` registers it.
+
+    Args:
+        kinds: The classes of mixers.
     """
 
     def add(program: _ProgramType) -> _ProgramType:
@@ -119,10 +129,14 @@ def register_program(*kinds: type[Any]) -> Callable[[_ProgramType], _ProgramType
 
 
 def make_program(mixer: Mixer, name: str, context: int | None = None) -> MixerProgram:
-    """Make the program of a mixer's class, or of the nearest one that it inherits from.
+    """Make the program of a mixer.
+
+    If no program is registered for the class of the mixer, the program of its nearest base class is
+    used.
 
     Raises:
-        ValueError: for a mixer that is not causal, or whose classes have no program.
+        ValueError: if the mixer is not causal, or if neither its class nor a base class has a
+            program.
     """
     if not mixer.causal:
         raise ValueError(
@@ -140,7 +154,7 @@ def make_program(mixer: Mixer, name: str, context: int | None = None) -> MixerPr
 
 @register_program(Block)
 class _BlockProgram(MixerProgram):
-    """The program of a block: that of its inner mixer with the block's maps around it."""
+    """The program of a block, which calls the program of the mixer inside."""
 
     def __init__(self, mixer: Block, name: str, context: int | None = None) -> None:
         self.block = mixer
@@ -158,7 +172,7 @@ class _BlockProgram(MixerProgram):
 
 @register_program(ConvolutionMixer)
 class _ConvolutionProgram(MixerProgram):
-    """The program of long convolutions, by blocks of samples."""
+    """The program of mixers with long convolutions. It processes chunks in blocks of samples."""
 
     mixer: ConvolutionMixer
 
@@ -174,7 +188,7 @@ class _ConvolutionProgram(MixerProgram):
         self.constants = self.long
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        long: Any = self.long  # they have the interface of recurrences
+        long: Any = self.long  # these modules have the interface of recurrences
         return self.mixer.convolve_token(x_t, state, long)
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -184,7 +198,7 @@ class _ConvolutionProgram(MixerProgram):
 
 @register_program(MultiHyena)
 class _MultiHyenaProgram(_ConvolutionProgram):
-    """The program of MultiHyena: `(Q Kᵀ ∘ T) V` within a block, plus the output of the state."""
+    """The program of MultiHyena. A block's output is `(Q Kᵀ ∘ T) V`, plus the state's output."""
 
     mixer: MultiHyena
 
@@ -205,7 +219,16 @@ class _MultiHyenaProgram(_ConvolutionProgram):
 def _outer_products(
     part: Any, q: Tensor, k: Tensor, v: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the outputs (batch, heads, length, N) and the next state (batch, heads, n, N²)."""
+    """Process a chunk of the heads whose filters are in one part.
+
+    Args:
+        part: The block matrices of the heads, a `TracedBlocks`.
+        q, k, v: (batch, heads, length, N).
+        state: The state before the chunk, (batch, heads, n, N²).
+
+    Returns:
+        The outputs, (batch, heads, length, N), and the state after the chunk.
+    """
     from torch._higher_order_ops.scan import scan
 
     width, length = q.shape[-1], q.shape[2]
@@ -236,15 +259,15 @@ def _outer_products(
 
 @register_program(LinearRecurrence)
 class _LinearRecurrenceProgram(MixerProgram):
-    """The program of linear recurrences, by blocks of steps.
+    """The program of linear recurrences. It processes chunks in blocks of steps.
 
-    The last block is filled up with steps that leave the memory unchanged.
+    The last block is filled with steps that leave the memory unchanged.
     """
 
     mixer: LinearRecurrence
 
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        return self.mixer.mix_token(x_t, state)  # it does not write into the state
+        return self.mixer.mix_token(x_t, state)  # this does not write into the state
 
     def prefill(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         assert isinstance(state, LinearRecurrenceState)
@@ -259,9 +282,16 @@ class _LinearRecurrenceProgram(MixerProgram):
 def _by_blocks(
     coefficients: Coefficients, values: Tensor, memory: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs for values (batch, heads, length, N), and the next memory.
+    """Run the steps of a linear recurrence in blocks.
 
-    The memory is (batch, heads, n, N).
+    Args:
+        coefficients: The coefficients of all steps.
+        values: (batch, heads, length, N).
+        memory: The memory before the first step, (batch, heads, n, N).
+        size: Number of steps in a block.
+
+    Returns:
+        The outputs, (batch, heads, length, N), and the memory after the last step.
     """
     batch, heads, length, width = values.shape
 
@@ -307,7 +337,7 @@ def _by_blocks(
 
 @register_program(SoftmaxAttention)
 class _AttentionProgram(MixerProgram):
-    """The program of attention, with a fixed room for keys and values."""
+    """The program of attention. Its state has room for a fixed number of keys and values."""
 
     mixer: SoftmaxAttention
 
@@ -338,7 +368,7 @@ class _AttentionProgram(MixerProgram):
         index = torch.arange(length, device=x.device)
         positions = state.real[:, None] + index
         q, k, v = mixer.project(x, positions)
-        ahead = index[:, None] - index  # how far back key s is for query t
+        ahead = index[:, None] - index  # number of positions from key s to query t
         seen = ahead >= 0
         if mixer.window is not None:
             seen = seen & (ahead < mixer.window)
@@ -353,9 +383,13 @@ class _AttentionProgram(MixerProgram):
         return self._inside_room(y, state), mixer.remember(state, k, v, None)
 
     def _inside_room(self, y: Tensor, state: State) -> Tensor:
-        """Return outputs (batch, length, width) after `state`, with NaN for tokens past the room.
+        """Return outputs, with NaN at tokens for which attention has no room.
 
-        A program cannot raise an error.
+        A program cannot raise an error, so the outputs must show that there is no room.
+
+        Args:
+            y: The outputs, (batch, length, width).
+            state: The state before these tokens.
         """
         if self.context is None:
             return y

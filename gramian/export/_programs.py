@@ -1,4 +1,4 @@
-"""Tracing of steps and prefills with explicit states, to `torch.export` programs and ONNX."""
+"""Trace functions with explicit states, and save them as `torch.export` or ONNX programs."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ from gramian.mixers import Mixer
 __all__ = ["FORMATS", "Stateful", "check_format", "frozen_for_export", "save_programs"]
 
 FORMATS = {"onnx": "onnx", "torch": "pt2"}
-"""Formats and the suffixes of their files."""
+"""A mapping from the formats to the suffixes of their files."""
 
 MANIFEST = "export.json"
 WEIGHTS = "weights.bin"
-_SMALL = 1024  # bytes up to which a tensor is not worth looking up
+_SMALL = 1024  # tensors of at most this number of bytes are not shared between the programs
 
 _NEEDS = 'exporting to ONNX needs onnx, onnxscript and onnxruntime: pip install "gramian[export]".'
 
 
 @dataclass(frozen=True)
 class Stateful:
-    """The target of an export: functions of an input and named state tensors.
+    """The two functions to export. Each maps an input and a state to an output and a next state.
 
     Attributes:
-        module: module that holds the parameters, so that programs use their names.
-        constants: modules that hold tensors derived from the parameters.
-        step: function from (input, {name: state}) to (output, {name: new state}) for one token or
-            sample.
-        prefill: the same function for a chunk.
-        states: an empty state of one sequence, {name: (1, …)}.
-        step_input: example input of a step, with a batch of 2.
-        prefill_input: (…): example input of a chunk, whose length is open.
-        time: the time dimension of `prefill_input`.
-        input: name of the input.
-        output: name of the output.
-        description: further entries for the description of the folder.
+        module: module that holds the parameters. The programs use their names in this module.
+        constants: modules that hold tensors computed from the parameters.
+        step: function that maps one token or sample and {name: state} to the output and
+            {name: next state}.
+        prefill: function that maps a chunk and {name: state} to the outputs and
+            {name: next state}.
+        states: the zero state of one sequence, {name: (1, …)}.
+        step_input: example of the input of `step`, with a batch of 2.
+        prefill_input: example of the input of `prefill`, with a batch of 2.
+        time: the dimension of `prefill_input` that is time. Its length may vary.
+        input: name of the input in the programs.
+        output: name of the output in the programs.
+        description: further entries of `export.json`.
     """
 
     module: nn.Module
@@ -62,6 +63,11 @@ class Stateful:
 
 
 class _Program(nn.Module):
+    """A module that runs a function and owns all tensors that the function reads.
+
+    A function can be traced only in this form.
+    """
+
     def __init__(self, what: Stateful, function: Callable[..., Any]) -> None:
         super().__init__()
         self.module = what.module
@@ -73,7 +79,12 @@ class _Program(nn.Module):
 
 
 def check_format(format: str) -> None:
-    """Raise an error unless the format is known and the packages that it needs are installed."""
+    """Check that a format is known, and that the packages that it needs are installed.
+
+    Raises:
+        ValueError: if the format is unknown.
+        ImportError: if a package is missing.
+    """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}.")
     if format == "onnx":
@@ -87,7 +98,7 @@ def check_format(format: str) -> None:
 
 @contextmanager
 def frozen_for_export(module: nn.Module) -> Iterator[None]:
-    """Set evaluation mode, without gradients and compiled steps, and restore the mode at exit."""
+    """Set evaluation mode, and turn off gradients and compiled steps, until the context exits."""
     training = {part: part.training for part in module.modules()}
     mixers = [part for part in module.modules() if isinstance(part, Mixer)]
     compiled = [mixer.compiled_step for mixer in mixers]
@@ -105,7 +116,16 @@ def frozen_for_export(module: nn.Module) -> Iterator[None]:
 
 
 def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
-    """Write both programs and their description, `export.json`, into an empty folder."""
+    """Write both programs and their description into an empty folder.
+
+    Args:
+        what: The functions to trace.
+        folder: The folder.
+        format: "onnx" or "torch".
+
+    Returns:
+        The description, which is also written to `export.json`.
+    """
     suffix = FORMATS[format]
     open_ = torch.export.Dim.DYNAMIC
     states = {
@@ -153,7 +173,7 @@ def save_programs(what: Stateful, folder: Path, format: str) -> dict[str, Any]:
 
 
 def _save_onnx(programs: dict[str, Any], folder: Path, what: Stateful) -> None:
-    """Write both files, and one with the weights that they share."""
+    """Write the two ONNX files, and one file with the weights that they share."""
     import onnx_ir
 
     models = {}
@@ -197,7 +217,7 @@ def _content(tensor: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress the exporter's remarks on packages that are not installed."""
+    """Suppress messages and warnings of the exporter, for example about missing packages."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -214,7 +234,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _open(tensor: Tensor, time: int | None = None) -> list[int | str]:
-    """Return the shape, with names for the open dimensions."""
+    """Return the shape of a tensor, with names in place of the sizes that may vary."""
     shape: list[int | str] = list(tensor.shape)
     shape[0] = "batch"
     if time is not None:

@@ -1,4 +1,4 @@
-"""The report of the comparison after an export."""
+"""Define the report of an export, which compares the exported programs with PyTorch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ __all__ = ["ExportReport"]
 
 @dataclass(frozen=True)
 class ExportReport:
-    """The result of `export_model` and `export_recurrence`, which prints as a table.
+    """The report that `export_model` and `export_recurrence` return. It prints as a table.
 
     Attributes:
         kind: "language model", "mixer" or "system".
         format: "onnx" or "torch".
-        states: number of state tensors.
-        state_bytes: bytes of the state tensors for one sequence.
+        states: number of tensors of the state.
+        state_bytes: bytes of the state of one sequence.
         context: number of tokens for which attention has room; None if there is no limit.
-        compared: number of greedy tokens, or samples, compared in each of two sequences.
-        ties: number of these tokens at which the program preferred another token whose logit, in
-            PyTorch, differs by no more than rounding.
-        prefill_difference: largest difference of an output after a whole prompt or chunk.
-        step_difference: largest difference of an output after a step.
-        scale: the largest output, to which the differences compare.
+        compared: number of greedy tokens, or of samples, that were compared in each of two
+            sequences.
+        ties: number of these tokens for which the program and PyTorch chose different tokens, but
+            their logits in PyTorch differ by no more than rounding.
+        prefill_difference: largest difference between an output of `prefill` and PyTorch's output.
+        step_difference: largest difference between an output of `step` and PyTorch's output.
+        scale: largest absolute value of an output. Compare the differences with this value.
     """
 
     kind: str

@@ -1,7 +1,7 @@
-"""Running of exported programs with numpy arrays, feeding back the state.
+"""Run exported programs on numpy arrays, and carry the state from call to call.
 
-ONNX files run in onnxruntime, `torch.export` programs in PyTorch. Nothing else is needed, and no
-model is built.
+ONNX files run in onnxruntime, and `torch.export` programs run in PyTorch. Besides numpy, no other
+package is needed, and no model is built.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _Program = Callable[[np.ndarray, _Arrays], tuple[np.ndarray, _Arrays]]
 
 @dataclass(frozen=True)
 class ExportedState:
-    """The state that is carried from call to call.
+    """The state of an exported program, which is passed from call to call.
 
     Attributes:
-        tensors: {name: (batch, …)}, as `export.json` lists them.
-        taken: number of tokens or samples seen. If only `tensors` are given, it is read from the
-            counts of attention among them, and is None if there are none.
+        tensors: the arrays that `export.json` lists, {name: (batch, …)}.
+        taken: number of tokens or samples that the state has seen. If it is not given, it is read
+            from the counts of tokens in the state of attention. Without attention, it is None.
     """
 
     tensors: dict[str, np.ndarray]
@@ -42,22 +42,22 @@ class ExportedState:
 
     @property
     def batch_size(self) -> int:
-        """Number of sequences."""
+        """The number of sequences."""
         return len(next(iter(self.tensors.values())))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def _counts(name: str, tensor: np.ndarray) -> bool:
-    """Return whether a state's tensor holds the number of tokens that attention has seen."""
+    """Return whether a tensor of a state holds the number of tokens that attention has seen."""
     return name.endswith(".real") and tensor.ndim == 1 and np.issubdtype(tensor.dtype, np.integer)
 
 
 class _Exported:
-    """The two programs of a folder."""
+    """The two programs in a folder, and their description."""
 
     _kinds: tuple[str, ...]
     _maker: str
@@ -93,7 +93,14 @@ class _Exported:
             )
 
     def initial_state(self, batch_size: int = 1) -> ExportedState:
-        """Return the zero state, that before the first token, for `batch_size` sequences."""
+        """Return the zero state, which is the state before the first token.
+
+        Args:
+            batch_size: Number of sequences, at least 1.
+
+        Raises:
+            ValueError: if `batch_size` is below 1.
+        """
         if batch_size < 1:
             raise ValueError(
                 f"batch_size must be a positive number of sequences; got {batch_size}."
@@ -164,14 +171,15 @@ class ExportedModel(_Exported):
     """A language model that `gramian.export.export_model` wrote.
 
     Args:
-        folder: The folder that it wrote.
-        threads: onnxruntime threads within one operation; onnxruntime chooses by default.
-        providers: onnxruntime's execution providers; the CPU by default.
+        folder: The folder that `export_model` wrote.
+        threads: Number of threads of onnxruntime within one operation; by default, onnxruntime
+            chooses the number.
+        providers: Execution providers of onnxruntime; by default, the CPU.
 
     Raises:
         FileNotFoundError: if the folder does not exist or holds no export.
-        ImportError: if onnxruntime is missing.
-        ValueError: if it holds an export of another kind.
+        ImportError: if the folder holds ONNX files and onnxruntime is missing.
+        ValueError: if the folder holds an export of another kind.
     """
 
     _kinds = ("language model",)
@@ -183,16 +191,18 @@ class ExportedModel(_Exported):
         """Read a prompt of any length, without padding, in chunks.
 
         Args:
-            input_ids: (batch, length ≥ 1), integers.
+            input_ids: Token ids, (batch, length), integers, with a length of at least 1.
             state: The state from which to continue; by default, the zero state.
-            chunk_size: Number of tokens read at once.
+            chunk_size: Number of tokens that are read at once.
 
         Returns:
-            Logits (batch, vocab_size) of the token that follows, and the state.
+            The logits of the token that follows, (batch, vocab_size), and the state after the
+            prompt.
 
         Raises:
-            ValueError: for another shape, a token outside of the vocabulary, or too many tokens
-                for the room of its attention.
+            ValueError: if the ids have another shape or dtype; if an id is outside of the
+                vocabulary; if the state has another batch size; if `chunk_size` is below 1; or if
+                there are more tokens than attention has room for.
         """
         ids = self._checked(input_ids)
         if chunk_size < 1:
@@ -206,7 +216,19 @@ class ExportedModel(_Exported):
         return logits, state
 
     def step(self, tokens: Any, state: ExportedState) -> tuple[np.ndarray, ExportedState]:
-        """Read one token of each sequence, (batch) or (batch, 1), and return as `prefill` does."""
+        """Read one token of each sequence.
+
+        Args:
+            tokens: Token ids, (batch) or (batch, 1), integers.
+            state: The state from which to continue.
+
+        Returns:
+            The logits of the token that follows, (batch, vocab_size), and the next state.
+
+        Raises:
+            ValueError: if the ids have another shape or dtype; if an id is outside of the
+                vocabulary; if the state has another batch size; or if attention has no room.
+        """
         ids = np.asarray(tokens)
         ids = self._checked(ids[:, None] if ids.ndim == 1 else ids)
         if ids.shape[1] != 1:
@@ -221,26 +243,27 @@ class ExportedModel(_Exported):
         temperature: float | None = None,
         seed: int = 0,
     ) -> np.ndarray:
-        """Continue (batch, length) token ids, as the model's own `generate` does.
+        """Continue token ids, as the model's own `generate` does.
 
-        The settings of the model's `generation_config` that change the text are in `export.json`
-        and apply here: suppressed, forced and penalized tokens, bad words, restrictions of
-        sampling, and ends of text, after which a sequence is padded.
+        `export.json` has the settings of the model's `generation_config` that change the text. This
+        method applies these settings. They suppress, force and penalize tokens, exclude bad words,
+        restrict sampling, and name the tokens that end a text. After such a token, a sequence is
+        padded.
 
         Args:
-            input_ids: As for `prefill`.
+            input_ids: Token ids of the prompts, as for `prefill`.
             max_new_tokens: Maximal number of new tokens, at least 1.
-            temperature: 0 chooses the most likely token; with a positive temperature, tokens are
-                sampled within the restrictions of the settings. By default, the settings decide.
+            temperature: Temperature for sampling within the restrictions of the settings. If it is
+                0, the most likely token is chosen. By default, the settings decide.
             seed: Seed of the sampling.
 
         Returns:
-            (batch, length + new tokens), with at most `max_new_tokens` new tokens, fewer if all
-            sequences have ended.
+            Token ids, (batch, length + new tokens). There are `max_new_tokens` new tokens, or fewer
+            if all sequences have ended.
 
         Raises:
-            ValueError: for arguments other than these, too many tokens for the room of attention,
-                or if no token is left to choose from.
+            ValueError: if an argument is out of range; if there are more tokens than attention has
+                room for; if a logit is NaN; or if the settings exclude all tokens.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
@@ -278,7 +301,7 @@ class ExportedModel(_Exported):
 class ExportedRecurrence(_Exported):
     """A mixer or a system that `gramian.export.export_recurrence` wrote.
 
-    Arguments and errors are those of `ExportedModel`.
+    The arguments and errors are the same as those of `ExportedModel`.
     """
 
     _kinds = ("mixer", "system")
@@ -287,10 +310,18 @@ class ExportedRecurrence(_Exported):
     def prefill(
         self, x: Any, state: ExportedState | None = None
     ) -> tuple[np.ndarray, ExportedState]:
-        """Process a chunk: (batch, length, width) for a mixer, (batch, *C, length) for a system.
+        """Process a chunk of samples.
+
+        Args:
+            x: The chunk: (batch, length, width) for a mixer, (batch, *C, length) for a system.
+            state: The state from which to continue; by default, the zero state.
 
         Returns:
-            The outputs, of the same shape, and the state.
+            The outputs, in the shape of `x`, and the state after the chunk.
+
+        Raises:
+            ValueError: if `x` has another shape, if the state has another batch size, or if
+                attention has no room.
         """
         x = self._checked(x, "prefill")
         state = self.initial_state(len(x)) if state is None else state
@@ -298,7 +329,18 @@ class ExportedRecurrence(_Exported):
         return self._run(self._prefill, x, state, x.shape[time])
 
     def step(self, x_t: Any, state: ExportedState) -> tuple[np.ndarray, ExportedState]:
-        """Process one sample: (batch, width) for a mixer, (batch, *C) for a system."""
+        """Process one sample of each sequence.
+
+        Args:
+            x_t: The samples: (batch, width) for a mixer, (batch, *C) for a system.
+            state: The state from which to continue.
+
+        Returns:
+            The outputs, in the shape of `x_t`, and the next state.
+
+        Raises:
+            ValueError: in the same cases as `prefill`.
+        """
         return self._run(self._step, self._checked(x_t, "step"), state, 1)
 
     def _checked(self, x: Any, program: str) -> np.ndarray:

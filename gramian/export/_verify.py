@@ -1,4 +1,4 @@
-"""Comparison of exported programs with the recurrence in PyTorch from which they were made."""
+"""Compare exported programs with the PyTorch recurrence from which they were made."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 
 __all__ = ["verify_model", "verify_recurrence"]
 
-_PROMPT = 45  # tokens or samples that are processed as one chunk
+_PROMPT = 45  # number of tokens or samples that are processed as one chunk
 _SINGLE, _DOUBLE = 1e-4, 1e-9
-"""Accepted differences of outputs, relative to the largest output, for programs that use single
-precision anywhere, and for others."""
+"""The accepted differences of outputs, relative to the largest output.
+
+The first number applies to programs that use single precision anywhere. The second number applies
+to all other programs.
+"""
 
 
 class _Differences:
-    """The largest difference from PyTorch and the largest output so far."""
+    """The largest differences between program and PyTorch so far, and the largest output."""
 
     def __init__(self) -> None:
         self.prefill = self.step = self.scale = 0.0
@@ -62,12 +65,23 @@ def verify_model(
     tokens: int,
     seed: int,
 ) -> ExportReport:
-    """Compare greedy tokens after two random prompts, feeding PyTorch's choice to both.
+    """Compare the greedy tokens of an exported model with the greedy tokens of PyTorch.
 
-    As long as all choices agree, two independent runs would write the same. A token that differs is
-    a tie if PyTorch's logits of the two candidates differ by less than the accepted difference of
-    outputs; otherwise it is a `RuntimeError`. If the model has generation settings, generation by
-    these is compared, too.
+    Both models continue two random prompts, and both read the tokens that PyTorch chooses. As long
+    as all choices agree, two independent runs would generate the same text. If the choices differ,
+    but PyTorch's logits of the two tokens differ by no more than the accepted difference of
+    outputs, the choice is a tie. If the model has generation settings, the generation with these
+    settings is compared, too.
+
+    Args:
+        model: The model in PyTorch.
+        run: The exported model.
+        description: The contents of `export.json`.
+        tokens: Number of tokens to compare in each sequence.
+        seed: Seed of the prompts.
+
+    Raises:
+        RuntimeError: if choices differ and are not a tie, or if outputs or generated texts differ.
     """
     from gramian.models.cache import CACHE
 
@@ -111,10 +125,10 @@ def verify_model(
 def _verify_rules(
     model: GramianForCausalLM, ids: Tensor, settings: dict[str, Any], tokens: int, seed: int
 ) -> None:
-    """Compare the probabilities after the settings with those that transformers computes.
+    """Compare the probabilities that `Rules` and transformers compute from the same logits.
 
     Raises:
-        RuntimeError: if a probability of a next token differs.
+        RuntimeError: if the probability of a next token differs.
     """
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)
@@ -134,10 +148,13 @@ def _verify_rules(
 def _verify_generation(
     model: GramianForCausalLM, run: ExportedModel, ids: Tensor, tokens: int, rounding: float
 ) -> None:
-    """Compare independent greedy generation, which may diverge where the best scores are a tie.
+    """Compare the texts that the exported model and `model.generate` greedily generate.
+
+    The texts may diverge at a token if the scores of the two choices differ by no more than
+    rounding.
 
     Raises:
-        RuntimeError: if it diverges elsewhere, or ends at different lengths.
+        RuntimeError: if the texts diverge at another token, or end at different lengths.
     """
     with _quiet():
         written = _generate(model, ids, tokens, do_sample=False, output_scores=True)
@@ -174,7 +191,7 @@ def _generate(model: GramianForCausalLM, ids: Tensor, tokens: int, **options: An
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress transformers' remarks on unused settings."""
+    """Suppress messages and warnings of transformers, for example about unused settings."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -196,7 +213,20 @@ def verify_recurrence(
     samples: int,
     seed: int,
 ) -> ExportReport:
-    """Compare the outputs for random samples of two sequences, a chunk followed by steps."""
+    """Compare the outputs of an exported recurrence and of PyTorch for random samples.
+
+    Both recurrences process a chunk of two sequences, and then single steps.
+
+    Args:
+        recurrence: The recurrence in PyTorch.
+        run: The exported recurrence.
+        description: The contents of `export.json`.
+        samples: Number of steps.
+        seed: Seed of the samples.
+
+    Raises:
+        RuntimeError: if an output differs.
+    """
     dtype = getattr(torch, description["input"]["dtype"])
     length = _PROMPT
     if run.context is not None:

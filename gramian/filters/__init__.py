@@ -1,4 +1,4 @@
-"""Filters, modules that parametrize a time-invariant system."""
+"""Filters: modules that parametrize a time-invariant system."""
 
 from gramian.filters._filter import Filter, build, register
 from gramian.filters._optim import parameter_groups

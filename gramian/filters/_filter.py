@@ -12,6 +12,7 @@ import torch
 from gramian._checks import check_sizes
 from gramian._modules import SinglePrecisionModule
 from gramian._nearest import unknown
+from gramian._registry import registering
 from gramian.ops.precision import full_precision
 from gramian.systems import System
 
@@ -22,16 +23,16 @@ _FilterType = TypeVar("_FilterType", bound="type[Filter]")
 
 
 class Filter(SinglePrecisionModule, abc.ABC):
-    """A module whose parameters make a time-invariant system, one channel for each filter.
+    """A module whose parameters make a time-invariant system, with one channel for each filter.
 
-    `filter(length)` goes through `forward`, so that hooks and sharding see it; the system is
-    made anew at every call and gradients flow through it. The parameters describe dynamics, where a
-    pole of 0.999 must not become 1.0: they stay in float32 when the model is cast to half
-    precision, and the system is made outside of autocast.
+    `filter(length)` goes through `forward`, so that hooks and sharding see the call. Every call
+    makes a new system, and gradients flow through it. The parameters describe dynamics, in which a
+    pole of 0.999 must not become 1.0. So the parameters stay in float32 when the model is cast to
+    half precision, and the system is made outside of autocast.
 
     Args:
-        channels: Number of filters.
-        max_length: Taps that training sees.
+        channels: The number of filters.
+        max_length: The number of taps that kernels have in training.
     """
 
     name: ClassVar[str]
@@ -52,26 +53,27 @@ class Filter(SinglePrecisionModule, abc.ABC):
         """Make the system of all channels.
 
         Args:
-            length: How many taps will be used; None: as many as the filter has.
+            length: The number of taps that will be used. None means as many as the filter has.
         """
 
     @abc.abstractmethod
     def reset_parameters(self) -> None:
-        """Draw the initial parameters, and fill the buffers, in place."""
+        """Draw the initial parameters in place, and fill the buffers."""
 
     def reset_buffers(self) -> None:
-        """Fill the buffers that follow from the configuration, in place."""
+        """Fill, in place, the buffers that follow from the configuration."""
 
     def config(self) -> dict[str, Any]:
-        """Return the configuration from which `build` makes this filter again, ready for JSON."""
+        """Return the configuration, ready for JSON, from which `build` makes this filter again."""
         return {"type": self.name, "channels": self.channels, "max_length": self.max_length}
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Return optimizer options for parameters that should differ from the rest of the model.
 
         Returns:
-            The options by the name of the parameter, as in `named_parameters`, such as
-            `{"a": {"weight_decay": 0.0}}`. `gramian.parameter_groups` makes groups of them.
+            A mapping from the names of parameters, as in `named_parameters`, to their options, such
+            as `{"a": {"weight_decay": 0.0}}`. `gramian.parameter_groups` makes parameter groups
+            from these options.
         """
         return {}
 
@@ -90,17 +92,9 @@ def register(name: str) -> Callable[[_FilterType], _FilterType]:
     """Register the decorated filter class for configurations `{"type": name, …}`.
 
     Raises:
-        ValueError: if another class has the name.
+        ValueError: if another class already has the name.
     """
-
-    def add(cls: _FilterType) -> _FilterType:
-        if _REGISTRY.get(name, cls) is not cls:
-            raise ValueError(f"the filter type {name!r} is already registered.")
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return add
+    return registering(_REGISTRY, name, "name", "filter type")
 
 
 def build(config: dict[str, Any] | Filter, **defaults: Any) -> Filter:
@@ -108,12 +102,12 @@ def build(config: dict[str, Any] | Filter, **defaults: Any) -> Filter:
 
     Args:
         config: `{"type": name, …}` with the constructor's arguments, or a filter, which is returned
-            as it is.
+            unchanged.
         defaults: Arguments that `config` may omit, such as `channels` and `max_length`.
 
     Raises:
-        ValueError: if the type is unknown, the filter does not accept an argument, or `config`
-            contradicts the number of channels in `defaults`.
+        ValueError: if the type is unknown, if the filter does not accept an argument, or if
+            `config` contradicts the number of channels in `defaults`.
     """
     if isinstance(config, Filter):
         built = config
@@ -132,7 +126,7 @@ def build(config: dict[str, Any] | Filter, **defaults: Any) -> Filter:
             built = _REGISTRY[kind](**arguments)
         except TypeError as error:
             raise ValueError(f"the filter {kind!r} cannot be built: {error}.") from None
-        if torch.finfo(torch.get_default_dtype()).bits < 32:  # as when loading in half precision
+        if torch.finfo(torch.get_default_dtype()).bits < 32:  # set when loading in half precision
             built.float()
     if built.channels != defaults.get("channels", built.channels):
         raise ValueError(

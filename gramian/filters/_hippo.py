@@ -4,9 +4,9 @@ HiPPO-LegS (Gu et al. 2020, arXiv 2008.07669, equation 3) is `x' = A x + B u` wi
 
     A_nk = -√((2n+1)(2k+1)) for n > k, -(n+1) for n = k, 0 for n < k;   B_n = √(2n+1).
 
-With `P_n = √(n + 1/2)` the sum `A + P Pᵀ` is `-1/2` on its diagonal and skew-symmetric off
-it, so normal: `A = V (Λ - P̃ P̃*) V*` with V unitary, `P̃ = V* P` (S4, Gu et al. 2022, arXiv
-2111.00396, theorem 1 and appendix C). Since `B = √2 P`, also `B̃ = √2 P̃`.
+With `P_n = √(n + 1/2)`, the sum `A + P Pᵀ` is `-1/2` on its diagonal and skew-symmetric off it.
+So it is normal, and `A = V (Λ - P̃ P̃*) V*` with V unitary and `P̃ = V* P` (S4, Gu et al. 2022,
+arXiv 2111.00396, theorem 1 and appendix C). Since `B = √2 P`, also `B̃ = √2 P̃`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ __all__ = ["NormalPlusLowRank", "normal_plus_low_rank"]
 
 
 class NormalPlusLowRank(NamedTuple):
-    """One of each conjugate pair of modes, by rising frequency, complex128, (n // 2) each."""
+    """One mode of each conjugate pair, in order of rising frequency.
+
+    Every field is (n // 2), complex128.
+    """
 
     diagonal: Tensor
     """Λ: real part -1/2, imaginary part positive."""
@@ -33,9 +36,10 @@ class NormalPlusLowRank(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def normal_plus_low_rank(state_size: int) -> NormalPlusLowRank:
-    """HiPPO-LegS of an even number of real states, as diagonal plus low rank.
+    """Return HiPPO-LegS with an even number of real states, as diagonal plus low rank.
 
-    The other modes are the conjugates of those returned. The result is shared: do not write to it.
+    The other modes are the conjugates of the returned modes. All callers share the result, so do
+    not write to it.
     """
     with torch.device("cpu"):
         P = (torch.arange(state_size, dtype=torch.float64) + 0.5).sqrt()
@@ -44,7 +48,7 @@ def normal_plus_low_rank(state_size: int) -> NormalPlusLowRank:
         # S = V (iω) V*, so that -iS is Hermitian with the real eigenvalues ω.
         frequencies, vectors = torch.linalg.eigh(-1j * skew)
         frequencies = frequencies[state_size // 2 :]
-        # The phases of the eigenvectors are free: those that make P̃ and B̃ real and positive.
+        # The phases of the eigenvectors are free. Here they are chosen to make P̃ and B̃ positive.
         transformed = (vectors[:, state_size // 2 :].mH @ P.to(vectors.dtype)).abs()
         transformed = transformed.to(vectors.dtype)
         diagonal = torch.complex(torch.full_like(frequencies, -0.5), frequencies)

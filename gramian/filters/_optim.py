@@ -14,26 +14,26 @@ __all__ = ["parameter_groups"]
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Make parameter groups for `torch.optim.AdamW` and similar optimizers, from any module.
 
-    The module may contain filters of this library or none. Every trainable parameter is in exactly
-    one group; parameters with equal options share one, and a parameter used in several places
-    counts once. The options in `Filter.optimizer_hints` are used as absolute values. Of the other
-    parameters, biases, norms (all with fewer than two dimensions) and embeddings are not decayed,
-    and neither is anything tied to an embedding.
+    The module may or may not contain filters of this library. Every trainable parameter is in
+    exactly one group. Parameters with equal options share a group, and a parameter that is used in
+    several places counts once. The options in `Filter.optimizer_hints` are absolute values, not
+    factors. Other parameters have weight decay. The exceptions are parameters with fewer than two
+    dimensions (biases and norms), embeddings, and parameters that are tied to an embedding.
 
     Args:
-        model: Any module; parameters that do not require gradients are left out.
-        lr: Learning rate of parameters without a hint.
-        weight_decay: Weight decay of the parameters without a hint, if they are decayed at all.
+        model: Any module. Parameters that do not require gradients are left out.
+        lr: The learning rate of parameters without a hint.
+        weight_decay: The weight decay of parameters without a hint, if they are decayed at all.
 
     Returns:
         Dicts with `params`, `lr`, `weight_decay` and further options of the hints, in the
-        order of `model.parameters()`. A scheduler of torch scales each group's own `lr`.
+        order of `model.parameters()`. Schedulers of torch scale the `lr` of each group.
 
     Raises:
         TypeError: if `model` is not a module.
-        ValueError: if `lr` or `weight_decay` is not a finite number of at least 0, a filter
-            gives a hint for a parameter that it does not have, or two filters that share a
-            parameter ask for different things.
+        ValueError: if `lr` or `weight_decay` is not a finite number of at least 0, if a filter
+            gives a hint for a parameter that it does not have, or if two filters that share a
+            parameter give different hints for it.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"parameter_groups takes a module; got {type(model).__name__}.")

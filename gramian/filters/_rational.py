@@ -1,4 +1,4 @@
-"""Base class of the filters whose systems have finitely many poles."""
+"""Base class of the filters whose systems have a finite number of poles."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["RationalFilter", "with_conjugates"]
 
 
 class RationalFilter(Filter):
-    """A filter that has poles."""
+    """A filter whose systems have a finite number of poles."""
 
     @abc.abstractmethod
     def poles(self) -> Tensor:
-        """Return the poles of every channel, conjugates included: (channels, n), complex128."""
+        """Return the poles of every channel, with their conjugates: (channels, n), complex128."""
 
     @torch.no_grad()
     def spectral_radius(self) -> Tensor:
@@ -26,6 +26,6 @@ class RationalFilter(Filter):
 
 
 def with_conjugates(poles: Tensor) -> Tensor:
-    """Return one pole of each pair (channels, m) with the other: (channels, 2 m), complex128."""
+    """Add the conjugates to one pole of each pair (channels, m): (channels, 2 m), complex128."""
     poles = poles.to(torch.complex128)
     return torch.cat([poles, poles.conj()], dim=-1).resolve_conj()

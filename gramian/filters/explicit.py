@@ -1,8 +1,8 @@
 r"""Explicit filters: the taps themselves are the parameters.
 
-`h_t = kernel_t` for t < K and zero past that, plus a direct term `d` at tap 0 where `skip` asks for
-one. StripedHyena 2 uses short and medium filters of this kind, of 7 and 128 taps, and several
-channels share one kernel (Ku et al. 2025, section 2).
+The taps are `h_t = kernel_t` for t < K, and zero after that. With `skip`, a direct term `d` is
+added at tap 0. StripedHyena 2 has short and medium filters of this kind, with 7 and 128 taps, and
+several channels share one kernel (Ku et al. 2025, section 2).
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ __all__ = ["ExplicitFilter"]
 
 @register("explicit")
 class ExplicitFilter(Filter):
-    """A filter of free taps, zero past its end.
+    """A filter whose first K taps are free parameters and whose later taps are zero.
 
     Args:
-        channels: Number of filters.
-        max_length: Taps that training sees.
-        taps: K, the number of free taps, by default `max_length`. It may exceed `max_length`.
-        groups: Number of different kernels, a divisor of `channels`: `channels / groups`
-            consecutive channels share each. By default every channel has a kernel of its own.
-        skip: Whether every channel has a direct term of its own, added to tap 0.
-        lr: Learning rate of the taps, by default that of the model.
+        channels: The number of filters.
+        max_length: The number of taps that a kernel has in training, free or zero.
+        taps: The number K of free taps; by default `max_length`. It may be larger than that.
+        groups: The number of different kernels, a divisor of `channels`. Each kernel is shared by
+            `channels / groups` consecutive channels. By default every channel has its own kernel.
+        skip: Whether every channel has its own direct term, which is added to tap 0.
+        lr: The learning rate of the taps; by default that of the model.
 
     Raises:
-        ValueError: if a size is below 1, `groups` does not divide `channels`, or `lr` is negative.
+        ValueError: if a size is below 1, if `groups` does not divide `channels`, or if `lr` is
+            negative.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class ExplicitFilter(Filter):
         """Make a filter without direct term whose taps are `kernel`.
 
         Args:
-            kernel: (groups, taps), real floating point.
-            max_length: See the class; by default the number of taps.
-            channels: Number of channels, which share the kernels; by default one for each.
+            kernel: (groups, taps), real floating point: the taps of every group.
+            max_length: As in the class; by default the number of taps.
+            channels: The number of channels, which share the kernels; by default one channel for
+                each kernel.
 
         Raises:
             ValueError: if the kernel has another number of dimensions or no taps.
@@ -91,8 +93,10 @@ class ExplicitFilter(Filter):
         return built
 
     def reset_parameters(self) -> None:
-        """Draw taps uniformly from ±1/√K, as torch's depthwise convolutions do, and `d` from a
-        standard normal distribution."""
+        """Draw the taps uniformly within ±1/√K and `d` from a standard normal distribution.
+
+        PyTorch's depthwise convolutions draw their taps in the same way.
+        """
         bound = 1 / math.sqrt(self.taps)
         nn.init.uniform_(self.kernel, -bound, bound)
         if self.d is not None:
@@ -118,5 +122,5 @@ class ExplicitFilter(Filter):
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Return the learning rate of the taps, if they have one of their own."""
+        """Return the learning rate of the taps, if `lr` is given."""
         return {} if self.lr is None else {"kernel": {"lr": self.lr}}

@@ -1,7 +1,7 @@
-r"""Hyena's implicit filter: a sine MLP of time, under an exponential window.
+r"""Hyena's implicit filter: a sine MLP of time, multiplied by an exponential window.
 
-`h_t = MLP(z_t) · (exp(-|α| t) + shift)` with features `z_t` of time (Hyena, Poli et al. 2023,
-section 3.3 and appendix D.3), plus `bias` at tap 0.
+The taps are `h_t = MLP(z_t) · (exp(-|α| t) + shift)`, where `z_t` are features of time (Hyena, Poli
+et al. 2023, section 3.3 and appendix D.3). At tap 0, `bias` is added.
 """
 
 from __future__ import annotations
@@ -21,34 +21,38 @@ __all__ = ["ImplicitFilter"]
 
 @register("implicit")
 class ImplicitFilter(Filter):
-    """A kernel given by a small network of time, as long as `max_length`; zero past it.
+    """A filter of `max_length` taps, which a small network computes from time.
 
     Args:
-        channels: Number of filters.
-        max_length: Taps; time runs from 0 to 1 over them.
-        embedding_features: Odd, at least 3: time itself and pairs of cosine and sine.
-        hidden: Width of the MLP.
-        inner_layers: Hidden layers between the first and the last.
-        frequency: Initial frequency ω of the sine activations `sin(ω x)`, trained with the rest.
+        channels: The number of filters.
+        max_length: The number of taps. Over these taps, time runs from 0 to 1.
+        embedding_features: The number of features of time: time itself and pairs of a cosine and a
+            sine. It is odd and at least 3.
+        hidden: The width of the MLP.
+        inner_layers: The number of hidden layers between the first and the last.
+        frequency: The initial frequency ω of the sine activations `sin(ω x)`.
         train_frequency: Whether ω is trained.
-        fast_decay: Fraction of the kernel after which the quickest window has fallen to
+        fast_decay: The fraction of the kernel after which the fastest window has fallen to
             `decay_target`.
-        slow_decay: Likewise for the slowest window; the channels are spread evenly between.
+        slow_decay: The fraction of the kernel after which the slowest window has fallen to
+            `decay_target`. The windows of the channels are spread evenly between the fastest and
+            the slowest.
         decay_target: The value of a window at the end of its decay.
-        shift: Added to the window, so that it does not fall to zero.
+        shift: A number that is added to the window, so that it does not fall to zero.
         modulate: Whether to apply the window at all.
-        normalized: Divide by the l1 norm over the *channels* at every tap, as the published code
-            does.
+        normalized: Whether to divide every tap by its l1 norm over the *channels*, as the published
+            code does.
         bias: Whether to add a trainable direct term at tap 0.
-        trainable_time: Whether the time features are parameters (published with a learning rate of
-            1e-5, see `optimizer_hints`) or fixed.
-        stored_time: Whether fixed time features are saved with the weights and loaded with them,
-            which reproduces a published model exactly: other rounding changes the kernel, since the
-            MLP multiplies differences by ω in every layer. By default they are computed again.
-        lr: Learning rate of the filter's parameters, by default that of the model.
+        trainable_time: Whether the time features are parameters, with the published learning rate
+            of 1e-5 (see `optimizer_hints`), or fixed.
+        stored_time: Whether fixed time features are saved with the weights and loaded with them. By
+            default they are computed again. Only its stored features reproduce a published model
+            exactly. Other rounding changes the kernel, since the MLP multiplies differences by ω in
+            every layer.
+        lr: The learning rate of the filter's parameters; by default that of the model.
 
     Raises:
-        ValueError: if `embedding_features` is even or below 3, or `lr` is negative.
+        ValueError: if `embedding_features` is even or below 3, or if `lr` is negative.
     """
 
     def __init__(
@@ -118,9 +122,9 @@ class ImplicitFilter(Filter):
     decay: Tensor
 
     def reset_parameters(self) -> None:
-        """Draw linear layers as PyTorch does and a standard normal bias, with constant ω.
+        """Draw the linear layers as PyTorch does, draw a standard normal bias, and set ω.
 
-        See also `reset_buffers`.
+        `reset_buffers` fills the buffers.
         """
         for layer in [*self.layers, self.output]:
             assert isinstance(layer, nn.Linear)
@@ -183,7 +187,7 @@ class ImplicitFilter(Filter):
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Return no weight decay for any parameter, as published, and 1e-5 for time features."""
+        """Return no weight decay for any parameter, and a rate of 1e-5 for the time features."""
         options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
         hints = {name: dict(options) for name, _ in self.named_parameters()}
         if "features" in hints:

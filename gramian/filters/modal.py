@@ -1,9 +1,9 @@
 r"""Modal filters: poles and residues as parameters, with an order for every channel.
 
-`λ_k = exp(-exp(log_decay_k) + iπ angle_k)` lies inside the unit circle whatever the parameters,
-and an angle of exactly 0 or 1 is a real pole. Residues are pairs of real numbers: no complex tensor
-is stored. Poles that nothing bounds are `exp(-decay_k + iπ angle_k)`. Real modes have no angle and
-one number for each residue, as the long filters of StripedHyena 2 have (Ku et al. 2025).
+`λ_k = exp(-exp(log_decay_k) + iπ angle_k)` lies inside the unit circle for any parameters. An angle
+of exactly 0 or 1 gives a real pole. Residues are pairs of real numbers, so no complex tensor is
+stored. Poles that are not bounded are `exp(-decay_k + iπ angle_k)`. Real modes have no angle, and
+one number for each residue, like the modes of the long filters of StripedHyena 2 (Ku et al. 2025).
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ from gramian.systems import Modal
 
 __all__ = ["ModalFilter"]
 
-_MAX_LOG_DECAY = 4.0  # |λ| = exp(-exp(4)) ≈ 2e-24: a pole at zero, for all purposes
-_MIN_LOG_DECAY = -30.0  # |λ| = 1 - 1e-13: the slowest decay that a parameter can hold
+_MAX_LOG_DECAY = 4.0  # |λ| = exp(-exp(4)) ≈ 2e-24, which is practically a pole at zero
+_MIN_LOG_DECAY = -30.0  # |λ| = 1 - 1e-13, the slowest decay that a parameter can hold
 
 
 @register("modal")
 class ModalFilter(RationalFilter):
-    """Filters `h_0 = d`, `h_t = Re Σ_k residues_k λ_k^(t-1)`, the result of distillation.
+    """Filters `h_0 = d`, `h_t = Re Σ_k residues_k λ_k^(t-1)`, the form that distillation gives.
 
     Args:
-        channels: Number of filters.
-        orders: Modes of every channel (a mode is a real pole or a conjugate pair), or one number
-            for all. Parameters are stored without padding, channel after channel.
-        max_length: Taps over which the filter was trained or fitted; it goes on past them.
-        lr: Learning rate of the poles, by default that of the model.
+        channels: The number of filters.
+        orders: The number of modes of every channel, or one number for all channels. A mode is a
+            real pole or a conjugate pair. Parameters are stored without padding, channel after
+            channel.
+        max_length: The number of taps over which the filter was trained or fitted. Its kernel
+            continues beyond them.
+        lr: The learning rate of the poles; by default that of the model.
         bounded: Whether poles are held inside the unit circle. Published modal models leave them
-            free, so that some may be outside; over few taps that does no harm.
-        real: Whether all poles and residues are real, with poles in (0, 1) if `bounded` and above
-            0 if not. States then hold one number for each mode in place of two.
+            free, so some may be outside, which does no harm over few taps.
+        real: Whether all poles and residues are real. Real poles are in (0, 1) if `bounded`, and
+            above 0 if not. States of a real filter hold one number for each mode instead of two.
 
     Raises:
-        ValueError: if `orders` does not name one non-negative number for every channel, or `lr`
+        ValueError: if `orders` does not have one non-negative number for every channel, or if `lr`
             is negative.
     """
 
@@ -90,21 +92,23 @@ class ModalFilter(RationalFilter):
     ) -> Self:
         """Make a filter whose system is `system`, without its padding.
 
-        Parameters are rounded to float32, poles in another form than the system's, which shifts
-        their phases over thousands of taps. If `kernel` is given, residues are fitted again to the
-        rounded poles of the filter.
+        Parameters are rounded to float32. The filter stores poles in another form than the system,
+        so their rounding differs. This shifts the phases of the modes over thousands of taps. If
+        `kernel` is given, residues are fitted again to the rounded poles of the filter.
 
         Args:
-            system: channels (*C) of one dimension, poles inside the unit circle if `bounded`. If it
-                is `real`, so is the filter, and the poles must be positive.
-            max_length: See the class.
-            bounded: See the class.
+            system: A system with one channel dimension, whose poles are inside the unit circle if
+                the filter is `bounded`. If the system is `real`, the filter is real too, and the
+                poles must be positive.
+            max_length: As in the class.
             kernel: (*C, L), real floating point, finite: the taps of which the system is a
                 reduction.
+            bounded: As in the class.
 
         Raises:
-            ValueError: if a pole that matters is not inside the unit circle of a bounded filter, or
-                not positive in a real one, or a kernel has not the system's channels.
+            ValueError: if the filter is bounded and a pole with a nonzero residue is not inside the
+                unit circle, if the filter is real and such a pole is not positive, or if the kernel
+                does not have the system's channels.
         """
         if kernel is not None and kernel.shape[:-1] != system.d.shape:
             raise ValueError(
@@ -138,12 +142,18 @@ class ModalFilter(RationalFilter):
             built.d.copy_(system.d)
         built = built.to(system.device)
         if kernel is not None and kernel.shape[-1] > 1 and len(built.residues):
-            built._fit_residues(kernel)
+            built.refit_residues(kernel)
         return built
 
     @torch.no_grad()
-    def _fit_residues(self, kernel: Tensor) -> None:
-        """Fit residues to the current poles by least squares; keep those closer to the taps."""
+    def refit_residues(self, kernel: Tensor) -> None:
+        """Fit residues to the current poles by least squares, and keep them if this is closer.
+
+        Every channel keeps the residues, old or new, whose impulse response is closer to the taps.
+
+        Args:
+            kernel: (channels, L), real floating point: the taps to fit.
+        """
         held, taps = self(), kernel.detach().double()
         width = max(self.orders)
         stored = torch.zeros(self.channels * width, dtype=torch.bool, device=kernel.device)
@@ -169,8 +179,8 @@ class ModalFilter(RationalFilter):
     def reset_parameters(self) -> None:
         """Draw the initial parameters.
 
-        Decay times are spread logarithmically over `max_length`, angles uniformly over the half
-        circle, and residues have unit energy per channel.
+        Decay times are log-uniform over `max_length`, angles are uniform over the half circle, and
+        residues have unit energy per channel.
         """
         slowest = -math.log(max(self.max_length, 2))
         if self.bounded:
@@ -193,7 +203,7 @@ class ModalFilter(RationalFilter):
         self._slot.copy_(torch.tensor(slots, dtype=torch.int64))
 
     def forward(self, length: int | None = None) -> Modal:
-        # Double precision for exp and the circle, so that a parameter of float32 loses nothing.
+        # exp and the polar form use double precision, so that a float32 parameter loses nothing.
         decay = torch.exp(self.log_decay.double()) if self.bounded else self.decay.double()
         radius = torch.exp(-decay)
         if self.angle is None:
@@ -211,14 +221,14 @@ class ModalFilter(RationalFilter):
             return torch.view_as_complex(flat.index_copy(0, self._slot, pairs).reshape(shape))
 
         padded = pad(poles.to(self.residues.dtype)), pad(self.residues)
-        # A copy, because a sharded parameter is whole only until this function returns.
+        # This is a copy, because a sharded parameter is whole only until this function returns.
         return Modal(*padded, self.d.clone(), counts=self.orders, real=self.real)
 
     @torch.no_grad()
     def poles(self) -> Tensor:
-        """Return the poles of every channel, conjugates included: (channels, n), complex128.
+        """Return the poles of every channel, with their conjugates: (channels, n), complex128.
 
-        Channels of fewer modes than others are padded with zeros.
+        Channels with fewer modes than others are padded with zeros.
         """
         poles = self(1).poles
         return poles.to(torch.complex128) if self.real else with_conjugates(poles)
@@ -233,7 +243,7 @@ class ModalFilter(RationalFilter):
         }
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
-        """Return no weight decay for the poles, and their learning rate."""
+        """Return no weight decay for the poles, and their learning rate if `lr` is given."""
         options = {"weight_decay": 0.0} | ({} if self.lr is None else {"lr": self.lr})
         names = ["log_decay" if self.bounded else "decay"] + ([] if self.real else ["angle"])
         return {name: dict(options) for name in names}

@@ -1,6 +1,6 @@
 r"""RTF: the coefficients of a rational transfer function as parameters.
 
-`H(z) = h_0 + (b_1 z^-1 + … + b_n z^-n) / (1 + a_1 z^-1 + … + a_n z^-n)`, evaluated on roots of
+`H(z) = h_0 + (b_1 z^-1 + … + b_n z^-n) / (1 + a_1 z^-1 + … + a_n z^-n)` is evaluated on roots of
 unity by FFT, in time and memory that do not grow with n (RTF, Parnichkun et al. 2024, section 3).
 """
 
@@ -29,44 +29,48 @@ _STABILITIES = ("none", "montel", "schur")
 _INITIALIZATIONS = ("zeros", "xavier", "montel", "schur")
 
 _REFLECTION_LIMIT = 1 - 1e-6
-"""Reflection coefficients stay below this, so that rounding does not take them to 1."""
+"""Reflection coefficients stay below this, so that rounding does not make them 1."""
 
 _SLACK = 1e-6
-"""Keeps the l1 norm of a Montel-bounded denominator below 1 even where its slack is 0."""
+"""The slack that keeps the l1 norm of a Montel-bounded denominator below 1 if the trained slack is
+0."""
 
 
 @register("rtf")
 class RTF(RationalFilter):
-    """Rational filters, with the truncated numerator of the published parametrization or without.
+    """Filters with a rational transfer function, whose coefficients are the parameters.
 
     Coefficients are transformed and divided in float64, since in float32 the spectrum itself is off
-    by more than 1e-4 for most stable systems beyond n = 16. The system that `forward` returns
-    carries the exact numerator, so its recurrence computes the convolution that was learned; which
-    form that recurrence takes, and how close it is, is in its `form` and `error`.
+    by more than 1e-4 for most stable systems beyond n = 16. The system that `forward` returns has
+    the exact numerator, so its recurrence computes the convolution that was learned. The attributes
+    `form` and `error` of the recurrence say which form it has, and how close it is to the
+    convolution.
 
     Args:
-        channels: Number of filters.
-        state_size: n, the degree of the denominators.
-        max_length: Taps; fixes the grid of `max_length + max_length % 2` roots of unity whatever
-            the length of an input. Greater than `state_size`.
-        numerator: "truncated": b is the numerator of the kernel cut to the grid, and the kernel is
-            the inverse FFT of b / a (section 3.2). "exact": b is the numerator itself, whose kernel
-            goes on past `max_length`, for training on sequences that continue from chunk to
-            chunk; the kernel costs about twice as much.
-        stability: "none": denominators are free. "montel": `‖a‖₁ < 1`, which keeps all poles
-            inside the unit circle and excludes many stable denominators (section 3.4). "schur": the
-            parameters are `atanh` of the reflection coefficients, which reach every stable
-            denominator and no other; the recurrence can step on them.
-        num_denominators: Denominators, each shared by `channels / num_denominators` neighboring
-            channels; default: one for every channel.
-        initialization: Of a and b: "zeros"; "xavier", uniform within ±1/√n, which can be unstable
-            (not with "schur"); "montel", uniform within ±1/n, inside the region where Montel's
-            bound keeps all poles in the unit circle; "schur", reflection coefficients tanh θ, θ
-            normal with variance 1/n, and b as in "montel".
-        lr: Learning rate of the denominators' parameters, where it is to differ from the model's.
+        channels: The number of filters.
+        state_size: The degree n of the denominators.
+        max_length: The number of taps, greater than `state_size`. The transfer function is sampled
+            at `max_length + max_length % 2` roots of unity, for inputs of any length.
+        numerator: "truncated" is the published parametrization: b is the numerator of the kernel
+            truncated to the grid, and the kernel is the inverse FFT of b / a (section 3.2). With
+            "exact", b is the numerator itself, and its kernel continues beyond `max_length`. Use
+            "exact" to train on sequences that continue from chunk to chunk. The kernel then takes
+            about twice as long to compute.
+        stability: With "none", denominators are free. "montel" keeps `‖a‖₁ < 1`, which keeps all
+            poles inside the unit circle but excludes many stable denominators (section 3.4). With
+            "schur", the parameters are `atanh` of the reflection coefficients, which reach every
+            stable denominator and no other. The recurrence can then step by these coefficients.
+        num_denominators: The number of denominators, each of which `channels / num_denominators`
+            neighboring channels share. By default every channel has its own.
+        initialization: How a and b are drawn. "zeros" sets them to zero. "xavier" draws them
+            uniformly within ±1/√n, which can be unstable (not available with "schur"). "montel"
+            draws them uniformly within ±1/n, where Montel's bound keeps all poles inside the unit
+            circle. "schur" takes the reflection coefficients tanh θ with θ normal of variance 1/n,
+            and b as in "montel".
+        lr: The learning rate of the denominators' parameters; by default that of the model.
 
     Raises:
-        ValueError: for an argument outside of these.
+        ValueError: if an argument does not have one of the values described here.
     """
 
     def __init__(
@@ -119,7 +123,7 @@ class RTF(RationalFilter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw coefficients according to `initialization`, and a standard normal direct term."""
+        """Draw the coefficients as `initialization` says, and a standard normal direct term."""
         inside = 1 / self.state_size
         bounds = {"zeros": 0.0, "xavier": math.sqrt(inside), "montel": inside, "schur": inside}
         bound = bounds[self.initialization]
@@ -146,7 +150,7 @@ class RTF(RationalFilter):
                 limit = 1 - torch.finfo(torch.float32).eps
                 self.theta.copy_(torch.atanh(k.clamp(-limit, limit)))
             elif self.stability == "montel":
-                # a = θ / (‖θ‖₁ + slack + ε) with a slack of 1 where that is possible
+                # a = θ / (‖θ‖₁ + slack + ε), with a slack of 1 where that is possible.
                 norm = a.abs().sum(-1, keepdim=True)
                 self.slack.fill_(1.0)
                 room = torch.where(norm < 1, 1 - norm, 1.0)
@@ -158,12 +162,12 @@ class RTF(RationalFilter):
         """Load denominators `a_1 … a_n`, exactly up to the rounding of the parameters.
 
         Args:
-            a: (num_denominators, n), real.
+            a: (num_denominators, n), real: the coefficients of every denominator.
 
         Raises:
-            ValueError: for another shape, or a denominator that `stability` cannot hold: a pole
-                on or outside of the unit circle with "schur", an l1 norm of 1 or more with
-                "montel".
+            ValueError: if `a` has another shape, or if `stability` excludes a denominator. "schur"
+                excludes denominators with a pole on or outside the unit circle, and "montel" those
+                with an l1 norm of 1 or more.
         """
         shape = (self.num_denominators, self.state_size)
         if tuple(a.shape) != shape:
@@ -187,15 +191,16 @@ class RTF(RationalFilter):
     def reflection(self) -> Tensor:
         """Return the reflection coefficients of the denominators, (num_denominators, n), float64.
 
-        With stability "schur" they follow from the parameters. Otherwise they are computed from the
-        denominators; one outside of (-1, 1) then shows that a pole is outside of the unit circle.
+        With the stability "schur", the parameters determine them. Otherwise they are computed from
+        the denominators, and a coefficient outside of (-1, 1) shows that a pole is outside the unit
+        circle.
         """
         if self.stability == "schur":
             return _REFLECTION_LIMIT * torch.tanh(self.theta.double())
         return step_down(self.denominator())
 
     def denominator(self) -> Tensor:
-        """Return `a_1 … a_n`, (num_denominators, n), in float64 unless they are free."""
+        """Return `a_1 … a_n`, (num_denominators, n), in float64 unless `stability` is "none"."""
         if self.stability == "schur":
             return step_up(self.reflection())
         if self.stability == "montel":
@@ -219,7 +224,7 @@ class RTF(RationalFilter):
     def forward(self, length: int | None = None) -> TransferFunction:
         shared = (self.num_denominators, self.channels // self.num_denominators)
         length = min(self.max_length, length or self.max_length)
-        # Copies, because a sharded parameter is whole only until this function returns.
+        # These are copies, because a sharded parameter is whole only until this function returns.
         b, d = self.b.clone().reshape(*shared, -1), self.d.clone().reshape(shared)
         a = self.denominator().unsqueeze(1)
         reflection = self.reflection().unsqueeze(1) if self.stability == "schur" else None
@@ -260,18 +265,20 @@ class RTF(RationalFilter):
     def from_official(cls, state_dict: Mapping[str, Tensor], max_length: int) -> Self:
         """Make the filter of a published RTF layer (github.com/ruke1ire/RTF).
 
-        For a bidirectional layer of D channels it has 2 D channels: the forward kernels, then the
-        backward ones, as `LongConvolution(filter, bidirectional=True)` expects them.
+        A bidirectional layer of D channels becomes a filter of 2 D channels: first the forward
+        kernels, then the backward kernels, as `LongConvolution(filter, bidirectional=True)`
+        expects.
 
         Args:
-            state_dict: The layer's: `ab` (denominators + channels, n), denominators first, then
-                truncated numerators; `h_0` (channels), the direct terms; and, of a layer with its
-                l1 constraint, `scalar` (denominators), which makes a filter of stability
-                "montel". The number of denominators is what `ab` has more rows than `h_0`.
+            state_dict: The state dict of the layer. `ab` (denominators + channels, n) holds first
+                the denominators and then the truncated numerators. `h_0` (channels) holds the
+                direct terms. If the layer has its l1 constraint, `scalar` (denominators) exists,
+                and the filter gets the stability "montel". The number of denominators follows from
+                the numbers of rows of `ab` and `h_0`.
             max_length: The layer's `trunc_len`, which its state dict does not contain.
 
         Raises:
-            ValueError: for other keys, or shapes that do not belong together.
+            ValueError: if there are other keys, or if the shapes do not fit together.
         """
         required, optional = {"ab", "h_0"}, {"scalar"}
         missing = sorted(required - state_dict.keys())

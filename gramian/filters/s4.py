@@ -1,16 +1,16 @@
-r"""S4: diagonal plus low-rank state spaces in continuous time, discretized.
+r"""S4: discretized state spaces whose matrix in continuous time is diagonal plus low rank.
 
-`x' = A x + B u`, `y = C x + D u` with `A = Λ - P P*` (S4, Gu et al. 2022, arXiv 2111.00396,
-section 3.2), from HiPPO-LegS. The bilinear transform with a step dt,
+The system is `x' = A x + B u`, `y = C x + D u` with `A = Λ - P P*` (S4, Gu et al. 2022, arXiv
+2111.00396, section 3.2), initialized with HiPPO-LegS. The bilinear transform with a step dt is
 
-    Ā = (1 - dt A / 2)^{-1} (1 + dt A / 2),  B̄ = (1 - dt A / 2)^{-1} dt B,
+    Ā = (1 - dt A / 2)^{-1} (1 + dt A / 2),  B̄ = (1 - dt A / 2)^{-1} dt B.
 
-leaves A diagonal plus rank one (Woodbury): with `R = (1 - dt Λ / 2)^{-1}` and
-`γ = 1 / (1 + dt/2 P* R P)`
+The transform keeps A diagonal plus rank one (Woodbury). With `R = (1 - dt Λ / 2)^{-1}` and
+`γ = 1 / (1 + dt/2 P* R P)`,
 
     Ā = (2 R - 1) - dt γ R P P* R,  B̄ = dt (R B - dt/2 γ R P P* R B),
 
-and `h_t = C Ā^t B̄` plus D at t = 0. Inner products run over both modes of every pair.
+and `h_t = C Ā^t B̄`, plus D at t = 0. Inner products sum over the modes and their conjugates.
 """
 
 from __future__ import annotations
@@ -33,25 +33,28 @@ __all__ = ["S4"]
 
 @register("s4")
 class S4(RationalFilter):
-    """State spaces with `A = Λ - P P*`: `state_size / 2` conjugate pairs for every channel.
+    """State spaces with `A = Λ - P P*`, of `state_size / 2` conjugate pairs for every channel.
 
-    Real parameters: `log_dt` and `D` (channels), `log_A_real` and `A_imag` (channels,
-    n / 2) for `Λ = -exp(log_A_real) + i A_imag`, and `P`, `B`, `C` (channels, n / 2, 2).
-    The real part of Λ is negative and `-P P*` only adds to it, so the system is stable whatever
-    the parameters. C itself is learned, where the published code learns `C (1 - Ā^L)`: the kernel
-    does not depend on the length for which it is evaluated.
+    The parameters are real. `log_dt` and `D` are (channels), `log_A_real` and `A_imag` are
+    (channels, n/2), and `P`, `B` and `C` are (channels, n/2, 2). They give
+    `Λ = -exp(log_A_real) + i A_imag`. The real part of Λ is negative, and `-P P*` only adds
+    damping, so the system is stable for any parameters. C itself is learned, whereas the published
+    code learns `C (1 - Ā^L)`. So the kernel does not depend on the length for which it is
+    evaluated.
 
     Args:
-        channels: Number of filters.
-        state_size: n, real states of every channel: even, since modes come in conjugate pairs.
-        max_length: Taps that training sees; the filter goes on past them.
-        initialization: Of A and B: "legs", HiPPO-LegS.
-        dt_min: Smallest of the initial steps, which are spread uniformly in the logarithm.
-        dt_max: Largest of them.
-        lr: Largest learning rate that the parameters of the dynamics bear: all but C and D.
+        channels: The number of filters.
+        state_size: The number n of real states of every channel. It is even, since modes come in
+            conjugate pairs.
+        max_length: The number of taps that kernels have in training. The kernel continues beyond
+            them.
+        initialization: The initial A and B. "legs", the only choice, is HiPPO-LegS.
+        dt_min: The smallest initial step. The initial steps are log-uniform.
+        dt_max: The largest initial step.
+        lr: The largest learning rate for the parameters of the dynamics, which are all but C and D.
 
     Raises:
-        ValueError: for an argument outside of these.
+        ValueError: if an argument does not have one of the values described here.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class S4(RationalFilter):
     def reset_parameters(self) -> None:
         """Set A and B to HiPPO-LegS, and draw the other parameters.
 
-        Steps are log-uniform, C is complex normal of unit variance, D standard normal.
+        Steps are log-uniform, C is complex normal of unit variance, and D is standard normal.
         """
         nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
         nn.init.normal_(self.C, std=math.sqrt(0.5))
@@ -118,8 +121,8 @@ class S4(RationalFilter):
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Return optimizer options for the parameters of the dynamics.
 
-        They are a learning rate of at most `lr`, and no weight decay, which would drive A and dt to
-        meaningless values.
+        The options are a learning rate of at most `lr`, and no weight decay. Weight decay would
+        drive A and dt to meaningless values.
         """
         names = ("log_dt", "log_A_real", "A_imag", "P", "B")
         return {name: {"lr": self.lr, "weight_decay": 0.0} for name in names}
@@ -136,5 +139,5 @@ class S4(RationalFilter):
 
 
 def _both(row: Tensor, column: Tensor) -> Tensor:
-    """Multiply a row and a column over both modes of every pair: (*C, 1), real."""
+    """Multiply a row and a column, and sum over all modes and their conjugates: (*C, 1), real."""
     return 2 * (row * column).real.sum(-1, keepdim=True)

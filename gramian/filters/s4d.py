@@ -1,13 +1,14 @@
 r"""S4D: diagonal state spaces in continuous time, discretized.
 
-`x' = A x + B u`, `y = 2 Re C x + D u` with A diagonal and complex, one of each conjugate pair
-(S4D, Gu et al. 2022, arXiv 2206.11893). With a step dt for every channel (section 3.1 there)
+The system is `x' = A x + B u`, `y = 2 Re C x + D u`, where A is diagonal and complex. It has one
+mode of each conjugate pair (S4D, Gu et al. 2022, arXiv 2206.11893). With a step dt for every
+channel (section 3.1 of the paper), there are two discretizations:
 
     zoh:       Ā = exp(dt A),                      B̄ = (exp(dt A) - 1) / A
     bilinear:  Ā = (1 + dt A / 2) / (1 - dt A / 2),  B̄ = dt / (1 - dt A / 2)
 
-and the kernel is `h_t = 2 Re Σ_k C_k B̄_k Ā_k^t` plus D at t = 0: a modal system with the poles Ā
-and the residues `2 C B̄ Ā`. B and C only meet in their product, so B = 1.
+The kernel is `h_t = 2 Re Σ_k C_k B̄_k Ā_k^t`, plus D at t = 0. This is a modal system with the
+poles Ā and the residues `2 C B̄ Ā`. Only the product of B and C matters, so B = 1.
 """
 
 from __future__ import annotations
@@ -32,27 +33,30 @@ _DISCRETIZATIONS = ("zoh", "bilinear")
 
 @register("s4d")
 class S4D(RationalFilter):
-    """Diagonal state spaces: `state_size / 2` conjugate pairs of modes for every channel.
+    """Diagonal state spaces of `state_size / 2` conjugate pairs of modes for every channel.
 
-    Real parameters: `log_dt` (channels), `log_A_real` and `A_imag` (channels, n / 2) for
-    `A = -exp(log_A_real) + i A_imag`, `C` (channels, n / 2, 2) and `D` (channels). The real
-    part of A stays negative, so the poles stay inside the unit circle. They are computed and kept
-    in double precision, the kernel's samples in that of the parameters.
+    The parameters are real. `log_dt` and `D` are (channels), `log_A_real` and `A_imag` are
+    (channels, n/2), and `C` is (channels, n/2, 2). They give `A = -exp(log_A_real) + i A_imag`. The
+    real part of A stays negative, so the poles stay inside the unit circle. Poles are computed and
+    kept in double precision, and the kernel's samples in the precision of the parameters.
 
     Args:
-        channels: Number of filters.
-        state_size: n, real states of every channel: even, since modes come in conjugate pairs.
-        max_length: Taps that training sees; the filter goes on past them.
-        initialization: Of A, real parts -1/2. "legs": the eigenvalues of the normal part of
-            HiPPO-LegS (S4D-LegS), C scaled by its B; "lin": `πk i`, k = 0 … n/2 - 1 (S4D-Lin);
-            "inv": `n/π (n / (2k + 1) - 1) i` (S4D-Inv; equations 8 and 9 in the paper).
-        discretization: "zoh", zero-order hold, or "bilinear".
-        dt_min: Smallest of the initial steps, which are spread uniformly in the logarithm.
-        dt_max: Largest of them.
-        lr: Largest learning rate that `log_dt`, `log_A_real` and `A_imag` bear.
+        channels: The number of filters.
+        state_size: The number n of real states of every channel. It is even, since modes come in
+            conjugate pairs.
+        max_length: The number of taps that kernels have in training. The kernel continues beyond
+            them.
+        initialization: The initial A, whose real parts are -1/2. "legs" takes the eigenvalues of
+            the normal part of HiPPO-LegS, and scales C by its B (S4D-LegS). "lin" takes `πk i`,
+            k = 0 … n/2 - 1 (S4D-Lin). "inv" takes `n/π (n / (2k + 1) - 1) i` (S4D-Inv; equations 8
+            and 9 in the paper).
+        discretization: "zoh" (zero-order hold) or "bilinear".
+        dt_min: The smallest initial step. The initial steps are log-uniform.
+        dt_max: The largest initial step.
+        lr: The largest learning rate for `log_dt`, `log_A_real` and `A_imag`.
 
     Raises:
-        ValueError: for an argument outside of these.
+        ValueError: if an argument does not have one of the values described here.
     """
 
     def __init__(
@@ -85,10 +89,10 @@ class S4D(RationalFilter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set A according to `initialization`, and draw the other parameters.
+        """Set A as `initialization` says, and draw the other parameters.
 
         Steps are log-uniform, C is complex normal of unit variance (times the moduli of HiPPO's B
-        for "legs"), D standard normal.
+        for "legs"), and D is standard normal.
         """
         nn.init.uniform_(self.log_dt, math.log(self.dt_min), math.log(self.dt_max))
         nn.init.constant_(self.log_A_real, math.log(0.5))
@@ -127,8 +131,8 @@ class S4D(RationalFilter):
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Return optimizer options for the parameters of the dynamics.
 
-        They are a learning rate of at most `lr`, and no weight decay, which would drive A and dt to
-        meaningless values.
+        The options are a learning rate of at most `lr`, and no weight decay. Weight decay would
+        drive A and dt to meaningless values.
         """
         return {
             name: {"lr": self.lr, "weight_decay": 0.0}
@@ -148,7 +152,7 @@ class S4D(RationalFilter):
 
 
 def check_state_space(state_size: Any, dt_min: float, dt_max: float, lr: float) -> None:
-    """Raise a ValueError unless the arguments of a continuous-time state space are possible."""
+    """Raise a ValueError unless the arguments of a continuous-time state space are valid."""
     if not isinstance(state_size, int) or state_size < 2 or state_size % 2:
         raise ValueError(
             "state_size must be even and at least 2, since modes come in conjugate pairs; got "

@@ -1,6 +1,6 @@
-"""Measuring and shaping memory: losses, observers, initialization of gates, and state-sizes.
+"""Measure and shape the memory of models, by losses, observers and the initialization of gates.
 
-State-sizes are those of filters, and of models in training.
+The package also measures the state-sizes of filters, and of models in training.
 """
 
 from __future__ import annotations
@@ -31,6 +31,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "StateSizeCallback":  # this one needs transformers
+    if name == "StateSizeCallback":  # importing it needs transformers
         return importlib.import_module("gramian.memory.callbacks").StateSizeCallback
     raise AttributeError(f"module 'gramian.memory' has no attribute {name!r}")

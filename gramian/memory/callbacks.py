@@ -1,4 +1,4 @@
-"""A trainer callback that logs state-sizes at each evaluation."""
+"""Log state-sizes at each evaluation of a trainer."""
 
 from __future__ import annotations
 
@@ -21,24 +21,26 @@ class StateSizeCallback(TrainerCallback):
 
         trainer.add_callback(StateSizeCallback(trainer))
 
-    It works for any model that `gramian.analyze` can read. It logs `eval_ess`, the average over
-    layers, `eval_ess_utilization`, the share of the state in use, and `eval_ess_layer_NAME` for
-    every layer; all are means over rows and positions. They are added to the metrics that
-    `trainer.evaluate()` returns and appear in the trainer's logs. If they cannot be measured,
-    training continues with a warning.
+    The callback works for any model that `gramian.analyze` can read. It logs three kinds of
+    numbers. `eval_ess` is the average effective state-size (ESS) of the layers,
+    `eval_ess_utilization` is the share of the state in use, and `eval_ess_layer_NAME` is the ESS of
+    each layer. All are means over rows and positions. They are added to the metrics that
+    `trainer.evaluate()` returns, and they appear in the trainer's logs. If they cannot be measured,
+    a warning is given and training continues.
 
     Args:
         trainer: The `transformers.Trainer` to which the callback is added.
-        rows: Number of rows of the trainer's evaluation set to read, or the rows themselves: token
-            ids, floating-point numbers (length, size), or mappings with `input_ids` or
-            `input_values` and optionally an `attention_mask`, whose padding is left out.
-        every: Distance between measured positions.
-        horizon: Maximal number of tokens of a row to read; all by default.
-        max_channels: Maximal number of heads or channels to measure; in a layer with more, every
-            n-th is measured.
+        rows: Number of rows to read from the trainer's evaluation set, or the rows themselves. A
+            row is a tensor of token ids (length) or floating-point numbers (length, size), or a
+            mapping with `input_ids` or `input_values`. If the mapping has an `attention_mask`,
+            padding is left out.
+        every: Distance between the positions that are measured.
+        horizon: Maximal number of tokens of a row to read. By default, all are read.
+        max_channels: Maximal number of heads or channels of a layer to measure. If there are more,
+            every n-th is measured. None measures all.
 
     Raises:
-        ValueError: for numbers below 1, or if there are no rows.
+        ValueError: if a number is below 1, or if there are no rows.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class StateSizeCallback(TrainerCallback):
         self.trainer.log(dict(sizes))
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """Measure the logged numbers for the present weights of a model."""
+        """Measure a model with its present weights, and return the numbers to log."""
         found: dict[str, list[float]] = {}
         for row in self.rows:
             horizon = None if self.horizon is None else min(self.horizon, len(row))
@@ -116,7 +118,7 @@ def _summary(report: StateReport) -> dict[str, float]:
 
 
 def _first(dataset: Any, count: int) -> list[Any]:
-    """Return the first rows of an evaluation set, or of the first set in a dictionary."""
+    """Return the first rows of an evaluation set, or of the first set in a dictionary of sets."""
     if isinstance(dataset, Mapping):
         dataset = next(iter(dataset.values()), None)
     if dataset is None or count < 1:
@@ -125,7 +127,7 @@ def _first(dataset: Any, count: int) -> list[Any]:
 
 
 def _sequence(row: Any) -> Tensor:
-    """Return the tokens of a row, integers (length) or numbers (length, size), unpadded."""
+    """Return a row without its padding: token ids (length) or numbers (length, size)."""
     if not isinstance(row, Mapping):
         return torch.as_tensor(row)
     sequence = torch.as_tensor(row["input_ids"] if "input_ids" in row else row["input_values"])

@@ -1,4 +1,4 @@
-"""Rank correlation of two measurements."""
+"""Compute the rank correlation of two measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ __all__ = ["rank_correlation"]
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation, with mean ranks for ties; None if one is constant."""
+    """Return Spearman's rank correlation of two sequences of equal length.
+
+    Equal values have the mean of their ranks. If a sequence is constant, the result is None.
+    """
     ranks = torch.stack([_ranks(torch.tensor(values, dtype=torch.float64)) for values in (x, y)])
     ranks = ranks - ranks.mean(-1, keepdim=True)
     norms = torch.linalg.vector_norm(ranks, dim=-1)

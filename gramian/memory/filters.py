@@ -1,11 +1,12 @@
-r"""Effective state-size of filters, computed about as fast as filters are reduced.
+r"""Measure the effective state-size of filters, about as fast as filters are reduced.
 
-The operator of a filter of L taps is split in the middle of its context, i = ⌊L / 2⌋: the block
-`T[i:2i, :i]` is a Hankel matrix of taps h_1 … h_{2i-1} with its columns reversed. The Hankel matrix
-is square and symmetric, so its singular values are the moduli of its eigenvalues. Small blocks are
-factored. For larger ones, the Lanczos iteration of `gramian.reduction.spectrum` finds the leading
-singular values; the others are assumed to decay as a power of their index, with the exponent that
-matches their energy, which is known.
+The operator T of a filter of L taps is split in the middle of its context, at i = ⌊L / 2⌋. Up to
+the order of its columns, the block `T[i:2i, :i]` is the Hankel matrix of the taps h_1 … h_{2i-1}.
+This matrix is square and symmetric, so its singular values are the moduli of its eigenvalues. All
+eigenvalues of small blocks are computed. For larger blocks, the Lanczos iteration of
+`gramian.reduction.spectrum` finds the leading singular values. The other singular values are
+assumed to decay as a power of their index. Their total energy is known, and the exponent is chosen
+to match it.
 """
 
 from __future__ import annotations
@@ -21,26 +22,29 @@ from gramian.reduction.spectrum import leading_spectrum
 __all__ = ["filter_state_sizes"]
 
 _DENSE = 512
-"""Size up to which blocks are factored, which takes about as long as reducing their filters."""
+"""The size up to which all eigenvalues of a block are computed.
+
+Computing them takes about as long as reducing the filters.
+"""
 
 _LEADING = 32
-"""Number of singular values that are computed of larger blocks."""
+"""The number of singular values that are computed for larger blocks."""
 
 _BLOCK = 2**23
-"""Maximal number of entries of the matrices, or Lanczos bases, that are held at once."""
+"""The maximal number of entries of the matrices, or of the Lanczos bases, that are held at once."""
 
 
 @torch.no_grad()
 def filter_state_sizes(kernel: Tensor) -> Tensor:
-    """Measure the entropy-ESS of filters before the middle of their context.
+    """Measure the entropy-ESS of filters at the middle of their context.
 
     Args:
-        kernel: (C, L), float64, finite.
+        kernel: The taps of C filters, (C, L), float64, finite.
 
     Returns:
-        `effective_state_size(FIR(kernel), L // 2, horizon=2 * (L // 2))`, (C): exact up to 1,024
-        taps, and an estimate above. The estimate is accurate to about a tenth if the spectrum
-        decays fast, and within a factor of two if the filter is rough.
+        (C), the value of `effective_state_size(FIR(kernel), L // 2, horizon=2 * (L // 2))`. It is
+        exact for up to 1,024 taps, and an estimate for longer kernels. The estimate is accurate to
+        about a tenth if the spectrum decays fast, and to a factor of two if the filter is rough.
     """
     side = kernel.shape[-1] // 2
     if side == 0:
@@ -63,9 +67,9 @@ def filter_state_sizes(kernel: Tensor) -> Tensor:
 
 
 def _extrapolated(values: Tensor, hankel: Hankel) -> Tensor:
-    """Extend the leading singular values (B, r) to (B, side) by `σ_r (r / k)^p`.
+    """Extend the leading singular values (B, r) to all of them, (B, side), by `σ_r (r / k)^p`.
 
-    The power p, found by bisection, gives the extension the remaining energy.
+    The power p is found by bisection, such that the extension has the remaining energy.
     """
     energy = (hankel.squared_norm() - values.square().sum(-1)).clamp_min(0).unsqueeze(-1)
     first, last = values.shape[-1], values[:, -1:]

@@ -1,11 +1,12 @@
-"""Initialization of gates for a target effective state-size.
+"""Initialize gates such that the effective state-size (ESS) reaches a target.
 
 How fast a memory decays determines how much it holds. One number per layer, or per head, shifts all
-of its gates: it is added to the logits of the gates of `GatedLinearAttention` and
-`WeightedLinearAttention`, and its exponential divides the rates of `S6`, `GLAS6` (that is,
-multiplies the normalization factor) and `GatedDeltaNet`. ESS is not always monotonic in this shift,
-so a grid is searched for the crossing of the target nearest to a shift of zero, which is then
-refined by bisection (arXiv 2504.19561, on initialization informed by ESS).
+gates of that layer or head. The shift is added to the logits of the gates of `GatedLinearAttention`
+and `WeightedLinearAttention`. The rates of `S6`, `GLAS6` and `GatedDeltaNet` are divided by the
+exponential of the shift. For `GLAS6`, this is the same as multiplying the normalization factor by
+it. ESS is not always monotonic in the shift. So ESS is measured on a grid of shifts. Of the places
+where it crosses the target, the nearest to a shift of zero is chosen, and bisection refines it
+(arXiv 2504.19561, on initialization informed by ESS).
 """
 
 from __future__ import annotations
@@ -25,23 +26,24 @@ from gramian.mixers.linear_recurrence import Dynamics
 
 __all__ = ["GateInitialization", "InitializedGates", "initialize_gates"]
 
-_REACH, _GRID = 24.0, 49
+_REACH, _GRID = 24.0, 49  # the largest shift of the grid, and its number of shifts
 _BISECTIONS = 16
-_ABOUT = 0.01
+_ABOUT = 0.01  # errors count as equal if they differ by less than this share of the target
 
 
 @dataclasses.dataclass(frozen=True)
 class InitializedGates:
-    """A layer, or one head of it, whose gates were initialized.
+    """The initialization of the gates of a layer, or of one of its heads.
 
     Attributes:
         name: path of the mixer in the model.
-        head: index of the head; None for all heads of the layer together.
+        head: index of the head, or None if all heads of the layer have the same shift.
         target: target state-size.
         before: mean state-size before initialization.
         reached: mean state-size after initialization.
-        shift: number added to the logits of gates, or subtracted from the logarithms of rates.
-        converged: whether the target is reached to the tolerance.
+        shift: number that was added to the logits of gates, or subtracted from the logarithms of
+            rates.
+        converged: whether the state-size reached the target to the tolerance.
     """
 
     name: str
@@ -69,11 +71,11 @@ class InitializedGates:
 
 @dataclasses.dataclass(frozen=True)
 class GateInitialization:
-    """The result of `initialize_gates`, which prints as one line per entry.
+    """The result of `initialize_gates`. As a string, it has one line for each layer or head.
 
     Attributes:
-        gates: one entry for each layer, or each head.
-        without: paths of linear recurrences that have no gates.
+        gates: one entry for each layer, or for each head.
+        without: paths of the linear recurrences that have no gates.
     """
 
     gates: tuple[InitializedGates, ...]
@@ -103,27 +105,31 @@ def initialize_gates(
 
     The effective state-size (ESS) is measured on a batch, and the gates are changed in place. The
     layers are processed in the order in which they run, since the input of a layer depends on the
-    gates of those before it. The function is meant for a freshly initialized model. ESS is averaged
-    over sequences, and over heads unless `per_head`.
+    gates of earlier layers. The function is meant for a freshly initialized model. ESS is averaged
+    over sequences, and, unless `per_head` is set, over heads.
 
     Args:
-        model: A module that contains linear recurrences of ours, or is one.
+        model: A linear recurrence of `gramian.mixers`, or a module that contains linear
+            recurrences.
         inputs: A batch with which the model is called: a tensor, or a mapping of arguments.
-        target: Entropy-ESS of every head, positive.
-        share: The target as a share of the state size n, above 0 and at most 1.
+        target: The entropy-ESS that every head should have, positive.
+        share: The target as a share of the state size n, above 0 and at most 1. It replaces
+            `target`.
         per_head: Whether every head has its own shift.
-        at: Position; by default the middle. The input should be long enough that
-            min(at, length - at) does not limit ESS.
+        at: The position at which ESS is measured; by default, the middle of the input. The input
+            should be long enough that min(at, length - at) does not limit ESS.
         tolerance: Relative error up to which a target counts as reached.
 
     Returns:
-        The state-sizes reached, and which targets are out of reach: even gates that forget nothing
-        may hold less than the target, and so may too few tokens. Such layers get the closest shift.
+        The state-sizes of every layer or head before and after the change, and whether they reached
+        the target. A target may be out of reach, because a memory whose gates forget nothing holds
+        less, or because there are too few tokens. The layer or head then gets the shift that comes
+        closest.
 
     Raises:
-        ValueError: unless exactly one of `target` and `share` is given, within these bounds; for a
-            model without linear recurrences, or one whose recurrences did not run; for a position
-            outside of the sequence.
+        ValueError: unless exactly one of `target` and `share` is given, within its bounds. Also if
+            the model has no linear recurrences or runs none of them, or if the position is outside
+            of the sequence.
     """
     check_goal(target, share)
     entries: list[InitializedGates] = []
@@ -160,7 +166,7 @@ def _run(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> None:
 
 
 class _Search:
-    """The state-size of a mixer's heads on an input, as a function of the shift of its gates."""
+    """A search for the shift of a mixer's gates at which its heads have a given state-size."""
 
     def __init__(
         self,
@@ -184,14 +190,14 @@ class _Search:
         self.start = {name: p.clone() for name, p in dynamics.named_parameters()}
 
     def set(self, shift: Tensor) -> None:
-        """Shift the gates by `shift`, (heads) or (1), from their original values."""
+        """Set the gates to their original values plus a shift, (heads) or (1)."""
         for name, parameter in self.dynamics.named_parameters():
             parameter.copy_(self.start[name])
         like = next(self.dynamics.parameters())
         self.dynamics.slow(shift.to(like).expand(self.mixer.heads))
 
     def sizes(self, shift: Tensor) -> Tensor:
-        """Return the mean state-size at a shift, (heads) or (1), float64."""
+        """Return the state-size at a shift, a mean over the sequences: (heads) or (1), float64."""
         self.set(shift)
         sizes = effective_state_size(self.mixer.operator(self.x, mask=self.mask), self.at)
         of_heads = sizes.double().mean(0)
@@ -225,11 +231,19 @@ class _Search:
 
 
 def _crossing(grid: Tensor, curve: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, for every column of a curve (grid, heads), where it crosses the target.
+    """Return where every column of a curve crosses the target.
 
-    The result is the crossing interval nearest to 0, and whether the curve rises there. If it does
-    not cross, both ends of the interval are the smallest shift that is about as close to the target
-    as any: larger ones would only saturate the gates.
+    Args:
+        grid: The shifts, (grid).
+        curve: The state-sizes at these shifts, (grid, heads).
+        target: The target state-size.
+
+    Returns:
+        Three tensors (heads): the two ends of an interval of the grid, and whether the curve rises
+        in this interval. Of the intervals in which the curve crosses the target, this is the
+        interval nearest to 0. If a curve does not cross the target, both ends are the shift that
+        comes closest. If several shifts come about as close, both ends are the smallest of these,
+        since a larger shift would only saturate the gates.
     """
     above = curve > target
     crosses = above[1:] != above[:-1]  # (grid - 1, heads)

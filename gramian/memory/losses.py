@@ -1,4 +1,4 @@
-"""The losses on memory that training adds to the loss of a task."""
+"""Compute the losses on memory that training adds to the loss of a task."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ class MemoryLosses:
 
     Args:
         model: A module that contains mixers.
-        gates: Weight of `gate_regularizer` on its linear recurrences; 0 leaves it out.
-        ess: Weight of `ess_penalty` on its mixers; 0 leaves it out.
+        gates: Weight of `gate_regularizer` on the model's linear recurrences. 0 leaves this loss
+            out.
+        ess: Weight of `ess_penalty` on the model's mixers. 0 leaves this loss out.
         target: As for `ess_penalty`.
         share: As for `ess_penalty`.
-        sequences: Maximal number of sequences per pass that the ESS loss measures; all by default.
-        channels: Maximal number of heads or channels per layer that it measures; all by default.
+        sequences: Maximal number of sequences of a pass for which `ess_penalty` is computed. By
+            default, it is computed for all.
+        channels: Maximal number of heads or channels of a layer for which `ess_penalty` is
+            computed. By default, it is computed for all.
 
     Raises:
-        ValueError: if the model has no such mixers.
+        ValueError: if the model has no mixers for a loss whose weight is positive.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class MemoryLosses:
             raise ValueError(f"{name} needs {needed}; this model has none.") from error
 
     def __call__(self) -> tuple[Tensor, dict[str, float]]:
-        """Return the weighted sum, and the unweighted losses by the names used in logs."""
+        """Return the weighted sum, and a mapping from names in logs to the unweighted losses."""
         losses: dict[str, float] = {}
         total: Any = 0.0
         if self.gated is not None:
@@ -71,7 +74,7 @@ class MemoryLosses:
         return total, losses
 
     def _penalty(self, observer: Observer) -> Tensor:
-        """Return the mean penalty over sequences and mixers, each sequence taken alone."""
+        """Return the mean penalty over the mixers and the sequences, whose padding is left out."""
         total, sequences = torch.zeros(()), 0
         for system, length, count in observer.sequences(**self.most):
             at = sorted({length * quarter // 4 for quarter in (1, 2, 3)} - {0})

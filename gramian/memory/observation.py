@@ -1,4 +1,4 @@
-"""The operators of a model's mixers on their inputs in its last forward pass."""
+"""Observe forward passes, to compute the operators that mixers apply to their inputs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ __all__ = ["Observer"]
 
 
 class Observer:
-    """An observer that keeps the inputs of a model's mixers, for losses on their operators.
+    """An observer that keeps the inputs of mixers, to compute losses on the mixers' operators.
 
         observer = Observer(model, LinearRecurrence)
         …
         loss = model(ids, labels=ids).loss + 1e-3 * gate_regularizer(observer.operators())
 
-    The inputs of the last forward pass are kept, with their graph, until the next one. The layers'
-    operators are made from them on request. This computes projections, short convolutions and gates
-    once more, and reads parameters outside of `forward`, so it does not work for sharded models.
+    The inputs of the last forward pass, with their autograd graph, are kept until the next pass.
+    `operators` and `sequences` make the operators from these inputs, which computes projections,
+    short convolutions and gates once more. They read parameters outside of `forward`, so an
+    observer does not work for sharded models.
 
     Args:
-        model: A module that contains mixers, or is one.
-        kind: Class of the mixers to observe; all mixers by default.
+        model: A mixer, or a module that contains mixers.
+        kind: Class of the mixers to observe. By default, all mixers are observed.
 
     Raises:
         ValueError: if the model has no such mixer.
@@ -59,9 +60,10 @@ class Observer:
         self._read[path] = x, Segments.of(mask)
 
     def inputs(self) -> dict[str, tuple[Tensor, Segments | None]]:
-        """Return the input of every mixer that ran, by path.
+        """Return a mapping from the path of every mixer that ran to its input.
 
-        Each is (batch, length, width), with the positions of its tokens.
+        An input is a pair: a tensor (batch, length, width), and the positions of its tokens, which
+        are None if there is no padding.
         """
         return dict(self._read)
 
@@ -70,17 +72,18 @@ class Observer:
     ) -> list[System]:
         """Return `mixer.operator(x)` for every mixer that ran in the last forward pass.
 
-        Here x is the mixer's input in that pass. Padding is skipped, as in the pass. With packed
-        rows a mixer has several operators, each for sequences of similar length.
+        Here x is the input of the mixer in that pass. Padding is skipped, as in the pass. With
+        packed rows a mixer has several operators, each of them for sequences of similar length.
 
         Args:
-            sequences: Maximal number of sequences of an operator; the first ones are used.
-            channels: Maximal number of heads or channels of a layer; if there are more, every n-th
-                is used, beginning with a random one.
+            sequences: Maximal number of sequences of an operator. If there are more, the first are
+                used. By default, all are used.
+            channels: Maximal number of heads or channels of a layer. If there are more, every n-th
+                is used, beginning at random. By default, all are used.
 
         Raises:
-            RuntimeError: if nothing ran since the observer was made.
-            ValueError: for numbers below 1, and from mixers that are not causal.
+            RuntimeError: if no mixer has run since the observer was created.
+            ValueError: if a number is below 1, or if a mixer is not causal.
         """
         found: list[System] = []
         for mixer, x, segments, chosen in self._observed(sequences, channels):
@@ -92,18 +95,20 @@ class Observer:
     def sequences(
         self, *, sequences: int | None = None, channels: int | None = None
     ) -> list[tuple[System, int, int]]:
-        """Return the operators on single sequences without padding, batched by equal length.
+        """Return the operators on sequences without padding, in batches of equal length.
 
         Args:
-            sequences: Maximal number of sequences of a pass; the first ones are used.
+            sequences: Maximal number of sequences of a pass. If there are more, the first are used.
+                By default, all are used.
             channels: As for `operators`.
 
         Returns:
-            For every mixer that ran, and every length, the operator, its length, and the number of
-            sequences.
+            For every mixer that ran, and for every length of a sequence: the operator, the length,
+            and the number of sequences of that length.
 
         Raises:
-            RuntimeError, ValueError: as `operators` does.
+            RuntimeError: if no mixer has run since the observer was created.
+            ValueError: if a number is below 1, or if a mixer is not causal.
         """
         found = []
         for mixer, x, segments, chosen in self._observed(sequences, channels):
@@ -115,7 +120,7 @@ class Observer:
     def _observed(
         self, sequences: int | None, channels: int | None
     ) -> Iterator[tuple[Mixer, Tensor, Segments | None, slice]]:
-        """Yield the mixers, their inputs, and the channels to use."""
+        """Yield each mixer that ran, its input, its segments, and the channels to use."""
         for name, number in (("sequences", sequences), ("channels", channels)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1 or None; got {number}.")
@@ -128,7 +133,7 @@ class Observer:
             yield mixer, x, segments, _some(mixer.channels, channels)
 
     def close(self) -> None:
-        """Stop observing."""
+        """Stop observing, and drop the inputs."""
         for hook in self._hooks:
             hook.remove()
         self._read.clear()
@@ -141,14 +146,14 @@ class Observer:
 
 
 def _unpacked(x: Tensor, segments: Segments | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Return batches of rows with one sequence each, and the masks of their tokens."""
+    """Return batches whose rows are one sequence each, with the masks of their tokens."""
     if segments is None or not segments.packed:
         return [(x, None if segments is None else segments.real)]
     return [(part.take(x), part.real) for part in segments.parts]
 
 
 def _alone(x: Tensor, segments: Segments | None, count: int | None) -> list[Tensor]:
-    """Return the first sequences, one batch (sequences, length, width) for every length."""
+    """Return the first `count` sequences, one batch (sequences, length, width) for each length."""
     if segments is None:
         return [x[:count]]
     tokens, begins, lengths = (part.to(x.device) for part in segments.sequences())

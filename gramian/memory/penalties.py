@@ -1,7 +1,8 @@
-r"""Losses that draw the gates of a model towards remembering, and state-sizes towards a target.
+r"""Compute losses that make gates forget less, or pull state-sizes towards a target.
 
-Both take operators, as returned by `mixer.operator(x)` or made by `gramian.memory.Observer` from a
-forward pass, and are differentiable in the tensors from which the operators were made.
+Both losses are functions of operators. `mixer.operator(x)` returns the operator of one mixer, and
+`gramian.memory.Observer` returns those of all mixers in a forward pass. Gradients flow into the
+tensors from which the operators were computed.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ __all__ = ["check_goal", "ess_penalty", "gate_regularizer"]
 def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
     r"""Return `‖A - I‖`, the distance of state matrices from the identity, which forgets nothing.
 
-    For every operator this is the root of the mean, over channels and steps, of
-    `‖A_t - I‖_F² / n`; the result is the mean over operators. Steps that neither forget nor read
-    anything, as at padding, do not count. Added to a loss with a factor λ, it restores memories
+    For every operator this is the root of the mean, over channels and steps, of `‖A_t - I‖_F² / n`.
+    The result is the mean over operators. Steps that neither forget nor read anything, such as the
+    steps at padding, do not count. Added to a loss with a factor λ, the result restores memories
     that have collapsed because their gates forget too fast (arXiv 2504.19561, on state collapse).
-    Its cost is linear in the number of coefficients, as no operator is made into a matrix.
+    The cost is linear in the number of coefficients, since the operators are not computed as
+    matrices.
 
     Args:
-        operators: `TimeVarying` systems with state matrices that are diagonal, diagonal plus rank
-            one, or dense. Other systems have no gates and are skipped.
+        operators: One or more systems. The `TimeVarying` systems are used, whether their state
+            matrices are diagonal, diagonal plus rank one, or dense. Other systems have no gates and
+            are skipped.
 
     Returns:
         A scalar of the operators' dtype, through which gradients flow.
@@ -45,8 +48,9 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
             steps = ((squares > 0) | (system.B != 0).any(-1)).sum().clamp_min(1)
             squares = squares.sum() / (steps * system.order)
             # The root is not differentiable at zero, where all gates are 1 (linear attention).
-            there = squares > 0
-            distances.append(torch.where(there, torch.where(there, squares, 1).sqrt(), 0))
+            positive = squares > 0
+            root = torch.where(positive, squares, 1).sqrt()
+            distances.append(torch.where(positive, root, 0))
     if not distances:
         raise ValueError(
             "a gate regularizer needs a TimeVarying system, that of a linear recurrence on some "
@@ -56,7 +60,7 @@ def gate_regularizer(operators: System | Sequence[System]) -> Tensor:
 
 
 def _distance_from_identity(system: TimeVarying) -> Tensor:
-    """Return `‖A_t - I‖_F²`, (*C, L)."""
+    """Return `‖A_t - I‖_F²` at every step of a system, (*C, L)."""
     if system.A.ndim > system.B.ndim:
         eye = torch.eye(system.order, dtype=system.dtype, device=system.device)
         return (system.A - eye).square().sum((-2, -1))
@@ -72,7 +76,9 @@ def _distance_from_identity(system: TimeVarying) -> Tensor:
 def check_goal(target: float | None, share: float | None) -> None:
     """Raise a ValueError unless exactly one of target and share is given, within its bounds.
 
-    The target is a positive state-size, the share that of the state size.
+    Args:
+        target: A state-size, positive and finite.
+        share: A share of the size of the state, above 0 and at most 1.
     """
     if (target is None) == (share is None):
         raise ValueError(f"give target or share, one of the two; got {target!r} and {share!r}.")
@@ -92,25 +98,29 @@ def ess_penalty(
 ) -> Tensor:
     r"""Return the squared relative distance of effective state-sizes from a target.
 
-    It is `(ESS / target - 1)²`, or with a share `(ESS / TSS - share)²`, averaged over positions
-    and channels and then over operators. ESS is the entropy-ESS of `gramian.effective_state_size`.
-    A position costs O(L n²) operations forward and backward for a recurrence, and a singular value
-    decomposition of a block for a matrix, so use few positions, channels and sequences.
+    The distance is `(ESS / target - 1)²`, or, with a share, `(ESS / TSS - share)²`. It is averaged
+    over positions and channels, and then over operators. ESS is the entropy-ESS of
+    `gramian.effective_state_size`, and TSS the size of the state. For a recurrence, a position
+    takes O(L n²) operations in the forward and in the backward pass. For a matrix, it takes a
+    singular value decomposition of a block. So use few positions, channels and sequences.
 
     Args:
-        operators: One or more systems, all of whose channels count.
-        target: State-size, positive.
-        share: Used in place of `target`: utilization of the state (ESS / TSS), in (0, 1].
-        at: Positions; by default a quarter, a half and three quarters of an operator's length.
-        horizon: Blocks are `T[i:horizon, :i]`; see `gramian.effective_state_size`.
+        operators: One or more systems. All of their channels are used.
+        target: Target state-size, positive.
+        share: Target utilization of the state, ESS / TSS, in (0, 1]. It replaces `target`.
+        at: Positions at which ESS is measured; by default a quarter, a half and three quarters of
+            an operator's length.
+        horizon: The position at which the blocks `T[i:horizon, :i]` end, as in
+            `gramian.effective_state_size`.
 
     Returns:
         A scalar, through which gradients flow.
 
     Raises:
         TypeError: if an operator is not a system.
-        ValueError: unless exactly one of `target` and `share` is given, within these bounds; for
-            positions that do not fit; and, without positions, for systems of unlimited length.
+        ValueError: unless exactly one of `target` and `share` is given, within its bounds. Also if
+            a position is outside of an operator, or if no positions are given and a system has
+            unlimited length.
     """
     check_goal(target, share)
     penalties = []
@@ -120,8 +130,8 @@ def ess_penalty(
         if target is not None:
             distance = sizes / target - 1
         elif share is not None:
-            there = theoretical_state_size(system, positions, horizon=horizon)
-            distance = utilization(sizes, there) - share
+            capacity = theoretical_state_size(system, positions, horizon=horizon)
+            distance = utilization(sizes, capacity) - share
         if distance.numel():
             penalties.append(distance.square().mean())
     if not penalties:

@@ -1,4 +1,4 @@
-"""Mixers: modules that mix a sequence."""
+"""Provide mixers, the modules of a model that combine the positions of a sequence."""
 
 from __future__ import annotations
 
@@ -57,6 +57,6 @@ _MOVED = ("GateInitialization", "InitializedGates", "Observer", "initialize_gate
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MOVED:  # which used to be here
+    if name in _MOVED:  # these names moved to gramian.memory
         return getattr(importlib.import_module("gramian.memory"), name)
     raise AttributeError(f"module 'gramian.mixers' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""How a block calls the mixer that it surrounds."""
+"""Define the object through which a block calls the mixer that it surrounds."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ __all__ = ["MixerCall"]
 
 
 class MixerCall:
-    """A mixer as the block around it calls it: `call(x)` returns the mixer's output for `x`.
+    """A function through which a block runs its mixer: `call(x)` is the mixer's output for `x`.
 
-    The same block runs on whole sequences, on chunks from a state, on single tokens and in
-    exported programs; each of these passes a call of its own.
+    The same block runs on whole sequences, on chunks that continue from a state, on single tokens
+    and in exported programs. In each of these cases, the block gets a different `MixerCall`.
 
     Args:
-        function: Maps (batch, length, width), or one token (batch, width), to the same shape.
-        mask: Which positions are tokens, and where sequences begin; None if all are tokens.
-        carries_state: Whether the mixer continues from a state. A block then skips what applies
-            to whole sequences only, such as dropout in `gramian.mixers.Block`.
+        function: A function that maps (batch, length, width), or one token (batch, width), to the
+            same shape.
+        mask: The positions of tokens and of the beginnings of sequences. None if every row is one
+            sequence without padding.
+        carries_state: Whether the mixer continues from a state. A block then skips operations on
+            whole sequences, such as dropout in `gramian.mixers.Block`.
     """
 
     __slots__ = ("carries_state", "function", "mask")

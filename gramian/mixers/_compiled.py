@@ -1,4 +1,4 @@
-"""Compiled parts of steps, with a fallback to the uncompiled functions."""
+"""Compile parts of steps, and fall back to the uncompiled functions if that fails."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 
 __all__ = ["CompiledStep"]
 
-_RECOMPILATIONS = 128  # shapes, of layers and batches, before torch gives up
+_RECOMPILATIONS = 128  # the number of shapes that torch compiles before it gives up
 
 
 class CompiledStep:
-    """`torch.compile(function)` for tensors of fixed shapes; the function itself if that fails.
+    """A callable that runs `torch.compile(function)`, or `function` itself if compiling fails.
 
-    A failure is reported once per process. It is harmless, since compiling does not touch any
-    state.
+    Every shape of the arguments is compiled separately. A failure is reported once per process. A
+    failure is harmless, since compiling does not change any state.
+
+    Args:
+        function: The function, called as `function(mixer, z, state, *long)`.
+        options: Arguments of `torch.compile`.
     """
 
     _warned = False
@@ -58,9 +62,9 @@ def _restored(function: Callable[..., Any], options: dict[str, Any]) -> Compiled
 
 
 def _compile(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
-    import torch._dynamo
+    import torch
+    from torch._dynamo import config
 
-    config = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     setattr(config, name, max(getattr(config, name), _RECOMPILATIONS))
     return torch.compile(function, dynamic=False, fullgraph=True, **options)

@@ -1,4 +1,4 @@
-"""Parts of a forward pass that are recomputed in the backward pass to save memory."""
+"""Recompute parts of a forward pass in the backward pass, which saves memory."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _Result = TypeVar("_Result")
 
 
 def recomputed(function: Callable[..., _Result], *arguments: object) -> _Result:
-    """Return `function(*arguments)`, recomputed in the backward pass.
+    """Return `function(*arguments)`, whose intermediate results the backward pass recomputes.
 
-    The transforms of `torch.func` do not support recomputation; under them, intermediate results
-    are kept.
+    The transforms of `torch.func` do not support recomputation. Within them, the intermediate
+    results are kept.
     """
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():  # noqa: SLF001 (it has no public name)
         return function(*arguments)
     return checkpoint(function, *arguments, use_reentrant=False)

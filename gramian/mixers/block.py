@@ -1,8 +1,8 @@
 r"""A residual block to drop into any model: `x + drop(GLU(W drop(gelu(mixer(norm(x))))))`.
 
-The block of the field's long-range models (S4, Gu et al. 2022; RTF, Parnichkun et al. 2024): a
-mixer without projections of its own between a norm, an activation and a gated linear map over
-channels.
+Long-range models of the literature consist of such blocks (S4, Gu et al. 2022; RTF, Parnichkun et
+al. 2024). The mixer has no projections of its own: a norm comes before it, and an activation and a
+gated linear map over channels come after it.
 """
 
 from __future__ import annotations
@@ -29,40 +29,41 @@ _NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm, "batch": nn.BatchNorm1d}
 
 
 class Block(Mixer):
-    """Norm, mixer, GELU, linear map with GLU, and dropout, beside a residual connection.
+    """A residual block of a norm, a mixer, GELU, a linear map with GLU, and dropout.
 
-    The block is a mixer itself: it maps (batch, length, width) to the same shape, and accepts a
-    mask, a state and a recurrence where the inner mixer does; the state is the inner mixer's.
-    Dropout acts on whole sequences in training; nothing is dropped where a state is carried.
+    The block is a mixer itself: it maps (batch, length, width) to the same shape. If the inner
+    mixer accepts a mask and a state and has a recurrence, so does the block. The state of the block
+    is the state of the inner mixer. In training, dropout acts on whole sequences. Nothing is
+    dropped where a state is carried.
 
-    In training, a batch norm computes its statistics over the real tokens of whole sequences;
-    everywhere else it uses its running statistics. So padding does not affect them, and a
-    recurrence can be stepped. Checkpointing computes a block twice, so each batch enters the
-    running statistics twice.
+    In training, a batch norm computes its statistics over the real tokens of whole sequences.
+    Everywhere else it uses its running statistics. So padding does not affect the statistics, and a
+    recurrence can process one token at a time. Checkpointing computes a block twice, so each batch
+    enters the running statistics twice.
 
     Args:
         width: Channels of input and output.
-        mixer: A mixer of that width; or a filter or its configuration, for a
-            `LongConvolution`.
-        max_length: The filter's `max_length`, if its configuration does not give one.
-        bidirectional: Whether the `LongConvolution` is bidirectional; its filter then has
-            `2 width` channels.
-        kernel_dropout: `kernel_dropout` of the `LongConvolution`.
+        mixer: A mixer of that width. If it is a filter, or the configuration of a filter, the mixer
+            is a `LongConvolution` with this filter.
+        max_length: The filter's `max_length`, if its configuration does not give it.
+        bidirectional: Whether the `LongConvolution` is bidirectional. Its filter then has `2 width`
+            channels.
+        kernel_dropout: Probability of dropping a tap of the `LongConvolution` in training.
         norm: "layer", "rms" or "batch".
-        eps: Added to the variance or mean square in the norm.
-        prenorm: Whether the norm comes before the mixer, as above, or after the residual
+        eps: Number that the norm adds to the variance or mean square.
+        prenorm: Whether the norm comes before the mixer. If false, it comes after the residual
             connection.
         dropout: Probability of dropping an activation, after the GELU and at the end.
         tied_dropout: Whether a channel is dropped either over the whole length of a sequence or
             not at all.
-        glu: Whether the linear map has `2 width` outputs, one half of which gates the other
-            half; if not, it has `width` outputs.
+        glu: Whether the linear map has `2 width` outputs, one half of which gates the other half.
+            If false, it has `width` outputs.
 
     Raises:
-        TypeError: if `mixer` is none of these.
-        ValueError: for an unknown norm, a mixer or filter that does not fit the width, an invalid
-            probability, or `bidirectional` or `kernel_dropout` together with a mixer, which has
-            its own.
+        TypeError: if `mixer` is not a mixer, a filter or a configuration.
+        ValueError: if the norm is unknown, if a mixer or filter does not fit the width, or if a
+            probability is invalid. Also if `bidirectional` or `kernel_dropout` is given together
+            with a mixer, since a mixer has its own settings.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Block(Mixer):
         return self.mixer.core
 
     def recurrence(self) -> MixerRecurrence:
-        """Make a frozen snapshot of the block around that of its mixer."""
+        """Make a frozen snapshot of the block, which contains a snapshot of its mixer."""
         return _BlockRecurrence(self)
 
     def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
@@ -131,11 +132,11 @@ class Block(Mixer):
         return self.mixer.reserve(state, tokens)
 
     def mix(self, x: Tensor, call: MixerCall) -> Tensor:
-        """Apply the block around `call`: norm, activation, linear map and residual sum.
+        """Apply the block to x, with `call` as its mixer.
 
         Args:
             x: (batch, length, width), or one token (batch, width) where a state is carried.
-            call: The call of the mixer on these rows.
+            call: The function that runs the mixer on these rows.
 
         Returns:
             A tensor of the shape of x.
@@ -152,12 +153,15 @@ class Block(Mixer):
     def carry(
         self, x: Tensor, state: Any, move: Callable[[Tensor, Any], tuple[Tensor, State]]
     ) -> tuple[Tensor, State]:
-        """Apply the block around `move`, which maps (input, state) to (output, next state).
+        """Apply the block to an input from a state, with `move` as its mixer.
 
         Args:
             x: (…, width).
-            state: The mixer's state, or whatever `move` accepts in its place.
-            move: The map of the mixer.
+            state: The mixer's state, or another object that `move` accepts in its place.
+            move: A function that maps (input, state) of the mixer to (output, next state).
+
+        Returns:
+            The block's output, which has the shape of x, and the next state.
         """
 
         def call(z: Tensor) -> Tensor:
@@ -190,7 +194,7 @@ class Block(Mixer):
         return nn.functional.glu(y) if self.glu else y
 
     def _drop(self, x: Tensor) -> Tensor:
-        """Apply dropout to (batch, length, width) in training."""
+        """Apply dropout to x (batch, length, width) in training, and return x otherwise."""
         if not self.training or self.dropout == 0:
             return x
         if self.tied_dropout:
@@ -198,11 +202,11 @@ class Block(Mixer):
         return nn.functional.dropout(x, self.dropout)
 
     def _normed(self, x: Tensor) -> Tensor:
-        """Apply the norm to (…, width), with running statistics where it has any."""
+        """Apply the norm to x (…, width). A batch norm uses its running statistics."""
         if not isinstance(self.norm, nn.BatchNorm1d):
             return self.norm(x)
         norm, flat = self.norm, x.reshape(-1, self.width)
-        if not norm.training:  # call its forward: its hooks fetch offloaded weights
+        if not norm.training:  # its forward has the hooks that fetch offloaded weights
             return norm(flat).reshape(x.shape)
         flat = nn.functional.batch_norm(
             flat, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
@@ -210,7 +214,10 @@ class Block(Mixer):
         return flat.reshape(x.shape)
 
     def _normed_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Apply the norm to whole sequences; in training, use the statistics of real tokens."""
+        """Apply the norm to whole sequences (batch, length, width).
+
+        In training, a batch norm uses the statistics of the tokens where the mask is not zero.
+        """
         if not (self.training and isinstance(self.norm, nn.BatchNorm1d)):
             return self._normed(x)
         real = None if mask is None or bool(mask.all()) else mask != 0
@@ -237,7 +244,7 @@ def _unchanged(x: Tensor) -> Tensor:
 
 
 class _BlockRecurrence(MixerRecurrence):
-    """A block around the recurrence of its mixer."""
+    """The recurrence of a block, which runs the block with the recurrence of its mixer."""
 
     mixer: Block
 

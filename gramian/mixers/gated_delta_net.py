@@ -1,8 +1,8 @@
 r"""Gated DeltaNet: `S_t = α_t (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ`, `y_t = q_tᵀ S_t`.
 
-Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464), equation 10: the delta rule replaces what is
-stored under a key, and α fades everything. Queries and keys are normalized to length 1, so a step
-never enlarges the memory.
+This is equation 10 of Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464). The delta rule replaces
+the value that is stored under a key, and α makes all stored values decay. Queries and keys are
+normalized to length 1, so the factor of `S_{t-1}` never enlarges the memory.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from gramian.mixers.registry import register
 
 __all__ = ["GatedDeltaNet"]
 
-_EPS = 1e-6  # added to the squared length of queries and keys
+_EPS = 1e-6  # this is added to the squared length of queries and keys
 
 
 class _DeltaDynamics(Dynamics):
-    """`α = exp(-exp(A_log) softplus(x + bias))`, one per head."""
+    """The parameters of the gates `α = exp(-exp(A_log) softplus(x + bias))`, one gate per head."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -53,20 +53,21 @@ class _DeltaDynamics(Dynamics):
 class GatedDeltaNet(LinearAttention):
     """Linear attention with the gated delta rule.
 
-    Queries, keys and values pass through a short convolution and SiLU; the output has a norm in
-    every head and a gate, as in `LinearAttention`. The rows of the input projection are those of
-    all queries, keys and values, then β, α and the output gate, heads in order.
+    Queries, keys and values pass through a short convolution and SiLU. As in `LinearAttention`, the
+    output of every head passes through a norm and is multiplied by a gate. The rows of the input
+    projection belong to the queries of all heads, then to all keys, all values, β, α and the output
+    gate. Within each of these groups, the heads are in order.
 
     Args:
         width: Channels of input and output.
-        heads: Heads of the attention.
-        state_size: n, features of queries and keys; by default `width / heads`.
-        value_width: N, features of a head's values; by default `width / heads`.
+        heads: Number of heads.
+        state_size: n, the number of features of a query or key; by default `width / heads`.
+        value_width: N, the number of features of a head's value; by default `width / heads`.
         short_kernel: Taps of the short convolution.
 
     Raises:
-        ValueError: if a number is out of range, or the heads do not divide the width where a size
-            is not given.
+        ValueError: if a number is out of range. Also if `state_size` or `value_width` is not given
+            and the heads do not divide the width.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 r"""Gated linear attention: `S_t = diag(a_t) S_{t-1} + k_t v_tᵀ`, with input-dependent gates.
 
-Yang et al. 2024 (arXiv 2312.06635), equation 3 and section 4.4: `a_t = σ(W₂ W₁ x_t + b)^(1/τ)`,
-with W₁ of low rank. This is GLA in arXiv 2504.19561.
+The gates are `a_t = σ(W₂ W₁ x_t + b)^(1/τ)`, where `W₂ W₁` has low rank (Yang et al. 2024, arXiv
+2312.06635, equation 3 and section 4.4). This mixer is called GLA in arXiv 2504.19561.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ __all__ = ["GatedLinearAttention"]
 
 
 class _SigmoidGates(Dynamics):
+    """The bias and the temperature of the gates `σ(logits + bias)^(1 / temperature)`."""
+
     def __init__(self, heads: int, state_size: int, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
@@ -33,11 +35,11 @@ class _SigmoidGates(Dynamics):
 
     @torch.no_grad()
     def slow(self, amount: Tensor) -> None:
-        """Add to the bias."""
+        """Add `amount` to the bias, which moves the gates towards 1."""
         self.bias.add_(amount.unsqueeze(-1))
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Return the gates for logits (batch, length, heads, n)."""
+        """Compute the gates from logits (batch, length, heads, n), in the same shape."""
         return powered_sigmoid(logits.to(self.bias.dtype) + self.bias, self.temperature)
 
 
@@ -46,13 +48,14 @@ class GatedLinearAttention(LinearAttention):
     """`LinearAttention` whose memory decays by input-dependent gates.
 
     Args:
-        width: As for `LinearAttention`, like all others but the last two.
-        temperature: τ of the gates, positive; a high one makes them start near 1.
+        width: Channels of input and output. All arguments that are not listed here are as in
+            `LinearAttention`.
+        temperature: τ of the gates, positive. With a high temperature the gates start near 1.
         gate_rank: Rank of the map from the input to the gates.
 
     Raises:
-        ValueError: as `LinearAttention`, and if the temperature is not positive or the rank
-            below 1.
+        ValueError: if an argument is invalid for `LinearAttention`, if the temperature is not
+            positive, or if the rank is below 1.
     """
 
     def __init__(

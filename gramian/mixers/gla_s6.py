@@ -1,9 +1,9 @@
 r"""GLA-S6: gated linear attention with S6's gates, `a_t = exp(-Δ_t (1, 2, …, n) / c)`.
 
-In S6 (`gramian.mixers.s6`) state j decays j times as fast as the first, so a larger state adds
-states with hardly any memory, and the effective state-size stalls. Dividing the rates by a
-normalization factor c that grows with n spreads the same range of rates over more states
-(arXiv 2504.19561, on GLA-S6).
+In S6 (`gramian.mixers.s6`), state j decays j times as fast as the first state. A larger n therefore
+adds states with hardly any memory, and the effective state-size stops growing. Here the rates are
+divided by a normalization factor c that grows with n, so the same range of rates is spread over
+more states (arXiv 2504.19561, on GLA-S6).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["GLAS6"]
 
 
 class _NormalizedDynamics(Dynamics):
-    """`Δ = softplus(x + bias)` of every head, rates `a = exp(A_log) / c`."""
+    """The parameters of a head's `Δ = softplus(x + bias)` and its n rates `exp(A_log) / c`."""
 
     def __init__(self, heads: int, state_size: int, normalization: float) -> None:
         super().__init__()
@@ -33,35 +33,43 @@ class _NormalizedDynamics(Dynamics):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set a to (1 … n) / c and draw Δ log-uniformly from [0.001, 0.1]."""
+        """Set the rates to (1 … n) / c and draw Δ log-uniformly from [0.001, 0.1]."""
         steps_of_time(self.dt_bias)
         rates = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device)
         self.A_log.detach().copy_(rates.log())
 
     @torch.no_grad()
     def slow(self, amount: Tensor) -> None:
-        """Divide the rates by `exp(amount)`, that is, multiply the normalization factor by it."""
+        """Divide the rates by `exp(amount)`, as a larger normalization factor does."""
         self.A_log.sub_(amount.unsqueeze(-1))
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return Δ (batch, heads, length, 1) and gates (…, n) for logits (batch, length, heads)."""
+        """Compute the gates from their logits (batch, length, heads).
+
+        Returns:
+            Δ, (batch, heads, length, 1), and the gates, (batch, heads, length, n).
+        """
         dt = softplus(logits.to(self.dt_bias.dtype) + self.dt_bias).mT.unsqueeze(-1)
         return dt, torch.exp(-dt * self.A_log.exp().unsqueeze(1) / self.normalization)
 
 
 @register("gla_s6")
 class GLAS6(LinearAttention):
-    """GLA-S6: linear attention in heads whose memory decays as in S6.
+    """Linear attention in heads whose memory decays as in S6 (GLA-S6).
 
-    `S_t = exp(-Δ_t a / c) S_{t-1} + Δ_t k_t v_tᵀ`, with one Δ_t per head and one rate a for each of
-    its n states; queries, keys, values, norm and output gate are those of `LinearAttention`.
+    The memory of a head is `S_t = exp(-Δ_t a / c) S_{t-1} + Δ_t k_t v_tᵀ`, with one Δ_t per head
+    and one rate a for each of its n states. Queries, keys, values, norm and output gate are the
+    same as in `LinearAttention`.
 
     Args:
-        width: As for `LinearAttention`, like all others but the last.
-        normalization: c, positive; n by default, 1 for the rates of S6.
+        width: Channels of input and output. All arguments that are not listed here are as in
+            `LinearAttention`.
+        normalization: The divisor c of the rates, positive; n by default. With 1, the rates are the
+            same as in S6.
 
     Raises:
-        ValueError: as `LinearAttention`, and if the normalization is not positive.
+        ValueError: if an argument is invalid for `LinearAttention`, or if the normalization is not
+            positive.
     """
 
     def __init__(

@@ -1,12 +1,13 @@
 r"""Hyena: long convolutions interleaved with gates.
 
-With projections `x^0, …, x^{N-1}, v` after a short convolution, `v ← h^n * (x^n v)` for n from
-N - 1 down to 1, then `y = x^0 v` (Hyena, Poli et al. 2023, definition 3.1; order N ≥ 2).
+Projections and a short convolution compute `x^0, …, x^{N-1}, v` from the input. Then
+`v ← h^n * (x^n v)` for n from N - 1 down to 1, and `y = x^0 v` (Hyena, Poli et al. 2023, definition
+3.1; order N ≥ 2).
 
-In half precision, everything between the first product and the last gate is float32: v may exceed
-float16's largest number, 65,504, before the next gate brings it back into range.
+In half precision, everything between the first product and the last gate is float32, since v may
+exceed 65,504, the largest number of float16, before the next gate brings it back into range.
 
-Hyena-RTF (Parnichkun et al. 2024, section 4.3) puts `gelu(W norm(y))` between y and the output
+Hyena-RTF (Parnichkun et al. 2024, section 4.3) applies `gelu(W norm(y))` to y before the output
 projection.
 """
 
@@ -47,8 +48,11 @@ class _Fields(NamedTuple):
 
 
 class HyenaState(_Fields, State):
-    """The last inputs of the short convolution, (batch, taps - 1, (order + 1) width), and the
-    states of the long ones."""
+    """The past of the short convolution and the states of the long convolutions.
+
+    `short` has the last inputs of the short convolution, (batch, taps - 1, (order + 1) width).
+    `long` has one state for each long convolution.
+    """
 
     __slots__ = ()
 
@@ -59,24 +63,26 @@ class Hyena(ConvolutionMixer):
 
     Args:
         width: Channels of input and output.
-        filter: A filter of `(order - 1) width` channels, or its configuration; channel
-            `c (order - 1) + n` belongs to gate n of channel c, as in the published code.
-        max_length: The filter's `max_length`, if its configuration does not give one.
-        order: N ≥ 2; there are N - 1 long convolutions.
+        filter: A filter of `(order - 1) width` channels, or its configuration. The filter's channel
+            `c (order - 1) + n` belongs to gate n of channel c of the mixer, as in the published
+            code.
+        max_length: The filter's `max_length`, if its configuration does not give it.
+        order: N ≥ 2. There are N - 1 long convolutions.
         short_kernel: Taps of the short convolution.
         kernel_dropout: Probability of dropping a tap of the long convolutions in training.
         mimo_size: Width of Hyena-RTF's map across channels after the last gate, `gelu(W norm(y))`
-            with an RMS norm; by default there is none.
+            with an RMS norm; by default there is no such map.
         bias: Whether the input projection has a bias.
         short_bias: Whether the short convolution has a bias; by default equal to `bias`.
         out_bias: Whether the output projection has a bias; by default equal to `bias`.
-        fp8_scales: Factors of the input and of the weight of the input projection, which is then
-            computed in 8-bit floating point (`gramian.ops.fp8`), as the published Evo 2 models of
-            1, 20 and 40 billion parameters need; by default it is not.
+        fp8_scales: Factors for the input and for the weight of the input projection. With these
+            factors, the projection is computed in 8-bit floating point (`gramian.ops.fp8`), as the
+            published Evo 2 models of 1, 20 and 40 billion parameters require. By default, it is
+            computed without 8-bit numbers.
 
     Raises:
-        ValueError: if the order is below 2, `mimo_size` below 1, `fp8_scales` are not two positive
-            numbers, or the filter does not fit.
+        ValueError: if the order is below 2, if `mimo_size` is below 1, if `fp8_scales` are not two
+            positive numbers, or if the filter does not fit.
     """
 
     def __init__(
@@ -148,7 +154,17 @@ class Hyena(ConvolutionMixer):
     def project(
         self, x: Tensor, mask: Tensor | None, past: Tensor | None
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return the gates, outermost first, the value, and the short convolution's new past."""
+        """Apply the input projection and the short convolution.
+
+        Args:
+            x: (batch, length, width).
+            mask: (batch, length), false for padding. None if there is no padding.
+            past: The short convolution's last inputs. None means zeros.
+
+        Returns:
+            The gates, the value, and the short convolution's new past. The gate that is applied
+            last comes first. Each gate and the value are (batch, length, width).
+        """
         z, past = self.short(apply_mask(self.in_proj(x), mask), past, mask)
         *gates, value = z.split(self.width, dim=-1)
         return gates, value, past
@@ -184,7 +200,7 @@ class Hyena(ConvolutionMixer):
         return DenseOperator(matrix)
 
     def finish(self, y: Tensor) -> Tensor:
-        """Apply the maps after the last gate to (…, width)."""
+        """Apply the maps that follow the last gate to y (…, width)."""
         return self.out_proj(y if self.mimo is None else self.mimo(y))
 
     def join_state(

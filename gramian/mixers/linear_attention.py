@@ -1,9 +1,10 @@
 r"""Linear attention: `S_t = S_{t-1} + k_t v_tᵀ`, `y_t = q_tᵀ S_t` in every head.
 
-Katharopoulos et al. 2020, equations 18–20, with a norm of the output in place of the denominator
-(TransNormer, Qin et al. 2022) and an output gate (Gated Linear Attention, Yang et al. 2024, section
-4.4). This is LA in arXiv 2504.19561; in its weighted and gated variants the memory decays by gates
-that are the same for every input (WLA) or computed from it (GLA).
+These are equations 18–20 of Katharopoulos et al. 2020 with two changes. A norm of the output
+replaces the denominator (TransNormer, Qin et al. 2022), and the output has a gate (Gated Linear
+Attention, Yang et al. 2024, section 4.4). This mixer is called LA in arXiv 2504.19561. In the
+variants of this mixer, gates make the memory decay. The gates are the same for every input
+(weighted linear attention, WLA), or they are computed from the input (gated linear attention, GLA).
 """
 
 from __future__ import annotations
@@ -34,22 +35,23 @@ _EPS = 1e-5
 class LinearAttention(LinearRecurrence):
     """Linear attention with a norm in every head and an output gate.
 
-    `y = W (silu(g) ∘ rms(o))`, `o_t = q_tᵀ S_t`, `S_t = S_{t-1} + k_t v_tᵀ`, with queries,
-    keys and values after a short convolution. The rows of the input projection are those of all
-    queries, keys and values, of the gates of a variant, and of the output gate, heads in order.
+    The output is `y = W (silu(g) ∘ rms(o))`, with `o_t = q_tᵀ S_t` and `S_t = S_{t-1} + k_t v_tᵀ`.
+    Queries, keys and values pass through a short convolution. The rows of the input projection
+    belong to the queries of all heads, then to all keys, all values, the gates of a variant if it
+    has any, and the output gate. Within each of these groups, the heads are in order.
 
     Args:
         width: Channels of input and output.
-        heads: Heads of the attention.
-        state_size: n, features of queries and keys, the state of each column of values; by default
-            `width / heads`.
-        value_width: N, features of a head's values; by default `width / heads`.
+        heads: Number of heads.
+        state_size: n, the number of features of a query or key, which is the state size of each
+            column of values; by default `width / heads`.
+        value_width: N, the number of features of a head's value; by default `width / heads`.
         short_kernel: Taps of the short convolution.
         feature_map: The feature map of queries and keys: "identity", "silu" or "elu" (elu + 1).
 
     Raises:
-        ValueError: if a number is out of range, the heads do not divide the width where a size is
-            not given, or the feature map is unknown.
+        ValueError: if a number is out of range, or if the feature map is unknown. Also if
+            `state_size` or `value_width` is not given and the heads do not divide the width.
     """
 
     def __init__(
@@ -74,7 +76,14 @@ class LinearAttention(LinearRecurrence):
         feature_map: str,
         gates: int,
     ) -> None:
-        """Construct the modules, with `gates` more features in the input projection."""
+        """Construct the modules.
+
+        The arguments are the same as in the class. If a size is None, it has the default of the
+        class.
+
+        Args:
+            gates: Number of features of the input projection from which a variant computes gates.
+        """
         check_sizes(width=width, heads=heads)
         if state_size is None or value_width is None:
             check_divides("heads", heads, width)
@@ -110,16 +119,16 @@ class LinearAttention(LinearRecurrence):
         return super().config() | own | {"feature_map": self.feature_map}
 
     def _gates(self, features: Tensor) -> Tensor:
-        """Return a_t for (batch, length, gate features).
+        """Return the gates a_t from their features (batch, length, gate features).
 
-        It broadcasts to (batch, heads, length, n).
+        The gates broadcast to (batch, heads, length, n).
         """
         return features.new_ones((), dtype=working_dtype(features))
 
     def _qkv(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries and keys (batch, heads, length, n) and values (…, N).
+        """Return queries and keys (batch, heads, length, n) and values (batch, heads, length, N).
 
-        They are in working precision.
+        The results are in float32, or in float64 if `mixed` is in float64.
         """
         n, N = self.heads * self.state_size, self.heads * self.value_width
         heads = (
@@ -130,7 +139,7 @@ class LinearAttention(LinearRecurrence):
         return q, k, v
 
     def _mapped(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features of queries, scaled by 1/√n, and of keys."""
+        """Return the features of the queries, scaled by 1/√n, and the features of the keys."""
         phi = FEATURE_MAPS[self.feature_map]
         return phi(q) * self.state_size**-0.5, phi(k)
 
@@ -147,12 +156,12 @@ class LinearAttention(LinearRecurrence):
 
 
 class _HeadNorm(nn.RMSNorm):
-    """An RMS norm in the precision of its input, whatever the dtype of its weight."""
+    """An RMS norm that computes in the dtype of its input, even if its weight has another dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def powered_sigmoid(logits: Tensor, temperature: float) -> Tensor:
-    """Return `σ(logits)^(1 / temperature)` in (0, 1), near 1 for a high temperature."""
+    """Return `σ(logits)^(1 / temperature)` in (0, 1), which is near 1 for a high temperature."""
     return torch.exp(nn.functional.logsigmoid(logits) / temperature)

@@ -1,15 +1,16 @@
-r"""Mixers that are linear recurrences of their values, with input-dependent coefficients.
+r"""Define mixers that are linear recurrences of their values.
 
-The memory of every head is a matrix S (state × value width):
+The coefficients of the recurrences depend on the input. The memory of every head is a matrix S
+(state × value width):
 
     S_t = A_t S_{t-1} + B_t v_tᵀ,  y_t = C_tᵀ S_{t-1} + D_t v_t,  A_t = diag(a_t) + p_t q_tᵀ,
 
-which is a `gramian.TimeVarying` system on each column of values. Linear attention, gated or
-not, S6 and the gated delta rule differ in how they compute the coefficients; this module has the
-rest.
+This is a `gramian.TimeVarying` system that acts on each column of values. Linear attention with and
+without gates, S6 and the gated delta rule differ in how they compute the coefficients. This module
+contains the parts that they share.
 
-A whole sequence is processed in blocks of steps (`gramian.ops.scan`): matrix products within a
-block and a scan across blocks, without division by a product of gates. Coefficients and memory
+A whole sequence is processed in blocks of steps (`gramian.ops.scan`), by matrix products within a
+block and a scan across blocks. Nothing is divided by a product of gates. Coefficients and memory
 are float32 or float64.
 """
 
@@ -33,11 +34,11 @@ from gramian.systems.time_varying import TimeVaryingState
 
 __all__ = ["Coefficients", "Dynamics", "LinearRecurrence", "LinearRecurrenceState", "Steps"]
 
-_ELEMENTS = 2**24
+_ELEMENTS = 2**24  # the maximal number of coefficients that are held at once
 
 
 class Steps(Protocol):
-    """The steps of a recurrence over a sequence, computed from its inputs."""
+    """The steps of a recurrence over a sequence, in a form that holds its coefficients."""
 
     def masked(self, mask: Tensor) -> Self:
         """Return steps that leave the memory unchanged where the mask (batch, length) is zero."""
@@ -46,13 +47,21 @@ class Steps(Protocol):
         """Return the steps `start` … `stop - 1`."""
 
     def coefficients(self) -> Coefficients:
-        """Return the coefficients of a system with channels (batch, heads)."""
+        """Return the coefficients of the steps as a system with channels (batch, heads)."""
 
     def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs for values (batch, heads, length, N), and the memory after them."""
+        """Run all steps from a memory.
+
+        Args:
+            values: (batch, heads, length, N).
+            memory: (batch, heads, n, N).
+
+        Returns:
+            The outputs, (batch, heads, length, N), and the memory after the last step.
+        """
 
     def step(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Do what `run` does for a length of 1."""
+        """Run a single step, as `run` does for a length of 1."""
 
 
 class _Fields(NamedTuple):
@@ -61,10 +70,11 @@ class _Fields(NamedTuple):
 
 
 class LinearRecurrenceState(_Fields, State):
-    """The last inputs of the short convolution and the memory of the heads.
+    """The past of the short convolution and the memory of the heads.
 
-    Their shapes are (batch, taps - 1, channels) and (batch, heads, n, N). The memory is float32 or
-    float64 and has heads × n × N numbers per sequence, whatever the length of the input.
+    `short` has the last inputs of the short convolution, (batch, taps - 1, channels). `memory` is
+    (batch, heads, n, N), in float32 or float64: heads × n × N numbers per sequence, for inputs of
+    any length.
     """
 
     __slots__ = ()
@@ -74,7 +84,7 @@ class Coefficients(NamedTuple):
     """The coefficients of a `gramian.TimeVarying` system with channels (batch, heads)."""
 
     A: Tensor
-    """(batch, heads, length, n), the gates; B, C, p and q likewise."""
+    """The gates, (batch, heads, length, n). B, C, p and q have the same shape."""
     B: Tensor
     C: Tensor
     D: Tensor
@@ -100,14 +110,14 @@ class Coefficients(NamedTuple):
         return self
 
     def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the outputs for values (batch, heads, length, N), and the memory after them."""
+        """Run all steps from a memory, as a `TimeVarying` system does; see `Steps.run`."""
         state = TimeVaryingState(memory.permute(3, 0, 1, 2), torch.zeros((), dtype=torch.int64))
         y, after = TimeVarying(*self)(values.permute(3, 0, 1, 2), state)
         assert isinstance(after, TimeVaryingState)
         return y.permute(1, 2, 3, 0), after.x.permute(1, 2, 3, 0)
 
     def step(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Do what `run` does for a length of 1, with a few products."""
+        """Run a single step by a few products; see `Steps.step`."""
         A, B, C = (x[:, :, 0, :, None] for x in self[:3])  # (batch, heads, n, 1)
         y = (C * memory).sum(-2, keepdim=True) + self.D[..., None] * values
         after = A * memory + B * values
@@ -120,8 +130,8 @@ class Coefficients(NamedTuple):
 class Dynamics(SinglePrecisionModule, abc.ABC):
     """Parameters that determine how fast a memory decays.
 
-    They stay float32 when a model is cast to half precision, as a gate of 0.999 must not become
-    1.0.
+    The parameters stay in float32 when a model is cast to half precision, because a gate of 0.999
+    must not become 1.0.
     """
 
     @abc.abstractmethod
@@ -133,25 +143,28 @@ class Dynamics(SinglePrecisionModule, abc.ABC):
         """Make the memories of the heads decay more slowly, in place.
 
         Args:
-            amount: (heads), added to the logits of gates or subtracted from the logarithms of
-                rates; a negative one makes the decay faster.
+            amount: (heads), the numbers to add to the logits of gates, or to subtract from the
+                logarithms of rates. A negative number makes the decay faster.
         """
 
 
 class LinearRecurrence(Mixer):
-    """Projection, short convolution, linear recurrence, projection; see the module.
+    """A mixer with a short convolution and a linear recurrence between two projections.
 
-    Subclasses compute the coefficients (`_read`) and process the outputs (`_write`). Where
-    the mask is zero, the short convolution reads zeros and the memory stays unchanged.
+    Subclasses compute the coefficients of the recurrence (`_read`) and process its outputs
+    (`_write`). Where the mask is zero, the short convolution reads zeros and the memory stays
+    unchanged. The docstring of the module gives the equations of the recurrence.
 
     Args:
         width: Channels of input and output.
-        heads: Heads of the recurrence.
-        state_size: n, the rows of a head's memory.
-        value_width: N, the columns of a head's memory.
-        convolved: Leading features of the input projection that the short convolution reads.
-        others: Features of the input projection after those.
-        inner: Features before the output projection.
+        heads: Number of heads.
+        state_size: n, the number of rows of a head's memory.
+        value_width: N, the number of columns of a head's memory.
+        convolved: Number of features of the input projection that pass through the short
+            convolution. They come first.
+        others: Number of the other features of the input projection. They follow the convolved
+            features.
+        inner: Number of features that the output projection reads.
         short_kernel: Taps of the short convolution.
     """
 
@@ -187,11 +200,14 @@ class LinearRecurrence(Mixer):
 
     @abc.abstractmethod
     def _read(self, mixed: Tensor, rest: Tensor) -> tuple[Steps, Tensor]:
-        """Return the coefficients, and values (batch, heads, length, N) in their dtype.
+        """Compute the steps of the recurrence and the values that it reads.
 
         Args:
-            mixed: (batch, length, convolved), the convolved features.
-            rest: (batch, length, others), the other features.
+            mixed: The features after the short convolution, (batch, length, convolved).
+            rest: The other features, (batch, length, others).
+
+        Returns:
+            The steps, and the values (batch, heads, length, N) in the dtype of the coefficients.
         """
 
     @abc.abstractmethod
@@ -204,7 +220,17 @@ class LinearRecurrence(Mixer):
     def features(
         self, x: Tensor, past: Tensor | None, mask: Tensor | None
     ) -> tuple[Steps, Tensor, Tensor, Tensor]:
-        """Return coefficients, values, the features that are not convolved, and the new past."""
+        """Compute the steps of the recurrence from an input.
+
+        Args:
+            x: (batch, length, width).
+            past: The last inputs of the short convolution. None means zeros.
+            mask: (batch, length), false for padding. None if there is no padding.
+
+        Returns:
+            The steps, the values, the features that are not convolved, and the short convolution's
+            new past.
+        """
         mixed, rest = self._split(self.in_proj(x))
         mixed, past = self.short(apply_mask(mixed, mask), past, mask)
         coefficients, values = self._read(mixed, rest)
@@ -225,16 +251,17 @@ class LinearRecurrence(Mixer):
         return self.finish(y, rest), LinearRecurrenceState(past, memory)
 
     def _most_elements(self, device: torch.device) -> int:
-        """Return the most coefficients (batch, heads, length, n) that are held at once."""
+        """Return the maximal number of coefficients (batch, heads, length, n) to hold at once."""
         return _ELEMENTS
 
     def finish(self, y: Tensor, rest: Tensor) -> Tensor:
         return self.out_proj(self._write(y, rest).to(rest.dtype))
 
     def _run(self, coefficients: Steps, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Run a long sequence in stretches, recomputed in the backward pass.
+        """Run all steps, in stretches if the sequence is long.
 
-        This bounds the working memory by that of one stretch.
+        The backward pass recomputes each stretch, so that only one stretch at a time needs working
+        memory.
         """
         length = values.shape[2]
         size = max(
@@ -278,7 +305,7 @@ def _stretch(coefficients: Steps, values: Tensor, memory: Tensor) -> tuple[Tenso
 
 
 def steps_of_time(parameter: Tensor, low: float = 1e-3, high: float = 1e-1) -> None:
-    """Fill with softplus⁻¹(Δ), where Δ is log-uniform in [low, high] (Mamba, section 3.6)."""
+    """Fill a parameter with softplus⁻¹(Δ), Δ log-uniform in [low, high] (Mamba, section 3.6)."""
     with torch.no_grad():
         step = parameter.uniform_(math.log(low), math.log(high)).exp()
         parameter.copy_(step + torch.log(-torch.expm1(-step)))

@@ -1,4 +1,4 @@
-"""A mixer that only convolves with a filter, in one direction or in both."""
+"""Define a mixer that only convolves with a filter, in one direction or in both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Fields(NamedTuple):
 
 
 class LongConvolutionState(_Fields, State):
-    """The state of the filter's system."""
+    """The state of a `LongConvolution`, whose only field is the state of the filter's system."""
 
     __slots__ = ()
 
@@ -33,23 +33,26 @@ class LongConvolutionState(_Fields, State):
 class LongConvolution(ConvolutionMixer):
     """A convolution of every input channel with its own filter, forward or in both directions.
 
-    `y_t = Σ_{j≥0} h_j u_{t-j}`; if bidirectional, plus `Σ_{j≥0} g_j u_{t+1+j}`: tap j of the
-    backward kernel acts at lag -(j + 1), so that the present enters once, through h_0.
+    The output is `y_t = Σ_{j≥0} h_j u_{t-j}`. A bidirectional layer adds `Σ_{j≥0} g_j u_{t+1+j}`:
+    tap j of the backward kernel g acts at lag -(j + 1), so the present input enters once, through
+    h_0.
 
     Args:
-        filter: A filter with one channel for each input channel; if bidirectional, with two,
-            first those of h, then those of g. Or its configuration.
+        filter: A filter, or its configuration. It has one channel for each input channel. The
+            filter of a bidirectional layer has two channels for each input channel: first all
+            channels of h, then all channels of g.
         bidirectional: Whether the output also depends on later inputs. Such a layer has no
             recurrence and accepts whole sequences only.
         kernel_dropout: Probability of dropping a tap in training.
-        width: Channels of input and output; by default, they follow from the filter.
-        max_length: The filter's `max_length`, if its configuration does not give one.
+        width: Channels of input and output. By default, the filter determines them.
+        max_length: The filter's `max_length`, if its configuration does not give it.
 
     Raises:
-        TypeError: if `filter` is neither.
-        ValueError: if a bidirectional layer's filter has an odd number of channels, or
-            `kernel_dropout` is not a probability below 1; also if a bidirectional layer is asked
-            for a recurrence or given a state, as it has neither.
+        TypeError: if `filter` is neither a filter nor a configuration.
+        ValueError: if a bidirectional layer's filter has an odd number of channels, or if
+            `kernel_dropout` is not a probability below 1. Bidirectional layers have neither a
+            recurrence nor a state, so they also raise it if they are asked for a recurrence or
+            called with a state.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class LongConvolution(ConvolutionMixer):
     def convolve_whole(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
         kernel = self.kernel(systems[0], x)
         x = apply_mask(x, mask)
-        if not self.bidirectional:  # even a full slice has a cost: its gradient is copied
+        if not self.bidirectional:  # a slice of all channels would cost a copy of its gradient
             return causal_convolution(x, kernel, dim=-2)
         past, future = kernel.unflatten(0, (2, self.width)).unbind(0)
         return bidirectional_convolution(x, past, future, dim=-2)

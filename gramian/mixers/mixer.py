@@ -1,4 +1,4 @@
-"""The interface of every mixer, and of the recurrence that it provides for generation."""
+"""Define the interface of every mixer, and of the recurrence with which it generates."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ __all__ = ["Mixer", "MixerRecurrence", "apply_mask"]
 class Mixer(nn.Module, abc.ABC):
     """A causal map of a sequence (batch, length, width) that carries a state.
 
-    `mixer(x, mask=None) -> y` maps a whole sequence from a zero state; `mixer(x, state,
-    mask=None) -> (y, state)` continues from a state, through which gradients flow;
-    `recurrence()` makes a frozen snapshot for generation. All of them compute the same map.
+    A mixer runs in three ways, all of which compute the same map. `mixer(x, mask=None) -> y` maps
+    a whole sequence from a zero state. `mixer(x, state, mask=None) -> (y, state)` continues from a
+    state, through which gradients flow. `recurrence()` makes a frozen snapshot for generation.
 
-    The mask, (batch, length), is 1 where a token is real. Padding is not time: wherever it
-    stands (on the left, on the right, between tokens, or after a state from earlier tokens), a row
-    has the outputs and the state that its tokens alone would have. Outputs at padding are
-    meaningless. Rows that hold several sequences are described by `Segments` in place of the
-    mask, for whole sequences only.
+    The mask, (batch, length), is 1 where a token is real. Padding does not count as time. It may
+    come on the left, on the right, between tokens, or after a state from earlier tokens. In all
+    these cases, a row has the outputs and the state that its tokens would have without padding.
+    Outputs at padding are meaningless. For rows that hold several sequences, `Segments` replace the
+    mask. Such rows must consist of whole sequences.
 
     A subclass sets `width` and defines how a chunk is mixed (`mix_chunk`), what the zero state is
-    (`make_state`) and which operator is applied (`make_operator`); `mix_whole` and
-    `mix_token` call `mix_chunk` by default. `gramian.mixers.register` gives the class a name.
-    Mixers that convolve with filters derive from `gramian.mixers.ConvolutionMixer`.
+    (`make_state`) and which operator is applied (`make_operator`). By default, `mix_whole` and
+    `mix_token` call `mix_chunk`. `gramian.mixers.register` gives the class a name. Mixers that
+    convolve with filters derive from `gramian.mixers.ConvolutionMixer`.
     """
 
     kind: ClassVar[str]
@@ -43,7 +43,7 @@ class Mixer(nn.Module, abc.ABC):
     """The mixer's family in reports: "attention", "convolution" or "recurrence"."""
 
     width: int
-    """Channels of input and output."""
+    """The number of channels of input and output."""
 
     compiled_step: CompiledStep | None = None
     """The compiled step, set by `compile_step`."""
@@ -64,17 +64,22 @@ class Mixer(nn.Module, abc.ABC):
     def forward(
         self, x: Tensor, state: State | None = None, mask: Tensor | Segments | None = None
     ) -> Tensor | tuple[Tensor, State]:
-        """Mix whole sequences, or a chunk from a state; see the class.
+        """Mix whole sequences, or a chunk that continues from a state.
 
         Args:
             x: (batch, length, width), length at least 1.
-            state: From `recurrence().initial_state(batch)` or an earlier call.
-            mask: (batch, length), boolean or numeric, nonzero for real tokens; or `Segments`.
+            state: The state from which to continue, made by `recurrence().initial_state(batch)` or
+                returned by an earlier call. If None, the sequences are whole.
+            mask: (batch, length), boolean or numeric, nonzero for real tokens, or `Segments`. By
+                default, there is no padding.
+
+        Returns:
+            The output, (batch, length, width). If a state is given, also the next state.
 
         Raises:
             TypeError: if `state` is not a `State`.
-            ValueError: for a shape other than these, a state together with rows of several
-                sequences, or a state for a mixer that is not causal.
+            ValueError: if x or the mask has another shape, if a state is given together with rows
+                of several sequences, or if a state is given to a mixer that is not causal.
         """
         segments = self.read_mask(x, mask)
         if state is None:
@@ -95,23 +100,23 @@ class Mixer(nn.Module, abc.ABC):
     ) -> System:
         """Return the operator that the mixer applies to its values on this input.
 
-        It acts after the projections and the short convolution, and before the output gate and
-        the output projection.
+        The mixer applies the operator after the projections and the short convolution, and before
+        the output gate and the output projection.
 
         Args:
-            x: (batch, length, width), length at least 1, from a zero state.
-            channels: Which heads or channels; all by default.
+            x: The input, (batch, length, width), length at least 1. The state before it is zero.
+            channels: The heads or channels of the operator to return. By default, all are returned.
             mask: (batch, length), nonzero for real tokens. In an operator that depends on the
-                input, rows and columns at padding are zero. Where padding stands between the
-                tokens of a row, the operator is that of the tokens moved together to the end.
+                input, rows and columns at padding are zero. If there is padding between the tokens
+                of a row, the tokens are first moved together to the end of the row.
 
         Returns:
-            A system of `length` steps with channels (batch, heads) or (batch, width), or, if it
-            does not depend on the input, a time-invariant one with channels (width).
+            A system of `length` steps with channels (batch, heads) or (batch, width). If the
+            operator does not depend on the input, a time-invariant system with channels (width).
 
         Raises:
-            ValueError: for an input of another shape, a mixer that is not causal, or rows of
-                several sequences, which have one operator for each of `Segments.parts`.
+            ValueError: if x has another shape, or if the mixer is not causal. Also if rows hold
+                several sequences, since each part in `Segments.parts` has its own operator.
         """
         self.check_causal()
         segments = self.read_mask(x, mask)
@@ -143,34 +148,41 @@ class Mixer(nn.Module, abc.ABC):
 
     @property
     def causal(self) -> bool:
-        """Whether no output depends on later inputs; only then are there states and operators."""
+        """Whether no output depends on later inputs.
+
+        Only a causal mixer has a state, a recurrence and an operator.
+        """
         return True
 
     @property
     def core(self) -> Mixer:
-        """The mixer whose state is carried: this one, or the one inside a block."""
+        """The mixer that has the state: this mixer or, for a block, the mixer inside it."""
         return self
 
     def config(self) -> dict[str, Any]:
         """Return the configuration from which `gramian.mixers.build` makes this mixer again.
 
-        It can be written as JSON.
+        The configuration can be written as JSON.
         """
         return {"type": self.kind, "width": self.width}
 
     @classmethod
     def splits_width(cls, options: Mapping[str, Any]) -> bool:
-        """Return whether the heads must divide the width, given these arguments."""
+        """Return whether the heads must divide the width.
+
+        Args:
+            options: The arguments with which the mixer is built.
+        """
         return False
 
     def reset_parameters(self) -> None:
-        """Initialize again, in place, the mixer's own parameters, not those of submodules."""
+        """Initialize the mixer's own parameters again, in place, but not those of submodules."""
 
     @property
     def output_projection(self) -> Any:
-        """The map onto the residual stream: `out_proj`, if the mixer has one.
+        """The projection onto the residual stream, `out_proj`, or None if the mixer has none.
 
-        Models make its initial weights smaller.
+        Models initialize it with smaller weights than other projections.
         """
         return self._modules.get("out_proj")
 
@@ -178,38 +190,41 @@ class Mixer(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def mix_chunk(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
-        """Mix a chunk (batch, length, width) that continues from `state`; gradients flow.
+        """Mix a chunk that continues from `state`, with gradients.
 
         Args:
-            x: The chunk, zero where the mask is false.
-            state: The state of the past, which is not written into.
+            x: The chunk, (batch, length, width), zero where the mask is false.
+            state: The state of the past. The method must not write into it.
             mask: (batch, length), false for padding, which comes before the tokens of a row and
-                leaves the state unchanged; None if there is no padding.
+                leaves the state unchanged. None if there is no padding.
+
+        Returns:
+            The output, (batch, length, width), and the state after the chunk.
         """
 
     @abc.abstractmethod
     def make_state(self, batch: int, dtype: torch.dtype, device: torch.device) -> State:
-        """Make the zero state, that before the first token.
+        """Make the zero state, which is the state before the first token.
 
         Args:
             batch: Number of sequences.
             dtype: Dtype of activations.
-            device: Device of the state, "meta" included.
+            device: Device of the state. It may be "meta".
         """
 
     @abc.abstractmethod
     def make_operator(self, x: Tensor, channels: slice, mask: Tensor | None) -> System:
-        """Make the system that `operator` returns; the mask is that of `mix_chunk`."""
+        """Make the system that `operator` returns. The mask is as in `mix_chunk`."""
 
     def mix_whole(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Mix whole sequences from a zero state.
 
-        The mask is that of `mix_chunk`, but padding may also come at the end.
+        The mask is as in `mix_chunk`, but padding may also come after the tokens of a row.
         """
         return self.mix_chunk(x, self.make_state(x.shape[0], x.dtype, x.device), mask)[0]
 
     def mix_token(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mix one token (batch, width); `state` is consumed, as it may be written into."""
+        """Mix one token (batch, width). This may overwrite `state`: use only the returned state."""
         y, state = self.mix_chunk(x_t.unsqueeze(1), state, None)
         return y.squeeze(1), state
 
@@ -218,33 +233,33 @@ class Mixer(nn.Module, abc.ABC):
         return state
 
     def inner(self, *args: Any, **kwargs: Any) -> tuple[Tensor, State]:
-        """Compute the part of a step between input and output projections, which is compiled.
+        """Compute the part of a step between the input projection and the output projection.
 
-        A mixer that has such a part overrides this method and calls it in `mix_token` as
-        `self.fused`.
+        `compile_step` compiles this part. A mixer that has such a part overrides this method, and
+        its `mix_token` calls `self.fused`, which runs the compiled or the uncompiled part.
         """
         raise NotImplementedError
 
     def fused(self, z: Tensor, state: State, *long: Any) -> tuple[Tensor, State]:
-        """Call `inner`, compiled if `compile_step` was called."""
+        """Call `inner`, in its compiled form if `compile_step` was called."""
         if self.compiled_step is None:
             return self.inner(z, state, *long)
         return self.compiled_step(self, z, state, *long)
 
     @property
     def compiles(self) -> bool:
-        """Whether steps have a part that `compile_step` compiles."""
+        """Whether a step has a part that `compile_step` compiles."""
         return type(self).inner is not Mixer.inner
 
     def compile_step(self, enabled: bool = True, **options: Any) -> None:
         """Compile the part of a step between the projections, or stop doing so.
 
-        Layers of one class and one shape share the result; every other shape, including every
+        Layers of one class and one shape share the compiled part. Every other shape, and so every
         other batch size, is compiled at its first step. If compiling fails, a warning is given
         once, and steps run uncompiled.
 
         Args:
-            enabled: Whether to compile.
+            enabled: Whether to compile. False undoes an earlier call.
             options: Arguments of `torch.compile`: `backend`, `mode`, `options`.
         """
         self.compiled_step = None
@@ -254,7 +269,7 @@ class Mixer(nn.Module, abc.ABC):
     # Checks, and the handling of padded and packed rows
 
     def check_input(self, x: Tensor, mask: Tensor | Segments | None) -> None:
-        """Raise a ValueError unless x is (batch, length ≥ 1, width) and the mask fits."""
+        """Raise a ValueError unless x is (batch, length ≥ 1, width) and fits the mask."""
         if x.ndim != 3 or x.shape[-1] != self.width or x.shape[1] == 0:
             raise ValueError(
                 f"a mixer of width {self.width} takes (batch, length, {self.width}) with a length "
@@ -274,7 +289,7 @@ class Mixer(nn.Module, abc.ABC):
             )
 
     def read_mask(self, x: Tensor, mask: Tensor | Segments | None) -> Segments | None:
-        """Return the checked mask as segments, or None if there is no mask."""
+        """Check x and the mask, and return the mask as segments, or None if there is no mask."""
         self.check_input(x, mask)
         segments = Segments.of(mask)
         return None if segments is None else segments.to(x.device)
@@ -285,7 +300,17 @@ class Mixer(nn.Module, abc.ABC):
         segments: Segments | None,
         mix: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     ) -> Tensor:
-        """Mix whole sequences from a zero state by `mix`, wherever their tokens stand."""
+        """Mix whole sequences from a zero state, even if padding separates their tokens.
+
+        Args:
+            x: (batch, length, width).
+            segments: The positions of the tokens. None if there is no padding.
+            mix: The function that mixes rows without padding between their tokens; by default,
+                `mix_whole`.
+
+        Returns:
+            (batch, length, width).
+        """
         mix = self.mix_whole if mix is None else mix
         if segments is None or segments.unbroken:
             real = None if segments is None else segments.real
@@ -299,7 +324,21 @@ class Mixer(nn.Module, abc.ABC):
         segments: Segments | None,
         mix: Callable[[Tensor, State, Tensor | None], tuple[Tensor, State]] | None = None,
     ) -> tuple[Tensor, State]:
-        """Mix a chunk from `state` by `mix`, wherever its tokens stand."""
+        """Mix a chunk that continues from `state`, even if padding separates its tokens.
+
+        Args:
+            x: (batch, length, width).
+            state: The state before the chunk.
+            segments: The positions of the tokens. None if there is no padding.
+            mix: The function that mixes rows whose padding comes before their tokens; by default,
+                `mix_chunk`.
+
+        Returns:
+            The output, (batch, length, width), and the state after the chunk.
+
+        Raises:
+            ValueError: if rows hold several sequences.
+        """
         mix = self.mix_chunk if mix is None else mix
         if segments is None:
             return mix(x, state, None)
@@ -316,8 +355,10 @@ class Mixer(nn.Module, abc.ABC):
 
 
 def _silent_at_padding(system: System, real: Tensor) -> System:
-    """Return `system` with rows of zeros where `real` (batch, length) is false; channels are
-    (batch, …)."""
+    """Return a system whose outputs are zero where `real` (batch, length) is false.
+
+    The channels of `system` are (batch, …). A time-invariant system is returned unchanged.
+    """
     if not isinstance(system, TimeVarying | DenseOperator):
         return system
     hidden = real.logical_not().unsqueeze(1)
@@ -328,7 +369,10 @@ def _silent_at_padding(system: System, real: Tensor) -> System:
 
 
 class MixerRecurrence:
-    """The snapshot of a mixer for stepping: filters are evaluated, other weights are shared."""
+    """A snapshot of a mixer for generation.
+
+    The snapshot holds the evaluated filters and shares all other weights with the mixer.
+    """
 
     long: tuple[Recurrence, ...] = ()
     """The recurrences of the long convolutions, if the mixer has any."""
@@ -338,7 +382,7 @@ class MixerRecurrence:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The form in which each long convolution is stepped."""
+        """The forms of the recurrences of the long convolutions, in their order."""
         return tuple(recurrence.form for recurrence in self.long)
 
     def initial_state(
@@ -347,13 +391,16 @@ class MixerRecurrence:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> State:
-        """Make the zero state, that before the first token.
+        """Make the zero state, which is the state before the first token.
 
         Args:
-            batch_size: Number of sequences, an integer.
-            dtype: Dtype of the short convolution's past; by default, the mixer's. Dynamic states
-                keep the dtype that their form needs.
+            batch_size: Number of sequences, at least 1.
+            dtype: Dtype of the short convolution's past; by default, the mixer's. The states of
+                long convolutions and recurrences keep the dtype that their form needs.
             device: Device of the state; by default, the mixer's.
+
+        Raises:
+            ValueError: if `batch_size` is not a positive integer.
         """
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(
@@ -373,9 +420,15 @@ class MixerRecurrence:
         state: State | None = None,
         mask: Tensor | Segments | None = None,
     ) -> tuple[Tensor, State]:
-        """Mix (batch, T, width) at once; return y and the state after each row's last token.
+        """Mix a chunk at once.
 
-        The mask is that of `Mixer.forward`: padding leaves the state unchanged, wherever it stands.
+        Args:
+            x: (batch, length, width).
+            state: The state before the chunk; by default, the zero state.
+            mask: As for `Mixer.forward`. Padding leaves the state unchanged, even between tokens.
+
+        Returns:
+            The output, (batch, length, width), and the state after each row's last token.
         """
         segments = self.mixer.read_mask(x, mask)
         silent = state is None
@@ -386,12 +439,12 @@ class MixerRecurrence:
     def _carry(
         self, x: Tensor, state: State, segments: Segments | None, silent: bool
     ) -> tuple[Tensor, State]:
-        """Mix a chunk from `state`, which is the zero state if `silent`."""
+        """Mix a chunk that continues from `state`, which is the zero state if `silent` is true."""
         return self.mixer.continue_rows(x, state, segments)
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
-        """Mix one token (batch, width); `state` is consumed: use only the one returned."""
+        """Mix one token (batch, width). This overwrites `state`: use only the returned state."""
         state = self.mixer.reserve(state, 1)
         return self.mixer.mix_token(x_t, state)
 
@@ -400,14 +453,14 @@ class MixerRecurrence:
     ) -> int:
         """Count the bytes of the state for `batch_size` sequences after `context` tokens.
 
-        Only attention's state depends on `context`. Nothing is allocated.
+        Only the state of attention depends on `context`. No memory is allocated.
         """
         state = self.initial_state(batch_size, dtype=dtype, device="meta")
         return self.mixer.reserve(state, context).nbytes
 
 
 def apply_mask(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero the positions (batch, length) of x (batch, length, …) where the mask is zero."""
+    """Return x (batch, length, …) with zeros where the mask (batch, length) is zero."""
     if mask is None:
         return x
     return x.masked_fill((mask == 0).reshape(*mask.shape, *(1,) * (x.ndim - 2)), 0)

@@ -1,13 +1,15 @@
 r"""MultiHyena: Hyena with heads, `y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s` in every head.
 
-Laughing Hyena, Massaroli et al. 2023, section 4: the long convolution acts on the outer products
-`k_s v_sᵀ` of each head, all of them sharing one filter.
+The long convolution acts on the outer products `k_s v_sᵀ` of each head, all of which share one
+filter (Laughing Hyena, Massaroli et al. 2023, section 4).
 
 The same map has two forms. `(Q Kᵀ ∘ T_h) V` is attention with a Toeplitz mask in place of the
-softmax, O(L²) in time; the convolution of the outer products by FFT is O(N² L log L) with heads of
-width N. The cheaper one for the given size is used. In half precision, intermediate results
-between the products are float32 where a state is carried, and always with float16, whose largest
-number, 65,504, scores and outer products may exceed.
+softmax and takes O(L²) time. The convolution of the outer products by FFT takes O(N² L log L) time
+for heads of width N. The form that is cheaper for the given sizes is used.
+
+In half precision, intermediate results between the products are float32 where a state is carried.
+With float16, they are float32 also where no state is carried, since scores and outer products may
+exceed 65,504, the largest number of float16.
 """
 
 from __future__ import annotations
@@ -40,12 +42,12 @@ from gramian.systems import (
 
 __all__ = ["MultiHyena", "MultiHyenaState"]
 
-_ROWS = 256  # rows of the masked attention computed at once
-_CHUNK_ELEMENTS = 2**24  # outer products (batch, heads, N, N, T) held at once while prefilling
-_SAVED_ELEMENTS = 2**26  # scores above which the backward pass recomputes them
+_ROWS = 256  # the number of rows of the masked attention that are computed at once
+_CHUNK_ELEMENTS = 2**24  # maximal size of the outer products (batch, heads, N, N, T) in a chunk
+_SAVED_ELEMENTS = 2**26  # number of scores above which the backward pass recomputes them
 _FFT_COST = 10.0
-"""Cost of the FFT form's N L log2(2L) relative to the attention form's L²; measured on a CPU by
-benchmarks/multi_hyena_forms.py."""
+"""The cost of the FFT form's N L log2(2L) relative to the attention form's L².
+benchmarks/multi_hyena_forms.py measured it on a CPU."""
 
 
 class _Fields(NamedTuple):
@@ -54,10 +56,11 @@ class _Fields(NamedTuple):
 
 
 class MultiHyenaState(_Fields, State):
-    """The last inputs of the short convolution and the filter's state on the outer products.
+    """The past of the short convolution and the state of the long convolution.
 
-    Their shapes are (batch, taps - 1, 3 width) and (batch, heads, N, N, …): the latter has
-    width × N numbers for each number in the state of the filter of one head.
+    `short` has the last inputs of the short convolution, (batch, taps - 1, 3 width). `long` is
+    the filter's state on the outer products, (batch, heads, N, N, …): it has width × N numbers for
+    each number in the state of the filter of one head.
     """
 
     __slots__ = ()
@@ -65,18 +68,19 @@ class MultiHyenaState(_Fields, State):
 
 @register("multi_hyena")
 class MultiHyena(ConvolutionMixer):
-    """Hyena with heads, and one filter per head.
+    """The Hyena operator with heads, each of which has one filter.
 
     Args:
         width: Channels of input and output.
         heads: Number of heads, a divisor of the width.
         filter: A filter of `heads` channels, or its configuration.
-        max_length: The filter's `max_length`, if its configuration does not give one.
+        max_length: The filter's `max_length`, if its configuration does not give it.
         short_kernel: Taps of the short convolution.
         kernel_dropout: Probability of dropping a tap of the filters in training.
 
     Raises:
-        ValueError: if the heads do not divide the width or the filter does not fit.
+        ValueError: if the heads do not divide the width, or if the filter does not have one channel
+            per head.
     """
 
     def __init__(
@@ -121,9 +125,16 @@ class MultiHyena(ConvolutionMixer):
     def project(
         self, x: Tensor, mask: Tensor | None, past: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return q, k and v, (batch, heads, length, N), and the short convolution's past.
+        """Apply the input projection and the short convolution.
 
-        Keys are masked.
+        Args:
+            x: (batch, length, width).
+            mask: (batch, length), false for padding. None if there is no padding.
+            past: The short convolution's last inputs. None means zeros.
+
+        Returns:
+            Queries, keys and values, (batch, heads, length, N), and the short convolution's new
+            past. Keys are zero at padding.
         """
         z, past = self.short(apply_mask(self.in_proj(x), mask), past, mask)
         q, k, v = z.unflatten(-1, (3, self.heads, self.head_width)).permute(2, 0, 3, 1, 4)
@@ -132,7 +143,7 @@ class MultiHyena(ConvolutionMixer):
         return q, k, v, past
 
     def merge(self, y: Tensor) -> Tensor:
-        """Map (batch, heads, length, N) to the output."""
+        """Join the heads of y (batch, heads, length, N) and apply the output projection."""
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
     def convolve_whole(self, x: Tensor, mask: Tensor | None, systems: tuple[System, ...]) -> Tensor:
@@ -159,7 +170,7 @@ class MultiHyena(ConvolutionMixer):
         if not has_small_state(system, length, self.head_width):
             with torch.autocast(x.device.type, enabled=False):
                 return DenseOperator((q @ k.mT) * system.matrix(length).to(dtype))
-        # The state of a value channel: N copies of the filter's, one for each feature of the keys.
+        # Each value channel has N copies of the filter's state, one for each feature of the keys.
         one = to_time_varying(system, length)
         q, k = q.double(), k.double()
         B = (one.B.unsqueeze(-1) * k.unsqueeze(-2)).flatten(-2)  # (batch, heads, length, n N)
@@ -222,11 +233,11 @@ def prefers_convolution(length: int, head_width: int) -> bool:
 
 
 def toeplitz_masked_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
-    """Compute `(Q Kᵀ ∘ T_h) V` in blocks of rows, the causal part only.
+    """Compute `(Q Kᵀ ∘ T_h) V` in blocks of rows, without the part above the diagonal.
 
     Args:
         q, k, v: (batch, heads, length, N).
-        kernel: (heads, K); taps past its end are zero.
+        kernel: The taps h, (heads, K). Taps past the end are zero.
 
     Returns:
         (batch, heads, length, N).
@@ -250,10 +261,10 @@ def toeplitz_masked_attention(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -
 
 
 def convolved_outer_products(q: Tensor, k: Tensor, v: Tensor, kernel: Tensor) -> Tensor:
-    """Compute the same map by FFT convolution of `k_n v`, for one n after the other.
+    """Compute `(Q Kᵀ ∘ T_h) V` by FFT convolutions of `k_n v`, one key feature n after the other.
 
-    Each is recomputed in the backward pass, so that N rather than N² sequences per head are in
-    memory. Arguments and result are those of `toeplitz_masked_attention`.
+    The backward pass recomputes each convolution, so that N rather than N² sequences per head are
+    in memory. Arguments and result are the same as in `toeplitz_masked_attention`.
     """
 
     def one(q_n: Tensor, k_n: Tensor, v: Tensor, kernel: Tensor) -> Tensor:

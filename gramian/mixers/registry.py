@@ -1,4 +1,4 @@
-"""The registry that builds mixers from their configuration."""
+"""Register mixers by name, and build them from their configuration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from gramian._nearest import unknown
+from gramian._registry import registering
 from gramian.mixers.mixer import Mixer
 
 __all__ = ["MIXERS", "build", "options_of", "register", "takes"]
@@ -25,24 +26,16 @@ _SHARED = {
     "kernel_dropout",
     "bidirectional",
 }
-"""Arguments that a model sets for all of its layers."""
+"""The arguments that a model sets for all of its layers."""
 
 
 def register(kind: str) -> Callable[[_MixerType], _MixerType]:
     """Return a class decorator that registers a mixer under the name `kind`.
 
     Raises:
-        ValueError: if another class has that name.
+        ValueError: if another class is registered under that name.
     """
-
-    def add(cls: _MixerType) -> _MixerType:
-        if MIXERS.get(kind, cls) is not cls:
-            raise ValueError(f"the mixer type {kind!r} is already registered.")
-        cls.kind = kind
-        MIXERS[kind] = cls
-        return cls
-
-    return add
+    return registering(MIXERS, kind, "kind", "mixer type")
 
 
 def build(config: str | Mapping[str, Any] | Mixer, **defaults: Any) -> Mixer:
@@ -51,12 +44,12 @@ def build(config: str | Mapping[str, Any] | Mixer, **defaults: Any) -> Mixer:
     Args:
         config: `{"type": name, …}` with the constructor's arguments, the name alone, or a mixer,
             which is returned unchanged.
-        defaults: Arguments that `config` may omit, such as `width`, `heads`, `filter` and
-            `max_length`; a mixer is given those that it accepts.
+        defaults: Values for arguments that `config` omits, such as `width`, `heads`, `filter` and
+            `max_length`. The mixer gets only the defaults that its constructor accepts.
 
     Raises:
-        ValueError: for an unknown type, arguments that the mixer does not accept, or a `config`
-            that contradicts the requested width.
+        ValueError: if the type is unknown, if the mixer does not accept an argument, or if `config`
+            contradicts the requested width.
     """
     if isinstance(config, Mixer):
         built = config
@@ -82,10 +75,10 @@ def build(config: str | Mapping[str, Any] | Mixer, **defaults: Any) -> Mixer:
 
 
 def takes(kind: str, argument: str) -> bool:
-    """Return whether a registered mixer accepts an argument."""
+    """Return whether the constructor of a registered mixer accepts an argument."""
     return argument in inspect.signature(MIXERS[kind]).parameters
 
 
 def options_of(kind: str) -> list[str]:
-    """Return the arguments of a registered mixer that a model does not set for all its layers."""
+    """Return the arguments of a registered mixer, except those that a model sets for all layers."""
     return [name for name in inspect.signature(MIXERS[kind]).parameters if name not in _SHARED]

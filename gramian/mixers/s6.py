@@ -1,7 +1,7 @@
 r"""S6, Mamba's scan: `h_t = exp(-Δ_t a) h_{t-1} + Δ_t B_t x_t`, `y_t = C_t · h_t + D x_t`.
 
-Gu and Dao 2023 (arXiv 2312.00752), algorithm 2 and section 3.4: every channel has n states of its
-own; Δ, B and C are computed from the input, and a is initialized to 1, 2, …, n.
+Every channel has its own n states. Δ, B and C are computed from the input, and a is initialized to
+1, 2, …, n (Gu and Dao 2023, arXiv 2312.00752, algorithm 2 and section 3.4).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["S6"]
 
 
 class _SelectiveDynamics(Dynamics):
-    """`Δ = softplus(x + bias)`, rates `a = exp(A_log)`, and the skip D."""
+    """The parameters of `Δ = softplus(x + bias)`, of the rates `a = exp(A_log)`, and D."""
 
     def __init__(self, channels: int, state_size: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class _SelectiveDynamics(Dynamics):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set a to 1 … n and D to 1, and draw Δ log-uniformly from [0.001, 0.1]."""
+        """Set the rates to 1 … n and D to 1, and draw Δ log-uniformly from [0.001, 0.1]."""
         nn.init.ones_(self.D)
         steps_of_time(self.dt_bias)
         rates = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device)
@@ -40,29 +40,33 @@ class _SelectiveDynamics(Dynamics):
 
     @torch.no_grad()
     def slow(self, amount: Tensor) -> None:
-        """Divide the rates by `exp(amount)`, a normalization factor."""
+        """Divide the rates by `exp(amount)`, which acts as a normalization factor."""
         self.A_log.sub_(amount.unsqueeze(-1))
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Δ (batch, length, channels), rates (channels, n), and D (channels)."""
+        """Compute Δ from its logits (batch, length, channels).
+
+        Returns:
+            Δ in the shape of the logits, the rates (channels, n), and D (channels).
+        """
         return softplus(logits.to(self.dt_bias.dtype) + self.dt_bias), self.A_log.exp(), self.D
 
 
 class SelectiveSteps(NamedTuple):
-    """The inputs of a selective scan, n times smaller than the coefficients made from them."""
+    """The inputs of a selective scan, which are n times smaller than its coefficients."""
 
     dt: Tensor
     """Δ, (batch, length, channels)."""
     rates: Tensor
     """a, (channels, n)."""
     B: Tensor
-    """(batch, length, n), C likewise."""
+    """(batch, length, n), and C has the same shape."""
     C: Tensor
     skip: Tensor
     """D, (channels)."""
 
     def masked(self, mask: Tensor) -> SelectiveSteps:
-        """Return steps with Δ = 0 where the mask (batch, length) is zero."""
+        """Return steps that have Δ = 0 where the mask (batch, length) is zero."""
         return self._replace(dt=self.dt * (mask != 0).to(self.dt.device).unsqueeze(-1))
 
     def steps(self, start: int, stop: int) -> SelectiveSteps:
@@ -74,7 +78,7 @@ class SelectiveSteps(NamedTuple):
         return torch.exp(self.dt.unsqueeze(-1) * -self.rates)
 
     def _direct(self) -> Tensor:
-        """Return the factor of the present input in each output, (batch, length, channels)."""
+        """Return the factor from each input to its own output, (batch, length, channels)."""
         return self.dt * (self.B * self.C).sum(-1, keepdim=True) + self.skip
 
     def coefficients(self) -> Coefficients:
@@ -84,7 +88,7 @@ class SelectiveSteps(NamedTuple):
         return Coefficients(a, B, C, self._direct().mT)
 
     def run(self, values: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        x = values.squeeze(-1).mT  # (batch, length, channels), and so are states before their n
+        x = values.squeeze(-1).mT  # (batch, length, channels); states have n as a last dimension
         a = self._gates()
         inputs = (self.dt * x).unsqueeze(-1) * self.B.unsqueeze(2)
         states, end = diagonal_scan(a.transpose(1, 2), inputs.transpose(1, 2), memory.squeeze(-1))
@@ -99,16 +103,16 @@ class SelectiveSteps(NamedTuple):
 
 @register("s6")
 class S6(LinearRecurrence):
-    """Mamba's block: projection, short convolution, selective scan, gate, projection.
+    """Mamba's block: projection, short convolution, selective scan, gate and projection.
 
-    Its operator has one system for each of `expand × width` channels, which acts on the
-    channel's convolved samples and includes the skip D.
+    The operator has one system for each of the `expand × width` channels of the scan. A system acts
+    on its channel's samples after the short convolution, and includes the skip D.
 
     Args:
         width: Channels of input and output.
-        state_size: n, states of a channel.
-        expand: Channels of the scan, in multiples of the width.
-        step_rank: Rank of the map to Δ; by default ⌈width / 16⌉.
+        state_size: n, the number of states of a channel.
+        expand: Number of channels of the scan, in multiples of the width.
+        step_rank: Rank of the map from the input to Δ; by default ⌈width / 16⌉.
         short_kernel: Taps of the short convolution.
 
     Raises:
@@ -149,7 +153,7 @@ class S6(LinearRecurrence):
 
     def _most_elements(self, device: torch.device) -> int:
         if device.type == "cpu":
-            return 2**20  # so that they stay in cache
+            return 2**20  # so that they fit into the cache of the processor
         return super()._most_elements(device)
 
     def _read(self, mixed: Tensor, rest: Tensor) -> tuple[SelectiveSteps, Tensor]:

@@ -1,12 +1,13 @@
-"""The positions of tokens in a batch of rows, and the sequences to which they belong.
+"""Describe the positions of tokens in a batch of rows, and the sequences that they form.
 
-Padding is not time: a sequence consists of its tokens, wherever they stand. So before mixing, the
-tokens of every sequence are moved together such that all sequences end at the last column
-(`Part.take`), and the outputs are moved back afterwards (`Segments.restore`). Rows that are in
-this order already are not moved.
+Padding does not count as time: a sequence consists of its tokens only. So before mixing, the tokens
+of every sequence are moved together such that all sequences end at the last column (`Part.take`).
+Afterwards, the outputs are moved back (`Segments.restore`). Rows that already have this order are
+not moved.
 
-Several sequences may share a row (packing). Sequences of similar length then form a part, which is
-a batch of its own, so that a long sequence does not make a short one expensive.
+Several sequences may share a row, which is then called packed. In that case sequences of similar
+length form a part, which is a separate batch. So a long sequence does not make short sequences
+expensive.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from gramian.systems import Pause
 
 __all__ = ["Part", "Segments", "has_values"]
 
-_OVERHEAD = 4096  # columns of padding that cost about as much as one more part
+_OVERHEAD = 4096  # the number of padded positions that cost about as much as one more part
 
 
 def has_values(x: Tensor) -> bool:
     """Return whether control flow may depend on the values of x.
 
-    It may not in a traced graph, nor under `torch.vmap`, where x has several values at once.
+    Control flow must not depend on values in a traced graph or under `torch.vmap`, where x has
+    several values at once.
     """
     if torch.compiler.is_compiling() or x.is_meta:
         return False
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # noqa: SLF001 (torch.func has no public names for these)
     while functorch.is_functorch_wrapped_tensor(x):
         if functorch.is_batchedtensor(x):
             return False
@@ -39,15 +41,21 @@ def has_values(x: Tensor) -> bool:
 
 
 class Part(NamedTuple):
-    """Sequences of a batch, one a row, that end together."""
+    """A batch of sequences, one in each row, which all end at the last column."""
 
     source: Tensor
-    """(sequences, length), int64: the position in the flattened batch of rows of every column."""
+    """(sequences, length), int64: the index of each column in the flattened batch of rows."""
     real: Tensor | None
-    """(sequences, length), boolean: false before a sequence begins; None if all have one length."""
+    """(sequences, length), boolean: false before a sequence begins.
+
+    It is None if all sequences have the same length.
+    """
 
     def take(self, x: Tensor) -> Tensor:
-        """Return the sequences' entries of x (batch, length, …), zero before they begin."""
+        """Return the entries of x (batch, length, …) at the sequences' tokens.
+
+        The result is (sequences, length, …), with zeros before a sequence begins.
+        """
         taken = x.flatten(0, 1).index_select(0, self.source.flatten())
         taken = taken.unflatten(0, tuple(self.source.shape))
         if self.real is None:
@@ -60,22 +68,24 @@ class Segments:
     """The positions of the tokens of every sequence in a batch of rows.
 
     Args:
-        real: (batch, length), boolean: true for tokens, false for padding; None if all are tokens.
-        numbers: (batch, length), integers: tokens of a row with the same number form a sequence,
-            and only padding may stand between them. If None, every row is one sequence.
+        real: (batch, length), boolean: true for tokens, false for padding. If None, all positions
+            are tokens.
+        numbers: (batch, length), integers: tokens of a row that have the same number form a
+            sequence, and only padding may come between them. If None, every row is one sequence.
 
     Raises:
-        ValueError: for shapes other than these, or a number that occurs again after another one.
+        ValueError: if a tensor has another shape. The parts of packed rows also raise it if a
+            number occurs in a row again after another number.
 
-    In a traced graph, and under `torch.vmap`, nothing depends on values: rows are always moved,
-    and packed rows are refused.
+    In a traced graph, and under `torch.vmap`, control flow must not depend on values. So there,
+    rows are always moved, and packed rows raise a ValueError.
     """
 
     def __init__(self, real: Tensor | None, numbers: Tensor | None = None) -> None:
         shapes: set[tuple[int, ...]] = {tuple(x.shape) for x in (real, numbers) if x is not None}
         if len(shapes) != 1 or len(next(iter(shapes))) != 2:
             raise ValueError(
-                "segments are told by a mask and numbers of one shape (batch, length); got "
+                "segments are described by a mask and numbers of one shape (batch, length); got "
                 f"{' and '.join(map(str, sorted(shapes))) or 'neither'}."
             )
         batch, length = next(iter(shapes))
@@ -104,7 +114,10 @@ class Segments:
 
     @classmethod
     def of(cls, mask: Tensor | Segments | None) -> Segments | None:
-        """Return the segments of a mask (batch, length), nonzero for real tokens, or None."""
+        """Return the segments of a mask (batch, length) that is nonzero for real tokens.
+
+        Segments are returned unchanged, and None gives None.
+        """
         if mask is None or isinstance(mask, Segments):
             return mask
         return cls(mask)
@@ -121,21 +134,21 @@ class Segments:
 
     @property
     def packed(self) -> bool:
-        """Return whether a row may hold several sequences."""
+        """Whether a row may hold several sequences."""
         return self.numbers is not None
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Return batches of sequences that together contain every sequence once.
+        """The batches that together contain every sequence once.
 
-        If every row is one sequence, there is one part, with sequences in the order of rows; the
-        sequences of packed rows are sorted by length.
+        If every row is one sequence, there is one part, with the sequences in the order of the
+        rows. The sequences of packed rows are sorted by length.
         """
         return self._planned()[0]
 
     @property
     def places(self) -> Tensor:
-        """Return the position of each token in the concatenated flattened parts.
+        """The position of each token in the flattened and concatenated parts.
 
         The result is (batch, length), int64.
         """
@@ -147,9 +160,13 @@ class Segments:
         return self._plan
 
     def restore(self, made: list[Tensor]) -> Tensor:
-        """Move the outputs of all parts, each (sequences, length, …), back into the rows.
+        """Move the outputs of all parts back into the rows.
 
-        Padding is zero.
+        Args:
+            made: The output of each part, (sequences, length, …).
+
+        Returns:
+            (batch, length, …), zero at padding.
         """
         flat = (
             torch.cat([y.flatten(0, 1) for y in made]) if len(made) > 1 else made[0].flatten(0, 1)
@@ -163,7 +180,8 @@ class Segments:
     def pause(self) -> Pause:
         """Return the number of columns before the first token of each row.
 
-        If rows are not aligned, these are columns of their one part.
+        If the rows are not aligned, the columns of the part into which the rows are moved are
+        counted.
         """
         assert self.real is not None
         length = self.shape[1] if self.aligned else self.parts[0].source.shape[1]
@@ -172,7 +190,10 @@ class Segments:
         return Pause([length - count for count in self._counts], length)
 
     def _turned(self) -> tuple[tuple[Part, ...], Tensor]:
-        """Plan one part: each row's tokens at its end, in as many columns as the longest needs."""
+        """Plan one part, in which the tokens of each row come at the end of the row.
+
+        The part has as many columns as the row with the most tokens needs.
+        """
         assert self.real is not None
         real, (batch, length) = self.real, self.shape
         count = real.sum(1, keepdim=True)
@@ -191,7 +212,7 @@ class Segments:
     def _packed(self) -> tuple[tuple[Part, ...], Tensor]:
         """Plan parts of sequences of similar length.
 
-        A part has at most twice as many columns as tokens, unless it is small.
+        A part has at most twice as many positions as tokens, unless it is small.
         """
         assert self.numbers is not None
         tokens, begins, lengths = self.sequences()
@@ -200,7 +221,9 @@ class Segments:
         for sequence in sorted(range(len(sizes)), key=sizes.__getitem__):
             groups.setdefault((sizes[sequence] - 1).bit_length(), []).append(sequence)
         buckets = list(groups.values())
-        for later in range(len(buckets) - 1, 0, -1):  # merge small batches into longer ones
+        for later in range(
+            len(buckets) - 1, 0, -1
+        ):  # merge small groups into groups of longer sequences
             earlier = buckets[later - 1]
             if len(earlier) * sizes[buckets[later][-1]] <= _OVERHEAD:
                 buckets[later - 1 : later + 1] = [earlier + buckets[later]]
@@ -224,8 +247,12 @@ class Segments:
         """Return all sequences in the order of rows and columns.
 
         Returns:
-            The tokens' positions in the flattened rows (tokens); and for every sequence, the
-            number of tokens before it (sequences) and its length (sequences); all int64.
+            Three int64 tensors: the position of every token in the flattened rows, (tokens); the
+            number of tokens before every sequence, (sequences); and the length of every sequence,
+            (sequences).
+
+        Raises:
+            ValueError: if a number occurs in a row again after another number.
         """
         batch, length = self.shape
         device = self.device

@@ -1,4 +1,4 @@
-"""The depthwise convolution with a few taps that most mixers share."""
+"""Define the depthwise convolution with a few taps that most mixers have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ShortConvolution(nn.Module):
 
     Args:
         channels: Number of channels.
-        taps: K ≥ 1; tap 0 acts on the present.
+        taps: Number K of taps, at least 1. Tap 0 acts on the present input.
         bias: Whether a bias is added.
     """
 
@@ -29,7 +29,7 @@ class ShortConvolution(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights uniformly from ±1/√K, as torch's depthwise convolutions do."""
+        """Draw weights and biases uniformly from ±1/√K, as torch's depthwise convolutions do."""
         bound = 1 / math.sqrt(self.taps)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -38,14 +38,19 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Tensor, past: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Convolve x (batch, length, channels) after the K - 1 inputs `past`.
+        """Convolve a chunk, or a single token.
 
-        Where the mask (batch, length) is zero, at the beginning of rows, the past has not begun to
-        act. Single tokens, (batch, channels), also go through this method, since the hooks that
-        fetch offloaded parameters are attached to no other.
+        Single tokens also go through this method, since the hooks that fetch offloaded parameters
+        are attached to no other method.
+
+        Args:
+            x: (batch, length, channels), or one token (batch, channels) together with a past.
+            past: The K - 1 inputs before x, (batch, K - 1, channels). None means zeros.
+            mask: (batch, length), zero for padding at the beginning of rows, where x must be zero.
+                The past then comes directly before the first token. None if there is no padding.
 
         Returns:
-            y and the new past.
+            The output, which has the shape of x, and the new past.
         """
         if x.ndim == 2 and past is not None:
             return self._one(x, past)
@@ -63,7 +68,7 @@ class ShortConvolution(nn.Module):
         return y, extended[:, length:].clone()  # a view would keep the whole input
 
     def _moved_past(self, extended: Tensor, mask: Tensor) -> Tensor:
-        """Move the leading K - 1 columns of each row to the place before its first token."""
+        """Move the leading K - 1 columns of each row to the columns before its first token."""
         batch, width = extended.shape[:2]
         padding = (mask == 0).sum(1, keepdim=True)
         columns = torch.arange(width, device=extended.device)
@@ -73,7 +78,7 @@ class ShortConvolution(nn.Module):
         return moved.unflatten(0, (batch, width)).masked_fill((source < 0).unsqueeze(-1), 0)
 
     def step(self, x_t: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """Convolve one token (batch, channels)."""
+        """Convolve one token (batch, channels), and return its output and the new past."""
         y, past = self(x_t, past)
         return y, past
 
@@ -86,7 +91,7 @@ class ShortConvolution(nn.Module):
         return y, torch.cat([past, x_t.unsqueeze(1)], dim=1)[:, 1:]
 
     def _offset(self, like: Tensor) -> Tensor:
-        """Return the bias, or zero (), in the dtype of `like`."""
+        """Return the bias, or a zero of shape (), in the dtype of `like`."""
         return like.new_zeros(()) if self.bias is None else self.bias.to(like.dtype)
 
     def extra_repr(self) -> str:

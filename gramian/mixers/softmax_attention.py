@@ -1,9 +1,9 @@
 r"""Softmax attention: `y_t = Σ_{s≤t} softmax_s(q_t · k_s / √N) v_s` in every head.
 
-It is the baseline, and the partner of long convolutions in hybrid models such as StripedHyena and
-Evo. Several heads may share keys and values (grouped queries, Ainslie et al. 2023), positions enter
-by rotation (RoFormer, Su et al. 2021, equation 34, in the half-split layout of GPT-NeoX and Llama),
-and a window may limit the past.
+Attention is the baseline for other mixers. Hybrid models such as StripedHyena and Evo combine it
+with long convolutions. Several heads may share keys and values (grouped queries, Ainslie et al.
+2023). Positions enter by rotation (RoFormer, Su et al. 2021, equation 34, in the half-split layout
+of GPT-NeoX and Llama). A window may limit how far back a query sees.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from gramian.systems import DenseOperator, State, System, working_dtype
 
 __all__ = ["SoftmaxAttention", "SoftmaxAttentionState"]
 
-_ROOM = 64  # tokens that the smallest cache has room for
-_MASK_ELEMENTS = 2**25  # entries (batch, rows, keys) of a mask held at once
+_ROOM = 64  # the number of tokens for which the smallest cache has room
+_MASK_ELEMENTS = 2**25  # the maximal number of entries (batch, rows, keys) of a mask
 
 
 class _Fields(NamedTuple):
@@ -36,13 +36,15 @@ class _Fields(NamedTuple):
 
 
 class SoftmaxAttentionState(_Fields, State):
-    """Rotated keys and values, (batch, kv_heads, room, N), of real tokens only.
+    """The rotated keys and the values of the real tokens so far.
 
-    Token p of a sequence stands in slot `p % room`, so padding has no slot and no effect. `real`
-    (batch), int64, is the number of real tokens; `seen` (), int64 on the CPU, is the number of all
-    tokens.
+    `keys` and `values` are (batch, kv_heads, room, N), where room is the number of slots for
+    tokens. Token p of a sequence is in slot `p % room`. Padding has no slot and no effect. `real`,
+    (batch), int64, is the number of real tokens of each sequence. `seen`, (), int64 on the CPU, is
+    the number of all tokens, padding included.
 
-    The room doubles when it is full, up to the window if there is one.
+    When the slots are full, their number doubles. If there is a window, the number never exceeds
+    the window.
     """
 
     __slots__ = ()
@@ -52,28 +54,32 @@ class SoftmaxAttentionState(_Fields, State):
 class SoftmaxAttention(Mixer):
     """Causal multi-head attention with grouped queries, rotary positions and an optional window.
 
-    The input projection is one matrix whose rows are those of all queries, then keys, then values,
-    heads in order; so separate projections of other libraries are concatenated, and a fused one is
-    used unchanged. A token's position is the number of real tokens before it.
+    The input projection is one matrix, whose rows belong to all queries, then to all keys, then to
+    all values, with the heads in order. So the separate projections of another library can be
+    concatenated, and a fused projection can be used unchanged. A token's position is the number of
+    real tokens before it.
 
     Args:
         width: Channels of input and output.
-        heads: Query heads.
-        kv_heads: Heads of keys and values, a divisor of `heads`; by default equal to `heads`.
-        head_width: N; by default `width / heads`.
-        window: How many of the last tokens, the present one included, are attended to; all if None.
-        rotary_base: Base θ of the rotations' periods, or None for no positions.
+        heads: Number of query heads.
+        kv_heads: Number of heads of keys and values, a divisor of `heads`; by default `heads`.
+        head_width: N, the number of features of a head; by default `width / heads`.
+        window: Number of last tokens to which a query attends, including its own token. None means
+            all tokens.
+        rotary_base: Base θ of the rotations' periods, or None for attention without positions.
         rotary_scaling: Divisor of positions (linear interpolation, Chen et al. 2023).
-        rotary_width: Leading features of a head that are rotated; all by default.
-        rotary_frequencies: The `rotary_width / 2` angles of the rotations in radians for each
-            position, in place of those of `rotary_base`; `rotary_scaling` divides them too. Models
-            that were published with rounded frequencies need them as they are stored.
+        rotary_width: Number of leading features of a head that are rotated. By default, all are
+            rotated.
+        rotary_frequencies: Angles of the rotations in radians per position, `rotary_width / 2`
+            numbers. They replace the angles that follow from `rotary_base`, and `rotary_scaling`
+            divides them too. A model that was published with rounded frequencies needs these
+            frequencies as stored.
         bias: Whether the input projection has a bias.
         out_bias: Whether the output projection has a bias; by default equal to `bias`.
 
     Raises:
-        ValueError: if a number is out of range, the heads do not divide the width where no
-            `head_width` is given, or `kv_heads` does not divide `heads`.
+        ValueError: if a number is out of range, or if `kv_heads` does not divide `heads`. Also if
+            `head_width` is not given and the heads do not divide the width.
     """
 
     family = "attention"
@@ -165,7 +171,7 @@ class SoftmaxAttention(Mixer):
         }
 
     def room(self, tokens: int) -> int:
-        """Return the room of the state, in tokens, after `tokens` tokens."""
+        """Return the number of slots that the state has after `tokens` tokens."""
         room = max(_ROOM, 1 << max(tokens - 1, 0).bit_length())
         return room if self.window is None else min(room, self.window)
 
@@ -188,14 +194,15 @@ class SoftmaxAttention(Mixer):
         return state._replace(keys=keys, values=values)
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries and keys, and values.
+        """Project x to queries, keys and values, and rotate the queries and keys.
 
         Args:
             x: (batch, length, width).
-            positions: (batch, length) or (1, length).
+            positions: The positions of the tokens, (batch, length) or (1, length).
 
         Returns:
-            Queries (batch, heads, length, N), keys and values (batch, kv_heads, length, N).
+            The queries (batch, heads, length, N), the keys (batch, kv_heads, length, N) and the
+            values, in the shape of the keys.
         """
         z = self.in_proj(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
         rotated, v = z.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
@@ -205,7 +212,7 @@ class SoftmaxAttention(Mixer):
         return q, k, v
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotate features i and i + half by position × θ^(-i/half), half = rotary_width / 2."""
+        """Rotate features i and i + half by position × θ^(-i/half); half is rotary_width / 2."""
         assert self.rotary_base is not None
         half = self.rotary_width // 2
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -222,7 +229,7 @@ class SoftmaxAttention(Mixer):
         return torch.cat([*turned, x[..., 2 * half :]], dim=-1)
 
     def merge(self, y: Tensor) -> Tensor:
-        """Map (batch, heads, length, N) to the output."""
+        """Join the heads of y (batch, heads, length, N) and apply the output projection."""
         return self.out_proj(y.transpose(1, 2).flatten(-2))
 
     def _positions(self, length: int, mask: Tensor | None, device: torch.device) -> Tensor:
@@ -249,10 +256,20 @@ class SoftmaxAttention(Mixer):
         mask: Tensor | None,
         past: SoftmaxAttentionState | None = None,
     ) -> Tensor:
-        """Attend with each query to the past and to the keys up to its own.
+        """Let each query attend to the past and to the keys up to and including its own.
 
-        The result is (batch, heads, length, N). A query at padding sees its own key, so that its
-        output, which is never read, is finite.
+        A query at padding sees its own key. So its output is finite, although it is never read.
+
+        Args:
+            q: (batch, heads, length, N), rotated.
+            k: (batch, kv_heads, length, N), rotated.
+            v: (batch, kv_heads, length, N).
+            positions: (batch, length) or (1, length).
+            mask: (batch, length), zero for padding. None if there is no padding.
+            past: The state before these tokens. None if there were no tokens.
+
+        Returns:
+            (batch, heads, length, N).
         """
         batch, _, length, _ = q.shape
         grouped = self.heads != self.kv_heads
@@ -297,9 +314,14 @@ class SoftmaxAttention(Mixer):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def remembered(self, past: SoftmaxAttentionState, now: Tensor) -> Tensor:
-        """Return which slots the queries at positions `now` (batch, rows, 1) see.
+        """Return which slots of a state each query sees.
 
-        The result is boolean, (batch, rows, room).
+        Args:
+            past: The state before the queries.
+            now: The positions of the queries, (batch, rows, 1).
+
+        Returns:
+            (batch, rows, room), boolean.
         """
         room = past.keys.shape[2]
         slots = torch.arange(room, device=now.device)
@@ -341,7 +363,7 @@ class SoftmaxAttention(Mixer):
     def remember(
         self, state: State, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> SoftmaxAttentionState:
-        """Return the state after the real tokens of k and v, (batch, kv_heads, length, N)."""
+        """Return the state after more tokens, whose k and v are (batch, kv_heads, length, N)."""
         assert isinstance(state, SoftmaxAttentionState)
         keys, values, count, seen = state
         length, room = k.shape[2], keys.shape[2]
@@ -353,12 +375,16 @@ class SoftmaxAttention(Mixer):
         slots = torch.arange(room, device=k.device)
         last = total[:, None] - 1
         held = last - (last - slots) % room  # the position that each slot will hold
-        new = held - count[:, None]  # as a number among the new real tokens; negative if old
+        new = (
+            held - count[:, None]
+        )  # the index among the new real tokens, negative for an old token
         source = new.clamp_min(0)
         if mask is not None:
             order = kept.logical_not().to(torch.int8).argsort(dim=1, stable=True)
             source = order.gather(1, source.clamp_max(length - 1))
-        source = torch.where(new >= 0, room + source, slots)  # (batch, room), among old and new
+        source = torch.where(
+            new >= 0, room + source, slots
+        )  # (batch, room): the index among old slots and new tokens
         index = source[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_width)
         keys = torch.cat([keys, k.to(keys.dtype)], dim=2).gather(2, index)
         values = torch.cat([values, v.to(values.dtype)], dim=2).gather(2, index)
@@ -372,7 +398,9 @@ class SoftmaxAttention(Mixer):
         index = (count % room)[:, None, None, None].expand_as(k)
         keys.scatter_(2, index, k.to(keys.dtype))
         values.scatter_(2, index, v.to(values.dtype))
-        held = torch.arange(room, device=x_t.device) <= count[:, None]  # all once the room is full
+        held = (
+            torch.arange(room, device=x_t.device) <= count[:, None]
+        )  # all slots, once they are full
         q = q.reshape(-1, self.kv_heads, self.heads // self.kv_heads, self.head_width)
         y = scaled_dot_product_attention(
             q, keys.to(q.dtype), values.to(q.dtype), attn_mask=held[:, None, None]

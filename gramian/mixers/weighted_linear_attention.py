@@ -1,8 +1,9 @@
 r"""Weighted linear attention: `S_t = diag(a) S_{t-1} + k_t v_tᵀ`, with input-independent gates.
 
-This is WLA in arXiv 2504.19561. It stands between linear attention, which never forgets, and gated
-linear attention, whose gates are computed from the input. RetNet (Sun et al. 2023) is a special
-case with one fixed gate per head; here each row of a head's memory has a gate, which is learned.
+This mixer is called WLA in arXiv 2504.19561. Linear attention never forgets, and gated linear
+attention computes its gates from the input. Weighted linear attention learns gates that do not
+depend on the input, one for each row of a head's memory. RetNet (Sun et al. 2023) is the special
+case of one fixed gate per head.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ __all__ = ["WeightedLinearAttention"]
 
 
 class _InvariantGates(Dynamics):
+    """The parameters of gates that are the same for every input and every step."""
+
     def __init__(self, heads: int, state_size: int, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
@@ -27,12 +30,15 @@ class _InvariantGates(Dynamics):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw logits uniformly: memories of 23 to 2,400 steps at a temperature of 16."""
+        """Draw the logits uniformly from [0, 5].
+
+        At a temperature of 16, memories then last 23 to 2,400 steps.
+        """
         nn.init.uniform_(self.logits, 0.0, 5.0)
 
     @torch.no_grad()
     def slow(self, amount: Tensor) -> None:
-        """Add to the logits."""
+        """Add `amount` to the logits, which moves the gates towards 1."""
         self.logits.add_(amount.unsqueeze(-1))
 
     def forward(self) -> Tensor:
@@ -45,11 +51,13 @@ class WeightedLinearAttention(LinearAttention):
     """`LinearAttention` whose memory decays by learned gates `σ(logits)^(1/temperature)`.
 
     Args:
-        width: As for `LinearAttention`, like all others but the last.
-        temperature: τ of the gates, positive; a high one makes them start near 1.
+        width: Channels of input and output. All arguments that are not listed here are as in
+            `LinearAttention`.
+        temperature: τ of the gates, positive. With a high temperature the gates start near 1.
 
     Raises:
-        ValueError: as `LinearAttention`, and if the temperature is not positive.
+        ValueError: if an argument is invalid for `LinearAttention`, or if the temperature is not
+            positive.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Hugging Face models: importing this package registers them with transformers' Auto classes."""
+"""Provide Hugging Face models. Importing this package registers them with the Auto classes."""
 
 try:
     import transformers
@@ -7,6 +7,7 @@ except ImportError as error:
         "gramian.models needs transformers 5: install it with `pip install gramian[models]`."
     ) from error
 
+from gramian.models.alphabet import allowed_tokens, restrict_generation
 from gramian.models.backbone import GramianModel
 from gramian.models.blocks import (
     GramianBlock,
@@ -25,6 +26,7 @@ from gramian.models.pairs import GramianForPairClassification
 from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.reconstruction import GramianForReconstruction
 from gramian.models.signal import GramianForSignalRegression
+from gramian.models.token_classification import GramianForTokenClassification
 from gramian.models.tokenizer import ByteTokenizer
 
 __all__ = [
@@ -40,16 +42,19 @@ __all__ = [
     "GramianForReconstruction",
     "GramianForSequenceClassification",
     "GramianForSignalRegression",
+    "GramianForTokenClassification",
     "GramianGLUBlock",
     "GramianLayer",
     "GramianMLP",
     "GramianMixerBlock",
     "GramianModel",
     "GramianPreTrainedModel",
+    "allowed_tokens",
     "build_mixer",
     "load",
     "load_any",
     "register_block",
+    "restrict_generation",
 ]
 
 transformers.AutoConfig.register(GramianConfig.model_type, GramianConfig, exist_ok=True)
@@ -57,6 +62,9 @@ transformers.AutoModel.register(GramianConfig, GramianModel, exist_ok=True)
 transformers.AutoModelForCausalLM.register(GramianConfig, GramianForCausalLM, exist_ok=True)
 transformers.AutoModelForSequenceClassification.register(
     GramianConfig, GramianForSequenceClassification, exist_ok=True
+)
+transformers.AutoModelForTokenClassification.register(
+    GramianConfig, GramianForTokenClassification, exist_ok=True
 )
 transformers.AutoModelForTimeSeriesPrediction.register(
     GramianConfig, GramianForSignalRegression, exist_ok=True

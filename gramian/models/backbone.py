@@ -1,11 +1,11 @@
-"""Gramian models for Hugging Face: an embedding, blocks around mixers, and a last norm.
+"""Define the model that all Gramian models contain: an embedding, blocks and a last norm.
 
-The blocks around the mixers are in `gramian.models.blocks`. Order in time enters through the mixers
-alone, so there is no positional embedding. The configuration names the mixer of every layer.
+Each block contains a mixer (`gramian.models.blocks`), and the configuration names the mixer of
+every layer. Only the mixers depend on the order of the tokens, so there is no positional embedding.
 
-Training and scoring use convolutions. With a cache the mixers' recurrences run: a prompt is
-prefilled, then each token costs one step, and the state has a fixed size (`state_bytes`) whatever
-the length of the text.
+Training and scoring use convolutions. With a cache, the recurrences of the mixers run: the whole
+prompt is processed in one pass, and then each token takes one step. Except for the keys and values
+of attention, the size of the state (`state_bytes`) does not depend on the length of the text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["GramianModel"]
 
 
 class GramianModel(GramianPreTrainedModel):
-    """Embedding, blocks and last norm, from token ids or a continuous input to hidden states."""
+    """A model that maps token ids or a continuous input to hidden states."""
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__(config)
@@ -62,46 +62,51 @@ class GramianModel(GramianPreTrainedModel):
         cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Return the hidden states of a batch of sequences, or of their continuation.
+        """Return the hidden states of a batch of sequences, or of the continuation of a batch.
 
-        Padding is not time: a sequence has the outputs that its tokens alone would have, whether
-        padding stands before them, after them, between them, or after the tokens in a cache. Rows
-        may be packed: each of their sequences also has the outputs that it would have alone.
+        Padding does not count as time: the tokens of a sequence have the outputs that they would
+        have without padding. Padding may be before, after or between the tokens, also in a
+        continuation. Rows may be packed, that is, hold several sequences. Each of these sequences
+        has the outputs that it would have alone.
 
         Args:
             input_ids: (batch, length) token ids; give either these or `inputs_embeds`.
-            attention_mask: (batch, length or more), 1 for a real token, 0 for padding. If there
-                are more columns (`generate` also passes those of the past), the last `length`
-                count, and those of the past must not hide a token that the cache has seen. Or
-                `gramian.mixers.Segments`.
-            past_key_values: the cache of the tokens before these; updated in place.
+            attention_mask: (batch, length or more), 1 for a real token, 0 for padding; or
+                `gramian.mixers.Segments`. If there are more than `length` columns (`generate` also
+                passes the columns of the past), the last `length` columns are used. The columns of
+                the past must not hide a token that the cache has seen.
+            past_key_values: the cache of the tokens before these. It is updated in place.
             inputs_embeds: (batch, length, hidden_size).
-            use_cache: whether to return a cache; by default `config.use_cache`. No cache is
-                returned in training or with gradients enabled, where it would be of no use, or in
-                a traced graph, which could not return it.
-            output_hidden_states: whether to return the embeddings and every block's output, the
-                last one after the last norm.
+            use_cache: whether to return a cache. By default, a cache is returned if
+                `config.use_cache` is True, except in training or with gradients enabled, where a
+                cache has no use, and in a traced graph, which cannot return one.
+            output_hidden_states: whether to return the embeddings and the output of every block.
+                The output of the last block is returned after the last norm.
             input_values: (batch, length, `config.input_size`), in place of `input_ids` if the
                 configuration has an `input_size`.
-            position_ids: (batch, length) or (1, length). Positions count real tokens, so only the
-                places where they restart are read: there the row's next sequence begins.
+            position_ids: (batch, length) or (1, length). Positions count the real tokens of a
+                sequence. The next sequence of a row begins where the positions restart; the model
+                uses the positions for nothing else.
             cache: the name of `past_key_values` in newer releases of transformers.
-            kwargs: `seq_idx`, (batch, length), which changes where a sequence begins, or
-                `cu_seq_lens_q` and `cu_seq_lens_k`, (sequences + 1), the positions in the flattened
-                rows at which sequences begin; `cache_position`, (length), which must continue from
-                the cache.
+            kwargs: further arguments. `seq_idx`, (batch, length), numbers the sequences: its value
+                changes where the next sequence begins. `cu_seq_lens_q` and `cu_seq_lens_k`,
+                (sequences + 1), are the positions in the flattened rows at which sequences begin,
+                followed by the number of all positions.
+                `cache_position`, (length), must continue from the cache.
 
         Returns:
-            `last_hidden_state` (batch, length, hidden_size), `past_key_values` (named `cache` where
-            transformers names it so), `hidden_states`. They are meaningless at padding.
+            An output with `last_hidden_state`, (batch, length, hidden_size), `hidden_states` and
+            `past_key_values`, which newer releases of transformers name `cache`. Hidden states at
+            padding are meaningless.
 
         Raises:
-            ValueError: on both or neither of `input_ids` (or `input_values`) and `inputs_embeds`,
-                a kind of input that the configuration does not have, an empty sequence, a mask
-                that is not (batch, ≥ length) of zeros and ones, positions that jump ahead, packed
-                rows with a cache, a cache of another batch size, a cache of tokens that the mask
-                hides, or a cache with gradient checkpointing or in a bidirectional model.
-            TypeError: on a cache that is not a `GramianCache`, and on an unknown argument.
+            ValueError: if both or neither of `input_ids` (or `input_values`) and `inputs_embeds`
+                are given; if the configuration does not accept the kind of input; if the input has
+                length 0; if the mask is not (batch, length or more) of zeros and ones; if positions
+                jump ahead; if a cache is used with packed rows, in training with gradient
+                checkpointing, or in a bidirectional model; or if the cache has another batch size,
+                or has seen tokens that the mask hides.
+            TypeError: if the cache is not a `GramianCache`, or an argument is unknown.
         """
         inputs = (input_ids, inputs_embeds, input_values)
         mask = read_rows(inputs, attention_mask, position_ids, kwargs)
@@ -109,7 +114,7 @@ class GramianModel(GramianPreTrainedModel):
         check_past(past, attention_mask, inputs)
         cache_position = kwargs.pop("cache_position", None)
         check_arguments(type(self).__name__, kwargs)
-        if mask is not None:  # values at padding, even NaN, do not reach gradients either
+        if mask is not None:  # keep values at padding, even NaN, from the gradients, too
             input_values, inputs_embeds = (
                 x if x is None else apply_mask(x, mask.to(x.device).real)
                 for x in (input_values, inputs_embeds)
@@ -149,7 +154,8 @@ class GramianModel(GramianPreTrainedModel):
         """Return the input of the first block, (batch, length, hidden_size).
 
         Raises:
-            ValueError: on several inputs or none, or one of another shape or kind than the model's.
+            ValueError: unless exactly one input is given, of the kind and shape that the model
+                reads.
         """
         hidden_states = self.embedding_dropout(self._embed(input_ids, input_values, inputs_embeds))
         if self.config.residual_in_fp32 and hidden_states.dtype.itemsize < 4:
@@ -226,7 +232,7 @@ class GramianModel(GramianPreTrainedModel):
 def _check_positions(
     cache_position: Tensor | None, length: int, cache: GramianCache | None
 ) -> None:
-    """Raise a ValueError unless the columns follow those that the cache has seen."""
+    """Raise a ValueError unless `cache_position` continues the columns that the cache has seen."""
     if cache_position is None or torch.compiler.is_compiling():
         return
     seen = 0 if cache is None else cache.get_seq_length()

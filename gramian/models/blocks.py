@@ -1,7 +1,8 @@
-"""The kinds of blocks: the norms, maps and residual connections around a layer's mixer.
+"""Define the kinds of blocks. A block adds norms and residual connections to a layer's mixer.
 
-`h ← h + mixer(norm(h))`, `h ← h + mlp(norm(h))`; the block of `gramian.mixers.Block`; or
-`h ← mixer(h)`. A kind is one class here and its name in the registry, `gramian.models.layers`.
+A block of the kind "mlp" computes `h ← h + mixer(norm(h))`, and then `h ← h + mlp(norm(h))`. A
+block of the kind "glu" is a `gramian.mixers.Block`. A block of the kind "mixer" computes
+`h ← mixer(h)`. Each kind is a class that `gramian.models.layers` registers under its name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["GramianBlock", "GramianGLUBlock", "GramianMLP", "GramianMixerBlock",
 
 
 def build_mixer(config: GramianConfig, layer: int) -> Mixer:
-    """Build the mixer of layer `layer`, which maps (batch, length, hidden_size) to the same."""
+    """Build the mixer of a layer, which maps (batch, length, hidden_size) to the same shape."""
     return build(
         config.mixer_config(layer),
         width=config.hidden_size,
@@ -33,7 +34,7 @@ def build_mixer(config: GramianConfig, layer: int) -> Mixer:
 
 
 class GramianMLP(nn.Module):
-    """`W₃ (act(W₁ x) ∘ W₂ x)` when gated, `W₃ act(W₁ x)` when not; biases are optional."""
+    """An MLP, `W₃ (act(W₁ x) ∘ W₂ x)` if gated and `W₃ act(W₁ x)` if not, with optional biases."""
 
     def __init__(self, config: GramianConfig, layer: int = 0) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class GramianMLP(nn.Module):
         self.activation = ACT2FN[config.activation_of(layer)]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map (batch, length, hidden_size) to the same."""
+        """Map (batch, length, hidden_size) to the same shape."""
         inner = self.up_proj(hidden_states)
         if self.gate_proj is None:
             return self.down_proj(self.activation(inner))
@@ -55,7 +56,7 @@ class GramianMLP(nn.Module):
 
 @register_block("mlp")
 class GramianBlock(GramianLayer):
-    """One layer: a mixer and an MLP, each after a norm and beside a residual connection."""
+    """A layer with a mixer and an MLP. Each has a norm before it and a residual connection."""
 
     options = ("mlp_bias", "residual_in_fp32")
 
@@ -79,7 +80,7 @@ class GramianBlock(GramianLayer):
 
 @register_block("glu")
 class GramianGLUBlock(GramianLayer):
-    """One layer: a `gramian.mixers.Block` as the configuration describes it."""
+    """A layer that is a `gramian.mixers.Block`, built from the configuration."""
 
     norms = ("rms", "layer", "batch")
     options = ("prenorm", "tied_dropout")
@@ -97,7 +98,7 @@ class GramianGLUBlock(GramianLayer):
         )
 
     @property
-    def mixer(self) -> Mixer:  # type: ignore[override]  # set once, with the block
+    def mixer(self) -> Mixer:  # type: ignore[override]  # it never changes
         """The mixer inside the block."""
         return self.block.mixer
 
@@ -107,7 +108,7 @@ class GramianGLUBlock(GramianLayer):
 
 @register_block("mixer")
 class GramianMixerBlock(GramianLayer):
-    """One layer: a mixer and dropout, and nothing else."""
+    """A layer with a mixer and dropout, without a norm or a residual connection."""
 
     def __init__(self, config: GramianConfig, layer: int) -> None:
         super().__init__(layer)

@@ -1,9 +1,9 @@
-"""The memory of a Gramian model during generation: one recurrence and its state per layer.
+"""Define the cache of a Gramian model. For each layer it holds a recurrence and its state.
 
-A layer of the cache holds the frozen recurrence of its mixer, the recurrence's state, and the
-number of tokens it has seen. The block makes the recurrence at first use, inside its own forward,
-where sharded parameters are gathered. The state is replaced at every update, since a recurrence
-consumes the state that it is given.
+A layer of the cache holds the frozen recurrence of a mixer, the state of the recurrence, and the
+number of tokens that the state has seen. The recurrence is made when it is first used, within the
+block's own forward, where sharded parameters are gathered. Every update replaces the state, because
+a recurrence overwrites the state from which it continues.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gramian.filters import Filter
 from gramian.mixers import Mixer, MixerRecurrence, Segments
+from gramian.models.adapters import switches
+from gramian.models.initialization import own_tensors
 from gramian.models.segments import last_tokens
 from gramian.models.snapshots import load_cache, save_cache
 from gramian.ops.changes import Record, digest
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
 
 
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"
-"""The name of a cache in outputs and arguments of the installed release of transformers."""
+"""The name of the cache in inputs and outputs, which depends on the release of transformers."""
 
 
 def one_cache(past_key_values: Any, cache: Any) -> Any:
-    """Return the cache that was given under either of its names, or None.
+    """Return the cache that was passed under one of the two names, or None if there is none.
 
     Raises:
         ValueError: if two caches were given.
@@ -46,16 +48,16 @@ def one_cache(past_key_values: Any, cache: Any) -> Any:
 
 
 def check_past(cache: Any, mask: Any, inputs: tuple[Tensor | None, ...]) -> None:
-    """Raise a ValueError if a mask of past and inputs hides tokens that the cache has seen.
+    """Raise a ValueError if the mask hides tokens that the cache has seen.
 
-    These are, for example, the tokens that `generate` writes after the end of a row while other
-    rows continue. A state cannot take them back, so the next token would follow another past.
+    For example, `generate` writes such tokens after the end of a row while other rows continue. A
+    state cannot forget them, so the next token would follow tokens that the mask hides.
 
     Args:
-        cache: the argument given as a cache.
-        mask: (batch, tokens seen and length), 1 for real tokens. A mask of another shape is not
-            checked, nor is any mask in a traced graph.
-        inputs: (batch, length, …); the first that is not None counts.
+        cache: the argument that was passed as a cache.
+        mask: (batch, columns of the past + length), 1 for real tokens. A mask of another shape is
+            not checked. In a traced graph, no mask is checked.
+        inputs: the possible inputs, (batch, length, …); the first that is not None is used.
     """
     rows = next((x for x in inputs if x is not None), None)
     if not isinstance(cache, GramianCache) or not isinstance(mask, Tensor) or rows is None:
@@ -76,7 +78,7 @@ def check_past(cache: Any, mask: Any, inputs: tuple[Tensor | None, ...]) -> None
 
 
 class _Source:
-    """The place of a filter's tensor, and its value when a recurrence was made from it."""
+    """A tensor of a filter: the place that holds it, and its value when a recurrence was made."""
 
     __slots__ = ("digest", "name", "place", "record", "trained")
 
@@ -86,9 +88,9 @@ class _Source:
         self.trained: bool = place[name].requires_grad
 
     def holds(self) -> bool:
-        """Return whether the tensor is unchanged.
+        """Return whether the tensor has kept its value.
 
-        If another tensor has taken its place, all values are compared.
+        If the place now holds another tensor, a digest of all its values is compared.
         """
         tensor = self.place.get(self.name)
         if self.record.matches(tensor):
@@ -106,8 +108,12 @@ def _sources(mixer: nn.Module) -> list[_Source]:
     """Return the parameters and buffers of a mixer's filters whose values can be read."""
     filters = [part for part in mixer.modules() if isinstance(part, Filter)]
     parts = {id(part): part for one in filters for part in one.modules()}.values()
-    places = [place for part in parts for place in (part._parameters, part._buffers)]
-    return [_Source(p, name) for p in places for name, tensor in p.items() if _is_here(tensor)]
+    return [
+        _Source(place, name)
+        for part in parts
+        for place, name, tensor in own_tensors(part)
+        if _is_here(tensor)
+    ]
 
 
 def _is_here(tensor: Tensor | None) -> TypeGuard[Tensor]:
@@ -116,10 +122,11 @@ def _is_here(tensor: Tensor | None) -> TypeGuard[Tensor]:
 
 
 class GramianCacheLayer(LinearAttentionCacheLayerMixin):
-    """The recurrence of one mixer, its state, and how many tokens it has seen.
+    """The part of a cache for one layer: a recurrence, its state and the number of tokens seen.
 
-    transformers' own linear-attention layer keeps a convolution state and a single tensor, does not
-    count tokens and cannot be repeated; a mixer's state is a `State` of several tensors.
+    The linear-attention layer of transformers keeps a convolution state and a single tensor, does
+    not count tokens and cannot repeat sequences. This layer counts tokens, and its state is a
+    `State` of several tensors.
     """
 
     is_compileable = False  # an online convolution branches on its step counter
@@ -129,31 +136,37 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         self.recurrence: Any = None
         self._snapshot: list[_Source] = []
         self._trained: list[_Source] = []
+        self._adapted: list[Filter] = []
+        self._switches: list[Any] = []
         self.tokens = 0
         self.batch_size = -1
 
     @property
     def state(self) -> Any:
-        """The state after the last update, or None before the first one and after a reset."""
+        """The state after the last update; None before the first update and after a reset."""
         return self.recurrent_states[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state."""
+        """The bytes of the state."""
         return 0 if self.state is None else self.state.nbytes
 
     def recurrence_of(self, mixer: Mixer, length: int) -> MixerRecurrence:
-        """Return the frozen recurrence of `mixer` for the next `length` tokens, made if missing.
+        """Return the frozen recurrence of a mixer. If there is none yet, make it.
 
-        Without gradients, the recurrence must agree with the filter's present weights: it is made
-        again if it does not and no state is held, as after `reset`. Before a single token, only
-        trainable tensors are compared. Some changes go unnoticed: single values edited through
-        `.data` or numpy, the steps of a fused optimizer on a GPU, and filters whose weights are
-        offloaded or sharded.
+        With gradients disabled, the recurrence must agree with the present weights of the filters.
+        If it does not, and the layer holds no state, as after `reset`, the recurrence is made
+        again. If only one token follows, only trainable tensors are compared. Some changes go
+        unnoticed: edits of single values through `.data` or numpy, the steps of a fused optimizer
+        on a GPU, and changes of offloaded or sharded weights.
+
+        Args:
+            mixer: the mixer of the layer.
+            length: number of tokens that the recurrence will process next.
 
         Raises:
-            ValueError: if a state is held, and the filter has changed since or the cache belongs
-                to another model.
+            ValueError: if the layer holds a state, and either a filter has changed since the
+                recurrence was made, or the cache belongs to another model.
         """
         if self.recurrence is not None and not torch.compiler.is_compiling():
             other = self.recurrence.mixer is not mixer
@@ -169,26 +182,31 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         if self.recurrence is None:
             self.recurrence = mixer.recurrence()
             self._snapshot = _sources(mixer)
+            filters = [part for part in mixer.modules() if isinstance(part, Filter)]
+            self._adapted = [one for one in filters if switches(one)]
+            self._switches = [switches(one) for one in self._adapted]
             trained = [source for source in self._snapshot if source.trained]
             self._trained = trained or self._snapshot
         return self.recurrence
 
     def _is_stale(self, length: int) -> bool:
         looked_at = self._snapshot if length > 1 else self._trained
-        return any(not source.holds() for source in looked_at)
+        return any(not source.holds() for source in looked_at) or (
+            bool(self._adapted) and [switches(one) for one in self._adapted] != self._switches
+        )
 
     def lazy_initialization(
         self, conv_states: Any = None, recurrent_states: Any = None, state_idx: int = 0
     ) -> None:
-        """Record that a state is held from now on, and on which device."""
-        leaves = tree_leaves(recurrent_states)  # a tensor without dimensions may be elsewhere
+        """Record that the layer holds a state from now on, and the device of that state."""
+        leaves = tree_leaves(recurrent_states)  # scalars may be on another device
         self.device = next(leaf.device for leaf in leaves if leaf.ndim)
         self.is_recurrent_states_initialized[0] = True
 
     def update_recurrent_state(
         self, recurrent_states: Any, state_idx: int = 0, *, batch_size: int = -1, tokens: int = 0
     ) -> Any:
-        """Replace the state by that after `tokens` more tokens of `batch_size` sequences."""
+        """Replace the state by the state after `tokens` more tokens of `batch_size` sequences."""
         if not self.is_recurrent_states_initialized[0]:
             self.lazy_initialization(recurrent_states=recurrent_states)
         self.recurrent_states[0] = recurrent_states
@@ -198,7 +216,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         return recurrent_states
 
     def update_conv_state(self, conv_states: Tensor, state_idx: int = 0) -> Tensor:
-        """Raise a TypeError: the short convolution's samples are part of the mixer's state."""
+        """Raise a TypeError, because the mixer's state contains the past of short convolutions."""
         raise TypeError("a Gramian cache layer holds one recurrent state and no convolution state.")
 
     def get_seq_length(self) -> int:
@@ -206,11 +224,11 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         return self.tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of a mask over all tokens seen and `query_length` more."""
+        """Return length and offset of a mask over all tokens seen and `query_length` new tokens."""
         return self.tokens + query_length, 0
 
     def reset(self) -> None:
-        """Forget the sequence; the recurrence stays."""
+        """Forget the sequences, but keep the recurrence."""
         self.recurrent_states[0] = None
         self.is_recurrent_states_initialized[0] = False
         self.has_previous_state[0] = False
@@ -228,7 +246,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         self.batch_size = len(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams that survive."""
+        """Keep the states of the beams that survive a step of beam search, in their new order."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -239,7 +257,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         self.batch_size *= repeats
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GramianCacheLayer:
-        """Return a copy with its own state; the recurrence is shared, as it holds the mixer."""
+        """Return a copy that shares the recurrence and has its own copy of the state."""
         copied = copy.copy(self)
         copied.recurrent_states = {0: None if self.state is None else self.state.clone()}
         copied.is_recurrent_states_initialized = dict(self.is_recurrent_states_initialized)
@@ -247,7 +265,7 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
         return copied
 
     def detach(self) -> None:
-        """Cut the state off from the graph."""
+        """Detach the state from the autograd graph."""
         if self.state is not None:
             self.recurrent_states[0] = self.state.detach()
 
@@ -257,46 +275,51 @@ class GramianCacheLayer(LinearAttentionCacheLayerMixin):
             self.recurrent_states[0] = self.state.to("cpu")
 
     def prefetch(self) -> None:
-        """Move the state back to the device on which it was made."""
+        """Move the state back to the device on which it was created."""
         if self.state is not None:
             self.recurrent_states[0] = self.state.to(self.device)
 
     @property
     def is_croppable(self) -> bool:
-        """Return False, as a recurrence does not run backwards."""
+        """False, because a recurrence does not run backwards."""
         return False
 
     def activate_past_recording(self) -> None:
-        """Raise a ValueError, as `crop` does."""
+        """Raise a ValueError, because the cache keeps no earlier states."""
         raise ValueError("a Gramian cache cannot record its past: a recurrence keeps one state.")
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raise a ValueError: the state cannot take tokens back."""
+        """Raise a ValueError, because tokens cannot be removed from a state."""
         raise ValueError("a Gramian cache cannot be cropped: a recurrence keeps one state.")
 
 
 class GramianCache(Cache):
-    """The generation state of a Gramian model: `past_key_values` of its forward.
+    """The generation state of a Gramian model, which `forward` accepts as `past_key_values`.
 
     Args:
         config: the model's configuration.
 
-    Its size depends on the model and the batch but not on the length generated, except for the
-    keys and values of attention. `reset` keeps the recurrences, so that a cache can be used again
-    without making them again if the filters have not changed. The recurrences are snapshots:
-    without gradients, a cache that holds a sequence is refused after a change of the filters. Other
-    weights are shared with the model: after a change the new ones process the next tokens, while
-    the state of the past is still that of the old ones, as with keys and values.
+    The size of the cache depends on the model and the batch, but not on the length of the text,
+    except for the keys and values of attention.
+
+    The recurrences are made at the first use, from the weights that the filters have at that time.
+    `reset` keeps the recurrences for the next sequences, and they are made again only if the
+    filters have changed. If the filters change while the cache holds a sequence, using the cache
+    without gradients is an error. The cache shares all other weights with the model. If these
+    change, the new weights process the next tokens, but the state of the past still comes from the
+    old weights. The same is true of the keys and values of attention.
     """
 
     layers: list[GramianCacheLayer]
 
     last_hidden_state: Tensor | None
-    """(batch, hidden_size): the output of the last norm at each row's last token; NaN for a row
-    that has seen no token."""
+    """The output of the last norm at each row's last token, (batch, hidden_size).
+
+    A row that has had no token yet has NaN here.
+    """
 
     padding: Tensor | None
-    """(batch), int64: the number of columns seen that were padding; None if there was none."""
+    """The number of columns so far that were padding, (batch), int64; None if no column was."""
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__(layers=[GramianCacheLayer() for _ in range(config.num_hidden_layers)])
@@ -308,15 +331,15 @@ class GramianCache(Cache):
         return self.layers[layer_idx].get_seq_length()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Return length and offset of a mask over all tokens seen and `query_length` more."""
+        """Return length and offset of a mask over all tokens seen and `query_length` new tokens."""
         return self.layers[layer_idx].get_mask_sizes(query_length)
 
     def note(self, hidden_states: Tensor, segments: Segments | None) -> None:
-        """Keep the hidden state of each row's last token, and count padding.
+        """Keep the hidden state of each row's last token, and count the padding.
 
         Args:
-            hidden_states: (batch, length, hidden_size), of the columns that the layers have seen.
-            segments: where tokens stand in them.
+            hidden_states: (batch, length, hidden_size), the output for the newest columns.
+            segments: the positions of the tokens in these columns; None if there is no padding.
         """
         before = self.padding
         if segments is not None:
@@ -332,19 +355,19 @@ class GramianCache(Cache):
                 else self.last_hidden_state
             )
             last = torch.where(segments.real.any(1, keepdim=True), last, old.to(last))
-        # A view of one column would keep all of them.
+        # A view of one column would keep the memory of all columns.
         self.last_hidden_state = last if hidden_states.shape[1] == 1 else last.clone()
 
     def unstarted(self) -> Tensor:
-        """Return which rows have seen no token yet, (batch), boolean."""
+        """Return for every row whether it has had no token yet, (batch), boolean."""
         if self.padding is None:
             return torch.zeros(max(self.batch_size, 0), dtype=torch.bool)
         return self.padding >= self.get_seq_length()
 
     def detach(self) -> GramianCache:
-        """Cut the states off from the graph, in place, and return the cache.
+        """Detach the states from the autograd graph, in place, and return the cache.
 
-        This gives truncated backpropagation through time.
+        Calling `detach` between chunks gives truncated backpropagation through time.
         """
         for layer in self.layers:
             layer.detach()
@@ -353,65 +376,59 @@ class GramianCache(Cache):
         return self
 
     def reset(self) -> None:
-        """Forget the sequences; the recurrences stay."""
+        """Forget the sequences, but keep the recurrences."""
         super().reset()
         self.last_hidden_state = self.padding = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams that survive."""
+        """Keep the states of the beams that survive a step of beam search, in their new order."""
         super().reorder_cache(beam_idx)
-        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        _map_rows(self, lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices` (integers, or a boolean mask over the batch)."""
         super().batch_select_indices(indices)
-        self._map_rows(lambda rows: rows[indices.to(rows.device)])
+        _map_rows(self, lambda rows: rows[indices.to(rows.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
         super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        _map_rows(self, lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GramianCache:
         copied = copy.copy(self)
         copied.layers = copy.deepcopy(self.layers, memo)
-        copied._map_rows(Tensor.clone)
+        _map_rows(copied, Tensor.clone)
         return copied
-
-    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.last_hidden_state is not None:
-            self.last_hidden_state = function(self.last_hidden_state)
-        if self.padding is not None:
-            self.padding = function(self.padding)
 
     @property
     def is_linear(self) -> list[bool]:
         """False for every layer.
 
-        This cache counts the tokens that it has seen, so `generate` removes them from the sequence,
-        which it does not do for transformers' own linear layers.
+        `generate` must remove the tokens that the cache has seen from the sequence. It would not do
+        so if the layers were declared linear.
         """
         return [False] * len(self.layers)
 
     @property
     def batch_size(self) -> int:
-        """Number of sequences, -1 while the cache is empty."""
+        """The number of sequences, or -1 while the cache is empty."""
         return self.layers[0].batch_size
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers' states."""
+        """The bytes of the states of all layers."""
         return sum(layer.nbytes for layer in self.layers)
 
     def save(self, path: str | Path, model: GramianPreTrainedModel) -> None:
-        """Write the state to a file, for `load`; see `gramian.models.snapshots`.
+        """Write the state to a file that `load` reads; see `gramian.models.snapshots`.
 
         Args:
-            path: the file, which is written whole or not at all.
-            model: the model that filled the cache; its fingerprint is stored in the file.
+            path: the file. It is written completely or not at all.
+            model: the model that filled the cache. Its fingerprint is stored in the file.
 
         Raises:
-            ValueError: on an empty cache, or one of another number of layers.
+            ValueError: if the cache is empty, or has another number of layers than the model.
         """
         save_cache(self, path, model)
 
@@ -420,7 +437,15 @@ class GramianCache(Cache):
         """Return the cache that `save` wrote, on the device of `model`.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it holds no cache, or that of a model with other weights.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file holds no cache, or the cache of a model with other weights.
         """
         return load_cache(path, model)
+
+
+def _map_rows(cache: GramianCache, function: Callable[[Tensor], Tensor]) -> None:
+    """Apply a function to the tensors of a cache that have one row for each sequence."""
+    if cache.last_hidden_state is not None:
+        cache.last_hidden_state = function(cache.last_hidden_state)
+    if cache.padding is not None:
+        cache.padding = function(cache.padding)

@@ -1,4 +1,4 @@
-"""Classification and regression of whole sequences."""
+"""Define the model that classifies whole sequences or predicts numbers for them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ __all__ = ["GramianForSequenceClassification"]
 class GramianForSequenceClassification(GramianPreTrainedModel):
     """A `GramianModel` whose hidden states are pooled and mapped to one logit for each label.
 
-    Padding has no effect, wherever it stands: the mask keeps it out of the mixers and of the
-    pooling. Only `attention_mask` marks it; it is never guessed from token ids. Packed rows, given
-    as for `GramianModel.forward`, have one row of logits for each sequence, in order.
+    Padding has no effect at any position, because the mask excludes it from the mixers and from the
+    pooling. Only `attention_mask` marks padding, which is never inferred from token ids. Packed
+    rows are passed as to `GramianModel.forward`. Their logits have one row for each sequence, in
+    order.
     """
 
-    accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
+    accepts_loss_kwargs = False  # tells the Trainer that the loss is a mean over the batch
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__(config)
@@ -50,23 +51,24 @@ class GramianForSequenceClassification(GramianPreTrainedModel):
         """Return the logits of a batch of sequences, and their loss if `labels` are given.
 
         Args:
-            labels: for one label per sequence, integers (batch), scored by cross-entropy; for
-                several, zeros and ones (batch, num_labels), scored by binary cross-entropy; for
-                regression, (batch, num_labels), or (batch) with one label, scored by the mean
-                squared error. `config.problem_type` names the problem; if it is None, one label
-                means regression, integers mean single labels, and other dtypes several labels. A
-                label of -100 is not scored.
-            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
-                summed loss in place of the number of labels.
+            labels: the targets. For classification with one label per sequence, they are integers
+                (batch), scored by cross-entropy. With several labels per sequence, they are zeros
+                and ones (batch, num_labels), scored by binary cross-entropy. For regression, they
+                are numbers (batch, num_labels), or (batch) if `num_labels` is 1, scored by the mean
+                squared error. `config.problem_type` names the kind of problem. If it is None,
+                `num_labels=1` means regression. Otherwise, integers mean one label per sequence,
+                and other dtypes mean several labels. A label of -100 is not scored.
+            kwargs: the further arguments of `GramianModel.forward`, and `num_items_in_batch`. If
+                the latter is given, it divides the summed loss in place of the number of labels.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Returns:
-            `loss`, `logits` (batch, num_labels), `hidden_states`.
+            An output with `loss`, `logits` (batch, num_labels) and `hidden_states`.
 
         Raises:
-            ValueError: also on a mask that hides a whole sequence, and labels that
-                `classification_loss` refuses.
+            ValueError: if the mask hides a whole sequence, or if the labels do not fit the kind of
+                problem (`gramian.models.labels.classification_loss`).
         """
         inputs = (input_ids, inputs_embeds, input_values)
         segments = read_rows(inputs, attention_mask, position_ids, kwargs)

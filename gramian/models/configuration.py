@@ -1,8 +1,9 @@
-"""The configuration of a Gramian model: residual blocks around any mixers and filters.
+"""Define the configuration of a Gramian model, whose blocks may hold any mixers and filters.
 
-`mixers` names the mixers and `filter` the filters that they convolve with, either once for all
-layers or once per layer: after distillation every layer has filters of its own orders, and the
-shapes of its parameters follow from the configuration before any weight is read.
+`mixers` names the mixers, and `filter` describes the filters with which they convolve. Both are
+given once for all layers or once per layer. After distillation, for example, the filters of every
+layer have different orders. The configuration determines the shapes of all parameters before any
+weight is read.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from gramian.models.remote_code import AUTO_MAP, write_module
 __all__ = ["MIXERS", "POOLING", "GramianConfig"]
 
 _FAMILIES = {"attention": "attention", "linear_recurrence": "recurrence"}
-"""Fields that hold further arguments, and the family of mixers to which each belongs."""
+"""The fields that hold arguments of mixers, and the family of mixers that each field is for."""
 
 MIXERS: dict[str, type[Mixer]] = registry.MIXERS
 """The names that `GramianConfig.mixers` accepts: the mixers registered in `gramian.mixers`."""
@@ -37,68 +38,76 @@ POOLING = ("mean", "last")
 class GramianConfig(PreTrainedConfig):
     """The configuration of `GramianModel` and of models with a head, such as `GramianForCausalLM`.
 
-    Further keyword arguments are those of any configuration of transformers: `num_labels`,
-    `problem_type`, ...
+    The constructor also accepts the keyword arguments of any configuration of transformers, such as
+    `num_labels` and `problem_type`.
 
     Attributes:
         vocab_size: number of token ids. The default, 259, is `ByteTokenizer`'s: 256 bytes and three
             special tokens.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of blocks.
-        num_heads: heads of `multi_hyena` and `softmax_attention` mixers and of linear recurrences;
-            must divide `hidden_size`. `s6` has none.
-        mixers: `"multi_hyena"`, `"hyena"`, `"long_convolution"`, `"softmax_attention"`, or a linear
-            recurrence: `"linear_attention"`, `"weighted_linear_attention"`,
-            `"gated_linear_attention"`, `"s6"`, `"gla_s6"`, `"gated_delta_net"`, or the name of
-            another registered mixer (`gramian.mixers.register`); or `{"type": name, ...}` with
-            further arguments of that mixer; or a list with one of these per layer.
-        filter: configuration of the mixers' filters: `{"type": name, ...}` as for
-            `gramian.filters.build`, or a list with one per layer, in which entries of layers
-            without a filter are ignored and may be None.
+        num_heads: number of heads of `multi_hyena` and `softmax_attention` mixers and of linear
+            recurrences; it must divide `hidden_size`. `s6` has no heads.
+        mixers: name of the mixer: `"multi_hyena"`, `"hyena"`, `"long_convolution"`,
+            `"softmax_attention"`; a linear recurrence, that is, `"linear_attention"`,
+            `"weighted_linear_attention"`, `"gated_linear_attention"`, `"s6"`, `"gla_s6"` or
+            `"gated_delta_net"`; or another registered mixer (`gramian.mixers.register`). In place
+            of the name, `{"type": name, ...}` gives further arguments of that mixer. A list has one
+            such entry for each layer.
+        filter: configuration of the mixers' filters, `{"type": name, ...}`, as for
+            `gramian.filters.build`. A list has one configuration for each layer. Its entries for
+            layers without a filter are ignored and may be None.
         attention: further arguments of `gramian.mixers.SoftmaxAttention`, such as `kv_heads`,
             `window` and `rotary_base`, for all `softmax_attention` layers.
         linear_recurrence: further arguments of the linear recurrences in `gramian.mixers`, such as
-            `state_size` and `temperature`; each layer uses those that its mixer accepts, and an
+            `state_size` and `temperature`. Each layer uses the arguments that its mixer accepts; an
             argument that no layer uses is an error.
-        max_position_embeddings: `max_length` of the filters. It does not limit the input: past it
-            an FIR filter is zero and a rational one continues. There is no positional embedding,
-            except for the rotations inside attention, which have no limit either.
-        hyena_order: order N of `hyena` mixers, which have N - 1 long convolutions.
-        short_kernel: taps of the mixers' short convolutions.
+        max_position_embeddings: `max_length` of the filters. The input may be longer. Past this
+            length, the kernel of an FIR filter is zero, and the kernel of a rational filter
+            continues. There is no positional embedding, except for the rotations inside attention,
+            which have no limit either.
+        hyena_order: order N of `hyena` mixers, which have N - 1 long convolutions; at least 2.
+        short_kernel: number of taps of the mixers' short convolutions.
         hyena_mimo_size: width of the map across channels before the output projection of `hyena`
-            mixers, as in Hyena-RTF; by default there is no such map.
-        block: `"mlp"`, a mixer and an MLP, each after a norm and beside a residual connection,
-            as in language models; or `"glu"`, a `gramian.mixers.Block`, in which one gated linear
-            map follows a mixer, as in models of long continuous sequences; or `"mixer"`, a mixer
-            without norm and residual connection, as in the linear models of the Delay task.
-        norm: norm of the blocks. For `"mlp"` blocks: `"rms"`, `"rms_plus_eps"` (StripedHyena's,
-            where the epsilon is added to the root and not under it) or `"layer"`; for `"glu"`
-            blocks: `"rms"`, `"layer"` or `"batch"`. `"batch"` is not for `GramianForCausalLM`, as
-            its statistics look ahead.
-        final_norm: norm after the last block, `"rms"`, `"rms_plus_eps"`, `"layer"` or `"none"`. By
-            default, `norm` after `"mlp"` blocks, `"rms"` after `"glu"` blocks and `"none"` after
-            `"mixer"` blocks.
-        prenorm: whether the norm of a `"glu"` block comes before its mixer, or after the residual
-            connection.
+            mixers, as in Hyena-RTF. By default, there is no map across channels.
+        block: kind of the blocks. `"mlp"` is a mixer and an MLP, each with a norm before it and a
+            residual connection, as in language models. `"glu"` is a `gramian.mixers.Block`, in
+            which one gated linear map follows a mixer, as in models of long continuous sequences.
+            `"mixer"` is a mixer without a norm or a residual connection, as in the linear models of
+            the Delay task. `register_block` adds further kinds.
+        norm: norm of the blocks. `"mlp"` blocks accept `"rms"`, `"layer"` and `"rms_plus_eps"`, the
+            norm of StripedHyena, which adds the epsilon to the root and not under it. `"glu"`
+            blocks accept `"rms"`, `"layer"` and `"batch"`. `GramianForCausalLM` does not accept
+            `"batch"`, because its statistics depend on later tokens.
+        final_norm: norm after the last block: `"rms"`, `"rms_plus_eps"`, `"layer"` or `"none"`. The
+            default is the value of `norm` after `"mlp"` blocks, `"rms"` after `"glu"` blocks and
+            `"none"` after `"mixer"` blocks.
+        prenorm: whether the norm of a `"glu"` block comes before its mixer. If not, it comes after
+            the residual connection.
         tied_dropout: whether the dropout of `"glu"` blocks drops a channel over the whole length.
-        bidirectional: whether the mixers also look ahead. All of them must be `long_convolution`;
-            their filters then have 2 × `hidden_size` channels. Not for `GramianForCausalLM`.
-        input_size: features of a continuous input (1 for the samples of a signal or the pixels of a
-            gray image): the model reads `input_values` through a linear map. By default it reads
-            token ids. Not for `GramianForCausalLM`.
-        pooling: how `GramianForSequenceClassification` pools the hidden states: by their `"mean"`
-            over the real tokens, or by taking the `"last"` real token's.
+        bidirectional: whether the outputs of mixers also depend on later positions. All mixers must
+            then be `long_convolution`, and their filters have 2 × `hidden_size` channels.
+            `GramianForCausalLM` does not accept this option.
+        input_size: number of features of a continuous input, for example 1 for the samples of a
+            signal or the pixels of a gray image. The model reads this input as `input_values`
+            through a linear map. By default, the model reads token ids. `GramianForCausalLM` does
+            not accept an `input_size`.
+        pooling: how `GramianForSequenceClassification` pools the hidden states: `"mean"` is their
+            mean over the real tokens, and `"last"` is the hidden state of the last real token.
         dropout: probability of dropping, in training, an element of the output of a mixer or MLP
             before it is added to the residual stream.
         embedding_dropout: probability of dropping, in training, an element of the embeddings.
         kernel_dropout: probability of dropping, in training, a tap of a long convolution.
-        residual_in_fp32: whether the residual stream between `"mlp"` blocks, and with it the hidden
-            states, is in single precision when the weights are in half precision.
-        intermediate_size: inner width of the MLP of `"mlp"` blocks. By default 4 × `hidden_size`,
-            or 8/3 × `hidden_size` rounded up to a multiple of 16 when gated.
-        gated_mlp: `act(W₁ x) ∘ W₂ x` if true, `act(W₁ x)` if not, each followed by a projection.
-        mlp_bias: whether the maps in the MLP have biases.
-        hidden_act: activation of the MLP, or a list with one per layer; `"linear"` is the identity.
+        residual_in_fp32: whether the residual stream between `"mlp"` blocks, and thus the hidden
+            states, are in single precision when the weights are in half precision.
+        intermediate_size: inner width of the MLP of `"mlp"` blocks. The default is 4 ×
+            `hidden_size`, or 8/3 × `hidden_size` if the MLP is gated, rounded up to a multiple of
+            16.
+        gated_mlp: whether the MLP computes `act(W₁ x) ∘ W₂ x` or only `act(W₁ x)`. In both cases,
+            a projection follows.
+        mlp_bias: whether the linear maps in the MLP have biases.
+        hidden_act: activation of the MLP, or a list with one activation for each layer. `"linear"`
+            is the identity.
         rms_norm_eps: number added to the mean square or the variance in norms of every kind.
         initializer_range: standard deviation of the initial embeddings and projections.
         use_cache: whether a forward pass without gradients returns its cache.
@@ -108,16 +117,17 @@ class GramianConfig(PreTrainedConfig):
         eos_token_id: id of the token that ends a text, or a list of such ids; None by default.
 
     Raises:
-        ValueError: on an unknown mixer, filter or pooling, a list without exactly one entry per
-            layer, a size below 1, heads that do not divide the width, an unknown block or norm, an
-            option of `"glu"` blocks with other blocks, a dropout that is not a probability below 1,
-            `bidirectional` with mixers other than `long_convolution`, an `attention` option that
-            `SoftmaxAttention` does not accept, or a `linear_recurrence` option that none of the
-            model's recurrences accepts.
+        ValueError: if a mixer, pooling, block, norm or activation is unknown; a filter's
+            configuration has no type; a list does not have exactly one entry for each layer; a size
+            is below 1; `num_heads` does not divide `hidden_size`; an option of one kind of blocks
+            is set for blocks of another kind; a dropout is not a probability below 1;
+            `bidirectional` is set with mixers other than `long_convolution`; `SoftmaxAttention`
+            does not accept an argument in `attention`; or none of the model's recurrences accepts
+            an argument in `linear_recurrence`.
     """
 
     model_type = "gramian"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (the Trainer wants a list)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 (the Trainer needs a list)
     attribute_map = {"num_attention_heads": "num_heads"}  # noqa: RUF012
 
     vocab_size: int = 259
@@ -172,7 +182,7 @@ class GramianConfig(PreTrainedConfig):
         if self.intermediate_size is None:
             inner = 8 * self.hidden_size / 3 if self.gated_mlp else 4 * self.hidden_size
             self.intermediate_size = 16 * -int(-inner // 16)
-        kwargs.pop("auto_map", None)  # from a file; `save_pretrained` writes its own
+        kwargs.pop("auto_map", None)  # a file may have one, but `save_pretrained` writes its own
         super().__post_init__(**kwargs)
 
     def save_pretrained(
@@ -180,13 +190,15 @@ class GramianConfig(PreTrainedConfig):
     ) -> None:
         """Write `config.json`, and beside it the module with which transformers loads the folder.
 
-        If this package has not been imported, the Auto classes need `trust_remote_code=True`.
+        If this package has not been imported, the Auto classes load the folder only with
+        `trust_remote_code=True`.
 
         Args:
-            save_directory: the folder, created if it does not exist.
-            push_to_hub: as for any configuration of transformers, like `kwargs`.
+            save_directory: the folder. It is created if it does not exist.
+            push_to_hub: whether to upload the folder to the Hugging Face Hub.
+            kwargs: further arguments of `save_pretrained` of transformers' configurations.
         """
-        if not os.path.isfile(save_directory):  # a file is refused below
+        if not os.path.isfile(save_directory):  # the call below refuses a file
             os.makedirs(save_directory, exist_ok=True)
             write_module(Path(save_directory))
         self.auto_map = AUTO_MAP
@@ -197,15 +209,15 @@ class GramianConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing: saved folders name this package and hold no copy of its source."""
+        """Do nothing, because saved folders import this package and hold no copy of its source."""
 
     @property
     def layer_types(self) -> list[str]:
-        """The name that transformers has for our mixers, for every layer; see `mixers`."""
+        """The kind of every layer by transformers' name. `mixers` has the names of the mixers."""
         return ["linear_attention"] * self.num_hidden_layers
 
     def mixer_of(self, layer: int) -> str:
-        """Return the name of the mixer of layer `layer`."""
+        """Return the name of a layer's mixer."""
         return str(self._mixer(layer)["type"])
 
     def activation_of(self, layer: int) -> str:
@@ -213,7 +225,7 @@ class GramianConfig(PreTrainedConfig):
         return self.hidden_act[layer] if isinstance(self.hidden_act, list) else self.hidden_act
 
     def filter_of(self, layer: int) -> dict[str, Any] | None:
-        """Return a copy of the filter configuration of layer `layer`; None if it has no filter."""
+        """Return a copy of the configuration of a layer's filter, or None if it has no filter."""
         if not takes(self.mixer_of(layer), "filter"):
             return None
         assert self.filter is not None
@@ -222,11 +234,11 @@ class GramianConfig(PreTrainedConfig):
         return dict(one)
 
     def mixer_config(self, layer: int) -> dict[str, Any]:
-        """Return the configuration of the mixer of layer `layer`, for `gramian.mixers.build`.
+        """Return the configuration of a layer's mixer, for `gramian.mixers.build`.
 
-        It consists of the entry in `mixers`, the options of the mixer's family that the mixer
-        accepts (`attention`, `linear_recurrence`), and the fields named after the mixer
-        (`hyena_order`), in this order of precedence.
+        The configuration joins three sources, and earlier sources take precedence: the entry in
+        `mixers`; the arguments in `attention` or `linear_recurrence` that the mixer accepts; and
+        the fields that are named after the mixer, such as `hyena_order`.
         """
         own = self._mixer(layer)
         kind = own["type"]
@@ -307,7 +319,16 @@ class GramianConfig(PreTrainedConfig):
                 )
 
     def _validate_block(self, others: Mapping[str, Any]) -> None:
-        """Check the fields of the block; those of registered kinds are among `others`."""
+        """Check the fields that concern the blocks.
+
+        Args:
+            others: the keyword arguments that are not fields of the configuration. They may be
+                options of registered blocks.
+
+        Raises:
+            ValueError: if the block or the norm is unknown, or an option of another kind of blocks
+                is set.
+        """
         check_choice("block", self.block, BLOCKS)
         block = BLOCKS[self.block]
         check_choice("norm", self.norm, block.norms, f" in {self.block!r} blocks")
@@ -363,7 +384,20 @@ def _validate_filter(filter_config: Any, mixers: list[str]) -> None:
 
 
 def _validate_options(field: str, given: Any, family: str, names: list[str]) -> None:
-    """Check options against the family's mixers in the model, or against all if it has none."""
+    """Check that the mixers of a family accept the arguments that are given for the family.
+
+    Each argument must be accepted by a mixer of the model that belongs to the family. If the model
+    has no mixer of the family, any mixer of the family may accept it.
+
+    Args:
+        field: name of the field that holds the arguments.
+        given: value of the field.
+        family: family of mixers that the field is for.
+        names: name of the mixer in every layer.
+
+    Raises:
+        ValueError: if the field is not a dictionary, or no mixer accepts one of the arguments.
+    """
     if given is None:
         return
     kinds = [name for name, kind in MIXERS.items() if kind.family == family]

@@ -1,11 +1,12 @@
-"""Generation that ends with an error as soon as logits are not finite.
+"""Generate text, and raise an error as soon as logits are not finite.
 
-Logits with a NaN have no maximum: `argmax` returns the NaN's index, so greedy search would write
-the same token over and over without an error.
+If a logit is NaN, the logits have no maximum. `argmax` then returns the index of the NaN, so greedy
+search would write the same token again and again without an error.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessor, StoppingCriteria
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
+from gramian.models.alphabet import check_forced, suppressed_tokens
+
 __all__ = ["GramianGenerationMixin"]
 
 
 class GramianGenerationMixin(GenerationMixin):
-    """transformers' `generate`, which refuses logits that are not finite."""
+    """The `generate` of transformers, with an optional alphabet and a check for finite logits."""
 
     def generate(
         self,
@@ -27,13 +30,35 @@ class GramianGenerationMixin(GenerationMixin):
         stopping_criteria: Any = None,
         *args: Any,
         streamer: Any = None,
+        allowed_tokens: Iterable[int] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Generate as transformers' `GenerationMixin.generate` does.
+        """Generate text as `GenerationMixin.generate` of transformers does.
+
+        Args:
+            inputs: the prompt, as for any model of transformers.
+            generation_config: the generation configuration; by default the model's own.
+            logits_processor: further logits processors.
+            stopping_criteria: further stopping criteria.
+            args: further positional arguments of `GenerationMixin.generate`.
+            streamer: an object that receives every token as soon as it is chosen.
+            allowed_tokens: ids of the only tokens that may be written, such as
+                `gramian.models.allowed_tokens` returns. They apply to this call; use
+                `restrict_generation` to set them for every call. Tokens in `suppress_tokens` are
+                not written even if they are allowed.
+            kwargs: further keyword arguments of `GenerationMixin.generate`.
 
         Raises:
-            FloatingPointError: if a logit is NaN or infinite, before a token is chosen from it.
+            FloatingPointError: if logits are NaN or infinite.
+            ValueError: if no allowed token is left to choose, if an allowed token is not in the
+                vocabulary, or if the generation configuration forces a token that is not allowed.
         """
+        if allowed_tokens is not None:
+            config: Any = generation_config or self.generation_config
+            given = kwargs.get("suppress_tokens", config.suppress_tokens)
+            suppressed = suppressed_tokens(allowed_tokens, self.config.vocab_size, given)
+            check_forced(config, suppressed)
+            kwargs["suppress_tokens"] = suppressed
         watch = FiniteLogits(at_once=streamer is not None)
         processors = LogitsProcessorList([watch, *(logits_processor or ())])
         criteria = StoppingCriteriaList([StopAtNaN(watch), *(stopping_criteria or ())])
@@ -45,20 +70,21 @@ class GramianGenerationMixin(GenerationMixin):
 
 
 class FiniteLogits(LogitsProcessor):
-    """A logits processor that looks for NaN or infinite logits at every token.
+    """A logits processor that tests at every token whether the logits are finite.
 
-    It reads the logits before a token is chosen. On a CPU the test costs nothing. An accelerator
-    would have to wait for each token, so the result stays there until generation ends, and
-    `StopAtNaN` ends it. Meanwhile, the logits of such a row are replaced by equal ones, since
-    sampling from NaN ends the process.
+    The processor reads the logits before a token is chosen. On a CPU the test costs nothing, and
+    the error is raised at once. On an accelerator, the program would have to wait for the result of
+    the test at every token. So the result stays on the accelerator, `StopAtNaN` ends the
+    generation, and `check` raises the error afterwards. Until then, zeros replace all logits of a
+    row with NaN or infinity, because sampling from NaN would end the process.
 
     Args:
-        at_once: whether to raise at once in any case, as when tokens are streamed.
+        at_once: whether to raise the error at once on every device, as streaming tokens requires.
     """
 
     def __init__(self, at_once: bool) -> None:
         self.at_once = at_once
-        self.seen: Tensor | None = None  # a boolean, on the logits' device
+        self.seen: Tensor | None = None  # (), boolean, on the device of the logits
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         wrong = ~scores.amax(-1).isfinite()  # the maximum of a row with a NaN is NaN
@@ -70,7 +96,7 @@ class FiniteLogits(LogitsProcessor):
         return torch.where(wrong.unsqueeze(-1), 0, scores)
 
     def check(self) -> None:
-        """Raise a `FloatingPointError` if logits were not finite."""
+        """Raise a `FloatingPointError` if any logits so far were not finite."""
         if self.seen is not None and bool(self.seen):
             raise FloatingPointError(
                 "the model's logits are not finite, so no token follows; its weights or its "
@@ -79,7 +105,7 @@ class FiniteLogits(LogitsProcessor):
 
 
 class StopAtNaN(StoppingCriteria):
-    """A stopping criterion that ends generation once `FiniteLogits` has found such logits."""
+    """A stopping criterion that ends generation once `FiniteLogits` has found NaN or infinity."""
 
     def __init__(self, watch: FiniteLogits) -> None:
         self.watch = watch

@@ -1,9 +1,9 @@
-"""Initialization of a model while it is loaded: tensors that were read stay unchanged.
+"""Initialize the tensors of a loaded model that are in no file, and keep all other tensors.
 
 transformers builds a model without memory, reads the tensors in the files, and then initializes
-the others, module by module. Its initializers skip tensors that were read; code that writes in
-place (`weight.data.normal_()`) does not, and tensors that no code writes keep what the memory
-happened to hold.
+the other tensors, module by module. Its initializers skip tensors that were read. Code that writes
+in place (`weight.data.normal_()`) does not skip them. If no code writes a tensor, its values are
+arbitrary.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Keeping", "is_read", "reset_unwritten"]
+__all__ = ["Keeping", "is_read", "own_tensors", "reset_unwritten"]
 
 
 def is_read(tensor: Tensor) -> bool:
-    """Return whether transformers has read a tensor from a file, or will tie it to one it read."""
+    """Return whether a tensor was read from a file, or will be tied to a tensor that was read."""
     return bool(getattr(tensor, "_is_hf_initialized", False))
 
 
 class Keeping(TorchDispatchMode):
-    """A context in which tensors may be written into; those read from files are restored on exit.
+    """A context that, on exit, restores the tensors that were read from files.
 
-    A tensor is copied only when it is about to be written into. Writes by numpy are not seen.
+    Within the context, code may write into any tensor. A tensor is copied only when code is about
+    to write into it. Writes by numpy are not detected.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,7 +44,8 @@ class Keeping(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for index, argument in enumerate(func._schema.arguments):
+        schema = func._schema  # noqa: SLF001 (operators have no public one)
+        for index, argument in enumerate(schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = args[index] if index < len(args) else kwargs.get(argument.name)
                 for tensor in tree_leaves(given):
@@ -60,7 +62,7 @@ class Keeping(TorchDispatchMode):
         """Return the names of a module's own tensors that were neither read nor written."""
         return [
             name
-            for _, name, tensor in _own(module)
+            for _, name, tensor in own_tensors(module)
             if tensor.numel()
             and not is_read(tensor)
             and _storage(tensor) in self._unread - self._written
@@ -84,10 +86,10 @@ class Keeping(TorchDispatchMode):
 
 
 def reset_unwritten(model: nn.Module, keeping: Keeping) -> None:
-    """Call `reset_parameters` of modules with tensors that were neither read nor written.
+    """Call `reset_parameters` on every module with a tensor that was neither read nor written.
 
     Raises:
-        ValueError: if tensors remain uninitialized.
+        ValueError: if a tensor still has not been written afterwards.
     """
     left = []
     for path, module in model.named_modules():
@@ -105,8 +107,14 @@ def reset_unwritten(model: nn.Module, keeping: Keeping) -> None:
         )
 
 
-def _own(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    for place in (module._parameters, module._buffers):
+def own_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yield the parameters and buffers of a module, without those of its submodules.
+
+    Yields:
+        The module's dictionary that holds the tensor, the tensor's name in it, and the tensor.
+    """
+    # torch's public iterators do not yield the dictionaries, which are needed to replace a tensor.
+    for place in (module._parameters, module._buffers):  # noqa: SLF001 (see above)
         for name, tensor in place.items():
             if tensor is not None:
                 yield place, name, tensor
@@ -114,9 +122,10 @@ def _own(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
 
 def _places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
     for module in model.modules():
-        yield from _own(module)
+        yield from own_tensors(module)
 
 
 def _storage(tensor: Tensor) -> int:
-    """Return the address of a tensor's memory, the same for all its views."""
-    return int(tensor.untyped_storage()._cdata)
+    """Return the identity of a tensor's memory, which all views of the tensor share."""
+    storage = tensor.untyped_storage()
+    return int(storage._cdata)  # noqa: SLF001 (data_ptr() is 0 for every tensor on meta)

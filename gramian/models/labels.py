@@ -1,17 +1,20 @@
-"""Labels and their losses, the same for every model with a head.
+"""Check labels and compute their losses, in the same way for every model with a head.
 
-A label of -100 is never scored, neither as a class nor as a number: losses leave it out of their
-sum and their count. All other labels are checked, since with a NaN or a class out of range a loss
-would silently be meaningless: a `LabelError` says in one sentence what was given. Checking values
-makes an accelerator wait once for each loss; a compiled graph cannot check them.
+A label of -100 is never scored, neither as a class nor as a number: losses exclude it from their
+sum and their count. All other labels are checked, because a NaN or a class out of range would
+silently make the loss meaningless. The message of a `LabelError` says in one sentence which labels
+were given. The check makes an accelerator wait once for each loss. In a compiled graph, the values
+of labels are not checked.
 
-Losses are means over the scored labels, in at least single precision. With `num_items_in_batch`
-they are sums divided by that number, so that the parts of a batch add up to the loss of the whole.
+Losses are means over the scored labels, in at least single precision. With `num_items_in_batch`,
+they are sums divided by that number. Then the losses of the parts of a batch add up to the loss of
+the whole batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,7 @@ __all__ = [
     "check_numbers",
     "classification_loss",
     "cross_entropy",
+    "label_names",
     "squared_error",
     "token_labels",
 ]
@@ -36,7 +40,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class LabelError(ValueError):
-    """Labels that do not fit; the message is one sentence."""
+    """An error about labels that do not fit the model or the kind of problem that it solves."""
 
 
 def check_classes(
@@ -45,13 +49,14 @@ def check_classes(
     """Check class labels and return them as int64.
 
     Args:
-        labels: integers from 0 to `classes` - 1, or -100; with two classes, booleans too.
+        labels: integers from 0 to `classes` - 1, or -100. If there are two classes, booleans are
+            accepted, too.
         classes: number of classes.
-        shapes: accepted shapes.
-        task: purpose of the labels, for the message.
+        shapes: the shapes that are accepted.
+        task: purpose of the labels, for the message of an error.
 
     Raises:
-        LabelError: on another dtype, shape or value.
+        LabelError: if labels have another dtype, shape or value.
     """
     _check_shape(labels, shapes, task)
     if labels.dtype not in INTEGERS and not (labels.dtype == torch.bool and classes == 2):
@@ -73,20 +78,21 @@ def token_labels(
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> dict[str, Tensor]:
-    """Return the labels of a causal language model, checked and as int64.
+    """Check the labels of a causal language model and return them as int64.
 
     Args:
-        logits: (batch, length, vocab_size), or those of selected positions.
-        labels: (batch, length), which the loss shifts by one.
-        shift_labels: used in place of `labels`: labels that are already shifted, of the shape of
-            the logits without `vocab_size`.
-        num_items_in_batch: divisor of the loss; without it at least one label must be scored.
+        logits: (batch, length, vocab_size), or the logits of selected positions.
+        labels: (batch, length). The loss shifts them by one.
+        shift_labels: labels that are already shifted. They replace `labels`, and have the shape of
+            the logits without the last dimension.
+        num_items_in_batch: divisor of the loss. If it is None, at least one label must be scored.
 
     Returns:
-        `labels`, and `shift_labels` if they were given, for transformers' loss.
+        The arguments of transformers' loss: `labels`, and `shift_labels` if they were given.
 
     Raises:
-        LabelError: as `check_classes`, and if no label is scored.
+        LabelError: if labels have another dtype, shape or value, or if no label is scored and
+            `num_items_in_batch` is None.
     """
     shape = tuple(logits.shape[:-1])
     given = labels if shift_labels is None else shift_labels
@@ -105,23 +111,24 @@ def check_numbers(
     real: Tensor | None = None,
     shares: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Check labels that are real numbers, and return them and which of them are scored.
+    """Check labels that are real numbers, and find which of them are scored.
 
     Args:
-        labels: real numbers, or -100.
-        dtype: dtype of the result.
-        shapes: accepted shapes.
-        task: purpose of the labels, for the message.
-        real: booleans that broadcast against the labels; where they are False, labels are not
+        labels: real numbers, or -100 for labels that are not scored.
+        dtype: dtype of the returned labels.
+        shapes: the shapes that are accepted.
+        task: purpose of the labels, for the message of an error.
+        real: booleans that broadcast against the labels. Labels where `real` is False are not
             scored and may have any value.
         shares: whether the numbers must lie from 0 to 1.
 
     Returns:
-        The labels in `dtype`, 0 where they are not scored; and booleans of their shape, true where
-        they are.
+        The labels in `dtype`, with 0 in place of labels that are not scored; and booleans of the
+        same shape, which are true where labels are scored.
 
     Raises:
-        LabelError: on complex labels, another shape, or numbers that are not finite.
+        LabelError: if labels are complex, have another shape or are not finite, or if `shares` is
+            True and a label is outside of [0, 1].
     """
     _check_shape(labels, shapes, task)
     if labels.is_complex():
@@ -145,7 +152,7 @@ def check_numbers(
 def cross_entropy(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the cross-entropy of logits (…, classes) and labels (…) from `check_classes`."""
+    """Return the mean cross-entropy of logits (…, classes) and checked class labels (…)."""
     logits, labels = _wide(logits).flatten(0, -2), labels.flatten()
     if num_items_in_batch is None:
         _require(labels != IGNORED)
@@ -157,7 +164,7 @@ def cross_entropy(
 def squared_error(
     logits: Tensor, labels: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the mean squared error of numbers and labels from `check_numbers`, of one shape."""
+    """Return the mean squared error of logits and the labels that `check_numbers` returned."""
     errors = torch.where(due, _wide(logits) - labels, 0).square()
     return _mean(errors, due, num_items_in_batch)
 
@@ -165,7 +172,7 @@ def squared_error(
 def binary_cross_entropy(
     logits: Tensor, labels: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the binary cross-entropy of logits and shares from `check_numbers`, of one shape."""
+    """Return the binary cross-entropy of logits and the labels that `check_numbers` returned."""
     losses = nn.functional.binary_cross_entropy_with_logits(_wide(logits), labels, reduction="none")
     return _mean(torch.where(due, losses, 0), due, num_items_in_batch)
 
@@ -176,16 +183,22 @@ def classification_loss(
     config: GramianConfig,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """Return the loss for `config.problem_type`.
+    """Return the loss for the kind of problem that `config.problem_type` names.
 
-    If that is None, it is inferred from the labels and their number, and stored in the
-    configuration. A label of -100 is left out: the whole sequence if it has one label, or just
-    that label if there are several.
+    If `problem_type` is None, the kind is inferred from the labels and their number, and stored in
+    the configuration. A label of -100 is not scored, but other labels of the same sequence are.
+
+    Args:
+        logits: (batch, num_labels).
+        labels: (batch) or (batch, num_labels), depending on the kind of problem.
+        config: configuration of the model. Its `problem_type` is set if it is None.
+        num_items_in_batch: divisor of the summed loss; by default, the number of scored labels.
 
     Raises:
-        LabelError: on labels of another shape or dtype than the problem's, classes out of range,
-            numbers that are not finite, shares of several labels outside of [0, 1], and if no
-            label is scored.
+        LabelError: if labels have another shape or dtype than the kind of problem requires; if a
+            class is out of range; if a number is not finite; if a sequence has several labels, and
+            one of them is outside of [0, 1]; or if no label is scored and `num_items_in_batch` is
+            None.
     """
     batch, count = logits.shape
     labels, problem = labels.to(logits.device), config.problem_type
@@ -208,6 +221,21 @@ def classification_loss(
         loss = error(logits, labels.reshape(shape), due.reshape(shape), num_items_in_batch)
     config.problem_type = problem
     return loss
+
+
+def label_names(config: Any) -> list[str] | None:
+    """Return the names of a model's labels in the order of their numbers.
+
+    Args:
+        config: configuration of a model of transformers.
+
+    Returns:
+        The names; or None if the labels have none besides those that transformers makes up.
+    """
+    names = getattr(config, "id2label", None) or {}
+    numbered = [str(names.get(number, "")) for number in range(len(names))]
+    made_up = [f"LABEL_{number}" for number in range(len(names))]
+    return None if numbered == made_up or not all(numbered) else numbered
 
 
 def _mean(losses: Tensor, due: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
@@ -233,7 +261,7 @@ def _check_shape(labels: Tensor, shapes: Sequence[tuple[int, ...]], task: str) -
 
 
 def _any(wrong: Tensor) -> bool:
-    """Return whether any label is wrong, or False for tensors without values."""
+    """Return whether any entry is true; return False if the tensor's values cannot be read."""
     return has_values(wrong) and bool(wrong.any())
 
 

@@ -1,8 +1,8 @@
-"""The interface of a model's blocks, and the registry of their kinds.
+"""Define the interface of a model's blocks, and register their kinds.
 
-The method `mix` of a block applies everything around its mixer. Forward passes with and without a
-cache, exported programs, sharding and the checks of `GramianConfig` all use the block's class, so a
-new kind needs no change elsewhere:
+The method `mix` of a block calls the mixer and computes everything around it, such as norms and
+residual connections. Forward passes with and without a cache, exported programs, sharding and the
+checks of `GramianConfig` all use the class of the block. So a new kind needs no change elsewhere:
 
     @register_block("post_norm")
     class PostNormBlock(GramianLayer):
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gramian._registry import registering
 from gramian.mixers import Mixer, MixerCall, Segments
 from gramian.models.norms import NORMS
 
@@ -40,23 +41,23 @@ _BlockType = TypeVar("_BlockType", bound="type[GramianLayer]")
 
 
 class GramianLayer(GradientCheckpointingLayer, abc.ABC):
-    """The base class of blocks: one layer of a model, a mixer and everything around it.
+    """The base class of blocks. A block is one layer of a model, with a mixer inside.
 
-    A subclass is built as `kind(config, layer)`, makes its mixer with
-    `gramian.models.build_mixer(config, layer)`, and is registered with `register_block`.
+    A model builds a block as `kind(config, layer)`. The subclass makes its mixer with
+    `gramian.models.build_mixer(config, layer)`, and `register_block` registers the subclass.
 
     Args:
-        layer: number of the layer, which selects its part of a cache.
+        layer: index of the layer in the model and in a cache.
     """
 
     kind: ClassVar[str]
     """The name under which the class is registered."""
 
     norms: ClassVar[tuple[str, ...]] = NORMS
-    """The accepted values of `GramianConfig.norm`."""
+    """The values of `GramianConfig.norm` that this kind of block accepts."""
 
     options: ClassVar[tuple[str, ...]] = ()
-    """Fields of `GramianConfig` that are refused with other kinds of blocks."""
+    """The fields of `GramianConfig` that are accepted only with kinds of blocks that list them."""
 
     mixer: Mixer
 
@@ -66,12 +67,12 @@ class GramianLayer(GradientCheckpointingLayer, abc.ABC):
 
     @abc.abstractmethod
     def mix(self, hidden_states: Tensor, call: MixerCall) -> Tensor:
-        """Apply norms, residual connections and whatever else surrounds the mixer.
+        """Call the mixer, and apply the norms, residual connections and other layers around it.
 
         Args:
             hidden_states: (batch, length, hidden_size).
-            call: the mixer, to be called once. It may run on whole sequences, from a state, or in
-                a traced program.
+            call: the function that runs the mixer. `mix` must call it once. The function may
+                process whole sequences, continue from a state, or be part of a traced program.
 
         Returns:
             (batch, length, hidden_size).
@@ -79,10 +80,10 @@ class GramianLayer(GradientCheckpointingLayer, abc.ABC):
 
     @classmethod
     def default_final_norm(cls, norm: str) -> str:
-        """Return the norm after the last block if `GramianConfig.final_norm` is None.
+        """Return the name of the norm after the last block if `GramianConfig.final_norm` is None.
 
         Args:
-            norm: `GramianConfig.norm`.
+            norm: the value of `GramianConfig.norm`.
         """
         return "rms"
 
@@ -92,7 +93,16 @@ class GramianLayer(GradientCheckpointingLayer, abc.ABC):
         mask: Segments | None = None,
         past_key_values: GramianCache | None = None,
     ) -> Tensor:
-        """Map (batch, length, hidden_size) to the same; a cache, if given, is updated."""
+        """Apply the block to hidden states.
+
+        Args:
+            hidden_states: (batch, length, hidden_size).
+            mask: the positions of tokens and sequences; None if there is no padding.
+            past_key_values: the cache to continue from. It is updated in place.
+
+        Returns:
+            (batch, length, hidden_size).
+        """
         mixer = self.mixer
         if past_key_values is None:
             return self.mix(hidden_states, MixerCall(lambda x: mixer(x, mask=mask), mask))
@@ -102,27 +112,19 @@ class GramianLayer(GradientCheckpointingLayer, abc.ABC):
 
 
 def register_block(kind: str) -> Callable[[_BlockType], _BlockType]:
-    """Return a class decorator that registers a block for `GramianConfig` as `block=kind`.
+    """Return a class decorator that registers a block under the name `kind` for `GramianConfig`.
 
     Raises:
-        ValueError: if another class has that name.
+        ValueError: if another class is registered under that name.
     """
-
-    def add(cls: _BlockType) -> _BlockType:
-        if BLOCKS.get(kind, cls) is not cls:
-            raise ValueError(f"the block {kind!r} is already registered.")
-        cls.kind = kind
-        BLOCKS[kind] = cls
-        return cls
-
-    return add
+    return registering(BLOCKS, kind, "kind", "block")
 
 
 def _mix_on(mixer: Mixer, x: Tensor, mask: Segments | None, memory: GramianCacheLayer) -> Tensor:
-    """Apply `mixer` to (batch, length, hidden_size) from the state in `memory`."""
+    """Apply a mixer to x (batch, length, hidden_size), and replace the state in `memory`."""
     batch, length = x.shape[:2]
     recurrence = memory.recurrence_of(mixer, length)
-    if torch.is_grad_enabled():  # a frozen snapshot would cut the filters off from the loss
+    if torch.is_grad_enabled():  # through a frozen snapshot, no gradient would reach the filters
         state = memory.state
         if state is None:
             state = recurrence.initial_state(batch, dtype=x.dtype, device=x.device)

@@ -1,4 +1,4 @@
-"""Reading a saved model, whole or not at all, with one sentence about a folder that is wrong."""
+"""Read a saved model completely, or raise an error that says in one sentence what is wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
+from gramian.models.adapters import (
+    CONFIG,
+    base_folder,
+    config_folder,
+    is_adapter,
+    merge_adapter,
+    task_type,
+)
 from gramian.models.backbone import GramianModel
 from gramian.models.classification import GramianForSequenceClassification
 from gramian.models.configuration import GramianConfig
@@ -17,6 +26,7 @@ from gramian.models.pairs import GramianForPairClassification
 from gramian.models.pretrained import GramianPreTrainedModel
 from gramian.models.reconstruction import GramianForReconstruction
 from gramian.models.signal import GramianForSignalRegression
+from gramian.models.token_classification import GramianForTokenClassification
 
 __all__ = ["load", "load_any"]
 
@@ -25,6 +35,7 @@ CLASSES: dict[str, type[GramianPreTrainedModel]] = {
     for kind in (
         GramianForCausalLM,
         GramianForSequenceClassification,
+        GramianForTokenClassification,
         GramianForPairClassification,
         GramianForSignalRegression,
         GramianForReconstruction,
@@ -37,39 +48,108 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 def load(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianForCausalLM:
     """Return the language model that `save_pretrained` wrote into a folder, in evaluation mode.
 
-    The names and shapes in the files are compared with those that the configuration requires before
-    any tensor is read, so a model is never loaded in part.
+    Before any tensor is read, the names and shapes of the tensors in the files are compared with
+    the names and shapes that the configuration requires. So a model is never loaded in part. A
+    folder with an adapter of peft names a base model. In this case the base model is returned, with
+    the adapter merged into it.
 
     Args:
         path: the folder.
-        dtype: dtype of the weights; by default, that of the files. Filters stay float32.
+        dtype: dtype of the weights; by default, the dtype in the files. Filters stay float32.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or it lacks `config.json` or weights.
-        ValueError: on a model of another kind, an invalid configuration, files that cannot be
-            read, or weights that are missing, left over or of other shapes.
+        FileNotFoundError: if the folder does not exist, if it lacks `config.json` or weights, or if
+            the base model of an adapter is missing.
+        ValueError: if the model has another class; if the configuration is invalid; if a file
+            cannot be read; if weights are missing, superfluous or of other shapes; or if an adapter
+            does not fit its base model.
+        ImportError: if the folder has an adapter, and peft is not installed.
     """
     folder = Path(path)
-    values = _read_config(folder)
+    adapted = is_adapter(folder)
+    values = _read_own_config(folder) if adapted else _read_config(folder)
     kind = _class(folder, values)
     if kind is not GramianForCausalLM:
         raise ValueError(
             f"{folder} holds a {kind.__name__}; a GramianForCausalLM is needed (`load_any` reads "
             "every class)."
         )
-    model = _load(folder, kind, values, dtype)
+    model = _load_adapted(folder, dtype) if adapted else _load(folder, kind, values, dtype)
     assert isinstance(model, GramianForCausalLM)
     return model
 
 
 def load_any(path: str | Path, *, dtype: torch.dtype | None = None) -> GramianPreTrainedModel:
-    """Return the model in a folder, of any class of ours, in evaluation mode.
+    """Return the model in a folder, which may be of any Gramian class, in evaluation mode.
 
-    Arguments and errors are those of `load`.
+    The arguments and errors are the same as those of `load`, except that any class is accepted.
     """
     folder = Path(path)
+    if is_adapter(folder):
+        return _load_adapted(folder, dtype)
     values = _read_config(folder)
     return _load(folder, _class(folder, values), values, dtype)
+
+
+def _load_adapted(folder: Path, dtype: torch.dtype | None) -> GramianPreTrainedModel:
+    """Return the base model of an adapter, in the adapter's class, with the adapter merged."""
+    base = base_folder(folder)
+    values = _read_own_config(folder)
+    kind, base_kind = _class(folder, values), _class(base, _read_own_config(base))
+    new: list[str] = []
+    if kind is base_kind:
+        model = load_any(base, dtype=dtype)
+    elif is_adapter(base):
+        raise ValueError(
+            f"{folder} holds an adapter for a {kind.__name__} of another adapter, {base}, which is "
+            f"one for a {base_kind.__name__}; save that one merged first."
+        )
+    else:
+        expected, _ = _expected_shapes(folder, kind, GramianConfig.from_dict(values))
+        body = {name: shape for name, shape in expected.items() if name.startswith("model.")}
+        found = _read_shapes(base)
+        _compare(
+            base, body, set(), {name: found[name] for name in found if name.startswith("model.")}
+        )
+        new = [name for name in expected if name not in body]
+        shown = logging.get_verbosity()
+        logging.set_verbosity_error()  # the adapter holds what the base model lacks
+        try:
+            model = kind.from_pretrained(
+                base,
+                config=GramianConfig.from_dict(values),
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+            )
+        finally:
+            logging.set_verbosity(shown)
+    merged: GramianPreTrainedModel = merge_adapter(model, folder, new)
+    merged.config.name_or_path = str(folder)
+    return merged
+
+
+def _read_own_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of a model or of an adapter.
+
+    If an adapter has no configuration, return the configuration of its base model.
+
+    Raises:
+        FileNotFoundError: if there is no configuration.
+        ValueError: if the configuration cannot be read, or if an adapter without a configuration is
+            for another class than its base model.
+    """
+    own = config_folder(folder)
+    values = _read_config(own)
+    if own == folder:
+        return values
+    task = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("task_type")
+    kind = _class(folder, values)
+    if task not in (None, task_type(kind)):
+        raise ValueError(
+            f"the adapter in {folder} is for {task} and its base model is a {kind.__name__}: its "
+            "config.json is needed beside it."
+        )
+    return values
 
 
 def _load(
@@ -92,7 +172,7 @@ def _load(
 
 
 def _class(folder: Path, values: dict[str, Any]) -> type[GramianPreTrainedModel]:
-    """Return the class that a configuration names; without a name, the language model."""
+    """Return the class that a configuration names; by default, the class of language models."""
     names = values.get("architectures") or [GramianForCausalLM.__name__]
     known = [CLASSES[name] for name in names if name in CLASSES]
     if not known:
@@ -118,9 +198,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def describe_missing(folder: Path) -> str:
-    """Return a sentence on why a folder without config.json does not hold a model."""
+    """Return a sentence that says why a folder without config.json does not hold a model."""
     inside = [folder / name for name in ("best", "last")]
-    models = [str(path) for path in inside if (path / "config.json").is_file()]
+    models = [str(path) for path in inside if (path / "config.json").is_file() or is_adapter(path)]
     if models:
         return f"{folder} is the folder of a training run; its models are {' and '.join(models)}."
     return f"{folder} is not a model folder: it has no config.json."
@@ -137,7 +217,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of all tensors in the folder's safetensors files."""
+    """Return a mapping from the names of all tensors in the safetensors files to their shapes."""
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
@@ -163,7 +243,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _expected_shapes(
     folder: Path, kind: type[GramianPreTrainedModel], config: GramianConfig
 ) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Return names and shapes of the required tensors, and the optional names tied to them."""
+    """Return the shapes of the required tensors by name, and the names of tensors tied to them."""
     try:
         with torch.device("meta"):
             model = kind(config)
@@ -201,6 +281,6 @@ def _some(names: list[str]) -> str:
 
 
 def _sentence(error: Exception) -> str:
-    """Return the first line of an error's message, ending in one period."""
+    """Return the first line of an error's message, with one period at its end."""
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".") + "."

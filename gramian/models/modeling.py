@@ -1,4 +1,4 @@
-"""The language model: next-token logits, their loss, and `generate`."""
+"""Define the language model. It computes next-token logits and their loss, and generates text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NOTHING_TO_CONTINUE = (
 
 
 class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
-    """A `GramianModel` with an output projection: next-token logits, loss and `generate`."""
+    """A `GramianModel` with an output projection, for next-token logits and for generation."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -78,30 +78,31 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         """Return next-token logits, and their loss if `labels` are given.
 
         Args:
-            labels: (batch, length) token ids, -100 to ignore. They are shifted here, so pass
-                `labels=input_ids`. A token predicts the next one of its own sequence: nothing is
-                predicted from padding or across the border of packed sequences, and labels at
-                padding do not count. If a trainer counted them in `num_items_in_batch`, the count
-                is corrected.
-            logits_to_keep: number of last tokens whose logits to compute, or a 1-D tensor of
-                positions; 0 means all. In a padded batch these are each row's last tokens,
-                wherever its padding stands; a row without a new token has the logits after the
-                last token that the cache has seen. Or a boolean (batch, length) mask of positions,
-                whose logits are returned as (kept, vocab_size), row after row; `shift_labels` must
-                then be those of the same positions.
-            kwargs: those of `GramianModel.forward`, and those of the loss function
-                (`num_items_in_batch`, `shift_labels`).
+            labels: (batch, length) token ids, or -100 for positions to ignore. The model shifts the
+                labels, so pass `labels=input_ids`. A token predicts the next token of its own
+                sequence. Nothing is predicted from padding or across the border of packed
+                sequences, and labels at padding do not count. If a trainer has counted them in
+                `num_items_in_batch`, the model corrects the count.
+            logits_to_keep: which logits to compute: an integer, a 1-D tensor of positions, or a
+                boolean mask of positions (batch, length). An integer is the number of last real
+                tokens of each row, and 0 means all positions. If a row has no new token, its logits
+                are those after the last token that the cache has seen. For a mask, the logits are
+                (kept, vocab_size), row after row, and `shift_labels` must have the labels of the
+                same positions.
+            kwargs: the further arguments of `GramianModel.forward`, and the arguments
+                `num_items_in_batch` and `shift_labels` of the loss function.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Raises:
-            ValueError: also on a mask of positions with `labels` but without `shift_labels`; on
-                labels of another shape or dtype, outside of the vocabulary, or all ignored; and if
-                the last logits of a row without a token are requested (with a cache, from which
-                later chunks may continue, they are NaN instead).
+            ValueError: if a mask of positions and `labels` are given without `shift_labels`; if
+                labels have another shape or dtype, are outside of the vocabulary, or are all
+                ignored; or if the last logits of a row without any token are requested. With a
+                cache, these logits are NaN instead, because later chunks may continue the row.
 
         Returns:
-            `loss`, `logits` (batch, kept, vocab_size), `past_key_values`, `hidden_states`.
+            An output with `loss`, `logits` (batch, kept, vocab_size), `past_key_values` and
+            `hidden_states`.
         """
         inputs = (input_ids, inputs_embeds)
         segments = read_rows(inputs, attention_mask, position_ids, kwargs)
@@ -161,24 +162,25 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         chunk_size: int = 16_384,
         progress: Callable[[int, int], None] | None = None,
     ) -> CausalLMOutputWithPast:
-        """Read a prompt of any length in chunks, with the memory of one chunk.
+        """Read a prompt of any length in chunks, so that the memory of one chunk is sufficient.
 
         Args:
             input_ids: (batch, length) token ids.
             attention_mask: (batch, length), 1 for a real token, 0 for padding.
-            past_key_values: the cache of the tokens before these; updated in place.
-            chunk_size: tokens read at once.
-            progress: called as `progress(tokens read, tokens)` before the first chunk and after
-                each.
+            past_key_values: the cache of the tokens before these. It is updated in place.
+            chunk_size: number of tokens that are read at once.
+            progress: a function that is called as `progress(tokens read, all tokens)` before the
+                first chunk and after every chunk.
 
         Returns:
-            `logits` (batch, 1, vocab_size) of the token that follows each row's last real one,
-            and `past_key_values`. To generate from there, pass the cache and the whole sequence,
-            one token longer; or the new token alone, with an `attention_mask` for the whole
-            sequence.
+            An output with `logits`, (batch, 1, vocab_size), of the token that follows each row's
+            last real token, and `past_key_values`. To continue after the prompt, pass the cache to
+            `generate` with the whole sequence and one more token. Or pass it with the new token
+            alone and an `attention_mask` for the whole sequence.
 
         Raises:
-            ValueError: on a `chunk_size` below 1, a row without a token, and as `forward` does.
+            ValueError: in the same cases as `forward`; if `chunk_size` is below 1; or if a row has
+                no token.
         """
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"chunk_size must be an integer of at least 1; got {chunk_size!r}.")
@@ -215,7 +217,10 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         return outputs
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the model counts positions; those made from a mask restart after padding."""
+        """Do nothing, because the model counts positions itself.
+
+        The positions that transformers would make from a mask restart after padding.
+        """
 
     def prepare_inputs_for_generation(
         self,
@@ -227,7 +232,10 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         cache: GramianCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the inputs of the next forward; with a cache, only the prompt has padding."""
+        """Return the inputs of the next forward pass.
+
+        After the prompt, a pass with a cache reads one generated token and needs no mask.
+        """
         cache = one_cache(past_key_values, cache)
         new = kwargs.get("next_sequence_length")
         if is_first_iteration and cache is not None and new is not None and new < 1:
@@ -247,7 +255,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
         tokens = inputs["input_ids"]
         written = tokens is not None and tokens.shape[1] == 1 and not is_first_iteration
         if cache is not None and written:
-            inputs["attention_mask"] = None  # written tokens are real; a check would stall a GPU
+            inputs["attention_mask"] = None  # generated tokens are real; a check would stall a GPU
             inputs.pop("position_ids", None)
         return inputs
 
@@ -279,7 +287,7 @@ class GramianForCausalLM(GramianPreTrainedModel, GramianGenerationMixin):
 def _last_hidden(
     hidden_states: Tensor, segments: Segments | None, count: int, cache: GramianCache | None
 ) -> Tensor:
-    """Return the last `count` tokens of every row, (batch, count, hidden_size)."""
+    """Return the hidden states of each row's last tokens, (batch, count, hidden_size)."""
     kept = last_tokens(hidden_states, segments, count)
     if segments is None or segments.packed or not segments.has_empty_rows:
         return kept

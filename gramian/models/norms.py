@@ -1,8 +1,8 @@
-"""The norms of `"mlp"` blocks and after the last block, by the names that `GramianConfig` knows.
+"""Build the norms of `"mlp"` blocks, and the norm after the last block, from their names.
 
-`"rms"` is `w x / √(mean(x²) + ε)`; `"rms_plus_eps"` is StripedHyena's `w x / (√mean(x²) + ε)`,
-which differs where activations are small; `"layer"` is PyTorch's, with a bias; `"none"` is the
-identity.
+`GramianConfig` uses the same names. `"rms"` is `w x / √(mean(x²) + ε)`. `"rms_plus_eps"` is
+StripedHyena's `w x / (√mean(x²) + ε)`; the two differ for small activations. `"layer"` is PyTorch's
+layer norm, with a bias. `"none"` is the identity.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PlusEpsRMSNorm(nn.Module):
 
     Args:
         width: size of the last dimension.
-        eps: ε.
+        eps: the number ε, which is added to the root.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -33,7 +33,7 @@ class PlusEpsRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (…, width) to the same shape."""
+        """Normalize x (…, width) and return a tensor of its shape and dtype."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         root = norm * (1 / math.sqrt(x.shape[-1])) + self.eps
@@ -44,7 +44,7 @@ class PlusEpsRMSNorm(nn.Module):
 
 
 def make_norm(kind: str, width: int, eps: float) -> nn.Module:
-    """Build the norm `kind` of `width` features."""
+    """Build the norm with the name `kind`, for vectors of `width` features."""
     if kind == "none":
         return nn.Identity()
     kinds = {"rms": nn.RMSNorm, "rms_plus_eps": PlusEpsRMSNorm, "layer": nn.LayerNorm}
@@ -52,6 +52,6 @@ def make_norm(kind: str, width: int, eps: float) -> nn.Module:
 
 
 def apply_norm(norm: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Apply a norm in its own precision to a residual stream, whose precision may be higher."""
+    """Cast a residual stream to the dtype of a norm's weight, and apply the norm."""
     weight = getattr(norm, "weight", hidden_states)  # the identity has none
     return norm(hidden_states.to(weight.dtype))

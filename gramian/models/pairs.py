@@ -1,8 +1,8 @@
-"""Classification of pairs of sequences: whether one paper cites the other, say.
+"""Define the model that classifies pairs of sequences: for example, whether one cites the other.
 
-Both sequences go through one model, as one batch, and are pooled; the head reads
-`[x, y, x - y, x ∘ y]` through one hidden layer, as S4 does for Retrieval in the Long Range Arena
-(after Nyströmformer, arXiv 2102.03902).
+Both sequences of a pair pass through one model, in one batch, and their hidden states are pooled to
+the vectors x and y. The head reads `[x, y, x - y, x ∘ y]` through one hidden layer. S4 uses this
+head for Retrieval in the Long Range Arena, after Nyströmformer (arXiv 2102.03902).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["GramianForPairClassification"]
 
 
 class GramianForPairClassification(GramianPreTrainedModel):
-    """A `GramianModel` that reads two sequences, and a head that compares them.
+    """A `GramianModel` that reads pairs of sequences, with a head that compares the two.
 
-    As in `GramianForSequenceClassification`, padding has no effect, wherever it stands.
+    As in `GramianForSequenceClassification`, padding has no effect at any position.
     """
 
-    accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
+    accepts_loss_kwargs = False  # tells the Trainer that the loss is a mean over the batch
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__(config)
@@ -62,25 +62,28 @@ class GramianForPairClassification(GramianPreTrainedModel):
         Args:
             input_ids: (batch, length) token ids of the first sequences.
             attention_mask: (batch, length), 1 for a real token, 0 for padding.
-            input_ids_2: (batch, another length) of the second sequences.
-            attention_mask_2: the mask of the second sequences.
+            input_ids_2: (batch, length_2) token ids of the second sequences. `length_2` may differ
+                from `length`.
+            attention_mask_2: (batch, length_2), the mask of the second sequences.
             input_values: (batch, length, `config.input_size`), in place of `input_ids`.
-            input_values_2: the same for the second sequences.
-            labels: as for `GramianForSequenceClassification`, one row for each pair.
-            position_ids: (batch, length), which restart where the next sequence of a packed row
-                begins: the n-th sequence pairs with the n-th of the second sequences.
-            position_ids_2: the positions of the second sequences.
-            kwargs: as for `GramianModel.forward`, with the suffix `_2` for the second sequences;
-                and `num_items_in_batch`, which divides the summed loss in place of the number of
-                labels.
+            input_values_2: (batch, length_2, `config.input_size`), in place of `input_ids_2`.
+            labels: the targets, as for `GramianForSequenceClassification`, with one row for each
+                pair.
+            position_ids: (batch, length), positions that restart where the next sequence of a
+                packed row begins. The n-th of all first sequences forms a pair with the n-th of all
+                second sequences.
+            position_ids_2: (batch, length_2), the positions of the second sequences.
+            kwargs: the arguments of `GramianModel.forward` that describe packed rows, with the
+                suffix `_2` for the second sequences; and `num_items_in_batch`. If the latter is
+                given, it divides the summed loss in place of the number of labels.
 
         Returns:
-            `loss`, `logits` (batch, num_labels).
+            An output with `loss` and `logits` (pairs, num_labels).
 
         Raises:
-            ValueError: on a missing second sequence, unequal numbers of sequences, masks or labels
-                of another shape, a mask that hides a whole sequence, and as
-                `GramianModel.forward` does.
+            ValueError: in the same cases as `GramianModel.forward`; if the second sequences are
+                missing; if the numbers of first and second sequences differ; if a mask or the
+                labels have another shape; or if a mask hides a whole sequence.
         """
         name = "input_ids" if self.config.input_size is None else "input_values"
         first, second = (
@@ -117,14 +120,14 @@ class GramianForPairClassification(GramianPreTrainedModel):
 
 
 def _count(rows: Tensor, segments: Segments | None) -> int:
-    """Return the number of sequences."""
+    """Return the number of sequences in a batch of rows."""
     if segments is None or not segments.packed:
         return len(rows)
     return len(segments.sequences()[1])
 
 
 def _joined(first: Tensor, second: Tensor) -> Tensor:
-    """Join two batches, padding the shorter rows on the right with zeros."""
+    """Join two batches into one, with zeros on the right of the shorter rows."""
     length = max(first.shape[1], second.shape[1])
     padded = []
     for one in (first, second):
@@ -136,7 +139,7 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
 def _joined_segments(
     first: Tensor, second: Tensor, rows: Segments | None, rows_2: Segments | None
 ) -> Segments | None:
-    """Return the segments of the joined batch."""
+    """Return the segments of the joined batch, or None if it has no padding and is not packed."""
     both = ((first, rows), (second, rows_2))
     if rows is None and rows_2 is None and first.shape[1] == second.shape[1]:
         return None

@@ -1,4 +1,4 @@
-"""Pooling of hidden states to one vector per sequence, over real tokens."""
+"""Pool the hidden states of real tokens to one vector per sequence."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ __all__ = ["pool"]
 
 
 def pool(hidden_states: Tensor, segments: Segments | None, pooling: str) -> Tensor:
-    """Pool (batch, length, width) to (sequences, width).
+    """Pool hidden states over the real tokens of every sequence.
 
-    The result is the `"mean"` of the real tokens, or the `"last"` one. Every row is a sequence,
-    unless rows are packed: then their sequences follow each other in order.
+    Args:
+        hidden_states: (batch, length, width).
+        segments: the positions of tokens and sequences; None if there is no padding.
+        pooling: "mean" for the mean over the real tokens, or "last" for the last real token.
+
+    Returns:
+        (sequences, width). Without packing, every row is one sequence. With packing, the sequences
+        of the first row come first, in their order.
 
     Raises:
-        ValueError: on a mask that hides a whole sequence.
+        ValueError: if the mask hides a whole sequence.
     """
     batch, length = hidden_states.shape[:2]
     if segments is None:

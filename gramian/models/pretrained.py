@@ -1,4 +1,4 @@
-"""The base class of all Gramian models: initialization, loading, size of the state."""
+"""Define the base class of all Gramian models. It initializes, saves and loads them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["GramianPreTrainedModel"]
 
 @contextmanager
 def _whole(module: nn.Module) -> Iterator[None]:
-    """Gather the parameters of a module that FSDP2 has sharded, outside of its forward."""
+    """Gather the parameters that FSDP2 has sharded, for use outside of the module's forward."""
     sharded: list[Any] = [part for part in module.modules() if hasattr(part, "unshard")]
     for part in sharded:
         part.unshard()
@@ -39,23 +39,25 @@ def _whole(module: nn.Module) -> Iterator[None]:
 
 
 class GramianPreTrainedModel(PreTrainedModel):
-    """The base class of Gramian models: initialization, saving, loading, size of the state."""
+    """The base class of Gramian models, with the settings and methods that all of them share."""
 
     config: GramianConfig
     config_class = GramianConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    # transformers expects a list, here and below.
+    # transformers expects a list here and below, not a tuple.
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _is_stateful = True
     _supports_context_parallel = False
-    # Filters and dynamics stay in float32 by themselves: the first list keeps quantizers away from
-    # them, the second keeps loading in bfloat16 from casting them. transformers refuses a name that
-    # is in both.
+    # Filters and dynamics stay in float32 without these lists when a model is cast. The first list
+    # prevents quantizers from changing them, and the second prevents loading in bfloat16 from
+    # casting them. The patterns differ because transformers refuses a name that is in both lists.
     _keep_in_fp32_modules = [r".*\.mixer\.(?:filter|dynamics)"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = [r"mixer\.(?:filter|dynamics)"]  # noqa: RUF012
-    _packing: Packing | None = None  # set by compile_decoding
+
+    packing: Packing | None = None
+    """The packed copies of the weights, set by `compile_decoding`."""
 
     def __init__(self, config: GramianConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -65,34 +67,38 @@ class GramianPreTrainedModel(PreTrainedModel):
             self._input_embed_layer = "input_proj"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._packing is not None and not torch.compiler.is_compiling():
+        if self.packing is not None and not torch.compiler.is_compiling():
             for given in (*args, *kwargs.values()):
                 if isinstance(given, GramianCache):
-                    with self._packing.generation(given, begins=given.batch_size < 0):
+                    with self.packing.generation(given, begins=given.batch_size < 0):
                         return super().__call__(*args, **kwargs)
         return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training or evaluation mode; training drops the packed copies of the weights."""
-        if mode and self._packing is not None:
-            self._packing.clear()
+        """Set training or evaluation mode. Training mode drops the packed copies of the weights."""
+        if mode and self.packing is not None:
+            self.packing.clear()
         return super().train(mode)
 
     def state_bytes(self, batch: int = 1, context: int = 1) -> int:
         """Return the bytes of state that `batch` sequences keep after `context` tokens.
 
-        This is the sum over layers of the bytes of the state of the mixer's recurrence, as the
-        recurrence reports them; it equals `GramianCache.nbytes`, and nothing is run. The state of a
-        convolution does not grow with the context: that of a modal filter has one complex number
-        per mode and stream, that of an FIR filter its last inputs, bounded by
-        `max_position_embeddings` from the first token on. The keys and values of attention grow up
-        to its window, their room doubling each time. The snapshot of the filters is not counted,
-        since it belongs to the model and is shared by the batch. If FSDP2 has sharded the model,
-        all its processes must call this together.
+        The result is the sum over layers of the sizes that the mixers' recurrences report. The
+        result equals `GramianCache.nbytes`, but the model does not run. The state of a convolution
+        does not grow with the context. For a modal filter, the state has one complex number per
+        mode and stream. For an FIR filter, the state has room for `max_position_embeddings` inputs
+        from the first token on. The keys and values of attention grow until they fill the window of
+        the attention. The room for keys and values doubles each time that it is full. The copies of
+        the filters in the recurrences are not counted, because they do not depend on the batch. If
+        FSDP2 has sharded the model, all processes must call this method together.
+
+        Args:
+            batch: number of sequences, at least 1.
+            context: number of tokens of each sequence, at least 1.
 
         Raises:
-            ValueError: if `batch` or `context` is below 1, or the model is bidirectional, which
-                keeps no state.
+            ValueError: if `batch` or `context` is below 1, or if the model is bidirectional and
+                therefore has no state.
         """
         if batch < 1 or context < 1:
             raise ValueError(
@@ -106,33 +112,35 @@ class GramianPreTrainedModel(PreTrainedModel):
         return total
 
     def compile_decoding(self, enabled: bool = True, **options: Any) -> None:
-        """Make steps of one token fast, as `generate` takes them after the prompt.
+        """Make steps of one token faster. `generate` takes such steps after the prompt.
 
-        The computation between the projections of a layer is compiled at the first step of each
-        batch size. On a CPU, if a cache is given, the projections multiply by packed copies of
-        their weights, which need the memory of the weights once more. Results are the same up to
-        rounding. The copies follow the weights: every generation compares all values before it
-        uses a copy, however they were changed, and training drops the copies. Within one
-        generation, that is, from one empty cache on, a change is detected by the version of a
-        weight or by a few of its values, so an edit of single values through `.data` or numpy goes
-        unnoticed. Attention and online convolution cannot be compiled and run unchanged; if
-        compiling fails, a warning is given once. `generate(...,
-        compile_config=CompileConfig(...))` does the same.
+        The computation of a layer between its projections is compiled at the first step of each
+        batch size. On a CPU, passes with a cache multiply by packed copies of the projections'
+        weights. The copies need the same amount of memory as the weights. Results are the same up
+        to rounding. Attention and online convolution are not compiled, because they cannot be. If
+        compiling fails, a warning is given once. `generate(..., compile_config=CompileConfig(...))`
+        has the same effect.
+
+        The copies follow the weights. When a generation begins with an empty cache, all values of a
+        weight are compared with its copy before the copy is used. So every change is detected.
+        Later in the same generation, a change is detected by the version of the weight or by a few
+        of its values. So an edit of single values through `.data` or numpy goes unnoticed then.
+        Training mode drops the copies.
 
         Args:
-            enabled: whether to compile; False undoes it.
+            enabled: whether to compile; False undoes an earlier call.
             options: arguments of `torch.compile`: `backend`, `mode` and `options`.
         """
         packing = Packing() if enabled and can_pack() else None
         for module in self.modules():
             if isinstance(module, GramianPreTrainedModel):
-                module._packing = packing
+                module.packing = packing
             elif isinstance(module, Mixer):
                 module.compile_step(enabled, **options)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing: saved folders name this package and hold no copy of its source."""
+        """Do nothing, because saved folders import this package and hold no copy of its source."""
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
         with Keeping(self) as keeping:
@@ -140,8 +148,9 @@ class GramianPreTrainedModel(PreTrainedModel):
             reset_unwritten(self, keeping)
 
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
-        # transformers can skip modules of other packages, and does so if they own no tensor
-        # themselves, as a filter made of submodules may: skip only modules that were read.
+        # transformers skips modules of other packages that own no tensor themselves. A filter that
+        # consists of submodules may own none, but it must not be skipped. So this method skips only
+        # modules whose tensors were all read from files.
         tensors = [*module.parameters(), *module.buffers()]
         if tensors and all(is_read(tensor) for tensor in tensors):
             return
@@ -149,7 +158,8 @@ class GramianPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Projections onto the residual stream start smaller, as 2 × layers of them add up in it.
+        # Projections onto the residual stream start smaller, because the stream is a sum with two
+        # of their outputs for each layer.
         small = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
         if isinstance(module, Filter | ShortConvolution | Dynamics):
             module.reset_parameters()

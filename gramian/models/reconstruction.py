@@ -1,10 +1,10 @@
-"""Reconstruction of a sequence of tokens from one vector, the compression task of MAD.
+"""Define the model that reconstructs a sequence of tokens from one vector.
 
-The model's hidden states are pooled to one vector (that of the last token, in the published task).
-For every position the decoder adds a sinusoidal code to it and predicts the token through two
-layers, position by position, so all information about the sequence passes through that vector (the
-MAD suite, Poli et al., arXiv 2403.17844). The vector has passed through the model's last norm,
-which the published model does not have there.
+The model is made for the compression task of the MAD suite (Poli et al., arXiv 2403.17844). The
+hidden states are pooled to one vector. In the published task, this vector is the hidden state of
+the last token. For every position, the decoder adds a sinusoidal code to the vector and predicts
+the token through two layers. So all information about the sequence passes through this vector.
+Unlike in the published model, the model's last norm is applied before the pooling.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = ["GramianForReconstruction"]
 
 
 class GramianForReconstruction(GramianPreTrainedModel):
-    """A `GramianModel` whose pooled hidden state is decoded to the tokens that it read.
+    """A `GramianModel` with a decoder that predicts the input from the pooled hidden state.
 
-    `config.pooling` names the pooling; the published one is `"last"`. Each sequence of packed rows,
-    given as for `GramianModel.forward`, has its own vector.
+    `config.pooling` names the pooling; the published model uses `"last"`. Rows may be packed, as
+    for `GramianModel.forward`. Each sequence of a packed row is pooled to a separate vector.
     """
 
-    accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
+    accepts_loss_kwargs = False  # tells the Trainer that the loss is a mean over the batch
 
     def __init__(self, config: GramianConfig) -> None:
         if config.input_size is not None:
@@ -72,20 +72,21 @@ class GramianForReconstruction(GramianPreTrainedModel):
         """Return the logits of the token at every position, and their loss if `labels` are given.
 
         Args:
-            labels: (batch, length) token ids at their own positions, -100 to ignore; to
-                reconstruct everything, pass `input_ids`.
-            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
-                summed loss in place of the number of labels.
+            labels: (batch, length) token ids at their own positions, or -100 for positions to
+                ignore. To reconstruct the whole input, pass `input_ids`.
+            kwargs: the further arguments of `GramianModel.forward`, and `num_items_in_batch`. If
+                the latter is given, it divides the summed loss in place of the number of labels.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Returns:
-            `loss`, the mean cross-entropy, `logits` (batch, length, vocab_size), `hidden_states`.
-            Positions count real tokens only; outputs at padding are meaningless.
+            An output with `loss`, the mean cross-entropy; `logits`, (batch, length, vocab_size);
+            and `hidden_states`. The codes of positions count real tokens only. Outputs at padding
+            are meaningless.
 
         Raises:
-            ValueError: also on a mask that hides a whole sequence, and on labels of another shape
-                or dtype, out of the vocabulary, or all ignored.
+            ValueError: if the mask hides a whole sequence, or if labels have another shape or
+                dtype, are outside of the vocabulary, or are all ignored.
         """
         segments = read_rows((input_ids, inputs_embeds), attention_mask, position_ids, kwargs)
         check_arguments(type(self).__name__, kwargs)
@@ -113,9 +114,11 @@ class GramianForReconstruction(GramianPreTrainedModel):
 def _places(
     segments: Segments | None, batch: int, length: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor]:
-    """Return the sequence of every position, and the index of its token within the sequence.
+    """Return the sequence of every position, and the position of its token within the sequence.
 
-    Both are (batch, length); the first is None if every row is one sequence.
+    Returns:
+        Two int64 tensors (batch, length). The first is None if every row is one sequence. The
+        second is (length) if there is no padding.
     """
     if segments is None:
         return None, torch.arange(length, device=device)
@@ -132,9 +135,18 @@ def _places(
 
 
 def position_codes(positions: Tensor, width: int) -> Tensor:
-    """Return sines, then cosines, of position × 10,000^(-k / (half - 1)).
+    """Return the sinusoidal codes of positions.
 
-    Positions (…) give (…, width) of float32. Half is ⌊width / 2⌋; an odd width ends with a zero.
+    Let half = ⌊width / 2⌋. The angles are position × 10,000^(-k / (half - 1)) for k = 0 … half - 1.
+    A code consists of the sines of the angles, then of their cosines. If the width is odd, a zero
+    follows.
+
+    Args:
+        positions: the positions, (…).
+        width: length of a code.
+
+    Returns:
+        (…, width), float32.
     """
     half = width // 2
     steps = torch.arange(half, device=positions.device, dtype=torch.float32)

@@ -1,8 +1,9 @@
-"""The module in a saved folder with which `trust_remote_code=True` loads it.
+"""Write the module with which `trust_remote_code=True` loads a saved folder.
 
-For a model of an unknown type, transformers looks up the module that defines it under `auto_map` in
-`config.json`, and runs that module from the folder. Our module defines no model: it imports this
-package, or says how to install it if it is missing.
+If transformers does not know the type of a model, it looks under `auto_map` in `config.json`. There
+it finds the name of a module in the folder, which it runs to define the model. The module that is
+written here does not define a model. It imports the package gramian, or says how to install the
+package if it is missing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ AUTO_MAP = {
     "AutoModel": f"{MODULE}.GramianModel",
     "AutoModelForCausalLM": f"{MODULE}.GramianForCausalLM",
     "AutoModelForSequenceClassification": f"{MODULE}.GramianForSequenceClassification",
+    "AutoModelForTokenClassification": f"{MODULE}.GramianForTokenClassification",
     "AutoModelForTimeSeriesPrediction": f"{MODULE}.GramianForSignalRegression",
 }
 
@@ -30,6 +32,7 @@ try:
         GramianForReconstruction,
         GramianForSequenceClassification,
         GramianForSignalRegression,
+        GramianForTokenClassification,
         GramianModel,
     )
 except ModuleNotFoundError as error:
@@ -46,6 +49,7 @@ __all__ = [
     "GramianForReconstruction",
     "GramianForSequenceClassification",
     "GramianForSignalRegression",
+    "GramianForTokenClassification",
     "GramianModel",
 ]
 '''

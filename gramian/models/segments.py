@@ -1,8 +1,9 @@
-"""The segments of a model's rows: which positions are tokens, and of which sequence.
+"""Find which positions of a model's rows are tokens, and to which sequences they belong.
 
-Rows are padded, with an `attention_mask`, or packed: several sequences follow each other in a row,
-described by `position_ids` that restart, by `seq_idx`, or by `cu_seq_lens_q` and `cu_seq_lens_k`,
-as transformers' `DataCollatorWithFlattening` and TRL's padding-free collators make them.
+Rows may be padded; an `attention_mask` describes the padding. Rows may also be packed, which means
+that several sequences follow each other in a row. Packed rows are described by `position_ids` that
+restart, by `seq_idx`, or by `cu_seq_lens_q` and `cu_seq_lens_k`. transformers'
+`DataCollatorWithFlattening` and TRL's padding-free collators make these arguments.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ __all__ = [
 
 
 def recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """Return the last `length` columns as booleans, or None if they hide nothing.
+    """Return the last `length` columns of a mask as booleans, or None if all of them are 1.
+
+    Args:
+        mask: (batch, length or more), 1 for real tokens and 0 for padding; or None.
+        batch: number of rows.
+        length: number of columns to return.
 
     Raises:
-        ValueError: on a mask that is not (batch, ≥ length), or that holds numbers other than 0
-            and 1.
+        ValueError: if the mask has another shape, or holds numbers other than 0 and 1.
     """
     if mask is None:
         return None
@@ -54,7 +59,7 @@ def recent_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     if not allowed:
         raise ValueError(
             "attention_mask must be 1 for real tokens and 0 for padding; it holds other numbers, "
-            f"such as {recent[(recent != 0) & (recent != 1)][0].item():g}. Packed rows are told by "
+            f"such as {recent[(recent != 0) & (recent != 1)][0].item():g}. Packed rows need "
             "position_ids that restart, or by seq_idx."
         )
     return recent.bool() if hides else None
@@ -74,71 +79,149 @@ def token_segments(
     Args:
         batch: number of rows.
         length: length of every row.
-        attention_mask: (batch, length or more), 1 for real tokens; the last columns count.
-        position_ids: (batch, length) or (1, length). Only differences between real tokens of a
-            row are read: +1 continues a sequence, 0 or less begins the next one.
-        seq_idx: (batch, length) or (1, length): a sequence begins where it changes.
-        cu_seq_lens_q: (sequences + 1): the number of positions in the flattened rows before each
-            sequence, and of all.
-        cu_seq_lens_k: equal to `cu_seq_lens_q`.
+        attention_mask: (batch, length or more), 1 for real tokens. The last `length` columns are
+            used.
+        position_ids: (batch, length) or (1, length). Only the differences between successive real
+            tokens of a row are used: a difference of 1 continues a sequence, and a difference of 0
+            or less begins the next sequence.
+        seq_idx: (batch, length) or (1, length). A sequence begins where the value changes.
+        cu_seq_lens_q: (sequences + 1), the number of positions in the flattened rows before each
+            sequence, followed by the number of all positions.
+        cu_seq_lens_k: a tensor equal to `cu_seq_lens_q`.
 
     Raises:
-        ValueError: on other shapes, positions that jump ahead, lengths that do not end with the
-            rows, or arguments that describe different sequences.
+        ValueError: if an argument has another shape; if positions jump ahead; if the cumulative
+            lengths do not end at the number of all positions; or if two arguments describe
+            different sequences.
     """
     real = recent_mask(attention_mask, batch, length)
-    told = {"position_ids": position_ids, "seq_idx": seq_idx}
-    for name, value in told.items():
+    _check_shapes(batch, length, position_ids=position_ids, seq_idx=seq_idx)
+    numbers = None
+    if torch.compiler.is_compiling():
+        _refuse_packing(length, real, position_ids, seq_idx, cu_seq_lens_q)
+    elif length > 1:
+        packing = (position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k)
+        numbers = _sequence_numbers(batch, length, real, *packing)
+    return None if real is None and numbers is None else Segments(real, numbers)
+
+
+def _check_shapes(batch: int, length: int, **arguments: Tensor | None) -> None:
+    """Raise a ValueError unless all arguments are (batch, length), (1, length) or None."""
+    for name, value in arguments.items():
         if value is not None and tuple(value.shape) not in ((batch, length), (1, length)):
             raise ValueError(
                 f"{name} must be (batch, length) = ({batch}, {length}) or (1, {length}); got "
                 f"{tuple(value.shape)}."
             )
-    if torch.compiler.is_compiling():
-        if seq_idx is not None or cu_seq_lens_q is not None:
-            raise ValueError("packed rows cannot be traced: give each sequence a row of its own.")
-        if position_ids is not None and length > 1:
-            _assert_one_sequence(position_ids, real)
-        return None if real is None else Segments(real)
-    packing_told = [x for x in (*told.values(), cu_seq_lens_q, cu_seq_lens_k) if x is not None]
-    if length < 2 or not packing_told:
-        return None if real is None else Segments(real)
 
-    device = packing_told[0].device if real is None else real.device
-    tokens = torch.arange(batch * length, device=device)
+
+def _refuse_packing(
+    length: int,
+    real: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+) -> None:
+    """Raise a ValueError for arguments of packed rows, because a traced graph cannot read them.
+
+    `position_ids` are accepted if each row is one sequence. The graph checks this when it runs.
+    """
+    if seq_idx is not None or cu_seq_lens_q is not None:
+        raise ValueError("packed rows cannot be traced: give each sequence a row of its own.")
+    if position_ids is not None and length > 1:
+        _assert_one_sequence(position_ids, real)
+
+
+def _sequence_numbers(
+    batch: int,
+    length: int,
+    real: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+) -> Tensor | None:
+    """Return a number for every real token, (batch, length), so that sequences can be told apart.
+
+    The numbers are int64. They are equal within a sequence, and rise from one sequence of a row to
+    the next. If every row is one sequence, None is returned.
+    """
+    given = [x for x in (position_ids, seq_idx, cu_seq_lens_q, cu_seq_lens_k) if x is not None]
+    if not given:
+        return None
+    device = given[0].device if real is None else real.device
+    tokens = torch.arange(batch * length, device=device)  # positions in the flattened rows
     if real is not None:
         tokens = tokens[real.flatten().to(device)]
     same_row = tokens[1:] // length == tokens[:-1] // length
-    found: dict[str, Tensor] = {}  # whether each real token but the first begins a sequence
+
+    def differences(values: Tensor) -> Tensor:
+        """Return the difference between the values at each real token and the token before."""
+        return values.to(device).expand(batch, length).flatten()[tokens].diff()
+
+    begins: dict[str, Tensor] = {}  # whether each real token but the first begins a sequence
     if position_ids is not None:
-        steps = position_ids.to(device).expand(batch, length).flatten()[tokens].diff()
-        if bool((same_row & (steps > 1)).any()):
-            raise ValueError(
-                "position_ids must count the real tokens of a sequence one by one, since padding "
-                f"is not time; they jump ahead by {int(steps[same_row].max())}."
-            )
-        found["position_ids"] = same_row & (steps < 1)
+        begins["position_ids"] = _restarts(differences(position_ids), same_row)
     if seq_idx is not None:
-        steps = seq_idx.to(device).expand(batch, length).flatten()[tokens].diff()
-        found["seq_idx"] = same_row & (steps != 0)
+        begins["seq_idx"] = same_row & (differences(seq_idx) != 0)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        begins = _begins(cu_seq_lens_q, cu_seq_lens_k, batch * length).to(device)
-        numbers = torch.bucketize(tokens, begins, right=True)
-        found["cu_seq_lens_q"] = same_row & (numbers.diff() != 0)
-    packing = {name: begin for name, begin in found.items() if bool(begin.any())}
+        borders = _begins(cu_seq_lens_q, cu_seq_lens_k, batch * length).to(device)
+        begins["cu_seq_lens_q"] = same_row & (
+            torch.bucketize(tokens, borders, right=True).diff() != 0
+        )
+    begin = _agreed(begins)
+    if begin is None:
+        return None
+    numbers = torch.zeros(batch * length, dtype=torch.int64, device=device)
+    numbers[tokens[1:]] = begin.cumsum(0)
+    return numbers.unflatten(0, (batch, length))
+
+
+def _restarts(steps: Tensor, same_row: Tensor) -> Tensor:
+    """Return for every real token but the first whether the positions restart there.
+
+    Args:
+        steps: the position of each of these tokens, minus the position of the token before.
+        same_row: for each of these tokens, whether the token before is in the same row.
+
+    Raises:
+        ValueError: if positions of one row jump ahead.
+    """
+    if bool((same_row & (steps > 1)).any()):
+        raise ValueError(
+            "position_ids must count the real tokens of a sequence one by one, since padding "
+            f"is not time; they jump ahead by {int(steps[same_row].max())}."
+        )
+    return same_row & (steps < 1)
+
+
+def _agreed(begins: dict[str, Tensor]) -> Tensor | None:
+    """Return where sequences begin within rows, or None if every row is one sequence.
+
+    Args:
+        begins: a mapping from the name of each argument to booleans, which say for every real token
+            but the first whether it begins a sequence within a row. An argument is ignored if its
+            booleans are all False.
+
+    Raises:
+        ValueError: if two arguments describe different sequences.
+    """
+    packing = {name: begin for name, begin in begins.items() if bool(begin.any())}
     if not packing:
-        return None if real is None else Segments(real)
+        return None
     name, begin = packing.popitem()
     for other, differs in packing.items():
         if not torch.equal(begin, differs):
-            raise ValueError(f"{other} and {name} tell of different sequences.")
-    numbers = torch.zeros(batch * length, dtype=torch.int64, device=device)
-    numbers[tokens[1:]] = begin.cumsum(0)
-    return Segments(real, numbers.unflatten(0, (batch, length)))
+            raise ValueError(f"{other} and {name} describe different sequences.")
+    return begin
 
 
 def _begins(query: Tensor | None, key: Tensor | None, total: int) -> Tensor:
-    """Return the positions, except the first, at which sequences of cumulative lengths begin."""
+    """Return from cumulative lengths the positions at which all sequences but the first begin.
+
+    Raises:
+        ValueError: unless both tensors are equal and rise from 0 to `total`.
+    """
     if query is None or key is None or not torch.equal(query, key):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together, and be equal.")
     if (
@@ -156,28 +239,36 @@ def _begins(query: Tensor | None, key: Tensor | None, total: int) -> Tensor:
 
 
 def _assert_one_sequence(position_ids: Tensor, real: Tensor | None) -> None:
-    """Let a traced graph fail when it runs, unless positions are of one sequence per row."""
+    """Make a traced graph fail when it runs, unless the positions describe one sequence per row."""
     message = "position_ids of packed rows cannot be traced: give each sequence a row of its own."
+    assert_async = torch._assert_async  # noqa: SLF001 (no public function asserts in a graph)
     if real is None:
-        torch._assert_async((position_ids.diff() == 1).all(), message)
+        assert_async((position_ids.diff() == 1).all(), message)
         return
     offset = position_ids - real.long().cumsum(1)
     low, high = torch.iinfo(offset.dtype).min, torch.iinfo(offset.dtype).max
     spread = offset.masked_fill(~real, low).amax(1) > offset.masked_fill(~real, high).amin(1)
-    torch._assert_async(~(spread & real.any(1)).any(), message)
+    assert_async(~(spread & real.any(1)).any(), message)
 
 
 def next_labels(labels: Tensor, segments: Segments) -> Tensor:
-    """Return, for every token, the label of the next token of its sequence, (batch, length).
+    """Return, for every token, the label of the next token of its sequence.
 
-    It is -100 at the last token of a sequence and at padding: nothing is predicted across a
-    border or from padding, and labels at padding are not scored.
+    Nothing is predicted across the border of two sequences or from padding, and labels at padding
+    are not scored.
+
+    Args:
+        labels: (batch, length).
+        segments: the positions of tokens and sequences.
+
+    Returns:
+        (batch, length), with -100 at the last token of every sequence and at padding.
     """
     batch, length = labels.shape
     columns = torch.arange(length, device=labels.device).expand(batch, length)
     if segments.real is not None:
         columns = columns.masked_fill(~segments.real.to(labels.device), length)
-    later = columns.flip(1).cummin(1).values.flip(1)[:, 1:]  # the next token from here on
+    later = columns.flip(1).cummin(1).values.flip(1)[:, 1:]  # the first token from this column on
     later = torch.nn.functional.pad(later, (0, 1), value=length)
     due = later < length
     if segments.real is not None:
@@ -192,30 +283,31 @@ def next_labels(labels: Tensor, segments: Segments) -> Tensor:
 def items_due(items: Tensor | int, labels: Tensor, due: Tensor) -> Tensor | int:
     """Return the divisor of a loss, given a trainer's count of labels over all of its batches.
 
-    Trainers count all labels after the first column, including those at padding and those of each
-    sequence's first token, which nothing predicts. So the count is multiplied by the share of this
-    batch's labels that are scored. If the batch has no labels, there is no such share, and the
-    count stays unchanged.
+    Trainers count all labels after the first column. They also count labels at padding, and labels
+    of the first token of a sequence, which no token predicts. So the count is multiplied by the
+    share of this batch's labels that are scored. If no label of the batch is scored, the count is
+    returned unchanged.
 
     Args:
-        items: the trainer's count.
+        items: the count of the trainer.
         labels: (batch, length).
-        due: (batch, length), the result of `next_labels`.
+        due: (batch, length), the labels that `next_labels` returned.
     """
     counted, scored = (labels[:, 1:] != IGNORED).sum(), (due != IGNORED).sum()
     return items * torch.where(scored > 0, scored / counted.clamp_min(1), 1)
 
 
 def last_tokens(hidden_states: Tensor, segments: Segments | None, count: int) -> Tensor:
-    """Return the last `count` tokens of each row, (batch, count, …).
-
-    In a row with fewer tokens, zeros come before them. In packed rows, the last columns are
-    returned.
+    """Return the entries at the last `count` tokens of each row.
 
     Args:
         hidden_states: (batch, length, …).
-        segments: the segments of these rows.
+        segments: the positions of tokens in these rows; None if there is no padding.
         count: number of tokens, at least 1.
+
+    Returns:
+        (batch, count, …). If a row has fewer tokens, zeros come before them. If the rows are
+        packed, the last columns are returned.
     """
     if segments is None or segments.packed or segments.aligned:
         return hidden_states[:, -count:]
@@ -231,41 +323,42 @@ def read_rows(
     arguments: dict[str, Any],
     suffix: str = "",
 ) -> Segments | None:
-    """Return the segments of a forward pass's rows, and remove their arguments from `arguments`.
+    """Return the segments of the rows of a forward pass.
 
     Args:
-        inputs: the possible inputs, (batch, length, …); the first that is not None counts.
-        attention_mask: see `token_segments`; or segments that are known already.
-        position_ids: see `token_segments`.
-        arguments: the other arguments of the pass; `seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k`
-            are removed, and so are `max_length_q` and `max_length_k`, which add no information.
-        suffix: suffix of these arguments' names.
+        inputs: the possible inputs, (batch, length, …); the first that is not None is used.
+        attention_mask: the mask, as for `token_segments`; or segments, which are returned.
+        position_ids: the positions, as for `token_segments`.
+        arguments: the other arguments of the pass. The arguments of packed rows are removed from
+            this dictionary. These are `seq_idx`, `cu_seq_lens_q` and `cu_seq_lens_k`, which are
+            used, and `max_length_q` and `max_length_k`, which add no information.
+        suffix: text at the end of the names of the arguments of packed rows.
 
     Raises:
-        ValueError: as `token_segments` does.
+        ValueError: in the same cases as `token_segments`.
     """
-    told = {
+    packing = {
         name: arguments.pop(f"{name}{suffix}", None)
         for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k")
     }
     for name in ("max_length_q", "max_length_k"):
         arguments.pop(f"{name}{suffix}", None)
     rows = next((x for x in inputs if x is not None), None)
-    if rows is None or rows.ndim < 2:  # the model raises the error
+    if rows is None or rows.ndim < 2:  # the model will raise an error
         return None
     if isinstance(attention_mask, Segments):
         return attention_mask
     batch, length = rows.shape[:2]
-    return token_segments(batch, length, attention_mask, position_ids, **told)
+    return token_segments(batch, length, attention_mask, position_ids, **packing)
 
 
 def check_arguments(name: str, arguments: dict[str, Any], *known: str) -> None:
     """Raise a TypeError for an argument of a forward pass that would be ignored.
 
     Args:
-        name: name of the model.
-        arguments: the remaining arguments; None counts as not given.
-        known: names of arguments that change nothing, besides those of every model.
+        name: name of the model's class, for the message.
+        arguments: the remaining arguments. An argument that is None is not checked.
+        known: names of arguments that this model accepts and other models do not.
     """
     unknown = sorted(
         key
@@ -279,9 +372,9 @@ def check_arguments(name: str, arguments: dict[str, Any], *known: str) -> None:
 
 
 _HARMLESS = {
-    "num_items_in_batch",  # a trainer's, for losses that are sums
+    "num_items_in_batch",  # trainers pass it; losses read it
     "output_attentions",
     "return_dict",
-    "token_type_ids",  # tokenizers return them unasked; no embedding here tells types apart
+    "token_type_ids",  # tokenizers return them by default; no model here has an embedding of types
     "use_cache",
 }

@@ -1,7 +1,7 @@
-"""Regression at every position, from a signal or tokens to a signal of the same length.
+"""Define the model that maps a signal or tokens to a signal of the same length.
 
-The hidden states are mapped to `num_labels` real numbers, with the mean squared error as the loss.
-This covers the Delay task, filtering, denoising and one-step forecasts.
+At every position, the hidden state is mapped to `num_labels` real numbers. The loss is the mean
+squared error. The model suits the Delay task, filtering, denoising and one-step forecasts.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ __all__ = ["GramianForSignalRegression"]
 class GramianForSignalRegression(GramianPreTrainedModel):
     """A `GramianModel` whose hidden states are mapped to real numbers, position by position.
 
-    It is causal unless the configuration is `bidirectional` or has batch norms. A causal model can
-    stream: with a cache, a signal may be given piece by piece. With `block="mixer"` it is linear.
+    The model is causal unless the configuration is `bidirectional` or has batch norms. With a
+    cache, a causal model can read a signal piece by piece. With `block="mixer"`, the model is
+    linear.
     """
 
-    accepts_loss_kwargs = False  # the loss is a mean over the batch, whatever the Trainer counts
+    accepts_loss_kwargs = False  # tells the Trainer that the loss is a mean over the batch
 
     def __init__(self, config: GramianConfig) -> None:
         super().__init__(config)
@@ -58,21 +59,21 @@ class GramianForSignalRegression(GramianPreTrainedModel):
         """Return the numbers at every position, and their loss if `labels` are given.
 
         Args:
-            labels: (batch, length, num_labels) of real numbers, -100 where nothing is scored. The
-                loss is the mean squared error, in at least single precision, over the other
-                numbers at positions that are real by `attention_mask`.
-            kwargs: those of `GramianModel.forward`; and `num_items_in_batch`, which divides the
-                summed loss in place of the number of labels.
+            labels: (batch, length, num_labels), real numbers, or -100 for numbers that are not
+                scored. The loss is the mean squared error, in at least single precision, over the
+                scored numbers at positions that `attention_mask` does not hide.
+            kwargs: the further arguments of `GramianModel.forward`, and `num_items_in_batch`. If
+                the latter is given, it divides the summed loss in place of the number of labels.
 
         The other arguments and the errors are those of `GramianModel.forward`.
 
         Returns:
-            `loss`, `logits` (batch, length, num_labels; the name that transformers gives to the
-            output of a regression), `past_key_values`, `hidden_states`.
+            An output with `loss`, `logits`, `past_key_values` and `hidden_states`. The numbers are
+            in `logits`, (batch, length, num_labels), as transformers names the output of a
+            regression.
 
         Raises:
-            ValueError: also on labels of another shape or that are not finite, and if no label is
-                scored.
+            ValueError: if labels have another shape or are not finite, or if no label is scored.
         """
         inputs = (input_ids, inputs_embeds, input_values)
         segments = read_rows(inputs, attention_mask, position_ids, kwargs)

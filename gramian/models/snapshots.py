@@ -1,7 +1,8 @@
-"""A generation state on disk, from which to continue a prompt later or elsewhere.
+"""Save the state of a generation to disk, to continue it later or on another machine.
 
-It is one safetensors file with the tensors of every layer's state in the order of its fields, and
-a fingerprint of the model that wrote them, since a state is meaningless to another model.
+The file is a safetensors file. It holds the tensors of every layer's state, in the order of the
+state's fields. It also holds a fingerprint of the model that filled the cache, because a state is
+meaningless to another model.
 """
 
 from __future__ import annotations
@@ -16,20 +17,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from gramian.models.adapters import switches
+
 if TYPE_CHECKING:
     from gramian.models.cache import GramianCache
     from gramian.models.pretrained import GramianPreTrainedModel
 
 FORMAT = "gramian-cache-1"
-_ROWS = ("last_hidden_state", "padding")  # tensors of a cache besides its layers
-_SAMPLES = 4096  # values of each parameter that enter a fingerprint
+_ROWS = ("last_hidden_state", "padding")  # the tensors that a cache has besides its layers
+_SAMPLES = 4096  # number of values of each tensor that enter a fingerprint
 
 
 @torch.no_grad()
 def fingerprint(model: GramianPreTrainedModel) -> str:
-    """Return a hash of names, shapes, dtypes and evenly spaced values of the blocks' parameters.
+    """Return a hash of the names, shapes, dtypes and some values of a model's tensors.
 
-    Any training changes it, and so does casting to another dtype.
+    The positions of the values are evenly spaced in each tensor. Any training changes the hash.
+    Casting the model to another dtype changes it, too.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.base_model.state_dict().items()):
@@ -37,14 +41,16 @@ def fingerprint(model: GramianPreTrainedModel) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", torch.float64)
         digest.update(sample.numpy().tobytes())
+    if adapters := switches(model):
+        digest.update(repr(adapters).encode())
     return digest.hexdigest()
 
 
 def save_cache(cache: GramianCache, path: str | Path, model: GramianPreTrainedModel) -> None:
-    """Write `cache`, filled by `model`, to the file `path`, whole or not at all.
+    """Write a cache that a model has filled to a file, completely or not at all.
 
     Raises:
-        ValueError: on an empty cache, or one of another number of layers.
+        ValueError: if the cache is empty, or has another number of layers than the model.
     """
     if cache.batch_size < 0:
         raise ValueError("an empty cache has no state to save.")
@@ -59,7 +65,9 @@ def save_cache(cache: GramianCache, path: str | Path, model: GramianPreTrainedMo
         for i, leaf in enumerate(tree_leaves(memory.state))
     }
     tensors |= {name: row for name in _ROWS if (row := getattr(cache, name)) is not None}
-    tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}  # no aliases
+    tensors = {
+        name: tensor.detach().clone() for name, tensor in tensors.items()
+    }  # the tensors in a safetensors file must not share memory
     metadata = {
         "format": FORMAT,
         "fingerprint": fingerprint(model),
@@ -77,11 +85,11 @@ def save_cache(cache: GramianCache, path: str | Path, model: GramianPreTrainedMo
 
 @torch.no_grad()
 def load_cache(path: str | Path, model: GramianPreTrainedModel) -> GramianCache:
-    """Return the cache that `save_cache` wrote, on the model's device, ready to continue from.
+    """Return the cache that `save_cache` wrote, on the device of the model.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds no cache, or that of another model.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file cannot be read, holds no cache, or holds the cache of another model.
     """
     from gramian.models.cache import GramianCache
 

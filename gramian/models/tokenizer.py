@@ -1,4 +1,4 @@
-"""A tokenizer over bytes: the id of a byte is its value, and any text comes back exactly."""
+"""Define a tokenizer over bytes. It encodes every text so that decoding gives the same text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ SPECIAL_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "
 
 
 class ByteTokenizer(PreTrainedTokenizerFast):
-    """UTF-8 bytes as ids 0–255, then `<|bos|>` 256, `<|eos|>` 257 and `<|pad|>` 258.
+    """A tokenizer whose ids 0–255 are bytes of UTF-8, and whose ids 256–258 are special tokens.
 
-    It pads on the left, adds no special token, and treats the names of special tokens in a text as
-    plain text. `AutoTokenizer` reads its files without this package.
+    The special tokens are `<|bos|>` with the id 256, `<|eos|>` with the id 257, and `<|pad|>` with
+    the id 258. The tokenizer pads on the left and adds no special token to a text. The name of a
+    special token in a text is encoded as plain text. `AutoTokenizer` can read the tokenizer's files
+    without this package.
 
     Args:
-        kwargs: as for any fast tokenizer of transformers.
+        kwargs: arguments of `PreTrainedTokenizerFast`.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -33,14 +35,14 @@ class ByteTokenizer(PreTrainedTokenizerFast):
 
 
 def _with_special_tokens() -> Tokenizer:
-    """Return a tokenizer over bytes, with the special tokens after them."""
+    """Return a tokenizer over bytes. The special tokens have the ids after the bytes."""
     tokenizer = byte_level()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     return tokenizer
 
 
 def byte_level() -> Tokenizer:
-    """Return byte-level pair encoding without merges: the id of a byte is its value."""
+    """Return a byte-pair encoding without merges. The id of a byte is its value."""
     vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -49,10 +51,10 @@ def byte_level() -> Tokenizer:
 
 
 def byte_symbols() -> list[str]:
-    """Return the characters that stand for the 256 bytes in byte-level encoders.
+    """Return the characters that represent the 256 bytes in byte-level encoders.
 
-    A byte that is a visible Latin-1 character stands for itself; the others, in order, are written
-    as the characters from U+0100 on.
+    If a byte is a visible Latin-1 character, this character represents the byte. The characters
+    from U+0100 on represent the other bytes, in order.
     """
     symbols: list[str] = []
     hidden = 0

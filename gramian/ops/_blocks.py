@@ -1,4 +1,4 @@
-"""Partition of rows that share an operand into blocks that fit into the cache."""
+"""Divide tensor rows that share an operand into blocks that fit into the processor's cache."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ Block = tuple[slice, ...]
 
 
 class Task(NamedTuple):
-    """A block of the shared operand's rows, and the blocks of rows to which it applies."""
+    """One block of the shared operand's rows, and the blocks of the tensor's rows that share it."""
 
     shared: Block
     blocks: list[Block]
@@ -19,13 +19,19 @@ class Task(NamedTuple):
 def cut(
     rows: Tensor, shared: Tensor, points: int, cpu_elements: int, cpu_rows: int
 ) -> tuple[int, list[Task]]:
-    """Cut the rows of a tensor (*S, …) whose operand is `shared` (*S or 1, …) into blocks.
+    """Divide the rows of a tensor into blocks.
 
-    On a CPU a block has `cpu_elements // points` rows, at `points` numbers per row, but at least
-    `cpu_rows`; on other devices the block size only bounds the memory. Rows that are neighbors in
-    memory fall into one block, so that whole cache lines are used. Where rows are interleaved (the
-    last dimension is not contiguous), a block takes `cpu_rows` of them, since more would evict each
-    other from the cache.
+    On a CPU, a block has `cpu_elements // points` rows, but at least `cpu_rows`. On other devices
+    the block size only bounds the memory. Rows that are neighbors in memory belong to one block, so
+    that whole cache lines are used. If rows are interleaved (the last dimension is not contiguous),
+    a block has `cpu_rows` of them, since more rows would evict each other from the cache.
+
+    Args:
+        rows: (*S, …): the tensor.
+        shared: (*S or 1, …): the operand that the rows share.
+        points: The number of elements in a row.
+        cpu_elements: The number of elements in a block on a CPU.
+        cpu_rows: The smallest number of rows in a block on a CPU.
 
     Returns:
         The largest number of rows in a block, and the tasks.

@@ -1,10 +1,10 @@
 """Registration of operators with PyTorch, and of their derivatives.
 
-This module stands in for `torch.library.custom_op`, whose operators import `torch._dynamo` when
-they are first called. That import costs two seconds and 80 MB even in programs that never compile.
-Moreover, `register_autograd` of `torch.library` registers reverse mode only: forward-mode
-derivatives are then silently zero, and the transforms of `torch.func` fail. An operator that is
-registered here has both modes, or raises an error.
+This module replaces `torch.library.custom_op`, whose operators import `torch._dynamo` when they are
+first called. That import costs two seconds and 80 MB even in programs that never compile. Moreover,
+`register_autograd` of `torch.library` registers reverse mode only: forward-mode derivatives are
+then silently zero, and the transforms of `torch.func` fail. An operator that is registered here has
+both modes, or raises an error.
 """
 
 import functools
@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
-from gramian.ops.derivatives import is_differentiated
+from gramian.ops.derivatives import forward_mode_is_on, is_differentiated
 
 __all__ = [
     "batch_first",
@@ -27,14 +27,21 @@ __all__ = [
 
 _LIBRARY = torch.library.Library("gramian", "FRAGMENT")
 
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset  # noqa: SLF001 (no public name)
+_below_autograd = torch._C._AutoDispatchBelowAutograd  # noqa: SLF001 (no public name)
+_transforms_are_active = torch._C._are_functorch_transforms_active  # noqa: SLF001 (no public name)
+_forward_mode_is_enabled = torch._C._is_fwd_grad_enabled  # noqa: SLF001 (no public name)
+_enable_forward_mode = forward_ad._set_fwd_grad_enabled  # noqa: SLF001 (no public name)
+
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Register a function as the operator `gramian::name`.
 
-    The annotations of the function are the operator's schema. It must not change its arguments, and
-    its results must not share memory with them. It computes in the precision of its arguments, even
-    under autocast, which would otherwise take matrix products in half precision. `differentiable`
-    gives the operator derivatives; without them it raises an error for arguments that need any.
+    The annotations of the function define the operator's schema. The function must not change its
+    arguments, and its results must not share memory with them. The operator computes in the
+    precision of its arguments, even under autocast, which would otherwise compute matrix products
+    in half precision. `differentiable` gives the operator derivatives. An operator without
+    derivatives raises an error if an argument requires a gradient or has a tangent.
     """
 
     def register(function: Callable[..., Any]) -> Any:
@@ -62,33 +69,36 @@ def differentiable(
     backward: Callable[..., Any] | None = None,
     jvp: Callable[..., Any] | None = None,
 ) -> None:
-    """Give an operator its derivatives, or, without any, an error where they are needed.
+    """Give an operator its derivatives.
+
+    Without `backward` and `jvp`, the operator raises an error if derivatives are needed.
 
     Args:
         op: The operator, as returned by `operator`.
         setup: `setup(ctx, inputs, output)`, as in `torch.autograd.Function`.
-        backward: `backward(ctx, *gradients)`, likewise. Where `records_derivatives()`, it consists
-            of operations that are themselves differentiable.
-        jvp: `jvp(inputs, tangents)` returns the outputs' tangents: a tensor or a tuple like the
-            outputs, of their dtypes, with None for a tangent that is zero. Inputs without a tangent
-            have None in its place. It consists of operations that are themselves differentiable.
+        backward: `backward(ctx, *gradients)`, as in `torch.autograd.Function`. While
+            `records_derivatives()` is true, it must consist of operations that are themselves
+            differentiable.
+        jvp: `jvp(inputs, tangents)` returns the tangents of the outputs. In `tangents`, None takes
+            the place of an input without a tangent. The result is a tensor or a tuple as the
+            outputs are, of the same dtypes, in which None means zero. The function must consist of
+            operations that are themselves differentiable.
     """
-    after_autograd = torch._C._after_autograd_keyset
 
     def compute(keyset: Any, inputs: Sequence[Any]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & after_autograd, *inputs)
+        with _below_autograd():
+            return op.redispatch(keyset & _AFTER_AUTOGRAD, *inputs)
 
     def forward(ctx: Any, *inputs_and_context: Any) -> Any:
         *inputs, keyset, modes = inputs_and_context
         if modes is None:
             outputs = compute(keyset, inputs)
         else:
-            with torch.set_grad_enabled(modes[0]), forward_ad._set_fwd_grad_enabled(modes[1]):
+            with torch.set_grad_enabled(modes[0]), _enable_forward_mode(modes[1]):
                 outputs = compute(keyset, inputs)
         assert setup is not None
         setup(ctx, tuple(inputs), outputs)
-        if forward_ad._current_level >= 0:
+        if forward_mode_is_on():
             ctx.of_tangents = inputs, modes
         return outputs
 
@@ -103,7 +113,7 @@ def differentiable(
         del ctx.of_tangents
         if modes is None:
             return jvp(inputs, tangents[:-2])
-        with forward_ad._set_fwd_grad_enabled(modes[1]):
+        with _enable_forward_mode(modes[1]):
             primals = [
                 forward_ad.unpack_dual(value).primal if isinstance(value, Tensor) else value
                 for value in inputs
@@ -111,7 +121,7 @@ def differentiable(
             return jvp(primals, tangents[:-2])
 
     recorded: Any = type(
-        op._schema.name.replace("::", "_"),
+        op.name().replace("::", "_"),
         (torch.autograd.Function,),
         {
             "forward": staticmethod(forward),
@@ -125,32 +135,31 @@ def differentiable(
         if not any(map(is_differentiated, tensors)):
             return compute(keyset, inputs)
         if backward is None or jvp is None:
-            raise NotImplementedError(
-                f"{op._schema.name} has no derivatives: it is itself part of one."
-            )
+            raise NotImplementedError(f"{op.name()} has no derivatives: it is itself part of one.")
         apply = super(torch.autograd.Function, recorded).apply
-        if not torch._C._are_functorch_transforms_active():
+        if not _transforms_are_active():
             return apply(*inputs, keyset, None)
         # A dispatched operator sees one level of the transforms of torch.func: its arguments are
         # already unwrapped, and `torch.autograd.Function.apply` would unwrap them again. The
         # operations that it calls are differentiated at the outer levels, but not at this one.
-        modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        modes = torch.is_grad_enabled(), _forward_mode_is_enabled()
         with enable_single_level_autograd_function():
             return apply(*inputs, keyset, modes)
 
-    _LIBRARY.impl(op._schema.name.split("::")[1], dispatched, "Autograd", with_keyset=True)
+    _LIBRARY.impl(op.name().split("::")[1], dispatched, "Autograd", with_keyset=True)
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
-    """Return the sum of the terms, where None stands for zero."""
+    """Return the sum of the terms, in which None means zero."""
     given = [term for term in terms if term is not None]
     return sum(given[1:], given[0]) if given else None
 
 
 def batch_first(tensor: Any, axis: int | None, size: int = 1) -> Any:
-    """Move the mapped axis of a tensor to the front, as a rule of `torch.vmap` needs it.
+    """Move the mapped axis of a tensor to the front, as the vmap rule of an operator needs it.
 
-    A tensor that is not mapped gets a first axis of `size`. Other values are returned unchanged.
+    A tensor that is not mapped gets a first axis of size `size`. Other values are returned
+    unchanged.
     """
     if not isinstance(tensor, Tensor):
         return tensor

@@ -1,9 +1,10 @@
-"""Detection of changes to a tensor, by a record that is quickly compared.
+"""Detection of changes to a tensor by means of a record that is quick to compare.
 
 The object, its address and its version are not enough: fused optimizers, `.data` and numpy views
-write without changing any of them. A record therefore also holds a few evenly spaced values, read
-from memory directly, so that it detects whatever changes a tensor as a whole. It does not detect a
-change of other values that leaves the version as it is; `digest` does.
+write without changing any of them. A record therefore also holds a few evenly spaced values, which
+are read directly from memory. A record detects every change of the whole tensor. If only values
+that the record does not hold change, and the version stays the same, the record misses the change.
+`digest` detects such changes.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ _WORDS = {
 class Record:
     """The identity of a tensor: the object, its address, its version and, on a CPU, a few values.
 
-    The record keeps the tensor alive, so that no other tensor gets its address. Values are read by
-    address, and only while the tensor is still there. A numpy view would prevent its memory from
-    being freed, as sharding does between layers, and costs more than the cache misses.
+    The record keeps the tensor object alive, so that no other tensor gets its address. It reads the
+    values by address, and only while the tensor still has its memory. A numpy view does not serve
+    this purpose. Sharding frees the memory between layers, which a view would prevent, and making a
+    view takes more time than the cache misses of reading by address.
     """
 
     __slots__ = ("_at", "_first", "_read", "_second", "_values", "_version", "tensor")
@@ -37,7 +39,7 @@ class Record:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self._at = tensor.data_ptr()
-        self._version = None if tensor.is_inference() else tensor._version
+        self._version = None if tensor.is_inference() else tensor._version  # noqa: SLF001 (no public name)
         self._read = None
         if tensor.device.type == "cpu" and tensor.is_contiguous() and self._at:
             size = tensor.numel() * tensor.itemsize
@@ -48,11 +50,11 @@ class Record:
             self._values = self._read(self._first).value, self._read(self._second).value
 
     def matches(self, tensor: Tensor | None) -> bool:
-        """Return whether `tensor` is the recorded object, unmoved, with the recorded values."""
+        """Return whether `tensor` is the recorded object, with the recorded address and values."""
         if (
             tensor is not self.tensor
             or tensor.data_ptr() != self._at
-            or (self._version is not None and tensor._version != self._version)
+            or (self._version is not None and tensor._version != self._version)  # noqa: SLF001 (no public name)
         ):
             return False
         read = self._read  # no loop: this runs for every weight at every token

@@ -1,22 +1,22 @@
 """Convolution, `y_t = gate_t (Σ_{j≤t} h_j u_{t−j} + s u_t)`, the library's hot path.
 
-With `T_h` the Toeplitz operator of a kernel, two operators are closed under differentiation of any
-order:
+Let `T_h` be the Toeplitz operator of a kernel h. This module has a forward and a backward operator.
+The derivatives of both, of any order, consist of the same two operators:
 
     forward    (u, h) -> T_h u
     backward   (g, u, h) -> (T_hᵀ g,  k_j = Σ_{batch, t} g_t u_{t−j})
 
-Kernels of few taps are summed tap by tap (`gramian.ops._few_taps`), all others are applied by FFT.
-The latter iterate over blocks of rows that are small enough to stay in the processor's cache. A
-strided block of either memory layout is copied into a contiguous scratch buffer that is padded with
-zeros, transformed, multiplied in place, transformed back and written to its place in the output.
-The backward operator transforms the gradient, the input and the kernel once each and sums the
-kernel's gradient over the batch as a spectrum, so that it needs one inverse transform per kernel
-row.
+Kernels of few taps are applied tap by tap (`gramian.ops._few_taps`), and all others by FFT. For the
+latter, both operators iterate over blocks of rows that are small enough to stay in the processor's
+cache. A block of either memory layout is copied into a contiguous scratch buffer that is padded
+with zeros. There it is transformed, multiplied in place and transformed back, and then it is
+written to its place in the output. The backward operator transforms the gradient, the input and the
+kernel once each. It sums the kernel's gradient over the batch as a spectrum, so that it needs one
+inverse transform per kernel row.
 
 `T_h` is lower triangular unless the last `ahead` taps of the kernel have negative lags, which reach
 into the future. Lags are in circular order, 0, 1, …, −ahead, …, −1, so that both directions
-together cost as many transforms as one.
+together take as many transforms as one direction.
 """
 
 import math
@@ -32,14 +32,14 @@ from gramian.ops._few_taps import convolve_directly, differentiate_directly, has
 from gramian.ops._operator import batch_first, differentiable, operator, total
 from gramian.ops.lengths import fft_length
 
-# Numbers in one padded block. This is a compromise: every call of the FFT has a fixed cost, which
-# favors many rows, but a block and its spectrum should stay in cache. 16 rows of (batch, length,
-# channels) in float32 fill a cache line.
+# The number of elements in one padded block. This is a compromise: every call of the FFT has a
+# fixed cost, which favors many rows, but a block and its spectrum should stay in cache. 16 rows of
+# (batch, length, channels) in float32 fill a cache line.
 _CPU_BLOCK = 2**19
 _CPU_MIN_ROWS = 16
 
 # Rows whose distance is a power of two map to few cache sets, so that reading across them evicts
-# each line before its neighbors are read. This many extra numbers per row prevent that.
+# each line before its neighbors are read. This many extra elements per row prevent that.
 _PITCH = 16
 
 
@@ -52,34 +52,41 @@ def causal_convolution(
     dim: int = -1,
     save_spectra: bool = False,
 ) -> Tensor:
-    """Convolve `u` causally with `kernel` along `dim`, in O(L log L), or O(L K) for few taps.
+    """Convolve `u` causally with `kernel` along `dim`, in O(L log L) operations.
 
-    `y_t = gate_t (Σ_{j≤t} kernel_j u_{t−j} + skip u_t)`, differentiable to any order. Kernels
-    longer than the input are cut to its length; shorter ones are zero past their end.
+    Kernels of few taps K are applied in O(L K) operations.
 
-    The result is causal except for rounding errors. A transform mixes all samples of a row, so that
-    every output has an error of about eps `‖u‖₂ ‖kernel‖₂` of the whole row, and a sample that is
-    NaN, infinite, or so large that spectra overflow also affects the outputs before it. Other rows
-    are not affected, and neither are earlier chunks or steps when the input is processed in parts.
+    The result `y_t = gate_t (Σ_{j≤t} kernel_j u_{t−j} + skip u_t)` is differentiable to any order.
+    A kernel that is longer than the input is cut to the input's length. A shorter kernel is zero
+    past its end.
+
+    The result is causal except for rounding errors. A transform mixes all samples of a row. So
+    every output has an error of about eps `‖u‖₂ ‖kernel‖₂`, with the norms of the whole row. A
+    sample that is NaN, infinite, or so large that spectra overflow also affects the outputs before
+    it. It does not affect other rows. If the input is processed in chunks or steps, it does not
+    affect earlier chunks or steps.
 
     Args:
-        u: (*S with the length L at `dim`), real; with `dim=-1` (batch, channels, length), with
-            `dim=-2` (batch, length, channels). No layout is copied as a whole.
-        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right.
-        skip: Real, with a shape that broadcasts against S; it is added to tap 0 of the kernel.
-        gate: Real, of the shape of `u`; it multiplies the result.
+        u: The real input, of the shape S with a time axis of length L at `dim`: (batch, channels,
+            length) for `dim=-1`, (batch, length, channels) for `dim=-2`. With either layout, the
+            input is copied only block by block.
+        kernel: (*C, K), real: the taps of the kernels; C broadcasts against S, aligned on the
+            right.
+        skip: Real, with a shape that broadcasts against S: a number that is added to tap 0 of each
+            kernel.
+        gate: Real, of the shape of `u`: the factors by which the result is multiplied.
         dim: The time axis of `u`.
         save_spectra: Whether to keep the spectrum of `u` for the backward pass (about twice the
             memory of `u` in float32) instead of transforming `u` again.
 
     Returns:
-        A tensor with the shape, dtype and memory layout of `u` (a `kernel` or `skip` with more
-        channels than `u` enlarges S as in broadcasting). Inputs in float64 are convolved in
-        float64, all others in float32.
+        A tensor with the shape, dtype and memory layout of `u`. If `kernel` or `skip` has more
+        channels than `u`, the shape is larger, as in broadcasting. Inputs in float64 are convolved
+        in float64, and all others in float32.
 
     Raises:
         TypeError: if an argument is complex or not floating point.
-        ValueError: if the length or the kernel is empty, or the shapes do not broadcast.
+        ValueError: if the input or the kernel has length 0, or if the shapes do not broadcast.
     """
     operands = {"u": u, "kernel": kernel, "skip": skip, "gate": gate}
     _check("causal_convolution", operands, dim)
@@ -101,20 +108,25 @@ def causal_convolution(
 
 
 def bidirectional_convolution(u: Tensor, kernel: Tensor, ahead: Tensor, *, dim: int = -1) -> Tensor:
-    """Convolve with the past and with the future of `u` along `dim`, in O(L log L).
+    """Convolve with the past and with the future of `u` along `dim`, in O(L log L) operations.
 
-    `y_t = Σ_{j≥0} kernel_j u_{t−j} + Σ_{j≥0} ahead_j u_{t+1+j}`, differentiable to any order. The
-    kernel `ahead` begins with the next sample, so that the present sample enters once. The number
-    of transforms is that of the causal convolution of the same input.
+    The result `y_t = Σ_{j≥0} kernel_j u_{t−j} + Σ_{j≥0} ahead_j u_{t+1+j}` is differentiable to any
+    order. The kernel `ahead` begins with the next sample, so the present sample enters once. The
+    number of transforms is the same as for the causal convolution of the same input.
 
     Args:
-        u: (*S with the length L at `dim`), real.
-        kernel: (*C, K), real, taps last; C broadcasts against S, aligned on the right. A kernel
-            longer than the input is cut to its first L taps.
-        ahead: (*A, J), real, taps last; A broadcasts against S and C.
+        u: The real input, of the shape S with a time axis of length L at `dim`.
+        kernel: (*C, K), real: the taps for the present and the past; C broadcasts against S,
+            aligned on the right. A kernel longer than the input is cut to its first L taps.
+        ahead: (*A, J), real: the taps for the future; A broadcasts against S and C.
         dim: The time axis of `u`.
 
-    Returns, precision and errors: as for `causal_convolution`.
+    Returns:
+        A tensor of the shape, dtype, memory layout and precision that `causal_convolution` returns.
+
+    Raises:
+        TypeError: if an argument is complex or not floating point.
+        ValueError: if the input or a kernel has length 0, or if the shapes do not broadcast.
     """
     _check("bidirectional_convolution", {"u": u, "kernel": kernel, "ahead": ahead}, dim)
     kernels = {"kernel": kernel, "ahead": ahead}
@@ -131,7 +143,7 @@ def _prepare(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the input with time last, (*S, L), and the kernels, (*S or 1, K).
 
-    The kernels are cut to L taps and cast to the dtype in which to compute.
+    The kernels are cut to L taps and cast to the dtype in which the convolution is computed.
     """
     compute_dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     signal = u.movedim(dim, -1)
@@ -146,7 +158,7 @@ def _prepare(
 
 
 def _check(name: str, operands: dict[str, Tensor | None], dim: int) -> None:
-    """Raise unless the operands are real and have a time axis, and the gate fits `u`."""
+    """Raise an error unless the operands are real with a time axis, and the gate fits `u`."""
     given = {key: tensor for key, tensor in operands.items() if tensor is not None}
     for key, tensor in given.items():
         if not tensor.is_floating_point():
@@ -191,7 +203,7 @@ def _fits(shape: torch.Size, into: torch.Size) -> bool:
 
 
 class _PaddedTransform:
-    """Transforms of blocks of rows, through a scratch buffer that is padded with zeros."""
+    """Fourier transforms of blocks of rows, in a scratch buffer that is padded with zeros."""
 
     def __init__(self, like: Tensor, rows: int, length: int, points: int) -> None:
         self.length, self.points = length, points
@@ -202,7 +214,7 @@ class _PaddedTransform:
         self.views: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def _views(self, rows: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the scratch of a block (*b, L), its first L columns, and memory for results."""
+        """Return the scratch buffer of a block (*b, L), its first L columns and a result buffer."""
         if rows not in self.views:
             count = math.prod(rows)
             padded = self.scratch[:count].view(*rows, self.points)
@@ -213,20 +225,21 @@ class _PaddedTransform:
         return self.views[rows]
 
     def spectrum(self, signal: Tensor, factor: Tensor | None = None) -> Tensor:
-        """Compute the spectrum (*b, F) of a block (*b, L), times `factor`, padded with zeros."""
+        """Compute the spectrum (*b, F) of a zero-padded block (*b, L), multiplied by `factor`."""
         padded, inside, _ = self._views(tuple(signal.shape[:-1]))
         if factor is not None:
             torch.mul(signal, factor, out=inside)
         elif signal.stride(-1) == 1:
             inside.copy_(signal)
-        else:  # gathering whole cache lines first makes the transposition twice as fast
+        else:  # copying whole cache lines first makes the transposition twice as fast
             inside.copy_(signal.clone())
         return torch.fft.rfft(padded)
 
     def signal(self, spectrum: Tensor, interleaved: bool = False) -> Tensor:
-        """Invert `spectrum`, (*b, F) to (*b, L); the result is valid until the next call.
+        """Transform `spectrum` (*b, F) back to (*b, L); the result is valid until the next call.
 
-        If it will be written to `interleaved` rows, the distance of its rows is no power of two.
+        If the result will be written to `interleaved` rows, the distance between its own rows is
+        not a power of two.
         """
         result = torch.fft.irfft(spectrum, n=self.points)[..., : self.length]
         if not interleaved:
@@ -241,7 +254,7 @@ def _points(u: Tensor, kernel: Tensor, ahead: int) -> int:
 
 
 def _transfer(kernel: Tensor, points: int, ahead: int) -> Tensor:
-    """Return the spectrum (*C, F) of kernels (*C, K), the last `ahead` taps before lag 0."""
+    """Return the spectrum (*C, F) of kernels (*C, K) whose last `ahead` taps have negative lags."""
     if ahead:
         behind = kernel.shape[-1] - ahead
         gap = kernel.new_zeros(*kernel.shape[:-1], points - kernel.shape[-1])
@@ -250,7 +263,7 @@ def _transfer(kernel: Tensor, points: int, ahead: int) -> Tensor:
 
 
 def _taps(spectrum: Tensor, points: int, taps: int, ahead: int) -> Tensor:
-    """Apply the transpose of `_transfer`, (*C, F) to (*C, taps)."""
+    """Apply the transpose of `_transfer`, which maps (*C, F) to (*C, taps)."""
     circular = torch.fft.irfft(spectrum, n=points)
     if not ahead:
         return circular[..., :taps]
@@ -261,10 +274,10 @@ def _taps(spectrum: Tensor, points: int, taps: int, ahead: int) -> Tensor:
 def _forward(
     u: Tensor, kernel: Tensor, gate: Tensor | None, ahead: int, save_spectra: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute gate (T_h u) for u and gate (*S, L), kernel (*S or 1, K), in the kernel's dtype.
+    """Compute gate (T_h u) for u, gate (*S, L) and kernel (*S or 1, K), in the kernel's dtype.
 
-    The last `ahead` taps have the lags −ahead to −1. The second result is the spectrum of u
-    (*S, F), which is empty unless `save_spectra`.
+    The last `ahead` taps have the lags −ahead to −1. The second result is the spectrum (*S, F) of
+    u. It is empty if `save_spectra` is false.
     """
     if not ahead and not save_spectra and has_few_taps(u, kernel):
         return convolve_directly(u, kernel, gate), _empty_spectra(u, kernel, 0)
@@ -354,7 +367,7 @@ def _empty_gradients(
 
 
 def _empty_spectra(u: Tensor, kernel: Tensor, points: int) -> Tensor:
-    """Allocate memory for the spectra of u of `points` samples; none if `points` is 0."""
+    """Allocate memory for the spectra of u by transforms of `points` points; none for 0 points."""
     dtype = torch.complex128 if kernel.dtype == torch.float64 else torch.complex64
     shape = (*u.shape[:-1], points // 2 + 1) if points else (0,)
     return u.new_empty(shape, dtype=dtype)
@@ -455,7 +468,7 @@ def _backward_backward(
 def _forward_jvp(
     inputs: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, None]:
-    """Compute the tangent by linearity in each of u, kernel and gate."""
+    """Compute the tangent from the linearity of the operator in each of u, kernel and gate."""
     u, kernel, gate, ahead, _ = inputs
     t_u, t_kernel, t_gate, *_ = tangents
     terms = [
@@ -473,7 +486,7 @@ def _backward_jvp(
 ) -> tuple[Tensor | None, ...]:
     """Compute the tangents of `(T_hᵀ p, k(p, u), g (T_h u))`, p = gate g.
 
-    Each of the three is linear in every variable that it contains.
+    Each of the three expressions is linear in every variable that it contains.
     """
     g, u, kernel, gate, _, ahead, *needs = inputs
     t_g, t_u, t_kernel, t_gate, *_ = tangents

@@ -1,14 +1,15 @@
 r"""Diagonal recurrences, `x_{t+1} = a_t x_t + w_t`, the core of a selective scan.
 
-The scan is a loop over time in which each step is one call that reads its coefficients once and
-writes one state. If a step is too small to be worth a call, the sequence is split into stretches
-that step side by side, each from zeros. The states at which the stretches begin follow from the
-same recurrence over stretches; they are then added, multiplied by the products of each stretch's
-gates. The algorithm never divides, so gates may be zero or negative.
+The scan is a loop over time. Each step is one call, which reads the coefficients of the step once
+and writes one state. If a step is too small to be worth a call, the sequence is split into
+stretches. All stretches step at the same time, each from a state of zeros. The same recurrence over
+the stretches then gives the true state at the beginning of each stretch. This state, multiplied by
+the products of the stretch's gates, is added to the states of the stretch. The algorithm never
+divides, so gates may be zero or negative.
 
-If μ_t is the gradient of x_t and g_t that of the output x_t alone, then `μ_t = g_t + a_t μ_{t+1}`:
-the gradient is the same recurrence backwards in time, and the operator is closed under
-differentiation.
+Let μ_t be the gradient of x_t, and g_t the gradient that reaches x_t as an output. Then
+`μ_t = g_t + a_t μ_{t+1}`. So the gradient obeys the same recurrence backwards in time, and the
+derivatives of the operator consist of the operator itself.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from gramian.ops._operator import batch_first, differentiable, operator, total
 
 __all__ = ["apply_diagonal", "diagonal_scan"]
 
-_CPU_STEP, _STEP = 2**12, 2**20  # numbers that make a step worth a call
+_CPU_STEP, _STEP = 2**12, 2**20  # a step over fewer elements is not worth a call
 _LEAST = 8  # with fewer stretches, computing the products of gates does not pay
 
 
@@ -32,13 +33,13 @@ def diagonal_scan(a: Tensor, w: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the states of `x_{t+1} = a_t x_t + w_t` from `x_0 = start`.
 
     Args:
-        a: (*S, L, n), real.
-        w: (*S, L, n), of the dtype of `a`.
-        start: (*S, n), likewise.
+        a: (*S, L, n), real: the gates.
+        w: (*S, L, n), of the dtype of `a`: the inputs.
+        start: (*S, n), of the dtype of `a`: the state before the first step.
 
     Returns:
-        The states before every step, (*S, L, n) in the memory layout of `w`, and the state after
-        the last step, (*S, n). Differentiable to any order.
+        The state before each step, (*S, L, n) in the memory layout of `w`, and the state after the
+        last step, (*S, n). Both results are differentiable to any order.
     """
     states, end = _scan(a, w, start, False)
     return states, end
@@ -50,9 +51,12 @@ def apply_diagonal(
     """Apply the system `x_{t+1} = a_t x_t + B_t u_t`, `y_t = C_t · x_t + D_t u_t`.
 
     Args:
-        a: (*S, L, n), real; B and C likewise.
-        D: (*S, L), the input u likewise.
-        start: (*S, n).
+        a: (*S, L, n), real: the diagonals of the state matrices.
+        B: (*S, L, n): the input vectors.
+        C: (*S, L, n): the output vectors.
+        D: (*S, L): the direct terms.
+        u: (*S, L): the input.
+        start: (*S, n): the state before the first step.
 
     Returns:
         The output y (*S, L) and the last state (*S, n).
@@ -63,13 +67,13 @@ def apply_diagonal(
 
 @operator("diagonal_scan")
 def _scan(a: Tensor, w: Tensor, start: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Return the state before every step, and the last state; `reverse` runs backwards."""
+    """Return the state before each step and the last state, in reversed time if `reverse`."""
     states = torch.empty_like(w)
     return states, _fill(states, a, w, start, reverse)
 
 
 def _fill(states: Tensor, a: Tensor, w: Tensor, start: Tensor, reverse: bool) -> Tensor:
-    """Write the state before every step, and return the state after the last."""
+    """Write the state before each step into `states`, and return the state after the last step."""
     length = w.shape[-2]
     if length == 0:
         return start.clone()
@@ -98,7 +102,7 @@ def _fill(states: Tensor, a: Tensor, w: Tensor, start: Tensor, reverse: bool) ->
 
 
 def _loop(states: Tensor, a: Tensor, w: Tensor | None, start: Tensor, reverse: bool) -> Tensor:
-    """Step through time; without inputs, compute products of the gates."""
+    """Compute the states step by step or, if w is None, the products of the gates instead."""
     order = slice(None, None, -1 if reverse else 1)
     outputs, gates = states.unbind(-2)[order], a.unbind(-2)[order]
     end = torch.empty_like(start)
@@ -133,7 +137,7 @@ def _backward(ctx: Any, g: Tensor, g_end: Tensor) -> tuple[Tensor | None, ...]:
 def _jvp(
     inputs: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Run the same recurrence, driven by the inputs' tangents and the gates' times the states."""
+    """Run the same recurrence on the tangents of the states, whose inputs are `t_w + t_a x`."""
     a, w, start, reverse = inputs
     t_a, t_w, t_start, _ = tangents
     driven = t_w

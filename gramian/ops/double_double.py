@@ -1,9 +1,10 @@
 """Double-double arithmetic: real and complex numbers of 32 digits, each the sum of two doubles.
 
-Error-free transformations (T. J. Dekker, "A floating-point technique for extending the available
-precision", 1971; D. E. Knuth, The Art of Computer Programming, volume 2, section 4.2.2): the
-rounding error of a sum or product of two doubles is itself a double, and is kept. An operation
-costs tens of operations on doubles, so it is meant for few numbers in sums that cancel.
+The method is that of error-free transformations: the rounding error of a sum or a product of two
+doubles is itself a double, so it can be stored (T. J. Dekker, "A floating-point technique for
+extending the available precision", 1971; D. E. Knuth, The Art of Computer Programming, volume 2,
+section 4.2.2). One operation takes tens of operations on doubles, so the arithmetic is meant for
+sums of few numbers that cancel.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class DoubleDouble:
-    """`high + low`, float64, |low| at most half a unit in the last place of high.
+    """The number `high + low`, a sum of two float64 numbers.
 
-    Magnitudes between 1e-140 and 1e140 keep all their digits.
+    |low| is at most half a unit in the last place of high.
+
+    Numbers of magnitude between 1e-140 and 1e140 keep all their digits.
     """
 
     high: Tensor
@@ -48,7 +51,7 @@ class DoubleDouble:
 
     @classmethod
     def of(cls, value: Tensor) -> DoubleDouble:
-        """Convert doubles, exactly."""
+        """Convert doubles exactly."""
         return cls(value, torch.zeros_like(value))
 
     def __neg__(self) -> DoubleDouble:
@@ -89,14 +92,14 @@ class DoubleDouble:
 
 @dataclasses.dataclass(frozen=True)
 class Complex:
-    """`real + i imag`."""
+    """The number `real + i imag`."""
 
     real: DoubleDouble
     imag: DoubleDouble
 
     @classmethod
     def of(cls, value: Tensor) -> Complex:
-        """Convert complex doubles, or doubles, exactly."""
+        """Convert complex doubles or doubles exactly."""
         imag = value.imag if value.is_complex() else torch.zeros_like(value)
         return cls(DoubleDouble.of(value.real), DoubleDouble.of(imag))
 

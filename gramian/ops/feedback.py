@@ -1,15 +1,15 @@
-r"""The closed loop of causal kernels with feedback, by FFT.
+r"""The closed loop of causal kernels with feedback, computed by FFT.
 
-For `y = k_yu ∗ u - k_yv ∗ v`, `v = k_vu ∗ u - k_vv ∗ v`, with kernels that start at lag 1, the
-closed loop is, as a power series in z⁻¹,
+With `y = k_yu ∗ u - k_yv ∗ v` and `v = k_vu ∗ u - k_vv ∗ v`, where all kernels start at lag 1, the
+closed loop from u to y is the power series in z⁻¹
 
     K = K_yu - K_yv K_vu / (1 + K_vv).
 
-Its first L taps follow from the first L taps of the four kernels (the Woodbury identity for power
-series). The quotient is evaluated at N roots of unity, in double precision. Because taps are damped
-by `ρ^t`, those from N on alias onto the first taps with a factor of `ρ^N`, and rounding errors grow
-by `ρ^{-L}`. With N = L and `ρ^N = 1e-8` both errors stay below single precision; with N = 2L and
-`1e-11` they are three digits smaller.
+The first L taps of K depend only on the first L taps of the four kernels (this is the Woodbury
+identity for power series). The quotient is evaluated at N roots of unity, in double precision. Taps
+are damped by `ρ^t`. So taps from N on alias onto the first taps with a factor of only `ρ^N`, but
+rounding errors grow by `ρ^{-L}`. With N = L and `ρ^N = 1e-8`, both errors stay below single
+precision. With N = 2L and `ρ^N = 1e-11`, both are three digits smaller.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from gramian.ops.lengths import fft_length
 
 __all__ = ["feedback_kernel"]
 
-# Numbers in one block on a CPU.
+# The number of elements in one block on a CPU.
 _CPU_NUMBERS = 2**20
 
 
 def feedback_kernel(taps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Compute the closed loop `k_yu - k_yv ∗ k_vu ∗ (δ + k_vv)^{-1}` at the given lags.
+    """Compute the closed loop `k_yu - k_yv ∗ k_vu ∗ (δ + k_vv)^{-1}` at the lags of the taps.
 
-    It is computed in double precision and differentiable to any order. The loop must be stable:
-    `1 + K_vv` must not have zeros on or outside the unit circle.
+    The computation is in double precision, and the result is differentiable to any order. The loop
+    must be stable: `1 + K_vv` must not have zeros on or outside the unit circle.
 
     Args:
         taps: (*C, 4, L), real: k_yu, k_yv, k_vu and k_vv, each at the lags 1 … L.
-        dtype: The dtype of the result, by default that of `taps`. In float64 the result is correct
-            to about 1e-11, otherwise to 1e-8.
+        dtype: The dtype of the result, by default that of `taps`. A float64 result is correct to
+            about 1e-11, any other to 1e-8.
 
     Returns:
         (*C, L): the closed loop at the lags 1 … L.
@@ -55,14 +55,14 @@ def feedback_kernel(taps: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class _Circle(NamedTuple):
-    """The points at which the series are evaluated, z = `e^{2πik/N} / ρ`."""
+    """The points z = `e^{2πik/N} / ρ` at which the series are evaluated."""
 
     points: int
-    """N."""
+    """The number of points, N."""
     damping: Tensor
-    """`ρ^t`, (L)."""
+    """(L): the factors `ρ^t` of the taps."""
     z: Tensor
-    """(N // 2 + 1), complex."""
+    """(N // 2 + 1), complex: the points on the upper half circle."""
 
 
 def _circle(taps: Tensor, precise: bool) -> _Circle:
@@ -76,7 +76,7 @@ def _circle(taps: Tensor, precise: bool) -> _Circle:
 
 
 def _spectra(taps: Tensor, circle: _Circle) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the spectra of k_yv, k_vu / (z + k_vv) and 1 / (z + k_vv), from lag 0 here."""
+    """Return the spectra of k_yv, k_vu / (z + k_vv), 1 / (z + k_vv), with lag 1 moved to lag 0."""
     damped = taps[..., 1:, :] * circle.damping
     out, into, loop = torch.fft.rfft(damped, n=circle.points).unbind(-2)
     inverse = 1 / (circle.z + loop)
@@ -90,7 +90,7 @@ def _close(taps: Tensor, circle: _Circle) -> Tensor:
 
 
 def _gradient(g: Tensor, taps: Tensor, circle: _Circle) -> Tensor:
-    """Return the gradient of the taps (…, 4, L), given that of the closed loop, g (…, L)."""
+    """Return the gradient of the taps (…, 4, L), given g (…, L), the gradient of the loop."""
     out, into, inverse = _spectra(taps, circle)
     incoming = torch.fft.rfft(g / circle.damping, n=circle.points)
     # conj_physical, because PyTorch ignores a lazy conj in the first call of a compiled function
@@ -108,7 +108,7 @@ def _tasks(rows: Tensor) -> list[Task]:
 
 @operator("feedback_kernel")
 def _feedback_kernel(taps: Tensor, precise: bool) -> Tensor:
-    """Close the loops of taps (C, 4, L), giving (C, L), in float64."""
+    """Compute the closed loops (C, L) of taps (C, 4, L), in float64."""
     kernel = taps.new_empty(taps.shape[0], taps.shape[-1])
     circle = _circle(taps, precise)
 
@@ -144,7 +144,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     (taps,) = ctx.saved_tensors
-    if records_derivatives():  # of the gradient: the same formula, recorded
+    if records_derivatives():  # the gradient is differentiated too: record the same formula
         return _gradient(g, taps, _circle(taps, ctx.precise)), None
     return _feedback_kernel_backward(g, taps, ctx.precise), None
 

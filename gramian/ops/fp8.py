@@ -1,8 +1,8 @@
 r"""Linear maps in 8-bit floating point, emulated on any device.
 
-`y = q(a x) q(b W)ᵀ / (a b) + bias`, where q clamps to ±448 and rounds to `float8_e4m3fn` (4 bits of
-exponent, 3 of mantissa; Micikevicius et al. 2022). The products and sums are those of float32: the
-matrix units of a GPU may add with fewer bits.
+A map computes `y = q(a x) q(b W)ᵀ / (a b) + bias`, where q clamps numbers to ±448 and rounds them
+to `float8_e4m3fn` (4 bits of exponent, 3 of mantissa; Micikevicius et al. 2022). Products and sums
+are computed in float32, whereas the matrix units of a GPU may add with fewer bits.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from gramian.ops.packed import Linear
 
 __all__ = ["FP8Linear", "quantize_fp8"]
 
-_LARGEST = 448.0  # of float8_e4m3fn
+_LARGEST = 448.0  # the largest number of float8_e4m3fn
 
 
 class _Quantize(torch.autograd.Function):
-    """Rounding to float8 whose derivative is that of the clamp alone."""
+    """Clamp and round to float8, with the derivative of the clamp only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
@@ -44,8 +44,8 @@ def quantize_fp8(x: Tensor, scale: float) -> Tensor:
     The derivative passes through the rounding, and is zero where values were clamped.
 
     Args:
-        x: Any shape, real floating point.
-        scale: A positive number.
+        x: A real floating-point tensor of any shape.
+        scale: A positive number by which values are multiplied before they are rounded.
 
     Returns:
         A float32 tensor of the shape of `x`. NaN stays NaN.
@@ -60,17 +60,17 @@ def quantize_fp8(x: Tensor, scale: float) -> Tensor:
 class FP8Linear(Linear):
     """An `nn.Linear` that rounds its input and its weight to float8 before it multiplies them.
 
-    Parameters stay in their own dtype, so the layer can be trained; see `quantize_fp8` for
+    The parameters keep their dtype, so the layer can be trained. `quantize_fp8` describes the
     derivatives.
 
     Args:
-        in_features: Size of the input.
-        out_features: Size of the output.
-        scales: The factors a of the input and b of the weight.
+        in_features: The size of the input.
+        out_features: The size of the output.
+        scales: Two factors: a for the input and b for the weight.
         bias: Whether there is a bias, which is not rounded.
 
     Raises:
-        ValueError: unless `scales` are two positive finite numbers.
+        ValueError: if `scales` are not two positive finite numbers.
     """
 
     def __init__(

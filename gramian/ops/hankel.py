@@ -1,9 +1,10 @@
 r"""Products with batches of Hankel matrices by FFT.
 
 The Hankel matrix of a sequence `g` has the entries `H_ij = g_{i+j}`. If `g_t = h_{t+1}` are the
-Markov parameters of a system without its direct term, it maps past inputs to future outputs. Its
-product with a vector is a correlation, `(H v)_i = Σ_j g_{i+j} v_j`, and takes O(N log N) by FFT. A
-circular transform with one point per tap has no wrap-around in the rows that are kept.
+Markov parameters of a system without its direct term, the matrix maps past inputs to future
+outputs. The product with a vector is a correlation, `(H v)_i = Σ_j g_{i+j} v_j`, and takes O(N log
+N) operations by FFT. A circular transform with one point per tap causes no wrap-around in the rows
+of the matrix.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ class Hankel:
     """A batch of `rows` × `columns` Hankel matrices that are never formed.
 
     Args:
-        sequence: (*B, T), real. Entries past its end count as zero; entries past
-            rows + columns - 1 are not used.
-        rows: Number of rows, at least 1.
-        columns: Number of columns, at least 1.
+        sequence: (*B, T), real: the sequences g. Entries past the end of a sequence count as zero.
+            Entries past rows + columns - 1 are not used.
+        rows: The number of rows, at least 1.
+        columns: The number of columns, at least 1.
     """
 
     def __init__(self, sequence: Tensor, rows: int, columns: int) -> None:
@@ -36,11 +37,11 @@ class Hankel:
 
     @property
     def like(self) -> Tensor:
-        """Return a tensor with the batch, dtype and device of the matrices."""
+        """Return a tensor that has the batch dimensions, dtype and device of the matrices."""
         return self.sequence
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        """Compute `H v`, (*B, k, rows), for the vectors in the rows of (*B, k, columns)."""
+        """Compute `H v`, (*B, k, rows), for k vectors v of every matrix, (*B, k, columns)."""
         spectrum = torch.fft.rfft(vectors, n=self._points).conj_physical_()
         spectrum *= self._spectrum
         return torch.fft.irfft(spectrum, n=self._points)[..., : self.rows]
@@ -51,7 +52,7 @@ class Hankel:
         return torch.nn.functional.pad(self.sequence, (0, missing)).unfold(-1, self.columns, 1)
 
     def squared_norm(self) -> Tensor:
-        """Compute `‖H‖_F²`, (*B): every tap counts as often as it occurs in the matrix."""
+        """Compute `‖H‖_F²`, (*B), in which every tap counts as often as it occurs in H."""
         taps = self.sequence.shape[-1]
         place = torch.arange(1, taps + 1, device=self.sequence.device)
         used = self.rows + self.columns - 1
@@ -59,7 +60,7 @@ class Hankel:
         return (self.sequence.square() * count).sum(-1)
 
     def to(self, dtype: torch.dtype) -> Hankel:
-        """Cast the matrices to another precision."""
+        """Return the matrices in another precision."""
         return Hankel(self.sequence.to(dtype), self.rows, self.columns)
 
     def __getitem__(self, index: Tensor) -> Hankel:

@@ -1,4 +1,4 @@
-"""Lengths at which the FFT is fast."""
+"""Lengths for which the FFT is fast."""
 
 from bisect import bisect_left
 

@@ -1,15 +1,18 @@
-r"""Online convolution: an exact FIR filter one sample at a time in amortized O(log² L).
+r"""Online convolution: an exact FIR filter of K taps that takes one sample at a time.
 
-At every multiple `c` of the smallest block, let `U` be the largest power of two that divides `c`.
-The last `U` inputs are convolved with the taps `1 … 2U - 1` by one cyclic FFT of `2U` points, which
-gives the contribution of these inputs to the outputs `c … c + U - 1`. Inside the smallest block the
-taps are applied directly. Every pair (input, output) is processed exactly once, so the result is
-the convolution itself, not an approximation (van der Hoeven's relaxed multiplication with one known
-factor; FutureFill, Agarwal et al. 2024; Flash Inference, Oncescu et al. 2024).
+A sample costs an amortized O(log² K) operations.
 
-Let P be the smallest power of two that is at least K - 1 for K taps. The state holds the last
-inputs (the previous and the current window of P samples) and the contributions still owed to the
-rest of the current window: `3P` numbers per stream, whatever the number of samples seen.
+Let `c` be a multiple of the smallest block's size, and `U` the largest power of two that divides
+`c`. After `c` samples, the last `U` inputs are convolved with the taps `1 … 2U - 1` by one cyclic
+FFT of `2U` points. This gives the contribution of these inputs to the outputs `c … c + U - 1`.
+Inside the smallest block, the taps are applied directly. Every pair of an input and an output is
+processed exactly once, so the result is the convolution itself, not an approximation (van der
+Hoeven's relaxed multiplication with one known factor; FutureFill, Agarwal et al. 2024; Flash
+Inference, Oncescu et al. 2024).
+
+Let P be the smallest power of two that is at least K - 1. The state holds the last inputs (the
+previous and the current window of P samples) and the contributions of these inputs to the rest of
+the current window. These are `3P` numbers per stream, after any number of samples.
 """
 
 from __future__ import annotations
@@ -23,22 +26,22 @@ from gramian.ops.convolution import causal_convolution
 
 __all__ = ["OnlineBuffers", "OnlineConvolution"]
 
-_BLOCK = 32  # below this many samples a dot product beats an FFT
+_BLOCK = 32  # for fewer samples, a dot product is faster than an FFT
 
 
 class OnlineBuffers(NamedTuple):
-    """The buffers that an online convolution carries from sample to sample."""
+    """The buffers that an online convolution carries from one sample to the next."""
 
-    inputs: Tensor  # (*B, 2P): previous window, then the current one up to `position`
-    owed: Tensor  # (*B, P): contributions of earlier inputs to the current window
-    position: Tensor  # (), int64 on the CPU: samples seen
+    inputs: Tensor  # (*B, 2P): the previous window, then the current window up to `position`
+    owed: Tensor  # (*B, P): contributions of earlier inputs to outputs of the current window
+    position: Tensor  # (), int64 on the CPU: the number of samples that have been processed
 
 
 class OnlineConvolution:
-    """Convolution with a known kernel, one sample or one chunk at a time.
+    """A convolution with a known kernel that takes one sample or one chunk at a time.
 
     Args:
-        kernel: (*C, K), real floating point, K ≥ 1.
+        kernel: (*C, K), real floating point: the taps, K ≥ 1.
     """
 
     def __init__(self, kernel: Tensor) -> None:
@@ -53,7 +56,7 @@ class OnlineConvolution:
     def buffers(
         self, batch_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> OnlineBuffers:
-        """Make the buffers of a silent past for streams of shape `batch_shape`."""
+        """Return the buffers for streams of shape `batch_shape` with a silent past."""
         return OnlineBuffers(
             torch.zeros(*batch_shape, 2 * self.window, dtype=dtype, device=device),
             torch.zeros(*batch_shape, self.window, dtype=dtype, device=device),
@@ -61,12 +64,12 @@ class OnlineConvolution:
         )
 
     def step(self, sample: Tensor, buffers: OnlineBuffers) -> tuple[Tensor, OnlineBuffers]:
-        """Process one sample (*B) and return its output (*B); write into `buffers`."""
+        """Process one sample (*B), return its output (*B), and write into `buffers`."""
         inputs, owed, position = buffers
         window, block = self.window, self.block
         at = int(position) % window
         inputs[..., window + at] = sample
-        inside = at % block + 1  # samples of the current block, this one included
+        inside = at % block + 1  # samples of the current block up to and including this sample
         recent = inputs[..., window + at + 1 - inside : window + at + 1]
         taps = self._reversed[..., -inside:]
         output = (recent * taps).sum(-1) + owed[..., at]
@@ -84,7 +87,7 @@ class OnlineConvolution:
         return output, OnlineBuffers(inputs, owed, position + 1)
 
     def extend(self, signal: Tensor, buffers: OnlineBuffers) -> tuple[Tensor, OnlineBuffers]:
-        """Process T samples (*B, T) at once by FFT, differentiably; `buffers` stay unchanged."""
+        """Process T samples (*B, T) at once by FFT, differentiably, without changing `buffers`."""
         inputs, _, position = buffers
         window = self.window
         at = int(position) % window
@@ -101,7 +104,7 @@ class OnlineConvolution:
         return output, OnlineBuffers(inputs, self._owed(inputs, end), position + length)
 
     def _owed(self, inputs: Tensor, end: int) -> Tensor:
-        """Recompute from the inputs what the tiles up to `end` owe to the current window."""
+        """Recompute the contribution of inputs up to `end` to the rest of the current window."""
         window = self.window
         owed = self._tile(inputs[..., :window])
         at = 0
@@ -115,7 +118,7 @@ class OnlineConvolution:
         return owed
 
     def _tile(self, inputs: Tensor) -> Tensor:
-        """Compute what U inputs owe to the next U outputs, by one cyclic FFT of 2U points."""
+        """Compute the contribution of U inputs to the next U outputs by an FFT of 2U points."""
         size = inputs.shape[-1]
         spectrum = self._spectra.get(size)
         if spectrum is None:

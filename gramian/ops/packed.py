@@ -1,18 +1,19 @@
 """Linear layers that multiply few rows by a copy of their weights in another memory layout.
 
-Decoding multiplies a handful of rows by every weight of a model at each token, so its time is that
-of reading the weights. On a CPU, oneDNN reads them from a packed layout of its own, which is faster
-for this purpose than the general matrix product (benchmarks/decoding.py measures the whole).
+For each token, decoding multiplies a few rows by every weight of a model, so it takes as long as
+reading the weights. On a CPU, oneDNN can read them from a packed layout of its own, which is faster
+for few rows than the general matrix product (benchmarks/decoding.py measures whole models).
 
-A copy goes stale when the weight changes. Neither the address nor the version of a tensor shows
-that reliably, since fused optimizers, `.data` and numpy views write without changing either. So
-copies are used only inside of `Packing.generation`. The first use in a generation compares the
-whole weight with the copied one by its product `W r` with a fixed random vector, which costs about
-as much as one step. Every later use compares object, address, version and a few values.
+A copy is out of date as soon as the weight changes. Neither the address nor the version of a tensor
+reveals that reliably, since fused optimizers, `.data` and numpy views write without changing
+either. So copies are used only inside `Packing.generation`. The first use in a generation compares
+the whole weight with the copy, by means of the product `W r` with a fixed random vector r. This
+costs about as much as one step. Every later use compares the tensor object, its address, its
+version and a few values.
 
-On processors of AMD, oneDNN multiplies by the weights as they are faster than PyTorch's general
-product, too, at any number of rows (benchmarks/striped_hyena2.py measures a whole model). No copy
-is needed for that, so it is done wherever no derivative is recorded.
+On processors of AMD, oneDNN is also faster than PyTorch's general product when it reads the weight
+as it is (benchmarks/striped_hyena2.py measures a whole model). This needs no copy, so it is done
+wherever no derivatives are recorded.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from gramian.ops.derivatives import records_derivatives
 
 __all__ = ["Linear", "Packing", "can_pack"]
 
-_MAX_ROWS = 64  # with more rows a packed weight is hardly faster
+_MAX_ROWS = 64  # for more rows, a packed weight is hardly faster
 _TURNED = range(2, 5)  # rows for which the general product of the transposes is faster than both
 _LEAST_WORK = 2**19  # multiplications from which on oneDNN makes up for the cost of its call
 
@@ -43,20 +44,20 @@ class _Copy:
 
     def __init__(self, weight: Tensor) -> None:
         source = weight.detach()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(source)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(source)  # noqa: SLF001 (no public name)
         self.record = Record(weight)
         draw = torch.Generator().manual_seed(0)
         signs = torch.randint(2, (weight.shape[1],), generator=draw) * 2 - 1
-        self._vector = signs * (1 + torch.rand(weight.shape[1], generator=draw))  # none is small
+        self._vector = signs * (1 + torch.rand(weight.shape[1], generator=draw))  # no small entry
         self._product = torch.mv(source, self._vector)
 
     def equals(self, weight: Tensor) -> bool:
-        """Return whether the weight equals the copied one, as far as `W r` shows."""
+        """Return whether the weight still has the product `W r` that it had when it was copied."""
         return torch.equal(torch.mv(weight.detach(), self._vector), self._product)
 
 
 class Packing:
-    """The packed copies of a model's linear layers, each verified once per generation.
+    """The packed copies of a model's weights, each of which is verified once per generation.
 
     Copies take as much memory as the weights. They are never saved, copied or pickled.
     """
@@ -68,12 +69,12 @@ class Packing:
 
     @contextmanager
     def generation(self, owner: Any, begins: bool) -> Iterator[None]:
-        """Let `Linear` layers use packed copies of their weights for inputs of few rows.
+        """Let `Linear` layers use packed copies of their weights for inputs with few rows.
 
         Args:
             owner: The object that the generation belongs to, such as a cache.
-            begins: Whether `owner` is empty, so that a new generation begins. The first use of an
-                owner begins one too.
+            begins: Whether a new generation begins because `owner` is empty. A generation also
+                begins when an owner is used for the first time.
         """
         if begins or owner not in self._owners:
             self._owners.add(owner)
@@ -85,7 +86,7 @@ class Packing:
             _current.packing = before
 
     def clear(self) -> None:
-        """Drop all copies; they are made again where they are needed."""
+        """Delete all copies, which are made again when they are needed."""
         self._copies = {}
 
     def __len__(self) -> int:
@@ -153,7 +154,8 @@ class Linear(nn.Linear):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
+        apply = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 (no public name)
+        return apply(x, weight, self.bias, "none", [], "")
 
     def _fits(self, x: Tensor, weight: Tensor) -> bool:
         return (
@@ -169,11 +171,12 @@ class Linear(nn.Linear):
 
 def _is_observed(x: Tensor) -> bool:
     """Return whether a transform, a trace or a mode follows the operations on a tensor."""
+    core = torch._C  # noqa: SLF001 (no public name, of these three either)
     return (
         type(x) is not Tensor
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        or core._are_functorch_transforms_active()  # noqa: SLF001
+        or core._get_tracing_state() is not None  # noqa: SLF001
+        or core._len_torch_dispatch_stack() > 0  # noqa: SLF001
     )
 
 

@@ -4,11 +4,11 @@ A transfer function of order n (Parnichkun et al. 2024, arXiv 2405.06147, equati
 
     H(z) = d + (b_1 z⁻¹ + … + b_n z⁻ⁿ) / (1 + a_1 z⁻¹ + … + a_n z⁻ⁿ)
 
-is evaluated on N roots of unity by one FFT of the numerator's and one of the denominator's
-coefficients. The inverse FFT of the ratio is its kernel on N taps, so that time and memory do not
-depend on n ("state-free inference", section 3 there). Sampling a spectrum causes aliasing in time,
-so the result is `Σ_p h_{t+pN}`. If the numerator is already truncated to N taps (`b (I − A^N)`),
-that is the kernel itself.
+is evaluated at N roots of unity by one FFT of the numerator's coefficients and one FFT of the
+denominator's. The inverse FFT of the ratio is a kernel of N taps, so time and memory do not depend
+on n ("state-free inference", section 3 of the paper). Sampling a spectrum causes aliasing in time,
+so the result is `Σ_p h_{t+pN}`. If the numerator belongs to a kernel that is truncated to N taps
+(`b (I − A^N)`), that sum is the truncated kernel itself.
 """
 
 import math
@@ -23,22 +23,22 @@ from gramian.ops._blocks import cut
 from gramian.ops._operator import batch_first, differentiable, operator
 from gramian.ops.derivatives import records_derivatives
 
-# Grid points of one block, and the fewest rows for which a call of the FFT pays.
+# The number of grid points in one block, and the fewest rows that are worth a call of the FFT.
 _CPU_BLOCK = 2**17
 _CPU_MIN_ROWS = 16
 
-# Largest number of points of spectra that are kept for the backward pass. Larger spectra are
-# computed again, since allocating memory for them costs as much.
+# The largest number of points of spectra that are kept for the backward pass. Larger spectra are
+# computed again, because allocating memory for them takes as long.
 _MOST_KEPT = 2**21
 
 
 def evaluate_on_roots_of_unity(coefficients: Tensor, points: int) -> Tensor:
-    """Evaluate Σ_j c_j z⁻ʲ at z = exp(2πik/points), k = 0 … points // 2.
+    """Evaluate Σ_j c_j z⁻ʲ at z = exp(2πik/points) for k = 0 … points // 2.
 
     The values at the other roots of unity are the conjugates of these.
 
     Args:
-        coefficients: (*C, n), real, from the constant term on; n ≤ points.
+        coefficients: (*C, n), real: the coefficients c_j, the constant term first; n ≤ points.
         points: The number of roots of unity.
 
     Returns:
@@ -46,7 +46,7 @@ def evaluate_on_roots_of_unity(coefficients: Tensor, points: int) -> Tensor:
 
     Raises:
         TypeError: if `coefficients` is not real floating point.
-        ValueError: if `points` is not positive or is smaller than n, or n is 0.
+        ValueError: if `points` is not positive or is smaller than n, or if n is 0.
     """
     _check_real("evaluate_on_roots_of_unity", coefficients=coefficients)
     if coefficients.ndim == 0 or not 1 <= coefficients.shape[-1] <= points:
@@ -68,26 +68,26 @@ def rational_kernel(
 ) -> Tensor:
     """Compute the kernel of d + (Σ_{j≥1} b_j z⁻ʲ) / (1 + Σ_{j≥1} a_j z⁻ʲ) on a grid of frequencies.
 
-    Tap t is `Σ_p h_{t + p grid}`, where h is the impulse response: the inverse FFT of the spectrum
-    sampled at `grid` points. The result is differentiable to any order. The backward pass keeps the
-    coefficients, and the spectra only if they are small.
+    The taps are the inverse FFT of the spectrum, sampled at `grid` points. So tap t is
+    `Σ_p h_{t + p grid}`, where h is the impulse response. The result is differentiable to any
+    order. The backward pass keeps the coefficients, and the spectra only if they are small.
 
     Args:
-        b: (*C, n), real.
-        a: (*C or broadcasting against it, m), real; the spectrum of a row that many channels
-            share is computed once.
-        d: (*C or broadcasting against it), real.
-        grid: The number of points, larger than n and m; even or odd.
-        length: The number of taps to return, at most `grid`; all by default.
+        b: (*C, n), real: the numerator's coefficients.
+        a: (*C or broadcasting against it, m), real: the denominator's coefficients. If many
+            channels share a row, its spectrum is computed once.
+        d: (*C or broadcasting against it), real: the direct term.
+        grid: The number of points, larger than n and m. It may be even or odd.
+        length: The number of taps to return, at most `grid`, which is the default.
         dtype: The dtype of the taps; by default the (promoted) dtype of b, a and d. For float64
-            taps of float32 coefficients, both polynomials and their ratio, in which terms cancel,
-            are evaluated in float64, and gradients are propagated in float32.
+            taps of float32 coefficients, both polynomials and their ratio are evaluated in float64,
+            because terms cancel in them. Gradients are then propagated in float32.
 
     Returns:
         (*C, length), in `dtype`.
 
     Raises:
-        TypeError: if an argument is not real floating point, or is in half precision.
+        TypeError: if an argument is not real floating point, or if it is in half precision.
         ValueError: if there are no coefficients, `grid` is not above n and m, `length` is not in
             1 … grid, or the shapes do not broadcast.
     """
@@ -125,26 +125,27 @@ def rational_kernel(
 def rational_impulse_response(b: Tensor, a: Tensor, d: Tensor, length: int) -> Tensor:
     """Compute the first taps of d + (Σ_{j≥1} b_j z⁻ʲ) / (1 + Σ_{j≥1} a_j z⁻ʲ).
 
-    No pole may have a modulus above 1e5^(1/length). The function is sampled at twice as many points
-    as taps, on a circle of that radius, where aliasing is damped by 1e-10 and rounding errors grow
-    by 1e5. The result is correct to about ten digits of the largest taps, in time and memory that
-    do not depend on n, and differentiable to any order.
+    No pole may have a modulus above 1e5^(1/length). The function is sampled on a circle of that
+    radius, at twice as many points as taps. On this circle aliasing is damped by 1e-10, but
+    rounding errors grow by 1e5. The result is correct to about ten digits of the largest taps, and
+    differentiable to any order. Time and memory do not depend on n.
 
     Args:
-        b: (*C, n), real.
-        a: (*C or broadcasting against it, m), real.
-        d: (*C or broadcasting against it), real.
+        b: (*C, n), real: the numerator's coefficients.
+        a: (*C or broadcasting against it, m), real: the denominator's coefficients.
+        d: (*C or broadcasting against it), real: the direct term.
         length: The number of taps, at least 1.
 
     Returns:
         (*C, length), float64.
 
     Raises:
-        ValueError, TypeError: as for `rational_kernel`.
+        ValueError: if there are no coefficients, if `length` is below 1, or if the shapes do not
+            broadcast.
     """
     grid = 2 * max(length, b.shape[-1] + 1, a.shape[-1] + 1)
     exponents = torch.arange(grid // 2, dtype=torch.float64, device=b.device)
-    growth = torch.pow(1e5, 2 * exponents / grid)  # powers of the radius
+    growth = torch.pow(1e5, 2 * exponents / grid)  # the powers of the circle's radius
     b, a = (c.double() / growth[1 : c.shape[-1] + 1] for c in (b, a))
     return rational_kernel(b, a, d.double(), grid, length=length) * growth[:length]
 
@@ -162,7 +163,7 @@ def _spectrum(coefficients: Tensor, constant: float, grid: int, dtype: torch.dty
 
 
 class _PaddedPolynomials:
-    """Spectra of blocks of rows, through a scratch buffer that is padded with zeros once."""
+    """Spectra of blocks of rows, computed in a scratch buffer that is padded with zeros once."""
 
     def __init__(self, like: Tensor, rows: int, grid: int, dtype: torch.dtype) -> None:
         self.scratch = like.new_zeros(rows, grid, dtype=dtype)
@@ -180,7 +181,7 @@ class _PaddedPolynomials:
 
 
 def _coefficient_gradient(spectrum: Tensor, count: int, grid: int) -> Tensor:
-    """Apply the adjoint of `_spectrum`, without the constant, to a spectrum of real taps."""
+    """Apply the adjoint of `_spectrum` (without the constant) to a spectrum of real taps."""
     return torch.fft.irfft(spectrum, n=grid)[..., 1 : count + 1]
 
 
@@ -190,8 +191,8 @@ def _rational_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the taps for b (*C, n), a (*C or 1, m), d (*C).
 
-    With `keep` the other results are 1 / A and B / A on the grid, in the precision of the
-    coefficients, for the backward pass; otherwise they are empty.
+    If `keep` is set, the other two results are 1 / A and B / A on the grid, for the backward pass,
+    in the precision of the coefficients. If it is not set, they are empty.
     """
     taps = b.new_empty(*b.shape[:-1], length, dtype=dtype)
     reciprocals, ratios = _empty_spectra(b, a, grid, keep)
@@ -226,9 +227,9 @@ def _rational_kernel_backward(
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of b and a from the taps' gradient g (*C, length).
 
-    With K = B / A and G the spectrum of g, their spectra are G / Ā and -G K̄ / Ā. Ratios that were
-    not kept are computed in the precision of g, in which the taps were computed; all else is
-    computed in the precision of the coefficients.
+    With K = B / A and G the spectrum of g, the gradients have the spectra G / Ā and -G K̄ / Ā.
+    Ratios that the forward pass did not keep are computed in the precision of g, in which the taps
+    were computed. All other values are computed in the precision of the coefficients.
     """
     of_b, of_a = torch.empty_like(b), torch.empty_like(a)
     rows, tasks = cut(g, a, grid, _CPU_BLOCK, _CPU_MIN_ROWS)
@@ -283,7 +284,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     b, a, reciprocals, ratios = ctx.saved_tensors
     grid = ctx.grid
-    if records_derivatives():  # of the gradient: the same formula, recorded
+    if records_derivatives():  # the gradient is differentiated too: record the same formula
         reciprocal = _spectrum(a, 1.0, grid, g.dtype).reciprocal()
         kernel = _spectrum(b, 0.0, grid, g.dtype) * reciprocal
         # conj_physical, since PyTorch ignores a lazy conj in the first call of a compiled function
@@ -299,8 +300,8 @@ def _backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 def _jvp(inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> tuple[Tensor, None, None]:
     """Compute the tangent of the taps.
 
-    If the tangents of b and a have the spectra S and T, that of the taps has the spectrum
-    `(S - K T) / A`, K = B / A. The tangent of d is added to tap 0.
+    If the tangents of b and a have the spectra S and T, the tangent of the taps has the spectrum
+    `(S - K T) / A`, where K = B / A. The tangent of d is added to tap 0.
     """
     b, a, _, grid, length, dtype, _ = inputs
     t_b, t_a, t_d, *_ = tangents

@@ -1,4 +1,4 @@
-"""Protection from autocast for computations that need their full precision."""
+"""Protection from autocast for computations that need the full precision of their inputs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-r"""All-pole filters by blocks, `w_t = u_t - Σ_{j=1}^n a_j w_{t-j}`.
+r"""All-pole filters `w_t = u_t - Σ_{j=1}^n a_j w_{t-j}`, computed in blocks.
 
-A block of J samples solves a triangular Toeplitz system whose right-hand side is the input minus
-the contribution of the n samples before it. This is the recursion itself, one matrix product and
-one triangular solve per block. It is as accurate as stepping, even for poles that crowd near the
-unit circle, where the reciprocal of the polynomial as a power series is not.
+Each block of J output samples is the solution of a triangular Toeplitz system. The right-hand side
+is the input minus the contribution of the n output samples before the block. So the recursion
+itself is computed, by one matrix product and one triangular solve per block. The result is as
+accurate as the result of single steps, even if poles crowd near the unit circle. For such poles,
+the reciprocal of the polynomial as a power series is not accurate.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ _BLOCK = 128
 
 
 def all_pole_filter(a: Tensor, signal: Tensor, past: Tensor | None = None) -> Tensor:
-    """Divide the signal by `1 + a_1 z^-1 + … + a_n z^-n`; poles may be unstable.
+    """Divide the signal by `1 + a_1 z^-1 + … + a_n z^-n`, even if this filter is unstable.
 
     Args:
-        a: (*C, n), real; the leading 1 is implied.
-        signal: (*B, L), of the dtype of `a`; `C` broadcasts against `B`.
-        past: (*B, n), the outputs before the first sample, newest first; None: zeros.
+        a: (*C, n), real: the coefficients `a_1 … a_n`.
+        signal: (*B, L), of the dtype of `a`: the input; `C` broadcasts against `B`.
+        past: (*B, n): the outputs before the first sample, newest first. None means zeros.
 
     Returns:
-        (*B, L); gradients flow to all arguments.
+        The outputs (*B, L). Gradients flow to all arguments.
     """
     order, length = a.shape[-1], signal.shape[-1]
     if order == 0:
@@ -39,10 +40,10 @@ def all_pole_filter(a: Tensor, signal: Tensor, past: Tensor | None = None) -> Te
     if past is None:
         before = grouped.new_zeros(groups, order, repeats)
     else:
-        before = group_channels(past, a.shape[:-1])[0].flip(-1).mT  # oldest first
+        before = group_channels(past, a.shape[:-1])[0].flip(-1).mT  # the oldest sample is first
 
-    # Row i of the extended Toeplitz matrix holds a_n, …, a_1, 1 in columns i … i + n: the weights,
-    # for sample i of a block, of the n samples before the block and of those in it.
+    # Row i of the extended Toeplitz matrix holds a_n, …, a_1, 1 in columns i … i + n. For sample i
+    # of a block, these weigh the n samples before the block and the samples in the block.
     monic = torch.cat([a.flip(-1), torch.ones_like(a[..., :1])], dim=-1).reshape(groups, order + 1)
     rows = torch.nn.functional.pad(monic, (0, size)).unsqueeze(1).expand(-1, size, -1)
     band = rows.reshape(groups, -1)[:, : size * (order + size)].reshape(groups, size, order + size)

@@ -5,8 +5,8 @@ if and only if the reflection coefficients of the Schur–Cohn (or Levinson) rec
 
     A_m(z) = A_{m-1}(z) + k_m z^-m A_{m-1}(1/z),   m = 1 … n,   A_0 = 1
 
-all lie in (-1, 1). Step-up goes from k to a, step-down from a to k. Both use double precision,
-because rounding can move poles near the unit circle across it.
+all lie in (-1, 1). `step_up` computes a from k, and `step_down` computes k from a. Both use double
+precision, because rounding can move poles near the unit circle across it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["ladder_weights", "step_down", "step_up"]
 
 _ELEMENTS = 2**24
-"""Elements of the triangular matrices that are formed at once."""
+"""The largest number of elements that the triangular matrices in memory have at one time."""
 
 
 def step_up(reflection: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ def step_down(a: Tensor) -> Tensor:
     """Compute reflection coefficients from denominator coefficients `a_1 … a_n`, both (*C, n).
 
     The result is in float64. If a coefficient lies outside [-1, 1], the polynomial has a zero
-    outside of the unit circle, and the coefficients of lower degree are meaningless. If one is ±1,
-    those of lower degree are NaN or infinite.
+    outside of the unit circle, and the coefficients of lower degree are meaningless. If a
+    coefficient is ±1, the coefficients of lower degree are NaN or infinite.
     """
     a = a.double()
     reflection = torch.empty_like(a)
@@ -51,11 +51,11 @@ def step_down(a: Tensor) -> Tensor:
 
 
 def ladder_weights(reflection: Tensor, b: Tensor) -> Tensor:
-    """Compute the ladder weights e with `b(z) = Σ_{m<n} e_m z^-1 z^-m A_m(1/z)`.
+    """Compute the ladder weights e, which satisfy `b(z) = Σ_{m<n} e_m z^-1 z^-m A_m(1/z)`.
 
     Args:
-        reflection: (*C, n).
-        b: (*C, n), numerator coefficients `b_1 … b_n`.
+        reflection: (*C, n): the reflection coefficients of the denominator.
+        b: (*C, n): the numerator coefficients `b_1 … b_n`.
 
     Returns:
         (*C, n), float64.

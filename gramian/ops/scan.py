@@ -1,10 +1,10 @@
 r"""Time-varying linear recurrences by doubling, without a loop over time and without division.
 
 The recurrence is `x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i`. A block of c steps is
-one step of a larger system: its transition maps the state before the block to the state after it,
-its input matrix (n × c) and output matrix (c × n) connect the states at its edges to its samples,
-and its operator (c × c) maps the inputs inside the block to the outputs. Two neighbors merge into a
-block of twice the length,
+one step of a larger system with four matrices. The transition maps the state before the block to
+the state after it. The input matrix (n × c) maps the inputs in the block to the state after it, and
+the output matrix (c × n) maps the state before it to the outputs. The operator (c × c) maps the
+inputs in the block to the outputs. Two neighboring blocks merge into a block of twice the length,
 
     Ā = Ā₂ Ā₁,  B̄ = [Ā₂ B̄₁, B̄₂],  C̄ = [C̄₁; C̄₂ Ā₁],  D̄ = [[D̄₁, 0], [C̄₂ B̄₁, D̄₂]],
 
@@ -14,10 +14,11 @@ product of gates, so gates may be zero or negative.
 
 Merging is as accurate as plain steps if no product of transitions is much larger than the identity.
 Products of gates and of the delta rule's transitions never are. `bounded_products` checks this for
-dense transitions, and `step_by_step` handles those that fail.
+dense transitions. `step_by_step` handles dense transitions that fail the check.
 
 A transition is diagonal, diagonal plus low rank (products of Householder-like factors in the WY
-form, as in the delta rule), or dense. All tensors are (G, K, …): groups, then steps or blocks.
+form, as in the delta rule), or dense. All tensors are (G, K, …), with G groups and K steps or
+blocks.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ __all__ = [
 ]
 
 _BOUND = 32.0
-"""Largest norm of products, relative to that of the identity, for which merging is accurate."""
+"""The largest norm of products, in multiples of the identity's, with which merging is accurate."""
 
 
 class Transition(abc.ABC):
-    """State matrices A of K steps or blocks, in each of G groups."""
+    """State matrices A of K steps or blocks in each of G groups."""
 
     @abc.abstractmethod
     def left(self, x: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class Transition(abc.ABC):
 
     @abc.abstractmethod
     def after(self, earlier: Transition) -> Transition:
-        """Return `A A'`: the transition `earlier`, followed by this one."""
+        """Return `A A'`, which applies `earlier` (A') first and then this transition (A)."""
 
     @abc.abstractmethod
     def dense(self) -> Tensor:
@@ -68,11 +69,11 @@ class Transition(abc.ABC):
 
     @abc.abstractmethod
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Apply `function` to every tensor (G, K, …), such as a cast or a slice of steps."""
+        """Return the result of applying `function` (a cast, say) to every tensor (G, K, …)."""
 
     @abc.abstractmethod
     def padded(self, steps: int) -> Self:
-        """Append that many identities after the last step."""
+        """Return the transition with `steps` identities after the last step."""
 
     def __getitem__(self, steps: slice | int) -> Self:
         return self.map(lambda tensor: tensor[:, steps])
@@ -166,7 +167,7 @@ class Dense(Transition):
 
 
 class Blocks(NamedTuple):
-    """Blocks of c steps: the maps from state and inputs to state and outputs."""
+    """Blocks of c steps, given by their maps from states and inputs to states and outputs."""
 
     transition: Transition
     reach: Tensor
@@ -178,14 +179,16 @@ class Blocks(NamedTuple):
 
 
 def join(transition: Transition, B: Tensor, C: Tensor, D: Tensor, size: int) -> Blocks:
-    """Join steps to blocks of `size`, the last one completed by silent steps.
+    """Join steps to blocks of `size` steps.
+
+    Steps that change no state and give no output fill up the last block.
 
     Args:
         transition: The transition of T steps.
-        B: (G, T, n).
-        C: (G, T, n).
-        D: (G, T).
-        size: A power of two.
+        B: (G, T, n): the input vectors.
+        C: (G, T, n): the output vectors.
+        D: (G, T): the direct terms.
+        size: The number of steps in a block, a power of two.
 
     Returns:
         The K = ⌈T / size⌉ blocks.
@@ -213,11 +216,11 @@ def scan(transition: Transition, inputs: Tensor, start: Tensor) -> tuple[Tensor,
 
     Args:
         transition: The transition of K blocks.
-        inputs: (G, K, n, r).
-        start: (G, n, r), the state before the first block.
+        inputs: (G, K, n, r): the vectors that each block adds to the state.
+        start: (G, n, r): the state before the first block.
 
     Returns:
-        The states before every block (G, K, n, r), and the state after the last (G, n, r).
+        The state before each block (G, K, n, r), and the state after the last block (G, n, r).
     """
     count = inputs.shape[1]
     if count == 1:
@@ -237,10 +240,13 @@ def scan(transition: Transition, inputs: Tensor, start: Tensor) -> tuple[Tensor,
 
 
 def bounded_products(A: Tensor) -> bool:
-    """Return whether products of 2^k neighboring state matrices are all bounded.
+    """Return whether products of 2^k neighboring state matrices are bounded, for every k.
 
-    No product may be much larger than the identity. The matrices are (G, K, n, n). The function
-    reads values, so it synchronizes with a GPU.
+    Bounded means that no product is much larger than the identity. The function reads values, so it
+    synchronizes with a GPU.
+
+    Args:
+        A: (G, K, n, n): the state matrices.
     """
     if A.numel() == 0:
         return True
@@ -260,12 +266,12 @@ def step_by_step(
     """Compute `y_i = C_i x + D_i u_i`, `x ← A_i x + B_i u_i` by a loop over time, in float64.
 
     Args:
-        A: (G, T, n, n).
-        B: (G, T, n).
-        C: (G, T, n).
-        D: (G, T).
-        signal: (G, T, r), r signals side by side.
-        x: (G, n, r), the states before the first step.
+        A: (G, T, n, n): the state matrices.
+        B: (G, T, n): the input vectors.
+        C: (G, T, n): the output vectors.
+        D: (G, T): the direct terms.
+        signal: (G, T, r): r signals, which do not interact.
+        x: (G, n, r): the states before the first step.
 
     Returns:
         The outputs (G, T, r) and the last states (G, n, r).

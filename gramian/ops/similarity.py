@@ -1,18 +1,21 @@
 r"""Changes of state coordinates that make powers of a state matrix accurate.
 
-Powers by squaring are as accurate as plain steps only if no power is much larger than the next:
-the error of `A^2k` is `eps ‖A^k‖²`. The companion matrix of a filter whose poles crowd at z = 1
-has powers of norm 1e10 and more before they decay to zero. In the coordinates `x = L x̃` with
+Powers that are computed by squaring are as accurate as plain steps only if no power is much larger
+than the next, since the error of `A^2k` is `eps ‖A^k‖²`. The companion matrix of a filter whose
+poles crowd at z = 1 has powers of norm 1e10 and more before they decay to zero. In the coordinates
+`x = L x̃` with
 
     L Lᵀ = Σ_t A^t (b bᵀ + Q) (A^t)ᵀ,  Ã = L⁻¹ A L,  b̃ = L⁻¹ b,  c̃ = c L
 
-the state matrix is a contraction, `‖Ã‖ ≤ 1`, and `‖c̃‖` is about the norm of the impulse
-response, so nothing cancels (the input-normal form of B. C. Moore, IEEE Trans. Automatic Control
-26, 1981; Q, small and diagonal, keeps L regular even if b does not reach every state). The sum is
-taken over as many t as the powers are accurate for, and again in the coordinates that result. Each
-L may have a condition number of 1e8, and all of them together far more than 1/eps, so `Ã` is not
-computed as a product of three matrices. It is solved from `L Ã = A L` by iterative refinement in
-twice the working precision, and only the last result is rounded.
+the state matrix is a contraction, `‖Ã‖ ≤ 1`, and `‖c̃‖` is about the norm of the impulse response,
+so nothing cancels. This is the input-normal form of B. C. Moore, IEEE Trans. Automatic Control 26,
+1981. The matrix Q, small and diagonal, keeps L regular even if b does not reach every state.
+
+The sum extends over all t for which `A^t` is accurate. It is then computed again in the coordinates
+that result, and so on. Each L may have a condition number of 1e8, and the product of all L a
+condition number far above 1/eps. So `Ã` is not computed as a product of three matrices. Instead,
+`L Ã = A L` is solved by iterative refinement in twice the working precision, and only the last
+result is rounded.
 
 Coordinates are found without gradients and applied with gradients, since the impulse response is
 the same in all coordinates.
@@ -29,22 +32,23 @@ from torch import Tensor
 __all__ = ["Coordinates", "bounded_powers", "coordinates", "exact_product", "reached"]
 
 _BOUND = 32.0
-"""Largest norm of powers, relative to that of the identity, for which squaring is accurate: its
-error is the square of this number times the rounding unit, which is three digits."""
+"""The largest norm of powers, relative to the norm of the identity, with which squaring is
+accurate. The error of squaring is the square of this number times the rounding unit, so three
+digits are lost."""
 
 _TRUSTED = 1e6
-"""Largest norm of powers that are accurate enough to find coordinates, though not to be used."""
+"""The largest norm of powers that are accurate enough for coordinates, though not for taps."""
 
 _FORCING = 1e-8
-"""The square root of Q, relative to how far b moves each coordinate. States that b does not reach
-are kept too, at the cost of as many digits."""
+"""The square root of Q, relative to how far b moves each coordinate. With Q, the coordinates keep
+states that b does not reach, but with eight digits fewer."""
 
 _LEAST_TRUSTED = 30.0
 _MOST_FORCING = 0.5
-"""The search gives up when failures have moved the two parameters this far."""
+"""The search gives up when failures have moved one of its two parameters beyond this."""
 
 _CANCELLED = 1e3
-"""Largest acceptable ‖b̃‖ ‖c̃‖, relative to the norm of the impulse response."""
+"""The largest acceptable ‖b̃‖ ‖c̃‖, relative to the norm of the impulse response."""
 
 _DOUBLINGS = 50
 _PASSES = 16
@@ -70,7 +74,7 @@ class Pair(NamedTuple):
         return Pair(total, lost - (total - high))
 
     def where(self, condition: Tensor, other: Pair) -> Pair:
-        """Select this value where `condition` holds, and the other elsewhere."""
+        """Select this pair where `condition` holds, and `other` elsewhere."""
         return Pair(*(torch.where(condition, a, b) for a, b in zip(self, other, strict=True)))
 
 
@@ -81,8 +85,8 @@ def exact_product(left: Tensor, right: Tensor) -> Pair:
     al., "Error-free transformations of matrix multiplication", Numerical Algorithms 59, 2012).
 
     Args:
-        left: (*C, m, k), float64.
-        right: (*C, k, n), float64.
+        left: (*C, m, k), float64: the left factor.
+        right: (*C, k, n), float64: the right factor.
 
     Returns:
         (*C, m, n), with an error of about eps² relative to the largest entries of the row and the
@@ -99,11 +103,14 @@ def exact_product(left: Tensor, right: Tensor) -> Pair:
 
 
 def _slices(x: Tensor, dim: int, bits: int, count: int) -> list[Tensor]:
-    """Split `x` into a sum of parts of `bits` bits below the largest entry along `dim`."""
+    """Split `x` into parts that add up to it.
+
+    Each part holds the next `bits` bits, counted from the largest remaining entry along `dim`.
+    """
     parts = []
     for _ in range(count):
         top = x.abs().amax(dim, keepdim=True)
-        # Adding and subtracting 3/4 of a power of two rounds to a multiple of its last bit.
+        # Adding and then subtracting 3/4 of a power of two rounds to a multiple of its last bit.
         carrier = torch.ldexp(torch.full_like(top, 0.75), torch.frexp(top)[1] + 53 - bits)
         part = (x + carrier) - carrier
         parts.append(part)
@@ -112,19 +119,19 @@ def _slices(x: Tensor, dim: int, bits: int, count: int) -> list[Tensor]:
 
 
 class Coordinates(NamedTuple):
-    """Coordinates `x = L_1 L_2 … x̃` with lower-triangular factors (*C, n, n), possibly none."""
+    """Coordinates `x = L_1 L_2 … x̃` with zero or more lower-triangular factors (*C, n, n)."""
 
     factors: tuple[Tensor, ...] = ()
     stepwise: bool = False
-    """Whether plain steps are necessary, because powers are inaccurate in all coordinates found."""
+    """Whether plain steps are necessary because powers are inaccurate in all coordinates found."""
 
     def system(self, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Transform a system into these coordinates, differentiably.
 
         Args:
-            A: (*C, n, n), float64.
-            B: (*C, n).
-            C: (*C, n).
+            A: (*C, n, n), float64: the state matrix.
+            B: (*C, n): the input vector.
+            C: (*C, n): the output vector.
         """
         if not self.factors:
             return A, B, C
@@ -157,7 +164,7 @@ class Coordinates(NamedTuple):
         return _with_gradient(exact.high, plain).squeeze(-1)
 
     def out_of(self, x: Tensor) -> Tensor:
-        """Transform states (*B, n) from these coordinates back, differentiably."""
+        """Transform states (*B, n) back from these coordinates, differentiably."""
         for L in reversed(self.factors):
             x = (L @ x.unsqueeze(-1)).squeeze(-1)
         return x
@@ -178,10 +185,10 @@ def _times(left: Pair, right: Tensor) -> Pair:
 
 
 def _similar(L: Tensor, rows: Pair) -> tuple[Pair, Tensor]:
-    """Compute `[L⁻¹ A L, L⁻¹ B]` from `[A, B]`, and whether it is accurate, (*C)."""
+    """Compute `[L⁻¹ A L, L⁻¹ B]` from `[A, B]`, and whether the result is accurate, (*C)."""
     columns = torch.nn.functional.pad(L, (0, 1, 0, 1))  # [[L, 0], [0, 1]]
     columns[..., -1, -1] = 1
-    # The last column may be of any size; a power of two scales it to the size of the others.
+    # The last column may have any size; a power of two scales it to the size of the others.
     top = torch.frexp(rows.high.abs().amax(-2, keepdim=True))[1]  # (*C, 1, n + 1)
     shift = (top[..., :-1].amax(-1, keepdim=True) - top[..., -1:]).clamp(-1000, 1000)
     exponents = torch.cat([torch.zeros_like(top[..., :-1]), shift], dim=-1)
@@ -190,7 +197,7 @@ def _similar(L: Tensor, rows: Pair) -> tuple[Pair, Tensor]:
 
 
 def _refined(L: Tensor, rows: Pair, columns: Tensor) -> tuple[Pair, Tensor]:
-    """Compute `L⁻¹ rows columns` by iterative refinement, and whether it is accurate, (*C)."""
+    """Compute `L⁻¹ rows columns` by iterative refinement, and whether the result is accurate."""
     finfo = torch.finfo(L.dtype)
     X = Pair.of(_solve(L, rows.high @ columns))
     lead = X.high.shape[:-2]
@@ -216,13 +223,13 @@ def _refined(L: Tensor, rows: Pair, columns: Tensor) -> tuple[Pair, Tensor]:
 
 
 def bounded_powers(A: Tensor) -> Tensor:
-    """Return whether powers by squaring are as accurate as plain steps, (*C).
+    """Return, for each channel (*C), whether powers by squaring are as accurate as plain steps.
 
-    They are if no power `A^(2^k)` is much larger than the identity. Growth at the rate of the
-    powers of the spectral radius does not count, because the result grows as much.
+    This is the case if no power `A^(2^k)` is much larger than the identity. Growth at the rate of
+    the spectral radius does not count, because the result grows at the same rate.
 
     Args:
-        A: (*C, n, n), float64.
+        A: (*C, n, n), float64: the state matrix.
     """
     bound = _BOUND * math.sqrt(max(1, A.shape[-1]))
     small = _largest_power(A, bound) <= bound
@@ -232,13 +239,16 @@ def bounded_powers(A: Tensor) -> Tensor:
 
 
 def _growth(A: Tensor) -> Tensor:
-    """Return the spectral radius, or 1 where it is smaller, (*C, 1, 1)."""
+    """Return the spectral radius, but at least 1, (*C, 1, 1)."""
     finite = A.nan_to_num(0.0, 0.0, 0.0)
     return torch.linalg.eigvals(finite).abs().amax(-1).clamp_min(1.0)[..., None, None]
 
 
 def _largest_power(A: Tensor, bound: float) -> Tensor:
-    """Return the largest ‖A^(2^k)‖_F, (*C), or some norm above `bound` if one is."""
+    """Compute the largest ‖A^(2^k)‖_F, (*C).
+
+    If it exceeds `bound`, the result may be a smaller norm that exceeds `bound` too.
+    """
     largest = norm = torch.linalg.matrix_norm(A).nan_to_num(torch.inf)
     for _ in range(_DOUBLINGS):
         if bool(((norm <= 1) | (largest > bound)).all()):
@@ -254,14 +264,14 @@ def reached(
 ) -> Tensor:
     """Compute R with `RᵀR = Σ_t A^t rowsᵀ rows (A^t)ᵀ` by doubling.
 
-    The horizon is infinite, or ends where the powers of A, computed by squaring, become too large
-    to be accurate.
+    The horizon is infinite, unless the powers of A that are computed by squaring become too large
+    to be accurate. It ends where they do.
 
     Args:
-        A: (*C, n, n), float64.
-        rows: (*C, r, n).
-        trusted: Norm of a power at which the sum ends; one number, or (*C).
-        doublings: Largest number of doublings; the horizon is at most 2 to this power.
+        A: (*C, n, n), float64: the state matrix.
+        rows: (*C, r, n): the input vectors.
+        trusted: One number, or (*C): the sum ends when a power has a larger norm.
+        doublings: The largest number of doublings. The horizon is at most 2 to this power.
 
     Returns:
         (*C, k, n), upper triangular, k ≤ n.
@@ -269,9 +279,9 @@ def reached(
     factor, power = rows, A
     live = torch.ones(A.shape[:-2], dtype=torch.bool, device=A.device)
     for doubling in range(doublings):
-        if doubling:  # A itself is exact
+        if doubling:  # the first power is A itself, which is exact
             live = live & (torch.linalg.matrix_norm(power) <= trusted)
-        # The next stretch of the horizon, as long as all before.
+        # This adds the next stretch of the horizon, which is as long as all stretches before it.
         further = torch.where(live[..., None, None], factor @ power.mT, 0)
         factor = torch.linalg.qr(torch.cat([factor, further], dim=-2), mode="r")[1]
         live = live & (further.square().sum((-2, -1)) > 1e-34 * factor.square().sum((-2, -1)))
@@ -286,13 +296,13 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
     """Find coordinates in which powers of a state matrix can be computed by squaring.
 
     Args:
-        A: (*C, n, n), float64.
-        B: (*C, n).
-        C: (*C, n).
+        A: (*C, n, n), float64: the state matrix.
+        B: (*C, n): the input vector.
+        C: (*C, n): the output vector.
 
     Returns:
-        The coordinates; they are the given ones for every channel whose powers are already bounded.
-        The function reads the values of A, so it synchronizes with a GPU.
+        The coordinates. Channels where the powers of A are already bounded keep the given
+        coordinates. The function reads the values of A, so it synchronizes with a GPU.
     """
     if A.numel() == 0:
         return Coordinates()
@@ -312,8 +322,8 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
         rows, output = changed.where(use, rows), _times(output, L).where(use, output)
         if bool(use.any()):
             factors.append(torch.where(use, L, identity))
-        # After a failure, try a shorter horizon, whose factor is better conditioned; where nothing
-        # changes any more, larger forcing.
+        # After a failure, a shorter horizon is tried, whose factor is better conditioned. When a
+        # shorter horizon changes nothing any more, a larger forcing is tried.
         spread = L.diagonal(dim1=-2, dim2=-1).aminmax(dim=-1)
         trusted = torch.where(right, trusted, trusted.sqrt())
         flat = spread.max <= 4 * spread.min
@@ -329,12 +339,12 @@ def coordinates(A: Tensor, B: Tensor, C: Tensor) -> Coordinates:
 
 
 def _reach(A: Tensor, B: Tensor, trusted: Tensor, forcing: Tensor) -> Tensor:
-    """Compute L (*C, n, n), the factor of how B and small forces on all states move the state."""
+    """Compute the factor L (*C, n, n) for inputs through B and small forces on all states."""
     A = A / _growth(A)
     norm = torch.linalg.vector_norm(B, dim=-1, keepdim=True)
     column = (B / torch.where(norm > 0, norm, 1)).unsqueeze(-1)
     columns = [column]
-    for _ in range(A.shape[-1]):  # all states that b reaches, whether powers are trusted or not
+    for _ in range(A.shape[-1]):  # include all states that b reaches, trusted or not
         columns.append(A @ columns[-1])
     rows = torch.cat(columns, dim=-1).mT
     moved = torch.linalg.vector_norm(reached(A, rows, trusted), dim=-2)  # (*C, n)
@@ -342,6 +352,6 @@ def _reach(A: Tensor, B: Tensor, trusted: Tensor, forcing: Tensor) -> Tensor:
     moved = torch.where(moved > 0, forcing.unsqueeze(-1) * moved, torch.where(most > 0, most, 1))
     rows = torch.cat([rows, torch.diag_embed(moved)], dim=-2)
     factor = reached(A, rows, trusted).mT
-    # The signs of a triangular factor's columns are free; a positive diagonal makes it unique.
+    # The columns of a triangular factor have free signs; a positive diagonal makes it unique.
     sign = torch.where(factor.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
     return factor * sign.unsqueeze(-2)

@@ -15,7 +15,7 @@ __all__ = ["work"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# With OpenMP each calling thread has its own setting of how many threads an operation uses.
+# With OpenMP, each calling thread has its own limit on the number of threads of an operation.
 _OPENMP = torch.backends.openmp.is_available()
 
 _lock = threading.Lock()
@@ -24,11 +24,11 @@ _lock = threading.Lock()
 def work(function: Callable[[Item], Result], tasks: Sequence[Item], like: Tensor) -> list[Result]:
     """Return the function's results for all tasks, in order, using several threads on a CPU.
 
-    Each thread runs the tensor operations of its tasks single-threaded: the operations are many and
+    Each thread runs the tensor operations of its tasks single-threaded. The operations are many and
     small, and each would otherwise wake all of PyTorch's threads and wait for them. The threads end
-    with the call, because OpenMP's own threads wait less eagerly for each other when a process has
-    more threads than processors. Concurrent calls run one after the other, because MKL has one
-    number of threads for the whole process.
+    with the call. If they stayed, the process would have more threads than processors, and OpenMP's
+    own threads would then wait less eagerly for each other. Concurrent calls run one after the
+    other, because MKL has one number of threads for the whole process.
     """
     threads = torch.get_num_threads()
     workers = min(threads, len(tasks))
@@ -51,4 +51,4 @@ def _work(
         with ThreadPoolExecutor(workers, "gramian", lambda: torch.set_num_threads(1)) as executor:
             return list(executor.map(run, tasks))
     finally:
-        torch.set_num_threads(threads)  # threads made later would inherit 1 otherwise
+        torch.set_num_threads(threads)  # otherwise threads that start later would inherit 1

@@ -7,8 +7,8 @@ product of `c_k λ_k^{iJ}` and `λ_k^j`, each with about √L rows. The transpos
 
 Powers of about L^(1/4) steps are computed by doubling in double precision and then rounded, so that
 a pole on the negative real axis keeps its phase over thousands of steps. All other powers are
-products of two of these. Both products are operators, each of which has a backward pass in terms of
-the other. They work on blocks of channels that stay in cache.
+products of two of these. The product and the transposed product are operators, and the backward
+pass of each consists of the other. They work on blocks of channels that stay in cache.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ __all__ = [
     "vandermonde_transpose_product",
 ]
 
-# Numbers in one block on a CPU.
+# The number of elements in one block on a CPU.
 _CPU_NUMBERS = 2**21
 
 
 def geometric_powers(base: Tensor, count: int) -> Tensor:
-    """Compute the powers `base^0, …, base^(count - 1)` by doubling; exact at zero.
+    """Compute the powers `base^0, …, base^(count - 1)` by doubling. They are exact for base 0.
 
     Args:
-        base: (*C, m), real or complex.
-        count: Number of powers, at least 1.
+        base: (*C, m), real or complex: the numbers to raise to powers.
+        count: The number of powers, at least 1.
 
     Returns:
         (*C, m, count), of the dtype of `base`.
@@ -55,7 +55,7 @@ def geometric_powers(base: Tensor, count: int) -> Tensor:
 
 
 def integer_power(base: Tensor, exponent: int) -> Tensor:
-    """Raise `base` to a power ≥ 0, by squaring; exact at zero, with `0^0 = 1`."""
+    """Raise `base` to a power ≥ 0 by squaring. Powers of 0 are exact, with `0^0 = 1`."""
     result = torch.ones_like(base)
     while exponent:
         if exponent & 1:
@@ -72,10 +72,10 @@ def vandermonde_product(poles: Tensor, coefficients: Tensor, length: int) -> Ten
     only the arguments.
 
     Args:
-        poles: (*C, m), complex.
-        coefficients: (*B, m), complex; `C` broadcasts against `B`. Where `C` has size 1, powers
-            are computed once and shared.
-        length: Number of samples, at least 1.
+        poles: (*C, m), complex: the poles.
+        coefficients: (*B, m), complex: a coefficient for every pole. `C` broadcasts against `B`.
+            Along dimensions where `C` has size 1, powers are computed once and shared.
+        length: The number of samples, at least 1.
 
     Returns:
         (*B, length), real, of the precision of `coefficients`.
@@ -90,8 +90,8 @@ def vandermonde_transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
     The result is differentiable to any order.
 
     Args:
-        poles: (*C, m), complex.
-        signal: (*B, T), real; `C` broadcasts against `B`.
+        poles: (*C, m), complex: the poles.
+        signal: (*B, T), real: the inputs; `C` broadcasts against `B`.
 
     Returns:
         (*B, m), complex, of the precision of `signal`.
@@ -123,13 +123,13 @@ def group_channels(tensor: Tensor, shape: torch.Size) -> tuple[Tensor, Callable[
 
 
 def _split(length: int) -> tuple[int, int]:
-    """Return I and J, about equal, J a power of two, with I J ≥ length > (I - 1) J."""
+    """Return I and J, about equal, where J is a power of two and I J ≥ length > (I - 1) J."""
     columns = 2 ** round(math.log2(length) / 2)
     return -(-length // columns), columns
 
 
 def _tasks(rows: Tensor, poles: Tensor, length: int) -> list[Task]:
-    """Return blocks of `rows` (G, R, …) that share their poles (G, m) and fit into the cache."""
+    """Divide `rows` (G, R, …) that share their poles (G, m) into blocks that fit into the cache."""
     numbers = 4 * poles.shape[-1] * sum(_split(length)) + length
     return cut(rows, poles.unsqueeze(1), numbers, _CPU_NUMBERS, 1)[1]
 
@@ -150,14 +150,14 @@ def _powers(base: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _progression(base: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Compute `first · base^t`, t = 0 … count - 1, in the precision of `first`, and a square.
+    """Compute `first · base^t` for t = 0 … count - 1 in the precision of `first`.
 
     Every power is a product of two powers that were computed in double precision and then rounded.
     So most of the work is in the precision of the result, and no error accumulates.
 
     Args:
-        base: (g, m), complex128.
-        first: (*R, g, m).
+        base: (g, m), complex128: the ratio of each progression.
+        first: (*R, g, m): its first element.
 
     Returns:
         (*R, count, g, m), and `base^count` in complex128 if `count` is a power of two.
@@ -171,14 +171,14 @@ def _progression(base: Tensor, first: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 def _basis(poles: Tensor, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Compute λ^j, j < J, as real pairs (J, g, 2m), and λ^J in complex128, of poles (g, m)."""
+    """Compute λ^j, j < J = `columns`, as real pairs (J, g, 2m), and λ^J in complex128."""
     wide = poles.to(torch.complex128)
     powers, stride = _progression(wide, torch.ones_like(poles, dtype=dtype), columns)
     return _pairs(powers), stride
 
 
 def _pairs(values: Tensor) -> Tensor:
-    """View complex (…, m) as real (…, 2m), alternating real and imaginary parts."""
+    """View complex (…, m) as real (…, 2m) with alternating real and imaginary parts."""
     return torch.view_as_real(values).flatten(-2)
 
 
@@ -188,14 +188,14 @@ def _unpair(values: Tensor) -> Tensor:
 
 
 def _folded(signal: Tensor, columns: int) -> Tensor:
-    """Reshape (g, r, T) to rows of J samples, (g, r I, J), padded with zeros at the end."""
+    """Pad (g, r, T) with zeros at the end, and cut it into rows of J = `columns`, (g, r I, J)."""
     padded = torch.nn.functional.pad(signal, (0, -signal.shape[-1] % columns))
     return padded.reshape(len(signal), -1, columns)
 
 
 @operator("vandermonde_product")
 def _product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
-    """Compute `Re Σ_k c_k λ_k^t`, (G, R, length), from poles (G, m), coefficients (G, R, m)."""
+    """Compute `Re Σ_k c_k λ_k^t`, (G, R, length), for poles (G, m), coefficients (G, R, m)."""
     samples = coefficients.real.new_empty(*coefficients.shape[:2], length)
     rows, columns = _split(length)
 
@@ -203,8 +203,8 @@ def _product(poles: Tensor, coefficients: Tensor, length: int) -> Tensor:
         inner, stride = _basis(poles[task.shared[0]], columns, coefficients.dtype)
         right = inner.permute(1, 2, 0)  # (g, 2m, J)
         for block in task.blocks:
-            # Re(x y) is the inner product of the pairs of x̄ and y. A lazy conj is ignored in the
-            # first call of a compiled function.
+            # Re(x y) is the inner product of the pairs of x̄ and y. PyTorch ignores a lazy conj in
+            # the first call of a compiled function.
             first = coefficients[block].conj_physical().transpose(0, 1)  # (r, g, m)
             left, _ = _progression(stride.conj_physical(), first, rows)  # (r, I, g, m)
             left = _pairs(left).flatten(0, 1)  # (r I, g, 2m)
@@ -234,14 +234,14 @@ def _transpose_product(poles: Tensor, signal: Tensor) -> Tensor:
 def _product_backward(g: Tensor, poles: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradients of poles (G, m) and coefficients (G, R, m) from g (G, R, L).
 
-    For the gradient g of the samples they are the conjugates of `Σ_r c_r Σ_t t g_t λ^{t-1}` and
-    `Σ_t g_t λ^t`. The sums over the columns are one product with the powers λ^j and their
-    derivatives. The rows are then folded in half, values and derivatives together, until one is
-    left.
+    Here g is the gradient of the samples. The gradients are the conjugates of
+    `Σ_r c_r Σ_t t g_t λ^{t-1}` and `Σ_t g_t λ^t`. One product with the powers λ^j and their
+    derivatives gives the sums over the columns. Then the rows, of both values and derivatives, are
+    folded in half until one row is left.
     """
     modes, (rows, columns) = poles.shape[-1], _split(g.shape[-1])
     of_poles, of_coefficients = torch.empty_like(poles), coefficients.new_empty(coefficients.shape)
-    if not modes:  # nothing to differentiate
+    if not modes:  # there is nothing to differentiate
         return of_poles, of_coefficients
     count = torch.arange(1, columns, dtype=g.dtype, device=g.device).reshape(-1, 1, 1)
     for task in _tasks(of_coefficients, poles, g.shape[-1]):
@@ -319,7 +319,7 @@ def _setup_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate_product(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:
     poles, coefficients = ctx.saved_tensors
-    if records_derivatives():  # of the gradient: the same formula, recorded
+    if records_derivatives():  # the gradient is differentiated too: record the same formula
         of_coefficients = _transpose_product(poles, g).conj_physical()
         of_poles = (coefficients * _pole_sums(poles, g)).sum(1).conj_physical().to(poles.dtype)
     else:
@@ -340,8 +340,8 @@ def _differentiate_transpose_product(ctx: Any, g: Tensor) -> tuple[Tensor, Tenso
 def _product_jvp(inputs: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor | None:
     """Compute the tangent of the product.
 
-    The tangents τ of the coefficients contribute `Re Σ_k τ_k λ_k^t`, and the tangents s of the
-    poles `t Re Σ_k c_k s_k λ_k^{t-1}`.
+    The tangents τ of the coefficients contribute `Re Σ_k τ_k λ_k^t`. The tangents s of the poles
+    contribute `t Re Σ_k c_k s_k λ_k^{t-1}`.
     """
     poles, coefficients, length = inputs
     t_poles, t_coefficients, _ = tangents
@@ -382,7 +382,7 @@ differentiable(_product_backward)
 
 
 def _register_vmap(op: Any) -> None:
-    """Register the vmap rule of an operator: the mapped entries become further groups."""
+    """Register the vmap rule of an operator, in which mapped entries become further groups."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
         size = info.batch_size

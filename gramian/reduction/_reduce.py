@@ -25,36 +25,41 @@ __all__ = ["Reduction", "reduce"]
 _TAILS = {"auto": ("zero", "free"), "zero": ("zero",), "free": ("free",)}
 
 _FIRST_LEVEL = 16
-"""The first order that a search for a tolerance tries."""
+"""The first order that is tried when a tolerance is given."""
 
 _REACH = 2.0
-"""Ratio of error to tolerance up to which a fit is refined; beyond it, the order is doubled."""
+"""The largest ratio of error to tolerance with which a fit is refined. If the ratio is larger, the
+order is doubled instead."""
 
 _LARGEST_BLOCK = 96
-"""Largest number of channels that a thread refines at once."""
+"""The largest number of channels that one thread refines at a time."""
 
 _MAX_ORDER = 256
-"""Default of the largest order that the search for a tolerance tries."""
+"""The default of the largest order that is tried when a tolerance is given."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Reduction:
     """A smaller system and its distance from the original.
 
-    Figures are measured in float64 on the taps of `system` itself, after the cast to its dtype.
+    All errors are measured in float64 on the taps of `system`, whose numbers are rounded to its
+    dtype.
 
     Attributes:
-        system: `Modal`, channels (*C).
-        order: (*C), integers: state dimension over the reals of every channel. It is below the
-            requested order if the Hankel matrix of the kernel has a lower rank, or if a fit of a
-            lower order was closer than any fit of the requested one.
+        system: The `Modal` that was found, channels (*C).
+        order: (*C), integers: the state dimension of every channel, in real numbers. It is below
+            the requested order if the Hankel matrix of the kernel has a lower rank, or if a fit of
+            a lower order was closer than any fit of the requested order.
         relative_error: (*C): ‖h - ĥ‖₂ / ‖h‖₂ over the L taps; 0 for a silent channel.
-        lower_bound: (*C): no system of that order, stable or not, has a smaller `relative_error`.
-        l1_error: (*C): ‖h - ĥ‖₁ over the L taps, which bounds ‖y - ŷ‖_∞ / ‖u‖_∞ for inputs up to L.
-        hankel_singular_values: (*C, k): the leading ones of the kernel followed by zeros,
-            descending; NaN past those that were computed. They are Lanczos estimates: the leading
-            ones are accurate to 1e-4 or better, the last of a flat spectrum to two percent. Value
-            n + 1 bounds `hankel_error` from below, to that accuracy, for every system of order n.
+        lower_bound: (*C): a lower bound of `relative_error` for every system of that order, stable
+            or not.
+        l1_error: (*C): ‖h - ĥ‖₁ over the L taps. It bounds ‖y - ŷ‖_∞ / ‖u‖_∞ for inputs of at most
+            L samples.
+        hankel_singular_values: (*C, k), descending: the leading Hankel singular values of the
+            kernel, continued by zeros. A value that was not computed is NaN. The values are Lanczos
+            estimates. The first values are accurate to 1e-4 or better, and the last value of a flat
+            spectrum is accurate to two percent. To that accuracy, value n + 1 is a lower bound of
+            `hankel_error` for every system of order n.
         tail_energy: (*C): Σ_{t≥L} ĥ_t² / ‖h‖₂².
         converged: (*C), bool: whether the error is within the tolerance; true if an order was
             given.
@@ -87,8 +92,8 @@ class Reduction:
     def hankel_error(self) -> Tensor:
         """Return the Hankel norm of h - ĥ on the infinite horizon, (*C).
 
-        The kernel h is followed by zeros and ĥ by its own tail. The norm is computed at the first
-        access.
+        After the taps, h continues with zeros, and ĥ with its own tail. The norm is computed when
+        it is first accessed.
         """
         shape, taps = self.order.shape, self._kernel.shape[-1]
         device = _work_device(self._kernel.device)
@@ -126,54 +131,60 @@ def reduce(
 ) -> Reduction:
     """Find a small modal system with nearly the same impulse response, for every channel.
 
-    The direct term is exactly h_0. Everything is computed in float64 and without gradients.
-    Methods:
+    The direct term of the result is exactly h_0. Everything is computed in float64 and without
+    gradients. There are three methods.
 
-    - "balanced": the poles of a balanced truncation (S. Kung, 1978), from the Hankel matrices of
-      the taps, then refined by variable projection (G. H. Golub, V. Pereyra, 1973; L. Kaufman,
-      1975); residues are their least-squares fit to all taps. Refined poles are kept only where
-      the measured error is smaller, so refinement makes no channel worse.
-    - "modal": the modes with the most energy of the system, if it is a `gramian.Modal` or
-      `gramian.TransferFunction`, otherwise of a balanced truncation of more than twice the order;
-      residues are fitted again. A repeated pole is kept once.
-    - "gradient": poles and residues by gradient descent, the procedure of the Laughing Hyena
-      Distillery (arXiv 2310.18780, section 3.2). It is slow and serves as the baseline.
+    - "balanced" takes the poles of a balanced truncation (S. Kung, 1978), which it computes from
+      the Hankel matrices of the taps. It refines them by variable projection (G. H. Golub,
+      V. Pereyra, 1973; L. Kaufman, 1975) and fits the residues to all taps by least squares.
+      Refined poles are kept only if the measured error is smaller, so refinement makes no channel
+      worse.
+    - "modal" keeps the modes with the most energy. If the given system is a `gramian.Modal` or
+      `gramian.TransferFunction`, these are modes of the system. Otherwise they are modes of a
+      balanced truncation of more than twice the order. The residues of the kept modes are fitted
+      again. A repeated pole is kept once.
+    - "gradient" finds poles and residues by gradient descent, as the Laughing Hyena Distillery does
+      (arXiv 2310.18780, section 3.2). It is slow and serves as the baseline.
 
-    With `tol` the order is doubled until the error is small enough, and then bisected. Afterwards,
-    starting from the order that the closed form needs, lower and lower orders are tried as long as
-    their refined error is within the tolerance.
+    With `tol`, the order is doubled until the error is small enough, and is then bisected.
+    Afterwards, starting from the order that the closed form needs, lower and lower orders are tried
+    as long as their refined error is within the tolerance.
 
     Args:
-        kernel_or_system: A kernel (*C, L), real floating point, or a time-invariant system, of
-            which the impulse response up to `length` is taken.
-        order: State dimension over the reals, 1 … L - 1, where a conjugate pair of poles counts 2
-            and a real pole 1: one number, or integers that broadcast to (*C).
-        tol: The relative l2 error over the taps to reach, above 0, instead of an order. Every
-            channel gets the smallest order that reaches it (as far as the error falls with the
-            order), or else the closest fit that was found, with `converged` false.
-        method: "balanced", "modal" or "gradient"; or, with options of its own, a
+        kernel_or_system: A kernel (*C, L), real floating point, or a time-invariant system, whose
+            first `length` taps are then reduced.
+        order: The state dimension in real numbers, 1 … L - 1, where a conjugate pair of poles
+            counts 2 and a real pole 1. It is one number, or integers that broadcast to (*C).
+        tol: The largest accepted relative l2 error over the taps, above 0, instead of an order.
+            Every channel gets the smallest order whose error is accepted, as far as the error falls
+            with the order. A channel for which no order is accepted gets the closest fit that was
+            found, and its `converged` is false.
+        method: "balanced", "modal" or "gradient". To set the options of a method, pass a
             `gramian.reduction.Balanced`, `ModalTruncation` or `Gradient`.
-        tail: What to assume past the last tap. "zero": silence, for a recurrence that fades after L
-            as the kernel does. "free": nothing, which is usually closer over the taps, but see
-            `tail_energy`. "auto": whichever of the two is closer over the taps, per channel, or,
-            with a tolerance, whichever is within it and has less energy past the taps. With "zero",
-            poles are refined for the error on the infinite horizon, otherwise for the error over
-            the taps.
-        stable: Whether to keep poles inside the unit circle: those outside are moved inside before
-            the residues are fitted.
-        length: Number of taps of a system to use; by default those of an FIR. Not for kernels.
-        max_order: The largest order of the search for `tol`; by default 256, or L - 1 if that is
-            less.
-        progress: Called as `progress(done, total)`, in channels, as work is done. The calls come
-            from one thread at a time, which is not always the caller's.
+        tail: What to assume beyond the last tap. "zero" assumes silence, so that the recurrence
+            fades after L taps as the kernel does. Poles are then refined for the error on the
+            infinite horizon. "free" assumes nothing, and poles are refined for the error over the
+            taps. The fit is then usually closer over the taps, but see `tail_energy`. "auto" tries
+            both and decides for every channel. Without a tolerance, it chooses the fit that is
+            closer over the taps. With a tolerance, it chooses the fit that is within the tolerance
+            and has less energy beyond the taps.
+        stable: Whether to keep poles inside the unit circle. If true, poles outside are moved
+            inside before the residues are fitted.
+        length: The number of taps of a system to use. For an FIR, the default is its number of
+            taps. For other systems, a length is necessary. It must not be given for a kernel.
+        max_order: The largest order to try for `tol`; by default 256, or L - 1 if that is less.
+        progress: A function that is called as `progress(done, total)` as the work proceeds, where
+            `done` and `total` are numbers of channels. Different threads may call it, but never two
+            at the same time.
 
     Returns:
-        A `Reduction`. The system is float32 for a half-precision kernel, otherwise of its dtype.
+        A `Reduction`. Its system is in float32 for a half-precision kernel, and otherwise in the
+        dtype of the kernel or system.
 
     Raises:
         TypeError: if the first argument is neither a real floating-point tensor nor a system.
-        ValueError: if an argument is out of range, a method has no such name, or a kernel is not
-            finite.
+        ValueError: if an argument is out of range, if no method has the given name, or if a kernel
+            is not finite.
     """
     kernel = _kernel_of(kernel_or_system, length)
     if (order is None) == (tol is None):
@@ -192,7 +203,7 @@ def reduce(
     work_device = _work_device(kernel.device)
     flat = kernel.detach().to(work_device, torch.float64).reshape(math.prod(shape), taps)
     if taps == 1:
-        flat = torch.nn.functional.pad(flat, (0, 1))  # silence after the direct term
+        flat = torch.nn.functional.pad(flat, (0, 1))  # one silent tap after the direct term
     told = _Progress(progress, len(flat))
     settings = Settings(
         _TAILS[tail],
@@ -228,7 +239,7 @@ def reduce(
 
 
 class _Progress:
-    """Counts channels for a callback, from any thread."""
+    """A counter of finished channels, which any thread may advance and which calls a callback."""
 
     def __init__(self, callback: Callable[[int, int], None] | None, total: int) -> None:
         self.callback, self.total = callback, total
@@ -248,7 +259,7 @@ class _Progress:
 
 
 def _source_modes(source: Tensor | System, device: torch.device) -> SourceModes | None:
-    """Return the modes of a system, if it has them, for modal truncation."""
+    """Return the modes of a system for modal truncation, or None if it has none."""
     if isinstance(source, Modal):
         count = source.poles.shape[-1]
         poles, residues = (
@@ -308,7 +319,7 @@ def _orders(order: int | Tensor, shape: torch.Size, taps: int) -> Tensor:
         raise ValueError(
             f"orders {tuple(orders.shape)} do not broadcast to the channels {tuple(shape)}."
         ) from None
-    highest = max(1, taps - 1)  # a kernel of one tap is all direct term, whatever the order
+    highest = max(1, taps - 1)  # a kernel of one tap is its direct term, for any order
     wrong = orders[(orders < 1) | (orders > highest)]
     if wrong.numel():
         raise ValueError(
@@ -326,7 +337,7 @@ def _check_finite(kernel: Tensor) -> None:
 
 
 def _work_device(device: torch.device) -> torch.device:
-    """Return the device on which to compute in float64, which Apple's GPUs lack."""
+    """Return the device on which to compute: the CPU for Apple's GPUs, which have no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -335,10 +346,10 @@ def _returned(figure: Tensor, device: torch.device) -> Tensor:
 
 
 def _block_size(taps: Tensor, order: int) -> int:
-    """Return how many channels to reduce to an order at once.
+    """Return how many channels to reduce to an order at one time.
 
-    Large blocks make operations long enough, but the singular vectors of a block have to fit into
-    memory. On a CPU every thread gets the same number of blocks.
+    Operations on large blocks are more efficient, but the singular vectors of a block have to fit
+    into memory. On a CPU every thread gets the same number of blocks.
     """
     count, length = taps.shape
     if taps.device.type != "cpu":
@@ -351,7 +362,7 @@ def _block_size(taps: Tensor, order: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The result for one block of channels; `bound` is a bound of the squared l2 error."""
+    """The result for a block of channels, with `bound`, a lower bound of the squared l2 error."""
 
     fit: ModalFit
     bound: Tensor
@@ -376,7 +387,7 @@ def _reduce_to_order(
 
 
 class _Search:
-    """A search for the smallest order in (low, high] whose error meets a goal, for every channel.
+    """A search, for every channel, for the smallest order in (low, high] whose error meets a goal.
 
     `fit` holds the fits of order `high`, and `met` marks the channels whose fits meet their goal.
     """
@@ -392,7 +403,7 @@ class _Search:
         return self.fit.l2_error <= self.goal
 
     def retry(self, where: Tensor) -> None:
-        """Solve the channels `where` (mask) again."""
+        """Fit the channels of the mask `where` again."""
         some = self.rows[where]
         if len(some):
             self.fit.put(some, self.method.solve(self.problem, self.high[some], some))
@@ -414,7 +425,10 @@ class _Search:
             self._try((self.low[some] + self.high[some]) // 2, some)
 
     def descend(self) -> None:
-        """Forget failed orders, go down in growing strides until the next failure, and bisect."""
+        """Lower the order in growing strides until the next failure, then bisect.
+
+        Orders that did not meet the goal before are tried again.
+        """
         self.low.zero_()
         some, stride = self.rows[self.met], 1
         while len(some := self._open(some)):
@@ -433,8 +447,9 @@ def _reduce_to_tolerance(
 ) -> _Part:
     """Reduce every channel to the smallest order whose error is within its tolerance.
 
-    The order is doubled until the error is small enough, and then bisected, for every channel on
-    its own. Afterwards lower orders are tried as long as refined fits are good enough.
+    For every channel separately, the order is doubled until the error is small enough, and then
+    bisected. Afterwards, lower orders are tried as long as their refined fits are within the
+    tolerance.
     """
     taps, allowed = kernel[:, 1:], tol * kernel.norm(dim=-1)
     everywhere = torch.arange(len(kernel), device=kernel.device)
@@ -480,10 +495,10 @@ def _reduce_to_tolerance(
 
 
 def _quieten(problem: Problem, fit: ModalFit, goal: Tensor) -> None:
-    """Replace fits that meet their goal but ring on past the taps, where that is possible.
+    """If possible, replace fits that meet their goal but have much energy beyond the taps.
 
-    The replacement has no larger order, meets the goal too and has less energy past the taps. It is
-    refined for the infinite horizon, from the same poles or from poles that fade.
+    The replacement has no larger order, meets the goal too, and has less energy beyond the taps. It
+    is refined for the infinite horizon, from the same poles or from poles that fade.
     """
     length = problem.taps.shape[-1] + 1
     tail = errors.tail_energy(fit.poles, fit.residues, length)

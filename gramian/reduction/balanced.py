@@ -1,17 +1,17 @@
 r"""Balanced truncation of kernels with refined poles, the default method.
 
-Kung's method, or the eigensystem realization algorithm (ERA), gives the poles in closed form.
+Kung's method, also called the eigensystem realization algorithm (ERA), gives the poles in closed
+form. The leading n left singular vectors U of a Hankel matrix span the outputs that n states can
+produce after the input has ended. The span of an observability matrix `[C; CA; CA²; …]` is
+invariant under a shift of its rows, so `A = U[:-1]⁺ U[1:]`, and the poles are its eigenvalues (S.
+Kung, "A new identification and model reduction algorithm via singular value decomposition", 1978).
+U has orthonormal columns. With l its last row, `U[:-1]ᵀ U[:-1] = I - l lᵀ`, and the inverse of this
+matrix is `I + l lᵀ / (1 - lᵀl)`.
 
-The leading n left singular vectors U of a Hankel matrix span the outputs that n states can leave
-behind. The span of an observability matrix `[C; CA; CA²; …]` is invariant under a shift of its
-rows, so `A = U[:-1]⁺ U[1:]`, and the poles are its eigenvalues (S. Kung, "A new identification
-and model reduction algorithm via singular value decomposition", 1978). U has orthonormal columns,
-so with l its last row `U[:-1]ᵀ U[:-1] = I - l lᵀ`, whose inverse is `I + l lᵀ / (1 - lᵀl)`.
-
-These poles are close to the best in l2, but not the best. A descent
-(`gramian.reduction.refinement`) starts from them. Where their error is large, because the Hankel
-spectrum of the kernel is flat, a greedy search gives another start, and modes are moved to where
-the residual is largest. A refined fit is kept only where its measured error is smaller.
+These poles are close to the best poles in l2. A descent (`gramian.reduction.refinement`) starts
+from them. If the Hankel spectrum of the kernel is flat, their error is large. In that case a greedy
+search gives another start, and modes are moved to places where the residual is largest. A refined
+fit is kept only if its measured error is smaller.
 """
 
 from __future__ import annotations
@@ -32,86 +32,93 @@ from gramian.reduction.spectrum import Spectrum, hankel_matrices
 __all__ = ["balanced", "balanced_poles", "refined_further"]
 
 _FLAT = 0.05
-"""Relative error from which a greedy start is tried, since the spectrum is flat there."""
+"""If the relative error exceeds this, the spectrum counts as flat, and a greedy start is tried."""
 
 _HOPELESS = 30.0
-"""A start with an error this many times that of another one is not refined."""
+"""A start is not refined if its error is this many times that of another start."""
 
 _LARGEST_GREEDY = 64
-"""Largest order of a greedy start, which takes a transform for every pole; for larger orders, a
-start of this order is tried."""
+"""The largest order of a greedy start, which needs one transform for every pole. For larger orders,
+a start of this order is tried."""
 
 _LEAST_FACTOR = 1e-6
-"""Smallest decay factor per turn of a ring of poles; residues are damped from 1e-9 on."""
+"""The smallest factor by which a ring of poles decays per turn. From 1e-9 on, residues are
+damped."""
 
 _AMISS = 3.0
-"""Largest usual ratio of an error to the first omitted singular value; most errors are below it."""
+"""A closed form counts as worse than expected if the ratio of its error to the first omitted
+singular value exceeds this. Most errors are smaller than that singular value."""
 
 _SHORT = 64
-"""Kernels of at most this many taps are reduced to every lower order that might be closer."""
+"""For kernels of at most this many taps, every lower order that might be closer is tried."""
 
 _STEPS_DOWN = (*range(1, 33), 40, 48, 64, 80, 96, 128, 160, 192)
-"""Differences to the lower orders that are tried for longer kernels."""
+"""The differences between the order and the lower orders that are tried for longer kernels."""
 
 _SCATTER = 1.08
-"""How far the closed forms of a flat spectrum scatter about a multiple of the lower bound."""
+"""The factor by which the closed forms' errors scatter about a multiple of the lower bound if the
+spectrum is flat."""
 
 _TELLING = 1.85
-"""Above this multiple a lower bound says how errors fall, but not how far they may."""
+"""For errors above this multiple of the lower bound, the bound shows how errors fall with the
+order, but not how far they can fall."""
 
 _SUSPECT = 1.6
-"""How far above the lower bound an error of a spectrum that is not flat seldom lies."""
+"""Ratio of error to lower bound that is seldom exceeded if the spectrum is not flat."""
 
 _STEPS_REFINED = 8
-"""Largest difference to the lower orders that are also refined for long kernels."""
+"""For long kernels, lower orders are also refined if they are at most this far below the order."""
 
 _STEPS_ALWAYS = 4
-"""Steps down that are always tried, whatever the errors of a flat spectrum suggest."""
+"""Lower orders that are at most this far below the order are always tried, even if the errors of a
+flat spectrum suggest otherwise."""
 
 _NEAR_BOUND = 0.7
-"""Excess of a lower order's error over its lower bound, as a fraction of the excess of the order at
-hand, for a spectrum that falls."""
+"""If the spectrum falls, the excess of a lower order's error over its lower bound, as a fraction of
+this excess at the present order."""
 
 _FARTHEST = 0.15
-"""The largest part of a lower bound that counts so."""
+"""The largest excess of an error over its lower bound that is assumed, as a fraction of the
+bound."""
 
 _SPECTRAL_ROUNDING = 1e-6
-"""Part of a squared Frobenius norm that rounding may take from singular values."""
+"""The fraction of a squared Frobenius norm that singular values may lose by rounding."""
 
 _SILENT = 1e-12
 """Relative error below which no lower order is tried."""
 
 _CLOSE = 0.05
-"""Half the relative distance below which two poles are tried as a double one."""
+"""Half the relative distance below which two real poles are also tried as a double pole."""
 
 _HEAT = 8
-"""Steps after which the starts of a channel are compared."""
+"""Number of steps after which the different starts of a channel are compared."""
 
 _STEPS = 8
-"""Steps of the leading start after that: most channels have settled by then."""
+"""Number of further steps of the leading start, by which most channels have settled."""
 
 _STEPS_AFTER_MOVE = 8
 
 _STEPS_FURTHER = 20
 
 _MOVES = 1
-"""How often the mode that contributes least is moved elsewhere."""
+"""The number of times that the least contributing mode is moved to another place."""
 
 
 def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
     """Find the closest fits of the given orders to the channels `rows` of a problem.
 
     Args:
-        problem: Kernels and settings; `settings.refine` false: closed form only.
-        order: (len(rows)), integers.
-        rows: Channels, indices.
+        problem: The kernels and the settings. If `settings.refine` is false, only the closed form
+            is used.
+        order: (len(rows)), integers: the largest order of every fit.
+        rows: The indices of the channels.
     """
     settings = problem.settings
     short = settings.lower and problem.taps.shape[-1] < _SHORT
     best = _fitted(problem, order, rows, lower=not short)
     if not short and not (settings.refine and settings.lower):
         return best
-    # Of the errors of lower orders, only the bounds are known before they are tried.
+    # Before lower orders are tried, only lower bounds of their errors are known.
     least = _least_errors(problem, rows)
     for less in range(1, int(order.max()) if short else _STEPS_REFINED + 1):
         may = _may_be_closer(problem, best, order - less, rows, least)
@@ -120,7 +127,7 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
         some = torch.nonzero(may).flatten()
         if not len(some):
             break
-        if short:  # all of them, so that rounding is the same as where this order is asked for
+        if short:  # refine all, so that rounding is the same as if this order had been requested
             some = torch.arange(len(rows), device=rows.device)
         fit = _fitted(problem, (order[some] - less).clamp(min=1), rows[some], lower=False)
         problem.keep(best, fit, some)
@@ -130,9 +137,9 @@ def balanced(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
 def _is_suspect(
     problem: Problem, best: ModalFit, order: Tensor, rows: Tensor, least: Tensor
 ) -> Tensor:
-    """Return whether refined fits of lower orders to long kernels are worth their time.
+    """Return a mask (len(rows)) of the long kernels for which lower orders are worth refining.
 
-    They are where the refined errors are far above their lower bounds: a mask (len(rows)).
+    These are the kernels whose refined errors are far above their lower bounds.
     """
     bound = least.gather(-1, order.clamp(max=least.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
     flat = best.l2_error > _FLAT * problem.taps[rows].norm(dim=-1)
@@ -141,7 +148,7 @@ def _is_suspect(
 
 
 def _fitted(problem: Problem, order: Tensor, rows: Tensor, *, lower: bool) -> ModalFit:
-    """Fit as `balanced` does; `lower` adds the best closed form of a lower order as a start."""
+    """Fit as `balanced` does. If `lower`, also start from the best closed form of a lower order."""
     settings = problem.settings
     best = problem.silence(rows)
     everywhere = torch.arange(len(rows), device=rows.device)
@@ -175,7 +182,7 @@ def _refine(
     starts: list[ModalFit],
     open_: Tensor,
 ) -> None:
-    """Refine the starts of the channels `rows[open_]` and improve `best`."""
+    """Refine the starts of the channels `rows[open_]`, and put better fits into `best`."""
     settings = problem.settings
     taps = problem.taps[rows[open_]]
     arguments: dict[str, Any] = {
@@ -185,7 +192,8 @@ def _refine(
     }
     flat = best.l2_error[open_] > _FLAT * taps.norm(dim=-1)
     everyone = torch.arange(len(open_), device=open_.device)
-    # For a flat spectrum both treatments of the tail give similar poles; the closer one is enough.
+    # For a flat spectrum both treatments of the tail give similar poles, so the closer treatment is
+    # enough.
     least, leading = torch.stack([fit.l2_error[open_] for fit in starts]).min(0)
     batch: list[tuple[Modes, Tensor]] = []
     for i, fit in enumerate(starts):
@@ -202,7 +210,7 @@ def _refine(
     found, errors = refined(
         taps[channel], Modes.joined([modes for modes, _ in batch]), steps=_HEAT, **arguments
     )
-    # A start that is behind by then seldom wins: only the leading one goes on.
+    # A start that is behind at this point seldom wins, so only the leading start goes on.
     error = taps.new_full((len(batch), len(open_)), torch.inf)
     place = torch.full((len(batch), len(open_)), -1, device=open_.device)
     first = 0
@@ -237,7 +245,7 @@ def _refine(
 def refined_further(problem: Problem, fit: ModalFit, rows: Tensor) -> ModalFit:
     """Refine fits of the channels `rows` (indices) further, without raising their orders.
 
-    The descent starts from the poles of `fit` and follows the settings of the problem.
+    The descent starts from the poles of `fit` and uses the settings of the problem.
     """
     settings, taps = problem.settings, problem.taps[rows]
     modes, _ = refined(
@@ -254,7 +262,7 @@ def refined_further(problem: Problem, fit: ModalFit, rows: Tensor) -> ModalFit:
 def _offer_fading(
     problem: Problem, best: ModalFit, modes: Modes, rows: Tensor, where: Tensor
 ) -> None:
-    """Accept a refined fit if it lowers the error over the taps without a larger tail."""
+    """Accept fits that are closer over the taps and no farther on the infinite horizon."""
     taps = problem.taps[rows[where]]
     fit = fit_residues(taps, modes.poles_or_nan, problem.settings.dtype)
     before = best[where]
@@ -267,10 +275,10 @@ def _offer_fading(
 
 
 def _amiss(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> Tensor:
-    """Return the channels whose closed form is worse than expected: a mask (len(rows)).
+    """Return a mask (len(rows)) of the channels whose closed form is worse than expected.
 
-    Either their error is large in comparison with the first omitted Hankel singular value, or their
-    Hankel matrix has too few rows for the order.
+    In such a channel, the error is large compared with the first omitted Hankel singular value, or
+    the Hankel matrix has too few rows for the order.
     """
     taps = problem.taps[rows]
     missed = torch.full_like(best.l2_error, torch.inf)
@@ -284,11 +292,11 @@ def _amiss(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> Ten
 
 
 def _spread_poles(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) -> ModalFit:
-    """Fit the channels `rows[amiss]` with multiple poles spread out.
+    """Fit the channels `rows[amiss]` after moving multiple poles apart.
 
-    The result holds the closest of these fits, and fits of infinite error for the other channels. A
-    modal system has no multiple poles, so they appear as poles that nearly coincide. A random
-    change δ of the shift moves m such poles about δ^(1/m) apart.
+    A modal system has no multiple poles, so the closed form gives poles that nearly coincide. A
+    random change δ of the shift moves m such poles about δ^(1/m) apart. The result holds the
+    closest of these fits. Channels outside of `amiss` have an infinite error in the result.
     """
     found = problem.silence(rows)
     found.l2_error[:] = torch.inf
@@ -303,21 +311,22 @@ def _spread_poles(problem: Problem, order: Tensor, rows: Tensor, amiss: Tensor) 
 
 
 def _turned(poles: Tensor) -> Tensor:
-    """Replace poles that nearly coincide on the real axis by closer conjugate pairs: (B, n).
+    """Replace real poles that nearly coincide by closer conjugate pairs: (B, n).
 
-    Real poles a distance δ apart stand for a double pole with residues of 1 / δ that cancel. The
-    real and the imaginary part of a conjugate pair do so without cancellation, however close.
+    Real poles at a distance δ approximate a double pole with residues of size 1 / δ that cancel.
+    The real and the imaginary part of a conjugate pair approximate a double pole without
+    cancellation, even if the pair is very close.
     """
     real = (poles.imag == 0) & ~poles.isnan()
     place = torch.where(real, poles.real, torch.inf).argsort(dim=-1)
-    poles = poles.gather(-1, place)  # real poles first, ascending
+    poles = poles.gather(-1, place)  # real poles come first, in ascending order
     value = torch.where(real.gather(-1, place), poles.real, torch.nan)
     free = torch.ones_like(value[:, 0], dtype=torch.bool)
     poles = poles.clone()
     for k in range(value.shape[-1] - 1):
         left, right = value[:, k], value[:, k + 1]
         middle, half = (left + right) / 2, (right - left) / 2
-        close = free & (half <= _CLOSE * middle.abs())  # false for what is not real
+        close = free & (half <= _CLOSE * middle.abs())  # false for complex poles
         turn = _LEAST_FACTOR * middle.abs()
         poles[close, k] = torch.complex(middle, turn)[close]
         poles[close, k + 1] = torch.complex(middle, -turn)[close]
@@ -328,12 +337,13 @@ def _turned(poles: Tensor) -> Tensor:
 
 
 def _least_errors(problem: Problem, rows: Tensor) -> Tensor:
-    """Bound the errors of the orders 0 … k over the taps from below, (len(rows), k + 1).
+    """Compute lower bounds (len(rows), k + 1) of the errors over the taps for the orders 0 … k.
 
-    This is the windowed bound of `gramian.reduction.errors`, exact for short kernels. For long ones
-    it is an estimate, in which the rest of the Frobenius norm stands for the singular values that
-    were not computed. Where the tail counts as silence only, the zero-extended matrix replaces the
-    windowed one; for systems that fade the two give similar bounds.
+    This is the windowed bound of `gramian.reduction.errors`, which is exact for short kernels. For
+    long kernels it is an estimate, in which the rest of the Frobenius norm replaces the singular
+    values that were not computed. If silence is the only treatment of the tail, the zero-extended
+    matrix replaces the windowed matrix. For systems that fade, the two matrices give similar
+    bounds.
     """
     tail = "free" if "free" in problem.settings.tails else "zero"
     taps = problem.taps[rows]
@@ -360,7 +370,7 @@ def _least_errors(problem: Problem, rows: Tensor) -> Tensor:
 def _may_be_closer(
     problem: Problem, best: ModalFit, lower: Tensor, rows: Tensor, least: Tensor
 ) -> Tensor:
-    """Return whether a fit of the order `lower` may be closer than `best`: a mask (len(rows))."""
+    """Return a mask (len(rows)) of the channels that order `lower` may fit closer than `best`."""
     floor = max(_SILENT, torch.finfo(problem.settings.dtype).eps)
     place = lower.clamp(0, least.shape[-1] - 1).unsqueeze(-1)
     bound = least.gather(-1, place).squeeze(-1)
@@ -374,11 +384,12 @@ def _lower_orders(
 ) -> ModalFit:
     """Find the closest closed-form fits of lower orders.
 
-    Where none is closer than `best`, the result has an infinite error. For much lower orders, and
-    where the bounds say little, only the treatment `leading` of the tail is tried.
+    If no lower order is closer than `best` in a channel, the channel has an infinite error in the
+    result. If an order is much lower, and the lower bounds say little about a channel, only the
+    treatment `leading` of its tail is tried.
 
-    Lower orders can be closer by chance if the spectrum is flat, and also if the singular basis
-    contains vectors of rounding errors, whose shift has meaningless poles.
+    If the spectrum is flat, lower orders can be closer by chance. They can also be closer if some
+    singular vectors consist of rounding errors, because these add meaningless poles.
     """
     found = problem.silence(rows)
     found.l2_error[:] = torch.inf
@@ -408,12 +419,12 @@ def _lower_orders(
 
 
 def _offer_rings(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) -> None:
-    """Offer rings of poles for kernels that have no more taps before silence than the order.
+    """Try rings of poles for kernels that are zero after their first n taps, n being the order.
 
-    As many poles as taps, evenly spaced on a circle, reproduce any taps and repeat them after each
-    turn, smaller by a factor c. If silence has to follow, c is small, but not smaller than rounding
-    allows, since residues grow as 1 / c. Balanced truncation would omit nothing at this order and
-    give a multiple pole at zero.
+    A ring of m poles, evenly spaced on a circle, reproduces any m taps. It repeats these taps after
+    each turn, multiplied by a factor c. If the kernel is silent after the taps, c is small, but not
+    smaller than rounding allows, since residues grow as 1 / c. At this order, balanced truncation
+    would omit nothing and give a multiple pole at zero.
     """
     taps = problem.taps[rows]
     place = torch.arange(1, taps.shape[-1] + 1, device=taps.device)
@@ -423,7 +434,7 @@ def _offer_rings(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) 
     for count in support[short].unique().tolist():
         where = torch.nonzero(short & (support == count)).flatten()
         size = 0.25 if count == taps.shape[-1] else factor
-        if count == 2:  # the real part of an imaginary pair holds one tap, its imaginary part one
+        if count == 2:  # each of the two parts of an imaginary pair holds one tap
             pair = torch.tensor([1j, -1j], dtype=torch.complex128, device=taps.device)
             problem.offer(best, _LEAST_FACTOR * pair.expand(len(where), -1), rows, where)
         problem.offer(best, _ring(count, size, taps).expand(len(where), -1), rows, where)
@@ -434,7 +445,7 @@ def _offer_rings(problem: Problem, best: ModalFit, order: Tensor, rows: Tensor) 
 
 
 def _ring(count: int, factor: float, like: Tensor) -> Tensor:
-    """Return the poles with `λ^count = factor`, (count), in exact conjugate pairs."""
+    """Return the solutions λ of `λ^count = factor`, (count), in exact conjugate pairs."""
     turn = torch.arange(count, dtype=like.dtype, device=like.device)
     angle = 2 * math.pi / count * turn
     poles = torch.polar(torch.full_like(angle, factor ** (1 / count)), angle)
@@ -445,7 +456,7 @@ def _ring(count: int, factor: float, like: Tensor) -> Tensor:
 def _balanced_poles(
     problem: Problem, tail: str, order: Tensor, rows: Tensor, spread: float = 0.0
 ) -> Tensor:
-    """Compute `balanced_poles` of the channels `rows` of a problem, piece by piece."""
+    """Compute `balanced_poles` for the channels `rows` of a problem, piece by piece."""
     width = int(order.max())
     poles = torch.full((len(rows), width), torch.nan, dtype=torch.complex128, device=rows.device)
     for piece in problem.pieces:
@@ -468,13 +479,14 @@ def balanced_poles(spectrum: Spectrum, order: Tensor, spread: float = 0.0) -> Te
     """Compute the poles of the balanced truncation of B kernels.
 
     Args:
-        spectrum: At least as many singular vectors as the largest order.
-        order: (B), integers. Singular vectors whose singular value is zero give no poles, and
-            neither does the last vector of a complete basis, which cannot be shifted.
-        spread: Size of a random change of the shift, which separates multiple poles.
+        spectrum: The Hankel spectra, with at least as many singular vectors as the largest order.
+        order: (B), integers: the order of every kernel. A singular vector whose singular value is
+            zero gives no pole. The last vector of a complete basis gives none either, because it
+            cannot be shifted.
+        spread: The size of a random change of the shift, which separates multiple poles.
 
     Returns:
-        (B, n), complex128, in conjugate pairs; channels of a lower order are padded with NaN.
+        (B, n), complex128, in conjugate pairs. Channels of a lower order are padded with NaN.
     """
     values, vectors = spectrum.values, spectrum.vectors  # (B, k), (B, k, rows)
     size = vectors.shape[-1]

@@ -1,7 +1,7 @@
-r"""Operations with the real basis `Re λ_k^t, Im λ_k^t` of modal systems that never form it.
+r"""Operations with the real basis `Re λ_k^t, Im λ_k^t` of modal systems, without forming it.
 
-Inner products are geometric sums `Σ_t t^p z^t`, z products of two poles, in O(log T) operations.
-Products with signals are matrix products of about √T × √T blocks.
+Inner products of basis vectors are geometric sums `Σ_t t^p z^t`, where z is a product of two poles,
+and take O(log T) operations. Products with signals are matrix products of about √T × √T blocks.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = [
 
 @dataclasses.dataclass
 class Modes:
-    """Poles of B channels in polar form, one entry for a conjugate pair.
+    """The poles of B channels in polar form, with one entry for a conjugate pair.
 
     Args:
         decay: (B, m), float64: `-log |λ|`.
-        angle: (B, m), float64, 0 … π; exactly 0 or π for a real pole.
-        real: (B, m), bool: a single real pole.
-        present: (B, m), bool.
+        angle: (B, m), float64: the angle of λ, 0 … π; exactly 0 or π for a real pole.
+        real: (B, m), bool: whether the entry is a single real pole.
+        present: (B, m), bool: whether the entry is in use.
     """
 
     decay: Tensor
@@ -45,7 +45,7 @@ class Modes:
 
     @staticmethod
     def of(poles: Tensor) -> Modes:
-        """Make modes of poles (B, m), complex128, one of each pair, NaN where absent."""
+        """Make modes from poles (B, m), complex128, one of each pair, NaN where there is none."""
         present = ~poles.isnan()
         poles = torch.where(present, poles, 0.5)
         real = poles.imag == 0
@@ -54,14 +54,14 @@ class Modes:
 
     @property
     def poles(self) -> Tensor:
-        """Return the poles (B, m), complex128, 0 where absent."""
+        """Return the poles (B, m), complex128, 0 where there is none."""
         radius = torch.where(self.present, torch.exp(-self.decay), 0)
         sine = torch.where(self.real, 0.0, self.angle.sin())
         return torch.complex(radius * self.angle.cos(), radius * sine)
 
     @property
     def poles_or_nan(self) -> Tensor:
-        """Return the poles (B, m), complex128, NaN where absent."""
+        """Return the poles (B, m), complex128, NaN where there is none."""
         return torch.where(self.present, self.poles, torch.nan)
 
     def __getitem__(self, index: Any) -> Modes:
@@ -69,7 +69,7 @@ class Modes:
 
     @staticmethod
     def joined(parts: list[Modes]) -> Modes:
-        """Join the channels of all parts, padded to one width."""
+        """Join the channels of all parts, padded to the same number of entries."""
         width = max(part.decay.shape[-1] for part in parts)
 
         def join(name: str) -> Tensor:
@@ -83,27 +83,27 @@ class Modes:
         return Modes(*(getattr(self, f.name).clone() for f in dataclasses.fields(self)))
 
     def put(self, where: Tensor, other: Modes) -> None:
-        """Replace the channels `where` (mask or indices) by those of `other`, of equal width."""
+        """Replace the channels `where` (mask or indices) by the channels of `other`, of equal m."""
         for field in dataclasses.fields(self):
             getattr(self, field.name)[where] = getattr(other, field.name)
 
 
 def geometric_sums(z: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `Σ_{t<count} t^p z^t`, p = 0, 1, 2, by doubling.
+    """Compute `Σ_{t<count} t^p z^t` for p = 0, 1, 2 by doubling.
 
-    S(2k) follows from S(k), and S(k + 1) from S(k). No quotient is formed, so nothing cancels where
-    z is near 1.
+    The sums of 2k terms and of k + 1 terms are computed from the sum of k terms. No quotient is
+    formed, so nothing cancels if z is near 1.
 
     Args:
-        z: Complex or real, any shape.
-        count: At least 1.
+        z: Complex or real, of any shape.
+        count: The number of terms, at least 1.
     """
     zero = torch.zeros_like(z)
     sums = [torch.ones_like(z), zero, zero]
     power, have = z, 1  # z^have
     for bit in bin(count)[3:]:
         s0, s1, s2 = sums
-        # t = have + s in the second half
+        # In the second half of the sum, t = have + s.
         moved1 = torch.add(s1, s0, alpha=have)
         moved = (s0, moved1, torch.add(s2, torch.add(s1, moved1), alpha=have))
         sums = [torch.addcmul(s, power, m) for s, m in zip(sums, moved, strict=True)]
@@ -115,7 +115,7 @@ def geometric_sums(z: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def geometric_sum(z: Tensor, count: int) -> Tensor:
-    """Compute `Σ_{t<count} z^t` in the same way."""
+    """Compute `Σ_{t<count} z^t` by doubling, as `geometric_sums` does."""
     total, power, have = torch.ones_like(z), z, 1
     for bit in bin(count)[3:]:
         total, power, have = torch.addcmul(total, power, total), power * power, 2 * have
@@ -134,7 +134,7 @@ def basis_gram(sums: Tensor) -> Tensor:
     """Compute the Gram matrix of `Re λ_k^t, Im λ_k^t` with weights w_t, (B, 2m, 2m).
 
     Args:
-        sums: `Σ_t w_t z^t`, z both products of the poles, (2, B, m, m).
+        sums: (2, B, m, m): `Σ_t w_t z^t`, where z is each of the two `pole_products`.
     """
     plain, mixed = sums[0] / 2, sums[1] / 2
     corner = plain.imag - mixed.imag  # Σ Re λ_k^t Im λ_l^t
@@ -146,7 +146,7 @@ def basis_gram(sums: Tensor) -> Tensor:
 def geometric_tail_sums(
     products: Tensor, sums: tuple[Tensor, Tensor, Tensor], length: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `Σ_{t≥length} t^p z^t`, |z| < 1, by further doubling of the sums to `length`."""
+    """Compute `Σ_{t≥length} t^p z^t`, |z| < 1, by doubling the sums of `length` terms further."""
     s0, s1, s2 = sums
     start = power = integer_power(products, length)
     have = length
@@ -159,7 +159,7 @@ def geometric_tail_sums(
 
 
 class Vandermonde:
-    """Products with `λ_k^t` and `t λ_k^t`, t = 0 … T - 1, in blocks of about √T × √T."""
+    """Products with `λ_k^t` and `t λ_k^t`, t = 0 … T - 1, as matrix products of √T × √T blocks."""
 
     def __init__(self, poles: Tensor, length: int) -> None:
         self.length = length
@@ -167,13 +167,13 @@ class Vandermonde:
         self.rows = -(-length // self.columns)
         inner = geometric_powers(poles, self.columns)  # (B, m, J)
         outer = geometric_powers(inner[..., -1] * poles, self.rows)  # (B, m, I)
-        # Products of denormal numbers are slow and negligible.
+        # Products of denormal numbers are slow to compute and negligible.
         self.outer = torch.where(outer.abs() < 1e-150, 0, outer)
         self.inner = torch.cat([inner.real, inner.imag], dim=-2)  # (B, 2m, J)
 
     @functools.cached_property
     def weighted(self) -> Tensor:
-        """Return `λ^j` above `j λ^j`, (B, 4m, J)."""
+        """Return the rows `λ^j` above the rows `j λ^j`, (B, 4m, J)."""
         place = torch.arange(self.columns, dtype=self.inner.dtype, device=self.inner.device)
         return torch.cat([self.inner, self.inner * place], dim=-2)
 
@@ -184,7 +184,7 @@ class Vandermonde:
         return signal.unflatten(-1, (self.rows, -1))
 
     def moments(self, signal: Tensor, first: bool = True) -> list[Tensor]:
-        """Compute `Σ_t signal_t λ_k^t` and, with `first`, `Σ_t t signal_t λ_k^t`, each (B, m)."""
+        """Compute `Σ_t signal_t λ_k^t` and, if `first`, `Σ_t t signal_t λ_k^t`, each (B, m)."""
         modes = self.outer.shape[-2]
         basis = self.weighted if first else self.inner
         partial = torch.bmm(basis, self.blocks(signal).mT)  # (B, 2m or 4m, I)

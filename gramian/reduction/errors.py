@@ -1,13 +1,14 @@
 r"""Errors of a reduction, and lower bounds for every reduction of the same order.
 
-Windowed (Eckart–Young): every ĥ of order n has `‖h - ĥ‖₂² ≥ Σ_{k>n} σ_k(H_p)² / min(p, L - p)`
-over the taps, where H_p is the p × (L - p) Hankel matrix of h_1 … h_{L-1}: each tap occurs in it at
-most min(p, L - p) times, and the Hankel matrix of ĥ has rank n at most.
+The windowed bound (Eckart–Young) is `‖h - ĥ‖₂² ≥ Σ_{k>n} σ_k(H_p)² / min(p, L - p)` over the taps,
+for every ĥ of order n. Here H_p is the p × (L - p) Hankel matrix of h_1 … h_{L-1}. The bound holds
+because each tap occurs in H_p at most min(p, L - p) times, and the Hankel matrix of ĥ has at most
+rank n.
 
-Zero-extended (V. M. Adamjan, D. Z. Arov, M. G. Krein, "Analytic properties of Schmidt pairs for a
-Hankel operator and the generalized Schur–Takagi problem", 1971): σ_{n+1} of the Hankel operator of
-the kernel followed by zeros is at most the Hankel norm of h - ĥ on the infinite horizon, ĥ's tail
-included.
+The zero-extended bound (V. M. Adamjan, D. Z. Arov, M. G. Krein, "Analytic properties of Schmidt
+pairs for a Hankel operator and the generalized Schur–Takagi problem", 1971) is σ_{n+1} of the
+Hankel operator of the kernel, continued by zeros. This is at most the Hankel norm of h - ĥ on the
+infinite horizon, which includes the tail of ĥ.
 """
 
 from __future__ import annotations
@@ -28,20 +29,21 @@ from gramian.reduction.spectrum import lanczos_spectrum
 __all__ = ["hankel_error", "squared_lower_bound", "tail_energy"]
 
 _DENSE_SIZE = 128
-"""Operators up to this size are formed and factored."""
+"""Operators up to this size are formed as a matrix and factored."""
 
 _LARGEST_SPLIT = 256
-"""Largest number of rows p of a Hankel matrix with four times as many rows as the order, which
-gives the tightest bound for flat spectra but takes p³ operations."""
+"""The largest number of rows p = 4 n with which the bound for order n is computed. A matrix with
+that many rows gives the tightest bound for flat spectra, but takes p³ operations."""
 
 _RESIDUAL = 1e-4
 """Relative accuracy of a Hankel norm."""
 
 _DOUBLINGS = 60
-"""Doublings after which the powers of a stable matrix of doubles are zero, or never will be."""
+"""The number of doublings after which powers of a stable matrix of doubles are zero, if they ever
+become zero."""
 
 _CANCELLATION = 1e3
-"""Largest ratio of terms to their sum for which double precision is enough."""
+"""The largest ratio of terms to their sum for which double precision is enough."""
 
 
 def squared_lower_bound(taps: Tensor, order: Tensor, windowed: Tensor | None) -> Tensor:
@@ -49,9 +51,9 @@ def squared_lower_bound(taps: Tensor, order: Tensor, windowed: Tensor | None) ->
 
     Args:
         taps: (B, T), float64: h_1 … h_T, T = L - 1.
-        order: (B), integers.
-        windowed: (B, K), at most the singular values of the Hankel matrices with `tail="free"`,
-            descending, if known.
+        order: (B), integers: the order of ĥ for every kernel.
+        windowed: (B, K), descending: lower bounds of the singular values of the Hankel matrices
+            with `tail="free"`, or None if they are not known.
     """
     bound = taps.new_zeros(len(taps))
     length = taps.shape[-1] + 1
@@ -70,8 +72,8 @@ def squared_lower_bound(taps: Tensor, order: Tensor, windowed: Tensor | None) ->
 def _row_gram(taps: Tensor, p: int) -> Tensor:
     """Compute the upper triangle of G = `H_p H_pᵀ`, (B, p, p), from its first row.
 
-    Along the diagonals `G_{i+1,j+1} = G_ij - h_{i+1} h_{j+1} + h_{i+1+q} h_{j+1+q}`, with q = L - p
-    columns.
+    Along the diagonals, `G_{i+1,j+1} = G_ij - h_{i+1} h_{j+1} + h_{i+1+q} h_{j+1+q}`, where the
+    matrix has q = L - p columns.
     """
     q = taps.shape[-1] + 1 - p
     gram = taps.new_zeros(len(taps), p, p)
@@ -85,7 +87,7 @@ def _row_gram(taps: Tensor, p: int) -> Tensor:
 
 
 def _tail_eigenvalues(gram: Tensor, n: int) -> Tensor:
-    """Sum all but the n largest eigenvalues, minus what rounding may have added."""
+    """Sum all but the n largest eigenvalues, and subtract a bound of the sum's rounding errors."""
     values = torch.linalg.eigvalsh(gram, UPLO="U")  # ascending
     p = gram.shape[-1]
     noise = 8 * torch.finfo(gram.dtype).eps * p * values[:, -1]
@@ -93,15 +95,15 @@ def _tail_eigenvalues(gram: Tensor, n: int) -> Tensor:
 
 
 def tail_energy(poles: Tensor, residues: Tensor, length: int) -> Tensor:
-    """Compute `Σ_{t≥length} ĥ_t²`, (B); infinite with a pole on the unit circle or outside.
+    """Compute `Σ_{t≥length} ĥ_t²`, (B), infinite if a pole is on or outside the unit circle.
 
-    The sum uses the Takenaka–Malmquist basis, which is orthonormal for any poles, so that large
-    residues of nearly coincident poles cancel before they are squared.
+    The sum uses the Takenaka–Malmquist basis, which is orthonormal for any poles. So large residues
+    of nearly coincident poles cancel before they are squared.
 
     Args:
-        poles: (B, m), complex128.
-        residues: (B, m), complex128.
-        length: At least 1.
+        poles: (B, m), complex128: the poles of ĥ, one of each pair.
+        residues: (B, m), complex128: their residues.
+        length: The first tap of the tail, at least 1.
     """
     outside = ((poles.abs() >= 1) & (residues != 0)).any(-1)
     poles = torch.where((residues == 0) | outside.unsqueeze(-1), 0, poles)
@@ -109,7 +111,7 @@ def tail_energy(poles: Tensor, residues: Tensor, length: int) -> Tensor:
     states = torch.cat([states, states.conj()], dim=-1)
     poles = torch.cat([poles, poles.conj()], dim=-1)
     energy = states.real.new_zeros(len(states))
-    blaschke = torch.ones_like(poles)  # the product of the factors so far, at every pole
+    blaschke = torch.ones_like(poles)  # at every pole: the product of the factors so far
     for s in range(poles.shape[-1]):
         pole = poles[:, s : s + 1]
         denominator = 1 - pole.conj() * poles
@@ -121,17 +123,17 @@ def tail_energy(poles: Tensor, residues: Tensor, length: int) -> Tensor:
 
 @full_precision()
 def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
-    """Estimate the Hankel norm of h - ĥ on the infinite horizon, h zero past its end: (B).
+    """Estimate the Hankel norm (B) of h - ĥ on the infinite horizon, where h continues with zeros.
 
     The estimate is not above the norm and at most 1e-4 (relative) below it, except for rounding
     errors of `(1e-12 + 1e-15 / (1 - ρ)) (‖h‖₂ + ‖Γ_ĥ‖)`, where ρ is the largest modulus of a pole.
-    That holds however close poles are to each other, and however large their residues. The norm is
-    infinite with a pole on the unit circle or outside.
+    This holds even if poles are very close to each other and their residues are very large. The
+    norm is infinite if a pole is on or outside the unit circle.
 
     Args:
         taps: (B, T), float64: h_1 … h_T.
-        poles: (B, m), complex128.
-        residues: (B, m), complex128.
+        poles: (B, m), complex128: the poles of ĥ, one of each pair.
+        residues: (B, m), complex128: their residues.
     """
     if poles.shape[-1] == 0:
         poles, residues = (torch.nn.functional.pad(x, (0, 1)) for x in (poles, residues))
@@ -150,11 +152,11 @@ def hankel_error(taps: Tensor, poles: Tensor, residues: Tensor) -> Tensor:
 
 
 class _ErrorOperator:
-    """The Hankel operator of h - ĥ as a symmetric matrix of size T + 2m, by isometry.
+    """The Hankel operator of h - ĥ, represented by a symmetric matrix of size T + 2m.
 
-    `Γ_ĥ = Φ M Φᵀ` with the orthonormal functions `φ(t) = A^t b` of a `_Cascade` in the columns
-    of Φ. Past its first T rows Γ_h is zero and Φ is `Φ (A^T)ᵀ`, so those rows may be replaced by
-    the 2m rows of `(A^T)ᵀ`.
+    `Γ_ĥ = Φ M Φᵀ`, where the columns of Φ are the orthonormal functions `φ(t) = A^t b` of a
+    `_Cascade`. After the first T rows, Γ_h is zero and Φ is `Φ (A^T)ᵀ`. So the 2m rows of `(A^T)ᵀ`
+    may replace these rows, which keeps the singular values.
     """
 
     def __init__(self, taps: Tensor, poles: Tensor, residues: Tensor) -> None:
@@ -170,7 +172,7 @@ class _ErrorOperator:
 
     @property
     def like(self) -> Tensor:
-        """Return a tensor with the batch, dtype and device of the matrices."""
+        """Return a tensor that has the batch dimension, dtype and device of the matrices."""
         return self.basis
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
@@ -188,18 +190,18 @@ class _ErrorOperator:
 
 
 class _Cascade:
-    r"""Real orthonormal functions `φ(t) = A^t b` of the poles {λ, λ̄}: all-pass sections in a row.
+    r"""Real orthonormal functions `φ(t) = A^t b` of the poles {λ, λ̄}: all-pass sections in series.
 
-    A section of λ and λ̄ has the orthogonal realization, `d = |λ|²` and `β = 2 Re λ / (1 + d)`,
+    With `d = |λ|²` and `β = 2 Re λ / (1 + d)`, a section of λ and λ̄ has the orthogonal realization
 
-        [[β d, -d √(1-β²), √(1-d²)],  [√(1-β²), β, 0],  [-β √(1-d²), √(1-β²) √(1-d²), d]],
+        [[β d, -d √(1-β²), √(1-d²)],  [√(1-β²), β, 0],  [-β √(1-d²), √(1-β²) √(1-d²), d]].
 
-    whose two states are Kautz functions of its input (W. H. Kautz, "Transient synthesis in the time
-    domain", 1954), and whose output is the input of the next. So `A Aᵀ + b bᵀ = I`, whatever the
-    poles: nothing is large where they coincide, as residues are.
+    Its two states are Kautz functions of its input (W. H. Kautz, "Transient synthesis in the time
+    domain", 1954), and its output is the input of the next section. So `A Aᵀ + b bᵀ = I` for any
+    poles. If poles coincide, no number here is large, unlike the residues.
 
     Args:
-        poles: (B, m), complex128, inside the unit circle.
+        poles: (B, m), complex128: the poles λ, inside the unit circle.
     """
 
     A: Tensor
@@ -239,7 +241,7 @@ class _Cascade:
     def compressed(self, residues: Tensor) -> Tensor:
         """Compute `M = Φᵀ Γ_ĥ Φ`, (B, 2m, 2m), where Φ has the rows φ(0), φ(1), ….
 
-        With `g(λ) = Σ_t φ(t) λ^t` it is `Re Σ_k r_k g(λ_k) g(λ_k)ᵀ`. Where large residues cancel in
+        With `g(λ) = Σ_t φ(t) λ^t`, M is `Re Σ_k r_k g(λ_k) g(λ_k)ᵀ`. If large residues cancel in
         that sum, `c = M b = Re Σ_k r_k g(λ_k)` is computed with twice the digits, and M is the
         solution of `M = Aᵀ M Aᵀ + c bᵀ`, in which nothing cancels.
         """
@@ -249,15 +251,16 @@ class _Cascade:
         terms = (residues.abs() * transforms.abs().square().sum(1)).sum(-1)
         cancels = terms > _CANCELLATION * middle.norm(dim=(-2, -1))
         if bool(cancels.any()):
-            middle[cancels] = self[cancels]._carefully_compressed(residues[cancels])
+            middle[cancels] = self[cancels].compressed_carefully(residues[cancels])
         return middle
 
-    def _carefully_compressed(self, residues: Tensor) -> Tensor:
+    def compressed_carefully(self, residues: Tensor) -> Tensor:
+        """Compute the result of `compressed` for channels in which large residues cancel."""
         weights = Complex.of(residues)
         sums = [(value * weights).real.sum(-1).high for value in self._transforms(Complex.of)]
         c = torch.stack(sums, dim=-1) * self._gains
         middle, power = c.unsqueeze(-1) * self.b.unsqueeze(-2), self.A.mT
-        for _ in range(_DOUBLINGS):  # of the terms of Σ_i (Aᵀ)^i c bᵀ (Aᵀ)^i
+        for _ in range(_DOUBLINGS):  # double the number of terms of Σ_i (Aᵀ)^i c bᵀ (Aᵀ)^i
             if float(power.abs().amax()) <= torch.finfo(power.dtype).eps:
                 break
             middle = middle + power @ middle @ power
@@ -270,9 +273,9 @@ class _Cascade:
         return torch.stack([self.gain, self.gain * self.turn], dim=-1).flatten(-2)
 
     def _transforms(self, number: Callable[[Tensor], Any]) -> list[Any]:
-        """Compute `g_j(λ_k)` divided by the gain of j, (B, m) for every j.
+        """Compute `g_j(λ_k)` divided by the gain of j, as one tensor (B, m) for every j.
 
-        The arithmetic is that of the numbers into which `number` converts tensors.
+        `number` converts tensors to the kind of numbers that the computation uses.
         """
         z, one = number(self.poles), number(torch.ones_like(self.poles))
         through, transforms = one, []

@@ -1,24 +1,24 @@
-r"""Modal interpolation by gradient descent, the procedure of the Laughing Hyena Distillery.
+r"""Modal interpolation by gradient descent, as in the Laughing Hyena Distillery.
 
-S. Massaroli et al., "Laughing Hyena Distillery: extracting compact recurrences from convolutions",
-NeurIPS 2023 (arXiv 2310.18780), section 3.2: poles in polar form `λ = A e^{iθ}` and residues r
-are optimized together, with an adaptive method, for
+The procedure is that of S. Massaroli et al., "Laughing Hyena Distillery: extracting compact
+recurrences from convolutions", NeurIPS 2023 (arXiv 2310.18780), section 3.2. An adaptive method
+optimizes poles in polar form, `λ = A e^{iθ}`, and residues r together. There are two objectives:
 
-- `"l2"`: `Σ_{t<L} (h_t - ĥ_t)²`, the error over the taps;
-- `"h2"`: `1/N Σ_k |H(z_k) - Ĥ(z_k)|²` on N ≥ 2 L roots of unity, the error of the transfer
-  function, h followed by zeros. It counts the tail of ĥ.
+- `"l2"` is `Σ_{t<L} (h_t - ĥ_t)²`, the error over the taps.
+- `"h2"` is `1/N Σ_k |H(z_k) - Ĥ(z_k)|²` on N ≥ 2 L roots of unity, the error of the transfer
+  function, where h is followed by zeros. This objective includes the tail of ĥ.
 
-One entry of a conjugate pair is learned; an odd order ends with a real pole. ĥ_0 = h_0.
-Kernels are first scaled to unit norm. The descent is Adam (D. P. Kingma, J. Ba, 2015), with the
-learning rate annealed to zero by a half cosine (I. Loshchilov, F. Hutter, 2017) and gradients in
-closed form; the best parameters along the way are returned. Initializations:
+One entry of a conjugate pair is learned, and an odd order ends with a real pole. ĥ_0 = h_0. Kernels
+are first scaled to unit norm. The descent is Adam (D. P. Kingma, J. Ba, 2015). Its learning rate is
+annealed to zero by a half cosine (I. Loshchilov, F. Hutter, 2017), and its gradients are in closed
+form. The result is the best set of parameters of the whole descent. There are two initializations:
 
-- `"ring"`: radii and angles spread at random over a ring close to the unit circle, as for linear
-  recurrent units (A. Orvieto et al., 2023, arXiv 2303.06349, section 3.2);
-- `"even"`: evenly spaced angles at one radius, as for S4D-Lin (A. Gu et al., 2022,
+- `"ring"` draws radii and angles at random in a ring close to the unit circle, as for linear
+  recurrent units (A. Orvieto et al., 2023, arXiv 2303.06349, section 3.2).
+- `"even"` spaces angles evenly at one radius, as S4D-Lin does (A. Gu et al., 2022,
   arXiv 2206.11893).
 
-Radii correspond to memories of a tenth of the taps and more. The method serves as a baseline:
+The radii correspond to memories of a tenth of the taps and more. The method serves as a baseline:
 balanced truncation is closer and faster by orders of magnitude.
 """
 
@@ -43,7 +43,7 @@ __all__ = ["modal_interpolation"]
 
 _LEAST_RADIUS = 1e-3
 _REPORTED = 50
-"""How often a run reports progress."""
+"""The number of progress reports in a run."""
 
 
 def modal_interpolation(
@@ -52,10 +52,10 @@ def modal_interpolation(
     """Fit the channels `rows` of a problem by gradient descent.
 
     Args:
-        problem: Kernels and settings.
-        order: (len(rows)), integers.
-        rows: Channels, indices.
-        options: How to descend.
+        problem: The kernels and the settings.
+        order: (len(rows)), integers: the order of every fit.
+        rows: The indices of the channels.
+        options: The options of the descent.
     """
     settings = problem.settings
     taps = problem.taps[rows]
@@ -78,7 +78,7 @@ def modal_interpolation(
     radius, angle, a, b = parameters
     poles = torch.where(present, torch.polar(radius, angle), 0)
     poles = torch.where(paired, poles, poles.real.to(poles.dtype))
-    # A pole below the real axis stands for the same pair, with the conjugate residue.
+    # A pole below the real axis is replaced by its conjugate, with the conjugate residue.
     residues = torch.where(present, torch.complex(a, b) * size, 0)
     below = poles.imag < 0
     poles, residues = (torch.where(below, x.conj(), x) for x in (poles, residues))
@@ -87,7 +87,7 @@ def modal_interpolation(
 
 
 def _slots(order: Tensor) -> tuple[Tensor, Tensor]:
-    """Return masks (B, m) of the entries in use, and of those that stand for a pair."""
+    """Return masks (B, m) of the entries in use, and of the entries that stand for a pair."""
     slot = torch.arange(int(order.max() + 1) // 2, device=order.device)
     order = order.unsqueeze(-1)
     return 2 * slot < order, 2 * slot + 1 < order
@@ -99,7 +99,7 @@ def _initial(
     """Return initial radii, angles, real and imaginary parts of residues, (4, B, m)."""
     generator = torch.Generator().manual_seed(options.seed)
     modes = present.shape[-1]
-    # Every channel gets the same numbers, so that its result does not depend on the others.
+    # Every channel starts from the same numbers, so that its result does not depend on the others.
     draws = torch.rand(3, modes, generator=generator, dtype=torch.float64).to(order.device)
     noise = torch.randn(2, modes, generator=generator, dtype=torch.float64).to(order.device)
     inner = math.exp(-10 / length)
@@ -172,16 +172,17 @@ class _TimeLoss:
 class _FrequencyLoss:
     """The mean of |G - Ĝ|² over N roots of unity, and its gradient.
 
-    Ĝ is the transform of the taps `Re Σ_k r_k λ_k^t`, a sum of `r_k / (z - λ_k)` and conjugates.
+    Ĝ is the transform of the taps `Re Σ_k r_k λ_k^t`: a sum of terms `r_k / (z - λ_k)` and their
+    conjugates.
     """
 
     def __init__(self, taps: Tensor) -> None:
         points = fft_length(2 * taps.shape[-1], 1)
-        # Of h_1 z^-1 + h_2 z^-2 + …, on the upper half of the circle: (B, 1, N/2 + 1)
+        # The spectrum of h_1 z^-1 + h_2 z^-2 + … on the upper half of the circle: (B, 1, N/2 + 1)
         self.spectrum = torch.fft.rfft(torch.nn.functional.pad(taps, (1, 0)), n=points).unsqueeze(1)
         place = torch.arange(points // 2 + 1, dtype=taps.dtype, device=taps.device)
         self.z = torch.polar(torch.ones_like(place), 2 * math.pi / points * place)
-        weight = torch.full_like(place, 2.0)  # both halves of the circle
+        weight = torch.full_like(place, 2.0)  # each point counts for both halves of the circle
         weight[0] = weight[-1] = 1
         self.weight = weight / points
 
@@ -192,7 +193,8 @@ class _FrequencyLoss:
         upper, lower = 1 / (self.z - poles), 1 / (self.z - poles.conj())  # (B, m, F)
         found = (residues * upper + residues.conj() * lower).sum(1, keepdim=True) / 2
         error = self.spectrum - found  # (B, 1, F)
-        # Σ over the whole circle of conj(E) / (z - λ): the lower half is the upper one's conjugate.
+        # This sums conj(E) / (z - λ) over the whole circle. The lower half is the conjugate of the
+        # upper half.
         weighted = error * (self.weight / 2)
         back, ahead = weighted.conj(), weighted
         lower = lower.conj()  # 1 / (z̄ - λ)

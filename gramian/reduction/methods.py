@@ -19,19 +19,19 @@ __all__ = ["METHODS", "Balanced", "Gradient", "Method", "ModalTruncation", "meth
 
 
 class Method(abc.ABC):
-    """A way to find poles and residues of a given order."""
+    """A method that finds poles and residues of a given order."""
 
     name: ClassVar[str]
-    """The name of the method in `reduce`, where it has its default options."""
+    """The name that selects the method, with its default options, in `reduce`."""
 
     @abc.abstractmethod
     def solve(self, problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
-        """Fit channels of a problem.
+        """Fit the channels `rows` of a problem.
 
         Args:
             problem: The kernels and the settings.
             order: (len(rows)), integers: the largest order of every fit.
-            rows: The channels, as indices.
+            rows: The indices of the channels.
         """
 
 
@@ -40,8 +40,8 @@ class Balanced(Method):
     """Take the poles of a balanced truncation (S. Kung, 1978) and refine them.
 
     Args:
-        refine: Whether to refine the poles by variable projection. Without it a reduction is in
-            closed form and takes a fraction of the time.
+        refine: Whether to refine the poles by variable projection. Without refinement, the
+            reduction has a closed form and takes a fraction of the time.
     """
 
     name = "balanced"
@@ -67,16 +67,16 @@ class ModalTruncation(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Gradient(Method):
-    """Descend on poles and residues with Adam (arXiv 2310.18780, section 3.2).
+    """Optimize poles and residues with Adam (arXiv 2310.18780, section 3.2).
 
     Args:
-        steps: Number of steps, at least 1.
-        learning_rate: Learning rate of the first step, above 0, annealed to 0.
-        objective: "l2", the error over the taps, or "h2", that of the transfer function on roots
-            of unity. None takes "h2" where the tail counts as silence, else "l2".
-        initialization: "even", poles at evenly spaced angles close to the unit circle, or "ring",
-            at random there.
-        seed: Seed of the initialization.
+        steps: The number of steps, at least 1.
+        learning_rate: The learning rate of the first step, above 0. It is annealed to 0.
+        objective: "l2", the error over the taps, or "h2", the error of the transfer function on
+            roots of unity. None chooses "h2" if the tail counts as silence, and "l2" otherwise.
+        initialization: "even" places poles at evenly spaced angles close to the unit circle, and
+            "ring" at random places there.
+        seed: The seed of the initialization.
 
     Raises:
         ValueError: if an option is out of range.
@@ -117,10 +117,10 @@ METHODS: dict[str, type[Method]] = {
 
 
 def method_of(method: str | Method) -> Method:
-    """Return a method as it is, or the one of this name with its default options.
+    """Return `method` unchanged or, if it is a name, the method with its default options.
 
     Raises:
-        ValueError: for a name that no method has.
+        ValueError: if no method has the name.
     """
     if isinstance(method, Method):
         return method

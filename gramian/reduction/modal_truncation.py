@@ -1,12 +1,12 @@
 r"""Modal truncation, which keeps the modes with the most energy.
 
-A mode `Re(r λ^t)` has energy `½ |r|² Σ_t |λ|^{2t} + ½ Re(r² Σ_t λ^{2t})` over the taps, near
-`|r|² / (2 (1 - |λ|²))` on the infinite horizon (L. A. Aguirre, "Quantitative measure of modal
-dominance for continuous systems", CDC 1993). Unlike balanced truncation, that ignores how modes
-overlap. The residues of the modes that are kept are fitted again to all taps.
+Over the taps, a mode `Re(r λ^t)` has the energy `½ |r|² Σ_t |λ|^{2t} + ½ Re(r² Σ_t λ^{2t})`. On the
+infinite horizon this is near `|r|² / (2 (1 - |λ|²))` (L. A. Aguirre, "Quantitative measure of modal
+dominance for continuous systems", CDC 1993). Unlike balanced truncation, this measure ignores how
+modes overlap. The residues of the kept modes are fitted again to all taps.
 
-The modes are those of the system where it has them (`gramian.Modal`, or the poles of a
-`gramian.TransferFunction`), else those of a larger balanced truncation.
+If the system is a `gramian.Modal` or a `gramian.TransferFunction`, the modes are given by its
+poles. Otherwise they are the modes of a larger balanced truncation.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def modal_truncation(problem: Problem, order: Tensor, rows: Tensor) -> ModalFit:
     """Fit the channels `rows` of a problem with their dominant modes.
 
     Args:
-        problem: Kernels, settings and, if known, the systems' modes.
-        order: (len(rows)), integers.
-        rows: Channels, indices.
+        problem: The kernels, the settings and, if known, the modes of the systems.
+        order: (len(rows)), integers: the largest order of every fit.
+        rows: The indices of the channels.
     """
     taps = problem.taps[rows]
     best = problem.silence(rows)
@@ -63,13 +63,14 @@ def _realized(problem: Problem, order: Tensor, rows: Tensor) -> list[SourceModes
 
 
 def dominant_modes(poles: Tensor, residues: Tensor, order: Tensor, length: int) -> Tensor:
-    """Choose which modes to keep, (B, m), bool: by falling energy, as far as the order allows.
+    """Choose the modes with the most energy that fit into the order: a mask (B, m).
 
     Args:
-        poles: (B, m), complex128, one of each pair, NaN or with residue 0 where absent.
-        residues: (B, m), complex128.
-        order: (B), integers, of which a pair takes 2 and a real pole 1.
-        length: Number of taps.
+        poles: (B, m), complex128: the poles, one of each pair. An unused entry is NaN or has
+            residue 0.
+        residues: (B, m), complex128: their residues.
+        order: (B), integers: the largest order, of which a pair takes 2 and a real pole 1.
+        length: The number of taps.
     """
     absent = poles.isnan() | (residues == 0)
     poles, residues = torch.where(absent, 0, poles), torch.where(absent, 0, residues)

@@ -35,11 +35,12 @@ class Settings:
     Args:
         tails: The treatments of the tail to try: "zero", "free" or both.
         stable: Whether poles must lie inside the unit circle.
-        dtype: Real dtype of the result, float32 or float64.
-        refine: Whether balanced truncation is refined.
-        lower: Whether to look further for a lower order that is closer. Only the search for a
-            tolerance does not.
-        tick: Called with every amount of work that is done, in channels.
+        dtype: The real dtype of the result, float32 or float64.
+        refine: Whether balanced truncation refines its poles.
+        lower: Whether to look for a closer fit of a lower order. It is false only while an order is
+            searched for a tolerance.
+        tick: A function that is called with the amount of work, in channels, that has been finished
+            since the last call.
     """
 
     tails: tuple[str, ...]
@@ -56,7 +57,7 @@ class Settings:
 
     @property
     def least_decay(self) -> float | None:
-        """Return the smallest allowed `-log |λ|` of a pole; None: any."""
+        """Return the smallest allowed `-log |λ|` of a pole, or None if every value is allowed."""
         if not self.stable and not self.fades:
             return None
         return -math.log(largest_radius(self.dtype))
@@ -64,11 +65,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class SourceModes:
-    """The modes of the systems that are reduced, where they are known.
+    """The modes of the systems to reduce, if they are known.
 
     Args:
-        poles: (B, m), complex128, one of each pair or both, NaN where absent.
-        residues: (B, m), complex128, of `Re Σ_k r_k λ_k^t`; None: to be fitted.
+        poles: (B, m), complex128: the poles, one or both of each pair. An unused entry is NaN.
+        residues: (B, m), complex128: the residues r_k in `Re Σ_k r_k λ_k^t`. None means that they
+            have yet to be fitted.
     """
 
     poles: Tensor
@@ -85,16 +87,16 @@ class SourceModes:
 
 @dataclasses.dataclass(frozen=True)
 class SpectralPiece:
-    """Hankel spectra, by treatment of the tail, of some channels of a problem from `first` on."""
+    """The Hankel spectra of the channels from `first` on, for each treatment of the tail."""
 
     first: int
     spectra: dict[str, Spectrum]
 
 
 def lanczos_block(taps: Tensor, order: int) -> int:
-    """Return how many Lanczos bases to grow at once.
+    """Return how many Lanczos bases to grow at one time.
 
-    The vectors in use have to fit into a CPU's cache, and the allocated vectors into memory.
+    The vectors in use have to fit into the cache of a CPU, and the allocated vectors into memory.
     """
     if taps.device.type == "cpu":
         return max(1, 2**23 // (taps.shape[-1] * (4 * order + 36)))
@@ -115,7 +117,7 @@ class Problem:
 
     Args:
         taps: (B, T), float64: h_1 … h_T.
-        count: Number of singular vectors to compute, above the largest order.
+        count: The number of singular vectors to compute, above the largest order.
         settings: The settings of the reduction.
         source: The modes of the B systems, if they are known.
     """
@@ -134,22 +136,22 @@ class Problem:
 
     @property
     def singular_values(self) -> Tensor:
-        """Return the leading Hankel singular values of the kernels followed by zeros, (B, k)."""
+        """Return the leading Hankel singular values (B, k) of the kernels, continued by zeros."""
         return self.leading_values("zero")
 
     def leading_values(self, tail: str) -> Tensor:
-        """Return the leading singular values of the Hankel matrices with this tail, (B, k)."""
+        """Return the leading Hankel singular values for this treatment of the tail, (B, k)."""
         return torch.cat([piece.spectra[tail].values for piece in self.pieces])
 
     def ritz(self, tail: str) -> Tensor:
-        """Return lower bounds of the Hankel singular values with this tail, (B, K)."""
+        """Return lower bounds (B, K) of Hankel singular values for this treatment of the tail."""
         parts = [piece.spectra[tail].ritz for piece in self.pieces]
         width = max(part.shape[-1] for part in parts)
         pad = torch.nn.functional.pad
         return torch.cat([pad(part, (0, width - part.shape[-1])) for part in parts])
 
     def with_settings(self, settings: Settings) -> Problem:
-        """Return the same problem under other settings, with shared spectra."""
+        """Return the same problem, including its spectra, with other settings."""
         other = copy.copy(self)
         other.settings = settings
         return other
@@ -165,12 +167,13 @@ class Problem:
 
         Args:
             best: Fits of the channels `rows`.
-            poles: (len(where), n), complex128, NaN where absent; made stable if so configured.
-            rows: Channels, indices.
+            poles: (len(where), n), complex128: the poles. An unused entry is NaN. If the settings
+                require stable poles, the poles are made stable first.
+            rows: The indices of the channels.
             where: Indices into `rows`.
 
         Returns:
-            The fits of these poles.
+            The fits with these poles.
         """
         if self.settings.stable:
             poles = stabilized(poles, self.settings.dtype)
@@ -179,11 +182,11 @@ class Problem:
         return fit
 
     def keep(self, best: ModalFit, fit: ModalFit, where: Tensor) -> None:
-        """Put a fit into `best` where its measured error over the taps is smaller."""
+        """Put a fit into `best` in the channels where its measured error over taps is smaller."""
         better = fit.l2_error < best.l2_error[where]
         best.put(where[better], fit[better])
 
     def bound(self, fit: ModalFit, rows: Tensor | slice) -> Tensor:
-        """Return the squared lower bound for the orders of `fit`."""
+        """Return the lower bound of the squared error for the orders of `fit`."""
         windowed = self.ritz("free")[rows] if "free" in self.settings.tails else None
         return errors.squared_lower_bound(self.taps[rows], fit.orders(), windowed)

@@ -1,20 +1,22 @@
 r"""Refinement of poles by variable projection, a Levenberg–Marquardt descent on the poles alone.
 
-`φ(λ) = min_c ‖h - Φ(λ) c‖₂²` over the taps h_1 … h_T, Φ the real basis `Re λ^t, Im λ^t`: the
-residues c are projected out (G. H. Golub, V. Pereyra, "The differentiation of pseudo-inverses and
-nonlinear least squares problems whose variables separate", 1973), with L. Kaufman's approximation
-of the Jacobian ("A variable projection method for solving separable nonlinear least squares
-problems", 1975). A change dω of `log λ` changes the fit by `Re(r t λ^t dω)`, so with columns
-`E = (Re t λ^t, Im t λ^t)` a step is one linear least-squares problem in [Φ E].
+The objective is `φ(λ) = min_c ‖h - Φ(λ) c‖₂²` over the taps h_1 … h_T, where Φ is the real basis
+`Re λ^t, Im λ^t`. The residues c are projected out (G. H. Golub, V. Pereyra, "The differentiation of
+pseudo-inverses and nonlinear least squares problems whose variables separate", 1973). The Jacobian
+is approximated as by L. Kaufman ("A variable projection method for solving separable nonlinear
+least squares problems", 1975). A change dω of `log λ` changes the fit by `Re(r t λ^t dω)`, so with
+the columns `E = (Re t λ^t, Im t λ^t)` a step is one linear least-squares problem in [Φ E].
 
-Its Gram matrix holds geometric sums `Σ_t t^p z^t`, p = 0, 1, 2, z products of two poles, taken by
-doubling; its right-hand side and the residual are Vandermonde products in √T × √T blocks. A step
-therefore costs O(n² log T + n T) and never forms the basis, except where poles nearly coincide:
-there the factor comes from the QR decomposition of the basis itself. Both use the same ridge as the
-final fit of the residues (`gramian.reduction.residues`).
+The Gram matrix of [Φ E] holds geometric sums `Σ_t t^p z^t`, p = 0, 1, 2, where z is a product of
+two poles. These sums are computed by doubling. The right-hand side and the residual are Vandermonde
+products in √T × √T blocks. So a step takes O(n² log T + n T) operations and does not form the
+basis. If poles nearly coincide, the basis is formed after all, and its QR decomposition gives the
+factor of the Gram matrix. Both ways use the same ridge as the final fit of the residues
+(`gramian.reduction.residues`).
 
-A pair is refined in decay and angle, a real pole in decay; each keeps its kind. A decay at the edge
-of stability stays there while the descent pushes it outwards.
+The descent moves a pair in decay and angle, and a real pole in decay. A pair stays a pair, and a
+real pole stays real. A decay at the edge of stability stays there while the descent pushes it
+outwards.
 """
 
 from __future__ import annotations
@@ -40,16 +42,16 @@ from gramian.reduction.residues import real_basis
 __all__ = ["greedy_modes", "insert_mode", "refined", "relocated", "remainder"]
 
 _SAFE_PIVOT = 1e-10
-"""Smallest squared Cholesky pivot for which the Gram matrix is accurate enough."""
+"""The smallest squared Cholesky pivot with which the Gram matrix is accurate enough."""
 
 _PRECISE_PIVOT = 1e-8
-"""Squared pivot from which a solution by the Gram matrix needs no refinement."""
+"""If the squared pivots are at least this, a solution with the Gram matrix needs no refinement."""
 
 _PRECISE_ERROR = 1e-5
-"""Relative squared error from which differences of squares are precise enough."""
+"""If the relative squared error is at least this, differences of squares are precise enough."""
 
 _LARGEST_QR = 128
-"""Largest width of a basis [Φ E] that is factored by QR; a wider one is not refined."""
+"""The largest number of columns [Φ E] that are factored by QR. A wider basis is not refined."""
 
 _SMALLEST_DIRECTION = 1e-9
 """Smallest relative ridge on the residues."""
@@ -58,11 +60,11 @@ _FIRST_DAMPING = 1e-2
 _LARGEST_DAMPING = 1e6
 
 _WINDOWS = 6
-"""Decays among which a greedy search looks for the next pole."""
+"""The number of decays among which a greedy search looks for the next pole."""
 
 
 def _joint_gram(sums: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    """Compute inner products of the columns [Φ E], (B, 4m, 4m), from the three sums."""
+    """Compute the inner products of the columns [Φ E], (B, 4m, 4m), from the geometric sums."""
     g0, g1, g2 = (basis_gram(s) for s in sums)
     return torch.cat([torch.cat([g0, g1], dim=-1), torch.cat([g1, g2], dim=-1)], dim=-2)
 
@@ -72,9 +74,11 @@ class _Point:
     """The projected problem at given poles.
 
     Args:
-        error: (B): φ, with the ridge and, on the infinite horizon, the energy of the tail.
-        residues: (B, m), complex128.
-        jacobian: (B, 2m, 2m): from changes of (-decay, angle) to the fit, in an orthonormal basis.
+        error: (B): the objective φ, plus the ridge term and, on the infinite horizon, the energy of
+            the tail.
+        residues: (B, m), complex128: the best residues.
+        jacobian: (B, 2m, 2m): maps changes of (-decay, angle) to changes of the fit, in an
+            orthonormal basis.
         target: (B, 2m): the residual in that basis.
     """
 
@@ -109,7 +113,7 @@ def _point(taps: Tensor, modes: Modes, ridge: float, infinite: bool) -> _Point:
     scale = torch.where(used, size, 1).rsqrt() * used  # (B, 4m)
     gram = torch.nan_to_num(gram * scale.unsqueeze(-1) * scale.unsqueeze(-2), 0.0, 0.0, 0.0)
     ridges = torch.where(used, ridge**2, 1.0)
-    # What the ridge is to the residues, rounding is to the columns of the Jacobian.
+    # The columns of the Jacobian get a ridge of the size of their rounding errors.
     ridges[:, 2 * width :].clamp_(min=1e-14)
     gram.diagonal(dim1=-2, dim2=-1).add_(ridges)
     factor, failed = torch.linalg.cholesky_ex(gram)
@@ -125,8 +129,9 @@ def _point(taps: Tensor, modes: Modes, ridge: float, infinite: bool) -> _Point:
     left = goal - (gram[..., :half] @ weights.unsqueeze(-1)).squeeze(-1)
     vague = (pivot < _PRECISE_PIVOT) | (error < _PRECISE_ERROR * size)
     if bool(vague.any()):
-        # Here the formula is a difference of large numbers, so use the residual itself, refined
-        # once. Other channels are left out, so that no result depends on other channels.
+        # For these channels the formula is a difference of large numbers, so the residual itself is
+        # computed and refined once. The other channels are left out, so no result depends on other
+        # channels.
         better = weights
         for again in (True, False):
             plain = scale0 * better
@@ -148,7 +153,7 @@ def _point(taps: Tensor, modes: Modes, ridge: float, infinite: bool) -> _Point:
         left = torch.where(vague.unsqueeze(-1), below, left)
     residues = _residues(scale0 * weights)
     whole = torch.linalg.solve_triangular(factor, left.unsqueeze(-1), upper=False).squeeze(-1)
-    # L22ᵀ maps scaled columns of E, their part in Φ removed, to an orthonormal basis.
+    # L22ᵀ maps scaled columns of E, without their part in the span of Φ, to an orthonormal basis.
     inner = factor[:, 2 * width :, 2 * width :].mT
     target = whole[:, 2 * width :]
 
@@ -164,12 +169,12 @@ def _point(taps: Tensor, modes: Modes, ridge: float, infinite: bool) -> _Point:
 
 
 def _stacked(moments: list[Tensor]) -> Tensor:
-    """Stack inner products with the columns [Φ E], (B, 4m), from complex moments."""
+    """Stack the inner products with the columns [Φ E], (B, 4m), from complex moments."""
     return torch.cat([part for m in moments for part in (m.real, m.imag)], dim=-1)
 
 
 def _residues(weights: Tensor) -> Tensor:
-    """Return residues (B, m), complex128, from weights (B, 2m) of `Re λ^t` and `Im λ^t`."""
+    """Return residues (B, m), complex128, from the weights (B, 2m) of `Re λ^t` and `Im λ^t`."""
     cosine, sine = weights.chunk(2, dim=-1)
     return torch.complex(cosine, -sine)
 
@@ -200,7 +205,7 @@ def _by_qr(
 
 
 def _jacobian(inner: Tensor, residues: Tensor, scale: Tensor, used: Tensor) -> Tensor:
-    """Compose L22ᵀ with `Re(r t λ^t (dx + i dy))`, x = log |λ|, y the angle: (B, 2m, 2m)."""
+    """Multiply L22ᵀ with `Re(r t λ^t (dx + i dy))`, x = log |λ|, y the angle: (B, 2m, 2m)."""
     width = residues.shape[-1]
     over = torch.where(used, 1 / torch.where(used, scale, 1), 0)[:, 2 * width :]
     cosine, sine = (
@@ -226,17 +231,21 @@ def refined(
 
     Args:
         taps: (B, T), float64: h_1 … h_T.
-        modes: B channels; a channel that is worse at the end than its start keeps its start.
-        ridge: Relative size of residues against which errors are weighed: the rounding error of
-            the dtype that will hold them.
-        limit: The smallest decay; None: any, so that poles may lie outside the unit circle.
-        infinite: Minimize over the infinite horizon, taps past T being zero, instead of over T.
-        steps: Largest number of evaluations.
+        modes: The modes of B channels. A channel whose final error is larger than the first keeps
+            its modes.
+        ridge: The size of the penalty on residues, relative to the error: the rounding error of the
+            dtype that will hold them.
+        limit: The smallest decay. None means that every decay is allowed, so poles may lie outside
+            the unit circle.
+        infinite: Whether to minimize over the infinite horizon, where taps past T are zero, instead
+            of over T taps.
+        steps: The largest number of evaluations.
         tolerance: A channel is done when a step lowers the squared error by less than this
             fraction.
 
     Returns:
-        The modes, and the remaining squared error, (B), infinite where none could be computed.
+        The modes, and the remaining squared error, (B), which is infinite if no error could be
+        computed.
     """
     ridge = max(ridge, _SMALLEST_DIRECTION)
     floor = -math.inf if limit is None else limit
@@ -281,7 +290,7 @@ def refined(
 
 
 def _step(point: _Point, modes: Modes, damping: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Compute the damped Gauss–Newton step (B, 2m) in (log-radius, angle) and its decrease."""
+    """Compute the damped Gauss–Newton step (B, 2m) in (log-radius, angle), and its decrease."""
     jacobian, target = point.jacobian, point.target
     width = modes.decay.shape[-1]
     slope = (jacobian.mT @ target.unsqueeze(-1)).squeeze(-1)
@@ -302,7 +311,7 @@ def _step(point: _Point, modes: Modes, damping: Tensor, floor: float) -> tuple[T
 
 def _moved(modes: Modes, step: Tensor, floor: float) -> Modes:
     width = modes.decay.shape[-1]
-    # Beyond a unit of the logarithm the linearization is meaningless.
+    # For steps of more than one in the logarithm, the linearization is meaningless.
     step = step.clamp(-1, 1)
     decay = torch.where(modes.present, modes.decay - step[:, :width], modes.decay)
     moving = modes.present & ~modes.real
@@ -314,14 +323,14 @@ def _moved(modes: Modes, step: Tensor, floor: float) -> Modes:
 def greedy_modes(taps: Tensor, order: Tensor) -> Modes:
     """Find poles one after the other, each at the peak of the residual's spectrum.
 
-    Orthogonal matching pursuit (S. Mallat, Z. Zhang, "Matching pursuits with time-frequency
-    dictionaries", 1993; Y. C. Pati, R. Rezaiifar, P. S. Krishnaprasad, 1993) over damped cosines of
-    some decays and all frequencies. The result is a start for kernels with a flat Hankel spectrum,
-    whose leading directions balanced truncation finds badly.
+    This is orthogonal matching pursuit (S. Mallat, Z. Zhang, "Matching pursuits with time-frequency
+    dictionaries", 1993; Y. C. Pati, R. Rezaiifar, P. S. Krishnaprasad, 1993) with damped cosines of
+    several decays and all frequencies. The result is a start for kernels with a flat Hankel
+    spectrum, for which balanced truncation does not find the leading directions well.
 
     Args:
-        taps: (B, T), float64.
-        order: (B), integers, at least 1; an odd one ends with a real pole.
+        taps: (B, T), float64: h_1 … h_T.
+        order: (B), integers: the orders, at least 1. An odd order ends with a real pole.
     """
     width = int((order + 1).max()) // 2
     new = taps.new_zeros(len(taps), width)
@@ -339,9 +348,9 @@ def greedy_modes(taps: Tensor, order: Tensor) -> Modes:
 
 
 def relocated(taps: Tensor, modes: Modes) -> tuple[Modes, Tensor]:
-    """Move the mode that contributes least to where the residual is largest.
+    """Move the least contributing mode to the place where the residual is largest.
 
-    Two real poles may be replaced by a pair.
+    A pair may also replace two real poles.
 
     Returns:
         The modes, and a mask (B) of the channels in which a mode was moved.
@@ -353,7 +362,7 @@ def relocated(taps: Tensor, modes: Modes) -> tuple[Modes, Tensor]:
     (kaa, kab), (_, kbb) = [
         [c[:, :width, :width].diagonal(dim1=-2, dim2=-1) for c in row] for row in blocks
     ]
-    # By how much the squared error grows without the mode.
+    # This is how much the squared error grows without the mode.
     pair = (kbb * a * a - 2 * kab * a * b + kaa * b * b) / (kaa * kbb - kab * kab)
     pair = torch.where(modes.present & ~modes.real & ~pair.isnan(), pair.clamp(min=0), torch.inf)
     single = torch.where(modes.present & modes.real, a * a / kaa, torch.inf)
@@ -377,7 +386,7 @@ def relocated(taps: Tensor, modes: Modes) -> tuple[Modes, Tensor]:
 
 
 def insert_mode(modes: Modes, rows: Tensor, slot: Tensor, residual: Tensor, single: bool) -> None:
-    """Put the damped cosine (or real exponential) nearest to `residual` into a slot."""
+    """Put the damped cosine (or real exponential) that is nearest to `residual` into a slot."""
     length = residual.shape[-1]
     points = fft_length(2 * length, 1)
     place = torch.arange(length, dtype=torch.float32, device=residual.device)
@@ -406,16 +415,16 @@ def insert_mode(modes: Modes, rows: Tensor, slot: Tensor, residual: Tensor, sing
 
 
 def remainder(taps: Tensor, modes: Modes) -> Tensor:
-    """Compute the residual of the taps for the modes with their best residues, (B, T)."""
+    """Compute the residual of the taps (B, T), with the best residues for the modes."""
     return _projected(taps, modes)[0]
 
 
 def _projected(taps: Tensor, modes: Modes) -> tuple[Tensor, Tensor, Tensor]:
-    """Project the taps on the modes.
+    """Project the taps onto the span of the modes.
 
     Returns:
-        The residual of the taps (B, T), the weights (B, 2m) of the basis at unit length, and the
-        inverse of its Gram matrix (B, 2m, 2m).
+        The residual of the taps (B, T), the weights (B, 2m) of the basis vectors of unit length,
+        and the inverse of their Gram matrix (B, 2m, 2m).
     """
     poles = modes.poles
     width, length = poles.shape[-1], taps.shape[-1]

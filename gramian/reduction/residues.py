@@ -1,12 +1,13 @@
-r"""Residues of given poles, by linear least squares on the taps after the direct term.
+r"""Residues for given poles, by linear least squares on the taps after the direct term.
 
-`min_r Σ_{t≥1} (h_t - Re Σ_k r_k λ_k^{t-1})²` over the real basis `Re λ^t, Im λ^t`. The poles
-are rounded to the dtype of the result before the fit and the residues after it, so that the fit and
-the measured errors are those of the returned system.
+The problem is `min_r Σ_{t≥1} (h_t - Re Σ_k r_k λ_k^{t-1})²` in the real basis `Re λ^t, Im λ^t`. The
+poles are rounded to the dtype of the result before the fit, and the residues after it. So the fit
+and the measured errors are those of the returned system.
 
-The normal equations, from geometric sums, scaled to a unit diagonal and refined, are enough unless
-poles nearly coincide; for those channels the basis is formed and solved by QR and a damped SVD. A
-ridge of the rounding error of the residues keeps them from cancelling more digits than they carry.
+Usually the normal equations are enough. They come from geometric sums, are scaled to a unit
+diagonal, and their solution is refined. For channels with poles that nearly coincide, the basis is
+formed and the problem is solved by QR and a damped SVD. The ridge has the size of the residues'
+rounding error. It keeps the residues from cancelling more digits than they have.
 """
 
 from __future__ import annotations
@@ -31,28 +32,34 @@ __all__ = [
 ]
 
 _SAFE_EIGENVALUE = 1e-11
-"""Smallest eigenvalue of normal equations with a unit diagonal that are accurate enough."""
+"""Smallest eigenvalue with which normal equations of unit diagonal are accurate enough."""
 
 _SETTLED = 1e-3
-"""Largest part of the residual that another refinement of the normal equations may still remove."""
+"""Another refinement of the normal equations is unnecessary if it could remove at most this part of
+the residual."""
 
 _CANCELLED = 1e-6
-"""Part of `Σ |λ|^2t` below which a sum of squares of `Re λ^t` or `Im λ^t` has lost digits."""
+"""A sum of squares of `Re λ^t` or `Im λ^t` has lost digits if it is below this fraction of
+`Σ |λ|^2t`."""
 
 _SMALLEST_DIRECTIONS = (1e-5, 1e-6, 1e-7, 1e-9, 1e-11, 1e-13)
-"""Relative singular values from which a direction of the basis counts; weaker ones are damped. Of
-those above rounding errors, the one with the smallest error is used, measured with rounded
-residues."""
+"""The limits to try. Directions of the basis whose relative singular value is below the limit are
+damped. Of the limits above rounding errors, the limit with the smallest error for rounded residues
+is used."""
 
 _ROUNDING = 8
-"""Rounding errors of a mode's taps, in units of the last place of its largest."""
+"""Rounding errors of the taps of a mode, in units of the last place of its largest tap."""
 
 
 @dataclasses.dataclass
 class ModalFit:
-    """Poles and residues (B, m), complex128 with the values that the result's dtype will hold.
+    """A fit by modes, with the values that the dtype of the result will hold.
 
-    `l2_error` and `l1_error` (B) are norms of `h - ĥ` over the taps, float64.
+    Attributes:
+        poles: (B, m), complex128: the poles, one of each pair.
+        residues: (B, m), complex128: their residues. An unused entry has residue 0.
+        l2_error: (B), float64: the l2 norm of `h - ĥ` over the taps.
+        l1_error: (B), float64: the l1 norm of `h - ĥ` over the taps.
     """
 
     poles: Tensor
@@ -72,7 +79,7 @@ class ModalFit:
         self.l1_error[where] = other.l1_error
 
     def orders(self) -> Tensor:
-        """Return state dimensions over the reals, (B); an entry without residue does not count."""
+        """Return the state dimensions in real numbers, (B). An entry with residue zero counts 0."""
         return torch.where(self.residues != 0, 1 + (self.poles.imag != 0).long(), 0).sum(-1)
 
     def __getitem__(self, index: Tensor) -> ModalFit:
@@ -85,9 +92,10 @@ def largest_radius(dtype: torch.dtype) -> float:
 
 
 def stabilized(poles: Tensor, dtype: torch.dtype) -> Tensor:
-    """Move poles inside the unit circle, where they stay when rounded to `dtype`.
+    """Move poles so far inside the unit circle that they stay inside when rounded to `dtype`.
 
-    Poles outside are reflected, `1 / λ̄`; then all are kept a rounding error away from the circle.
+    A pole outside is reflected to `1 / λ̄`. Then a pole that is closer to the circle than a
+    rounding error is moved inwards.
     """
     radius = poles.abs()
     poles = torch.where(radius > 1, poles / radius.square(), poles)
@@ -101,8 +109,8 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
 
     Args:
         taps: (B, T), float64: h_1 … h_T.
-        poles: (B, n), complex128, in conjugate pairs, NaN where absent.
-        dtype: Real dtype of the result, float32 or float64.
+        poles: (B, n), complex128: the poles, in conjugate pairs. An unused entry is NaN.
+        dtype: The real dtype of the result, float32 or float64.
     """
     poles = one_of_each_pair(poles.to(dtype.to_complex()).to(torch.complex128), dtype)
     modes = poles.shape[-1]
@@ -130,7 +138,7 @@ def fit_residues(taps: Tensor, poles: Tensor, dtype: torch.dtype) -> ModalFit:
 
 
 def measured(taps: Tensor, poles: Tensor, residues: Tensor, dtype: torch.dtype) -> ModalFit:
-    """Measure the fit of poles and residues (B, m), one of each pair, rounded to `dtype`."""
+    """Round poles and residues (B, m), one of each pair, to `dtype`, and measure their fit."""
     kind = dtype.to_complex()
     poles, residues = (x.to(kind).to(torch.complex128) for x in (poles, residues))
     residues = torch.where(poles.imag == 0, residues.real.to(residues.dtype), residues)
@@ -143,7 +151,7 @@ def measured(taps: Tensor, poles: Tensor, residues: Tensor, dtype: torch.dtype) 
 
 
 def one_of_each_pair(poles: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keep the real poles and those of the upper half-plane: (B, n) to (B, m).
+    """Keep the real poles and those in the upper half-plane: (B, n) to (B, m).
 
     A pair that `dtype` cannot distinguish from the real axis becomes two equal real poles.
     """
@@ -156,12 +164,12 @@ def one_of_each_pair(poles: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def real_basis(poles: Tensor, length: int) -> Tensor:
-    """`Re λ^t` above `Im λ^t`: (B, 2m, length)."""
+    """Return the rows `Re λ^t` above the rows `Im λ^t`: (B, 2m, length)."""
     columns = max(1, math.isqrt(length))
     rows = -(-length // columns)
     inner = geometric_powers(poles, columns).unsqueeze(-2)  # (B, m, 1, J)
     outer = geometric_powers(inner[..., 0, -1] * poles, rows).unsqueeze(-1)  # (B, m, I, 1)
-    # Products of denormal numbers are slow and count for nothing.
+    # Products of denormal numbers are slow to compute and negligible.
     outer = torch.where(outer.abs() < 1e-150, 0, outer)
     basis = poles.real.new_empty(len(poles), 2, poles.shape[-1], rows, columns)
     torch.mul(outer.real, inner.real, out=basis[:, 0])
@@ -174,11 +182,13 @@ def real_basis(poles: Tensor, length: int) -> Tensor:
 def _by_sums(
     taps: Tensor, poles: Tensor, kernels: Vandermonde, used: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Solve `argmin ‖taps - basisᵀ x‖² + eps² ‖x‖²`, basis rows of unit length, from sums.
+    """Solve `argmin ‖taps - basisᵀ x‖² + eps² ‖x‖²` from geometric sums.
+
+    The rows of the basis are scaled to unit length.
 
     Returns:
-        x (B, 2m), and a mask (B) of the channels where it is inaccurate: those where the factor is
-        nearly singular, or where a sum is a small difference of large ones.
+        x (B, 2m), and a mask (B) of the channels where x is inaccurate, because the factor is
+        nearly singular or a sum is a small difference of large terms.
     """
     modes = poles.shape[-1]
     gram = basis_gram(geometric_sum(pole_products(poles), taps.shape[-1]))
@@ -207,11 +217,11 @@ def _by_sums(
 
 
 def _is_singular(factor: Tensor) -> Tensor:
-    """Return whether equations with these Cholesky factors (B, n, n) are nearly singular: (B).
+    """Return a mask (B) of the Cholesky factors (B, n, n) whose equations are nearly singular.
 
-    Pivots do not tell: where several poles nearly coincide, the last pivots are rounding errors,
-    far above the smallest eigenvalue. The squared norm of a factor's inverse, by contrast, is at
-    least the reciprocal of that eigenvalue.
+    The pivots do not show this. If several poles nearly coincide, the last pivots are rounding
+    errors, far above the smallest eigenvalue. The squared norm of a factor's inverse, by contrast,
+    is at least the reciprocal of that eigenvalue.
     """
     unit = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
@@ -221,11 +231,12 @@ def _is_singular(factor: Tensor) -> Tensor:
 def _is_settled(
     energy: Tensor, moved: Tensor, residual: Tensor, taps: Tensor, eps: float
 ) -> Tensor:
-    """Return whether refined normal equations are solved: a mask (B).
+    """Return a mask (B) of the channels where another refinement is unnecessary.
 
-    A refinement that moved the fit by the energy `moved` (B), after a first solution of
-    `energy`, leaves about `moved² / energy` to the next one: each shrinks the error by the
-    same factor. `residual` is what the first solution left of the taps.
+    Let the first solution of the normal equations have the energy `energy` (B), and let a
+    refinement move the fit by the energy `moved` (B). The next refinement would move it by about
+    `moved² / energy`, since each refinement shrinks the error by the same factor. `residual` is the
+    part of the taps that the first solution leaves.
     """
     left = residual.square().sum(-1) - moved
     floor = (eps * _SETTLED) ** 2 * taps.square().sum(-1)
@@ -233,7 +244,7 @@ def _is_settled(
 
 
 def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, dtype: torch.dtype) -> Tensor:
-    """Solve the problem of `_by_sums` from the basis itself: (B, 2m), `signal` (B, T, 1)."""
+    """Solve the problem of `_by_sums`, (B, 2m), from the basis itself and `signal` (B, T, 1)."""
     eps = torch.finfo(dtype).eps
     gram = torch.bmm(basis, basis.mT)
     scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -249,7 +260,7 @@ def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, dtype: torch.dty
     left = scale * torch.bmm(basis, residual) - ridge.unsqueeze(-1) * x
     change = torch.cholesky_solve(left, factor)
     energy, moved = (target * x).sum((-2, -1)), (left * change).sum((-2, -1))
-    x = x + change  # refined
+    x = x + change  # the refined solution
     settled = _is_settled(energy, moved, residual.squeeze(-1), signal.squeeze(-1), eps)
     unsafe = (failed != 0) | _is_singular(factor) | ~settled
     if bool(unsafe.any()):
@@ -258,7 +269,7 @@ def _least_squares(basis: Tensor, used: Tensor, signal: Tensor, dtype: torch.dty
 
 
 def _damped(basis: Tensor, scale: Tensor, signal: Tensor, dtype: torch.dtype) -> Tensor:
-    """Solve the same problem by QR and a damped SVD, for poles that nearly coincide."""
+    """Solve the problem of `_least_squares` by QR and a damped SVD, if poles nearly coincide."""
     eps = torch.finfo(dtype).eps
     basis = torch.nan_to_num(basis, posinf=0.0, neginf=0.0)
     q, r = torch.linalg.qr((basis * scale).mT)

@@ -1,22 +1,23 @@
 r"""Leading singular values and vectors of many Hankel matrices at once.
 
-Two Hankel matrices of the taps `h_1 … h_{L-1}` are in use:
+There are two Hankel matrices of the taps `h_1 … h_{L-1}`:
 
-- `tail="zero"`: (L-1) × (L-1), the taps followed by zeros: the Hankel operator of the FIR system
-  on its infinite horizon.
-- `tail="free"`: about L/2 × L/2, of taps alone.
+- `tail="zero"` gives an (L-1) × (L-1) matrix of the taps, continued by zeros. It represents the
+  Hankel operator of the FIR system on the infinite horizon.
+- `tail="free"` gives a matrix of about L/2 × L/2 that contains taps only.
 
-A square Hankel matrix is symmetric, so its singular values are the moduli of its eigenvalues and
+A square Hankel matrix is symmetric, so its singular values are the moduli of its eigenvalues, and
 its eigenvectors are its singular vectors. A block Lanczos iteration (G. H. Golub, R. Underwood,
-"The block Lanczos method for computing eigenvalues", 1977) finds the leading ones, at both ends of
-the spectrum. The spectra of long filters are flat (σ_16 and σ_17 often differ by less than 1%),
-which takes a Krylov method far fewer products than subspace iteration.
+"The block Lanczos method for computing eigenvalues", 1977) finds the leading eigenvalues at both
+ends of the spectrum. The spectra of long filters are flat: σ_16 and σ_17 often differ by less than
+1%. For such spectra a Krylov method needs far fewer products than subspace iteration.
 
-Every block is orthogonalized against all before it and what is left of its inner products is
-measured, so orthogonality is not estimated. A block of b vectors finds b copies of a repeated
-value, such as combs and delays have. Where so many values come out alike, or a channel has not
-converged, it is computed again: densely, or with a block of more vectors than values are sought.
-Short kernels are factored densely from the start.
+Every block is orthogonalized against all blocks before it, and its remaining inner products with
+them are measured. So orthogonality is measured rather than estimated. A block of b vectors finds at
+most b copies of a repeated value. Combs and delays have repeated values. If b values of a channel
+are nearly equal, or if the channel has not converged, it is computed again. It is then computed
+densely, or with a block of more vectors than the number of values sought. Short kernels are
+factored densely from the start.
 """
 
 from __future__ import annotations
@@ -45,37 +46,39 @@ _DENSE_SIZE = 160
 """Hankel matrices up to this size are factored densely."""
 
 _RESIDUAL = 1e-2
-"""Residual below which the span of the Ritz vectors gives the same reduction as the exact span."""
+"""If residuals are below this, the span of the Ritz vectors gives the same reduction as the exact
+span."""
 
 _BLOCK = 3
-"""Vectors of a block; the largest multiplicity that is found without a second search."""
+"""The number of vectors in a block. It is the largest multiplicity that is found without a second
+search."""
 
 _ALIKE = 1e-3
-"""Relative distance below which singular values count as one that is repeated."""
+"""Relative distance below which singular values count as one repeated value."""
 
 _ROUNDING = 64
-"""Rounding errors of a Ritz value, in units of the last place of the largest."""
+"""Rounding errors of a Ritz value, in units of the last place of the largest value."""
 
 _EQUAL = 3e-6
-"""Relative distance below which single precision does not tell singular vectors apart."""
+"""Relative distance below which single precision cannot separate singular vectors."""
 
 _DENSE_PAIRS = 400
-"""Matrices up to this size are factored densely where two singular values are equal so."""
+"""Matrices up to this size are factored densely if two singular values are that close."""
 
 _GAP = 0.1
-"""Relative distance of a leading singular value from those that a subspace lacks."""
+"""Relative distance between a leading singular value and those that a subspace lacks."""
 
 _DENSE_AGAIN = 512
-"""Matrices up to this size are factored densely where the iteration leaves doubt."""
+"""Matrices up to this size are factored densely if the iteration is inconclusive."""
 
 _PASSES = 4
-"""How often a block is orthogonalized at most; two passes are enough in theory."""
+"""The largest number of times that a block is orthogonalized. In theory, two are enough."""
 
 _SMALL_OVERLAP = 1e-2
-"""Inner products that one more pass takes down to rounding errors."""
+"""Size of inner products that one more pass reduces to rounding errors."""
 
 _SINGLE_RANGE = 1e-3
-"""Singular values down to this fraction of the largest are found in single precision."""
+"""Singular values down to this fraction of the largest are computed in single precision."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +86,10 @@ class Spectrum:
     """Leading singular values and left singular vectors of B Hankel matrices, float64.
 
     Args:
-        values: (B, k), descending.
-        vectors: (B, k, rows): one left singular vector a row.
+        values: (B, k), descending: the singular values.
+        vectors: (B, k, rows): one left singular vector in each row.
         ritz: (B, K), K ≥ k, descending: the singular values of H compressed to the subspace that
-            was searched, lowered by rounding errors: each is at most the true one of its rank.
+            was searched, minus rounding errors. So each is at most the true value of its rank.
     """
 
     values: Tensor
@@ -100,7 +103,7 @@ class Spectrum:
         return Spectrum(self.values[index], self.vectors[index], self.ritz[index])
 
     def replace(self, where: Tensor, other: Spectrum) -> Spectrum:
-        """Replace the spectra where the mask `where` (B) is true by those of `other`."""
+        """Replace the spectra where the mask `where` (B) is true by the spectra `other`."""
         width = max(self.ritz.shape[-1], other.ritz.shape[-1])
         pad = torch.nn.functional.pad
         ritz = pad(self.ritz, (0, width - self.ritz.shape[-1]))
@@ -111,10 +114,10 @@ class Spectrum:
 
 
 def hankel_matrices(taps: Tensor, tail: str) -> Hankel:
-    """Return the Hankel matrices of `taps` (B, L-1) = h_1 … h_{L-1}; see the module's docstring.
+    """Return the Hankel matrices of `taps` (B, L-1) = h_1 … h_{L-1}, as this module defines them.
 
-    With `tail="free"` and an even number of taps no square matrix holds all of them. A small matrix
-    gets one more column, and a large one omits the last tap.
+    With `tail="free"` and an even number of taps, no square matrix holds all taps. So a small
+    matrix gets one more column, and a large matrix omits the last tap.
     """
     count = taps.shape[-1]
     if tail == "zero":
@@ -129,20 +132,21 @@ def _is_large(size: int) -> bool:
 
 
 def leading_spectrum(hankel: Hankel, count: int, guess: Tensor | None = None) -> Spectrum:
-    """Compute the `count` leading singular values and left singular vectors, or all if fewer.
+    """Compute the leading singular values and left singular vectors, `count` or all if fewer exist.
 
     Args:
-        hankel: (B, rows, columns) Hankel matrices of float64 sequences; square where large.
-        count: Number of singular values, at least 1.
-        guess: (B, k, at most rows): vectors near the wanted span; starting from them takes half the
-            steps or less.
+        hankel: B Hankel matrices (rows, columns) of float64 sequences. Large matrices must be
+            square.
+        count: The number of singular values, at least 1.
+        guess: (B, k, at most rows): vectors near the wanted span. Starting from them takes at most
+            half of the steps.
     """
     count = min(count, hankel.rows, hankel.columns)
     if not _is_large(hankel.rows) or 7 * count > hankel.rows:
         return _dense_spectrum(hankel.matrix(), count, torch.finfo(torch.float64).eps)
     height = hankel.sequence.abs().amax(-1, keepdim=True)
     height = torch.where(height > 0, height, 1)
-    # The range of float32 is short.
+    # The sequences are scaled, because the range of float32 is short.
     unit = Hankel(hankel.sequence / height, hankel.rows, hankel.columns)
     spectrum = lanczos_spectrum(unit.to(torch.float32), count, guess=guess, exact=unit)
     steep = spectrum.values[:, -1] <= _SINGLE_RANGE * spectrum.values[:, 0]
@@ -166,16 +170,16 @@ def _dense_spectrum(matrix: Tensor, count: int, eps: float) -> Spectrum:
 
 
 class Symmetric(Protocol):
-    """A batch of symmetric matrices, known by their products."""
+    """A batch of symmetric matrices that are known only by their products with vectors."""
 
     rows: int
 
     @property
     def like(self) -> Tensor:
-        """Return a tensor (B, …) with the batch, dtype and device of the matrices."""
+        """Return a tensor (B, …) that has the batch dimension, dtype and device of the matrices."""
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
-        """Multiply the vectors in the rows of (B, k, rows) by the matrices: (B, k, rows)."""
+        """Multiply the matrices by k vectors each: vectors and result are (B, k, rows)."""
 
     def __getitem__(self, index: Tensor) -> Symmetric: ...
 
@@ -190,15 +194,22 @@ def lanczos_spectrum(
     block: int = _BLOCK,
     exact: Symmetric | None = None,
 ) -> Spectrum:
-    """Compute the leading spectrum of symmetric matrices in their own precision.
+    """Compute the leading spectrum of symmetric matrices in the precision of the matrices.
 
     A Ritz pair is accepted when ‖H u - θ u‖ is at most `residual` times the smallest |θ|. If a
-    value occurs more than `block` times, the iteration finds `block` copies only; the module's
-    docstring describes how repeated values are detected and computed again.
+    value occurs more than `block` times, the iteration finds only `block` copies. The docstring of
+    the module describes how repeated values are detected and computed again. The values and vectors
+    are always float64, and the vectors are orthonormal in float64.
 
-    The values and vectors are float64 in any case, and the vectors orthonormal to float64. Products
-    that are small differences of large terms carry the rounding errors of these terms, whose size
-    is `magnitude` (B, 1). `exact` holds the same matrices in the precision for dense factorization.
+    Args:
+        matrices: The matrices. Only their products with vectors are used.
+        count: The number of singular values.
+        residual: The largest accepted residual, relative to the smallest |θ|.
+        guess: Vectors near the wanted span, as in `leading_spectrum`.
+        magnitude: (B, 1): if the products are small differences of large terms, the size of these
+            terms. Rounding errors are proportional to it.
+        block: The number of vectors in a block.
+        exact: The same matrices in the precision that a dense factorization uses.
     """
     batch, size = len(matrices.like), matrices.rows
     pending = torch.arange(batch, device=matrices.like.device)
@@ -218,7 +229,7 @@ def lanczos_spectrum(
         allowed = torch.maximum(residual * theta[:, count - 1 : count].abs(), noise)
         converged = (misfit[:, :count] <= allowed).all(-1)
         done = converged | (krylov.steps == limit)
-        # A channel is finished when it has converged, whatever the others of its batch do.
+        # A channel is finished when it has converged, regardless of the others in its batch.
         here = held[done]
         where = pending[here]
         if len(where):
@@ -259,11 +270,11 @@ def lanczos_spectrum(
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
-    """Orthonormalize vectors (B, k, rows) that are orthonormal to at least single precision."""
+    """Orthonormalize vectors (B, k, rows) that are already orthonormal to single precision."""
     factor, failed = torch.linalg.cholesky_ex(torch.bmm(vectors, vectors.mT))
     if bool((failed != 0).any()):
         return torch.linalg.qr(vectors.mT).Q.mT
-    # A triangle this small is inverted faster than it is solved with.
+    # For a triangle this small, inverting it is faster than solving with it.
     unit = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     inverse = torch.linalg.solve_triangular(factor, unit.expand_as(factor), upper=False)
     return torch.bmm(inverse, vectors)
@@ -272,9 +283,9 @@ def _orthonormal(vectors: Tensor) -> Tensor:
 class _BlockLanczos:
     """Orthonormal bases of the block Krylov spaces of a batch of symmetric matrices.
 
-    Every vector is orthogonalized against all before it, and the compressed matrices come from
-    actual inner products, not from a recurrence. A direction of which only rounding errors are left
-    is replaced by a random one.
+    Every vector is orthogonalized against all vectors before it. The compressed matrices come from
+    actual inner products, not from a recurrence. If only rounding errors are left of a direction, a
+    random direction replaces it.
     """
 
     def __init__(
@@ -290,16 +301,16 @@ class _BlockLanczos:
         self.eps = torch.finfo(like.dtype).eps
         self.matrices = matrices
         self.steps = 0
-        # Untouched memory costs nothing, so that there is no need to grow the basis.
+        # Memory that is not touched costs nothing, so the basis need not grow.
         self.basis = like.new_empty(batch, limit, size)
         self.compressed = like.new_zeros(batch, 0, 0)  # lower triangle
-        self.edge = like.new_zeros(batch, block, block)  # Gram matrix of what H leaves behind
-        self.lost = torch.zeros(batch, dtype=torch.bool, device=like.device)  # orthogonality
-        self.scale = like.new_zeros(batch, 1)  # at most ‖H‖ and near it
+        self.edge = like.new_zeros(batch, block, block)  # Gram matrix of the residual block
+        self.lost = torch.zeros(batch, dtype=torch.bool, device=like.device)  # lost orthogonality
+        self.scale = like.new_zeros(batch, 1)  # a close lower bound of ‖H‖
         if magnitude is not None:
             self.scale = magnitude.to(like)
         start = matrices @ self._noise(block) if guess is None else self._noise(block)
-        if guess is not None:  # a little noise, to find directions that the guess lacks
+        if guess is not None:  # a little noise helps to find directions that the guess lacks
             missing = -guess.shape[1] % block
             guess = torch.nn.functional.pad(guess.to(like), (0, 0, 0, missing))
             guess = guess.unflatten(1, (-1, block)).sum(1)
@@ -309,7 +320,7 @@ class _BlockLanczos:
         self.next = torch.linalg.qr(start.mT).Q.mT
 
     def _noise(self, count: int) -> Tensor:
-        # Every batch gets the same numbers, so that no result depends on the other kernels.
+        # Every batch gets the same numbers, so that no result depends on other kernels.
         generator = torch.Generator().manual_seed(self.steps)
         noise = torch.randn(count, self.matrices.rows, generator=generator, dtype=torch.float64)
         noise = torch.nn.functional.normalize(noise, dim=-1)
@@ -335,7 +346,7 @@ class _BlockLanczos:
             self.basis[:, first:last] = here
             image = self.matrices @ here
             self.scale = torch.maximum(self.scale, image.norm(dim=-1).amax(-1, keepdim=True))
-            # H maps what lies further back into what is there: its inner products are zero.
+            # H maps basis vectors further back into the present span: these products are zero.
             near = max(0, first - self.next.shape[1])
             self.compressed[:, first:last, near:last] = self._projected(image, near)
             self.edge = torch.bmm(image, image.mT)
@@ -343,7 +354,7 @@ class _BlockLanczos:
                 self.next = self._normalized(image)
 
     def _projected(self, vectors: Tensor, first: int) -> Tensor:
-        """Subtract from vectors, in place, their projection on the basis from `first` on.
+        """Subtract from vectors, in place, their projections on the basis vectors from `first` on.
 
         Returns:
             The inner products.
@@ -358,7 +369,8 @@ class _BlockLanczos:
         image = image[:, : self.matrices.rows - self.steps]
         q, r = torch.linalg.qr(image.mT)
         vectors = q.mT.contiguous()
-        # What all of the image holds of a direction: its diagonal entry alone may be small.
+        # The row shows how much of the whole image a direction holds; its diagonal entry alone may
+        # be small.
         ended = r.norm(dim=-1) <= 64 * self.eps * self.scale
         if bool(ended.any()):
             vectors = torch.where(ended.unsqueeze(-1), self._noise(vectors.shape[1]), vectors)
@@ -368,7 +380,7 @@ class _BlockLanczos:
                 return vectors
             vectors = torch.linalg.qr(vectors.mT).Q.mT.contiguous()
             large = (overlap > _SMALL_OVERLAP).any(-1).any(-1)
-            if not bool(large.any()):  # what is left of it is rounding
+            if not bool(large.any()):  # the rest is rounding
                 break
         self.lost |= large
         return vectors
@@ -377,8 +389,8 @@ class _BlockLanczos:
         """Compute the Ritz pairs of the channels `rows`.
 
         Returns:
-            θ (B, K) by falling modulus, the coordinates of the Ritz vectors (B, K, K), and the
-            residuals (B, K).
+            θ (B, K) with descending modulus, the coordinates of the Ritz vectors (B, K, K), and
+            the residuals (B, K).
         """
         theta, weights = torch.linalg.eigh(self.compressed[rows, : self.steps, : self.steps])
         place = theta.abs().argsort(dim=-1, descending=True)
@@ -389,10 +401,10 @@ class _BlockLanczos:
 
 
 def _alike(theta: Tensor, misfit: Tensor, noise: Tensor, block: int, close: float) -> Tensor:
-    """Return whether as many leading Ritz values (B, k) coincide as a block has vectors, (B).
+    """Return a mask (B) of the channels where `block` leading Ritz values (B, k) coincide.
 
-    Values coincide if their relative distance is below `close`, or below what their residuals can
-    resolve if that is larger. Only values above the noise (B, 1) count.
+    Values coincide if their relative distance is below `close`, or too small for their residuals to
+    resolve. Only values above the noise (B, 1) count.
     """
     if block > theta.shape[-1]:
         return torch.zeros_like(theta[:, 0], dtype=torch.bool)
@@ -416,20 +428,23 @@ def hankel_singular_values(
     """Compute the leading Hankel singular values of kernels.
 
     Args:
-        kernel: (*C, L), real floating point, L ≥ 2: taps h_0 … h_{L-1}; h_0 is not used.
-        count: How many; None: all of them, by a dense factorization, O(L³) per kernel.
-        tail: "zero": those of the system whose kernel is zero past its end, on the infinite
-            horizon. "free": those of a square block of taps alone.
+        kernel: (*C, L), real floating point, L ≥ 2: the taps h_0 … h_{L-1}; h_0 is not used.
+        count: The number of values. None means all values, which are computed by a dense
+            factorization in O(L³) operations per kernel.
+        tail: "zero" gives the values on the infinite horizon, where the kernel continues with
+            zeros. "free" gives the values of a square block that contains taps only.
 
     Returns:
-        (*C, count), or fewer if the matrices are smaller; float64, descending. All of
-        them, and those of short kernels, are accurate to rounding; of long kernels the leading ones
-        are to about 1e-4 and the last of a flat spectrum to two percent, each of its own size as
-        long as that is above a millionth of the largest.
+        (*C, count), float64, descending, or fewer values if the matrices are smaller. If all values
+        are requested, or if the kernel is short, the values are accurate to rounding. For long
+        kernels and values above a millionth of the largest, the relative error of the leading
+        values is about 1e-4. The relative error of the last value of a flat spectrum is about two
+        percent.
 
     Raises:
         TypeError: if the kernel is not real floating point.
-        ValueError: if it is too short or not finite, or another argument is out of range.
+        ValueError: if the kernel is too short or not finite, or if another argument is out of
+            range.
     """
     if not kernel.dtype.is_floating_point:
         raise TypeError(f"a kernel must be real floating point; got {kernel.dtype}.")

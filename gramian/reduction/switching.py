@@ -1,4 +1,4 @@
-"""Modal forms for transfer functions whose own recurrences do not reproduce their taps."""
+"""Modal forms of transfer functions whose own recurrences do not reproduce their taps."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ __all__ = ["find_modal_form"]
 
 
 def find_modal_form(taps: Tensor, order: int) -> tuple[Modal, float]:
-    """Find a stable modal system with nearly the given taps: a `reducer` of a `TransferFunction`.
+    """Find a stable modal system with nearly the given taps.
+
+    This function is meant for the field `reducer` of a `TransferFunction`.
 
     Args:
-        taps: (*C, K).
-        order: The largest order.
+        taps: (*C, K): the taps to approximate.
+        order: The largest order that the system may have.
 
     Returns:
-        The system, and the largest relative l2 error of a channel; infinite for taps that are not
-        finite.
+        The system, and the largest relative l2 error of a channel, which is infinite if the taps
+        are not finite.
     """
     finite = bool(taps.isfinite().all())
     found = reduce(

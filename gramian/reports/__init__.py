@@ -1,9 +1,10 @@
-"""Figures of state-sizes, of distillation and of the cost of decoding.
+"""Make figures of state-sizes, of distillation and of the cost of decoding.
 
-Every `plot_*` takes plain numbers, or the report of a job, and returns a
-`matplotlib.figure.Figure` that belongs to no window or global state; `save_figure` writes it.
-Figures need matplotlib (`pip install "gramian[plots]"`). `state_page` makes an interactive HTML
-page and needs no further package. Figures of training are in `gramian.training`.
+Every function `plot_*` accepts plain numbers, or a report that another function of Gramian
+returned. It returns a `matplotlib.figure.Figure`, which belongs to no window and no global state.
+`save_figure` writes the figure to a file. Figures need matplotlib
+(`pip install "gramian[plots]"`). `state_page` makes an interactive HTML page and needs no further
+package. Figures of training are in `gramian.training`.
 """
 
 from gramian._drawing import save_figure

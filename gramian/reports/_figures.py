@@ -1,4 +1,4 @@
-"""Figures of Hankel spectra, distillation, bits per byte and the cost of decoding."""
+"""Plot Hankel spectra, the outcome of distillation, bits per byte and the cost of decoding."""
 
 from __future__ import annotations
 
@@ -26,12 +26,18 @@ __all__ = [
 def plot_hankel_spectra(
     spectra: Mapping[str, Any], orders: Mapping[str, Sequence[int]] | None = None
 ) -> Figure:
-    """Plot the Hankel singular values of every filter, relative to its largest, in one panel per
-    group.
+    """Plot the Hankel singular values of groups of filters, with one panel for each group.
+
+    The values of a filter are shown relative to its largest value.
 
     Args:
-        spectra: for every group, such as a layer, an array (filters, values) with descending rows.
-        orders: for every group, the orders of its reduced filters, whose mean is marked.
+        spectra: a mapping from the names of the groups, such as layers, to the singular values of
+            their filters, (filters, values), in descending order in each row.
+        orders: a mapping from the names of the groups to the orders of their reduced filters. The
+            mean order is marked. If it is None, nothing is marked.
+
+    Raises:
+        ValueError: if there is no group.
     """
     if not spectra:
         raise ValueError("plot_hankel_spectra was given no spectra; give at least one group.")
@@ -60,8 +66,11 @@ def plot_hankel_spectra(
 
 
 def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
-    """Plot the outcome of distillation, layer by layer: Hankel spectra, relative errors with the
-    lower bound for recurrences of the same order, and orders.
+    """Plot the outcome of distillation in three panels.
+
+    The first panel shows the median Hankel spectrum of each layer. The second panel shows the
+    relative l2 errors of each layer's filters, with the lower bounds for recurrences of the same
+    orders. The third panel shows the orders.
 
     Args:
         report: a report from `gramian.distill`.
@@ -121,7 +130,14 @@ def plot_distillation(report: DistillationReport, title: str = "") -> Figure:
 
 
 def plot_bits_per_byte(values: Mapping[str, float]) -> Figure:
-    """Plot bits per byte as horizontal bars, one for each model, in the given order."""
+    """Plot the bits per byte of models as horizontal bars, in the given order.
+
+    Args:
+        values: a mapping from the name of each model to its bits per byte.
+
+    Raises:
+        ValueError: if there are no values.
+    """
     if not values:
         raise ValueError("plot_bits_per_byte was given no values; give at least one.")
     figure = new_figure(6.4, 0.55 + 0.42 * len(values))
@@ -139,11 +155,16 @@ def plot_bits_per_byte(values: Mapping[str, float]) -> Figure:
 def plot_decoding_cost(
     milliseconds: Mapping[str, Mapping[int, float]], state_bytes: Mapping[str, Mapping[int, float]]
 ) -> Figure:
-    """Plot the time per generated token and the state bytes against context length, side by side.
+    """Plot the time per generated token and the size of the state against the context length.
 
     Args:
-        milliseconds: for every method of generation, the time per token at each context length.
-        state_bytes: likewise, the size of the state carried from token to token.
+        milliseconds: for each method of generation, a mapping from the context length in tokens to
+            the time per token in milliseconds.
+        state_bytes: for each method of generation, a mapping from the context length in tokens to
+            the size in bytes of the state that is carried from token to token.
+
+    Raises:
+        ValueError: if one of the arguments is empty.
     """
     if not milliseconds or not state_bytes:
         raise ValueError("plot_decoding_cost needs at least one curve of times and one of bytes.")

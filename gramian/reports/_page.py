@@ -1,6 +1,6 @@
-"""An interactive HTML page of state-size reports, which opens offline and loads nothing else.
+"""Make an interactive HTML page of state-size reports. It works offline and loads no other file.
 
-The page is the template beside this file with the reports embedded as JSON. It draws on two
+The page is the template beside this file, with the reports embedded as JSON. The page draws on two
 canvases and uses no library.
 """
 
@@ -24,14 +24,15 @@ __all__ = ["save_state_page", "state_page"]
 def state_page(reports: StateReport | Sequence[StateReport]) -> str:
     """Return a self-contained HTML page of reports on effective state-size.
 
-    The page shows heat maps of the layers and of one layer's heads, curves with the cap, and the
-    text. Hovering shows the token, layer, head and values.
+    The page shows heat maps of all layers and of one layer's heads, curves with the largest
+    possible rank (the cap), and the text. The page also shows the token, layer, head and values
+    under the pointer.
 
     Args:
-        reports: one report, or several among which the reader of the page can choose.
+        reports: one report, or several reports. The reader of the page can choose one of them.
 
     Raises:
-        ValueError: if there are no reports, or one in which no layer was read.
+        ValueError: if there are no reports, or a report has no measured layer.
     """
     several = list(reports) if isinstance(reports, Sequence) else [reports]
     if not several:
@@ -48,7 +49,7 @@ def state_page(reports: StateReport | Sequence[StateReport]) -> str:
 
 
 def save_state_page(reports: StateReport | Sequence[StateReport], path: str | Path) -> Path:
-    """Write `state_page` to a file, complete or not at all."""
+    """Write the page of `state_page` to a file, completely or not at all, and return its path."""
     path = Path(path)
     page = state_page(reports)
     with staged_file(path) as stage:

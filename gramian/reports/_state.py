@@ -1,7 +1,8 @@
-"""Figures of effective state-size: how much each layer of a model holds at each position of a text.
+"""Plot the effective state-size (ESS) of every layer at each position of a text.
 
-All figures mark where the cap `min(i, L - i)` on the rank of `T[i:L, :i]` binds, that is, where it
-is below the size of the state, so that the measure could not show a full state.
+The rank of `T[i:L, :i]` is at most `min(i, L - i)`. This bound is called the cap. The cap binds at
+a position if it is below the size of the state, so that the measure could not show a full state.
+Figures of one model mark the positions where the cap binds.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ _TICKS = 40
 
 
 def plot_state_map(report: StateReport) -> Figure:
-    """Plot the mean ESS of every layer at every position, layer × token.
+    """Plot the mean ESS of every layer at every position as a map, layer × token.
 
-    Cells are veiled where the cap binds.
+    Cells are pale where the cap binds.
 
     Raises:
-        ValueError: if no layer was read.
+        ValueError: if the report has no measured layer.
     """
     curves = _curves(report)  # (layers, P)
     bound = _bound(report)
@@ -62,11 +63,13 @@ def plot_state_map(report: StateReport) -> Figure:
 
 
 def plot_state_curves(report: StateReport) -> Figure:
-    """Plot the mean ESS of each layer against position, from the first layer (dark) to the last
-    (bright), their average, and the cap.
+    """Plot the mean ESS of each layer against position, with the average over layers and the cap.
+
+    The curve of the first layer is the darkest, and the curve of the last layer is the brightest.
+    Curves are hollow where the cap binds.
 
     Raises:
-        ValueError: if no layer was read.
+        ValueError: if the report has no measured layer.
     """
     from matplotlib import colormaps
 
@@ -105,13 +108,15 @@ def plot_state_curves(report: StateReport) -> Figure:
 
 
 def plot_utilization(report: StateReport) -> Figure:
-    """Plot ESS / TSS of each layer: the mean, minimum and maximum over its heads or channels.
+    """Plot the share of each layer's state that is in use, ESS / TSS, as horizontal bars.
 
-    Only positions where the cap does not bind count. For layers where it binds everywhere, all
-    positions count, and the bars are pale.
+    A bar shows the mean share over the heads or channels of a layer, and a line goes from their
+    minimum to their maximum. A share is a mean over the positions where the cap does not bind. If
+    the cap binds at all positions of a layer, the share is a mean over all positions, and the bar
+    is pale.
 
     Raises:
-        ValueError: if no layer was read.
+        ValueError: if the report has no measured layer.
     """
     _check(report)
     figure = new_figure(6.4, 1.0 + 0.22 * len(report.layers))
@@ -141,12 +146,15 @@ def plot_utilization(report: StateReport) -> Figure:
 
 
 def plot_state_comparison(reports: Mapping[str, StateReport]) -> Figure:
-    """Plot the average ESS of several models on one text, per head or channel, and the total.
+    """Plot the ESS of several models on one text: the average per head or channel, and the total.
 
-    Positions are fractions of the text if the models read different numbers of tokens.
+    If the models read different numbers of tokens, positions are shown as fractions of the text.
+
+    Args:
+        reports: a mapping from the name of each model to its report.
 
     Raises:
-        ValueError: if there are no reports, or one in which no layer was read.
+        ValueError: if there are no reports, or a report has no measured layer.
     """
     if not reports:
         raise ValueError("plot_state_comparison was given no reports; give at least one.")
@@ -190,7 +198,7 @@ def _curves(report: StateReport) -> np.ndarray:
 
 
 def _bound(report: StateReport) -> np.ndarray:
-    """Return whether the cap is below the size of the state, (layers, P)."""
+    """Return for every layer and position whether the cap binds, (layers, positions)."""
     cap = report.cap.numpy()
     return np.stack([cap < layer.tss.numpy().mean(0) for layer in report.layers])
 

@@ -1,4 +1,4 @@
-"""Systems, causal operators as immutable value objects, one file per realization."""
+"""Systems: causal operators as immutable value objects, with one file for each realization."""
 
 from gramian.systems._modal_recurrence import ModalRecurrence, ModalState
 from gramian.systems._pausing import Pause, PausedOperator

@@ -1,4 +1,4 @@
-"""Base class of systems with a fixed number of steps; stepping past the last is an error."""
+"""The base class of systems that have a fixed number of steps and refuse to take more."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["FiniteSystem"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FiniteSystem(System[StateT]):
-    """A system of L steps, which its states count."""
+    """A system of L steps. Its state counts the steps that have been taken."""
 
     @property
     @abc.abstractmethod
     def length(self) -> int:
         """Return L, the number of steps."""
 
-    def _check_steps(self, start: int, length: int) -> None:
-        """Raise a ValueError unless there are `length` steps from `start` on."""
+    def check_steps(self, start: int, length: int) -> None:
+        """Raise a ValueError if the system has fewer than `length` steps from step `start` on."""
         if start + length > self.length:
             taken = f" of which {start} are taken" if start else ""
             raise ValueError(
@@ -29,9 +29,14 @@ class FiniteSystem(System[StateT]):
             )
 
     def _parted(self, length: int | None, at: int | None) -> tuple[int, int]:
-        """Return a horizon (default: L) and where past and future part (default: its middle)."""
+        """Check a horizon and the position that splits it into past and future, and return both.
+
+        Args:
+            length: The horizon, by default L.
+            at: The first step of the future, 1 … length - 1; by default `length // 2`.
+        """
         length = self.length if length is None else length
-        self._check_steps(0, length)
+        self.check_steps(0, length)
         at = length // 2 if at is None else at
         if not 0 < at < length:
             raise ValueError(f"`at` must lie in 1 … {length - 1} for length {length}; got {at}.")

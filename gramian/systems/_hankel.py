@@ -1,6 +1,7 @@
-"""Hankel singular values of a state-space system by square-root factors.
+"""Hankel singular values of a state-space system, from square-root factors of its Gramians.
 
-Gramians square the condition number and lose half the digits; their triangular factors do not.
+Forming a Gramian squares the condition number and so loses half of the digits. The triangular
+factors are computed without forming the Gramians, and lose no digits.
 """
 
 from __future__ import annotations
@@ -14,22 +15,27 @@ __all__ = ["check_spectral_radius", "infinite_hankel_singular_values"]
 
 
 def infinite_hankel_singular_values(A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """Compute the values (*C, n), descending, for a stable state matrix with bounded powers.
+    """Compute the Hankel singular values over the infinite horizon.
 
     Args:
-        A: (*C, n, n), float64.
-        B: (*C, n).
-        C: (*C, n).
+        A: (*C, n, n), float64: the state matrix, which is stable and has bounded powers.
+        B: (*C, n), float64: the input vector.
+        C: (*C, n), float64: the output vector.
+
+    Returns:
+        (*C, n), float64, descending.
     """
     reach, observe = reached(A, B.unsqueeze(-2)), reached(A.mT, C.unsqueeze(-2))
     return torch.linalg.svdvals(observe @ reach.mT)
 
 
 def check_spectral_radius(radius: Tensor) -> None:
-    """Raise a ValueError unless every pole is inside the unit circle: the infinite horizon.
+    """Raise a ValueError unless every pole is inside the unit circle.
+
+    If a pole is on or outside it, there are no Hankel singular values over the infinite horizon.
 
     Args:
-        radius: The largest modulus of a pole, for every channel.
+        radius: (*C): for every channel, the largest modulus of a pole.
     """
     if bool((~(radius < 1)).any()):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The recurrence of modal systems, and the groups in which its states hold the channels."""
+"""The recurrence of modal systems, and the groups of channels in which it keeps its state."""
 
 from __future__ import annotations
 
@@ -17,44 +17,59 @@ from gramian.systems.blocks import BlockForm, RotationBlocks, ScalingBlocks
 if TYPE_CHECKING:
     from gramian.systems.modal import Modal
 
-__all__ = ["Group", "ModalRecurrence", "ModalState", "modes_fit", "partition_channels"]
+__all__ = [
+    "Group",
+    "ModalRecurrence",
+    "ModalState",
+    "modes_fit",
+    "pair_axis",
+    "partition_channels",
+]
 
 
 _MAX_GROUPS = 4
-_PADDING = 0.1  # fraction of padding that is accepted before another group is added
+_PADDING = 0.1  # while more than this fraction of the slots is padding, one more group is tried
 
 
 @define_state
 class ModalState(State):
-    """`x_{t+1} = λ x_t + u_t` for every mode, real and imaginary parts.
+    """The state x of `x_{t+1} = λ x_t + u_t` for every mode, as real and imaginary parts.
 
-    Where the system is real there are real parts alone, 1 in place of 2.
+    If the system is real, the state holds the real parts only, and the dimension of size 2 in the
+    shape below has size 1.
 
-    One tensor for each group of channels with nearly as many modes, so that one channel of many
-    does not make all of them large: (*B, *C'[:-1], 2, m, C'[-1]). The last of the channel
-    dimensions comes last: it is what a processor's vectors run along.
+    Channels with similar numbers of modes share one tensor, so that a single channel with many
+    modes does not enlarge the state of all others. The tensor of a group has the shape
+    (*B, *C'[:-1], 2, m, C'[-1]). The last channel dimension comes last because a processor's
+    vector instructions run along it.
+
+    Attributes:
+        modes: One tensor for each group, in the order of `Modal.groups`.
     """
 
     modes: tuple[Tensor, ...]
 
 
 class Group(NamedTuple):
-    """Channels, along the first of their dimensions, that are stepped together."""
+    """Channels that are stepped together, as indices along the first channel dimension."""
 
-    channels: tuple[int, ...] | None  # None: all of them, in order
+    channels: tuple[int, ...] | None  # None: all channels, in their order
     modes: int
 
 
 @functools.lru_cache(maxsize=1024)
 def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
-    """Partition channels of `counts` modes into few groups with little padding.
+    """Divide channels with `counts` modes into few groups with little padding.
 
-    The fewest groups, at most four, whose padding is within a tenth of all modes, and of those the
-    partition with the least, by dynamic programming over the different counts.
+    A group pads every channel to the largest number of modes in it. The number of groups is the
+    smallest with which the padding is at most a tenth of all modes, but no more than four. Among
+    the partitions into this number of groups, dynamic programming over the distinct counts finds
+    one with the least padding.
     """
     sizes = sorted(set(counts))
     many = [counts.count(size) for size in sizes]
-    # least[g][j]: slots of the j smallest sizes in g groups, and where the last of them begins
+    # least[g][j]: the smallest number of slots in which g groups hold the j smallest sizes, and the
+    # index of the first size in the last of these groups.
     least: list[list[tuple[float, int]]] = [[(0.0, 0)] + [(torch.inf, 0)] * len(sizes)]
     groups = 0
     while groups < _MAX_GROUPS:
@@ -79,19 +94,32 @@ def partition_channels(counts: tuple[int, ...]) -> tuple[Group, ...]:
     return tuple(reversed(found))
 
 
+def pair_axis(dims: int) -> int:
+    """Return the axis of a state's tensors along which the real and imaginary parts lie.
+
+    Args:
+        dims: The number of channel dimensions of the system.
+    """
+    return -3 if dims else -2
+
+
 def modes_fit(
     state: ModalState, groups: tuple[Group, ...], dims: int, shape: torch.Size, numbers: int = 2
 ) -> bool:
-    """Return whether a state fits samples of `shape`.
+    """Return whether a state has the shapes that samples of `shape` need.
 
-    Its channels have `dims` dimensions and are in these groups, and each mode has `numbers`
-    numbers.
+    Args:
+        state: The state to check.
+        groups: The groups of channels of the system.
+        dims: The number of channel dimensions of the system.
+        shape: The shape (*B, *C') of a sample.
+        numbers: The number of real numbers that store a mode: 1 if the system is real, otherwise 2.
     """
     if len(state.modes) != len(groups):
         return False
     for (channels, modes), tensor in zip(groups, state.modes, strict=True):
         found = tensor.shape
-        pair = len(found) - (3 if dims else 2)
+        pair = len(found) + pair_axis(dims)
         if pair < 0 or found[pair : pair + 2] != (numbers, modes):
             return False
         lead = found[:pair] + found[pair + 2 :]
@@ -104,17 +132,20 @@ def modes_fit(
 
 
 class _GroupStep(NamedTuple):
-    """The coefficients for stepping a group, shaped to broadcast against its state."""
+    """The coefficients that step one group, in shapes that broadcast against the group's state."""
 
     channels: Tensor | None
-    real: Tensor  # of the poles, (*C[:-1], m, C[-1])
+    real: Tensor  # real parts of the poles, (*C[:-1], m, C[-1])
     imaginary: Tensor
-    read_real: Tensor  # Re (r x) = (Re r)(Re x) - (Im r)(Im x)
+    read_real: Tensor  # of the residues r: Re (r x) = (Re r)(Re x) - (Im r)(Im x)
     read_imaginary: Tensor
 
     def widen(self, width: int) -> _GroupStep:
-        """Repeat the numbers side by side, for streams that share a filter along the last
-        dimension."""
+        """Repeat the coefficients `width` times along the last dimension.
+
+        This is done for inputs that have `width` channels along that dimension, if all of these
+        channels share one filter.
+        """
         channels, *values = self
         assert all(value is not None for value in values)
         return _GroupStep(
@@ -123,7 +154,7 @@ class _GroupStep(NamedTuple):
 
 
 class ModalRecurrence(Recurrence[ModalState]):
-    """`y_t = Re Σ_k residues_k x_k + d u_t`, `x ← λ x + u_t`, in real numbers."""
+    """`y_t = Re Σ_k residues_k x_k + d u_t`, `x ← λ x + u_t`, computed in real arithmetic."""
 
     form = "modal"
     state_type = ModalState
@@ -132,13 +163,13 @@ class ModalRecurrence(Recurrence[ModalState]):
         self.system: Modal = system.frozen()
         dtype = working_dtype(system.d)
         self._d = self._like = self.system.d.to(dtype)
-        self._pair = self.system._pair
+        self._pair = pair_axis(self.system.d.ndim)
         self._numbers = 1 if self.system.real else 2
         self._widened: dict[int, list[_GroupStep]] = {}
         self._partition = self.system.groups
         self._groups = []
         for group in self._partition:
-            part = self.system._part(group)
+            part = self.system.part(group)
             poles = part.poles.movedim(-1, self._pair + 1)
             residues = part.residues.movedim(-1, self._pair + 1)
             channels = group.channels
@@ -183,19 +214,19 @@ class ModalRecurrence(Recurrence[ModalState]):
         return modes_fit(state, self._partition, self._d.ndim, shape, self._numbers)
 
     def _prefill(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
-        return self.system._apply_from(u, state)
+        return self.system.apply_from(u, state)
 
     def _groups_for(self, sample: Tensor) -> list[_GroupStep]:
         return self._widened.get(sample.shape[-1] if self._d.ndim else 1, self._groups)
 
     def _select(self, sample: Tensor, group: _GroupStep) -> Tensor:
-        """Take the channels of a group."""
+        """Return the channels of `sample` that belong to the group."""
         if group.channels is None:
             return sample
         return sample.index_select(-self._d.ndim, group.channels)
 
     def _read(self, outputs: list[Tensor], sample: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return y from the outputs of the modes of every group."""
+        """Compute y from the sample and from the sum over the modes of each group."""
         y = outputs[0]
         if self._place is not None:
             dims = self._d.ndim
@@ -243,11 +274,11 @@ class ModalRecurrence(Recurrence[ModalState]):
 
 
 class ModalBlockForm(BlockForm[ModalState]):
-    """The block form of a modal system, a part for each group of channels.
+    """The block form of a modal system, with one part for each group of channels.
 
     Args:
         system: The modal system.
-        size: c.
+        size: The number of samples in a block, c.
         dtype: The dtype of the state.
         streams: As in `BlockForm`.
     """
@@ -255,7 +286,7 @@ class ModalBlockForm(BlockForm[ModalState]):
     def __init__(self, system: Modal, size: int, dtype: torch.dtype, streams: int = 0) -> None:
         parts = []
         for group in system.groups:
-            part, channels = system._part(group), group.channels
+            part, channels = system.part(group), group.channels
             poles, residues = (
                 value.reshape(-1, value.shape[-1]) for value in (part.poles, part.residues)
             )

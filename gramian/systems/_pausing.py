@@ -1,13 +1,15 @@
 r"""Chunks in which the streams of a batch have different numbers of samples.
 
-Sequences of different lengths share a chunk by ending together: stream b starts with `pause[b]`
-columns in which no time passes. From a silent past, zeros in these columns have no effect, but any
-other state must stay unchanged until the stream's first sample.
+Sequences of different lengths that share a chunk end together. So stream b starts with `steps[b]`
+columns in which no time passes for it. If the past is silent, zeros in these columns have no
+effect. If it is not, the state must stay unchanged until the stream's first sample.
 
-A finite-dimensional state does not depend on columns, so streams are processed in pieces of equal
-lengths: each length by itself, or, if there are more lengths than bits, the pieces of their binary
-representations, of which a chunk of T columns has at most ⌊log₂ T⌋ + 1. The state of an FIR system
-is its last inputs, which are moved to where the first sample is.
+A finite-dimensional state does not depend on the columns, so the streams can be processed in pieces
+of equal length. If there are few different lengths, the streams of each length form one piece. If
+there are more lengths than binary digits in them, every stream is cut into pieces whose lengths are
+the powers of two in the binary representation of its length. This gives at most ⌊log₂ T⌋ + 1 pieces
+for a chunk of T columns. The state of an FIR system consists of its last inputs. Its streams are
+not cut: these inputs are moved next to the stream's first sample instead.
 """
 
 from __future__ import annotations
@@ -29,16 +31,16 @@ Operator = Callable[[Tensor, State], tuple[Tensor, State]]
 class _Piece(NamedTuple):
     streams: list[int]
     begins: list[int]
-    """The first column of the piece in each of them."""
+    """The first column of the piece in each of these streams."""
     length: int
 
 
 class Pause:
-    """The number of columns at the start of a chunk in which a stream pauses, for every stream.
+    """The number of columns at the start of a chunk in which each stream pauses.
 
     Args:
-        steps: (batch) integers from 0 to `length`.
-        length: Columns of the chunk.
+        steps: For every stream of the batch, the number of paused columns, from 0 to `length`.
+        length: The number of columns of the chunk.
     """
 
     def __init__(self, steps: Sequence[int], length: int) -> None:
@@ -47,13 +49,13 @@ class Pause:
         self._pieces: list[_Piece] | None = None
 
     def within(self, begin: int, end: int) -> Pause:
-        """Return the pause of the columns `begin` … `end - 1` as a chunk of their own."""
+        """Return the pause of a chunk that consists of the columns `begin` … `end - 1` only."""
         length = min(end, self.length) - begin
         return Pause([min(max(step - begin, 0), length) for step in self.steps], length)
 
     @property
     def pieces(self) -> list[_Piece]:
-        """Return pieces of equal lengths in the order of time."""
+        """Return the pieces in order of time. In each piece, all streams have the same length."""
         if self._pieces is None:
             counts = [self.length - step for step in self.steps]
             lengths = sorted({count for count in counts if count})
@@ -77,16 +79,16 @@ def _any(counts: list[int], bit: int) -> bool:
 
 
 def apply_paused(operator: Operator, u: Tensor, state: State, pause: Pause) -> tuple[Tensor, State]:
-    """Compute `operator(u, state)` with the state held where the streams pause.
+    """Compute `operator(u, state)`, but hold the state of a stream while it pauses.
 
     Args:
-        operator: A system with a state, or its recurrence's `prefill`.
-        u: (batch, *C', T); its values where a stream pauses are ignored.
+        operator: A system that is called with a state, or the `prefill` of its recurrence.
+        u: (batch, *C', T): the chunk. Values in paused columns are ignored.
         state: A state of the operator, batch first.
-        pause: The pause, of T columns.
+        pause: The pause, for T columns.
 
     Returns:
-        y of the shape of `u`, zero where a stream pauses, and the state after the chunk.
+        y, which has the shape of `u` and is zero in paused columns, and the state after the chunk.
     """
     if not any(pause.steps):
         return operator(u, state)
@@ -114,10 +116,12 @@ def _apply_to_moved_past(
 
 
 class PausedOperator:
-    """An operator with `apply_paused` for a chunk, at once or part by part in the order of time.
+    """An operator that pauses as `apply_paused` does, for a chunk that is given whole or in parts.
+
+    Each call takes the next columns of the chunk, in order of time.
 
     Args:
-        operator: A system with a state, or its recurrence's `prefill`.
+        operator: A system that is called with a state, or the `prefill` of its recurrence.
         pause: The pause of the whole chunk.
     """
 

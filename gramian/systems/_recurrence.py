@@ -1,4 +1,4 @@
-"""The contract of every recurrence: a frozen system that steps and carries a state."""
+"""The contract of recurrences: frozen copies of systems that process samples one by one."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ __all__ = ["Recurrence", "VectorRecurrence"]
 
 
 class Recurrence(abc.ABC, Generic[StateT]):
-    """A system made ready to be stepped: a frozen snapshot, through which no gradient flows.
+    """A frozen copy of a system that processes samples one by one. No gradient flows through it.
 
-    A subclass names the type of its states and the dtype and device of a new one (`_like`), makes
-    an initial state, and computes `_advance`. Where a step can reuse the memory of its state, the
-    subclass computes `_step` too.
+    A subclass names the type of its states, and sets `_like`, a tensor with the dtype and device of
+    a new state. It defines `initial_state`, `_prefill` and `_advance`. If a step can reuse the
+    memory of its state, the subclass defines `_step` too.
     """
 
     form: str
-    """How it steps: "modal", "lattice", "companion", "state_space", "dplr", "window",
-    "online", "time_varying" or "dense"."""
+    """The form in which the recurrence steps: "modal", "lattice", "companion", "state_space",
+    "dplr", "window", "online", "time_varying" or "dense"."""
 
     error: float = 0.0
-    """Largest relative l2 error, over channels, of the impulse response that the recurrence steps
-    through against the taps that the system was made from; 0 where it was made from no taps."""
+    """The largest relative l2 error of a channel: the distance of the recurrence's impulse response
+    from the taps from which the system was made. It is 0 if the system was not made from taps."""
 
     state_type: ClassVar[type[State]]
-    """The type of the states that it carries."""
+    """The type of the recurrence's states."""
 
     system: System
-    """The frozen copy of the system that it steps."""
+    """The frozen copy of the system."""
 
     @abc.abstractmethod
     def initial_state(
@@ -51,21 +51,27 @@ class Recurrence(abc.ABC, Generic[StateT]):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> StateT:
-        """Return the state of a silent past for samples of shape `batch_shape` = (*B, *C')."""
+        """Return the state of a silent past for samples of shape `batch_shape` = (*B, *C').
+
+        Args:
+            batch_shape: The shape of one sample, broadcast against the channels of the system.
+            dtype: The dtype of the state; by default the dtype in which the recurrence computes.
+            device: The device of the state; by default the device of the system.
+        """
 
     @torch.no_grad()
     def prefill(self, u: Tensor, state: StateT | None = None) -> tuple[Tensor, StateT]:
-        """Take the chunk `u` (*B, *C', T) at once.
+        """Process the chunk `u` (*B, *C', T) at once.
 
         Args:
             u: The chunk.
-            state: Where the past left off; None: a silent past.
+            state: The state after the samples before the chunk. None means that the past is silent.
 
         Returns:
             y (*B, *C', T) and the new state.
 
         Raises:
-            TypeError: if `state` is not of `state_type`.
+            TypeError: if `state` does not have the type `state_type`.
             ValueError: if the shape of `state` does not fit the system and `u`.
         """
         if state is None:
@@ -77,24 +83,26 @@ class Recurrence(abc.ABC, Generic[StateT]):
     def advance(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
         """Process one sample (*B, *C') without writing into any tensor.
 
+        This is the step that `torch.export` can trace.
+
         Returns:
-            y (*B, *C') and the new state; `state` stays as it was. What `torch.export` traces.
+            y (*B, *C') and the new state. The given `state` keeps its values.
 
         Raises:
-            TypeError: if `state` is not of `state_type`.
+            TypeError: if `state` does not have the type `state_type`.
             ValueError: if the shape of `state` does not fit the system and `u_t`.
         """
         self._check_state(state, u_t.shape)
         return self._advance(u_t, state)
 
     def step(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        """Take one sample (*B, *C') in place: `advance` in the memory of `state`.
+        """Process one sample (*B, *C') as `advance` does, but overwrite the memory of `state`.
 
         Returns:
-            y (*B, *C') and the new state. `state` is consumed: use only the one returned.
+            y (*B, *C') and the new state. `state` is overwritten: use only the returned state.
 
         Raises:
-            TypeError: if `state` is not of `state_type`.
+            TypeError: if `state` does not have the type `state_type`.
             ValueError: if the shape of `state` does not fit the system and `u_t`.
         """
         self._check_state(state, u_t.shape)
@@ -104,15 +112,15 @@ class Recurrence(abc.ABC, Generic[StateT]):
             return self._step(u_t, state)
 
     def block_form(self, size: int, streams: int = 0) -> BlockForm[StateT]:
-        """Return the matrices that take `size` samples at once, in the layout of the state.
+        """Return the matrices that process `size` samples at once, in the layout of the state.
 
         Args:
-            size: Samples in a block, a power of two, at least 2.
-            streams: Dimensions of size 1 after the first channel dimension along which the system
-                is shared, as by the outer products of MultiHyena.
+            size: The number of samples in a block, a power of two, at least 2.
+            streams: The number of dimensions of size 1 that follow the first channel dimension
+                and along which all streams share the system, as in MultiHyena's outer products.
 
         Raises:
-            ValueError: if the recurrence has no state matrix that is the same at every step.
+            ValueError: if the recurrence has no constant state matrix.
         """
         raise ValueError(
             f'a recurrence of the form "{self.form}" has no constant state matrix, so it has no '
@@ -121,19 +129,19 @@ class Recurrence(abc.ABC, Generic[StateT]):
 
     @abc.abstractmethod
     def _prefill(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        """Compute `prefill` from a state that was checked."""
+        """Compute `prefill` from a state that has been checked."""
 
     @abc.abstractmethod
     def _advance(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        """Compute `advance` from a state that was checked."""
+        """Compute `advance` from a state that has been checked."""
 
     def _step(self, u_t: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        """Compute `step` from a state that was checked; by default as `advance` does."""
+        """Compute `step` from a state that has been checked. The default calls `_advance`."""
         return self._advance(u_t, state)
 
     def _fits(self, state: StateT, shape: torch.Size) -> bool:
-        """Return whether the shapes of a state are those that samples of `shape` need."""
-        return self.system._fits(state, shape)
+        """Return whether a state has the shapes that samples of `shape` need."""
+        return self.system.fits(state, shape)
 
     def _check_state(self, state: StateT, shape: torch.Size) -> None:
         if not isinstance(state, self.state_type):
@@ -143,9 +151,10 @@ class Recurrence(abc.ABC, Generic[StateT]):
 
 
 class VectorRecurrence(Recurrence[StateT]):
-    """Base class of the recurrences whose state holds one tensor (*B, *C', *S).
+    """The base class of recurrences whose state holds one tensor (*B, *C', *S).
 
-    A subclass sets `_like` (a tensor of the dtype and device of the state) and `_state_shape` S.
+    A subclass sets `_like`, a tensor with the dtype and device of the state, and `_state_shape`,
+    the shape S.
     """
 
     _like: Tensor
@@ -163,20 +172,21 @@ class VectorRecurrence(Recurrence[StateT]):
         )
 
     def _make_state(self, tensor: Tensor) -> StateT:
-        """Return a state around its tensor."""
+        """Return a state that holds the tensor."""
         make: Any = self.state_type
         return make(tensor)
 
     def _prefill(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        return self.system._apply_from(u, state)
+        return self.system.apply_from(u, state)
 
     def _fits(self, state: StateT, shape: torch.Size) -> bool:
         return vector_fits(state[0], self._state_shape, shape)
 
     def _measured_error(self, taps: Tensor) -> float:
-        """Measure the largest relative l2 error, over channels, of the stepped impulse response.
+        """Measure how far the impulse response, computed step by step, is from `taps` (*C, K).
 
-        It is compared with `taps` (*C, K); the error is infinite where the recurrence overflows.
+        Returns:
+            The largest relative l2 error of a channel, or infinity if the recurrence overflows.
         """
         state = self.initial_state(taps.shape[:-1])
         sample = torch.ones_like(taps[..., 0])

@@ -1,4 +1,4 @@
-"""Warnings where rounding of a system's numbers changes its frequency response."""
+"""Warnings about systems whose frequency response changes when their numbers are rounded."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from torch import Tensor
 __all__ = ["delays", "warn_of_lost_poles"]
 
 _LOST = 1e-6
-"""Relative error of a frequency response above which numbers have lost what they stand for; half
-of the digits in single precision and below."""
+"""The relative error of a frequency response above which the rounded numbers no longer describe the
+system. In single precision and below, the limit is half of the digits instead."""
 
 _RADIUS = 1 + 2.0**-14
-"""Radius of the circle on which a response is evaluated: a pole at z = 1 is regular there."""
+"""The radius of the circle on which a frequency response is evaluated. It is above 1 so that a pole
+at z = 1 gives a finite value."""
 
 
 def delays(poles: Tensor, points: int) -> Tensor:
-    """Return `z^-1` at the angles of the poles (*C, n) and at `points` more, (*C, n + points).
+    """Return values of `z^-1` at which to evaluate a frequency response.
 
-    The further points lie on the upper half circle.
+    Args:
+        poles: (*C, n), complex: the poles of every channel.
+        points: The number of further points, spread evenly over the upper half circle.
+
+    Returns:
+        (*C, n + points), complex128: first the values at the angles of the poles, then those at the
+        further points.
     """
     grid = torch.linspace(0, torch.pi, points, dtype=torch.float64, device=poles.device)
     angles = torch.cat([poles.angle(), grid.expand(*poles.shape[:-1], -1)], dim=-1)
@@ -30,13 +37,14 @@ def delays(poles: Tensor, points: int) -> Tensor:
 def warn_of_lost_poles(
     given: str, moved: Tensor, radius: Tensor, dtype: torch.dtype, stacklevel: int
 ) -> None:
-    """Warn where numbers do not hold a system, or not a stable one.
+    """Warn if rounding changes a frequency response too much, or if the system is unstable.
 
     Args:
-        given: What the numbers are, as the subject of a sentence in the plural.
-        moved: How far their rounding moves the frequency response, relative, (*C).
-        radius: The spectral radius, (*C).
-        dtype: In which they are held.
+        given: A name for the numbers that describe the system. The warning uses it as a plural
+            subject.
+        moved: (*C): the relative change of the frequency response when these numbers are rounded.
+        radius: The spectral radius of every channel, (*C).
+        dtype: The dtype that holds the numbers.
         stacklevel: As in `warnings.warn`, counted from the caller.
     """
     instead = (

@@ -26,16 +26,16 @@ __all__ = [
 class State(tuple[Any, ...]):
     """Base class of the named tuples that recurrences carry from step to step.
 
-    Fields are real tensors with the batch in their first dimension, tuples of such fields, or
-    further states. A tensor without dimensions (a position, say) belongs to the whole batch and is
-    left alone by everything here. `define_state` makes a named tuple of a subclass.
+    A field is a real tensor with the batch in its first dimension, a tuple of such fields, or
+    another state. A tensor without dimensions (a position, say) belongs to the whole batch, and no
+    method of this class changes it. `define_state` turns a subclass into a named tuple.
     """
 
     __slots__ = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if not hasattr(cls, "_fields"):  # what `define_state` makes a named tuple of
+        if not hasattr(cls, "_fields"):  # the class as written, before `define_state`
             return
         pytree.register_pytree_node(
             cls,
@@ -45,33 +45,33 @@ class State(tuple[Any, ...]):
         )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return a state of the same type with `function` applied to every batched tensor."""
+        """Return a state of the same type, with `function` applied to every batched tensor."""
         return _map(self, function)
 
     def select(self, indices: Tensor) -> Self:
-        """Take the streams at `indices` (int64), in that order, as beam search does."""
+        """Select the streams at `indices` (int64), in that order, as beam search needs them."""
         return self.map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def put(self, indices: Tensor, other: Self) -> Self:
-        """Replace the streams at `indices` (int64) by those of `other`."""
+        """Return the state with the streams at `indices` (int64) replaced by `other`'s."""
         return _combine(self, other, indices)
 
     def repeat(self, n: int) -> Self:
-        """Repeat every stream `n` times, copies side by side."""
+        """Return a state in which `n` copies of every stream follow each other."""
         return self.map(lambda tensor: tensor.repeat_interleave(n, dim=0))
 
     def detach(self) -> Self:
-        """Cut the values off from the graph, for truncated backpropagation through time."""
+        """Return the values detached from the graph, for truncated backpropagation in time."""
         return self.map(Tensor.detach)
 
     def clone(self) -> Self:
-        """Copy the state, so that a step, which consumes its state, cannot touch the copy."""
+        """Copy the state, so that a step that overwrites the original leaves the copy unchanged."""
         return self.map(Tensor.clone)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
-        """Move to another device or floating-point dtype; counts stay integers."""
+        """Move to another device or floating-point dtype. Integer counts keep their dtype."""
         return self.map(
             lambda tensor: tensor.to(
                 device=device, dtype=dtype if tensor.is_floating_point() else None
@@ -80,7 +80,7 @@ class State(tuple[Any, ...]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all batched tensors together."""
+        """Return the number of bytes of all batched tensors together."""
         sizes: list[int] = []
 
         def count(tensor: Tensor) -> Tensor:
@@ -92,14 +92,14 @@ class State(tuple[Any, ...]):
 
 
 StateT = TypeVar("StateT", bound=State, default=Any)
-"""The type of the states that a recurrence, and the system it was made from, carry."""
+"""The type of the states that a system and its recurrence use."""
 
 _StateClass = TypeVar("_StateClass", bound=State)
 
 
 @dataclass_transform(frozen_default=True)
 def define_state(cls: type[_StateClass]) -> type[_StateClass]:
-    """Make a named tuple of a subclass of `State` whose body annotates the fields in their order.
+    """Make a named tuple from a subclass of `State`, with the annotated fields in their order.
 
     ```python
     @define_state
@@ -121,12 +121,13 @@ def define_state(cls: type[_StateClass]) -> type[_StateClass]:
 
 
 def check_state(owner: str, state: object, accepted: Sequence[type[State]]) -> None:
-    """Raise a TypeError unless `state` is of an accepted type.
+    """Raise a TypeError unless `state` has an accepted type.
 
     Args:
-        owner: What continues from the state, as the subject of a sentence.
-        state: The state that was given.
-        accepted: The types that the owner continues from.
+        owner: A name for the object that continues from the state. The message uses it as its
+            subject.
+        state: The given state.
+        accepted: The types from which the owner can continue.
     """
     if not isinstance(state, tuple(accepted)):
         names = " or ".join(kind.__name__ for kind in accepted)
@@ -135,7 +136,7 @@ def check_state(owner: str, state: object, accepted: Sequence[type[State]]) -> N
 
 
 def vector_fits(x: Tensor, own: tuple[int, ...], shape: torch.Size) -> bool:
-    """Return whether a tensor (*B, *C', *own) is one of a state for samples of `shape`."""
+    """Return whether a tensor (*B, *C', *own) can belong to a state for samples of `shape`."""
     split = x.ndim - len(own)
     if split < 0 or x.shape[split:] != own:
         return False
@@ -143,7 +144,7 @@ def vector_fits(x: Tensor, own: tuple[int, ...], shape: torch.Size) -> bool:
 
 
 def broadcasts(*shapes: torch.Size, onto: torch.Size | None = None) -> bool:
-    """Return whether shapes broadcast against each other, and to `onto` where that is given."""
+    """Return whether shapes broadcast against each other and, if `onto` is given, to `onto`."""
     if onto is not None and onto in shapes and all(_spreads(shape, onto) for shape in shapes):
         return True
     try:
@@ -172,7 +173,7 @@ def _spreads(shape: torch.Size, onto: torch.Size) -> bool:
 
 
 def wrong_shapes(state: State, shape: torch.Size) -> ValueError:
-    """Make the error for a state that does not belong to samples of `shape`."""
+    """Return the error for a state whose shapes do not fit samples of `shape`."""
     found: list[str] = []
 
     def note(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The contract of every system: a causal operator, held as an immutable batch of channels."""
+"""The contract of systems: causal operators, each an immutable batch of channels."""
 
 from __future__ import annotations
 
@@ -31,35 +31,36 @@ __all__ = [
 ]
 
 STATIC = {"static": True}
-"""Metadata of a dataclass field that holds a hashable value instead of a tensor."""
+"""The metadata of a dataclass field that holds a hashable value instead of a tensor."""
 
 _TAPS = 4096
-"""Taps over which a system is compared with itself in another precision."""
+"""The largest number of taps that are compared when a system is cast to another precision."""
 
 _TAPS_IN_ALL = 2**24
-"""The same for all channels together."""
+"""The largest number of taps that are compared in all channels together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class System(abc.ABC, Generic[StateT]):
     """A causal operator `y = T u` on every channel of a batch.
 
-    Fields are tensors whose leading dimensions `(*C)` are the channels, and static ones, marked
-    with the metadata `STATIC`. A system is immutable and a pytree; gradients flow through it to
-    whatever its fields were made of. Constructors check shapes and dtypes, never values.
+    A field is either a tensor whose leading dimensions `(*C)` are the channels, or a static value.
+    The dataclass field of a static value has the metadata `STATIC`. A system is immutable and a
+    pytree. Gradients flow through it to the tensors from which its fields were computed.
+    Constructors check shapes and dtypes, but never values.
     """
 
     _kind: ClassVar[str] = "system"
-    """The name of the kind of system in messages."""
+    """The name of this kind of system in messages."""
 
     _state_types: ClassVar[tuple[type[State], ...]] = (State,)
-    """The types of the states that it continues from."""
+    """The types of the states from which the system can continue."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         pytree.register_pytree_node(
             cls,
-            lambda system: (system._fields(), system._static),
+            cls._flattened,
             lambda fields, static: cls._from_fields(fields, static),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
         )
@@ -73,9 +74,13 @@ class System(abc.ABC, Generic[StateT]):
         """Return the values of the static fields, which are hashable."""
         return tuple(getattr(self, field.name) for field in _split_fields(type(self))[1])
 
+    def _flattened(self) -> tuple[list[Any], tuple[Any, ...]]:
+        """Return the tensors and the static values, as a pytree needs them."""
+        return self._fields(), self._static
+
     @classmethod
     def _from_fields(cls, values: Iterable[Any], static: tuple[Any, ...] | None = None) -> Self:
-        """Make a system of its tensors and static values (None: their defaults), unchecked."""
+        """Make a system without checks. Static fields have their defaults if `static` is None."""
         system = object.__new__(cls)
         tensors, rest = _split_fields(cls)
         if static is None:
@@ -85,7 +90,7 @@ class System(abc.ABC, Generic[StateT]):
         return system
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Apply `function` to every tensor; static fields stay."""
+        """Return the system with `function` applied to every tensor and the same static fields."""
         return self._from_fields(
             [function(value) if value is not None else None for value in self._fields()],
             self._static,
@@ -109,7 +114,7 @@ class System(abc.ABC, Generic[StateT]):
     @property
     @abc.abstractmethod
     def order(self) -> int:
-        """Return the state dimension over the reals of the largest channel."""
+        """Return the state dimension of the largest channel, counted in real numbers."""
 
     @abc.abstractmethod
     def matrix(self, length: int) -> Tensor:
@@ -117,38 +122,41 @@ class System(abc.ABC, Generic[StateT]):
 
     @abc.abstractmethod
     def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
-        """Return the singular values of a Hankel block `T[at:length, :at]`, (*C, k), descending."""
+        """Return the singular values of the block `T[at:length, :at]`, (*C, k), descending."""
 
     @abc.abstractmethod
     def recurrence(self, form: str | None = None) -> Recurrence[StateT]:
-        """Return the system as a recurrence; `form=None` picks the one that is safe."""
+        """Return the system as a recurrence. `form=None` chooses an accurate form."""
 
     @abc.abstractmethod
     def _apply(self, u: Tensor) -> Tensor:
-        """Return the outputs from a silent past."""
+        """Compute the outputs after a silent past."""
 
     @abc.abstractmethod
-    def _apply_from(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
-        """Return the outputs and the final state of a chunk that starts in `state`."""
+    def apply_from(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]:
+        """Compute the outputs of a chunk that starts from `state`, and the state after it.
+
+        Neither `u` nor `state` is checked; `system(u, state)` checks both.
+        """
 
     @property
-    def _state_shape(self) -> tuple[int, ...]:
-        """Return the dimensions of a state's tensor after those of the channels."""
+    def state_shape(self) -> tuple[int, ...]:
+        """Return the shape of a state's tensor after its channel dimensions."""
         return (self.order,)
 
-    def _fits(self, state: StateT, shape: torch.Size) -> bool:
-        """Return whether the shapes of a state are those that samples of `shape` need."""
-        return vector_fits(state[0], self._state_shape, shape)
+    def fits(self, state: StateT, shape: torch.Size) -> bool:
+        """Return whether a state has the shapes that samples of `shape` need."""
+        return vector_fits(state[0], self.state_shape, shape)
 
     def __getitem__(self, index: Any) -> Self:
-        """Index the channel dimensions, as with a tensor: `system[::2]`, `system[:, None]`."""
+        """Index the channels like the dimensions of a tensor: `system[::2]`, `system[:, None]`."""
         index = index if isinstance(index, tuple) else (index,)
         if Ellipsis in index:
             raise IndexError("a system is indexed along its channels; `...` is not accepted.")
         return self._map(lambda value: value[index])
 
     def reshape_channels(self, *shape: int) -> Self:
-        """Return the same channels in another shape."""
+        """Return a system of the same channels whose channel dimensions are `shape`."""
         skip = len(self.channel_shape)
         return self._map(lambda value: value.reshape((*shape, *value.shape[skip:])))
 
@@ -157,7 +165,7 @@ class System(abc.ABC, Generic[StateT]):
         device: torch.device | torch.dtype | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Move to another device, or another real floating-point dtype."""
+        """Move to another device or to another real floating-point dtype."""
         if isinstance(device, torch.dtype):
             device, dtype = None, device
 
@@ -168,11 +176,11 @@ class System(abc.ABC, Generic[StateT]):
         return self._map(move)
 
     def detach(self) -> Self:
-        """Return the same values, cut off from the graph."""
+        """Return the same system, detached from the autograd graph."""
         return self._map(Tensor.detach)
 
     def frozen(self) -> Self:
-        """Copy the values, cut off from the graph and from later changes of parameters."""
+        """Return a copy that neither gradients nor later changes of parameters reach."""
         return self._map(lambda value: value.detach().clone())
 
     @overload
@@ -182,32 +190,34 @@ class System(abc.ABC, Generic[StateT]):
     def __call__(self, u: Tensor, state: StateT) -> tuple[Tensor, StateT]: ...
 
     def __call__(self, u: Tensor, state: StateT | None = None) -> Tensor | tuple[Tensor, StateT]:
-        """Apply the system to `u` (*B, *C', L), C' broadcasting against the channels C.
+        """Apply the system to `u` (*B, *C', L), where C' broadcasts against the channels C.
 
-        Time-invariant systems transform a whole chunk: causal but for rounding errors, so that a
-        NaN in a stream reaches the outputs of its chunk before it (`gramian.causal_convolution`).
+        A time-invariant system is causal only up to rounding errors, because it computes Fourier
+        transforms of the whole chunk. So a NaN in the input also reaches the earlier outputs of its
+        chunk (see `gramian.causal_convolution`).
 
         Args:
-            u: Real input. Half precision is computed in float32 and cast back.
-            state: Where the past left off: a state of `recurrence()`, or what an earlier call
-                returned. None: a silent past.
+            u: Real input. For an input in half precision, y is computed in float32 and cast back.
+            state: The state after the samples before `u`, from `recurrence()` or an earlier call.
+                None means that the past is silent.
 
         Returns:
-            y of the shape of `u`; with a state, `(y, new state)`.
+            y, which has the shape of `u`. If a state is given, `(y, new state)`.
 
         Raises:
-            TypeError: if `u` is not real floating point, or the state is none of this system.
-            ValueError: if the channels of `u` do not broadcast against the system's, or the state
-                has other shapes.
+            TypeError: if `u` is not a real floating-point tensor, or if `state` is not a state of
+                this kind of system.
+            ValueError: if the channels of `u` do not broadcast against the channels of the system,
+                or if the shapes of `state` do not fit.
         """
         shape = u.shape[:-1]
         self._check_input(u, shape)
         if state is None:
             return self._apply(u)
         check_state(f"this {self._kind}", state, self._state_types)
-        if not self._fits(state, shape):
+        if not self.fits(state, shape):
             raise wrong_shapes(state, shape)
-        return self._apply_from(u, state)
+        return self.apply_from(u, state)
 
     def _check_input(self, u: Tensor, shape: torch.Size) -> None:
         if not broadcasts(self.channel_shape, shape, onto=shape):
@@ -221,7 +231,7 @@ class System(abc.ABC, Generic[StateT]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TimeInvariantSystem(System[StateT]):
-    """A system that is a convolution: `y_t = Σ_j h_j u_{t-j}`."""
+    """A system that acts as a convolution: `y_t = Σ_j h_j u_{t-j}`."""
 
     @abc.abstractmethod
     def impulse_response(self, length: int) -> Tensor:
@@ -229,19 +239,20 @@ class TimeInvariantSystem(System[StateT]):
 
     @abc.abstractmethod
     def state_space(self) -> StateSpace:
-        """Return the same system with a state matrix, in float64."""
+        """Return the same system with a dense state matrix, in float64."""
 
     def to(
         self,
         device: torch.device | torch.dtype | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Move to another device, or another real floating-point dtype.
+        """Move to another device or to another real floating-point dtype.
 
         Warns:
-            UserWarning: if rounding to a narrower dtype loses more than half of that dtype's digits
-                of the impulse response. Its first 4,096 taps are compared, which synchronizes with
-                a GPU. Nothing is compared for a wider dtype or for another device alone.
+            UserWarning: if `dtype` is narrower than the system's dtype, and rounding to `dtype`
+                changes the impulse response in more than half of the digits of `dtype`. The first
+                4,096 taps are compared, which synchronizes with a GPU. If the dtype stays the same
+                or becomes wider, nothing is compared.
         """
         moved = super().to(device, dtype)
         if torch.finfo(moved.dtype).eps > torch.finfo(self.dtype).eps:
@@ -266,39 +277,43 @@ class TimeInvariantSystem(System[StateT]):
                 f"differs by {float(error.nan_to_num(torch.inf).max()):.0e} (relative l2 norm, "
                 f"{length} taps) from that in {str(self.dtype)[6:]}: what cancels in its "
                 "coefficients is lost in rounding.",
-                stacklevel=4,  # past the decorator and `to`
+                stacklevel=4,  # past the decorator and `to`, to the caller
             )
 
     @abc.abstractmethod
     def _infinite_hankel_singular_values(self) -> Tensor:
-        """Return the Hankel singular values over the infinite horizon, float64, descending."""
+        """Return the Hankel singular values over the infinite horizon.
+
+        Returns:
+            (*C, k), float64, descending.
+        """
 
     def _apply(self, u: Tensor) -> Tensor:
         return causal_convolution(u, self.kernel_for(u, u.shape[-1]))
 
     def to_control(self) -> Any:
-        """Return the system for python-control, in discrete time.
+        """Return the system as a discrete-time system of python-control.
 
         Returns:
-            A `control.TransferFunction` of a transfer function or FIR, a `control.StateSpace` of
-            others.
+            A `control.TransferFunction` for a transfer function or an FIR, and a
+            `control.StateSpace` for every other system.
 
         Raises:
             ImportError: if python-control is not installed.
-            ValueError: if the system has several channels: index one.
+            ValueError: if the system has several channels. Index one of them first.
         """
         control = import_control()
         check_single(self)
         return self._as_control(control)
 
     def _as_control(self, control: Any) -> Any:
-        """Return the single channel as a system of the module `control`."""
+        """Return the single channel as a system of python-control, given its module `control`."""
         return control.StateSpace(*self.state_space().to_scipy(), True)
 
     def kernel_for(self, u: Tensor, length: int) -> Tensor:
         """Return `impulse_response(length)` in the precision in which `u` is convolved.
 
-        It is float64 for a float64 input, and float32 otherwise.
+        The precision is float64 for a float64 input, and float32 for every other input.
         """
         return self.impulse_response(length).to(working_dtype(u))
 
@@ -311,14 +326,14 @@ class TimeInvariantSystem(System[StateT]):
         """Return the singular values of a Hankel block, through which the past acts on the future.
 
         Args:
-            length: Horizon L: the values of `T[at:L, :at]`. None: the infinite horizon.
-            at: Where past and future part, 1 … L - 1; by default L // 2.
+            length: The horizon L. The block is `T[at:L, :at]`. None means the infinite horizon.
+            at: The first step of the future, 1 … L - 1; by default `L // 2`.
 
         Returns:
-            (*C, k), descending, decided in float64 and returned in the system's dtype.
+            (*C, k), descending. They are computed in float64 and returned in the system's dtype.
 
         Raises:
-            ValueError: if the horizon is infinite and a pole is not inside the unit circle, or
+            ValueError: if the horizon is infinite and a pole is not inside the unit circle, or if
                 `at` is out of range.
         """
         if length is None:
@@ -334,18 +349,18 @@ class TimeInvariantSystem(System[StateT]):
 
 
 def working_dtype(u: Tensor) -> torch.dtype:
-    """Return the dtype in which a signal is convolved: float64 stays, all else is float32."""
+    """Return the dtype in which `u` is convolved: float64 if `u` is in float64, else float32."""
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
 def check_tensor(name: str, value: Any) -> None:
-    """Raise a TypeError unless `value` is a tensor (or a stand-in that a transform put there)."""
+    """Raise a TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}.")
 
 
 def check_single(system: System) -> None:
-    """Raise a ValueError unless the system has one channel and no channel dimension."""
+    """Raise a ValueError if the system has channel dimensions, rather than a single channel."""
     if system.channel_shape:
         raise ValueError(
             f"one channel at a time: index the system, whose channels are "
@@ -354,7 +369,7 @@ def check_single(system: System) -> None:
 
 
 def import_control() -> Any:
-    """Return python-control, or raise an ImportError that says what to install."""
+    """Import python-control, or raise an ImportError that says what to install."""
     try:
         import control
     except ImportError as error:
@@ -364,11 +379,11 @@ def import_control() -> Any:
 
 _Fields = tuple[dataclasses.Field[Any], ...]
 _SPLIT: dict[type, tuple[_Fields, _Fields]] = {}
-"""What `_split_fields` found. A cache of functools makes torch.compile warn."""
+"""The results of `_split_fields`. A `functools` cache would make torch.compile warn."""
 
 
 def _split_fields(cls: type[System]) -> tuple[_Fields, _Fields]:
-    """Return the fields of a class that hold tensors, and the static ones."""
+    """Return the fields of a class that hold tensors, and the static fields of the class."""
     if cls not in _SPLIT:
         fields = dataclasses.fields(cls)
         static = tuple(field for field in fields if field.metadata.get("static"))

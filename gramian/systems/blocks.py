@@ -1,15 +1,17 @@
-r"""The block form of time-invariant recurrences: c samples at a time as matrix products.
+r"""The block form of time-invariant recurrences: c samples at a time, by matrix products.
 
-With the realization `x ← A x + B u`, `y = C x + D u`, a block of c samples takes
+With the realization `x ← A x + B u`, `y = C x + D u`, a block of c samples is processed by
 
     y_block = T u_block + O x,  O = [C; CA; …; CA^(c-1)],  T = Toeplitz(D, CB, CAB, …),
-    x ← A^c x + R u_block,      R = [A^(c-1)B, …, AB, B],
+    x ← A^c x + R u_block,      R = [A^(c-1)B, …, AB, B].
 
-so outputs and inputs to the state are matrix products over all blocks at once, and only `A^c x`
-goes from block to block. Matrices are computed in double precision and rounded to the dtype of the
-state. Powers of a state matrix are taken one step after the other, as `gramian.ops.krylov` takes
-them where they cannot be squared: the companion matrix of poles that crowd has powers of norm 1e10
-and more, and the error of a squared power grows with the square of that norm.
+The products with T, O and R are computed for all blocks at once. Only the products `A^c x` are
+computed one block after the other. Matrices are computed in double precision and then rounded to
+the dtype of the state.
+
+Powers of a state matrix are computed one factor at a time rather than by squaring, as in
+`gramian.ops.krylov`. A companion matrix whose poles crowd has powers of norm 1e10 and more, and the
+error of a squared power grows with the square of that norm.
 """
 
 from __future__ import annotations
@@ -41,20 +43,20 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Blocks(abc.ABC):
-    """The block matrices of G channels with states (batch, G, n, streams) of one size n."""
+    """The block matrices of G channels whose states (batch, G, n, streams) have the same size n."""
 
     inside: Tensor
-    """T, (G, c, c)."""
+    """T, (G, c, c): from the inputs of a block to its outputs."""
     observe: Tensor
-    """O, (G, c, n)."""
+    """O, (G, c, n): from the state before a block to its outputs."""
     reach: Tensor
-    """R, (G, n, c)."""
+    """R, (G, n, c): from the inputs of a block to the state after it."""
     whole: Tensor
-    """A^c, in the form that `advance` takes."""
+    """A^c, in the layout that `advance` reads."""
     powers: Tensor
-    """Lower powers of A, in the form that `advance_by` takes."""
+    """Lower powers of A, in the layout that `advance_by` reads."""
     channels: Tensor | None = None
-    """The indices of the channels along their first dimension; None: all of them."""
+    """The indices of the G channels along the first channel dimension. None means all channels."""
 
     @abc.abstractmethod
     def advance(self, x: Tensor) -> Tensor:
@@ -62,18 +64,19 @@ class Blocks(abc.ABC):
 
     @abc.abstractmethod
     def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
-        """Return `A^steps x` for an integer tensor () below c."""
+        """Return `A^steps x`, where `steps` is an integer tensor without dimensions, below c."""
 
     def select(self, u: Tensor) -> Tensor:
-        """Take these channels of u (batch, channels, …)."""
+        """Return the channels of u (batch, channels, …) to which these matrices belong."""
         return u if self.channels is None else u.index_select(1, self.channels)
 
 
 class RotationBlocks(Blocks):
-    """Blocks of modes: A multiplies pairs of numbers, all real parts then all imaginary ones.
+    """The block matrices of a modal system, whose state matrix rotates and scales pairs of numbers.
 
-    `whole` is (2, G, m, 1), real and imaginary parts of λ^c, and `powers` (c, 2, G, m, 1), those of
-    λ^0 … λ^(c-1).
+    A state holds first the real parts of all modes and then the imaginary parts. The tensor `whole`
+    is (2, G, m, 1): the real and imaginary parts of λ^c. `powers` is (c, 2, G, m, 1): the real and
+    imaginary parts of λ^0 … λ^(c-1).
     """
 
     @classmethod
@@ -89,12 +92,13 @@ class RotationBlocks(Blocks):
         """Make the blocks of `h_0 = d`, `h_t = Re Σ_k residues_k poles_k^(t-1)`.
 
         Args:
-            poles: (G, m), complex.
-            residues: (G, m), complex.
-            d: (G), real.
-            size: c.
+            poles: (G, m), complex: the poles of every channel.
+            residues: (G, m), complex: their residues.
+            d: (G), real: the direct term.
+            size: The number of samples in a block, c.
             dtype: The dtype of the state.
-            channels: The indices of the channels; None: all of them.
+            channels: The indices of the G channels along the first channel dimension. None means
+                all channels.
         """
         poles, residues = poles.to(torch.complex128), residues.to(torch.complex128)
         powers = torch.stack([integer_power(poles, t) for t in range(size + 1)])
@@ -119,9 +123,9 @@ class RotationBlocks(Blocks):
 
 
 class ScalingBlocks(RotationBlocks):
-    """Blocks of real modes: A multiplies every number by its pole.
+    """The block matrices of a system with real modes, where A multiplies each mode by its pole.
 
-    `whole` is (1, G, m, 1), λ^c, and `powers` (c, 1, G, m, 1), λ^0 … λ^(c-1).
+    `whole` is (1, G, m, 1): λ^c. `powers` is (c, 1, G, m, 1): λ^0 … λ^(c-1).
     """
 
     @classmethod
@@ -134,7 +138,7 @@ class ScalingBlocks(RotationBlocks):
         dtype: torch.dtype,
         channels: Tensor | None = None,
     ) -> ScalingBlocks:
-        """Make the blocks as `RotationBlocks.from_modes`; imaginary parts are zero."""
+        """Make the blocks as `RotationBlocks.from_modes` does, but for modes that are all real."""
         pairs = RotationBlocks.from_modes(poles, residues, d, size, dtype, channels)
         modes = poles.shape[-1]
         return cls(
@@ -154,9 +158,9 @@ class ScalingBlocks(RotationBlocks):
 
 
 class MatrixBlocks(Blocks):
-    """Blocks of a dense state matrix.
+    """The block matrices of a system with a dense state matrix.
 
-    `whole` is A^c, (G, n, n), and `powers` (log₂ c, G, n, n) are A, A², A⁴ and so on.
+    `whole` is A^c, (G, n, n). `powers` is (log₂ c, G, n, n): A, A², A⁴ and so on.
     """
 
     @classmethod
@@ -166,11 +170,11 @@ class MatrixBlocks(Blocks):
         """Make the blocks of a realization.
 
         Args:
-            A: (*C, n, n).
-            B: (*C, n).
-            C: (*C, n).
-            D: (*C).
-            size: c, a power of two, at least 2.
+            A: (*C, n, n): the state matrix.
+            B: (*C, n): the input vector.
+            C: (*C, n): the output vector.
+            D: (*C): the direct term.
+            size: The number of samples in a block, c: a power of two, at least 2.
             dtype: The dtype of the state.
         """
         order, groups = B.shape[-1], D.numel()
@@ -205,9 +209,10 @@ class MatrixBlocks(Blocks):
 
 
 class ShiftBlocks(Blocks):
-    """Blocks of a window of the last n inputs, the latest one last: A drops the first of them.
+    """The block matrices of an FIR system whose state is its last n inputs, the latest input last.
 
-    `whole` and `powers` are empty, as their shapes say all that a shift needs: (n) and (log₂ c).
+    A drops the first of these inputs. `whole` (n) and `powers` (log₂ c) hold no values, because a
+    shift needs only their shapes.
     """
 
     @classmethod
@@ -215,8 +220,8 @@ class ShiftBlocks(Blocks):
         """Make the blocks of `y_t = Σ_j kernel_j u_{t-j}`.
 
         Args:
-            kernel: (G, n + 1), in the dtype of the state.
-            size: c, a power of two, at least 2.
+            kernel: (G, n + 1), in the dtype of the state: the taps.
+            size: The number of samples in a block, c: a power of two, at least 2.
         """
         groups, order = kernel.shape[0], kernel.shape[1] - 1
         taps = torch.nn.functional.pad(kernel, (0, max(0, size - order - 1)))
@@ -244,11 +249,13 @@ class ShiftBlocks(Blocks):
 
 
 class BlockForm(abc.ABC, Generic[StateT]):
-    """A recurrence as block matrices, and the way of its states into their layout and back.
+    """The block matrices of a recurrence, and conversions of its states to their layout and back.
 
     Args:
-        parts: Blocks for each group of channels that the state keeps together.
-        streams: Dimensions after the first channel dimension along which the system is shared.
+        parts: One set of block matrices for each group of channels that share a tensor of the
+            state.
+        streams: The number of dimensions after the first channel dimension along which all streams
+            share the system.
     """
 
     def __init__(self, parts: Sequence[Blocks], streams: int = 0) -> None:
@@ -261,10 +268,10 @@ class BlockForm(abc.ABC, Generic[StateT]):
 
     @abc.abstractmethod
     def unpack(self, packed: Sequence[Tensor], like: StateT) -> StateT:
-        """Return the state of which `pack` makes `packed`, with the shapes of `like`."""
+        """Undo `pack`, and return the state in the shapes of `like`."""
 
     def restore_order(self, outputs: Sequence[Tensor]) -> Tensor:
-        """Return the channels of all parts, (batch, channels, …) each, in their own order."""
+        """Join the outputs of the parts, (batch, channels, …), in the order of the channels."""
         channels = [part.channels for part in self.parts if part.channels is not None]
         if len(outputs) == 1 or not channels:
             return outputs[0]
@@ -272,17 +279,17 @@ class BlockForm(abc.ABC, Generic[StateT]):
 
 
 class VectorBlockForm(BlockForm[StateT]):
-    """The block form of a state with one tensor (batch, *C, *S), a vector for each channel."""
+    """The block form of a recurrence whose state is one tensor (batch, *C, *S)."""
 
     @classmethod
     def from_state_space(
         cls, system: StateSpace, size: int, dtype: torch.dtype, streams: int = 0
     ) -> VectorBlockForm[StateT]:
-        """Make the block form of a recurrence from a realization on its flattened state.
+        """Make the block form of a recurrence from its realization, whose states are flattened.
 
         Args:
             system: The realization.
-            size: c, a power of two, at least 2.
+            size: The number of samples in a block, c: a power of two, at least 2.
             dtype: The dtype of the state.
             streams: As in `BlockForm`.
         """
@@ -304,7 +311,7 @@ class VectorBlockForm(BlockForm[StateT]):
 
 
 def _toeplitz(taps: Tensor) -> Tensor:
-    """Return the lower triangular Toeplitz matrices (G, c, c) of taps (G, c)."""
+    """Return the lower-triangular Toeplitz matrices (G, c, c) of taps (G, c)."""
     size = taps.shape[-1]
     return torch.nn.functional.pad(taps, (size - 1, 0)).unfold(-1, size, 1).flip(-1)
 
@@ -316,5 +323,5 @@ def _rotate(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, steps: int) -> Tensor:
-    """Drop the first `steps` of the window (batch, G, n, streams), and fill it up with zeros."""
+    """Drop the first `steps` inputs of windows (batch, G, n, streams), and append zeros."""
     return torch.nn.functional.pad(x, (0, 0, 0, steps))[:, :, steps:]

@@ -1,14 +1,16 @@
-r"""Realizations of zeros, poles and gains that expand no polynomial.
+r"""Realizations of systems given by zeros, poles and a gain, without expanding polynomials.
 
-The coefficients of a polynomial of degree 10 whose zeros crowd do not hold them in double
-precision. Here a pair of poles stays a pair: a cascade of sections of second order
+If the zeros of a polynomial of degree 10 crowd, its coefficients in double precision do not
+determine them. So this module forms no polynomial of a degree above 2. Each pair of poles belongs
+to one section of a cascade of second-order sections
 
-    H_s(z) = (b_0 z² + b_1 z + b_2) / (z² + a_1 z + a_2),
+    H_s(z) = (b_0 z² + b_1 z + b_2) / (z² + a_1 z + a_2).
 
-each as `A = [[σ, -ω² / m], [m, σ]]`, `B = (1, 0)` with poles σ ± iω: a rotation for m = ω, and
-for poles that coincide still a matrix with bounded powers. What a section subtracts is computed in
-rational arithmetic, so that a zero near a pole loses nothing. Partial fractions of zeros and poles
-are products of quotients of differences, each accurate to the last digits.
+A section with poles σ ± iω has `A = [[σ, -ω² / m], [m, σ]]` and `B = (1, 0)`. This is a rotation
+for m = ω; with another m, the powers of A stay bounded even if the two poles coincide. The
+numerator of a section minus its direct term is computed in rational arithmetic, so that a zero near
+a pole loses no digits. The residues of partial fractions are products of quotients. The numerators
+and denominators of these are differences of zeros and poles, each accurate to the last digits.
 """
 
 from __future__ import annotations
@@ -24,20 +26,21 @@ from numpy.typing import ArrayLike
 __all__ = ["Section", "cascade", "check_roots", "partial_fractions", "sections"]
 
 _POINTS = 1024
-"""Points of the upper half circle on which the gain of a section is looked at."""
+"""The number of points on the upper half circle at which the gain of a section is evaluated."""
 
 _PAIRED = 100 * np.finfo(np.float64).eps
-"""Relative distance of a root from the conjugate of another up to which they are a pair."""
+"""Two roots form a pair if the relative distance of one from the other's conjugate is at most
+this."""
 
 
 class Section(NamedTuple):
-    """`(b_0 z^n + … + b_n) / (z^n + … + a_n)`, of degree n = len(a) ≤ 2, exact."""
+    """`(b_0 z^n + … + b_n) / (z^n + … + a_n)`, of degree n = len(a) ≤ 2, in rational numbers."""
 
     b: tuple[Fraction, ...]
     a: tuple[Fraction, ...]
 
     def roots(self) -> tuple[list[complex], list[complex]]:
-        """Return zeros and poles, as near as double precision has them."""
+        """Return the zeros and the poles, rounded to double precision."""
         first = next((k for k, value in enumerate(self.b) if value), len(self.b))
         top = self.b[first:] or (Fraction(1),)
         return _roots([value / top[0] for value in top[1:]]), _roots(self.a)
@@ -82,11 +85,11 @@ def _roots(a: Iterable[Fraction]) -> list[complex]:
 
 
 def check_roots(zeros: ArrayLike, poles: ArrayLike, gain: float) -> list[np.ndarray]:
-    """Return zeros and poles as complex vectors.
+    """Return zeros and poles as two complex vectors.
 
     Raises:
-        ValueError: if there are more zeros than poles, roots without their conjugates, or values
-            that are not finite.
+        ValueError: if there are more zeros than poles, if a complex root has no conjugate, or if a
+            value is not finite.
     """
     roots = [np.atleast_1d(np.asarray(r, dtype=np.complex128)).ravel() for r in (zeros, poles)]
     if not all(np.isfinite(r).all() for r in roots) or not math.isfinite(gain):
@@ -102,7 +105,7 @@ def check_roots(zeros: ArrayLike, poles: ArrayLike, gain: float) -> list[np.ndar
 
 
 def _pairs(name: str, roots: np.ndarray) -> tuple[list[complex], list[float]]:
-    """Return the roots above the real axis, one of each conjugate pair, and the real ones."""
+    """Return the roots above the real axis, one of each conjugate pair, and the real roots."""
     scale = _PAIRED * np.abs(roots)
     real = np.abs(roots.imag) <= scale
     upper, lower = ([*roots[~real & (sign * roots.imag > 0)]] for sign in (1, -1))
@@ -117,14 +120,14 @@ def _pairs(name: str, roots: np.ndarray) -> tuple[list[complex], list[float]]:
 
 
 def sections(zeros: np.ndarray, poles: np.ndarray) -> list[Section]:
-    """Group zeros and poles into sections with leading coefficients 1 or 0.
+    """Group zeros and poles into sections whose numerators start with 1 or 0.
 
-    Sections whose poles are nearest to the unit circle come last, each with the zeros that are
-    nearest to its poles.
+    The sections whose poles are nearest to the unit circle come last. Each section gets the zeros
+    that are nearest to its poles.
 
     Args:
-        zeros: (m,), complex, of `check_roots`.
-        poles: (n,), likewise.
+        zeros: The zeros, (m,), complex, as `check_roots` returns them.
+        poles: The poles, (n,), complex, as `check_roots` returns them.
     """
     upper, real = _pairs("poles", poles)
     real.sort(key=abs)
@@ -153,8 +156,11 @@ def sections(zeros: np.ndarray, poles: np.ndarray) -> list[Section]:
 
 
 def _expanded(roots: list[complex], degree: int) -> tuple[Fraction, ...]:
-    """Expand `Π (z - root)` of at most two real roots or one conjugate pair, the power `degree`
-    first."""
+    """Expand `Π (z - root)` for at most two real roots or one conjugate pair.
+
+    Returns:
+        The coefficients, in the order of falling powers from `z^degree` on.
+    """
     real = [Fraction(root.real) for root in roots]
     if len(roots) == 2:
         constant = real[0] * real[1]
@@ -167,10 +173,13 @@ def _expanded(roots: list[complex], degree: int) -> tuple[Fraction, ...]:
 
 
 def cascade(parts: list[Section], gain: float = 1.0) -> tuple[np.ndarray, ...]:
-    """Connect sections in series as (A, B, C, D), float64: (n, n), (n,), (n,) and ().
+    """Connect sections in series.
 
-    Every section is scaled by a power of two, so that what the sections so far have made of a
-    sinusoid is about 1 at most: no state is much larger than another.
+    Every section is scaled by a power of two, so that it and the sections before it together
+    amplify no sinusoid by much more than 1. So no state becomes much larger than another.
+
+    Returns:
+        (A, B, C, D), float64, of shapes (n, n), (n,), (n,) and ().
     """
     turns = [np.angle(pole) for part in parts for pole in part.roots()[1]]
     z = np.exp(1j * np.array([*np.pi * (np.arange(_POINTS) + 0.5) / _POINTS, *turns]))
@@ -178,7 +187,7 @@ def cascade(parts: list[Section], gain: float = 1.0) -> tuple[np.ndarray, ...]:
     total = np.ones_like(z)
     for part in parts:
         a, b, c, d = part.realize()
-        with np.errstate(all="ignore"):  # a pole on the unit circle
+        with np.errstate(all="ignore"):  # a pole may lie on the unit circle
             total = total * part.response(z)
         peak = np.abs(total).max()
         scale = 2.0 ** -round(math.log2(peak)) if 0 < peak < math.inf else 1.0
@@ -193,13 +202,16 @@ def cascade(parts: list[Section], gain: float = 1.0) -> tuple[np.ndarray, ...]:
 def partial_fractions(
     zeros: np.ndarray, poles: np.ndarray, gain: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return one pole of each conjugate pair, its residue, which counts for both, and the direct
-    term.
+    """Expand `gain Π (z - zeros) / Π (z - poles)` in partial fractions.
 
     Args:
-        zeros: (m,), complex, of `check_roots`.
-        poles: (n,), likewise, no two alike.
-        gain: Real.
+        zeros: The zeros, (m,), complex, as `check_roots` returns them.
+        poles: The poles, (n,), complex, as `check_roots` returns them. No two of them may be equal.
+        gain: A real number.
+
+    Returns:
+        The poles, the residues and the direct term. Of each conjugate pair, only one pole is
+        returned, and its residue counts for both.
     """
     upper, real = _pairs("poles", poles)
     kept = np.array([*upper, *real], dtype=np.complex128)
@@ -208,7 +220,7 @@ def partial_fractions(
     for k, pole in enumerate(kept):
         others = pole - np.delete(everything, k if k < len(upper) else k + len(upper))
         above = pole - zeros
-        # Quotients, as products alone may overflow.
+        # The quotients are multiplied, since a product of numerators or denominators may overflow.
         count = min(len(above), len(others))
         residues[k] *= np.prod(above[:count] / others[:count])
         residues[k] *= np.prod(above[count:]) / np.prod(others[count:])

@@ -1,8 +1,9 @@
 r"""The companion recurrence of a rational transfer function.
 
-`A = [[-a], [I, 0]]`, `B = e_1`, `C = b` (RTF, section 3.1). The state is the last n values of
-`w = u / a(z)`, so a step takes O(n) operations. Coefficients and state are kept in double
-precision: rounding `a` to single makes half of all stable denominators of degree 128 unstable.
+With `A = [[-a], [I, 0]]`, `B = e_1`, `C = b` (RTF, section 3.1), the state consists of the last n
+values of `w = u / a(z)`, so a step takes O(n) operations. Coefficients and state are kept in double
+precision, because rounding `a` to single precision makes half of all stable denominators of degree
+128 unstable.
 """
 
 from __future__ import annotations
@@ -25,18 +26,22 @@ __all__ = ["CompanionRecurrence", "CompanionState", "companion_form"]
 
 @define_state
 class CompanionState(State):
-    """The last n values of `w = u / a(z)`, newest first: (*B, *C', n), float64."""
+    """The last n values of `w = u / a(z)`, newest first.
+
+    Attributes:
+        past: (*B, *C', n), float64: these values.
+    """
 
     past: Tensor
 
 
 def companion_form(b: Tensor, a: Tensor, d: Tensor) -> StateSpace:
-    """Return `d + b(z) / a(z)` with its companion matrix, in float64.
+    """Return `d + b(z) / a(z)` as a state-space system with the companion matrix, in float64.
 
     Args:
-        b: (*C, n).
-        a: (*C, n).
-        d: (*C).
+        b: (*C, n): the numerator's coefficients.
+        a: (*C, n): the denominator's coefficients.
+        d: (*C): the direct term.
     """
     a = a.double()
     shift = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)[:-1]
@@ -47,7 +52,11 @@ def companion_form(b: Tensor, a: Tensor, d: Tensor) -> StateSpace:
 
 
 class CompanionRecurrence(VectorRecurrence[CompanionState]):
-    """`w_t = u_t - Σ a_j w_{t-j}`, `y_t = d u_t + Σ b_j w_{t-j}`, in double precision."""
+    """`w_t = u_t - Σ a_j w_{t-j}`, `y_t = d u_t + Σ b_j w_{t-j}`, in double precision.
+
+    Args:
+        system: The transfer function to step.
+    """
 
     form = "companion"
     state_type = CompanionState

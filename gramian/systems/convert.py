@@ -1,11 +1,12 @@
-r"""Changes of realization between systems.
+r"""Conversions between the realizations of a system.
 
-The functions of the table return a system with the same impulse response, in float64, or refuse
-with the reason. What is exact in exact arithmetic but may be ruined by rounding (anything that goes
-through the zeros of a polynomial, or from zeros to coefficients) is verified: the impulse responses
-before and after are compared over the infinite horizon, and the conversion is refused if they
-differ by more than `tol` or a stable system would become an unstable one. A system with a pole
-within 1e-7 of the unit circle is compared over 2^20 steps, one that is unstable over 4,096.
+`to_transfer_function`, `to_modal`, `to_state_space` and `to_fir` return a system with the same
+impulse response in float64, or raise an error that says why there is none. The table shows how the
+first three find it. Rounding may ruin the conversions that find the zeros of a polynomial or
+compute coefficients from zeros, so their results are verified. The impulse responses before and
+after are compared over the infinite horizon. The conversion is refused if they differ by more than
+`tol`, or if a stable system would become unstable. A system with a pole within 1e-7 of the unit
+circle is compared over 2^20 steps, and an unstable system over 4,096.
 
 ==================  =====================  =======================  ==========================
 from \ to           TransferFunction       Modal                    StateSpace
@@ -14,15 +15,16 @@ TransferFunction    itself                 partial fractions        companion fo
 Modal               products of the poles  itself                   2 × 2 blocks
 StateSpace          eigenvalues            eigenvectors             itself
 DPLR                eigenvalues            eigenvectors             dense
-FIR                 `a = 0`              a single delay only      shift register
+FIR                 `a = 0`                a single delay only      shift register
 ==================  =====================  =======================  ==========================
 
-A rational system has no last tap, so only a finite kernel is an `FIR`;
-`FIR(system.impulse_response(length))` cuts one, and `gramian.reduce` approximates where a
-conversion is refused.
+The impulse response of a rational system with a nonzero pole never ends, so only a finite kernel
+converts to an `FIR`. `FIR(system.impulse_response(length))` truncates any impulse response, and
+`gramian.reduce` finds an approximation where a conversion is refused.
 
-Every system is a `to_dense_operator`, every recurrence on L steps a `to_time_varying`
-one, and a `gated_convolution` is the latter.
+`to_dense_operator` converts the first L steps of any system, and `to_time_varying` the first L
+steps of any recurrence. `gated_convolution` makes a time-varying system from a convolution and two
+gates.
 """
 
 from __future__ import annotations
@@ -55,14 +57,14 @@ __all__ = [
 ]
 
 TOLERANCE = 1e-8
-"""Relative l2 error of the impulse response up to which a conversion passes."""
+"""The largest relative l2 error of the impulse response with which a conversion is accepted."""
 
 _TAPS = 4096
-"""Largest number of taps over which impulse responses are compared as they are computed, and the
-horizon of systems that are not stable, whose responses grow without end."""
+"""The largest number of taps over which computed impulse responses are compared. It is also the
+horizon for unstable systems, whose responses grow without end."""
 
 _LONG = 2**20
-"""Steps over which a system with a pole within `_MARGIN` of the unit circle is compared."""
+"""The number of steps that are compared if a pole is within `_MARGIN` of the unit circle."""
 
 _MARGIN = 1e-7
 
@@ -70,20 +72,21 @@ _MARGIN = 1e-7
 def to_transfer_function(system: TimeInvariantSystem, tol: float = TOLERANCE) -> TransferFunction:
     """Convert to a fraction of polynomials.
 
-    The denominator is the product of `1 - λ z^-1` over the poles, the numerator the first n
-    coefficients of its product with the impulse response. Its degree is that of the largest
-    channel; channels of a lower order have poles at zero.
+    The denominator is the product of `1 - λ z^-1` over the poles λ. The numerator is the first n
+    coefficients of the product of the denominator and the impulse response. The degree is the order
+    of the largest channel. Channels of a lower order get additional poles at zero.
 
     Args:
         system: A time-invariant system, channels (*C).
-        tol: Largest relative l2 error of a channel's impulse response.
+        tol: The largest accepted relative l2 error of a channel's impulse response.
 
     Returns:
         A `TransferFunction` in float64, channels (*C).
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
-        ValueError: if rounding spoils it: polynomials of high degree with poles that crowd.
+        TypeError: if the system is not time-invariant.
+        ValueError: if rounding makes the error larger than `tol`, as happens for polynomials of
+            high degree whose zeros crowd.
     """
     if isinstance(system, TransferFunction):
         return system.to(dtype=torch.float64)
@@ -101,19 +104,19 @@ def to_transfer_function(system: TimeInvariantSystem, tol: float = TOLERANCE) ->
 
 
 def to_modal(system: TimeInvariantSystem, tol: float = TOLERANCE) -> Modal:
-    """Convert to poles and residues, by partial fractions.
+    """Convert to poles and residues by partial fractions.
 
     Args:
         system: A time-invariant system, channels (*C).
-        tol: Largest relative l2 error of a channel's impulse response.
+        tol: The largest accepted relative l2 error of a channel's impulse response.
 
     Returns:
         A `Modal` in float64 and complex128, channels (*C).
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
-        ValueError: if there is no modal form (poles coincide, as those of a finite kernel do) or
-            rounding spoils it.
+        TypeError: if the system is not time-invariant.
+        ValueError: if there is no modal form because poles coincide, as the poles of a finite
+            kernel do, or if rounding makes the error larger than `tol`.
     """
     if isinstance(system, Modal):
         return system.to(dtype=torch.float64)
@@ -127,13 +130,13 @@ def to_modal(system: TimeInvariantSystem, tol: float = TOLERANCE) -> Modal:
         residues = torch.nn.functional.pad(kernel[..., 1:2], (0, 2 - min(2, kernel.shape[-1])))
         return Modal(torch.zeros_like(residues) + 0j, residues + 0j, kernel[..., 0])
     dense = to_state_space(system)
-    _, (A, B, C) = dense._realized()
+    _, (A, B, C) = dense.realized()
     poles, vectors = torch.linalg.eig(A)
     weights = torch.linalg.lstsq(vectors, (B + 0j).unsqueeze(-1)).solution.squeeze(-1)
     residues = ((C + 0j).unsqueeze(-2) @ vectors).squeeze(-2) * weights
     real = poles.imag == 0
     kept = poles.imag >= 0
-    # One of each conjugate pair counts for both; real poles count once, without imaginary part.
+    # One pole of a conjugate pair counts for both. A real pole counts once, with a real residue.
     residues = torch.where(real, residues.real + 0j, 2 * residues)
     order = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)
     modes = int(kept.sum(-1).max()) if kept.numel() else 0
@@ -143,17 +146,17 @@ def to_modal(system: TimeInvariantSystem, tol: float = TOLERANCE) -> Modal:
 
 
 def to_state_space(system: TimeInvariantSystem) -> StateSpace:
-    """Convert to a system with a state matrix; always exact.
+    """Convert to a system with a dense state matrix. This conversion is always exact.
 
     Args:
         system: A time-invariant system, channels (*C).
 
     Returns:
-        A `StateSpace` in float64, channels (*C): the companion form of a transfer function, a
-        rotation for every conjugate pair of a modal system, the shift register of an FIR.
+        A `StateSpace` in float64, channels (*C): the companion form of a transfer function, one
+        rotation for every conjugate pair of a modal system, or the shift register of an FIR.
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
+        TypeError: if the system is not time-invariant.
     """
     if not isinstance(system, TimeInvariantSystem):
         raise TypeError(
@@ -167,14 +170,14 @@ def to_fir(system: TimeInvariantSystem) -> FIR:
     """Convert to a finite kernel.
 
     Args:
-        system: An `FIR`, or a system of which every pole is zero.
+        system: An `FIR`, or another system all of whose poles are zero.
 
     Returns:
         An `FIR` in float64, channels (*C).
 
     Raises:
-        TypeError: if the system is not a time-invariant one.
-        ValueError: if the impulse response has no end.
+        TypeError: if the system is not time-invariant.
+        ValueError: if the impulse response never ends.
     """
     if isinstance(system, FIR):
         return system.to(dtype=torch.float64)
@@ -194,36 +197,38 @@ def to_fir(system: TimeInvariantSystem) -> FIR:
 
 
 def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> TimeVarying:
-    """Convert the first `length` steps of a system to a time-varying one.
+    """Convert the first `length` steps of a system to a time-varying system.
 
     Args:
-        system: A time-invariant system of finite order, or a `TimeVarying` one to cut. A modal
-            system without complex poles becomes a diagonal one, all others dense, in coordinates
-            where products of state matrices are bounded.
-        length: L.
+        system: A time-invariant system of finite order, or a `TimeVarying` to shorten. A modal
+            system without complex poles becomes a diagonal system. Every other time-invariant
+            system becomes a dense system, in coordinates where products of state matrices are
+            bounded.
+        length: The number of steps, L.
 
     Returns:
-        A `TimeVarying` in float64, channels (*C). Constant coefficients share one memory.
+        A `TimeVarying` in float64, channels (*C). All steps share the memory of a constant
+        coefficient.
 
     Raises:
         TypeError: if the system is of another kind.
-        ValueError: if a time-varying system has fewer steps.
+        ValueError: if a time-varying system has fewer than `length` steps.
     """
     if isinstance(system, TimeVarying):
-        system._check_steps(0, length)
+        system.check_steps(0, length)
         return system.steps(0, length).to(dtype=torch.float64)
     if isinstance(system, Modal) and not bool((system.poles.imag * system.residues.abs()).any()):
         ones = torch.ones_like(system.poles.real, dtype=torch.float64)
         A, B, C, D = system.poles.real.double(), ones, system.residues.real.double(), system.d
     else:
         dense = to_state_space(system)
-        found, (A, B, C) = dense._realized()
+        found, (A, B, C) = dense.realized()
         if found.stepwise:
             A, B, C = dense.A, dense.B, dense.C
         D = dense.D
 
     def constant(value: Tensor, size: int) -> Tensor:
-        """Insert a time axis before the last `size` ones."""
+        """Insert a time axis before the last `size` dimensions and expand it to L steps."""
         lead, own = value.shape[: value.ndim - size], value.shape[value.ndim - size :]
         return value.unsqueeze(-1 - size).expand(*lead, length, *own)
 
@@ -232,20 +237,22 @@ def to_time_varying(system: TimeInvariantSystem | TimeVarying, length: int) -> T
 
 
 def gated_convolution(system: TimeInvariantSystem, q: Tensor, k: Tensor) -> TimeVarying:
-    """Make `diag(q) T diag(k)`: the convolution T between two gates, as Hyena applies it.
+    """Make the operator `diag(q) T diag(k)`, a convolution T between two gates as in Hyena.
 
     Args:
-        system: A time-invariant system of finite order, channels (*C).
-        q: (*B, L), real: the gate after the convolution.
-        k: (*B, L), real: the gate before it. C broadcasts against B; B may have further channels.
+        system: The convolution: a time-invariant system of finite order, channels (*C).
+        q: (*B, L), real: the gate that multiplies the output of the convolution.
+        k: (*B, L), real: the gate that multiplies its input. C broadcasts against B, and B may have
+            further dimensions.
 
     Returns:
-        A `TimeVarying` of L steps in float64, channels (*B). Gradients reach the gates, and the
-        system through `to_time_varying`.
+        A `TimeVarying` of L steps in float64, channels (*B). Gradients flow to the gates, and
+        through `to_time_varying` to the system.
 
     Raises:
         TypeError: if the system is of another kind.
-        ValueError: if the gates have different shapes, or do not fit the channels.
+        ValueError: if the gates have different shapes, or if these do not fit the channels of the
+            system.
     """
     lead = q.shape[:-1]
     try:
@@ -271,16 +278,19 @@ def to_dense_operator(system: System, length: int) -> DenseOperator:
 
     Args:
         system: Any system, channels (*C).
-        length: L.
+        length: The number of steps, L.
+
+    Returns:
+        A `DenseOperator` of L steps, channels (*C).
 
     Raises:
-        ValueError: if the system has fewer steps.
+        ValueError: if the system has fewer than `length` steps.
     """
     return DenseOperator(system.matrix(length))
 
 
 def _all_poles(system: Modal) -> Tensor:
-    """Return every channel's poles with the conjugates of pairs, (*C, n), padded with zeros."""
+    """Return every channel's poles including conjugates, (*C, n), padded with zeros."""
     poles, residues = system.poles.to(torch.complex128), system.residues
     tiny = torch.finfo(system.poles.real.dtype).eps
     used = residues != 0
@@ -295,8 +305,9 @@ def _all_poles(system: Modal) -> Tensor:
 def _polynomial(zeros: Tensor) -> Tensor:
     """Return the coefficients a_1 … a_n of `Π (1 - λ z^-1)`, (*C, n), complex128.
 
-    The zeros are taken in the order of Leja, each as far as possible from those before it, which
-    keeps the coefficients on the way from growing beyond the last ones.
+    The factors are multiplied in the Leja order of their zeros, in which each zero is as far as
+    possible from the zeros before it. So no intermediate coefficient grows beyond the final
+    coefficients.
     """
     zeros = _leja(zeros)
     coefficients = torch.ones_like(zeros[..., :1])
@@ -307,7 +318,7 @@ def _polynomial(zeros: Tensor) -> Tensor:
 
 
 def _leja(points: Tensor) -> Tensor:
-    """Reorder points (*C, n): each has the largest product of distances to those before."""
+    """Sort points (*C, n) so that each has the largest product of distances to its predecessors."""
     count = points.shape[-1]
     if count < 3:
         return points
@@ -349,10 +360,11 @@ def _verified(converted: _Converted, system: TimeInvariantSystem, tol: float) ->
 def conversion_error(
     converted: TimeInvariantSystem, system: TimeInvariantSystem, tol: float
 ) -> Tensor:
-    """Measure the relative l2 error of the impulse response of a conversion, (*C).
+    """Measure the relative l2 error of a conversion's impulse response, (*C).
 
-    It is the larger of two: that for all time, in exact arithmetic, and that of what both systems
-    compute on the taps that matter to `tol`, at most `_TAPS`.
+    The result is the larger of two errors. The first is the difference of the exact impulse
+    responses over the infinite horizon. The second is the difference of the taps that the two
+    systems compute. It covers the taps that matter at the tolerance `tol`, but at most `_TAPS`.
     """
     error, memory = _difference(to_state_space(system), to_state_space(converted), tol)
     length = int(min(_TAPS, max(64, 8 * (system.order + 1), memory)))
@@ -364,17 +376,18 @@ def conversion_error(
 
 
 def _difference(before: StateSpace, after: StateSpace, tol: float) -> tuple[Tensor, float]:
-    """Measure how far two systems are apart, over an infinite horizon.
+    """Measure how much two systems differ over an infinite horizon.
 
-    A square-root factor of the reachability Gramian of both side by side gives it, so that no
-    condition number is squared.
+    The measure is computed from a square-root factor of the reachability Gramian of both systems
+    together, so that no condition number is squared.
 
     Returns:
-        The l2 norm of the difference of the impulse responses relative to that of the first, (*C),
-        infinite where the first is stable and the second is not; and the steps until the slowest
-        pole of the first has faded to `tol`.
+        Two results. The first, (*C), is the l2 norm of the difference between the impulse
+        responses, relative to the norm of the impulse response of `before`. It is infinite if
+        `before` is stable and `after` is not. The second is the number of steps in which the
+        slowest pole of `before` decays to `tol`.
     """
-    (one, (A, B, C)), (two, (F, G, H)) = before._realized(), after._realized()
+    (one, (A, B, C)), (two, (F, G, H)) = before.realized(), after.realized()
     radius, other = _radius(A), _radius(F)
     size, step = before.D.square(), (after.D - before.D).square()
     order = B.shape[-1]
@@ -393,7 +406,7 @@ def _difference(before: StateSpace, after: StateSpace, tol: float) -> tuple[Tens
     error = (step / torch.where(size > 0, size, 1)).sqrt().nan_to_num(torch.inf)
     unstable = other >= torch.where(radius < 1 - _MARGIN, 1.0, 1 + _MARGIN)
     lost = (radius <= 1 + _MARGIN) & unstable
-    if one.stepwise or two.stepwise:  # nothing is known for certain
+    if one.stepwise or two.stepwise:  # the comparison is not reliable
         lost = torch.ones_like(lost)
     slowest = float(radius.max()) if radius.numel() else 0.0
     memory = 0 if slowest == 0 else _TAPS if slowest >= 1 else math.log(tol) / math.log(slowest)
@@ -401,5 +414,5 @@ def _difference(before: StateSpace, after: StateSpace, tol: float) -> tuple[Tens
 
 
 def _radius(A: Tensor) -> Tensor:
-    """Return the spectral radius, (*C)."""
+    """Return the spectral radius of every matrix, (*C)."""
     return torch.nn.functional.pad(torch.linalg.eigvals(A).abs(), (0, 1)).amax(-1)

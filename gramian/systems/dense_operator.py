@@ -1,7 +1,8 @@
-r"""Dense causal operators: a lower-triangular matrix with no structure that is known.
+r"""Dense causal operators: lower-triangular matrices without known structure.
 
-`y_i = Σ_{j≤i} T_ij u_j`: what softmax attention applies to its values on one input. The state is
-every input so far; `gramian.realize` finds the smallest recurrence.
+On a given input, softmax attention applies such an operator, `y_i = Σ_{j≤i} T_ij u_j`, to its
+values. The state consists of all inputs so far. `gramian.realize` finds the smallest recurrence
+that computes an operator.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ __all__ = ["DenseOperator", "DenseOperatorRecurrence", "DenseOperatorState"]
 
 @define_state
 class DenseOperatorState(State):
-    """inputs (*B, *C', L), zero from `position` (), int64 on the CPU, on."""
+    """All inputs so far.
+
+    Attributes:
+        inputs: (*B, *C', L): the inputs, zero from index `position` on.
+        position: (), int64 on the CPU: the number of steps taken.
+    """
 
     inputs: Tensor
     position: Tensor
@@ -32,15 +38,15 @@ class DenseOperatorState(State):
 class DenseOperator(FiniteSystem[DenseOperatorState]):
     """`y = T u` for a lower-triangular T.
 
-    An operator has L steps and no more, as a `TimeVarying` system has. Where its rows are a
-    softmax over all of the past, a further token is a further row: another operator.
+    An operator has exactly L steps, like a `TimeVarying` system. If its rows come from a softmax
+    over the whole past, a further token adds a further row and so makes another operator.
 
     Args:
-        entries: (*C, L, L), real. Entries above the diagonal are not read.
+        entries: (*C, L, L), real: T. Entries above the diagonal are not read.
 
     Raises:
         TypeError: if the entries are not a real floating-point tensor.
-        ValueError: if they are not square matrices.
+        ValueError: if the entries are not square matrices.
     """
 
     _kind = "dense operator"
@@ -80,7 +86,7 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
 
     @property
     def order(self) -> int:
-        """Return L - 1, the number of earlier inputs that the last output may need."""
+        """Return L - 1, the number of earlier inputs on which the last output may depend."""
         return max(self.length - 1, 0)
 
     def matrix(self, length: int | None = None) -> Tensor:
@@ -90,22 +96,22 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
             (*C, length, length), lower triangular.
 
         Raises:
-            ValueError: if there are fewer steps.
+            ValueError: if the operator has fewer than `length` steps.
         """
         length = self.length if length is None else length
-        self._check_steps(0, length)
+        self.check_steps(0, length)
         return self.entries[..., :length, :length].tril()
 
     def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
         """Return the singular values of a Hankel block, through which the past acts on the future.
 
         Args:
-            length: Horizon: the values of `T[at:length, :at]`; by default L.
-            at: Where past and future part, 1 … length - 1; by default length // 2.
+            length: The horizon, by default L. The block is `T[at:length, :at]`.
+            at: The first step of the future, 1 … length - 1; by default `length // 2`.
 
         Returns:
-            (*C, k), k = min(at, length - at), descending, decided in float64 and returned in the
-            system's dtype.
+            (*C, k), k = min(at, length - at), descending. They are computed in float64 and returned
+            in the system's dtype.
 
         Raises:
             ValueError: if `length` or `at` is out of range.
@@ -115,10 +121,10 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
         return torch.linalg.svdvals(block).to(self.dtype)
 
     def recurrence(self, form: str | None = None) -> DenseOperatorRecurrence:
-        """Return the recurrence that takes row after row, O(L) a step, the only form.
+        """Return the recurrence, which applies one row in each step, in O(L) operations.
 
         Raises:
-            ValueError: for any other form than "dense".
+            ValueError: if `form` is given and is not "dense", the only form.
         """
         self._check_form(form, "dense")
         return DenseOperatorRecurrence(self)
@@ -127,23 +133,26 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
         return self._rows(u.to(working_dtype(u)), 0).to(u.dtype)
 
     @property
-    def _state_shape(self) -> tuple[int, ...]:
+    def state_shape(self) -> tuple[int, ...]:
         return (self.length,)
 
-    def _apply_from(
-        self, u: Tensor, state: DenseOperatorState
-    ) -> tuple[Tensor, DenseOperatorState]:
+    def apply_from(self, u: Tensor, state: DenseOperatorState) -> tuple[Tensor, DenseOperatorState]:
         inputs, position = state
         start, end = int(position), int(position) + u.shape[-1]
-        self._check_steps(start, u.shape[-1])
+        self.check_steps(start, u.shape[-1])
         past = torch.cat([inputs[..., :start], u.to(inputs.dtype)], dim=-1)
         new = torch.nn.functional.pad(past, (0, inputs.shape[-1] - end))
         return self._rows(past, start).to(u.dtype), DenseOperatorState(new, position + u.shape[-1])
 
     def _rows(self, inputs: Tensor, start: int) -> Tensor:
-        """Return the outputs `start` … from all inputs (*B, *C', end) up to the last of them."""
+        """Return the outputs from step `start` on.
+
+        Args:
+            inputs: (*B, *C', end): all inputs up to the last of these steps.
+            start: The first step whose output is returned.
+        """
         end = inputs.shape[-1]
-        self._check_steps(0, end)
+        self.check_steps(0, end)
         rows = self.entries[..., start:end, :end].tril(start).to(inputs.dtype)
         grouped, restore = group_channels(inputs, self.channel_shape)  # (G, R, end)
         with torch.autocast(inputs.device.type, enabled=False):
@@ -151,7 +160,11 @@ class DenseOperator(FiniteSystem[DenseOperatorState]):
 
 
 class DenseOperatorRecurrence(VectorRecurrence[DenseOperatorState]):
-    """`y_i = T[i, :i + 1] u`: keeps every input; a step past the last one is a ValueError."""
+    """`y_i = T[i, :i + 1] u[:i + 1]`. The recurrence keeps every input and takes at most L steps.
+
+    Args:
+        system: The operator to step.
+    """
 
     form = "dense"
     state_type = DenseOperatorState
@@ -170,7 +183,7 @@ class DenseOperatorRecurrence(VectorRecurrence[DenseOperatorState]):
     def _step(self, u_t: Tensor, state: DenseOperatorState) -> tuple[Tensor, DenseOperatorState]:
         inputs, position = state.inputs, state.position
         at = int(position)
-        self.system._check_steps(at, 1)
+        self.system.check_steps(at, 1)
         inputs[..., at] = u_t
         row = self.system.entries[..., at, : at + 1].to(inputs.dtype)
         y = (row * inputs[..., : at + 1]).sum(-1)

@@ -1,13 +1,14 @@
 r"""Diagonal plus low-rank systems: modes that feed back into each other through one number.
 
-`x_{t+1} = Λ x_t - p v_t + B u_t`, `v_t = 2 Re q x_t`, `y_t = 2 Re C x_t + D u_t`: the state
-matrix of S4 (Gu et al. 2022, arXiv 2111.00396) after the bilinear transform, which keeps a diagonal
-plus rank-one matrix one. One complex entry stands for a mode and its conjugate, so the matrix acts
-on a complex vector as a real-linear map only.
+`x_{t+1} = Λ x_t - p v_t + B u_t`, `v_t = 2 Re q x_t`, `y_t = 2 Re C x_t + D u_t`. The state matrix
+of S4 (Gu et al. 2022, arXiv 2111.00396) has this form after the bilinear transform, because the
+transform of a diagonal plus rank-one matrix is diagonal plus rank one again. One complex entry
+stands for a mode and its conjugate, so the matrix acts on complex vectors as a map that is linear
+only over the reals.
 
-Four modal impulse responses, from u and v to y and v, give the kernel: the loop over v is closed by
-`gramian.ops.feedback.feedback_kernel`. No Cauchy kernel is needed, no dense matrix, and none
-of modes times length.
+The kernel is computed from the four modal impulse responses from u and v to y and v.
+`gramian.ops.feedback.feedback_kernel` closes the loop over v. No Cauchy kernel, no dense state
+matrix and no matrix of modes times length is needed.
 """
 
 from __future__ import annotations
@@ -35,26 +36,32 @@ __all__ = ["DPLR", "DPLRRecurrence", "DPLRState"]
 
 @define_state
 class DPLRState(State):
-    """(*B, *C', m, 2), real and imaginary part of every mode."""
+    """The state x.
+
+    Attributes:
+        modes: (*B, *C', m, 2): the real and the imaginary part of every mode.
+    """
 
     modes: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DPLR(TimeInvariantSystem[DPLRState]):
-    """`h_0 = D`, `h_t = C A^(t-1) B` with A diagonal plus rank one, in conjugate pairs.
+    """`h_0 = D`, `h_t = C A^(t-1) B`, where A is diagonal plus rank one.
+
+    Each of the m complex entries of a vector stands for a mode and its conjugate.
 
     Args:
-        poles: (*C, m), complex: Λ.
+        poles: (*C, m), complex: the diagonal Λ.
         B: (*C, m), complex: the input vector.
-        C: (*C, m), complex: the output vector, `y = 2 Re C x`.
-        p: (*C, m), complex: where the feedback enters.
-        q: (*C, m), complex: what it reads, `v = 2 Re q x`.
+        C: (*C, m), complex: the output vector in `y = 2 Re C x`.
+        p: (*C, m), complex: the vector through which the feedback v enters the state.
+        q: (*C, m), complex: the vector that reads the feedback, `v = 2 Re q x`.
         D: (*C), real: the direct term.
 
     Raises:
-        TypeError: if D is not real or another field not complex.
-        ValueError: if the shapes do not belong together.
+        TypeError: if D is not real or another field is not complex.
+        ValueError: if the shapes do not fit together.
     """
 
     _kind = "DPLR system"
@@ -98,15 +105,15 @@ class DPLR(TimeInvariantSystem[DPLRState]):
 
     @property
     def order(self) -> int:
-        """Return 2 m, since every pair has two modes."""
+        """Return 2 m, since each complex entry stands for two modes."""
         return 2 * self.poles.shape[-1]
 
     @property
-    def _state_shape(self) -> tuple[int, ...]:
+    def state_shape(self) -> tuple[int, ...]:
         return (self.poles.shape[-1], 2)
 
     def state_space(self) -> StateSpace:
-        """Return the same system with a dense matrix, on the state (Re x, Im x), in float64."""
+        """Return the same system with a dense matrix on the state (Re x, Im x), in float64."""
         poles, B, C, p, q = (
             field.to(torch.complex128) for field in (self.poles, self.B, self.C, self.p, self.q)
         )
@@ -120,36 +127,40 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         return StateSpace(A, torch.cat([B.real, B.imag], dim=-1), output, self.D.double())
 
     def impulse_response(self, length: int) -> Tensor:
-        """Return the Markov parameters (*C, length), by matrix products of O(n L) and FFTs."""
+        """Compute the Markov parameters (*C, length).
+
+        The matrix products take O(n L) operations, and FFTs close the loop over v.
+        """
         if length == 1 or self.order == 0:
             return nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
         tail = feedback_kernel(self._open_loop(length - 1), self.dtype)
         return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)
 
     def _open_loop(self, length: int) -> Tensor:
-        """Return kernels from u to y, v to y, u to v and v to v, (*C, 4, length), float64.
+        """Return the kernels from u to y, v to y, u to v and v to v without feedback.
 
-        The lags are 1 … length; at lag 0 only D contributes.
+        Returns:
+            (*C, 4, length), float64, at the lags 1 … length. At lag 0 only D contributes.
         """
         rows = (self.C * self.B, self.C * self.p, self.q * self.B, self.q * self.p)
         coefficients = 2 * torch.stack(rows, dim=-2).to(torch.complex128)
         return vandermonde_product(self.poles.unsqueeze(-2), coefficients, length)
 
     def recurrence(self, form: str | None = None) -> DPLRRecurrence:
-        """Return the recurrence that takes O(n) a step, the only form of a DPLR system.
+        """Return the recurrence, which takes O(n) operations for each step.
 
         Raises:
-            ValueError: for any other form than "dplr".
+            ValueError: if `form` is given and is not "dplr", the only form.
         """
         if form not in (None, "dplr"):
             raise ValueError(f'a DPLR system has the recurrence form "dplr" only; got {form!r}.')
         return DPLRRecurrence(self)
 
-    def _apply_from(self, u: Tensor, state: DPLRState) -> tuple[Tensor, DPLRState]:
+    def apply_from(self, u: Tensor, state: DPLRState) -> tuple[Tensor, DPLRState]:
         past = torch.view_as_complex(state.modes).to(torch.complex128)
         signal, length = u.double(), u.shape[-1]
         yu, yv, vu, vv = self._open_loop(length).unbind(-2)
-        # v answers the free response of the modes and the input, through the closed loop
+        # v responds to the modes' free response and to the input, through the closed loop
         # 1 / (1 + K_vv) = 1 - K_vv + K_vv² / (1 + K_vv).
         loop = feedback_kernel(torch.stack([-vv, vv, -vv, vv], dim=-2))
         yu, yv, vu, loop = (nn.functional.pad(k, (1, -1)) for k in (yu, yv, vu, loop))
@@ -166,11 +177,15 @@ class DPLR(TimeInvariantSystem[DPLRState]):
         return y.to(u.dtype), DPLRState(torch.view_as_real(new).to(state.modes.dtype))
 
     def _infinite_hankel_singular_values(self) -> Tensor:
-        return self.state_space()._infinite_hankel_singular_values()
+        return self.state_space().hankel_singular_values()
 
 
 class DPLRRecurrence(VectorRecurrence[DPLRState]):
-    """`x ← Λ x - p v + B u` with `v = 2 Re q x`, `y = 2 Re C x + D u`."""
+    """`x ← Λ x - p v + B u` with `v = 2 Re q x`, `y = 2 Re C x + D u`.
+
+    Args:
+        system: The DPLR system to step.
+    """
 
     form = "dplr"
     state_type = DPLRState
@@ -181,16 +196,16 @@ class DPLRRecurrence(VectorRecurrence[DPLRState]):
         double = self.system.to(dtype=torch.float64)
         self._poles = double.poles.to(dtype.to_complex())
         self._turn = self._poles.real.clone(), self._poles.imag.clone()
-        # Re (r x) = (Re r)(Re x) - (Im r)(Im x): inner products of real pairs.
+        # Re (r x) = (Re r)(Re x) - (Im r)(Im x) is the inner product of two pairs of real numbers.
         rows = torch.stack([double.C, double.q], dim=-2).conj_physical()
         self._rows = 2 * torch.view_as_real(rows).flatten(-2).to(dtype)  # (*C, 2, 2m)
         columns = torch.view_as_real(torch.stack([double.B, -double.p], dim=-2))
         self._B, self._p = columns.to(dtype).unbind(-3)  # (*C, m, 2)
         self._D = double.D.to(dtype)
-        self._like, self._state_shape = self._D, self.system._state_shape
+        self._like, self._state_shape = self._D, self.system.state_shape
 
     def _read(self, u_t: Tensor, modes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return y, v and the sample in the dtype of the modes."""
+        """Return y, v, and the sample in the dtype of the modes."""
         sample = u_t.to(modes.dtype)
         read = (self._rows * modes.flatten(-2).unsqueeze(-2)).sum(-1)  # (*B, *C', 2)
         return torch.addcmul(read[..., 0], self._D, sample), read[..., 1], sample
@@ -213,7 +228,7 @@ class DPLRRecurrence(VectorRecurrence[DPLRState]):
 
     def block_form(self, size: int, streams: int = 0) -> BlockForm[DPLRState]:
         dense = self.system.state_space()
-        # From all real parts, then all imaginary ones, to pairs.
+        # The dense matrix has all real parts first; the state has a pair for every mode.
         pairs = torch.arange(dense.order, device=dense.device).reshape(2, -1).mT.flatten()
         A = dense.A.index_select(-1, pairs).index_select(-2, pairs)
         paired = StateSpace(A, dense.B[..., pairs], dense.C[..., pairs], dense.D)

@@ -1,8 +1,9 @@
-"""FIR systems, whose kernel is zero past its end.
+"""FIR systems, whose kernel is zero after its last tap.
 
-Short kernels step through their last K - 1 inputs, which is the smallest state that a kernel whose
-last tap is not zero can have. Long ones step by online convolution, whose state is up to six times
-as large and which takes O(log² K) operations for a sample where the other takes K.
+The recurrence of a short kernel keeps a window of the last K - 1 inputs, the smallest state that a
+kernel with a nonzero last tap can have. The recurrence of a long kernel uses online convolution.
+Its state is up to six times as large as that window, but a step takes O(log² K) operations instead
+of K.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gramian.systems.state_space import StateSpace
 __all__ = ["FIR", "FIRRecurrence", "FIRState", "FIRWindowRecurrence", "FIRWindowState"]
 
 _LONGEST_WINDOW = 128
-"""The largest order that steps through its last inputs by default."""
+"""The largest order for which the default form of the recurrence is "window"."""
 
 _SHORT_CHUNK = 16
 """Samples up to which a chunk after a window is a product of all its windows with the taps."""
@@ -35,26 +36,35 @@ _SHORT_CHUNK = 16
 
 @define_state
 class FIRState(State):
-    """Buffers of an online convolution: inputs (*B, 2P), owed (*B, P), position ()."""
+    """The buffers of an online convolution with a window of P samples.
+
+    Attributes:
+        inputs: (*B, 2P): the previous window, then the current window up to `position`.
+        owed: (*B, P): contributions of earlier inputs to the outputs of the current window.
+        position: (), int64 on the CPU: the number of samples that have been processed.
+    """
 
     inputs: Tensor
     owed: Tensor
     position: Tensor
 
     def moved(self, u: Tensor, steps: Sequence[int]) -> tuple[Tensor, FIRState]:
-        """Return a chunk and a past that together hold the same samples, the past `steps` later.
+        """Delay the past by `steps` samples, into the paused columns at the start of the chunk.
 
-        The chunk's first `steps` columns are overwritten by the end of the past, so that the
-        past and the rest of the chunk follow each other. What is owed is not moved: an online
-        convolution makes it anew after every chunk.
+        The last `steps` samples of the past overwrite the first `steps` columns of the chunk, so
+        that the past is followed directly by the rest of the chunk. The field `owed` is not moved,
+        because an online convolution computes it anew after every chunk.
 
         Args:
-            u: (batch, …, T).
-            steps: For every stream of the batch, from 0 to T.
+            u: (batch, …, T): the chunk.
+            steps: The number of paused columns of every stream of the batch, from 0 to T.
+
+        Returns:
+            The chunk and the past, which together hold the same samples as before.
         """
         inputs, owed, position = self
         window = inputs.shape[-1] // 2
-        known = window + int(position) % window  # columns of `inputs` that are filled
+        known = window + int(position) % window  # how many columns of `inputs` are filled
         past, chunk = _move_past(inputs[..., :known], u, steps)
         past = torch.nn.functional.pad(past, (0, 2 * window - known))
         return chunk, FIRState(past, owed, position)
@@ -62,24 +72,39 @@ class FIRState(State):
 
 @define_state
 class FIRWindowState(State):
-    """The last K - 1 inputs (*B, *C, K - 1), the latest one last."""
+    """The last inputs.
+
+    Attributes:
+        inputs: (*B, *C, K - 1): the last K - 1 inputs, the latest input last.
+    """
 
     inputs: Tensor
 
     def moved(self, u: Tensor, steps: Sequence[int]) -> tuple[Tensor, FIRWindowState]:
-        """Return a chunk and a past that together hold the same samples, the past `steps` later.
+        """Delay the past by `steps` samples, into the paused columns at the start of the chunk.
 
         Args:
-            u: (batch, …, T); the first `steps` columns are overwritten by the end of the past.
-            steps: For every stream of the batch, from 0 to T.
+            u: (batch, …, T): the chunk. The end of the past overwrites its first `steps` columns.
+            steps: The number of paused columns of every stream of the batch, from 0 to T.
+
+        Returns:
+            The chunk and the past, which together hold the same samples as before.
         """
         past, chunk = _move_past(self.inputs, u, steps)
         return chunk, FIRWindowState(past)
 
 
 def _move_past(past: Tensor, u: Tensor, steps: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return `past` (batch, …, k) and `u` (batch, …, T) with the end of the past over the first
-    `steps` columns of `u`, stream by stream."""
+    """Delay `past` (batch, …, k), so that its end overwrites the first columns of `u`.
+
+    Args:
+        past: (batch, …, k).
+        u: (batch, …, T): the samples after the past.
+        steps: How many columns of `u` are overwritten, for every stream of the batch.
+
+    Returns:
+        The new past and the new `u`.
+    """
     known = past.shape[-1]
     joined = torch.cat([past, u.to(past.dtype)], dim=-1)
     rows = [
@@ -105,14 +130,14 @@ AnyFIRState: TypeAlias = "FIRState | FIRWindowState"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FIR(TimeInvariantSystem[AnyFIRState]):
-    """`y_t = Σ_{j<K} kernel_j u_{t-j}`: a finite impulse response, zero past its end.
+    """`y_t = Σ_{j<K} kernel_j u_{t-j}`: a finite impulse response of K taps.
 
     Args:
-        kernel: (*C, K), real floating point, K ≥ 1.
+        kernel: (*C, K), real floating point: the taps of every channel, K ≥ 1.
 
     Raises:
         TypeError: if the kernel is not a real floating-point tensor.
-        ValueError: if it has no taps.
+        ValueError: if the kernel has no taps.
     """
 
     _kind = "FIR system"
@@ -144,7 +169,7 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
 
     @property
     def order(self) -> int:
-        """Return K - 1, the number of delays that the kernel needs."""
+        """Return K - 1, the largest delay in the kernel."""
         return self.kernel.shape[-1] - 1
 
     def impulse_response(self, length: int) -> Tensor:
@@ -156,15 +181,16 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
         return kernel.to(working_dtype(u))
 
     def recurrence(self, form: str | None = None) -> Recurrence[Any]:
-        """Return a recurrence, which is exact in both forms.
+        """Return a recurrence. Both forms are exact.
 
         Args:
-            form: "window" keeps the last K - 1 inputs and takes K operations for a sample; "online"
-                is online convolution, which keeps up to six times as many numbers and takes an
-                amortized O(log² K). By default "window" up to order 128, "online" above.
+            form: "window" keeps the last K - 1 inputs and takes K operations a sample. "online" is
+                online convolution, which keeps up to six times as many numbers and takes an
+                amortized O(log² K) operations a sample. The default is "window" up to order 128,
+                and "online" above.
 
         Raises:
-            ValueError: for any other form.
+            ValueError: if `form` is neither of these.
         """
         if form is None:
             form = "window" if self.order <= _LONGEST_WINDOW else "online"
@@ -177,7 +203,7 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
         )
 
     def state_space(self) -> StateSpace:
-        """Return the shift register of the last inputs, in float64."""
+        """Return a shift register of the last inputs as a state-space system, in float64."""
         kernel = self.kernel.double()
         return companion_form(kernel[..., 1:], torch.zeros_like(kernel[..., 1:]), kernel[..., 0])
 
@@ -185,7 +211,7 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
         kernel = self.kernel.detach().double().cpu().numpy()
         return control.TransferFunction(kernel, np.eye(1, len(kernel))[0], True)
 
-    def _apply_from(self, u: Tensor, state: AnyFIRState) -> tuple[Tensor, AnyFIRState]:
+    def apply_from(self, u: Tensor, state: AnyFIRState) -> tuple[Tensor, AnyFIRState]:
         kernel = self.kernel_for(u, self.kernel.shape[-1])
         if isinstance(state, FIRWindowState):
             past = _follow(state.inputs, u)
@@ -198,7 +224,7 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
             return y.to(u.dtype), FIRWindowState(kept)  # a view would keep the whole input
         return _extend(OnlineConvolution(kernel), u, state)
 
-    def _fits(self, state: AnyFIRState, shape: torch.Size) -> bool:
+    def fits(self, state: AnyFIRState, shape: torch.Size) -> bool:
         if isinstance(state, FIRWindowState):
             return vector_fits(state.inputs, (self.order,), shape)
         return _fits(state, OnlineConvolution(self.kernel).window, shape)
@@ -214,7 +240,11 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
 
 
 class FIRWindowRecurrence(VectorRecurrence[FIRWindowState]):
-    """An FIR system one sample at a time, as a sum over its last K inputs."""
+    """The recurrence of an FIR system that computes each output as a sum over the last K inputs.
+
+    Args:
+        system: The FIR system to step.
+    """
 
     form = "window"
     state_type = FIRWindowState
@@ -227,7 +257,7 @@ class FIRWindowRecurrence(VectorRecurrence[FIRWindowState]):
 
     @property
     def kernel(self) -> Tensor:
-        """The taps (*C, K), in the dtype of the state."""
+        """Return the taps (*C, K), in the dtype of the state."""
         return self._like
 
     def _advance(self, u_t: Tensor, state: FIRWindowState) -> tuple[Tensor, FIRWindowState]:
@@ -241,10 +271,13 @@ class FIRWindowRecurrence(VectorRecurrence[FIRWindowState]):
 
 
 class FIRRecurrence(Recurrence[FIRState]):
-    """An FIR system one sample at a time, by online convolution.
+    """The recurrence of an FIR system that uses online convolution.
 
-    `step` writes into its buffers and `advance` into a copy of them. Where both are depends on how
-    many samples were taken, which a traced program cannot know.
+    `step` writes into the buffers of its state, and `advance` into a copy of them. The place where
+    they write depends on the number of samples so far, which a traced program cannot know.
+
+    Args:
+        system: The FIR system to step.
     """
 
     form = "online"
@@ -282,13 +315,13 @@ class FIRRecurrence(Recurrence[FIRState]):
 
 
 def _extend(online: OnlineConvolution, u: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
-    """Return the outputs of a chunk and the buffers after it, in the dtypes of both."""
+    """Return the outputs in the dtype of `u`, and the buffers after `u` in the dtype of `state`."""
     y, buffers = online.extend(u.to(state.inputs.dtype), OnlineBuffers(*state))
     return y.to(u.dtype), FIRState(*buffers)
 
 
 def _fits(state: FIRState, window: int, shape: torch.Size) -> bool:
-    """Return whether the buffers are those of a window for samples of `shape`."""
+    """Return whether a state fits an online convolution of this window and samples of `shape`."""
     inputs, owed = state.inputs.shape, state.owed.shape
     if inputs[:-1] != owed[:-1] or inputs[-1:] != (2 * window,) or owed[-1:] != (window,):
         return False

@@ -1,4 +1,4 @@
-"""Conversions from and to python-control, and scipy's zeros and poles and sections."""
+"""Conversions to and from python-control systems and scipy's zeros, poles, gains and sections."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ from gramian.systems.cascade import Section, cascade, check_roots, partial_fract
 from gramian.systems.convert import TOLERANCE, conversion_error
 from gramian.systems.modal import Modal
 from gramian.systems.state_space import StateSpace
-from gramian.systems.transfer_function import TransferFunction
+from gramian.systems.transfer_function import TransferFunction, proper_fraction
 
 __all__ = ["from_control", "from_zpk", "to_control", "to_zpk"]
 
 _TOLERANCE = 1e-6
-"""Relative l2 error of the impulse response up to which polynomials stand for their zeros."""
+"""The coefficients of a polynomial may replace its zeros if the relative l2 error of the impulse
+response is at most this."""
 
 
 def to_control(system: TimeInvariantSystem) -> Any:
-    """Return a system for python-control: see `TimeInvariantSystem.to_control`."""
+    """Convert to a system of python-control; see `TimeInvariantSystem.to_control`."""
     return system.to_control()
 
 
 def from_control(system: Any, dtype: torch.dtype = torch.float64) -> TransferFunction | StateSpace:
-    """Take a system of python-control, discrete in time, as one channel.
+    """Convert a discrete-time system of python-control to a system with one channel.
 
     Args:
-        system: `control.TransferFunction` or `control.StateSpace` with one input and one
-            output; its `dt` (a number above 0, or True) is not kept.
-        dtype: Of the result.
+        system: A `control.TransferFunction` or `control.StateSpace` with one input and one output.
+            Its sampling time `dt` (a number above 0, or True) is not kept.
+        dtype: The dtype of the result.
 
     Returns:
-        A `TransferFunction` of the former, a `StateSpace` of the latter.
+        A `TransferFunction` for a `control.TransferFunction`, and a `StateSpace` for a
+        `control.StateSpace`.
 
     Raises:
         ImportError: if python-control is not installed.
-        TypeError: if it is neither of these.
-        ValueError: if it is continuous in time, has several inputs or outputs, or more zeros than
-            poles.
+        TypeError: if the system is neither a `control.TransferFunction` nor a `control.StateSpace`.
+        ValueError: if the system is continuous in time, has several inputs or outputs, or has more
+            zeros than poles.
     """
     control = import_control()
     if not isinstance(system, control.TransferFunction | control.StateSpace):
@@ -67,18 +69,19 @@ def from_control(system: Any, dtype: torch.dtype = torch.float64) -> TransferFun
 def from_zpk(
     zeros: Any, poles: Any, gain: float, dtype: torch.dtype = torch.float64
 ) -> TransferFunction:
-    """Make one channel of scipy's `gain Π (z - zeros) / Π (z - poles)`.
+    """Make one channel from scipy's `gain Π (z - zeros) / Π (z - poles)`.
 
     Args:
-        zeros: (m,), in conjugate pairs, m ≤ n.
-        poles: (n,), in conjugate pairs.
-        gain: Real.
-        dtype: Of the result.
+        zeros: The zeros, (m,), in conjugate pairs, where m ≤ n.
+        poles: The poles, (n,), in conjugate pairs.
+        gain: A real number.
+        dtype: The dtype of the result.
 
     Raises:
-        ValueError: if there are more zeros than poles, complex ones without their conjugates, or
-            the coefficients of the polynomials lose what their zeros hold: high degrees with poles
-            that crowd. `StateSpace.from_zpk` and `Modal.from_zpk` expand no polynomial.
+        ValueError: if there are more zeros than poles, if a complex root has no conjugate, or if
+            the coefficients of the polynomials do not determine their zeros in double precision, as
+            happens if the degree is high and poles crowd. `StateSpace.from_zpk` and
+            `Modal.from_zpk` expand no polynomial.
     """
     z, p = check_roots(zeros, poles, gain)
     num, den = (np.atleast_1d(np.poly(roots)).real for roots in (z, p))
@@ -94,14 +97,14 @@ def from_zpk(
 
 
 def state_space_of_zpk(zeros: Any, poles: Any, gain: float) -> StateSpace:
-    """See `StateSpace.from_zpk`."""
+    """Make one channel; see `StateSpace.from_zpk`."""
     z, p = check_roots(zeros, poles, gain)
     _warn_if_unstable(p)
     return _state_space(sections(z, p), float(gain))
 
 
 def state_space_of_sos(sos: Any) -> StateSpace:
-    """See `StateSpace.from_sos`."""
+    """Make one channel; see `StateSpace.from_sos`."""
     parts = _given_sections(sos)
     _warn_if_unstable(np.array([pole for part in parts for pole in part.roots()[1]]))
     return _state_space(parts)
@@ -118,13 +121,13 @@ def _warn_if_unstable(poles: np.ndarray) -> None:
 
 
 def modal_of_zpk(zeros: Any, poles: Any, gain: float) -> Modal:
-    """See `Modal.from_zpk`."""
+    """Make one channel; see `Modal.from_zpk`."""
     z, p = check_roots(zeros, poles, gain)
     return _partial_fractions(z, p, float(gain), state_space_of_zpk(z, p, gain), "from_zpk")
 
 
 def modal_of_sos(sos: Any) -> Modal:
-    """See `Modal.from_sos`."""
+    """Make one channel; see `Modal.from_sos`."""
     parts, gain = _given_sections(sos), 1.0
     zeros: list[complex] = []
     poles: list[complex] = []
@@ -191,11 +194,12 @@ def _given_sections(sos: Any) -> list[Section]:
 
 
 def to_zpk(system: TransferFunction) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return scipy's `(zeros, poles, gain)` of a transfer function of one channel, with
-    `H(z) = gain Π (z - zeros) / Π (z - poles)`.
+    """Return scipy's `(zeros, poles, gain)` of a transfer function with one channel.
+
+    The transfer function is `H(z) = gain Π (z - zeros) / Π (z - poles)`.
 
     Raises:
-        ValueError: if the system has several channels: index one.
+        ValueError: if the system has several channels. Index one of them first.
     """
     check_single(system)
     b, a = system.to_scipy()
@@ -209,8 +213,15 @@ def to_zpk(system: TransferFunction) -> tuple[np.ndarray, np.ndarray, float]:
 def _from_polynomials(
     num: np.ndarray, den: np.ndarray, dtype: torch.dtype, checked: bool = False
 ) -> TransferFunction:
-    """Make a system of polynomials in z, the highest power first; `checked`: the caller has looked
-    at what they hold."""
+    """Make a transfer function from polynomials in z.
+
+    Args:
+        num: The numerator's coefficients, in the order of falling powers.
+        den: The denominator's coefficients, in the order of falling powers.
+        dtype: The dtype of the result.
+        checked: Whether the caller has checked that the coefficients determine the poles. If false,
+            this function checks it and warns if they do not.
+    """
     num = np.trim_zeros(num, "f")
     if len(num) > len(den):
         raise ValueError(
@@ -219,5 +230,5 @@ def _from_polynomials(
         )
     num = np.pad(num, (len(den) - len(num), 0))
     if checked:
-        return TransferFunction._normalized(num, den, dtype)
+        return TransferFunction(*proper_fraction(num, den, dtype))
     return TransferFunction.from_scipy(num, den, dtype=dtype)

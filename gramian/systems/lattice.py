@@ -1,12 +1,12 @@
-r"""The lattice: a rational system stepped on its reflection coefficients.
+r"""The lattice, which steps a rational system by its reflection coefficients.
 
-With `x` the backward prediction errors of the last step, a step of the two-multiplier lattice
+With the backward prediction errors `x` of the last step, a step of the two-multiplier lattice is
 
     f_m = u - Σ_{j>m} k_j x_{j-1},   x_m ← x_{m-1} + k_m f_{m-1},   x_0 ← f_0,   y = d u + Σ e_m x_m
 
-is O(n): one suffix sum and one product. Its coefficients are those of the Schur recursion, whose
-rounding moves poles but never across the unit circle, so that single precision is enough
-(A. H. Gray and J. D. Markel, "Digital lattice and ladder filter synthesis", 1973).
+A step takes O(n) operations: one suffix sum and one product. The coefficients k are those of the
+Schur recursion. Rounding them moves poles, but never across the unit circle, so single precision is
+enough (A. H. Gray and J. D. Markel, "Digital lattice and ladder filter synthesis", 1973).
 """
 
 from __future__ import annotations
@@ -25,25 +25,29 @@ __all__ = ["LatticeRecurrence", "LatticeState"]
 
 @define_state
 class LatticeState(State):
-    """Backward prediction errors of the last step: (*B, *C', n)."""
+    """The state of a lattice.
+
+    Attributes:
+        x: (*B, *C', n): the backward prediction errors of the last step.
+    """
 
     x: Tensor
 
 
 def _lattice_step(k: Tensor, x: Tensor, sample: Tensor) -> Tensor:
-    """Return the next state from k (*C, n), x (*B, *C', n) and sample (*B, *C', 1)."""
+    """Return the next state from k (*C, n), x (*B, *C', n) and the sample (*B, *C', 1)."""
     forward = sample - (k * x).flip(-1).cumsum(-1).flip(-1)  # f_0 … f_{n-1}
     later = torch.addcmul(x[..., :-1], k[..., :-1], forward[..., :-1])
     return torch.cat([forward[..., :1], later], dim=-1)
 
 
 def lattice_realization(reflection: Tensor, b: Tensor, d: Tensor) -> StateSpace:
-    """Return the lattice as a dense state space in float64: for chunks, which go by blocks.
+    """Return the lattice as a dense state-space system in float64, to process chunks and blocks.
 
     Args:
-        reflection: (*C, n) or broadcasting against it.
-        b: (*C, n).
-        d: (*C).
+        reflection: (*C, n), or a shape that broadcasts to it: the reflection coefficients.
+        b: (*C, n): the exact numerator.
+        d: (*C): the direct term.
     """
     k = reflection.double().expand(b.shape)
     order = k.shape[-1]
@@ -55,14 +59,18 @@ def lattice_realization(reflection: Tensor, b: Tensor, d: Tensor) -> StateSpace:
 
 
 class LatticeRecurrence(VectorRecurrence[LatticeState]):
-    """Steps in the precision of the coefficients' taps, single by default.
+    """The recurrence of a rational system by its reflection coefficients.
+
+    By default, it computes in single precision.
 
     Args:
-        reflection: (*C, n), inside (-1, 1), or broadcasting against it.
-        b: (*C, n), the exact numerator.
-        d: (*C).
-        taps: (*C, K), what the recurrence has to reproduce.
-        dtype: Of state and coefficients.
+        reflection: (*C, n), or a shape that broadcasts to it: the reflection coefficients, inside
+            (-1, 1).
+        b: (*C, n): the exact numerator.
+        d: (*C): the direct term.
+        taps: (*C, K): the taps with which the impulse response is compared to measure `error`. If
+            None, no error is measured.
+        dtype: The dtype of the state and the coefficients.
     """
 
     form = "lattice"
@@ -102,6 +110,6 @@ class LatticeRecurrence(VectorRecurrence[LatticeState]):
 def apply_lattice(
     realization: StateSpace, u: Tensor, state: LatticeState
 ) -> tuple[Tensor, LatticeState]:
-    """Take a chunk from `state`, through the lattice's `lattice_realization`."""
-    y, new = realization._apply_from(u, StateSpaceState(state.x))
+    """Process a chunk from `state`, given the result of `lattice_realization`."""
+    y, new = realization.apply_from(u, StateSpaceState(state.x))
     return y, LatticeState(new.x)

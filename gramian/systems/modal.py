@@ -1,8 +1,8 @@
-r"""Modal systems: poles and residues.
+r"""Modal systems, given by poles and residues.
 
 `H(z) = d + Re Σ_k residues_k z^-1 / (1 - poles_k z^-1)`, so `h_0 = d` and
-`h_t = Re Σ_k residues_k poles_k^(t-1)` (Laughing Hyena, equation 3.2). One complex entry stands
-for a pole and its conjugate; a real pole is an entry with imaginary part zero.
+`h_t = Re Σ_k residues_k poles_k^(t-1)` (Laughing Hyena, equation 3.2). One complex entry stands for
+a pole and its conjugate. An entry whose imaginary part is zero is a real pole.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gramian.systems._modal_recurrence import (
     ModalRecurrence,
     ModalState,
     modes_fit,
+    pair_axis,
     partition_channels,
 )
 from gramian.systems._system import STATIC, TimeInvariantSystem, check_tensor
@@ -47,20 +48,20 @@ class Modal(TimeInvariantSystem[ModalState]):
     """`h_0 = d`, `h_t = Re Σ_k residues_k poles_k^(t-1)`.
 
     Args:
-        poles: (*C, m), complex. A real pole is an entry without imaginary part; channels with
-            fewer modes are padded with residues of zero.
-        residues: (*C, m), complex.
+        poles: (*C, m), complex: the poles. A pole whose imaginary part is zero is real. Channels
+            with fewer modes are padded with modes whose residue is zero.
+        residues: (*C, m), complex: the residues of the poles.
         d: (*C), real: the direct term.
-        counts: How many modes, the leading ones, each channel along the first channel dimension
-            has, where that is known: states have no room for the padding of the others. By default
-            as many as there are poles.
+        counts: For every index along the first channel dimension, the number of modes in use, which
+            come first. By default all m modes are in use. If it is given, states hold no slots for
+            the padding of channels with few modes.
         real: Whether all poles and residues are real numbers. They are still given as complex
-            ones, whose imaginary parts must be zero; states then hold one number for each mode in
-            place of two.
+            numbers, whose imaginary parts must be zero. States of a real system hold one number for
+            each mode instead of two.
 
     Raises:
-        TypeError: if poles or residues are not complex, or `d` not real.
-        ValueError: if the shapes do not belong together.
+        TypeError: if the poles or residues are not complex, or `d` is not real.
+        ValueError: if the shapes do not fit together.
     """
 
     _kind = "modal system"
@@ -99,20 +100,20 @@ class Modal(TimeInvariantSystem[ModalState]):
     def from_zpk(
         cls, zeros: ArrayLike, poles: ArrayLike, gain: float, dtype: torch.dtype = torch.float64
     ) -> Modal:
-        """Make one channel of scipy's `gain Π (z - zeros) / Π (z - poles)` by partial fractions.
+        """Make one channel from scipy's `gain Π (z - zeros) / Π (z - poles)` by partial fractions.
 
-        No polynomial is expanded, so poles may crowd, though not coincide.
+        No polynomial is expanded, so poles may crowd, but they must not coincide.
 
         Args:
-            zeros: (m,), in conjugate pairs, m ≤ n.
-            poles: (n,), in conjugate pairs.
-            gain: Real.
-            dtype: Of the direct term; poles and residues are complex of that precision.
+            zeros: The zeros, (m,), in conjugate pairs, where m ≤ n.
+            poles: The poles, (n,), in conjugate pairs.
+            gain: A real number.
+            dtype: The dtype of the direct term; poles and residues are complex of that precision.
 
         Raises:
-            ValueError: if there are more zeros than poles, complex ones without conjugates, or
-                poles so close that their residues cancel more than eight digits: see
-                `StateSpace.from_zpk`.
+            ValueError: if there are more zeros than poles, if a complex root has no conjugate, or
+                if poles are so close that their residues cancel more than eight digits.
+                `StateSpace.from_zpk` has no such limit.
         """
         from gramian.systems.interop import modal_of_zpk
 
@@ -120,15 +121,15 @@ class Modal(TimeInvariantSystem[ModalState]):
 
     @classmethod
     def from_sos(cls, sos: ArrayLike, dtype: torch.dtype = torch.float64) -> Modal:
-        """Make one channel of scipy's second-order sections by partial fractions.
+        """Make one channel from scipy's second-order sections by partial fractions.
 
         Args:
-            sos: (sections, 6), rows (b0, b1, b2, a0, a1, a2).
-            dtype: As in `from_zpk`.
+            sos: The sections, (sections, 6), with rows (b0, b1, b2, a0, a1, a2).
+            dtype: The dtype of the direct term; poles and residues are complex of that precision.
 
         Raises:
-            ValueError: for another shape, values that are not finite, an a0 of zero, or poles that
-                coincide, or nearly so: see `StateSpace.from_sos`.
+            ValueError: if `sos` has another shape, if a value is not finite, if an a0 is zero, or
+                if poles coincide or nearly coincide. `StateSpace.from_sos` accepts such poles.
         """
         from gramian.systems.interop import modal_of_sos
 
@@ -136,14 +137,17 @@ class Modal(TimeInvariantSystem[ModalState]):
 
     @classmethod
     def from_control(cls, system: Any, dtype: torch.dtype = torch.float64) -> Modal:
-        """Take a system of python-control as `gramian.systems.from_control` does, as poles and
-        residues.
+        """Convert a discrete-time system of python-control to one channel of poles and residues.
+
+        Args:
+            system: As in `gramian.systems.from_control`.
+            dtype: The dtype of the direct term; poles and residues are complex of that precision.
 
         Raises:
             ImportError: if python-control is not installed.
-            TypeError: if it is no system of it.
-            ValueError: if it is continuous in time, has several inputs or outputs, more zeros than
-                poles, or no modal form: see `gramian.systems.to_modal`.
+            TypeError: if the system is not a system of python-control.
+            ValueError: if the system is continuous in time, has several inputs or outputs, has more
+                zeros than poles, or has no modal form; see `gramian.systems.to_modal`.
         """
         from gramian.systems.convert import to_modal
         from gramian.systems.interop import from_control
@@ -156,7 +160,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         return dataclasses.replace(super().__getitem__(index), counts=kept or None)
 
     def reshape_channels(self, *shape: int) -> Self:
-        """Return the same channels in another shape, each with no more modes than it needs."""
+        """Return the channels in another shape, and adapt `counts` to it."""
         system = super().reshape_channels(*shape)
         if self.counts is None:
             return system
@@ -165,7 +169,7 @@ class Modal(TimeInvariantSystem[ModalState]):
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """Return the groups in which states hold the channels."""
+        """Return the groups of channels that share a tensor of the state."""
         if self.counts is None:
             return (Group(None, self.poles.shape[-1]),)
         return partition_channels(self.counts)
@@ -184,9 +188,9 @@ class Modal(TimeInvariantSystem[ModalState]):
 
     @property
     def orders(self) -> Tensor:
-        """Return the state dimension over the reals of every channel, (*C), int64.
+        """Return the state dimension of every channel, counted in real numbers, (*C), int64.
 
-        A conjugate pair counts 2, a real pole 1, and an entry without residue 0.
+        A conjugate pair counts 2, a real pole 1, and an entry with residue zero 0.
         """
         tiny = torch.finfo(self.poles.real.dtype).eps
         pair = self.poles.imag.abs() > tiny * self.poles.abs()
@@ -204,27 +208,27 @@ class Modal(TimeInvariantSystem[ModalState]):
         return torch.cat([self.d.unsqueeze(-1), tail.to(self.d.dtype)], dim=-1)
 
     def spectral_radius(self) -> Tensor:
-        """Return the largest modulus of a pole that has a residue, (*C); 0 without any."""
+        """Return the largest modulus of poles with nonzero residues, (*C); 0 if none exist."""
         radii = torch.where(self.residues != 0, self.poles.abs(), 0.0)
         return torch.nn.functional.pad(radii, (0, 1)).amax(-1)
 
     def recurrence(self, form: str | None = None) -> ModalRecurrence:
-        """Return the recurrence of one complex multiplication a mode and step, the only form.
+        """Return the recurrence. Each step takes one complex multiplication for each mode.
 
         Raises:
-            ValueError: for any other form than "modal".
+            ValueError: if `form` is given and is not "modal", the only form.
         """
         if form not in (None, "modal"):
             raise ValueError(f'a modal system has the recurrence form "modal" only; got {form!r}.')
         return ModalRecurrence(self)
 
     def state_space(self) -> StateSpace:
-        """Return the same system with a rotation for every conjugate pair, in float64."""
+        """Return the same system with one rotation for every conjugate pair, in float64."""
         poles, residues = self.poles.to(torch.complex128), self.residues.to(torch.complex128)
         modes, shape = poles.shape[-1], poles.shape[:-1]
         A = poles.real.new_zeros(*shape, modes, 2, modes, 2)
         index = torch.arange(modes, device=poles.device)
-        # x ← λ x + u in real and imaginary part; y = Re (r x)
+        # These blocks compute x ← λ x + u in real and imaginary parts, and y = Re (r x).
         A[..., index, 0, index, 0] = A[..., index, 1, index, 1] = poles.real
         A[..., index, 0, index, 1] = -poles.imag
         A[..., index, 1, index, 0] = poles.imag
@@ -232,16 +236,16 @@ class Modal(TimeInvariantSystem[ModalState]):
         B[..., 0] = 1
         C = torch.stack([residues.real, -residues.imag], dim=-1)
         A, B, C = A.reshape(*shape, 2 * modes, 2 * modes), B.flatten(-2), C.flatten(-2)
-        # A real pole leaves its imaginary part at zero: those rows are no state.
+        # The imaginary part of a real pole's mode stays zero, so its row is no part of the state.
         idle = (poles.imag == 0).all(dim=tuple(range(poles.ndim - 1)))
         keep = torch.stack([torch.ones_like(idle), ~idle], dim=-1).flatten().nonzero().flatten()
         A = A.index_select(-1, keep).index_select(-2, keep)
         return StateSpace(A, B.index_select(-1, keep), C.index_select(-1, keep), self.d.double())
 
-    def _fits(self, state: ModalState, shape: torch.Size) -> bool:
+    def fits(self, state: ModalState, shape: torch.Size) -> bool:
         return modes_fit(state, self.groups, self.d.ndim, shape, 1 if self.real else 2)
 
-    def _apply_from(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
+    def apply_from(self, u: Tensor, state: ModalState) -> tuple[Tensor, ModalState]:
         length = u.shape[-1]
         signal = u.to(state.modes[0].dtype)
         table = signal.numel() * self.poles.shape[-1]
@@ -249,10 +253,10 @@ class Modal(TimeInvariantSystem[ModalState]):
             y, new = self._apply_briefly(signal, state.modes[0])
             return y.to(u.dtype), ModalState((new,))
         y = causal_convolution(signal, self.impulse_response(length).to(signal.dtype))
-        pair = self._pair
+        pair = pair_axis(self.d.ndim)
         free, states = [], []
         for group, modes in zip(self.groups, state.modes, strict=True):
-            part, chosen = self._part(group), signal
+            part, chosen = self.part(group), signal
             if group.channels is not None:
                 index = torch.tensor(group.channels, device=u.device)
                 chosen = signal.index_select(-self.d.ndim - 1, index)
@@ -275,7 +279,7 @@ class Modal(TimeInvariantSystem[ModalState]):
             signal: (*B, *C', T).
             modes: The modes of the only group.
         """
-        length, pair = signal.shape[-1], self._pair
+        length, pair = signal.shape[-1], pair_axis(self.d.ndim)
         wide, residues, past = self.poles.to(torch.complex128), self.residues, modes.select(pair, 0)
         if self.real:
             wide, residues = wide.real, residues.real
@@ -294,18 +298,14 @@ class Modal(TimeInvariantSystem[ModalState]):
 
     def _stack(self, modes: Tensor) -> Tensor:
         """Lay out modes (*B, *C', m) as states hold them."""
-        modes = modes.movedim(-1, self._pair + 1)
+        pair = pair_axis(self.d.ndim)
+        modes = modes.movedim(-1, pair + 1)
         if self.real:
-            return (modes.real if modes.is_complex() else modes).unsqueeze(self._pair).contiguous()
-        return torch.stack([modes.real, modes.imag], dim=self._pair)
+            return (modes.real if modes.is_complex() else modes).unsqueeze(pair).contiguous()
+        return torch.stack([modes.real, modes.imag], dim=pair)
 
-    @property
-    def _pair(self) -> int:
-        """Return the dimension of a state that holds real and imaginary parts, or real parts."""
-        return -3 if self.d.ndim else -2
-
-    def _part(self, group: Group) -> Modal:
-        """Return the system of the channels of one group, with as many modes as they need."""
+    def part(self, group: Group) -> Modal:
+        """Return the channels of one group as a system without the other channels' padding."""
         poles, residues, d = (
             self.poles[..., : group.modes],
             self.residues[..., : group.modes],
@@ -317,8 +317,11 @@ class Modal(TimeInvariantSystem[ModalState]):
         return Modal(poles, residues, d, real=self.real)
 
     def _infinite_hankel_singular_values(self) -> Tensor:
-        """Compute them by the Takenaka–Malmquist basis of {λ, λ̄}, the QR factorization of their
-        Vandermonde matrix in closed form: products of quotients, so nothing cancels."""
+        """Compute the singular values with the Takenaka–Malmquist basis of the poles {λ, λ̄}.
+
+        The basis is a closed form of the QR factorization of the poles' Vandermonde matrix. It
+        consists of products of quotients, so nothing cancels.
+        """
         check_spectral_radius(self.spectral_radius())
         poles = self.poles.to(torch.complex128)
         residues = self.residues.to(torch.complex128) / 2
@@ -326,7 +329,7 @@ class Modal(TimeInvariantSystem[ModalState]):
         poles = torch.cat([poles, poles.conj()], dim=-1).resolve_conj()
         residues = torch.cat([residues, residues.conj()], dim=-1).resolve_conj()
         columns = []
-        blaschke = torch.ones_like(poles)  # the product of the factors so far, at every pole
+        blaschke = torch.ones_like(poles)  # at every pole: the product of the factors so far
         for s in range(poles.shape[-1]):
             pole = poles[..., s : s + 1]
             denominator = 1 - pole.conj() * poles
@@ -339,11 +342,13 @@ class Modal(TimeInvariantSystem[ModalState]):
 def _reshape_counts(
     counts: tuple[int, ...], before: torch.Size, after: torch.Size
 ) -> tuple[int, ...] | None:
-    """Return how many modes the channels along the first dimension have after a reshape; None
-    where there is no channel or no dimension."""
+    """Return the `counts` of a system after its channels were reshaped.
+
+    The result is None if the new shape has no channel or no channel dimension.
+    """
     if not after or not after.numel():
         return None
-    old, new = before[1:].numel(), after[1:].numel()  # channels at an index of the first dimension
+    old, new = before[1:].numel(), after[1:].numel()  # channels for each index of the first dim
     return tuple(
         max(counts[begin // old : (begin + new - 1) // old + 1])
         for begin in range(0, after.numel(), new)

@@ -28,21 +28,26 @@ __all__ = ["StateSpace", "StateSpaceRecurrence", "StateSpaceState"]
 
 
 _ANGLES = 64
-"""Points of the half circle on which a response is looked at, besides the angles of the poles."""
+"""The number of points on the upper half circle at which the frequency response is evaluated,
+besides the angles of the poles."""
 
 _Realized = tuple[Coordinates, tuple[Tensor, Tensor, Tensor]]
 
 
 @define_state
 class StateSpaceState(State):
-    """The state vector: (*B, *C', n)."""
+    """The state of a state-space system.
+
+    Attributes:
+        x: (*B, *C', n): the state vector.
+    """
 
     x: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StateSpace(TimeInvariantSystem[StateSpaceState]):
-    """`x_{t+1} = A x_t + B u_t`, `y_t = C x_t + D u_t`: one input and one output a channel.
+    """`x_{t+1} = A x_t + B u_t`, `y_t = C x_t + D u_t`, with one input and one output per channel.
 
     Args:
         A: (*C, n, n), real: the state matrix.
@@ -52,13 +57,14 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
 
     Raises:
         TypeError: if a field is not a real floating-point tensor.
-        ValueError: if the shapes do not belong together.
+        ValueError: if the shapes do not fit together.
     """
 
     _kind = "state-space system"
     _state_types = (StateSpaceState,)
     _known: ClassVar[dict[str, _Realized] | None] = None
-    """What a frozen copy remembers of its coordinates."""
+    """The coordinates of a frozen copy, once they are computed; None for a system that is not
+    frozen."""
 
     A: Tensor
     B: Tensor
@@ -92,22 +98,23 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         D: ArrayLike,
         dtype: torch.dtype = torch.float64,
     ) -> Self:
-        """Take scipy's matrices `(A, B, C, D)` of a discrete-time system: a single channel.
+        """Make one channel from scipy's matrices `(A, B, C, D)` of a discrete-time system.
 
         Args:
-            A: (n, n).
-            B: (n, 1).
-            C: (1, n).
-            D: (1, 1).
-            dtype: Of the result.
+            A: The state matrix, (n, n).
+            B: The input vector, (n, 1).
+            C: The output vector, (1, n).
+            D: The direct term, (1, 1).
+            dtype: The dtype of the result.
 
         Warns:
-            UserWarning: if a pole is outside of the unit circle, or if rounding of the matrices
-                alone moves the frequency response by more than 1e-6 (3e-4 for a dtype of single
-                precision), as it does in companion matrices of polynomials of high degree.
+            UserWarning: if a pole is outside the unit circle, or if rounding the matrices moves the
+                frequency response by more than 1e-6 (3e-4 for a dtype of single precision). This
+                happens with companion matrices of polynomials of high degree.
 
         Raises:
-            ValueError: if the system has several inputs or outputs, or the shapes do not fit.
+            ValueError: if the system has several inputs or outputs, or if the shapes do not fit
+                together.
         """
         a, b, c, d = (np.atleast_2d(np.asarray(m, dtype=np.float64)) for m in (A, B, C, D))
         n = a.shape[0] if a.size else 0
@@ -125,7 +132,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
     def _warn_of_lost_poles(self) -> None:
         if not self.order or not bool(self.A.isfinite().all()):
             return
-        # With R = (zI - A)⁻¹ rounding moves the response by at most eps |c R| |A| |R b|.
+        # With R = (zI - A)⁻¹, rounding changes the response by at most eps |c R| |A| |R b|.
         A, B, C = self.A.double(), self.B.double(), self.C.double()
         poles = self.poles()
         z = 1 / delays(poles, _ANGLES)
@@ -142,19 +149,19 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
     def from_zpk(
         cls, zeros: ArrayLike, poles: ArrayLike, gain: float, dtype: torch.dtype = torch.float64
     ) -> Self:
-        """Make one channel of scipy's `gain Π (z - zeros) / Π (z - poles)`.
+        """Make one channel from scipy's `gain Π (z - zeros) / Π (z - poles)`.
 
-        It is a cascade of second-order sections. No polynomial is expanded, so poles may crowd and
-        coincide.
+        The result is a cascade of second-order sections. No polynomial is expanded, so poles may
+        crowd or coincide.
 
         Args:
-            zeros: (m,), in conjugate pairs, m ≤ n.
-            poles: (n,), in conjugate pairs.
-            gain: Real.
-            dtype: Of the result.
+            zeros: The zeros, (m,), in conjugate pairs, where m ≤ n.
+            poles: The poles, (n,), in conjugate pairs.
+            gain: A real number.
+            dtype: The dtype of the result.
 
         Raises:
-            ValueError: if there are more zeros than poles, or complex ones without conjugates.
+            ValueError: if there are more zeros than poles, or a complex root has no conjugate.
         """
         from gramian.systems.interop import state_space_of_zpk
 
@@ -162,14 +169,14 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
 
     @classmethod
     def from_sos(cls, sos: ArrayLike, dtype: torch.dtype = torch.float64) -> Self:
-        """Make one channel of scipy's second-order sections, a cascade.
+        """Make one channel from scipy's second-order sections, connected in series.
 
         Args:
-            sos: (sections, 6), rows (b0, b1, b2, a0, a1, a2).
-            dtype: Of the result.
+            sos: The sections, (sections, 6), with rows (b0, b1, b2, a0, a1, a2).
+            dtype: The dtype of the result.
 
         Raises:
-            ValueError: for another shape, values that are not finite, or an a0 of zero.
+            ValueError: if `sos` has another shape, if a value is not finite, or if an a0 is zero.
         """
         from gramian.systems.interop import state_space_of_sos
 
@@ -177,14 +184,19 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
 
     @classmethod
     def from_control(cls, system: Any, dtype: torch.dtype = torch.float64) -> Self:
-        """Take a system of python-control as `gramian.systems.from_control` does, with a state
-        matrix: the companion form of a transfer function.
+        """Convert a discrete-time system of python-control to one channel with a state matrix.
+
+        A transfer function becomes its companion form.
+
+        Args:
+            system: As in `gramian.systems.from_control`.
+            dtype: The dtype of the result.
 
         Raises:
             ImportError: if python-control is not installed.
-            TypeError: if it is no system of it.
-            ValueError: if it is continuous in time, has several inputs or outputs, or more zeros
-                than poles.
+            TypeError: if the system is not a system of python-control.
+            ValueError: if the system is continuous in time, has several inputs or outputs, or has
+                more zeros than poles.
         """
         from gramian.systems.convert import to_state_space
         from gramian.systems.interop import from_control
@@ -192,8 +204,11 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         return cls._from_fields(to_state_space(from_control(system)).to(dtype=dtype)._fields())
 
     def to_scipy(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return scipy.signal's `(A, B, C, D)`, float64: (*C, n, n), (*C, n, 1), (*C, 1, n) and
-        (*C, 1, 1)."""
+        """Return scipy.signal's `(A, B, C, D)`.
+
+        Returns:
+            Arrays (*C, n, n), (*C, n, 1), (*C, 1, n) and (*C, 1, 1), float64.
+        """
         a, b, c, d = (
             field.detach().double().cpu().numpy() for field in (self.A, self.B, self.C, self.D)
         )
@@ -213,13 +228,15 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
 
     @property
     def order(self) -> int:
-        """n, the dimension of the state."""
+        """Return n, the dimension of the state."""
         return self.B.shape[-1]
 
     def poles(self) -> Tensor:
-        """Return the eigenvalues of `A`, (*C, n), complex128, in coordinates where rounding moves
-        them least."""
-        return torch.linalg.eigvals(self._realized()[1][0])
+        """Return the eigenvalues of `A`, (*C, n), complex128.
+
+        The eigenvalues are computed in the coordinates in which rounding moves them least.
+        """
+        return torch.linalg.eigvals(self.realized()[1][0])
 
     def spectral_radius(self) -> Tensor:
         """Return the largest modulus of a pole, (*C), float64."""
@@ -227,11 +244,11 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
 
     def frozen(self) -> Self:
         system = super().frozen()
-        object.__setattr__(system, "_known", {})  # values cannot change: they are found once
+        object.__setattr__(system, "_known", {})  # values are constant: coordinates are found once
         return system
 
-    def _realized(self) -> _Realized:
-        """Return coordinates in which powers of A can be taken, and A, B, C there, in float64."""
+    def realized(self) -> _Realized:
+        """Return coordinates for powers of A, and A, B and C in these coordinates, in float64."""
         known = self._known
         if known:
             return known["realized"]
@@ -243,31 +260,31 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         return realized
 
     def impulse_response(self, length: int) -> Tensor:
-        """Return the Markov parameters (*C, length): O(n² √L + n L + n³ log L) operations."""
+        """Compute the Markov parameters (*C, length) in O(n² √L + n L + n³ log L) operations."""
         if length == 1 or self.order == 0:
             return torch.nn.functional.pad(self.D.unsqueeze(-1), (0, length - 1))
-        tail = self._free(self.B, length - 1, self._realized())
+        tail = self._free(self.B, length - 1, self.realized())
         return torch.cat([self.D.unsqueeze(-1), tail], dim=-1)
 
     def _free(self, x: Tensor, length: int, realized: _Realized) -> Tensor:
-        """Return `C A^t x` for t = 0 … length - 1 of states x (*B, n), in their dtype."""
+        """Return `C A^t x`, t = 0 … length - 1, for states x (*B, n), in the dtype of x."""
         found, (A, _, C) = realized
         if found.stepwise:
             silence = x.new_zeros(*x.shape[:-1], length)
             return plain_steps(self.A, self.B, self.C, silence, x)[0].to(x.dtype)
         if not found.factors:
             return krylov_product(C, A, x, length)
-        # Not rounded before the last product, which may cancel a few digits.
+        # x is not rounded before the last product, which may cancel a few digits.
         return krylov_product(C, A, found.into(x.double()), length).to(x.dtype)
 
     def recurrence(self, form: str | None = None) -> StateSpaceRecurrence:
-        """Return the recurrence that takes one product with the dense `A` a step, the only form.
+        """Return the recurrence, which takes one product with the dense `A` for each step.
 
-        `gramian.systems.to_modal` and `gramian.systems.to_transfer_function` lead to
-        cheaper ones where they exist.
+        `gramian.systems.to_modal` and `gramian.systems.to_transfer_function` lead to cheaper
+        recurrences where these forms exist.
 
         Raises:
-            ValueError: for any other form than "state_space".
+            ValueError: if `form` is given and is not "state_space", the only form.
         """
         if form not in (None, "state_space"):
             raise ValueError(
@@ -279,11 +296,11 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
         """Return the system itself in float64."""
         return self.to(dtype=torch.float64)
 
-    def _apply_from(self, u: Tensor, state: StateSpaceState) -> tuple[Tensor, StateSpaceState]:
+    def apply_from(self, u: Tensor, state: StateSpaceState) -> tuple[Tensor, StateSpaceState]:
         x = state.x
         length = u.shape[-1]
         signal = u.to(x.dtype)
-        realized = found, (A, B, _) = self._realized()
+        realized = found, (A, B, _) = self.realized()
         if found.stepwise:
             y, end = plain_steps(self.A, self.B, self.C, signal, x)
             y = y + self.D.double().unsqueeze(-1) * signal
@@ -298,7 +315,7 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
     def _infinite_hankel_singular_values(self) -> Tensor:
         if self.order == 0:
             return self.B.double()
-        found, (A, B, C) = self._realized()
+        found, (A, B, C) = self.realized()
         if found.stepwise:
             raise ValueError(
                 "the Hankel singular values of this state-space system cannot be computed in "
@@ -310,7 +327,11 @@ class StateSpace(TimeInvariantSystem[StateSpaceState]):
 
 
 class StateSpaceRecurrence(VectorRecurrence[StateSpaceState]):
-    """`y_t = C x + D u_t`, `x ← A x + B u_t`."""
+    """`y_t = C x + D u_t`, `x ← A x + B u_t`.
+
+    Args:
+        system: The state-space system to step.
+    """
 
     form = "state_space"
     state_type = StateSpaceState
@@ -318,7 +339,7 @@ class StateSpaceRecurrence(VectorRecurrence[StateSpaceState]):
     def __init__(self, system: StateSpace) -> None:
         self.system: StateSpace = system.frozen()
         dtype = working_dtype(system.D)
-        # One matrix for output and next state: a step is one product and one sum.
+        # One matrix holds A and C, so a step is one product and one sum.
         rows = torch.cat([self.system.A, self.system.C.unsqueeze(-2)], dim=-2).to(dtype)
         inputs = torch.cat([self.system.B, self.system.D.unsqueeze(-1)], dim=-1).to(dtype)
         self._rows, self._inputs = rows, inputs

@@ -1,15 +1,16 @@
-r"""Time-varying systems: linear recurrences with other coefficients at every step.
+r"""Time-varying systems: linear recurrences whose coefficients change at every step.
 
-`x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i` for i = 0 … L - 1: what gated linear
-attention, selective state spaces and the delta rule apply to their values on one input. The state
-matrix is diagonal (gates), diagonal plus rank one (the delta rule's `α (I - β k kᵀ)`), or dense.
+A system computes `x_{i+1} = A_i x_i + B_i u_i` and `y_i = C_i x_i + D_i u_i` for i = 0 … L - 1. On
+a given input, gated linear attention, selective state spaces and the delta rule apply such a system
+to their values. The state matrix is diagonal (gates), diagonal plus rank one (the delta rule's
+`α (I - β k kᵀ)`), or dense.
 
 In the notation of linear attention, `S_t = diag(α_t) S_{t-1} + k_t v_t`, `o_t = q_t S_t`, the
-system is `A = α`, `B = k`, `C = α q`, `D = q · k`: here the state is what is remembered
-*before* the present input, whose own contribution is D.
+system has `A = α`, `B = k`, `C = α q`, `D = q · k`. Its state is the memory *before* the present
+input, which contributes to the output through D.
 
-Inputs are taken by blocks (`gramian.ops.scan`), matrix products and about log₂ L rounds; one signal
-through a diagonal system step by step (`gramian.ops.diagonal_scan`).
+An input is processed in blocks, in about log₂ L rounds of matrix products (`gramian.ops.scan`).
+A single signal through a diagonal system is processed step by step (`gramian.ops.diagonal_scan`).
 """
 
 from __future__ import annotations
@@ -42,13 +43,18 @@ __all__ = ["TimeVarying", "TimeVaryingRecurrence", "TimeVaryingState"]
 
 @define_state
 class TimeVaryingState(State):
-    """x (*B, *C', n), and position (), int64 on the CPU: the steps that are taken."""
+    """The state of a time-varying system.
+
+    Attributes:
+        x: (*B, *C', n): the state vector.
+        position: (), int64 on the CPU: the number of steps taken.
+    """
 
     x: Tensor
     position: Tensor
 
     def restart(self) -> TimeVaryingState:
-        """Return the same memory before the first step, to go on with the next stretch's system."""
+        """Return the same memory at position 0, as the initial state of the next system."""
         return TimeVaryingState(self.x, torch.zeros_like(self.position))
 
 
@@ -56,22 +62,23 @@ class TimeVaryingState(State):
 class TimeVarying(FiniteSystem[TimeVaryingState]):
     """`x_{i+1} = A_i x_i + B_i u_i`, `y_i = C_i x_i + D_i u_i` for L steps.
 
-    A system has L steps and no more: a longer input is an error, and so are chunks that together
-    are longer. An input may be shorter; then the first steps are taken. The state counts the
-    steps, and `state.restart()` carries the memory into another system, the next stretch of an
+    A system has exactly L steps. An input of fewer samples uses the first steps. An input, or a
+    series of chunks, of more than L samples is an error. The state counts the steps.
+    `state.restart()` carries the memory into another system, which describes the next stretch of an
     endless input.
 
     Args:
-        A: (*C, L, n), real: the diagonals of the state matrices; or (*C, L, n, n), dense ones.
+        A: (*C, L, n), real: the diagonals of the state matrices; or (*C, L, n, n): dense matrices.
         B: (*C, L, n), real: the input vectors.
         C: (*C, L, n), real: the output vectors.
         D: (*C, L), real: the direct terms.
-        p: (*C, L, n), real, or None: with q, the rank-one part of `A_i = diag(A_i) + p_i q_iᵀ`.
-        q: (*C, L, n), real, or None.
+        p: (*C, L, n), real, or None. If p and q are given, the state matrices are
+            `diag(A_i) + p_i q_iᵀ`.
+        q: (*C, L, n), real, or None: see p.
 
     Raises:
         TypeError: if a field is not a real floating-point tensor.
-        ValueError: if the shapes do not belong together, or one of p and q is missing.
+        ValueError: if the shapes do not fit together, or if only one of p and q is given.
     """
 
     _kind = "time-varying system"
@@ -132,12 +139,12 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         return self.B.shape[-1]
 
     def steps(self, start: int, stop: int) -> Self:
-        """Return the steps `start` … `stop - 1` as a system of their own."""
+        """Return the steps `start` … `stop - 1` as a separate system."""
         skip = len(self.channel_shape)
         return self._map(lambda value: value.narrow(skip, start, stop - start))
 
     def transition(self, dtype: torch.dtype) -> Transition:
-        """Return the state matrices with the channels in one dimension, (G, L, …)."""
+        """Return the state matrices with all channels in one dimension, (G, L, …)."""
         A, p, q = self.A, self.p, self.q
         groups = self.channel_shape.numel()
 
@@ -151,16 +158,16 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         return DiagonalPlusLowRank(grouped(A), grouped(p).unsqueeze(-1), grouped(q).unsqueeze(-1))
 
     def vectors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Return B (G, L, n), C (G, L, n) and D (G, L), the channels in one dimension."""
+        """Return B (G, L, n), C (G, L, n) and D (G, L), with all channels in one dimension."""
         groups, length, order = self.channel_shape.numel(), self.length, self.order
         B, C = (value.to(dtype).reshape(groups, length, order) for value in (self.B, self.C))
         return B, C, self.D.to(dtype).reshape(groups, length)
 
     @property
-    def _stepwise(self) -> bool:
+    def stepwise(self) -> bool:
         """Return whether products of the state matrices are less accurate than plain steps.
 
-        Only dense ones can be. The check synchronizes with a GPU.
+        This can only happen to dense matrices. The check synchronizes with a GPU.
         """
         if self.A.ndim == self.B.ndim:
             return False
@@ -168,8 +175,8 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         assert isinstance(transition, Dense)
         return not bounded_products(transition.a.detach())
 
-    def _step_by_step(self, signal: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Take all steps on signals (G, L, r) from states (G, n, r), one after the other."""
+    def take_steps(self, signal: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Take all steps, one after the other, on signals (G, L, r) from states (G, n, r)."""
         transition = self.transition(torch.float64)
         assert isinstance(transition, Dense)
         return step_by_step(transition.a, *self.vectors(torch.float64), signal, x)
@@ -181,16 +188,16 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
             (*C, length, length), lower triangular.
 
         Raises:
-            ValueError: if there are fewer steps.
+            ValueError: if the system has fewer than `length` steps.
         """
         length = self.length if length is None else length
-        self._check_steps(0, length)
+        self.check_steps(0, length)
         part, dtype = self.steps(0, length), working_dtype(self.D)
-        if part._stepwise:
+        if part.stepwise:
             groups = self.channel_shape.numel()
             impulses = torch.eye(length, dtype=torch.float64, device=self.device)
             start = impulses.new_zeros(groups, self.order, length)
-            columns, _ = part._step_by_step(impulses.expand(groups, -1, -1), start)
+            columns, _ = part.take_steps(impulses.expand(groups, -1, -1), start)
             return columns.reshape(*self.channel_shape, length, length).to(self.dtype)
         size = 1 << max(length - 1, 0).bit_length()
         with torch.autocast(self.device.type, enabled=False):
@@ -204,15 +211,16 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
     def hankel_singular_values(self, length: int | None = None, at: int | None = None) -> Tensor:
         """Return the singular values of a Hankel block, through which the past acts on the future.
 
-        They are those of a product of two triangular factors; no Gramian is formed.
+        The singular values are computed from a product of two triangular factors. No Gramian is
+        formed.
 
         Args:
-            length: Horizon: the values of `T[at:length, :at]`; by default L.
-            at: Where past and future part, 1 … length - 1; by default length // 2.
+            length: The horizon, by default L. The block is `T[at:length, :at]`.
+            at: The first step of the future, 1 … length - 1; by default `length // 2`.
 
         Returns:
-            (*C, k), k = min(n, at, length - at), descending, decided in float64 and returned in
-            the system's dtype.
+            (*C, k), k = min(n, at, length - at), descending. They are computed in float64 and
+            returned in the system's dtype.
 
         Raises:
             ValueError: if `length` or `at` is out of range.
@@ -226,9 +234,12 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         return values.reshape(*self.channel_shape, -1).to(self.dtype)
 
     def factors(self, at: int, length: int) -> tuple[Tensor, Tensor]:
-        """Return the factors of `T[at:length, :at]`, in float64 and differentiable: reachability
-        (G, n, at) and observability (G, length - at, n)."""
-        if self.steps(0, length)._stepwise:
+        """Return the two factors of `T[at:length, :at]`, differentiable and in float64.
+
+        Returns:
+            The reachability matrices (G, n, at) and the observability matrices (G, length - at, n).
+        """
+        if self.steps(0, length).stepwise:
             return self._stepped_factors(at, length)
         parts = []
         for part in (self.steps(0, at), self.steps(at, length)):
@@ -250,10 +261,10 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         return reach, observe
 
     def recurrence(self, form: str | None = None) -> TimeVaryingRecurrence:
-        """Return the recurrence that takes step after step, at most L, the only form.
+        """Return the recurrence, which takes at most L steps.
 
         Raises:
-            ValueError: for any other form than "time_varying".
+            ValueError: if `form` is given and is not "time_varying", the only form.
         """
         self._check_form(form, "time_varying")
         return TimeVaryingRecurrence(self)
@@ -262,14 +273,14 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         x = self.D.new_zeros(*u.shape[:-1], self.order, dtype=working_dtype(u))
         return self._run(u, x, 0)[0]
 
-    def _apply_from(self, u: Tensor, state: TimeVaryingState) -> tuple[Tensor, TimeVaryingState]:
+    def apply_from(self, u: Tensor, state: TimeVaryingState) -> tuple[Tensor, TimeVaryingState]:
         y, x = self._run(u, state.x, int(state.position))
         return y, TimeVaryingState(x, state.position + u.shape[-1])
 
     def _run(self, u: Tensor, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Return the outputs, and the state after them, of the steps from `start` on."""
+        """Return the outputs of the steps from `start` on, and the state after them."""
         length = u.shape[-1]
-        self._check_steps(start, length)
+        self.check_steps(start, length)
         if length == 0:
             return u, x
         part, dtype = self.steps(start, start + length), x.dtype
@@ -279,8 +290,8 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
         if isinstance(transition, Diagonal) and signal.shape[1] == 1:
             y, end = apply_diagonal(transition.a, B, C, D, signal.squeeze(1), first.squeeze(1))
             return restore(y.unsqueeze(1)).to(u.dtype), restore_state(end.unsqueeze(1))
-        if isinstance(transition, Dense) and part._stepwise:
-            y, end = part._step_by_step(signal.mT, first.mT)
+        if isinstance(transition, Dense) and part.stepwise:
+            y, end = part.take_steps(signal.mT, first.mT)
             return restore(y.mT.to(dtype)).to(u.dtype), restore_state(end.mT.to(dtype))
         size = _block_size(length, self.order, signal.shape[1])
         with torch.autocast(self.device.type, enabled=False):
@@ -294,13 +305,17 @@ class TimeVarying(FiniteSystem[TimeVaryingState]):
 
 
 def _block_size(length: int, order: int, signals: int) -> int:
-    """Return the steps of a block: as many as make its operator as cheap as the states' way."""
+    """Return a number of steps for which a block's operator costs about as much as its states."""
     wanted = max(4, min(64, order, signals))
     return 1 << (min(wanted, length) - 1).bit_length()
 
 
 class TimeVaryingRecurrence(VectorRecurrence[TimeVaryingState]):
-    """`y_i = C_i x + D_i u_i`, `x ← A_i x + B_i u_i`; a step past the last one is a ValueError."""
+    """`y_i = C_i x + D_i u_i`, `x ← A_i x + B_i u_i`. The recurrence takes at most L steps.
+
+    Args:
+        system: The time-varying system to step.
+    """
 
     form = "time_varying"
     state_type = TimeVaryingState
@@ -316,7 +331,7 @@ class TimeVaryingRecurrence(VectorRecurrence[TimeVaryingState]):
     def _advance(self, u_t: Tensor, state: TimeVaryingState) -> tuple[Tensor, TimeVaryingState]:
         x, position = state.x, state.position
         system, at = self.system, int(position)
-        system._check_steps(at, 1)
+        system.check_steps(at, 1)
         skip = len(system.channel_shape)
         A, B, C, D = (
             value.select(skip, at).to(x.dtype) for value in (system.A, system.B, system.C, system.D)

@@ -33,36 +33,39 @@ from gramian.systems.lattice import (
 from gramian.systems.modal import Modal
 from gramian.systems.state_space import StateSpace
 
-__all__ = ["TransferFunction", "TruncatedTransferFunction", "exact_numerator"]
+__all__ = ["TransferFunction", "TruncatedTransferFunction", "exact_numerator", "proper_fraction"]
 
 _TOLERANCE = 1e-5
-"""Relative l2 error up to which a recurrence counts as the kernel it came from."""
+"""The largest relative l2 error with which a recurrence is said to reproduce the known taps."""
 
 _ANGLES = 512
-"""Points of the half circle on which a response is looked at, besides the angles of the poles."""
+"""The number of points on the upper half circle at which the frequency response is evaluated,
+besides the angles of the poles."""
 
 _DENSE_ELEMENTS = 2**20
-"""Elements up to which a product with a Toeplitz matrix is taken without an FFT."""
+"""The largest number of elements for which a Toeplitz product is computed without an FFT."""
 
 
 Reducer = Callable[[Tensor, int], tuple[Modal, float]]
-"""Taps (*C, K) and an order to a modal system with nearly these taps, and its relative error."""
+"""A function that takes taps (*C, K) and an order. It returns a modal system with nearly these
+taps, and the relative error of that system."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TransferFunction(TimeInvariantSystem[Any]):
-    """`H(z) = d + b(z) / a(z)`, strictly proper fraction plus direct term.
+    """`H(z) = d + b(z) / a(z)`: a strictly proper fraction plus a direct term.
 
-    Unlike scipy's, `b` starts at `z^-1` and `a` omits its leading 1: see `from_scipy`.
+    Unlike in scipy, `b` starts at `z^-1` and `a` omits its leading 1. `from_scipy` makes a system
+    from scipy's coefficients.
 
     Args:
-        b: (*C, n), real: numerator coefficients `b_1 … b_n`.
-        a: (*C, n), real: denominator coefficients `a_1 … a_n`.
+        b: (*C, n), real: the numerator coefficients `b_1 … b_n`.
+        a: (*C, n), real: the denominator coefficients `a_1 … a_n`.
         d: (*C), real: the direct term `h_0`.
 
     Raises:
         TypeError: if a field is not a real floating-point tensor.
-        ValueError: if the shapes do not belong together.
+        ValueError: if the shapes do not fit together.
     """
 
     _kind = "transfer function"
@@ -72,14 +75,14 @@ class TransferFunction(TimeInvariantSystem[Any]):
     a: Tensor
     d: Tensor
     taps: Tensor | None = dataclasses.field(default=None, repr=False, kw_only=True)
-    """The first taps, where they were known before `b` was: see `from_truncated`."""
+    """(*C, K): the first taps, if the system was made from them; see `from_truncated`."""
     reflection: Tensor | None = dataclasses.field(default=None, repr=False, kw_only=True)
-    """(*C, n): the reflection coefficients of `a`, where `a` was made from them."""
+    """(*C, n): the reflection coefficients of `a`, if `a` was computed from them."""
     reducer: Reducer | None = dataclasses.field(
         default=None, repr=False, kw_only=True, metadata=STATIC
     )
-    """How a modal system with nearly the known taps is found, for recurrences of the form "modal":
-    `gramian.reduction.find_modal_form`, which filters give their systems."""
+    """The function that finds a modal system with nearly the known taps, for recurrences of the
+    form "modal". Filters pass `gramian.reduction.find_modal_form` to their systems."""
 
     def __post_init__(self) -> None:
         for name in ("b", "a", "d"):
@@ -107,24 +110,25 @@ class TransferFunction(TimeInvariantSystem[Any]):
         reflection: Tensor | None = None,
         reducer: Reducer | None = None,
     ) -> TransferFunction:
-        """Make a system of a truncated numerator, the parametrization of RTF (section 3.2).
+        """Make a system from a truncated numerator, the parametrization of RTF (section 3.2).
 
-        On `grid` roots of unity `b / a + d` is the spectrum of a kernel truncated to `grid`
-        taps. The exact numerator is the first n coefficients of `a` times that kernel, so the
-        recurrence reproduces it; no linear system is solved. Sampling a spectrum aliases time:
-        tap 0 holds `d` and tap `grid` of the rational function.
+        On `grid` roots of unity, `b / a + d` is the spectrum of a kernel that is truncated to
+        `grid` taps. The exact numerator is the first n coefficients of the product of `a` and that
+        kernel, so the recurrence reproduces the kernel and no linear system is solved. Sampling a
+        spectrum aliases time: tap 0 contains `d` and tap `grid` of the rational function.
 
         Args:
-            b: (*C, n), real: truncated numerator.
-            a: (*C, n) or, with shared denominators, broadcasting against it.
-            d: (*C), real.
-            grid: Number of roots of unity, greater than n.
-            length: Taps to keep for `impulse_response`; default: all of the grid.
-            dtype: Of the system; default: that of the coefficients. In float32 the spectrum
-                itself is off by more than 1e-4 for most stable systems beyond n = 16.
-            reflection: The reflection coefficients of `a`, of its shape, if it was made from
-                such.
-            reducer: As the field of that name.
+            b: (*C, n), real: the truncated numerator.
+            a: (*C, n), real: the denominator. A shared denominator may have a shape that broadcasts
+                to this.
+            d: (*C), real: the constant term on the grid.
+            grid: The number of roots of unity, greater than n.
+            length: The number of taps to keep for `impulse_response`; by default `grid`.
+            dtype: The dtype of the system; by default that of the coefficients. In float32 the
+                error of the spectrum exceeds 1e-4 for most stable systems beyond n = 16.
+            reflection: The reflection coefficients of `a`, in its shape, if `a` was computed from
+                them.
+            reducer: The field `reducer` of the system.
 
         Raises:
             ValueError: if the grid is not larger than the order.
@@ -148,45 +152,28 @@ class TransferFunction(TimeInvariantSystem[Any]):
         a: np.ndarray | Tensor,
         dtype: torch.dtype = torch.float64,
     ) -> Self:
-        """Take scipy's `(b, a)`: `(b[0] + b[1] z^-1 + …) / (a[0] + a[1] z^-1 + …)`.
+        """Make a system from scipy's `(b, a)`.
+
+        The transfer function is `(b[0] + b[1] z^-1 + …) / (a[0] + a[1] z^-1 + …)`.
 
         Args:
-            b: (*C, m + 1), numerator.
-            a: (*C, n + 1), denominator; `a[..., 0]` must not be zero.
-            dtype: Of the result.
+            b: (*C, m + 1): the numerator. If it is longer than the denominator, the system has
+                further poles at zero.
+            a: (*C, n + 1): the denominator; `a[..., 0]` must not be zero.
+            dtype: The dtype of the result.
 
         Warns:
-            UserWarning: if a pole is outside of the unit circle, or if rounding of the coefficients
-                alone moves the frequency response by more than 1e-6 (3e-4 for a dtype of single
-                precision): polynomials of high degree do not hold poles that crowd.
+            UserWarning: if a pole is outside the unit circle, or if rounding the coefficients moves
+                the frequency response by more than 1e-6 (3e-4 for a dtype of single precision).
+                This happens if the degree is high and poles crowd, because the coefficients do not
+                determine such poles.
 
         Raises:
-            ValueError: if the numerator has more coefficients than the denominator and the rest is
-                not zero (an FIR part belongs into `FIR`), or `a[..., 0]` is zero.
+            ValueError: if `a[..., 0]` is zero.
         """
-        system = cls._normalized(b, a, dtype)
+        system = cls(*proper_fraction(b, a, dtype))
         _warn_of_lost_poles(system)
         return system
-
-    @classmethod
-    def _normalized(
-        cls, b: np.ndarray | Tensor, a: np.ndarray | Tensor, dtype: torch.dtype
-    ) -> Self:
-        num, den = (
-            torch.atleast_1d(
-                c.double() if isinstance(c, Tensor) else torch.tensor(np.array(c, float))
-            )
-            for c in (b, a)
-        )
-        if bool((den[..., 0] == 0).any()):
-            raise ValueError("the leading denominator coefficient a[0] must not be zero.")
-        size = max(num.shape[-1], den.shape[-1])
-        den = torch.nn.functional.pad(den, (0, size - den.shape[-1]))
-        num = torch.nn.functional.pad(num, (0, size - num.shape[-1]))
-        num, den = torch.broadcast_tensors(num / den[..., :1], den / den[..., :1])
-        d = num[..., 0]
-        strict = num[..., 1:] - d.unsqueeze(-1) * den[..., 1:]
-        return cls(strict.to(dtype), den[..., 1:].to(dtype), d.to(dtype))
 
     def to_scipy(self) -> tuple[np.ndarray, np.ndarray]:
         """Return scipy.signal's `(b, a)`, float64, each (*C, n + 1): `b = [d, b + d a]`."""
@@ -214,7 +201,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
 
     def impulse_response(self, length: int) -> Tensor:
         if self.taps is not None and length <= self.taps.shape[-1]:
-            # A slice of everything is not free: its gradient is copied.
+            # Slicing costs a copy of the gradient, so all taps are returned without a slice.
             whole = length == self.taps.shape[-1]
             return self.taps if whole else self.taps[..., :length]
         if length == 1 or self.order == 0:
@@ -226,30 +213,36 @@ class TransferFunction(TimeInvariantSystem[Any]):
         return torch.cat([self.d.unsqueeze(-1), tail], dim=-1)
 
     def poles(self) -> Tensor:
-        """Return the zeros of the denominator, (*C, n), complex128: the companion's eigenvalues."""
+        """Return the zeros of the denominator, computed as eigenvalues of the companion matrix.
+
+        Returns:
+            (*C, n), complex128.
+        """
         return torch.linalg.eigvals(companion_form(self.a, self.a, self.d).A)
 
     def spectral_radius(self) -> Tensor:
-        """Return the largest modulus of a pole, (*C), float64; 0 without any."""
+        """Return the largest modulus of a pole, (*C), float64; 0 if there is no pole."""
         return torch.nn.functional.pad(self.poles().abs(), (0, 1)).amax(-1)
 
     def recurrence(self, form: str | None = None) -> Recurrence:
         """Return the system as a recurrence.
 
-        Its `form` says which was taken, its `error` how far its impulse response is from the known
-        taps (relative l2 norm, largest of all channels).
+        The attribute `form` of the recurrence is the form that was chosen. Its attribute `error` is
+        the largest relative l2 distance of a channel's impulse response from the known taps.
 
         Args:
-            form: "companion", O(n) a step in double precision; "lattice", O(n) a step on the
-                reflection coefficients, in single precision; "modal", poles and residues of what
-                the `reducer` makes of the known taps at order n; "online", exact convolution with
-                the known taps; None: the first of these that is there and reproduces the known
-                taps to 1e-5. Where no taps are known the coefficients are the definition:
+            form: One of the following. "companion" takes O(n) operations a step, in double
+                precision. "lattice" takes O(n) operations a step by the reflection coefficients, in
+                single precision. "modal" steps the poles and residues that the `reducer` finds for
+                the known taps at order n. "online" is the exact convolution with the known taps.
+                None chooses the first of these that is available and reproduces the known taps to
+                1e-5. If no taps are known, the coefficients define the system, and None chooses
                 "companion".
 
         Raises:
-            ValueError: for another form, "lattice" where no reflection coefficients are known, or
-                "modal" or "online" where no taps are, or "modal" without a reducer.
+            ValueError: if `form` is none of these, if it is "lattice" and no reflection
+                coefficients are known, if it is "modal" or "online" and no taps are known, or if it
+                is "modal" and there is no reducer.
         """
         forms: dict[str, Callable[[], Recurrence]] = {
             "companion": lambda: CompanionRecurrence(self)
@@ -277,7 +270,7 @@ class TransferFunction(TimeInvariantSystem[Any]):
 
     @cached_property
     def _modal(self) -> tuple[Modal, float]:
-        """Return a modal system of order at most n near the known taps, and its relative error."""
+        """Return a modal system of order at most n with nearly the known taps, and its error."""
         assert self.reducer is not None and self.taps is not None
         return self.reducer(self.taps.detach(), self.order)
 
@@ -287,12 +280,12 @@ class TransferFunction(TimeInvariantSystem[Any]):
         recurrence.error = error
         return recurrence
 
-    def _fits(self, state: State, shape: torch.Size) -> bool:
-        if isinstance(state, FIRState | ModalState):  # its own system looks at it
+    def fits(self, state: State, shape: torch.Size) -> bool:
+        if isinstance(state, FIRState | ModalState):  # the system that uses the state checks it
             return True
-        return super()._fits(state, shape)
+        return super().fits(state, shape)
 
-    def _apply_from(self, u: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def apply_from(self, u: Tensor, state: Any) -> tuple[Tensor, Any]:
         if isinstance(state, FIRState) and self.taps is not None:
             return FIR(self.taps)(u, state)
         if isinstance(state, LatticeState) and self.reflection is not None:
@@ -311,28 +304,28 @@ class TransferFunction(TimeInvariantSystem[Any]):
         return y.to(u.dtype), CompanionState(history[..., -self.order :].flip(-1))
 
     def state_space(self) -> StateSpace:
-        """Return the companion form, in float64."""
+        """Return the companion form as a state-space system, in float64."""
         return companion_form(self.b, self.a, self.d)
 
     def _as_control(self, control: Any) -> Any:
         return control.TransferFunction(*self.to_scipy(), True)
 
     def _infinite_hankel_singular_values(self) -> Tensor:
-        return self.state_space()._infinite_hankel_singular_values()
+        return self.state_space().hankel_singular_values()
 
 
 class TruncatedTransferFunction(TransferFunction):
-    """A transfer function that is known by its taps, as `TransferFunction.from_truncated` makes it.
+    """A transfer function that is defined by its taps; see `TransferFunction.from_truncated`.
 
-    Its numerator is read off the taps when it is first needed: a convolution only takes the taps,
-    and n coefficients of each of many channels are work.
+    The numerator is computed from the taps when it is first needed. A convolution needs only the
+    taps, and computing n coefficients of many channels takes time.
 
     Args:
-        b: (*C, n), real: the numerator where it is known already, or None.
-        a: (*C, n), real: denominator coefficients.
+        b: (*C, n), real: the numerator if it is already known, or None.
+        a: (*C, n), real: the denominator coefficients.
         d: (*C), real: the direct term.
         taps: (*C, K), K > n: the first taps.
-        reflection: (*C, n): the reflection coefficients of `a`, where it was made from them.
+        reflection: (*C, n): the reflection coefficients of `a`, if `a` was computed from them.
         reducer: As in `TransferFunction`.
     """
 
@@ -355,10 +348,10 @@ class TruncatedTransferFunction(TransferFunction):
 
     @cached_property
     def b(self) -> Tensor:
-        """Return the numerator, the first n coefficients of `a` times the taps, (*C, n)."""
+        """Return the numerator (*C, n): the first n coefficients of `a` times the taps."""
         if self._numerator is not None:
             return self._numerator
-        with torch.enable_grad():  # it may be asked for without gradients first
+        with torch.enable_grad():  # the first caller may have disabled gradients
             taps = self.taps[..., 1 : self.order + 1]
             return exact_numerator(self.a, taps) if self.order else taps
 
@@ -378,14 +371,46 @@ class TruncatedTransferFunction(TransferFunction):
         device: torch.device | torch.dtype | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Move to another device, or another real floating-point dtype."""
-        if self._numerator is None:  # read it off before the taps are rounded
+        """Move to another device or to another real floating-point dtype."""
+        if self._numerator is None:  # compute it before the taps are rounded
             return self._from_fields(self._fields(), self._static).to(device, dtype)
         return super().to(device, dtype)
 
 
+def proper_fraction(
+    b: np.ndarray | Tensor, a: np.ndarray | Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split scipy's `(b, a)` into the fields of a `TransferFunction`.
+
+    Args:
+        b: (*C, m + 1): the numerator.
+        a: (*C, n + 1): the denominator.
+        dtype: The dtype of the result.
+
+    Returns:
+        The strictly proper numerator (*C, max(m, n)), the denominator (*C, max(m, n)), and the
+        direct term (*C).
+
+    Raises:
+        ValueError: if `a[..., 0]` is zero.
+    """
+    num, den = (
+        torch.atleast_1d(c.double() if isinstance(c, Tensor) else torch.tensor(np.array(c, float)))
+        for c in (b, a)
+    )
+    if bool((den[..., 0] == 0).any()):
+        raise ValueError("the leading denominator coefficient a[0] must not be zero.")
+    size = max(num.shape[-1], den.shape[-1])
+    den = torch.nn.functional.pad(den, (0, size - den.shape[-1]))
+    num = torch.nn.functional.pad(num, (0, size - num.shape[-1]))
+    num, den = torch.broadcast_tensors(num / den[..., :1], den / den[..., :1])
+    d = num[..., 0]
+    strict = num[..., 1:] - d.unsqueeze(-1) * den[..., 1:]
+    return strict.to(dtype), den[..., 1:].to(dtype), d.to(dtype)
+
+
 def exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
-    """Return `b_j = Σ_{i<j} a_i h_{j-i}`, a_0 = 1, from the taps h_1 … h_n (*C, n)."""
+    """Return `b_j = Σ_{i<j} a_i h_{j-i}` with a_0 = 1, (*C, n), from the taps h_1 … h_n (*C, n)."""
     order = taps.shape[-1]
     monic = torch.cat([torch.ones_like(a[..., :1]), a[..., :-1]], dim=-1)  # a_0 … a_{n-1}
     if a.numel() * order > _DENSE_ELEMENTS:
@@ -398,7 +423,7 @@ def exact_numerator(a: Tensor, taps: Tensor) -> Tensor:
 def _warn_of_lost_poles(system: TransferFunction) -> None:
     if not system.order or not system.a.numel():
         return
-    # Rounding may move a(z) by eps Σ |a_j|, which matters where a(z) is small: near the poles.
+    # Rounding may change a(z) by eps Σ |a_j|, which matters where a(z) is small: near the poles.
     poles = system.poles()
     delay = delays(poles, _ANGLES)
     value = torch.zeros_like(delay)

@@ -1,12 +1,13 @@
-"""The field's tasks: seeded generators and loaders that yield a `datasets.Dataset`.
+"""Provide benchmark tasks: seeded generators and loaders that return a `datasets.Dataset`.
 
     train = gramian.tasks.load("mqar", split="train", seed=0, setting="64x4")
     gramian.tasks.names()
     gramian.tasks.settings("mqar")
 
-All tasks follow one convention: a label is the answer that is due *at* its own position, labels are
-not shifted, and positions labelled -100 are not scored. A causal language model of transformers
-shifts `labels` itself, so pass ours as `shift_labels`, as `gramian.training` does.
+All tasks follow one convention. The label at a position is the answer that is expected *at* this
+position, so labels are not shifted. Positions with the label -100 are not scored. Causal language
+models of transformers shift `labels` themselves. So pass the labels of a task as `shift_labels`, as
+`gramian.training` does.
 
 Needs `datasets` (`pip install "gramian[train]"`).
 """
@@ -39,8 +40,10 @@ from gramian.tasks._task import (
     register,
     settings,
 )
+from gramian.tasks.bed import Interval, read_bed
 from gramian.tasks.documents import Document, documents_in, read_documents, register_reader
 from gramian.tasks.encoding import Encoder
+from gramian.tasks.indexed import IndexedGenome
 from gramian.tasks.kinds import (
     KINDS,
     ClassLabels,
@@ -62,6 +65,8 @@ __all__ = [
     "Document",
     "Encoder",
     "GeneratedTask",
+    "IndexedGenome",
+    "Interval",
     "Kind",
     "Metric",
     "NumberLabels",
@@ -72,6 +77,7 @@ __all__ = [
     "find_kind",
     "load",
     "names",
+    "read_bed",
     "read_documents",
     "register",
     "register_kind",

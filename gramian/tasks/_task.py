@@ -1,4 +1,4 @@
-"""The interface of a task: settings, a description for models, and rows by split and seed."""
+"""Define the interface of tasks: their settings, their descriptions for models, and their rows."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import os
 import warnings
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from gramian._checks import check_integers
 from gramian._nearest import unknown
 from gramian.tasks.documents import find_files
 from gramian.tasks.kinds import Column, find_kind
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "validation", "test")
-"""Names of the splits; a task may have fewer."""
+"""The names of the splits. A task may have only some of them."""
 
 Row = dict[str, Any]
 
@@ -49,18 +50,22 @@ class Description:
     """The inputs and outputs that a model for a task needs.
 
     Attributes:
-        kind: one of `KINDS`: `"tokens"` (a class at every position), `"classification"` (one class
-            per sequence), `"pairs"` (one class for two sequences, `input_ids` and `input_ids_2`),
-            `"signal"` (real numbers at every position), `"regression"` (real numbers per sequence),
-            `"reconstruction"` (the whole input, decoded from its last position), or a kind added
-            with `register_kind`.
-        length: length of the longest sequence.
-        vocab_size: number of token ids, or None for `input_values`.
-        num_labels: number of classes; for `"signal"` the number of real numbers per position, for
-            `"regression"` per sequence.
-        input_size: number of features of `input_values` at each position.
-        pad_token_id: id that pads `input_ids`; padding is masked, so any id works.
-        text: whether ids 0 to 255 are bytes of text, those of `gramian.models.ByteTokenizer`.
+        kind: name of the kind of task, a key of `KINDS`. The labels of `"tokens"` are a token id at
+            every position; of `"classification"`, one class per sequence; of
+            `"token_classification"`, one of `num_labels` classes at every position; of `"pairs"`,
+            one class for two sequences, `input_ids` and `input_ids_2`; of `"signal"`, real numbers
+            at every position; and of `"regression"`, real numbers per sequence. In
+            `"reconstruction"`, the whole input is decoded from its last position. `register_kind`
+            adds further kinds.
+        length: number of positions of the longest sequence.
+        vocab_size: number of token ids, or None if the inputs are `input_values`.
+        num_labels: number of classes. For `"signal"` it is the number of real numbers per position,
+            and for `"regression"` the number of real numbers per sequence. For `"tokens"` and
+            `"reconstruction"`, whose classes are the token ids, it is None.
+        input_size: number of features of `input_values` at each position, or None if the inputs are
+            token ids.
+        pad_token_id: id that pads `input_ids`. Padding is masked, so any id works.
+        text: whether ids 0 to 255 are bytes of text, as in `gramian.models.ByteTokenizer`.
     """
 
     kind: str
@@ -74,10 +79,10 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A task with its settings, which are the fields of the subclass.
+    """A task with its settings. The fields of a subclass are the settings of the task.
 
     Subclasses implement `description` and `rows`. `published` maps names to settings from the
-    literature; the defaults come from the literature too.
+    literature. The defaults of the fields also come from the literature.
     """
 
     splits: ClassVar[tuple[str, ...]] = SPLITS
@@ -89,18 +94,36 @@ class Task(ABC):
 
     @abstractmethod
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        """Yield the rows of a split: `input_ids` or `input_values`, and `labels`, as arrays."""
+        """Yield the rows of a split, which are dictionaries of arrays.
+
+        A row has `labels`, and inputs as its kind of task requires: `input_ids` (length,) or
+        `input_values` (length, input_size).
+        """
 
     def tokens_of(self, tokenizer: Any) -> Task:
-        """Return the same task in the ids of a model's own tokenizer, if the task is one of text.
+        """Return the same task with the token ids of a model's own tokenizer.
 
-        Tasks whose ids do not encode text are returned unchanged.
+        A task whose ids do not encode text is returned unchanged.
 
         Args:
             tokenizer: a tokenizer of transformers.
 
         Raises:
             ValueError: if the task was built with another tokenizer.
+        """
+        return self
+
+    def classes(self) -> list[str]:
+        """Return the names of the classes in the order of their numbers, if they have names."""
+        return []
+
+    def with_classes(self, names: Sequence[str]) -> Task:
+        """Return the same task with its classes numbered as in `names`.
+
+        Tasks whose classes have no names are returned unchanged.
+
+        Raises:
+            ValueError: if a class of the task is not among the names.
         """
         return self
 
@@ -125,14 +148,14 @@ class Task(ABC):
 
         Args:
             split: one of `splits`.
-            seed: seed of the generated rows; tasks that load files use it for shuffling.
-            streaming: return an `IterableDataset`, which makes the same rows while they are read
-                and stores none of them.
+            seed: seed of the generated rows. Rows that are read from files do not depend on it.
+            streaming: whether to return an `IterableDataset`. It makes the same rows when they are
+                read, and does not store them.
 
         Raises:
-            ImportError: without `datasets`.
-            ValueError: on a split that the task does not have, a negative seed, an empty split, or
-                a row that `checked_rows` refuses.
+            ImportError: if `datasets` is not installed.
+            ValueError: if the task does not have the split, the split is empty, the seed is not an
+                integer of at least 0, or `checked_rows` refuses a row.
         """
         try:
             from datasets import Dataset, IterableDataset, concatenate_datasets
@@ -142,8 +165,7 @@ class Task(ABC):
             ) from error
         if split not in self.splits:
             raise ValueError(unknown("split", split, self.splits))
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0; got {seed!r}.")
+        check_integers(0, seed=seed)
         features = self.features()
         if streaming:
             stream = IterableDataset.from_generator(
@@ -159,14 +181,14 @@ class Task(ABC):
         return concatenate_datasets(parts).with_format("torch")
 
     def checked_rows(self, split: str, seed: int) -> Iterator[Row]:
-        """Yield `rows`, after checking each row against the description.
+        """Yield the rows of a split, after checking each row against the description.
 
         `datasets` does not check values: an integer column would truncate real numbers, and a
         sequence in place of a label would raise an unrelated error.
 
         Raises:
-            ValueError: on a row without inputs or labels, or whose inputs or labels have the wrong
-                type of number or the wrong shape, and on token ids outside of the vocabulary.
+            ValueError: if a row lacks inputs or labels, if these have the wrong type of number or
+                the wrong shape, or if token ids lie outside of the vocabulary.
         """
         description = self.description()
         columns = find_kind(description.kind).columns(description).items()
@@ -210,7 +232,7 @@ class Task(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedTask(Task):
-    """A task whose rows are drawn at random; subclasses implement `row`.
+    """A task whose rows are drawn at random. Subclasses implement `row`.
 
     Args:
         train_examples: number of rows in the training split.
@@ -238,10 +260,10 @@ _T = TypeVar("_T", bound=type[Task])
 
 
 def register(name: str) -> Callable[[_T], _T]:
-    """Decorate a subclass of `Task` to register it as `name`.
+    """Return a decorator that registers a subclass of `Task` under `name`.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if another task is registered under `name`.
     """
 
     def add(task: _T) -> _T:
@@ -259,10 +281,13 @@ def names() -> list[str]:
 
 
 def settings(name: str) -> dict[str, dict[str, Any]]:
-    """Return the published settings of a task by name; `"default"` holds the defaults of all.
+    """Return the published settings of a task by their names.
+
+    A setting is a dictionary of the fields that it changes. The setting `"default"` has every field
+    with its default, or with None if the field must be given.
 
     Raises:
-        ValueError: on an unknown task.
+        ValueError: if the task is unknown.
     """
     kind = _lookup(name)
     defaults = {
@@ -273,15 +298,16 @@ def settings(name: str) -> dict[str, dict[str, Any]]:
 
 
 def build(name: str, setting: str | None = None, **settings: Any) -> Task:
-    """Build the task `name` with a published setting and changes to it.
+    """Build the task `name` with a published setting, whose fields `settings` may override.
 
     Args:
         name: one of `names()`.
         setting: name of a published setting, a key of `settings(name)`; by default `"default"`.
-        settings: the task's own settings, which override the published ones.
+        settings: fields of the task's class. They override the fields of the published setting.
 
     Raises:
-        ValueError: on an unknown task, published setting or setting, or an invalid value.
+        ValueError: if the task, the published setting or a field is unknown; if a field that must
+            be given is missing; or if a value is invalid.
     """
     kind = _lookup(name)
     chosen: dict[str, Any] = {}
@@ -320,14 +346,16 @@ def load(
 
     Args:
         name: one of `names()`.
-        split: `"train"`, `"validation"` or `"test"`, where the task has it.
+        split: name of the split: `"train"`, `"validation"` or `"test"`.
         seed: seed of the generated rows.
-        setting: name of a published setting.
-        streaming: return an `IterableDataset` instead.
-        settings: changes to the setting.
+        setting: name of a published setting; by default `"default"`.
+        streaming: whether to return an `IterableDataset`. It makes the same rows when they are
+            read, and does not store them.
+        settings: fields of the task's class. They override the fields of the published setting.
 
     Raises:
-        ValueError: on an unknown task, setting or split, or an invalid value.
+        ImportError: if `datasets` is not installed.
+        ValueError: if the task, a setting or the split is unknown, or if a value is invalid.
         FileNotFoundError: if a file that the task reads is missing.
     """
     return build(name, setting, **settings).dataset(split, seed, streaming=streaming)
@@ -362,7 +390,7 @@ def _feature(column: Column, length: int) -> Any:
 
 
 def choose_split(task: Task, name: str, split: str | None) -> str:
-    """Return the requested split; by default test, or validation for a task without a test split.
+    """Return the requested split; by default, the test split, or else the validation split.
 
     Args:
         task: the task.
@@ -370,7 +398,7 @@ def choose_split(task: Task, name: str, split: str | None) -> str:
         split: the requested split, or None for the default.
 
     Raises:
-        ValueError: for an unknown split.
+        ValueError: if the task does not have the split.
     """
     split = split or ("test" if has_rows(task, "test") else "validation")
     if split not in task.splits:
@@ -379,21 +407,26 @@ def choose_split(task: Task, name: str, split: str | None) -> str:
 
 
 def has_rows(task: Task, split: str) -> bool:
-    """Return whether a task has a split; tasks that read files need files or records for it."""
+    """Return whether a task has rows for a split.
+
+    A task that reads files has rows for a split if the settings give the split files, records,
+    intervals or a share.
+    """
     if split not in task.splits:
         return False
-    named = [name for name in (split, f"{split}_records") if hasattr(task, name)]
+    endings = ("", "_records", "_intervals", "_share")
+    named = [f"{split}{end}" for end in endings if hasattr(task, f"{split}{end}")]
     return not named or any(getattr(task, name) for name in named)
 
 
 def require_files(task: Task, name: str, split: str) -> list[str]:
     """Return the files of a split, for a task with patterns in `train`, `validation` and `test`.
 
-    Reading the training split warns of files that belong to another split as well.
+    If files of the training split also belong to another split, a warning is given.
 
     Raises:
-        ValueError: if the split has no pattern.
-        FileNotFoundError: for a pattern without files.
+        ValueError: if no pattern was given for the split.
+        FileNotFoundError: if a pattern matches no file.
     """
     patterns = getattr(task, split)
     if patterns is None:
@@ -414,7 +447,11 @@ def require_files(task: Task, name: str, split: str) -> list[str]:
 
 
 def require_patterns(task: Task) -> None:
-    """Check that the settings train, validation and test are paths or patterns, or None."""
+    """Check that the settings `train`, `validation` and `test` are paths, patterns or None.
+
+    Raises:
+        ValueError: if a setting is not a path, a pattern, a list of these, or None.
+    """
     for split in SPLITS:
         given = getattr(task, split)
         patterns = given if isinstance(given, list | tuple) else [given]
@@ -427,8 +464,10 @@ def require_patterns(task: Task) -> None:
 
 
 def require_sizes(task: Task, *names: str, least: int = 1) -> None:
-    """Check that the settings `names` are integers of at least `least`."""
+    """Check that the settings `names` are integers of at least `least`.
+
+    Raises:
+        ValueError: if a setting is not an integer, or is below `least`.
+    """
     for name in names:
-        value = getattr(task, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+        check_integers(least, **{name: getattr(task, name)})

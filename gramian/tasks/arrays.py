@@ -1,4 +1,4 @@
-"""A user's own arrays from numpy files: sequences to classes, to numbers, or to sequences."""
+"""Define a task that reads inputs and labels, as sequences, from the user's numpy files."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from gramian.tasks._task import (
 
 __all__ = ["Arrays"]
 
-INTEGERS = ("classification", "tokens")
+INTEGERS = ("classification", "tokens", "token_classification")
 KINDS = (*INTEGERS, "regression", "signal")
 
 
 @register("arrays")
 @dataclass(frozen=True, kw_only=True)
 class Arrays(Task):
-    """Rows from numpy's `.npz` files, each of which holds an array of inputs and one of labels.
+    """A task that reads its rows from `.npz` files of numpy.
+
+    A file has an array of inputs and an array of labels:
 
         numpy.savez("train.npz", inputs=inputs, labels=labels)
 
@@ -42,28 +44,30 @@ class Arrays(Task):
 
     | labels | shape | kind |
     |---|---|---|
-    | integers | (rows,) | `"classification"`, a class for each row |
-    | real numbers | (rows,) or (rows, numbers) | `"regression"`, numbers for each row |
-    | real numbers | (rows, length) or (rows, length, numbers) | `"signal"`, numbers at a position |
-    | integers, of token ids | (rows, length) | `"tokens"`, a token id at every position |
+    | integers | (rows,) | `"classification"`, a class per row |
+    | real numbers | (rows,) or (rows, numbers) | `"regression"`, numbers per row |
+    | real numbers | (rows, length) or (rows, length, numbers) | `"signal"`, numbers per position |
+    | integers | (rows, length) | `"tokens"`, a token id per position |
+    | integers, with `kind` | (rows, length) | `"token_classification"`, a class per position |
 
     Labels of -100 are not scored. The seed has no effect.
 
     Args:
-        train: paths or patterns of the training split's files, one or a list.
-        validation: likewise.
-        test: likewise.
+        train: path or pattern of the training split's files, or a list of paths and patterns.
+        validation: the same for the validation split.
+        test: the same for the test split.
         inputs: name of the array of inputs in a file.
-        labels: name of the array of labels.
-        kind: `"classification"`, `"regression"`, `"signal"` or `"tokens"`, to override the kind
-            that the table gives.
-        num_labels: number of classes, if some of them do not occur in the files.
-        vocab_size: number of token ids, if some of them do not occur in the files.
+        labels: name of the array of labels in a file.
+        kind: kind of the task: `"classification"`, `"regression"`, `"signal"`, `"tokens"` or
+            `"token_classification"`; by default, the kind that the table gives.
+        num_labels: number of classes; by default one more than the largest label in the files.
+        vocab_size: number of token ids; by default one more than the largest id in the files.
 
     Raises:
-        ValueError: when files are read, on one that is not an `.npz` file, lacks an array, or has
-            arrays of the wrong shapes or types of numbers.
-        FileNotFoundError: on a path or pattern without files, when they are read.
+        ValueError: if no files are given, or `kind` is unknown. When the files are read: if a file
+            is not an `.npz` file, lacks an array, or has an array of the wrong shape or type of
+            numbers.
+        FileNotFoundError: when the files are read, if a path or pattern matches no file.
     """
 
     train: str | list[str] | None = None
@@ -99,7 +103,7 @@ class Arrays(Task):
                     f"{layout.length}; numbers need one length."
                 )
         num_labels = layout.numbers
-        if layout.kind == "classification":
+        if layout.kind in ("classification", "token_classification"):
             num_labels = self._size("num_labels", max(one.classes for one in layouts.values()))
         vocab_size = None
         if layout.input_size is None:
@@ -139,7 +143,11 @@ class Arrays(Task):
 
 
 class _Layout(NamedTuple):
-    """The layout of a file's arrays: `numbers` per label or None; `ids`, `classes` count from 0."""
+    """The layout of a file's arrays.
+
+    `numbers` is the number of real numbers in a label, or None if labels are integers. `ids` is one
+    more than the largest token id, and `classes` is one more than the largest class.
+    """
 
     kind: str
     length: int
@@ -164,7 +172,7 @@ class _Arrays(NamedTuple):
 def _read(
     file: str, inputs: str, labels: str, kind: str | None, size: int, changed: int
 ) -> _Arrays:
-    """Read a file's arrays; `size` and `changed` distinguish its versions in the cache."""
+    """Read a file's arrays. `size` and `changed` distinguish versions of the file in the cache."""
     x, y = _load(file, (inputs, labels))
     ids = x.dtype.kind in "iu"
     if x.ndim not in ((2,) if ids else (2, 3)) or not x.size:
@@ -234,10 +242,10 @@ def _kind(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _labels(y: np.ndarray, kind: str, x: np.ndarray, what: str) -> np.ndarray:
-    """Convert the labels to the layout of the kind.
+    """Convert labels to the shape and dtype that a kind of task requires.
 
     Raises:
-        ValueError: if they cannot be converted.
+        ValueError: if the labels cannot be converted.
     """
     rows, length = x.shape[:2]
     integers = kind in INTEGERS
@@ -246,11 +254,13 @@ def _labels(y: np.ndarray, kind: str, x: np.ndarray, what: str) -> np.ndarray:
     if kind == "tokens" and x.dtype.kind not in "iu":
         raise ValueError(
             f"{what} has an integer at every position, for which the inputs must be token ids; "
-            "they are real numbers. Give kind: signal to predict the integers as numbers."
+            "they are real numbers. Give kind: token_classification to predict them as classes, or "
+            "kind: signal to predict them as numbers."
         )
     accepted = {
         "classification": (rows,),
         "tokens": (rows, length),
+        "token_classification": (rows, length),
         "regression": (rows, y.shape[1] if y.ndim == 2 else 1),
         "signal": (rows, length, y.shape[2] if y.ndim == 3 else 1),
     }[kind]

@@ -1,4 +1,4 @@
-"""Sequential digits: scikit-learn's 8 × 8 digits, read pixel by pixel."""
+"""Define the task of sequential digits: scikit-learn's 8 × 8 images are read pixel by pixel."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ __all__ = ["Digits"]
 @register("digits")
 @dataclass(frozen=True, kw_only=True)
 class Digits(Task):
-    """1,797 digits as sequences of 64 gray values in [-1, 1]: 1,257, 180 and 360 by split.
+    """A task that classifies 1,797 images of digits, given as 64 gray values in [-1, 1].
 
-    The splits are fixed; the seed has no effect.
+    The splits train, validation and test have 1,257, 180 and 360 images. The splits are fixed: the
+    seed has no effect.
     """
 
     def description(self) -> Description:

@@ -1,7 +1,7 @@
-"""English text that ships with Python: the reference documentation behind `help()`.
+"""Provide English text that ships with Python: the documentation that `help()` shows.
 
-The text repeats itself at length, so each paragraph is kept only at its first occurrence.
-Otherwise many of the held-out bytes would occur word for word in the training part.
+Many paragraphs of the text occur several times. Only the first occurrence of a paragraph is kept.
+Otherwise, much of the held-out text would also occur, word for word, in the training part.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ __all__ = ["python_topics"]
 
 
 def python_topics() -> list[str]:
-    """Return every topic's text in order, with each paragraph once; skip topics with nothing new.
+    """Return the texts of all topics, in order, without repeated paragraphs.
+
+    If all paragraphs of a topic occur in earlier topics, the topic is left out.
 
     Raises:
         RuntimeError: if this Python was installed without `pydoc_data`.

@@ -1,16 +1,16 @@
-"""The documents of a file, read in the same way for tasks, evaluation, distillation and analysis.
+"""Read the documents of a file, for tasks, evaluation, distillation and analysis.
 
 **FASTA or text.** A file is FASTA if its name ends in one of `FASTA_SUFFIXES`, possibly followed by
 the suffix of a compression format. Any other file, and a text without a name, is FASTA if its first
 line begins with `>` and its first sequence line consists of the letters A, C, G, T, U and N, in
-either case. `gramian.tasks.genomes` defines how FASTA records are read.
+upper or lower case. `gramian.tasks.genomes` defines how FASTA records are read.
 
 **Compression** (gzip with any number of members, bgzip, bzip2, xz) is recognized by a file's first
 bytes, not by its name.
 
-**Text** is UTF-8. A byte order mark is dropped, and every line ending becomes a line feed, as with
-Python's `open`. Each line of a `.jsonl` or `.ndjson` file is an object that holds one document
-under a key. Empty documents are skipped.
+**Text** is UTF-8. A byte order mark is removed, and every line ending becomes a line feed, as with
+Python's `open`. Each line of a `.jsonl` or `.ndjson` file is a JSON object, which holds one
+document under a key. Empty documents are skipped.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ __all__ = [
     "documents_in",
     "find_files",
     "holds_keys",
+    "is_compressed",
+    "is_fasta",
     "read_documents",
     "register_reader",
 ]
 
 FASTA_SUFFIXES = (".fa", ".fasta", ".fna", ".ffn", ".frn", ".faa", ".fas", ".fsa", ".mpfa")
-"""Suffixes of FASTA files, in either case."""
+"""The suffixes of FASTA files. In names of files, upper and lower case are equivalent."""
 
 _COMPRESSED = (".gz", ".bgz", ".bz2", ".xz")
-_FASTQ = (".fq", ".fastq")  # read as FASTA, whose reader refuses the content with a clear error
+_FASTQ = (".fq", ".fastq")  # the reader of FASTA refuses the content with a clear error
 _JSON_LINES = (".jsonl", ".ndjson")
 _BLOCK = 2**20
 _BOM = b"\xef\xbb\xbf"
@@ -60,12 +62,12 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Document:
-    """A text of its own, independent of the documents before and after it.
+    """A text that is independent of the documents before and after it.
 
     Attributes:
-        text: the text; for a genome, its upper-case codes and nothing else.
-        name: name of the FASTA record or the file, or "".
-        genome: whether it was read as nucleotides.
+        text: the text. The text of a genome consists of upper-case codes of nucleotides only.
+        name: name of the FASTA record or of the file, or "" if there is none.
+        genome: whether the text was read as nucleotides.
     """
 
     text: str
@@ -79,17 +81,17 @@ _R = TypeVar("_R", bound=Reader)
 
 
 def register_reader(*suffixes: str) -> Callable[[_R], _R]:
-    """Decorate a function to register it as the reader of files with these suffixes.
+    """Return a decorator that registers a function as the reader of files with these suffixes.
 
     The function receives the file's decompressed bytes in blocks, the file's name, and the key of
-    the texts (`column` of `read_documents`), and yields the file's documents.
+    the texts (`column` of `read_documents`). It yields the file's documents.
 
     Args:
-        suffixes: ends of the files' names, such as `".gb"`, in lower case and without the suffix of
-            a compression format.
+        suffixes: suffixes of names of files, such as `".gb"`, in lower case and without the suffix
+            of a compression format.
 
     Raises:
-        ValueError: on a suffix without a leading period or in upper case, and on one that already
+        ValueError: if a suffix does not begin with a period, has an upper-case letter, or already
             has a reader.
     """
     for suffix in suffixes:
@@ -106,14 +108,22 @@ def register_reader(*suffixes: str) -> Callable[[_R], _R]:
 
 
 def holds_keys(file: str | Path) -> bool:
-    """Return whether a file is one of JSON lines, whose documents are stored under a key."""
+    """Return whether a file holds JSON lines, judging by the suffix of its name.
+
+    JSON lines store documents under a key.
+    """
     return _suffix(str(file)) in _JSON_LINES
 
 
-def find_files(patterns: Any) -> list[str]:
-    """Return the files that match a path, a pattern or a list of them, sorted within each pattern.
+def is_fasta(file: str | Path) -> bool:
+    """Return whether the name of a file alone determines that it is read as FASTA."""
+    return _suffix(str(file)) in (*FASTA_SUFFIXES, *_FASTQ)
 
-    A file that matches several patterns is listed once.
+
+def find_files(patterns: Any) -> list[str]:
+    """Return the files that match a path, a pattern, or a list of paths and patterns.
+
+    The files of each pattern are sorted. A file that matches several patterns is returned once.
 
     Raises:
         FileNotFoundError: if no file matches a pattern.
@@ -133,8 +143,9 @@ def blocks(file: str | Path) -> Iterator[bytes]:
     """Yield a file's bytes in blocks, decompressed and without a byte order mark.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is damaged, is an archive, or is encoded in anything but UTF-8.
+        OSError: if the file cannot be read.
+        ValueError: if the file is damaged, an archive, compressed in another format, or text in an
+            encoding other than UTF-8.
     """
     with open(file, "rb") as raw:
         magic = raw.read(6)
@@ -157,6 +168,17 @@ def blocks(file: str | Path) -> Iterator[bytes]:
                 first = False
 
 
+def is_compressed(file: str | Path) -> bool:
+    """Return whether `blocks` changes or refuses the bytes of a file, judging by the first bytes.
+
+    `blocks` decompresses compressed files, removes byte order marks, and refuses some formats.
+    """
+    with open(file, "rb") as raw:
+        magic = raw.read(6)
+        with closing(_decompressed(raw, magic)) as stream:
+            return stream is not raw or magic.startswith((_BOM, *_REFUSED))
+
+
 def _decompressed(raw: BinaryIO, magic: bytes) -> BinaryIO:
     if magic.startswith(b"\x1f\x8b"):
         return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
@@ -170,16 +192,17 @@ def _decompressed(raw: BinaryIO, magic: bytes) -> BinaryIO:
 def read_documents(
     file: str | Path, *, column: str = "text", any_bytes: bool = False
 ) -> Iterator[Document]:
-    """Yield the documents of one file: FASTA records, JSON lines, or the text itself.
+    """Yield the documents of one file: its FASTA records, the texts in its JSON lines, or its text.
 
     Args:
         file: the file, plain or compressed.
         column: key of the text in the objects of a `.jsonl` file.
-        any_bytes: accept bytes that are not UTF-8, as surrogates (`surrogateescape`).
+        any_bytes: whether to accept bytes that are not UTF-8. They become surrogates (Python's
+            `surrogateescape`).
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is not valid in its format; the message names the file.
+        OSError: if the file cannot be read.
+        ValueError: if the file is not valid in its format. The message names the file.
     """
     name = str(file)
     stream = blocks(file)
@@ -216,10 +239,16 @@ def _decoded(content: bytes, name: str, errors: str) -> str:
 
 
 def documents_in(text: str, source: str = "the text") -> list[Document]:
-    """Return the documents of a text without a name: FASTA records by the rule above, or one text.
+    """Return the documents of a text that is not in a file: its FASTA records, or the text itself.
+
+    The rule of `gramian.tasks.documents` for texts without a name says whether a text is FASTA.
+
+    Args:
+        text: the text.
+        source: name of the text in error messages.
 
     Raises:
-        ValueError: on FASTA whose letters are not codes of nucleotides.
+        ValueError: if the text is FASTA and its letters are not codes of nucleotides.
     """
     if _looks_like_fasta(text[:_BLOCK].encode(errors="replace")):
         return list(_genomes(iter([text.encode().removeprefix(_BOM)]), source))

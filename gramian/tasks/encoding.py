@@ -1,10 +1,11 @@
-"""Encoding of documents as token ids with any tokenizer of transformers.
+"""Encode documents as token ids, with any tokenizer of transformers.
 
-A tokenizer that knows only nucleotides, such as HyenaDNA's, reads every text as a genome: white
-space is skipped, case is ignored, U is read as T, and a character that is not a code of nucleotides
-is an error. Evo's tokenizer, whose ids are bytes, reads a text of A, C, G, T, U, N and white space
-in the same way, and other texts (with a species tag, for example) unchanged. All other tokenizers
-read FASTA as upper-case codes and other texts unchanged.
+If a tokenizer knows only nucleotides, as HyenaDNA's does, every text is read as a genome. White
+space is then skipped, case is ignored, and U is read as T. A character that is not a code of
+nucleotides is an error. The ids of Evo's tokenizer are bytes. For this tokenizer, a text of A, C,
+G, T, U, N and white space is read as a genome. Other texts, for example with a species tag, are
+encoded unchanged. For all other tokenizers, FASTA is read as upper-case codes, and other texts are
+encoded unchanged.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ _PLAIN_GENOME = re.compile(r"[ACGTUNacgtun\s]+")
 
 
 def load_tokenizer(path: str) -> Any:
-    """Load a tokenizer of transformers from a folder or, online, by name.
+    """Load a tokenizer of transformers from a folder or, by its name, from the Hugging Face Hub.
 
     Raises:
-        OSError: if it does not exist or cannot be read.
+        OSError: if the tokenizer does not exist or cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -48,16 +49,19 @@ def load_tokenizer(path: str) -> Any:
 
 
 class Encoder:
-    """An encoder of documents that gives the tokenizer's ids, for large genomes without calling it.
+    """An encoder of documents as the ids of a tokenizer.
+
+    If each code of nucleotides is one token, the encoder uses a table for genomes and does not call
+    the tokenizer.
 
     Args:
         tokenizer: a tokenizer of transformers.
         special_tokens: whether to add the special tokens that the tokenizer adds by default.
 
     Attributes:
-        nucleotides_only: whether the vocabulary consists of codes of nucleotides alone.
-        letters: (256,) the id of each code, indexed by its byte, if every code is one token; or
-            None.
+        nucleotides_only: whether all words of the vocabulary consist of codes of nucleotides.
+        letters: (256,) int64. The entry at a code's byte is the code's id. Entries without an id
+            are -1. `letters` is None if codes are not single tokens.
     """
 
     def __init__(self, tokenizer: Any, *, special_tokens: bool = True) -> None:
@@ -95,8 +99,8 @@ class Encoder:
         """Return the token ids (tokens,), int64.
 
         Raises:
-            ValueError: on a text that is not a genome, if the tokenizer knows only nucleotides, and
-                on a genome whose nucleotides it does not know.
+            ValueError: if the tokenizer knows only nucleotides and the text is not a genome, or if
+                the tokenizer does not know the codes of a genome.
         """
         codes, text = self._spelled(document)
         if codes is not None:
@@ -104,7 +108,10 @@ class Encoder:
         return np.array(self.tokenizer(text, **self._options)["input_ids"], dtype=np.int64)
 
     def sized(self, document: Document) -> tuple[np.ndarray, int]:
-        """Return the token ids, and the bytes of UTF-8 that all but the first token encode."""
+        """Return the token ids, and the number of UTF-8 bytes that they encode.
+
+        The bytes of the first token are not counted, because no token predicts them.
+        """
         codes, text = self._spelled(document)
         if codes is not None:
             unpredicted = 0 if self._around[0] else 1
@@ -121,8 +128,10 @@ class Encoder:
         return ids, max(1, len(text.encode()) - len(first.encode()))
 
     def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Yield the ids of a genome given in pieces: piece by piece if each code is one token,
-        otherwise all at once."""
+        """Yield the ids of a genome that is given in pieces.
+
+        The ids are yielded piece by piece if each code is one token, and otherwise all at once.
+        """
         if self.letters is not None:
             before, after = self._around
             if before:
@@ -166,7 +175,14 @@ class Encoder:
         return None if letters[list(b"ACGT")].min() < 0 else letters
 
     def _spelled(self, document: Document) -> tuple[bytes | None, str]:
-        """Return a genome's codes if each is one token, or else None and the text to encode."""
+        """Return the codes of a genome and "", or None and the text for the tokenizer.
+
+        Codes are returned if the document is a genome, its codes are single tokens, and its text
+        contains no special tokens. Otherwise the text is returned.
+
+        Raises:
+            ValueError: if the document cannot be read as the tokenizer requires.
+        """
         text = document.text
         genome = document.genome or self.nucleotides_only
         genome = genome or (self._bytes_of_genomes and _PLAIN_GENOME.fullmatch(text) is not None)
@@ -192,7 +208,7 @@ class Encoder:
         return None, "".join(parts)
 
     def _as_genome(self, text: str, where: str) -> list[str]:
-        """Split a genome into runs of codes and, at odd indices, the special tokens between."""
+        """Split a genome into codes, at even indices, and special tokens, at odd indices."""
         pattern = "|".join(map(re.escape, self._special_tokens))
         parts = re.split(f"({pattern})", text) if pattern else [text]
         odd: Counter[int] = Counter()

@@ -1,15 +1,15 @@
-"""FASTA, the one reader of genomes, which works by blocks and in bounded memory.
+"""Read genomes in FASTA, block by block in bounded memory.
 
-A record is a header, which is a line that begins with `>` and whose first word is the record's
-name, and the lines up to the next header. These lines are read as follows:
+A record is a header and the lines up to the next header. A header is a line that begins with `>`,
+and its first word is the record's name. The other lines are read as follows:
 
-- lines end in LF, CRLF or CR; blank lines and white space are skipped, as are numbers that do not
-  follow a letter;
-- lines that begin with `;` are comments;
-- case is ignored (soft-masked bases are bases), and U is read as T;
-- A, C, G, T and N are nucleotides, and the other IUPAC codes (and X) are ambiguous nucleotides;
-- the marks `-`, `.`, `~`, `?` and `*` keep their place as unknown positions, with a warning;
-- any other character is an error, so a protein is never read as a genome silently.
+- Lines end in LF, CRLF or CR. Blank lines, white space and numbers that do not follow a letter are
+  skipped.
+- Lines that begin with `;` are comments.
+- Case is ignored, so soft-masked bases are read as bases. U is read as T.
+- A, C, G, T and N are nucleotides, and the other IUPAC codes (and X) are ambiguous nucleotides.
+- The marks `-`, `.`, `~`, `?` and `*` are kept as unknown positions, and a warning is given.
+- Any other character is an error, so that a protein is not silently read as a genome.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-__all__ = ["AMBIGUOUS", "MARKS", "NUCLEOTIDES", "clean", "names", "records", "warn_of"]
+__all__ = [
+    "AMBIGUOUS",
+    "MARKS",
+    "NUCLEOTIDES",
+    "clean",
+    "name_of",
+    "names",
+    "records",
+    "reverse_complement",
+    "warn_of",
+]
 
 NUCLEOTIDES = b"ACGTN"
 AMBIGUOUS = b"RYSWKMBDHVX"
@@ -29,11 +39,12 @@ _SKIPPED = b" \t\n\v\f\r0123456789"
 _COMMON = b"ACGTNUacgtnu \t\n\r"
 _DIGIT = re.compile(rb"[0-9]")
 _DIGIT_AFTER_LETTER = re.compile(rb"[^\s0-9][0-9]")
-_AMINO_ACIDS = b"EFIJLOPQZ"  # whose letters are not codes of nucleotides
+_AMINO_ACIDS = b"EFIJLOPQZ"  # the letters of amino acids that are not codes of nucleotides
 _UPPER = bytes.maketrans(b"abcdefghijklmnopqrstuvwxyzuU", b"ABCDEFGHIJKLMNOPQRSTUVWXYZTT")
+_COMPLEMENT = bytes.maketrans(b"ACGTRYKMBVDH", b"TGCAYRMKVBHD")  # S, W, N, X, marks are kept
 _MARKED_LINE = re.compile(rb"\n[>;]")
 _LONGEST_HEADER = 2**20
-_SUSPICIOUS = 0.1  # share of ambiguous codes above which a warning asks whether this is a genome
+_SUSPICIOUS = 0.1  # if the share of ambiguous codes is larger, a warning asks if it is a genome
 
 
 def clean(
@@ -44,17 +55,17 @@ def clean(
     numbers: bool = True,
     before: bytes = b"",
 ) -> bytes:
-    """Return sequence lines as upper-case codes, without white space and numbers and with U as T.
+    """Return sequence lines as upper-case codes, with T for U, and without white space and numbers.
 
     Args:
         letters: bytes of any number of lines, complete or not.
         where: name of the lines in error messages.
-        odd: counter of the characters that are not nucleotides.
-        numbers: whether to skip digits that do not follow a letter.
-        before: the part of the line before `letters`.
+        odd: counter to which the characters that are not in `NUCLEOTIDES` are added, or None.
+        numbers: whether to skip digits that do not follow a letter. If not, they are errors.
+        before: the bytes before `letters`. Only the last of them is used.
 
     Raises:
-        ValueError: on a character that is neither an IUPAC code nor a mark.
+        ValueError: if a character is neither an IUPAC code nor a mark, or a digit follows a letter.
     """
     if letters.translate(None, _COMMON):
         if not numbers and (found := _DIGIT.search(letters)) is not None:
@@ -75,17 +86,29 @@ def clean(
     return letters.translate(_UPPER, _SKIPPED)
 
 
-def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterator[bytes]]]:
-    """Yield the name and the sequence of each record, the sequence in pieces from `clean`.
+def reverse_complement(codes: bytes) -> bytes:
+    """Return the other strand of upper-case codes, read in its own direction.
+
+    A code for several nucleotides becomes the code for their complements. N, X and marks do not
+    change.
+    """
+    return codes.translate(_COMPLEMENT)[::-1]
+
+
+def records(
+    blocks: Iterable[bytes], source: str, *, warn: bool = True
+) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Yield the name and the sequence of each record. `clean` makes the pieces of a sequence.
 
     The pieces must be read in order or not at all. A record may have an empty sequence.
 
     Args:
-        blocks: decompressed blocks of a file, of any size.
+        blocks: the decompressed bytes of a file, in blocks of any size.
         source: the file's name, for errors and warnings.
+        warn: whether to warn at the end if there are marks or many ambiguous codes.
 
     Raises:
-        ValueError: on text that is not FASTA, or whose letters are not codes of nucleotides.
+        ValueError: if the text is not FASTA, or its letters are not codes of nucleotides.
     """
     events = _events(blocks, source)
     header = next(events, None)
@@ -96,7 +119,7 @@ def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterato
     odd: Counter[int] = Counter()
     total = 0
     while header is not None:
-        name = _name(header[1])
+        name = name_of(header[1])
         where = f"{source}, record {name!r}" if name else f"{source}, a record without a name"
         header = None
 
@@ -119,23 +142,32 @@ def records(blocks: Iterable[bytes], source: str) -> Iterator[tuple[str, Iterato
             pass
     if total == 0:
         raise ValueError(f"{source} holds no bases: none of its FASTA records has a sequence.")
-    warn_of(odd, total, source)
+    if warn:
+        warn_of(odd, total, source)
 
 
 def names(blocks: Iterable[bytes], source: str) -> Iterator[str]:
-    """Yield the names of the records, as `records` does, without checking their sequences."""
+    """Yield the names of the records, without checking their sequences."""
     for is_header, data in _events(blocks, source):
         if is_header:
-            yield _name(data)
+            yield name_of(data)
 
 
-def _name(header: bytes) -> str:
+def name_of(header: bytes) -> str:
+    """Return the first word of a header, which is the record's name, or "" if there is none.
+
+    Args:
+        header: the header without its '>'.
+    """
     words = header.split(maxsplit=1)
     return words[0].decode("utf-8", errors="replace") if words else ""
 
 
 def _events(blocks: Iterable[bytes], source: str) -> Iterator[tuple[bool, bytes]]:
-    """Yield (True, header without its '>') and (False, sequence lines) in order, no comments."""
+    """Yield (True, a header without its '>') or (False, lines of sequence), in order.
+
+    Comments are left out.
+    """
     line: bytearray | None = None  # the unfinished header or comment
     fresh = True  # whether the next byte begins a line
     begun = False  # whether anything was yielded
@@ -196,7 +228,7 @@ def _refusal(strange: bytes, where: str) -> str:
 
 
 def warn_of(odd: Counter[int], total: int, source: str) -> None:
-    """Warn of marks among `total` letters, and of too many ambiguous codes for a genome."""
+    """Warn if there are marks or too many ambiguous codes among `total` letters."""
     marks = {chr(code): count for code, count in odd.items() if code in MARKS}
     if marks:
         named = ", ".join(f"{count:,} {mark!r}" for mark, count in sorted(marks.items()))

@@ -1,7 +1,7 @@
-"""Kinds of tasks: the model that a kind trains, the layout of its labels, and its scores.
+"""Define the kinds of tasks. The kind determines the class of models, the labels and the metrics.
 
-Everything that depends on the kind of a task is a method of one object, which training and
-evaluation look up by the name in `Description.kind`. To define a new kind, decorate a subclass of
+Everything that depends on the kind of a task is a method of one object. Training and evaluation
+find this object by the name in `Description.kind`. To define a new kind, decorate a subclass of
 `ClassLabels`, `NumberLabels` or `Kind` with `register_kind`:
 
     @register_kind("ages")
@@ -10,7 +10,7 @@ evaluation look up by the name in `Description.kind`. To define a new kind, deco
             return ModelOfAges
 
 A batch is scored row by row: `score` returns a few sums for each row, and `summarize` computes
-metrics from the sums of all rows, so that no metric depends on how rows were batched.
+metrics from the sums of all rows. So no metric depends on the batches to which the rows belong.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Column(NamedTuple):
     """The layout of the inputs or the labels of one row.
 
     Attributes:
-        integers: whether the numbers are integers; otherwise they are real.
+        integers: whether the numbers are integers. If not, they are real.
         shape: shape of the column, with None for the row's length.
     """
 
@@ -60,14 +60,14 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric, as a ratio of sums over rows: `Σ totals / Σ weights`.
+    """A metric: the ratio `Σ totals / Σ weights / unit` of sums over rows, or its square root.
 
     Attributes:
         name: name of the metric.
         totals: (rows,) each row's term of the numerator.
         weights: (rows,) each row's term of the denominator.
         higher_is_better: whether larger values are better.
-        unit: divisor of the ratio.
+        unit: number by which the ratio is divided.
         root: whether the metric is the square root of the ratio.
     """
 
@@ -84,7 +84,7 @@ class Metric:
         return bool(np.any(self.weights))
 
     def value(self) -> float:
-        """Compute the metric over all rows."""
+        """Return the metric over all rows."""
         total, weight = np.stack([self.totals, self.weights], axis=1).sum(0)
         mean = float(total / weight) / self.unit
         return math.sqrt(mean) if self.root else mean
@@ -95,10 +95,11 @@ class Kind(ABC):
 
     Attributes:
         name: name of the kind, set by `register_kind`.
-        metrics: metrics that can select the best model, and whether higher values are better.
+        metrics: the metrics that can select the best model, as a mapping from their names to
+            booleans. The value is True if larger values of the metric are better.
         packable: whether several sequences can share a row of a batch.
         accepts_foreign_models: whether `evaluate_task` also accepts models of transformers.
-        call_options: further arguments of the model's call in evaluation, besides its inputs.
+        call_options: arguments with which evaluation calls the model, besides its inputs.
     """
 
     name: ClassVar[str]
@@ -111,21 +112,22 @@ class Kind(ABC):
 
     @abstractmethod
     def model_class(self) -> type[Any]:
-        """Return the class of model that is trained."""
+        """Return the class of the models that are trained."""
 
     def model_options(self) -> dict[str, Any]:
-        """Return fields of `GramianConfig` that the kind sets unless the user does."""
+        """Return the fields of `GramianConfig` that the kind sets if the user does not."""
         return {}
 
     def accepts_model(self, model: Any) -> bool:
-        """Return whether a model of this library can be scored on tasks of this kind."""
+        """Return whether a Gramian model can be scored on tasks of this kind."""
         return isinstance(model, self.model_class())
 
     def check_description(self, description: Description) -> None:  # noqa: B027 (need not check)
-        """Check that the task leaves something to learn.
+        """Check that the task has something to learn.
 
         Raises:
-            ValueError: if it does not; the message continues "the task NAME".
+            ValueError: if it has nothing to learn. The caller puts "the task NAME" before the
+                message.
         """
 
     # Rows and batches.
@@ -139,7 +141,7 @@ class Kind(ABC):
         """Return the layout of a row's labels."""
 
     def columns(self, description: Description) -> dict[str, Column]:
-        """Return the layout of a row's inputs and labels, by their names."""
+        """Return a mapping from the names of a row's inputs and labels to their layouts."""
         values = Column(False, (None, description.input_size))
         found = {
             name: Column(True, (None,)) if name.startswith("input_ids") else values
@@ -156,7 +158,7 @@ class Kind(ABC):
         return {"labels": labels}
 
     def select_due(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Restrict a training batch to the labelled positions, where that saves work."""
+        """Return a training batch, restricted to the labelled positions if that saves work."""
         return batch
 
     # Answers.
@@ -170,29 +172,37 @@ class Kind(ABC):
         """Check the labels of a batch.
 
         Raises:
-            LabelError: on a wrong dtype or shape, or invalid values.
+            LabelError: if the labels have the wrong dtype or shape, or a value is invalid.
         """
 
     @abstractmethod
     def fits(self, logits: Tensor, labels: Tensor) -> bool:
-        """Return whether the layout of the logits matches the labels, whatever its last size."""
+        """Return whether the layout of the logits matches the layout of the labels.
+
+        The size of the logits' last dimension is ignored. `check_size` checks this size.
+        """
 
     def check_size(self, size: int, description: Description) -> None:  # noqa: B027 (need not)
-        """Check the last dimension of the logits.
+        """Check the size of the last dimension of the logits.
 
         Raises:
-            ValueError: if it does not match the task; the message continues "the task NAME".
+            ValueError: if the size does not match the task. The caller puts "the task NAME" before
+                the message.
         """
 
     @abstractmethod
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sums of every row of a batch, (batch, sums) in float64, for `summarize`."""
+        """Return the sums that `summarize` needs for every row of a batch.
+
+        Returns:
+            (batch, sums), float64.
+        """
 
     @abstractmethod
     def summarize(self, scores: np.ndarray, description: Description) -> list[Metric]:
-        """Compute the metrics from the scores (rows, sums) of all rows; the first one is the loss.
+        """Compute the metrics from the scores (rows, sums) of all rows.
 
-        The loss is undefined if no row has a label to score.
+        The first metric is the loss. It is undefined if no row has a label to score.
         """
 
     @abstractmethod
@@ -202,17 +212,17 @@ class Kind(ABC):
         Args:
             logits: logits of the row, without a batch dimension.
             labels: labels of the row.
-            length: number of positions of a signal to show.
+            length: if labels are numbers at positions, how many of the last positions to show.
         """
 
 
 class ClassLabels(Kind):
-    """A kind whose labels are classes, one per position or one per sequence.
+    """A kind whose labels are classes.
 
     Subclasses implement `model_class`.
 
     Attributes:
-        per_position: whether each position has a label; otherwise the whole sequence has one.
+        per_position: whether each position has a label. If not, each sequence has one label.
     """
 
     metrics: ClassVar[Mapping[str, bool]] = {"loss": False, "accuracy": True}
@@ -222,7 +232,7 @@ class ClassLabels(Kind):
         return Column(True, (None,) if self.per_position else ())
 
     def label_tensor(self, labels: Any) -> Tensor:
-        """Convert integers to int64; keep other types, which `check_labels` refuses."""
+        """Convert integers to int64, and keep other numbers, which `check_labels` refuses."""
         tensor = torch.as_tensor(labels)
         return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.long()
 
@@ -252,8 +262,11 @@ class ClassLabels(Kind):
             raise ValueError(f"has {wanted} classes and the model has {size}.")
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Count the correct and all labels, and sum -log p; NaN logits make the count of correct
-        labels NaN too."""
+        """Return each row's number of correct predictions, number of labels, and sum of -log p.
+
+        Here p is the predicted probability of a label. If logits are NaN, the number of correct
+        predictions is also NaN.
+        """
         if labels.ndim == 1:
             logits, labels = logits[:, None], labels[:, None]
         due = labels != IGNORED
@@ -288,7 +301,7 @@ class NumberLabels(Kind):
     Subclasses implement `model_class`.
 
     Attributes:
-        per_position: whether each position has labels; otherwise the whole sequence has them.
+        per_position: whether each position has labels. If not, each sequence has labels.
     """
 
     metrics: ClassVar[Mapping[str, bool]] = {"loss": False, "mse": False, "relative_error": False}
@@ -299,7 +312,7 @@ class NumberLabels(Kind):
         return Column(False, (None, size) if self.per_position else (size,))
 
     def label_tensor(self, labels: Any) -> Tensor:
-        """Convert to single precision; keep complex numbers, which `check_labels` refuses."""
+        """Convert real numbers to float32. Keep complex numbers, which `check_labels` refuses."""
         tensor = torch.as_tensor(labels)
         return tensor if tensor.is_complex() else tensor.float()
 
@@ -322,7 +335,7 @@ class NumberLabels(Kind):
             )
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum of squared errors, the count of targets and the sum of their squares."""
+        """Return each row's sum of squared errors, count of targets, and sum of squared targets."""
         labels, due = labels.double(), labels != IGNORED
         errors = torch.where(due, logits.double() - labels, 0).square()
         energies = torch.where(due, labels, 0).square()
@@ -330,8 +343,11 @@ class NumberLabels(Kind):
         return torch.stack([column.flatten(1).sum(1) for column in columns], dim=-1)
 
     def summarize(self, scores: np.ndarray, description: Description) -> list[Metric]:
-        """Compute `mse` and, unless every target is 0, `relative_error`: the root mean squared
-        error divided by the root mean square of the targets."""
+        """Compute `mse` and, unless every target is 0, `relative_error`.
+
+        The relative error is the root mean square of the errors, divided by the root mean square of
+        the targets.
+        """
         errors, count, energies = scores.T
         metrics = [Metric("mse", errors, count, False)]
         if np.any(energies):
@@ -346,17 +362,17 @@ class NumberLabels(Kind):
 _REGISTRY: dict[str, Kind] = {}
 
 KINDS: Mapping[str, Kind] = MappingProxyType(_REGISTRY)
-"""Every kind that a `Description` may name."""
+"""The registered kinds by the names that `Description.kind` accepts."""
 
 _T = TypeVar("_T", bound=type[Kind])
 
 
 def register_kind(name: str) -> Callable[[_T], _T]:
-    """Decorate a subclass of `Kind` to register it as `name`.
+    """Return a decorator that registers a subclass of `Kind` under `name`.
 
     Raises:
-        ValueError: if the name is taken, or the kind and another one disagree on whether higher
-            values of a metric are better.
+        ValueError: if another kind is registered under `name`, or if another kind has a metric of
+            the same name and disagrees on whether larger values are better.
     """
 
     def add(kind: _T) -> _T:
@@ -391,19 +407,19 @@ def higher_is_better(metric: str) -> bool:
     """Return whether larger values of a metric are better.
 
     Raises:
-        KeyError: on a metric that no kind lists in `metrics`.
+        KeyError: if no kind has the metric in `metrics`.
     """
     return next(kind.metrics[metric] for kind in KINDS.values() if metric in kind.metrics)
 
 
 def metric_names() -> list[str]:
-    """List the metrics of all kinds that can select the best model."""
+    """Return the names of the metrics, of all kinds, that can select the best model."""
     return list(dict.fromkeys(metric for kind in KINDS.values() for metric in kind.metrics))
 
 
 @register_kind("tokens")
 class Tokens(ClassLabels):
-    """A class at every position, for a causal language model."""
+    """The kind of tasks with a class at every position, for causal language models."""
 
     packable = True
     accepts_foreign_models = True
@@ -416,11 +432,11 @@ class Tokens(ClassLabels):
         return GramianForCausalLM
 
     def batch_labels(self, labels: Tensor) -> dict[str, Tensor]:
-        """Return the labels also as `shift_labels`, which transformers does not shift."""
+        """Return the labels also as `shift_labels`, because transformers shifts `labels`."""
         return {"labels": labels, "shift_labels": labels}
 
     def select_due(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Compute logits at the labelled positions alone if they are less than half of all.
+        """Restrict the logits to the labelled positions if these are fewer than half of all.
 
         Recall tasks label few positions, and the logits over a large vocabulary are most of the
         work of a small model.
@@ -433,7 +449,7 @@ class Tokens(ClassLabels):
 
 @register_kind("classification")
 class Classification(ClassLabels):
-    """One class per sequence."""
+    """The kind of tasks with one class for each sequence."""
 
     packable = True
     accepts_foreign_models = True
@@ -447,9 +463,33 @@ class Classification(ClassLabels):
         return super().accepts_model(model) and model.config.problem_type != "regression"
 
 
+@register_kind("token_classification")
+class TokenClassification(ClassLabels):
+    """The kind of tasks with a class at every position. The classes are not token ids."""
+
+    packable = True
+    accepts_foreign_models = True
+    per_position = True
+
+    def model_class(self) -> type[Any]:
+        from gramian.models import GramianForTokenClassification
+
+        return GramianForTokenClassification
+
+    def model_options(self) -> dict[str, Any]:
+        return {"problem_type": "single_label_classification"}
+
+    def check_description(self, description: Description) -> None:
+        if description.num_labels == 1:
+            raise ValueError("has one class, so there is nothing to tell apart.")
+
+    def logits_shape(self, batch: int, length: int, config: Any) -> tuple[int, ...]:
+        return (batch, length, config.num_labels)
+
+
 @register_kind("pairs")
 class Pairs(ClassLabels):
-    """One class for two sequences, `input_ids` and `input_ids_2`."""
+    """The kind of tasks with one class for two sequences, `input_ids` and `input_ids_2`."""
 
     def model_class(self) -> type[Any]:
         from gramian.models import GramianForPairClassification
@@ -463,7 +503,7 @@ class Pairs(ClassLabels):
 
 @register_kind("signal")
 class Signal(NumberLabels):
-    """Real numbers at every position."""
+    """The kind of tasks with real numbers at every position."""
 
     packable = True
     per_position = True
@@ -476,7 +516,7 @@ class Signal(NumberLabels):
 
 @register_kind("reconstruction")
 class Reconstruction(ClassLabels):
-    """The whole input, decoded from the last position."""
+    """The kind of tasks that decode the whole input from its last position."""
 
     per_position = True
 
@@ -491,7 +531,7 @@ class Reconstruction(ClassLabels):
 
 @register_kind("regression")
 class Regression(NumberLabels):
-    """Real numbers per sequence."""
+    """The kind of tasks with real numbers for each sequence."""
 
     packable = True
 

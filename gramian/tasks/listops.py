@@ -1,7 +1,7 @@
-"""ListOps of the Long Range Arena (Tay et al., arXiv 2011.04006): nested lists of digits.
+"""Define ListOps of the Long Range Arena (Tay et al., arXiv 2011.04006): nested lists of digits.
 
-The task is to evaluate an expression such as `[MAX 4 [MIN 2 3 ] 1 [SM 5 6 ] ]`, whose value is a
-digit. Brackets and digits are tokens, so length is counted in tokens.
+The task is to evaluate an expression such as `[MAX 4 [MIN 2 3 ] 1 [SM 5 6 ] ]`. Its value is a
+digit. Every opening bracket with its operator, every digit and every closing bracket is a token.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ NESTED = 0.25  # probability that an argument is a list
 @register("lra/listops")
 @dataclass(frozen=True, kw_only=True)
 class ListOps(GeneratedTask):
-    """Distinct expressions, generated as in the Long Range Arena, labelled with their values.
+    """Distinct expressions, generated as in the Long Range Arena and labelled with their values.
 
-    Tokens: padding 0, unknown 1 (never used), end 2, digits 3 … 12, `[MIN [MAX [MED [SM` 13 … 16,
-    `]` 17. The vocabulary and the end token are those of S4's loader, which RTF uses too.
+    The token ids are 0 for padding, 1 for unknown tokens (never used), 2 for the end, 3 … 12 for
+    the digits, 13 … 16 for `[MIN`, `[MAX`, `[MED` and `[SM`, and 17 for `]`. The loaders of S4 and
+    RTF use the same vocabulary and the same end token.
 
     Args:
         max_depth: largest depth of nesting.
-        max_arguments: largest number of arguments of a list; the smallest is 2.
-        min_length: exclusive lower bound of the length in tokens, without the end, as published.
-        max_length: exclusive upper bound, as published.
+        max_arguments: largest number of arguments of a list. The smallest number is 2.
+        min_length: exclusive lower bound of the number of tokens, without the end token, as
+            published.
+        max_length: exclusive upper bound of the same number, as published.
     """
 
     train_examples: int = 96_000
@@ -73,7 +75,7 @@ class ListOps(GeneratedTask):
         )
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        """Yield expressions that occur in no other split of the seed."""
+        """Yield the rows of a split. No expression occurs twice."""
         random = self.random(split, seed)
         others: set[bytes] = set()
         for _ in range(self.train_examples if split == "train" else self.eval_examples):
@@ -93,9 +95,12 @@ class ListOps(GeneratedTask):
         return {"input_ids": np.array([*tokens, END]), "labels": evaluate(tokens)}
 
     def _expression(self, random: np.random.Generator, tokens: list[int], depth: int) -> bool:
-        """Append a list at nesting level `depth`; return False if the expression grows too long.
+        """Append a list at nesting level `depth` to `tokens`.
 
-        A lone digit is too short for any `min_length`, so the root is always a list.
+        A single digit is too short for any `min_length`, so the whole expression is always a list.
+
+        Returns:
+            Whether the expression is shorter than `max_length`.
         """
         arguments = int(random.integers(2, self.max_arguments + 1))
         tokens.append(int(random.integers(OPERATORS, CLOSE)))
@@ -112,7 +117,7 @@ class ListOps(GeneratedTask):
 
 
 def evaluate(tokens: list[int]) -> int:
-    """Return the value of an expression; the median of an even number of digits is rounded down."""
+    """Return the value of an expression. The median of an even number of digits is rounded down."""
     stack: list[list[int]] = [[]]
     for token in tokens:
         if DIGIT <= token < DIGIT + 10:

@@ -1,7 +1,7 @@
-"""Text, Retrieval and Image of the Long Range Arena (arXiv 2011.04006), from local files.
+"""Define Text, Retrieval and Image of the Long Range Arena (arXiv 2011.04006), from local files.
 
-Text and Retrieval are read as bytes, as the Arena's character level does: a byte's id is its value
-plus 1, and 0 is padding.
+Text and Retrieval are read as bytes, as in the character-level tasks of the Arena. The id of a byte
+is its value plus 1, and the id 0 is padding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LABELS = {b"0": 0, b"1": 1, b"0.0": 0, b"1.0": 1}
 
 
 def byte_ids(text: bytes, length: int) -> np.ndarray:
-    """Return the ids of the first `length` bytes."""
+    """Return the ids of the first `length` bytes of a text."""
     return np.frombuffer(text[:length], dtype=np.uint8).astype(np.int64) + 1
 
 
@@ -35,11 +35,13 @@ def require_folder(path: str | Path, what: str) -> Path:
 @register("lra/text")
 @dataclass(frozen=True, kw_only=True)
 class Text(Task):
-    """IMDb reviews, positive (1) or negative (0); validation uses the test set, as published.
+    """The task of telling positive (1) from negative (0) IMDb reviews.
+
+    As published, the validation split is the test set.
 
     Args:
         path: the folder `aclImdb` of the data set's archive, with `train/pos/*.txt` and so on.
-        length: number of bytes to read of a review.
+        length: number of bytes to read of each review.
     """
 
     path: str
@@ -69,12 +71,15 @@ class Text(Task):
 @register("lra/retrieval")
 @dataclass(frozen=True, kw_only=True)
 class Retrieval(Task):
-    """Two papers of the ACL Anthology Network, one citing the other (1) or not (0).
+    """The task of saying whether one of two ACL papers cites the other (1) or does not (0).
+
+    The papers are from the ACL Anthology Network.
 
     Args:
-        path: folder with `new_aan_pairs.train.tsv`, `.eval.tsv` and `.test.tsv` of the Arena's
-            release, whose tab-separated columns are a label, two names and two texts.
-        length: number of bytes to read of a paper.
+        path: folder of the Arena's release with the files `new_aan_pairs.train.tsv`,
+            `new_aan_pairs.eval.tsv` and `new_aan_pairs.test.tsv`. Their tab-separated columns are a
+            label, two names and two texts.
+        length: number of bytes to read of each paper.
     """
 
     path: str
@@ -114,12 +119,14 @@ class Retrieval(Task):
 @register("lra/image")
 @dataclass(frozen=True, kw_only=True)
 class Image(Task):
-    """CIFAR-10 in gray, pixel by pixel, standardized with the published mean and deviation.
+    """The task of classifying CIFAR-10 images in gray, read pixel by pixel.
+
+    The gray values are standardized with the published mean and standard deviation.
 
     Args:
         path: the folder `cifar-10-batches-bin` of the data set's binary version.
-        validation: share of the training images in the validation split.
-        split_seed: seed that selects those images.
+        validation: share of the training images that form the validation split, between 0 and 1.
+        split_seed: seed of the random choice of the validation images.
     """
 
     path: str
@@ -146,7 +153,7 @@ class Image(Task):
             records = records[chosen]
         for record in records:
             red, green, blue = record[1:].astype(np.int64).reshape(3, 1024)
-            # Convert to gray and round as image libraries do (ITU-R 601).
+            # This conversion to gray and its rounding are those of image libraries (ITU-R 601).
             gray = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
             values = (gray / 255 - 122.6 / 255) / (61.0 / 255)
             yield {"input_values": values[:, None].astype(np.float32), "labels": int(record[0])}

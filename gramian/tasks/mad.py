@@ -1,8 +1,9 @@
-"""The MAD suite: mechanistic architecture design (Poli et al., arXiv 2403.17844; athms/mad-lab).
+"""Define the tasks of the MAD suite (mechanistic architecture design).
 
-The defaults are the suite's baselines; its variations change a few settings. As published, the
-recall tasks train on every next token and are evaluated on the values of keys that occurred before;
-memorization and copying use only their answers, in training too.
+The suite was published by Poli et al. (arXiv 2403.17844; athms/mad-lab). The default settings are
+the suite's baselines, and the suite's variations change a few settings. As published, training on
+the recall tasks scores every next token, and evaluation scores the values of keys that occurred
+before. Memorization and selective copying score only the answers, in training and in evaluation.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gramian._checks import check_probability
 from gramian._labels import IGNORED
 from gramian.tasks._task import Description, GeneratedTask, Row, register, require_sizes
 
@@ -45,8 +47,7 @@ class _NoisyTask(_MADTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_sizes(self, "noise_vocab_size", least=0)
-        if not 0 <= self.noise < 1:
-            raise ValueError(f"noise must be a share of at least 0 and below 1; got {self.noise}.")
+        check_probability("noise", self.noise)
         if self.noise > 0 and self.noise_vocab_size < 1:
             raise ValueError("noise needs a noise_vocab_size of at least 1; got 0.")
         if self._ordinary < 2:
@@ -57,7 +58,10 @@ class _NoisyTask(_MADTask):
 
     @property
     def _special(self) -> int:
-        """Return the number of special tokens, which come last in the vocabulary."""
+        """Return the number of special tokens.
+
+        The vocabulary has ordinary tokens first, then noise tokens, then special tokens.
+        """
         return 0
 
     @property
@@ -71,14 +75,19 @@ class _NoisyTask(_MADTask):
 @register("mad/in-context-recall")
 @dataclass(frozen=True, kw_only=True)
 class InContextRecall(_NoisyTask):
-    """Key-value pairs from a dictionary drawn for each sequence; a repeated key's value is due.
+    """Pairs of keys and values. When a key occurs again, the model must predict its value.
+
+    The dictionary of keys and values is drawn anew for each sequence.
 
     Args:
-        vocab_size: lower half keys, upper half values, then noise tokens, and the copy mark where
-            `multi_query` is off.
-        length: tokens of the pairs, even; the sequence has one less (two with the mark one more).
-        multi_query: whether to score the value of every repeated key, or only of the last key.
-        noise: share of pairs that are replaced by noise tokens.
+        vocab_size: number of token ids. The last ids are `noise_vocab_size` noise tokens and,
+            unless `multi_query` is on, the copy mark. The lower half of the other ids are keys, and
+            the upper half are values.
+        length: number of tokens in all pairs, even. The last value is not an input. So a sequence
+            has `length` - 1 tokens, or `length` tokens with the copy mark.
+        multi_query: whether to score the value of every repeated key. If not, only the value of the
+            last key, which comes after the copy mark, is scored.
+        noise: share of pairs that are replaced by noise tokens, at least 0 and below 1.
         noise_vocab_size: number of noise tokens.
     """
 
@@ -132,7 +141,7 @@ class InContextRecall(_NoisyTask):
 @register("mad/noisy-in-context-recall")
 @dataclass(frozen=True, kw_only=True)
 class NoisyRecall(InContextRecall):
-    """In-context recall in which some pairs are noise; the settings are `InContextRecall`'s."""
+    """In-context recall with noise by default. It has the same settings as `InContextRecall`."""
 
     vocab_size: int = 32
     noise_vocab_size: int = 16
@@ -142,21 +151,24 @@ class NoisyRecall(InContextRecall):
 @register("mad/fuzzy-in-context-recall")
 @dataclass(frozen=True, kw_only=True)
 class FuzzyRecall(_NoisyTask):
-    """In-context recall with keys and values of several tokens each.
+    """In-context recall whose keys and values consist of several tokens each.
 
-    Training keys and values have any size up to the largest; evaluation queries keys of the largest
-    size. Sequences are padded on the left. The pair that is queried at the end always occurs in the
-    sequence; the published generator omits it when the random place that it draws for the pair lies
-    past the last one.
+    In training, the numbers of tokens in keys and values are random, up to the largest numbers. In
+    evaluation, only the number of tokens in a value is random, and keys have the largest number.
+    Sequences are padded on the left. The key at the end of a sequence always occurs, with its
+    value, earlier in the sequence. The published generator draws a random place for this pair, and
+    omits the pair if the place is past the end of the pairs.
 
     Args:
-        vocab_size: lower half keys, upper half values, then noise tokens, the padding token, and
-            the copy mark where `multi_query` is off.
-        length: length of a sequence.
-        key_size: largest number of tokens of a key, all different.
-        value_size: largest number of tokens of a value, all different.
-        multi_query: whether to score the value of every repeated key, or only of the last key.
-        noise: share of pairs that are replaced by noise tokens.
+        vocab_size: number of token ids. The last ids are `noise_vocab_size` noise tokens, the
+            padding token and, unless `multi_query` is on, the copy mark. The lower half of the
+            other ids are parts of keys, and the upper half are parts of values.
+        length: number of tokens in a sequence, including padding.
+        key_size: largest number of tokens in a key. The tokens of a key are all different.
+        value_size: largest number of tokens in a value. The tokens of a value are all different.
+        multi_query: whether to score the value of every repeated key. If not, only the value of the
+            last key, which comes after the copy mark, is scored.
+        noise: share of pairs that are replaced by noise tokens, at least 0 and below 1.
         noise_vocab_size: number of noise tokens.
     """
 
@@ -239,13 +251,16 @@ class FuzzyRecall(_NoisyTask):
 @register("mad/memorization")
 @dataclass(frozen=True, kw_only=True)
 class Memorization(_NoisyTask):
-    """A fixed dictionary of keys and values; a mark follows each key, and the value is due there.
+    """Keys of a fixed dictionary. A mark follows each key, and its label is the key's value.
 
     Args:
-        vocab_size: lower half keys, upper half values, then noise tokens, then the mark.
-        length: length of a sequence, even.
-        dictionary_seed: seed of the dictionary, which all splits and seeds share.
-        noise: share of pairs that are replaced by noise tokens.
+        vocab_size: number of token ids. The last ids are `noise_vocab_size` noise tokens and the
+            mark. The lower half of the other ids are keys, and the upper half are values.
+        length: number of tokens in a sequence, even.
+        dictionary_seed: seed of the dictionary. All splits and all seeds of rows share the
+            dictionary.
+        noise: share of keys that, with their marks, are replaced by noise tokens; at least 0 and
+            below 1.
         noise_vocab_size: number of noise tokens.
     """
 
@@ -268,7 +283,7 @@ class Memorization(_NoisyTask):
         return Description("tokens", self.length, vocab_size=self.vocab_size)
 
     def dictionary(self) -> Mapping[int, int]:
-        """Return the value of every key; all values are different."""
+        """Return a mapping from every key to its value. All values are different."""
         half = self._ordinary // 2
         random = np.random.default_rng(self.dictionary_seed)
         values = half + random.permutation(self._ordinary - half)[:half]
@@ -290,14 +305,15 @@ class Memorization(_NoisyTask):
 @register("mad/compression")
 @dataclass(frozen=True, kw_only=True)
 class Compression(_NoisyTask):
-    """Random tokens and a final mark; the whole input is decoded from the mark's position alone.
+    """Random tokens and a final mark. The whole input must be decoded from the mark's position.
 
     Noise tokens must be decoded too, as published.
 
     Args:
-        vocab_size: ordinary tokens, then noise tokens, then the mark.
-        length: length of a sequence, with the mark.
-        noise: share of tokens that are replaced by noise tokens.
+        vocab_size: number of token ids. The ordinary tokens come first, then `noise_vocab_size`
+            noise tokens, then the mark.
+        length: number of tokens in a sequence, including the mark.
+        noise: share of tokens that are replaced by noise tokens, at least 0 and below 1.
         noise_vocab_size: number of noise tokens.
     """
 
@@ -321,11 +337,14 @@ class Compression(_NoisyTask):
 @register("mad/selective-copying")
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopying(_MADTask):
-    """Tokens scattered among blanks, a mark, then one blank per token, where the tokens are due.
+    """Tokens scattered among blanks, then a mark, then one blank for each of these tokens.
+
+    The labels of the blanks after the mark are the tokens, in order.
 
     Args:
-        vocab_size: ordinary tokens, then the blank, then the mark.
-        length: length of a sequence.
+        vocab_size: number of token ids. The last two are the blank and the mark, in this order, and
+            the others are the tokens that can be copied.
+        length: number of tokens in a sequence, including blanks and the mark.
         tokens: number of tokens to copy.
     """
 
@@ -348,7 +367,7 @@ class SelectiveCopying(_MADTask):
         blank, mark = self.vocab_size - 2, self.vocab_size - 1
         blanks = self.length - 2 * self.tokens - 1
         copied = random.integers(blank, size=self.tokens)
-        # Blanks are inserted before a token, never after the last one.
+        # Blanks are inserted before a token, never after the last token.
         before = random.integers(self.tokens, size=blanks)
         scattered = np.insert(copied, before, blank)
         tokens = np.concatenate([scattered, [mark], np.full(self.tokens, blank)])

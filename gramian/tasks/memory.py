@@ -1,6 +1,6 @@
-"""Copying and Delay, the memory tasks of RTF (arXiv 2405.06147) and of S4 before it.
+"""Define Copying and Delay, memory tasks from the experiments of S4 and RTF (arXiv 2405.06147).
 
-The published settings are those of RTF's experiments; the generators are S4's.
+The settings `"rtf"` are those of RTF's experiments. The generators follow S4's.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ __all__ = ["Copying", "Delay"]
 @register("copying")
 @dataclass(frozen=True, kw_only=True)
 class Copying(GeneratedTask):
-    """Tokens, then blanks, then one mark per token, where the tokens are due in their order.
+    """Tokens, then blanks, then one mark for each token. The marks' labels are the tokens in order.
 
     Args:
-        vocab_size: blank 0, tokens 1 … vocab_size - 2, mark vocab_size - 1.
+        vocab_size: number of token ids. The blank is 0, the tokens to copy are 1 … vocab_size - 2,
+            and the mark is vocab_size - 1.
         noise: number of blanks.
-        memorize: number of tokens.
-        variable: scatter the tokens among the blanks instead of putting them first.
-        reverse: ask for the tokens in reverse order.
+        memorize: number of tokens to copy.
+        variable: whether to scatter the tokens among the blanks. If not, the tokens come first.
+        reverse: whether the labels are the tokens in reverse order.
     """
 
     vocab_size: int = 64
@@ -67,14 +68,15 @@ class Copying(GeneratedTask):
 @register("delay")
 @dataclass(frozen=True, kw_only=True)
 class Delay(GeneratedTask):
-    """Band-limited white noise; the target is the input some steps ago, at one or several lags.
+    """Band-limited white noise. The targets are the input one or several lags earlier.
 
     Args:
-        length: length of a signal.
-        lag: distance in steps; the k-th target is the input k × lag steps ago.
-        lags: number of targets.
-        step: seconds between samples.
-        frequency: upper limit of the noise band in Hz, at most 1 / (2 × step).
+        length: number of samples in a signal.
+        lag: number of steps in a lag. The k-th target is the input k × lag steps earlier.
+        lags: number of targets at each position.
+        step: time between samples in seconds.
+        frequency: upper limit of the noise's band in Hz. It must lie between 1 / (length × step)
+            and 1 / (2 × step).
     """
 
     train_examples: int = 16_384
@@ -115,7 +117,7 @@ class Delay(GeneratedTask):
         }
 
     def _noise(self, random: np.random.Generator, rms: float = 0.5) -> np.ndarray:
-        """Draw noise of power `rms²` over the band, shifted so that the signal starts at 0."""
+        """Draw noise (length,) with the power `rms²` in the band, and shift it to start at 0."""
         half = -(-self.length // 2)
         scale = rms * np.sqrt(0.5)
         real = random.normal(0.0, scale, half + 1)

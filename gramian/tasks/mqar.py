@@ -1,9 +1,10 @@
-"""Multi-query associative recall (Zoology: Arora, Eyuboglu et al., arXiv 2312.04927).
+"""Define multi-query associative recall (Zoology: Arora, Eyuboglu et al., arXiv 2312.04927).
 
-A sequence begins with key-value pairs; later every key occurs once more, and its value is due
-there. The gap between a pair and its query follows a power law, as gaps between repeated bigrams do
-in text. Keys are the lower half of the vocabulary without 0, values the upper half; all other
-positions hold random tokens.
+A sequence begins with pairs of keys and values. Later, every key occurs once more. The label at
+this second occurrence, the query, is the key's value. The gap between a pair and its query follows
+a power law, like the gaps between repeated bigrams in text. Keys are from the lower half of the
+vocabulary, without 0, and values from the upper half. All other positions hold random tokens or
+zeros.
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ class MQAR(GeneratedTask):
     """Multi-query associative recall, as `zoology/data/multiquery_ar.py` generates it.
 
     Args:
-        vocab_size: keys are 1 … vocab_size // 2 - 1, values vocab_size // 2 … vocab_size - 1.
-        length: length of a sequence, even.
-        pairs: number of different keys.
-        passes: number of times that the pairs are shown before the queries.
-        power: exponent a of the density `a x^(a-1)` of gaps; 1 is uniform.
-        random_non_queries: whether free positions hold random tokens of the whole vocabulary;
-            otherwise they hold zeros.
+        vocab_size: number of token ids. The keys are 1 … vocab_size // 2 - 1, and the values are
+            vocab_size // 2 … vocab_size - 1.
+        length: number of tokens in a sequence, even and below `vocab_size`.
+        pairs: number of pairs. Their keys are different.
+        passes: number of times that all pairs are shown before the queries.
+        power: exponent a of the density `a x^(a-1)` of gaps, above 0. With a = 1, gaps are uniform.
+        random_non_queries: whether free positions hold random tokens of the whole vocabulary. If
+            not, they hold zeros.
 
     Raises:
-        ValueError: on a length that is odd, not below `vocab_size`, or too short for the pairs and
-            queries.
+        ValueError: if `length` is odd, not below `vocab_size`, or too short for the pairs and
+            queries; or if another setting is out of range.
     """
 
     train_examples: int = 100_000
@@ -88,7 +90,7 @@ class MQAR(GeneratedTask):
         labels = np.full(self.length, IGNORED, dtype=np.int64)
         tokens[:context] = np.tile(np.stack([keys, values], -1).ravel(), self.passes)
 
-        # Sampling gaps without replacement: sort log densities perturbed by Gumbel noise.
+        # Sorting log densities with added Gumbel noise samples gaps without replacement.
         space = (self.length - context) // 2
         density = (self.power - 1) * np.log(np.arange(1, space + 1))
         gaps = np.argsort(-(density + random.gumbel(size=space)))[: self.pairs]

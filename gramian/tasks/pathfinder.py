@@ -1,15 +1,16 @@
-"""Pathfinder of the Long Range Arena: tell whether two discs lie on one dashed path.
+"""Define Pathfinder of the Long Range Arena: do two discs lie on the same dashed path?
 
-The task is that of Linsley et al. (NeurIPS 2018), made by the generator that the Arena used
-(drewlinsley/pathfinder) with its settings for 32 × 32 pixels. Two long paths begin near each other;
-one disc marks the beginning of a path, and another disc marks the end of the same path (label 1) or
-of the other one (label 0). Short distractor paths fill the rest. The brightness of each image is
-stretched to the full range, as in the generator's files, and the image is read pixel by pixel as
-gray values in [-1, 1].
+The task was introduced by Linsley et al. (NeurIPS 2018). This module follows the generator that the
+Arena used (drewlinsley/pathfinder), with its settings for 32 × 32 pixels. In every image, two long
+paths begin near each other. One disc marks the beginning of a path. Another disc marks the end of
+the same path (label 1) or the end of the other long path (label 0). Short distractor paths fill the
+rest of the image. The brightness of each image is stretched to the full range, as in the
+generator's files, and the image is read pixel by pixel as gray values in [-1, 1].
 
-A path grows dash by dash. A mask holds the occupied pixels: every dash with a margin around it. The
-next dash starts where the last one points; its direction is drawn where the mask leaves room, with
-weight `cos²(c Δ)` for a turn by Δ, where c is the `continuity`.
+A path grows dash by dash. A mask holds the occupied pixels, which are the pixels of every dash and
+of a margin around it. The next dash starts at the pixel to which the last dash points. Its
+direction is drawn from the directions for which the mask leaves room. A turn by Δ has the weight
+`cos²(c Δ)`, where c is the `continuity`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from gramian.tasks._task import Description, GeneratedTask, Row, register, requi
 
 __all__ = ["Pathfinder"]
 
-FREE = 0.3  # largest mask value of a free pixel
-OVERLAP = 1.8  # sum of two masks from which dashes count as crossing
-RETRIES = 2  # per dash
-SNAKE_RETRIES = 4  # per distractor path
-LEAST_FREE = 0.01  # share of free pixels below which no distractor is begun
+FREE = 0.3  # the largest mask value of a free pixel
+OVERLAP = 1.8  # dashes cross if the sum of two masks has at least this value somewhere
+RETRIES = 2  # the number of retries for each dash
+SNAKE_RETRIES = 4  # the number of retries for each distractor path
+LEAST_FREE = 0.01  # if the share of free pixels is lower, no distractor is begun
 ATTEMPTS, DASHES = 5_000, 20_000  # limits for the paths of one image; "hard" needs 40 and 400
 
 
@@ -46,24 +47,27 @@ _Paths = tuple[list[np.ndarray], np.ndarray, list[list[tuple[int, int]]]]
 @register("lra/pathfinder")
 @dataclass(frozen=True, kw_only=True)
 class Pathfinder(GeneratedTask):
-    """Images of dashed paths; the label says whether the two discs lie on one of them.
+    """Images of dashed paths. The label says whether the two discs lie on the same path.
 
     Args:
-        size: side of the image in pixels.
-        path_length: dashes of each long path; 6, 9 and 14 are the published difficulties.
-        dash: length of a dash.
-        thickness: thickness of a dash, a multiple of a half.
-        gap: free pixels around a dash.
-        seed_distance: distance between the beginnings of the two paths.
-        continuity: straightness of the paths.
-        radius: radius of the discs.
-        distractors: total number of distractor dashes; a distractor has a third as many as a path.
-        path_contrast: brightness of the long paths, relative to that of the discs.
-        distractor_contrast: the same for the distractors.
+        size: side of the image in pixels, above 4 × `seed_distance`.
+        path_length: number of dashes in each long path, at least 3. The published difficulties have
+            6, 9 and 14 dashes.
+        dash: length of a dash in pixels.
+        thickness: thickness of a dash in pixels, a multiple of 0.5.
+        gap: number of free pixels around a dash.
+        seed_distance: distance in pixels between the beginnings of the two long paths.
+        continuity: straightness of the paths: a turn by Δ has weight `cos²(continuity Δ)`.
+        radius: radius of the discs in pixels.
+        distractors: number of dashes in all distractor paths together. The number of dashes in one
+            distractor path is a third of `path_length`.
+        path_contrast: brightness of the long paths, relative to the brightness of the discs.
+        distractor_contrast: brightness of the distractor paths, relative to the brightness of the
+            discs.
 
     Raises:
-        ValueError: when rows are drawn, if 5,000 attempts at the two long paths, or 20,000 dashes,
-            fail.
+        ValueError: if a setting is out of range. When rows are drawn: if 5,000 attempts or 20,000
+            dashes find no room for the two long paths of an image.
     """
 
     train_examples: int = 160_000
@@ -114,7 +118,10 @@ class Pathfinder(GeneratedTask):
     def picture(
         self, random: np.random.Generator, label: int
     ) -> tuple[np.ndarray, list[list[tuple[int, int]]]]:
-        """Draw an image (size, size), not yet stretched, and return it with the paths' ends."""
+        """Draw an image (size, size), and return it with the two ends of both long paths.
+
+        The brightness of the image is not stretched yet.
+        """
         drawn, dashes, attempts = None, 0, 0
         while drawn is None and attempts < ATTEMPTS and dashes < DASHES:
             drawn, tried = self._two_paths(random)
@@ -141,7 +148,11 @@ class Pathfinder(GeneratedTask):
         return image, ends
 
     def _two_paths(self, random: np.random.Generator) -> tuple[_Paths | None, int]:
-        """Return the two paths, or None if they found no room, and the number of dashes tried."""
+        """Draw the two long paths.
+
+        Returns:
+            The paths, or None if there is no room for them; and the number of dashes tried.
+        """
         mask = np.zeros((self.size, self.size))
         mask[[0, -1]] = mask[:, [0, -1]] = 1
         border = mask.copy()
@@ -197,7 +208,7 @@ class Pathfinder(GeneratedTask):
         return image, np.maximum(mask, dash.mask)
 
     def _begin(self, random: np.random.Generator, taken: np.ndarray) -> _Dash | None:
-        """Return a first dash where it fits."""
+        """Return the first dash of a path at a random free place, or None if there is no room."""
         for _ in range(RETRIES + 1):
             angle = random.integers(-180, 180) * math.pi / 180
             reach = self.dash + self.gap
@@ -212,7 +223,7 @@ class Pathfinder(GeneratedTask):
         return None
 
     def _dash_at(self, tail: tuple[int, int], angle: float) -> _Dash | None:
-        """Return the dash that begins at `tail`, its pivot behind it; None outside of the image."""
+        """Return the dash that begins at `tail`, or None if it would leave the image."""
         head = _move(tail, angle, self.dash)
         pivot = _move(head, _reversed(angle), self.dash + self.gap)
         if not all(0 <= value < self.size for value in (*head, *pivot)):
@@ -222,7 +233,10 @@ class Pathfinder(GeneratedTask):
     def _extend(
         self, random: np.random.Generator, last: _Dash, mask: np.ndarray
     ) -> tuple[_Dash, np.ndarray, np.ndarray] | None:
-        """Return the next dash of a path, its line, and the mask with the last dash in it."""
+        """Return the next dash of a path, its line, and the mask with the last dash added.
+
+        If there is no room for the next dash, return None.
+        """
         pivot = _move(last.pivot, last.orientation, self.dash + 2 * self.gap)
         taken = _dilate(mask, _disc_structure(self.gap))
         reach = self.dash + self.gap
@@ -261,7 +275,7 @@ class Pathfinder(GeneratedTask):
         return _dash_patch(angle, self.dash, self.thickness, self.gap)
 
 
-SCALE = 2  # dashes and discs are drawn at this multiple of the resolution, then scaled down
+SCALE = 2  # dashes and discs are drawn at this multiple of the resolution, and then scaled down
 
 
 def _move(point: tuple[int, int], angle: float, distance: float) -> tuple[int, int]:
@@ -279,7 +293,11 @@ def _reversed(angle: float) -> float:
 def _dash_patch(
     angle: float, length: int, thickness: float, gap: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return line and mask of a dash that begins in the middle, (2 r + 1, 2 r + 1), in [0, 1]."""
+    """Return the line and the mask of a dash, both (2 r + 1, 2 r + 1) with values in [0, 1].
+
+    The dash begins in the middle of the patch. The radius r of the patch is large enough for the
+    margin.
+    """
     from PIL import Image, ImageDraw
 
     radius = length + math.ceil(thickness) + gap
@@ -302,7 +320,10 @@ def _shrink(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def _place(patch: np.ndarray, center: tuple[int, int], size: int) -> np.ndarray:
-    """Place the middle of `patch` at `center` of a (size, size) image, cropped to the image."""
+    """Return a (size, size) image of zeros with the middle of `patch` at `center`.
+
+    Pixels of the patch outside of the image are dropped.
+    """
     radius = patch.shape[0] // 2
     padded = np.zeros((size + 2 * patch.shape[0],) * 2)
     row, column = (value + patch.shape[0] - radius for value in center)
@@ -312,7 +333,10 @@ def _place(patch: np.ndarray, center: tuple[int, int], size: int) -> np.ndarray:
 
 
 def _dilate(image: np.ndarray, structure: np.ndarray) -> np.ndarray:
-    """Return the largest value under `structure` around every pixel."""
+    """Return the image in which each pixel is the largest value of the pixels around it.
+
+    These are the pixels under `structure`, a boolean square whose middle is placed at the pixel.
+    """
     radius = structure.shape[0] // 2
     height, width = image.shape
     padded = np.zeros((height + 2 * radius, width + 2 * radius), dtype=image.dtype)

@@ -1,9 +1,10 @@
-"""Induction heads and associative recall (H3: Dao, Fu et al., arXiv 2212.14052; Hyena).
+"""Define induction heads and associative recall (H3: Dao, Fu et al., arXiv 2212.14052; Hyena).
 
-Both tasks end in a mark, and the answer after it is the token or tokens that followed an earlier
-occurrence. The vocabulary holds two special tokens: 0, which is "." in the published code, and
-vocab_size - 1, which is its mark "=>". Training scores every next token, evaluation the answer
-alone.
+In associative recall, a sequence ends in a mark and a key, and the answer is the value that
+followed this key before. In induction heads, a sequence ends in a mark, and the answer consists of
+the tokens that followed an earlier mark. The vocabulary has two special tokens: 0, which is "." in
+the published code, and vocab_size - 1, the mark, which is "=>" in the published code. Training
+scores every next token, and evaluation scores only the answer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class _RecallTask(GeneratedTask):
         require_sizes(self, "vocab_size", least=4)
 
     def rows(self, split: str, seed: int) -> Iterator[Row]:
-        """Yield rows of which no two in a split are equal, as published."""
+        """Yield the rows of a split. As published, all of them are different."""
         random = self.random(split, seed)
         seen: set[bytes] = set()
         for _ in range(self.train_examples if split == "train" else self.eval_examples):
@@ -59,13 +60,14 @@ class _RecallTask(GeneratedTask):
 @register("associative_recall")
 @dataclass(frozen=True, kw_only=True)
 class AssociativeRecall(_RecallTask):
-    """Key-value pairs from one dictionary per sequence, the mark, and a key whose value is due.
+    """Pairs of keys and values, the mark, and one of the keys again. The answer is its value.
 
-    Keys are the lower half of the ordinary tokens, values the upper half.
+    The dictionary of keys and values is drawn anew for each sequence. Keys consist of tokens of the
+    lower half of the ordinary tokens, and values are tokens of the upper half.
 
     Args:
-        vocab_size: number of tokens, with the two special ones.
-        input_length: number of tokens before the mark; the sequence has two more.
+        vocab_size: number of token ids, including the two special tokens.
+        input_length: number of tokens before the mark, rounded down to whole pairs.
         keys: number of tokens in a key.
     """
 
@@ -99,7 +101,7 @@ class AssociativeRecall(_RecallTask):
         code = keys @ half ** np.arange(self.keys)  # encodes each key as a number
         _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
         values = random.integers(1 + half, 1 + ordinary, size=len(first))[inverse]
-        asked = random.choice(first)  # uniform over the keys that were shown
+        asked = random.choice(first)  # uniform over the different keys of the sequence
         tail = [self.vocab_size - 1, *keys[asked], values[asked]]
         shown = np.concatenate([keys, values[:, None]], axis=1).ravel()
         return self._shifted(np.concatenate([shown, tail]), 1, split)
@@ -108,14 +110,16 @@ class AssociativeRecall(_RecallTask):
 @register("induction_heads")
 @dataclass(frozen=True, kw_only=True)
 class InductionHeads(_RecallTask):
-    """Random tokens with a mark among them and again at the end; what followed it first is due.
+    """Random tokens with a mark among them and another mark at the end.
+
+    The answer after the last mark consists of the tokens that followed the first mark.
 
     Args:
-        vocab_size: number of tokens, with the two special ones.
+        vocab_size: number of token ids, including the two special tokens.
         input_length: number of tokens before the last mark.
-        answer_length: number of tokens after the mark that are due.
-        triggers: number of marks among the tokens; half of the sequences have only one, as
-            published.
+        answer_length: number of tokens in the answer.
+        triggers: largest number of marks before the last mark. As published, half of the sequences
+            have only one mark there.
     """
 
     input_length: int = 30

@@ -1,8 +1,8 @@
-"""Speech Commands (Warden, arXiv 1804.03209), raw: 35 words of one second at 16 kHz.
+"""Define Speech Commands (Warden, arXiv 1804.03209): recordings of 35 words, 1 second at 16 kHz.
 
-As in the experiments of S4 and RTF, the split is the data set's own, short recordings are padded
-with zeros, and every sample position is standardized with the training set's mean and deviation at
-that position.
+The following is the same as in the experiments of S4 and RTF. The splits are the data set's own.
+Short recordings are padded with zeros. The samples at each position are standardized with the
+training set's mean and standard deviation at this position.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ SAMPLES = 16_000
 @register("speech_commands")
 @dataclass(frozen=True, kw_only=True)
 class SpeechCommands(Task):
-    """Recordings of words, labelled by the words in alphabetic order.
+    """Recordings of words. The label of a recording is the number of its word in alphabetic order.
 
     Args:
-        path: the unpacked archive, with one folder per word, `validation_list.txt` and
+        path: folder of the unpacked archive, with one folder per word, `validation_list.txt` and
             `testing_list.txt`.
-        num_labels: number of words that the folder must hold.
-        decimate: keep every n-th sample; 2 is the published test at half the rate.
-        standardize: whether to standardize, which takes one pass over the training set.
+        num_labels: number of words. It must equal the number of their folders.
+        decimate: distance between the samples that are kept. With 1, all samples are kept; with 2,
+            the rate is half, as in a published test.
+        standardize: whether to standardize the samples. This requires one pass over the training
+            set.
     """
 
     path: str

@@ -1,4 +1,4 @@
-"""Language modeling on bytes or tokens of text files or any corpus of `datasets`."""
+"""Define language modeling on bytes or tokens, of text files or of a corpus of `datasets`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gramian._checks import check_choice
 from gramian._nearest import unknown
 from gramian.tasks._task import (
     SPLITS,
@@ -38,8 +39,7 @@ class _TextTask(TokenizedTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.packing not in ("document", "concatenate"):
-            raise ValueError(f"packing must be 'document' or 'concatenate'; got {self.packing!r}.")
+        check_choice("packing", self.packing, ("document", "concatenate"))
 
     @abstractmethod
     def documents(self, split: str) -> Iterator[Document]:
@@ -73,32 +73,35 @@ def _bytes(document: Document) -> np.ndarray:
 @register("text")
 @dataclass(frozen=True, kw_only=True)
 class Text(_TextTask):
-    """Text files, or a corpus that `datasets` reads, as bytes or tokens.
+    """Language modeling on text files, or on a corpus that `datasets` reads.
 
     A document is a file, a line of a `.jsonl` file, a record of a FASTA file or a row of the
-    corpus, or, with `separator`, the part of one between separators. `gramian.tasks.documents`
-    defines how files are decompressed and decoded, and which files are FASTA. Without a tokenizer,
-    bytes that are not UTF-8 are kept. The seed has no effect.
+    corpus. With `separator`, all of these except records of FASTA files are divided into several
+    documents. `gramian.tasks.documents` defines how files are decompressed and decoded, and which
+    files are FASTA. Without a tokenizer, bytes that are not UTF-8 are kept. The seed has no effect.
 
     Args:
-        train: paths or patterns (`books/*.txt`) of the training split's files, one or a list.
+        train: path or pattern (such as `books/*.txt`) of the training split's files, or a list of
+            paths and patterns.
         validation: the same for the validation split.
         test: the same for the test split.
         separator: string that separates documents within a text, a JSON line or a row of the
-            corpus; by default each of these is one document. A separator that never occurs causes a
-            warning.
-        corpus: a corpus of `datasets` in place of files: a folder written by `save_to_disk` or,
-            online, a name on the Hub. The names of its splits must match.
-        corpus_config: name of the corpus's configuration.
+            corpus; by default each of these is one document. If the separator never occurs, a
+            warning is given.
+        corpus: a corpus of `datasets` in place of files: a folder that `save_to_disk` wrote, or the
+            name of a data set on the Hugging Face Hub. Its splits must be called train, validation
+            and test.
+        corpus_config: name of the corpus's configuration on the Hub.
         column: column of the corpus, or key of the `.jsonl` lines, that holds the text.
         length: number of tokens in a row.
-        packing: `"document"` or `"concatenate"`.
-        tokenizer: a tokenizer of transformers, its folder or its name; by default the model's own
-            if it is known, otherwise bytes with the ids of `gramian.models.ByteTokenizer`.
+        packing: with `"document"`, no row spans two documents. With `"concatenate"`, all documents
+            form one stream, and an end token follows each of them.
+        tokenizer: a tokenizer of transformers, its folder or its name; by default the model's
+            tokenizer if it is known, otherwise `gramian.models.ByteTokenizer`.
 
     Raises:
-        ValueError: on both or neither of files and corpus, or an unknown packing.
-        FileNotFoundError: on a path or pattern without files, when they are read.
+        ValueError: if both or neither of files and a corpus are given, or if `packing` is unknown.
+        FileNotFoundError: when the files are read, if a path or pattern matches no file.
     """
 
     train: str | list[str] | None = None
@@ -193,13 +196,16 @@ class Text(_TextTask):
 @register("python_documentation")
 @dataclass(frozen=True, kw_only=True)
 class PythonDocumentation(_TextTask):
-    """The text behind Python's `help()`, which every Python has, with its last topics held out.
+    """Language modeling on the text that Python's `help()` shows.
+
+    The text ships with Python. Its last topics belong to the validation and test splits.
 
     Args:
         length: number of tokens in a row.
-        packing: `"document"` (each topic is one) or `"concatenate"`.
-        tokenizer: as for the task `text`.
-        held_out: share of the text, by characters, in each of the validation and test splits.
+        packing: `"document"` or `"concatenate"`, as for the task `text`. A topic is a document.
+        tokenizer: a tokenizer, as for the task `text`.
+        held_out: share of the text, in characters, that belongs to the validation split. The share
+            of the test split is the same.
     """
 
     length: int = 256

@@ -1,12 +1,13 @@
-"""The base class and the rows of next-token tasks on documents that a tokenizer encodes.
+"""Define the base of tasks in which a model predicts the next token of tokenized documents.
 
-No row spans two documents. A convolution or a recurrence carries its state from one document to the
-next, and no mask makes it forget, so documents that share a sequence leak into each other. Each
-document is therefore cut into its own windows, and the collator pads the short last ones under a
-mask. `packing="concatenate"` follows the published practice for WikiText-103 and similar corpora:
-one stream with an end mark after each document, cut into full windows.
+By default, no row spans two documents. If documents shared a sequence, a convolution or a
+recurrence would carry its state from one document to the next, and no mask could prevent this. So
+each document is cut into windows separately. The last window may be short; the collator pads it and
+masks the padding. With `packing="concatenate"`, as usual for WikiText-103 and similar corpora, all
+documents form one stream, with an end token after each document, and the stream is cut into
+windows.
 
-A row's labels are the next tokens. The windows of a document share no labels, and a document's
+The label of a token is the next token. The windows of a document share no labels, and a document's
 first token is never a label.
 """
 
@@ -28,13 +29,13 @@ __all__ = ["TokenizedTask", "byte_tokenizer", "dna_tokenizer", "windows"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedTask(Task):
-    """Base of tasks that predict the next token of documents.
+    """The base class of tasks that predict the next token of documents.
 
     Args:
         length: number of tokens in a row.
         tokenizer: a tokenizer of transformers, its folder or its name, or `"bytes"` or `"dna"` for
             `gramian.models.ByteTokenizer` or `gramian.checkpoints.DNATokenizer`; by default the
-            model's own if it is known, otherwise the task's.
+            model's tokenizer if it is known, otherwise the default tokenizer of the task.
     """
 
     length: int = 1024
@@ -45,7 +46,7 @@ class TokenizedTask(Task):
 
     @abstractmethod
     def default_tokenizer(self) -> Any:
-        """Return the tokenizer that encodes the documents by default."""
+        """Return the tokenizer that encodes the documents if no tokenizer is given."""
 
     def own_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -61,8 +62,9 @@ class TokenizedTask(Task):
     def tokens_of(self, tokenizer: Any) -> Task:
         own = self.own_tokenizer()
         if own.get_vocab() == tokenizer.get_vocab():
-            return self
-        if self.tokenizer is not None:
+            if _special_tokens(own) == _special_tokens(tokenizer):
+                return self
+        elif self.tokenizer is not None:
             raise ValueError(
                 f"the task's tokenizer has {len(own):,} tokens that are not the "
                 f"{len(tokenizer):,} of the model's own; leave the setting tokenizer out to use "
@@ -81,15 +83,21 @@ class TokenizedTask(Task):
         )
 
 
+def _special_tokens(tokenizer: Any) -> int:
+    """Return the number of special tokens that a tokenizer adds to a sequence by default."""
+    count = getattr(tokenizer, "num_special_tokens_to_add", None)
+    return 0 if count is None else int(count())
+
+
 def byte_tokenizer() -> Any:
-    """Make the tokenizer of bytes."""
+    """Return a tokenizer of bytes."""
     from gramian.models import ByteTokenizer
 
     return ByteTokenizer()
 
 
 def dna_tokenizer() -> Any:
-    """Make HyenaDNA's tokenizer of nucleotides."""
+    """Return HyenaDNA's tokenizer of nucleotides."""
     from gramian.checkpoints import DNATokenizer
 
     return DNATokenizer()
@@ -104,14 +112,14 @@ def windows(
     """Yield rows of at most `length` tokens from documents of token ids.
 
     Args:
-        documents: token ids (tokens,) of each document, whole or in pieces.
-        length: number of tokens in a row; its labels are one step ahead.
-        packing: `"document"` or `"concatenate"`.
-        end: id to append to each document, or None.
+        documents: token ids of each document, as one array (tokens,) or as an iterator of arrays.
+        length: largest number of tokens in a row. The label of a token is the next token.
+        packing: `"document"` to cut each document separately, or `"concatenate"` to cut one stream.
+        end: id that is appended to each document, or None to append nothing.
     """
     streams = (iter([one]) if isinstance(one, np.ndarray) else one for one in documents)
     if packing == "concatenate":
-        streams = (stream for stream in [_chain(streams, end)])  # one endless document
+        streams = (stream for stream in [_chain(streams, end)])  # one document with all tokens
         end = None
     for pieces in streams:
         rest = np.empty(0, dtype=np.int64)

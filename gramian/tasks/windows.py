@@ -1,4 +1,4 @@
-"""Windows of tokens: rows of equal length, none of which spans two documents."""
+"""Cut documents into windows of tokens of equal length. No window spans two documents."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def cut_windows(documents: Sequence[Tensor], length: int) -> Tensor:
 def spread_windows(documents: Sequence[Tensor], length: int, max_tokens: int) -> Tensor:
     """Select windows that are spread evenly over documents.
 
-    Windows are shorter than `length` if more than half of all tokens would be dropped otherwise.
+    If more than half of all tokens would be dropped, windows are made shorter than `length`.
 
     Args:
         documents: token ids of each document, (count,).
         length: largest length of a window.
-        max_tokens: largest number of tokens in all windows together; at least one window is
-            returned.
+        max_tokens: largest number of tokens in all windows together. At least one window is
+            returned in any case.
 
     Returns:
         The windows, (count, length).
 
     Raises:
-        ValueError: if no document has two tokens.
+        ValueError: if no document has at least two tokens.
     """
     longest = max(map(len, documents), default=0)
     length = min(length, longest)

@@ -1,15 +1,16 @@
-"""Conformance suites: what every system, filter, mixer, task and reader must keep.
+"""Test the properties that every system, filter, mixer, task and reader must have.
 
-Each function takes one part, of the library or of one's own, compares it with an independent
-definition, and raises an `AssertionError` whose sentence says which property failed, for which
-argument and by how much. They are plain functions, so that any test runner takes them:
+Each function is a conformance suite. It receives one part, of the library or your own, and compares
+it with an independent definition. If a property fails, it raises an `AssertionError`. The message
+is one sentence that names the property, the argument and the size of the error. The suites are
+plain functions, so they work with any test runner:
 
     from gramian.testing import check_filter
 
     def test_my_filter():
         check_filter(MyFilter(channels=4, max_length=64))
 
-Random inputs are drawn from a seed of their own; the global generators stay as they are.
+Random inputs depend only on the argument `seed`, and the global random generators do not change.
 """
 
 from gramian.testing.filter import check_filter

@@ -1,4 +1,4 @@
-"""Comparisons that raise an `AssertionError` with one sentence."""
+"""Compare values, and raise an `AssertionError` with one sentence if they disagree."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from torch import Tensor
 
 from gramian._json import to_json
 
-__all__ = ["require", "require_close", "require_gradients", "require_json"]
+__all__ = [
+    "nudge",
+    "require",
+    "require_close",
+    "require_gradients",
+    "require_json",
+    "stopped",
+]
 
 
 def require(holds: bool | Tensor, sentence: str) -> None:
-    """Raise an AssertionError with `sentence` unless something holds."""
+    """Raise an AssertionError with the message `sentence` unless `holds` is true."""
     if not bool(holds):
         raise AssertionError(sentence)
 
@@ -24,10 +31,10 @@ def require_close(claim: str, actual: Tensor, expected: Tensor, tolerance: float
     """Raise an AssertionError unless two tensors agree.
 
     Args:
-        claim: What was to hold, the beginning of the message.
-        actual: What was computed.
-        expected: What is right.
-        tolerance: Largest relative error, in the l2 norm and in the largest entry.
+        claim: beginning of the message. It states the property that should hold.
+        actual: the computed tensor.
+        expected: the correct tensor, of the same shape.
+        tolerance: largest relative error accepted, both in the l2 norm and in the largest entry.
     """
     require(
         actual.shape == expected.shape,
@@ -51,7 +58,7 @@ def require_close(claim: str, actual: Tensor, expected: Tensor, tolerance: float
 
 
 def require_gradients(owner: str, names: Iterable[str], gradients: Iterable[Tensor | None]) -> None:
-    """Raise an AssertionError unless every gradient is there, finite and not zero everywhere."""
+    """Raise an AssertionError unless every gradient exists, is finite and has a nonzero entry."""
     for name, gradient in zip(names, gradients, strict=True):
         require(gradient is not None, f"{owner}: no gradient reaches the parameter {name}.")
         assert gradient is not None
@@ -65,8 +72,24 @@ def require_gradients(owner: str, names: Iterable[str], gradients: Iterable[Tens
         )
 
 
+def stopped(gradients: Iterable[Tensor | None]) -> bool:
+    """Return whether any gradient exists but is zero everywhere."""
+    return any(gradient is not None and not gradient.any() for gradient in gradients)
+
+
+def nudge(parameters: Iterable[Tensor], random: torch.Generator) -> None:
+    """Change parameters a little, so that none keeps an initial value of zero.
+
+    If a weight is zero, no gradient passes to the values that it multiplies.
+    """
+    with torch.no_grad():
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+            parameter += 1e-2 * noise.to(parameter)
+
+
 def require_json(owner: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return `config` after a way through JSON, or raise an AssertionError if that changes it."""
+    """Write `config` as JSON and return it read again, or raise an AssertionError if it changed."""
     try:
         again: dict[str, Any] = json.loads(to_json(config))
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Whether a reader gives the documents that were written, however its bytes come."""
+"""Test that readers yield the same documents for all sizes of blocks and all compressions."""
 
 from __future__ import annotations
 
@@ -32,21 +32,24 @@ def check_reader(
     column: str = "text",
     refused: bytes | None = None,
 ) -> None:
-    """Check that a registered reader gives the documents that were written.
+    """Check that a registered reader yields the expected documents.
 
-    The bytes must give the same documents in blocks of any size, and, in a file whose name ends in
-    the suffix, through `read_documents`, plain and compressed by gzip, bzip2 and xz.
+    The documents must not depend on the sizes of the blocks. `read_documents` must yield the same
+    documents from a file whose name ends in the suffix, plain or compressed by gzip, bzip2 or xz.
 
     Args:
-        reader: The function that `register_reader` was given.
-        suffix: Of the files, such as `".gb"`.
-        content: Of a file.
-        documents: What it holds; where a name is "", it may be anything.
-        column: The key under which texts stand.
-        refused: The content of a file that is to be refused with a ValueError that names the file.
+        reader: the function that is registered with `register_reader`.
+        suffix: end of the files' names, such as `".gb"`.
+        content: the bytes of a file in the reader's format.
+        documents: the documents in `content`. An expected document whose name is "" matches any
+            name.
+        column: key of the texts, for formats that store texts under keys.
+        refused: the bytes of an invalid file. The reader must refuse it with a ValueError, whose
+            message is one sentence that begins with the file's name. By default, no invalid file is
+            tried.
 
     Raises:
-        AssertionError: with a sentence that says which property fails.
+        AssertionError: if a property fails. The message names the property.
     """
     for size in (*_BLOCKS, max(1, len(content))):
         found = list(reader(_cut(content, size), f"file{suffix}", column))

@@ -1,4 +1,4 @@
-"""Whether a system is one operator in every mode: whole, in chunks, by steps, as a matrix."""
+"""Test that a system is one operator, run whole, in chunks, by steps or as a matrix."""
 
 from __future__ import annotations
 
@@ -14,30 +14,38 @@ from gramian.testing.comparison import require, require_close
 __all__ = ["check_system"]
 
 _PRECISIONS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""By dtype of an input, how far outputs may be from those in double precision."""
+"""Largest relative error accepted for an input of each dtype."""
 
 
 def check_system(
     system: System[Any], *, length: int = 63, tolerance: float | None = None, seed: int = 0
 ) -> None:
-    """Check that a system is one causal operator, however it is run.
+    """Check that a system computes the same causal operator in every mode.
 
-    The definition is a plain sum over its taps, or over the rows of its dense matrix where the
-    system is not time-invariant. Held against it are the matrix, whole inputs of 1, 2, 3 and
-    `length` samples, chunks and steps that continue from a state, the gradient in the input, and
-    inputs in single precision and bfloat16. Derivatives in the fields are compared with
-    differences; indexing, the pytree and the operations on states with what they promise.
+    The reference is a plain sum over the system's taps, or over the rows of its dense matrix if the
+    system is not time-invariant. The following results must agree with it:
+
+    - the dense matrix;
+    - the outputs for 1, 2, 3 and `length` samples;
+    - chunks and steps that continue from a state;
+    - the gradient with respect to the input;
+    - the outputs for inputs in single precision and bfloat16.
+
+    Derivatives with respect to the system's tensors must agree with finite differences. The
+    operator must stay the same if a channel is indexed, the system is flattened as a pytree, or
+    states are selected and repeated.
 
     Args:
-        system: Of any realization and channels.
-        length: Samples of the longest input; at most as many as a system of limited length has.
-        tolerance: Largest relative error; by default 1e-9 for a system in double precision and
-            1e-4 for others.
-        seed: Of the inputs.
+        system: a system of any realization, with any channel dimensions.
+        length: number of samples of the longest input, which must not exceed the length of the
+            system, if the system has one.
+        tolerance: largest relative error accepted; by default 1e-9 for a system in double precision
+            and 1e-4 for others.
+        seed: seed of the random inputs.
 
     Raises:
-        AssertionError: with a sentence that says which property fails.
-        TypeError: if `system` is no system.
+        AssertionError: if a property fails. The message names the property.
+        TypeError: if `system` is not a `System`.
     """
     if not isinstance(system, System):
         raise TypeError(f"check_system takes a System; got {type(system).__name__}.")
@@ -69,7 +77,7 @@ def check_system(
 
 
 def _apply_definition(system: System[Any], name: str, u: Tensor, tolerance: float) -> Tensor:
-    """Sum over the taps, or over the rows of the matrix, after a check of the matrix."""
+    """Return the output as a plain sum over taps or matrix rows, and check the dense matrix."""
     length = u.shape[-1]
     matrix = system.matrix(length)
     wanted = (*system.channel_shape, length, length)
@@ -121,7 +129,7 @@ def _check_recurrence(
 
 
 def _check_input_gradient(system: System[Any], name: str, u: Tensor, tolerance: float) -> None:
-    """Check that the gradient of `weight · T u` is the transposed operator on the weight."""
+    """Check that the gradient of `weight · T u` with respect to u is `Tᵀ weight`."""
     weight = u.flip(0, -1)
     matrix = system.matrix(u.shape[-1])
     expected = (matrix.mT * weight.unsqueeze(-2)).sum(-1)
@@ -143,7 +151,10 @@ def _check_input_gradient(system: System[Any], name: str, u: Tensor, tolerance: 
 def _check_field_gradients(
     system: System[Any], name: str, u: Tensor, random: torch.Generator
 ) -> None:
-    """Compare the derivative in a random direction with a central difference, field by field."""
+    """Compare derivatives with respect to each tensor, in a random direction, with differences.
+
+    The differences are central differences of the outputs.
+    """
     double, u = system.to(dtype=torch.float64), u.double()
     leaves, spec = pytree.tree_flatten(double)
     for n, leaf in enumerate(leaves):
@@ -161,7 +172,7 @@ def _check_field_gradients(
         moving = leaf.detach().requires_grad_()
         loss = evaluate(moving)
         gradient = torch.zeros_like(leaf)
-        if loss.requires_grad:  # not through what is there to be read off the others
+        if loss.requires_grad:  # the outputs need not depend on every tensor
             (gradient,) = torch.autograd.grad(
                 loss, [moving], allow_unused=True, materialize_grads=True
             )
@@ -196,7 +207,7 @@ def _check_structure(system: System[Any], name: str, length: int) -> None:
 
 
 def _check_states(system: System[Any], name: str, u: Tensor, tolerance: float) -> None:
-    """States are batch first: selected, repeated and copied streams go on as those do."""
+    """Check that a selected or repeated state continues as the state of its sequence does."""
     recurrence, half = system.recurrence(), u.shape[-1] // 2
     if not half:
         return

@@ -1,4 +1,4 @@
-"""Whether a task keeps its contract: rows by split and seed, labels in the layout of their kind."""
+"""Test tasks: rows of every split and seed, and the layout of inputs and labels."""
 
 from __future__ import annotations
 
@@ -24,20 +24,22 @@ def check_task(
 ) -> None:
     """Check the first rows of every split of a task.
 
-    Equal splits and seeds must give equal rows; of a `GeneratedTask`, other splits and other seeds
-    must give others. Inputs and labels must be what the description says: their names, shapes and
-    kinds of numbers, token ids and classes in their range, no row longer than `length`, an answer
-    due in every row. The dataset must hold the same numbers. Published settings must be accepted.
+    - Reading a split again with the same seed gives the same rows. The rows of a `GeneratedTask`
+      differ between splits and between seeds.
+    - Inputs and labels have the names, shapes and types that the description implies. Token ids and
+      classes are in range, no row is longer than `length`, and every row has a label to score.
+    - The dataset holds the same numbers as the rows.
+    - The task accepts its published settings.
 
     Args:
-        task: With its settings.
-        splits: Those that are checked; by default all that the task has.
-        rows: How many rows of each split are read.
-        seed: Of the rows.
+        task: the task, with its settings.
+        splits: names of the splits to check; by default all splits of the task.
+        rows: number of rows to read from each split.
+        seed: seed of the rows.
 
     Raises:
-        AssertionError: with a sentence that says which property fails.
-        TypeError: if `task` is no task.
+        AssertionError: if a property fails. The message names the property.
+        TypeError: if `task` is not a `Task`.
     """
     if not isinstance(task, Task):
         raise TypeError(f"check_task takes a Task; got {type(task).__name__}.")

@@ -1,16 +1,18 @@
-"""Training from one YAML file: a thin layer over transformers' `Trainer` and accelerate.
+"""Train from one YAML file, through a thin layer over transformers' `Trainer` and accelerate.
 
     config = gramian.training.load_config("recipes/mqar_multi_hyena.yaml", ["seed=1"])
     report = gramian.training.train(config)
 
-One process, `torchrun` on many devices and FSDP2 use the same file. A run that was killed resumes
-from its last complete checkpoint and reaches the same losses as an uninterrupted one.
+The same file works for one process, for `torchrun` on many devices, and for FSDP2. If a run was
+killed, the same call resumes it from its last complete checkpoint. The run then reaches the same
+losses as an uninterrupted run.
 
     report = gramian.training.sweep(gramian.training.load_sweep("recipes/sweeps/mqar.yaml"), jobs=2)
 
-runs a grid of configurations, each in its own process, and gathers one table and one figure.
+This call runs a grid of configurations, each in its own process, and gathers the results in one
+table and one figure.
 
-Needs the extra `train` (`pip install "gramian[train]"`).
+This package needs the extra `train` (`pip install "gramian[train]"`).
 """
 
 from gramian.memory.callbacks import StateSizeCallback

@@ -1,14 +1,14 @@
-"""One run: task and model from the configuration, training, and the run's folder.
+"""Run one training: make the task and the model, train, and write the run's folder.
 
 config.yaml        the configuration
-environment.json   versions, machine and command; one more such file for each resumption
+environment.json   a list: versions, machine and command at the start and at each resumption
 metrics.jsonl      one line for each log entry
 samples.jsonl      the model's predictions for a few rows at each evaluation
-checkpoints/       checkpoints, from which a killed run resumes
+checkpoints/       checkpoints, from which an interrupted run resumes
 imports/           copies of the user's modules that registered parts of the run
 best/, last/       models for `from_pretrained`
 training.png       losses and metrics against steps
-report.json        the report; it is written last, so its presence marks a finished run
+report.json        the report; it is written last, so a run that has a report is finished
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from gramian import tasks
+from gramian._checks import check_choice
 from gramian._drawing import save_figure
 from gramian._imports import copy_parts, import_parts
 from gramian._nearest import unknown
@@ -35,6 +36,7 @@ from gramian._staging import staged_file
 from gramian.memory import MemoryLosses
 from gramian.memory.callbacks import StateSizeCallback
 from gramian.models import GramianConfig
+from gramian.models.adapters import tokenizer_folder
 from gramian.models.labels import LabelError
 from gramian.tasks import Description, Task, find_kind
 from gramian.tasks.encoding import load_tokenizer
@@ -58,6 +60,14 @@ from gramian.training.recording import (
     write_json,
 )
 from gramian.training.rows import Rows
+from gramian.training.starting import (
+    adapt,
+    base_of,
+    check_adapter,
+    load_saved,
+    name_labels,
+    saved_names,
+)
 from gramian.training.trainer import GramianTrainer, Patience, complete_checkpoints
 
 __all__ = ["TrainingReport", "check", "earlier_report", "train"]
@@ -71,10 +81,12 @@ class TrainingReport:
         output: the run's folder.
         steps: number of optimizer steps, over all resumptions.
         parameters: number of parameters of the model.
-        metrics: metrics of the last evaluation.
-        best: the best value of `evaluation.metric`, and the step at which it was reached.
-        seconds: time that the last process spent on the run.
-        resumed_from: the step from which the run was last resumed; 0 if it never was.
+        metrics: a mapping from the names of metrics to their values at the last evaluation.
+        best: a mapping with two entries. The name of `evaluation.metric` maps to its best value,
+            and `"step"` to the optimizer step of that evaluation.
+        seconds: wall time of training in seconds, counted from the last resumption.
+        resumed_from: the step from which the run was last resumed, or 0 if the run was never
+            resumed.
     """
 
     output: str
@@ -96,17 +108,18 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
 
     Args:
         config: a configuration from `load_config` or `parse_config`.
-        progress: whether to show a progress bar on standard error; or a function, called as
-            `progress(done, total)` with optimizer steps.
+        progress: whether to show a progress bar on standard error; or a function that is called as
+            `progress(done, total)` with numbers of optimizer steps.
 
     Returns:
-        The report, which is also saved in the folder; the saved one if the run is already finished.
+        The report, which is also saved in the run's folder. If the run is already finished, nothing
+        is trained and the saved report is returned.
 
     Raises:
-        ConfigError: if the task, labels, model, batch and processes do not fit together, or the
-            folder holds another run.
+        ConfigError: if the task, its labels, the model, the batch size and the number of processes
+            do not fit together, or if the folder holds another run.
         DivergedError: if the loss or a weight is no longer finite. Earlier checkpoints are kept,
-            and the same call resumes from the last of them.
+            and the same call resumes from the last checkpoint.
         FileNotFoundError: if a file of the task is missing.
     """
     folder = Path(config.output)
@@ -117,6 +130,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
         torch.set_num_threads(config.hardware.threads)
     set_seed(config.seed)
     model = _model(config, description)
+    name_labels(model, task.classes())
     try:
         data: Any = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
         held_out: Any = task.dataset(config.evaluation.split, config.seed)
@@ -124,7 +138,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
         raise ConfigError(f"task {config.task['name']}: {error}") from error
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
-    arguments = make_arguments(config, count_steps(config, data), bar=progress is True)
+    arguments = make_arguments(config, model, count_steps(config, data), bar=progress is True)
     losses, packer = _losses(model, config), _packer(config, description)
 
     with arguments.main_process_first(local=False):
@@ -192,8 +206,10 @@ def _without_bars() -> Iterator[None]:
 
 @contextmanager
 def _tensorboard_in(folder: Path) -> Iterator[None]:
-    """Make transformers write TensorBoard's files into the run's folder, which a trainer reads from
-    the environment when it is created."""
+    """Make transformers write TensorBoard's files into the run's folder.
+
+    When a trainer is created, it reads the name of the folder from an environment variable.
+    """
     name = "TENSORBOARD_LOGGING_DIR"
     before = os.environ.get(name)
     os.environ[name] = str(folder / "tensorboard")
@@ -206,15 +222,16 @@ def _tensorboard_in(folder: Path) -> Iterator[None]:
 
 
 def check(config: TrainingConfig) -> None:
-    """Check a configuration for the errors of `train` that show before training; write nothing.
+    """Raise the errors that `train` would raise before its first step, and write nothing.
 
     Raises:
-        ConfigError, FileNotFoundError: as `train`.
+        ConfigError, FileNotFoundError: if `train` would raise one before its first step.
     """
     _import(config)
     task = _task(config)
     with nullcontext() if "path" in config.model else torch.device("meta"):
-        _losses(_model(config, task.description()), config)
+        model = _model(config, task.description())
+        _losses(model, config)
     _packer(config, task.description())
     for split in ("train", config.evaluation.split):
         try:
@@ -225,12 +242,14 @@ def check(config: TrainingConfig) -> None:
             raise ConfigError(f"the task has no {split} rows with these settings.")
     if config.optimization.steps is None and config.task.get("streaming"):
         count_steps(config, None)
-    make_arguments(config, config.optimization.steps or 1)
+    make_arguments(config, model, config.optimization.steps or 1)
 
 
 def _import(config: TrainingConfig) -> None:
-    """Import the modules that register parts of the run, from the copies of an earlier call if the
-    originals are missing."""
+    """Import the modules that register parts of the run.
+
+    If an original is missing, the copy that an earlier call stored is imported.
+    """
     try:
         import_parts(config.imports, Path(config.output, IMPORTS))
     except ValueError as error:
@@ -255,33 +274,42 @@ def _task(config: TrainingConfig) -> Task:
         kind = find_kind(description.kind)
     except ValueError as error:
         raise ConfigError(f"task {name}: {error}") from error
+    names = saved_names(config.model.get("path"), kind)
+    if names is not None:
+        try:
+            task = task.with_classes(names)
+        except ValueError as error:
+            raise ConfigError(f"task {name}: {error}") from error
+        description = task.description()
     try:
         kind.check_description(description)
     except ValueError as error:
         raise ConfigError(f"the task {name} {error}") from error
-    metric, accepted = config.evaluation.metric, kind.metrics
-    if metric not in accepted:
-        raise ConfigError(
-            f"evaluation.metric must be {' or '.join(accepted)} for the task {name}; got {metric}."
-        )
+    metric = config.evaluation.metric
+    try:
+        check_choice("evaluation.metric", metric, kind.metrics, f" for the task {name}")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return task
 
 
 def _tokenizer(config: TrainingConfig, task: Task) -> Any:
-    """Return the tokenizer to save with the model: the task's, or that of the initial model."""
+    """Return the tokenizer to save with the model: the task's or else the initial model's."""
     own = task.own_tokenizer()
     return _tokenizer_of_model(config) if own is None else own
 
 
 def _tokenizer_of_model(config: TrainingConfig) -> Any:
     """Load the tokenizer of the saved model from which training starts, if it has one."""
-    folder = Path(config.model.get("path") or "")
+    folder = tokenizer_folder(Path(config.model.get("path") or ""))
     if "path" in config.model and (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(str(folder))
     return None
 
 
-def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
+def _model(config: TrainingConfig, description: Description) -> Any:
+    """Make or load the model to train, which is a `PeftModel` if an adapter is trained."""
+    check_adapter(config)
     kind = find_kind(description.kind)
     model_class: type[PreTrainedModel] = kind.model_class()
     values = dict(config.model)
@@ -289,9 +317,8 @@ def _model(config: TrainingConfig, description: Description) -> PreTrainedModel:
     if path is not None:
         if values:
             raise ConfigError(f"model has a path, so it cannot have {', '.join(values)} too.")
-        if not Path(path).is_dir():
-            raise FileNotFoundError(f"there is no model folder {path}.")
-        return model_class.from_pretrained(path, local_files_only=True)
+        model, new = load_saved(path, kind, description)
+        return model if config.adapter is None else adapt(model, config.adapter, path, new)
     known = set(GramianConfig.__annotations__)
     for key in values:
         if key not in known:
@@ -328,7 +355,7 @@ def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | No
     penalty = regularization.ess
     try:
         return MemoryLosses(
-            model,
+            base_of(model),
             regularization.gates,
             penalty.weight,
             target=penalty.target,
@@ -350,7 +377,11 @@ def _packer(config: TrainingConfig, description: Description) -> Packer | None:
 
 
 def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | None:
-    """Return the report of this run if it is finished; refuse a folder that holds anything else."""
+    """Return the report of this run if the run is finished, or None if it is not.
+
+    Raises:
+        ConfigError: if the folder holds another run or other files.
+    """
     import yaml
 
     written = folder / "config.yaml"
@@ -374,7 +405,11 @@ def earlier_report(folder: Path, config: TrainingConfig) -> TrainingReport | Non
 def _prepare(
     folder: Path, config: TrainingConfig, arguments: TrainingArguments
 ) -> TrainingReport | None:
-    """Make or check the folder, and return the report of a finished run or None."""
+    """Create the run's folder, or prepare it for resuming.
+
+    Returns:
+        The report of the run if it is finished already, or None.
+    """
     import yaml
 
     report = earlier_report(folder, config)

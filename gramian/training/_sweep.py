@@ -1,15 +1,15 @@
-"""Running of a sweep: each point is one run, in processes here or by Ray on many machines.
+"""Run each point of a sweep in a process on this machine, or as a task of a Ray cluster.
 
 sweep.yaml         the configuration
 NAME=VALUE,…/      folders of the runs
 logs/              output of each run's processes, and tracebacks
-results.json       all results, written at the end, as are the files below
+results.json       all results; this file and the files below are written at the end
 results.csv        one line per run
 table.md           means over the seeds
 sweep.png          the metric along the first numeric axis
 
-Each run has its own process, so a run that fails or dies does not affect the others. Finished runs
-are kept, so the same call resumes a sweep that was killed.
+Each run has its own process, so a run that fails or dies does not affect the others. If a sweep was
+killed, the same call resumes it and keeps the finished runs.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from gramian._checks import check_sizes
 from gramian._drawing import save_figure
 from gramian._processes import require_one_process
 from gramian._staging import staged_file
@@ -58,33 +59,34 @@ def sweep(
 ) -> SweepReport:
     """Run the unfinished points of a sweep, and gather the results.
 
-    Every point is checked before the first one starts. A run that fails is listed with its error
-    and tried again by the next call; the others continue.
+    Every point is checked before the first one starts. If a run fails, the report lists its error,
+    and the other runs continue. The next call tries the failed run again.
 
     Args:
         config: a configuration from `load_sweep` or `parse_sweep`.
-        jobs: number of simultaneous runs on this machine. Each gets an equal share of the cores,
-            unless `hardware.threads` is set, and one of the accelerators in turn.
-        address: address of a Ray cluster, or `"auto"` for that of this machine. Runs go to its
-            machines, which must share the file system and the working directory, and `jobs` is
-            ignored. Each run requests `hardware.threads` cores and one accelerator, if the cluster
-            has any.
-        progress: whether to print progress on standard error, one line for every run that ends and
-            at least one every 30 seconds; or a function, called as `progress(done, total)` with the
-            number of runs, in which an unfinished run counts as its finished fraction.
+        jobs: number of simultaneous runs on this machine. Each run uses `hardware.threads` cores
+            or, by default, an equal share of the cores. Accelerators are assigned in turn, one per
+            run.
+        address: address of a Ray cluster, or `"auto"` for the cluster of this machine. The machines
+            of the cluster run the points, and must share the file system and the working directory.
+            `jobs` is then ignored. Each run requests `hardware.threads` cores, and one accelerator
+            if the cluster has any.
+        progress: whether to print progress on standard error, with one line for every run that ends
+            and at least one line every 30 seconds; or a function, which is called as
+            `progress(done, total)` with numbers of runs. In `done`, an unfinished run counts as its
+            finished fraction.
 
     Returns:
         The report, which is also saved in the sweep's folder.
 
     Raises:
-        ConfigError: if a point's task, model or batch do not fit together, a folder holds another
-            run, or the sweep is started as one of several processes.
+        ConfigError: if the task, model and batch size of a point do not fit together, if a folder
+            holds another run, or if the sweep is started as one of several processes.
         FileNotFoundError: if a file of a task is missing.
         ImportError: if an address is given and Ray is not installed.
-        ValueError: on fewer than one job.
+        ValueError: if `jobs` is not an integer of at least 1.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1; got {jobs}.")
+    check_sizes(jobs=jobs)
     try:
         require_one_process("a sweep starts its own processes")
     except ValueError as error:
@@ -112,7 +114,10 @@ def _show_nothing(done: float, total: int) -> None:
 
 
 def _check(config: SweepConfig) -> dict[str, TrainingReport]:
-    """Return the reports of finished points, or raise the error of the first that cannot run."""
+    """Check every point, and return a mapping from the names of finished points to their reports.
+
+    If a point cannot run, its error is raised.
+    """
     finished, seen = {}, set()
     for point in config.points:
         try:
@@ -156,7 +161,13 @@ def _gather(config: SweepConfig, outcomes: dict[str, TrainingReport | str]) -> S
 
 @dataclass(frozen=True)
 class _Outcome:
-    """An event of the sweep: a point's report or error if one ended, and the others' progress."""
+    """An event of the sweep: a run has ended, or some time has passed.
+
+    Attributes:
+        point: the point whose run has ended, or any unfinished point if no run has ended.
+        result: the report of the run, or its error as text; None if no run has ended.
+        under_way: sum of the finished fractions of the runs that have not ended.
+    """
 
     point: SweepPoint
     result: TrainingReport | str | None
@@ -165,11 +176,11 @@ class _Outcome:
 
 @dataclass
 class _Job:
-    """A process that runs a point."""
+    """A process that runs a point. Processes that run at the same time differ in `slot`."""
 
     point: SweepPoint
     process: BaseProcess
-    ear: Any
+    receiver: Any
     slot: int
 
 
@@ -179,7 +190,8 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
     devices = _devices()
     context: Any = multiprocessing.get_context("spawn")
     if not devices and "forkserver" in multiprocessing.get_all_start_methods():
-        # A fork server imports once; a process that has initialized an accelerator must not fork.
+        # A fork server imports modules only once. It is not used with accelerators, because a
+        # process that has initialized one must not fork.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
     queue, running = list(reversed(waiting)), list[_Job]()
@@ -188,22 +200,22 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
         while queue or running:
             while queue and free:
                 point, slot = queue.pop(), free.pop()
-                ear, mouth = context.Pipe(duplex=False)
+                receiver, sender = context.Pipe(duplex=False)
                 device = devices[slot % len(devices)] if devices else None
                 log = _log(point)
                 process = context.Process(
-                    target=_work, args=(mouth, point.config, threads, device, log), name=point.name
+                    target=_work, args=(sender, point.config, threads, device, log), name=point.name
                 )
                 process.start()
-                mouth.close()
-                running.append(_Job(point, process, ear, slot))
+                sender.close()
+                running.append(_Job(point, process, receiver, slot))
             connection.wait([job.process.sentinel for job in running], timeout=POLL)
             ended = [job for job in running if not job.process.is_alive()]
             running = [job for job in running if job not in ended]
             under_way = sum(_share(job.point) for job in running)
             for job in ended:
                 free.append(job.slot)
-                yield _Outcome(job.point, _heard(job), under_way)
+                yield _Outcome(job.point, _result_of(job), under_way)
             if running and not ended:
                 yield _Outcome(running[0].point, None, under_way)
     finally:
@@ -213,17 +225,17 @@ def _by_processes(waiting: list[SweepPoint], jobs: int) -> Iterator[_Outcome]:
             job.process.join()
 
 
-def _heard(job: _Job) -> TrainingReport | str:
-    """Return the report or error that an ended process sent, or a line on how it died."""
+def _result_of(job: _Job) -> TrainingReport | str:
+    """Return the report or error that an ended process sent, or one line that says how it ended."""
     job.process.join()
     try:
-        if job.ear.poll():
-            said: TrainingReport | str = job.ear.recv()
-            return said
+        if job.receiver.poll():
+            result: TrainingReport | str = job.receiver.recv()
+            return result
     except EOFError:
         pass
     finally:
-        job.ear.close()
+        job.receiver.close()
     code = job.process.exitcode or 0
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else str(-code)
@@ -231,8 +243,8 @@ def _heard(job: _Job) -> TrainingReport | str:
     return f"its process ended with status {code}; {_log(job.point)} may say why."
 
 
-def _work(mouth: Any, config: TrainingConfig, threads: int, device: str | None, log: str) -> None:
-    """Run a point in its own process, and send its report or one line about its failure."""
+def _work(sender: Any, config: TrainingConfig, threads: int, device: str | None, log: str) -> None:
+    """Run a point in its own process, and send its report, or one line that says why it failed."""
     _end_with_parent()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
@@ -241,18 +253,20 @@ def _work(mouth: Any, config: TrainingConfig, threads: int, device: str | None, 
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(threads)
     try:
-        mouth.send(train(config))
+        sender.send(train(config))
     except Exception as error:
         traceback.print_exc()
-        mouth.send(_one_line(error))
+        sender.send(_one_line(error))
     finally:
-        mouth.close()
+        sender.close()
         sys.stdout.flush()
 
 
 def _end_with_parent() -> None:
-    """End this process with its parent, so that no run outlives a killed sweep and conflicts with
-    its successor."""
+    """End this process when its parent ends.
+
+    Otherwise the runs of a killed sweep would go on and conflict with those of the next sweep.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -264,7 +278,10 @@ def _end_with_parent() -> None:
 
 
 def _by_ray(waiting: list[SweepPoint], address: str | None) -> Iterator[_Outcome]:
-    """Run points as tasks of a Ray cluster, as many at once as it has resources for."""
+    """Run points as tasks of a Ray cluster.
+
+    The cluster starts each task when it has the resources.
+    """
     try:
         import ray
     except ImportError as error:
@@ -300,8 +317,8 @@ def _by_ray(waiting: list[SweepPoint], address: str | None) -> Iterator[_Outcome
 
 def _fetched(ray: Any, one: Any) -> TrainingReport | str:
     try:
-        said: TrainingReport | str = ray.get(one)
-        return said
+        result: TrainingReport | str = ray.get(one)
+        return result
     except ray.exceptions.RayError as error:
         return _one_line(error)
 
@@ -334,13 +351,13 @@ def _share(point: SweepPoint) -> float:
         for line in reversed(file.read().splitlines()):
             try:
                 return min(1.0, float(json.loads(line)[key]) / total)
-            except (ValueError, KeyError, TypeError):  # a line cut off at either end
+            except (ValueError, KeyError, TypeError):  # a line of which a part is missing
                 continue
     return 0.0
 
 
 def _devices() -> list[str]:
-    """Return the names of the accelerators that this process may use, for CUDA_VISIBLE_DEVICES."""
+    """Return the accelerators that this process may use, by their names in CUDA_VISIBLE_DEVICES."""
     count = torch.cuda.device_count()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = allowed.split(",") if allowed else [str(index) for index in range(count)]
@@ -354,5 +371,5 @@ def _log(point: SweepPoint) -> str:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    told = isinstance(error, ConfigError | DivergedError)
-    return text if told else f"{type(error).__name__}: {text}"
+    explained = isinstance(error, ConfigError | DivergedError)
+    return text if explained else f"{type(error).__name__}: {text}"

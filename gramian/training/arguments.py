@@ -1,4 +1,4 @@
-"""Translation of a configuration for transformers' `Trainer`, checked against the machine."""
+"""Make the arguments of transformers' `Trainer`, and check that they suit the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from gramian._processes import world_size
 from gramian.models import BLOCKS
@@ -19,10 +19,10 @@ __all__ = ["count_steps", "make_arguments"]
 
 
 def count_steps(config: TrainingConfig, data: Any) -> int:
-    """Count the optimizer steps of a run on a training set.
+    """Return the number of optimizer steps of a run on the training set `data`.
 
     Raises:
-        ConfigError: on epochs of a training set of unknown length.
+        ConfigError: if the run is given in epochs and the length of the training set is unknown.
     """
     optimization = config.optimization
     if optimization.steps is not None:
@@ -34,16 +34,21 @@ def count_steps(config: TrainingConfig, data: Any) -> int:
     return max(1, round(optimization.epochs * an_epoch))
 
 
-def make_arguments(config: TrainingConfig, steps: int, bar: bool = False) -> TrainingArguments:
-    """Translate a configuration for transformers' `Trainer`.
+def make_arguments(
+    config: TrainingConfig, model: PreTrainedModel, steps: int, bar: bool = False
+) -> TrainingArguments:
+    """Translate a configuration into the arguments of transformers' `Trainer`.
 
     Args:
         config: configuration of the run.
+        model: the model to train. If FSDP2 is requested, it shards the model's blocks.
         steps: number of optimizer steps.
         bar: whether transformers shows its progress bar.
 
     Raises:
-        ConfigError: if the batch or the processes do not fit.
+        ConfigError: if the batch cannot be divided among the processes and micro-batches; if the
+            number of processes does not suit the machine, the environment or FSDP; or if the model
+            is to be sharded, but its block is not registered.
     """
     optimization, evaluation, hardware = config.optimization, config.evaluation, config.hardware
     processes, on_cpu = _processes(hardware)
@@ -66,7 +71,7 @@ def make_arguments(config: TrainingConfig, steps: int, bar: bool = False) -> Tra
     recomputing = {}
     if hardware.gradient_checkpointing and not hardware.fsdp:
         known = TrainingArguments.__dataclass_fields__
-        name = "activation_checkpointing"  # the newer name
+        name = "activation_checkpointing"  # its name in newer versions of transformers
         recomputing = {name if name in known else "gradient_checkpointing": True}
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
@@ -101,7 +106,7 @@ def make_arguments(config: TrainingConfig, steps: int, bar: bool = False) -> Tra
         bf16=hardware.bf16,
         torch_compile=hardware.compile,
         fsdp=hardware.fsdp or None,
-        fsdp_config=_sharding(config) if hardware.fsdp else None,
+        fsdp_config=_sharding(config, model) if hardware.fsdp else None,
         dataloader_num_workers=hardware.workers,
         dataloader_pin_memory=not on_cpu and torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
@@ -118,19 +123,30 @@ def make_arguments(config: TrainingConfig, steps: int, bar: bool = False) -> Tra
     return arguments
 
 
-def _sharding(config: TrainingConfig) -> dict[str, Any]:
-    """Return the options of FSDP2: one group of parameters for each of the model's blocks."""
-    block = BLOCKS.get(str(config.model.get("block", "mlp")), BLOCKS["mlp"])
+def _sharding(config: TrainingConfig, model: PreTrainedModel) -> dict[str, Any]:
+    """Return the options of FSDP2: one group of parameters for each of the model's blocks.
+
+    Raises:
+        ConfigError: if the model's class of blocks is not registered.
+    """
+    kind = getattr(model.config, "block", None)
+    if kind not in BLOCKS:
+        raise ConfigError(
+            f"hardware.fsdp needs a model of registered blocks ({', '.join(BLOCKS)}); got a "
+            f"{type(model).__name__} of block {kind!r}."
+        )
     return {
         "version": 2,
-        "transformer_layer_cls_to_wrap": [block.__name__],
+        "transformer_layer_cls_to_wrap": [BLOCKS[kind].__name__],
         "activation_checkpointing": config.hardware.gradient_checkpointing,
     }
 
 
 def _processes(hardware: Hardware) -> tuple[int, bool]:
-    """Return the number of processes, and whether they train on CPUs, the default without
-    accelerators."""
+    """Return the number of processes, and whether they train on CPUs.
+
+    They train on CPUs if the configuration says so, or if the machine has no accelerator.
+    """
     try:
         processes = world_size()
     except ValueError as error:
@@ -142,6 +158,6 @@ def _processes(hardware: Hardware) -> tuple[int, bool]:
     if processes > 1 and here > devices:
         raise ConfigError(
             f"{here} processes of this machine need an accelerator each, and it has {devices}: "
-            "start as many, or give hardware.device=cpu."
+            "start at most that many processes, or give hardware.device=cpu."
         )
     return processes, False

@@ -1,4 +1,4 @@
-"""Collation of a task's rows into a batch for a model of transformers."""
+"""Collate rows of a task into a batch for a transformers model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["Collator", "Packer"]
 class Collator:
     """A collator that pads on the right under a mask, and does not shift labels.
 
-    A causal language model of transformers shifts `labels`; ours are due at their own positions and
-    are passed as `shift_labels`, which are not shifted.
+    A causal language model of transformers shifts `labels` by one position. Labels of tasks already
+    belong to their positions, so they are passed as `shift_labels`, which are not shifted.
     """
 
     def __init__(self, description: Description) -> None:
@@ -42,19 +42,20 @@ class Collator:
 
 
 class Packer:
-    """A collator that packs sequences end to end instead of padding; each runs as if alone.
+    """A collator that packs sequences end to end instead of padding each of them.
 
-    A row is at most as long as the longest sequence of the task or the batch. `position_ids`
-    restart at 0 with every sequence, which is how the models separate them; the rest of a row is
-    padding under `attention_mask`, where positions continue. Labels keep the positions at which
-    they are due, so none is shifted across a border, and padding has the label -100. Labels of
-    whole sequences are in the order of the sequences in the rows.
+    The models process each packed sequence as if it were alone. A row is at most as long as the
+    longest sequence of the task, or of the batch if that is longer. `position_ids` restart at 0
+    with every sequence, which shows the models where sequences begin. The rest of a row is padding,
+    which `attention_mask` marks. In the padding, `position_ids` continue. No label is shifted, so
+    none moves from one sequence into another, and padding has the label -100. Labels of whole
+    sequences are in the order of the sequences in the rows.
 
     Args:
         description: description of a task whose kind is `packable`.
 
     Raises:
-        ValueError: on a task of another kind.
+        ValueError: if the kind of the task is not `packable`.
     """
 
     def __init__(self, description: Description) -> None:
@@ -101,9 +102,9 @@ class Packer:
 def fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Return indices of `lengths`, grouped into rows of total length at most `room`.
 
-    A sequence longer than `room` has its own row. First-fit decreasing: the longest sequences come
-    first, and each goes into the first row with room for it, which gives at most 11/9 of the
-    smallest possible number of rows, and one more.
+    A sequence longer than `room` has its own row. The algorithm is first-fit decreasing: the
+    longest sequences come first, and each goes into the first row with room for it. The number of
+    rows is at most 11/9 of the smallest possible number, plus one.
     """
     rows: list[list[int]] = []
     left: list[int] = []

@@ -1,16 +1,14 @@
-"""The keys of a configuration as data, with the meaning that each field declares."""
+"""List the keys of a configuration, with their defaults and meanings."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import textwrap
 from dataclasses import dataclass
 from typing import Any
 
 from gramian._json import to_json
 
-__all__ = ["Key", "list_keys", "setting"]
+__all__ = ["Key", "list_keys", "read_attributes", "setting"]
 
 
 @dataclass(frozen=True)
@@ -18,9 +16,9 @@ class Key:
     """A key of a configuration.
 
     Attributes:
-        name: its name with dots, such as `optimization.steps`.
-        default: its default in YAML, or None if the key must be given.
-        meaning: one line that explains it.
+        name: name of the key with its sections, such as `optimization.steps`.
+        default: default value in YAML, or None if the key must be given.
+        meaning: explanation of the key, on one line.
     """
 
     name: str
@@ -66,31 +64,59 @@ def list_keys(kind: type[Any], where: str = "") -> list[Key]:
 
 
 def _model_keys() -> list[Key]:
-    """List the fields of `GramianConfig`, with their meanings from its docstring."""
+    """List the fields of `GramianConfig`, with the meanings that its docstring gives."""
     from gramian.models import GramianConfig
 
     defaults = GramianConfig().to_dict()
     return [
         Key(f"model.{name}", _yaml(defaults.get(name)), meaning)
-        for name, meaning in _attributes(GramianConfig).items()
+        for name, meaning in read_attributes(GramianConfig).items()
     ]
 
 
-def _attributes(kind: type[Any]) -> dict[str, str]:
-    """Read the attributes section of a docstring, with each entry joined to one line."""
-    section = (inspect.getdoc(kind) or "").partition("\nAttributes:\n")[2]
-    found: dict[str, str] = {}
-    name = ""
-    for line in textwrap.dedent(section.partition("\n\n")[0]).splitlines():
-        if line.startswith(" "):
-            found[name] += f" {line.strip()}"
-        else:
-            name, _, meaning = line.partition(": ")
-            found[name] = meaning
-    return found
+def read_attributes(kind: type[Any]) -> dict[str, str]:
+    """Read the meanings of a class's fields from the section `Attributes:` of its docstring.
+
+    A line that begins with the name of an annotated field and a colon begins an entry, at any
+    indentation. The other lines of the section continue the entry before them. The section ends at
+    a blank line.
+
+    Args:
+        kind: the class, whose section must have one entry for each annotated field.
+
+    Returns:
+        A mapping from the names of the fields to their meanings, in the order of the section. Each
+        meaning is one line.
+
+    Raises:
+        ValueError: if a field has no entry or several.
+    """
+    lines = iter((kind.__doc__ or "").splitlines())
+    for line in lines:
+        if line.strip() == "Attributes:":
+            break
+    found: dict[str, list[str]] = {}
+    entry: list[str] = []
+    for line in lines:
+        if not line.strip():
+            break
+        name, colon, meaning = line.strip().partition(": ")
+        if not colon or name not in kind.__annotations__:
+            entry.append(line.strip())
+            continue
+        if name in found:
+            raise ValueError(f"the docstring of {kind.__name__} has two entries for {name}.")
+        entry = found[name] = [meaning]
+    missing = [name for name in kind.__annotations__ if name not in found]
+    if missing:
+        raise ValueError(f"the docstring of {kind.__name__} has no entry for {missing[0]}.")
+    return {name: " ".join(entry) for name, entry in found.items()}
 
 
 def _yaml(value: Any) -> str:
-    """Format a plain value as YAML: as JSON, a subset of YAML, except for numbers like 1e-06."""
+    """Format a plain value as YAML.
+
+    JSON is almost a subset of YAML 1.1; only a number like 1e-06 needs a point.
+    """
     text = to_json(value)
     return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text

@@ -1,4 +1,4 @@
-"""Figures of training: the curves of one run, and the metric of a sweep along one axis."""
+"""Plot the curves of one run, and the metric of a sweep along one axis."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def plot_training(
 ) -> Figure:
     """Plot losses against steps and, in a second panel, another metric if one was measured.
 
-    The other metric is the accuracy, otherwise the relative error, otherwise `metric`.
+    The other metric is the first of these that was measured: the accuracy, the relative error,
+    `metric`.
 
     Args:
-        lines: lines of a run's `metrics.jsonl`: `step` with `loss`, `eval_loss` or another metric
-            prefixed by `eval_`.
-        metric: metric by which the run chose its best model.
+        lines: entries of a run's `metrics.jsonl`: dictionaries with a `step` and with `loss`,
+            `eval_loss` or another metric with the prefix `eval_`.
+        metric: the run's `evaluation.metric`, by which it chose its best model.
         title: title of the whole figure, such as the run's folder.
 
     Raises:
@@ -73,8 +74,8 @@ def plot_sweep(report: SweepReport) -> Figure:
     """Plot the best metric of the runs: means over the seeds with their standard deviations.
 
     The figure's title is the sweep's folder. The horizontal axis is the sweep's first numeric axis
-    other than the seed, with one line for every combination of the other axes' values. Bars are
-    drawn if no such axis exists or only the seed varies.
+    other than the seed, with one line for every combination of the other axes' values. If there is
+    no such axis, the figure has one bar for every combination.
 
     Args:
         report: report of a sweep with at least one finished run.

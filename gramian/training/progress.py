@@ -1,4 +1,4 @@
-"""Progress of `train` and `sweep`, which share the meaning of the argument `progress`."""
+"""Show the progress of `train` and `sweep`. Their argument `progress` has the same meaning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ SILENCE = 30.0
 
 
 class Lines:
-    """Print a line on standard error for every finished part, and at least every 30 seconds.
+    """A function that prints progress on standard error, one line for every finished part.
+
+    A call also prints a line if the last line is at least 30 seconds old.
 
     Args:
         what: name of the parts, such as `"runs"`.
@@ -32,7 +34,7 @@ class Lines:
         self._told = -math.inf
 
     def __call__(self, done: float, total: int) -> None:
-        """Print how many of `total` parts are done, if a line is due."""
+        """Print how many of `total` parts are done, unless the call comes too soon."""
         now = time.monotonic()
         whole = math.floor(done)
         if whole == self._done and now - self._told < SILENCE:
@@ -45,7 +47,10 @@ class Lines:
 
 
 class StepCallback(TrainerCallback):
-    """Call a function with the number of steps done and in total, at the start and every step."""
+    """A callback that calls a function with the number of steps done and the number of all steps.
+
+    The function is called at the start of training and after every step, in the main process only.
+    """
 
     def __init__(self, progress: Callable[[float, int], None]) -> None:
         self.progress = progress

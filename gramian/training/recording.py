@@ -1,4 +1,4 @@
-"""Records that a run writes while it trains: metrics, samples, and a description of the machine."""
+"""Write records during a run: metrics, samples, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ LEFT_OUT = ("total_flos",)
 
 
 class Recorder(TrainerCallback):
-    """A callback that writes every log entry as JSON with its step and the seconds since the start.
+    """A callback that writes every log entry as a line of JSON, with its step and its time.
 
-    Numbers that are not finite become null.
+    The time is in seconds since the start of this process's training. Numbers that are not finite
+    become null.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,8 +50,9 @@ class Recorder(TrainerCallback):
 class Sampler(TrainerCallback):
     """A callback that records the model's outputs on some rows after each evaluation.
 
-    It uses no random numbers. Text is continued greedily from the first half of a row; for other
-    tasks the predictions are recorded beside the targets.
+    The callback uses no random numbers, so it does not change the course of training. For tasks of
+    text, the model continues the first half of a row greedily. For other tasks, the predictions are
+    recorded beside the targets.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class Sampler(TrainerCallback):
                 use_cache=True,
                 pad_token_id=self.description.pad_token_id,
             )[0, len(ids) :]
-        except FloatingPointError:  # the loss convolves, so it need not have met this
+        except FloatingPointError:  # steps can overflow although the convolution does not
             return {"prompt": _text(ids), "text": None}
         return {"prompt": _text(ids), "text": _text(written)}
 
@@ -109,7 +111,7 @@ def _text(ids: torch.Tensor) -> str:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Remove the lines of later steps, and an incomplete last line, from a file of JSON lines."""
+    """Remove the lines of later steps from a file of JSON lines, and an incomplete last line."""
     if path.is_file():
         kept = [line for line in read_lines(path) if line["step"] <= step]
         with staged_file(path) as stage:
@@ -117,7 +119,7 @@ def cut_after(path: Path, step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the objects in a file of JSON lines, without an incomplete last line."""
+    """Read the objects in a file of JSON lines, up to the first line that is not valid JSON."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -128,13 +130,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON, completely or not at all."""
+    """Write a file of JSON, completely or not at all."""
     with staged_file(path) as stage:
         stage.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
 
 
 def environment(processes: int) -> dict[str, Any]:
-    """Describe the machine, the versions and the command."""
+    """Describe the machine, the versions of packages and the command."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:

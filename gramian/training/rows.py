@@ -1,8 +1,8 @@
-"""Rows of a `datasets.Dataset`, read at the cost of a slice.
+"""Read rows of a `datasets.Dataset` by slicing tensors.
 
-`datasets` takes milliseconds to format a batch of rows, which is a considerable part of a small
-model's step. Here a column is stored in memory, or in a mapped file, as values and offsets, and a
-row is a view of them.
+`datasets` takes milliseconds to format a batch of rows. This is a considerable part of the time of
+a small model's step. Here a column is stored as tensors of values, in memory or in a mapped file,
+together with the offsets at which its rows begin. A row is a view of the values.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """The rows of a dataset as read-only tensors.
 
     Args:
-        dataset: a dataset whose columns hold numbers, lists of numbers, or arrays; rows of a column
-            may differ in their first dimension only.
+        dataset: a dataset whose columns hold numbers, lists of numbers, or arrays. The rows of a
+            column may differ in the size of their first dimension only.
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
@@ -41,7 +41,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
-        """Return the rows `indices`; a `DataLoader` calls this method for each batch."""
+        """Return the rows `indices`. A `DataLoader` calls this method for each batch."""
         if self._columns is None:
             table, features = self.dataset.data.table, self.features
             self._columns = {
@@ -56,7 +56,7 @@ class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 class _Column:
-    """An Arrow column as chunks of values and the offset at which each row begins.
+    """An Arrow column, stored as chunks of values and the offset at which each row begins.
 
     Args:
         column: a chunked array.
@@ -80,7 +80,7 @@ class _Column:
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore", UserWarning
-                )  # which says that the array is read-only
+                )  # the warning says that the array is read-only
                 self.values.append(torch.from_numpy(values))
             self.offsets.append(offsets)
         self.starts = np.array(starts)

@@ -1,4 +1,4 @@
-"""The configuration of a sweep: a training configuration, and lists of values for its keys.
+"""Read the configuration of a sweep: a training configuration, and lists of values for keys.
 
     sweep:
       seed: [0, 1, 2]
@@ -45,8 +45,8 @@ class SweepPoint:
     """One training run of a sweep.
 
     Attributes:
-        name: name of its folder within the sweep's.
-        values: the value of every axis at this point: that of a key, or the name of a group of
+        name: name of the run's folder within the sweep's folder.
+        values: for each axis, the value of its key at this point, or the name of the group of
             changes.
         config: the run's configuration.
     """
@@ -62,8 +62,8 @@ class SweepConfig:
 
     Attributes:
         output: the sweep's folder, which contains one folder per point.
-        axes: the values of every axis, in the order of the file.
-        points: the grid, whose last axis varies fastest.
+        axes: for each axis, a list of all its values. The axes are in the order of the file.
+        points: all points of the grid. The last axis varies fastest.
         source: the plain values from which the configuration was parsed.
     """
 
@@ -85,14 +85,15 @@ def load_sweep(
 
     Args:
         path: the file.
-        overrides: changes `key=value` for the configuration that all points share, with dots in the
-            key and the value in YAML; `"sweep.task.vocab_size=[10, 20]"` sets an axis.
-        imports: modules to add to the key `imports`, which all points share.
+        overrides: changes `key=value` to the configuration that all points share. Dots in the key
+            separate sections, and the value is YAML. `"sweep.task.vocab_size=[10, 20]"` sets an
+            axis.
+        imports: modules to add to the key `imports`. All points import them.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ConfigError: on text that is not YAML, a module that cannot be imported, and where
-            `parse_sweep` raises it.
+        ConfigError: if the file is not valid YAML, if a module cannot be imported, or if
+            `parse_sweep` raises this error.
     """
     values = read_values(path)
     for override in overrides:
@@ -107,11 +108,11 @@ def load_sweep(
 
 
 def parse_sweep(values: Mapping[str, Any]) -> SweepConfig:
-    """Make a sweep from plain values, and parse the configuration of every point.
+    """Make a sweep from plain values, such as those that YAML gives, and parse all points.
 
     Raises:
-        ConfigError: if there are no axes, on an axis that is empty, repeats a value or changes a
-            key that another axis changes, and on a point whose configuration does not parse.
+        ConfigError: if there are no axes; if an axis is empty, repeats a value or changes a key
+            that another axis changes; or if the configuration of a point is invalid.
     """
     source = copy.deepcopy(dict(values))
     axes = {name: _axis(name, axis) for name, axis in _axes(source).items()}
@@ -153,7 +154,7 @@ def parse_sweep(values: Mapping[str, Any]) -> SweepConfig:
 
 @dataclass(frozen=True)
 class _Changes:
-    """The changes of one value of an axis, and the text that tables show for it."""
+    """The changes that one value of an axis makes, and the text that tables show for the value."""
 
     shown: Any
     changes: dict[str, Any]
@@ -167,7 +168,10 @@ def _axes(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _axis(name: str, axis: Any) -> dict[str, _Changes]:
-    """Return the changes of each value of an axis by its label, which can name a folder."""
+    """Return a mapping from the label of each value of an axis to its changes.
+
+    A label can be part of the name of a folder.
+    """
     if not isinstance(name, str) or not isinstance(axis, list | tuple | Mapping) or not axis:
         raise ConfigError(
             f"the axis {name} of the sweep must be a list of values, or names with the changes "
@@ -194,7 +198,10 @@ def _axis(name: str, axis: Any) -> dict[str, _Changes]:
 
 
 def _check_keys(axes: Mapping[str, Mapping[str, _Changes]]) -> None:
-    """Check that no axis sets a fixed key, nor a key that another axis sets in whole or in part."""
+    """Check that no axis sets a fixed key, and that no two axes set the same key.
+
+    Setting a section also sets the keys inside it.
+    """
     owners: dict[str, str] = {}
     for name, axis in axes.items():
         for key in {key for place in axis.values() for key in place.changes}:
@@ -212,7 +219,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _short_names(axes: Mapping[str, Any]) -> dict[str, str]:
-    """Return the last part of each key, if these are all different."""
+    """Return a short name for each key: its last part or, if that is not unique, the whole key."""
     last = [name.rsplit(".", 1)[-1] for name in axes]
     return {
         name: _safe(one if last.count(one) == 1 else name)
@@ -221,10 +228,10 @@ def _short_names(axes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _label(value: Any) -> str:
-    """Return a text for a folder's name, which is different for different values."""
+    """Return text for a folder's name. Different values have different texts."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     safe = _safe(text)[:LONGEST]
-    # Text that reads as a number or null gets a label other than that of the number or null.
+    # The text "1" must have another label than the number 1, and the text "null" than null.
     plain = safe == text and (not isinstance(value, str) or _is_word(value))
     return safe if plain else f"{safe}-{_digest(repr(type(value)) + text)}"
 

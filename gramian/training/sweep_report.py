@@ -1,4 +1,4 @@
-"""The results of a sweep: all points, means over the seeds, and tables."""
+"""Gather the results of a sweep: all points, means over the seeds, and tables."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["SEED", "PointReport", "Spread", "SweepReport", "SweepRow"]
 
 SEED = "seed"
 STATE_SIZES = {"ess": "ESS", "ess_utilization": "ESS / TSS"}
-"""Metrics of memory and the headings of their columns, which appear if they were measured."""
+"""The headings of the columns of metrics of memory. A column appears if its metric was measured."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean and a sample standard deviation, which is None for a single value."""
+    """A mean and a sample standard deviation. For a single value, the deviation is None."""
 
     mean: float
     deviation: float | None
@@ -46,10 +46,10 @@ class PointReport:
     """One run of a sweep.
 
     Attributes:
-        name: name of its folder within the sweep's.
-        values: the value of every axis at this point.
+        name: name of the run's folder within the sweep's folder.
+        values: the value of each axis at this point.
         report: report of the run, or None if it failed.
-        error: one line that says why it failed, or None.
+        error: one line that says why the run failed, or None.
     """
 
     name: str
@@ -63,15 +63,17 @@ class SweepRow:
     """A group of runs that differ only in their seeds.
 
     Attributes:
-        values: the value of every axis but the seed.
+        values: for each axis except the seed, the value that the runs share.
         runs: number of runs that finished.
         failed: number of runs that failed.
-        best: the metric at its best evaluation, over the finished runs; None if no run finished.
-        last: the metric at the end.
+        best: mean and deviation, over the finished runs, of the metric at its best evaluation. If
+            no run finished, this attribute and the ones below are None.
+        last: mean and deviation of the metric at the last evaluation.
         steps: mean number of optimizer steps.
-        seconds: mean time that the last process spent on each run.
-        ess: the average effective state-size at the end; None unless `evaluation.ess.rows` is set.
-        ess_utilization: likewise, the share of the state in use.
+        seconds: mean wall time of a run in seconds, counted from its last resumption.
+        ess: mean and deviation of the average effective state-size at the last evaluation; None
+            unless `evaluation.ess.rows` is set.
+        ess_utilization: mean and deviation of the share of the state in use; None in the same case.
     """
 
     values: dict[str, Any]
@@ -87,12 +89,12 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """The results of a sweep, which print as the table of `rows`.
+    """The results of a sweep. A report prints as the table of `rows`.
 
     Attributes:
         output: the sweep's folder.
         metric: `evaluation.metric`, by which the best evaluation of each run was chosen.
-        axes: the values of every axis.
+        axes: for each axis, a list of all its values.
         points: all runs, in the order of the grid.
     """
 
@@ -132,11 +134,11 @@ class SweepReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole report as values that JSON can hold."""
+        """Return the whole report as values that JSON can represent."""
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
     def to_csv(self) -> str:
-        """Return one line for every run: its axes, then everything that was measured."""
+        """Return CSV with one line for every run: the value of each axis, then the results."""
         columns = [
             self._line(point) | ({} if point.error is None else {"error": point.error})
             for point in self.points
@@ -162,7 +164,7 @@ class SweepReport:
         return line
 
     def to_markdown(self) -> str:
-        """Return the table of `rows`, followed by the runs that failed."""
+        """Return the table of `rows` in Markdown, followed by the runs that failed."""
         header, *lines = self._cells()
         text = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
         text += [
@@ -174,7 +176,7 @@ class SweepReport:
 
     @property
     def summary(self) -> str:
-        """Return one sentence on the number of runs, the failures, and the table."""
+        """Return one sentence: the numbers of runs and of failures, and what the table shows."""
         words = f"{len(self.points)} runs"
         if self.failed:
             words += f", {len(self.failed)} failed"
@@ -219,7 +221,7 @@ class SweepReport:
 
 
 def _measured(reports: Sequence[TrainingReport], metric: str) -> Spread | None:
-    """Return the spread of a metric over the runs that measured it, or None if none did."""
+    """Return the spread of a metric over the runs that measured it, or None if no run did."""
     values = [report.metrics[metric] for report in reports if metric in report.metrics]
     return Spread.of(values) if values else None
 

@@ -1,8 +1,8 @@
-"""The `Trainer` of transformers with our parameter groups, exact scores and complete checkpoints.
+"""Extend transformers' `Trainer` by parameter groups for filters, exact scores, safe checkpoints.
 
-A checkpoint is valid once its last file, `complete`, exists: a run that was killed while writing a
-checkpoint resumes from the one before. The best model so far is saved in `best/`, beside the folder
-of checkpoints.
+A checkpoint is valid once its last file, `complete`, exists. If a run was killed while it wrote a
+checkpoint, it resumes from the checkpoint before. The best model so far is saved in `best/`, beside
+the folder of checkpoints.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gramian.memory import MemoryLosses
 from gramian.tasks import Description, find_kind
 from gramian.training.collation import Packer
 from gramian.training.configuration import ConfigError
+from gramian.training.starting import base_of, save_description
 
 __all__ = ["DivergedError", "GramianTrainer", "Patience", "complete_checkpoints"]
 
@@ -35,9 +36,9 @@ COMPLETE = "complete"
 
 
 class DivergedError(FloatingPointError):
-    """An error for a run whose loss or weights are no longer finite, so that it cannot go on.
+    """The error of a run that cannot go on because its loss or its weights are no longer finite.
 
-    The message is one sentence that names the last good checkpoint, which is kept.
+    The message is one sentence that names the last good checkpoint. This checkpoint is kept.
     """
 
 
@@ -48,14 +49,18 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 class Patience(EarlyStoppingCallback):
-    """Early stopping that does not require loading the best model, which is saved in a folder."""
+    """Early stopping by transformers that does not load the best model at the end.
+
+    Transformers demands that `load_best_model_at_end` is set. Here the best model is saved in the
+    folder `best/` anyway.
+    """
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         pass
 
 
 def total(prediction: Any, description: Description) -> dict[str, float]:
-    """Compute metrics from the scores of all sequences; `loss` is the first of them.
+    """Compute metrics from the scores of all sequences, and return the first one as `loss` too.
 
     Raises:
         ConfigError: if no sequence has a label to score.
@@ -68,12 +73,12 @@ def total(prediction: Any, description: Description) -> dict[str, float]:
 
 
 def _shard_this_process(state: AcceleratorState, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Switch accelerate's process-wide state, which it keeps in two places, to sharding.
+    """Switch accelerate's state of this process to sharding, in both objects that store it.
 
-    The change affects every trainer that the process makes afterwards, as accelerate's own does.
+    The change affects every later trainer of the process, as if accelerate had made it.
     """
     state.distributed_type = DistributedType.FSDP
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    PartialState().distributed_type = DistributedType.FSDP  # instances share their attributes
     state.fsdp_plugin = plugin
 
 
@@ -84,8 +89,8 @@ class GramianTrainer(Trainer):
         description: description of the task.
         folder: folder of the run.
         tokenizer: tokenizer to save beside the best model, or None.
-        losses: losses on the model's memory, added to the task's.
-        packer: collator for training batches; all other batches use `data_collator`.
+        losses: losses on the model's memory, which are added to the task's loss; None adds none.
+        packer: collator that packs training batches; None uses `data_collator` for them too.
         kwargs: further arguments of `Trainer`.
     """
 
@@ -106,7 +111,7 @@ class GramianTrainer(Trainer):
             preprocess_logits_for_metrics=lambda outputs, labels: kind.score(
                 outputs[0] if isinstance(outputs, tuple | list) else outputs, labels
             ),
-            compute_metrics=lambda prediction: {},  # computed below, where the loss is available
+            compute_metrics=lambda prediction: {},  # `evaluation_loop` computes them
             **kwargs,
         )
         self.description = description
@@ -116,16 +121,16 @@ class GramianTrainer(Trainer):
         self.packer = packer
         self.logged: dict[str, list[float]] = {}
         # Losses are sums over the labels, divided by the number of labels in the whole batch,
-        # however the batch is divided among processes and micro-batches.
+        # so they do not depend on the division among processes and micro-batches.
         self.model_accepts_loss_kwargs = True
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Count as the original does, but at least 1, so a batch without labels has zero loss."""
+        """Count labels as transformers does, but return at least 1 to avoid a division by zero."""
         count = super()._get_num_items_in_batch(*args, **kwargs)
         return count.clamp_min(1) if isinstance(count, Tensor) else count
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Make the original's loader, with packed rows if requested; evaluation is never packed."""
+        """Make transformers' data loader, with packed rows if there is a packer."""
         collator = self.data_collator
         try:
             self.data_collator = self.packer or collator
@@ -134,7 +139,10 @@ class GramianTrainer(Trainer):
             self.data_collator = collator
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the original's accelerator, but let FSDP2 shard over CPUs too, unlike accelerate."""
+        """Make transformers' accelerator, and let FSDP2 shard over CPUs too.
+
+        Accelerate itself does not shard over CPUs.
+        """
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and self.accelerator.distributed_type is DistributedType.MULTI_CPU:
             plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
@@ -142,7 +150,7 @@ class GramianTrainer(Trainer):
             self.is_fsdp_enabled = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return AdamW over `gramian.parameter_groups`."""
+        """Return AdamW for the parameter groups that `gramian.parameter_groups` makes."""
         if self.optimizer is None:
             arguments: TrainingArguments = self.args
             groups = parameter_groups(
@@ -161,8 +169,10 @@ class GramianTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        """Compute the original's loss; in training, compute logits at the labelled positions alone,
-        and add the losses on memory."""
+        """Compute transformers' loss and, in training, add the losses on memory.
+
+        In training, logits are computed at the labelled positions only, if that saves work.
+        """
         if self.args.torch_compile:  # compiled code cannot read values, and its shapes are fixed
             shape = inputs["input_ids" if "input_ids" in inputs else "input_values"].shape
             due = self.kind.logits_shape(shape[0], shape[1], self.model.config)
@@ -180,11 +190,13 @@ class GramianTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as the original does; a training entry adds the mean losses on memory since the last.
+        """Log as transformers does, and add to training entries the mean losses on memory.
+
+        The means are over the steps since the previous training entry.
 
         Raises:
-            DivergedError: after writing an entry whose loss is not finite. Checkpoints are written
-                at steps that log, after the entry, so none holds a model that has diverged.
+            DivergedError: if the loss is not finite. The entry is written first. A checkpoint is
+                written only after the entry of its step, so no checkpoint holds a diverged model.
         """
         if "loss" in logs:
             logs |= {name: sum(values) / len(values) for name, values in self.logged.items()}
@@ -201,7 +213,10 @@ class GramianTrainer(Trainer):
         return DivergedError(f"{what} at step {self.state.global_step}; {kept}.")
 
     def _check_weights(self) -> None:
-        """Raise a `DivergedError` if a weight is not finite; every process must call this."""
+        """Raise a `DivergedError` if a weight is not finite.
+
+        Every process must call this method.
+        """
         wrong = torch.zeros((), device=self.args.device)
         for parameter in self.model.parameters():
             shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
@@ -210,7 +225,10 @@ class GramianTrainer(Trainer):
             raise self._diverged("a weight is no longer finite")
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Evaluate as the original does, with the loss over all labels, not a mean over batches."""
+        """Evaluate as transformers does, but compute metrics over all labels.
+
+        Transformers would compute the loss as a mean over batches.
+        """
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         exact = total(output, self.description)
         if self.args.metric_for_best_model not in exact:
@@ -222,9 +240,9 @@ class GramianTrainer(Trainer):
         return output
 
     def save_as(self, name: str) -> None:
-        """Write the model and its tokenizer to `name` in the run's folder, complete or not at all.
+        """Write the model and its tokenizer to the folder `name` inside the run's folder.
 
-        Every process must call this method.
+        The folder is written completely or not at all. Every process must call this method.
 
         Raises:
             DivergedError: if a weight is not finite.
@@ -240,6 +258,8 @@ class GramianTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             (stage / "training_args.bin").unlink(missing_ok=True)  # a pickle that names the machine
+            if base_of(self.model) is not self.model:
+                save_description(self.model, stage)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(stage)
             old = self.folder / f".{name}-old"
@@ -262,4 +282,6 @@ class GramianTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if base_of(self.model) is not self.model:
+                save_description(self.model, folder)
             (folder / COMPLETE).touch()

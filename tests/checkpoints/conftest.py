@@ -10,6 +10,7 @@ outside of the unit circle.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,3 +125,23 @@ HUGGING_FACE_DNA = {
     "embed_dropout": 0.1,
     "layer_norm_epsilon": 1e-5,
 }
+
+
+@pytest.fixture
+def call(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """A command in an empty folder: status, output and errors."""
+
+    def main(*arguments: object) -> tuple[int, str, str]:
+        cli = pytest.importorskip("gramian.cli")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["gramian", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        assert isinstance(exit.value.code, int)
+        return (exit.value.code, *capfd.readouterr())
+
+    return main

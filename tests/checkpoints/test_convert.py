@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,27 +13,6 @@ import torch
 pytest.importorskip("typer")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from gramian import cli
-
-
-@pytest.fixture
-def call(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., tuple[int, str, str]]:
-    """A command in an empty folder: status, output and errors."""
-
-    def main(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["gramian", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        assert isinstance(exit.value.code, int)
-        return (exit.value.code, *capfd.readouterr())
-
-    return main
 
 
 def test_every_checkpoint(call: Any, every: Any, tmp_path: Path) -> None:
@@ -88,6 +65,7 @@ def test_settings_by_hand(call: Any, published: Any, tmp_path: Path) -> None:
         (("{file}", "out", "--format", "gpt2"), "format must be one of"),
         (("{file}", "out", "--format", "striped_hyena"), "its keys are those of"),
         (("{file}", "out", "--config", "absent.json"), "no configuration absent.json"),
+        (("{file}", "out", "--config", "evo2_9b"), "a file or one of evo2_1b_base, evo2_7b,"),
         (("{expected}", "out"), "is no checkpoint of"),
     ],
 )

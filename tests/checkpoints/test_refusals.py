@@ -48,7 +48,8 @@ def test_foreign_keys_are_named(refused: Any, write: Any) -> None:
 
 def test_a_configuration_is_needed(refused: Any, write: Any, published: Any) -> None:
     file = write(published("hyenadna_tiny").tensors())
-    assert "no configuration beside it" in refused(file, FileNotFoundError)
+    sentence = refused(file, FileNotFoundError)
+    assert "no configuration beside it" in sentence and "such as evo2_7b (--config" in sentence
     missing = file.parent / "other.json"
     assert "other.json" in refused(file, FileNotFoundError, config=missing)
     (file.parent / "config.json").write_text("{")

@@ -47,7 +47,8 @@ def test_dna_is_padded_on_the_left(tmp_path: Path) -> None:
 
 
 def test_other_characters() -> None:
-    assert DNATokenizer("ACGU")("UAT").input_ids == [10, 7, 6]
+    assert DNATokenizer("ACGU")("UATX").input_ids == [10, 7, 10, 6]
+    assert DNATokenizer("ACGTU")("UT").input_ids == [11, 10]
 
 
 @pytest.mark.parametrize("text", ["ACGT", "a\tné“”\n", "", "Āā", "<|eos|>"])
@@ -91,3 +92,21 @@ def test_a_tokenizer_in_the_folder_is_taken(published: Any, tmp_path: Path) -> N
     assert tokenizer is not None and tokenizer("D").input_ids == [10]
     (tmp_path / "tokenizer.json").write_text("{")
     assert checkpoints.load(tmp_path).tokenizer is None
+
+
+@pytest.mark.parametrize(
+    "characters", ["ACGTN", "ACGT", "acgt", "acgtn", "ACGUN", "acgu", "ACGTacgt"]
+)
+def test_a_text_of_bases_has_the_ids_that_tasks_give_it(characters: str) -> None:
+    """Whatever its case and line ends are, and whether it is DNA or RNA."""
+    from gramian.tasks import Document, Encoder
+
+    tokenizer = DNATokenizer(characters)
+    encode = Encoder(tokenizer, special_tokens=False)
+    for text in ("ACGTTGCA", "ACGUUGCA", "AC GT\nACGT\r\n"):
+        ids = encode(Document(text)).tolist()
+        assert 6 not in ids
+        assert tokenizer(text).input_ids == ids
+        if characters != "ACGTacgt":
+            assert tokenizer(text.lower()).input_ids == ids
+    assert tokenizer("ACGU").input_ids == tokenizer("ACGT").input_ids

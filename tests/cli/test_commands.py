@@ -80,7 +80,7 @@ def test_version_and_help(tmp_path: Path) -> None:
     assert (version.returncode, version.stdout) == (0, f"gramian {gramian.__version__}\n")
     overview = run("--help", cwd=tmp_path)
     assert overview.returncode == 0
-    commands = "demo distill convert generate check analyze train sweep evaluate export"
+    commands = "demo distill convert generate check analyze train sweep evaluate export score embed"
     for command in commands.split():
         assert command in overview.stdout
 
@@ -130,6 +130,8 @@ def test_an_answer_that_needs_no_model_waits_for_nothing(
         ("generate model --prompt x --temperature 0", "--temperature must be above 0"),
         ("generate model --prompt x --top-p 2", "--top-p must be above 0 and at most 1"),
         ("generate model --prompt x --top-k -1", "--top-k must be 0"),
+        ("generate model --prompt x --alphabet ''", "--alphabet: the alphabet must have at least"),
+        ("generate model --prompt x --alphabet aé", "--alphabet: the alphabet must have chara"),
         ("generate model --prompt x --max-new-tokens 0", "--max-new-tokens must be at least 1"),
         ("demo --output empty --steps 1", "not written by the demo"),
         ("demo --tol 7", "the tolerance must lie between 0 and 1"),
@@ -234,6 +236,16 @@ def test_ways_of_generating_write_the_same_text(workplace: Path, call: Call, opt
     command = "generate model --prompt abcdefg --max-new-tokens 20 --seed 5"
     status, plain, _ = call(command, workplace)
     assert call(f"{command} {options}", workplace)[:2] == (status, plain) == (0, plain)
+
+
+@pytest.mark.parametrize("options", ["", "--greedy", "--stream", "--prefill-chunk 2"])
+@pytest.mark.parametrize("model", ["model", "distilled"])
+def test_an_alphabet_is_kept(workplace: Path, call: Call, model: str, options: str) -> None:
+    command = f"generate {model} --prompt xyz --max-new-tokens 25 --alphabet ACGT {options}"
+    status, out, err = call(command, workplace)
+    assert (status, err) == (0, "")
+    assert out.startswith("xyz") and out.endswith("\n")
+    assert len(out) == 29 and {*out[3:-1]} <= {*"ACGT"}
 
 
 def test_a_stream_comes_in_pieces(

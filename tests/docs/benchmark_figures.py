@@ -331,6 +331,18 @@ def _task(task: str, layer: str) -> Callable[[Results], str]:
     return text
 
 
+def _genomes(model: str, job: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        peaks = [
+            f"{row['peak_mib']:.0f}"
+            for row in r["rows"]
+            if (row["model"], row["job"]) == (model, job)
+        ]
+        return f"{' and '.join(peaks)} MiB"
+
+    return text
+
+
 def _stands(text: str) -> Callable[[Results], str]:
     """A figure whose run was not kept as JSON."""
     return lambda _: text
@@ -447,5 +459,10 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_distillation", _rank_correlation("error")),
         ("ess_distillation", _rank_correlation("divergence")),
         ("ess_distillation", _rank_correlation("increase")),
+    ],
+    "Genomes": [
+        ("genomes", _genomes(model, job))
+        for job in ("mean", "none", "score")
+        for model in ("HyenaDNA", "StripedHyena")
     ],
 }

@@ -30,6 +30,7 @@ PACKAGES = (
     "gramian.evaluation",
     "gramian.export",
     "gramian.filters",
+    "gramian.genomics",
     "gramian.memory",
     "gramian.mixers",
     "gramian.models",
@@ -137,7 +138,8 @@ def documented(package: str, name: str, value: Any) -> bool:
 
 def constants_with_docstrings(package: str) -> set[str]:
     """Names assigned in a module of the package, or in one that all packages share, whose next
-    statement is a text."""
+    statement is a text.
+    """
     module = importlib.import_module(package)
     assert module.__file__ is not None
     found = set()

@@ -89,7 +89,7 @@ def test_a_table_says_what_was_compared(call: Call, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_get_one_line(call: Call, tmp_path: Path, arguments: str, sentence: str) -> None:
-    save(tmp_path / "model", filter={"type": "implicit"})
+    save(tmp_path / "model", filter={"type": "implicit"}, max_position_embeddings=300)
     status, out, err = call(arguments)
     assert (status, out) == (1, "")
     assert err.startswith("gramian: ") and err.count("\n") == 1 and sentence in err

@@ -112,13 +112,13 @@ def test_forms_of_a_transfer_function(tmp_path: Path, form: str) -> None:
 
 
 def mixers() -> dict[str, Any]:
-    filter = {"type": "modal", "orders": [1, 1, 4, 7, 7, 2]}
+    filter = {"type": "modal", "orders": [1, 1, 7, 7, 7, 1]}
     return {
         "block": Block(
             WIDTH, LongConvolution(build(filter, channels=WIDTH, max_length=70)), norm="batch"
         ),
         "hyena": Hyena(WIDTH, {"type": "s4d", "state_size": 8}, 70, order=3),
-        "multi_hyena": MultiHyena(WIDTH, 3, {"type": "modal", "orders": [1, 9, 2]}, 70),
+        "multi_hyena": MultiHyena(WIDTH, 3, {"type": "modal", "orders": [1, 9, 1]}, 70),
     }
 
 

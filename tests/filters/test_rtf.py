@@ -194,7 +194,8 @@ def test_chain_goes_on_to_the_lattice_and_ends_with_the_taps() -> None:
 @pytest.mark.parametrize("numerator", ["truncated", "exact"])
 def test_truncated_backpropagation_through_time(stability: str, numerator: str) -> None:
     """Chunks with carried states give the whole sequence's outputs, and gradients that stop at the
-    chunk where the state is detached and pass through it where not."""
+    chunk where the state is detached and pass through it where not.
+    """
     layer = LongConvolution(randomised(stability, numerator)).double()
     x = torch.randn(2, 90, 6, dtype=torch.float64)
     whole = layer(x)

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from gramian import parameter_groups
 from gramian.filters import RTF, ModalFilter, build
 from gramian.mixers import Block, Hyena, LongConvolution, Mixer, MultiHyena
+from gramian.testing import check_mixer
 
 WIDTH, MAX_LENGTH = 6, 40
 FILTER: dict[str, Any] = {"type": "modal", "orders": 2}
@@ -34,6 +35,13 @@ def make(mixer: Any = None, **kwargs: Any) -> Block:
             if tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) + (0.5 if name != "bias" else 0.0))
     return block.eval()
+
+
+@norms
+@orders
+@pytest.mark.parametrize("kind", MIXERS)
+def test_every_block_conforms(kind: str, norm: str, prenorm: bool) -> None:
+    check_mixer(make(MIXERS[kind](), norm=norm, prenorm=prenorm))
 
 
 def signal(batch: int, length: int) -> torch.Tensor:

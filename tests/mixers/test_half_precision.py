@@ -130,7 +130,8 @@ def test_every_form_is_the_map_in_double_precision(name, dtype, autocast):
 
 def with_large_values(name: str, scale: float = 600.0) -> Mixer:
     """Products of values, or of keys and values, beyond 65,504, and an outer gate that brings them
-    back."""
+    back.
+    """
     torch.manual_seed(0)
     mixer = MIXERS[name]()
     factors = torch.ones(mixer.in_proj.weight.shape[0])

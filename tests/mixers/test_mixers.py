@@ -21,6 +21,7 @@ from gramian.mixers import (
     WeightedLinearAttention,
 )
 from gramian.mixers.multi_hyena import convolved_outer_products, toeplitz_masked_attention
+from gramian.testing import check_mixer
 
 WIDTH, MAX_LENGTH = 12, 70
 FILTERS = {
@@ -109,6 +110,11 @@ def naive(mixer: Mixer, x: torch.Tensor) -> torch.Tensor:
         y = norm.weight * y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         y = F.gelu(linear(y))
     return mixer.out_proj(y)
+
+
+@every_pair
+def test_every_pair_conforms(name, filter_name):
+    check_mixer(make(name, filter_name))
 
 
 @every

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from gramian.mixers import Block, SoftmaxAttention, SoftmaxAttentionState
+from gramian.testing import check_mixer
 
 WIDTH = 12
 KINDS: dict[str, dict[str, Any]] = {
@@ -29,6 +30,11 @@ every = pytest.mark.parametrize("kind", KINDS)
 def make(kind: str) -> SoftmaxAttention:
     torch.manual_seed(0)
     return SoftmaxAttention(WIDTH, **KINDS[kind]).double()
+
+
+@every
+def test_every_kind_conforms(kind: str) -> None:
+    check_mixer(make(kind))
 
 
 def signal(*shape: int) -> Tensor:

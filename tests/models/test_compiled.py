@@ -140,7 +140,7 @@ def test_copies_follow_the_weights(
     model, tokens = make_model(mixers=mixers, **options).float(), make_tokens(2, 9)
     model.compile_decoding(backend="eager")
     before = steps(model, tokens)
-    packing = model._packing
+    packing = model.packing
     assert packing is not None and len(packing) > 6  # all projections, MLPs and the head
     for name, parameter in model.named_parameters():
         if name.endswith(("proj.weight", "lm_head.weight", "embed_tokens.weight")):
@@ -161,11 +161,11 @@ def test_training_drops_the_copies_and_no_copy_of_the_model_has_them(
     model, tokens = make_model(mixers="hyena", filter=RAGGED).float(), make_tokens(1, 6)
     model.compile_decoding(backend="eager")
     expected = steps(model, tokens)
-    packing = model._packing
-    assert packing is not None and packing is model.model._packing
+    packing = model.packing
+    assert packing is not None and packing is model.model.packing
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other._packing is other.model._packing is not packing
-        assert len(other._packing) == 0
+        assert other.packing is other.model.packing is not packing
+        assert len(other.packing) == 0
         assert torch.equal(steps(other, tokens), expected)
     assert len(packing) > 0
     model.eval()

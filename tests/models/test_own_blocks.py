@@ -22,7 +22,7 @@ from gramian.models import (
     register_block,
 )
 from gramian.models.norms import apply_norm, make_norm
-from gramian.training import parse_config
+from gramian.training import ConfigError, TrainingConfig, parse_config
 from gramian.training.arguments import _sharding
 
 
@@ -102,16 +102,34 @@ def test_it_trains_saves_loads_generates_and_exports(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(run.generate(tokens.numpy(), 6)), written)
 
 
-def test_sharding_wraps_it() -> None:
-    config = parse_config(
-        {
-            "task": {"name": "mqar"},
-            "model": {"block": "scaled", "norm": "layer"},
-            "optimization": {"steps": 1},
-            "output": "run",
-        }
-    )
-    assert _sharding(config)["transformer_layer_cls_to_wrap"] == ["ScaledBlock"]
+@pytest.mark.parametrize("saved", [False, True])
+def test_sharding_wraps_it(saved: bool, tmp_path: Path) -> None:
+    """The configuration of a run names the block, or the folder of a saved model, which has it."""
+    model = make()
+    if saved:
+        model.save_pretrained(tmp_path / "saved")
+        model = load(tmp_path / "saved")
+    assert _sharding(_run_of(tmp_path), model)["transformer_layer_cls_to_wrap"] == ["ScaledBlock"]
+
+
+def test_sharding_refuses_blocks_that_it_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    monkeypatch.delitem(BLOCKS, "scaled")
+    with pytest.raises(ConfigError, match=r"hardware\.fsdp needs a model of registered blocks"):
+        _sharding(_run_of(tmp_path), model)
+
+
+def _run_of(folder: Path) -> TrainingConfig:
+    """Return the configuration of a run that starts from a saved model."""
+    values = {
+        "task": {"name": "mqar"},
+        "model": {"path": str(folder / "saved")},
+        "optimization": {"steps": 1},
+        "output": str(folder / "run"),
+    }
+    return parse_config(values)
 
 
 def test_the_configuration_reads_what_it_takes(scaled: type[GramianLayer]) -> None:

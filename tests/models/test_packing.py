@@ -181,7 +181,7 @@ def test_refusals(model: GramianForCausalLM) -> None:
         model(ids, position_ids=restarting, use_cache=True)
     with pytest.raises(ValueError, match="packed rows have no cache"):
         model.generate(ids, position_ids=restarting, max_new_tokens=2)
-    with pytest.raises(ValueError, match="tell of different sequences"):
+    with pytest.raises(ValueError, match="describe different sequences"):
         model(ids, position_ids=restarting, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]))
     for lengths, message in (
         ([0, 2, 5], "rise from 0 to 6"),

@@ -63,7 +63,8 @@ def test_chunks_and_steps_mix(taps):
 
 class CountMultiplications(TorchDispatchMode):
     """Counts the multiplications of the operators that an online convolution uses; an unknown
-    operator that does arithmetic is an error, so that nothing is missed."""
+    operator that does arithmetic is an error, so that nothing is missed.
+    """
 
     FREE = ("view", "slice", "select", "copy", "clone", "add", "empty", "zeros", "ones", "pad",
             "expand",

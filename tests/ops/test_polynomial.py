@@ -94,7 +94,8 @@ def test_gradcheck_and_gradgradcheck(
 @pytest.mark.parametrize("denominators", [1, 3, 33])
 def test_many_blocks(denominators: int, most_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids that are cut into several blocks of channels, and denominators shared across them; with
-    spectra kept for the backward pass, and computed again."""
+    spectra kept for the backward pass, and computed again.
+    """
     monkeypatch.setattr(polynomial, "_MOST_KEPT", most_kept)
     generator = torch.Generator().manual_seed(0)
     b = torch.randn(denominators, 99 // denominators, 5, generator=generator).double()

@@ -17,7 +17,8 @@ ROUNDING = 64 * np.finfo(float).eps
 def dense_kung(kernel, order, tail, dtype):
     """Kung's method from a dense SVD: ‖h - ĥ‖₂ over the taps, poles and residues rounded to
     ``dtype``, with what rounding makes of it; and whether the truncation is unique, so that two
-    SVDs agree on it."""
+    SVDs agree on it.
+    """
     taps = kernel[1:]
     if tail == "zero":
         padded, width = np.concatenate([taps, np.zeros(len(taps) - 1)]), len(taps)

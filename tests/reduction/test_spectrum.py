@@ -58,7 +58,8 @@ def exact_spectrum(matrix):
 
 def check_spectrum(spectrum, hankel, exact):
     """Values, vectors and bounds beside those of the dense matrices, relative to each value; what
-    lies below a millionth of the largest value is compared with that."""
+    lies below a millionth of the largest value is compared with that.
+    """
     values, vectors = spectrum.values, spectrum.vectors
     count = values.shape[-1]
     size = exact[:, :count] + 1e-6 * exact[:, :1]

@@ -113,6 +113,6 @@ def test_saved_files_are_pictures_and_nothing_else_is_left(tmp_path: Path) -> No
 
 def test_a_failure_leaves_no_file(tmp_path: Path) -> None:
     figure = plot_bits_per_byte({"one": 3.0})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="unknown"):
         save_figure(figure, tmp_path / "figure.unknown")
     assert list(tmp_path.iterdir()) == []

@@ -53,7 +53,8 @@ def test_companion_forms_of_scipy(order: int, cutoff: float) -> None:
 @pytest.mark.parametrize(("order", "cutoff"), DESIGNS)
 def test_values_of_the_infinite_horizon(order: int, cutoff: float) -> None:
     """Those of a Butterworth low pass hardly depend on the cutoff: compare with a high one, where
-    every method agrees, and with the taps."""
+    every method agrees, and with the taps.
+    """
     b, a = scipy.signal.butter(order, cutoff)
     values = TransferFunction.from_scipy(b, a).hankel_singular_values()
     again = StateSpace.from_scipy(*matrices(order, cutoff)).hankel_singular_values()
@@ -132,7 +133,7 @@ def test_gradients_in_changed_coordinates() -> None:
         torch.from_numpy(np.array(m)) for m in scipy.signal.tf2ss(*scipy.signal.butter(2, 0.002))
     )
     fields = [m.clone().requires_grad_() for m in (A, B[:, 0], C[0], D[0, 0])]
-    assert StateSpace(*fields)._realized()[0].factors
+    assert StateSpace(*fields).realized()[0].factors
     u = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
 

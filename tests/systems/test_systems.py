@@ -17,6 +17,7 @@ from gramian.systems import (
     to_state_space,
     to_transfer_function,
 )
+from gramian.testing import check_system
 
 LENGTHS = [1, 2, 3, 63, 257, 1000]
 
@@ -76,6 +77,12 @@ def by_definition(system: System, u: torch.Tensor) -> torch.Tensor:
         )
     ]
     return torch.from_numpy(np.stack(rows)).reshape(u.shape)
+
+
+@pytest.mark.parametrize("channels", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_kind_conforms(name, channels):
+    check_system(make(name, channels))
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -18,6 +18,7 @@ from gramian.systems import (
     to_modal,
     to_time_varying,
 )
+from gramian.testing import check_system
 
 LENGTHS = [1, 2, 3, 63, 257, 1000]
 SYSTEMS = ["diagonal", "delta", "dense", "operator"]
@@ -43,6 +44,12 @@ def make(name: str, length: int, channels: tuple[int, ...] = (3,), order: int = 
     key = torch.nn.functional.normalize(B, dim=-1)
     beta = 2 * torch.rand(*channels, length, 1, dtype=torch.float64)  # up to a reflection
     return TimeVarying(torch.ones_like(A), key, C, D, -beta * key, key)
+
+
+@pytest.mark.parametrize("channels", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_kind_conforms(name, channels):
+    check_system(make(name, 63, channels))
 
 
 def definition(system: System, length: int) -> torch.Tensor:

@@ -82,13 +82,10 @@ def call(
         monkeypatch.chdir(place)
         monkeypatch.setattr(sys, "argv", ["gramian", *line.split()])
         capfd.readouterr()
-        status = 0
-        try:
+        with pytest.raises(SystemExit) as ended:
             cli.main()
-        except SystemExit as exit:
-            assert isinstance(exit.code, int)
-            status = exit.code
-        return (status, *capfd.readouterr())
+        assert isinstance(ended.value.code, int)
+        return (ended.value.code, *capfd.readouterr())
 
     return main
 
@@ -163,6 +160,35 @@ def test_a_prompt_is_a_genome(
     one, other = (gramian.analyze(model, text, **options) for text in (GENOME, prompt))
     assert one.tokens == other.tokens
     assert torch.equal(one.layers[0].ess, other.layers[0].ess)
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if name.startswith(("x", "cr", "plain"))])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_in_a_file_is_a_genome(call: Any, name: str, file: str) -> None:
+    options = "--max-new-tokens 6 --greedy --prefill-chunk 64 --json"
+    status, expected, err = call(f"generate {name} --prompt {GENOME} {options}")
+    assert status == 0, err
+    status, out, err = call(f"generate {name} --prompt-file {file} {options}")
+    assert status == 0, err
+    assert json.loads(out)["text"] == json.loads(expected)["text"]
+    assert json.loads(out)["prompt_tokens"] == len(GENOME)
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "sentence"),
+    [
+        ("--prompt-file two.fa", 1, "two.fa holds 2 documents"),
+        ("--prompt-file empty.fa", 1, "empty.fa is empty"),
+        ("--prompt-file protein.fa", 1, "a protein cannot be read as a genome"),
+        ("--prompt-file absent.fa", 1, "absent.fa cannot be read"),
+        ("--prompt-file x.fna --prompt A", 2, "give one of --prompt TEXT and --prompt-file FILE"),
+        ("", 2, "give one of --prompt TEXT and --prompt-file FILE"),
+    ],
+)
+def test_what_is_no_prompt_is_told(call: Any, options: str, status: int, sentence: str) -> None:
+    found, out, err = call(f"generate dna {options}")
+    assert (found, out) == (status, "")
+    assert sentence in " ".join(err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -122,7 +122,7 @@ WRONG_ARRAYS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"inputs": NUMBERS[:0], "labels": CLASSES[:0]}, {}, r"with none of 0; got \(0, 8\)"),
     ({"inputs": IDS - 1, "labels": CLASSES}, {}, "token ids of at least 0; got -1"),
     ({"inputs": np.full_like(NUMBERS, np.inf), "labels": CLASSES}, {}, "inputs must be finite"),
-    ({"inputs": NUMBERS, "labels": IDS}, {}, "Give kind: signal to predict the integers"),
+    ({"inputs": NUMBERS, "labels": IDS}, {}, "Give kind: token_classification to predict them"),
     ({"inputs": NUMBERS, "labels": IDS[:, :3]}, {}, r"of shape \(5,\) for classification"),
     (
         {"inputs": NUMBERS, "labels": NUMBERS[:, :3]},

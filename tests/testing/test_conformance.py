@@ -14,8 +14,8 @@ from torch import Tensor
 pytest.importorskip("datasets")
 
 from gramian import FIR, Modal
-from gramian.filters import S4D, ImplicitFilter
-from gramian.mixers import GatedLinearAttention, LinearAttention
+from gramian.filters import RTF, S4D, ImplicitFilter
+from gramian.mixers import GatedLinearAttention, LinearAttention, LongConvolution
 from gramian.tasks import Description, Document, GeneratedTask, register_reader
 from gramian.tasks.documents import _READERS
 from gramian.testing import check_filter, check_mixer, check_reader, check_system, check_task
@@ -38,8 +38,8 @@ class Louder(Modal):
 class Forgetful(Modal):
     """A system that forgets 0.1% of the state from which it continues."""
 
-    def _apply_from(self, u: Tensor, state: Any) -> Any:
-        return super()._apply_from(u, state.map(lambda tensor: 0.999 * tensor))
+    def apply_from(self, u: Tensor, state: Any) -> Any:
+        return super().apply_from(u, state.map(lambda tensor: 0.999 * tensor))
 
 
 class Detached(FIR):
@@ -85,9 +85,43 @@ class Halved(S4D):
         return torch.nn.Module._apply(self, function, recurse)
 
 
+class Complex(S4D):
+    """A filter that stores its poles."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.register_buffer("stored", torch.zeros(2, dtype=torch.complex64))
+
+
+class Defaulting(ImplicitFilter):
+    """A filter that stays in the default dtype."""
+
+    def float(self) -> Any:
+        return self
+
+
+class Idle(ImplicitFilter):
+    """A filter that takes its bias away again."""
+
+    def forward(self, length: int | None = None) -> FIR:
+        kernel = super().forward(length).kernel
+        return FIR(kernel - self.bias.unsqueeze(-1) * torch.eye(1, kernel.shape[-1]).to(kernel))
+
+
+def test_weights_of_zero_stop_no_gradient_for_good() -> None:
+    """Behind a numerator of zeros, the denominator has no gradient until the first step."""
+    filter = RTF(channels=4, state_size=2, max_length=16)
+    check_filter(filter)
+    check_mixer(LongConvolution(filter), length=9)
+    assert not filter.b.any()
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "match"),
     [
+        (Complex, {"state_size": 4}, "Complex: stored is complex, which is not to be stored"),
+        (Defaulting, {"hidden": 4}, "Defaulting: .* must be in float32 where the default is bf"),
+        (Idle, {"hidden": 4}, "Idle: the gradient of the parameter bias is zero everywhere"),
         (Amnesiac, {"state_size": 4}, r"Amnesiac: build\(config\(\)\) must make"),
         (Frozen, {"hidden": 4}, "Frozen: no gradient reaches the parameter bias"),
         (Halved, {"state_size": 4}, "Halved: the parameter .* must stay in float32"),

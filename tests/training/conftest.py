@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from gramian._drawing import save_figure
 from gramian.tasks import Description, GeneratedTask, _task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 CLASSES = 4
 
@@ -83,6 +87,30 @@ class Labelled(GeneratedTask):
         some = np.atleast_1d(labels)
         wrong = {"longer": np.concatenate([some, some[:1]]), "nested": labels[None]}
         return row | {"labels": wrong.get(self.labels, labels.astype(str))}
+
+
+_DRAWN: dict[tuple[str, ...], bytes] = {}
+
+
+@pytest.fixture(autouse=True)
+def figures_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the first figure with each set of panels and curves, and write its bytes for the others.
+
+    Drawing is a third of a short run. Every run still makes its figure.
+    """
+
+    def save(figure: Figure, path: str | Path) -> Path:
+        parts = tuple(
+            text
+            for axes in figure.axes
+            for text in (axes.get_title("left"), *(str(line.get_label()) for line in axes.lines))
+        )
+        if parts not in _DRAWN:
+            _DRAWN[parts] = save_figure(figure, path).read_bytes()
+        Path(path).write_bytes(_DRAWN[parts])
+        return Path(path)
+
+    monkeypatch.setattr("gramian.training._run.save_figure", save)
 
 
 @pytest.fixture(autouse=True)

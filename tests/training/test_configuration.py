@@ -16,6 +16,7 @@ import yaml
 from gramian.models import GramianConfig
 from gramian.training import ConfigError, load_config, load_sweep, parse_config
 from gramian.training.configuration import keys, read_values
+from gramian.training.keys import read_attributes
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = """
@@ -88,6 +89,54 @@ def test_every_key_is_listed_with_its_default_and_meaning(file: Path) -> None:
     assert len(listed) == leaves(config)
 
 
+@pytest.mark.parametrize("indent", [0, 3, 8])
+@pytest.mark.parametrize("hanging", [0, 2])
+def test_meanings_do_not_depend_on_indentation(indent: int, hanging: int) -> None:
+    class Sizes:
+        width: int
+        depth: int
+
+    first, more = " " * indent, " " * (indent + hanging)
+    Sizes.__doc__ = "\n".join(
+        [
+            "The sizes of a model.",
+            "",
+            "    Attributes:",
+            f"{first}width: numbers at a position, with",
+            f"{more}or without heads: all of them.",
+            f"{first}depth: layers.",
+            "",
+            f"{first}width: not in the section.",
+        ]
+    )
+    assert read_attributes(Sizes) == {
+        "width": "numbers at a position, with or without heads: all of them.",
+        "depth": "layers.",
+    }
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        (["width: one."], "the docstring of Sizes has no entry for depth."),
+        (["width: one.", "depth: two.", "width: three."], "has two entries for width."),
+    ],
+)
+def test_every_field_has_one_meaning(entries: list[str], sentence: str) -> None:
+    class Sizes:
+        width: int
+        depth: int
+
+    Sizes.__doc__ = "\n".join(["Attributes:", *entries])
+    with pytest.raises(ValueError, match=sentence):
+        read_attributes(Sizes)
+
+
+def test_the_keys_of_a_model_are_the_fields_of_its_configuration() -> None:
+    listed = [key.name for key in keys() if key.name.startswith("model.")]
+    assert sorted(listed) == sorted(f"model.{name}" for name in GramianConfig.__annotations__)
+
+
 def test_a_configuration_survives_its_plain_form(file: Path) -> None:
     config = load_config(file, ["optimization.betas=[0.8, 0.9]"])
     assert parse_config(config.to_dict()) == config
@@ -101,7 +150,7 @@ def test_a_configuration_survives_its_plain_form(file: Path) -> None:
         ("optimization.steps=many", "optimization.steps must be an integer; got 'many'"),
         ("optimization.steps=true", "optimization.steps must be an integer; got True"),
         ("optimization.steps=2.5", "optimization.steps must be an integer; got 2.5"),
-        ("optimization.steps=0", "optimization.steps must be at least 1; got 0"),
+        ("optimization.steps=0", "optimization.steps must be an integer of at least 1; got 0"),
         ("optimization.epochs=2", "give optimization.steps or optimization.epochs"),
         ("optimization.learning_rate=fast", "must be a number; got 'fast'"),
         ("optimization.learning_rate=-1", "must be at least 0 and finite; got -1.0"),

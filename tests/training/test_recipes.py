@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import wave
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ def configurations(file: Path) -> Iterator[dict[str, Any]]:
     for name, axis in values.pop("sweep", {}).items():
         axes.append([*axis.values()] if isinstance(axis, dict) else [{name: one} for one in axis])
     for point in itertools.product(*axes):
-        changed = yaml.safe_load(yaml.safe_dump(values))
+        changed = copy.deepcopy(values)
         for key, value in itertools.chain.from_iterable(changes.items() for changes in point):
             *parents, last = key.split(".")
             place = changed

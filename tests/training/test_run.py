@@ -453,3 +453,24 @@ def test_two_processes_share_a_stream_of_ragged_rows(tmp_path: Path) -> None:
     for key in ("loss", "eval_loss"):
         one, two = ([line[key] for line in run if key in line] for run in runs)
         assert two == pytest.approx(one, rel=1e-4) and one
+
+
+def test_a_genome_of_one_record_is_trained_on_and_held_out(tmp_path: Path) -> None:
+    pytest.importorskip("pyfaidx")
+    genome = tmp_path / "genome.fa"
+    genome.write_text(">one\n" + "ACGTTGCANA" * 40 + "\n")
+    values = mqar(tmp_path / "run")
+    values["task"] = {
+        "name": "fasta",
+        "train": str(genome),
+        "length": 16,
+        "validation_share": 0.2,
+        "validation_by": "positions",
+        "reverse_complement": True,
+        "shift": 3,
+        "replace_n": True,
+    }
+    report = train(parse_config(values))
+    assert report.metrics["loss"] > 0
+    tokenizer = load_tokenizer(str(tmp_path / "run" / "best"))
+    assert tokenizer("acgu").input_ids == [7, 8, 9, 10]

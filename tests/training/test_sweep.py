@@ -443,7 +443,7 @@ def test_bars_where_no_axis_has_numbers() -> None:
 
 def test_jobs_and_addresses(tmp_path: Path) -> None:
     config = parse_sweep(grid(tmp_path / "sweep", {"seed": [0]}))
-    with pytest.raises(ValueError, match="jobs must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="jobs must be an integer of at least 1; got 0"):
         sweep(config, jobs=0)
     if not importlib.util.find_spec("ray"):
         with pytest.raises(ImportError, match=r"gramian\[ray\]"):
