@@ -100,7 +100,7 @@ def test_refusals() -> None:
         ExplicitFilter.from_kernel(torch.zeros(3))
     with pytest.raises(ValueError, match="one activation for each of the 2 layers; got 1"):
         make(FILTERS["short"], hidden_act=["silu"])
-    with pytest.raises(ValueError, match=r"two positive numbers.*got \[1\.0\]"):
+    with pytest.raises(ValueError, match=r"two positive normal.*got \[1\.0\]"):
         make(FILTERS["short"], mixers={"type": "hyena", "fp8_scales": [1.0]})
     with pytest.raises(ValueError, match=r"must be 2 finite numbers, half of the rotated.*got 3"):
         make(
