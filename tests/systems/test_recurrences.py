@@ -350,3 +350,20 @@ def test_every_system_has_a_state_space(name: str) -> None:
     dense = system.state_space()
     assert isinstance(dense, StateSpace) and dense.dtype == torch.float64
     assert_close(dense.impulse_response(60), system.impulse_response(60))
+
+
+@pytest.mark.parametrize("form", ["window", "online"])
+def test_a_chunk_for_all_channels_is_broadcast_as_a_sample_is(form):
+    torch.manual_seed(0)
+    system = FIR(torch.randn(3, 5, dtype=torch.float64))
+    u = torch.randn(2, 1, 23, dtype=torch.float64)
+    expected = system(u.expand(2, 3, 23))
+    recurrence = system.recurrence(form)
+    first, state = recurrence.prefill(u[..., :6])
+    steps = []
+    for t in range(6, 15):
+        y, state = recurrence.step(u[..., t], state)
+        steps.append(y)
+    last, _ = recurrence.prefill(u[..., 15:], state)
+    found = torch.cat([first, torch.stack(steps, dim=-1), last], dim=-1)
+    torch.testing.assert_close(found, expected)
