@@ -57,9 +57,11 @@ def distill(
             layer large.
         tail: behavior of a filter past its last tap. It matters for inputs that are longer than the
             number of taps. With "free", the fit is not constrained there, which gives the smallest
-            orders. The report states the energy past the taps. With "zero", the fitted filter is
-            zero there. With "auto", filters that end before the model's `max_position_embeddings`
-            are fitted with "zero", and `gramian.reduce` chooses for the other filters.
+            orders. With "zero", the fit assumes that the filter is zero there, so that the fitted
+            filter fades. With "auto", filters that end before the model's
+            `max_position_embeddings` are fitted with "zero", and `gramian.reduce` chooses for the
+            other filters. In all cases, `tol` holds over the taps only, and the report states the
+            energy of the fitted filter past them.
         filters: a mapping from the path of a submodule, as in `model.named_modules()`, to a
             function that returns the kernel of the submodule, or to a `ForeignFilter`. By default,
             all long filters of a Gramian model are reduced.
