@@ -97,7 +97,7 @@ def run_both(target: Any, folder: Path, x: torch.Tensor, time: int, tolerance: f
 def test_systems(tmp_path: Path, name: str) -> None:
     torch.manual_seed(1)
     system = SYSTEMS[name]()
-    # Both kinds hold the same graph, but onnxruntime lacks some operators of float64 and shapes.
+    # Both kinds hold the same graph, but onnxruntime does not run all graphs.
     onnx = ("modal", "window", "window_in_double", "one_tap_in_double", "no_modes")
     kind = "onnx" if name in (*onnx, "some_without_modes") else "torch"
     report = export_recurrence(system, tmp_path / "out", kind, verify=20, threads=1)
