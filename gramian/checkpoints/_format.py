@@ -247,7 +247,7 @@ def tied(
 def _untied(config: Mapping[str, Any]) -> str | None:
     """Return the name of the setting that unties output projection and embedding, or None."""
     names = ("tie_word_embeddings", "tie_embeddings")
-    return next((name for name in names if config.get(name) is False), None)
+    return next((name for name in names if not setting(config, name, bool, True)), None)
 
 
 def _some(names: list[str]) -> str:

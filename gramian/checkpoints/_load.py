@@ -138,7 +138,7 @@ def _settings(path: Path, config: Mapping[str, Any] | str | Path | None) -> Mapp
     if isinstance(config, Mapping):
         return config
     published = None if config is None else published_config(str(config))
-    if published is not None and not Path(str(config)).exists():
+    if published is not None and not Path(str(config)).is_file():
         return published
     file = find_config(path) if config is None else Path(config)
     if file is None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -283,8 +284,11 @@ def _parts(file: Path) -> list[Path]:
         return []
     if file.is_file():
         raise ValueError(f"{file} is there whole and in parts; remove one of them.")
-    names = [other.name.removeprefix(file.name + _PART) for other in file.parent.iterdir()]
-    numbers = sorted(int(name) for name in names if name.isdecimal())
+    begin = file.name + _PART
+    found = [other for other in file.parent.iterdir() if other.name.startswith(begin)]
+    names = [other.name.removeprefix(begin) for other in found if other.is_file()]
+    decimal = [name for name in names if name.isascii() and name.isdecimal()]
+    numbers = sorted(int(name) for name in decimal if str(int(name)) == name)
     for expected, number in enumerate(numbers):
         if number != expected:
             raise ValueError(f"{file} lacks its part {expected}, {file.name}{_PART}{expected}.")
@@ -343,7 +347,10 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _read_safetensors(file: Path) -> Stored:
+    parts = _parts(file)
     try:
+        if parts:
+            return Stored(load_bytes(b"".join(part.read_bytes() for part in parts)), {})
         return Stored(load_file(file), {})
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {first_line(error)}") from error

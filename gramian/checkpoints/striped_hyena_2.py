@@ -183,9 +183,9 @@ class StripedHyena2(StripedFormat):
 
         If `tie_embeddings` is True, both are the same, even if the checkpoint has two tensors.
         """
-        return self.config.get("tie_embeddings") is True or tied(
-            self.config, weights, EMBEDDING, HEAD
-        )
+        if setting(self.config, "tie_embeddings", bool, False):
+            return True
+        return tied(self.config, weights, EMBEDDING, HEAD)
 
     def take_head(self, weights: dict[str, Tensor], embedding: Tensor) -> Tensor:
         own = embedding if self._is_tied({EMBEDDING: embedding, **weights}) else None

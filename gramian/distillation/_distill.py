@@ -38,7 +38,8 @@ def distill(
     """Replace every long filter of a model by a small recurrence (arXiv 2310.18780).
 
     `gramian.reduce` reduces the kernel of each filter. It uses the first `max_position_embeddings`
-    taps of the kernel, or fewer if all later taps are zero. The result is a `ModalFilter`, which
+    taps of the kernel. If the kernel ends before that, it uses twice as many taps as the kernel
+    has, so that errors include the response that should be zero. The result is a `ModalFilter`, which
     replaces the filter in a copy of the model. The given model stays unchanged. The copy has the
     same class, with one configuration per layer in `config.filter`. It can be saved, loaded,
     trained and used for generation like any other model. Filters that are already modal, and
@@ -57,9 +58,11 @@ def distill(
             layer large.
         tail: behavior of a filter past its last tap. It matters for inputs that are longer than the
             number of taps. With "free", the fit is not constrained there, which gives the smallest
-            orders. The report states the energy past the taps. With "zero", the fitted filter is
-            zero there. With "auto", filters that end before the model's `max_position_embeddings`
-            are fitted with "zero", and `gramian.reduce` chooses for the other filters.
+            orders. With "zero", the fit assumes that the filter is zero there, so that the fitted
+            filter fades. With "auto", filters that end before the model's
+            `max_position_embeddings` are fitted with "zero", and `gramian.reduce` chooses for the
+            other filters. In all cases, `tol` holds over the taps that `gramian.reduce` uses, and
+            the report states the energy of the fitted filter past them.
         filters: a mapping from the path of a submodule, as in `model.named_modules()`, to a
             function that returns the kernel of the submodule, or to a `ForeignFilter`. By default,
             all long filters of a Gramian model are reduced.
@@ -93,7 +96,7 @@ def _distill_layers(
         raise ValueError("nothing to distil: every filter of this model is modal already.")
     kernels = {layer: _read_kernel(filters[layer]) for layer in long}
     reduced = [kernel for kernel in kernels.values() if not kernel.fits(goal)]
-    goal.check(min((kernel.taps.shape[-1] for kernel in reduced), default=sys.maxsize))
+    goal.check(min((kernel.length for kernel in reduced), default=sys.maxsize))
 
     started = time.perf_counter()
     distilled = copy.deepcopy(model)
@@ -105,7 +108,7 @@ def _distill_layers(
         mixer, filter = _mixers(distilled)[layer], filters[layer]
         kernel, name = kernels[layer], type(mixer).__name__
         if kernel.fits(goal):
-            report = report_kept(kernel.taps, layer, name)
+            report = report_kept(kernel.taps[:, : kernel.length], layer, name)
         else:
             before = mixer.recurrence().state_bytes(1)
             modal, report = reduce_filter(kernel.taps, kernel.goal(goal), layer, name, kernel.share)
@@ -113,7 +116,7 @@ def _distill_layers(
             mixer.filter = modal.to(kernel.taps.device).train(mixer.training)
             if kernel.is_window and mixer.recurrence().state_bytes(1) >= before:
                 mixer.filter = copy.deepcopy(filter)
-                report = report_kept(kernel.taps, layer, name)
+                report = report_kept(kernel.taps[:, : kernel.length], layer, name)
             else:
                 configs[layer] = modal.config()
         reports.append(report)
@@ -136,7 +139,9 @@ class _Kernel(NamedTuple):
     """The kernels of a layer.
 
     Attributes:
-        taps: (channels, taps).
+        taps: (channels, taps). If the filter ends, as many zeros follow its own taps, or as many as
+            its `max_length` leaves room for, so that errors include the response that follows.
+        length: number of the filter's own taps.
         ends: whether the filter has fewer taps than its `max_length`, and is zero past them.
         is_window: whether the filter is explicit and its recurrence keeps a window of its last
             inputs.
@@ -144,13 +149,14 @@ class _Kernel(NamedTuple):
     """
 
     taps: Tensor
+    length: int
     ends: bool
     is_window: bool
     share: int = 1
 
     def fits(self, goal: Goal) -> bool:
         """Return whether the filters need no reduction, because their order is low enough."""
-        order = self.taps.shape[-1] - 1
+        order = self.length - 1
         return self.is_window and (order == 0 or (goal.order is not None and order <= goal.order))
 
     def goal(self, goal: Goal) -> Goal:
@@ -162,13 +168,15 @@ class _Kernel(NamedTuple):
 def _read_kernel(filter: Any) -> _Kernel:
     system = filter(filter.max_length)
     if not isinstance(system, FIR):
-        return _Kernel(system.impulse_response(filter.max_length), False, False)
-    taps = system.kernel[..., : filter.max_length]
-    ends = taps.shape[-1] < filter.max_length
+        taps = system.impulse_response(filter.max_length)
+        return _Kernel(taps, taps.shape[-1], False, False)
+    length = min(system.kernel.shape[-1], filter.max_length)
+    taps = system.impulse_response(min(2 * length, filter.max_length))
+    ends = length < filter.max_length
     if not isinstance(filter, ExplicitFilter):
-        return _Kernel(taps, ends, False)
+        return _Kernel(taps, length, ends, False)
     window = system.recurrence().form == "window"
-    return _Kernel(taps, ends, window, filter.channels // filter.groups)
+    return _Kernel(taps, length, ends, window, filter.channels // filter.groups)
 
 
 def _mixers(model: Any) -> list[Any]:

@@ -164,6 +164,9 @@ class TracedBlocks(nn.Module):
         samples = split_blocks(signal).transpose(0, 1)  # (G, batch, K, c)
         count = samples.shape[2]
         flat = samples.reshape(groups, batch * count, BLOCK)
+        if self.blocks.is_static:
+            y = torch.bmm(flat, self.inside.mT)
+            return y.reshape(groups, batch, count * BLOCK)[..., :length].transpose(0, 1), x
         inputs = torch.bmm(flat, self.reach.mT).reshape(groups, batch, count, -1)
         starts, _ = carry(self.advance, inputs.permute(2, 1, 0, 3).unsqueeze(-1), x)
         before = starts.squeeze(-1).permute(2, 1, 0, 3)  # (G, batch, K, n)
@@ -257,7 +260,13 @@ class BlockedRecurrence(nn.Module):
 def trace_recurrence(
     recurrence: Recurrence, streams: int = 0
 ) -> BlockedRecurrence | WindowedRecurrence:
-    """Return a recurrence as functions without side effects; see `BlockedRecurrence`."""
-    if isinstance(recurrence, FIRWindowRecurrence) and not streams:
-        return WindowedRecurrence(recurrence)
-    return BlockedRecurrence(recurrence, streams)
+    """Return a recurrence as functions without side effects; see `BlockedRecurrence`.
+
+    The window of an FIR recurrence is convolved with its taps, except in float64, for which
+    onnxruntime has no convolution.
+    """
+    if not isinstance(recurrence, FIRWindowRecurrence):
+        return BlockedRecurrence(recurrence, streams)
+    if streams or recurrence.kernel.dtype == torch.float64:
+        return BlockedRecurrence(recurrence, streams)
+    return WindowedRecurrence(recurrence)

@@ -9,7 +9,7 @@ weight is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -222,14 +222,17 @@ class GramianConfig(PreTrainedConfig):
 
     def activation_of(self, layer: int) -> str:
         """Return the name of the activation in the MLP of layer `layer`."""
-        return self.hidden_act[layer] if isinstance(self.hidden_act, list) else self.hidden_act
+        if not isinstance(self.hidden_act, list):
+            return self.hidden_act
+        return str(self._entry("hidden_act", self.hidden_act, layer))
 
     def filter_of(self, layer: int) -> dict[str, Any] | None:
         """Return a copy of the configuration of a layer's filter, or None if it has no filter."""
         if not takes(self.mixer_of(layer), "filter"):
             return None
         assert self.filter is not None
-        one = self.filter if isinstance(self.filter, Mapping) else self.filter[layer]
+        given = self.filter
+        one = given if isinstance(given, Mapping) else self._entry("filter", given, layer)
         assert one is not None
         return dict(one)
 
@@ -252,8 +255,18 @@ class GramianConfig(PreTrainedConfig):
         return found | own
 
     def _mixer(self, layer: int) -> dict[str, Any]:
-        one = self.mixers[layer] if isinstance(self.mixers, list) else self.mixers
+        given = self.mixers
+        one = self._entry("mixers", given, layer) if isinstance(given, list) else given
         return {"type": one} if isinstance(one, str) else dict(one)
+
+    def _entry(self, name: str, given: Sequence[Any], layer: int) -> Any:
+        """Return the entry of a layer. `num_hidden_layers` may have been raised after the check."""
+        if layer >= len(given):
+            raise ValueError(
+                f"{name} must have one entry for each of the {self.num_hidden_layers} layers; got "
+                f"{len(given)}."
+            )
+        return given[layer]
 
     def _validate(self) -> None:
         sizes = {

@@ -288,7 +288,8 @@ class ModalBlockForm(BlockForm[ModalState]):
         for group in system.groups:
             part, channels = system.part(group), group.channels
             poles, residues = (
-                value.reshape(-1, value.shape[-1]) for value in (part.poles, part.residues)
+                value.reshape(part.d.numel(), value.shape[-1])
+                for value in (part.poles, part.residues)
             )
             index = None if channels is None else torch.tensor(channels, device=poles.device)
             d = part.d.flatten()
@@ -300,7 +301,9 @@ class ModalBlockForm(BlockForm[ModalState]):
     def pack(self, state: ModalState) -> list[Tensor]:
         packed = []
         for part, modes in zip(self.parts, state.modes, strict=True):
-            if self.streams:  # (batch, heads, N, 2, m, N)
+            if part.is_static:
+                packed.append(modes)
+            elif self.streams:  # (batch, heads, N, 2, m, N)
                 x = modes.permute(0, 1, 3, 4, 2, 5)
                 packed.append(x.flatten(2, 3).flatten(3, 4))
             elif self._channels:  # (batch, *C[:-1], 2, m, C[-1])
@@ -312,9 +315,11 @@ class ModalBlockForm(BlockForm[ModalState]):
 
     def unpack(self, packed: Sequence[Tensor], like: ModalState) -> ModalState:
         states = []
-        for x, old in zip(packed, like.modes, strict=True):
+        for part, x, old in zip(self.parts, packed, like.modes, strict=True):
             shape = old.shape
-            if self.streams:
+            if part.is_static:
+                states.append(old.clone())
+            elif self.streams:
                 x = x.unflatten(3, (shape[2], shape[5])).unflatten(2, (shape[3], shape[4]))
                 states.append(x.permute(0, 1, 4, 2, 3, 5))
             elif self._channels:

@@ -66,6 +66,11 @@ class Blocks(abc.ABC):
     def advance_by(self, x: Tensor, steps: Tensor) -> Tensor:
         """Return `A^steps x`, where `steps` is an integer tensor without dimensions, below c."""
 
+    @property
+    def is_static(self) -> bool:
+        """Whether n = 0. Exported programs cannot reshape the empty states of such channels."""
+        return self.observe.shape[-1] == 0
+
     def select(self, u: Tensor) -> Tensor:
         """Return the channels of u (batch, channels, …) to which these matrices belong."""
         return u if self.channels is None else u.index_select(1, self.channels)
@@ -264,7 +269,10 @@ class BlockForm(abc.ABC, Generic[StateT]):
 
     @abc.abstractmethod
     def pack(self, state: StateT) -> list[Tensor]:
-        """Return the tensors of a state as (batch, G, n, streams), one for each part."""
+        """Return the tensors of a state as (batch, G, n, streams), one for each part.
+
+        The tensor of a static part has no entries, and keeps its shape.
+        """
 
     @abc.abstractmethod
     def unpack(self, packed: Sequence[Tensor], like: StateT) -> StateT:
@@ -298,6 +306,8 @@ class VectorBlockForm(BlockForm[StateT]):
 
     def pack(self, state: StateT) -> list[Tensor]:
         x: Tensor = state[0]
+        if self.parts[0].is_static:
+            return [x]
         if self.streams:  # (batch, heads, *streams, *S)
             x = x.flatten(2 + self.streams)
             return [x.flatten(2, 1 + self.streams).mT]
@@ -306,6 +316,9 @@ class VectorBlockForm(BlockForm[StateT]):
     def unpack(self, packed: Sequence[Tensor], like: StateT) -> StateT:
         shape = like[0].shape
         x = packed[0].mT if self.streams else packed[0]
+        if self.parts[0].is_static:
+            x = like[0].clone()
+            shape = x.shape
         kind: Any = type(like)
         return kind(x.reshape(shape))
 

@@ -214,7 +214,7 @@ class FIR(TimeInvariantSystem[AnyFIRState]):
     def apply_from(self, u: Tensor, state: AnyFIRState) -> tuple[Tensor, AnyFIRState]:
         kernel = self.kernel_for(u, self.kernel.shape[-1])
         if isinstance(state, FIRWindowState):
-            past = _follow(state.inputs, u)
+            past = _follow(*_in_one_shape(state.inputs, u.to(state.inputs.dtype)))
             if u.shape[-1] <= _SHORT_CHUNK:  # all windows at once
                 windows = past.unfold(-1, self.order + 1, 1)
                 y = (windows * kernel.flip(-1).unsqueeze(-2)).sum(-1)
@@ -316,8 +316,20 @@ class FIRRecurrence(Recurrence[FIRState]):
 
 def _extend(online: OnlineConvolution, u: Tensor, state: FIRState) -> tuple[Tensor, FIRState]:
     """Return the outputs in the dtype of `u`, and the buffers after `u` in the dtype of `state`."""
-    y, buffers = online.extend(u.to(state.inputs.dtype), OnlineBuffers(*state))
+    inputs, signal = _in_one_shape(state.inputs, u.to(state.inputs.dtype))
+    y, buffers = online.extend(signal, OnlineBuffers(inputs, state.owed, state.position))
     return y.to(u.dtype), FIRState(*buffers)
+
+
+def _in_one_shape(past: Tensor, u: Tensor) -> list[Tensor]:
+    """Return the past (*B, *C', k) and a chunk (*B, *C', T) with dimensions before the last equal.
+
+    The channels of one may be broadcast to the channels of the other.
+    """
+    if past.shape[:-1] == u.shape[:-1]:
+        return [past, u]
+    shape = torch.broadcast_shapes(past.shape[:-1], u.shape[:-1])
+    return [x.expand(*shape, x.shape[-1]) for x in (past, u)]
 
 
 def _fits(state: FIRState, window: int, shape: torch.Size) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -490,6 +490,43 @@ def test_parts_are_read_as_one_file(tmp_path: Path, named: str) -> None:
     (tmp_path / "model.pt.part1").unlink()
     with pytest.raises(ValueError, match=r"lacks its part 1, model\.pt\.part1"):
         checkpoints.load(tmp_path / named, config=config)
+
+
+@torch.no_grad()
+def test_parts_of_safetensors_are_read_among_files_of_other_names(tmp_path: Path) -> None:
+    tensors = {"weight": torch.randn(30, 7)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").unlink()
+    for index in range(11):  # part10 comes after part9
+        end = None if index == 10 else (index + 1) * 70
+        part = tmp_path / f"model.safetensors.part{index}"
+        part.write_bytes(content[index * 70 : end])
+    for name in ("11", "12", "model.safetensors.part011", "model.safetensors.part\u0661\u0661"):
+        (tmp_path / name).write_bytes(b"no part")
+    (tmp_path / "model.safetensors.part11").mkdir()
+    for named in (tmp_path, tmp_path / "model.safetensors.part0"):
+        assert torch.equal(read_checkpoint(named).tensors["weight"], tensors["weight"])
+
+
+@pytest.mark.parametrize("value", ["true", "false", 1, 0])
+def test_whether_embeddings_are_tied_is_no_other_thing_than_a_bool(
+    value: Any, tmp_path: Path
+) -> None:
+    tensors = make_tensors(CONFIG | {"tie_embeddings": False})
+    file = write(tmp_path, tensors, CONFIG | {"tie_embeddings": value})
+    with pytest.raises(ValueError, match="tie_embeddings in the checkpoint's configuration cannot"):
+        checkpoints.load(file)
+
+
+def test_a_folder_does_not_hide_a_published_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, make_tensors(CONFIG))
+    (tmp_path / "evo2_7b").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"embedding_layer\.weight is \(40, 12\) and not \(512, 4"):
+        checkpoints.load(file, config="evo2_7b")
 
 
 def test_views_of_larger_storages_are_cut(tmp_path: Path) -> None:

@@ -277,3 +277,20 @@ def test_channels_that_share_taps_are_reduced_together(goal: dict[str, Any]) -> 
         assert layer.lower_bounds == pytest.approx(other.lower_bounds, rel=1e-2, abs=1e-6)
         assert layer.tail_energies == pytest.approx(other.tail_energies, rel=0.2, abs=1e-6)
     assert layer.effective_state_sizes == pytest.approx(other.effective_state_sizes, rel=1e-4)
+
+
+@pytest.mark.parametrize(("taps", "context"), [(33, 64), (100, 300)])
+def test_a_tolerance_counts_what_follows_a_filter_that_ends(taps: int, context: int) -> None:
+    filter = {"type": "explicit", "taps": taps}
+    model = make(
+        mixers="hyena", filter=filter, max_position_embeddings=context, num_hidden_layers=1
+    )
+    t = torch.arange(float(taps))
+    with torch.no_grad():  # far from zero at its end
+        rates = torch.linspace(0.01, 0.05, 24)[:, None]
+        mixers(model)[0].filter.kernel.copy_(torch.exp(-rates * t) * torch.cos(0.1 * t))
+    small, report = distill(model, tol=0.05)
+    assert report.converged
+    before, after = (kernels(one, context)[0] for one in (model, small))
+    error = (after - before).norm(dim=1) / before.norm(dim=1)
+    assert error.max() <= 0.055

@@ -59,7 +59,14 @@ SYSTEMS = {
     "dplr": dplr,
     "window": lambda: gramian.FIR(torch.randn(WIDTH, 9)),
     "window_in_two_dimensions": lambda: gramian.FIR(torch.randn(2, WIDTH, 40)),
+    "window_in_double": lambda: gramian.FIR(torch.randn(WIDTH, 40, dtype=torch.float64)),
+    "one_tap": lambda: gramian.FIR(torch.randn(WIDTH, 1)),
+    "one_tap_in_double": lambda: gramian.FIR(torch.randn(WIDTH, 1, dtype=torch.float64)),
     "real_modes": real_modes,
+    "no_modes": lambda: gramian.Modal(*torch.empty(2, WIDTH, 0) + 0j, torch.randn(WIDTH)),
+    "some_without_modes": lambda: build(
+        {"type": "modal", "orders": [0, 7, 7, 7, 0, 0]}, channels=WIDTH, max_length=70
+    )(),
 }
 
 
@@ -90,7 +97,9 @@ def run_both(target: Any, folder: Path, x: torch.Tensor, time: int, tolerance: f
 def test_systems(tmp_path: Path, name: str) -> None:
     torch.manual_seed(1)
     system = SYSTEMS[name]()
-    kind = "onnx" if name in ("modal", "window") else "torch"  # both hold the same graph
+    # Both kinds hold the same graph, but onnxruntime does not run all graphs.
+    onnx = ("modal", "window", "window_in_double", "one_tap_in_double", "no_modes")
+    kind = "onnx" if name in (*onnx, "some_without_modes") else "torch"
     report = export_recurrence(system, tmp_path / "out", kind, verify=20, threads=1)
     assert report.kind == "system" and report.compared == 20
     for batch, length in ((1, 17), (3, 257)):
@@ -119,15 +128,16 @@ def mixers() -> dict[str, Any]:
         ),
         "hyena": Hyena(WIDTH, {"type": "s4d", "state_size": 8}, 70, order=3),
         "multi_hyena": MultiHyena(WIDTH, 3, {"type": "modal", "orders": [1, 9, 1]}, 70),
+        "multi_hyena_of_one_tap": MultiHyena(WIDTH, 3, {"type": "explicit", "taps": 1}, 70),
     }
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["block", "multi_hyena", "hyena"])
+@pytest.mark.parametrize("name", ["block", "multi_hyena", "multi_hyena_of_one_tap", "hyena"])
 def test_mixers(tmp_path: Path, name: str) -> None:
     torch.manual_seed(2)
     mixer = mixers()[name].eval()
-    kind = "onnx" if name == "block" else "torch"
+    kind = "onnx" if name in ("block", "multi_hyena_of_one_tap") else "torch"
     report = export_recurrence(mixer, tmp_path / "out", kind, verify=20, threads=1)
     assert report.kind == "mixer" and report.prefill_difference < 1e-4 * report.scale
     run_both(mixer, tmp_path / "out", torch.randn(2, 150, WIDTH), 1, 2e-5)

@@ -25,7 +25,7 @@ FILTERS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(filter: dict[str, Any], **changes: Any) -> GramianForCausalLM:
+def make(filter: Any, **changes: Any) -> GramianForCausalLM:
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "vocab_size": 50,
@@ -100,13 +100,23 @@ def test_refusals() -> None:
         ExplicitFilter.from_kernel(torch.zeros(3))
     with pytest.raises(ValueError, match="one activation for each of the 2 layers; got 1"):
         make(FILTERS["short"], hidden_act=["silu"])
-    with pytest.raises(ValueError, match=r"two positive numbers.*got \[1\.0\]"):
+    with pytest.raises(ValueError, match=r"two positive normal.*got \[1\.0\]"):
         make(FILTERS["short"], mixers={"type": "hyena", "fp8_scales": [1.0]})
     with pytest.raises(ValueError, match=r"must be 2 finite numbers, half of the rotated.*got 3"):
         make(
             FILTERS["short"],
             mixers={"type": "softmax_attention", "rotary_frequencies": [1.0, 0.1, 0.01]},
         )
+
+
+@pytest.mark.parametrize("name", ["hidden_act", "mixers", "filter"])
+def test_layers_added_later_need_entries_of_their_own(name: str) -> None:
+    entry = {"hidden_act": "gelu", "mixers": "hyena", "filter": FILTERS["short"]}[name]
+    changes: dict[str, Any] = {"filter": FILTERS["short"], name: [entry, entry]}
+    config = make(**changes).config
+    config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match=f"{name} must have one entry for each of the 3 layers; g"):
+        GramianForCausalLM(config)
 
 
 def test_a_filter_of_given_taps_has_them() -> None:

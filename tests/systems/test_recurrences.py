@@ -381,3 +381,20 @@ def test_chunks_of_few_samples_are_those_samples_one_by_one(
     for made, expected in zip(pytree.tree_leaves(after), pytree.tree_leaves(state), strict=True):
         assert_close(made, expected)
         assert made.untyped_storage().nbytes() == made.nbytes  # and nothing of the chunk
+
+
+@pytest.mark.parametrize("form", ["window", "online"])
+def test_a_chunk_for_all_channels_is_broadcast_as_a_sample_is(form):
+    torch.manual_seed(0)
+    system = FIR(torch.randn(3, 5, dtype=torch.float64))
+    u = torch.randn(2, 1, 23, dtype=torch.float64)
+    expected = system(u.expand(2, 3, 23))
+    recurrence = system.recurrence(form)
+    first, state = recurrence.prefill(u[..., :6])
+    steps = []
+    for t in range(6, 15):
+        y, state = recurrence.step(u[..., t], state)
+        steps.append(y)
+    last, _ = recurrence.prefill(u[..., 15:], state)
+    found = torch.cat([first, torch.stack(steps, dim=-1), last], dim=-1)
+    torch.testing.assert_close(found, expected)
