@@ -39,9 +39,9 @@ def distill(
 
     `gramian.reduce` reduces the kernel of each filter. It uses the first `max_position_embeddings`
     taps of the kernel. If the kernel ends before that, it uses twice as many taps as the kernel
-    has, so that errors include the response that should be zero. The result is a `ModalFilter`, which
-    replaces the filter in a copy of the model. The given model stays unchanged. The copy has the
-    same class, with one configuration per layer in `config.filter`. It can be saved, loaded,
+    has, so that errors include the response that should be zero. The result is a `ModalFilter`,
+    which replaces the filter in a copy of the model. The given model stays unchanged. The copy has
+    the same class, with one configuration per layer in `config.filter`. It can be saved, loaded,
     trained and used for generation like any other model. Filters that are already modal, and
     attention layers, are not changed. The state of an explicit filter of few taps is a window of
     its last inputs. Such a filter is not changed if the state of the reduced filter would not be

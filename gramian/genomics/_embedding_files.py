@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gramian._json import to_json
 from gramian._staging import staged_file
 from gramian.genomics._embed import Embedder
 from gramian.genomics._hidden_states import Layer
@@ -119,7 +119,7 @@ def _safetensors(stage: Path, embedder: Embedder, rows: int, layer: str) -> None
     size = rows * embedder.width * embedder.dtype.itemsize
     head = {
         "__metadata__": {
-            "names": json.dumps(embedder.source.names),
+            "names": to_json(embedder.source.names),
             "layer": layer,
             "pool": embedder.pool,
         },
@@ -134,7 +134,7 @@ def _safetensors(stage: Path, embedder: Embedder, rows: int, layer: str) -> None
             "data_offsets": [size, size + lengths.nbytes],
         },
     }
-    text = json.dumps(head).encode()
+    text = to_json(head).encode()
     text += b" " * (-len(text) % 8)
     with stage.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
