@@ -8,13 +8,13 @@ file. When all rows are written, they become the table.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gramian._json import to_json
 from gramian._staging import staged_file
 from gramian.genomics._likelihood import LogLikelihood, language_model
 from gramian.genomics._score import RecordScore, VariantScore, default_window, score
@@ -151,7 +151,7 @@ def _describe(
         **{name: _hash(file) for name, file in files.items() if file is not None},
         **given,
     }
-    return json.dumps(described, sort_keys=True)
+    return to_json(described, sort_keys=True)
 
 
 def _hash(file: str | Path) -> str:
