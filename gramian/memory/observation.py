@@ -25,7 +25,7 @@ class Observer:
         loss = model(ids, labels=ids).loss + 1e-3 * gate_regularizer(observer.operators())
 
     The inputs of the last forward pass, with their autograd graph, are kept until the next pass.
-    `operators` and `sequences` make the operators from these inputs, which computes projections,
+    `operators` and `sequences` make the operators from these inputs, and so compute projections,
     short convolutions and gates once more. They read parameters outside of `forward`, so an
     observer does not work for sharded models.
 
@@ -98,8 +98,8 @@ class Observer:
         """Return the operators on sequences without padding, in batches of equal length.
 
         Args:
-            sequences: Maximal number of sequences of a pass. If there are more, the first are used.
-                By default, all are used.
+            sequences: Maximal number of sequences to use from a pass. If there are more, the first
+                are used. By default, all are used.
             channels: As for `operators`.
 
         Returns:

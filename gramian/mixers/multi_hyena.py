@@ -1,7 +1,7 @@
 r"""MultiHyena: Hyena with heads, `y_t = Σ_{s≤t} h_{t-s} (q_t · k_s) v_s` in every head.
 
-The long convolution acts on the outer products `k_s v_sᵀ` of each head, all of which share one
-filter (Laughing Hyena, Massaroli et al. 2023, section 4).
+The long convolution acts on the outer products `k_s v_sᵀ` of each head, and every head has one
+filter for all entries of its products (Laughing Hyena, Massaroli et al. 2023, section 4).
 
 The same map has two forms. `(Q Kᵀ ∘ T_h) V` is attention with a Toeplitz mask in place of the
 softmax and takes O(L²) time. The convolution of the outer products by FFT takes O(N² L log L) time

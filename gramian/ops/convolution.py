@@ -225,7 +225,7 @@ class _PaddedTransform:
         return self.views[rows]
 
     def spectrum(self, signal: Tensor, factor: Tensor | None = None) -> Tensor:
-        """Compute the spectrum (*b, F) of a zero-padded block (*b, L), multiplied by `factor`."""
+        """Compute the spectrum (*b, F) of a block (*b, L) times `factor`, padded with zeros."""
         padded, inside, _ = self._views(tuple(signal.shape[:-1]))
         if factor is not None:
             torch.mul(signal, factor, out=inside)

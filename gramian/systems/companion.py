@@ -71,7 +71,9 @@ class CompanionRecurrence(VectorRecurrence[CompanionState]):
     def _advance(self, u_t: Tensor, state: CompanionState) -> tuple[Tensor, CompanionState]:
         past = state.past
         sample = u_t.to(past.dtype)
-        feedback, output = torch.einsum("...n,...nk->...k", past, self._taps).unbind(-1)
+        # ONNX programs need as many dimensions in both operands of the ellipsis.
+        taps = self._taps[(None,) * (past.ndim + 1 - self._taps.ndim)]
+        feedback, output = torch.einsum("...n,...nk->...k", past, taps).unbind(-1)
         newest = (sample + feedback).unsqueeze(-1)
         y = torch.addcmul(output, self.system.d, sample)
         if self.system.order:

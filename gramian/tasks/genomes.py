@@ -65,7 +65,8 @@ def clean(
         before: the bytes before `letters`. Only the last of them is used.
 
     Raises:
-        ValueError: if a character is neither an IUPAC code nor a mark, or a digit follows a letter.
+        ValueError: if a character is neither an IUPAC code nor one of `MARKS`, or if a digit
+            follows a letter.
     """
     if letters.translate(None, _COMMON):
         if not numbers and (found := _DIGIT.search(letters)) is not None:
