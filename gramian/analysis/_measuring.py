@@ -47,6 +47,7 @@ def measure_layer(
         count=recorded.count,
         ess=torch.cat(ess),
         tss=torch.cat(tss),
+        reader=recorded.reader,
     )
 
 
@@ -69,4 +70,5 @@ def joined(layers: list[LayerState]) -> Iterator[LayerState]:
             count=sum(part.count for part in parts),
             ess=torch.cat([part.ess for part in parts]),
             tss=torch.cat([part.tss for part in parts]),
+            reader=parts[0].reader,
         )

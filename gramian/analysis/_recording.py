@@ -23,6 +23,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -45,26 +46,26 @@ _MIXES = re.compile(
 _MIXES_NOT = re.compile("Norm|Rotary|Embedding|MLP|Mlp|FeedForward|Cache|Output$|Pooling|Function")
 
 
+@dataclass(frozen=True)
 class RecordedOperator:
     """The operator of a layer, with a function that returns it for some heads or channels.
 
-    Args:
+    Attributes:
         name: path of the module.
         mixer: name of the module's class.
         kind: "attention", "recurrence" or "convolution".
         count: number of heads or channels.
         system: function that maps a slice of the heads or channels to their system. For n heads or
             channels, the channels of the system are (*1, n).
+        reader: how the operator was read, as in `LayerState`.
     """
 
-    def __init__(
-        self, name: str, mixer: str, kind: str, count: int, system: Callable[[slice], System]
-    ) -> None:
-        self.name = name
-        self.mixer = mixer
-        self.kind = kind
-        self.count = count
-        self.system = system
+    name: str
+    mixer: str
+    kind: str
+    count: int
+    system: Callable[[slice], System]
+    reader: str
 
 
 def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
@@ -148,7 +149,7 @@ class Recorder:
             self.refused[path] = str(error)
             return
         operator = partial(module.operator, x)
-        self._record(path, module, module.family, module.channels, operator)
+        self._record(path, module, module.family, module.channels, operator, "mixer")
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._current.pop()
@@ -160,12 +161,13 @@ class Recorder:
         kind: str,
         count: int,
         system: Callable[[slice], System],
+        reader: str,
     ) -> None:
         runs = self.ran[path]
         name = path if runs <= 1 else f"{path} (run {runs})"
         self.read.add(path)
         mixer = type(module).__name__
-        self.visit(RecordedOperator(name or mixer, mixer, kind, count, system))
+        self.visit(RecordedOperator(name or mixer, mixer, kind, count, system, reader))
 
     # Attention
 
@@ -230,7 +232,9 @@ class Recorder:
         refusal = _not_a_causal_map(weights, wide[2], output)
         if refusal is None:
             maps = weights[0]  # (heads, length, length)
-            self._record(path, module, "attention", len(maps), lambda s: DenseOperator(maps[s]))
+            self._record(
+                path, module, "attention", len(maps), lambda s: DenseOperator(maps[s]), "attention"
+            )
         else:
             self.refused[path] = refusal
         return output.to(query.dtype), None
@@ -263,7 +267,7 @@ class Recorder:
         if self._current:
             path, module = self._current[-1]
             count, system = scan(*args, **kwargs)
-            self._record(path, module, "recurrence", count, system)
+            self._record(path, module, "recurrence", count, system, "scan")
         return function(*args, **kwargs)
 
 

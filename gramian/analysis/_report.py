@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerState", "StateReport"]
 
-_FORMAT = "gramian.state_report/1"
+_FORMAT = "gramian.state_report/2"
 _COLUMNS = ("layer", "mixer", "heads or channels", "ESS mean", "ESS max", "TSS mean", "in use")
 
 
@@ -37,6 +37,10 @@ class LayerState:
         ess: effective state-size (ESS) at each of the P positions, (len(channels), P).
         tss: theoretically realizable state-size (TSS) at each of the P positions, which is the size
             of the state there, (len(channels), P).
+        reader: how the operator was read: "mixer" (from a mixer of Gramian), "attention" (a map of
+            attention weights), "scan" (from the arguments of a scan) or "general" (from the
+            responses of the layer itself).
+        error: error of each estimate in `ess`, of the same shape; None if they are exact.
     """
 
     name: str
@@ -46,6 +50,8 @@ class LayerState:
     count: int
     ess: Tensor
     tss: Tensor
+    reader: str = "mixer"
+    error: Tensor | None = None
 
     @property
     def utilization(self) -> Tensor:
@@ -72,9 +78,11 @@ class LayerState:
             "kind": self.kind,
             "channels": list(self.channels),
             "count": self.count,
+            "reader": self.reader,
             "average_ess": float(aggregate(self.ess)),
             "ess": _numbers(self.ess),
             "tss": _numbers(self.tss),
+            "error": None if self.error is None else _numbers(self.error),
         }
 
 
@@ -96,6 +104,8 @@ class StateReport:
             reason.
         seconds: duration of the analysis in seconds.
         source: name of the input; empty if it has none.
+        include: "core" if short convolutions are layers of their own, "mixer" if they are part of
+            the operator that they feed.
     """
 
     model: str
@@ -108,6 +118,7 @@ class StateReport:
     unread: tuple[tuple[str, str], ...]
     seconds: float
     source: str = ""
+    include: str = "core"
 
     @property
     def horizon(self) -> int:
@@ -236,6 +247,7 @@ class StateReport:
             "format": _FORMAT,
             "model": self.model,
             "source": self.source,
+            "include": self.include,
             "measure": self.measure,
             "tol": self.tol,
             "rtol": self.rtol,
@@ -278,6 +290,8 @@ class StateReport:
                 count=layer["count"],
                 ess=torch.tensor(layer["ess"], dtype=torch.float32),
                 tss=torch.tensor(layer["tss"], dtype=torch.float32),
+                reader=layer["reader"],
+                error=_tensor(layer["error"]),
             )
             for layer in values["layers"]
         )
@@ -291,7 +305,8 @@ class StateReport:
             rtol=values["rtol"],
             unread=tuple((entry["name"], entry["reason"]) for entry in values["unread"]),
             seconds=values["seconds"],
-            source=values.get("source", ""),
+            source=values["source"],
+            include=values["include"],
         )
 
     @classmethod
@@ -357,3 +372,8 @@ def _numbers(values: Tensor) -> list[list[float]]:
     Nine digits determine a float32 number.
     """
     return [[float(f"{value:.9g}") for value in row] for row in values.tolist()]
+
+
+def _tensor(values: list[list[float]] | None) -> Tensor | None:
+    """Return a matrix of `_numbers` as float32; None stays None."""
+    return None if values is None else torch.tensor(values, dtype=torch.float32)
