@@ -255,7 +255,7 @@ class Recorder:
             return function(*args, **kwargs)
         path, module = self._current[-1]
         try:
-            reading = read(name, args, kwargs)
+            reading = read(name, args, kwargs, function)
         except ValueError as error:
             self.refused[path] = str(error)
             return function(*args, **kwargs)

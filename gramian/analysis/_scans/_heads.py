@@ -11,7 +11,7 @@ from torch import Tensor
 from gramian.analysis._scans._reading import ScanReading, heads_first, of_state, single
 from gramian.systems import System
 
-__all__ = ["delta_rule", "first", "gated_recurrence", "of_heads"]
+__all__ = ["decays", "delta_rule", "first", "gated_recurrence", "of_heads", "unit"]
 
 _EPSILON = 1e-6  # what every implementation adds to the squared length of queries and keys
 
@@ -19,6 +19,11 @@ _EPSILON = 1e-6  # what every implementation adds to the squared length of queri
 def first(result: Any) -> Tensor:
     """Return the outputs of a scan that may also return its last state."""
     return result[0] if isinstance(result, tuple | list) else result
+
+
+def unit(x: Tensor) -> Tensor:
+    """Return vectors (…, n) divided by their lengths, as scans normalize queries and keys."""
+    return x * (x.square().sum(-1, keepdim=True) + _EPSILON).rsqrt()
 
 
 def of_heads(
@@ -74,7 +79,7 @@ def gated_recurrence(
     """
     heads = v.shape[2]
     factor = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    decay = _gates(log, v)
+    decay = decays(log, v)
 
     def system(channels: slice) -> System:
         inputs, outputs = (heads_first(x, heads, channels) for x in (k, q))
@@ -113,7 +118,7 @@ def delta_rule(
     """
     heads = v.shape[2]
     factor = k.shape[-1] ** -0.5 if scale is None else float(scale)
-    decay = _gates(log, v)
+    decay = decays(log, v)
     if beta.ndim != 3:
         raise ValueError(
             f"the factors β of a delta rule must be (batch, L, heads); got {tuple(beta.shape)}."
@@ -122,9 +127,7 @@ def delta_rule(
     def system(channels: slice) -> System:
         key, query = (heads_first(x, heads, channels) for x in (k, q))  # (h, L, n)
         if normalized:
-            key, query = (
-                x * (x.square().sum(-1, keepdim=True) + _EPSILON).rsqrt() for x in (key, query)
-            )
+            key, query = unit(key), unit(query)
         rate = heads_first(beta.unsqueeze(-1), heads, channels)  # (h, L, 1)
         a = decay(channels)
         return of_state(
@@ -138,7 +141,7 @@ def delta_rule(
     return of_heads(system, v, **options)
 
 
-def _gates(log: Tensor | None, v: Tensor) -> Callable[[slice], Tensor]:
+def decays(log: Tensor | None, v: Tensor) -> Callable[[slice], Tensor]:
     """Return a function that maps a slice of heads to their gates, (h, L, n) or (h, L, 1).
 
     Args:

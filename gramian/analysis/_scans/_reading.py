@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -127,13 +128,19 @@ def register(*names: str) -> Callable[[_Scan], _Scan]:
     return add
 
 
-def read(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ScanReading:
+def read(
+    name: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    function: Callable[..., Any] | None = None,
+) -> ScanReading:
     """Return the reading of one call of a scan.
 
     Args:
         name: A name in `SCANS`.
         args: The positional arguments of the call.
         kwargs: The keyword arguments of the call.
+        function: The scan, of which a `functools.partial` holds further arguments.
 
     Returns:
         The reading. Only `ScanReading.disagreement` tells whether it describes the scan: another
@@ -143,6 +150,9 @@ def read(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> ScanReadi
         ValueError: if the arguments do not fit the scan, or if they ask for what is not read.
     """
     scan = SCANS[name]
+    while isinstance(function, partial):
+        args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
+        function = function.func
     try:
         reading = scan(*args, **kwargs)
         reading.system(slice(0, 1))  # arguments of other shapes raise an error here

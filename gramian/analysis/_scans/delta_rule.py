@@ -134,3 +134,38 @@ def gated(
         initial_state=initial_state,
         **options,
     )
+
+
+@register("fused_recurrent_gated_delta_rule", "fused_recurrent_gdn")
+def recurrent_gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    gk: Tensor | None = None,
+    gv: Tensor | None = None,
+    beta: Tensor | None = None,
+    **options: Any,
+) -> ScanReading:
+    """Return the reading of the gated delta rule in its recurrent form.
+
+    Args:
+        q: The queries, (batch, L, key heads, n).
+        k: The keys, (batch, L, key heads, n).
+        v: The values, (batch, L, heads, N).
+        g: Logarithms of the gates, (batch, L, heads); None if all gates are 1.
+        gk: Gates of the key channels, which are refused.
+        gv: Gates of the value channels, which are refused.
+        beta: The factors β, (batch, L, heads); 1 if they are None.
+        **options: Further arguments, as in `gated`.
+
+    Raises:
+        ValueError: if there are gates of channels.
+    """
+    for name, gate in (("gk", gk), ("gv", gv)):
+        if gate is not None:
+            raise ValueError(
+                f"the gated delta rule is read with one gate for each head; got {name} "
+                f"{tuple(gate.shape)}."
+            )
+    return gated(q, k, v, g, beta, **options)
