@@ -5,8 +5,9 @@ RWKV-6 reads the state before its update, and gives the present input a weight o
 state of the system is S_{t-1} itself.
 
 RWKV-4 averages the values of every channel with weights that decay:
-`y_t = (a_{t-1} + e^{u + k_t} v_t) / (b_{t-1} + e^{u + k_t})`, with `a_t = e^w a_{t-1} + e^{k_t} v_t`
-and `b_t = e^w b_{t-1} + e^{k_t}`. The sums b depend on keys only, so that the operator is linear.
+`y_t = (a_{t-1} + e^{u + k_t} v_t) / (b_{t-1} + e^{u + k_t})`, with sums
+`a_t = e^w a_{t-1} + e^{k_t} v_t` and `b_t = e^w b_{t-1} + e^{k_t}`. The sums b depend on keys only,
+so that the operator is linear.
 """
 
 from __future__ import annotations
