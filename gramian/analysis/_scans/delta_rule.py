@@ -94,6 +94,7 @@ def gated(
     use_gate_in_kernel: bool = False,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    gk: Tensor | None = None,
     **options: Any,
 ) -> ScanReading:
     """Return the reading of the gated delta rule.
@@ -113,6 +114,7 @@ def gated(
         use_gate_in_kernel: Whether the logarithms of the gates are `-e^{A_log} softplus(g + bias)`.
         A_log: (heads), with `use_gate_in_kernel`.
         dt_bias: (heads), with `use_gate_in_kernel`; None if there is none.
+        gk: Logarithms of further gates, (batch, L, heads, n); None if there are none.
         **options: Further options, as in `of_heads`.
     """
     if beta is None:
@@ -123,6 +125,8 @@ def gated(
     if g is not None and use_gate_in_kernel and A_log is not None:
         log = g.double() if dt_bias is None else g.double() + dt_bias.double()
         log = -A_log.double().exp() * softplus(log)
+    if gk is not None:
+        log = gk if log is None else log.double().unsqueeze(-1) + gk.double()
     return delta_rule(
         q,
         k,
@@ -154,18 +158,17 @@ def recurrent_gated(
         k: The keys, (batch, L, key heads, n).
         v: The values, (batch, L, heads, N).
         g: Logarithms of the gates, (batch, L, heads); None if all gates are 1.
-        gk: Gates of the key channels, which are refused.
+        gk: Logarithms of further gates, (batch, L, heads, n); None if there are none.
         gv: Gates of the value channels, which are refused.
         beta: The factors β, (batch, L, heads); 1 if they are None.
         **options: Further arguments, as in `gated`.
 
     Raises:
-        ValueError: if there are gates of channels.
+        ValueError: if value channels have gates, since a head then has several operators.
     """
-    for name, gate in (("gk", gk), ("gv", gv)):
-        if gate is not None:
-            raise ValueError(
-                f"the gated delta rule is read with one gate for each head; got {name} "
-                f"{tuple(gate.shape)}."
-            )
-    return gated(q, k, v, g, beta, **options)
+    if gv is not None:
+        raise ValueError(
+            f"the gated delta rule is read without gates of value channels; got gv "
+            f"{tuple(gv.shape)}."
+        )
+    return gated(q, k, v, g, beta, gk=gk, **options)
