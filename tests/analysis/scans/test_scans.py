@@ -74,3 +74,18 @@ def test_another_result_disagrees(name: str) -> None:
     outputs = result[0] if isinstance(result, tuple) else result
     assert reading.disagreement(outputs * 1.001) == pytest.approx(1e-3, rel=0.1)
     assert reading.disagreement(outputs.roll(1, dims=-1)) > 1e-2
+
+
+def test_large_keys_of_rwkv4_do_not_overflow() -> None:
+    given = CASES["RWKV-4"].arguments(23)
+    T = read("rwkv_linear_attention", (), given).system(slice(None)).matrix()
+    for shift in (-1e4, 1e4):  # weights are relative to each other
+        moved = read("rwkv_linear_attention", (), given | {"key": given["key"] + shift})
+        torch.testing.assert_close(moved.system(slice(None)).matrix(), T, rtol=1e-8, atol=1e-10)
+
+
+def test_large_gates_of_the_mlstm_do_not_overflow() -> None:
+    given = CASES["mLSTM"].arguments(23)
+    for shift in (-1e4, 1e4):
+        moved = given | {"igate": given["igate"] + shift, "eps": 0.0}
+        assert bool(read("_train_fn", (), moved).system(slice(None)).matrix().isfinite().all())
