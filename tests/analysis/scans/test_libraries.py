@@ -40,12 +40,12 @@ def kernel(name: str) -> Any:
     pytest.skip(f"no installed library has {name}")
 
 
-def as_kernels_take(x: Any) -> Any:
+def as_kernels_take(x: Any, dtype: torch.dtype) -> Any:
     if isinstance(x, tuple):
-        return tuple(as_kernels_take(part) for part in x)
+        return tuple(as_kernels_take(part, dtype) for part in x)
     if not isinstance(x, Tensor):
         return x
-    return x.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    return x.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -53,9 +53,16 @@ def as_kernels_take(x: Any) -> Any:
 def test_kernels(name: str) -> None:
     case = CASES[name]
     function = kernel(case.scan)
-    given = {k: as_kernels_take(x) for k, x in case.arguments(63).items()}
+    half = case.scan == "chunk_delta_rule"  # takes half precision only
+    dtype = torch.bfloat16 if half else torch.float32
+    given = {k: as_kernels_take(x, dtype) for k, x in case.arguments(63).items()}
     known = inspect.signature(function).parameters
     if given.get("g", 0) is None and "g" not in known:
         del given["g"]
-    reading = read(case.scan, (), given)
-    assert reading.disagreement(function(**given)) < 1e-4
+    try:
+        result = function(**given)
+    except Exception as error:
+        if INTERPRETED and "InterpreterError" in type(error).__name__:
+            pytest.skip("the interpreter cannot run this kernel")
+        raise
+    assert read(case.scan, (), given).disagreement(result) < (3e-2 if half else 1e-4)
