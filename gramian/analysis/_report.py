@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gramian._json import to_json
 from gramian._staging import staged_file
+from gramian.analysis._storage import Storage
 from gramian.ess import aggregate, utilization
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["LayerState", "StateReport"]
 
 _FORMAT = "gramian.state_report/2"
+_READABLE = ("gramian.state_report/1", _FORMAT)  # the first does not say how operators were read
 _COLUMNS = ("layer", "mixer", "heads or channels", "ESS mean", "ESS max", "TSS mean", "in use")
 
 
@@ -39,8 +42,10 @@ class LayerState:
             of the state there, (len(channels), P).
         reader: how the operator was read: "mixer" (from a mixer of Gramian), "attention" (a map of
             attention weights), "scan" (from the arguments of a scan) or "general" (from the
-            responses of the layer itself).
+            responses of the layer itself). It is empty in a report of an earlier version.
         error: error of each estimate in `ess`, of the same shape; None if they are exact.
+        storage: how the layer stores its past, from which bytes follow; None if it is not known.
+        cap: the bound min(i, L - i) on the rank at every position, (P). A report sets it.
     """
 
     name: str
@@ -52,23 +57,36 @@ class LayerState:
     tss: Tensor
     reader: str = "mixer"
     error: Tensor | None = None
+    storage: Storage | None = None
+    cap: Tensor | None = None
+
+    @property
+    def usable(self) -> Tensor:
+        """The size of the state that can be used, (len(channels), P): min(TSS, i, L - i).
+
+        TSS is each channel's own, i is the position, and L the number of tokens that were read. A
+        layer outside of a report has no positions, so there it is TSS.
+        """
+        return self.tss if self.cap is None else self.tss.minimum(self.cap.to(self.tss))
 
     @property
     def utilization(self) -> Tensor:
-        """The share ESS / TSS, (len(channels), P). It is 0 where TSS is 0.
+        """The share of the usable state that is in use, ESS / `usable`, (len(channels), P).
 
-        The table of a report shows `in_use`, a mean without the entries where TSS is 0.
+        It is 0 where there is no usable state. `in_use` is its mean without these entries.
+        `gramian.ess.utilization(layer.ess, layer.tss)` is the share of all of TSS.
         """
-        return utilization(self.ess, self.tss)
+        return utilization(self.ess, self.usable)
 
     @property
     def in_use(self) -> float | None:
-        """The mean of ESS / TSS, or None if TSS is 0 everywhere.
+        """The share of the usable state that is in use, or None if there is no usable state.
 
-        The mean is over all channels and positions where TSS is above 0.
+        It is the mean of `utilization` over all channels and positions where `usable` is above 0.
+        Tables, figures, pages, frames and JSON show this number.
         """
-        share = self.utilization[self.tss > 0]
-        return float(share.mean()) if share.numel() else None
+        share = self.utilization[self.usable > 0]
+        return float(share.double().mean()) if share.numel() else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as values that JSON can hold."""
@@ -79,7 +97,9 @@ class LayerState:
             "channels": list(self.channels),
             "count": self.count,
             "reader": self.reader,
+            "storage": None if self.storage is None else self.storage.to_dict(),
             "average_ess": float(aggregate(self.ess)),
+            "in_use": self.in_use,
             "ess": _numbers(self.ess),
             "tss": _numbers(self.tss),
             "error": None if self.error is None else _numbers(self.error),
@@ -119,6 +139,10 @@ class StateReport:
     seconds: float
     source: str = ""
     include: str = "core"
+
+    def __post_init__(self) -> None:
+        layers = tuple(dataclasses.replace(layer, cap=self.cap) for layer in self.layers)
+        object.__setattr__(self, "layers", layers)
 
     @property
     def horizon(self) -> int:
@@ -163,6 +187,12 @@ class StateReport:
             A scalar, or (P) if `over_positions` is False.
         """
         return aggregate(self.ess, "average", over_positions=over_positions)
+
+    @property
+    def in_use(self) -> float | None:
+        """The mean of the layers' `in_use`, or None if no layer has a usable state."""
+        shares = [share for layer in self.layers if (share := layer.in_use) is not None]
+        return sum(shares) / len(shares) if shares else None
 
     def total(self, *, over_positions: bool = True) -> Tensor:
         """Return the total ESS: the sum over all measured heads or channels of all layers.
@@ -254,6 +284,7 @@ class StateReport:
             "horizon": self.horizon,
             "average_ess": float(self.average()) if self.layers else None,
             "total_ess": float(self.total()) if self.layers else None,
+            "in_use": self.in_use,
             "positions": list(self.positions),
             "tokens": list(self.tokens),
             "layers": [layer.to_dict() for layer in self.layers],
@@ -279,8 +310,10 @@ class StateReport:
         Raises:
             ValueError: if `values` do not have the format of a report.
         """
-        if not isinstance(values, dict) or values.get("format") != _FORMAT:
-            raise ValueError(f"a state report of format {_FORMAT!r} is needed.")
+        found = values.get("format") if isinstance(values, dict) else None
+        if found not in _READABLE:
+            formats = " or ".join(map(repr, _READABLE))
+            raise ValueError(f"a state report of format {formats} is needed; got {found!r}.")
         layers = tuple(
             LayerState(
                 name=layer["name"],
@@ -290,8 +323,9 @@ class StateReport:
                 count=layer["count"],
                 ess=torch.tensor(layer["ess"], dtype=torch.float32),
                 tss=torch.tensor(layer["tss"], dtype=torch.float32),
-                reader=layer["reader"],
-                error=_tensor(layer["error"]),
+                reader=layer.get("reader", ""),
+                error=_tensor(layer.get("error")),
+                storage=Storage.from_dict(layer.get("storage")),
             )
             for layer in values["layers"]
         )
@@ -305,8 +339,8 @@ class StateReport:
             rtol=values["rtol"],
             unread=tuple((entry["name"], entry["reason"]) for entry in values["unread"]),
             seconds=values["seconds"],
-            source=values["source"],
-            include=values["include"],
+            source=values.get("source", ""),
+            include=values.get("include", "core"),
         )
 
     @classmethod
