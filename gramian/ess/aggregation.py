@@ -2,11 +2,11 @@ r"""Theoretical state-size, utilization, and averages and totals over a model.
 
 TSS, the theoretically realizable state-size, is the size of the state that a layer has at a
 position. For a recurrence this size is the order. For attention and finite convolutions it is the
-number of inputs so far. The rank of the block `T[i:L, :i]` is at most min(i, L - i), so the *usable*
-state at position i is min(TSS, i, L - i). Utilization is the share ESS / TSS or, if the usable state
-takes the place of TSS, the share of the state that can be used. Reports of `gramian.analyze` show
-the latter as "in use". For a model, ESS is reported as the *average* per channel or as the *total*
-over all channels (arXiv 2504.19561, sections 3 and 4).
+number of inputs so far. The rank of the block `T[i:L, :i]` is at most min(i, L - i), so the
+*usable* state at position i is min(TSS, i, L - i). Utilization is the share ESS / TSS or, if the
+usable state takes the place of TSS, the share of the state that can be used. Reports of
+`gramian.analyze` show the latter as "in use". For a model, ESS is reported as the *average* per
+channel or as the *total* over all channels (arXiv 2504.19561, sections 3 and 4).
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def _closure(edges: Tensor, start: Tensor) -> Tensor:
 def usable_state_size(tss: Tensor, at: Sequence[int] | Tensor, horizon: int) -> Tensor:
     """Return the size of the state that can be used at each position, min(TSS, i, L - i).
 
-    The block of position i, `T[i:L, :i]`, has i columns and L - i rows, and L is the horizon. So ESS
-    is at most this size, whatever the system.
+    The block of position i, `T[i:L, :i]`, has i columns and L - i rows, and L is the horizon. So
+    ESS is at most this size, whatever the system.
 
     Args:
         tss: (*C, P), from `theoretical_state_size`.

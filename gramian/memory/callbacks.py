@@ -23,9 +23,9 @@ class StateSizeCallback(TrainerCallback):
     The callback works for any model that `gramian.analyze` can read. It logs three kinds of
     numbers. `eval_ess` is the average effective state-size (ESS) of the layers,
     `eval_ess_utilization` is the share of the usable state that is in use (`StateReport.in_use`),
-    and `eval_ess_layer_NAME` is the ESS of each layer. All are means over rows and positions. They are added to the metrics that
-    `trainer.evaluate()` returns, and they appear in the trainer's logs. If they cannot be measured,
-    a warning is given and training continues.
+    and `eval_ess_layer_NAME` is the ESS of each layer. All are means over rows and positions. They
+    are added to the metrics that `trainer.evaluate()` returns, and they appear in the trainer's
+    logs. If they cannot be measured, a warning is given and training continues.
 
     Args:
         trainer: The `transformers.Trainer` to which the callback is added.
