@@ -14,10 +14,12 @@ from torch import Tensor
 
 from gramian._json import to_json
 from gramian._staging import staged_file
+from gramian.analysis._frames import check_frame_file, layer_frame, save_frame, state_frame
 from gramian.analysis._storage import Storage
 from gramian.ess import aggregate, utilization
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from rich.table import Table
 
 __all__ = ["LayerState", "StateReport"]
@@ -302,6 +304,48 @@ class StateReport:
         with staged_file(path) as stage:
             stage.write_text(self.to_json() + "\n", encoding="utf-8")
         return path
+
+    def to_frame(self, by: str = "position") -> DataFrame:
+        """Return the report as a frame of pandas.
+
+        Args:
+            by: "position" for a row for each layer, head or channel, and position: `model`,
+                `source`, `layer`, `mixer`, `kind`, `reader`, `channel`, `position`, `token`, `ess`,
+                `error`, `tss`, `usable` and `in_use`. The error is NaN where ESS is exact, and the
+                share in use is NaN where no state is usable. "layer" for a row for each layer, with
+                means over heads or channels and positions.
+
+        Raises:
+            ImportError: if pandas is not installed.
+            ValueError: if `by` is neither of these.
+        """
+        if by not in ("position", "layer"):
+            raise ValueError(f'by must be "position" or "layer"; got {by!r}.')
+        return (state_frame if by == "position" else layer_frame)([self])
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write `to_frame()` as CSV, completely or not at all, and return the path.
+
+        Raises:
+            ImportError: if pandas is not installed.
+            ValueError: if the path does not end in .csv.
+        """
+        return self._write_frame(path, ".csv")
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write `to_frame()` as Parquet, completely or not at all, and return the path.
+
+        Raises:
+            ImportError: if pandas or pyarrow is not installed.
+            ValueError: if the path does not end in .parquet.
+        """
+        return self._write_frame(path, ".parquet")
+
+    def _write_frame(self, path: str | Path, suffix: str) -> Path:
+        if Path(path).suffix != suffix:
+            raise ValueError(f"the file must end in {suffix}; got {Path(path).name}.")
+        check_frame_file(path)
+        return save_frame(self.to_frame(), path)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StateReport:
