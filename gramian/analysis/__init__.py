@@ -2,6 +2,16 @@
 
 from gramian.analysis._analyze import analyze
 from gramian.analysis._opening import open_model
+from gramian.analysis._ranking import LayerRanking, RankedLayer
 from gramian.analysis._report import LayerState, StateReport
+from gramian.analysis._storage import Storage
 
-__all__ = ["LayerState", "StateReport", "analyze", "open_model"]
+__all__ = [
+    "LayerRanking",
+    "LayerState",
+    "RankedLayer",
+    "StateReport",
+    "Storage",
+    "analyze",
+    "open_model",
+]

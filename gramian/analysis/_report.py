@@ -15,7 +15,9 @@ from torch import Tensor
 from gramian._json import to_json
 from gramian._staging import staged_file
 from gramian.analysis._frames import check_frame_file, layer_frame, save_frame, state_frame
+from gramian.analysis._ranking import LayerRanking, rank_layers
 from gramian.analysis._storage import Storage
+from gramian.analysis._table import as_table, as_text
 from gramian.ess import aggregate, utilization
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ __all__ = ["LayerState", "StateReport"]
 
 _FORMAT = "gramian.state_report/2"
 _READABLE = ("gramian.state_report/1", _FORMAT)  # the first does not say how operators were read
-_COLUMNS = ("layer", "mixer", "heads or channels", "ESS mean", "ESS max", "TSS mean", "in use")
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,6 +291,7 @@ class StateReport:
             "positions": list(self.positions),
             "tokens": list(self.tokens),
             "layers": [layer.to_dict() for layer in self.layers],
+            "ranking": [one.to_dict() for one in self.ranking()],
             "unread": [{"name": name, "reason": reason} for name, reason in self.unread],
             "seconds": self.seconds,
         }
@@ -400,48 +402,15 @@ class StateReport:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a state report: {error}") from error
 
+    def ranking(self) -> LayerRanking:
+        """Return the layers by the share in use, smallest first, with what to do about each."""
+        return rank_layers(self)
+
     def __str__(self) -> str:
-        lines = ["\t".join(_COLUMNS)]
-        lines += ["\t".join(_row(layer, layer.name)) for layer in self.layers]
-        return "\n".join([*lines, self._summary()])
+        return as_text(self)
 
     def __rich__(self) -> Table:
-        from rich.table import Table
-
-        table = Table(title=self.model, caption=self._summary(), caption_justify="left")
-        for index, name in enumerate(_COLUMNS):
-            table.add_column(name, justify="left" if index < 2 else "right")
-        for layer, label in zip(self.layers, self.labels, strict=True):
-            table.add_row(*_row(layer, label))
-        return table
-
-    def _summary(self) -> str:
-        source = f" of {self.source}" if self.source else ""
-        lines = [
-            f"{self.measure} ESS at {len(self.positions):,} positions of {self.horizon:,} tokens"
-            f"{source}, {self.seconds:.1f} s"
-        ]
-        if self.layers:
-            average, total = float(self.average()), float(self.total())
-            lines[0] += f": average {average:.2f}, total {total:.1f}"
-        lines += [f"not read: {name}: {reason}" for name, reason in self.unread]
-        return "\n".join(lines)
-
-
-def _row(layer: LayerState, label: str) -> tuple[str, ...]:
-    """Return the cells of a layer in the table of a report. `_COLUMNS` has their headings."""
-    counted = len(layer.channels)
-    measured = f"{counted:,}" if counted == layer.count else f"{counted:,} of {layer.count:,}"
-    share = layer.in_use
-    return (
-        label,
-        layer.mixer,
-        measured,
-        f"{float(layer.ess.mean()):.2f}",
-        f"{float(layer.ess.max()):.2f}",
-        f"{float(layer.tss.mean()):.1f}",
-        "" if share is None else f"{100 * share:.1f} %",
-    )
+        return as_table(self)
 
 
 def _numbers(values: Tensor) -> list[list[float]]:
