@@ -1,6 +1,7 @@
 """Measure how much of its memory each layer of a model uses while the model reads a text."""
 
 from gramian.analysis._analyze import analyze
+from gramian.analysis._comparison import StateComparison, compare_reports
 from gramian.analysis._opening import open_model
 from gramian.analysis._ranking import LayerRanking, RankedLayer
 from gramian.analysis._report import LayerState, StateReport
@@ -10,8 +11,10 @@ __all__ = [
     "LayerRanking",
     "LayerState",
     "RankedLayer",
+    "StateComparison",
     "StateReport",
     "Storage",
     "analyze",
+    "compare_reports",
     "open_model",
 ]

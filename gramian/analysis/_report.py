@@ -208,6 +208,29 @@ class StateReport:
         """
         return aggregate(self.ess, "total", over_positions=over_positions)
 
+    def at(self, positions: Sequence[int]) -> StateReport:
+        """Return the report of some of the positions, in the given order.
+
+        Raises:
+            ValueError: if a position was not measured.
+        """
+        column = {i: c for c, i in enumerate(self.positions)}
+        missing = [i for i in positions if i not in column]
+        if missing:
+            raise ValueError(f"positions must be among those measured; got {missing[0]}.")
+        kept = [column[i] for i in positions]
+        layers = [
+            dataclasses.replace(
+                layer,
+                ess=layer.ess[:, kept],
+                tss=layer.tss[:, kept],
+                error=None if layer.error is None else layer.error[:, kept],
+                cap=None,
+            )
+            for layer in self.layers
+        ]
+        return dataclasses.replace(self, layers=tuple(layers), positions=tuple(positions))
+
     def layer_curves(self) -> Tensor:
         """Return the mean ESS over the heads or channels of each layer, (layers, P)."""
         return torch.stack([layer.ess.double().mean(0) for layer in self.layers])
