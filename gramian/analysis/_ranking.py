@@ -206,8 +206,9 @@ def _small_heads(measured: _Measured, small: list[int]) -> _Suggestion:
     peak = max(measured.peaks[row] for row in small)
     size, count = _enough(peak), len(layer.channels)
     text = f"{_some(channels, count)} an ESS above {peak:.1f}, of {measured.state:,} tokens."
+    window = f"A window of {_count(size, 'token')} may do"
     if storage is None:
-        return _Suggestion(text, channels)
+        return _Suggestion(f"{text} {window}.", channels)
     alone = [
         group
         for group in dict.fromkeys(channel // storage.group for channel in channels)
@@ -216,13 +217,10 @@ def _small_heads(measured: _Measured, small: list[int]) -> _Suggestion:
     if not alone:
         return _Suggestion(f"{text} Other heads read the same keys and values.", channels)
     held, needed = (len(alone) * storage.nbytes(tokens) for tokens in (measured.state, size))
-    whose = "Their keys and values"
+    text += f" {window}: {_bytes(needed)} of keys and values instead of {_bytes(held)}"
     if len(channels) > len(alone) * storage.group:
-        whose = f"The keys and values that only they read ({_count(len(alone), 'KV head')})"
-    text += (
-        f" {whose} take {_bytes(held)}; in a window of {_count(size, 'token')}, {_bytes(needed)}."
-    )
-    return _Suggestion(text, channels, held, needed)
+        text += f", for {_count(len(alone), 'KV head')} that no other head reads"
+    return _Suggestion(f"{text}.", channels, held, needed)
 
 
 def _recurrence(measured: _Measured, share: float) -> _Suggestion:

@@ -235,6 +235,18 @@ class StateReport:
         """Return the mean ESS over the heads or channels of each layer, (layers, P)."""
         return torch.stack([layer.ess.double().mean(0) for layer in self.layers])
 
+    def utilization_curves(self) -> Tensor:
+        """Return the share in use at each position, a mean over heads or channels, (layers, P).
+
+        Heads and channels without a usable state are left out. If none has one, the share is NaN.
+        """
+        return torch.stack(
+            [
+                torch.where(layer.usable > 0, layer.utilization.double(), torch.nan).nanmean(0)
+                for layer in self.layers
+            ]
+        )
+
     def modulation(
         self, delimiter: Callable[[str], bool] | Sequence[str], reach: int = 4
     ) -> dict[str, Any]:
