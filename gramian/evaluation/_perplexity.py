@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gramian._modules import in_mode
 from gramian.evaluation._measure import Measure, exponential, ratio
 from gramian.tasks import Document, Encoder, documents_in
 
@@ -144,16 +145,12 @@ def perplexity(
     ids = torch.from_numpy(np.concatenate([part for part, _ in parts]))
     size = sum(bytes_ for part, bytes_ in parts if len(part) > 1)
     losses: list[float] = []
-    training = model.training
-    model.eval()
-    try:
+    with in_mode(model, training=False):
         for first in range(0, len(places), batch_size):
             for group in _equally_long(places[first : first + batch_size]):
                 losses += _losses(model, ids, group)
             if progress is not None:
                 progress(len(losses), len(places))
-    finally:
-        model.train(training)
     counts = tuple(end - begin for _, begin, end in places)
     return Perplexity(math.fsum(losses), sum(counts), size, window, stride, tuple(losses), counts)
 
