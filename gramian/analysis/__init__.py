@@ -1,7 +1,17 @@
 """Measure how much of its memory each layer of a model uses while the model reads a text."""
 
 from gramian.analysis._analyze import analyze
+from gramian.analysis._collection import LayerSummary, Spread, StateReports, analyze_texts
 from gramian.analysis._opening import open_model
 from gramian.analysis._report import LayerState, StateReport
 
-__all__ = ["LayerState", "StateReport", "analyze", "open_model"]
+__all__ = [
+    "LayerState",
+    "LayerSummary",
+    "Spread",
+    "StateReport",
+    "StateReports",
+    "analyze",
+    "analyze_texts",
+    "open_model",
+]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gramian.tasks import Document, Encoder, documents_in
 
 __all__ = [
+    "SEQUENCES",
     "ModelInputs",
     "check_causal",
     "check_model",
@@ -24,7 +25,7 @@ __all__ = [
     "token_texts",
 ]
 
-_SEQUENCES = ("input_ids", "inputs_embeds", "input_values")
+SEQUENCES = ("input_ids", "inputs_embeds", "input_values")
 _OFFSET = 8  # the most rows by which a table of positions differs from the number of positions
 _ANSWERS = ("labels", "shift_labels")  # what a row has beside its inputs: nothing to read
 
@@ -69,6 +70,8 @@ def read_inputs(inputs: Any, tokenizer: Any) -> ModelInputs:
         ValueError: if they are empty, padded, or several sequences; if a text is given without a
             tokenizer; or if a mapping has a key that no sequence has.
     """
+    if isinstance(inputs, ModelInputs):
+        return inputs
     if isinstance(inputs, str | Document):
         return ModelInputs(_of_text(inputs, tokenizer))
     if isinstance(inputs, Mapping) or hasattr(inputs, "input_ids"):
@@ -91,10 +94,10 @@ def _of_text(text: str | Document, tokenizer: Any) -> Tensor:
 def _of_mapping(inputs: Mapping[str, Any]) -> ModelInputs:
     """Read a mapping such as tokenizers return."""
     given = {key: value for key, value in inputs.items() if value is not None}
-    found = [key for key in _SEQUENCES if key in given]
+    found = [key for key in SEQUENCES if key in given]
     if len(found) != 1:
         raise ValueError(
-            f"a mapping must have one of {', '.join(_SEQUENCES)}; got {', '.join(given) or 'none'}."
+            f"a mapping must have one of {', '.join(SEQUENCES)}; got {', '.join(given) or 'none'}."
         )
     (key,) = found
     sequence = _one_sequence(_tensor(given.pop(key)), size=key != "input_ids")
@@ -141,7 +144,8 @@ def _per_token(name: str, value: Any, length: int) -> Tensor:
             f"integers for each of the {length} tokens, such as position_ids; got "
             f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}."
         )
-    return numbers
+    alone = numbers.ndim > 1 or name == "cache_position"  # which has no dimension of the batch
+    return numbers if alone else numbers[None]
 
 
 def _tensor(values: Any) -> Tensor:
