@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gramian.memory.filters import filter_state_sizes
+from gramian.memory.hankel import hankel_penalty
 from gramian.memory.initialization import GateInitialization, InitializedGates, initialize_gates
 from gramian.memory.losses import MemoryLosses
 from gramian.memory.observation import Observer
@@ -26,6 +27,7 @@ __all__ = [
     "ess_penalty",
     "filter_state_sizes",
     "gate_regularizer",
+    "hankel_penalty",
     "initialize_gates",
 ]
 

@@ -350,7 +350,7 @@ def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | No
             "sequence and has no state."
         )
     regularization = config.regularization
-    if regularization.gates == 0 and regularization.ess.weight == 0:
+    if not (regularization.gates or regularization.ess.weight or regularization.hankel):
         return None
     penalty = regularization.ess
     try:
@@ -362,6 +362,7 @@ def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | No
             share=penalty.share,
             sequences=penalty.sequences,
             channels=penalty.channels,
+            hankel=regularization.hankel,
         )
     except ValueError as error:
         raise ConfigError(f"regularization.{error}") from error

@@ -53,7 +53,7 @@ def check_optimization(section: Optimization) -> None:
 def check_regularization(section: Regularization) -> None:
     """Check the section `regularization`."""
     penalty = section.ess
-    _check_not_negative("regularization", section, "gates")
+    _check_not_negative("regularization", section, "gates", "hankel")
     _check_not_negative("regularization.ess", penalty, "weight")
     _check_sizes("regularization.ess", penalty, "sequences", "channels")
     if penalty.weight > 0 and (penalty.target is None) == (penalty.share is None):
@@ -101,15 +101,16 @@ def check_combinations(
     optimization: Optimization, regularization: Regularization, hardware: Hardware
 ) -> None:
     """Check that losses on memory, packed rows and the hardware settings go together."""
-    regularized = regularization.gates > 0 or regularization.ess.weight > 0
-    if regularized and (hardware.fsdp or hardware.compile):
+    observed = regularization.gates > 0 or regularization.ess.weight > 0
+    if (observed or regularization.hankel > 0) and (hardware.fsdp or hardware.compile):
         raise ConfigError(
             "regularization reads the inputs and the parameters of layers, which is impossible "
             "with hardware.fsdp or hardware.compile."
         )
-    if optimization.packing and regularized:
+    if optimization.packing and observed:
         raise ConfigError(
-            "regularization reads rows of one sequence each, which optimization.packing packs."
+            "regularization.gates and regularization.ess read rows of one sequence each, which "
+            "optimization.packing packs."
         )
     if optimization.packing and hardware.compile:
         raise ConfigError(

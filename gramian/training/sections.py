@@ -114,6 +114,12 @@ class Regularization:
         0.0,
     )
     ess: StatePenalty = field(default_factory=StatePenalty)
+    hankel: float = setting(
+        "weight of `gramian.memory.hankel_penalty`, which makes the Hankel singular values of "
+        "filters decay, so that they can be reduced further; 0 turns it off. Each step measures "
+        "up to 16 channels of every filter.",
+        0.0,
+    )
 
 
 @dataclass(frozen=True)
