@@ -14,11 +14,13 @@ from gramian.memory.initialization import GateInitialization, InitializedGates, 
 from gramian.memory.losses import MemoryLosses
 from gramian.memory.observation import Observer
 from gramian.memory.penalties import ess_penalty, gate_regularizer
+from gramian.memory.truncation import DroppedModes, restore_modes, truncate_modes
 
 if TYPE_CHECKING:
     from gramian.memory.callbacks import StateSizeCallback
 
 __all__ = [
+    "DroppedModes",
     "GateInitialization",
     "InitializedGates",
     "MemoryLosses",
@@ -29,6 +31,8 @@ __all__ = [
     "gate_regularizer",
     "hankel_penalty",
     "initialize_gates",
+    "restore_modes",
+    "truncate_modes",
 ]
 
 

@@ -56,6 +56,10 @@ def check_regularization(section: Regularization) -> None:
     _check_not_negative("regularization", section, "gates", "hankel")
     _check_not_negative("regularization.ess", penalty, "weight")
     _check_sizes("regularization.ess", penalty, "sequences", "channels")
+    if not 0 <= section.truncation < 1:
+        raise ConfigError(
+            f"regularization.truncation must be at least 0 and below 1; got {section.truncation}."
+        )
     if penalty.weight > 0 and (penalty.target is None) == (penalty.share is None):
         raise ConfigError("give regularization.ess.target or its share, one of the two.")
     if penalty.target is not None and not 0 < penalty.target < float("inf"):
@@ -106,6 +110,11 @@ def check_combinations(
         raise ConfigError(
             "regularization reads the inputs and the parameters of layers, which is impossible "
             "with hardware.fsdp or hardware.compile."
+        )
+    if regularization.truncation > 0 and (hardware.fsdp or hardware.compile):
+        raise ConfigError(
+            "regularization.truncation changes the shapes of parameters, which is impossible with "
+            "hardware.fsdp or hardware.compile."
         )
     if optimization.packing and observed:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -321,9 +322,7 @@ def test_packed_rows_go_with_the_loss_on_filters_only() -> None:
     values["optimization"] |= {"packing": True}
     parse_config(values)
     values["regularization"] = {"gates": 1.0}
-    with pytest.raises(
-        ConfigError, match=r"regularization\.gates and .*ess read rows"
-    ):
+    with pytest.raises(ConfigError, match=r"regularization\.gates and .*ess read rows"):
         parse_config(values)
     values["optimization"]["packing"] = False
     values["regularization"], values["hardware"] = {"hankel": 1.0}, {"compile": True}
@@ -340,6 +339,52 @@ def test_a_model_without_filters_is_refused(tmp_path: Path) -> None:
         train(parse_config(values))
     with pytest.raises(ValueError, match="hankel_channels must be at least 1 or None; got 0"):
         MemoryLosses(model(), hankel=1.0, hankel_channels=0)
+
+
+def test_a_run_that_drops_modes_resumes_to_the_same_losses(tmp_path: Path) -> None:
+    def values(name: str) -> dict[str, Any]:
+        given = convolving(tmp_path / name, regularization={"truncation": 0.02, "hankel": 0.1})
+        given["optimization"] = {"steps": 12, "batch_size": 8, "learning_rate": 0.02}
+        return given | {"evaluation": {"every": 3}, "checkpoints": {"every": 6, "keep": 3}}
+
+    whole = train(parse_config(values("whole")))
+    lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    counts = [line["eval_modes"] for line in lines if "eval_modes" in line]
+    assert len(counts) == 4 and 64 > counts[0] >= counts[1] >= counts[3] == whole.metrics["modes"]
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    (tmp_path / "again" / "report.json").unlink()
+    (tmp_path / "again" / "checkpoints" / "checkpoint-12" / "complete").unlink()
+    config = tmp_path / "again" / "config.yaml"
+    config.write_text(config.read_text().replace(str(tmp_path / "whole"), str(tmp_path / "again")))
+    again = train(parse_config(values("again")))
+    assert again.resumed_from == 6
+    repeated = read_lines(tmp_path / "again" / "metrics.jsonl")
+    keys = ("step", "loss", "eval_loss", "eval_modes", "hankel_penalty")
+    for one, other in zip(lines, repeated, strict=True):
+        assert [one.get(key) for key in keys] == [other.get(key) for key in keys]
+    assert again.parameters == whole.parameters
+    for name in ("best", "last"):
+        weights = load(tmp_path / "again" / name).state_dict()
+        for key, value in load(tmp_path / "whole" / name).state_dict().items():
+            assert torch.equal(value, weights[key])
+    orders = load(tmp_path / "whole" / "last").config.filter[0]["orders"]
+    assert sum(orders) < 32
+
+
+def test_truncation_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    values = convolving(tmp_path / "run", regularization={"truncation": 1.0})
+    with pytest.raises(ConfigError, match=r"truncation must be at least 0 and below 1; got 1\.0"):
+        parse_config(values)
+    values["regularization"] = {"truncation": 0.1}
+    values["hardware"] = {"compile": True}
+    with pytest.raises(ConfigError, match="changes the shapes of parameters"):
+        parse_config(values)
+    values["hardware"] = {}
+    values["model"] |= {"mixers": "hyena", "filter": {"type": "implicit"}}
+    with pytest.raises(ConfigError, match="needs filters of the type modal or s4d"):
+        train(parse_config(values))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_gates_is_refused(tmp_path: Path) -> None:
