@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.analysis._scans import places, read
+from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.mixers import Mixer
 from gramian.systems import DenseOperator, System
 
@@ -57,6 +58,9 @@ class RecordedOperator:
         system: function that maps a slice of the heads or channels to their system. For n heads or
             channels, the channels of the system are (*1, n).
         reader: how the operator was read, as in `LayerState`.
+        storage: how the layer stores its past, as in `LayerState`; None if it is not known.
+        orders: orders of the layer's own recurrences, (count), where the system is a matrix from
+            which they cannot be read; None if the system says what its state is.
     """
 
     name: str
@@ -65,6 +69,8 @@ class RecordedOperator:
     count: int
     system: Callable[[slice], System]
     reader: str
+    storage: Storage | None = None
+    orders: Tensor | None = None
 
 
 def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
@@ -148,7 +154,16 @@ class Recorder:
             self.refused[path] = str(error)
             return
         operator = partial(module.operator, x)
-        self._record(path, module, module.family, module.channels, operator, "mixer")
+        self._record(
+            path,
+            module,
+            module.family,
+            module.channels,
+            operator,
+            "mixer",
+            mixer_storage(module, x.element_size()),
+            mixer_orders(module, x.shape[1]),
+        )
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._current.pop()
@@ -161,12 +176,16 @@ class Recorder:
         count: int,
         system: Callable[[slice], System],
         reader: str,
+        storage: Storage | None = None,
+        orders: Tensor | None = None,
     ) -> None:
         runs = self.ran[path]
         name = path if runs <= 1 else f"{path} (run {runs})"
         self.read.add(path)
         mixer = type(module).__name__
-        self.visit(RecordedOperator(name or mixer, mixer, kind, count, system, reader))
+        self.visit(
+            RecordedOperator(name or mixer, mixer, kind, count, system, reader, storage, orders)
+        )
 
     # Attention
 
@@ -231,8 +250,16 @@ class Recorder:
         refusal = _not_a_causal_map(weights, wide[2], output)
         if refusal is None:
             maps = weights[0]  # (heads, length, length)
+            group = len(maps) // value.shape[1]
+            storage = Storage(value.shape[-1], key.shape[-1], group, value.element_size())
             self._record(
-                path, module, "attention", len(maps), lambda s: DenseOperator(maps[s]), "attention"
+                path,
+                module,
+                "attention",
+                len(maps),
+                lambda s: DenseOperator(maps[s]),
+                "attention",
+                storage,
             )
         else:
             self.refused[path] = refusal
