@@ -2,6 +2,7 @@
 
 from gramian.analysis._analyze import analyze
 from gramian.analysis._comparison import StateComparison, compare_reports
+from gramian.analysis._frames import layer_frame, state_frame
 from gramian.analysis._opening import open_model
 from gramian.analysis._ranking import LayerRanking, RankedLayer
 from gramian.analysis._report import LayerState, StateReport
@@ -16,5 +17,7 @@ __all__ = [
     "Storage",
     "analyze",
     "compare_reports",
+    "layer_frame",
     "open_model",
+    "state_frame",
 ]
