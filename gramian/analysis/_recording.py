@@ -25,13 +25,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gramian.analysis._scans import SCANS, Scan
+from gramian.analysis._scans import places, read
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.mixers import Mixer
 from gramian.systems import DenseOperator, System
@@ -270,32 +269,29 @@ class Recorder:
 
     @contextmanager
     def _scans(self) -> Iterator[None]:
-        """Make the scans of the modeling files pass through `_scan` in this context."""
-        places: dict[str, ModuleType] = {}
-        for module in self.mixers.values():
-            for cls in type(module).__mro__:
-                if cls.__module__.startswith("torch.") or cls.__module__ not in sys.modules:
-                    break
-                places[cls.__module__] = sys.modules[cls.__module__]
-        replaced = []
-        try:
-            for place in places.values():
-                for name, scan in SCANS.items():
-                    function = getattr(place, name, None)
-                    if callable(function):
-                        replaced.append((place, name, function))
-                        setattr(place, name, partial(self._scan, scan, function))
+        """Make the scans that the mixers call pass through `_scan` in this context."""
+        found = {p.key: p for module in self.mixers.values() for p in places(module)}
+        with ExitStack() as stack:
+            for place in found.values():
+                stack.enter_context(place.holding(partial(self._scan, place.name, place.function)))
             yield
-        finally:
-            for place, name, function in replaced:
-                setattr(place, name, function)
 
-    def _scan(self, scan: Scan, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._current:
-            path, module = self._current[-1]
-            count, system = scan(*args, **kwargs)
-            self._record(path, module, "recurrence", count, system, "scan")
-        return function(*args, **kwargs)
+    def _scan(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a scan, and record what it applies if this is what it returned."""
+        if not self._current:
+            return function(*args, **kwargs)
+        path, module = self._current[-1]
+        try:
+            reading = read(name, args, kwargs, function)
+        except ValueError as error:
+            self.refused[path] = str(error)
+            return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if reading.disagreement(result) > _AGREEMENT:
+            self.refused[path] = f"{name} did not return its recurrence applied to its values."
+        else:  # a number that is not finite makes the measurement raise an error
+            self._record(path, module, "recurrence", reading.count, reading.system, "scan")
+        return result
 
 
 def _takes_functions(model: Any) -> bool:

@@ -326,10 +326,6 @@ def test_what_cannot_be_read_is_named() -> None:
     assert [layer.mixer for layer in report.layers] == ["Lfm2Attention"]
     assert [name for name, _ in report.unread] == ["model.layers.0.conv"]
     assert "Lfm2ShortConv" in str(report)
-    both = foreign("bert", {})
-    report = gramian.analyze(both, IDS, every=9)
-    assert not report.layers and all("ahead" in reason for _, reason in report.unread)
-    assert report.to_dict()["average_ess"] is None
     with pytest.raises(ValueError, match="Linear has no layer"):
         gramian.analyze(nn.Linear(3, 3), torch.randn(5, 3))
 
