@@ -3,6 +3,7 @@
 from gramian.analysis._analyze import analyze
 from gramian.analysis._collection import LayerSummary, Spread, StateReports, analyze_texts
 from gramian.analysis._comparison import StateComparison, compare_reports
+from gramian.analysis._frames import layer_frame, state_frame
 from gramian.analysis._opening import open_model
 from gramian.analysis._ranking import LayerRanking, RankedLayer
 from gramian.analysis._report import LayerState, StateReport
@@ -21,5 +22,7 @@ __all__ = [
     "analyze",
     "analyze_texts",
     "compare_reports",
+    "layer_frame",
     "open_model",
+    "state_frame",
 ]
