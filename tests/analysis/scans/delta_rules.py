@@ -124,8 +124,12 @@ def transformers_delta(normal: Any, L: int) -> Arguments:
     return {{"q": "query", "k": "key", "v": "value"}.get(k, k): v for k, v in given.items()}
 
 
+def ungrouped(normal: Any, L: int) -> Arguments:
+    return delta_arguments(normal, L, HEADS)
+
+
 def kda_arguments(normal: Any, L: int) -> Arguments:
-    return delta_arguments(normal, L, HEADS) | {"g": logsigmoid(normal(1, L, HEADS, N))}
+    return ungrouped(normal, L) | {"g": logsigmoid(normal(1, L, HEADS, N))}
 
 
 def pair(normal: Any, L: int) -> Arguments:
@@ -145,11 +149,11 @@ def multiplied_arguments(normal: Any, L: int) -> Arguments:
 
 NO_GATES = {"g": None, "beta": None}
 CASES: dict[str, Case] = {
-    "delta rule": Case("chunk_delta_rule", delta_loop, delta_arguments, g=None),
+    "delta rule": Case("chunk_delta_rule", delta_loop, ungrouped, g=None),
     "delta rule, options": Case(
         "fused_recurrent_delta_rule",
         delta_loop,
-        delta_arguments,
+        ungrouped,
         **NO_GATES,
         scale=0.7,
         initial_state=STATE,
@@ -222,7 +226,10 @@ CASES: dict[str, Case] = {
         lower_bound=-5.0,
     ),
     "diagonal plus low rank": Case(
-        "chunk_dplr_delta_rule", general_delta_loop, pair, gk=lambda normal, L: None
+        "chunk_dplr_delta_rule",
+        general_delta_loop,
+        pair,
+        gk=lambda normal, L: logsigmoid(normal(1, L, HEADS, N)),
     ),
     "identity plus low rank": Case("chunk_iplr_delta_rule", general_delta_loop, pair, scale=0.5),
     "RWKV-7": Case("chunk_rwkv7", rwkv7_loop, rwkv7_arguments),
@@ -239,7 +246,7 @@ CASES: dict[str, Case] = {
     "Comba, step by step": Case(
         "fused_recurrent_comba",
         comba_loop,
-        lambda normal, L: delta_arguments(normal, L) | {"p": 0.2 * normal(1, L, GROUPS, N)},
+        lambda normal, L: ungrouped(normal, L) | {"p": 0.2 * normal(1, L, HEADS, N)},
         beta=None,
     ),
 }
