@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gramian._json import to_json
 from gramian._staging import staged_file
+from gramian.analysis._modulation import compared, ratios
 from gramian.ess import aggregate, utilization
 
 if TYPE_CHECKING:
@@ -210,35 +211,18 @@ class StateReport:
             def is_delimiter(token: str) -> bool:
                 return any(mark in token for mark in marks)
 
-        column = {i: c for c, i in enumerate(self.positions)}
         after = {i + 1 for i, token in enumerate(self.tokens) if is_delimiter(token)}
-        compared = []
-        for i in sorted(after):
-            if i not in column:
-                continue
-            pairs = [
-                (column[i - d], column[i + d])
-                for d in range(1, reach + 1)
-                if {i - d, i + d} <= column.keys() and not {i - d, i + d} & after and i - d > 0
-            ]
-            if pairs:
-                compared.append((column[i], [c for pair in pairs for c in pair]))
-        if not compared:
+        places = compared(self.positions, after, after, reach)
+        if not places:
             raise ValueError(
                 "no delimiter with measured positions on both sides: measure every position, of a "
                 "text with delimiters."
             )
-
-        def ratios(sizes: Tensor) -> Tensor:
-            """Return the mean ratio over delimiters, (…), for state-sizes (…, P)."""
-            sizes = sizes.double()
-            each = [sizes[..., at] / sizes[..., around].mean(-1) for at, around in compared]
-            return torch.stack(each).nan_to_num(1.0, posinf=1.0).mean(0)
-
+        average = self.average(over_positions=False)
         return {
-            "delimiters": len(compared),
-            "average_ratio": float(ratios(self.average(over_positions=False))),
-            "head_ratios": [ratios(layer.ess) for layer in self.layers],
+            "delimiters": len(places),
+            "average_ratio": float(ratios(average, places).mean()),
+            "head_ratios": [ratios(layer.ess, places).mean(-1) for layer in self.layers],
         }
 
     def to_dict(self) -> dict[str, Any]:
