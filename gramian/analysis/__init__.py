@@ -2,6 +2,7 @@
 
 from gramian.analysis._analyze import analyze
 from gramian.analysis._collection import LayerSummary, Spread, StateReports, analyze_texts
+from gramian.analysis._comparison import StateComparison, compare_reports
 from gramian.analysis._modulation import (
     DelimiterModulation,
     ModulationReport,
@@ -10,18 +11,25 @@ from gramian.analysis._modulation import (
     special_tokens,
 )
 from gramian.analysis._opening import open_model
+from gramian.analysis._ranking import LayerRanking, RankedLayer
 from gramian.analysis._report import LayerState, StateReport
+from gramian.analysis._storage import Storage
 
 __all__ = [
     "DelimiterModulation",
+    "LayerRanking",
     "LayerState",
     "LayerSummary",
     "ModulationReport",
+    "RankedLayer",
     "Spread",
+    "StateComparison",
     "StateReport",
     "StateReports",
+    "Storage",
     "analyze",
     "analyze_texts",
+    "compare_reports",
     "find_delimiters",
     "measure_modulation",
     "open_model",

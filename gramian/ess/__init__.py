@@ -16,7 +16,12 @@ from gramian.ess._effective_state_size import (
 )
 from gramian.ess._realize import realize
 from gramian.ess._state_ranks import StateRanks, state_ranks
-from gramian.ess.aggregation import aggregate, theoretical_state_size, utilization
+from gramian.ess.aggregation import (
+    aggregate,
+    theoretical_state_size,
+    usable_state_size,
+    utilization,
+)
 
 __all__ = [
     "StateRanks",
@@ -27,6 +32,7 @@ __all__ = [
     "sketched_state_size",
     "state_ranks",
     "theoretical_state_size",
+    "usable_state_size",
     "utilization",
 ]
 
