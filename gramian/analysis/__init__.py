@@ -3,6 +3,7 @@
 from gramian.analysis._analyze import analyze
 from gramian.analysis._collection import LayerSummary, Spread, StateReports, analyze_texts
 from gramian.analysis._comparison import StateComparison, compare_reports
+from gramian.analysis._frames import layer_frame, state_frame
 from gramian.analysis._modulation import (
     DelimiterModulation,
     ModulationReport,
@@ -31,7 +32,9 @@ __all__ = [
     "analyze_texts",
     "compare_reports",
     "find_delimiters",
+    "layer_frame",
     "measure_modulation",
     "open_model",
     "special_tokens",
+    "state_frame",
 ]

@@ -1,4 +1,4 @@
-"""Make frames of pandas from reports, and write them as CSV or Parquet.
+"""Make frames of pandas from reports.
 
 A *frame of states* has a row for each layer, head or channel, and position. A *frame of layers* has
 a row for each layer. Both hold the reports of several models or texts, one after another.
@@ -7,22 +7,18 @@ a row for each layer. Both hold the reports of several models or texts, one afte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gramian._staging import staged_file
+from gramian._frames import import_pandas
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from gramian.analysis._report import LayerState, StateReport
 
-__all__ = ["check_frame_file", "layer_frame", "save_frame", "state_frame"]
-
-_INSTALL = 'pip install "gramian[train]".'
-_SUFFIXES = (".csv", ".parquet")
+__all__ = ["layer_frame", "state_frame"]
 
 
 def state_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = None) -> DataFrame:
@@ -74,55 +70,6 @@ def layer_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = No
     ]
     names = ("text", "model", "source", "layer", "mixer", "kind", "reader")
     return _frame(parts, names, without=() if texts is not None else ("text",))
-
-
-def check_frame_file(path: str | Path) -> None:
-    """Raise an error if a frame could not be written to a path.
-
-    Raises:
-        ImportError: if a package that writes this format is not installed.
-        ValueError: if the path ends in neither .csv nor .parquet.
-    """
-    path = Path(path)
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"a table must end in .csv or .parquet; got {path.name}.")
-    _pandas()
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as error:
-            raise ImportError(f"tables in Parquet need pyarrow: {_INSTALL}", name="pyarrow") from (
-                error
-            )
-
-
-def save_frame(frame: DataFrame, path: str | Path) -> Path:
-    """Write a frame without its index, completely or not at all, and return the path.
-
-    Args:
-        frame: The frame.
-        path: A file that ends in .csv or .parquet. The suffix determines the format.
-
-    Raises:
-        ImportError: if a package that writes this format is not installed.
-        ValueError: if the path ends in neither of these.
-    """
-    path = Path(path)
-    check_frame_file(path)
-    with staged_file(path) as stage:
-        if path.suffix == ".csv":
-            frame.to_csv(stage, index=False)
-        else:
-            frame.to_parquet(stage, engine="pyarrow", index=False)
-    return path
-
-
-def _pandas() -> Any:
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError(f"tables of reports need pandas: {_INSTALL}", name="pandas") from error
-    return pandas
 
 
 def _with_texts(
@@ -193,7 +140,7 @@ def _frame(
     parts: Sequence[dict[str, Any]], names: Sequence[str], without: Sequence[str]
 ) -> DataFrame:
     """Join columns, of which `names` are categorical and `without` are left out."""
-    pandas = _pandas()
+    pandas = import_pandas()
     kept = [column for column in (parts[0] if parts else ()) if column not in without]
     joined = {column: np.concatenate([part[column] for part in parts]) for column in kept}
     return pandas.DataFrame(

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gramian._frames import check_frame_file, save_frame
 from gramian._json import to_json
 from gramian._staging import staged_file
-from gramian.analysis._frames import check_frame_file, layer_frame, save_frame, state_frame
+from gramian.analysis._frames import layer_frame, state_frame
 from gramian.analysis._modulation import compared, ratios
 from gramian.analysis._ranking import LayerRanking, rank_layers
 from gramian.analysis._storage import Storage
