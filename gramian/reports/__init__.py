@@ -16,6 +16,7 @@ from gramian.reports._figures import (
 )
 from gramian.reports._modulation import plot_modulation
 from gramian.reports._page import save_state_page, state_page
+from gramian.reports._spread import plot_state_spread
 from gramian.reports._state import (
     plot_depth_comparison,
     plot_state_comparison,
@@ -34,6 +35,7 @@ __all__ = [
     "plot_state_comparison",
     "plot_state_curves",
     "plot_state_map",
+    "plot_state_spread",
     "plot_utilization",
     "save_figure",
     "save_state_page",
