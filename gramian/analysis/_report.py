@@ -51,6 +51,10 @@ class LayerState:
         error: error of each estimate in `ess`, of the same shape; None if they are exact.
         storage: how the layer stores its past, from which bytes follow; None if it is not known.
         cap: the bound min(i, L - i) on the rank at every position, (P). A report sets it.
+        stable_rank: stable rank of the state of each head before each of the P positions,
+            (len(channels), P); None if it was not measured (`ranks` of `analyze`), or if the layer
+            has no states with several value channels.
+        effective_rank: effective rank of these states, in the same form.
     """
 
     name: str
@@ -64,6 +68,8 @@ class LayerState:
     error: Tensor | None = None
     storage: Storage | None = None
     cap: Tensor | None = None
+    stable_rank: Tensor | None = None
+    effective_rank: Tensor | None = None
 
     @property
     def usable(self) -> Tensor:
@@ -108,6 +114,11 @@ class LayerState:
             "ess": _numbers(self.ess),
             "tss": _numbers(self.tss),
             "error": None if self.error is None else _numbers(self.error),
+            **{
+                name: _numbers(value)
+                for name in ("stable_rank", "effective_rank")
+                if (value := getattr(self, name)) is not None
+            },
         }
 
 
@@ -226,7 +237,9 @@ class StateReport:
                 layer,
                 ess=layer.ess[:, kept],
                 tss=layer.tss[:, kept],
-                error=None if layer.error is None else layer.error[:, kept],
+                error=_columns(layer.error, kept),
+                stable_rank=_columns(layer.stable_rank, kept),
+                effective_rank=_columns(layer.effective_rank, kept),
                 cap=None,
             )
             for layer in self.layers
@@ -392,6 +405,8 @@ class StateReport:
                 reader=layer.get("reader", ""),
                 error=_tensor(layer.get("error")),
                 storage=Storage.from_dict(layer.get("storage")),
+                stable_rank=_tensor(layer.get("stable_rank")),
+                effective_rank=_tensor(layer.get("effective_rank")),
             )
             for layer in values["layers"]
         )
@@ -439,6 +454,11 @@ def _numbers(values: Tensor) -> list[list[float]]:
     Nine digits determine a float32 number.
     """
     return [[float(f"{value:.9g}") for value in row] for row in values.tolist()]
+
+
+def _columns(values: Tensor | None, kept: list[int]) -> Tensor | None:
+    """Return some columns of a matrix; None stays None."""
+    return None if values is None else values[:, kept]
 
 
 def _tensor(values: list[list[float]] | None) -> Tensor | None:

@@ -90,6 +90,10 @@ _Compare = Annotated[
         "are from the first. Without MODEL, reports are compared with each other.",
     ),
 ]
+_Ranks = Annotated[
+    bool,
+    typer.Option("--ranks", help="Measure stable and effective rank of recurrences' states, too."),
+]
 _Rank = Annotated[
     bool,
     typer.Option(
@@ -143,6 +147,7 @@ def analyze(
     tol: _Tol = None,
     rtol: _Rtol = None,
     max_channels: _MaxChannels = 64,
+    ranks: _Ranks = False,
     compare: _Compare = None,
     rank: _Rank = False,
     output: _Output = None,
@@ -164,7 +169,7 @@ def analyze(
     _check_outputs(output, table)
     options = {"every": every, "measure": measure, "tol": tol, "rtol": rtol}
     _check_measure(saved if models else [], options)
-    options["max_channels"] = max_channels or None
+    options |= {"max_channels": max_channels or None, "ranks": ranks}
     if len(text or []) > 1 or texts > 1:
         files = (output, picture, html, table)
         wanted = SeveralTexts(text or [], texts, horizon, options, device, *files)
