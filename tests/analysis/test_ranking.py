@@ -62,6 +62,11 @@ def test_heads_of_small_ess_are_named_with_their_bytes() -> None:
     )
 
 
+def test_the_stated_bound_is_never_below_the_size() -> None:
+    (one,) = report(make("attention", [1.512], None)).ranking()
+    assert "above 1.6, of 100 tokens. A window of 2 tokens may do." in one.suggestion
+
+
 def test_a_head_that_shares_its_keys_saves_nothing_alone() -> None:
     layer = make("attention", [2.0, 40.0], None, storage=Storage(8, 8, 2, 4))
     (one,) = report(layer).ranking()
