@@ -41,6 +41,7 @@ def analyze(
     tol: float | None = None,
     rtol: float | None = None,
     max_channels: int | None = 64,
+    ranks: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> StateReport:
     """Measure the effective state-size of every layer, head and position of a model on one input.
@@ -72,6 +73,9 @@ def analyze(
         rtol: Relative tolerance of the measure "tolerance".
         max_channels: Maximal number of heads or channels to measure in a layer. If a layer has
             more, every n-th of them is measured. If it is None, all are measured.
+        ranks: Whether to measure stable and effective rank of the states of recurrences as well, as
+            `gramian.ess.state_ranks` does. Layers without such states, such as attention, have
+            none.
         progress: A function that is called after each layer with the number of layers measured so
             far and the number of known layers.
 
@@ -105,7 +109,7 @@ def analyze(
     layers: list[LayerState] = []
 
     def visit(recorded: RecordedOperator) -> None:
-        layers.append(measure_layer(recorded, positions, length, max_channels, options))
+        layers.append(measure_layer(recorded, positions, length, max_channels, options, ranks))
         if progress is not None:
             known = max(len(recorder.mixers), len(layers))
             progress(len(layers), known)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.analysis._scans import places, read
+from gramian.analysis._states import States, mixer_states, scan_states
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.mixers import Mixer
 from gramian.systems import DenseOperator, System
@@ -61,6 +62,8 @@ class RecordedOperator:
         storage: how the layer stores its past, as in `LayerState`; None if it is not known.
         orders: orders of the layer's own recurrences, (count), where the system is a matrix from
             which they cannot be read; None if the system says what its state is.
+        states: what the recurrence reads, from which its states follow; None if it has no states
+            with several value channels.
     """
 
     name: str
@@ -71,6 +74,7 @@ class RecordedOperator:
     reader: str
     storage: Storage | None = None
     orders: Tensor | None = None
+    states: States | None = None
 
 
 def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
@@ -163,6 +167,7 @@ class Recorder:
             "mixer",
             mixer_storage(module, x.element_size()),
             mixer_orders(module, x.shape[1]),
+            mixer_states(module, x),
         )
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -178,13 +183,16 @@ class Recorder:
         reader: str,
         storage: Storage | None = None,
         orders: Tensor | None = None,
+        states: States | None = None,
     ) -> None:
         runs = self.ran[path]
         name = path if runs <= 1 else f"{path} (run {runs})"
         self.read.add(path)
         mixer = type(module).__name__
         self.visit(
-            RecordedOperator(name or mixer, mixer, kind, count, system, reader, storage, orders)
+            RecordedOperator(
+                name or mixer, mixer, kind, count, system, reader, storage, orders, states
+            )
         )
 
     # Attention
@@ -290,7 +298,15 @@ class Recorder:
         if reading.disagreement(result) > _AGREEMENT:
             self.refused[path] = f"{name} did not return its recurrence applied to its values."
         else:  # a number that is not finite makes the measurement raise an error
-            self._record(path, module, "recurrence", reading.count, reading.system, "scan")
+            self._record(
+                path,
+                module,
+                "recurrence",
+                reading.count,
+                reading.system,
+                "scan",
+                states=scan_states(reading),
+            )
         return result
 
 
