@@ -86,8 +86,8 @@ def test_a_head_that_shares_its_keys_saves_nothing_alone() -> None:
         (make("recurrence", [1.0, 0.5], 16.0), "Gates that forget too fast are the usual reason."),
         (make("recurrence", [5.0], 60.0), "too short to fill its state of 60: read at least 120"),
         (make("convolution", [5.0], None, reader="mixer"), "`gramian distill` makes recurrences"),
-        (make("convolution", [5.0], None, reader="general"), "It could be replaced by recurrences"),
-        (make("convolution", [2.0], 8.0, reader="mixer"), "a larger --tol makes fewer"),
+        (make("convolution", [5.0], None, reader="general"), "A recurrence may do"),
+        (make("convolution", [2.0], 8.0, reader="mixer"), "`gramian distill` makes fewer states"),
         (make("convolution", [2.0], 3.0, reader="general"), "Fewer taps may do"),
         (make("convolution", [2.6], 3.0, reader="general"), "Keep its size."),
         (make("other", [2.6], 3.0), "Its ESS reaches 2.6 of 3 numbers for each value channel."),
@@ -110,7 +110,9 @@ def test_states_of_recurrences_are_counted_for_each_value_channel() -> None:
     layer = make("recurrence", [2.5, 3.0], 16.0, storage=Storage(width=10, itemsize=4))
     (one,) = report(layer).ranking()
     assert one.held_bytes == 2 * 16 * 10 * 4 and one.needed_bytes == 2 * 3 * 10 * 4
-    assert "(about 3 each: 240 bytes instead of 1.2 KiB for 2 measured heads" in one.suggestion
+    assert (
+        "(about 3 numbers each: 240 bytes instead of 1.2 KiB for 2 measured heads" in one.suggestion
+    )
 
 
 def test_what_a_model_stores_is_what_its_cache_holds() -> None:
