@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from gramian.analysis._tracing import Call
-from gramian.analysis._values import copied, leaves_of, sequences_in, time_axis, with_leaf
+from gramian.analysis._values import (
+    PADDING,
+    copied,
+    leaves_of,
+    sequences_in,
+    time_axis,
+    with_leaf,
+)
 
 __all__ = ["TOLERANCE", "Responses", "Unreadable", "ValueMap", "find_values", "measure_operators"]
 
@@ -196,7 +203,7 @@ class _Search:
         everything = torch.arange(self.channels)
         after = self.run.outputs(self.values + self._noise(everything, slice(at, at + 1)))
         for index, x in enumerate(before):
-            axis = time_axis(x, self.length, 2 * self.length - 1)
+            axis = time_axis(x, self.length, self.length + PADDING)
             y = after[index]
             if axis is None or not x.is_floating_point() or x.shape != y.shape:
                 continue

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 from gramian.analysis._tracing import Frame, Key, Replay, Tracer
 from gramian.analysis._values import (
+    PADDING,
     changed_positions,
     copied,
     leaves_of,
@@ -29,19 +30,22 @@ from gramian.analysis._values import (
 
 __all__ = ["Finder", "Leftover", "mixing_of", "short_length"]
 
-_LENGTHS = (47, 43, 41, 37, 53, 59, 61, 31, 29, 23)
+_LENGTHS = (47, 43, 41, 37, 53, 59, 61, 31, 29, 23, 67, 71, 73, 79, 83, 97, 101, 103, 107, 109)
 """Lengths of the short sequence, in the order of preference."""
 
 
-def short_length(model: nn.Module, length: int) -> int:
-    """Return how many positions the short sequence has, which is the size of no parameter.
+def short_length(model: nn.Module) -> int:
+    """Return how many positions the short sequence has.
 
-    So the axis of time of a tensor can be told from its shape.
+    No parameter has this size or one that is a little larger, so that the axis of time of a tensor
+    can be told from its shape.
     """
     sizes = {size for tensor in model.parameters() for size in tensor.shape}
-    fitting = [n for n in _LENGTHS if n not in sizes]
-    short = [n for n in fitting if n <= length]
-    return short[0] if short else min(fitting, default=23)
+    for margin in (PADDING, 0):
+        for length in _LENGTHS:
+            if not sizes.intersection(range(length, length + margin + 1)):
+                return length
+    return _LENGTHS[0]
 
 
 @dataclass
@@ -65,6 +69,9 @@ def mixing_of(
 ) -> Leftover:
     """Return how a module mixes positions by itself, with some of its calls frozen.
 
+    The results of frozen calls and of the modules inside it change at the same positions as its
+    inputs, so that mixing before and after them is found.
+
     Args:
         tracer: The tracer that is installed.
         frame: The run of the module.
@@ -73,12 +80,18 @@ def mixing_of(
     """
     generator = torch.Generator().manual_seed(5)
     positions = (length // 6, length // 3)
-    inputs, differs = perturbed(frame.inputs, length, positions, generator)
-    if not differs:
-        return Leftover()
-    operations = any(key[0] == "operation" for key in frozen or {})
+
+    def other(value: Any) -> Any:
+        return perturbed(value, length, positions, generator)[0]
+
+    frozen = frozen or {}
+    operations = any(key[0] == "operation" for key in frozen)
     before = Replay(tracer, frame, length, frozen, operations=operations).run()
-    after = Replay(tracer, frame, length, frozen, operations=operations).run(inputs)
+    changed_frozen = {key: other(result) for key, result in frozen.items()}
+    children = [(child, other(result)) for child, result in frame.children]
+    changed_frame = replace(frame, children=children)
+    after = Replay(tracer, changed_frame, length, changed_frozen, operations=operations)
+    after.run(other(frame.inputs))
     found = Leftover()
     for key, one, other in _pairs(before, after):
         changed = _changes(one, other, length) - set(positions)
@@ -99,7 +112,7 @@ def _changes(one: Any, other: Any, length: int) -> set[int]:
     """Return the positions at which sequences in two nested values differ."""
     others = leaves_of(other)
     changed: set[int] = set()
-    for index, x, axis in sequences_in(one, length, 2 * length - 1):
+    for index, x, axis in sequences_in(one, length, length + PADDING):
         if index < len(others) and getattr(others[index], "shape", None) == x.shape:
             changed |= changed_positions(x, others[index], axis, length)
     return changed
@@ -165,7 +178,7 @@ class Finder:
         if self.whole(frame.module):
             self.visit(frame, Leftover(later=True))
             return True
-        longest = 2 * self.length - 1
+        longest = self.length + PADDING
         if not any(time_axis(x, self.length, longest) is not None for x in leaves_of(output)):
             if not frame.children:
                 return False

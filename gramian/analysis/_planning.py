@@ -27,6 +27,7 @@ __all__ = ["Plan", "Planner", "Site"]
 
 _AHEAD = "it is not causal: it looks ahead."
 _CONVOLUTIONS = ("conv1d",)
+_COPIES = ("clone", "detach", "size", "to", "float")
 _CALLS = 200  # the largest number of calls of one module that are tried
 _SEGMENTS = 100  # the largest number of its segments that are tried
 _BLOCKS = 128  # the largest number of blocks of channels that are tried in a segment
@@ -241,7 +242,9 @@ class Planner:
             frame,
             self.length,
             frozen,
-            keep=lambda kind, name: kind in kinds and (not names or name in names),
+            keep=lambda kind, name: (
+                kind in kinds and (name in names if names else name not in _COPIES)
+            ),
             operations="operation" in kinds or any(key[0] == "operation" for key in frozen),
         )
         return replay.run().calls

@@ -135,7 +135,7 @@ class Recorder:
 
     def _find(self, run: Callable[[Tensor], None], sequence: Tensor) -> None:
         """Find what mixes positions, on the first tokens, repeated if there are few of them."""
-        length = short_length(self.model, sequence.shape[1])
+        length = short_length(self.model)
         times = -(-length // sequence.shape[1])
         short = sequence.repeat(1, times, *[1] * (sequence.ndim - 2))[:, :length]
         planner = Planner(self._tracer, length)

@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 __all__ = [
+    "PADDING",
     "changed_positions",
     "copied",
     "leaves_of",
@@ -18,6 +19,9 @@ __all__ = [
     "time_axis",
     "with_leaf",
 ]
+
+PADDING = 12
+"""The largest number of positions that a convolution may add to a short sequence."""
 
 _CHANGE = 1e-5
 """The least relative change of a position that counts, in single precision."""
@@ -57,6 +61,8 @@ def time_axis(x: Any, length: int, longest: int = 0) -> int | None:
         fitting = [d for d in range(x.ndim) if length < x.shape[d] <= longest]
     if not fitting:
         return None
+    size = min(x.shape[d] for d in fitting)
+    fitting = [d for d in fitting if x.shape[d] == size]
     return 1 if 1 in fitting else fitting[0]
 
 
@@ -83,7 +89,7 @@ def perturbed(
     """
     leaves, structure = pytree.tree_flatten(value)
     differs = False
-    for index, x, axis in sequences_in(value, length):
+    for index, x, axis in sequences_in(value, length, length + PADDING):
         if bool((x <= torch.finfo(x.dtype).min / 2).any()):
             continue  # a mask
         x = x.detach().clone()
