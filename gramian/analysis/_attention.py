@@ -109,7 +109,7 @@ def attention_maps(
 
 
 def _gives(weights: Tensor, value: Tensor, output: Tensor) -> bool:
-    """Return whether weights (1, heads, L, L) applied to values (1, key heads, L, N) give (1, L, …).
+    """Return whether weights (1, heads, L, L) times values (1, key heads, L, N) give the output.
 
     Weights that are not finite count as right: the measurement raises an error about them.
     """

@@ -12,7 +12,7 @@ predicts the response to random values.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from gramian.analysis._values import (
     leaves_of,
     sequences_in,
     time_axis,
+    window,
     with_leaf,
 )
 
@@ -63,17 +64,23 @@ class Responses:
         self.call, self.leaf, self.axis, self.length = call, leaf, axis, length
         self.result, self.result_axis = result, result_axis
         self.base: Tensor = leaves_of(call.inputs)[leaf]
-        self._shape = self.base.movedim(axis, 0).shape
+        rows = self.base.movedim(axis, 0)
+        self._shape, self._padding = rows.shape, len(rows) - length
         self.dtype = torch.promote_types(self.base.dtype, torch.float32)
 
     @property
     def values(self) -> Tensor:
         """Return the values of the call itself, (L, C)."""
-        return self.base.movedim(self.axis, 0).reshape(self.length, -1).to(self.dtype)
+        rows = window(self.base, self.axis, self.length, padded_before=True)
+        return rows.reshape(self.length, -1).to(self.dtype)
 
     def outputs(self, values: Tensor) -> list[Tensor]:
         """Return all leaves of the result for values (L, C)."""
-        given = values.to(self.base.dtype).reshape(self._shape).movedim(0, self.axis).contiguous()
+        rows = values.to(self.base.dtype)
+        if self._padding:
+            before = self.base.movedim(self.axis, 0)[: self._padding]
+            rows = torch.cat([before.reshape(self._padding, -1), rows])
+        given = rows.reshape(self._shape).movedim(0, self.axis).contiguous()
         args, kwargs = copied(with_leaf(self.call.inputs, self.leaf, given))
         return leaves_of(self.call.function(*args, **kwargs))
 
@@ -83,8 +90,8 @@ class Responses:
 
     def flat(self, output: Tensor) -> Tensor:
         """Return a result as (L, O)."""
-        rows = output.detach().movedim(self.result_axis, 0)
-        return rows.reshape(len(rows), -1)[: self.length].to(self.dtype)
+        rows = window(output.detach(), self.result_axis, self.length, padded_before=False)
+        return rows.reshape(self.length, -1).to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -130,8 +137,6 @@ class ValueMap:
                     f"it works on {x.shape[axis] if x.ndim > axis else 1} positions instead of the "
                     f"{length} of the text."
                 )
-        if leaves[self.leaf].shape[self.axis] != length:
-            raise Unreadable("its positions are not those of the text.")
         return Responses(call, self.leaf, self.axis, length, self.result, self.result_axis)
 
 
@@ -151,7 +156,8 @@ def find_values(call: Call, length: int, budget: int = 64) -> ValueMap:
     """
     reasons = []
     candidates = [
-        Responses(call, leaf, axis, length) for leaf, _, axis in sequences_in(call.inputs, length)
+        Responses(call, leaf, axis, length)
+        for leaf, _, axis in sequences_in(call.inputs, length, length + PADDING)
     ]
     for limit in dict.fromkeys((1, budget)):
         for responses in candidates:
@@ -209,7 +215,9 @@ class _Search:
                 continue
             self.run.result, self.run.result_axis = index, axis
             difference = (self.run.flat(y) - self.run.flat(x)).norm(dim=-1)
-            if float(difference[at + 1 :].max()) > 1e-5 * float(self.run.flat(x).norm(dim=-1).max()):
+            if float(difference[at + 1 :].max()) > 1e-5 * float(
+                self.run.flat(x).norm(dim=-1).max()
+            ):
                 return
         raise Unreadable("its result mixes no positions.")
 
@@ -361,9 +369,7 @@ def _taps(maps: Tensor) -> int:
     return count if float((maps - toeplitz).norm()) <= _SAME * float(maps.norm()) else 0
 
 
-def measure_operators(
-    responses: Responses, found: ValueMap, operators: Sequence[int]
-) -> Tensor:
+def measure_operators(responses: Responses, found: ValueMap, operators: Sequence[int]) -> Tensor:
     """Measure some operators at full length, and check them.
 
     Args:
@@ -413,9 +419,9 @@ def _applied(result: Tensor, rows: Tensor, values: Tensor, taps: int, length: in
     if taps:
         kernels = result[rows].unsqueeze(1)  # (K, 1, taps)
         padded = torch.nn.functional.pad(values.T[None], (kernels.shape[-1] - 1, 0))
-        return torch.nn.functional.conv1d(
-            padded, kernels.flip(-1).to(padded), groups=len(rows)
-        )[0].T
+        return torch.nn.functional.conv1d(padded, kernels.flip(-1).to(padded), groups=len(rows))[
+            0
+        ].T
     outputs = torch.empty_like(values)
     for n in range(len(result)):
         mine = rows.to(values.device) == n
@@ -473,5 +479,3 @@ def _measured_matrices(
     if math.isfinite(above) and above > TOLERANCE * float(result.norm()):
         raise Unreadable("it is not causal: it looks ahead.")
     return result.tril()
-
-

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gramian.analysis._tracing import Frame, Key, Replay, Tracer
 from gramian.analysis._values import (
@@ -26,26 +26,29 @@ from gramian.analysis._values import (
     perturbed,
     sequences_in,
     time_axis,
+    window,
 )
 
-__all__ = ["Finder", "Leftover", "mixing_of", "short_length"]
+__all__ = ["Finder", "Leftover", "mixing_of", "short_lengths"]
 
 _LENGTHS = (47, 43, 41, 37, 53, 59, 61, 31, 29, 23, 67, 71, 73, 79, 83, 97, 101, 103, 107, 109)
 """Lengths of the short sequence, in the order of preference."""
 
 
-def short_length(model: nn.Module) -> int:
-    """Return how many positions the short sequence has.
+def short_lengths(model: nn.Module) -> list[int]:
+    """Return how many positions the short sequence may have, the best numbers first.
 
-    No parameter has this size or one that is a little larger, so that the axis of time of a tensor
-    can be told from its shape.
+    No parameter has this size or, for the best numbers, one that is a little larger, so that the
+    axis of time of a tensor can be told from its shape.
     """
     sizes = {size for tensor in model.parameters() for size in tensor.shape}
-    for margin in (PADDING, 0):
-        for length in _LENGTHS:
-            if not sizes.intersection(range(length, length + margin + 1)):
-                return length
-    return _LENGTHS[0]
+    fitting = [
+        length
+        for margin in (PADDING, 0)
+        for length in _LENGTHS
+        if not sizes.intersection(range(length, length + margin + 1))
+    ]
+    return list(dict.fromkeys(fitting)) or [_LENGTHS[0]]
 
 
 @dataclass
@@ -81,8 +84,8 @@ def mixing_of(
     generator = torch.Generator().manual_seed(5)
     positions = (length // 6, length // 3)
 
-    def other(value: Any) -> Any:
-        return perturbed(value, length, positions, generator)[0]
+    def other(value: Any, padded_before: bool = False) -> Any:
+        return perturbed(value, length, positions, generator, padded_before)
 
     frozen = frozen or {}
     operations = any(key[0] == "operation" for key in frozen)
@@ -91,10 +94,10 @@ def mixing_of(
     children = [(child, other(result)) for child, result in frame.children]
     changed_frame = replace(frame, children=children)
     after = Replay(tracer, changed_frame, length, changed_frozen, operations=operations)
-    after.run(other(frame.inputs))
+    after.run(other(frame.inputs, padded_before=True))
     found = Leftover()
-    for key, one, other in _pairs(before, after):
-        changed = _changes(one, other, length) - set(positions)
+    for key, one, two in _pairs(before, after):
+        changed = _changes(one, two, length, key[0] != "output") - set(positions)
         if changed:
             found.keys.append(key)
             found.later |= max(changed) > positions[0]
@@ -108,13 +111,14 @@ def _pairs(before: Replay, after: Replay) -> Iterator[tuple[Key, Any, Any]]:
         yield key, before.watched[key], after.watched[key]
 
 
-def _changes(one: Any, other: Any, length: int) -> set[int]:
+def _changes(one: Any, other: Any, length: int, padded_before: bool) -> set[int]:
     """Return the positions at which sequences in two nested values differ."""
     others = leaves_of(other)
     changed: set[int] = set()
     for index, x, axis in sequences_in(one, length, length + PADDING):
         if index < len(others) and getattr(others[index], "shape", None) == x.shape:
-            changed |= changed_positions(x, others[index], axis, length)
+            rows = window(x, axis, length, padded_before)
+            changed |= changed_positions(rows, window(others[index], axis, length, padded_before))
     return changed
 
 
@@ -178,10 +182,13 @@ class Finder:
         if self.whole(frame.module):
             self.visit(frame, Leftover(later=True))
             return True
+        if _has_nan(output) and not _has_nan(frame.inputs):
+            name = frame.path or type(frame.module).__name__
+            raise ValueError(f"{name}: an operator to be measured must be finite; got NaN values.")
         longest = self.length + PADDING
-        if not any(time_axis(x, self.length, longest) is not None for x in leaves_of(output)):
-            if not frame.children:
-                return False
+        told = any(time_axis(x, self.length, longest) is not None for x in leaves_of(output))
+        if not told and not frame.children:
+            return False
         try:
             found = mixing_of(self.tracer, frame, self.length)
         except Exception as error:  # whatever a module of others raises
@@ -192,3 +199,11 @@ class Finder:
             return False
         self.visit(frame, found)
         return True
+
+
+def _has_nan(value: Any) -> bool:
+    """Return whether a floating-point tensor in nested values has NaN entries."""
+    return any(
+        isinstance(x, Tensor) and x.is_floating_point() and bool(x.isnan().any())
+        for x in leaves_of(value)
+    )

@@ -198,9 +198,7 @@ class Planner:
                     raise
         return None
 
-    def _candidates(
-        self, frame: Frame, frozen: dict[Key, Any]
-    ) -> Iterator[tuple[Call, str, int]]:
+    def _candidates(self, frame: Frame, frozen: dict[Key, Any]) -> Iterator[tuple[Call, str, int]]:
         """Yield calls with their readers, and the number of blocks of channels to try in each."""
         for call in self._calls(frame, frozen, {"operation"}, set(_CONVOLUTIONS)):
             yield call, "general", 1
@@ -256,4 +254,9 @@ def module_call(tracer: Tracer, frame: Frame, length: int) -> Call:
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         return Replay(tracer, frame, length).run((args, kwargs)).output
 
-    return Call(("module", "", 0), evaluate, copied(frame.inputs), evaluate(*frame.inputs[0], **frame.inputs[1]))
+    return Call(
+        ("module", "", 0),
+        evaluate,
+        copied(frame.inputs),
+        evaluate(*frame.inputs[0], **frame.inputs[1]),
+    )

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from gramian.analysis._attention import attention_maps, eager_attention
 from gramian.analysis._general import Unreadable, measure_operators
-from gramian.analysis._mixing import Finder, short_length
+from gramian.analysis._mixing import Finder, short_lengths
 from gramian.analysis._planning import Plan, Planner, Site, module_call
 from gramian.analysis._scans import SCANS
 from gramian.analysis._segments import segment_call
@@ -134,14 +134,25 @@ class Recorder:
         return tuple(self.refused.items())
 
     def _find(self, run: Callable[[Tensor], None], sequence: Tensor) -> None:
-        """Find what mixes positions, on the first tokens, repeated if there are few of them."""
-        length = short_length(self.model)
-        times = -(-length // sequence.shape[1])
-        short = sequence.repeat(1, times, *[1] * (sequence.ndim - 2))[:, :length]
-        planner = Planner(self._tracer, length)
-        finder = Finder(self._tracer, length, partial(self._plan, planner), _is_mixer)
-        with finder.finding():
-            run(short)
+        """Find what mixes positions, on the first tokens, repeated if there are few of them.
+
+        If a model cannot read as many tokens, fewer are tried.
+        """
+        lengths = short_lengths(self.model)
+        while True:
+            length = lengths.pop(0)
+            times = -(-length // sequence.shape[1])
+            short = sequence.repeat(1, times, *[1] * (sequence.ndim - 2))[:, :length]
+            planner = Planner(self._tracer, length)
+            finder = Finder(self._tracer, length, partial(self._plan, planner), _is_mixer)
+            try:
+                with finder.finding():
+                    run(short)
+                break
+            except (IndexError, RuntimeError):
+                lengths = [other for other in lengths if other < length]
+                if not lengths:
+                    raise
         self.plans = planner.plans
         self.refused |= {p: reason for p, reason in finder.notes.items() if p not in self.plans}
         self.refused |= {path: plan.refusal for path, plan in self.plans.items() if plan.refusal}

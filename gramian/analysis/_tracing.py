@@ -246,11 +246,12 @@ class Operations(TorchFunctionMode):
 
     def __enter__(self) -> Operations:
         self._before, self.tracer.operations = self.tracer.operations, self
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self.tracer.operations = self._before
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tracer, kwargs = self.tracer, kwargs or {}

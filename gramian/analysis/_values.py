@@ -17,6 +17,7 @@ __all__ = [
     "perturbed",
     "sequences_in",
     "time_axis",
+    "window",
     "with_leaf",
 ]
 
@@ -79,35 +80,51 @@ def sequences_in(value: Any, length: int, longest: int = 0) -> Iterator[tuple[in
             yield index, leaf, axis
 
 
+def window(x: Tensor, axis: int, length: int, padded_before: bool) -> Tensor:
+    """Return the positions of a sequence as a view with the axis of time in front.
+
+    Args:
+        x: A sequence of at least `length` positions.
+        axis: Its axis of time.
+        length: The number of positions.
+        padded_before: Whether further positions come before the sequence, as in the arguments of a
+            call. In the results of a call they come after it.
+    """
+    rows = x.movedim(axis, 0)
+    return rows[len(rows) - length :] if padded_before else rows[:length]
+
+
 def perturbed(
-    value: Any, length: int, positions: Sequence[int], generator: torch.Generator
-) -> tuple[Any, bool]:
-    """Return nested values with other numbers at some positions, and whether anything differs.
+    value: Any,
+    length: int,
+    positions: Sequence[int],
+    generator: torch.Generator,
+    padded_before: bool = False,
+) -> Any:
+    """Return nested values with other numbers at some positions.
 
     Sequences of numbers get noise of twice their standard deviation. Integers are replaced by
     integers from other positions, so that they stay in the vocabulary. Masks do not change.
+    `padded_before` is that of `window`.
     """
     leaves, structure = pytree.tree_flatten(value)
-    differs = False
     for index, x, axis in sequences_in(value, length, length + PADDING):
         if bool((x <= torch.finfo(x.dtype).min / 2).any()):
             continue  # a mask
-        x = x.detach().clone()
+        leaves[index] = x = x.detach().clone()
+        rows = window(x, axis, length, padded_before)
+        scale = 2 * float(x.float().std(unbiased=False).clamp_min(0.1))
         for position in positions:
-            part = x.select(axis, position)
-            scale = 2 * float(x.float().std(unbiased=False).clamp_min(0.1))
-            noise = torch.randn(part.shape, generator=generator)
-            part.add_(scale * noise.to(part))
-        leaves[index] = x
-        differs = True
+            noise = torch.randn(rows[position].shape, generator=generator)
+            rows[position] += scale * noise.to(rows)
     for index, x in enumerate(leaves):
-        axis = time_axis(x, length)
-        if axis is None or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        along = time_axis(x, length)
+        if along is None or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             continue
-        x = _other_integers(x, axis, positions)
-        if x is not None:
-            leaves[index], differs = x, True
-    return pytree.tree_unflatten(leaves, structure), differs
+        other = _other_integers(x, along, positions)
+        if other is not None:
+            leaves[index] = other
+    return pytree.tree_unflatten(leaves, structure)
 
 
 def _other_integers(x: Tensor, axis: int, positions: Sequence[int]) -> Tensor | None:
@@ -123,10 +140,10 @@ def _other_integers(x: Tensor, axis: int, positions: Sequence[int]) -> Tensor | 
     return result
 
 
-def changed_positions(x: Tensor, y: Tensor, axis: int, length: int) -> set[int]:
-    """Return the positions at which two tensors differ by more than rounding errors."""
+def changed_positions(x: Tensor, y: Tensor) -> set[int]:
+    """Return the positions, in the first axis, at which x and y differ by more than rounding."""
     limit = max(_CHANGE, 4 * torch.finfo(x.dtype).eps)
-    rows = [t.detach().movedim(axis, 0).reshape(t.shape[axis], -1)[:length].double() for t in (x, y)]
+    rows = [t.detach().reshape(len(t), -1).double() for t in (x, y)]
     rows = [torch.nan_to_num(r, nan=0.0, posinf=0.0, neginf=0.0) for r in rows]
     difference = (rows[0] - rows[1]).norm(dim=-1)
     scale = torch.maximum(rows[0].norm(dim=-1), rows[1].norm(dim=-1))
