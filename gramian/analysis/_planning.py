@@ -13,15 +13,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from gramian.analysis._attention import ATTENTION, attention_maps
-from gramian.analysis._general import Unreadable, ValueMap, find_values, measure_operators
+from gramian.analysis._attention import ATTENTION, read_attention
+from gramian.analysis._general import (
+    TOLERANCE,
+    Unreadable,
+    ValueMap,
+    find_values,
+    measure_operators,
+)
 from gramian.analysis._mixing import Leftover, mixing_of
-from gramian.analysis._scans import SCANS
+from gramian.analysis._scans import SCANS, ScanReading, read
 from gramian.analysis._segments import segment_call, segments_of
 from gramian.analysis._tracing import Call, Frame, Key, Replay, Tracer
-from gramian.analysis._values import copied
+from gramian.analysis._values import copied, leaves_of
 
 __all__ = ["Plan", "Planner", "Site"]
 
@@ -151,14 +158,16 @@ class Planner:
 
     def _check(self, site: Site, call: Call) -> None:
         if site.reader == "attention":
-            attention_maps(call.function, *call.inputs, call.result)
+            read_attention(call)
+        elif site.reader == "scan":
+            read_scan(call)
         elif site.values is not None:
             chosen = range(0, site.values.count, max(1, site.values.count // 4))
             measure_operators(site.values.of(call, self.length), site.values, chosen)
 
     def _search(self, plan: Plan, frame: Frame) -> None:
         frozen: dict[Key, Any] = {}
-        tried: set[Key] = set()
+        tried: set[tuple[Key, str]] = set()
         while True:
             left = mixing_of(self.tracer, frame, self.length, frozen)
             if left.earlier:
@@ -179,18 +188,19 @@ class Planner:
             frozen[site.key] = call.result
 
     def _next(
-        self, frame: Frame, frozen: dict[Key, Any], tried: set[Key]
+        self, frame: Frame, frozen: dict[Key, Any], tried: set[tuple[Key, str]]
     ) -> tuple[Site, Call] | None:
         """Return the first call that can be read and has not been tried."""
         for call, reader, budget in self._candidates(frame, frozen):
-            if call.key in tried:
+            if (call.key, reader) in tried or call.key in frozen:
                 continue
-            tried.add(call.key)
+            tried.add((call.key, reader))
             try:
                 if reader == "attention":
-                    attention_maps(call.function, *call.inputs, call.result)
+                    read_attention(call)
                     return Site(call.key, "attention"), call
                 if reader == "scan":
+                    read_scan(call)
                     return Site(call.key, "scan"), call
                 return Site(call.key, "general", find_values(call, self.length, budget)), call
             except Unreadable as reason:
@@ -260,3 +270,20 @@ def module_call(tracer: Tracer, frame: Frame, length: int) -> Call:
         copied(frame.inputs),
         evaluate(*frame.inputs[0], **frame.inputs[1]),
     )
+
+
+def read_scan(call: Call) -> ScanReading:
+    """Return the recurrence of a call of a scan.
+
+    Raises:
+        Unreadable: if the scan did not return this recurrence applied to its values.
+    """
+    name, (args, kwargs) = call.key[1], call.inputs
+    try:
+        reading = read(name, args, kwargs, call.function)
+    except ValueError as error:
+        raise Unreadable(str(error)) from error
+    leaf = next(x for x in leaves_of(call.inputs) if isinstance(x, Tensor))
+    if reading.disagreement(call.result) > max(TOLERANCE, 8 * torch.finfo(leaf.dtype).eps):
+        raise Unreadable(f"{name} did not return its recurrence applied to its values.")
+    return reading

@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.analysis._attention import attention_maps, eager_attention
+from gramian.analysis._attention import eager_attention, read_attention
 from gramian.analysis._general import Unreadable, measure_operators
 from gramian.analysis._mixing import Finder, short_lengths
-from gramian.analysis._planning import Plan, Planner, Site, module_call
-from gramian.analysis._scans import SCANS
+from gramian.analysis._planning import Plan, Planner, Site, module_call, read_scan
 from gramian.analysis._segments import segment_call
+from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
 from gramian.analysis._values import copied
 from gramian.mixers import Mixer
@@ -56,6 +56,9 @@ class RecordedOperator:
         system: function that maps a slice of the heads or channels to their system. For n heads or
             channels, the channels of the system are (*1, n).
         reader: how the operator was read, as in `LayerState`.
+        storage: how the layer stores its past, as in `LayerState`; None if it is not known.
+        orders: orders of the layer's own recurrences, (count), where the system is a matrix from
+            which they cannot be read; None if the system says what its state is.
     """
 
     name: str
@@ -64,6 +67,18 @@ class RecordedOperator:
     count: int
     system: Callable[[slice], System]
     reader: str
+    storage: Storage | None = None
+    orders: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """The operator of one call; the fields are those of `RecordedOperator`."""
+
+    count: int
+    system: Callable[[slice], System]
+    storage: Storage | None = None
+    orders: Tensor | None = None
 
 
 @dataclass
@@ -249,25 +264,24 @@ class Recorder:
         before, self._tracer.handler = self._tracer.handler, None
         outer, self._tracer.operations = self._tracer.operations, None
         try:
-            count, system = self._operator(site, call())
-            self._record(running.plan, site, count, system)
+            self._record(running.plan, site, self._operator(site, call()))
         except Unreadable as reason:
             self.refused[running.plan.path] = str(reason)
         finally:
             self._tracer.handler, self._tracer.operations = before, outer
 
-    def _operator(self, site: Site, call: Call) -> tuple[int, Callable[[slice], System]]:
-        """Return the number of heads of a call, and the function that returns their systems."""
+    def _operator(self, site: Site, call: Call) -> _Operator:
+        """Return the operator of a call."""
         if site.reader == "attention":
-            maps = attention_maps(call.function, *call.inputs, call.result)
+            maps, storage = read_attention(call)
             if maps.shape[-1] != self._length:
                 raise Unreadable(
                     f"it maps {maps.shape[-1]} positions, and the text has {self._length}."
                 )
-            return len(maps), lambda channels: DenseOperator(maps[channels])
+            return _Operator(len(maps), lambda channels: DenseOperator(maps[channels]), storage)
         if site.reader == "scan":
-            args, kwargs = call.inputs
-            return SCANS[site.key[1]](*args, **kwargs)
+            reading = read_scan(call)
+            return _Operator(reading.count, reading.system)
         values = site.values
         assert values is not None
         responses = values.of(call, self._length)
@@ -277,7 +291,7 @@ class Recorder:
             measured = measure_operators(responses, values, chosen)
             return FIR(measured) if values.taps else DenseOperator(measured)
 
-        return values.count, system
+        return _Operator(values.count, system)
 
     def _read_mixer(self, plan: Plan, x: Tensor) -> None:
         module: Any = plan.module
@@ -286,19 +300,34 @@ class Recorder:
         except ValueError as error:
             self.refused[plan.path] = str(error)
             return
-        self._record(plan, plan.sites[0], module.channels, partial(module.operator, x))
+        operator = _Operator(
+            module.channels,
+            partial(module.operator, x),
+            mixer_storage(module, x.element_size()),
+            mixer_orders(module, x.shape[1]),
+        )
+        self._record(plan, plan.sites[0], operator)
 
-    def _record(
-        self, plan: Plan, site: Site, count: int, system: Callable[[slice], System]
-    ) -> None:
+    def _record(self, plan: Plan, site: Site, operator: _Operator) -> None:
         mixer = type(plan.module).__name__
-        kind = site.kind if site.reader != "mixer" else plan.module.family
+        kind = site.kind if site.reader != "mixer" else str(plan.module.family)
         name = plan.path or mixer
         if self.ran[plan.path] > 1:
             name = f"{name} (run {self.ran[plan.path]})"
         if site.reader != "mixer" and _is_secondary(plan, site):
             name = f"{name} ({site.key[1]})"
-        self.visit(RecordedOperator(name, mixer, str(kind), count, system, site.reader))
+        self.visit(
+            RecordedOperator(
+                name,
+                mixer,
+                kind,
+                operator.count,
+                operator.system,
+                site.reader,
+                operator.storage,
+                operator.orders,
+            )
+        )
 
 
 def _is_secondary(plan: Plan, site: Site) -> bool:

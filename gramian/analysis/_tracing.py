@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from gramian.analysis._scans import SCANS
 from gramian.analysis._values import copied, sequences_in
 
 __all__ = ["Call", "Frame", "Handler", "Key", "Operations", "Replay", "Tracer", "own_methods"]
@@ -156,7 +157,7 @@ class Tracer:
         try:
             for place in self._places():
                 for name, function in list(vars(place).items()):
-                    if isinstance(function, types.FunctionType) and not name.startswith("__"):
+                    if _is_function(function, name) and not name.startswith("__"):
                         replaced.append((place, name, function))
                         setattr(place, name, self.sent("function", name, function))
             yield
@@ -222,19 +223,28 @@ def own_methods(tracer: Tracer, module: nn.Module) -> Iterator[None]:
         for cls in type(module).__mro__
         if cls.__module__ in files
         for name, value in vars(cls).items()
-        if isinstance(value, types.FunctionType)
-        and not name.startswith("__")
-        and name != "forward"
-        and name not in module.__dict__
+        if isinstance(value, types.FunctionType) and not name.startswith("__") and name != "forward"
+    }
+    own = {
+        name: value
+        for name, value in vars(module).items()
+        if name != "forward" and _is_function(value, name)
     }
     try:
-        for name in names:
-            bound = getattr(module, name)
-            module.__dict__[name] = tracer.sent("method", name, bound)
+        for name in names | own.keys():
+            module.__dict__[name] = tracer.sent("method", name, getattr(module, name))
         yield
     finally:
-        for name in names:
+        for name in names - own.keys():
             module.__dict__.pop(name, None)
+        module.__dict__.update(own)
+
+
+def _is_function(value: Any, name: str) -> bool:
+    """Return whether a value that a layer may call is followed."""
+    if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+        return True
+    return name in SCANS and callable(value) and not isinstance(value, nn.Module)
 
 
 class Operations(TorchFunctionMode):

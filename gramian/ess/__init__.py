@@ -15,7 +15,12 @@ from gramian.ess._effective_state_size import (
     sketched_state_size,
 )
 from gramian.ess._realize import realize
-from gramian.ess.aggregation import aggregate, theoretical_state_size, utilization
+from gramian.ess.aggregation import (
+    aggregate,
+    theoretical_state_size,
+    usable_state_size,
+    utilization,
+)
 
 __all__ = [
     "aggregate",
@@ -24,6 +29,7 @@ __all__ = [
     "realize",
     "sketched_state_size",
     "theoretical_state_size",
+    "usable_state_size",
     "utilization",
 ]
 

@@ -2,7 +2,10 @@ r"""Theoretical state-size, utilization, and averages and totals over a model.
 
 TSS, the theoretically realizable state-size, is the size of the state that a layer has at a
 position. For a recurrence this size is the order. For attention and finite convolutions it is the
-number of inputs so far. Utilization is ESS / TSS. For a model, ESS is reported as the *average* per
+number of inputs so far. The rank of the block `T[i:L, :i]` is at most min(i, L - i), so the
+*usable* state at position i is min(TSS, i, L - i). Utilization is the share ESS / TSS or, if the
+usable state takes the place of TSS, the share of the state that can be used. Reports of
+`gramian.analyze` show the latter as "in use". For a model, ESS is reported as the *average* per
 channel or as the *total* over all channels (arXiv 2504.19561, sections 3 and 4).
 """
 
@@ -24,7 +27,7 @@ from gramian.systems import (
     TransferFunction,
 )
 
-__all__ = ["aggregate", "theoretical_state_size", "utilization"]
+__all__ = ["aggregate", "theoretical_state_size", "usable_state_size", "utilization"]
 
 
 def theoretical_state_size(
@@ -107,12 +110,46 @@ def _closure(edges: Tensor, start: Tensor) -> Tensor:
         start = further
 
 
+def usable_state_size(tss: Tensor, at: Sequence[int] | Tensor, horizon: int) -> Tensor:
+    """Return the size of the state that can be used at each position, min(TSS, i, L - i).
+
+    The block of position i, `T[i:L, :i]`, has i columns and L - i rows, and L is the horizon. So
+    ESS is at most this size, whatever the system.
+
+    Args:
+        tss: (*C, P), from `theoretical_state_size`.
+        at: The P positions i.
+        horizon: The position L at which the blocks end.
+
+    Returns:
+        (*C, P), in the dtype of `tss`.
+
+    Raises:
+        ValueError: if a position is negative or above the horizon, or if their number is not P.
+    """
+    positions = torch.as_tensor(at, device=tss.device)
+    if positions.shape != tss.shape[-1:]:
+        raise ValueError(
+            f"one position for each of the {tss.shape[-1]} sizes is needed; got shape "
+            f"{tuple(positions.shape)}."
+        )
+    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) <= horizon:
+        raise ValueError(
+            f"positions must be among 0 … {horizon}, the horizon; got {positions.tolist()}."
+        )
+    return tss.minimum(torch.minimum(positions, horizon - positions).to(tss.dtype))
+
+
 def utilization(ess: Tensor, tss: Tensor) -> Tensor:
     """Return ESS / TSS, the fraction of the state in use. It is 0 for a system without a state.
 
+    With sizes from `usable_state_size` in place of TSS, it is the fraction of the usable state, as
+    `gramian.analysis.LayerState.utilization` has it.
+
     Args:
         ess: Sizes from `gramian.effective_state_size`.
-        tss: Sizes from `theoretical_state_size`, which broadcast against `ess`.
+        tss: Sizes from `theoretical_state_size` or `usable_state_size`, which broadcast against
+            `ess`.
     """
     return torch.where(tss > 0, ess / torch.where(tss > 0, tss, 1), 0)
 

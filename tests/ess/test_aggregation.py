@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gramian import FIR, Modal, StateSpace, TimeVarying, TransferFunction, effective_state_size
-from gramian.ess import aggregate, theoretical_state_size, utilization
+from gramian.ess import aggregate, theoretical_state_size, usable_state_size, utilization
 from gramian.filters import ModalFilter
 from gramian.mixers import Hyena, MultiHyena
 from gramian.systems import gated_convolution, to_state_space, to_time_varying
@@ -96,3 +96,15 @@ def test_averages_and_totals():
             aggregate([bad] if isinstance(bad, torch.Tensor) else bad)
     with pytest.raises(ValueError, match="kind must be"):
         aggregate(first, "median")
+
+
+def test_positions_bound_what_can_be_used():
+    tss = torch.tensor([[5.0, 5, 5, 5], [0, 1, 2, 3]])
+    assert usable_state_size(tss, [0, 1, 4, 9], 10).tolist() == [[0, 1, 4, 1], [0, 1, 2, 1]]
+    for at, message in (
+        ([0, 1], "one position"),
+        ([0, 1, 2, 11], "0 … 10"),
+        ([-1, 0, 1, 2], "0 …"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            usable_state_size(tss, at, 10)
