@@ -29,7 +29,7 @@ from gramian.analysis._values import (
     window,
 )
 
-__all__ = ["Finder", "Leftover", "mixing_of", "short_lengths"]
+__all__ = ["Finder", "Leftover", "NotFinite", "mixing_of", "short_lengths"]
 
 _LENGTHS = (47, 43, 41, 37, 53, 59, 61, 31, 29, 23, 67, 71, 73, 79, 83, 97, 101, 103, 107, 109)
 """Lengths of the short sequence, in the order of preference."""
@@ -49,6 +49,10 @@ def short_lengths(model: nn.Module) -> list[int]:
         if not sizes.intersection(range(length, length + margin + 1))
     ]
     return list(dict.fromkeys(fitting)) or [_LENGTHS[0]]
+
+
+class NotFinite(ValueError):
+    """Raised when a module makes NaN values from inputs without them."""
 
 
 @dataclass
@@ -184,7 +188,7 @@ class Finder:
             return True
         if _has_nan(output) and not _has_nan(frame.inputs):
             name = frame.path or type(frame.module).__name__
-            raise ValueError(f"{name}: an operator to be measured must be finite; got NaN values.")
+            raise NotFinite(f"{name}: an operator to be measured must be finite; got NaN values.")
         longest = self.length + PADDING
         told = any(time_axis(x, self.length, longest) is not None for x in leaves_of(output))
         if not told and not frame.children:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from gramian.analysis._attention import eager_attention, read_attention
 from gramian.analysis._general import Unreadable, measure_operators
-from gramian.analysis._mixing import Finder, short_lengths
+from gramian.analysis._inputs import ModelInputs, run_model
+from gramian.analysis._mixing import Finder, NotFinite, short_lengths
 from gramian.analysis._planning import Plan, Planner, Site, module_call, read_scan
 from gramian.analysis._segments import segment_call
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
@@ -129,26 +130,24 @@ class Recorder:
         """Return the number of operators that one run of each module passes to the visitor."""
         return sum(len(plan.sites) for plan in self.plans.values())
 
-    def record(self, run: Callable[[Tensor], None], sequence: Tensor) -> None:
-        """Run a model and record its operators.
+    def record(self, inputs: ModelInputs) -> None:
+        """Run the model on a sequence and record its operators.
 
-        Args:
-            run: A function that runs the model on a sequence (1, L) or (1, L, size).
-            sequence: The sequence.
+        Recordings in several threads run one after the other.
         """
         with _ONE_AT_A_TIME, torch.no_grad(), ExitStack() as stack:
             if "transformers" in sys.modules:
                 stack.enter_context(eager_attention(self.model))
-            self._find(run, sequence)
-            self._length = sequence.shape[1]
-            with self._listening(), _head_on_the_last_position(self.model):
-                run(sequence)
+            self._find(inputs)
+            self._length = inputs.length
+            with self._listening():
+                run_model(self.model, inputs)
 
     def unread(self) -> tuple[tuple[str, str], ...]:
         """Return the path of every module that ran but could not be measured, and the reason."""
         return tuple(self.refused.items())
 
-    def _find(self, run: Callable[[Tensor], None], sequence: Tensor) -> None:
+    def _find(self, inputs: ModelInputs) -> None:
         """Find what mixes positions, on the first tokens, repeated if there are few of them.
 
         If a model cannot read as many tokens, fewer are tried.
@@ -156,15 +155,15 @@ class Recorder:
         lengths = short_lengths(self.model)
         while True:
             length = lengths.pop(0)
-            times = -(-length // sequence.shape[1])
-            short = sequence.repeat(1, times, *[1] * (sequence.ndim - 2))[:, :length]
             planner = Planner(self._tracer, length)
             finder = Finder(self._tracer, length, partial(self._plan, planner), _is_mixer)
             try:
                 with finder.finding():
-                    run(short)
+                    run_model(self.model, inputs.repeated(length), last_logits_only=False)
                 break
-            except (IndexError, RuntimeError):
+            except NotFinite:
+                raise
+            except (IndexError, RuntimeError, ValueError):
                 lengths = [other for other in lengths if other < length]
                 if not lengths:
                     raise
@@ -339,24 +338,3 @@ def _is_secondary(plan: Plan, site: Site) -> bool:
 def _is_mixer(module: nn.Module) -> bool:
     """Return whether a module is a Gramian mixer that has the state itself."""
     return isinstance(module, Mixer) and module.core is module
-
-
-@contextmanager
-def _head_on_the_last_position(model: Any) -> Iterator[None]:
-    """Compute the scores of the vocabulary for the last position only, in this context."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    if not isinstance(head, nn.Linear):
-        yield
-        return
-
-    def cut(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if args and isinstance(args[0], Tensor) and args[0].ndim == 3:
-            return (args[0][:, -1:], *args[1:])
-        return None
-
-    hook = head.register_forward_pre_hook(cut)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -215,7 +215,7 @@ def _analyze(
     """Measure one model on the input."""
     from gramian import analysis
 
-    model, tokenizer = analysis.open_model(name)
+    model, tokenizer = analysis.open_model(name, progress=progress)
     move_model(model, device)
     sequence, tokenizer, read = source.read(name, tokenizer)
     report = analysis.analyze(

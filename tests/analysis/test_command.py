@@ -192,3 +192,24 @@ def test_mistakes_take_one_line(
     assert "Traceback" not in err
     if status == 1:
         assert len(err.strip().splitlines()) == 1
+
+
+def test_encoders_take_one_line(
+    call: Call, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    size = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    t5 = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 16}
+    for kind, auto, sizes in (
+        ("t5", AutoModelForSeq2SeqLM, size | t5),
+        ("bert", AutoModelForCausalLM, size | {"intermediate_size": 16}),
+    ):
+        folder = tmp_path / kind
+        auto.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(folder)
+        ByteTokenizer().save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    for kind, message in (("t5", "an encoder-decoder model"), ("bert", "is not causal")):
+        status, out, err = call(kind, "--prompt", "some words")
+        assert status == 1 and message in err and not out
+        assert len(err.strip().splitlines()) == 1 and len(err) < 300
