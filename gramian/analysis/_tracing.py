@@ -52,12 +52,14 @@ class Call:
         function: the function.
         inputs: its arguments and keyword arguments.
         result: what it returned.
+        within: the keys of the calls during which it was made.
     """
 
     key: Key
     function: Callable[..., Any]
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     result: Any
+    within: tuple[Key, ...] = ()
 
 
 @dataclass
@@ -308,6 +310,7 @@ class Replay:
         self.watched: dict[Key, Any] = {}
         self.calls: list[Call] = []
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._open: tuple[Key, ...] = ()
 
     def run(self, inputs: Any = None, patches: dict[nn.Module, Any] | None = None) -> Replay:
         """Run the module.
@@ -361,9 +364,11 @@ class Replay:
         given = (args, kwargs)
         if kind == "operation" and not any(sequences_in(given, self.length)):
             return function(*args, **kwargs)
-        inputs = copied(given)
+        inputs, within = copied(given), self._open
+        self._open = (*within, key)
         result = function(*args, **kwargs)
-        self.calls.append(Call(key, function, inputs, copied(result)))
+        self._open = within
+        self.calls.append(Call(key, function, inputs, copied(result), within))
         return result
 
     def _by_child(self) -> dict[nn.Module, list[Any]]:
