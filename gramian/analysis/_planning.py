@@ -217,7 +217,9 @@ class Planner:
             elif reader == "scan":
                 read_scan(call)
             else:
-                return Site(call.key, reader, find_values(call, self.length, budget))
+                return Site(
+                    call.key, reader, find_values(call, self.length, self.tracer.padding, budget)
+                )
         except Unreadable as reason:
             if str(reason) == _AHEAD and reader == "attention":
                 raise

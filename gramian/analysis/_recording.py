@@ -154,7 +154,7 @@ class Recorder:
         """
         lengths = short_lengths(self.model)
         while True:
-            length = lengths.pop(0)
+            length, self._tracer.padding = lengths.pop(0)
             planner = Planner(self._tracer, length)
             finder = Finder(self._tracer, length, partial(self._plan, planner), _is_mixer)
             try:
@@ -164,7 +164,7 @@ class Recorder:
             except NotFinite:
                 raise
             except (IndexError, RuntimeError, ValueError):
-                lengths = [other for other in lengths if other < length]
+                lengths = [other for other in lengths if other[0] < length]
                 if not lengths:
                     raise
         self.plans = planner.plans

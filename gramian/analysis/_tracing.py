@@ -87,11 +87,19 @@ class Tracer:
 
     Args:
         model: The model.
+
+    Attributes:
+        paths: paths of the modules by their `id`.
+        padding: the number of positions that convolutions may add to a sequence.
+        stack: the modules that are running, the innermost last.
+        handler: what the calls go through; None if they are only made.
+        operations: the mode that sends torch's own functions through the handler, if there is one.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.paths = {id(module): path for path, module in model.named_modules()}
+        self.padding = 0
         self.stack: list[nn.Module] = []
         self.handler: Handler | None = None
         self.operations: Operations | None = None
@@ -157,7 +165,7 @@ class Tracer:
         """Send the calls of the functions in the modeling files through the handler."""
         replaced: list[tuple[types.ModuleType, str, Any]] = []
         try:
-            for place in self._places():
+            for place in self.places:
                 for name, function in list(vars(place).items()):
                     if _is_function(function, name) and not name.startswith("__"):
                         replaced.append((place, name, function))
@@ -167,8 +175,9 @@ class Tracer:
             for place, name, function in replaced:
                 setattr(place, name, function)
 
-    def _places(self) -> list[types.ModuleType]:
-        """Return the files that define the classes of the model, without those of the libraries."""
+    @functools.cached_property
+    def places(self) -> list[types.ModuleType]:
+        """The files that define the classes of the model, without those of the libraries."""
         base: tuple[type, ...] = ()
         if "transformers" in sys.modules:
             from transformers import PreTrainedModel
@@ -218,8 +227,7 @@ class Tracer:
 @contextmanager
 def own_methods(tracer: Tracer, module: nn.Module) -> Iterator[None]:
     """Send the calls of a module's own methods through the tracer's handler in this context."""
-    places = tracer._places()  # noqa: SLF001 (one owner of what belongs to the model)
-    files = {place.__name__ for place in places}
+    files = {place.__name__ for place in tracer.places}
     names = {
         name
         for cls in type(module).__mro__

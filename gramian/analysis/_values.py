@@ -10,7 +10,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 __all__ = [
-    "PADDING",
     "changed_positions",
     "copied",
     "leaves_of",
@@ -20,9 +19,6 @@ __all__ = [
     "window",
     "with_leaf",
 ]
-
-PADDING = 12
-"""The largest number of positions that a convolution may add to a short sequence."""
 
 _CHANGE = 1e-5
 """The least relative change of a position that counts, in single precision."""
@@ -97,6 +93,7 @@ def window(x: Tensor, axis: int, length: int, padded_before: bool) -> Tensor:
 def perturbed(
     value: Any,
     length: int,
+    longest: int,
     positions: Sequence[int],
     generator: torch.Generator,
     padded_before: bool = False,
@@ -105,10 +102,10 @@ def perturbed(
 
     Sequences of numbers get noise of twice their standard deviation. Integers are replaced by
     integers from other positions, so that they stay in the vocabulary. Masks do not change.
-    `padded_before` is that of `window`.
+    `longest` is that of `time_axis`, and `padded_before` that of `window`.
     """
     leaves, structure = pytree.tree_flatten(value)
-    for index, x, axis in sequences_in(value, length, length + PADDING):
+    for index, x, axis in sequences_in(value, length, longest):
         if bool((x <= torch.finfo(x.dtype).min / 2).any()):
             continue  # a mask
         leaves[index] = x = x.detach().clone()
