@@ -164,12 +164,14 @@ class Planner:
 
     def _search(self, plan: Plan, frame: Frame) -> None:
         frozen = self._known_kinds(plan, frame)
-        tried: set[Key] = set()
+        tried: set[Key] = set(frozen)
         while True:
             left = mixing_of(self.tracer, frame, self.length, frozen)
-            if left.earlier:
+            if left.earlier and plan.sites:  # the positions of the last result are others
+                del frozen[plan.sites.pop().key]
+            elif left.earlier:
                 raise Unreadable(_AHEAD)
-            if not left.later or ("module", "", 0) in frozen:
+            elif not left.later or ("module", "", 0) in frozen:
                 return
             found = self._next(frame, frozen, tried)
             if found is None:
