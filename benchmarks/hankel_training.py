@@ -8,7 +8,7 @@ runs have `regularization.truncation` too, which drops weak modes of S4D's filte
     python benchmarks/hankel_training.py [--runs FOLDER] [--steps N] [--output PATH]
 
 Every training is a run of `gramian train` in its own folder, so an interrupted benchmark goes on
-where it stopped. With the default arguments, it takes about an hour on one core.
+where it stopped. With the default arguments, it takes about half an hour on one core.
 """
 
 import argparse
@@ -31,17 +31,15 @@ from gramian.models import GramianForCausalLM, load
 from gramian.training import parse_config, train
 
 LENGTH = 256
-ORDERS = (2, 4, 6, 8, 12, 16, 32)
+ORDERS = (2, 4, 6, 8, 12, 16)
 FILTERS: dict[str, dict[str, Any]] = {
     "implicit": {"type": "implicit"},
     "s4d": {"type": "s4d", "state_size": 32},
 }
 RUNS = (
     ("implicit", 0.0, 0.0),
-    ("implicit", 1e-2, 0.0),
-    ("implicit", 1e-1, 0.0),
     ("s4d", 0.0, 0.0),
-    ("s4d", 1e-2, 0.0),
+    ("implicit", 1e-1, 0.0),
     ("s4d", 1e-1, 0.0),
     ("s4d", 0.0, 1e-3),
     ("s4d", 1e-1, 1e-3),

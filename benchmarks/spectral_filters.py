@@ -15,7 +15,7 @@ All errors are relative l2 errors.
 
     python benchmarks/spectral_filters.py [--taps N …] [--channels N] [--output PATH]
 
-With the default arguments, it takes about twenty minutes on one core.
+With the default arguments, it takes some minutes on one core.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from gramian.ops.vandermonde import vandermonde_product
 
 STATES = (80, 100, 200, 400, 800)
 TOLERANCES = (1e-2, 1e-3, 1e-4)
-DRAWS = 8
+DRAWS = 4
 
 
 def random_poles(basis: Tensor, states: int) -> float:
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--taps", type=int, nargs="+", default=[1024, 8192])
     parser.add_argument("--output", type=Path, default=here / "results" / "spectral_filters.json")
-    parser.add_argument("--channels", type=int, default=16, help="kernels of random coefficients")
+    parser.add_argument("--channels", type=int, default=8, help="kernels of random coefficients")
     arguments = parser.parse_args()
     channels = arguments.channels
     results: dict[str, Any] = {"eigenvectors": 24, "channels": channels, "draws": DRAWS}

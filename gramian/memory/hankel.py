@@ -45,6 +45,7 @@ _BLOCK = 2**23
 """The maximal number of entries of the matrices, or of the Lanczos bases, that are held at once."""
 
 
+@full_precision()
 def hankel_penalty(
     systems: System | Sequence[System], length: int, *, count: int | None = None
 ) -> Tensor:
@@ -102,8 +103,7 @@ class _NuclearRatio(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, taps: Tensor, count: int | None) -> Tensor:
-        with full_precision():
-            ratios, slopes = _ratios_and_slopes(taps.detach(), count)
+        ratios, slopes = _ratios_and_slopes(taps.detach(), count)
         ctx.save_for_backward(slopes.to(taps.dtype))
         return ratios.to(taps.dtype)
 
