@@ -25,7 +25,6 @@ from torch.autograd.function import once_differentiable
 
 from gramian.ops.hankel import Hankel
 from gramian.ops.lengths import fft_length
-from gramian.ops.precision import full_precision
 from gramian.ops.threads import work
 from gramian.reduction.spectrum import lanczos_spectrum
 from gramian.systems import System, TimeInvariantSystem
@@ -45,7 +44,6 @@ _BLOCK = 2**23
 """The maximal number of entries of the matrices, or of the Lanczos bases, that are held at once."""
 
 
-@full_precision()
 def hankel_penalty(
     systems: System | Sequence[System], length: int, *, count: int | None = None
 ) -> Tensor:

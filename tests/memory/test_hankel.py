@@ -174,15 +174,6 @@ def test_every_filter_becomes_smaller_by_descent(kind: str) -> None:
     assert (before - after).item() == pytest.approx(1e-3 * float(size.sqrt()), rel=0.2)
 
 
-@pytest.mark.parametrize("kind", ["rtf", "s4d", "s4"])
-def test_autocast_changes_nothing(kind: str) -> None:
-    filter = build({"type": kind, "state_size": 8}, channels=3, max_length=80)
-    system = filter(80)
-    plain = hankel_penalty(system, 80)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert hankel_penalty(system, 80).item() == plain.item()
-
-
 def test_bad_arguments_are_refused() -> None:
     system = FIR(torch.randn(2, 4))
     with pytest.raises(ValueError, match="length of at least 2 taps; got 1"):
