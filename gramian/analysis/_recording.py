@@ -37,7 +37,7 @@ from gramian.analysis._segments import segment_call
 from gramian.analysis._states import States, mixer_states, scan_states
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
-from gramian.analysis._values import copied
+from gramian.analysis._values import copied, leaves_of
 from gramian.mixers import Mixer
 from gramian.systems import FIR, DenseOperator, System
 
@@ -285,7 +285,9 @@ class Recorder:
             return _Operator(len(maps), lambda channels: DenseOperator(maps[channels]), storage)
         if site.reader == "scan":
             reading = read_scan(call)
-            return _Operator(reading.count, reading.system, states=scan_states(reading))
+            sizes = [x.element_size() for x in leaves_of(call.result) if isinstance(x, Tensor)]
+            storage = Storage(reading.values.shape[1], itemsize=sizes[0])
+            return _Operator(reading.count, reading.system, storage, states=scan_states(reading))
         values = site.values
         assert values is not None
         responses = values.of(call, self._length)

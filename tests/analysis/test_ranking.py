@@ -135,6 +135,20 @@ def test_what_a_model_stores_is_what_its_cache_holds() -> None:
     assert 2 * layer.storage.nbytes(17) == nbytes
 
 
+def test_scans_store_a_state_for_every_value_channel() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 5}
+    mamba2 = {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
+    for model, width, heads in (
+        (transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)), 1, 32),
+        (transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, **mamba2)), 8, 4),
+    ):
+        report = gramian.analyze(model, torch.arange(20))
+        (layer,) = [one for one in report.layers if one.reader == "scan"]
+        assert layer.storage == Storage(width) and layer.count == heads
+        assert layer.storage.nbytes(float(layer.tss[:, -1].sum())) == 4 * 32 * 5
+
+
 def count(state: object) -> int:
     """Numbers in a nest of tuples of tensors."""
     if isinstance(state, torch.Tensor):
