@@ -57,6 +57,13 @@ _MaxChannels = Annotated[
     int,
     typer.Option(min=0, help="Largest number of channels to measure in a layer; 0 measures all."),
 ]
+_Include = Annotated[
+    str,
+    typer.Option(
+        help="core: short convolutions are layers of their own; mixer: they are parts of the scans "
+        "that they feed."
+    ),
+]
 _Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="New folder for the report and figures.")
 ]
@@ -111,6 +118,7 @@ def analyze(
     tol: _Tol = None,
     rtol: _Rtol = None,
     max_channels: _MaxChannels = 64,
+    include: _Include = "core",
     output: _Output = None,
     picture: _Picture = "png",
     html: _Page = None,
@@ -132,7 +140,7 @@ def analyze(
         source = _Source(name, None, chosen, split, of_seed, row)
     console, reports = console_for(as_json), []
     options = {"every": every, "measure": measure, "tol": tol, "rtol": rtol}
-    options["max_channels"] = max_channels or None
+    options |= {"max_channels": max_channels or None, "include": include}
     quiet_transformers()
     for one in models:
         with running(console, f"Reading with {one}", about=one) as bar:
