@@ -41,6 +41,7 @@ def analyze(
     rtol: float | None = None,
     max_channels: int | None = 64,
     include: str = "core",
+    ranks: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> StateReport:
     """Measure the effective state-size of every layer, head and position of a model on one input.
@@ -80,6 +81,9 @@ def analyze(
             that it feeds, `T_scan diag(s) T_convolution` for every value channel. Here s is the
             factor by which the activation between the two multiplies its input. Convolutions that
             are modules beside the scan stay layers of their own.
+        ranks: Whether to measure stable and effective rank of the states of recurrences as well, as
+            `gramian.ess.state_ranks` does. Layers without such states, such as attention, have
+            none.
         progress: A function that is called after each layer with the number of layers measured so
             far and the number of known layers.
 
@@ -115,7 +119,7 @@ def analyze(
     layers: list[LayerState] = []
 
     def visit(recorded: RecordedOperator) -> None:
-        layers.append(measure_layer(recorded, positions, length, max_channels, options))
+        layers.append(measure_layer(recorded, positions, length, max_channels, options, ranks))
         if progress is not None:
             known = max(recorder.expected, len(layers))
             progress(len(layers), known)

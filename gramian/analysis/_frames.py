@@ -1,4 +1,4 @@
-"""Make frames of pandas from reports, and write them as CSV or Parquet.
+"""Make frames of pandas from reports.
 
 A *frame of states* has a row for each layer, head or channel, and position. A *frame of layers* has
 a row for each layer. Both hold the reports of several models or texts, one after another.
@@ -7,22 +7,20 @@ a row for each layer. Both hold the reports of several models or texts, one afte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gramian._staging import staged_file
+from gramian._frames import import_pandas
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
     from gramian.analysis._report import LayerState, StateReport
 
-__all__ = ["check_frame_file", "layer_frame", "save_frame", "state_frame"]
+__all__ = ["layer_frame", "state_frame"]
 
-_INSTALL = 'pip install "gramian[train]".'
-_SUFFIXES = (".csv", ".parquet")
+_RANKS = ("stable_rank", "effective_rank")
 
 
 def state_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = None) -> DataFrame:
@@ -32,7 +30,8 @@ def state_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = No
     `position`, `token` (the one after the position), `ess`, `error` (NaN if `ess` is exact), `tss`,
     `usable` (min(TSS, i, L - i)) and `in_use` (ESS / usable, NaN where nothing is usable). The mean
     of `in_use` over the rows of a layer is `LayerState.in_use`. Names are categorical, numbers of
-    states are float32, and indices int64.
+    states are float32, and indices int64. If ranks of states were measured in one of the reports,
+    the columns `stable_rank` and `effective_rank` follow, NaN in layers without them.
 
     Args:
         reports: The reports.
@@ -49,7 +48,7 @@ def state_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = No
         for layer in report.layers
     ]
     names = ("text", "model", "source", "layer", "mixer", "kind", "reader", "token")
-    return _frame(parts, names, without=() if texts is not None else ("text",))
+    return _frame(parts, names, without=_absent(reports, texts))
 
 
 def layer_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = None) -> DataFrame:
@@ -57,7 +56,8 @@ def layer_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = No
 
     The columns are `model`, `source`, `layer`, `mixer`, `kind`, `reader`, `channels` (measured
     heads or channels), `count` (all of them), `ess_mean`, `ess_max`, `error_mean` (NaN if exact),
-    `tss_mean`, `usable_mean` and `in_use` (NaN if nothing is usable).
+    `tss_mean`, `usable_mean` and `in_use` (NaN if nothing is usable). If ranks of states were
+    measured, `stable_rank_mean` and `effective_rank_mean` follow.
 
     Args:
         reports: The reports.
@@ -73,56 +73,15 @@ def layer_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = No
         for layer in report.layers
     ]
     names = ("text", "model", "source", "layer", "mixer", "kind", "reader")
-    return _frame(parts, names, without=() if texts is not None else ("text",))
+    return _frame(parts, names, without=_absent(reports, texts))
 
 
-def check_frame_file(path: str | Path) -> None:
-    """Raise an error if a frame could not be written to a path.
-
-    Raises:
-        ImportError: if a package that writes this format is not installed.
-        ValueError: if the path ends in neither .csv nor .parquet.
-    """
-    path = Path(path)
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"a table must end in .csv or .parquet; got {path.name}.")
-    _pandas()
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as error:
-            raise ImportError(f"tables in Parquet need pyarrow: {_INSTALL}", name="pyarrow") from (
-                error
-            )
-
-
-def save_frame(frame: DataFrame, path: str | Path) -> Path:
-    """Write a frame without its index, completely or not at all, and return the path.
-
-    Args:
-        frame: The frame.
-        path: A file that ends in .csv or .parquet. The suffix determines the format.
-
-    Raises:
-        ImportError: if a package that writes this format is not installed.
-        ValueError: if the path ends in neither of these.
-    """
-    path = Path(path)
-    check_frame_file(path)
-    with staged_file(path) as stage:
-        if path.suffix == ".csv":
-            frame.to_csv(stage, index=False)
-        else:
-            frame.to_parquet(stage, engine="pyarrow", index=False)
-    return path
-
-
-def _pandas() -> Any:
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError(f"tables of reports need pandas: {_INSTALL}", name="pandas") from error
-    return pandas
+def _absent(reports: Sequence[StateReport], texts: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the columns that would be empty."""
+    every = (layer for report in reports for layer in report.layers)
+    ranked = any(layer.stable_rank is not None for layer in every)
+    without = () if texts is not None else ("text",)
+    return without if ranked else (*without, *_RANKS, *(f"{name}_mean" for name in _RANKS))
 
 
 def _with_texts(
@@ -166,6 +125,11 @@ def _states(report: StateReport, layer: LayerState, text: str) -> dict[str, Any]
         "tss": layer.tss.numpy().ravel(),
         "usable": usable.ravel(),
         "in_use": share.ravel(),
+        **{
+            name: np.full_like(share, np.nan).ravel() if rank is None else rank.numpy().ravel()
+            for name in _RANKS
+            for rank in [getattr(layer, name)]
+        },
     }
 
 
@@ -180,6 +144,11 @@ def _layer(report: StateReport, layer: LayerState, text: str) -> dict[str, Any]:
         "tss_mean": layer.tss.double().mean(),
         "usable_mean": layer.usable.double().mean(),
         "in_use": np.nan if share is None else share,
+        **{
+            f"{name}_mean": np.nan if rank is None else rank.double().mean()
+            for name in _RANKS
+            for rank in [getattr(layer, name)]
+        },
     }
     return {
         **{name: np.array([value], dtype=object) for name, value in about.items()},
@@ -193,7 +162,7 @@ def _frame(
     parts: Sequence[dict[str, Any]], names: Sequence[str], without: Sequence[str]
 ) -> DataFrame:
     """Join columns, of which `names` are categorical and `without` are left out."""
-    pandas = _pandas()
+    pandas = import_pandas()
     kept = [column for column in (parts[0] if parts else ()) if column not in without]
     joined = {column: np.concatenate([part[column] for part in parts]) for column in kept}
     return pandas.DataFrame(

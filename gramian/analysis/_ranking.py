@@ -185,6 +185,10 @@ class _Measured:
 
 def _attention(measured: _Measured, share: float) -> _Suggestion:
     """Suggest a short window for heads that need few numbers, or a longer one if it is full."""
+    if measured.keeps_inputs and max(measured.usable) < 2 / _SMALL:
+        return _Suggestion(
+            f"The text is too short to tell: at most {max(measured.usable):.0f} states are usable."
+        )
     small = [
         row
         for row, (peak, usable) in enumerate(zip(measured.peaks, measured.usable, strict=True))
@@ -205,7 +209,9 @@ def _small_heads(measured: _Measured, small: list[int]) -> _Suggestion:
     channels = tuple(layer.channels[row] for row in small)
     peak = max(measured.peaks[row] for row in small)
     size, count = _enough(peak), len(layer.channels)
-    text = f"{_some(channels, count)} an ESS above {peak:.1f}, of {measured.state:,} tokens."
+    text = (
+        f"{_some(channels, count)} an ESS above {_above(peak):.1f}, of {measured.state:,} tokens."
+    )
     window = f"A window of {_count(size, 'token')} may do"
     if storage is None:
         return _Suggestion(f"{text} {window}.", channels)
@@ -291,6 +297,11 @@ _SUGGESTIONS: dict[str, Callable[[_Measured, float], _Suggestion]] = {
 def _enough(peak: float) -> int:
     """Return a whole number of states for an ESS. An ESS a hair above a whole number is that."""
     return max(1, math.ceil(peak - 1e-3))
+
+
+def _above(peak: float) -> float:
+    """Return a number of one decimal that is not below an ESS."""
+    return math.ceil(10 * peak - 1e-3) / 10
 
 
 def _share(one: RankedLayer) -> str:

@@ -42,6 +42,7 @@ from gramian.analysis._planning import (
     values_of,
 )
 from gramian.analysis._segments import segment_call
+from gramian.analysis._states import States, mixer_states, scan_states
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
 from gramian.analysis._values import copied
@@ -68,6 +69,7 @@ class RecordedOperator:
         storage: how the layer stores its past, as in `LayerState`; None if it is not known.
         orders: orders of the layer's own recurrences, (count), where the system is a matrix from
             which they cannot be read; None if the system says what its state is.
+        states: what the states of a recurrence hold; None if the layer has no such states.
     """
 
     name: str
@@ -78,6 +80,7 @@ class RecordedOperator:
     reader: str
     storage: Storage | None = None
     orders: Tensor | None = None
+    states: States | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class _Operator:
     system: Callable[[slice], System]
     storage: Storage | None = None
     orders: Tensor | None = None
+    states: States | None = None
 
 
 @dataclass
@@ -304,7 +308,7 @@ class Recorder:
             return _Operator(len(maps), lambda channels: DenseOperator(maps[channels]), storage)
         if site.reader == "scan":
             reading = read_scan(call)
-            return _Operator(reading.count, reading.system)
+            return _Operator(reading.count, reading.system, states=scan_states(reading))
         values = site.values
         assert values is not None
         responses = values.of(call, self._length)
@@ -349,6 +353,7 @@ class Recorder:
             partial(module.operator, x),
             mixer_storage(module, x.element_size()),
             mixer_orders(module, x.shape[1]),
+            mixer_states(module, x),
         )
         self._record(plan, plan.sites[0], operator)
 
@@ -370,6 +375,7 @@ class Recorder:
                 site.reader,
                 operator.storage,
                 operator.orders,
+                operator.states,
             )
         )
 

@@ -15,8 +15,8 @@ pytest.importorskip("pandas")
 
 import pandas
 
-from gramian.analysis import LayerState, StateReport
-from gramian.analysis._frames import layer_frame, save_frame, state_frame
+from gramian._frames import save_frame
+from gramian.analysis import LayerState, StateReport, layer_frame, state_frame
 
 COLUMNS = "model source layer mixer kind reader channel position token ess error tss usable in_use"
 LAYER_COLUMNS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -62,6 +63,11 @@ def test_heads_of_small_ess_are_named_with_their_bytes() -> None:
     )
 
 
+def test_the_stated_bound_is_never_below_the_size() -> None:
+    (one,) = report(make("attention", [1.512], None)).ranking()
+    assert "above 1.6, of 100 tokens. A window of 2 tokens may do." in one.suggestion
+
+
 def test_a_head_that_shares_its_keys_saves_nothing_alone() -> None:
     layer = make("attention", [2.0, 40.0], None, storage=Storage(8, 8, 2, 4))
     (one,) = report(layer).ranking()
@@ -91,6 +97,13 @@ def test_every_kind_has_a_suggestion_of_its_own(layer: LayerState, words: str) -
     (one,) = report(layer).ranking()
     assert words in one.suggestion
     assert json.dumps(report(layer).to_dict()["ranking"][0]["suggestion"])
+
+
+def test_a_short_text_says_nothing_about_attention() -> None:
+    layer = make("attention", [1.0], None)
+    short = dataclasses.replace(report(layer).at(range(8)), tokens=("a",) * 16)
+    (one,) = short.ranking()
+    assert one.suggestion == "The text is too short to tell: at most 7 states are usable."
 
 
 def test_states_of_recurrences_are_counted_for_each_value_channel() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -93,3 +95,20 @@ def test_reports_of_the_first_format_are_read(tmp_path: Path) -> None:
     assert loaded.layers[0].reader == "" and loaded.layers[0].error is None
     with pytest.raises(ValueError, match=r"state_report/1' or .*; got 'x'"):
         StateReport.from_dict({"format": "x"})
+
+
+@pytest.mark.parametrize("error", [None, 0.25])
+def test_nothing_is_cut_at_eighty_columns(error: float | None) -> None:
+    console = pytest.importorskip("rich.console")
+    name = "SomeVeryLongNameOfAGatedDeltaRuleMixerWithShortConvolutions"
+    one = layer([[0.0, 1.0, 3.0]], [[0.0, 4.0, 4.0]])
+    errors = None if error is None else torch.full_like(one.ess, error)
+    one = dataclasses.replace(one, mixer=name, error=errors)
+    shown = console.Console(width=80, record=True, file=io.StringIO())
+    shown.print(report(one, (0, 4, 5), 9))
+    text = shown.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert name in "".join(word for word in text.split() if word in name)
+    for number in ("1.33", "3.00", "2.7", "50.0 %"):
+        assert number in text
+    assert ("± 0.25" in text) == (error is not None)
