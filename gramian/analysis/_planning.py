@@ -231,9 +231,9 @@ class Planner:
             elif reader == "scan":
                 read_scan(call)
             else:
-                return Site(
-                    call.key, reader, find_values(call, self.length, self.tracer.padding, budget)
-                )
+                call = single_call(call)
+                found = find_values(call, self.length, self.tracer.padding, budget)
+                return Site(call.key, reader, found)
         except Unreadable as reason:
             if str(reason) == _AHEAD and reader == "attention":
                 raise

@@ -174,7 +174,7 @@ class Recorder:
 
         If a model cannot read as many tokens, fewer are tried.
         """
-        lengths = short_lengths(self.model)
+        lengths = [*short_lengths(self.model), (inputs.length, 0)]
         while True:
             length, self._tracer.padding = lengths.pop(0)
             planner = Planner(self._tracer, length, self.joins)
@@ -186,7 +186,7 @@ class Recorder:
             except NotFinite:
                 raise
             except (IndexError, RuntimeError, ValueError):
-                lengths = [other for other in lengths if other[0] < length]
+                lengths = [*(other for other in lengths[:-1] if other[0] < length), *lengths[-1:]]
                 if not lengths:
                     raise
         self.plans = planner.plans
