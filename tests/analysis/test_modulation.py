@@ -81,7 +81,7 @@ def reports(counts: tuple[int, ...], seed: int = 0) -> StateReports:
     found = []
     for text, count in enumerate(counts):
         tokens = [" w"] * 40
-        for place in random.choice(np.arange(8, 36, 2), size=count, replace=False):
+        for place in random.choice(np.arange(0, 40, 2), size=count, replace=False):
             tokens[place] = "."
         layers = tuple(
             LayerState(
