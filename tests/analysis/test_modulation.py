@@ -83,6 +83,8 @@ def reports(counts: tuple[int, ...], seed: int = 0) -> StateReports:
         tokens = [" w"] * 40
         for place in random.choice(np.arange(0, 40, 2), size=count, replace=False):
             tokens[place] = "."
+        if count > 2:
+            tokens[2] = "."  # position 0, where nothing is stored, is within reach of the next one
         layers = tuple(
             LayerState(
                 name,
