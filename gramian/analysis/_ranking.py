@@ -185,6 +185,10 @@ class _Measured:
 
 def _attention(measured: _Measured, share: float) -> _Suggestion:
     """Suggest a short window for heads that need few numbers, or a longer one if it is full."""
+    if measured.keeps_inputs and max(measured.usable) < 2 / _SMALL:
+        return _Suggestion(
+            f"The text is too short to tell: at most {max(measured.usable):.0f} states are usable."
+        )
     small = [
         row
         for row, (peak, usable) in enumerate(zip(measured.peaks, measured.usable, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -96,6 +97,13 @@ def test_every_kind_has_a_suggestion_of_its_own(layer: LayerState, words: str) -
     (one,) = report(layer).ranking()
     assert words in one.suggestion
     assert json.dumps(report(layer).to_dict()["ranking"][0]["suggestion"])
+
+
+def test_a_short_text_says_nothing_about_attention() -> None:
+    layer = make("attention", [1.0], None)
+    short = dataclasses.replace(report(layer).at(range(8)), tokens=("a",) * 16)
+    (one,) = short.ranking()
+    assert one.suggestion == "The text is too short to tell: at most 7 states are usable."
 
 
 def test_states_of_recurrences_are_counted_for_each_value_channel() -> None:

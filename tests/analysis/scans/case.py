@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HEADS, GROUPS, N, P = 4, 2, 6, 5  # heads of the values, of the keys; size of state and of values
+HEADS, GROUPS, N, P = 4, 2, 8, 5  # heads of the values, of the keys; size of state and of values
 
 Arguments = dict[str, Any]
 Loop = Callable[..., Any]

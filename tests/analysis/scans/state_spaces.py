@@ -165,6 +165,14 @@ CASES: dict[str, Case] = {
     "mamba, constant B": Case(
         "selective_scan_ref", mamba_loop, mamba_arguments, "u", B=some(HEADS, N), D=None
     ),
+    "mamba, groups": Case(
+        "selective_scan_fn",
+        mamba_loop,
+        mamba_arguments,
+        "u",
+        B=some(1, GROUPS, N, None),
+        C=some(1, GROUPS, N, None),
+    ),
     "mamba2": Case("mamba2_chunk_scan", mamba2_loop, mamba2_arguments, "x"),
     "mamba2, options": Case(
         "mamba_chunk_scan_combined",
