@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gramian._modules import in_mode
 from gramian.analysis._inputs import (
     check_causal,
+    check_inputs,
     check_model,
     model_name,
     positions_in,
@@ -111,6 +112,7 @@ def analyze(
             f"horizon must be at least 1 and at most {length}, the tokens there are; got {horizon}."
         )
     given = given.first(horizon)
+    check_inputs(model, given)
     length = given.length
     positions = positions_in(at, every, length)
     options: dict[str, Any] = {"measure": measure, "tol": tol, "rtol": rtol}
