@@ -1,0 +1,374 @@
+"""Obtain the operators at a place where tokens are mixed, from impulses through the model's code.
+
+The code between a value tensor and an output is run on the recorded values plus an impulse. The
+channels of the values that answer linearly, in output channels of their own, have operators, of
+which an impulse at each position gives one column in all channels at once.
+
+Nothing here is shared with `gramian.analysis`, whose operators this module is there to check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._perturbation import (
+    Call,
+    Site,
+    clone,
+    is_static,
+    named_arguments,
+    place,
+    replaced,
+    tensors,
+    time_axis,
+    with_argument,
+)
+
+__all__ = ["Response", "operators_at"]
+
+_LARGEST = 1024  # the largest number of value channels
+_VALUES = ("value", "values", "value_states", "v", "hidden_states", "x", "u", "inputs", "input")
+_AFTER = ("z", "gate", "activation")  # what some functions apply to their result
+
+
+class NoOperator(Exception):
+    """The code does not map these values linearly."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """The answer of a piece of code to changes of its values.
+
+    Attributes:
+        label: what the values are and where the answer is taken.
+        maps: the operators, (channels, L, L).
+        values: random values, (L, channels), one column for each operator.
+        answers: the answer to these values, (L, channels).
+        error: relative difference of the answer from what the maps predict.
+    """
+
+    label: str
+    maps: Tensor
+    values: Tensor
+    answers: Tensor
+    error: float
+
+    def errors(self, maps: Tensor) -> Tensor:
+        """Return how far the answers are from what other maps predict.
+
+        Args:
+            maps: (h, L, L).
+
+        Returns:
+            Relative differences, (h, channels).
+        """
+        expected = torch.einsum("hij,jc->hci", maps.to(self.values.dtype), self.values)
+        size = self.answers.norm(dim=0).clamp_min(1e-300)
+        return (expected - self.answers.T).norm(dim=-1) / size
+
+
+def operators_at(site: Site) -> Iterator[Response]:
+    """Yield the operators at a site, for every choice of values that has some."""
+    ways = _of_function(site.call) if site.name else _of_code(site)
+    for label, values, answer in ways:
+        with contextlib.suppress(Exception):  # any code may raise anything on other values
+            yield _respond(label, values, answer, site.call.length)
+
+
+def _respond(
+    label: str, values: Tensor, answer: Callable[[Tensor], list[Tensor]], length: int
+) -> Response:
+    """Return the operators from values to an answer.
+
+    Raises:
+        NoOperator: if no channel has one.
+    """
+    axis = time_axis(values, length)
+    if axis is None:
+        raise NoOperator("no time axis")
+    series = values.detach().movedim(axis, 0)
+    shape, channels = series.shape, series[0].numel()
+    if channels > _LARGEST:
+        raise NoOperator("too many channels")
+    at = place(length)
+    scale = float(series.std().clamp_min(1e-2))
+
+    def run(change: Tensor) -> list[Tensor]:
+        moved = (series + change.reshape(shape)).movedim(0, axis)
+        return [_over_time(x, length) for x in answer(moved)]
+
+    base = run(torch.zeros(length, channels, dtype=values.dtype))
+    chosen = _answering(run, base, length, channels, scale)
+    pairs = _own_channels(run, base, chosen, (length, channels), at, scale)
+    only = torch.tensor(sorted(pairs))
+    inputs = torch.tensor([c for c, outs in pairs.items() for _ in outs])
+    outputs = torch.tensor([o for outs in pairs.values() for o in outs])
+    maps = torch.zeros(len(inputs), length, length, dtype=values.dtype)
+    for j in range(length):
+        change = torch.zeros(length, channels, dtype=values.dtype)
+        change[j, only] = scale
+        maps[:, :, j] = (run(change)[chosen] - base[chosen])[:, outputs].T / scale
+    generator = torch.Generator().manual_seed(7)
+    change = torch.zeros(length, channels, dtype=values.dtype)
+    change[:, only] = scale * torch.randn(length, len(only), generator=generator).to(values.dtype)
+    found = (run(change)[chosen] - base[chosen])[:, outputs]
+    expected = torch.einsum("cij,jc->ic", maps, change[:, inputs])
+    error = float((found - expected).norm() / found.norm().clamp_min(1e-300))
+    if not error < 1e-2:
+        raise NoOperator(f"not predicted: {error:.1e}")
+    return Response(label, maps, change[:, inputs], found, error)
+
+
+def _over_time(x: Tensor, length: int) -> Tensor:
+    axis = time_axis(x, length)
+    assert axis is not None
+    return x.detach().movedim(axis, 0).reshape(length, -1)
+
+
+def _answering(
+    run: Callable[[Tensor], list[Tensor]],
+    base: list[Tensor],
+    length: int,
+    channels: int,
+    scale: float,
+) -> int:
+    """Return the number of the first output that mixes tokens."""
+    generator = torch.Generator().manual_seed(3)
+    change = torch.zeros(length, channels, dtype=base[0].dtype)
+    at = place(length)
+    change[at] = scale * torch.randn(channels, generator=generator).to(change.dtype)
+    for number, (x, y) in enumerate(zip(run(change), base, strict=True)):
+        other = (x - y).abs()
+        other[at] = 0
+        if float(other.max()) > 1e-5 * float(y.abs().max().clamp_min(1e-9)):
+            return number
+    raise NoOperator("does not mix")
+
+
+def _own_channels(
+    run: Callable[[Tensor], list[Tensor]],
+    base: list[Tensor],
+    chosen: int,
+    shape: tuple[int, int],
+    at: int,
+    scale: float,
+) -> dict[int, list[int]]:
+    """Return the value channels that answer linearly, with the output channels of each.
+
+    Channels that answer in the fewest output channels carry values: keys answer in all of a head.
+    """
+    # Some code computes in single precision whatever its inputs are.
+    tight = 1e-4 if base[chosen].dtype == torch.float64 else 1e-3
+    found: dict[int, list[int]] = {}
+    for c in range(shape[1]):
+        change = torch.zeros(shape, dtype=base[chosen].dtype)
+        change[at, c] = scale
+        once = run(change)[chosen] - base[chosen]
+        size = once.norm()
+        later = once.clone()
+        later[at] = 0
+        if not float(later.norm()) > 1e-6 * float(size):
+            continue
+        twice = run(2 * change)[chosen] - base[chosen]
+        if float((twice - 2 * once).norm()) > tight * float(size):
+            continue
+        energy = once.square().sum(0)
+        found[c] = (energy > tight * 1e-5 * energy.max()).nonzero().flatten().tolist()
+    if not found:
+        raise NoOperator("no channel answers linearly at other positions")
+    least = min(map(len, found.values()))
+    found = {c: outs for c, outs in found.items() if len(outs) == least}
+    answered = [o for outs in found.values() for o in outs]
+    if len(set(answered)) < len(answered):
+        raise NoOperator("channels answer in the same output channels")
+    return found
+
+
+Way = tuple[str, Tensor, Callable[[Tensor], list[Tensor]]]
+
+
+def _of_function(call: Call) -> Iterator[Way]:
+    """Yield the arguments of a function that may be values, the likely ones first."""
+    arguments = named_arguments(call)
+    after = [name for name in _AFTER if arguments.get(name) is not None]
+    for name in _ordered(arguments, call.length):
+        for without in (after, []) if after else ([],):
+            kept = Call(call.target, call.args, call.kwargs, None, call.length)
+            for option in without:
+                kept.args, kept.kwargs = with_argument(kept, option, None)
+
+            def answer(values: Tensor, kept: Call = kept, name: str = name) -> list[Tensor]:
+                output = kept.again(*with_argument(kept, name, values))
+                return _series(output, call.length)
+
+            yield name, arguments[name], answer
+
+
+def _ordered(arguments: dict[str, Any], length: int) -> list[str]:
+    names = [
+        name
+        for name, value in arguments.items()
+        if not is_static(name) and _series((value,), length) and isinstance(value, Tensor)
+    ]
+    return sorted(names, key=lambda n: _VALUES.index(n) if n in _VALUES else len(_VALUES))
+
+
+def _series(value: Any, length: int) -> list[Tensor]:
+    return [
+        x
+        for x in tensors(value)
+        if time_axis(x, length) is not None and x.is_floating_point() and x.ndim >= 2
+    ]
+
+
+class _Reached(Exception):
+    """The code has reached the place where the answer is taken."""
+
+
+def _of_code(site: Site) -> Iterator[Way]:
+    """Yield the tensors in a module's own code that may be values, and where they are answered.
+
+    Values are an argument of the module, or what a child returns; the answer is what a later child
+    or a mixing function receives, or the module's output.
+    """
+    call, length = site.call, site.call.length
+    events = _events(site)
+    returned = [name for kind, name, _ in events if kind == "out"]
+    for source in reversed(list(dict.fromkeys(returned))):
+        first = next(i for i, e in enumerate(events) if e[:2] == ("out", source))
+        values = events[first][2]
+        later = [name for kind, name, _ in events[first:] if kind == "in"]
+        for target in (*dict.fromkeys(later), None):
+            for number, value in enumerate(_series(values, length)):
+                yield (
+                    f"{source} to {target or 'output'}",
+                    value,
+                    _segment(site, source, number, target),
+                )
+    for name in _ordered(named_arguments(call), length):
+        for target in (None, *dict.fromkeys(n for kind, n, _ in events if kind == "in")):
+            yield (
+                f"{name} to {target or 'output'}",
+                named_arguments(call)[name],
+                _segment(site, None, name, target),
+            )
+
+
+def _children(site: Site) -> dict[str, nn.Module]:
+    """Return the modules that a module's own code calls: the outermost of those that run."""
+    return {p: m for p, m in site.module.named_modules() if p and next(m.children(), None) is None}
+
+
+def _events(site: Site) -> list[tuple[str, str, Any]]:
+    """Return what the children and mixing functions of a module receive and return, in order."""
+    events: list[tuple[str, str, Any]] = []
+
+    def make(name: str, function: Any) -> Any:
+        if name not in site.inside:
+            return None
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            events.append(("in", f"{name}()", None))
+            output = function(*args, **kwargs)
+            events.append(("out", f"{name}()", clone(output)))
+            return output
+
+        return noted
+
+    with contextlib.ExitStack() as stack:
+        for path, child in _children(site).items():
+
+            def before(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+                events.append(("in", path, None))
+
+            def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+                events.append(("out", path, clone(output)))
+
+            stack.callback(child.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(child.register_forward_hook(after).remove)
+        stack.enter_context(replaced(site.module, make))
+        site.call.again()
+    return events
+
+
+def _segment(
+    site: Site, source: str | None, which: Any, target: str | None
+) -> Callable[[Tensor], list[Tensor]]:
+    """Return the function from values at a source to the answer at a target.
+
+    Args:
+        site: The place.
+        source: The child or function whose output holds the values; None for an argument.
+        which: The number of the tensor in that output, or the name of the argument.
+        target: The child or function that receives the answer; None for the module's output.
+    """
+    call, length = site.call, site.call.length
+    children = _children(site)
+
+    def run(values: Tensor) -> list[Tensor]:
+        caught: list[Tensor] = []
+        counts = {"source": 0}
+
+        def put(output: Any) -> Any:
+            counts["source"] += 1
+            if counts["source"] > 1:
+                return output
+            return _with_series(output, which, values, length)
+
+        def take(args: Any) -> None:
+            if source is not None and not counts["source"]:
+                return
+            caught.extend(_series(args, length))
+            raise _Reached
+
+        def make(name: str, function: Any) -> Any:
+            if f"{name}()" not in (source, target):
+                return None
+
+            def changed(*args: Any, **kwargs: Any) -> Any:
+                if target == f"{name}()":
+                    take((args, kwargs))
+                output = function(*args, **kwargs)
+                return put(output) if source == f"{name}()" else output
+
+            return changed
+
+        with contextlib.ExitStack() as stack:
+            if source in children:
+                hook = children[source].register_forward_hook(lambda m, a, output: put(output))
+                stack.callback(hook.remove)
+            if target in children:
+                hook = children[target].register_forward_pre_hook(
+                    lambda m, args, kwargs: take((args, kwargs)), with_kwargs=True
+                )
+                stack.callback(hook.remove)
+            stack.enter_context(replaced(site.module, make))
+            given = (None, None) if source is not None else with_argument(call, which, values)
+            try:
+                output = call.again(*given)
+            except _Reached:
+                return caught
+        return _series(output, length) if target is None else []
+
+    return run
+
+
+def _with_series(value: Any, number: int, replacement: Tensor, length: int) -> Any:
+    """Return an output with its n-th series replaced."""
+    if isinstance(value, Tensor):
+        return replacement
+    left = [number]
+
+    def visit(entry: Any) -> Any:
+        if isinstance(entry, Tensor) and _series((entry,), length):
+            left[0] -= 1
+            return replacement if left[0] == -1 else entry
+        return entry
+
+    return type(value)(visit(entry) for entry in value)
