@@ -27,7 +27,15 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["CannotBuild", "causal_types", "lengths", "model_class", "small_config", "small_model", "tokens"]
+__all__ = [
+    "CannotBuild",
+    "causal_types",
+    "lengths",
+    "model_class",
+    "small_config",
+    "small_model",
+    "tokens",
+]
 
 VOCABULARY = 128
 LENGTH = 23  # a prime number that is no size of a small model, so that such an axis is time

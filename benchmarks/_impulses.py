@@ -37,6 +37,10 @@ _VALUES = ("value", "values", "value_states", "v", "hidden_states", "x", "u", "i
 _AFTER = ("z", "gate", "activation")  # what some functions apply to their result
 
 
+Way = tuple[str, Tensor, Callable[[Tensor], list[Tensor]]]
+"""A name, values, and the function from such values to the answers."""
+
+
 class NoOperator(Exception):
     """The code does not map these values linearly."""
 
@@ -75,10 +79,58 @@ class Response:
 
 def operators_at(site: Site) -> Iterator[Response]:
     """Yield the operators at a site, for every choice of values that has some."""
-    ways = _of_function(site.call) if site.name else _of_code(site)
+    if not site.name:
+        yield from _responses(_of_code(site), site.call.length)
+        return
+    whole = _combined(site)
+    if whole is not None:
+        yield whole
+    else:
+        yield from _responses(_of_function(site.call), site.call.length)
+
+
+def _responses(ways: Iterator[Way], length: int) -> Iterator[Response]:
     for label, values, answer in ways:
         with contextlib.suppress(Exception):  # any code may raise anything on other values
-            yield _respond(label, values, answer, site.call.length)
+            yield _respond(label, values, answer, length)
+
+
+def _combined(site: Site) -> Response | None:
+    """Return the operators around a function whose results the module combines, or None.
+
+    Where a value enters two heads, and the module adds what they return, the operator is the sum.
+    A gate after the function only scales the rows of operators, which is no combination.
+    """
+    length = site.call.length
+    inner = next(_responses(_of_function(site.call), length), None)
+    if inner is None or site.outer.length != length:
+        return None
+    own = Site(site.path, "", site.outer, site.module, site.outer, (site.name,))
+    values = next((v for label, v, _ in _of_function(site.call) if label == inner.label), None)
+    assert values is not None
+    given = _over_time(values, length)
+    for label, source, answer in _of_code(own):
+        columns = _over_time(source, length)
+        apart = (given.T[:, None] - columns.T[None]).abs().amax(-1).amin(1)  # (given channels)
+        if label.startswith(f"{site.name}()") or float(apart.max()) > 1e-9:
+            continue
+        with contextlib.suppress(Exception):
+            outer = _respond(label, source, answer, length)
+            # Where the values also choose what is attended to, only a part of them is linear.
+            if len(outer.maps) < given.shape[1] or outer.error > 10 * inner.error + 1e-9:
+                return None
+            return None if _scaled_rows(outer.maps, inner.maps) else outer
+    return None
+
+
+def _scaled_rows(maps: Tensor, others: Tensor) -> bool:
+    """Return whether every one of some maps has the rows of another one, each times a number."""
+    rows, candidates = (
+        x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30) for x in (maps.double(), others.double())
+    )
+    cosines = torch.einsum("aij,bij->abi", rows, candidates).abs()
+    present = (maps.norm(dim=-1) > 1e-9)[:, None] & (others.norm(dim=-1) > 1e-9)[None]
+    return bool((torch.where(present, 1 - cosines, 0.0).amax(-1).amin(1) < 1e-4).all())
 
 
 def _respond(
@@ -96,7 +148,6 @@ def _respond(
     shape, channels = series.shape, series[0].numel()
     if channels > _LARGEST:
         raise NoOperator("too many channels")
-    at = place(length)
     scale = float(series.std().clamp_min(1e-2))
 
     def run(change: Tensor) -> list[Tensor]:
@@ -104,8 +155,8 @@ def _respond(
         return [_over_time(x, length) for x in answer(moved)]
 
     base = run(torch.zeros(length, channels, dtype=values.dtype))
-    chosen = _answering(run, base, length, channels, scale)
-    pairs = _own_channels(run, base, chosen, (length, channels), at, scale)
+    chosen = _answering(run, base, (length, channels), scale)
+    pairs = _own_channels(run, base, chosen, (length, channels), scale)
     only = torch.tensor(sorted(pairs))
     inputs = torch.tensor([c for c, outs in pairs.items() for _ in outs])
     outputs = torch.tensor([o for outs in pairs.values() for o in outs])
@@ -122,7 +173,8 @@ def _respond(
     error = float((found - expected).norm() / found.norm().clamp_min(1e-300))
     if not error < 1e-2:
         raise NoOperator(f"not predicted: {error:.1e}")
-    return Response(label, maps, change[:, inputs], found, error)
+    mixing = (maps.tril(-1) + maps.triu(1)).flatten(1).any(1)
+    return Response(label, maps[mixing], change[:, inputs][:, mixing], found[:, mixing], error)
 
 
 def _over_time(x: Tensor, length: int) -> Tensor:
@@ -132,22 +184,18 @@ def _over_time(x: Tensor, length: int) -> Tensor:
 
 
 def _answering(
-    run: Callable[[Tensor], list[Tensor]],
-    base: list[Tensor],
-    length: int,
-    channels: int,
-    scale: float,
+    run: Callable[[Tensor], list[Tensor]], base: list[Tensor], shape: tuple[int, int], scale: float
 ) -> int:
     """Return the number of the first output that mixes tokens."""
     generator = torch.Generator().manual_seed(3)
-    change = torch.zeros(length, channels, dtype=base[0].dtype)
-    at = place(length)
-    change[at] = scale * torch.randn(channels, generator=generator).to(change.dtype)
-    for number, (x, y) in enumerate(zip(run(change), base, strict=True)):
-        other = (x - y).abs()
-        other[at] = 0
-        if float(other.max()) > 1e-5 * float(y.abs().max().clamp_min(1e-9)):
-            return number
+    for at in (place(shape[0]), 2, shape[0] // 2):
+        change = torch.zeros(shape, dtype=base[0].dtype)
+        change[at] = scale * torch.randn(shape[1], generator=generator).to(change.dtype)
+        for number, (x, y) in enumerate(zip(run(change), base, strict=True)):
+            other = (x - y).abs()
+            other[at] = 0
+            if float(other.max()) > 1e-5 * float(y.abs().max().clamp_min(1e-9)):
+                return number
     raise NoOperator("does not mix")
 
 
@@ -156,7 +204,6 @@ def _own_channels(
     base: list[Tensor],
     chosen: int,
     shape: tuple[int, int],
-    at: int,
     scale: float,
 ) -> dict[int, list[int]]:
     """Return the value channels that answer linearly, with the output channels of each.
@@ -165,32 +212,28 @@ def _own_channels(
     """
     # Some code computes in single precision whatever its inputs are.
     tight = 1e-4 if base[chosen].dtype == torch.float64 else 1e-3
+    generator = torch.Generator().manual_seed(11)
     found: dict[int, list[int]] = {}
     for c in range(shape[1]):
         change = torch.zeros(shape, dtype=base[chosen].dtype)
-        change[at, c] = scale
+        change[:, c] = scale * torch.randn(shape[0], generator=generator).to(change.dtype)
         once = run(change)[chosen] - base[chosen]
-        size = once.norm()
-        later = once.clone()
-        later[at] = 0
-        if not float(later.norm()) > 1e-6 * float(size):
+        size = float(once.norm())
+        if not size > 1e-9 * float(base[chosen].norm()):
             continue
         twice = run(2 * change)[chosen] - base[chosen]
-        if float((twice - 2 * once).norm()) > tight * float(size):
+        if float((twice - 2 * once).norm()) > tight * size:
             continue
         energy = once.square().sum(0)
         found[c] = (energy > tight * 1e-5 * energy.max()).nonzero().flatten().tolist()
     if not found:
-        raise NoOperator("no channel answers linearly at other positions")
+        raise NoOperator("no channel answers linearly")
     least = min(map(len, found.values()))
     found = {c: outs for c, outs in found.items() if len(outs) == least}
     answered = [o for outs in found.values() for o in outs]
     if len(set(answered)) < len(answered):
         raise NoOperator("channels answer in the same output channels")
     return found
-
-
-Way = tuple[str, Tensor, Callable[[Tensor], list[Tensor]]]
 
 
 def _of_function(call: Call) -> Iterator[Way]:

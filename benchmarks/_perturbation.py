@@ -86,6 +86,7 @@ class Site:
         name: name of the function of the modeling file; empty if it is the module's own code.
         call: the recorded call of the function or the module.
         module: the module.
+        outer: the recorded call of the module.
         inside: the mixing calls inside the module's own code, by their names.
         selects: whether it returns no values, but indices or maps: which tokens to attend to.
     """
@@ -94,6 +95,7 @@ class Site:
     name: str
     call: Call
     module: nn.Module
+    outer: Call
     inside: tuple[str, ...] = ()
     selects: bool = False
 
@@ -255,9 +257,7 @@ def mixes(call: Call, length: int) -> bool:
     return False
 
 
-def find_sites(
-    model: nn.Module, run: Callable[[], Any], lengths: tuple[int, ...]
-) -> list[Site]:
+def find_sites(model: nn.Module, run: Callable[[], Any], lengths: tuple[int, ...]) -> list[Site]:
     """Return the places where a model mixes tokens, in the order of its modules.
 
     Args:
@@ -323,10 +323,10 @@ def _sites_of(
     ]
     found: dict[str, Site] = {}
     for name, inner in functions:
-        found.setdefault(name, Site(path, name, inner, module, selects=_selects(inner, length)))
+        found.setdefault(name, Site(path, name, inner, module, call, (), _selects(inner, length)))
     names = tuple(found)
     if _mixes_by_itself(module, call, within, set(names), length):
-        own = Site(path, "", call, module, (*within, *names), _selects(call, length))
+        own = Site(path, "", call, module, call, (*within, *names), _selects(call, length))
         return [own, *found.values()]
     return list(found.values())
 
@@ -472,9 +472,7 @@ class Frozen:
     def prepare(self, call: Call) -> None:
         """Record what the functions return."""
         self._originals = [
-            (name, inner)
-            for name, inner in function_calls(self.module, call)
-            if name in self.names
+            (name, inner) for name, inner in function_calls(self.module, call) if name in self.names
         ]
 
     def _note(self, call: Call) -> None:
