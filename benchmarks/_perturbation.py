@@ -17,6 +17,7 @@ import functools
 import inspect
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +50,7 @@ _STATIC = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call of a module or function: what was called with what, and what it returned."""
 
@@ -77,7 +78,7 @@ class Call:
             )
 
 
-@dataclass
+@dataclass(eq=False)
 class Site:
     """A place where tokens are mixed.
 
@@ -88,6 +89,8 @@ class Site:
         module: the module.
         outer: the recorded call of the module.
         inside: the mixing calls inside the module's own code, by their names.
+        number: which of the calls of this function in the module it is, from 1.
+        run: which of the runs of the module it belongs to, from 1.
         selects: whether it returns no values, but indices or maps: which tokens to attend to.
     """
 
@@ -98,6 +101,14 @@ class Site:
     outer: Call
     inside: tuple[str, ...] = ()
     selects: bool = False
+    number: int = 1
+    run: int = 1
+
+    def __str__(self) -> str:
+        """Return the path, the name and, where there are several, the numbers."""
+        text = f"{self.path} {self.name}".strip()
+        text += f" (call {self.number})" if self.number > 1 else ""
+        return text + (f" (run {self.run})" if self.run > 1 else "")
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -252,7 +263,7 @@ def mixes(call: Call, length: int) -> bool:
         for args, kwargs in variants(call, length):
             if (changed(base, call.again(args, kwargs), length) or set()) - {place(length)}:
                 return True
-    except Exception:  # noqa: BLE001 (any model may raise anything when called alone)
+    except Exception:
         return False
     return False
 
@@ -266,33 +277,40 @@ def find_sites(model: nn.Module, run: Callable[[], Any], lengths: tuple[int, ...
         lengths: Number of tokens, and other lengths that sequences have inside the model.
     """
     calls = _record(model, run)
-    mixing: dict[str, Call] = {}
-    for path, call in calls.items():
+    mixing: dict[str, list[Call]] = {}
+    for path, runs in calls.items():
         for length in lengths:
-            call.length = length
-            if mixes(call, length):
-                mixing[path] = call
+            for call in runs:
+                call.length = length
+            if mixes(runs[0], length):
+                mixing[path] = runs
                 break
     sites: list[Site] = []
-    for path, call in mixing.items():
+    for path, runs in mixing.items():
         module = model.get_submodule(path)
-        within = {p: c for p, c in mixing.items() if p.startswith(f"{path}.")}
-        sites += _sites_of(path, module, call, within, call.length)
+        for number, call in enumerate(runs):
+            # What the modules inside returned in the same run, if each ran once in it.
+            within = {
+                inner: others[number if len(others) == len(runs) else 0]
+                for inner, others in mixing.items()
+                if inner.startswith(f"{path}.")
+            }
+            for site in _sites_of(path, module, call, within, call.length):
+                site.run = number + 1
+                sites.append(site)
     return sites
 
 
-def _record(model: nn.Module, run: Callable[[], Any]) -> dict[str, Call]:
-    """Return the first call of every module but the model itself."""
-    calls: dict[str, Call] = {}
+def _record(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Call]]:
+    """Return the calls of every module but the model itself."""
+    calls: dict[str, list[Call]] = {}
     opened: dict[str, tuple[Any, Any]] = {}
 
     def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if path not in calls:
-            opened[path] = (clone(args), clone(kwargs))
+        opened[path] = (clone(args), clone(kwargs))
 
     def after(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if path in opened:
-            calls[path] = Call(module, *opened.pop(path), clone(output))
+        calls.setdefault(path, []).append(Call(module, *opened.pop(path), clone(output)))
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         for path, module in model.named_modules():
@@ -321,14 +339,17 @@ def _sites_of(
         for name, inner in called
         if id(inner) in mixing and not (any(inner.within(mixing)) or children & set(inner.modules))
     ]
-    found: dict[str, Site] = {}
+    counts: Counter[str] = Counter()
+    found: list[Site] = []
     for name, inner in functions:
-        found.setdefault(name, Site(path, name, inner, module, call, (), _selects(inner, length)))
-    names = tuple(found)
+        counts[name] += 1
+        selects = _selects(inner, length)
+        found.append(Site(path, name, inner, module, call, (), selects, counts[name]))
+    names = tuple(counts)
     if _mixes_by_itself(module, call, within, set(names), length):
         own = Site(path, "", call, module, call, (*within, *names), _selects(call, length))
-        return [own, *found.values()]
-    return list(found.values())
+        return [own, *found]
+    return found
 
 
 def _selects(call: Call, length: int) -> bool:
@@ -513,6 +534,6 @@ def _mixes_by_itself(
                 return True
             if (changed(inputs, others, length) or set()) - {place(length)}:
                 return True
-    except Exception:  # noqa: BLE001 (any model may raise anything when called alone)
+    except Exception:
         return True
     return False

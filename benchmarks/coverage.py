@@ -39,6 +39,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,10 @@ def build(model_type: str, implementation: str | None = None) -> nn.Module:
         if dtype == torch.float32:
             return model
         with contextlib.suppress(RuntimeError), torch.no_grad():
-            run(model)
-            return model
+            mask = torch.ones(1, len(tokens()), dtype=torch.long)
+            output = model(tokens()[None], attention_mask=mask, use_cache=False)
+            if bool(output.logits.isfinite().all()):
+                return model
     raise AssertionError
 
 
@@ -112,7 +115,7 @@ def examine(model_type: str) -> dict[str, Any]:
     try:
         with _operators(found):
             during = _outputs(model, blocks, lambda: _analyzed(model, row))
-    except Exception as error:  # noqa: BLE001 (whatever it raises is the result)
+    except Exception as error:
         message = f"{type(error).__name__}: {error}"
         return row | {"verdict": "raises", "reason": message[:400]}
     row["analysis_seconds"] = round(time.perf_counter() - begun, 2)
@@ -209,7 +212,7 @@ def _verified(
     report: StateReport, found: dict[str, list[Tensor]], sites: list[Site]
 ) -> list[dict[str, Any]]:
     """Return an entry for each layer of a report, with what the tests say of it."""
-    responses: dict[int, list[Response]] = {}
+    known: dict[int, list[Response]] = {}
     entries = []
     for layer in report.layers:
         maps = torch.cat(found[layer.name]).cpu()
@@ -221,30 +224,87 @@ def _verified(
             "operators": layer.count,
             "size_error": float((state_sizes(maps) - layer.ess.double()).abs().max()),
         }
-        best: tuple[float, Site, Response] | None = None
-        for site in _near(layer.name, sites):
-            for response in _responses(site, responses):
-                if response.maps.shape[1:] != maps.shape[1:]:
-                    continue
-                errors = response.errors(maps)
-                worst = float(torch.maximum(errors.amin(1).max(), errors.amin(0).max()))
-                if best is None or worst < best[0]:
-                    best = (worst, site, response)
-            if best is not None and best[0] < OPERATORS:
-                break
-        if best is not None:
-            error, site, response = best
-            mine = response.maps[response.errors(maps).argmin(1)]
+        match = _match(maps, _near(layer.name, sites), known)
+        if match is not None:
+            sizes = state_sizes(match.operators) - layer.ess.double()
             entry |= {
-                "place": f"{site.path} {site.name}".strip(),
-                "values": response.label,
-                "error": error,
-                "independent_size_error": float(
-                    (state_sizes(mine) - layer.ess.double()).abs().max()
-                ),
+                "places": [str(site) for site in match.sites],
+                "error": match.error,
+                "independent_size_error": float(sizes.abs().max()),
             }
         entries.append(entry)
     return entries
+
+
+@dataclass
+class Match:
+    """The places whose operators are those of a layer.
+
+    Attributes:
+        sites: the places.
+        lacking: the largest error of an operator of these places that the layer lacks.
+        errors: the error of each operator of the layer, (h).
+        operators: the operator of the places that is nearest to each of the layer, (h, L, L).
+    """
+
+    sites: list[Site]
+    lacking: float
+    errors: Tensor
+    operators: Tensor
+
+    @property
+    def error(self) -> float:
+        """The largest error."""
+        return max(self.lacking, float(self.errors.max()))
+
+    def repeats(self, site: Site) -> bool:
+        """Return whether a place is another call of the same function in the same run."""
+        first = self.sites[0]
+        return (site.path, site.name, site.run) == (first.path, first.name, first.run)
+
+    def join(self, other: Match) -> Match:
+        """Return the match with the places of both."""
+        nearer = other.errors < self.errors
+        return Match(
+            self.sites + other.sites,
+            max(self.lacking, other.lacking),
+            torch.where(nearer, other.errors, self.errors),
+            torch.where(nearer[:, None, None], other.operators, self.operators),
+        )
+
+
+def _match(maps: Tensor, sites: list[Site], known: dict[int, list[Response]]) -> Match | None:
+    """Return where the operators of a layer are found, or None if no place has operators.
+
+    A layer may have the operators of several calls of one function, as of one call for each head.
+
+    Args:
+        maps: The operators of the layer, (h, L, L).
+        sites: Places where they may be.
+        known: Responses that were obtained before, by the identity of their places.
+    """
+    best: Match | None = None
+    joint: Match | None = None  # of places all of whose operators the layer has
+    for site in sites:
+        if joint is not None and joint.error < OPERATORS and not joint.repeats(site):
+            break
+        matches = []
+        for response in _responses(site, known):
+            if response.maps.shape[1:] == maps.shape[1:]:
+                errors = response.errors(maps)
+                nearest = response.maps[errors.argmin(1)]
+                matches.append(Match([site], float(errors.amin(0).max()), errors.amin(1), nearest))
+        if not matches:
+            continue
+        whole = min(matches, key=lambda match: match.lacking)
+        nearest_match = min(matches, key=lambda match: match.error)
+        if best is None or nearest_match.error < best.error:
+            best = nearest_match
+        if whole.lacking < OPERATORS:
+            joint = whole if joint is None or not joint.repeats(site) else joint.join(whole)
+    if joint is not None and best is not None and joint.error < best.error:
+        return joint
+    return best
 
 
 def _responses(site: Site, known: dict[int, list[Response]]) -> list[Response]:
@@ -262,6 +322,9 @@ def module_of(name: str) -> str:
 def _near(name: str, sites: list[Site]) -> list[Site]:
     """Return the sites that a layer may be: at its path first, then inside, then outside."""
     path = module_of(name)
+    run = re.search(r"\(run (\d+)\)", name)
+    number = int(run.group(1)) if run else 1
+    sites = [site for site in sites if site.run == number]
     same = [site for site in sites if site.path == path]
     inside = [site for site in sites if site.path.startswith(f"{path}.")]
     outside = [site for site in sites if path.startswith(f"{site.path}.")]
@@ -293,13 +356,18 @@ def _silent(
     place at, inside or around its path; a module that is named stands for all places inside it.
     """
     named = [module_of(entry["name"]) for entry in unread]
-    verified = {entry["place"] for entry in layers if entry.get("error", 1.0) < OPERATORS}
+    verified = {
+        place
+        for entry in layers
+        if entry.get("error", 1.0) < OPERATORS
+        for place in entry["places"]
+    }
     others = [entry["name"] for entry in layers if entry.get("error", 1.0) >= OPERATORS]
     open_sites = [
         site
         for site in sites
         if not site.selects
-        and f"{site.path} {site.name}".strip() not in verified
+        and str(site) not in verified
         and not any(f"{site.path}.".startswith(f"{path}." if path else "") for path in named)
     ]
     for name in others:
@@ -312,10 +380,7 @@ def _silent(
         within = {site.path for site in sites}
         if around and path not in within:
             open_sites.remove(around[-1])
-    return [
-        {"module": site.path, "class": type(site.module).__name__, "function": site.name}
-        for site in open_sites
-    ]
+    return [{"place": str(site), "class": type(site.module).__name__} for site in open_sites]
 
 
 def _verdict(row: dict[str, Any]) -> dict[str, Any]:
@@ -335,10 +400,7 @@ def _verdict(row: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         return {"verdict": "wrong", "reason": "; ".join(wrong)}
     if row["silent"]:
-        missing = [
-            f"{site['module']} ({site['class']} {site['function']})".replace(" )", ")")
-            for site in row["silent"]
-        ]
+        missing = [f"{site['place']}, a {site['class']}" for site in row["silent"]]
         return {"verdict": "silent", "reason": "; ".join(missing)}
     if row["unread"]:
         reasons = [f"{entry['name']}: {entry['reason']}" for entry in row["unread"]]
@@ -361,7 +423,7 @@ def _in_child(model_type: str, limit: int, file: Path) -> int:
         signal.alarm(limit)
         torch.set_num_threads(1)
         file.write_text(json.dumps(examine(model_type)), encoding="utf-8")
-    except BaseException as error:  # noqa: BLE001 (a child process must end here)
+    except BaseException as error:
         row = _failed(model_type, f"{type(error).__name__}: {error}"[:400])
         file.write_text(json.dumps(row), encoding="utf-8")
     finally:
