@@ -17,18 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks._perturbation import (
+from benchmarks._calls import (
     Call,
-    Site,
     clone,
     is_static,
     named_arguments,
-    place,
     replaced,
     tensors,
     time_axis,
     with_argument,
 )
+from benchmarks._perturbation import Site, place
 
 __all__ = ["Response", "operators_at"]
 
@@ -292,14 +291,14 @@ def _of_code(site: Site) -> Iterator[Way]:
                 yield (
                     f"{source} to {target or 'output'}",
                     value,
-                    _segment(site, source, number, target),
+                    _Segment(site, source, number, target),
                 )
     for name in _ordered(named_arguments(call), length):
         for target in (None, *dict.fromkeys(n for kind, n, _ in events if kind == "in")):
             yield (
                 f"{name} to {target or 'output'}",
                 named_arguments(call)[name],
-                _segment(site, None, name, target),
+                _Segment(site, None, name, target),
             )
 
 
@@ -340,10 +339,8 @@ def _events(site: Site) -> list[tuple[str, str, Any]]:
     return events
 
 
-def _segment(
-    site: Site, source: str | None, which: Any, target: str | None
-) -> Callable[[Tensor], list[Tensor]]:
-    """Return the function from values at a source to the answer at a target.
+class _Segment:
+    """The function from values at a source to the answer at a target, in a module's own code.
 
     Args:
         site: The place.
@@ -351,55 +348,60 @@ def _segment(
         which: The number of the tensor in that output, or the name of the argument.
         target: The child or function that receives the answer; None for the module's output.
     """
-    call, length = site.call, site.call.length
-    children = _children(site)
 
-    def run(values: Tensor) -> list[Tensor]:
-        caught: list[Tensor] = []
-        counts = {"source": 0}
+    def __init__(self, site: Site, source: str | None, which: Any, target: str | None) -> None:
+        self.site, self.source, self.which, self.target = site, source, which, target
+        self.children = _children(site)
 
-        def put(output: Any) -> Any:
-            counts["source"] += 1
-            if counts["source"] > 1:
-                return output
-            return _with_series(output, which, values, length)
-
-        def take(args: Any) -> None:
-            if source is not None and not counts["source"]:
-                return
-            caught.extend(_series(args, length))
-            raise _Reached
-
-        def make(name: str, function: Any) -> Any:
-            if f"{name}()" not in (source, target):
-                return None
-
-            def changed(*args: Any, **kwargs: Any) -> Any:
-                if target == f"{name}()":
-                    take((args, kwargs))
-                output = function(*args, **kwargs)
-                return put(output) if source == f"{name}()" else output
-
-            return changed
-
+    def __call__(self, values: Tensor) -> list[Tensor]:
+        """Return the tensors at the target, for values at the source."""
+        self.values, self.started = values, self.source is None
+        self.answer: list[Tensor] = []
+        call = self.site.call
         with contextlib.ExitStack() as stack:
-            if source in children:
-                hook = children[source].register_forward_hook(lambda m, a, output: put(output))
-                stack.callback(hook.remove)
-            if target in children:
-                hook = children[target].register_forward_pre_hook(
-                    lambda m, args, kwargs: take((args, kwargs)), with_kwargs=True
+            if self.source in self.children:
+                hook = self.children[self.source].register_forward_hook(
+                    lambda module, args, output: self._put(output)
                 )
                 stack.callback(hook.remove)
-            stack.enter_context(replaced(site.module, make))
-            given = (None, None) if source is not None else with_argument(call, which, values)
+            if self.target in self.children:
+                other = self.children[self.target].register_forward_pre_hook(
+                    lambda module, args, kwargs: self._take((args, kwargs)), with_kwargs=True
+                )
+                stack.callback(other.remove)
+            stack.enter_context(replaced(self.site.module, self._function))
             try:
-                output = call.again(*given)
+                if self.source is None:
+                    output = call.again(*with_argument(call, self.which, values))
+                else:
+                    output = call.again()
             except _Reached:
-                return caught
-        return _series(output, length) if target is None else []
+                return self.answer
+        return _series(output, call.length) if self.target is None else []
 
-    return run
+    def _put(self, output: Any) -> Any:
+        if self.started:
+            return output
+        self.started = True
+        return _with_series(output, self.which, self.values, self.site.call.length)
+
+    def _take(self, args: Any) -> None:
+        if self.started:
+            self.answer = _series(args, self.site.call.length)
+            raise _Reached
+
+    def _function(self, name: str, function: Any) -> Any:
+        """Return what replaces a function that is the source or the target."""
+        if f"{name}()" not in (self.source, self.target):
+            return None
+
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            if self.target == f"{name}()":
+                self._take((args, kwargs))
+            output = function(*args, **kwargs)
+            return self._put(output) if self.source == f"{name}()" else output
+
+        return followed
 
 
 def _with_series(value: Any, number: int, replacement: Tensor, length: int) -> Any:

@@ -37,7 +37,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +60,13 @@ from benchmarks._architectures import (
     small_model,
     tokens,
 )
+from benchmarks._calls import tensors
+from benchmarks._coverage_page import compact, fill, summary
 from benchmarks._impulses import Response, operators_at
-from benchmarks._perturbation import Site, find_sites, tensors
+from benchmarks._perturbation import Site, find_sites
 from benchmarks._report import write
 from gramian.analysis import StateReport, _analyze
 
-VERDICTS = ("read", "in part", "named", "silent", "wrong", "raises", "not built")
 OPERATORS = 1e-4  # the largest error of an operator that is right
 SIZES = 1e-3  # the largest error of a state-size that is right
 OUTPUTS = 1e-4  # the largest relative difference of outputs during the analysis
@@ -454,147 +454,6 @@ def examine_all(types: list[str], jobs: int, limit: int) -> Iterator[dict[str, A
                 yield _failed(model_type, f"it took more than {limit} seconds.")
 
 
-# Results
-
-
-def compact(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row with one entry for all layers of one class that were read in one way."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for layer in row.get("layers", []):
-        key = (layer["mixer"], layer["kind"], layer["reader"])
-        groups.setdefault(key, []).append(layer)
-    mixers = [
-        {
-            "mixer": mixer,
-            "kind": kind,
-            "reader": reader,
-            "layers": len(layers),
-            "operators": sum(layer["operators"] for layer in layers),
-            "checked": sum("error" in layer for layer in layers),
-            **{
-                key: max(found)
-                for key in ("error", "independent_size_error", "size_error")
-                if (found := [layer[key] for layer in layers if key in layer])
-            },
-        }
-        for (mixer, kind, reader), layers in groups.items()
-    ]
-    kept = {key: value for key, value in row.items() if key not in ("layers", "unread", "silent")}
-    return {**kept, "mixers": mixers}
-
-
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return counts and largest errors over all rows, which `compact` returned."""
-    mixers = [mixer for row in rows for mixer in row["mixers"]]
-
-    def largest(entries: list[dict[str, Any]], key: str) -> float:
-        return max((entry[key] for entry in entries if key in entry), default=0.0)
-
-    readers: Counter[str] = Counter()
-    for mixer in mixers:
-        readers[mixer["reader"]] += mixer["layers"]
-    return {
-        "types": len(rows),
-        "verdicts": {
-            verdict: sum(row["verdict"] == verdict for row in rows) for verdict in VERDICTS
-        },
-        "readers": dict(sorted(readers.items())),
-        "layers": sum(mixer["layers"] for mixer in mixers),
-        "checked": sum(mixer["checked"] for mixer in mixers),
-        "largest_error": largest(mixers, "error"),
-        "largest_size_error": largest(mixers, "size_error"),
-        "largest_independent_size_error": largest(mixers, "independent_size_error"),
-        "largest_output_error": largest(rows, "output_error"),
-    }
-
-
-def page(results: dict[str, Any]) -> str:
-    """Return the page of the results in Markdown."""
-    counts = results["summary"]["verdicts"]
-    total = results["summary"]
-    rows = [
-        (
-            row["type"],
-            row["verdict"],
-            ", ".join(f"{m['mixer']} ({m['reader']})" for m in row["mixers"]),
-            _digits(max((m["error"] for m in row["mixers"] if "error" in m), default=None)),
-            _digits(max((m["size_error"] for m in row["mixers"]), default=None)),
-            _digits(row.get("output_error")),
-            f"{row['seconds']:.1f}" if "seconds" in row else "",
-        )
-        for row in results["rows"]
-    ]
-    others = [
-        f"- **{row['type']}** ({row['verdict']}): {_plain(row['reason'])}"
-        for row in results["rows"]
-        if row["verdict"] != "read"
-    ]
-    readers = ", ".join(f"{count:,} by `{name}`" for name, count in total["readers"].items())
-    return _TEXT.format(
-        transformers=results["transformers"],
-        types=total["types"],
-        read=counts["read"],
-        verdicts=table(
-            ("verdict", "types"), [(name, str(count)) for name, count in counts.items()]
-        ),
-        layers=total["layers"],
-        checked=total["checked"],
-        readers=readers,
-        error=_digits(total["largest_error"]),
-        sizes=_digits(total["largest_size_error"]),
-        independent=_digits(total["largest_independent_size_error"]),
-        outputs=_digits(total["largest_output_error"]),
-        others="\n".join(others) or "There are none.",
-        rows=table(_HEAD, rows),
-    )
-
-
-_HEAD = ("type", "verdict", "mixers (reader)", "operators", "state-sizes", "outputs", "seconds")
-_TEXT = """# Coverage of architectures
-
-The figures on this page were made by `python benchmarks/coverage.py`. A small random model of every one of the {types}
-causal types of transformers {transformers} is analyzed, and what the report says is compared with three tests that
-share no code with the analysis. The first finds the places where tokens are mixed, by changing one token; each must be
-measured or named. The second obtains the operators from impulses through the model's own code, which must agree with
-those that were measured on random values, and whose blocks must have singular values with the same entropy. The third
-compares the outputs of all blocks during the analysis with those of a plain forward pass.
-
-The analysis reads {read} of {types} types wholly.
-
-{verdicts}
-
-"In part" means that the report measures some layers and names the others; "named", that it names all of them; "silent",
-that a layer is missing from both lists. The models have {layers:,} mixers: {readers}. The operators of {checked:,} of
-them were obtained independently. The largest relative error of an operator is {error}. State-sizes differ by at most
-{sizes} from those of singular values of the same operators, and by at most {independent} from those of the
-independent operators, which some models compute in single precision. Outputs during the analysis differ by at most {outputs}.
-
-## Types that are not wholly read
-
-{others}
-
-## All types
-
-Errors of operators and outputs are relative; errors of state-sizes are absolute. Seconds include the tests.
-
-{rows}
-"""
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _digits(value: float | None) -> str:
-    return "" if value is None else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -637,7 +496,8 @@ def main() -> None:
     if arguments.types is None:
         results = {"transformers": transformers.__version__, "summary": summary(ordered)}
         write(arguments.output / "coverage.json", {**results, "rows": ordered})
-        arguments.page.write_text(page({**results, "rows": ordered}), encoding="utf-8")
+        text = arguments.page.read_text(encoding="utf-8")
+        arguments.page.write_text(fill(text, {**results, "rows": ordered}), encoding="utf-8")
         partial.unlink()
 
 
