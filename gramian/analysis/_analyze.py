@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,17 +102,17 @@ def analyze(
     def visit(recorded: RecordedOperator) -> None:
         layers.append(measure_layer(recorded, positions, length, max_channels, options))
         if progress is not None:
-            known = max(len(recorder.mixers), len(layers))
+            known = max(recorder.expected, len(layers))
             progress(len(layers), known)
 
     recorder = Recorder(model, visit)
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), recorder.recording():
-            run_model(model, sequence)
+        recorder.record(partial(run_model, model), sequence)
     finally:
-        model.train(training)
+        for module, flag in training:
+            module.training = flag
     unread = recorder.unread()
     if not layers and not unread:
         raise ValueError(f"{type(model).__name__} has no layer that is known to mix tokens.")

@@ -86,8 +86,6 @@ def run_model(model: Any, sequence: Tensor) -> None:
     options: dict[str, Any] = {}
     if getattr(model.config, "use_cache", None) is not None:
         options["use_cache"] = False
-    if "logits_to_keep" in accepted:
-        options["logits_to_keep"] = 1
     if not numbers:
         options["attention_mask"] = torch.ones_like(sequence)
     if "input_ids_2" in accepted:  # the base model of a classifier of pairs reads one sequence
