@@ -250,6 +250,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "hash_seed": 1,
     },
     "rwkv": {"attention_hidden_size": 32},
+    "xlm": {"causal": True},
+    "xlnet": {"attn_type": "uni"},
     "xmod": _ONE_LANGUAGE,
     "xlstm": {"ffn_round_up_to_multiple_of": 8},
     "zamba": {**_HYBRID, "n_mamba_heads": 2},

@@ -81,11 +81,16 @@ def operators_at(site: Site) -> Iterator[Response]:
     if not site.name:
         yield from _responses(_of_code(site), site.call.length)
         return
-    whole = _combined(site)
-    if whole is not None:
-        yield whole
-    else:
-        yield from _responses(_of_function(site.call), site.call.length)
+    inner = next(_responses(_of_function(site.call), site.call.length), None)
+    outer = None if inner is None else _around(site, inner)
+    if inner is None:
+        return
+    if outer is not None and not _same_rows(outer.maps, inner.maps, scaled=True):
+        yield outer  # the module combines parts that the function returns
+        return
+    yield from _responses(_of_function(site.call), site.call.length)
+    if outer is not None and _same_rows(outer.maps, inner.maps, scaled=False):
+        yield outer  # the module adds the values themselves
 
 
 def _responses(ways: Iterator[Way], length: int) -> Iterator[Response]:
@@ -94,15 +99,18 @@ def _responses(ways: Iterator[Way], length: int) -> Iterator[Response]:
             yield _respond(label, values, answer, length)
 
 
-def _combined(site: Site) -> Response | None:
-    """Return the operators around a function whose results the module combines, or None.
+def _around(site: Site, inner: Response) -> Response | None:
+    """Return the operators from the same values to what the module does with a function's result.
 
-    Where a value enters two heads, and the module adds what they return, the operator is the sum.
-    A gate after the function only scales the rows of operators, which is no combination.
+    Where a value enters two heads, and the module adds what they return, the operator is the sum. A
+    gate after the function only scales the rows of operators, which is no combination.
+
+    Args:
+        site: The place of the function.
+        inner: The operators of the function.
     """
     length = site.call.length
-    inner = next(_responses(_of_function(site.call), length), None)
-    if inner is None or site.outer.length != length:
+    if site.outer.length != length:
         return None
     own = Site(site.path, "", site.outer, site.module, site.outer, (site.name,))
     values = next((v for label, v, _ in _of_function(site.call) if label == inner.label), None)
@@ -116,20 +124,29 @@ def _combined(site: Site) -> Response | None:
         with contextlib.suppress(Exception):
             outer = _respond(label, source, answer, length)
             # Where the values also choose what is attended to, only a part of them is linear.
-            if len(outer.maps) < given.shape[1] or outer.error > 10 * inner.error + 1e-9:
-                return None
-            return None if _scaled_rows(outer.maps, inner.maps) else outer
+            few = len(outer.maps) < given.shape[1]
+            return None if few or outer.error > 10 * inner.error + 1e-9 else outer
     return None
 
 
-def _scaled_rows(maps: Tensor, others: Tensor) -> bool:
-    """Return whether every one of some maps has the rows of another one, each times a number."""
-    rows, candidates = (
-        x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30) for x in (maps.double(), others.double())
-    )
-    cosines = torch.einsum("aij,bij->abi", rows, candidates).abs()
-    present = (maps.norm(dim=-1) > 1e-9)[:, None] & (others.norm(dim=-1) > 1e-9)[None]
-    return bool((torch.where(present, 1 - cosines, 0.0).amax(-1).amin(1) < 1e-4).all())
+def _same_rows(maps: Tensor, others: Tensor, *, scaled: bool) -> bool:
+    """Return whether every one of some maps has, before the diagonal, the rows of another one.
+
+    Args:
+        maps: (a, L, L).
+        others: (b, L, L).
+        scaled: Whether each row may be multiplied by a number.
+    """
+    rows, candidates = (x.double().tril(-1) for x in (maps, others))
+    if scaled:
+        rows, candidates = (
+            x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30) for x in (rows, candidates)
+        )
+        cosines = torch.einsum("aij,bij->abi", rows, candidates).abs()
+        present = (rows.norm(dim=-1) > 0.5)[:, None] & (candidates.norm(dim=-1) > 0.5)[None]
+        return bool((torch.where(present, 1 - cosines, 0.0).amax(-1).amin(1) < 1e-4).all())
+    apart = torch.cdist(rows.flatten(1), candidates.flatten(1)).amin(1)
+    return bool((apart < 1e-4 * rows.flatten(1).norm(dim=1)).all())
 
 
 def _respond(

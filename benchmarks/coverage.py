@@ -224,7 +224,7 @@ def _verified(
             "operators": layer.count,
             "size_error": float((state_sizes(maps) - layer.ess.double()).abs().max()),
         }
-        match = _match(maps, _near(layer.name, sites), known)
+        match = _match(layer.name, maps, _near(layer.name, sites), known)
         if match is not None:
             sizes = state_sizes(match.operators) - layer.ess.double()
             entry |= {
@@ -273,12 +273,15 @@ class Match:
         )
 
 
-def _match(maps: Tensor, sites: list[Site], known: dict[int, list[Response]]) -> Match | None:
+def _match(
+    name: str, maps: Tensor, sites: list[Site], known: dict[int, list[Response]]
+) -> Match | None:
     """Return where the operators of a layer are found, or None if no place has operators.
 
     A layer may have the operators of several calls of one function, as of one call for each head.
 
     Args:
+        name: The name of the layer.
         maps: The operators of the layer, (h, L, L).
         sites: Places where they may be.
         known: Responses that were obtained before, by the identity of their places.
@@ -302,8 +305,13 @@ def _match(maps: Tensor, sites: list[Site], known: dict[int, list[Response]]) ->
             best = nearest_match
         if whole.lacking < OPERATORS:
             joint = whole if joint is None or not joint.repeats(site) else joint.join(whole)
-    if joint is not None and best is not None and joint.error < best.error:
-        return joint
+    if joint is not None and best is not None and joint.error <= best.error:
+        best = joint
+    path = module_of(name)
+    if best is not None and best.error >= OPERATORS:
+        # Around the layer there may be other places than the layer itself.
+        inside = [site for site in best.sites if f"{site.path}.".startswith(f"{path}.")]
+        return best if inside else None
     return best
 
 
