@@ -9,7 +9,7 @@ their output, the map is the output for the identity matrix as values.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from gramian.analysis._general import TOLERANCE, Unreadable
+from gramian.analysis._storage import Storage
+from gramian.analysis._tracing import Call
 from gramian.analysis._values import copied
 
-__all__ = ["ATTENTION", "attention_maps", "eager_attention"]
+__all__ = ["ATTENTION", "eager_attention", "read_attention"]
 
 ATTENTION = "eager_attention_forward"
 """Name that transformers' modeling files give to the attention function that they fall back to."""
@@ -61,29 +63,28 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
                 config.use_cache = before[key][1]
 
 
-def attention_maps(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-) -> Tensor:
-    """Return the maps (heads, L, L) of a call of an eager attention function.
+def read_attention(call: Call) -> tuple[Tensor, Storage]:
+    """Return the maps (heads, L, L) of a call of an eager attention function, and its storage.
 
     Queries, keys and values in half precision are widened to single precision, in a second call
     whose output is not used.
 
     Args:
-        function: The function. It takes the module, queries (batch, heads, L, N), keys and values
-            (batch, key heads, L, N), and a mask.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        result: What it returned.
+        call: The call of a function that takes the module, queries (batch, heads, L, N), keys and
+            values (batch, key heads, L, N), and a mask.
 
     Raises:
         Unreadable: if no causal map gives the output.
     """
+    function, result = call.function, call.result
+    args, kwargs = call.inputs
     bound = inspect.signature(function).bind(*args, **kwargs)
     names = list(bound.arguments)
     if len(names) < 4 or not all(isinstance(bound.arguments[n], Tensor) for n in names[1:4]):
         raise Unreadable("its attention function has other arguments than those of transformers.")
+    key: Tensor = bound.arguments[names[2]]
     value: Tensor = bound.arguments[names[3]]
+    itemsize = value.element_size()
     dtype = torch.promote_types(value.dtype, torch.float32)
     if dtype != value.dtype:
         for name in names[1:4]:
@@ -105,7 +106,8 @@ def attention_maps(
         raise Unreadable(f"it maps {columns} positions to {rows}: not those of one sequence.")
     if bool(weights[0].triu(1).any()):
         raise Unreadable("it is not causal: it looks ahead.")
-    return weights[0].detach()
+    group = weights.shape[1] // value.shape[1]
+    return weights[0].detach(), Storage(value.shape[-1], key.shape[-1], group, itemsize)
 
 
 def _gives(weights: Tensor, value: Tensor, output: Tensor) -> bool:

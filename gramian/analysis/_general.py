@@ -20,7 +20,6 @@ from torch import Tensor
 
 from gramian.analysis._tracing import Call
 from gramian.analysis._values import (
-    PADDING,
     copied,
     leaves_of,
     sequences_in,
@@ -140,12 +139,13 @@ class ValueMap:
         return Responses(call, self.leaf, self.axis, length, self.result, self.result_axis)
 
 
-def find_values(call: Call, length: int, budget: int = 64) -> ValueMap:
+def find_values(call: Call, length: int, padding: int = 0, budget: int = 64) -> ValueMap:
     """Find where the values of a call are, and read its operators on a short sequence.
 
     Args:
         call: The call.
         length: The number of positions, at least 4.
+        padding: The number of positions that convolutions may add.
         budget: Largest number of blocks of channels to try in one argument.
 
     Returns:
@@ -157,12 +157,12 @@ def find_values(call: Call, length: int, budget: int = 64) -> ValueMap:
     reasons = []
     candidates = [
         Responses(call, leaf, axis, length)
-        for leaf, _, axis in sequences_in(call.inputs, length, length + PADDING)
+        for leaf, _, axis in sequences_in(call.inputs, length, length + padding)
     ]
     for limit in dict.fromkeys((1, budget)):
         for responses in candidates:
             try:
-                return _Search(responses, limit).found()
+                return _Search(responses, padding, limit).found()
             except Unreadable as reason:
                 reasons.append(str(reason))
             except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError) as e:
@@ -173,8 +173,8 @@ def find_values(call: Call, length: int, budget: int = 64) -> ValueMap:
 class _Search:
     """The search for the channels of one argument that carry values."""
 
-    def __init__(self, responses: Responses, budget: int) -> None:
-        self.run, self.budget = responses, budget
+    def __init__(self, responses: Responses, padding: int, budget: int) -> None:
+        self.run, self.padding, self.budget = responses, padding, budget
         self.length = responses.length
         self.values = responses.values
         self.channels = self.values.shape[1]
@@ -209,7 +209,7 @@ class _Search:
         everything = torch.arange(self.channels)
         after = self.run.outputs(self.values + self._noise(everything, slice(at, at + 1)))
         for index, x in enumerate(before):
-            axis = time_axis(x, self.length, self.length + PADDING)
+            axis = time_axis(x, self.length, self.length + self.padding)
             y = after[index]
             if axis is None or not x.is_floating_point() or x.shape != y.shape:
                 continue

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from gramian.analysis._tracing import Frame, Key, Replay, Tracer
 from gramian.analysis._values import (
-    PADDING,
     changed_positions,
     copied,
     leaves_of,
@@ -29,26 +28,33 @@ from gramian.analysis._values import (
     window,
 )
 
-__all__ = ["Finder", "Leftover", "mixing_of", "short_lengths"]
+__all__ = ["Finder", "Leftover", "NotFinite", "mixing_of", "short_lengths"]
 
-_LENGTHS = (47, 43, 41, 37, 53, 59, 61, 31, 29, 23, 67, 71, 73, 79, 83, 97, 101, 103, 107, 109)
+_LENGTHS = (37, 41, 31, 43, 29, 47, 53, 59, 61, 23, 67, 71, 73, 79, 83, 97, 101, 103, 107, 109)
 """Lengths of the short sequence, in the order of preference."""
 
+_PADDINGS = (12, 4, 0)
+"""Numbers of positions that convolutions may add to the short sequence."""
 
-def short_lengths(model: nn.Module) -> list[int]:
+
+def short_lengths(model: nn.Module) -> list[tuple[int, int]]:
     """Return how many positions the short sequence may have, the best numbers first.
 
-    No parameter has this size or, for the best numbers, one that is a little larger, so that the
-    axis of time of a tensor can be told from its shape.
+    Each is followed by the number of positions that convolutions may add to it. No parameter has a
+    size in between, so that the axis of time of a tensor can be told from its shape.
     """
     sizes = {size for tensor in model.parameters() for size in tensor.shape}
     fitting = [
-        length
-        for margin in (PADDING, 0)
+        (length, padding)
+        for padding in _PADDINGS
         for length in _LENGTHS
-        if not sizes.intersection(range(length, length + margin + 1))
+        if not sizes.intersection(range(length, length + padding + 1))
     ]
-    return list(dict.fromkeys(fitting)) or [_LENGTHS[0]]
+    return fitting or [(_LENGTHS[0], 0)]
+
+
+class NotFinite(ValueError):
+    """Raised when a module makes NaN values from inputs without them."""
 
 
 @dataclass
@@ -84,8 +90,10 @@ def mixing_of(
     generator = torch.Generator().manual_seed(5)
     positions = (length // 6, length // 3)
 
+    longest = length + tracer.padding
+
     def other(value: Any, padded_before: bool = False) -> Any:
-        return perturbed(value, length, positions, generator, padded_before)
+        return perturbed(value, length, longest, positions, generator, padded_before)
 
     frozen = frozen or {}
     operations = any(key[0] == "operation" for key in frozen)
@@ -97,7 +105,7 @@ def mixing_of(
     after.run(other(frame.inputs, padded_before=True))
     found = Leftover()
     for key, one, two in _pairs(before, after):
-        changed = _changes(one, two, length, key[0] != "output") - set(positions)
+        changed = _changes(one, two, length, longest, key[0] != "output") - set(positions)
         if changed:
             found.keys.append(key)
             found.later |= max(changed) > positions[0]
@@ -111,11 +119,11 @@ def _pairs(before: Replay, after: Replay) -> Iterator[tuple[Key, Any, Any]]:
         yield key, before.watched[key], after.watched[key]
 
 
-def _changes(one: Any, other: Any, length: int, padded_before: bool) -> set[int]:
+def _changes(one: Any, other: Any, length: int, longest: int, padded_before: bool) -> set[int]:
     """Return the positions at which sequences in two nested values differ."""
     others = leaves_of(other)
     changed: set[int] = set()
-    for index, x, axis in sequences_in(one, length, length + PADDING):
+    for index, x, axis in sequences_in(one, length, longest):
         if index < len(others) and getattr(others[index], "shape", None) == x.shape:
             rows = window(x, axis, length, padded_before)
             changed |= changed_positions(rows, window(others[index], axis, length, padded_before))
@@ -184,11 +192,12 @@ class Finder:
             return True
         if _has_nan(output) and not _has_nan(frame.inputs):
             name = frame.path or type(frame.module).__name__
-            raise ValueError(f"{name}: an operator to be measured must be finite; got NaN values.")
-        longest = self.length + PADDING
-        told = any(time_axis(x, self.length, longest) is not None for x in leaves_of(output))
-        if not told and not frame.children:
-            return False
+            raise NotFinite(f"{name}: an operator to be measured must be finite; got NaN values.")
+        exact = any(
+            time_axis(x, self.length) is not None for x in leaves_of((frame.inputs, output))
+        )
+        if not exact and not frame.children:
+            return False  # with padding on both sides, its positions cannot be told
         try:
             found = mixing_of(self.tracer, frame, self.length)
         except Exception as error:  # whatever a module of others raises

@@ -13,15 +13,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from gramian.analysis._attention import ATTENTION, attention_maps
-from gramian.analysis._general import Unreadable, ValueMap, find_values, measure_operators
+from gramian.analysis._attention import ATTENTION, read_attention
+from gramian.analysis._general import (
+    TOLERANCE,
+    Unreadable,
+    ValueMap,
+    find_values,
+    measure_operators,
+)
 from gramian.analysis._mixing import Leftover, mixing_of
-from gramian.analysis._scans import SCANS
+from gramian.analysis._scans import SCANS, ScanReading, read
 from gramian.analysis._segments import segment_call, segments_of
 from gramian.analysis._tracing import Call, Frame, Key, Replay, Tracer
-from gramian.analysis._values import copied
+from gramian.analysis._values import copied, leaves_of
 
 __all__ = ["Plan", "Planner", "Site"]
 
@@ -124,46 +131,47 @@ class Planner:
         for known in self._known.get(type(frame.module), []):
             if known.refusal or not known.sites:
                 continue
-            frozen: dict[Key, Any] = {}
+            names = {site.key[:2] for site in known.sites}
             try:
+                calls = {call.key: call for call in self._calls(frame, {}, names)}
+                frozen = {}
                 for site in known.sites:
-                    call = self._call(frame, frozen, site)
+                    call = self._call(frame, calls, site)
                     self._check(site, call)
                     frozen[site.key] = call.result
                 if not mixing_of(self.tracer, frame, self.length, frozen).keys:
                     plan.sites = list(known.sites)
                     return True
-            except (Unreadable, RuntimeError, IndexError, ValueError, TypeError):
+            except (Unreadable, RuntimeError, IndexError, ValueError, TypeError, KeyError):
                 continue
         return False
 
-    def _call(self, frame: Frame, frozen: dict[Key, Any], site: Site) -> Call:
+    def _call(self, frame: Frame, calls: dict[Key, Call], site: Site) -> Call:
         """Return the call of a site in another module of the class."""
         kind, name, _ = site.key
         if kind == "segment":
             return segment_call(self.tracer, frame, self.length, *name.split(" -> "))
-        if kind == "module":
-            return module_call(self.tracer, frame, self.length)
-        for call in self._calls(frame, frozen, {kind}, {name}):
-            if call.key == site.key:
-                return call
-        raise Unreadable("it makes other calls.")
+        return module_call(self.tracer, frame, self.length) if kind == "module" else calls[site.key]
 
     def _check(self, site: Site, call: Call) -> None:
         if site.reader == "attention":
-            attention_maps(call.function, *call.inputs, call.result)
+            read_attention(call)
+        elif site.reader == "scan":
+            read_scan(call)
         elif site.values is not None:
             chosen = range(0, site.values.count, max(1, site.values.count // 4))
             measure_operators(site.values.of(call, self.length), site.values, chosen)
 
     def _search(self, plan: Plan, frame: Frame) -> None:
-        frozen: dict[Key, Any] = {}
-        tried: set[Key] = set()
+        frozen = self._known_kinds(plan, frame)
+        tried: set[Key] = set(frozen)
         while True:
             left = mixing_of(self.tracer, frame, self.length, frozen)
-            if left.earlier:
+            if left.earlier and plan.sites:  # the positions of the last result are others
+                del frozen[plan.sites.pop().key]
+            elif left.earlier:
                 raise Unreadable(_AHEAD)
-            if not left.later or ("module", "", 0) in frozen:
+            elif not left.later or ("module", "", 0) in frozen:
                 return
             found = self._next(frame, frozen, tried)
             if found is None:
@@ -178,70 +186,95 @@ class Planner:
             plan.sites.append(site)
             frozen[site.key] = call.result
 
+    def _known_kinds(self, plan: Plan, frame: Frame) -> dict[Key, Any]:
+        """Plan the convolutions, attention functions and scans, and return their results."""
+        names = {("operation", name) for name in _CONVOLUTIONS}
+        names |= {(kind, name) for kind in ("function", "method") for name in (ATTENTION, *SCANS)}
+        calls = self._calls(frame, {}, names)
+        maps = [call for call in calls if call.key[1] == ATTENTION]
+        if len(maps) > 1:  # their outputs may be combined
+            for call in self._segments(frame):
+                site = self._site(call, "general", _BLOCKS)
+                if site is not None:
+                    plan.sites.append(site)
+                    return {site.key: call.result}
+        chosen: list[Call] = []
+        for call in calls:
+            if any(call.key in other.within for other in chosen):
+                continue
+            if call.key[0] == "operation":
+                site = self._site(call, "general", 1)
+            else:
+                site = self._site(call, "attention" if call.key[1] == ATTENTION else "scan", 0)
+            if site is not None:
+                plan.sites.append(site)
+                chosen.append(call)
+        return {call.key: call.result for call in chosen}
+
+    def _site(self, call: Call, reader: str, budget: int) -> Site | None:
+        """Return the site of a call, or None if it cannot be read by a reader."""
+        try:
+            if reader == "attention":
+                read_attention(call)
+            elif reader == "scan":
+                read_scan(call)
+            else:
+                return Site(
+                    call.key, reader, find_values(call, self.length, self.tracer.padding, budget)
+                )
+        except Unreadable as reason:
+            if str(reason) == _AHEAD and reader == "attention":
+                raise
+            return None
+        return Site(call.key, reader)
+
     def _next(
         self, frame: Frame, frozen: dict[Key, Any], tried: set[Key]
     ) -> tuple[Site, Call] | None:
-        """Return the first call that can be read and has not been tried."""
-        for call, reader, budget in self._candidates(frame, frozen):
-            if call.key in tried:
-                continue
-            tried.add(call.key)
-            try:
-                if reader == "attention":
-                    attention_maps(call.function, *call.inputs, call.result)
-                    return Site(call.key, "attention"), call
-                if reader == "scan":
-                    return Site(call.key, "scan"), call
-                return Site(call.key, "general", find_values(call, self.length, budget)), call
-            except Unreadable as reason:
-                if str(reason) == _AHEAD and reader == "attention":
-                    raise
+        """Return the first call that the general reader reads and that has not been tried."""
+        for call, budget in self._candidates(frame, frozen):
+            if call.key not in tried:
+                tried.add(call.key)
+                site = self._site(call, "general", budget)
+                if site is not None:
+                    return site, call
         return None
 
-    def _candidates(self, frame: Frame, frozen: dict[Key, Any]) -> Iterator[tuple[Call, str, int]]:
-        """Yield calls with their readers, and the number of blocks of channels to try in each."""
-        for call in self._calls(frame, frozen, {"operation"}, set(_CONVOLUTIONS)):
-            yield call, "general", 1
-        calls = self._calls(frame, frozen, {"function", "method"}, set())
-        maps = [call for call in calls if call.key[1] == ATTENTION]
-        if len(maps) > 1 and not frozen:  # their outputs may be combined
-            yield from self._segments(frame)
-        for call in maps:
-            yield call, "attention", 0
-        for call in calls:
-            if call.key[1] in SCANS:
-                yield call, "scan", 0
+    def _candidates(self, frame: Frame, frozen: dict[Key, Any]) -> Iterator[tuple[Call, int]]:
+        """Yield calls, and the number of blocks of channels to try in each."""
+        calls = self._calls(frame, frozen, {("function", ""), ("method", "")})
         for kind in ("function", "method"):
             for call in calls[:_CALLS]:
                 if call.key[0] == kind:
-                    yield call, "general", 16
+                    yield call, 16
         if not frozen:
-            yield module_call(self.tracer, frame, self.length), "general", _BLOCKS
-        yield from self._segments(frame)
-        for call in self._calls(frame, frozen, {"operation"}, set())[:_CALLS]:
-            yield call, "general", 1
+            yield module_call(self.tracer, frame, self.length), _BLOCKS
+        for call in self._segments(frame):
+            yield call, _BLOCKS
+        for call in self._calls(frame, frozen, {("operation", "")})[:_CALLS]:
+            yield call, 1
 
-    def _segments(self, frame: Frame) -> Iterator[tuple[Call, str, int]]:
+    def _segments(self, frame: Frame) -> Iterator[Call]:
         for number, (source, target) in enumerate(segments_of(self.tracer, frame, self.length)):
             if number >= _SEGMENTS:
                 return
             try:
-                call = segment_call(self.tracer, frame, self.length, source, target)
+                yield segment_call(self.tracer, frame, self.length, source, target)
             except (RuntimeError, ValueError, TypeError, KeyError, IndexError):
                 continue
-            yield call, "general", _BLOCKS
 
     def _calls(
-        self, frame: Frame, frozen: dict[Key, Any], kinds: set[str], names: set[str]
+        self, frame: Frame, frozen: dict[Key, Any], names: set[tuple[str, str]]
     ) -> list[Call]:
-        """Return the calls of some kinds and names (or of all names) that a module makes."""
+        """Return the calls that a module makes, by kinds and names; an empty name is any name."""
+        kinds = {kind for kind, _ in names}
         replay = Replay(
             self.tracer,
             frame,
             self.length,
             frozen,
             keep=lambda kind, name: (
-                kind in kinds and (name in names if names else name not in _COPIES)
+                (kind, name) in names or ((kind, "") in names and name not in _COPIES)
             ),
             operations="operation" in kinds or any(key[0] == "operation" for key in frozen),
         )
@@ -260,3 +293,20 @@ def module_call(tracer: Tracer, frame: Frame, length: int) -> Call:
         copied(frame.inputs),
         evaluate(*frame.inputs[0], **frame.inputs[1]),
     )
+
+
+def read_scan(call: Call) -> ScanReading:
+    """Return the recurrence of a call of a scan.
+
+    Raises:
+        Unreadable: if the scan did not return this recurrence applied to its values.
+    """
+    name, (args, kwargs) = call.key[1], call.inputs
+    try:
+        reading = read(name, args, kwargs, call.function)
+    except ValueError as error:
+        raise Unreadable(str(error)) from error
+    leaf = next(x for x in leaves_of(call.inputs) if isinstance(x, Tensor))
+    if reading.disagreement(call.result) > max(TOLERANCE, 8 * torch.finfo(leaf.dtype).eps):
+        raise Unreadable(f"{name} did not return its recurrence applied to its values.")
+    return reading

@@ -28,12 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.analysis._attention import attention_maps, eager_attention
+from gramian.analysis._attention import eager_attention, read_attention
 from gramian.analysis._general import Unreadable, measure_operators
-from gramian.analysis._mixing import Finder, short_lengths
-from gramian.analysis._planning import Plan, Planner, Site, module_call
-from gramian.analysis._scans import SCANS
+from gramian.analysis._inputs import ModelInputs, run_model
+from gramian.analysis._mixing import Finder, NotFinite, short_lengths
+from gramian.analysis._planning import Plan, Planner, Site, module_call, read_scan
 from gramian.analysis._segments import segment_call
+from gramian.analysis._states import States, mixer_states, scan_states
+from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
 from gramian.analysis._values import copied
 from gramian.mixers import Mixer
@@ -56,6 +58,11 @@ class RecordedOperator:
         system: function that maps a slice of the heads or channels to their system. For n heads or
             channels, the channels of the system are (*1, n).
         reader: how the operator was read, as in `LayerState`.
+        storage: how the layer stores its past, as in `LayerState`; None if it is not known.
+        orders: orders of the layer's own recurrences, (count), where the system is a matrix from
+            which they cannot be read; None if the system says what its state is.
+        states: what the recurrence reads, from which its states follow; None if it has no states
+            with several value channels.
     """
 
     name: str
@@ -64,6 +71,20 @@ class RecordedOperator:
     count: int
     system: Callable[[slice], System]
     reader: str
+    storage: Storage | None = None
+    orders: Tensor | None = None
+    states: States | None = None
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """The operator of one call; the fields are those of `RecordedOperator`."""
+
+    count: int
+    system: Callable[[slice], System]
+    storage: Storage | None = None
+    orders: Tensor | None = None
+    states: States | None = None
 
 
 @dataclass
@@ -114,43 +135,41 @@ class Recorder:
         """Return the number of operators that one run of each module passes to the visitor."""
         return sum(len(plan.sites) for plan in self.plans.values())
 
-    def record(self, run: Callable[[Tensor], None], sequence: Tensor) -> None:
-        """Run a model and record its operators.
+    def record(self, inputs: ModelInputs) -> None:
+        """Run the model on a sequence and record its operators.
 
-        Args:
-            run: A function that runs the model on a sequence (1, L) or (1, L, size).
-            sequence: The sequence.
+        Recordings in several threads run one after the other.
         """
         with _ONE_AT_A_TIME, torch.no_grad(), ExitStack() as stack:
             if "transformers" in sys.modules:
                 stack.enter_context(eager_attention(self.model))
-            self._find(run, sequence)
-            self._length = sequence.shape[1]
-            with self._listening(), _head_on_the_last_position(self.model):
-                run(sequence)
+            self._find(inputs)
+            self._length = inputs.length
+            with self._listening():
+                run_model(self.model, inputs)
 
     def unread(self) -> tuple[tuple[str, str], ...]:
         """Return the path of every module that ran but could not be measured, and the reason."""
         return tuple(self.refused.items())
 
-    def _find(self, run: Callable[[Tensor], None], sequence: Tensor) -> None:
+    def _find(self, inputs: ModelInputs) -> None:
         """Find what mixes positions, on the first tokens, repeated if there are few of them.
 
         If a model cannot read as many tokens, fewer are tried.
         """
         lengths = short_lengths(self.model)
         while True:
-            length = lengths.pop(0)
-            times = -(-length // sequence.shape[1])
-            short = sequence.repeat(1, times, *[1] * (sequence.ndim - 2))[:, :length]
+            length, self._tracer.padding = lengths.pop(0)
             planner = Planner(self._tracer, length)
             finder = Finder(self._tracer, length, partial(self._plan, planner), _is_mixer)
             try:
                 with finder.finding():
-                    run(short)
+                    run_model(self.model, inputs.repeated(length), last_logits_only=False)
                 break
-            except (IndexError, RuntimeError):
-                lengths = [other for other in lengths if other < length]
+            except NotFinite:
+                raise
+            except (IndexError, RuntimeError, ValueError):
+                lengths = [other for other in lengths if other[0] < length]
                 if not lengths:
                     raise
         self.plans = planner.plans
@@ -249,25 +268,24 @@ class Recorder:
         before, self._tracer.handler = self._tracer.handler, None
         outer, self._tracer.operations = self._tracer.operations, None
         try:
-            count, system = self._operator(site, call())
-            self._record(running.plan, site, count, system)
+            self._record(running.plan, site, self._operator(site, call()))
         except Unreadable as reason:
             self.refused[running.plan.path] = str(reason)
         finally:
             self._tracer.handler, self._tracer.operations = before, outer
 
-    def _operator(self, site: Site, call: Call) -> tuple[int, Callable[[slice], System]]:
-        """Return the number of heads of a call, and the function that returns their systems."""
+    def _operator(self, site: Site, call: Call) -> _Operator:
+        """Return the operator of a call."""
         if site.reader == "attention":
-            maps = attention_maps(call.function, *call.inputs, call.result)
+            maps, storage = read_attention(call)
             if maps.shape[-1] != self._length:
                 raise Unreadable(
                     f"it maps {maps.shape[-1]} positions, and the text has {self._length}."
                 )
-            return len(maps), lambda channels: DenseOperator(maps[channels])
+            return _Operator(len(maps), lambda channels: DenseOperator(maps[channels]), storage)
         if site.reader == "scan":
-            args, kwargs = call.inputs
-            return SCANS[site.key[1]](*args, **kwargs)
+            reading = read_scan(call)
+            return _Operator(reading.count, reading.system, states=scan_states(reading))
         values = site.values
         assert values is not None
         responses = values.of(call, self._length)
@@ -277,7 +295,7 @@ class Recorder:
             measured = measure_operators(responses, values, chosen)
             return FIR(measured) if values.taps else DenseOperator(measured)
 
-        return values.count, system
+        return _Operator(values.count, system)
 
     def _read_mixer(self, plan: Plan, x: Tensor) -> None:
         module: Any = plan.module
@@ -286,19 +304,36 @@ class Recorder:
         except ValueError as error:
             self.refused[plan.path] = str(error)
             return
-        self._record(plan, plan.sites[0], module.channels, partial(module.operator, x))
+        operator = _Operator(
+            module.channels,
+            partial(module.operator, x),
+            mixer_storage(module, x.element_size()),
+            mixer_orders(module, x.shape[1]),
+            mixer_states(module, x),
+        )
+        self._record(plan, plan.sites[0], operator)
 
-    def _record(
-        self, plan: Plan, site: Site, count: int, system: Callable[[slice], System]
-    ) -> None:
+    def _record(self, plan: Plan, site: Site, operator: _Operator) -> None:
         mixer = type(plan.module).__name__
-        kind = site.kind if site.reader != "mixer" else plan.module.family
+        kind = site.kind if site.reader != "mixer" else str(plan.module.family)
         name = plan.path or mixer
         if self.ran[plan.path] > 1:
             name = f"{name} (run {self.ran[plan.path]})"
         if site.reader != "mixer" and _is_secondary(plan, site):
             name = f"{name} ({site.key[1]})"
-        self.visit(RecordedOperator(name, mixer, str(kind), count, system, site.reader))
+        self.visit(
+            RecordedOperator(
+                name,
+                mixer,
+                kind,
+                operator.count,
+                operator.system,
+                site.reader,
+                operator.storage,
+                operator.orders,
+                operator.states,
+            )
+        )
 
 
 def _is_secondary(plan: Plan, site: Site) -> bool:
@@ -310,24 +345,3 @@ def _is_secondary(plan: Plan, site: Site) -> bool:
 def _is_mixer(module: nn.Module) -> bool:
     """Return whether a module is a Gramian mixer that has the state itself."""
     return isinstance(module, Mixer) and module.core is module
-
-
-@contextmanager
-def _head_on_the_last_position(model: Any) -> Iterator[None]:
-    """Compute the scores of the vocabulary for the last position only, in this context."""
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    if not isinstance(head, nn.Linear):
-        yield
-        return
-
-    def cut(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if args and isinstance(args[0], Tensor) and args[0].ndim == 3:
-            return (args[0][:, -1:], *args[1:])
-        return None
-
-    hook = head.register_forward_pre_hook(cut)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from gramian.analysis._scans import SCANS
 from gramian.analysis._values import copied, sequences_in
 
 __all__ = ["Call", "Frame", "Handler", "Key", "Operations", "Replay", "Tracer", "own_methods"]
@@ -51,12 +52,14 @@ class Call:
         function: the function.
         inputs: its arguments and keyword arguments.
         result: what it returned.
+        within: the keys of the calls during which it was made.
     """
 
     key: Key
     function: Callable[..., Any]
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     result: Any
+    within: tuple[Key, ...] = ()
 
 
 @dataclass
@@ -84,11 +87,19 @@ class Tracer:
 
     Args:
         model: The model.
+
+    Attributes:
+        paths: paths of the modules by their `id`.
+        padding: the number of positions that convolutions may add to a sequence.
+        stack: the modules that are running, the innermost last.
+        handler: what the calls go through; None if they are only made.
+        operations: the mode that sends torch's own functions through the handler, if there is one.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.paths = {id(module): path for path, module in model.named_modules()}
+        self.padding = 0
         self.stack: list[nn.Module] = []
         self.handler: Handler | None = None
         self.operations: Operations | None = None
@@ -154,9 +165,9 @@ class Tracer:
         """Send the calls of the functions in the modeling files through the handler."""
         replaced: list[tuple[types.ModuleType, str, Any]] = []
         try:
-            for place in self._places():
+            for place in self.places:
                 for name, function in list(vars(place).items()):
-                    if isinstance(function, types.FunctionType) and not name.startswith("__"):
+                    if _is_function(function, name) and not name.startswith("__"):
                         replaced.append((place, name, function))
                         setattr(place, name, self.sent("function", name, function))
             yield
@@ -164,8 +175,9 @@ class Tracer:
             for place, name, function in replaced:
                 setattr(place, name, function)
 
-    def _places(self) -> list[types.ModuleType]:
-        """Return the files that define the classes of the model, without those of the libraries."""
+    @functools.cached_property
+    def places(self) -> list[types.ModuleType]:
+        """The files that define the classes of the model, without those of the libraries."""
         base: tuple[type, ...] = ()
         if "transformers" in sys.modules:
             from transformers import PreTrainedModel
@@ -215,26 +227,34 @@ class Tracer:
 @contextmanager
 def own_methods(tracer: Tracer, module: nn.Module) -> Iterator[None]:
     """Send the calls of a module's own methods through the tracer's handler in this context."""
-    places = tracer._places()  # noqa: SLF001 (one owner of what belongs to the model)
-    files = {place.__name__ for place in places}
+    files = {place.__name__ for place in tracer.places}
     names = {
         name
         for cls in type(module).__mro__
         if cls.__module__ in files
         for name, value in vars(cls).items()
-        if isinstance(value, types.FunctionType)
-        and not name.startswith("__")
-        and name != "forward"
-        and name not in module.__dict__
+        if isinstance(value, types.FunctionType) and not name.startswith("__") and name != "forward"
+    }
+    own = {
+        name: value
+        for name, value in vars(module).items()
+        if name != "forward" and _is_function(value, name)
     }
     try:
-        for name in names:
-            bound = getattr(module, name)
-            module.__dict__[name] = tracer.sent("method", name, bound)
+        for name in names | own.keys():
+            module.__dict__[name] = tracer.sent("method", name, getattr(module, name))
         yield
     finally:
-        for name in names:
+        for name in names - own.keys():
             module.__dict__.pop(name, None)
+        module.__dict__.update(own)
+
+
+def _is_function(value: Any, name: str) -> bool:
+    """Return whether a value that a layer may call is followed."""
+    if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+        return True
+    return name in SCANS and callable(value) and not isinstance(value, nn.Module)
 
 
 class Operations(TorchFunctionMode):
@@ -298,6 +318,7 @@ class Replay:
         self.watched: dict[Key, Any] = {}
         self.calls: list[Call] = []
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._open: tuple[Key, ...] = ()
 
     def run(self, inputs: Any = None, patches: dict[nn.Module, Any] | None = None) -> Replay:
         """Run the module.
@@ -349,11 +370,14 @@ class Replay:
         if self.keep is None or not self.keep(kind, name):
             return function(*args, **kwargs)
         given = (args, kwargs)
-        if kind == "operation" and not any(sequences_in(given, self.length)):
+        longest = self.length + self.tracer.padding
+        if kind == "operation" and not any(sequences_in(given, self.length, longest)):
             return function(*args, **kwargs)
-        inputs = copied(given)
+        inputs, within = copied(given), self._open
+        self._open = (*within, key)
         result = function(*args, **kwargs)
-        self.calls.append(Call(key, function, inputs, copied(result)))
+        self._open = within
+        self.calls.append(Call(key, function, inputs, copied(result), within))
         return result
 
     def _by_child(self) -> dict[nn.Module, list[Any]]:

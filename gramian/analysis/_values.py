@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 __all__ = [
-    "PADDING",
     "changed_positions",
     "copied",
     "leaves_of",
@@ -21,28 +20,44 @@ __all__ = [
     "with_leaf",
 ]
 
-PADDING = 12
-"""The largest number of positions that a convolution may add to a short sequence."""
-
 _CHANGE = 1e-5
 """The least relative change of a position that counts, in single precision."""
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """Return the leaves of nested tuples, lists, mappings and outputs of transformers."""
-    return pytree.tree_leaves(value)
+    """Return the leaves of nested tuples, lists and mappings, such as outputs of transformers."""
+    if isinstance(value, MutableMapping):
+        return [leaf for inner in value.values() for leaf in leaves_of(inner)]
+    if isinstance(value, list | tuple):
+        return [leaf for inner in value for leaf in leaves_of(inner)]
+    return [value]
+
+
+def _with_leaves(value: Any, leaves: Iterator[Any]) -> Any:
+    """Return nested values of the same structure and types with other leaves."""
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)
+        for key, inner in value.items():
+            result[key] = _with_leaves(inner, leaves)
+        return result
+    if isinstance(value, list | tuple):
+        inner_values = [_with_leaves(inner, leaves) for inner in value]
+        named = isinstance(value, tuple) and hasattr(value, "_fields")
+        return type(value)(*inner_values) if named else type(value)(inner_values)
+    return next(leaves)
 
 
 def copied(value: Any) -> Any:
     """Return nested values with copies of their tensors, and new containers around them."""
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, value)
+    leaves = (x.detach().clone() if isinstance(x, Tensor) else x for x in leaves_of(value))
+    return _with_leaves(value, leaves)
 
 
 def with_leaf(value: Any, index: int, leaf: Any) -> Any:
     """Return nested values with another leaf at an index of `leaves_of`."""
-    leaves, structure = pytree.tree_flatten(value)
+    leaves = leaves_of(value)
     leaves[index] = leaf
-    return pytree.tree_unflatten(leaves, structure)
+    return _with_leaves(value, iter(leaves))
 
 
 def time_axis(x: Any, length: int, longest: int = 0) -> int | None:
@@ -97,6 +112,7 @@ def window(x: Tensor, axis: int, length: int, padded_before: bool) -> Tensor:
 def perturbed(
     value: Any,
     length: int,
+    longest: int,
     positions: Sequence[int],
     generator: torch.Generator,
     padded_before: bool = False,
@@ -105,10 +121,10 @@ def perturbed(
 
     Sequences of numbers get noise of twice their standard deviation. Integers are replaced by
     integers from other positions, so that they stay in the vocabulary. Masks do not change.
-    `padded_before` is that of `window`.
+    `longest` is that of `time_axis`, and `padded_before` that of `window`.
     """
-    leaves, structure = pytree.tree_flatten(value)
-    for index, x, axis in sequences_in(value, length, length + PADDING):
+    leaves = leaves_of(value)
+    for index, x, axis in sequences_in(value, length, longest):
         if bool((x <= torch.finfo(x.dtype).min / 2).any()):
             continue  # a mask
         leaves[index] = x = x.detach().clone()
@@ -124,7 +140,7 @@ def perturbed(
         other = _other_integers(x, along, positions)
         if other is not None:
             leaves[index] = other
-    return pytree.tree_unflatten(leaves, structure)
+    return _with_leaves(value, iter(leaves))
 
 
 def _other_integers(x: Tensor, axis: int, positions: Sequence[int]) -> Tensor | None:
