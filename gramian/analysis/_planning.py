@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramian.analysis._attention import ATTENTION, read_attention
+from gramian.analysis._composition import Feed, find_feed
 from gramian.analysis._general import (
     TOLERANCE,
     Unreadable,
@@ -30,7 +32,7 @@ from gramian.analysis._segments import segment_call, segments_of
 from gramian.analysis._tracing import Call, Frame, Key, Replay, Tracer
 from gramian.analysis._values import copied, leaves_of
 
-__all__ = ["Plan", "Planner", "Site"]
+__all__ = ["Plan", "Planner", "Site", "module_call", "read_scan", "values_of"]
 
 _AHEAD = "it is not causal: it looks ahead."
 _CONVOLUTIONS = ("conv1d",)
@@ -73,12 +75,15 @@ class Plan:
         module: the module.
         sites: the calls whose operators are read.
         refusal: why the module, or a part of it, cannot be read; empty if all of it is read.
+        feeds: for calls whose values a short convolution of the module feeds, by their keys: which
+            channels feed them. It is empty unless convolutions belong to the layers they feed.
     """
 
     path: str
     module: nn.Module
     sites: list[Site] = field(default_factory=list)
     refusal: str = ""
+    feeds: dict[Key, Feed] = field(default_factory=dict)
 
     @property
     def repeats(self) -> bool:
@@ -102,13 +107,14 @@ class Planner:
     Args:
         tracer: The tracer of the model.
         length: The number of positions of the short sequence.
+        joins: Whether short convolutions belong to the layers that they feed.
 
     Attributes:
         plans: the plan of every module that mixes positions by itself, by its path.
     """
 
-    def __init__(self, tracer: Tracer, length: int) -> None:
-        self.tracer, self.length = tracer, length
+    def __init__(self, tracer: Tracer, length: int, joins: bool = False) -> None:
+        self.tracer, self.length, self.joins = tracer, length, joins
         self.plans: dict[str, Plan] = {}
         self._known: dict[type, list[Plan]] = {}
 
@@ -122,6 +128,8 @@ class Planner:
         try:
             if not self._as_before(plan, frame):
                 self._search(plan, frame)
+            if self.joins:
+                self._join(plan, frame)
         except Unreadable as reason:
             plan.sites, plan.refusal = [], str(reason)
         self._known.setdefault(type(frame.module), []).append(plan)
@@ -254,6 +262,27 @@ class Planner:
         for call in self._calls(frame, frozen, {("operation", "")})[:_CALLS]:
             yield call, 1
 
+    def _join(self, plan: Plan, frame: Frame) -> None:
+        """Find which layers the short convolutions of a module feed."""
+        names = {site.key[:2] for site in plan.sites}
+        calls = {call.key: call for call in self._calls(frame, {}, names)}
+        short = [site for site in plan.sites if site.kind == "convolution"]
+        for layer in plan.sites:
+            for site in short:
+                if layer in short or layer.key not in calls or site.key not in calls:
+                    continue
+                assert site.values is not None
+                feed = find_feed(
+                    self.tracer,
+                    frame,
+                    self.length,
+                    (calls[site.key], site.values),
+                    calls[layer.key],
+                    partial(values_of, layer, length=self.length),
+                )
+                if feed is not None:
+                    plan.feeds[layer.key] = feed
+
     def _segments(self, frame: Frame) -> Iterator[Call]:
         for number, (source, target) in enumerate(segments_of(self.tracer, frame, self.length)):
             if number >= _SEGMENTS:
@@ -310,3 +339,13 @@ def read_scan(call: Call) -> ScanReading:
     if reading.disagreement(call.result) > max(TOLERANCE, 8 * torch.finfo(leaf.dtype).eps):
         raise Unreadable(f"{name} did not return its recurrence applied to its values.")
     return reading
+
+
+def values_of(site: Site, call: Call, length: int) -> Tensor:
+    """Return the values of a call, (V, L), channel by channel and head by head."""
+    if site.values is not None:
+        return site.values.of(call, length).values.T[site.values.inputs]
+    if site.reader == "scan":
+        args, kwargs = call.inputs
+        return read(call.key[1], args, kwargs, call.function).values.flatten(0, 1)
+    raise Unreadable("a convolution before a map of attention is a layer of its own.")

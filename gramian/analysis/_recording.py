@@ -29,10 +29,18 @@ import torch
 from torch import Tensor, nn
 
 from gramian.analysis._attention import eager_attention, read_attention
+from gramian.analysis._composition import compose
 from gramian.analysis._general import Unreadable, measure_operators
 from gramian.analysis._inputs import ModelInputs, run_model
 from gramian.analysis._mixing import Finder, NotFinite, short_lengths
-from gramian.analysis._planning import Plan, Planner, Site, module_call, read_scan
+from gramian.analysis._planning import (
+    Plan,
+    Planner,
+    Site,
+    module_call,
+    read_scan,
+    values_of,
+)
 from gramian.analysis._segments import segment_call
 from gramian.analysis._states import States, mixer_states, scan_states
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
@@ -61,8 +69,7 @@ class RecordedOperator:
         storage: how the layer stores its past, as in `LayerState`; None if it is not known.
         orders: orders of the layer's own recurrences, (count), where the system is a matrix from
             which they cannot be read; None if the system says what its state is.
-        states: what the recurrence reads, from which its states follow; None if it has no states
-            with several value channels.
+        states: what the states of a recurrence hold; None if the layer has no such states.
     """
 
     name: str
@@ -97,6 +104,7 @@ class _Running:
         counts: the number of calls so far, by kind and name.
         inside: whether a planned call of it is running.
         reached: keys of the planned calls that were made.
+        convolutions: calls of convolutions that belong to later layers, by their keys.
         undo: what to close when it ends.
     """
 
@@ -105,6 +113,7 @@ class _Running:
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     inside: bool = False
     reached: set[Key] = field(default_factory=set)
+    convolutions: dict[Key, Call] = field(default_factory=dict)
     undo: ExitStack = field(default_factory=ExitStack)
 
 
@@ -114,14 +123,21 @@ class Recorder:
     Args:
         model: The model whose layers are recorded.
         visit: A function that is called with each operator during the forward pass.
+        joins: Whether short convolutions are parts of the operators that they feed, instead of
+            layers of their own.
 
     Attributes:
         plans: the plan of every module that mixes positions by itself, by its path, as soon as they
             are known.
     """
 
-    def __init__(self, model: nn.Module, visit: Callable[[RecordedOperator], None]) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        visit: Callable[[RecordedOperator], None],
+        joins: bool = False,
+    ) -> None:
+        self.model, self.joins = model, joins
         self.visit = visit
         self.plans: dict[str, Plan] = {}
         self.ran: dict[str, int] = Counter()
@@ -160,7 +176,7 @@ class Recorder:
         lengths = short_lengths(self.model)
         while True:
             length, self._tracer.padding = lengths.pop(0)
-            planner = Planner(self._tracer, length)
+            planner = Planner(self._tracer, length, self.joins)
             finder = Finder(self._tracer, length, partial(self._plan, planner), _is_mixer)
             try:
                 with finder.finding():
@@ -268,7 +284,14 @@ class Recorder:
         before, self._tracer.handler = self._tracer.handler, None
         outer, self._tracer.operations = self._tracer.operations, None
         try:
-            self._record(running.plan, site, self._operator(site, call()))
+            made = call()
+            if any(site.key == feed.convolution for feed in running.plan.feeds.values()):
+                running.convolutions[site.key] = made
+            else:
+                operator = self._operator(site, made)
+                if site.key in running.plan.feeds:
+                    operator = self._joined(running, site, made, operator)
+                self._record(running.plan, site, operator)
         except Unreadable as reason:
             self.refused[running.plan.path] = str(reason)
         finally:
@@ -296,6 +319,27 @@ class Recorder:
             return FIR(measured) if values.taps else DenseOperator(measured)
 
         return _Operator(values.count, system)
+
+    def _joined(self, running: _Running, site: Site, call: Call, core: _Operator) -> _Operator:
+        """Return the operator of a layer together with the convolution that feeds it."""
+        feed = running.plan.feeds[site.key]
+        short = running.convolutions[feed.convolution]
+        values = values_of(site, call, self._length)
+        heads = [v // (len(values) // core.count) for v in range(len(values))]
+        if site.values is not None:
+            heads = site.values.operator.tolist()
+
+        def matrices(chosen: list[int]) -> Tensor:
+            systems = [core.system(slice(h, h + 1)).matrix(self._length) for h in chosen]
+            return torch.stack([m.reshape(m.shape[-2:]) for m in systems])
+
+        responses = feed.values.of(short, self._length)
+        system = compose(feed, responses, short.result, values, matrices, heads)
+        orders = None
+        if site.reader == "scan" and feed.values.taps:
+            order = core.system(slice(0, 1)).order + feed.values.taps - 1
+            orders = torch.full((len(values),), order)
+        return _Operator(len(values), system, None, orders)
 
     def _read_mixer(self, plan: Plan, x: Tensor) -> None:
         module: Any = plan.module

@@ -219,6 +219,34 @@ def test_every_call_of_a_module_that_mixes_is_read() -> None:
     torch.testing.assert_close(found[1][1][0], expected.detach(), atol=2e-5, rtol=1e-4)
 
 
+def test_a_short_convolution_can_be_part_of_the_operator_that_it_feeds() -> None:
+    model = Two().eval()
+    x = torch.randn(1, 60, WIDTH)
+    report = gramian.analyze(model, x, every=7, include="mixer", max_channels=None)
+    assert report.include == "mixer" and not report.unread
+    (layer,) = report.layers
+    assert layer.kind == "recurrence" and layer.count == WIDTH
+    # a naive operator: the response of the whole chain with the factor of tanh frozen
+    with torch.no_grad():
+        before = F.conv1d(F.pad(x.mT, (2, 0)), model.first.taps.weight, groups=WIDTH)[0]
+        factors = before.tanh() / before  # (WIDTH, L)
+        gates = model.g(x)[0, :, :1].sigmoid()
+        columns = []
+        for j in range(60):
+            impulse = torch.zeros(1, WIDTH, 60)
+            impulse[..., j] = 1
+            y = F.conv1d(F.pad(impulse, (2, 0)), model.first.taps.weight, groups=WIDTH)[0]
+            columns.append(model.accumulate((factors * y).T, gates).T)
+    T = torch.stack(columns, -1).double()
+    for c, i in ((0, 14), (5, 28), (11, 56)):
+        s = torch.linalg.svdvals(T[c, i:, :i])
+        p = s / s.sum()
+        expected = torch.exp(torch.special.entr(p).sum())
+        torch.testing.assert_close(layer.ess[c, i // 7].double(), expected, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="include"):
+        gramian.analyze(model, x, include="all")
+
+
 class Ahead(Toy):
     def forward(self, x: Tensor) -> Tensor:
         return self.o(x + x.roll(-1, 1))
