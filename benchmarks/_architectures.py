@@ -324,7 +324,7 @@ def small_model(
     config = small_config(model_type) if config is None else config
     torch.manual_seed(seed)
     with _quiet():
-        model = model_class(model_type)(config).float().eval()
+        model = model_class(model_type)(config).to(torch.get_default_dtype()).eval()
     _fill(model, torch.Generator().manual_seed(seed + 1))
     return model
 

@@ -77,6 +77,7 @@ _PAGE = Path(__file__).resolve().parent.parent / "docs/results/coverage.md"
 def build(model_type: str, implementation: str | None = None) -> nn.Module:
     """Return a small model, in double precision if it can run in it."""
     for dtype in (torch.float64, torch.float32):
+        precision = double_precision() if dtype == torch.float64 else contextlib.nullcontext()
         config = small_config(model_type)
         config._experts_implementation = "eager"
         if implementation is not None:
@@ -84,12 +85,26 @@ def build(model_type: str, implementation: str | None = None) -> nn.Module:
         model = small_model(model_type, config=config).to(dtype)
         if dtype == torch.float32:
             return model
-        with contextlib.suppress(RuntimeError), torch.no_grad():
+        with contextlib.suppress(RuntimeError), torch.no_grad(), precision:
             mask = torch.ones(1, len(tokens()), dtype=torch.long)
             output = model(tokens()[None], attention_mask=mask, use_cache=False)
             if bool(output.logits.isfinite().all()):
                 return model
     raise AssertionError
+
+
+@contextlib.contextmanager
+def double_precision() -> Iterator[None]:
+    """Compute in double precision what code asks to be computed in single precision.
+
+    Many models compute softmax and scans in single precision whatever the dtype of their inputs is.
+    """
+    single, cast = torch.float32, Tensor.float
+    torch.float32, Tensor.float = torch.float64, Tensor.double
+    try:
+        yield
+    finally:
+        torch.float32, Tensor.float = single, cast
 
 
 def run(model: nn.Module) -> Any:
@@ -102,9 +117,19 @@ def examine(model_type: str) -> dict[str, Any]:
     row: dict[str, Any] = {"type": model_type, "class": model_class(model_type).__name__}
     started = time.perf_counter()
     try:
-        model, reference = build(model_type), build(model_type, "eager")
+        model = build(model_type)
     except CannotBuild as error:
         return row | {"verdict": "not built", "reason": str(error)}
+    double = next(model.parameters()).dtype == torch.float64
+    with double_precision() if double else contextlib.nullcontext():
+        return _examined(model_type, model, row, started)
+
+
+def _examined(
+    model_type: str, model: nn.Module, row: dict[str, Any], started: float
+) -> dict[str, Any]:
+    """Return the row of a model."""
+    reference = build(model_type, "eager")
     row["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     with torch.no_grad():
         sites = find_sites(reference, lambda: run(reference), lengths(model_type))
