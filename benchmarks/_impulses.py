@@ -81,14 +81,16 @@ def operators_at(site: Site) -> Iterator[Response]:
     if not site.name:
         yield from _responses(_of_code(site), site.call.length)
         return
-    inner = next(_responses(_of_function(site.call), site.call.length), None)
-    outer = None if inner is None else _around(site, inner)
+    found = _responses(_of_function(site.call), site.call.length)
+    inner = next(found, None)
     if inner is None:
         return
+    outer = _around(site, inner)
     if outer is not None and not _same_rows(outer.maps, inner.maps, scaled=True):
         yield outer  # the module combines parts that the function returns
         return
-    yield from _responses(_of_function(site.call), site.call.length)
+    yield inner
+    yield from found
     if outer is not None and _same_rows(outer.maps, inner.maps, scaled=False):
         yield outer  # the module adds the values themselves
 
@@ -122,6 +124,11 @@ def _around(site: Site, inner: Response) -> Response | None:
         if label.startswith(f"{site.name}()") or float(apart.max()) > 1e-9:
             continue
         with contextlib.suppress(Exception):
+            few_maps = _respond(label, source, answer, length, most=4).maps
+            if _same_rows(few_maps, inner.maps, scaled=True) and not _same_rows(
+                few_maps, inner.maps, scaled=False
+            ):
+                return None
             outer = _respond(label, source, answer, length)
             # Where the values also choose what is attended to, only a part of them is linear.
             few = len(outer.maps) < given.shape[1]
@@ -150,9 +157,13 @@ def _same_rows(maps: Tensor, others: Tensor, *, scaled: bool) -> bool:
 
 
 def _respond(
-    label: str, values: Tensor, answer: Callable[[Tensor], list[Tensor]], length: int
+    label: str,
+    values: Tensor,
+    answer: Callable[[Tensor], list[Tensor]],
+    length: int,
+    most: int | None = None,
 ) -> Response:
-    """Return the operators from values to an answer.
+    """Return the operators from values to an answer, of at most some number of channels.
 
     Raises:
         NoOperator: if no channel has one.
@@ -172,7 +183,7 @@ def _respond(
 
     base = run(torch.zeros(length, channels, dtype=values.dtype))
     chosen = _answering(run, base, (length, channels), scale)
-    pairs = _own_channels(run, base, chosen, (length, channels), scale)
+    pairs = _own_channels(run, base, chosen, (length, channels), scale, most)
     only = torch.tensor(sorted(pairs))
     inputs = torch.tensor([c for c, outs in pairs.items() for _ in outs])
     outputs = torch.tensor([o for outs in pairs.values() for o in outs])
@@ -221,6 +232,7 @@ def _own_channels(
     chosen: int,
     shape: tuple[int, int],
     scale: float,
+    most: int | None,
 ) -> dict[int, list[int]]:
     """Return the value channels that answer linearly, with the output channels of each.
 
@@ -229,17 +241,23 @@ def _own_channels(
     # Some code computes in single precision whatever its inputs are.
     tight = 1e-4 if base[chosen].dtype == torch.float64 else 1e-3
     generator = torch.Generator().manual_seed(11)
+    change = scale * torch.randn(shape, generator=generator).to(base[chosen].dtype)
+    once, twice = (run(times * change)[chosen] - base[chosen] for times in (1, 2))
+    linear = float((twice - 2 * once).norm()) <= tight * float(once.norm())
     found: dict[int, list[int]] = {}
     for c in range(shape[1]):
+        if most is not None and (len(found) == most or c == 3 * most):
+            break
         change = torch.zeros(shape, dtype=base[chosen].dtype)
         change[:, c] = scale * torch.randn(shape[0], generator=generator).to(change.dtype)
         once = run(change)[chosen] - base[chosen]
         size = float(once.norm())
         if not size > 1e-9 * float(base[chosen].norm()):
             continue
-        twice = run(2 * change)[chosen] - base[chosen]
-        if float((twice - 2 * once).norm()) > tight * size:
-            continue
+        if not linear:
+            twice = run(2 * change)[chosen] - base[chosen]
+            if float((twice - 2 * once).norm()) > tight * size:
+                continue
         energy = once.square().sum(0)
         found[c] = (energy > tight * 1e-5 * energy.max()).nonzero().flatten().tolist()
     if not found:

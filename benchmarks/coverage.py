@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -237,7 +238,7 @@ def _verified(
     report: StateReport, found: dict[str, list[Tensor]], sites: list[Site]
 ) -> list[dict[str, Any]]:
     """Return an entry for each layer of a report, with what the tests say of it."""
-    known: dict[int, list[Response]] = {}
+    known: dict[int, Responses] = {}
     entries = []
     for layer in report.layers:
         maps = torch.cat(found[layer.name]).cpu()
@@ -298,9 +299,7 @@ class Match:
         )
 
 
-def _match(
-    name: str, maps: Tensor, sites: list[Site], known: dict[int, list[Response]]
-) -> Match | None:
+def _match(name: str, maps: Tensor, sites: list[Site], known: dict[int, Responses]) -> Match | None:
     """Return where the operators of a layer are found, or None if no place has operators.
 
     A layer may have the operators of several calls of one function, as of one call for each head.
@@ -317,11 +316,13 @@ def _match(
         if joint is not None and joint.error < OPERATORS and not joint.repeats(site):
             break
         matches = []
-        for response in _responses(site, known):
+        for response in known.setdefault(id(site), Responses(site)):
             if response.maps.shape[1:] == maps.shape[1:]:
                 errors = response.errors(maps)
                 nearest = response.maps[errors.argmin(1)]
                 matches.append(Match([site], float(errors.amin(0).max()), errors.amin(1), nearest))
+                if matches[-1].lacking < OPERATORS:
+                    break
         if not matches:
             continue
         whole = min(matches, key=lambda match: match.lacking)
@@ -340,11 +341,19 @@ def _match(
     return best
 
 
-def _responses(site: Site, known: dict[int, list[Response]]) -> list[Response]:
-    if id(site) not in known:
-        ways = zip(range(_WAYS), operators_at(site), strict=False)
-        known[id(site)] = [response for _, response in ways]
-    return known[id(site)]
+class Responses:
+    """The operators at a place, each obtained when it is first asked for."""
+
+    def __init__(self, site: Site) -> None:
+        self._found: list[Response] = []
+        self._left = itertools.islice(operators_at(site), _WAYS)
+
+    def __iter__(self) -> Iterator[Response]:
+        """Yield the operators for every choice of values."""
+        yield from self._found
+        for response in self._left:
+            self._found.append(response)
+            yield response
 
 
 def module_of(name: str) -> str:
