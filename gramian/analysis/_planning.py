@@ -29,6 +29,7 @@ from gramian.analysis._general import (
 from gramian.analysis._mixing import Leftover, mixing_of
 from gramian.analysis._scans import SCANS, ScanReading, read
 from gramian.analysis._segments import segment_call, segments_of
+from gramian.analysis._single import single_call, single_frame
 from gramian.analysis._tracing import Call, Frame, Key, Replay, Tracer
 from gramian.analysis._values import copied, leaves_of
 
@@ -132,6 +133,8 @@ class Planner:
                 self._join(plan, frame)
         except Unreadable as reason:
             plan.sites, plan.refusal = [], str(reason)
+        except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
+            plan.sites, plan.refusal = [], f"it cannot be run alone: {type(error).__name__}."
         self._known.setdefault(type(frame.module), []).append(plan)
 
     def _as_before(self, plan: Plan, frame: Frame) -> bool:
@@ -168,7 +171,8 @@ class Planner:
             read_scan(call)
         elif site.values is not None:
             chosen = range(0, site.values.count, max(1, site.values.count // 4))
-            measure_operators(site.values.of(call, self.length), site.values, chosen)
+            responses = site.values.of(single_call(call), self.length)
+            measure_operators(responses, site.values, chosen)
 
     def _search(self, plan: Plan, frame: Frame) -> None:
         frozen = self._known_kinds(plan, frame)
@@ -227,9 +231,9 @@ class Planner:
             elif reader == "scan":
                 read_scan(call)
             else:
-                return Site(
-                    call.key, reader, find_values(call, self.length, self.tracer.padding, budget)
-                )
+                call = single_call(call)
+                found = find_values(call, self.length, self.tracer.padding, budget)
+                return Site(call.key, reader, found)
         except Unreadable as reason:
             if str(reason) == _AHEAD and reader == "attention":
                 raise
@@ -311,7 +315,8 @@ class Planner:
 
 
 def module_call(tracer: Tracer, frame: Frame, length: int) -> Call:
-    """Return a module as a call of its own arguments."""
+    """Return a module as a call of its own arguments, in at least single precision."""
+    frame = single_frame(frame)
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         return Replay(tracer, frame, length).run((args, kwargs)).output

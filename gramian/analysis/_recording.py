@@ -42,6 +42,7 @@ from gramian.analysis._planning import (
     values_of,
 )
 from gramian.analysis._segments import segment_call
+from gramian.analysis._single import single_call
 from gramian.analysis._states import States, mixer_states, scan_states
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
@@ -173,7 +174,7 @@ class Recorder:
 
         If a model cannot read as many tokens, fewer are tried.
         """
-        lengths = short_lengths(self.model)
+        lengths = [*short_lengths(self.model), (inputs.length, 0)]
         while True:
             length, self._tracer.padding = lengths.pop(0)
             planner = Planner(self._tracer, length, self.joins)
@@ -185,7 +186,7 @@ class Recorder:
             except NotFinite:
                 raise
             except (IndexError, RuntimeError, ValueError):
-                lengths = [other for other in lengths if other[0] < length]
+                lengths = [*(other for other in lengths[:-1] if other[0] < length), *lengths[-1:]]
                 if not lengths:
                     raise
         self.plans = planner.plans
@@ -311,7 +312,7 @@ class Recorder:
             return _Operator(reading.count, reading.system, states=scan_states(reading))
         values = site.values
         assert values is not None
-        responses = values.of(call, self._length)
+        responses = values.of(single_call(call), self._length)
 
         def system(channels: slice) -> System:
             chosen = range(values.count)[channels]
@@ -333,6 +334,7 @@ class Recorder:
             systems = [core.system(slice(h, h + 1)).matrix(self._length) for h in chosen]
             return torch.stack([m.reshape(m.shape[-2:]) for m in systems])
 
+        short = single_call(short)
         responses = feed.values.of(short, self._length)
         system = compose(feed, responses, short.result, values, matrices, heads)
         orders = None

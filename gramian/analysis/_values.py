@@ -18,6 +18,7 @@ __all__ = [
     "time_axis",
     "window",
     "with_leaf",
+    "with_leaves",
 ]
 
 _CHANGE = 1e-5
@@ -33,15 +34,15 @@ def leaves_of(value: Any) -> list[Any]:
     return [value]
 
 
-def _with_leaves(value: Any, leaves: Iterator[Any]) -> Any:
+def with_leaves(value: Any, leaves: Iterator[Any]) -> Any:
     """Return nested values of the same structure and types with other leaves."""
     if isinstance(value, MutableMapping):
         result = copy.copy(value)
         for key, inner in value.items():
-            result[key] = _with_leaves(inner, leaves)
+            result[key] = with_leaves(inner, leaves)
         return result
     if isinstance(value, list | tuple):
-        inner_values = [_with_leaves(inner, leaves) for inner in value]
+        inner_values = [with_leaves(inner, leaves) for inner in value]
         named = isinstance(value, tuple) and hasattr(value, "_fields")
         return type(value)(*inner_values) if named else type(value)(inner_values)
     return next(leaves)
@@ -50,14 +51,14 @@ def _with_leaves(value: Any, leaves: Iterator[Any]) -> Any:
 def copied(value: Any) -> Any:
     """Return nested values with copies of their tensors, and new containers around them."""
     leaves = (x.detach().clone() if isinstance(x, Tensor) else x for x in leaves_of(value))
-    return _with_leaves(value, leaves)
+    return with_leaves(value, leaves)
 
 
 def with_leaf(value: Any, index: int, leaf: Any) -> Any:
     """Return nested values with another leaf at an index of `leaves_of`."""
     leaves = leaves_of(value)
     leaves[index] = leaf
-    return _with_leaves(value, iter(leaves))
+    return with_leaves(value, iter(leaves))
 
 
 def time_axis(x: Any, length: int, longest: int = 0) -> int | None:
@@ -140,7 +141,7 @@ def perturbed(
         other = _other_integers(x, along, positions)
         if other is not None:
             leaves[index] = other
-    return _with_leaves(value, iter(leaves))
+    return with_leaves(value, iter(leaves))
 
 
 def _other_integers(x: Tensor, axis: int, positions: Sequence[int]) -> Tensor | None:

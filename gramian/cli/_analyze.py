@@ -176,9 +176,8 @@ def analyze(
     _check_texts(text or [], texts, bool(saved), rank)
     _check_outputs(output, table)
     options = {"every": every, "measure": measure, "tol": tol, "rtol": rtol}
-    options |= {"max_channels": max_channels or None, "include": include}
     _check_measure(saved if models else [], options)
-    options |= {"max_channels": max_channels or None, "ranks": ranks}
+    options |= {"max_channels": max_channels or None, "include": include, "ranks": ranks}
     if len(text or []) > 1 or texts > 1:
         files = (output, picture, html, table)
         wanted = SeveralTexts(text or [], texts, horizon, options, device, *files)

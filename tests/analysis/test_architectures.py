@@ -159,11 +159,18 @@ def test_models_are_read_wholly_and_compute_the_same(kind: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(during, plain, strict=True))
 
 
-def test_half_precision_models_are_read() -> None:
-    model = model_of("llama").to(torch.bfloat16)
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gptj", "lfm2", "diffllama"])
+def test_models_in_half_precision_are_read_in_single(kind: str) -> None:
+    model = model_of(kind)
     ids = torch.randint(3, 64, (1, 30), generator=torch.Generator().manual_seed(1))
-    report = gramian.analyze(model, ids, every=7)
-    assert not report.unread and [layer.reader for layer in report.layers] == ["attention"] * 2
+    single = gramian.analyze(model, ids, every=7)
+    half = gramian.analyze(model.to(torch.bfloat16), ids, every=7)
+    assert not half.unread
+    for one, other in zip(half.layers, single.layers, strict=True):
+        assert (one.kind, one.reader, one.count) == (other.kind, other.reader, other.count)
+    # the first layer sees the same hidden states up to their rounding
+    torch.testing.assert_close(half.layers[0].ess, single.layers[0].ess, rtol=0.05, atol=0.05)
+    assert model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 100])
