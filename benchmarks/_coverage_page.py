@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from typing import Any
 
-VERDICTS = ("read", "in part", "named", "silent", "wrong", "raises", "not built")
+VERDICTS = ("read", "in part", "named", "silent", "wrong", "raises", "not causal", "not built")
 
 
 def compact(row: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +113,7 @@ _VERDICTS = {
     "silent": "of which a mixer is neither read nor named",
     "wrong": "with a wrong operator, state-size or output",
     "raises": "on which the analysis raises an error",
+    "not causal": "that look ahead on a plain text, and are refused",
     "not built": "that were not built",
 }
 _HEAD = ("type", "verdict", "mixers (reader)", "operators", "state-sizes", "outputs", "seconds")

@@ -19,6 +19,7 @@ named      no place is measured, and all are named
 silent     a place is neither measured nor named
 wrong      an operator or a state-size is wrong, or the analysis changed the model's outputs
 raises     the analysis raised an error, or took too long
+not causal the model looks ahead, and the analysis refuses it
 not built  no model of this type can be built from text alone
 
     python benchmarks/coverage.py [--types llama,mamba] [--jobs N]
@@ -142,6 +143,8 @@ def _examined(
         with _operators(found):
             during = _outputs(model, blocks, lambda: _analyzed(model, row))
     except Exception as error:
+        if isinstance(error, ValueError) and _looks_ahead(model):
+            return row | {"verdict": "not causal", "reason": str(error)}
         message = f"{type(error).__name__}: {error}"
         return row | {"verdict": "raises", "reason": message[:400]}
     row["analysis_seconds"] = round(time.perf_counter() - begun, 2)
@@ -152,6 +155,16 @@ def _examined(
     row["silent"] = _silent(sites, row["layers"], row["unread"])
     row["seconds"] = round(time.perf_counter() - started, 2)
     return row | _verdict(row)
+
+
+def _looks_ahead(model: nn.Module) -> bool:
+    """Return whether outputs at earlier positions change with the last token."""
+    ids = tokens()[None]
+    other = ids.clone()
+    other[0, -1] = 3 + (other[0, -1] + 17) % 97
+    with torch.no_grad():
+        before, after = (model(x, use_cache=False).logits[:, :-1] for x in (ids, other))
+    return _relative(before, after) > OUTPUTS
 
 
 def _analyzed(model: nn.Module, row: dict[str, Any]) -> None:
