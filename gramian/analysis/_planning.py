@@ -139,9 +139,9 @@ class Planner:
         self._known.setdefault(type(frame.module), []).append(plan)
 
     def _as_before(self, plan: Plan, frame: Frame) -> bool:
-        """Read a module like one of the same class, if this works."""
+        """Read a module like one of the same class and the same sizes, if this works."""
         for known in self._known.get(type(frame.module), []):
-            if known.refusal or not known.sites:
+            if known.refusal or not known.sites or _sizes(known.module) != _sizes(frame.module):
                 continue
             names = {site.key[:2] for site in known.sites}
             try:
@@ -315,6 +315,11 @@ class Planner:
             operations="operation" in kinds or any(key[0] == "operation" for key in frozen),
         )
         return replay.run().calls
+
+
+def _sizes(module: nn.Module) -> list[torch.Size]:
+    """Return the shapes of the parameters of a module."""
+    return [parameter.shape for parameter in module.parameters()]
 
 
 def module_call(tracer: Tracer, frame: Frame, length: int) -> Call:

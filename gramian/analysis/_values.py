@@ -49,9 +49,16 @@ def with_leaves(value: Any, leaves: Iterator[Any]) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """Return nested values with copies of their tensors, and new containers around them."""
-    leaves = (x.detach().clone() if isinstance(x, Tensor) else x for x in leaves_of(value))
-    return with_leaves(value, leaves)
+    """Return nested values with copies of their tensors and caches, and new containers."""
+    return with_leaves(value, map(_copied_leaf, leaves_of(value)))
+
+
+def _copied_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone()
+    if hasattr(leaf, "get_seq_length"):  # a cache of transformers, to which a call adds its input
+        return copy.deepcopy(leaf)
+    return leaf
 
 
 def with_leaf(value: Any, index: int, leaf: Any) -> Any:
