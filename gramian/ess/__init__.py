@@ -11,15 +11,19 @@ from typing import Any
 
 from gramian.ess._effective_state_size import (
     effective_state_size,
+    estimated_state_size,
     hankel_singular_values,
     sketched_state_size,
 )
 from gramian.ess._realize import realize
 from gramian.ess.aggregation import aggregate, theoretical_state_size, utilization
+from gramian.ess.rows import RowOperator
 
 __all__ = [
+    "RowOperator",
     "aggregate",
     "effective_state_size",
+    "estimated_state_size",
     "hankel_singular_values",
     "realize",
     "sketched_state_size",
