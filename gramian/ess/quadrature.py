@@ -39,11 +39,17 @@ _BREADTH = 16
 _DEPTH = 8
 """The number of blocks of the Krylov space."""
 
+_NOISE = 1e-6
+"""A length up to which a product is taken for rounding errors, relative to the largest value."""
+
 _CONVERGED = 0.2
 """A leading triple is deflated if its residual is at most this, relative to its value."""
 
 _STEPS = (8, 12, 16, 24, 32, 48)
 """Numbers of steps of the bidiagonalization, of which the first is taken that suffices."""
+
+_UNSURE = 0.01
+"""The energy of the other values serves if its relative error is at most this."""
 
 _SHARE = 0.25
 """The share of the tolerance that the error of the quadratures may take."""
@@ -173,19 +179,22 @@ class _Estimate:
         )
         start = self._signs(b) * (1 - blocks.small_mask())
         Z, _ = _orthonormal(blocks.to_small(start))
-        U, coupling = None, upper.new_zeros(0)
+        U, coupling, floor = None, upper.new_zeros(0), None
         for step in range(_DEPTH):
             here = slice(step * b, (step + 1) * b)
             self._append(basis, Z)
             Y = blocks.to_large(Z)
             if U is not None:
                 Y -= _times(U, coupling)
-            U, upper[:, here, here] = _orthonormal(Y)
+            U, upper[:, here, here] = _orthonormal(Y, floor)
+            if floor is None:
+                floor = _NOISE * torch.linalg.matrix_norm(upper[:, here, here], 2)
             W = blocks.to_small(U)
             self._project(W, basis)
-            Z, first = _orthonormal(W)
+            self._project(W, basis)
+            Z, first = _orthonormal(W, floor)
             self._project(Z, basis)
-            Z, second = _orthonormal(Z)
+            Z, second = _orthonormal(Z, torch.full_like(floor, 0.5))  # others were rounding errors
             coupling = (second @ first).mT
             upper[:, here, here.stop : here.stop + b] = coupling
         return [torch.cat(parts, 1) for parts in basis], upper
@@ -210,7 +219,7 @@ class _Estimate:
         left = inner @ W / values.clamp_min(torch.finfo(values.dtype).tiny).unsqueeze(1)
         residual = torch.linalg.vector_norm(upper[..., r:].mT @ left, dim=1)  # (P, r)
         largest = values.amax(-1, keepdim=True)
-        kept = (values > 1e-6 * largest) & (residual <= _CONVERGED * values)
+        kept = (values > 10 * _NOISE * largest) & (residual <= _CONVERGED * values)
         vectors = [
             V @ W[p][:, kept[p]].to(V.dtype) for p, V in enumerate(basis)
         ]
@@ -385,8 +394,12 @@ class _Tail:
         weight = torch.cat([sample.rules[-1].weights.flatten() for sample in samples])
         weight = weight * number / self.mass.sum()  # a density of the spectrum
         level = sigma.amax().clamp_min(torch.finfo(sigma.dtype).tiny)
+        energy = self._integrals(torch.square)[0]
+        if leading.unsure[p] > _UNSURE * energy.mean():
+            energy = torch.zeros_like(energy)  # the energy that is known is no better than this one
         basis = torch.stack([torch.ones_like(sigma), (sigma / level).square()])
-        controls = torch.stack([self.mass, self._integrals(torch.square)[0] / level.square()])
+        basis[1] *= bool(energy.any())
+        controls = torch.stack([self.mass, energy / level.square()])
         known = torch.stack([number, rest / level.square()]).unsqueeze(-1)
         gram = (basis * weight) @ basis.mT
 
@@ -480,10 +493,11 @@ def _times(Z: Tensor, matrix: Tensor) -> Tensor:
     return (Z.transpose(0, 1) @ matrix.to(Z.dtype)).transpose(0, 1)
 
 
-def _orthonormal(Z: Tensor) -> tuple[Tensor, Tensor]:
+def _orthonormal(Z: Tensor, floor: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return vectors O (L, P, N) and F (P, N, N), float64, with Z = O F.
 
-    The vectors O are orthonormal or zero (Stathopoulos and Wu 2002).
+    The vectors O are orthonormal or zero (Stathopoulos and Wu 2002). Directions along which Z is
+    not longer than `floor`, (P), are left out.
     """
     factor = torch.eye(Z.shape[-1], dtype=torch.float64, device=Z.device).expand(Z.shape[1], -1, -1)
     for repeat in range(4):
@@ -491,16 +505,18 @@ def _orthonormal(Z: Tensor) -> tuple[Tensor, Tensor]:
         gram = (by_position @ by_position.mT).double()
         squares, vectors = torch.linalg.eigh(gram)
         largest = squares.amax(-1, keepdim=True)
+        done = repeat and bool(((squares - 1).abs() < 1e-4).logical_or(squares == 0).all())
         if repeat:
             there = squares > 1e-4
-            if bool(((squares - 1).abs() < 1e-5).logical_or(~there).all()):
-                break
         else:
-            squares = squares.clamp_min(1e-9 * largest)
             there = (largest > 0).expand_as(squares)
+            if floor is not None:
+                there = squares > floor.square().unsqueeze(-1)
+            squares = squares.clamp_min(1e-7 * largest)
         scale = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
         change = torch.where(there.unsqueeze(1), vectors / scale.unsqueeze(1), 0)
         Z = _times(Z, change)
-        back = torch.where(there.unsqueeze(-1), vectors.mT * scale.unsqueeze(-1), 0)
-        factor = back @ factor
+        factor = torch.where(there.unsqueeze(-1), vectors.mT * scale.unsqueeze(-1), 0) @ factor
+        if done:
+            break
     return Z.contiguous(), factor
