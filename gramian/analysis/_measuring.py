@@ -38,7 +38,11 @@ def measure_layer(
             raise ValueError(f"{recorded.name}: {error}") from error
         capacity = theoretical_state_size(system, positions, horizon=length)
         ess.append(sizes.reshape(-1, len(positions)).float().cpu())
-        tss.append(capacity.reshape(-1, len(positions)).float().cpu())
+        capacity = capacity.reshape(-1, len(positions)).float().cpu()
+        if recorded.orders is not None:
+            orders = recorded.orders[part.start : part.stop : part.step].float().cpu()
+            capacity = capacity.minimum(orders[:, None])
+        tss.append(capacity)
     return LayerState(
         name=recorded.name,
         mixer=recorded.mixer,
@@ -48,6 +52,7 @@ def measure_layer(
         ess=torch.cat(ess),
         tss=torch.cat(tss),
         reader=recorded.reader,
+        storage=recorded.storage,
     )
 
 
@@ -71,4 +76,5 @@ def joined(layers: list[LayerState]) -> Iterator[LayerState]:
             ess=torch.cat([part.ess for part in parts]),
             tss=torch.cat([part.tss for part in parts]),
             reader=parts[0].reader,
+            storage=parts[0].storage,
         )

@@ -16,6 +16,7 @@ from gramian.reports._figures import (
 )
 from gramian.reports._page import save_state_page, state_page
 from gramian.reports._state import (
+    plot_depth_comparison,
     plot_state_comparison,
     plot_state_curves,
     plot_state_map,
@@ -25,6 +26,7 @@ from gramian.reports._state import (
 __all__ = [
     "plot_bits_per_byte",
     "plot_decoding_cost",
+    "plot_depth_comparison",
     "plot_distillation",
     "plot_hankel_spectra",
     "plot_state_comparison",

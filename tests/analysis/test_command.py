@@ -192,3 +192,96 @@ def test_mistakes_take_one_line(
     assert "Traceback" not in err
     if status == 1:
         assert len(err.strip().splitlines()) == 1
+
+
+def test_saved_reports_are_compared_over_depth(call: Call, place: Path, tmp_path: Path) -> None:
+    options = ["--prompt", "some words that are read", "--every", 3]
+    status, _, err = call(place / "own", *options, "-o", tmp_path / "first")
+    assert status == 0, err
+    saved = tmp_path / "first" / "report.json"
+    status, out, err = call(
+        *(place / "own", *options, "--compare", saved, "--compare", saved),
+        *("-o", tmp_path / "both", "--html", tmp_path / "page.html", "--json"),
+    )
+    assert status == 0, err
+    values = json.loads(out)
+    (report,) = values["models"]
+    comparison = values["comparison"]
+    assert comparison["models"] == [f"{place / 'own'} ({saved})"] * 2 + [str(place / "own")]
+    assert comparison["models_average_ess"] == pytest.approx([report["average_ess"]] * 3)
+    assert comparison["in_use_difference"] == [[pytest.approx(0)] * 2] * 3
+    names = {path.name for path in (tmp_path / "both").iterdir()}
+    assert {"report.json", "map.png", "comparison.png", "depth.png", "comparison.json"} <= names
+    assert json.loads((tmp_path / "both" / "comparison.json").read_text()) == comparison
+    assert (tmp_path / "page.html").read_text().count('"layers":[') == 3
+
+    status, out, err = call("--compare", saved, "--compare", saved)
+    assert status == 0 and "relative depth" in out and "(+0.00)" in out, err
+    status, out, err = call(place / "own", place / "own", *options)
+    assert status == 0 and "relative depth" in out, err
+
+
+def test_what_cannot_be_compared_is_refused(call: Call, place: Path, tmp_path: Path) -> None:
+    status, _, err = call(place / "own", "--prompt", "some words", "-o", tmp_path / "first")
+    assert status == 0, err
+    saved = tmp_path / "first" / "report.json"
+    again = [place / "own", "--compare", saved]
+    for arguments, wanted, message in (
+        (["--compare", saved], 2, "give a MODEL, or at least two reports"),
+        (["--compare", saved, "--compare", saved, "--prompt", "a"], 2, "need a MODEL that reads"),
+        ([*again, "--prompt", "more words"], 0, ""),
+        ([*again, "--prompt", "words"], 1, "same number of tokens; got 10 and 5"),
+        ([*again, "--prompt", "some words", "--measure", "tolerance", "--tol", 1], 1, "--measure"),
+        (
+            [place / "own", "--prompt", "a", "--compare", place / "text.txt"],
+            1,
+            "not a state report",
+        ),
+        ([place / "own", "--prompt", "a", "--compare", "absent.json"], 1, "absent.json"),
+    ):
+        status, out, err = call(*arguments, "-o", tmp_path / f"out{wanted}")
+        assert status == wanted and message in err, err
+        if wanted:
+            assert not out and not (tmp_path / f"out{wanted}").exists()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_of_all_models(call: Call, place: Path, tmp_path: Path, suffix: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    file = tmp_path / f"states.{suffix}"
+    status, out, err = call(place / "own", place / "own", "--prompt", "some words", "--table", file)
+    assert status == 0 and str(file) in out.replace("\n", ""), err
+    frame = pandas.read_csv(file) if suffix == "csv" else pandas.read_parquet(file)
+    report = gramian.analyze(*open_model(place / "own")[:1], list(b"some words"))
+    assert len(frame) == 2 * sum(layer.ess.numel() for layer in report.layers)
+    status, _, err = call(place / "own", "--prompt", "a", "--table", tmp_path / "states.xlsx")
+    assert status == 2 and ".csv or .parquet; got states.xlsx" in " ".join(err.split())
+
+
+def test_layers_are_ranked(call: Call, place: Path) -> None:
+    status, out, err = call(place / "own", "--prompt", "some words", "--rank")
+    assert status == 0 and "suggestion" in out and "Measure the loss" in " ".join(out.split()), err
+    status, out, _ = call(place / "own", "--prompt", "some words")
+    assert status == 0 and "suggestion" not in out
+
+
+def test_encoders_take_one_line(
+    call: Call, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    size = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    t5 = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 16}
+    for kind, auto, sizes in (
+        ("t5", AutoModelForSeq2SeqLM, size | t5),
+        ("bert", AutoModelForCausalLM, size | {"intermediate_size": 16}),
+    ):
+        folder = tmp_path / kind
+        auto.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(folder)
+        ByteTokenizer().save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    for kind, message in (("t5", "an encoder-decoder model"), ("bert", "is not causal")):
+        status, out, err = call(kind, "--prompt", "some words")
+        assert status == 1 and message in err and not out
+        assert len(err.strip().splitlines()) == 1 and len(err) < 300
