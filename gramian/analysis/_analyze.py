@@ -16,7 +16,6 @@ from gramian.analysis._inputs import (
     model_name,
     positions_in,
     read_inputs,
-    run_model,
     token_texts,
 )
 from gramian.analysis._measuring import joined, measure_layer
@@ -107,13 +106,12 @@ def analyze(
     def visit(recorded: RecordedOperator) -> None:
         layers.append(measure_layer(recorded, positions, length, max_channels, options))
         if progress is not None:
-            known = max(len(recorder.mixers), len(layers))
+            known = max(recorder.expected, len(layers))
             progress(len(layers), known)
 
     recorder = Recorder(model, visit)
     with in_mode(model, training=False), torch.no_grad():
-        with recorder.recording():
-            run_model(model, given)
+        recorder.record(given)
         if not layers:
             check_causal(model, given)
     unread = recorder.unread()

@@ -61,6 +61,23 @@ class ModelInputs:
         options = {name: value[..., :length] for name, value in self.options.items()}
         return ModelInputs(self.sequence[:, :length], self.key, options)
 
+    def repeated(self, length: int) -> ModelInputs:
+        """Return inputs of `length` tokens: the first ones, repeated if there are too few.
+
+        Options that increase by 1 from token to token continue to do so.
+        """
+        if length <= self.length:
+            return self.first(length)
+        times = -(-length // self.length)
+        sequence = self.sequence.repeat(1, times, *[1] * (self.sequence.ndim - 2))
+        options = {}
+        for name, value in self.options.items():
+            if bool((value.diff() == 1).all()):
+                options[name] = value[..., :1] + torch.arange(length, device=value.device)
+            else:
+                options[name] = value.repeat(*[1] * (value.ndim - 1), times)[..., :length]
+        return ModelInputs(sequence[:, :length], self.key, options)
+
 
 def read_inputs(inputs: Any, tokenizer: Any) -> ModelInputs:
     """Return the one sequence that the inputs of `analyze` hold.
