@@ -33,10 +33,12 @@ from gramian.analysis._general import Unreadable, measure_operators
 from gramian.analysis._inputs import ModelInputs, run_model
 from gramian.analysis._mixing import Finder, NotFinite, short_lengths
 from gramian.analysis._planning import Plan, Planner, Site, module_call, read_scan
+from gramian.analysis._rows import AttentionRows
 from gramian.analysis._segments import segment_call
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
 from gramian.analysis._values import copied
+from gramian.ess import RowOperator
 from gramian.mixers import Mixer
 from gramian.systems import FIR, DenseOperator, System
 
@@ -55,7 +57,8 @@ class RecordedOperator:
         kind: "attention", "recurrence" or "convolution".
         count: number of heads or channels.
         system: function that maps a slice of the heads or channels to their system. For n heads or
-            channels, the channels of the system are (*1, n).
+            channels, the channels of the system are (*1, n). Attention over a long context is
+            given by its rows.
         reader: how the operator was read, as in `LayerState`.
         storage: how the layer stores its past, as in `LayerState`; None if it is not known.
         orders: orders of the layer's own recurrences, (count), where the system is a matrix from
@@ -66,7 +69,7 @@ class RecordedOperator:
     mixer: str
     kind: str
     count: int
-    system: Callable[[slice], System]
+    system: Callable[[slice], System | RowOperator]
     reader: str
     storage: Storage | None = None
     orders: Tensor | None = None
@@ -77,7 +80,7 @@ class _Operator:
     """The operator of one call; the fields are those of `RecordedOperator`."""
 
     count: int
-    system: Callable[[slice], System]
+    system: Callable[[slice], System | RowOperator]
     storage: Storage | None = None
     orders: Tensor | None = None
 
@@ -109,14 +112,22 @@ class Recorder:
     Args:
         model: The model whose layers are recorded.
         visit: A function that is called with each operator during the forward pass.
+        long: The length from which on the maps of attention are read by rows; None to read them
+            whole at all lengths.
 
     Attributes:
         plans: the plan of every module that mixes positions by itself, by its path, as soon as they
             are known.
     """
 
-    def __init__(self, model: nn.Module, visit: Callable[[RecordedOperator], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        visit: Callable[[RecordedOperator], None],
+        long: int | None = None,
+    ) -> None:
         self.model = model
+        self.long = long
         self.visit = visit
         self.plans: dict[str, Plan] = {}
         self.ran: dict[str, int] = Counter()
@@ -249,6 +260,11 @@ class Recorder:
         if site is None:
             return function(*args, **kwargs)
         running.reached.add(key)
+        by_rows = site.reader == "attention" and self.long is not None
+        if by_rows and self._length >= (self.long or 0):
+            found = self._attend_by_rows(running, site, function, args, kwargs)
+            if found is not None:
+                return found
         inputs = copied((args, kwargs)) if site.reader != "attention" else (args, kwargs)
         running.inside = True
         try:
@@ -257,6 +273,32 @@ class Recorder:
             running.inside = False
         self._read(running, site, lambda: Call(key, function, inputs, result))
         return result
+
+    def _attend_by_rows(
+        self,
+        running: _Running,
+        site: Site,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call an attention function a few rows at a time and pass its operator to the visitor.
+
+        Returns:
+            What the function returns, or None if it has to be called as a whole.
+        """
+        before, self._tracer.handler = self._tracer.handler, None
+        try:
+            rows = AttentionRows(function, args, kwargs)
+            if rows.length != self._length:
+                return None
+            operator = _Operator(rows.heads, rows.operator, rows.storage)
+            self._record(running.plan, site, operator)
+        except Unreadable:
+            return None
+        finally:
+            self._tracer.handler = before
+        return rows.result
 
     def _read(self, running: _Running, site: Site, call: Callable[[], Call]) -> None:
         """Pass the operator of a call to the visitor, or note why it cannot be read."""

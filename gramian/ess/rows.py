@@ -107,8 +107,9 @@ class Blocks:
         stop = min(start + _SIDE, self.horizon)
         rows = self.rows(slice(start, stop))[:, :stop].float()
         if self._kept is not None:
-            # A copy, since the rows may be a view of something much larger.
-            self._kept[start] = rows = rows.clone() if rows._is_view() else rows  # noqa: SLF001
+            if rows.untyped_storage().nbytes() > 2 * rows.nbytes:  # a view of something larger
+                rows = rows.clone()
+            self._kept[start] = rows
         return rows
 
     def _tiles(self) -> Iterator[tuple[slice, slice, int, int, Tensor]]:
