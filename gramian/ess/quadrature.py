@@ -36,7 +36,7 @@ _EXACT = 320
 _BREADTH = 16
 """The number of vectors in a block of the Krylov space, and of random vectors in a round."""
 
-_DEPTH = 8
+_DEPTH = 6
 """The number of blocks of the Krylov space."""
 
 _NOISE = 1e-6
@@ -262,11 +262,12 @@ class _Estimate:
         """Return the estimates and the errors, (2, P), float64."""
         count = len(self.positions)
         samples: list[list[_Sample]] = [[] for _ in range(count)]
-        active, width = list(range(count)), _BREADTH // 2
+        active, width, steps = list(range(count)), _BREADTH // 2, None
         for round_ in range(_ROUNDS):
             self.blocks.choose([self.positions[p] for p in active])
-            for p, sample in zip(active, self._sample(active, width), strict=True):
+            for p, sample in zip(active, self._sample(active, width, steps), strict=True):
                 samples[p].append(sample)
+            steps = samples[0][0].rules[0].nodes.shape[-1] // 2
             sizes, errors, scatter = self._combined(samples)
             limit = self.tolerance * sizes
             active = [p for p in range(count) if errors[p] > limit[p]]
@@ -280,8 +281,11 @@ class _Estimate:
             width = int(more[active].max().clamp(4, _BREADTH))
         return torch.stack([sizes, errors])
 
-    def _sample(self, some: list[int], width: int) -> list[_Sample]:
-        """Draw random vectors at some positions, and compute quadratures from each of them."""
+    def _sample(self, some: list[int], width: int, steps: int | None = None) -> list[_Sample]:
+        """Draw random vectors at some positions, and compute quadratures from each of them.
+
+        By default there are as many steps as the quadratures need.
+        """
         blocks, vectors = self.blocks, [[self.leading.vectors[p]] for p in some]
         Z = self._signs(width) * blocks.small_mask()
         self._project(Z, vectors)
@@ -290,7 +294,7 @@ class _Estimate:
         Z, _ = _normalized(Z)
         diagonal, beside = [], []
         Y = None
-        for step in range(_STEPS[-1]):
+        for step in range(steps or _STEPS[-1]):
             further = blocks.to_large(Z)
             Y = further if Y is None else further - Y * beside[-1].to(Y.dtype)
             Y, length = _normalized(Y)
@@ -301,6 +305,9 @@ class _Estimate:
             # Products amplify what rounding leaves along leading vectors, so it is removed again.
             self._project(Z, vectors)
             beside.append(length)
+            if step + 1 == steps:
+                rule = _rules(mass, torch.stack(diagonal, -1), torch.stack(beside, -1))
+                return [_Sample(m, (one,)) for m, one in zip(mass, rule, strict=True)]
             if step + 1 in _STEPS:
                 D, E = torch.stack(diagonal, -1), torch.stack(beside, -1)
                 counts = [(step + 1) // 4, (step + 1) // 2, step + 1]
@@ -361,11 +368,12 @@ class _Sample:
 
     Attributes:
         mass: (N), float64: the squared lengths of the vectors.
-        rules: the quadratures after a quarter, a half and all of the steps.
+        rules: the quadratures after a quarter, a half and all of the steps; or those after a
+            quarter of the steps only.
     """
 
     mass: Tensor
-    rules: tuple[_Rule, _Rule, _Rule]
+    rules: tuple[_Rule, ...]
 
 
 class _Tail:
@@ -390,9 +398,9 @@ class _Tail:
         self.mass = torch.cat([sample.mass for sample in samples])
         self.count = len(self.mass)
         number, rest = leading.number[p], leading.rest[p]
-        sigma = torch.cat([sample.rules[-1].nodes.flatten() for sample in samples])
-        weight = torch.cat([sample.rules[-1].weights.flatten() for sample in samples])
-        weight = weight * number / self.mass.sum()  # a density of the spectrum
+        first = samples[0]  # has the nodes of all steps
+        sigma, weight = first.rules[-1].nodes.flatten(), first.rules[-1].weights.flatten()
+        weight = weight * number / first.mass.sum()  # a density of the spectrum
         level = sigma.amax().clamp_min(torch.finfo(sigma.dtype).tiny)
         energy = self._integrals(torch.square)[0]
         if leading.unsure[p] > _UNSURE * energy.mean():
@@ -403,16 +411,17 @@ class _Tail:
         known = torch.stack([number, rest / level.square()]).unsqueeze(-1)
         gram = (basis * weight) @ basis.mT
 
-        def controlled(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        def controlled(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
             """Return the estimate of a sum by every vector, (count), the last two corrections of
-            the quadratures, (2), and the coefficients of the two sums that are known, (2)."""
+            the quadratures, (2), the deviations of the change, and the coefficients of the two sums
+            that are known, (2)."""
             moments = ((basis * weight) @ function(sigma)).unsqueeze(-1)
             factors = torch.linalg.lstsq(gram, moments, driver="gelsd").solution.squeeze(-1)
-            each, corrections = self._integrals(function)
-            return each - factors @ (controls - known), corrections, factors
+            each, corrections, changes = self._integrals(function)
+            return each - factors @ (controls - known), corrections, changes, factors
 
-        totals, total_corrections, total_factors = controlled(lambda x: x)
-        logs, log_corrections, log_factors = controlled(lambda x: torch.xlogy(x, x))
+        totals, total_corrections, total_changes, total_factors = controlled(lambda x: x)
+        logs, log_corrections, log_changes, log_factors = controlled(lambda x: torch.xlogy(x, x))
         values = leading.values[p]
         S, Q = spectral_sums(values)
         spread = ((rest + leading.unsure[p]) / number.clamp_min(1)).sqrt()
@@ -424,8 +433,10 @@ class _Tail:
         factors = slope * total_factors + log_slope * log_factors
         self.expected = 2 * (weight * (influence - factors @ basis).square()).sum()
         self.observed = (slope * totals + log_slope * logs).var()
-        first, second = (slope * total_corrections + log_slope * log_corrections).tolist()
-        self.quadrature = 0.1 * abs(first + second) + 2 * abs(second)
+        one, other = (slope * total_corrections + log_slope * log_corrections).tolist()
+        changes = slope * total_changes + log_slope * log_changes
+        self.quadrature = 0.1 * abs(one + other) + 2 * abs(other)
+        self.quadrature += 2 * float(changes.std()) / math.sqrt(len(changes))
         self.systematic = factors[1].abs() * leading.unsure[p] / level.square()
         if bool((values > 0).any()):
             last = values[values > 0].amin()
@@ -433,20 +444,19 @@ class _Tail:
             size, self.systematic = size * (-excess).exp(), self.systematic + excess
         self.size = torch.minimum(size, high)
 
-    def _integrals(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    def _integrals(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Integrate a function for every vector, (count), and extrapolate.
 
-        The mean of both rules, as a function of their difference, is extrapolated to the difference
+        Only the vectors of the first sample have all quadratures. What further steps change differs
+        little from vector to vector, so the mean change of these vectors is added to all. The mean of both rules, as a function of their difference, is extrapolated to the difference
         0, first linearly from the last two quadratures, and then quadratically from all three.
 
         Returns:
-            The integrals, (count), and the two corrections that they contain, (2).
+            The integrals, (count), the two corrections that they contain, (2), and the deviations
+            of the change from its mean, for the vectors of the first sample.
         """
-        means, gaps = [], []
-        for level in range(3):
-            found = [sample.rules[level].integrals(function) for sample in self.samples]
-            means.append(torch.cat([mean for mean, _ in found]))
-            gaps.append(torch.cat([gap for _, gap in found]).mean())
+        found = [rule.integrals(function) for rule in self.samples[0].rules]
+        means, gaps = [mean for mean, _ in found], [gap.mean() for _, gap in found]
 
         def towards_zero(values: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor]) -> Tensor:
             """Return by how much the line through two points is above the second at 0."""
@@ -458,7 +468,13 @@ class _Tail:
         half = b + towards_zero((a, b), (gaps[0], gaps[1]))
         first = towards_zero((b, c), (gaps[1], gaps[2]))
         second = towards_zero((half, c + first), (gaps[0], gaps[2]))
-        return means[2] + first + second, torch.stack([first, second])
+        each = torch.cat([sample.rules[0].integrals(function)[0] for sample in self.samples])
+        further = means[2] - means[0]
+        return (
+            each + further.mean() + first + second,
+            torch.stack([first, second]),
+            further - further.mean(),
+        )
 
 
 def _rules(mass: Tensor, diagonal: Tensor, beside: Tensor) -> list[_Rule]:
