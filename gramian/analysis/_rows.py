@@ -53,7 +53,9 @@ class AttentionRows:
         names = list(self.bound.arguments)
         given = [self.bound.arguments[name] for name in names[1:4]]
         if len(given) < 3 or not all(isinstance(x, Tensor) and x.ndim == 4 for x in given):
-            raise Unreadable("its attention function has other arguments than those of transformers.")
+            raise Unreadable(
+                "its attention function has other arguments than those of transformers."
+            )
         self.names = names[1:4]
         query, key, value = given
         self.length, self.heads = query.shape[2], query.shape[1]

@@ -89,9 +89,7 @@ def theoretical_state_size(
 
 
 @torch.no_grad()
-def _kept_inputs(
-    rows: Callable[[slice], Tensor], places: Places, device: torch.device
-) -> Tensor:
+def _kept_inputs(rows: Callable[[slice], Tensor], places: Places, device: torch.device) -> Tensor:
     """Count the inputs before each position on which later outputs depend, (P), float64.
 
     Input j is kept at position i, j < i, if a row of `T[i:horizon, j]` is not zero.

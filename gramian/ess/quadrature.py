@@ -18,15 +18,15 @@ traces of functions of `M = Hᵀ H`.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gramian.ess.measures import Measure, size_from_sums, size_with, spectral_sums
+from gramian.ess.measures import Measure
 from gramian.ess.rows import Blocks
+from gramian.ess.tails import Leading, Sample, Tail, quadratures
 
 __all__ = ["estimate_sizes"]
 
@@ -47,9 +47,6 @@ _CONVERGED = 0.2
 
 _STEPS = (8, 12, 16, 24, 32, 48)
 """Numbers of steps of the bidiagonalization, of which the first is taken that suffices."""
-
-_UNSURE = 0.01
-"""The energy of the other values serves if its relative error is at most this."""
 
 _SHARE = 0.25
 """The share of the tolerance that the error of the quadratures may take."""
@@ -117,28 +114,6 @@ def _measured(block: Tensor, floor: Tensor) -> Tensor:
     if bool(Measure().unsafe_from_gram(eigenvalues, count, 9e-7)):
         return Measure()(torch.linalg.svdvals(block), floor)
     return Measure()(eigenvalues.clamp_min(0).sqrt(), floor)
-
-
-@dataclasses.dataclass
-class _Leading:
-    """The leading singular values of every block, and what is left.
-
-    Attributes:
-        values: (P, r), float64, in any order. Zeros stand where a position has fewer.
-        vectors: The singular vectors on the small sides, one matrix (n, r) for each position.
-        rest: (P), float64: the energy of all other values.
-        unsure: (P), float64: the error of `rest`.
-        number: (P), float64: the number of all other values.
-        excess: (P), float64: about how much the sum of all values is too large, because the space
-            of the vectors is not exactly invariant.
-    """
-
-    values: Tensor
-    vectors: list[Tensor]
-    rest: Tensor
-    unsure: Tensor
-    number: Tensor
-    excess: Tensor
 
 
 class _Estimate:
@@ -210,7 +185,7 @@ class _Estimate:
             for V in parts:
                 z -= V @ (V.mT @ z)
 
-    def _deflated(self, basis: list[Tensor], upper: Tensor) -> _Leading:
+    def _deflated(self, basis: list[Tensor], upper: Tensor) -> Leading:
         """Choose the converged triples of a bidiagonalization."""
         r = upper.shape[1]
         inner = upper[..., :r]
@@ -220,14 +195,12 @@ class _Estimate:
         residual = torch.linalg.vector_norm(upper[..., r:].mT @ left, dim=1)  # (P, r)
         largest = values.amax(-1, keepdim=True)
         kept = (values > 10 * _NOISE * largest) & (residual <= _CONVERGED * values)
-        vectors = [
-            V @ W[p][:, kept[p]].to(V.dtype) for p, V in enumerate(basis)
-        ]
+        vectors = [V @ W[p][:, kept[p]].to(V.dtype) for p, V in enumerate(basis)]
         values = torch.where(kept, values, 0)
         rest, unsure = self._rest(values, vectors, kept)
         level = torch.where(kept, values, math.inf).amin(-1, keepdim=True) / 2
         each = values * residual.square() / (2 * level * (values + level))
-        return _Leading(
+        return Leading(
             values=values,
             vectors=vectors,
             rest=rest,
@@ -236,9 +209,7 @@ class _Estimate:
             excess=torch.where(kept, each, 0).sum(-1),
         )
 
-    def _rest(
-        self, values: Tensor, vectors: list[Tensor], kept: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _rest(self, values: Tensor, vectors: list[Tensor], kept: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the energy outside of the span of the vectors, and its error, (P) each."""
         blocks, count = self.blocks, 8
         Z = torch.zeros(
@@ -261,9 +232,9 @@ class _Estimate:
     def result(self) -> Tensor:
         """Return the estimates and the errors, (2, P), float64."""
         count = len(self.positions)
-        samples: list[list[_Sample]] = [[] for _ in range(count)]
+        samples: list[list[Sample]] = [[] for _ in range(count)]
         active, width, steps = list(range(count)), _BREADTH // 2, None
-        for round_ in range(_ROUNDS):
+        for _ in range(_ROUNDS):
             self.blocks.choose([self.positions[p] for p in active])
             for p, sample in zip(active, self._sample(active, width, steps), strict=True):
                 samples[p].append(sample)
@@ -281,7 +252,7 @@ class _Estimate:
             width = int(more[active].max().clamp(4, _BREADTH))
         return torch.stack([sizes, errors])
 
-    def _sample(self, some: list[int], width: int, steps: int | None = None) -> list[_Sample]:
+    def _sample(self, some: list[int], width: int, steps: int | None = None) -> list[Sample]:
         """Draw random vectors at some positions, and compute quadratures from each of them.
 
         By default there are as many steps as the quadratures need.
@@ -306,28 +277,30 @@ class _Estimate:
             self._project(Z, vectors)
             beside.append(length)
             if step + 1 == steps:
-                rule = _rules(mass, torch.stack(diagonal, -1), torch.stack(beside, -1))
-                return [_Sample(m, (one,)) for m, one in zip(mass, rule, strict=True)]
+                rule = quadratures(mass, torch.stack(diagonal, -1), torch.stack(beside, -1))
+                return [Sample(m, (one,)) for m, one in zip(mass, rule, strict=True)]
             if step + 1 in _STEPS:
                 D, E = torch.stack(diagonal, -1), torch.stack(beside, -1)
                 counts = [(step + 1) // 4, (step + 1) // 2, step + 1]
-                rules = [_rules(mass, D[..., :k], E[..., :k]) for k in counts]
-                parts = [_Sample(m, each) for m, each in zip(mass, zip(*rules), strict=True)]
+                found = [quadratures(mass, D[..., :k], E[..., :k]) for k in counts]
+                parts = [
+                    Sample(m, each) for m, each in zip(mass, zip(*found, strict=True), strict=True)
+                ]
                 if self._resolved(some, parts):
                     break
         return parts
 
-    def _resolved(self, some: list[int], samples: list[_Sample]) -> bool:
+    def _resolved(self, some: list[int], samples: list[Sample]) -> bool:
         """Return whether the quadratures contribute little to the error at all positions."""
         for p, sample in zip(some, samples, strict=True):
-            tail = _Tail(self.leading, p, [sample])
+            tail = Tail(self.leading, p, [sample])
             if tail.quadrature > _SHARE * self.tolerance:
                 return False
         return True
 
-    def _combined(self, samples: list[list[_Sample]]) -> tuple[Tensor, Tensor, Tensor]:
+    def _combined(self, samples: list[list[Sample]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return estimates, errors, and the part of the errors that is scatter, (P) each."""
-        tails = [_Tail(self.leading, p, each) for p, each in enumerate(samples)]
+        tails = [Tail(self.leading, p, each) for p, each in enumerate(samples)]
         freedom = torch.tensor([tail.count - 1 for tail in tails], dtype=torch.float64)
         expected = torch.stack([tail.expected for tail in tails]).cpu()
         observed = torch.stack([tail.observed for tail in tails]).cpu()
@@ -338,167 +311,15 @@ class _Estimate:
         sizes = torch.stack([tail.size for tail in tails]).cpu()
         others = torch.stack([tail.quadrature + tail.systematic for tail in tails]).cpu()
         device = self.blocks.device
-        return sizes.to(device), ((scatter + others) * sizes).to(device), (scatter * sizes).to(device)
-
-
-@dataclasses.dataclass
-class _Rule:
-    """Quadratures for N random vectors at a position, in float64.
-
-    Attributes:
-        nodes: (N, 2k + 1): the nodes as singular values, first k of Gauss's rule, then k + 1 of the
-            rule of Gauss and Radau with a node at 0.
-        weights: (N, 2k + 1): half the weights of both rules.
-    """
-
-    nodes: Tensor
-    weights: Tensor
-
-    def integrals(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Integrate a function: the means of both rules, and half their differences, (N) each."""
-        each = self.weights * function(self.nodes)
-        k = each.shape[-1] // 2
-        gauss, fixed = each[:, :k].sum(-1), each[:, k:].sum(-1)
-        return gauss + fixed, gauss - fixed
-
-
-@dataclasses.dataclass
-class _Sample:
-    """What N random vectors show at a position.
-
-    Attributes:
-        mass: (N), float64: the squared lengths of the vectors.
-        rules: the quadratures after a quarter, a half and all of the steps; or those after a
-            quarter of the steps only.
-    """
-
-    mass: Tensor
-    rules: tuple[_Rule, ...]
-
-
-class _Tail:
-    """The contribution of all values that are not deflated, and the size of the block.
-
-    Args:
-        leading: The leading values.
-        p: The number of the position.
-        samples: The samples at this position.
-
-    Attributes:
-        size: The estimate.
-        count: The number of random vectors.
-        expected: The square of the relative scatter of one vector that the spectrum implies.
-        observed: The same, from the scatter of the vectors.
-        quadrature: The relative error of the quadratures.
-        systematic: The relative error that the deflated space and the energy leave.
-    """
-
-    def __init__(self, leading: _Leading, p: int, samples: list[_Sample]) -> None:
-        self.samples = samples
-        self.mass = torch.cat([sample.mass for sample in samples])
-        self.count = len(self.mass)
-        number, rest = leading.number[p], leading.rest[p]
-        first = samples[0]  # has the nodes of all steps
-        sigma, weight = first.rules[-1].nodes.flatten(), first.rules[-1].weights.flatten()
-        weight = weight * number / first.mass.sum()  # a density of the spectrum
-        level = sigma.amax().clamp_min(torch.finfo(sigma.dtype).tiny)
-        energy = self._integrals(torch.square)[0]
-        if leading.unsure[p] > _UNSURE * energy.mean():
-            energy = torch.zeros_like(energy)  # the energy that is known is no better than this one
-        basis = torch.stack([torch.ones_like(sigma), (sigma / level).square()])
-        basis[1] *= bool(energy.any())
-        controls = torch.stack([self.mass, energy / level.square()])
-        known = torch.stack([number, rest / level.square()]).unsqueeze(-1)
-        gram = (basis * weight) @ basis.mT
-
-        def controlled(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-            """Return the estimate of a sum by every vector, (count), the last two corrections of
-            the quadratures, (2), the deviations of the change, and the coefficients of the two sums
-            that are known, (2)."""
-            moments = ((basis * weight) @ function(sigma)).unsqueeze(-1)
-            factors = torch.linalg.lstsq(gram, moments, driver="gelsd").solution.squeeze(-1)
-            each, corrections, changes = self._integrals(function)
-            return each - factors @ (controls - known), corrections, changes, factors
-
-        totals, total_corrections, total_changes, total_factors = controlled(lambda x: x)
-        logs, log_corrections, log_changes, log_factors = controlled(lambda x: torch.xlogy(x, x))
-        values = leading.values[p]
-        S, Q = spectral_sums(values)
-        spread = ((rest + leading.unsure[p]) / number.clamp_min(1)).sqrt()
-        high = size_with(S, Q, spread, number) if bool((values > 0).any()) else number
-        S, Q = S + totals.mean().clamp_min(0), Q + logs.mean()
-        size = size_from_sums(S, Q)
-        slope, log_slope = 1 / S + Q / S.square(), -1 / S  # of the logarithm of the size
-        influence = slope * sigma + log_slope * torch.xlogy(sigma, sigma)
-        factors = slope * total_factors + log_slope * log_factors
-        self.expected = 2 * (weight * (influence - factors @ basis).square()).sum()
-        self.observed = (slope * totals + log_slope * logs).var()
-        one, other = (slope * total_corrections + log_slope * log_corrections).tolist()
-        changes = slope * total_changes + log_slope * log_changes
-        self.quadrature = 0.1 * abs(one + other) + 2 * abs(other)
-        self.quadrature += 2 * float(changes.std()) / math.sqrt(len(changes))
-        self.systematic = factors[1].abs() * leading.unsure[p] / level.square()
-        if bool((values > 0).any()):
-            last = values[values > 0].amin()
-            excess = (slope + log_slope * (1 + last.log())).clamp_min(0) * leading.excess[p]
-            size, self.systematic = size * (-excess).exp(), self.systematic + excess
-        self.size = torch.minimum(size, high)
-
-    def _integrals(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Integrate a function for every vector, (count), and extrapolate.
-
-        Only the vectors of the first sample have all quadratures. What further steps change differs
-        little from vector to vector, so the mean change of these vectors is added to all. The mean of both rules, as a function of their difference, is extrapolated to the difference
-        0, first linearly from the last two quadratures, and then quadratically from all three.
-
-        Returns:
-            The integrals, (count), the two corrections that they contain, (2), and the deviations
-            of the change from its mean, for the vectors of the first sample.
-        """
-        found = [rule.integrals(function) for rule in self.samples[0].rules]
-        means, gaps = [mean for mean, _ in found], [gap.mean() for _, gap in found]
-
-        def towards_zero(values: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor]) -> Tensor:
-            """Return by how much the line through two points is above the second at 0."""
-            step = at[0] - at[1]
-            share = torch.where(step / at[0] > 0.1, at[1] / step, 0)
-            return share.nan_to_num(0.0, 0.0, 0.0) * (values[1] - values[0])
-
-        a, b, c = (mean.mean() for mean in means)
-        half = b + towards_zero((a, b), (gaps[0], gaps[1]))
-        first = towards_zero((b, c), (gaps[1], gaps[2]))
-        second = towards_zero((half, c + first), (gaps[0], gaps[2]))
-        each = torch.cat([sample.rules[0].integrals(function)[0] for sample in self.samples])
-        further = means[2] - means[0]
         return (
-            each + further.mean() + first + second,
-            torch.stack([first, second]),
-            further - further.mean(),
+            sizes.to(device),
+            ((scatter + others) * sizes).to(device),
+            (scatter * sizes).to(device),
         )
 
 
-def _rules(mass: Tensor, diagonal: Tensor, beside: Tensor) -> list[_Rule]:
-    """Return the quadratures at every position for bidiagonal matrices.
-
-    Args:
-        mass: (P, N): the sums of the weights.
-        diagonal: (P, N, k).
-        beside: (P, N, k): above the diagonal. The last entry is that of a further column.
-    """
-    k = diagonal.shape[-1]
-    upper = torch.diag_embed(diagonal) + torch.diag_embed(beside[..., :-1], offset=1)
-    last = torch.nn.functional.pad(beside[..., -1:], (k - 1, 0)).unsqueeze(-1)
-    nodes, weights = [], []
-    for matrix in (upper, torch.cat([upper, last], -1)):
-        squares, vectors = torch.linalg.eigh(matrix.mT @ matrix)
-        nodes.append(squares.clamp_min(0).sqrt())
-        weights.append(mass.unsqueeze(-1) * vectors[..., 0, :].square() / 2)
-    rules = zip(torch.cat(nodes, -1), torch.cat(weights, -1), strict=True)
-    return [_Rule(*rule) for rule in rules]
-
-
 def _normalized(Z: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide vectors (L, P, N) by their lengths, and return the lengths (P, N), float64, as well."""
+    """Divide vectors (L, P, N) by their lengths, and return these, (P, N), float64."""
     length = torch.linalg.vector_norm(Z, dim=0)
     scale = torch.where(length > 0, 1 / length.clamp_min(torch.finfo(Z.dtype).tiny), 0)
     return Z * scale, length.double()

@@ -42,8 +42,7 @@ class RowOperator:
     def __post_init__(self) -> None:
         if self.length < 1 or self.channels < 1:
             raise ValueError(
-                "length and channels must be at least 1; got "
-                f"{self.length} and {self.channels}."
+                f"length and channels must be at least 1; got {self.length} and {self.channels}."
             )
 
 
@@ -119,7 +118,9 @@ class Blocks:
             band = self.band(start)
             while inside + 1 < len(self.cuts) and self.cuts[inside] < start + len(band):
                 top, bottom = self.cuts[inside], self.cuts[inside + 1]
-                last = self._upto[inside]  # the blocks of the positions before this one have these rows
+                last = self._upto[
+                    inside
+                ]  # the blocks of the positions before this one have these rows
                 for k in range(inside):
                     left, right = self.cuts[k], self.cuts[k + 1]
                     first = self._upto[k]  # and the blocks from this position on have these columns
