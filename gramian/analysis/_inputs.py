@@ -202,12 +202,32 @@ def _one_sequence(sequence: Tensor, size: bool | None = None) -> Tensor:
     return sequence
 
 
-def positions_in(at: Sequence[int] | range | None, every: int | None, length: int) -> list[int]:
-    """Return the positions at which to measure a sequence of a length."""
-    if at is not None and every is not None:
-        raise ValueError("give positions `at` or a distance `every`, not both.")
+def positions_in(
+    at: Sequence[int] | range | None, every: int | None, number: int | None, length: int
+) -> list[int]:
+    """Return the positions at which to measure a sequence of a length.
+
+    Args:
+        at: The positions.
+        every: A distance between positions, of which the first is 0.
+        number: A number of positions, evenly spread over the sequence.
+        length: The length of the sequence.
+
+    Raises:
+        ValueError: if more than one of these is given, or if one is out of range.
+    """
+    if sum(choice is not None for choice in (at, every, number)) > 1:
+        raise ValueError(
+            "give one of `at` (positions), `every` (a distance) and `positions` (a number), not "
+            "several."
+        )
     if every is not None and every < 1:
         raise ValueError(f"every must be at least 1; got {every}.")
+    if number is not None and number < 1:
+        raise ValueError(f"positions must be at least 1; got {number}.")
+    if number is not None:
+        count = min(number, length)
+        return [(2 * k + 1) * length // (2 * count) for k in range(count)]
     positions = list(range(0, length, every or 1)) if at is None else [int(i) for i in at]
     if not positions or min(positions) < 0 or max(positions) >= length:
         raise ValueError(
