@@ -12,19 +12,23 @@ from torch import Tensor, nn
 from gramian._modules import in_mode
 from gramian.analysis._inputs import (
     check_causal,
+    check_inputs,
     check_model,
     model_name,
     positions_in,
     read_inputs,
     token_texts,
 )
-from gramian.analysis._measuring import joined, measure_layer
+from gramian.analysis._measuring import check_tolerance, joined, measure_layer
 from gramian.analysis._recording import RecordedOperator, Recorder
 from gramian.analysis._report import LayerState, StateReport
 from gramian.ess import effective_state_size
 from gramian.ops.precision import full_precision
 
 __all__ = ["analyze"]
+
+_LONG = 1024
+"""The length from which on attention is read by rows, if its state-sizes may be estimated."""
 
 
 @full_precision()
@@ -35,10 +39,12 @@ def analyze(
     tokenizer: Any = None,
     at: Sequence[int] | range | None = None,
     every: int | None = None,
+    positions: int | None = None,
     horizon: int | None = None,
     measure: str = "entropy",
     tol: float | None = None,
     rtol: float | None = None,
+    tolerance: float | None = None,
     max_channels: int | None = 64,
     include: str = "core",
     ranks: bool = False,
@@ -68,12 +74,19 @@ def analyze(
         tokenizer: Tokenizer of the text. It also provides the texts of tokens in the report.
         at: The positions at which to measure; all by default. Position i separates the tokens
             before i from token i and later tokens.
-        every: Distance between positions, of which the first is 0. Give `every` or `at`, not both.
+        every: Distance between positions, of which the first is 0.
+        positions: Number of positions, evenly spread over the sequence. Give one of `at`, `every`
+            and `positions`.
         horizon: Number of tokens to read; all by default. The rank of `T[i:horizon, :i]` is at most
             min(i, horizon - i), so the horizon should be well past the last position of interest.
         measure: "entropy" or "tolerance", as in `gramian.effective_state_size`.
         tol: Absolute tolerance of the measure "tolerance".
         rtol: Relative tolerance of the measure "tolerance".
+        tolerance: Relative error up to which the entropy may be estimated, as in
+            `gramian.ess.estimated_state_size`; None to compute it exactly. It makes long contexts
+            possible: the maps of attention over 1,024 tokens or more are then never held, but
+            computed a few rows at a time. The errors are in the report. Recurrences are measured
+            exactly.
         max_channels: Maximal number of heads or channels to measure in a layer. If a layer has
             more, every n-th of them is measured. If it is None, all are measured.
         include: "core" measures scans and attention alone, and short convolutions as layers of
@@ -111,20 +124,25 @@ def analyze(
             f"horizon must be at least 1 and at most {length}, the tokens there are; got {horizon}."
         )
     given = given.first(horizon)
+    check_inputs(model, given)
     length = given.length
-    positions = positions_in(at, every, length)
+    places = positions_in(at, every, positions, length)
     options: dict[str, Any] = {"measure": measure, "tol": tol, "rtol": rtol}
     effective_state_size(torch.eye(2), **options)  # raise its errors before the model runs
+    check_tolerance(tolerance, measure)
     started = time.perf_counter()
     layers: list[LayerState] = []
 
     def visit(recorded: RecordedOperator) -> None:
-        layers.append(measure_layer(recorded, positions, length, max_channels, options, ranks))
+        layers.append(
+            measure_layer(recorded, places, length, max_channels, options, tolerance, ranks=ranks)
+        )
         if progress is not None:
             known = max(recorder.expected, len(layers))
             progress(len(layers), known)
 
-    recorder = Recorder(model, visit, include == "mixer")
+    long = None if tolerance is None else _LONG
+    recorder = Recorder(model, visit, joins=include == "mixer", long=long)
     with in_mode(model, training=False), torch.no_grad():
         recorder.record(given)
         if not layers:
@@ -135,7 +153,7 @@ def analyze(
     return StateReport(
         model=model_name(model),
         layers=tuple(joined(layers)),
-        positions=tuple(positions),
+        positions=tuple(places),
         tokens=tuple(token_texts(given, tokenizer)),
         measure=measure,
         tol=tol,

@@ -340,7 +340,8 @@ def analyze_texts(
         try:
             sequences.append(read_inputs(one, tokenizer).first(horizon))
             length = sequences[-1].length
-            positions_in(options.get("at"), options.get("every"), length)
+            at, every, count = (options.get(name) for name in ("at", "every", "positions"))
+            positions_in(at, every, count, length)
         except ValueError as error:
             raise ValueError(f"text {number}: {error}") from error
     reports = []

@@ -40,6 +40,7 @@ _CONVOLUTIONS = ("conv1d",)
 _COPIES = ("clone", "detach", "size", "to", "float")
 _CALLS = 200  # the largest number of calls of one module that are tried
 _SEGMENTS = 100  # the largest number of its segments that are tried
+_FAILURES = 2  # after as many failures, modules of the same class are not searched again
 _BLOCKS = 128  # the largest number of blocks of channels that are tried in a segment
 
 
@@ -185,7 +186,9 @@ class Planner:
                 raise Unreadable(_AHEAD)
             elif not left.later or ("module", "", 0) in frozen:
                 return
-            found = self._next(frame, frozen, tried)
+            known = self._known.get(type(frame.module), [])
+            failed = sum(bool(other.refusal) for other in known) >= _FAILURES
+            found = None if failed else self._next(frame, frozen, tried)
             if found is None:
                 name = type(frame.module).__name__
                 what = "a part of it" if plan.sites else "it"

@@ -41,12 +41,14 @@ from gramian.analysis._planning import (
     read_scan,
     values_of,
 )
+from gramian.analysis._rows import AttentionRows
 from gramian.analysis._segments import segment_call
 from gramian.analysis._single import single_call
 from gramian.analysis._states import States, mixer_states, scan_states
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
-from gramian.analysis._values import copied
+from gramian.analysis._values import copied, leaves_of
+from gramian.ess import RowOperator
 from gramian.mixers import Mixer
 from gramian.systems import FIR, DenseOperator, System
 
@@ -65,7 +67,8 @@ class RecordedOperator:
         kind: "attention", "recurrence" or "convolution".
         count: number of heads or channels.
         system: function that maps a slice of the heads or channels to their system. For n heads or
-            channels, the channels of the system are (*1, n).
+            channels, the channels of the system are (*1, n). Attention over a long context is
+            given by its rows.
         reader: how the operator was read, as in `LayerState`.
         storage: how the layer stores its past, as in `LayerState`; None if it is not known.
         orders: orders of the layer's own recurrences, (count), where the system is a matrix from
@@ -77,7 +80,7 @@ class RecordedOperator:
     mixer: str
     kind: str
     count: int
-    system: Callable[[slice], System]
+    system: Callable[[slice], System | RowOperator]
     reader: str
     storage: Storage | None = None
     orders: Tensor | None = None
@@ -89,7 +92,7 @@ class _Operator:
     """The operator of one call; the fields are those of `RecordedOperator`."""
 
     count: int
-    system: Callable[[slice], System]
+    system: Callable[[slice], System | RowOperator]
     storage: Storage | None = None
     orders: Tensor | None = None
     states: States | None = None
@@ -126,6 +129,8 @@ class Recorder:
         visit: A function that is called with each operator during the forward pass.
         joins: Whether short convolutions are parts of the operators that they feed, instead of
             layers of their own.
+        long: The length from which on the maps of attention are read by rows; None to read them
+            whole at all lengths.
 
     Attributes:
         plans: the plan of every module that mixes positions by itself, by its path, as soon as they
@@ -137,8 +142,9 @@ class Recorder:
         model: nn.Module,
         visit: Callable[[RecordedOperator], None],
         joins: bool = False,
+        long: int | None = None,
     ) -> None:
-        self.model, self.joins = model, joins
+        self.model, self.joins, self.long = model, joins, long
         self.visit = visit
         self.plans: dict[str, Plan] = {}
         self.ran: dict[str, int] = Counter()
@@ -271,6 +277,11 @@ class Recorder:
         if site is None:
             return function(*args, **kwargs)
         running.reached.add(key)
+        alone = site.reader == "attention" and site.key not in running.plan.feeds
+        if alone and self.long is not None and self._length >= self.long:
+            found = self._attend_by_rows(running, site, function, args, kwargs)
+            if found is not None:
+                return found
         inputs = copied((args, kwargs)) if site.reader != "attention" else (args, kwargs)
         running.inside = True
         try:
@@ -279,6 +290,32 @@ class Recorder:
             running.inside = False
         self._read(running, site, lambda: Call(key, function, inputs, result))
         return result
+
+    def _attend_by_rows(
+        self,
+        running: _Running,
+        site: Site,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call an attention function a few rows at a time and pass its operator to the visitor.
+
+        Returns:
+            What the function returns, or None if it has to be called as a whole.
+        """
+        before, self._tracer.handler = self._tracer.handler, None
+        try:
+            rows = AttentionRows(function, args, kwargs)
+            if rows.length != self._length:
+                return None
+            operator = _Operator(rows.heads, rows.operator, rows.storage)
+            self._record(running.plan, site, operator)
+        except Unreadable:
+            return None
+        finally:
+            self._tracer.handler = before
+        return rows.result
 
     def _read(self, running: _Running, site: Site, call: Callable[[], Call]) -> None:
         """Pass the operator of a call to the visitor, or note why it cannot be read."""
@@ -309,7 +346,9 @@ class Recorder:
             return _Operator(len(maps), lambda channels: DenseOperator(maps[channels]), storage)
         if site.reader == "scan":
             reading = read_scan(call)
-            return _Operator(reading.count, reading.system, states=scan_states(reading))
+            sizes = [x.element_size() for x in leaves_of(call.result) if isinstance(x, Tensor)]
+            storage = Storage(reading.values.shape[1], itemsize=sizes[0])
+            return _Operator(reading.count, reading.system, storage, states=scan_states(reading))
         values = site.values
         assert values is not None
         responses = values.of(single_call(call), self._length)
@@ -330,8 +369,13 @@ class Recorder:
         if site.values is not None:
             heads = site.values.operator.tolist()
 
+        def system_of(head: int) -> System:
+            found = core.system(slice(head, head + 1))
+            assert isinstance(found, System)  # operators with a convolution are read whole
+            return found
+
         def matrices(chosen: list[int]) -> Tensor:
-            systems = [core.system(slice(h, h + 1)).matrix(self._length) for h in chosen]
+            systems = [system_of(head).matrix(self._length) for head in chosen]
             return torch.stack([m.reshape(m.shape[-2:]) for m in systems])
 
         short = single_call(short)
@@ -339,7 +383,7 @@ class Recorder:
         system = compose(feed, responses, short.result, values, matrices, heads)
         orders = None
         if site.reader == "scan" and feed.values.taps:
-            order = core.system(slice(0, 1)).order + feed.values.taps - 1
+            order = system_of(0).order + feed.values.taps - 1
             orders = torch.full((len(values),), order)
         return _Operator(len(values), system, None, orders)
 

@@ -52,6 +52,14 @@ _Task = Annotated[
 _RowNumber = Annotated[int, typer.Option(min=0, help="Row of the split, counted from 0.")]
 _Horizon = Annotated[int, typer.Option(min=1, help="Largest number of tokens to read.")]
 _Every = Annotated[int, typer.Option(min=1, help="Measure at every N-th position only.")]
+_Positions = Annotated[
+    int | None,
+    typer.Option(min=1, help="Measure at this many evenly spread positions; replaces --every."),
+]
+_Tolerance = Annotated[
+    float | None,
+    typer.Option(help="Estimate up to this relative error, for long contexts; 0.001 or more."),
+]
 _Measure = Annotated[
     str, typer.Option(help="Measure of the effective state-size: entropy or tolerance.")
 ]
@@ -150,9 +158,11 @@ def analyze(
     row: _RowNumber = 0,
     horizon: _Horizon = 256,
     every: _Every = 1,
+    positions: _Positions = None,
     measure: _Measure = "entropy",
     tol: _Tol = None,
     rtol: _Rtol = None,
+    tolerance: _Tolerance = None,
     max_channels: _MaxChannels = 64,
     include: _Include = "core",
     ranks: _Ranks = False,
@@ -175,7 +185,8 @@ def analyze(
     _check(models, saved, (text or None, prompt, task, config), settings, picture)
     _check_texts(text or [], texts, bool(saved), rank)
     _check_outputs(output, table)
-    options = {"every": every, "measure": measure, "tol": tol, "rtol": rtol}
+    options = {"measure": measure, "tol": tol, "rtol": rtol, "tolerance": tolerance}
+    options |= {"every": every} if positions is None else {"positions": positions}
     _check_measure(saved if models else [], options)
     options |= {"max_channels": max_channels or None, "include": include, "ranks": ranks}
     if len(text or []) > 1 or texts > 1:

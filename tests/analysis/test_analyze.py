@@ -411,7 +411,7 @@ def test_a_text_goes_through_the_tokenizer() -> None:
         (IDS, {"horizon": 38}, "at most 37"),
         (IDS, {"at": [37]}, "0 … 36"),
         (IDS, {"every": 0}, "every"),
-        (IDS, {"every": 2, "at": [1]}, "not both"),
+        (IDS, {"every": 2, "at": [1]}, "not several"),
         (IDS, {"measure": "rank"}, "rank"),
         (IDS, {"max_channels": 0}, "max_channels"),
     ],
