@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from gramian.analysis._recording import RecordedOperator
 from gramian.analysis._report import LayerState
+from gramian.analysis._states import measure_ranks
 from gramian.ess import (
     RowOperator,
+    StateRanks,
     effective_state_size,
     estimated_state_size,
     theoretical_state_size,
@@ -43,31 +45,47 @@ def measure_layer(
     length: int,
     max_channels: int | None,
     options: dict[str, Any],
+    ranks: bool = False,
     tolerance: float | None = None,
 ) -> LayerState:
     """Measure the state-sizes of a recorded layer, a few channels at a time.
 
-    With a tolerance, those of matrices and of operators that are given by rows are estimated.
+    Args:
+        recorded: The layer.
+        positions: The positions.
+        length: Number of tokens.
+        max_channels: Largest number of channels to measure; None measures all.
+        options: Options of `effective_state_size`.
+        ranks: Whether to measure the ranks of the layer's states, if it has any.
+        tolerance: Relative error up to which the state-sizes of matrices, and of operators that are
+            given by their rows, are estimated; None to measure exactly.
     """
     step = 1 if max_channels is None else math.ceil(recorded.count / max_channels)
     chosen = range(0, recorded.count, step)
     size = max(1, _MATRIX_BYTES // (8 * length * length))
+    if tolerance is not None and recorded.reader == "attention":
+        size = max(1, len(chosen))  # nothing is held in double precision
     ess, tss, errors = [], [], []
+    of_states: list[StateRanks | None] = []
     for begin in range(0, len(chosen), size):
         part = chosen[begin : begin + size]
-        system = recorded.system(slice(part.start, part.stop, part.step))
+        channels = slice(part.start, part.stop, part.step)
+        system = recorded.system(channels)
         try:
-            sizes, error = _sizes(system, positions, length, options, tolerance)
+            sizes, stated = _sizes(system, positions, length, options, tolerance)
         except ValueError as error:
             raise ValueError(f"{recorded.name}: {error}") from error
         capacity = theoretical_state_size(system, positions, horizon=length)
         ess.append(sizes.reshape(-1, len(positions)).float().cpu())
-        errors.append(error.reshape(-1, len(positions)).float().cpu())
+        errors.append(stated.reshape(-1, len(positions)).float().cpu())
         capacity = capacity.reshape(-1, len(positions)).float().cpu()
         if recorded.orders is not None:
             orders = recorded.orders[part.start : part.stop : part.step].float().cpu()
             capacity = capacity.minimum(orders[:, None])
         tss.append(capacity)
+        if ranks and recorded.states is not None:
+            of_states.append(measure_ranks(system, recorded.states, channels, positions))
+    found = [one for one in of_states if one is not None]
     return LayerState(
         name=recorded.name,
         mixer=recorded.mixer,
@@ -79,6 +97,8 @@ def measure_layer(
         reader=recorded.reader,
         storage=recorded.storage,
         error=_stated(errors),
+        stable_rank=torch.cat([one.stable for one in found]) if found else None,
+        effective_rank=torch.cat([one.effective for one in found]) if found else None,
     )
 
 
@@ -127,7 +147,15 @@ def joined(layers: list[LayerState]) -> Iterator[LayerState]:
             reader=parts[0].reader,
             storage=parts[0].storage,
             error=_joined_errors(parts),
+            stable_rank=_joined([part.stable_rank for part in parts]),
+            effective_rank=_joined([part.effective_rank for part in parts]),
         )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Join tensors along their first dimension. The result is None if one of them is."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if len(found) == len(parts) else None
 
 
 def _joined_errors(parts: list[LayerState]) -> Tensor | None:

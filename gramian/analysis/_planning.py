@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gramian.analysis._attention import ATTENTION, read_attention
+from gramian.analysis._composition import Feed, find_feed
 from gramian.analysis._general import (
     TOLERANCE,
     Unreadable,
@@ -27,16 +29,18 @@ from gramian.analysis._general import (
 from gramian.analysis._mixing import Leftover, mixing_of
 from gramian.analysis._scans import SCANS, ScanReading, read
 from gramian.analysis._segments import segment_call, segments_of
+from gramian.analysis._single import single_call, single_frame
 from gramian.analysis._tracing import Call, Frame, Key, Replay, Tracer
 from gramian.analysis._values import copied, leaves_of
 
-__all__ = ["Plan", "Planner", "Site"]
+__all__ = ["Plan", "Planner", "Site", "module_call", "read_scan", "values_of"]
 
 _AHEAD = "it is not causal: it looks ahead."
 _CONVOLUTIONS = ("conv1d",)
 _COPIES = ("clone", "detach", "size", "to", "float")
 _CALLS = 200  # the largest number of calls of one module that are tried
 _SEGMENTS = 100  # the largest number of its segments that are tried
+_FAILURES = 2  # after as many failures, modules of the same class are not searched again
 _BLOCKS = 128  # the largest number of blocks of channels that are tried in a segment
 
 
@@ -73,12 +77,15 @@ class Plan:
         module: the module.
         sites: the calls whose operators are read.
         refusal: why the module, or a part of it, cannot be read; empty if all of it is read.
+        feeds: for calls whose values a short convolution of the module feeds, by their keys: which
+            channels feed them. It is empty unless convolutions belong to the layers they feed.
     """
 
     path: str
     module: nn.Module
     sites: list[Site] = field(default_factory=list)
     refusal: str = ""
+    feeds: dict[Key, Feed] = field(default_factory=dict)
 
     @property
     def repeats(self) -> bool:
@@ -102,13 +109,14 @@ class Planner:
     Args:
         tracer: The tracer of the model.
         length: The number of positions of the short sequence.
+        joins: Whether short convolutions belong to the layers that they feed.
 
     Attributes:
         plans: the plan of every module that mixes positions by itself, by its path.
     """
 
-    def __init__(self, tracer: Tracer, length: int) -> None:
-        self.tracer, self.length = tracer, length
+    def __init__(self, tracer: Tracer, length: int, joins: bool = False) -> None:
+        self.tracer, self.length, self.joins = tracer, length, joins
         self.plans: dict[str, Plan] = {}
         self._known: dict[type, list[Plan]] = {}
 
@@ -122,14 +130,18 @@ class Planner:
         try:
             if not self._as_before(plan, frame):
                 self._search(plan, frame)
+            if self.joins:
+                self._join(plan, frame)
         except Unreadable as reason:
             plan.sites, plan.refusal = [], str(reason)
+        except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
+            plan.sites, plan.refusal = [], f"it cannot be run alone: {type(error).__name__}."
         self._known.setdefault(type(frame.module), []).append(plan)
 
     def _as_before(self, plan: Plan, frame: Frame) -> bool:
-        """Read a module like one of the same class, if this works."""
+        """Read a module like one of the same class and the same sizes, if this works."""
         for known in self._known.get(type(frame.module), []):
-            if known.refusal or not known.sites:
+            if known.refusal or not known.sites or _sizes(known.module) != _sizes(frame.module):
                 continue
             names = {site.key[:2] for site in known.sites}
             try:
@@ -160,18 +172,23 @@ class Planner:
             read_scan(call)
         elif site.values is not None:
             chosen = range(0, site.values.count, max(1, site.values.count // 4))
-            measure_operators(site.values.of(call, self.length), site.values, chosen)
+            responses = site.values.of(single_call(call), self.length)
+            measure_operators(responses, site.values, chosen)
 
     def _search(self, plan: Plan, frame: Frame) -> None:
         frozen = self._known_kinds(plan, frame)
-        tried: set[Key] = set()
+        tried: set[Key] = set(frozen)
         while True:
             left = mixing_of(self.tracer, frame, self.length, frozen)
-            if left.earlier:
+            if left.earlier and plan.sites:  # the positions of the last result are others
+                del frozen[plan.sites.pop().key]
+            elif left.earlier:
                 raise Unreadable(_AHEAD)
-            if not left.later or ("module", "", 0) in frozen:
+            elif not left.later or ("module", "", 0) in frozen:
                 return
-            found = self._next(frame, frozen, tried)
+            known = self._known.get(type(frame.module), [])
+            failed = sum(bool(other.refusal) for other in known) >= _FAILURES
+            found = None if failed else self._next(frame, frozen, tried)
             if found is None:
                 name = type(frame.module).__name__
                 what = "a part of it" if plan.sites else "it"
@@ -217,9 +234,9 @@ class Planner:
             elif reader == "scan":
                 read_scan(call)
             else:
-                return Site(
-                    call.key, reader, find_values(call, self.length, self.tracer.padding, budget)
-                )
+                call = single_call(call)
+                found = find_values(call, self.length, self.tracer.padding, budget)
+                return Site(call.key, reader, found)
         except Unreadable as reason:
             if str(reason) == _AHEAD and reader == "attention":
                 raise
@@ -252,6 +269,27 @@ class Planner:
         for call in self._calls(frame, frozen, {("operation", "")})[:_CALLS]:
             yield call, 1
 
+    def _join(self, plan: Plan, frame: Frame) -> None:
+        """Find which layers the short convolutions of a module feed."""
+        names = {site.key[:2] for site in plan.sites}
+        calls = {call.key: call for call in self._calls(frame, {}, names)}
+        short = [site for site in plan.sites if site.kind == "convolution"]
+        for layer in plan.sites:
+            for site in short:
+                if layer in short or layer.key not in calls or site.key not in calls:
+                    continue
+                assert site.values is not None
+                feed = find_feed(
+                    self.tracer,
+                    frame,
+                    self.length,
+                    (calls[site.key], site.values),
+                    calls[layer.key],
+                    partial(values_of, layer, length=self.length),
+                )
+                if feed is not None:
+                    plan.feeds[layer.key] = feed
+
     def _segments(self, frame: Frame) -> Iterator[Call]:
         for number, (source, target) in enumerate(segments_of(self.tracer, frame, self.length)):
             if number >= _SEGMENTS:
@@ -279,8 +317,14 @@ class Planner:
         return replay.run().calls
 
 
+def _sizes(module: nn.Module) -> list[torch.Size]:
+    """Return the shapes of the parameters of a module."""
+    return [parameter.shape for parameter in module.parameters()]
+
+
 def module_call(tracer: Tracer, frame: Frame, length: int) -> Call:
-    """Return a module as a call of its own arguments."""
+    """Return a module as a call of its own arguments, in at least single precision."""
+    frame = single_frame(frame)
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:
         return Replay(tracer, frame, length).run((args, kwargs)).output
@@ -308,3 +352,13 @@ def read_scan(call: Call) -> ScanReading:
     if reading.disagreement(call.result) > max(TOLERANCE, 8 * torch.finfo(leaf.dtype).eps):
         raise Unreadable(f"{name} did not return its recurrence applied to its values.")
     return reading
+
+
+def values_of(site: Site, call: Call, length: int) -> Tensor:
+    """Return the values of a call, (V, L), channel by channel and head by head."""
+    if site.values is not None:
+        return site.values.of(call, length).values.T[site.values.inputs]
+    if site.reader == "scan":
+        args, kwargs = call.inputs
+        return read(call.key[1], args, kwargs, call.function).values.flatten(0, 1)
+    raise Unreadable("a convolution before a map of attention is a layer of its own.")

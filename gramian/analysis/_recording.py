@@ -29,15 +29,25 @@ import torch
 from torch import Tensor, nn
 
 from gramian.analysis._attention import eager_attention, read_attention
+from gramian.analysis._composition import compose
 from gramian.analysis._general import Unreadable, measure_operators
 from gramian.analysis._inputs import ModelInputs, run_model
 from gramian.analysis._mixing import Finder, NotFinite, short_lengths
-from gramian.analysis._planning import Plan, Planner, Site, module_call, read_scan
+from gramian.analysis._planning import (
+    Plan,
+    Planner,
+    Site,
+    module_call,
+    read_scan,
+    values_of,
+)
 from gramian.analysis._rows import AttentionRows
 from gramian.analysis._segments import segment_call
+from gramian.analysis._single import single_call
+from gramian.analysis._states import States, mixer_states, scan_states
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
-from gramian.analysis._values import copied
+from gramian.analysis._values import copied, leaves_of
 from gramian.ess import RowOperator
 from gramian.mixers import Mixer
 from gramian.systems import FIR, DenseOperator, System
@@ -63,6 +73,7 @@ class RecordedOperator:
         storage: how the layer stores its past, as in `LayerState`; None if it is not known.
         orders: orders of the layer's own recurrences, (count), where the system is a matrix from
             which they cannot be read; None if the system says what its state is.
+        states: what the states of a recurrence hold; None if the layer has no such states.
     """
 
     name: str
@@ -73,6 +84,7 @@ class RecordedOperator:
     reader: str
     storage: Storage | None = None
     orders: Tensor | None = None
+    states: States | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ class _Operator:
     system: Callable[[slice], System | RowOperator]
     storage: Storage | None = None
     orders: Tensor | None = None
+    states: States | None = None
 
 
 @dataclass
@@ -95,6 +108,7 @@ class _Running:
         counts: the number of calls so far, by kind and name.
         inside: whether a planned call of it is running.
         reached: keys of the planned calls that were made.
+        convolutions: calls of convolutions that belong to later layers, by their keys.
         undo: what to close when it ends.
     """
 
@@ -103,6 +117,7 @@ class _Running:
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)
     inside: bool = False
     reached: set[Key] = field(default_factory=set)
+    convolutions: dict[Key, Call] = field(default_factory=dict)
     undo: ExitStack = field(default_factory=ExitStack)
 
 
@@ -112,6 +127,8 @@ class Recorder:
     Args:
         model: The model whose layers are recorded.
         visit: A function that is called with each operator during the forward pass.
+        joins: Whether short convolutions are parts of the operators that they feed, instead of
+            layers of their own.
         long: The length from which on the maps of attention are read by rows; None to read them
             whole at all lengths.
 
@@ -124,10 +141,10 @@ class Recorder:
         self,
         model: nn.Module,
         visit: Callable[[RecordedOperator], None],
+        joins: bool = False,
         long: int | None = None,
     ) -> None:
-        self.model = model
-        self.long = long
+        self.model, self.joins, self.long = model, joins, long
         self.visit = visit
         self.plans: dict[str, Plan] = {}
         self.ran: dict[str, int] = Counter()
@@ -163,10 +180,10 @@ class Recorder:
 
         If a model cannot read as many tokens, fewer are tried.
         """
-        lengths = short_lengths(self.model)
+        lengths = [*short_lengths(self.model), (inputs.length, 0)]
         while True:
             length, self._tracer.padding = lengths.pop(0)
-            planner = Planner(self._tracer, length)
+            planner = Planner(self._tracer, length, self.joins)
             finder = Finder(self._tracer, length, partial(self._plan, planner), _is_mixer)
             try:
                 with finder.finding():
@@ -175,7 +192,7 @@ class Recorder:
             except NotFinite:
                 raise
             except (IndexError, RuntimeError, ValueError):
-                lengths = [other for other in lengths if other[0] < length]
+                lengths = [*(other for other in lengths[:-1] if other[0] < length), *lengths[-1:]]
                 if not lengths:
                     raise
         self.plans = planner.plans
@@ -305,7 +322,14 @@ class Recorder:
         before, self._tracer.handler = self._tracer.handler, None
         outer, self._tracer.operations = self._tracer.operations, None
         try:
-            self._record(running.plan, site, self._operator(site, call()))
+            made = call()
+            if any(site.key == feed.convolution for feed in running.plan.feeds.values()):
+                running.convolutions[site.key] = made
+            else:
+                operator = self._operator(site, made)
+                if site.key in running.plan.feeds:
+                    operator = self._joined(running, site, made, operator)
+                self._record(running.plan, site, operator)
         except Unreadable as reason:
             self.refused[running.plan.path] = str(reason)
         finally:
@@ -322,10 +346,12 @@ class Recorder:
             return _Operator(len(maps), lambda channels: DenseOperator(maps[channels]), storage)
         if site.reader == "scan":
             reading = read_scan(call)
-            return _Operator(reading.count, reading.system)
+            sizes = [x.element_size() for x in leaves_of(call.result) if isinstance(x, Tensor)]
+            storage = Storage(reading.values.shape[1], itemsize=sizes[0])
+            return _Operator(reading.count, reading.system, storage, states=scan_states(reading))
         values = site.values
         assert values is not None
-        responses = values.of(call, self._length)
+        responses = values.of(single_call(call), self._length)
 
         def system(channels: slice) -> System:
             chosen = range(values.count)[channels]
@@ -333,6 +359,28 @@ class Recorder:
             return FIR(measured) if values.taps else DenseOperator(measured)
 
         return _Operator(values.count, system)
+
+    def _joined(self, running: _Running, site: Site, call: Call, core: _Operator) -> _Operator:
+        """Return the operator of a layer together with the convolution that feeds it."""
+        feed = running.plan.feeds[site.key]
+        short = running.convolutions[feed.convolution]
+        values = values_of(site, call, self._length)
+        heads = [v // (len(values) // core.count) for v in range(len(values))]
+        if site.values is not None:
+            heads = site.values.operator.tolist()
+
+        def matrices(chosen: list[int]) -> Tensor:
+            systems = [core.system(slice(h, h + 1)).matrix(self._length) for h in chosen]
+            return torch.stack([m.reshape(m.shape[-2:]) for m in systems])
+
+        short = single_call(short)
+        responses = feed.values.of(short, self._length)
+        system = compose(feed, responses, short.result, values, matrices, heads)
+        orders = None
+        if site.reader == "scan" and feed.values.taps:
+            order = core.system(slice(0, 1)).order + feed.values.taps - 1
+            orders = torch.full((len(values),), order)
+        return _Operator(len(values), system, None, orders)
 
     def _read_mixer(self, plan: Plan, x: Tensor) -> None:
         module: Any = plan.module
@@ -346,6 +394,7 @@ class Recorder:
             partial(module.operator, x),
             mixer_storage(module, x.element_size()),
             mixer_orders(module, x.shape[1]),
+            mixer_states(module, x),
         )
         self._record(plan, plan.sites[0], operator)
 
@@ -367,6 +416,7 @@ class Recorder:
                 site.reader,
                 operator.storage,
                 operator.orders,
+                operator.states,
             )
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from gramian.analysis._single import single_frame
 from gramian.analysis._tracing import Call, Frame, Replay, Tracer
 from gramian.analysis._values import copied, sequences_in
 
@@ -53,7 +54,11 @@ def segments_of(tracer: Tracer, frame: Frame, length: int) -> Iterator[tuple[str
 
 
 def segment_call(tracer: Tracer, frame: Frame, length: int, source: str, target: str) -> Call:
-    """Return the segment of a module as a call of the values that its source returns."""
+    """Return the segment of a module as a call of the values that its source returns.
+
+    A module in half precision is run in single precision.
+    """
+    frame = single_frame(frame)
     modules = dict(frame.module.named_modules())
     first = modules[source]
     box: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from gramian.analysis._scans import SCANS
-from gramian.analysis._values import copied, sequences_in
+from gramian.analysis._values import copied, leaves_of, sequences_in, with_leaves
 
 __all__ = ["Call", "Frame", "Handler", "Key", "Operations", "Replay", "Tracer", "own_methods"]
 
@@ -370,7 +370,8 @@ class Replay:
         if self.keep is None or not self.keep(kind, name):
             return function(*args, **kwargs)
         given = (args, kwargs)
-        if kind == "operation" and not any(sequences_in(given, self.length)):
+        longest = self.length + self.tracer.padding
+        if kind == "operation" and not any(sequences_in(given, self.length, longest)):
             return function(*args, **kwargs)
         inputs, within = copied(given), self._open
         self._open = (*within, key)
@@ -386,7 +387,8 @@ class Replay:
         return results
 
     def _returning(self, child: nn.Module, results: list[Any]) -> Callable[..., Any]:
-        path, number = self.tracer.paths[id(child)], iter(range(len(results)))
+        number = iter(range(len(results)))
+        path = next(p for p, m in self.frame.module.named_modules() if m is child)
 
         def forward(former: Any, *args: Any, **kwargs: Any) -> Any:
             index = next(number)
@@ -414,7 +416,13 @@ class Replay:
                 return result
 
             def fed(former: Any, *args: Any, given: Any = given, **kwargs: Any) -> Any:
-                return former(*copied(given[0]), **copied(given[1]))
+                like = leaves_of((args, kwargs))
+                leaves = [
+                    x.to(y.dtype) if isinstance(x, torch.Tensor) else x
+                    for x, y in zip(leaves_of(copied(given)), like, strict=True)
+                ]
+                args, kwargs = with_leaves(given, iter(leaves))
+                return former(*args, **kwargs)
 
             yield modules[source], watched
             if target:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "time_axis",
     "window",
     "with_leaf",
+    "with_leaves",
 ]
 
 _CHANGE = 1e-5
@@ -25,20 +26,46 @@ _CHANGE = 1e-5
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """Return the leaves of nested tuples, lists, mappings and outputs of transformers."""
-    return pytree.tree_leaves(value)
+    """Return the leaves of nested tuples, lists and mappings, such as outputs of transformers."""
+    if isinstance(value, MutableMapping):
+        return [leaf for inner in value.values() for leaf in leaves_of(inner)]
+    if isinstance(value, list | tuple):
+        return [leaf for inner in value for leaf in leaves_of(inner)]
+    return [value]
+
+
+def with_leaves(value: Any, leaves: Iterator[Any]) -> Any:
+    """Return nested values of the same structure and types with other leaves."""
+    if isinstance(value, MutableMapping):
+        result = copy.copy(value)
+        for key, inner in value.items():
+            result[key] = with_leaves(inner, leaves)
+        return result
+    if isinstance(value, list | tuple):
+        inner_values = [with_leaves(inner, leaves) for inner in value]
+        named = isinstance(value, tuple) and hasattr(value, "_fields")
+        return type(value)(*inner_values) if named else type(value)(inner_values)
+    return next(leaves)
 
 
 def copied(value: Any) -> Any:
-    """Return nested values with copies of their tensors, and new containers around them."""
-    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, value)
+    """Return nested values with copies of their tensors and caches, and new containers."""
+    return with_leaves(value, map(_copied_leaf, leaves_of(value)))
+
+
+def _copied_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone()
+    if hasattr(leaf, "get_seq_length"):  # a cache of transformers, to which a call adds its input
+        return copy.deepcopy(leaf)
+    return leaf
 
 
 def with_leaf(value: Any, index: int, leaf: Any) -> Any:
     """Return nested values with another leaf at an index of `leaves_of`."""
-    leaves, structure = pytree.tree_flatten(value)
+    leaves = leaves_of(value)
     leaves[index] = leaf
-    return pytree.tree_unflatten(leaves, structure)
+    return with_leaves(value, iter(leaves))
 
 
 def time_axis(x: Any, length: int, longest: int = 0) -> int | None:
@@ -104,7 +131,7 @@ def perturbed(
     integers from other positions, so that they stay in the vocabulary. Masks do not change.
     `longest` is that of `time_axis`, and `padded_before` that of `window`.
     """
-    leaves, structure = pytree.tree_flatten(value)
+    leaves = leaves_of(value)
     for index, x, axis in sequences_in(value, length, longest):
         if bool((x <= torch.finfo(x.dtype).min / 2).any()):
             continue  # a mask
@@ -121,7 +148,7 @@ def perturbed(
         other = _other_integers(x, along, positions)
         if other is not None:
             leaves[index] = other
-    return pytree.tree_unflatten(leaves, structure)
+    return with_leaves(value, iter(leaves))
 
 
 def _other_integers(x: Tensor, axis: int, positions: Sequence[int]) -> Tensor | None:

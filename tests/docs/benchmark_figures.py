@@ -223,6 +223,24 @@ def _order(order: int) -> Callable[[Results], str]:
     return text
 
 
+def _spectral(name: str, tolerance: float) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        rows = r["1024 taps"][name]
+        (row,) = [row for row in rows if row["tolerance"] == tolerance]
+        return f"{row['order']['mean']:.1f} on average, at most {row['order']['max']}"
+
+    return text
+
+
+def _random_poles(states: int) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        rows = r["1024 taps"]["random poles"]
+        (row,) = [row for row in rows if row["states"] == states]
+        return f"{row['relative error']:.0e}"
+
+    return text
+
+
 def _switching(r: Results) -> str:
     return f"{min(row['within 1e-4'] for row in r['rows']):.0%}"
 
@@ -271,7 +289,22 @@ def _long_model(r: Results) -> str:
 def _long_head(r: Results) -> str:
     run = r["head"]["rows_computed_again"]
     memory = run["additional_peak_memory_mib"]
-    return f"{run['seconds']:.0f} s, {memory:,.0f} MiB (the map: {r['head']['mib_of_the_map']:,.0f})"
+    return (
+        f"{run['seconds']:.0f} s, {memory:,.0f} MiB (the map: {r['head']['mib_of_the_map']:,.0f})"
+    )
+
+
+def _wholly_read(r: Results) -> str:
+    return f"{r['summary']['verdicts']['read']} of {r['summary']['types']}"
+
+
+def _missing_or_wrong(r: Results) -> str:
+    verdicts = r["summary"]["verdicts"]
+    return str(verdicts["silent"] + verdicts["wrong"] + verdicts["raises"])
+
+
+def _largest(error: str) -> Callable[[Results], str]:
+    return lambda r: f"{r['summary'][f'largest_{error}']:.0e}".replace("e-0", "e-")
 
 
 def _modulation(part: str) -> Callable[[Results], str]:
@@ -430,6 +463,14 @@ FIGURES: dict[str, list[Row]] = {
         ("distillation_order", _order(16)),
         ("distillation_order", _order(64)),
     ],
+    "Spectral filters": [
+        ("spectral_filters", _spectral("each filter alone", 1e-3)),
+        ("spectral_filters", _spectral("random coefficients", 1e-2)),
+        ("spectral_filters", _spectral("random coefficients", 1e-3)),
+        ("spectral_filters", _spectral("random coefficients", 1e-4)),
+        ("spectral_filters", _random_poles(100)),
+        ("spectral_filters", _random_poles(200)),
+    ],
     "Packed rows": [
         ("packing", _packing("alike")),
         ("packing", _packing("uneven")),
@@ -456,6 +497,13 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_attention", _attention),
         ("ess_attention", _attention_long),
         ("ess_application", _application),
+    ],
+    "Coverage of architectures": [
+        ("coverage", _wholly_read),
+        ("coverage", _missing_or_wrong),
+        ("coverage", _largest("error")),
+        ("coverage", _largest("size_error")),
+        ("coverage", _largest("output_error")),
     ],
     "Memory at delimiters": [
         ("state_modulation", _modulation("documents")),
