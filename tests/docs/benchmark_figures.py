@@ -505,6 +505,11 @@ FIGURES: dict[str, list[Row]] = {
         ("coverage", _largest("size_error")),
         ("coverage", _largest("output_error")),
     ],
+    "Long contexts": [
+        (None, _stands("not measured yet")),
+        (None, _stands("not measured yet")),
+        (None, _stands("not measured yet")),
+    ],
     "Memory at delimiters": [
         ("state_modulation", _modulation("documents")),
         ("state_modulation", _modulation("sentences")),
