@@ -275,6 +275,25 @@ def _application(r: Results) -> str:
     return ", ".join(f"{part['ratio']:.1f} ({name})" for name, part in r["application"].items())
 
 
+def _long_agreement(r: Results) -> str:
+    run = r["agreement"]
+    within = 100 * run["within_stated_error"]
+    return f"{100 * run['largest_relative_error']:.1f} % (within the stated error: {within:.0f} %)"
+
+
+def _long_model(r: Results) -> str:
+    run = r["model"]
+    return f"{run['seconds']:,.0f} s, {run['peak_memory_gib']:.1f} GiB"
+
+
+def _long_head(r: Results) -> str:
+    run = r["head"]["rows_computed_again"]
+    memory = run["additional_peak_memory_mib"]
+    return (
+        f"{run['seconds']:.0f} s, {memory:,.0f} MiB (the map: {r['head']['mib_of_the_map']:,.0f})"
+    )
+
+
 def _wholly_read(r: Results) -> str:
     return f"{r['summary']['verdicts']['read']} of {r['summary']['types']}"
 
@@ -485,6 +504,11 @@ FIGURES: dict[str, list[Row]] = {
         ("coverage", _largest("error")),
         ("coverage", _largest("size_error")),
         ("coverage", _largest("output_error")),
+    ],
+    "Long contexts": [
+        (None, _stands("not measured yet")),
+        (None, _stands("not measured yet")),
+        (None, _stands("not measured yet")),
     ],
     "Memory at delimiters": [
         ("state_modulation", _modulation("documents")),
