@@ -15,6 +15,7 @@ from gramian.reports._figures import (
     plot_hankel_spectra,
 )
 from gramian.reports._page import save_state_page, state_page
+from gramian.reports._shrinkage import plot_shrinkage
 from gramian.reports._state import (
     plot_state_comparison,
     plot_state_curves,
@@ -27,6 +28,7 @@ __all__ = [
     "plot_decoding_cost",
     "plot_distillation",
     "plot_hankel_spectra",
+    "plot_shrinkage",
     "plot_state_comparison",
     "plot_state_curves",
     "plot_state_map",
