@@ -36,8 +36,9 @@ class LayerShrinkage:
             error; where this error is not that of the smaller layer, "diagonal" (largest
             contributions) and "energy" (largest keys and queries) are tried too.
         predicted_error: error of the scan's outputs if the coordinates are held at zero.
-        measured_error: error of the scan's outputs in the smaller layer, for the same input.
-        output_error: error of the smaller layer's output, for the same input.
+        measured_error: error of the scan's outputs in the smaller layer, for the same input, on at
+            most 8 windows of the text.
+        output_error: error of the smaller layer's output on the same windows, for the same input.
         spectrum: predicted error if 1, 2, …, n coordinates are kept. The last one is 0.
         note: what changes besides the dropped coordinates; empty if nothing does.
     """

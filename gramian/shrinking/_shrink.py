@@ -23,7 +23,7 @@ from gramian.shrinking._texts import split_windows, windows_of
 __all__ = ["shrink"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_COMPARED = 8  # windows on which criteria are compared
+_COMPARED = 8  # windows on which errors are measured and criteria are compared
 
 
 @full_precision()
@@ -106,7 +106,7 @@ def shrink(
             assert keep is not None
             small = run.shrink(run.choices.share(keep))
         after = window_losses(small.model, held_out)
-        changes = compare(model, layers, small.layers, chosen_by)
+        changes = compare(model, layers, small.layers, chosen_by[:_COMPARED])
         report = ShrinkReport(
             keep=keep,
             max_increase=max_increase,

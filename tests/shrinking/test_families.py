@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import gramian
 from gramian.models import GramianConfig, GramianForCausalLM
 from gramian.shrinking._choosing import Choices
 from gramian.shrinking._family import Layer, find_layers
@@ -353,3 +356,65 @@ def test_the_model_and_the_random_numbers_stay_as_they_were() -> None:
     assert model.config.state_size == 6 and small.config.state_size == 2
     theirs = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert not theirs & {p.untyped_storage().data_ptr() for p in small.parameters()}
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+ids = torch.load("ids.pt")
+results = {}
+for kind in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(kind).eval()
+    with torch.no_grad():
+        logits = model(ids).logits
+        written = model.generate(
+            ids[:1, :9], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=[]
+        )
+    model.save_pretrained(Path("again") / kind)
+    results[kind] = logits, written
+assert not [name for name in sys.modules if name.split(".")[0] == "gramian"]
+torch.save(results, "results.pt")
+"""
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_every_result_is_a_model_of_transformers_alone(tmp_path: Path) -> None:
+    ids = windows(2, 23)
+    torch.save(ids, tmp_path / "ids.pt")
+    expected = {}
+    for kind in TRANSFORMERS:
+        small, _ = gramian.shrink(build(kind), windows(), keep=0.5)
+        small.save_pretrained(tmp_path / kind)
+        written = small.generate(
+            ids[:1, :9], max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=[]
+        )
+        expected[kind] = small(ids).logits, written
+    subprocess.run([sys.executable, "-c", PROGRAM, *TRANSFORMERS], check=True, cwd=tmp_path)
+    for kind, (logits, written) in torch.load(tmp_path / "results.pt").items():
+        torch.testing.assert_close(logits, expected[kind][0], rtol=1e-5, atol=1e-5, msg=kind)
+        assert torch.equal(written, expected[kind][1])
+        assert (tmp_path / "again" / kind / "config.json").is_file()
+
+
+def test_kimi_linear_is_refused_with_its_reason() -> None:
+    config = transformers.KimiLinearConfig(
+        **HYBRID,
+        **LAYERS,
+        linear_head_dim=8,
+        linear_num_heads=2,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        num_experts=2,
+        num_experts_per_token=1,
+        moe_intermediate_size=8,
+    )
+    model = transformers.KimiLinearForCausalLM(config)
+    with pytest.raises(ValueError, match="one size, linear_head_dim, for keys, values and gates"):
+        gramian.shrink(model, windows(), keep=0.5)
