@@ -40,7 +40,8 @@ class Call:
 
     Attributes:
         recurrence: the arguments.
-        outputs: function that returns the outputs y, without skips and gates, in any layout.
+        outputs: function that returns the outputs y, without skips and gates. Their last dimension
+            is N if a norm of every head follows, and otherwise any.
     """
 
     recurrence: Recurrence

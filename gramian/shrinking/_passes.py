@@ -133,8 +133,9 @@ def compare(
         factor = layer.family.scale(layer.module, other.shape.states)
         for one, two in zip(calls, after, strict=True):
             before, now = (call.outputs().double() for call in (one, two))
-            change.scan += float((before - factor * now).square().sum())
-            change.scan_size += float(before.square().sum())
+            weights = one.recurrence.weights(before)
+            change.scan += float((weights * (before - factor * now)).square().sum())
+            change.scan_size += float((weights * before).square().sum())
         before, now = (_first(x).double() for x in (output, new))
         change.output += float((before - now).square().sum())
         change.output_size += float(before.square().sum())
@@ -167,7 +168,10 @@ def window_losses(model: nn.Module, windows: Tensor) -> Tensor:
 
 def _check(layer: Layer, read: float, calls: Sequence[Call]) -> None:
     """Compare the energy of outputs that was computed from arguments with that of a scan."""
-    energy = sum(float(call.outputs().double().square().sum()) for call in calls)
+    energy = 0.0
+    for call in calls:
+        y = call.outputs().double()
+        energy += float((call.recurrence.weights(y) * y).square().sum())
     if not abs(read - energy) <= _AGREEMENT * energy + 1e-12:
         raise ValueError(
             f"{layer.path}: the scan must apply the recurrence that its arguments describe; got "

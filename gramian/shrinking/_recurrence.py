@@ -13,6 +13,9 @@ coordinates do not change. So the outputs change by exactly `Σ_{i ∈ J} z_ti`,
 over a text is `Σ_{i,j ∈ J} M_ij`, with the Gram matrix `M_ij = Σ_t z_ti · z_tj`, that is,
 `M = Σ_t (q_t q_tᵀ) ∘ (S_t S_tᵀ)`.
 
+A norm of every head, if one follows, divides the outputs of each token by their root mean square.
+Then the z_ti are divided by it, too, so that the errors of all tokens count relative to their size.
+
 A sequence is processed in chunks. Nothing is divided by a product of gates.
 """
 
@@ -45,6 +48,8 @@ class Recurrence:
         decay_rates: factors of `log_decays`, (heads, n), or None if they are 1.
         rates: factors of the values, (batch, heads, L), or None if they are 1.
         delta: whether the recurrence is the delta rule. Its gates are then equal for all n.
+        epsilon: the number that a norm of every head behind the scan adds to the mean square of the
+            outputs; None if there is no such norm.
     """
 
     keys: Tensor
@@ -54,6 +59,11 @@ class Recurrence:
     decay_rates: Tensor | None = None
     rates: Tensor | None = None
     delta: bool = False
+    epsilon: float | None = None
+
+    def weights(self, y: Tensor) -> Tensor:
+        """Return the factors with which errors of outputs (…, N) count, (…, 1)."""
+        return _weights(y, self.epsilon)
 
     def head(self, row: int, heads: slice) -> _Heads:
         """Return some heads of one group and one row, in at least single precision."""
@@ -71,7 +81,7 @@ class Recurrence:
         rates = values.new_ones(()).expand(count, length)
         if self.rates is not None:
             rates = self.rates[row, heads].to(dtype)
-        return _Heads(keys, queries, values, logs, rates.unsqueeze(-1), self.delta)
+        return _Heads(keys, queries, values, logs, rates.unsqueeze(-1), self.delta, self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class _Heads:
         logs: (h, L, n) or (h, L, 1).
         rates: (h, L, 1).
         delta: as in `Recurrence`.
+        epsilon: as in `Recurrence`.
     """
 
     keys: Tensor
@@ -93,10 +104,11 @@ class _Heads:
     logs: Tensor
     rates: Tensor
     delta: bool
+    epsilon: float | None
 
     def gram(self) -> Tensor:
         """Return the sum of the heads' Gram matrices, (n, n)."""
-        if self.values.shape[-1] == 1 and not self.delta:
+        if self.values.shape[-1] == 1 and not self.delta and self.epsilon is None:
             return self._of_channels()
         heads, length, width = self.values.shape
         n = self.keys.shape[-1]
@@ -111,7 +123,10 @@ class _Heads:
             weights = between * queries.mT[:, :, None] * keys.mT[:, None]  # (h, n, T, T)
             carried = (along.exp() * queries).mT.unsqueeze(-1)  # (h, n, T, 1)
             z = weights.flatten(1, 2) @ writes  # (h, n T, N): one product is faster than n
-            z = z.unflatten(1, (n, -1)).addcmul_(carried, state.unsqueeze(2)).flatten(2)
+            z = z.unflatten(1, (n, -1)).addcmul_(carried, state.unsqueeze(2))
+            if self.epsilon is not None:
+                z *= _weights(z.sum(1, keepdim=True), self.epsilon)
+            z = z.flatten(2)
             total += (z @ z.mT).sum(0)  # (h, n, n) before the sum
             fading = (along[:, -1:] - along).exp() * keys  # (h, T, n)
             state = along[:, -1].exp().unsqueeze(-1) * state + fading.mT @ writes
@@ -158,6 +173,12 @@ def gram(recurrence: Recurrence) -> Tensor:
                 heads_of = slice(start, min(start + size, end))
                 total[group] += recurrence.head(row, heads_of).gram()
     return total
+
+
+def _weights(y: Tensor, epsilon: float | None) -> Tensor:
+    if epsilon is None:
+        return y.new_ones(())
+    return (y.square().mean(-1, keepdim=True) + epsilon).rsqrt()
 
 
 def _between(along: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from gramian.shrinking._elimination import eliminate, squared_errors
 from gramian.shrinking._recurrence import Recurrence, gram
 
 LENGTHS = (1, 2, 31, 32, 33, 63, 257)
-KINDS = ("scalar", "vector", "channels", "delta", "constant")
+KINDS = ("scalar", "vector", "channels", "delta", "constant", "normalized", "normalized delta")
 
 
 def recurrence(kind: str, length: int, seed: int = 0) -> Recurrence:
@@ -28,16 +28,25 @@ def recurrence(kind: str, length: int, seed: int = 0) -> Recurrence:
     if kind in ("vector", "constant"):
         shape = (batch, heads, length, n) if kind == "vector" else (1, heads, 1, n)
         logs = -draw(*shape).exp() / 4
-    if kind in ("channels", "delta"):
+    if kind == "channels" or "delta" in kind:
         rates = draw(batch, heads, length).sigmoid()
     if kind == "channels":
         factors = draw(heads, n).exp()
-    if kind == "delta":
+    if "delta" in kind:
         keys = keys / keys.norm(dim=-1, keepdim=True)
-    return Recurrence(keys, queries, values, logs, factors, rates, kind == "delta")
+    epsilon = 0.1 if "normalized" in kind else None
+    return Recurrence(keys, queries, values, logs, factors, rates, "delta" in kind, epsilon)
 
 
-def contributions(r: Recurrence, kept: Tensor | None = None) -> Tensor:
+def contributions(r: Recurrence) -> Tensor:
+    """z (batch, heads, L, n, N), divided by the root mean square of a token's outputs."""
+    z = parts(r)
+    if r.epsilon is None:
+        return z
+    return z / (z.sum(-2, keepdim=True).square().mean(-1, keepdim=True) + r.epsilon).sqrt()
+
+
+def parts(r: Recurrence, kept: Tensor | None = None) -> Tensor:
     """z (batch, heads, L, n, N), by a loop; coordinates that are not kept are zero."""
     batch, heads, length, width = r.values.shape
     per, n = heads // r.keys.shape[1], r.keys.shape[-1]
@@ -70,14 +79,17 @@ def test_the_gram_matrix_is_that_of_a_loop_over_time(kind: str, length: int) -> 
     torch.testing.assert_close(gram(r), expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "delta"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "delta" not in kind])
 def test_the_predicted_error_is_the_change_of_the_outputs(kind: str) -> None:
     r = recurrence(kind, 130, seed=1)
     order, errors = eliminate(gram(r))
-    whole = contributions(r).sum(-2)
+    whole = parts(r).sum(-2)
+    sizes = torch.ones(())
+    if r.epsilon is not None:
+        sizes = (whole.square().mean(-1, keepdim=True) + r.epsilon).sqrt()
     for k in range(r.keys.shape[-1] + 1):
         kept = order[:, r.keys.shape[-1] - k :]
-        change = (whole - contributions(r, kept).sum(-2)).square().sum()
+        change = ((whole - parts(r, kept).sum(-2)) / sizes).square().sum()
         torch.testing.assert_close(errors[:, k].sum(), change, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(
             squared_errors(gram(r), kept).sum(), change, rtol=1e-9, atol=1e-12
@@ -97,7 +109,8 @@ def test_gates_that_forget_everything_at_once_are_no_division_by_zero() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_precision_is_near_double_precision(kind: str) -> None:
     r = recurrence(kind, 257)
-    parts = (r.keys, r.queries, r.values, r.log_decays, r.decay_rates, r.rates)
-    single = Recurrence(*(x if x is None else x.float() for x in parts), delta=r.delta)
+    tensors = (r.keys, r.queries, r.values, r.log_decays, r.decay_rates, r.rates)
+    singles = (x if x is None else x.float() for x in tensors)
+    single = Recurrence(*singles, delta=r.delta, epsilon=r.epsilon)
     expected = gram(r)
     assert float((gram(single) - expected).norm() / expected.norm()) < 1e-5

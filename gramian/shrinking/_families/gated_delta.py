@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ class GatedDelta(Family):
     def watch(
         self, layer: Any, inputs: Tensor, visit: Callable[[Call], None]
     ) -> AbstractContextManager[object]:
-        return watch_scan(layer, "torch_chunk_gated_delta_rule", _read, visit)
+        norm = layer.o_norm if hasattr(layer, "o_norm") else layer.norm
+        read = partial(_read, norm.variance_epsilon)
+        return watch_scan(layer, "torch_chunk_gated_delta_rule", read, visit)
 
     def cut(self, layer: Any, kept: Tensor, energies: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         n, heads = layer.head_k_dim, layer.num_k_heads
@@ -67,6 +70,7 @@ class GatedDelta(Family):
 
 
 def _read(
+    epsilon: float,
     scan: Callable[..., Any],
     result: Any,
     query: Tensor,
@@ -88,5 +92,6 @@ def _read(
         log_decays=g.to(dtype).mT.unsqueeze(-1),
         rates=beta.mT,
         delta=True,
+        epsilon=epsilon,
     )
     return Call(recurrence, lambda: result[0])

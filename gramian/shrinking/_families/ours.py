@@ -90,7 +90,8 @@ class GramianAttention(_Ours):
         query = _heads(mixed, layer, 0)
         feature_map: Callable[[Tensor], Tensor] = FEATURE_MAPS[layer.feature_map]
         query = feature_map(query) * layer.state_size**-0.5
-        return Recurrence(coefficients.B, query, values, _logarithms(coefficients.A))
+        logs = _logarithms(coefficients.A)
+        return Recurrence(coefficients.B, query, values, logs, epsilon=layer.norm.eps)
 
     def cut(self, layer: Any, kept: Tensor, energies: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         n, heads = layer.state_size, layer.heads
@@ -130,6 +131,7 @@ class GramianDelta(_Ours):
             log_decays=_logarithms(coefficients.A[..., :1]),
             rates=beta,
             delta=True,
+            epsilon=layer.norm.eps,
         )
 
     def cut(self, layer: Any, kept: Tensor, energies: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
