@@ -1,14 +1,15 @@
-"""Define a base class of modules whose tensors stay in single precision."""
+"""Keep modules in single precision, and put models in a mode for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-__all__ = ["SinglePrecisionModule"]
+__all__ = ["SinglePrecisionModule", "in_mode"]
 
 
 class SinglePrecisionModule(nn.Module):
@@ -22,3 +23,19 @@ class SinglePrecisionModule(nn.Module):
             return moved
 
         return super()._apply(keep_precision, recurse)
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a model and all its submodules in training or evaluation mode within a block.
+
+    At the end, every submodule is again in the mode that it had before. A frozen batch norm in a
+    model that is being trained thus stays frozen.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

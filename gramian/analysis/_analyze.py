@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian._modules import in_mode
 from gramian.analysis._inputs import (
+    check_causal,
+    check_model,
     model_name,
     positions_in,
+    read_inputs,
     run_model,
-    sequence_of,
     token_texts,
 )
 from gramian.analysis._measuring import joined, measure_layer
@@ -38,6 +41,7 @@ def analyze(
     tol: float | None = None,
     rtol: float | None = None,
     max_channels: int | None = 64,
+    ranks: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> StateReport:
     """Measure the effective state-size of every layer, head and position of a model on one input.
@@ -52,10 +56,12 @@ def analyze(
     Args:
         model: A model of Gramian or of transformers, or any module that contains mixers of
             `gramian.mixers`.
-        inputs: One sequence without padding. A text or a FASTA record needs `tokenizer`. Token ids
-            are (L) or (1, L), a sequence of integers, or a mapping with `input_ids`, as tokenizers
-            return it. Inputs of models of continuous inputs are floating-point numbers, (L, size)
-            or (1, L, size).
+        inputs: One sequence without padding. A text, a FASTA record or a `gramian.tasks.Document`
+            needs `tokenizer`. Token ids are (L) or (1, L), a sequence of integers, or a mapping
+            with `input_ids`, as tokenizers return it. A mapping may have `inputs_embeds`,
+            (1, L, width), in place of `input_ids`, and further arguments of the model with integers
+            for each token, such as `position_ids`. Inputs of models of continuous inputs are
+            floating-point numbers, (L, size) or (1, L, size).
         tokenizer: Tokenizer of the text. It also provides the texts of tokens in the report.
         at: The positions at which to measure; all by default. Position i separates the tokens
             before i from token i and later tokens.
@@ -67,6 +73,9 @@ def analyze(
         rtol: Relative tolerance of the measure "tolerance".
         max_channels: Maximal number of heads or channels to measure in a layer. If a layer has
             more, every n-th of them is measured. If it is None, all are measured.
+        ranks: Whether to measure stable and effective rank of the states of recurrences as well, as
+            `gramian.ess.state_ranks` does. Layers without such states, such as attention, have
+            none.
         progress: A function that is called after each layer with the number of layers measured so
             far and the number of known layers.
 
@@ -75,23 +84,24 @@ def analyze(
 
     Raises:
         TypeError: if the inputs have another type, or the model is not a module.
-        ValueError: if the model has no layers that mix tokens; if the inputs are empty, padded, or
-            more than one sequence; if a text is given without a tokenizer; if a position or the
-            horizon is outside of the sequence; if the measure is unknown; or if an operator is not
-            finite. In the last case, the message names the layer.
+        ValueError: if the model has no layers that mix tokens, is not causal, is an
+            encoder-decoder or has no weights in memory; if the inputs are empty, padded, or more
+            than one sequence, or longer than the model's table of positions; if a mapping has a
+            key that the model does not read; if a text is given without a tokenizer; if a position
+            or the horizon is outside of the sequence; if the measure is unknown; or if an operator
+            is not finite. In the last case, the message names the layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"a model to analyze must be a torch module; got {type(model).__name__}.")
+    check_model(model)
     if max_channels is not None and max_channels < 1:
         raise ValueError(f"max_channels must be at least 1 or None; got {max_channels}.")
-    sequence = sequence_of(inputs, tokenizer)
-    length = sequence.shape[1]
+    given = read_inputs(inputs, tokenizer)
+    length = given.length
     if horizon is not None and not 1 <= horizon <= length:
         raise ValueError(
             f"horizon must be at least 1 and at most {length}, the tokens there are; got {horizon}."
         )
-    sequence = sequence[:, :horizon]
-    length = sequence.shape[1]
+    given = given.first(horizon)
+    length = given.length
     positions = positions_in(at, every, length)
     options: dict[str, Any] = {"measure": measure, "tol": tol, "rtol": rtol}
     effective_state_size(torch.eye(2), **options)  # raise its errors before the model runs
@@ -99,19 +109,17 @@ def analyze(
     layers: list[LayerState] = []
 
     def visit(recorded: RecordedOperator) -> None:
-        layers.append(measure_layer(recorded, positions, length, max_channels, options))
+        layers.append(measure_layer(recorded, positions, length, max_channels, options, ranks))
         if progress is not None:
             known = max(len(recorder.mixers), len(layers))
             progress(len(layers), known)
 
     recorder = Recorder(model, visit)
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), recorder.recording():
-            run_model(model, sequence)
-    finally:
-        model.train(training)
+    with in_mode(model, training=False), torch.no_grad():
+        with recorder.recording():
+            run_model(model, given)
+        if not layers:
+            check_causal(model, given)
     unread = recorder.unread()
     if not layers and not unread:
         raise ValueError(f"{type(model).__name__} has no layer that is known to mix tokens.")
@@ -119,7 +127,7 @@ def analyze(
         model=model_name(model),
         layers=tuple(joined(layers)),
         positions=tuple(positions),
-        tokens=tuple(token_texts(sequence, tokenizer)),
+        tokens=tuple(token_texts(given, tokenizer)),
         measure=measure,
         tol=tol,
         rtol=rtol,

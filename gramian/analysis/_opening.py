@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from gramian.analysis._gguf import open_gguf
 
 __all__ = ["open_model"]
 
 
-def open_model(name: str | Path) -> tuple[Any, Any]:
+def open_model(
+    name: str | Path, *, progress: Callable[[int, int], None] | None = None
+) -> tuple[Any, Any]:
     """Return a model in evaluation mode, and its tokenizer.
 
     Args:
@@ -18,6 +22,8 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
             `from_pretrained` accepts. A folder may hold any Gramian model, an adapter of a Gramian
             model, or a causal language model of transformers. The quantized weights of a GGUF file
             are expanded to float32.
+        progress: A function that is called while a GGUF file is read, with the number of tensors
+            read so far and the number of all tensors.
 
     Returns:
         The model and the tokenizer. If a Gramian model was saved without a tokenizer, the byte
@@ -26,11 +32,11 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
 
     Raises:
         OSError: if the model does not exist, or a model of transformers has no tokenizer.
-        ValueError: if the model cannot be read.
+        ValueError: if the model cannot be read, or is no causal language model.
         ImportError: if a package that is needed to read the model is missing: `gguf` for a GGUF
-            file, or `peft` for an adapter.
+            file, `peft` for an adapter, or the package of the method that quantized the weights.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from gramian.models import ByteTokenizer, load_any
     from gramian.models.adapters import tokenizer_folder
@@ -38,16 +44,7 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
 
     path = Path(name)
     if path.suffix == ".gguf" and path.is_file():
-        import torch
-
-        if importlib.util.find_spec("gguf") is None:
-            raise ImportError('GGUF files need gguf: pip install "gramian[gguf]".', name="gguf")
-        folder, file = path.resolve().parent, path.name
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, local_files_only=True, dtype=torch.float32
-        )
-        return model.eval(), tokenizer
+        return open_gguf(path, progress)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, but neither a model folder nor a GGUF file.")
     if path.is_dir() and _kind(path) == "gramian":
@@ -60,8 +57,59 @@ def open_model(name: str | Path) -> tuple[Any, Any]:
     local = path.is_dir()
     if local and not (path / "config.json").is_file():
         raise ValueError(describe_missing(path))
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", local_files_only=local)
-    return model.eval(), AutoTokenizer.from_pretrained(name, local_files_only=local)
+    model = _open_foreign(name, local)
+    try:
+        return model, AutoTokenizer.from_pretrained(name, local_files_only=local)
+    except ValueError as error:  # its message lists formats that tokenizers are converted from
+        raise OSError(
+            f"{name} has no tokenizer that can be read; save it there by its save_pretrained."
+        ) from error
+
+
+def _open_foreign(name: str | Path, local: bool) -> Any:
+    """Return a causal language model of transformers in evaluation mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(name, local_files_only=local)
+    _check_causal(name, config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype="auto", local_files_only=local
+        )
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise _of_quantized(name, config, error) from error
+    return model.eval()
+
+
+def _check_causal(name: str | Path, config: Any) -> None:
+    """Check that transformers has a causal language model for a configuration."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes = list(getattr(config, "architectures", None) or [])
+    held = f"a {classes[0]}" if classes else f"a model of type {config.model_type!r}"
+    decodes = any(one.endswith("ForCausalLM") for one in classes)
+    if getattr(config, "is_encoder_decoder", False) and not decodes:
+        raise ValueError(
+            f"{name} holds {held}, an encoder-decoder model; a causal language model is needed."
+        )
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        raise ValueError(
+            f"{name} holds {held}; a causal language model is needed, and transformers has none "
+            f"of the type {config.model_type!r}."
+        )
+
+
+def _of_quantized(name: str | Path, config: Any, error: Exception) -> Exception:
+    """Return an error that says why quantized weights cannot be read, or the error itself."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return error
+    values = settings if isinstance(settings, dict) else settings.to_dict()
+    method = str(values.get("quant_method", "an unknown method")).rpartition(".")[2].lower()
+    reason = " ".join(str(error).split()).rstrip(".")
+    kind = ImportError if isinstance(error, ImportError) else ValueError
+    return kind(f"the weights of {name} are quantized by {method} and cannot be read: {reason}.")
 
 
 def _kind(folder: Path) -> str | None:

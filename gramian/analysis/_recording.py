@@ -25,13 +25,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gramian.analysis._scans import SCANS, Scan
+from gramian.analysis._scans import places, read
+from gramian.analysis._states import States, mixer_states, scan_states
+from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.mixers import Mixer
 from gramian.systems import DenseOperator, System
 
@@ -58,6 +59,11 @@ class RecordedOperator:
         system: function that maps a slice of the heads or channels to their system. For n heads or
             channels, the channels of the system are (*1, n).
         reader: how the operator was read, as in `LayerState`.
+        storage: how the layer stores its past, as in `LayerState`; None if it is not known.
+        orders: orders of the layer's own recurrences, (count), where the system is a matrix from
+            which they cannot be read; None if the system says what its state is.
+        states: what the recurrence reads, from which its states follow; None if it has no states
+            with several value channels.
     """
 
     name: str
@@ -66,6 +72,9 @@ class RecordedOperator:
     count: int
     system: Callable[[slice], System]
     reader: str
+    storage: Storage | None = None
+    orders: Tensor | None = None
+    states: States | None = None
 
 
 def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
@@ -149,7 +158,17 @@ class Recorder:
             self.refused[path] = str(error)
             return
         operator = partial(module.operator, x)
-        self._record(path, module, module.family, module.channels, operator, "mixer")
+        self._record(
+            path,
+            module,
+            module.family,
+            module.channels,
+            operator,
+            "mixer",
+            mixer_storage(module, x.element_size()),
+            mixer_orders(module, x.shape[1]),
+            mixer_states(module, x),
+        )
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._current.pop()
@@ -162,12 +181,19 @@ class Recorder:
         count: int,
         system: Callable[[slice], System],
         reader: str,
+        storage: Storage | None = None,
+        orders: Tensor | None = None,
+        states: States | None = None,
     ) -> None:
         runs = self.ran[path]
         name = path if runs <= 1 else f"{path} (run {runs})"
         self.read.add(path)
         mixer = type(module).__name__
-        self.visit(RecordedOperator(name or mixer, mixer, kind, count, system, reader))
+        self.visit(
+            RecordedOperator(
+                name or mixer, mixer, kind, count, system, reader, storage, orders, states
+            )
+        )
 
     # Attention
 
@@ -232,8 +258,16 @@ class Recorder:
         refusal = _not_a_causal_map(weights, wide[2], output)
         if refusal is None:
             maps = weights[0]  # (heads, length, length)
+            group = len(maps) // value.shape[1]
+            storage = Storage(value.shape[-1], key.shape[-1], group, value.element_size())
             self._record(
-                path, module, "attention", len(maps), lambda s: DenseOperator(maps[s]), "attention"
+                path,
+                module,
+                "attention",
+                len(maps),
+                lambda s: DenseOperator(maps[s]),
+                "attention",
+                storage,
             )
         else:
             self.refused[path] = refusal
@@ -243,32 +277,37 @@ class Recorder:
 
     @contextmanager
     def _scans(self) -> Iterator[None]:
-        """Make the scans of the modeling files pass through `_scan` in this context."""
-        places: dict[str, ModuleType] = {}
-        for module in self.mixers.values():
-            for cls in type(module).__mro__:
-                if cls.__module__.startswith("torch.") or cls.__module__ not in sys.modules:
-                    break
-                places[cls.__module__] = sys.modules[cls.__module__]
-        replaced = []
-        try:
-            for place in places.values():
-                for name, scan in SCANS.items():
-                    function = getattr(place, name, None)
-                    if callable(function):
-                        replaced.append((place, name, function))
-                        setattr(place, name, partial(self._scan, scan, function))
+        """Make the scans that the mixers call pass through `_scan` in this context."""
+        found = {p.key: p for module in self.mixers.values() for p in places(module)}
+        with ExitStack() as stack:
+            for place in found.values():
+                stack.enter_context(place.holding(partial(self._scan, place.name, place.function)))
             yield
-        finally:
-            for place, name, function in replaced:
-                setattr(place, name, function)
 
-    def _scan(self, scan: Scan, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._current:
-            path, module = self._current[-1]
-            count, system = scan(*args, **kwargs)
-            self._record(path, module, "recurrence", count, system, "scan")
-        return function(*args, **kwargs)
+    def _scan(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a scan, and record what it applies if this is what it returned."""
+        if not self._current:
+            return function(*args, **kwargs)
+        path, module = self._current[-1]
+        try:
+            reading = read(name, args, kwargs, function)
+        except ValueError as error:
+            self.refused[path] = str(error)
+            return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if reading.disagreement(result) > _AGREEMENT:
+            self.refused[path] = f"{name} did not return its recurrence applied to its values."
+        else:  # a number that is not finite makes the measurement raise an error
+            self._record(
+                path,
+                module,
+                "recurrence",
+                reading.count,
+                reading.system,
+                "scan",
+                states=scan_states(reading),
+            )
+        return result
 
 
 def _takes_functions(model: Any) -> bool:

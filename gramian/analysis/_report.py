@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,17 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gramian._frames import check_frame_file, save_frame
 from gramian._json import to_json
 from gramian._staging import staged_file
+from gramian.analysis._frames import layer_frame, state_frame
+from gramian.analysis._modulation import compared, ratios
+from gramian.analysis._ranking import LayerRanking, rank_layers
+from gramian.analysis._storage import Storage
+from gramian.analysis._table import as_table, as_text
 from gramian.ess import aggregate, utilization
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from rich.table import Table
 
 __all__ = ["LayerState", "StateReport"]
 
 _FORMAT = "gramian.state_report/2"
-_COLUMNS = ("layer", "mixer", "heads or channels", "ESS mean", "ESS max", "TSS mean", "in use")
+_READABLE = ("gramian.state_report/1", _FORMAT)  # the first does not say how operators were read
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +47,14 @@ class LayerState:
             of the state there, (len(channels), P).
         reader: how the operator was read: "mixer" (from a mixer of Gramian), "attention" (a map of
             attention weights), "scan" (from the arguments of a scan) or "general" (from the
-            responses of the layer itself).
+            responses of the layer itself). It is empty in a report of an earlier version.
         error: error of each estimate in `ess`, of the same shape; None if they are exact.
+        storage: how the layer stores its past, from which bytes follow; None if it is not known.
+        cap: the bound min(i, L - i) on the rank at every position, (P). A report sets it.
+        stable_rank: stable rank of the state of each head before each of the P positions,
+            (len(channels), P); None if it was not measured (`ranks` of `analyze`), or if the layer
+            has no states with several value channels.
+        effective_rank: effective rank of these states, in the same form.
     """
 
     name: str
@@ -52,23 +66,38 @@ class LayerState:
     tss: Tensor
     reader: str = "mixer"
     error: Tensor | None = None
+    storage: Storage | None = None
+    cap: Tensor | None = None
+    stable_rank: Tensor | None = None
+    effective_rank: Tensor | None = None
+
+    @property
+    def usable(self) -> Tensor:
+        """The size of the state that can be used, (len(channels), P): min(TSS, i, L - i).
+
+        TSS is each channel's own, i is the position, and L the number of tokens that were read. A
+        layer outside of a report has no positions, so there it is TSS.
+        """
+        return self.tss if self.cap is None else self.tss.minimum(self.cap.to(self.tss))
 
     @property
     def utilization(self) -> Tensor:
-        """The share ESS / TSS, (len(channels), P). It is 0 where TSS is 0.
+        """The share of the usable state that is in use, ESS / `usable`, (len(channels), P).
 
-        The table of a report shows `in_use`, a mean without the entries where TSS is 0.
+        It is 0 where there is no usable state. `in_use` is its mean without these entries.
+        `gramian.ess.utilization(layer.ess, layer.tss)` is the share of all of TSS.
         """
-        return utilization(self.ess, self.tss)
+        return utilization(self.ess, self.usable)
 
     @property
     def in_use(self) -> float | None:
-        """The mean of ESS / TSS, or None if TSS is 0 everywhere.
+        """The share of the usable state that is in use, or None if there is no usable state.
 
-        The mean is over all channels and positions where TSS is above 0.
+        It is the mean of `utilization` over all channels and positions where `usable` is above 0.
+        Tables, figures, pages, frames and JSON show this number.
         """
-        share = self.utilization[self.tss > 0]
-        return float(share.mean()) if share.numel() else None
+        share = self.utilization[self.usable > 0]
+        return float(share.double().mean()) if share.numel() else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as values that JSON can hold."""
@@ -79,10 +108,17 @@ class LayerState:
             "channels": list(self.channels),
             "count": self.count,
             "reader": self.reader,
+            "storage": None if self.storage is None else self.storage.to_dict(),
             "average_ess": float(aggregate(self.ess)),
+            "in_use": self.in_use,
             "ess": _numbers(self.ess),
             "tss": _numbers(self.tss),
             "error": None if self.error is None else _numbers(self.error),
+            **{
+                name: _numbers(value)
+                for name in ("stable_rank", "effective_rank")
+                if (value := getattr(self, name)) is not None
+            },
         }
 
 
@@ -119,6 +155,10 @@ class StateReport:
     seconds: float
     source: str = ""
     include: str = "core"
+
+    def __post_init__(self) -> None:
+        layers = tuple(dataclasses.replace(layer, cap=self.cap) for layer in self.layers)
+        object.__setattr__(self, "layers", layers)
 
     @property
     def horizon(self) -> int:
@@ -164,6 +204,12 @@ class StateReport:
         """
         return aggregate(self.ess, "average", over_positions=over_positions)
 
+    @property
+    def in_use(self) -> float | None:
+        """The mean of the layers' `in_use`, or None if no layer has a usable state."""
+        shares = [share for layer in self.layers if (share := layer.in_use) is not None]
+        return sum(shares) / len(shares) if shares else None
+
     def total(self, *, over_positions: bool = True) -> Tensor:
         """Return the total ESS: the sum over all measured heads or channels of all layers.
 
@@ -175,9 +221,46 @@ class StateReport:
         """
         return aggregate(self.ess, "total", over_positions=over_positions)
 
+    def at(self, positions: Sequence[int]) -> StateReport:
+        """Return the report of some of the positions, in the given order.
+
+        Raises:
+            ValueError: if a position was not measured.
+        """
+        column = {i: c for c, i in enumerate(self.positions)}
+        missing = [i for i in positions if i not in column]
+        if missing:
+            raise ValueError(f"positions must be among those measured; got {missing[0]}.")
+        kept = [column[i] for i in positions]
+        layers = [
+            dataclasses.replace(
+                layer,
+                ess=layer.ess[:, kept],
+                tss=layer.tss[:, kept],
+                error=_columns(layer.error, kept),
+                stable_rank=_columns(layer.stable_rank, kept),
+                effective_rank=_columns(layer.effective_rank, kept),
+                cap=None,
+            )
+            for layer in self.layers
+        ]
+        return dataclasses.replace(self, layers=tuple(layers), positions=tuple(positions))
+
     def layer_curves(self) -> Tensor:
         """Return the mean ESS over the heads or channels of each layer, (layers, P)."""
         return torch.stack([layer.ess.double().mean(0) for layer in self.layers])
+
+    def utilization_curves(self) -> Tensor:
+        """Return the share in use at each position, a mean over heads or channels, (layers, P).
+
+        Heads and channels without a usable state are left out. If none has one, the share is NaN.
+        """
+        return torch.stack(
+            [
+                torch.where(layer.usable > 0, layer.utilization.double(), torch.nan).nanmean(0)
+                for layer in self.layers
+            ]
+        )
 
     def modulation(
         self, delimiter: Callable[[str], bool] | Sequence[str], reach: int = 4
@@ -210,35 +293,18 @@ class StateReport:
             def is_delimiter(token: str) -> bool:
                 return any(mark in token for mark in marks)
 
-        column = {i: c for c, i in enumerate(self.positions)}
         after = {i + 1 for i, token in enumerate(self.tokens) if is_delimiter(token)}
-        compared = []
-        for i in sorted(after):
-            if i not in column:
-                continue
-            pairs = [
-                (column[i - d], column[i + d])
-                for d in range(1, reach + 1)
-                if {i - d, i + d} <= column.keys() and not {i - d, i + d} & after and i - d > 0
-            ]
-            if pairs:
-                compared.append((column[i], [c for pair in pairs for c in pair]))
-        if not compared:
+        places = compared(self.positions, after, after, reach)
+        if not places:
             raise ValueError(
                 "no delimiter with measured positions on both sides: measure every position, of a "
                 "text with delimiters."
             )
-
-        def ratios(sizes: Tensor) -> Tensor:
-            """Return the mean ratio over delimiters, (…), for state-sizes (…, P)."""
-            sizes = sizes.double()
-            each = [sizes[..., at] / sizes[..., around].mean(-1) for at, around in compared]
-            return torch.stack(each).nan_to_num(1.0, posinf=1.0).mean(0)
-
+        average = self.average(over_positions=False)
         return {
-            "delimiters": len(compared),
-            "average_ratio": float(ratios(self.average(over_positions=False))),
-            "head_ratios": [ratios(layer.ess) for layer in self.layers],
+            "delimiters": len(places),
+            "average_ratio": float(ratios(average, places).mean()),
+            "head_ratios": [ratios(layer.ess, places).mean(-1) for layer in self.layers],
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -254,9 +320,11 @@ class StateReport:
             "horizon": self.horizon,
             "average_ess": float(self.average()) if self.layers else None,
             "total_ess": float(self.total()) if self.layers else None,
+            "in_use": self.in_use,
             "positions": list(self.positions),
             "tokens": list(self.tokens),
             "layers": [layer.to_dict() for layer in self.layers],
+            "ranking": [one.to_dict() for one in self.ranking()],
             "unread": [{"name": name, "reason": reason} for name, reason in self.unread],
             "seconds": self.seconds,
         }
@@ -272,6 +340,48 @@ class StateReport:
             stage.write_text(self.to_json() + "\n", encoding="utf-8")
         return path
 
+    def to_frame(self, by: str = "position") -> DataFrame:
+        """Return the report as a frame of pandas.
+
+        Args:
+            by: "position" for a row for each layer, head or channel, and position: `model`,
+                `source`, `layer`, `mixer`, `kind`, `reader`, `channel`, `position`, `token`, `ess`,
+                `error`, `tss`, `usable` and `in_use`. The error is NaN where ESS is exact, and the
+                share in use is NaN where no state is usable. "layer" for a row for each layer, with
+                means over heads or channels and positions.
+
+        Raises:
+            ImportError: if pandas is not installed.
+            ValueError: if `by` is neither of these.
+        """
+        if by not in ("position", "layer"):
+            raise ValueError(f'by must be "position" or "layer"; got {by!r}.')
+        return (state_frame if by == "position" else layer_frame)([self])
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write `to_frame()` as CSV, completely or not at all, and return the path.
+
+        Raises:
+            ImportError: if pandas is not installed.
+            ValueError: if the path does not end in .csv.
+        """
+        return self._write_frame(path, ".csv")
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write `to_frame()` as Parquet, completely or not at all, and return the path.
+
+        Raises:
+            ImportError: if pandas or pyarrow is not installed.
+            ValueError: if the path does not end in .parquet.
+        """
+        return self._write_frame(path, ".parquet")
+
+    def _write_frame(self, path: str | Path, suffix: str) -> Path:
+        if Path(path).suffix != suffix:
+            raise ValueError(f"the file must end in {suffix}; got {Path(path).name}.")
+        check_frame_file(path)
+        return save_frame(self.to_frame(), path)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StateReport:
         """Return the report from which `to_dict` made `values`.
@@ -279,8 +389,10 @@ class StateReport:
         Raises:
             ValueError: if `values` do not have the format of a report.
         """
-        if not isinstance(values, dict) or values.get("format") != _FORMAT:
-            raise ValueError(f"a state report of format {_FORMAT!r} is needed.")
+        found = values.get("format") if isinstance(values, dict) else None
+        if found not in _READABLE:
+            formats = " or ".join(map(repr, _READABLE))
+            raise ValueError(f"a state report of format {formats} is needed; got {found!r}.")
         layers = tuple(
             LayerState(
                 name=layer["name"],
@@ -290,8 +402,11 @@ class StateReport:
                 count=layer["count"],
                 ess=torch.tensor(layer["ess"], dtype=torch.float32),
                 tss=torch.tensor(layer["tss"], dtype=torch.float32),
-                reader=layer["reader"],
-                error=_tensor(layer["error"]),
+                reader=layer.get("reader", ""),
+                error=_tensor(layer.get("error")),
+                storage=Storage.from_dict(layer.get("storage")),
+                stable_rank=_tensor(layer.get("stable_rank")),
+                effective_rank=_tensor(layer.get("effective_rank")),
             )
             for layer in values["layers"]
         )
@@ -305,8 +420,8 @@ class StateReport:
             rtol=values["rtol"],
             unread=tuple((entry["name"], entry["reason"]) for entry in values["unread"]),
             seconds=values["seconds"],
-            source=values["source"],
-            include=values["include"],
+            source=values.get("source", ""),
+            include=values.get("include", "core"),
         )
 
     @classmethod
@@ -322,48 +437,15 @@ class StateReport:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a state report: {error}") from error
 
+    def ranking(self) -> LayerRanking:
+        """Return the layers by the share in use, smallest first, with what to do about each."""
+        return rank_layers(self)
+
     def __str__(self) -> str:
-        lines = ["\t".join(_COLUMNS)]
-        lines += ["\t".join(_row(layer, layer.name)) for layer in self.layers]
-        return "\n".join([*lines, self._summary()])
+        return as_text(self)
 
     def __rich__(self) -> Table:
-        from rich.table import Table
-
-        table = Table(title=self.model, caption=self._summary(), caption_justify="left")
-        for index, name in enumerate(_COLUMNS):
-            table.add_column(name, justify="left" if index < 2 else "right")
-        for layer, label in zip(self.layers, self.labels, strict=True):
-            table.add_row(*_row(layer, label))
-        return table
-
-    def _summary(self) -> str:
-        source = f" of {self.source}" if self.source else ""
-        lines = [
-            f"{self.measure} ESS at {len(self.positions):,} positions of {self.horizon:,} tokens"
-            f"{source}, {self.seconds:.1f} s"
-        ]
-        if self.layers:
-            average, total = float(self.average()), float(self.total())
-            lines[0] += f": average {average:.2f}, total {total:.1f}"
-        lines += [f"not read: {name}: {reason}" for name, reason in self.unread]
-        return "\n".join(lines)
-
-
-def _row(layer: LayerState, label: str) -> tuple[str, ...]:
-    """Return the cells of a layer in the table of a report. `_COLUMNS` has their headings."""
-    counted = len(layer.channels)
-    measured = f"{counted:,}" if counted == layer.count else f"{counted:,} of {layer.count:,}"
-    share = layer.in_use
-    return (
-        label,
-        layer.mixer,
-        measured,
-        f"{float(layer.ess.mean()):.2f}",
-        f"{float(layer.ess.max()):.2f}",
-        f"{float(layer.tss.mean()):.1f}",
-        "" if share is None else f"{100 * share:.1f} %",
-    )
+        return as_table(self)
 
 
 def _numbers(values: Tensor) -> list[list[float]]:
@@ -372,6 +454,11 @@ def _numbers(values: Tensor) -> list[list[float]]:
     Nine digits determine a float32 number.
     """
     return [[float(f"{value:.9g}") for value in row] for row in values.tolist()]
+
+
+def _columns(values: Tensor | None, kept: list[int]) -> Tensor | None:
+    """Return some columns of a matrix; None stays None."""
+    return None if values is None else values[:, kept]
 
 
 def _tensor(values: list[list[float]] | None) -> Tensor | None:

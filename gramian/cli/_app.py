@@ -49,6 +49,7 @@ _EXTRAS = {  # the extra that installs each package
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "pandas": "train",
     "pyarrow": "genomics",
     "pyfaidx": "genomics",
     "peft": "adapters",

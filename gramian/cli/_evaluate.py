@@ -201,7 +201,7 @@ def _measure(name: str, wanted: _Wanted, device: str, bar: Bar) -> list[Measure]
     """Run all requested evaluations of one model."""
     from gramian import evaluation
 
-    model, tokenizer = _open(name, wanted, device)
+    model, tokenizer = _open(name, wanted, device, bar)
 
     def shown(key: str) -> Callable[[int, int], None]:
         bar.describe(f"{name}: {key}")
@@ -245,12 +245,12 @@ def _measure(name: str, wanted: _Wanted, device: str, bar: Bar) -> list[Measure]
     return measures
 
 
-def _open(name: str, wanted: _Wanted, device: str) -> tuple[Any, Any]:
+def _open(name: str, wanted: _Wanted, device: str, bar: Bar) -> tuple[Any, Any]:
     """Load a model that supports the requested evaluations, and its tokenizer."""
     from gramian.analysis import open_model
     from gramian.models import GramianForCausalLM, GramianPreTrainedModel
 
-    model, tokenizer = open_model(name)
+    model, tokenizer = open_model(name, progress=bar)
     move_model(model, device)
     if not (wanted.texts or wanted.harness):
         return model, tokenizer

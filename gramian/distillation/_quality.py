@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian._modules import in_mode
 from gramian.distillation._distill import distill
 from gramian.distillation._report import DistillationReport, Quality, Trial
 from gramian.filters import parameter_groups
@@ -40,17 +41,14 @@ def mean_loss(model: Any, input_ids: Tensor) -> float:
         model: a Gramian causal language model.
         input_ids: windows of the text, (count, length).
     """
-    training, total = model.training, 0.0
-    model.eval()
-    try:
+    total = 0.0
+    with in_mode(model, training=False):
         for part in input_ids.to(model.device).split(max(1, _TOKENS // input_ids.shape[1])):
             logits = model(part[:, :-1], use_cache=False).logits.float()
             losses = nn.functional.cross_entropy(
                 logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum"
             )
             total += losses.item()
-    finally:
-        model.train(training)
     return total / input_ids[:, 1:].numel()
 
 
@@ -194,8 +192,6 @@ def finetune(
     held = torch.arange(len(input_ids), device=model.device) % 10 == 1
     kept_out, windows = input_ids[held], input_ids[~held]
     before, weights = mean_loss(model, kept_out), copy.deepcopy(model.state_dict())
-    training = model.training
-    model.train()
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=lr, weight_decay=0.0))
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -205,18 +201,18 @@ def finetune(
     generator = torch.Generator().manual_seed(seed)
     if progress is not None:
         progress(0, steps)
-    for step in range(steps):
-        chosen = torch.randint(len(windows), (batch,), generator=generator).to(windows.device)
-        loss = model(windows[chosen], labels=windows[chosen], use_cache=False).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress(step + 1, steps)
+    with in_mode(model, training=True):
+        for step in range(steps):
+            chosen = torch.randint(len(windows), (batch,), generator=generator).to(windows.device)
+            loss = model(windows[chosen], labels=windows[chosen], use_cache=False).loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if progress is not None:
+                progress(step + 1, steps)
     optimizer.zero_grad()
-    model.train(training)
     after = mean_loss(model, kept_out)
     if not after < before:
         model.load_state_dict(weights)

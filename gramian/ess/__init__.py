@@ -15,15 +15,24 @@ from gramian.ess._effective_state_size import (
     sketched_state_size,
 )
 from gramian.ess._realize import realize
-from gramian.ess.aggregation import aggregate, theoretical_state_size, utilization
+from gramian.ess._state_ranks import StateRanks, state_ranks
+from gramian.ess.aggregation import (
+    aggregate,
+    theoretical_state_size,
+    usable_state_size,
+    utilization,
+)
 
 __all__ = [
+    "StateRanks",
     "aggregate",
     "effective_state_size",
     "hankel_singular_values",
     "realize",
     "sketched_state_size",
+    "state_ranks",
     "theoretical_state_size",
+    "usable_state_size",
     "utilization",
 ]
 

@@ -2,8 +2,11 @@ r"""Theoretical state-size, utilization, and averages and totals over a model.
 
 TSS, the theoretically realizable state-size, is the size of the state that a layer has at a
 position. For a recurrence this size is the order. For attention and finite convolutions it is the
-number of inputs so far. Utilization is ESS / TSS. For a model, ESS is reported as the *average* per
-channel or as the *total* over all channels (arXiv 2504.19561, sections 3 and 4).
+number of inputs so far on which a later output can still depend. The rank of the block `T[i:L, :i]`
+is at most min(i, L - i), so the *usable* state at position i is min(TSS, i, L - i). Utilization is
+the share ESS / TSS or, if the usable state takes the place of TSS, the share of the state that can
+be used. Reports of `gramian.analyze` show the latter as "in use". For a model, ESS is reported as
+the *average* per channel or as the *total* over all channels (arXiv 2504.19561, sections 3 and 4).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from gramian.systems import (
     TransferFunction,
 )
 
-__all__ = ["aggregate", "theoretical_state_size", "utilization"]
+__all__ = ["aggregate", "theoretical_state_size", "usable_state_size", "utilization"]
 
 
 def theoretical_state_size(
@@ -44,9 +47,11 @@ def theoretical_state_size(
 
     Returns:
         (*C, len(at)), in the dtype of the input (float32 for half precision). For a recurrence, TSS
-        is the order n of each channel. For matrices and FIR systems, which keep their inputs, it is
-        min(i, order). If coefficients are zero, so that no input reaches a state or no output
-        depends on it, this state is padding and does not count.
+        is the order n of each channel. FIR systems keep their inputs, so it is min(i, order).
+        Matrices keep the inputs before i on which an output from i to the horizon depends: all i of
+        them if no entry is zero, and those inside of the window for attention with a window. If
+        coefficients are zero, so that no input reaches a state or no output depends on it, this
+        state is padding and does not count.
 
     Raises:
         TypeError: if the input is neither a system nor a tensor.
@@ -56,7 +61,9 @@ def theoretical_state_size(
     reading = Reading(system_or_matrix, at, length, horizon)
     system = reading.system
     positions = torch.tensor(reading.positions, dtype=torch.float64, device=reading.device)
-    if isinstance(system, DenseOperator | FIR):
+    if isinstance(system, DenseOperator):
+        sizes = _kept_inputs(reading).reshape(*reading.shape, len(positions))
+    elif isinstance(system, FIR):
         sizes = positions.clamp_max(system.order).expand(*reading.shape, -1)
     else:
         assert isinstance(system_or_matrix, System)
@@ -64,6 +71,24 @@ def theoretical_state_size(
         sizes = orders.expand(*reading.shape, len(positions))
     dtype = reading.dtype if reading.dtype in (torch.float32, torch.float64) else torch.float32
     return (sizes[..., 0] if reading.scalar else sizes).to(dtype)
+
+
+@torch.no_grad()
+def _kept_inputs(reading: Reading) -> Tensor:
+    """Count the inputs before each position on which later outputs depend, (G, P), float64.
+
+    Input j is kept at position i, j < i, if a row of `T[i:horizon, j]` is not zero.
+    """
+    matrices = reading.matrices()
+    rows = torch.arange(reading.horizon, dtype=torch.int32, device=reading.device)
+    positions = torch.tensor(reading.positions, dtype=torch.int32, device=reading.device)
+    before = rows < positions[:, None]  # (P, horizon)
+    sizes = []
+    for matrix in matrices:
+        last = torch.where(matrix.tril() != 0, rows[:, None], -1).amax(0)  # row of the last entry
+        sizes.append((before & (last >= positions[:, None])).sum(-1))
+    counts = torch.stack(sizes) if sizes else positions.new_zeros(0, len(positions))
+    return counts.double()
 
 
 def _orders(system: System) -> Tensor:
@@ -107,12 +132,46 @@ def _closure(edges: Tensor, start: Tensor) -> Tensor:
         start = further
 
 
+def usable_state_size(tss: Tensor, at: Sequence[int] | Tensor, horizon: int) -> Tensor:
+    """Return the size of the state that can be used at each position, min(TSS, i, L - i).
+
+    The block of position i, `T[i:L, :i]`, has i columns and L - i rows, and L is the horizon. So
+    ESS is at most this size, whatever the system.
+
+    Args:
+        tss: (*C, P), from `theoretical_state_size`.
+        at: The P positions i.
+        horizon: The position L at which the blocks end.
+
+    Returns:
+        (*C, P), in the dtype of `tss`.
+
+    Raises:
+        ValueError: if a position is negative or above the horizon, or if their number is not P.
+    """
+    positions = torch.as_tensor(at, device=tss.device)
+    if positions.shape != tss.shape[-1:]:
+        raise ValueError(
+            f"one position for each of the {tss.shape[-1]} sizes is needed; got shape "
+            f"{tuple(positions.shape)}."
+        )
+    if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) <= horizon:
+        raise ValueError(
+            f"positions must be among 0 … {horizon}, the horizon; got {positions.tolist()}."
+        )
+    return tss.minimum(torch.minimum(positions, horizon - positions).to(tss.dtype))
+
+
 def utilization(ess: Tensor, tss: Tensor) -> Tensor:
     """Return ESS / TSS, the fraction of the state in use. It is 0 for a system without a state.
 
+    With sizes from `usable_state_size` in place of TSS, it is the fraction of the usable state, as
+    `gramian.analysis.LayerState.utilization` has it.
+
     Args:
         ess: Sizes from `gramian.effective_state_size`.
-        tss: Sizes from `theoretical_state_size`, which broadcast against `ess`.
+        tss: Sizes from `theoretical_state_size` or `usable_state_size`, which broadcast against
+            `ess`.
     """
     return torch.where(tss > 0, ess / torch.where(tss > 0, tss, 1), 0)
 

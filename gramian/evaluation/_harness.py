@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gramian._modules import in_mode
 from gramian.evaluation._measure import Measure, ratio
 
 __all__ = ["HarnessError", "evaluate_harness"]
@@ -82,30 +83,27 @@ def evaluate_harness(
                 f"unknown task {task!r}, neither of gramian.tasks nor of lm-evaluation-harness."
                 f"{meant}"
             )
-    training = model.training
-    model.eval()
     # The harness truncates texts that are too long, so the "indexing errors" of which tokenizers
     # warn cannot occur.
     getattr(tokenizer, "deprecation_warnings", {})[_TOO_LONG] = True
     try:
-        found = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=shots,
-            log_samples=True,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        with in_mode(model, training=False):
+            found = simple_evaluate(
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=list(tasks),
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=shots,
+                log_samples=True,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     except Exception as error:  # the harness raises exceptions of many classes
         raise HarnessError(
             f"lm-evaluation-harness failed on {', '.join(tasks)}: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        model.train(training)
     assert found is not None
     measures = []
     every = [sample for samples in found["samples"].values() for sample in samples]

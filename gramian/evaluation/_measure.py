@@ -29,6 +29,7 @@ class Measure:
         units: number of independent units of data (documents, rows, windows).
         higher_is_better: whether larger values are better, or None if that is not known.
         influence: influence of every unit on the value, or None.
+        tokens: number of tokens that the value is a mean over, or None if it is no such mean.
     """
 
     task: str
@@ -38,6 +39,7 @@ class Measure:
     units: int
     higher_is_better: bool | None = None
     influence: tuple[float, ...] | None = field(default=None, repr=False)
+    tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all attributes except the influences, as plain values."""
@@ -47,6 +49,7 @@ class Measure:
             "value": self.value,
             "error": self.error,
             "units": self.units,
+            "tokens": self.tokens,
             "higher_is_better": self.higher_is_better,
         }
 

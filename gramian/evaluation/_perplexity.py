@@ -5,10 +5,16 @@ documents. The inputs are windows of `window` tokens, and a window begins every 
 document. Each window contributes the losses of the tokens that no earlier window predicted. So
 every token of a document except the first is predicted once. After the first window, every
 prediction is made from at least the `window - stride + 1` tokens before the predicted one.
+
+Bigram-recall perplexity is the perplexity on the tokens that a model can recall: those which, with
+the token before them, form a pair that occurred earlier in the same window (the "AR hits" of Arora
+et al. 2023, arXiv 2312.04927). The paper also leaves out pairs that are frequent in the training
+data, which are not known here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gramian._modules import in_mode
 from gramian.evaluation._measure import Measure, exponential, ratio
 from gramian.tasks import Document, Encoder, documents_in
 
@@ -37,6 +44,9 @@ class Perplexity:
         losses: (windows,) for each window, the sum of the losses in nats over the tokens that the
             window contributes.
         counts: (windows,) for each window, the number of tokens that it contributes.
+        recall_losses: (windows,) the part of `losses` over the tokens that complete a pair of
+            tokens which occurred earlier in the window.
+        recall_counts: (windows,) the number of these tokens.
     """
 
     nats: float
@@ -46,6 +56,8 @@ class Perplexity:
     stride: int
     losses: tuple[float, ...] = field(repr=False)
     counts: tuple[int, ...] = field(repr=False)
+    recall_losses: tuple[float, ...] = field(repr=False)
+    recall_counts: tuple[int, ...] = field(repr=False)
 
     @property
     def loss(self) -> float:
@@ -62,37 +74,59 @@ class Perplexity:
         """Return the bits per byte. They can be compared between vocabularies."""
         return self.nats / math.log(2) / self.bytes
 
-    def measures(self, name: str) -> list[Measure]:
-        """Return the loss, perplexity and bits per byte of the text called `name`.
+    @property
+    def recall_tokens(self) -> int:
+        """Return the number of tokens that complete a pair which occurred earlier in the window."""
+        return sum(self.recall_counts)
 
-        The standard errors treat windows as independent units of data. They are nearly independent.
+    @property
+    def recall_perplexity(self) -> float | None:
+        """Return the bigram-recall perplexity, or None if no pair of tokens occurred before."""
+        tokens = self.recall_tokens
+        return exponential(math.fsum(self.recall_losses) / tokens) if tokens else None
+
+    @property
+    def other_perplexity(self) -> float | None:
+        """Return the perplexity on all other tokens, or None if there are none."""
+        tokens = self.tokens - self.recall_tokens
+        nats = self.nats - math.fsum(self.recall_losses)
+        return exponential(nats / tokens) if tokens else None
+
+    def measures(self, name: str) -> list[Measure]:
+        """Return the measures of the text called `name`.
+
+        They are the loss, the perplexity, the bits per byte, the bigram-recall perplexity and the
+        perplexity on the other tokens; without the last two if there are no such tokens. The
+        standard errors treat windows as independent units of data. They are nearly independent.
         """
+        whole = self.losses, self.counts
         per_byte = self.tokens / self.bytes / math.log(2)
+        recalled = self.recall_losses, self.recall_counts
+        others = tuple(
+            tuple(one - part for one, part in zip(*both, strict=True))
+            for both in zip(whole, recalled, strict=True)
+        )
+        wanted: list[tuple[str, Any, dict[str, Any]]] = [
+            ("loss", whole, {}),
+            ("perplexity", whole, {"of": "exponential"}),
+            ("bits_per_byte", whole, {"scale": per_byte}),
+            ("bigram_recall_perplexity", recalled, {"of": "exponential"}),
+            ("other_perplexity", others, {"of": "exponential"}),
+        ]
         return [
-            ratio(name, "loss", self.losses, self.counts, higher_is_better=False),
-            ratio(
-                name,
-                "perplexity",
-                self.losses,
-                self.counts,
-                higher_is_better=False,
-                of="exponential",
-            ),
-            ratio(
-                name,
-                "bits_per_byte",
-                self.losses,
-                self.counts,
-                higher_is_better=False,
-                scale=per_byte,
-            ),
+            dataclasses.replace(
+                ratio(name, metric, losses, counts, higher_is_better=False, **options),
+                tokens=sum(counts),
+            )
+            for metric, (losses, counts), options in wanted
+            if sum(counts)
         ]
 
 
 def perplexity(
     model: Any,
     tokenizer: Any,
-    text: str | Sequence[Document],
+    text: str | Sequence[Document] | Sequence[Tensor],
     *,
     window: int | None = None,
     stride: int | None = None,
@@ -101,12 +135,16 @@ def perplexity(
 ) -> Perplexity:
     """Compute the loss of a causal language model on a text, with a sliding window.
 
+    The loss on the tokens that complete a pair of tokens which occurred earlier in the window is
+    computed beside the loss on all tokens.
+
     Args:
         model: a causal language model of Gramian or of transformers.
         tokenizer: the model's tokenizer.
         text: a text of at least two tokens, or documents, such as those that
             `gramian.tasks.read_documents` reads from a file. If `gramian.tasks.documents`
-            recognizes a text as FASTA, the text is split into its records.
+            recognizes a text as FASTA, the text is split into its records. Or token ids (tokens,)
+            of each document.
         window: number of tokens in an input; by default the context length in the model's
             configuration, at most 2,048.
         stride: number of tokens between the beginnings of inputs, at most `window`; by default half
@@ -129,7 +167,11 @@ def perplexity(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     encode = Encoder(tokenizer)
-    parts = [encode.sized(one) for one in (documents_in(text) if isinstance(text, str) else text)]
+    documents = documents_in(text) if isinstance(text, str) else text
+    parts = [
+        _sized(one, tokenizer) if isinstance(one, Tensor) else encode.sized(one)
+        for one in documents
+    ]
     longest = max((len(part) for part, _ in parts), default=0)
     if longest < 2:
         raise ValueError(f"the text must have at least 2 tokens; it has {longest}.")
@@ -143,19 +185,37 @@ def perplexity(
         before += len(part)
     ids = torch.from_numpy(np.concatenate([part for part, _ in parts]))
     size = sum(bytes_ for part, bytes_ in parts if len(part) > 1)
+    earlier = _earlier_pairs(ids.numpy())
     losses: list[float] = []
-    training = model.training
-    model.eval()
-    try:
+    recalled: list[tuple[float, int]] = []
+    with in_mode(model, training=False):
         for first in range(0, len(places), batch_size):
             for group in _equally_long(places[first : first + batch_size]):
-                losses += _losses(model, ids, group)
+                for place, values in zip(group, _losses(model, ids, group), strict=True):
+                    start, begin, end = place
+                    losses.append(float(values.sum()))
+                    hit = torch.from_numpy(earlier[begin:end] > start)
+                    recalled.append((float(values[hit].sum()), int(hit.sum())))
             if progress is not None:
                 progress(len(losses), len(places))
-    finally:
-        model.train(training)
     counts = tuple(end - begin for _, begin, end in places)
-    return Perplexity(math.fsum(losses), sum(counts), size, window, stride, tuple(losses), counts)
+    return Perplexity(
+        math.fsum(losses),
+        sum(counts),
+        size,
+        window,
+        stride,
+        tuple(losses),
+        counts,
+        tuple(loss for loss, _ in recalled),
+        tuple(count for _, count in recalled),
+    )
+
+
+def _sized(ids: Tensor, tokenizer: Any) -> tuple[np.ndarray, int]:
+    """Return token ids, and the number of UTF-8 bytes of all tokens except the first."""
+    text = tokenizer.decode(ids[1:].tolist()) if len(ids) > 1 else ""
+    return ids.cpu().numpy().astype(np.int64), max(1, len(text.encode()))
 
 
 def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -184,9 +244,27 @@ def _equally_long(
     yield group
 
 
+def _earlier_pairs(ids: np.ndarray) -> np.ndarray:
+    """Return where each token and the one before it last occurred as a pair.
+
+    Args:
+        ids: (tokens,) token ids.
+
+    Returns:
+        (tokens,) int64. Entry t is the largest s < t with `ids[s - 1 : s + 1] == ids[t - 1 : t +
+        1]`, or -1 if there is none.
+    """
+    earlier = np.full(len(ids), -1, dtype=np.int64)
+    pairs = ids[:-1].astype(np.int64) * (int(ids.max()) + 1) + ids[1:]
+    order = np.argsort(pairs, kind="stable")
+    again = pairs[order[1:]] == pairs[order[:-1]]
+    earlier[order[1:][again] + 1] = order[:-1][again] + 1
+    return earlier
+
+
 @torch.no_grad()
-def _losses(model: Any, ids: Tensor, places: list[tuple[int, int, int]]) -> list[float]:
-    """Return the loss of each window in nats, summed over the tokens that it contributes."""
+def _losses(model: Any, ids: Tensor, places: list[tuple[int, int, int]]) -> list[Tensor]:
+    """Return the losses of each window in nats, one for each token that it contributes."""
     device = next(model.parameters()).device
     inputs = torch.stack([ids[start : end - 1] for start, _, end in places]).to(device)
     logits = model(inputs, use_cache=False).logits
@@ -194,6 +272,5 @@ def _losses(model: Any, ids: Tensor, places: list[tuple[int, int, int]]) -> list
     for row, (_, begin, end) in zip(logits, places, strict=True):
         predicted = row[len(row) - (end - begin) :].float()
         due = ids[begin:end].to(device)
-        losses.append(nn.functional.cross_entropy(predicted, due, reduction="none").double().sum())
-    found: list[float] = torch.stack(losses).tolist()
-    return found
+        losses.append(nn.functional.cross_entropy(predicted, due, reduction="none").double().cpu())
+    return losses

@@ -122,11 +122,13 @@ class EvaluationReport:
 
     def _cells(self) -> list[list[str]]:
         if self.against is None:
-            table = [["task", "metric", "", "value", "units"]]
+            table = [["task", "metric", "", "value", "units", "tokens"]]
             for one in self.measures:
                 known = _known(one.value, one.error)
-                table.append([one.task, one.metric, _arrow(one), known, f"{one.units:,}"])
-            return table
+                tokens = "" if one.tokens is None else f"{one.tokens:,}"
+                table.append([one.task, one.metric, _arrow(one), known, f"{one.units:,}", tokens])
+            counted = any(one.tokens is not None for one in self.measures)
+            return table if counted else [row[:-1] for row in table]
         table = [["task", "metric", "", "before", "after", "difference"]]
         for pair in self.comparisons:
             after, before = pair.after, pair.before

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gramian._modules import in_mode
 from gramian.evaluation._measure import Measure, ratio
 from gramian.tasks import choose_split, find_kind
 from gramian.tasks.encoding import load_tokenizer
@@ -79,23 +80,18 @@ def evaluate_task(
     collate = Collator(description)
     device = next(model.parameters()).device
     scores = []
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for first in range(0, len(rows), batch_size):
-                batch = collate(rows[first : first + batch_size])
-                labels = batch.pop("labels").to(device)
-                batch.pop("shift_labels", None)
-                inputs = {key: value.to(device) for key, value in batch.items()}
-                logits = model(**inputs, **kind.call_options).logits
-                _check_answers(logits, labels, model, name, description)
-                kind.check_labels(labels, tuple(logits.shape))
-                scores.append(kind.score(logits, labels).cpu())
-                if progress is not None:
-                    progress(min(first + batch_size, len(rows)), len(rows))
-    finally:
-        model.train(training)
+    with in_mode(model, training=False), torch.no_grad():
+        for first in range(0, len(rows), batch_size):
+            batch = collate(rows[first : first + batch_size])
+            labels = batch.pop("labels").to(device)
+            batch.pop("shift_labels", None)
+            inputs = {key: value.to(device) for key, value in batch.items()}
+            logits = model(**inputs, **kind.call_options).logits
+            _check_answers(logits, labels, model, name, description)
+            kind.check_labels(labels, tuple(logits.shape))
+            scores.append(kind.score(logits, labels).cpu())
+            if progress is not None:
+                progress(min(first + batch_size, len(rows)), len(rows))
     metrics = kind.summarize(torch.cat(scores).numpy(), description)
     if not metrics[0].defined:
         raise ValueError(f"no answer is due in the {len(rows)} {split} rows of the task {name}.")

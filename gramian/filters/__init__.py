@@ -2,6 +2,7 @@
 
 from gramian.filters._filter import Filter, build, register
 from gramian.filters._optim import parameter_groups
+from gramian.filters._rational import ModeFilter
 from gramian.filters.explicit import ExplicitFilter
 from gramian.filters.implicit import ImplicitFilter
 from gramian.filters.modal import ModalFilter
@@ -17,6 +18,7 @@ __all__ = [
     "Filter",
     "ImplicitFilter",
     "ModalFilter",
+    "ModeFilter",
     "build",
     "parameter_groups",
     "register",

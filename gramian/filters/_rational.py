@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from gramian.filters._filter import Filter
 
-__all__ = ["RationalFilter", "with_conjugates"]
+__all__ = ["ModeFilter", "RationalFilter", "Selection", "with_conjugates"]
+
+Selection: TypeAlias = Callable[[Tensor], Tensor]
+"""A function that takes the values of a parameter's old entries to those of its new entries."""
 
 
 class RationalFilter(Filter):
@@ -23,6 +28,45 @@ class RationalFilter(Filter):
     def spectral_radius(self) -> Tensor:
         """Return the largest modulus of a pole of every channel: (channels,), float64."""
         return torch.nn.functional.pad(self.poles().abs(), (0, 1)).amax(-1)
+
+
+class ModeFilter(RationalFilter):
+    """A filter whose parameters describe modes one by one, so that single modes can be dropped."""
+
+    @abc.abstractmethod
+    def keep_modes(self, kept: Tensor) -> dict[str, Selection]:
+        """Drop all other modes, in place.
+
+        The parameters stay the same objects and get other shapes, and `config()` describes the
+        smaller filter.
+
+        Args:
+            kept: (channels, modes), bool: the modes of the system to keep. Unused modes of channels
+                with fewer modes are ignored.
+
+        Returns:
+            For every parameter that changed, the selection of its entries. Applied to what an
+            optimizer holds for the entries of the parameter, it keeps the optimizer consistent.
+
+        Raises:
+            ValueError: if `kept` has another shape.
+        """
+
+    def _replace(self, selections: dict[str, Selection]) -> None:
+        """Apply the selections to the parameters of these names, and to their gradients."""
+        for name, select in selections.items():
+            parameter = self.get_parameter(name)
+            gradient, parameter.grad = parameter.grad, None
+            parameter.data = select(parameter.data)
+            if gradient is not None:
+                parameter.grad = select(gradient)
+
+    def _check_kept(self, kept: Tensor, modes: int) -> None:
+        if kept.shape != (self.channels, modes) or kept.dtype != torch.bool:
+            raise ValueError(
+                f"kept must be a bool for each of {self.channels} channels and {modes} modes; got "
+                f"{kept.dtype} of shape {tuple(kept.shape)}."
+            )
 
 
 def with_conjugates(poles: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gramian.filters._filter import check_lr, register
-from gramian.filters._rational import RationalFilter, with_conjugates
+from gramian.filters._rational import ModeFilter, Selection, with_conjugates
 from gramian.reduction.residues import fit_residues
 from gramian.systems import Modal
 
@@ -28,7 +28,7 @@ _MIN_LOG_DECAY = -30.0  # |λ| = 1 - 1e-13, the slowest decay that a parameter c
 
 
 @register("modal")
-class ModalFilter(RationalFilter):
+class ModalFilter(ModeFilter):
     """Filters `h_0 = d`, `h_t = Re Σ_k residues_k λ_k^(t-1)`, the form that distillation gives.
 
     Args:
@@ -175,6 +175,25 @@ class ModalFilter(RationalFilter):
     def _stored(self, residues: Tensor) -> Tensor:
         """Return complex residues (modes) as the filter stores them, (modes, 2) or (modes, 1)."""
         return torch.view_as_real(residues.resolve_conj())[:, : self.residues.shape[1]]
+
+    @torch.no_grad()
+    def keep_modes(self, kept: Tensor) -> dict[str, Selection]:
+        self._check_kept(kept, max(self.orders))
+        stored = kept.flatten()[self._slot]
+
+        def select(numbers: Tensor) -> Tensor:
+            return numbers[stored]
+
+        names = ["log_decay" if self.bounded else "decay", "residues"]
+        selections: dict[str, Selection] = dict.fromkeys(
+            names + ([] if self.real else ["angle"]), select
+        )
+        channel = self._slot[stored] // max(self.orders)
+        self.orders = tuple(torch.bincount(channel, minlength=self.channels).tolist())
+        self._replace(selections)
+        self._slot = torch.empty_like(self._slot[stored])
+        self.reset_buffers()
+        return selections
 
     def reset_parameters(self) -> None:
         """Draw the initial parameters.

@@ -14,6 +14,7 @@ poles Ā and the residues `2 C B̄ Ā`. Only the product of B and C matters, so 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from gramian._checks import check_choice
 from gramian.filters._filter import register
 from gramian.filters._hippo import normal_plus_low_rank
-from gramian.filters._rational import RationalFilter, with_conjugates
+from gramian.filters._rational import ModeFilter, Selection, with_conjugates
 from gramian.systems import Modal
 
 __all__ = ["S4D"]
@@ -32,7 +33,7 @@ _DISCRETIZATIONS = ("zoh", "bilinear")
 
 
 @register("s4d")
-class S4D(RationalFilter):
+class S4D(ModeFilter):
     """Diagonal state spaces of `state_size / 2` conjugate pairs of modes for every channel.
 
     The parameters are real. `log_dt` and `D` are (channels), `log_A_real` and `A_imag` are
@@ -54,6 +55,9 @@ class S4D(RationalFilter):
         dt_min: The smallest initial step. The initial steps are log-uniform.
         dt_max: The largest initial step.
         lr: The largest learning rate for `log_dt`, `log_A_real` and `A_imag`.
+        orders: The number of modes of every channel, which come first among its n/2 modes. The
+            other modes are padding. By default all modes are in use. Truncation in training sets
+            it.
 
     Raises:
         ValueError: if an argument does not have one of the values described here.
@@ -69,6 +73,7 @@ class S4D(RationalFilter):
         dt_min: float = 1e-3,
         dt_max: float = 1e-1,
         lr: float = 1e-3,
+        orders: Sequence[int] | None = None,
     ) -> None:
         super().__init__(channels, max_length)
         check_state_space(state_size, dt_min, dt_max, lr)
@@ -80,12 +85,24 @@ class S4D(RationalFilter):
         self.dt_min, self.dt_max = dt_min, dt_max
         self.lr = lr
         modes = state_size // 2
+        self.orders = None if orders is None else tuple(int(order) for order in orders)
+        if self.orders is not None and (
+            len(self.orders) != channels or not all(0 <= order <= modes for order in self.orders)
+        ):
+            raise ValueError(
+                f"orders must be None or one number of modes, at most {modes}, for each of "
+                f"{channels} channels; got {orders!r}."
+            )
         self.log_dt = nn.Parameter(torch.empty(channels))
         self.log_A_real = nn.Parameter(torch.empty(channels, modes))
         self.A_imag = nn.Parameter(torch.empty(channels, modes))
         self.C = nn.Parameter(torch.empty(channels, modes, 2))
         self.D = nn.Parameter(torch.empty(channels))
+        present = None if orders is None else torch.empty(channels, modes, dtype=torch.bool)
+        self.register_buffer("_present", present, persistent=False)
         self.reset_parameters()
+
+    _present: Tensor | None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -108,6 +125,14 @@ class S4D(RationalFilter):
             self.A_imag.copy_(math.pi * k)
         else:
             self.A_imag.copy_(n / math.pi * (n / (2 * k + 1) - 1))
+        self.reset_buffers()
+
+    @torch.no_grad()
+    def reset_buffers(self) -> None:
+        """Mark the modes that are in use, if some are padding."""
+        if self._present is not None:
+            used = torch.tensor(self.orders, device="cpu").unsqueeze(-1)
+            self._present.copy_(torch.arange(self.state_size // 2, device="cpu") < used)
 
     def forward(self, length: int | None = None) -> Modal:
         A = torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
@@ -121,12 +146,42 @@ class S4D(RationalFilter):
             poles, B = (1 + step / 2) * half, dt * half
         C = torch.view_as_complex(self.C)
         first = 2 * C.to(B.dtype) * B  # h_t = Re Σ first poles^t
+        if self._present is not None:
+            first = torch.where(self._present, first, 0)
         d = self.D + first.real.sum(-1)
-        return Modal(poles, (first * poles).to(C.dtype), d.to(self.D.dtype))
+        return Modal(poles, (first * poles).to(C.dtype), d.to(self.D.dtype), counts=self.orders)
 
     @torch.no_grad()
     def poles(self) -> Tensor:
-        return with_conjugates(self(1).poles)
+        """Return the poles of every channel, with their conjugates: (channels, n), complex128.
+
+        The padding of channels with fewer modes than others is zero.
+        """
+        poles = self(1).poles
+        return with_conjugates(
+            poles if self._present is None else torch.where(self._present, poles, 0)
+        )
+
+    @torch.no_grad()
+    def keep_modes(self, kept: Tensor) -> dict[str, Selection]:
+        self._check_kept(kept, self.state_size // 2)
+        kept = kept if self._present is None else kept & self._present
+        width = max(1, int(kept.sum(-1).max()))
+        place = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+        inside = kept.gather(1, place)
+
+        def select(numbers: Tensor) -> Tensor:
+            rest = (1,) * (numbers.ndim - 2)
+            index = place.reshape(*place.shape, *rest).expand(-1, -1, *numbers.shape[2:])
+            return numbers.gather(1, index) * inside.reshape(*inside.shape, *rest)
+
+        selections: dict[str, Selection] = dict.fromkeys(("log_A_real", "A_imag", "C"), select)
+        self.orders = tuple(kept.sum(-1).tolist())
+        self.state_size = 2 * width
+        self._replace(selections)
+        self._present = torch.empty_like(inside)
+        self.reset_buffers()
+        return selections
 
     def optimizer_hints(self) -> dict[str, dict[str, float]]:
         """Return optimizer options for the parameters of the dynamics.
@@ -148,6 +203,7 @@ class S4D(RationalFilter):
             "dt_min": self.dt_min,
             "dt_max": self.dt_max,
             "lr": self.lr,
+            "orders": None if self.orders is None else list(self.orders),
         }
 
 

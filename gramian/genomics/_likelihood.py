@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gramian._modules import in_mode
 from gramian.genomics._sequences import Alphabet, Letters, unknown
 from gramian.models import GramianCache, GramianForCausalLM
 
@@ -66,13 +67,8 @@ def language_model(model: Any) -> GramianForCausalLM:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, disable gradients, and restore both at the end."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
+    with in_mode(model, training=False), torch.no_grad():
+        yield
 
 
 class Reader:

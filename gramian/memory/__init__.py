@@ -9,15 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from gramian.memory.filters import filter_state_sizes
+from gramian.memory.hankel import hankel_penalty
 from gramian.memory.initialization import GateInitialization, InitializedGates, initialize_gates
 from gramian.memory.losses import MemoryLosses
 from gramian.memory.observation import Observer
 from gramian.memory.penalties import ess_penalty, gate_regularizer
+from gramian.memory.truncation import DroppedModes, restore_modes, truncate_modes
 
 if TYPE_CHECKING:
     from gramian.memory.callbacks import StateSizeCallback
 
 __all__ = [
+    "DroppedModes",
     "GateInitialization",
     "InitializedGates",
     "MemoryLosses",
@@ -26,7 +29,10 @@ __all__ = [
     "ess_penalty",
     "filter_state_sizes",
     "gate_regularizer",
+    "hankel_penalty",
     "initialize_gates",
+    "restore_modes",
+    "truncate_modes",
 ]
 
 

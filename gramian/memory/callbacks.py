@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from gramian.analysis import StateReport, analyze
-from gramian.ess import utilization
 
 __all__ = ["StateSizeCallback"]
 
@@ -23,10 +22,10 @@ class StateSizeCallback(TrainerCallback):
 
     The callback works for any model that `gramian.analyze` can read. It logs three kinds of
     numbers. `eval_ess` is the average effective state-size (ESS) of the layers,
-    `eval_ess_utilization` is the share of the state in use, and `eval_ess_layer_NAME` is the ESS of
-    each layer. All are means over rows and positions. They are added to the metrics that
-    `trainer.evaluate()` returns, and they appear in the trainer's logs. If they cannot be measured,
-    a warning is given and training continues.
+    `eval_ess_utilization` is the share of the usable state that is in use (`StateReport.in_use`),
+    and `eval_ess_layer_NAME` is the ESS of each layer. All are means over rows and positions. They
+    are added to the metrics that `trainer.evaluate()` returns, and they appear in the trainer's
+    logs. If they cannot be measured, a warning is given and training continues.
 
     Args:
         trainer: The `transformers.Trainer` to which the callback is added.
@@ -103,16 +102,8 @@ def _summary(report: StateReport) -> dict[str, float]:
     inside = torch.tensor(report.positions) > 0  # the first position has no past
     if not report.layers or not bool(inside.any()):
         return {}
-    sizes = [layer.ess[:, inside] for layer in report.layers]
-    shares = [
-        utilization(ess, layer.tss[:, inside]).mean()
-        for ess, layer in zip(sizes, report.layers, strict=True)
-    ]
-    means = [float(ess.mean()) for ess in sizes]
-    summary = {
-        "eval_ess": sum(means) / len(means),
-        "eval_ess_utilization": float(torch.stack(shares).mean()),
-    }
+    means = [float(layer.ess[:, inside].mean()) for layer in report.layers]
+    summary = {"eval_ess": sum(means) / len(means), "eval_ess_utilization": report.in_use or 0.0}
     names = zip(report.labels, means, strict=True)
     return summary | {f"eval_ess_layer_{name}": mean for name, mean in names}
 

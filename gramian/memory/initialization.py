@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian._modules import in_mode
 from gramian.ess import effective_state_size
 from gramian.memory.observation import Observer
 from gramian.memory.penalties import check_goal
@@ -134,25 +135,21 @@ def initialize_gates(
     check_goal(target, share)
     entries: list[InitializedGates] = []
     without: list[str] = []
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), Observer(model, LinearRecurrence) as observer:
+    watched = Observer(model, LinearRecurrence)
+    with in_mode(model, training=False), torch.no_grad(), watched as observer:
+        _run(model, inputs)
+        for path in list(observer.inputs()):
+            mixer = observer.mixers[path]
+            assert isinstance(mixer, LinearRecurrence)
+            if not isinstance(getattr(mixer, "dynamics", None), Dynamics):
+                without.append(path)
+                continue
             _run(model, inputs)
-            for path in list(observer.inputs()):
-                mixer = observer.mixers[path]
-                assert isinstance(mixer, LinearRecurrence)
-                if not isinstance(getattr(mixer, "dynamics", None), Dynamics):
-                    without.append(path)
-                    continue
-                _run(model, inputs)
-                goal = float(target) if share is None else share * mixer.state_size  # type: ignore[arg-type]
-                search = _Search(mixer, *observer.inputs()[path], at=at, per_head=per_head)
-                entries += search.run(path, goal, tolerance)
-            if not observer.inputs():
-                raise ValueError("no linear recurrence ran on these inputs.")
-    finally:
-        model.train(training)
+            goal = float(target) if share is None else share * mixer.state_size  # type: ignore[arg-type]
+            search = _Search(mixer, *observer.inputs()[path], at=at, per_head=per_head)
+            entries += search.run(path, goal, tolerance)
+        if not observer.inputs():
+            raise ValueError("no linear recurrence ran on these inputs.")
     return GateInitialization(tuple(entries), tuple(without))
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.memory.observation import Observer
+from gramian.filters import Filter
+from gramian.memory.hankel import hankel_penalty
+from gramian.memory.observation import Observer, some
 from gramian.memory.penalties import ess_penalty, gate_regularizer
 from gramian.mixers import LinearRecurrence
 
@@ -15,7 +17,7 @@ __all__ = ["MemoryLosses"]
 
 
 class MemoryLosses:
-    """A weighted sum of `gate_regularizer` and `ess_penalty` on a model's last forward pass.
+    """A weighted sum of losses on a model's memory: of its last forward pass, and of its filters.
 
     Args:
         model: A module that contains mixers.
@@ -28,9 +30,14 @@ class MemoryLosses:
             default, it is computed for all.
         channels: Maximal number of heads or channels of a layer for which `ess_penalty` is
             computed. By default, it is computed for all.
+        hankel: Weight of `hankel_penalty` on the model's filters, over the `max_length` taps of
+            each. 0 leaves this loss out.
+        hankel_channels: Maximal number of channels of a filter for which `hankel_penalty` is
+            computed. If there are more, every n-th is used, beginning at random. None uses all.
 
     Raises:
-        ValueError: if the model has no mixers for a loss whose weight is positive.
+        ValueError: if the model has no mixers or filters for a loss whose weight is positive, or if
+            `hankel_channels` is below 1.
     """
 
     def __init__(
@@ -43,8 +50,14 @@ class MemoryLosses:
         share: float | None = None,
         sequences: int | None = None,
         channels: int | None = None,
+        hankel: float = 0.0,
+        hankel_channels: int | None = 16,
     ) -> None:
-        self.gates, self.ess = gates, ess
+        if hankel_channels is not None and hankel_channels < 1:
+            raise ValueError(f"hankel_channels must be at least 1 or None; got {hankel_channels}.")
+        self.gates, self.ess, self.hankel = gates, ess, hankel
+        self.hankel_channels = hankel_channels
+        self.filters: list[Filter] = []
         self.goal = {"target": target, "share": share}
         self.most = {"sequences": sequences, "channels": channels}
         self.gated: Observer | None = None
@@ -56,6 +69,12 @@ class MemoryLosses:
             name, needed = "ess", "mixers"
             if ess > 0:
                 self.mixing = Observer(model)
+            name, needed = (
+                "hankel",
+                "filters of at least 2 taps, as in long convolutions",
+            )
+            if hankel > 0:
+                self.filters = _filters(model)
         except ValueError as error:
             raise ValueError(f"{name} needs {needed}; this model has none.") from error
 
@@ -71,7 +90,16 @@ class MemoryLosses:
             loss = self._penalty(self.mixing)
             losses["ess_penalty"] = loss.item()
             total = total + self.ess * loss
+        if self.filters:
+            loss = torch.stack([self._nuclear(filter) for filter in self.filters]).mean()
+            losses["hankel_penalty"] = loss.item()
+            total = total + self.hankel * loss
         return total, losses
+
+    def _nuclear(self, filter: Filter) -> Tensor:
+        """Return the mean of `hankel_penalty` over some channels of a filter."""
+        system = filter(filter.max_length)[some(filter.channels, self.hankel_channels)]
+        return hankel_penalty(system, filter.max_length)
 
     def _penalty(self, observer: Observer) -> Tensor:
         """Return the mean penalty over the mixers and the sequences, whose padding is left out."""
@@ -83,3 +111,16 @@ class MemoryLosses:
                 total = total.to(penalty.device) + count * penalty
                 sequences += count
         return total / max(sequences, 1)
+
+
+def _filters(model: nn.Module) -> list[Filter]:
+    """Return the filters of a model that have a Hankel matrix, each once.
+
+    Raises:
+        ValueError: if the model has none.
+    """
+    filters = [module for module in model.modules() if isinstance(module, Filter)]
+    filters = [filter for filter in filters if filter.max_length > 1]
+    if not filters:
+        raise ValueError(f"{type(model).__name__} has no filter.")
+    return filters

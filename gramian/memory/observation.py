@@ -14,7 +14,7 @@ from typing_extensions import Self
 from gramian.mixers import Mixer, Segments
 from gramian.systems import System
 
-__all__ = ["Observer"]
+__all__ = ["Observer", "some"]
 
 
 class Observer:
@@ -130,7 +130,7 @@ class Observer:
             )
         for path, (x, segments) in self._read.items():
             mixer = self.mixers[path]
-            yield mixer, x, segments, _some(mixer.channels, channels)
+            yield mixer, x, segments, some(mixer.channels, channels)
 
     def close(self) -> None:
         """Stop observing, and drop the inputs."""
@@ -165,7 +165,8 @@ def _alone(x: Tensor, segments: Segments | None, count: int | None) -> list[Tens
     return found
 
 
-def _some(count: int, at_most: int | None) -> slice:
+def some(count: int, at_most: int | None) -> slice:
+    """Choose at most so many of `count` channels: every n-th, beginning at random."""
     step = 1 if at_most is None else math.ceil(count / at_most)
     first = int(torch.randint(step, ())) if step > 1 else 0
     return slice(first, None, step)

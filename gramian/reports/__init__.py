@@ -14,9 +14,12 @@ from gramian.reports._figures import (
     plot_distillation,
     plot_hankel_spectra,
 )
+from gramian.reports._modulation import plot_modulation
 from gramian.reports._page import save_state_page, state_page
 from gramian.reports._shrinkage import plot_shrinkage
+from gramian.reports._spread import plot_state_spread
 from gramian.reports._state import (
+    plot_depth_comparison,
     plot_state_comparison,
     plot_state_curves,
     plot_state_map,
@@ -26,12 +29,15 @@ from gramian.reports._state import (
 __all__ = [
     "plot_bits_per_byte",
     "plot_decoding_cost",
+    "plot_depth_comparison",
     "plot_distillation",
     "plot_hankel_spectra",
+    "plot_modulation",
     "plot_shrinkage",
     "plot_state_comparison",
     "plot_state_curves",
     "plot_state_map",
+    "plot_state_spread",
     "plot_utilization",
     "save_figure",
     "save_state_page",

@@ -33,8 +33,9 @@ from gramian._drawing import save_figure
 from gramian._imports import copy_parts, import_parts
 from gramian._nearest import unknown
 from gramian._staging import staged_file
-from gramian.memory import MemoryLosses
+from gramian.memory import MemoryLosses, restore_modes
 from gramian.memory.callbacks import StateSizeCallback
+from gramian.memory.truncation import mode_filters
 from gramian.models import GramianConfig
 from gramian.models.adapters import tokenizer_folder
 from gramian.models.labels import LabelError
@@ -130,6 +131,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
         torch.set_num_threads(config.hardware.threads)
     set_seed(config.seed)
     model = _model(config, description)
+    _restore_truncation(model, folder, config)
     name_labels(model, task.classes())
     try:
         data: Any = task.dataset("train", config.seed, streaming=bool(config.task.get("streaming")))
@@ -139,6 +141,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
     if config.evaluation.examples is not None:
         held_out = held_out.select(range(min(len(held_out), config.evaluation.examples)))
     arguments = make_arguments(config, model, count_steps(config, data), bar=progress is True)
+    _check_one_process(config, arguments)
     losses, packer = _losses(model, config), _packer(config, description)
 
     with arguments.main_process_first(local=False):
@@ -156,6 +159,7 @@ def train(config: TrainingConfig, *, progress: Progress = False) -> TrainingRepo
             tokenizer=_tokenizer(config, task),
             losses=losses,
             packer=packer,
+            truncation=config.regularization.truncation,
             model=model,
             args=arguments,
             train_dataset=Rows(data) if hasattr(data, "__len__") else data,
@@ -231,6 +235,7 @@ def check(config: TrainingConfig) -> None:
     task = _task(config)
     with nullcontext() if "path" in config.model else torch.device("meta"):
         model = _model(config, task.description())
+        _check_truncation(model, config)
         _losses(model, config)
     _packer(config, task.description())
     for split in ("train", config.evaluation.split):
@@ -343,6 +348,34 @@ def _model(config: TrainingConfig, description: Description) -> Any:
         raise ConfigError(f"model: {error}") from error
 
 
+def _check_truncation(model: Any, config: TrainingConfig) -> None:
+    if not config.regularization.truncation:
+        return
+    if config.adapter is not None:
+        raise ConfigError("regularization.truncation cannot be combined with an adapter.")
+    if not mode_filters(model):
+        raise ConfigError(
+            "regularization.truncation needs filters of the type modal or s4d; this model has none."
+        )
+
+
+def _restore_truncation(model: Any, folder: Path, config: TrainingConfig) -> None:
+    """Give the filters the modes that they have in the checkpoint from which a run resumes."""
+    _check_truncation(model, config)
+    if not config.regularization.truncation or earlier_report(folder, config) is not None:
+        return
+    for checkpoint in complete_checkpoints(folder / "checkpoints")[-1:]:
+        restore_modes(model, checkpoint)
+
+
+def _check_one_process(config: TrainingConfig, arguments: TrainingArguments) -> None:
+    if config.regularization.truncation and arguments.world_size > 1:
+        raise ConfigError(
+            "regularization.truncation changes the shapes of parameters, so it takes one process; "
+            f"got {arguments.world_size}."
+        )
+
+
 def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | None:
     if config.evaluation.ess.rows and getattr(model.config, "bidirectional", False):
         raise ConfigError(
@@ -350,7 +383,7 @@ def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | No
             "sequence and has no state."
         )
     regularization = config.regularization
-    if regularization.gates == 0 and regularization.ess.weight == 0:
+    if not (regularization.gates or regularization.ess.weight or regularization.hankel):
         return None
     penalty = regularization.ess
     try:
@@ -362,6 +395,7 @@ def _losses(model: PreTrainedModel, config: TrainingConfig) -> MemoryLosses | No
             share=penalty.share,
             sequences=penalty.sequences,
             channels=penalty.channels,
+            hankel=regularization.hankel,
         )
     except ValueError as error:
         raise ConfigError(f"regularization.{error}") from error

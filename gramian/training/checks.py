@@ -53,9 +53,13 @@ def check_optimization(section: Optimization) -> None:
 def check_regularization(section: Regularization) -> None:
     """Check the section `regularization`."""
     penalty = section.ess
-    _check_not_negative("regularization", section, "gates")
+    _check_not_negative("regularization", section, "gates", "hankel")
     _check_not_negative("regularization.ess", penalty, "weight")
     _check_sizes("regularization.ess", penalty, "sequences", "channels")
+    if not 0 <= section.truncation < 1:
+        raise ConfigError(
+            f"regularization.truncation must be at least 0 and below 1; got {section.truncation}."
+        )
     if penalty.weight > 0 and (penalty.target is None) == (penalty.share is None):
         raise ConfigError("give regularization.ess.target or its share, one of the two.")
     if penalty.target is not None and not 0 < penalty.target < float("inf"):
@@ -101,15 +105,21 @@ def check_combinations(
     optimization: Optimization, regularization: Regularization, hardware: Hardware
 ) -> None:
     """Check that losses on memory, packed rows and the hardware settings go together."""
-    regularized = regularization.gates > 0 or regularization.ess.weight > 0
-    if regularized and (hardware.fsdp or hardware.compile):
+    observed = regularization.gates > 0 or regularization.ess.weight > 0
+    if (observed or regularization.hankel > 0) and (hardware.fsdp or hardware.compile):
         raise ConfigError(
             "regularization reads the inputs and the parameters of layers, which is impossible "
             "with hardware.fsdp or hardware.compile."
         )
-    if optimization.packing and regularized:
+    if regularization.truncation > 0 and (hardware.fsdp or hardware.compile):
         raise ConfigError(
-            "regularization reads rows of one sequence each, which optimization.packing packs."
+            "regularization.truncation changes the shapes of parameters, which is impossible with "
+            "hardware.fsdp or hardware.compile."
+        )
+    if optimization.packing and observed:
+        raise ConfigError(
+            "regularization.gates and regularization.ess read rows of one sequence each, which "
+            "optimization.packing packs."
         )
     if optimization.packing and hardware.compile:
         raise ConfigError(

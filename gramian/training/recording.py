@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gramian._json import to_json
+from gramian._modules import in_mode
 from gramian._staging import staged_file
 from gramian.tasks import Description, find_kind
 from gramian.training.collation import Collator
@@ -68,17 +69,15 @@ class Sampler(TrainerCallback):
         if not state.is_world_process_zero or not self.rows:
             return
         model: nn.Module = kwargs["model"]
-        training = model.training
-        model.eval()
         device = next(model.parameters()).device
         lines = []
-        for row in self.rows:
-            if self.description.text:
-                line = self._continuation(model, row, device)
-            else:
-                line = self._prediction(model, row, device)
-            lines.append(to_json({"step": state.global_step, **line}) + "\n")
-        model.train(training)
+        with in_mode(model, training=False):
+            for row in self.rows:
+                if self.description.text:
+                    line = self._continuation(model, row, device)
+                else:
+                    line = self._prediction(model, row, device)
+                lines.append(to_json({"step": state.global_step, **line}) + "\n")
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(lines)
 

@@ -106,7 +106,10 @@ class StatePenalty:
 
 @dataclass(frozen=True)
 class Regularization:
-    """Settings of losses on memory. They are added to the task's loss and logged separately."""
+    """Settings of losses on memory, and of the truncation of filters.
+
+    The losses are added to the task's loss and logged separately.
+    """
 
     gates: float = setting(
         "weight of `gramian.memory.gate_regularizer`, which pulls the gates of linear "
@@ -114,6 +117,18 @@ class Regularization:
         0.0,
     )
     ess: StatePenalty = field(default_factory=StatePenalty)
+    hankel: float = setting(
+        "weight of `gramian.memory.hankel_penalty`, which makes the Hankel singular values of "
+        "filters decay, so that they can be reduced further; 0 turns it off. Each step measures "
+        "up to 16 channels of every filter.",
+        0.0,
+    )
+    truncation: float = setting(
+        "share of a kernel's energy; before each evaluation, the weakest modes of every channel "
+        "of modal filters and S4Ds that together hold at most this share are dropped, as "
+        "`gramian.memory.truncate_modes` does. 0 drops none.",
+        0.0,
+    )
 
 
 @dataclass(frozen=True)

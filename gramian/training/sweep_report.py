@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["SEED", "PointReport", "Spread", "SweepReport", "SweepRow"]
 
 SEED = "seed"
-STATE_SIZES = {"ess": "ESS", "ess_utilization": "ESS / TSS"}
+STATE_SIZES = {"ess": "ESS", "ess_utilization": "in use"}
 """The headings of the columns of metrics of memory. A column appears if its metric was measured."""
 
 

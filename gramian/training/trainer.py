@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from gramian.filters import parameter_groups
-from gramian.memory import MemoryLosses
+from gramian.memory import MemoryLosses, truncate_modes
 from gramian.tasks import Description, find_kind
 from gramian.training.collation import Packer
 from gramian.training.configuration import ConfigError
@@ -91,6 +91,8 @@ class GramianTrainer(Trainer):
         tokenizer: tokenizer to save beside the best model, or None.
         losses: losses on the model's memory, which are added to the task's loss; None adds none.
         packer: collator that packs training batches; None uses `data_collator` for them too.
+        truncation: share of every kernel's energy that is dropped before evaluations in training,
+            by `gramian.memory.truncate_modes`; 0 drops nothing.
         kwargs: further arguments of `Trainer`.
     """
 
@@ -103,6 +105,7 @@ class GramianTrainer(Trainer):
         tokenizer: Any = None,
         losses: MemoryLosses | None = None,
         packer: Packer | None = None,
+        truncation: float = 0.0,
         **kwargs: Any,
     ) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
@@ -119,6 +122,8 @@ class GramianTrainer(Trainer):
         self.tokenizer = tokenizer
         self.losses = losses
         self.packer = packer
+        self.truncation = truncation
+        self.modes: int | None = None
         self.logged: dict[str, list[float]] = {}
         # Losses are sums over the labels, divided by the number of labels in the whole batch,
         # so they do not depend on the division among processes and micro-batches.
@@ -224,6 +229,14 @@ class GramianTrainer(Trainer):
         if bool(self.accelerator.reduce(wrong) > 0):
             raise self._diverged("a weight is no longer finite")
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as transformers does. In training, drop weak modes of filters before."""
+        if self.truncation and self.is_in_train:
+            dropped = truncate_modes(self.model, self.truncation, self.optimizer)
+            self.modes = sum(one.after for one in dropped)
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as transformers does, but compute metrics over all labels.
 
@@ -237,6 +250,8 @@ class GramianTrainer(Trainer):
                 "every target is 0."
             )
         output.metrics.update({f"{metric_key_prefix}_{key}": exact[key] for key in exact})
+        if self.modes is not None:
+            output.metrics[f"{metric_key_prefix}_modes"] = self.modes
         return output
 
     def save_as(self, name: str) -> None:

@@ -205,7 +205,9 @@ def test_attention_is_that_of_the_models_own_maps(kind: str) -> None:
     for layer, T in zip(report.layers, maps, strict=True):
         assert layer.kind == "attention" and layer.ess.shape == (4, 13)
         assert_close(layer.ess, naive_ess(T[0], range(0, LENGTH, 3)))
-        assert layer.tss[0].tolist() == list(range(0, LENGTH, 3))
+        read = T[0, 0] != 0
+        kept = [int(read[i:, :i].any(0).sum()) for i in range(0, LENGTH, 3)]
+        assert layer.tss[0].tolist() == kept
     assert float(report.layers[0].ess.max()) > 2  # the maps are not trivial
 
 
@@ -326,10 +328,6 @@ def test_what_cannot_be_read_is_named() -> None:
     assert [layer.mixer for layer in report.layers] == ["Lfm2Attention"]
     assert [name for name, _ in report.unread] == ["model.layers.0.conv"]
     assert "Lfm2ShortConv" in str(report)
-    both = foreign("bert", {})
-    report = gramian.analyze(both, IDS, every=9)
-    assert not report.layers and all("ahead" in reason for _, reason in report.unread)
-    assert report.to_dict()["average_ess"] is None
     with pytest.raises(ValueError, match="Linear has no layer"):
         gramian.analyze(nn.Linear(3, 3), torch.randn(5, 3))
 

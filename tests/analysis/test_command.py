@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gramian
 from gramian import cli, tasks
-from gramian.analysis import StateReport, open_model
+from gramian.analysis import StateReport, StateReports, analyze_texts, open_model
 from gramian.models import (
     ByteTokenizer,
     GramianConfig,
@@ -192,3 +193,149 @@ def test_mistakes_take_one_line(
     assert "Traceback" not in err
     if status == 1:
         assert len(err.strip().splitlines()) == 1
+
+
+def test_saved_reports_are_compared_over_depth(call: Call, place: Path, tmp_path: Path) -> None:
+    options = ["--prompt", "some words that are read", "--every", 3]
+    status, _, err = call(place / "own", *options, "-o", tmp_path / "first")
+    assert status == 0, err
+    saved = tmp_path / "first" / "report.json"
+    status, out, err = call(
+        *(place / "own", *options, "--compare", saved, "--compare", saved),
+        *("-o", tmp_path / "both", "--html", tmp_path / "page.html", "--json"),
+    )
+    assert status == 0, err
+    values = json.loads(out)
+    (report,) = values["models"]
+    comparison = values["comparison"]
+    assert comparison["models"] == [f"{place / 'own'} ({saved})"] * 2 + [str(place / "own")]
+    assert comparison["models_average_ess"] == pytest.approx([report["average_ess"]] * 3)
+    assert comparison["in_use_difference"] == [[pytest.approx(0)] * 2] * 3
+    names = {path.name for path in (tmp_path / "both").iterdir()}
+    assert {"report.json", "map.png", "comparison.png", "depth.png", "comparison.json"} <= names
+    assert json.loads((tmp_path / "both" / "comparison.json").read_text()) == comparison
+    assert (tmp_path / "page.html").read_text().count('"layers":[') == 3
+
+    status, out, err = call("--compare", saved, "--compare", saved)
+    assert status == 0 and "relative depth" in out and "(+0.00)" in out, err
+    status, out, err = call(place / "own", place / "own", *options)
+    assert status == 0 and "relative depth" in out, err
+
+
+def test_what_cannot_be_compared_is_refused(call: Call, place: Path, tmp_path: Path) -> None:
+    status, _, err = call(place / "own", "--prompt", "some words", "-o", tmp_path / "first")
+    assert status == 0, err
+    saved = tmp_path / "first" / "report.json"
+    again = [place / "own", "--compare", saved]
+    for arguments, wanted, message in (
+        (["--compare", saved], 2, "give a MODEL, or at least two reports"),
+        (["--compare", saved, "--compare", saved, "--prompt", "a"], 2, "need a MODEL that reads"),
+        ([*again, "--prompt", "more words"], 0, ""),
+        ([*again, "--prompt", "words"], 1, "same number of tokens; got 10 and 5"),
+        ([*again, "--prompt", "some words", "--measure", "tolerance", "--tol", 1], 1, "--measure"),
+        (
+            [place / "own", "--prompt", "a", "--compare", place / "text.txt"],
+            1,
+            "not a state report",
+        ),
+        ([place / "own", "--prompt", "a", "--compare", "absent.json"], 1, "absent.json"),
+    ):
+        status, out, err = call(*arguments, "-o", tmp_path / f"out{wanted}")
+        assert status == wanted and message in err, err
+        if wanted:
+            assert not out and not (tmp_path / f"out{wanted}").exists()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_of_all_models(call: Call, place: Path, tmp_path: Path, suffix: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    file = tmp_path / f"states.{suffix}"
+    status, out, err = call(place / "own", place / "own", "--prompt", "some words", "--table", file)
+    assert status == 0 and str(file) in out.replace("\n", ""), err
+    frame = pandas.read_csv(file) if suffix == "csv" else pandas.read_parquet(file)
+    report = gramian.analyze(*open_model(place / "own")[:1], list(b"some words"))
+    assert len(frame) == 2 * sum(layer.ess.numel() for layer in report.layers)
+    status, _, err = call(place / "own", "--prompt", "a", "--table", tmp_path / "states.xlsx")
+    assert status == 2 and ".csv or .parquet; got states.xlsx" in " ".join(err.split())
+
+
+def test_layers_are_ranked(call: Call, place: Path) -> None:
+    status, out, err = call(place / "own", "--prompt", "some words", "--rank")
+    assert status == 0 and "suggestion" in out and "Measure the loss" in " ".join(out.split()), err
+    status, out, _ = call(place / "own", "--prompt", "some words")
+    assert status == 0 and "suggestion" not in out
+
+
+def test_encoders_take_one_line(
+    call: Call, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    size = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    t5 = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 16}
+    for kind, auto, sizes in (
+        ("t5", AutoModelForSeq2SeqLM, size | t5),
+        ("bert", AutoModelForCausalLM, size | {"intermediate_size": 16}),
+    ):
+        folder = tmp_path / kind
+        auto.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(folder)
+        ByteTokenizer().save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    for kind, message in (("t5", "an encoder-decoder model"), ("bert", "is not causal")):
+        status, out, err = call(kind, "--prompt", "some words")
+        assert status == 1 and message in err and not out
+        assert len(err.strip().splitlines()) == 1 and len(err) < 300
+
+
+def test_several_texts_have_means_and_spreads(call: Call, place: Path, tmp_path: Path) -> None:
+    texts = ["A text. Another one.", "Something else! And more?", "The third of them, longer."]
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": one}) for one in texts))
+    out, table = tmp_path / "out", tmp_path / "table.csv"
+    arguments = ["--text", lines, "--texts", 2, "--text", place / "text.txt", "--every", 3]
+    status, shown, err = call(place / "own", *arguments, "-o", out, "--table", table)
+    assert status == 0, err
+    assert "of 3 texts of 20 to 43 tokens" in " ".join(shown.split()) and "±" in shown
+    names = {path.name for path in out.iterdir()}
+    assert names == {"page.html", "reports.json", "spread.png"}
+    model, tokenizer = open_model(place / "own")
+    chosen = [*texts[:2], (place / "text.txt").read_text()]
+    expected = analyze_texts(model, chosen, tokenizer=tokenizer, every=3)
+    saved = StateReports.load(out / "reports.json")
+    assert saved.names == (f"{lines}, document 1", f"{lines}, document 2", f"{place}/text.txt")
+    for one, other in zip(saved, expected, strict=True):
+        for mine, theirs in zip(one.layers, other.layers, strict=True):
+            assert torch.equal(mine.ess, theirs.ess)
+    with table.open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][:2] == ["text", "model"] and len(rows) == 1 + sum(
+        layer.ess.numel() for report in saved for layer in report.layers
+    )
+    status, shown, _ = call(place / "own", place / "own", *arguments, "--json")
+    assert status == 0
+    (one, _) = json.loads(shown)["models"]
+    assert one["average"]["mean"] == pytest.approx(expected.average().mean)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["own", "--prompt", "a", "--texts", "2"], 2, "--texts needs --text"),
+        (["own", "--text", "text.txt", "--texts", "2"], 1, "has one document"),
+        (["own", "--text", "text.txt", "--text", "text.txt", "--rank"], 2, "take one text"),
+        (["own", "--text", "text.txt", "--text", "absent.txt"], 1, "absent.txt"),
+        (["recall", "--text", "text.txt", "--text", "text.txt"], 1, "recall has no tokenizer"),
+    ],
+)
+def test_mistakes_with_several_texts_take_one_line(
+    call: Call,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    status: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(place)
+    got, out, err = call(*arguments)
+    assert got == status and message in err and not out

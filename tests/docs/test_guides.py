@@ -75,3 +75,15 @@ def test_the_section_on_alphabets_runs(capsys: pytest.CaptureFixture[str]) -> No
     assert names["bases"] == [7, 8, 9, 10]
     free = [i for i in range(16) if i not in names["model"].generation_config.suppress_tokens]
     assert free == names["bases"]
+
+
+def test_the_first_blocks_of_the_guide_to_memory_run() -> None:
+    text = (GUIDES / "memory.md").read_text(encoding="utf-8").split("\n## Analyse a model\n", 1)[0]
+    names: dict[str, Any] = {}
+    blocks = FENCE.findall(text)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block.replace("256", "40").replace("128", "20"), "memory.md", "exec"), names)
+    positions = names["torch"].arange(40)
+    cap = names["torch"].minimum(positions, 40 - positions)
+    assert names["usable"].tolist() == [cap.tolist()] * 4

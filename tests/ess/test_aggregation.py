@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gramian import FIR, Modal, StateSpace, TimeVarying, TransferFunction, effective_state_size
-from gramian.ess import aggregate, theoretical_state_size, utilization
+from gramian.ess import aggregate, theoretical_state_size, usable_state_size, utilization
 from gramian.filters import ModalFilter
 from gramian.mixers import Hyena, MultiHyena
 from gramian.systems import gated_convolution, to_state_space, to_time_varying
@@ -96,3 +96,40 @@ def test_averages_and_totals():
             aggregate([bad] if isinstance(bad, torch.Tensor) else bad)
     with pytest.raises(ValueError, match="kind must be"):
         aggregate(first, "median")
+
+
+def test_positions_bound_what_can_be_used():
+    tss = torch.tensor([[5.0, 5, 5, 5], [0, 1, 2, 3]])
+    assert usable_state_size(tss, [0, 1, 4, 9], 10).tolist() == [[0, 1, 4, 1], [0, 1, 2, 1]]
+    for at, message in (
+        ([0, 1], "one position"),
+        ([0, 1, 2, 11], "0 … 10"),
+        ([-1, 0, 1, 2], "0 …"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            usable_state_size(tss, at, 10)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 63])
+@pytest.mark.parametrize("window", [1, 2, 6, 200])
+def test_a_window_keeps_no_more_than_the_window(length: int, window: int) -> None:
+    row, column = torch.arange(length)[:, None], torch.arange(length)
+    scores = torch.randn(2, length, length).masked_fill(column > row, -torch.inf)
+    scores[0] = scores[0].masked_fill(row - column >= window, -torch.inf)
+    tss = theoretical_state_size(scores.softmax(-1))
+    for i in range(length):
+        assert tss[:, i].tolist() == [min(i, window - 1, length - 1), i]
+
+
+def test_inputs_that_nothing_reads_any_more_are_not_kept() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(3, 17, 17, generator=generator)
+    matrix = torch.where(torch.rand(matrix.shape, generator=generator) < 0.15, matrix, 0).tril()
+    positions, horizon = [0, 4, 9, 12], 13
+    tss = theoretical_state_size(matrix, positions, horizon=horizon)
+    for g in range(3):
+        for p, i in enumerate(positions):
+            kept = [j for j in range(i) if bool((matrix[g, i:horizon, j] != 0).any())]
+            assert float(tss[g, p]) == len(kept)
+            assert torch.linalg.matrix_rank(matrix[g, i:horizon, :i]) <= len(kept)
+    assert theoretical_state_size(torch.zeros(0, 4, 4)).shape == (0, 4)

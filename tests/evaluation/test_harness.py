@@ -199,7 +199,7 @@ def test_before_and_after_a_distillation(
     ]
     pairs = EvaluationReport("a", tuple(expected[1]), "b", tuple(expected[0])).comparisons
     found = {(one["task"], one["metric"]): one for one in report["comparisons"]}
-    assert len(pairs) == 4 and len(found) == 7
+    assert len(pairs) == 4 and len(found) == 9
     for pair in pairs:
         line = found[pair.after.task, pair.after.metric]
         assert line["before"] == pytest.approx(pair.before.value, rel=1e-6)

@@ -44,6 +44,7 @@ CONFIGS = {
         "dt_max": 0.2,
         "lr": 1e-4,
     },
+    "s4d_truncated": {"type": "s4d", "state_size": 6, "orders": [3, 1, 0, 2]},
     "s4": {"type": "s4", "state_size": 6, "dt_max": 0.2, "lr": 1e-4},
 }
 SYSTEM_TYPES = {

@@ -43,7 +43,8 @@ function colours(id) {
   return found.size;
 }
 const tip = document.getElementById("tip"), shown = () => getComputedStyle(tip).display;
-const seen = { colours: ["layers", "heads", "curves"].map(colours) };
+const canvases = ["layers", "heads", "curves", "layersScale", "headsScale", "textScale"];
+const seen = { colours: canvases.map(colours) };
 const heads = document.getElementById("heads");
 send(heads, "mousemove", ...place("heads", 5.5 / 8, 4));
 seen.heads = tip.textContent; seen.during = shown();

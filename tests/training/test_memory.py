@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ pytest.importorskip("yaml")
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import gramian
-from gramian.memory import MemoryLosses, Observer, ess_penalty, gate_regularizer
+from gramian.memory import (
+    MemoryLosses,
+    Observer,
+    ess_penalty,
+    gate_regularizer,
+    hankel_penalty,
+)
 from gramian.mixers import LinearRecurrence
 from gramian.models import (
     GramianConfig,
@@ -262,6 +269,122 @@ def test_what_cannot_be_measured_does_not_end_training(tmp_path: Path) -> None:
 def test_settings_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config(run(tmp_path, **changes))
+
+
+def convolving(folder: Path, **sections: Any) -> dict[str, Any]:
+    """A run whose first layer has a modal filter and whose second has an S4D."""
+    values = run(folder, **sections)
+    values["model"] = {
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "intermediate_size": 16,
+        "mixers": ["hyena", "long_convolution"],
+        "filter": [{"type": "modal", "orders": 4}, {"type": "s4d", "state_size": 8}],
+    }
+    return values
+
+
+def test_the_loss_on_hankel_singular_values_of_a_run(tmp_path: Path) -> None:
+    steps = {}
+    for weight in (0.0, 3.0):
+        folder = tmp_path / str(weight)
+        values = convolving(folder, regularization={"hankel": weight})
+        values["optimization"] = {"steps": 30, "batch_size": 8, "learning_rate": 0.01}
+        train(parse_config(values))
+        model = load(folder / "last")
+        steps[weight] = [layer.mixer.filter(24) for layer in model.base_model.layers]
+        logged = [line for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+        assert all(("hankel_penalty" in line) == (weight > 0) for line in logged)
+    assert logged[-1]["hankel_penalty"] < logged[0]["hankel_penalty"]
+    with torch.no_grad():
+        assert hankel_penalty(steps[3.0], 24) < 0.95 * hankel_penalty(steps[0.0], 24)
+
+
+def test_the_loss_on_hankel_singular_values_counts_every_filter_once() -> None:
+    torch.manual_seed(0)
+    net = model(["hyena", "gated_linear_attention"])
+    net.add_module("again", net.base_model.layers[0].mixer.filter)
+    other = gramian.filters.RTF(4, state_size=4, max_length=8, initialization="xavier")
+    net.add_module("other", other)
+    systems = [net.again(24), net.other(8)]
+    expected = (hankel_penalty(systems[0], 24) + hankel_penalty(systems[1], 8)) / 2
+    total, values = MemoryLosses(net, hankel=0.5, hankel_channels=None)()
+    assert values["hankel_penalty"] == pytest.approx(expected.item())
+    torch.testing.assert_close(total, expected / 2)
+    total.backward()
+    assert net.other.a.grad.abs().sum() > 0
+    _, some = MemoryLosses(net, hankel=0.5, hankel_channels=3)()
+    assert some["hankel_penalty"] != values["hankel_penalty"]
+
+
+def test_packed_rows_go_with_the_loss_on_filters_only() -> None:
+    values = convolving(Path("run"), regularization={"hankel": 1.0})
+    values["optimization"] |= {"packing": True}
+    parse_config(values)
+    values["regularization"] = {"gates": 1.0}
+    with pytest.raises(ConfigError, match=r"regularization\.gates and .*ess read rows"):
+        parse_config(values)
+    values["optimization"]["packing"] = False
+    values["regularization"], values["hardware"] = {"hankel": 1.0}, {"compile": True}
+    with pytest.raises(ConfigError, match=r"impossible with hardware\.fsdp or hardware\.compile"):
+        parse_config(values)
+    values["regularization"] = {"hankel": -1.0}
+    with pytest.raises(ConfigError, match=r"regularization\.hankel must be at least 0"):
+        parse_config(values)
+
+
+def test_a_model_without_filters_is_refused(tmp_path: Path) -> None:
+    values = run(tmp_path / "run", regularization={"hankel": 1.0})
+    with pytest.raises(ConfigError, match=r"regularization\.hankel needs filters of at least 2"):
+        train(parse_config(values))
+    with pytest.raises(ValueError, match="hankel_channels must be at least 1 or None; got 0"):
+        MemoryLosses(model(), hankel=1.0, hankel_channels=0)
+
+
+def test_a_run_that_drops_modes_resumes_to_the_same_losses(tmp_path: Path) -> None:
+    def values(name: str) -> dict[str, Any]:
+        given = convolving(tmp_path / name, regularization={"truncation": 0.02, "hankel": 0.1})
+        given["optimization"] = {"steps": 12, "batch_size": 8, "learning_rate": 0.02}
+        return given | {"evaluation": {"every": 3}, "checkpoints": {"every": 6, "keep": 3}}
+
+    whole = train(parse_config(values("whole")))
+    lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    counts = [line["eval_modes"] for line in lines if "eval_modes" in line]
+    assert len(counts) == 4 and 64 > counts[0] >= counts[1] >= counts[3] == whole.metrics["modes"]
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    (tmp_path / "again" / "report.json").unlink()
+    (tmp_path / "again" / "checkpoints" / "checkpoint-12" / "complete").unlink()
+    config = tmp_path / "again" / "config.yaml"
+    config.write_text(config.read_text().replace(str(tmp_path / "whole"), str(tmp_path / "again")))
+    again = train(parse_config(values("again")))
+    assert again.resumed_from == 6
+    repeated = read_lines(tmp_path / "again" / "metrics.jsonl")
+    keys = ("step", "loss", "eval_loss", "eval_modes", "hankel_penalty")
+    for one, other in zip(lines, repeated, strict=True):
+        assert [one.get(key) for key in keys] == [other.get(key) for key in keys]
+    assert again.parameters == whole.parameters
+    for name in ("best", "last"):
+        weights = load(tmp_path / "again" / name).state_dict()
+        for key, value in load(tmp_path / "whole" / name).state_dict().items():
+            assert torch.equal(value, weights[key])
+    orders = load(tmp_path / "whole" / "last").config.filter[0]["orders"]
+    assert sum(orders) < 32
+
+
+def test_truncation_is_refused_where_it_cannot_be(tmp_path: Path) -> None:
+    values = convolving(tmp_path / "run", regularization={"truncation": 1.0})
+    with pytest.raises(ConfigError, match=r"truncation must be at least 0 and below 1; got 1\.0"):
+        parse_config(values)
+    values["regularization"] = {"truncation": 0.1}
+    values["hardware"] = {"compile": True}
+    with pytest.raises(ConfigError, match="changes the shapes of parameters"):
+        parse_config(values)
+    values["hardware"] = {}
+    values["model"] |= {"mixers": "hyena", "filter": {"type": "implicit"}}
+    with pytest.raises(ConfigError, match="needs filters of the type modal or s4d"):
+        train(parse_config(values))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_gates_is_refused(tmp_path: Path) -> None:

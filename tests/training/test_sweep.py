@@ -417,7 +417,7 @@ def test_state_sizes_join_the_table_where_they_were_measured() -> None:
     report = SweepReport("out", "accuracy", {"layer": ["a", "b"], "seed": [0, 1]}, points)
     assert report.rows[0].ess == Spread(3.0, 0.0) and report.rows[1].ess is None
     header, _, first, second, *_ = report.to_markdown().splitlines()
-    assert header.endswith("| last accuracy | ESS | ESS / TSS | steps | seconds |")
+    assert header.endswith("| last accuracy | ESS | in use | steps | seconds |")
     assert "| 3.0000 ± 0.0000 | 0.5000 ± 0.0000 | 10 |" in first and "|  |  | 10 |" in second
     assert report.to_dict()["rows"][0]["ess_utilization"]["mean"] == 0.5
     console = Console(width=80, file=io.StringIO())  # too narrow for all: nothing disappears
