@@ -132,20 +132,24 @@ class Choices:
             f"has its smallest size; got {keep!r}."
         )
 
-    def candidates(self, layer: Layer, size: int) -> dict[str, Tensor]:
-        """Return the coordinates to keep, (groups, size) in ascending order, by the criterion.
+    def candidates(self, plan: Plan) -> dict[str, dict[str, Tensor]]:
+        """Return the coordinates that each criterion keeps, by its name and the layer's path.
 
-        There is one candidate if the predicted error is that of the smaller layer.
+        "error" is the greedy elimination, "diagonal" keeps the largest contributions, and "energy"
+        the largest keys and queries. The coordinates are (groups, k), in ascending order.
         """
-        found = {"error": self.orders[layer.path][:, layer.shape.states - size :]}
-        if not layer.family.exact and size < layer.shape.states:
-            one = self.importance[layer.path]
-            scores = {
-                "diagonal": one.gram.diagonal(dim1=1, dim2=2),
-                "energy": one.keys * one.queries,
+        found: dict[str, dict[str, Tensor]] = {"error": {}, "diagonal": {}, "energy": {}}
+        for layer in self.layers:
+            size, one = plan[layer.path], self.importance[layer.path]
+            orders = {
+                "error": self.orders[layer.path],
+                "diagonal": one.gram.diagonal(dim1=1, dim2=2).argsort(1),
+                "energy": (one.keys * one.queries).argsort(1),
             }
-            found |= {name: score.topk(size, dim=1).indices for name, score in scores.items()}
-        return {name: kept.sort(1).values for name, kept in found.items()}
+            for name, order in orders.items():
+                kept = order[:, layer.shape.states - size :]
+                found[name][layer.path] = kept.sort(1).values
+        return found
 
     def _at_least(self, layer: Layer, size: float) -> int:
         step = self.step(layer)

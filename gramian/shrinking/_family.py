@@ -56,15 +56,12 @@ class Family(abc.ABC):
             holds the number of states.
         multiple: number of which fused kernels take only multiples as number of states; 1 if they
             take all numbers.
-        exact: whether the predicted error is that of the smaller layer. If not, several choices are
-            made and measured.
         note: what changes besides the dropped coordinates, in one sentence; empty if nothing does.
         per_layer: whether the configuration may have a size for each layer.
     """
 
     layers: dict[str, str]
     multiple: int = 1
-    exact: bool = True
     note: str = ""
     per_layer: bool = False
 

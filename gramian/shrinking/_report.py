@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerShrinkage", "ShrinkReport", "ShrinkTrial"]
 
-_COLUMNS = ("layer", "mixer", "groups", "states", "predicted", "measured", "output", "chosen by")
+_COLUMNS = ("layer", "mixer", "groups", "states", "predicted", "measured", "output")
 _GIB = 2**30
 
 
@@ -22,7 +22,8 @@ class LayerShrinkage:
     """The report on the recurrence of one layer.
 
     Errors are relative: the root of the squared change on the text, divided by the root of the
-    squared size.
+    squared size. If a norm of every head follows the scan, the outputs of each head and token are
+    divided by their root mean square first.
 
     Attributes:
         layer: path of the module.
@@ -32,14 +33,12 @@ class LayerShrinkage:
         states_before: number of coordinates of each group's state before.
         states_after: the same number after.
         kept: indices of the kept coordinates of each group, in ascending order.
-        chosen_by: how the coordinates were chosen. "error" is the greedy elimination by the exact
-            error; where this error is not that of the smaller layer, "diagonal" (largest
-            contributions) and "energy" (largest keys and queries) are tried too.
         predicted_error: error of the scan's outputs if the coordinates are held at zero.
         measured_error: error of the scan's outputs in the smaller layer, for the same input, on at
             most 8 windows of the text.
         output_error: error of the smaller layer's output on the same windows, for the same input.
-        spectrum: predicted error if 1, 2, …, n coordinates are kept. The last one is 0.
+        spectrum: predicted error if the greedy elimination keeps 1, 2, …, n coordinates. The last
+            one is 0.
         note: what changes besides the dropped coordinates; empty if nothing does.
     """
 
@@ -49,7 +48,6 @@ class LayerShrinkage:
     states_before: int
     states_after: int
     kept: tuple[tuple[int, ...], ...]
-    chosen_by: str
     predicted_error: float
     measured_error: float
     output_error: float
@@ -81,6 +79,11 @@ class ShrinkReport:
         max_increase: the allowed relative increase of the loss; None if `keep` was given.
         per_layer: whether layers could have different sizes.
         multiple: the numbers of which the layers' sizes are multiples.
+        criterion: how the coordinates were chosen. "error" is the greedy elimination by the exact
+            error, "diagonal" keeps the largest contributions, and "energy" the largest keys and
+            queries.
+        criteria: the loss of the smaller model by each criterion, on at most 8 windows of the text
+            by which coordinates were chosen.
         layers: one report for every layer whose state could be made smaller.
         left: path and reason of every recurrence that was left as it is.
         tokens: number of tokens by which coordinates were chosen.
@@ -100,6 +103,8 @@ class ShrinkReport:
     max_increase: float | None
     per_layer: bool
     multiple: tuple[int, ...]
+    criterion: str
+    criteria: dict[str, float]
     layers: tuple[LayerShrinkage, ...]
     left: tuple[tuple[str, str], ...]
     tokens: int
@@ -177,8 +182,9 @@ class ShrinkReport:
         known = self.standard_error == self.standard_error  # NaN is not equal to itself
         spread = f", standard error {self.standard_error / self.loss_before:.3%}" if known else ""
         words = (
-            f"{before} states to {after} ({wanted}) on {self.tokens:,} tokens in "
-            f"{self.seconds:.1f} s. Loss on {self.held_out_tokens:,} other tokens: "
+            f"{before} states to {after} ({wanted}), chosen by the criterion {self.criterion} on "
+            f"{self.tokens:,} tokens in {self.seconds:.1f} s. "
+            f"Loss on {self.held_out_tokens:,} other tokens: "
             f"{self.loss_before:.4f} nats before, {self.loss_after:.4f} ({self.increase:+.3%}"
             f"{spread}) after. One sequence of {self.context:,} tokens: "
             f"{self.original_state_bytes:,} bytes before, "
@@ -205,5 +211,4 @@ def _row(layer: LayerShrinkage) -> tuple[str, ...]:
         f"{layer.predicted_error:.1e}",
         f"{layer.measured_error:.1e}",
         f"{layer.output_error:.1e}",
-        layer.chosen_by,
     )

@@ -50,8 +50,9 @@ def shrink(
     configuration. So it can be saved, loaded, trained and used for generation like any other model,
     by transformers alone if the model is one of transformers. The given model stays unchanged.
 
-    For the gated delta rule, and where keys and queries are normalized, the error is not known
-    before. There, several choices are made, and that with the smallest measured error is used.
+    This error is that of single layers, without the norms behind them and the layers above. So two
+    simpler criteria are tried, too: the largest contributions of single coordinates, and the
+    largest keys and queries. The one with the smallest loss on the windows to choose by is used.
 
     Args:
         model: a causal language model of Gramian or of transformers with linear recurrences.
@@ -112,6 +113,8 @@ def shrink(
             max_increase=max_increase,
             per_layer=per_layer,
             multiple=tuple(sorted({run.choices.step(layer) for layer in layers})),
+            criterion=small.criterion,
+            criteria=dict(small.criteria),
             layers=tuple(_report(layer, run, small, changes[layer.path]) for layer in layers),
             left=left,
             tokens=chosen_by.numel(),
@@ -138,13 +141,15 @@ class _Small:
         model: the model.
         layers: its cut layers, by path.
         kept: the coordinates that were kept, (groups, k), by path.
-        criteria: how they were chosen, by path.
+        criterion: how they were chosen.
+        criteria: the loss of every criterion on the windows to choose by.
     """
 
     model: Any
     layers: Mapping[str, Layer]
     kept: Mapping[str, Tensor]
-    criteria: Mapping[str, str]
+    criterion: str
+    criteria: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -157,23 +162,20 @@ class _Run:
     windows: Tensor
 
     def shrink(self, plan: Plan) -> _Small:
-        """Return the model with the sizes of a plan, and the best of the criteria in each layer."""
-        found = {x.path: self.choices.candidates(x, plan[x.path]) for x in self.layers}
-        names = list(dict.fromkeys(name for each in found.values() for name in each))
-        best: dict[str, tuple[float, str]] = {}
-        if len(names) > 1:
-            for name in names:
-                small = self._fold({p: each.get(name, each["error"]) for p, each in found.items()})
-                windows = self.windows[:_COMPARED]
-                for path, change in compare(self.model, self.layers, small[1], windows).items():
-                    if name in found[path]:
-                        best[path] = min(best.get(path, (math.inf, "")), (change.output, name))
-        criteria = {path: best[path][1] if path in best else "error" for path in found}
-        kept = {path: found[path][name] for path, name in criteria.items()}
-        return _Small(*self._fold(kept), kept, criteria)
-
-    def _fold(self, kept: Mapping[str, Tensor]) -> tuple[Any, dict[str, Layer]]:
-        return fold(self.model, self.layers, kept, self.choices.importance)
+        """Return the model with the sizes of a plan, by the criterion with the smallest loss."""
+        best: tuple[Any, dict[str, Layer]] | None = None
+        criteria: dict[str, float] = {}
+        candidates = self.choices.candidates(plan)
+        for name, kept in candidates.items():
+            small = fold(self.model, self.layers, kept, self.choices.importance)
+            loss = float(window_losses(small[0], self.windows[:_COMPARED]).mean())
+            loss = math.inf if math.isnan(loss) else loss
+            if best is None or loss < min(criteria.values()):
+                best = small
+            criteria[name] = loss
+        assert best is not None
+        name = min(criteria, key=lambda one: criteria[one])
+        return _Small(*best, candidates[name], name, criteria)
 
 
 def _search(
@@ -223,7 +225,6 @@ def _report(layer: Layer, run: _Run, small: _Small, change: Change) -> LayerShri
         states_before=layer.shape.states,
         states_after=kept.shape[1],
         kept=tuple(map(tuple, kept.tolist())),
-        chosen_by=small.criteria[layer.path],
         predicted_error=(predicted / whole) ** 0.5 if whole > 0 else 0.0,
         measured_error=change.scan_error,
         output_error=change.output_error,

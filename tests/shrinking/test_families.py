@@ -306,7 +306,7 @@ def test_the_predicted_error_is_the_measured_one(kind: str) -> None:
     model = build(kind)
     layers, importance = importance_of(model)
     choices = Choices.of(layers, importance)
-    kept = {x.path: choices.candidates(x, 4)["error"] for x in layers}
+    kept = choices.candidates({layer.path: 4 for layer in layers})["error"]
     _, cut = fold(model, layers, kept, importance)
     for path, change in compare(model, layers, cut, windows()).items():
         predicted = choices.errors[path][4]

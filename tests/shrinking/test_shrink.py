@@ -76,7 +76,8 @@ def test_half_of_the_states_are_kept_and_the_report_says_so() -> None:
     for layer in report.layers:
         assert layer.predicted_error == pytest.approx(layer.measured_error, rel=1e-3)
         assert layer.spectrum[-1] == 0.0 and list(layer.spectrum) == sorted(layer.spectrum)[::-1]
-        assert layer.spectrum[5] == pytest.approx(layer.predicted_error, rel=1e-6)
+        best = report.criterion == "error"
+        assert not best or layer.spectrum[5] == pytest.approx(layer.predicted_error, rel=1e-6)
     assert report.tokens == 120 and report.held_out_tokens == 80
 
 
@@ -158,7 +159,7 @@ def test_layers_of_ours_may_have_different_sizes() -> None:
     sizes = [layer.states_after for layer in report.layers]
     assert sum(sizes) <= 12
     assert [mixer["state_size"] for mixer in small.config.mixers] == sizes
-    largest = max(layer.predicted_error for layer in report.layers)
+    largest = max(layer.spectrum[layer.states_after - 1] for layer in report.layers)
     for layer in report.layers:  # no layer could be smaller with that error
         assert layer.states_after == 1 or layer.spectrum[layer.states_after - 2] > largest
     with pytest.raises(ValueError, match="per_layer needs a configuration with a size for each"):
@@ -190,28 +191,25 @@ def test_sizes_are_multiples_that_kernels_take() -> None:
         assert ("multiples of 8" in report.summary) == (report.multiple == (8,))
 
 
-def test_delta_rules_take_the_choice_with_the_smallest_measured_error() -> None:
-    model = ours("gated_delta_net", "gated_delta_net")
-    _, report = gramian.shrink(model, windows(9), keep=0.5)
-    assert {layer.chosen_by for layer in report.layers} <= {"error", "diagonal", "energy"}
-    assert all("normalized" in layer.note for layer in report.layers)
-
-    from gramian.shrinking import _shrink
+def test_the_criterion_with_the_smallest_loss_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     from gramian.shrinking._choosing import Choices
 
-    errors: dict[str, list[float]] = {"error": [], "diagonal": [], "energy": []}
+    model = ours("gated_delta_net", "gated_linear_attention")
+    _, report = gramian.shrink(model, windows(9), keep=0.5)
+    assert set(report.criteria) == {"error", "diagonal", "energy"}
+    assert report.criteria[report.criterion] == min(report.criteria.values())
+    assert "normalized" in report.layers[0].note and not report.layers[1].note
     candidates = Choices.candidates
-    for name in errors:
+    for name, loss in report.criteria.items():
 
-        def one(self: Any, layer: Any, size: int, name: str = name) -> Any:
-            return {"error": candidates(self, layer, size)[name]}
+        def one(self: Any, plan: Any, name: str = name) -> Any:
+            return {name: candidates(self, plan)[name]}
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_shrink.Choices, "candidates", one)
-            _, other = gramian.shrink(model, windows(9), keep=0.5)
-        errors[name] = [layer.output_error for layer in other.layers]
-    best = [min(each) for each in zip(*errors.values(), strict=True)]
-    assert [layer.output_error for layer in report.layers] == pytest.approx(best, rel=1e-5)
+        monkeypatch.setattr(Choices, "candidates", one)
+        _, other = gramian.shrink(model, windows(9), keep=0.5)
+        assert other.criterion == name and other.criteria == {name: pytest.approx(loss)}
+        same = [layer.kept for layer in other.layers] == [layer.kept for layer in report.layers]
+        assert same or name != report.criterion
 
 
 def test_a_report_prints_and_is_json() -> None:

@@ -36,7 +36,6 @@ class GatedDelta(Family):
         "OlmoHybridGatedDeltaNet": "linear_key_head_dim",
     }
     multiple = 16  # the smallest matrix product of the kernels
-    exact = False
     note = "Queries and keys are normalized to length 1 over the kept states alone."
 
     def shape(self, layer: Any) -> Shape:

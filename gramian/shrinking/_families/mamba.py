@@ -46,7 +46,6 @@ class NormalizedMamba(Mamba):
     """Mamba with RMS norms of B and C over the states, without weights (Falcon-Mamba)."""
 
     layers = {"FalconMambaMixer": "state_size"}  # noqa: RUF012
-    exact = False
     note = "Norms of B and C now average over the kept states alone, which rescales both."
 
 

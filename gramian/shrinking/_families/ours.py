@@ -114,7 +114,6 @@ class GramianDelta(_Ours):
     """Gated DeltaNet."""
 
     layers = {"GatedDeltaNet": "state_size"}  # noqa: RUF012
-    exact = False
     note = "Queries and keys are normalized to length 1 over the kept states alone."
 
     def recurrence(self, layer: Any, steps: Any, values: Tensor, mixed: Tensor) -> Recurrence:
