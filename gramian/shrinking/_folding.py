@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gramian.shrinking._family import Layer, find_layers
 from gramian.shrinking._passes import Importance
@@ -34,6 +34,9 @@ def fold(
 
     Returns:
         The model, in evaluation mode, and its cut layers by path.
+
+    Raises:
+        ValueError: if the model has weights that its configuration does not describe.
     """
     config = copy.deepcopy(model.config)
     for family in dict.fromkeys(layer.family for layer in layers):
@@ -47,8 +50,14 @@ def fold(
             weights[f"{layer.path}.{name}"] = tensor.detach().clone()
     with torch.random.fork_rng(devices=[]):
         small = type(model)(config)
-    small.to(device=model.device, dtype=model.dtype)
+    unknown = sorted(set(weights) ^ set(small.state_dict()))
+    if unknown:
+        raise ValueError(
+            "shrink needs a model with the weights that its configuration describes, without "
+            f"adapters, which can be merged first; got {unknown[0]}."
+        )
     small.load_state_dict(weights, assign=True)
+    _match_buffers(small, model)
     small.tie_weights()
     grads = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in small.named_parameters():
@@ -58,3 +67,11 @@ def fold(
         small.generation_config = copy.deepcopy(generation)
     chosen = {layer.path for layer in layers}
     return small.eval(), {x.path: x for x in find_layers(small) if x.path in chosen}
+
+
+def _match_buffers(small: nn.Module, model: nn.Module) -> None:
+    """Give the buffers that are not saved the dtypes and devices of those in a model."""
+    theirs = dict(model.named_buffers())
+    for name, buffer in list(small.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(small.get_submodule(owner), leaf, buffer.to(theirs[name]))

@@ -80,9 +80,10 @@ def shrink(
     Raises:
         TypeError: if the model is no causal language model, or `texts` are neither texts nor token
             ids.
-        ValueError: if the model has no recurrence whose state can be made smaller; if neither or
-            both of `keep` and `max_increase` are given, or one is out of range; if the texts are
-            shorter than two windows; or if no smaller size keeps the loss within `max_increase`.
+        ValueError: if the model has no recurrence whose state can be made smaller, is quantized,
+            has adapters, or is spread over several devices; if neither or both of `keep` and
+            `max_increase` are given, or one is out of range; if the texts are shorter than two
+            windows; or if no smaller size keeps the loss within `max_increase`.
     """
     started = time.perf_counter()
     _check(model, keep, max_increase, multiple, context)
@@ -273,6 +274,9 @@ def _check(
         )
     if getattr(model, "is_quantized", False):
         raise ValueError("shrink needs weights that are not quantized; got a quantized model.")
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1 or "meta" in devices:
+        raise ValueError(f"shrink needs a model on one device; got {', '.join(devices)}.")
     if (keep is None) == (max_increase is None):
         raise ValueError(f"give one of keep and max_increase; got {keep!r} and {max_increase!r}.")
     if max_increase is not None and not 0 < max_increase < math.inf:

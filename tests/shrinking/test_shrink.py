@@ -332,6 +332,31 @@ def test_models_without_a_state_to_cut_are_refused() -> None:
         gramian.shrink(nn.Linear(2, 2), windows(), keep=0.5)
 
 
+def test_weights_that_the_configuration_does_not_describe_are_refused() -> None:
+    model = mamba2()
+    model.backbone.layers[0].mixer.register_parameter("extra", nn.Parameter(torch.zeros(2)))
+    with pytest.raises(ValueError, match=r"without adapters.*got backbone.layers.0.mixer.extra"):
+        gramian.shrink(model, windows(), keep=0.5)
+    with torch.device("meta"):
+        empty = Mamba2ForCausalLM(mamba2().config)
+    with pytest.raises(ValueError, match=r"one device; got meta"):
+        gramian.shrink(empty, windows(), keep=0.5)
+
+
+@pytest.mark.parametrize("build", [mamba2, qwen3_next, lambda: ours("gla_s6", "s6")])
+def test_half_precision_stays_half_precision(build: Any) -> None:
+    model = build().to(torch.bfloat16)
+    model.lm_head.weight.requires_grad_(False)
+    small, report = gramian.shrink(model, windows(), keep=0.5)
+    theirs = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in [*small.named_parameters(), *small.named_buffers()]:
+        assert tensor.dtype == theirs[name].dtype, name
+        assert tensor.requires_grad == theirs[name].requires_grad, name
+    tied = model.get_input_embeddings().weight is model.lm_head.weight
+    assert (small.get_input_embeddings().weight is small.lm_head.weight) == tied
+    assert abs(report.loss_after - report.loss_before) < 0.5
+
+
 def test_an_exception_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.mamba2 import modeling_mamba2
 
