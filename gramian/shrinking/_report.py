@@ -34,9 +34,9 @@ class LayerShrinkage:
         states_after: the same number after.
         kept: indices of the kept coordinates of each group, in ascending order.
         predicted_error: error of the scan's outputs if the coordinates are held at zero.
-        measured_error: error of the scan's outputs in the smaller layer, for the same input, on at
-            most 8 windows of the text.
-        output_error: error of the smaller layer's output on the same windows, for the same input.
+        measured_error: error of the scan's outputs in the smaller layer, for the same input, on
+            4,096 tokens of the text.
+        output_error: error of the smaller layer's output on the same tokens, for the same input.
         spectrum: predicted error if the greedy elimination keeps 1, 2, …, n coordinates. The last
             one is 0.
         note: what changes besides the dropped coordinates; empty if nothing does.
@@ -82,8 +82,8 @@ class ShrinkReport:
         criterion: how the coordinates were chosen. "error" is the greedy elimination by the exact
             error, "diagonal" keeps the largest contributions, and "energy" the largest keys and
             queries.
-        criteria: the loss of the smaller model by each criterion, on at most 8 windows of the text
-            by which coordinates were chosen.
+        criteria: the loss of the smaller model by each criterion, on 4,096 tokens of the text by
+            which coordinates were chosen.
         layers: one report for every layer whose state could be made smaller.
         left: path and reason of every recurrence that was left as it is.
         tokens: number of tokens by which coordinates were chosen.

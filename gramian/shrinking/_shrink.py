@@ -23,7 +23,7 @@ from gramian.shrinking._texts import split_windows, windows_of
 __all__ = ["shrink"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_COMPARED = 8  # windows on which errors are measured and criteria are compared
+_COMPARED = 2**12  # tokens on which errors are measured and criteria are compared
 
 
 @full_precision()
@@ -108,7 +108,7 @@ def shrink(
             assert keep is not None
             small = run.shrink(run.choices.share(keep))
         after = window_losses(small.model, held_out)
-        changes = compare(model, layers, small.layers, chosen_by[:_COMPARED])
+        changes = compare(model, layers, small.layers, _some(chosen_by))
         report = ShrinkReport(
             keep=keep,
             max_increase=max_increase,
@@ -169,7 +169,7 @@ class _Run:
         candidates = self.choices.candidates(plan)
         for name, kept in candidates.items():
             small = fold(self.model, self.layers, kept, self.choices.importance)
-            loss = float(window_losses(small[0], self.windows[:_COMPARED]).mean())
+            loss = float(window_losses(small[0], _some(self.windows)).mean())
             loss = math.inf if math.isnan(loss) else loss
             if best is None or loss < min(criteria.values()):
                 best = small
@@ -177,6 +177,11 @@ class _Run:
         assert best is not None
         name = min(criteria, key=lambda one: criteria[one])
         return _Small(*best, candidates[name], name, criteria)
+
+
+def _some(windows: Tensor) -> Tensor:
+    """Return the first windows, of 4,096 tokens in all, and at least one."""
+    return windows[: max(1, _COMPARED // windows.shape[1])]
 
 
 def _search(
