@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from gramian._modules import in_mode
 from gramian.analysis._inputs import (
     check_causal,
+    check_inputs,
     check_model,
     model_name,
     positions_in,
     read_inputs,
-    run_model,
     token_texts,
 )
 from gramian.analysis._measuring import joined, measure_layer
@@ -41,17 +41,21 @@ def analyze(
     tol: float | None = None,
     rtol: float | None = None,
     max_channels: int | None = 64,
+    include: str = "core",
     ranks: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> StateReport:
     """Measure the effective state-size of every layer, head and position of a model on one input.
 
-    The model runs once. Each causal operator is measured when its layer runs and is then dropped,
-    so the operators of no more than one layer are held at once. The function measures the mixers of
-    `gramian.mixers`, softmax attention of every architecture that uses transformers' attention
-    interface, selective scans (Mamba, FalconMamba, Jamba, Zamba; Mamba2, Bamba, Falcon-H1,
-    Nemotron-H), and the gated delta rule (Qwen3-Next, Qwen3.5, OLMo-Hybrid). The report names the
-    other layers that mix tokens.
+    The model runs once on a short sequence, which shows what mixes tokens, and then once on the
+    whole input. Each causal operator is measured when its layer runs and is then dropped, so the
+    operators of no more than one layer are held at once. What the layers compute does not change.
+
+    The function measures every layer in which some values are mixed linearly: the mixers of
+    `gramian.mixers`; attention, from its maps; the scans of state-space models, delta rules and
+    linear attention, exactly and from their arguments; and all others, such as short and dilated
+    convolutions and shifts of tokens, from their responses to impulses. An operator counts only if
+    it predicts what the layer returns. The report names all other layers that mix tokens.
 
     Args:
         model: A model of Gramian or of transformers, or any module that contains mixers of
@@ -73,6 +77,11 @@ def analyze(
         rtol: Relative tolerance of the measure "tolerance".
         max_channels: Maximal number of heads or channels to measure in a layer. If a layer has
             more, every n-th of them is measured. If it is None, all are measured.
+        include: "core" measures scans and attention alone, and short convolutions as layers of
+            their own. "mixer" counts the short convolution in a layer to the operator of the scan
+            that it feeds, `T_scan diag(s) T_convolution` for every value channel. Here s is the
+            factor by which the activation between the two multiplies its input. Convolutions that
+            are modules beside the scan stay layers of their own.
         ranks: Whether to measure stable and effective rank of the states of recurrences as well, as
             `gramian.ess.state_ranks` does. Layers without such states, such as attention, have
             none.
@@ -94,6 +103,8 @@ def analyze(
     check_model(model)
     if max_channels is not None and max_channels < 1:
         raise ValueError(f"max_channels must be at least 1 or None; got {max_channels}.")
+    if include not in ("core", "mixer"):
+        raise ValueError(f'include must be "core" or "mixer"; got {include!r}.')
     given = read_inputs(inputs, tokenizer)
     length = given.length
     if horizon is not None and not 1 <= horizon <= length:
@@ -101,6 +112,7 @@ def analyze(
             f"horizon must be at least 1 and at most {length}, the tokens there are; got {horizon}."
         )
     given = given.first(horizon)
+    check_inputs(model, given)
     length = given.length
     positions = positions_in(at, every, length)
     options: dict[str, Any] = {"measure": measure, "tol": tol, "rtol": rtol}
@@ -111,13 +123,12 @@ def analyze(
     def visit(recorded: RecordedOperator) -> None:
         layers.append(measure_layer(recorded, positions, length, max_channels, options, ranks))
         if progress is not None:
-            known = max(len(recorder.mixers), len(layers))
+            known = max(recorder.expected, len(layers))
             progress(len(layers), known)
 
-    recorder = Recorder(model, visit)
+    recorder = Recorder(model, visit, include == "mixer")
     with in_mode(model, training=False), torch.no_grad():
-        with recorder.recording():
-            run_model(model, given)
+        recorder.record(given)
         if not layers:
             check_causal(model, given)
     unread = recorder.unread()
@@ -133,4 +144,5 @@ def analyze(
         rtol=rtol,
         unread=unread,
         seconds=time.perf_counter() - started,
+        include=include,
     )

@@ -67,6 +67,13 @@ _MaxChannels = Annotated[
     int,
     typer.Option(min=0, help="Largest number of channels to measure in a layer; 0 measures all."),
 ]
+_Include = Annotated[
+    str,
+    typer.Option(
+        help="core: short convolutions are layers of their own; mixer: they are parts of the scans "
+        "that they feed."
+    ),
+]
 _Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="New folder for the report and figures.")
 ]
@@ -147,6 +154,7 @@ def analyze(
     tol: _Tol = None,
     rtol: _Rtol = None,
     max_channels: _MaxChannels = 64,
+    include: _Include = "core",
     ranks: _Ranks = False,
     compare: _Compare = None,
     rank: _Rank = False,
@@ -169,7 +177,7 @@ def analyze(
     _check_outputs(output, table)
     options = {"every": every, "measure": measure, "tol": tol, "rtol": rtol}
     _check_measure(saved if models else [], options)
-    options |= {"max_channels": max_channels or None, "ranks": ranks}
+    options |= {"max_channels": max_channels or None, "include": include, "ranks": ranks}
     if len(text or []) > 1 or texts > 1:
         files = (output, picture, html, table)
         wanted = SeveralTexts(text or [], texts, horizon, options, device, *files)

@@ -9,6 +9,7 @@ from gramian.filters.modal import ModalFilter
 from gramian.filters.rtf import RTF
 from gramian.filters.s4 import S4
 from gramian.filters.s4d import S4D
+from gramian.filters.spectral import SpectralFilter
 
 __all__ = [
     "RTF",
@@ -19,6 +20,7 @@ __all__ = [
     "ImplicitFilter",
     "ModalFilter",
     "ModeFilter",
+    "SpectralFilter",
     "build",
     "parameter_groups",
     "register",

@@ -25,7 +25,6 @@ from torch.autograd.function import once_differentiable
 
 from gramian.ops.hankel import Hankel
 from gramian.ops.lengths import fft_length
-from gramian.ops.precision import full_precision
 from gramian.ops.threads import work
 from gramian.reduction.spectrum import lanczos_spectrum
 from gramian.systems import System, TimeInvariantSystem
@@ -102,8 +101,7 @@ class _NuclearRatio(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, taps: Tensor, count: int | None) -> Tensor:
-        with full_precision():
-            ratios, slopes = _ratios_and_slopes(taps.detach(), count)
+        ratios, slopes = _ratios_and_slopes(taps.detach(), count)
         ctx.save_for_backward(slopes.to(taps.dtype))
         return ratios.to(taps.dtype)
 

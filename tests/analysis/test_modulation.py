@@ -81,8 +81,10 @@ def reports(counts: tuple[int, ...], seed: int = 0) -> StateReports:
     found = []
     for text, count in enumerate(counts):
         tokens = [" w"] * 40
-        for place in random.choice(np.arange(8, 36, 2), size=count, replace=False):
+        for place in random.choice(np.arange(0, 40, 2), size=count, replace=False):
             tokens[place] = "."
+        if count > 2:
+            tokens[2] = "."  # position 0, where nothing is stored, is within reach of the next one
         layers = tuple(
             LayerState(
                 name,

@@ -223,6 +223,24 @@ def _order(order: int) -> Callable[[Results], str]:
     return text
 
 
+def _spectral(name: str, tolerance: float) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        rows = r["1024 taps"][name]
+        (row,) = [row for row in rows if row["tolerance"] == tolerance]
+        return f"{row['order']['mean']:.1f} on average, at most {row['order']['max']}"
+
+    return text
+
+
+def _random_poles(states: int) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        rows = r["1024 taps"]["random poles"]
+        (row,) = [row for row in rows if row["states"] == states]
+        return f"{row['relative error']:.0e}"
+
+    return text
+
+
 def _switching(r: Results) -> str:
     return f"{min(row['within 1e-4'] for row in r['rows']):.0%}"
 
@@ -412,6 +430,14 @@ FIGURES: dict[str, list[Row]] = {
         ("distillation_order", _order(4)),
         ("distillation_order", _order(16)),
         ("distillation_order", _order(64)),
+    ],
+    "Spectral filters": [
+        ("spectral_filters", _spectral("each filter alone", 1e-3)),
+        ("spectral_filters", _spectral("random coefficients", 1e-2)),
+        ("spectral_filters", _spectral("random coefficients", 1e-3)),
+        ("spectral_filters", _spectral("random coefficients", 1e-4)),
+        ("spectral_filters", _random_poles(100)),
+        ("spectral_filters", _random_poles(200)),
     ],
     "Packed rows": [
         ("packing", _packing("alike")),

@@ -45,12 +45,21 @@ CONFIGS = {
         "lr": 1e-4,
     },
     "s4d_truncated": {"type": "s4d", "state_size": 6, "orders": [3, 1, 0, 2]},
+    "spectral": {"type": "spectral", "filters": 6},
+    "spectral_plain": {
+        "type": "spectral",
+        "filters": 3,
+        "alternating": False,
+        "bias": False,
+        "lr": 1e-4,
+    },
     "s4": {"type": "s4", "state_size": 6, "dt_max": 0.2, "lr": 1e-4},
 }
 SYSTEM_TYPES = {
     "rtf": TransferFunction,
     "implicit": FIR,
     "explicit": FIR,
+    "spectral": FIR,
     "modal": Modal,
     "s4d": Modal,
     "s4": DPLR,
