@@ -4,15 +4,24 @@ from gramian.analysis._analyze import analyze
 from gramian.analysis._collection import LayerSummary, Spread, StateReports, analyze_texts
 from gramian.analysis._comparison import StateComparison, compare_reports
 from gramian.analysis._frames import layer_frame, state_frame
+from gramian.analysis._modulation import (
+    DelimiterModulation,
+    ModulationReport,
+    find_delimiters,
+    measure_modulation,
+    special_tokens,
+)
 from gramian.analysis._opening import open_model
 from gramian.analysis._ranking import LayerRanking, RankedLayer
 from gramian.analysis._report import LayerState, StateReport
 from gramian.analysis._storage import Storage
 
 __all__ = [
+    "DelimiterModulation",
     "LayerRanking",
     "LayerState",
     "LayerSummary",
+    "ModulationReport",
     "RankedLayer",
     "Spread",
     "StateComparison",
@@ -22,7 +31,10 @@ __all__ = [
     "analyze",
     "analyze_texts",
     "compare_reports",
+    "find_delimiters",
     "layer_frame",
+    "measure_modulation",
     "open_model",
+    "special_tokens",
     "state_frame",
 ]

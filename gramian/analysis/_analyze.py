@@ -12,20 +12,23 @@ from torch import Tensor, nn
 from gramian._modules import in_mode
 from gramian.analysis._inputs import (
     check_causal,
+    check_inputs,
     check_model,
     model_name,
     positions_in,
     read_inputs,
-    run_model,
     token_texts,
 )
-from gramian.analysis._measuring import joined, measure_layer
+from gramian.analysis._measuring import check_tolerance, joined, measure_layer
 from gramian.analysis._recording import RecordedOperator, Recorder
 from gramian.analysis._report import LayerState, StateReport
 from gramian.ess import effective_state_size
 from gramian.ops.precision import full_precision
 
 __all__ = ["analyze"]
+
+_LONG = 1024
+"""The length from which on attention is read by rows, if its state-sizes may be estimated."""
 
 
 @full_precision()
@@ -36,21 +39,28 @@ def analyze(
     tokenizer: Any = None,
     at: Sequence[int] | range | None = None,
     every: int | None = None,
+    positions: int | None = None,
     horizon: int | None = None,
     measure: str = "entropy",
     tol: float | None = None,
     rtol: float | None = None,
+    tolerance: float | None = None,
     max_channels: int | None = 64,
+    include: str = "core",
+    ranks: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> StateReport:
     """Measure the effective state-size of every layer, head and position of a model on one input.
 
-    The model runs once. Each causal operator is measured when its layer runs and is then dropped,
-    so the operators of no more than one layer are held at once. The function measures the mixers of
-    `gramian.mixers`, softmax attention of every architecture that uses transformers' attention
-    interface, selective scans (Mamba, FalconMamba, Jamba, Zamba; Mamba2, Bamba, Falcon-H1,
-    Nemotron-H), and the gated delta rule (Qwen3-Next, Qwen3.5, OLMo-Hybrid). The report names the
-    other layers that mix tokens.
+    The model runs once on a short sequence, which shows what mixes tokens, and then once on the
+    whole input. Each causal operator is measured when its layer runs and is then dropped, so the
+    operators of no more than one layer are held at once. What the layers compute does not change.
+
+    The function measures every layer in which some values are mixed linearly: the mixers of
+    `gramian.mixers`; attention, from its maps; the scans of state-space models, delta rules and
+    linear attention, exactly and from their arguments; and all others, such as short and dilated
+    convolutions and shifts of tokens, from their responses to impulses. An operator counts only if
+    it predicts what the layer returns. The report names all other layers that mix tokens.
 
     Args:
         model: A model of Gramian or of transformers, or any module that contains mixers of
@@ -64,14 +74,29 @@ def analyze(
         tokenizer: Tokenizer of the text. It also provides the texts of tokens in the report.
         at: The positions at which to measure; all by default. Position i separates the tokens
             before i from token i and later tokens.
-        every: Distance between positions, of which the first is 0. Give `every` or `at`, not both.
+        every: Distance between positions, of which the first is 0.
+        positions: Number of positions, evenly spread over the sequence. Give one of `at`, `every`
+            and `positions`.
         horizon: Number of tokens to read; all by default. The rank of `T[i:horizon, :i]` is at most
             min(i, horizon - i), so the horizon should be well past the last position of interest.
         measure: "entropy" or "tolerance", as in `gramian.effective_state_size`.
         tol: Absolute tolerance of the measure "tolerance".
         rtol: Relative tolerance of the measure "tolerance".
+        tolerance: Relative error up to which the entropy may be estimated, as in
+            `gramian.ess.estimated_state_size`; None to compute it exactly. It makes long contexts
+            possible: the maps of attention over 1,024 tokens or more are then never held, but
+            computed a few rows at a time. The errors are in the report. Recurrences are measured
+            exactly.
         max_channels: Maximal number of heads or channels to measure in a layer. If a layer has
             more, every n-th of them is measured. If it is None, all are measured.
+        include: "core" measures scans and attention alone, and short convolutions as layers of
+            their own. "mixer" counts the short convolution in a layer to the operator of the scan
+            that it feeds, `T_scan diag(s) T_convolution` for every value channel. Here s is the
+            factor by which the activation between the two multiplies its input. Convolutions that
+            are modules beside the scan stay layers of their own.
+        ranks: Whether to measure stable and effective rank of the states of recurrences as well, as
+            `gramian.ess.state_ranks` does. Layers without such states, such as attention, have
+            none.
         progress: A function that is called after each layer with the number of layers measured so
             far and the number of known layers.
 
@@ -90,6 +115,8 @@ def analyze(
     check_model(model)
     if max_channels is not None and max_channels < 1:
         raise ValueError(f"max_channels must be at least 1 or None; got {max_channels}.")
+    if include not in ("core", "mixer"):
+        raise ValueError(f'include must be "core" or "mixer"; got {include!r}.')
     given = read_inputs(inputs, tokenizer)
     length = given.length
     if horizon is not None and not 1 <= horizon <= length:
@@ -97,23 +124,27 @@ def analyze(
             f"horizon must be at least 1 and at most {length}, the tokens there are; got {horizon}."
         )
     given = given.first(horizon)
+    check_inputs(model, given)
     length = given.length
-    positions = positions_in(at, every, length)
+    places = positions_in(at, every, positions, length)
     options: dict[str, Any] = {"measure": measure, "tol": tol, "rtol": rtol}
     effective_state_size(torch.eye(2), **options)  # raise its errors before the model runs
+    check_tolerance(tolerance, measure)
     started = time.perf_counter()
     layers: list[LayerState] = []
 
     def visit(recorded: RecordedOperator) -> None:
-        layers.append(measure_layer(recorded, positions, length, max_channels, options))
+        layers.append(
+            measure_layer(recorded, places, length, max_channels, options, tolerance, ranks=ranks)
+        )
         if progress is not None:
-            known = max(len(recorder.mixers), len(layers))
+            known = max(recorder.expected, len(layers))
             progress(len(layers), known)
 
-    recorder = Recorder(model, visit)
+    long = None if tolerance is None else _LONG
+    recorder = Recorder(model, visit, joins=include == "mixer", long=long)
     with in_mode(model, training=False), torch.no_grad():
-        with recorder.recording():
-            run_model(model, given)
+        recorder.record(given)
         if not layers:
             check_causal(model, given)
     unread = recorder.unread()
@@ -122,11 +153,12 @@ def analyze(
     return StateReport(
         model=model_name(model),
         layers=tuple(joined(layers)),
-        positions=tuple(positions),
+        positions=tuple(places),
         tokens=tuple(token_texts(given, tokenizer)),
         measure=measure,
         tol=tol,
         rtol=rtol,
         unread=unread,
         seconds=time.perf_counter() - started,
+        include=include,
     )

@@ -20,14 +20,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gramian._frames import check_frame_file, save_frame
 from gramian._json import to_json
 from gramian._staging import staged_file
 from gramian.analysis._analyze import analyze
+from gramian.analysis._frames import layer_frame, state_frame
 from gramian.analysis._inputs import SEQUENCES, check_model, positions_in, read_inputs
 from gramian.analysis._report import LayerState, StateReport
 from gramian.tasks import Document, documents_in
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from rich.table import Table
 
 __all__ = ["LayerSummary", "Spread", "StateReports", "analyze_texts"]
@@ -156,6 +159,11 @@ class StateReports:
                 found.append(_summary([part for part in parts if part], self.reports, shared))
         return tuple(found)
 
+    def of_layer(self, name: str) -> tuple[LayerState, ...]:
+        """Return the state-sizes of the layer with this path, in each text that has them."""
+        every = (layer for report in self.reports for layer in report.layers)
+        return tuple(layer for layer in every if layer.name == name)
+
     def average(self) -> Spread:
         """Return the spread of the average ESS of the model over the texts."""
         return _spread([float(report.average()) for report in self.reports if report.layers])
@@ -183,6 +191,44 @@ class StateReports:
         with staged_file(path) as stage:
             stage.write_text(self.to_json() + "\n", encoding="utf-8")
         return path
+
+    def to_frame(self, by: str = "position") -> DataFrame:
+        """Return the reports as one frame of pandas, with a column `text` of the texts' names.
+
+        Args:
+            by: "position" or "layer", as in `StateReport.to_frame`.
+
+        Raises:
+            ImportError: if pandas is not installed.
+            ValueError: if `by` is neither of these.
+        """
+        if by not in ("position", "layer"):
+            raise ValueError(f'by must be "position" or "layer"; got {by!r}.')
+        return (state_frame if by == "position" else layer_frame)(self.reports, self.names)
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write `to_frame()` as CSV, completely or not at all, and return the path.
+
+        Raises:
+            ImportError: if pandas is not installed.
+            ValueError: if the path does not end in .csv.
+        """
+        return self._write_frame(path, ".csv")
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write `to_frame()` as Parquet, completely or not at all, and return the path.
+
+        Raises:
+            ImportError: if pandas or pyarrow is not installed.
+            ValueError: if the path does not end in .parquet.
+        """
+        return self._write_frame(path, ".parquet")
+
+    def _write_frame(self, path: str | Path, suffix: str) -> Path:
+        if Path(path).suffix != suffix:
+            raise ValueError(f"the file must end in {suffix}; got {Path(path).name}.")
+        check_frame_file(path)
+        return save_frame(self.to_frame(), path)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StateReports:
@@ -294,7 +340,8 @@ def analyze_texts(
         try:
             sequences.append(read_inputs(one, tokenizer).first(horizon))
             length = sequences[-1].length
-            positions_in(options.get("at"), options.get("every"), length)
+            at, every, count = (options.get(name) for name in ("at", "every", "positions"))
+            positions_in(at, every, count, length)
         except ValueError as error:
             raise ValueError(f"text {number}: {error}") from error
     reports = []

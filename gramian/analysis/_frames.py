@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["layer_frame", "state_frame"]
 
+_RANKS = ("stable_rank", "effective_rank")
+
 
 def state_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = None) -> DataFrame:
     """Return a frame with a row for each report, layer, head or channel, and position.
@@ -28,7 +30,8 @@ def state_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = No
     `position`, `token` (the one after the position), `ess`, `error` (NaN if `ess` is exact), `tss`,
     `usable` (min(TSS, i, L - i)) and `in_use` (ESS / usable, NaN where nothing is usable). The mean
     of `in_use` over the rows of a layer is `LayerState.in_use`. Names are categorical, numbers of
-    states are float32, and indices int64.
+    states are float32, and indices int64. If ranks of states were measured in one of the reports,
+    the columns `stable_rank` and `effective_rank` follow, NaN in layers without them.
 
     Args:
         reports: The reports.
@@ -45,7 +48,7 @@ def state_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = No
         for layer in report.layers
     ]
     names = ("text", "model", "source", "layer", "mixer", "kind", "reader", "token")
-    return _frame(parts, names, without=() if texts is not None else ("text",))
+    return _frame(parts, names, without=_absent(reports, texts))
 
 
 def layer_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = None) -> DataFrame:
@@ -53,7 +56,8 @@ def layer_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = No
 
     The columns are `model`, `source`, `layer`, `mixer`, `kind`, `reader`, `channels` (measured
     heads or channels), `count` (all of them), `ess_mean`, `ess_max`, `error_mean` (NaN if exact),
-    `tss_mean`, `usable_mean` and `in_use` (NaN if nothing is usable).
+    `tss_mean`, `usable_mean` and `in_use` (NaN if nothing is usable). If ranks of states were
+    measured, `stable_rank_mean` and `effective_rank_mean` follow.
 
     Args:
         reports: The reports.
@@ -69,7 +73,15 @@ def layer_frame(reports: Sequence[StateReport], texts: Sequence[str] | None = No
         for layer in report.layers
     ]
     names = ("text", "model", "source", "layer", "mixer", "kind", "reader")
-    return _frame(parts, names, without=() if texts is not None else ("text",))
+    return _frame(parts, names, without=_absent(reports, texts))
+
+
+def _absent(reports: Sequence[StateReport], texts: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the columns that would be empty."""
+    every = (layer for report in reports for layer in report.layers)
+    ranked = any(layer.stable_rank is not None for layer in every)
+    without = () if texts is not None else ("text",)
+    return without if ranked else (*without, *_RANKS, *(f"{name}_mean" for name in _RANKS))
 
 
 def _with_texts(
@@ -113,6 +125,11 @@ def _states(report: StateReport, layer: LayerState, text: str) -> dict[str, Any]
         "tss": layer.tss.numpy().ravel(),
         "usable": usable.ravel(),
         "in_use": share.ravel(),
+        **{
+            name: np.full_like(share, np.nan).ravel() if rank is None else rank.numpy().ravel()
+            for name in _RANKS
+            for rank in [getattr(layer, name)]
+        },
     }
 
 
@@ -127,6 +144,11 @@ def _layer(report: StateReport, layer: LayerState, text: str) -> dict[str, Any]:
         "tss_mean": layer.tss.double().mean(),
         "usable_mean": layer.usable.double().mean(),
         "in_use": np.nan if share is None else share,
+        **{
+            f"{name}_mean": np.nan if rank is None else rank.double().mean()
+            for name in _RANKS
+            for rank in [getattr(layer, name)]
+        },
     }
     return {
         **{name: np.array([value], dtype=object) for name, value in about.items()},

@@ -3,7 +3,8 @@
 transformers parses a file for the configuration, for the tokenizer and for the weights, and looks
 up the names of all tensors anew for each module. It finds the parser, the lookup and the function
 that expands quantized weights in the package `gguf` whenever it needs them. While a file is opened,
-that package returns the same reader and the same names again, and counts the expanded tensors.
+that package returns the same reader and the same names again, and counts the expanded tensors. The
+bar of transformers is hidden where the caller has its own.
 """
 
 from __future__ import annotations
@@ -54,8 +55,10 @@ def open_gguf(path: Path, progress: Callable[[int, int], None] | None = None) ->
 def _parsed_once(progress: Callable[[int, int], None] | None) -> Iterator[None]:
     """Make `gguf` return the same reader for the same file within the block."""
     import gguf
+    from transformers import modeling_gguf_pytorch_utils
 
     readers: dict[str, Any] = {}
+    replaced: list[tuple[Any, str, Any, Any]]
     done = 0
 
     def reader(path: Any, mode: Any = "r") -> Any:
@@ -73,15 +76,23 @@ def _parsed_once(progress: Callable[[int, int], None] | None) -> Iterator[None]:
         return values
 
     parse, expand, names = gguf.GGUFReader, gguf.dequantize, gguf.get_tensor_name_map
-    replaced = {
-        "GGUFReader": (parse, reader),
-        "dequantize": (expand, counted),
-        "get_tensor_name_map": (names, functools.cache(names)),
-    }
+    replaced = [
+        (gguf, "GGUFReader", parse, reader),
+        (gguf, "dequantize", expand, counted),
+        (gguf, "get_tensor_name_map", names, functools.cache(names)),
+    ]
+    bar = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    if progress is not None and bar is not None:
+        replaced.append((modeling_gguf_pytorch_utils, "tqdm", bar, _unchanged))
     try:
-        for name, (_, new) in replaced.items():
-            setattr(gguf, name, new)
+        for place, name, _, new in replaced:
+            setattr(place, name, new)
         yield
     finally:
-        for name, (old, _) in replaced.items():
-            setattr(gguf, name, old)
+        for place, name, old, _ in replaced:
+            setattr(place, name, old)
+
+
+def _unchanged(values: Any, **options: Any) -> Any:
+    """Return an iterable as it is, in place of a bar."""
+    return values

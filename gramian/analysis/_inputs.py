@@ -17,6 +17,7 @@ __all__ = [
     "SEQUENCES",
     "ModelInputs",
     "check_causal",
+    "check_inputs",
     "check_model",
     "model_name",
     "positions_in",
@@ -60,6 +61,23 @@ class ModelInputs:
             return self
         options = {name: value[..., :length] for name, value in self.options.items()}
         return ModelInputs(self.sequence[:, :length], self.key, options)
+
+    def repeated(self, length: int) -> ModelInputs:
+        """Return inputs of `length` tokens: the first ones, repeated if there are too few.
+
+        Options that increase by 1 from token to token continue to do so.
+        """
+        if length <= self.length:
+            return self.first(length)
+        times = -(-length // self.length)
+        sequence = self.sequence.repeat(1, times, *[1] * (self.sequence.ndim - 2))
+        options = {}
+        for name, value in self.options.items():
+            if bool((value.diff() == 1).all()):
+                options[name] = value[..., :1] + torch.arange(length, device=value.device)
+            else:
+                options[name] = value.repeat(*[1] * (value.ndim - 1), times)[..., :length]
+        return ModelInputs(sequence[:, :length], self.key, options)
 
 
 def read_inputs(inputs: Any, tokenizer: Any) -> ModelInputs:
@@ -184,12 +202,32 @@ def _one_sequence(sequence: Tensor, size: bool | None = None) -> Tensor:
     return sequence
 
 
-def positions_in(at: Sequence[int] | range | None, every: int | None, length: int) -> list[int]:
-    """Return the positions at which to measure a sequence of a length."""
-    if at is not None and every is not None:
-        raise ValueError("give positions `at` or a distance `every`, not both.")
+def positions_in(
+    at: Sequence[int] | range | None, every: int | None, number: int | None, length: int
+) -> list[int]:
+    """Return the positions at which to measure a sequence of a length.
+
+    Args:
+        at: The positions.
+        every: A distance between positions, of which the first is 0.
+        number: A number of positions, evenly spread over the sequence.
+        length: The length of the sequence.
+
+    Raises:
+        ValueError: if more than one of these is given, or if one is out of range.
+    """
+    if sum(choice is not None for choice in (at, every, number)) > 1:
+        raise ValueError(
+            "give one of `at` (positions), `every` (a distance) and `positions` (a number), not "
+            "several."
+        )
     if every is not None and every < 1:
         raise ValueError(f"every must be at least 1; got {every}.")
+    if number is not None and number < 1:
+        raise ValueError(f"positions must be at least 1; got {number}.")
+    if number is not None:
+        count = min(number, length)
+        return [(2 * k + 1) * length // (2 * count) for k in range(count)]
     positions = list(range(0, length, every or 1)) if at is None else [int(i) for i in at]
     if not positions or min(positions) < 0 or max(positions) >= length:
         raise ValueError(
@@ -243,9 +281,8 @@ def run_model(model: Any, inputs: ModelInputs, *, last_logits_only: bool = True)
         if options or inputs.key not in (None, "input_values"):
             raise _unread(model, [inputs.key or "", *options])
         return model(sequence)
-    name = _check_input(model, name, inputs)
-    _check_vocabulary(model, inputs)
-    _check_length(model, inputs.length)
+    check_inputs(model, inputs)
+    name = inputs.key or name
     accepted = inspect.signature(model.forward).parameters
     unread = [key for key in (name, *options) if key not in accepted]
     if unread and not (unread == [name] and inputs.key is None):
@@ -313,15 +350,22 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
-def _check_input(model: Any, name: str, inputs: ModelInputs) -> str:
-    """Return the name of the argument that takes the sequence, and check that it fits."""
-    if inputs.key == "inputs_embeds":
-        return inputs.key
-    if name == ("input_ids" if inputs.numbers else "input_values"):
+def check_inputs(model: Any, inputs: ModelInputs) -> None:
+    """Check that a model reads such a sequence, of this length and vocabulary.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    name = getattr(model, "main_input_name", None)
+    if name is None:
+        return
+    embedded = inputs.key == "inputs_embeds"
+    if not embedded and name == ("input_ids" if inputs.numbers else "input_values"):
         kinds = ("token ids", "continuous inputs")
         wanted, given = kinds if inputs.numbers else kinds[::-1]
         raise ValueError(f"this {type(model).__name__} reads {wanted}; it was given {given}.")
-    return name
+    _check_vocabulary(model, inputs)
+    _check_length(model, inputs.length)
 
 
 def _check_vocabulary(model: Any, inputs: ModelInputs) -> None:

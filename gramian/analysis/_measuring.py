@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gramian.analysis._recording import RecordedOperator
 from gramian.analysis._report import LayerState
-from gramian.ess import effective_state_size, theoretical_state_size
+from gramian.analysis._states import measure_ranks
+from gramian.ess import (
+    RowOperator,
+    StateRanks,
+    effective_state_size,
+    estimated_state_size,
+    theoretical_state_size,
+)
+from gramian.systems import DenseOperator, System
 
-__all__ = ["joined", "measure_layer"]
+__all__ = ["check_tolerance", "joined", "measure_layer"]
 
 _MATRIX_BYTES = 2**27  # the largest number of bytes of double-precision operators held at once
+
+
+def check_tolerance(tolerance: float | None, measure: str) -> None:
+    """Check that state-sizes can be estimated with a tolerance.
+
+    Raises:
+        ValueError: if the tolerance is out of range, or if the measure cannot be estimated.
+    """
+    if tolerance is None:
+        return
+    if measure != "entropy":
+        raise ValueError(f'tolerance goes with measure="entropy"; got {measure!r}.')
+    estimated_state_size(torch.eye(2), tolerance=tolerance)  # raises its error
 
 
 def measure_layer(
@@ -23,26 +45,46 @@ def measure_layer(
     length: int,
     max_channels: int | None,
     options: dict[str, Any],
+    tolerance: float | None = None,
+    *,
+    ranks: bool = False,
 ) -> LayerState:
-    """Measure the state-sizes of a recorded layer, a few channels at a time."""
+    """Measure the state-sizes of a recorded layer, a few channels at a time.
+
+    Args:
+        recorded: The layer.
+        positions: The positions.
+        length: Number of tokens.
+        max_channels: Largest number of channels to measure; None measures all.
+        options: Options of `effective_state_size`.
+        tolerance: Relative error up to which the state-sizes of matrices and of operators that are
+            given by rows are estimated; None computes them exactly.
+        ranks: Whether to measure the ranks of the layer's states, if it has any.
+    """
     step = 1 if max_channels is None else math.ceil(recorded.count / max_channels)
     chosen = range(0, recorded.count, step)
     size = max(1, _MATRIX_BYTES // (8 * length * length))
-    ess, tss = [], []
+    ess, tss, errors = [], [], []
+    of_states: list[StateRanks | None] = []
     for begin in range(0, len(chosen), size):
         part = chosen[begin : begin + size]
-        system = recorded.system(slice(part.start, part.stop, part.step))
+        channels = slice(part.start, part.stop, part.step)
+        system = recorded.system(channels)
         try:
-            sizes = effective_state_size(system, positions, horizon=length, **options)
-        except ValueError as error:
-            raise ValueError(f"{recorded.name}: {error}") from error
+            sizes, error = _sizes(system, positions, length, options, tolerance)
+        except ValueError as cause:
+            raise ValueError(f"{recorded.name}: {cause}") from cause
         capacity = theoretical_state_size(system, positions, horizon=length)
         ess.append(sizes.reshape(-1, len(positions)).float().cpu())
+        errors.append(error.reshape(-1, len(positions)).float().cpu())
         capacity = capacity.reshape(-1, len(positions)).float().cpu()
         if recorded.orders is not None:
             orders = recorded.orders[part.start : part.stop : part.step].float().cpu()
             capacity = capacity.minimum(orders[:, None])
         tss.append(capacity)
+        if ranks and recorded.states is not None and isinstance(system, System):
+            of_states.append(measure_ranks(system, recorded.states, channels, positions))
+    found = [one for one in of_states if one is not None]
     return LayerState(
         name=recorded.name,
         mixer=recorded.mixer,
@@ -53,7 +95,33 @@ def measure_layer(
         tss=torch.cat(tss),
         reader=recorded.reader,
         storage=recorded.storage,
+        stable_rank=torch.cat([one.stable for one in found]) if found else None,
+        effective_rank=torch.cat([one.effective for one in found]) if found else None,
+        error=_stated(errors),
     )
+
+
+def _sizes(
+    system: System | RowOperator,
+    positions: list[int],
+    length: int,
+    options: dict[str, Any],
+    tolerance: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Return state-sizes and their errors, which are 0 where the sizes are exact."""
+    if isinstance(system, RowOperator) or (
+        isinstance(system, DenseOperator) and tolerance is not None
+    ):
+        assert tolerance is not None
+        return estimated_state_size(system, positions, tolerance, horizon=length)
+    sizes = effective_state_size(system, positions, horizon=length, **options)
+    return sizes, torch.zeros_like(sizes)
+
+
+def _stated(errors: list[Tensor]) -> Tensor | None:
+    """Join the errors of the parts of a layer. They are None if all sizes are exact."""
+    error = torch.cat(errors)
+    return error if bool(error.any()) else None
 
 
 def joined(layers: list[LayerState]) -> Iterator[LayerState]:
@@ -77,4 +145,21 @@ def joined(layers: list[LayerState]) -> Iterator[LayerState]:
             tss=torch.cat([part.tss for part in parts]),
             reader=parts[0].reader,
             storage=parts[0].storage,
+            stable_rank=_joined([part.stable_rank for part in parts]),
+            effective_rank=_joined([part.effective_rank for part in parts]),
+            error=_joined_errors(parts),
         )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Join tensors along their first dimension. The result is None if one of them is."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if len(found) == len(parts) else None
+
+
+def _joined_errors(parts: list[LayerState]) -> Tensor | None:
+    """Join the errors of layers. Those of exact layers are 0, if others have errors."""
+    if all(part.error is None for part in parts):
+        return None
+    errors = [torch.zeros_like(part.ess) if part.error is None else part.error for part in parts]
+    return torch.cat(errors)

@@ -185,6 +185,10 @@ class _Measured:
 
 def _attention(measured: _Measured, share: float) -> _Suggestion:
     """Suggest a short window for heads that need few numbers, or a longer one if it is full."""
+    if measured.keeps_inputs and max(measured.usable) < 2 / _SMALL:
+        return _Suggestion(
+            f"The text is too short to tell: at most {max(measured.usable):.0f} states are usable."
+        )
     small = [
         row
         for row, (peak, usable) in enumerate(zip(measured.peaks, measured.usable, strict=True))
@@ -254,13 +258,13 @@ def _convolution(measured: _Measured, share: float) -> _Suggestion:
     if _enough(peak) > _SPARE * state:
         return _Suggestion(f"Its ESS reaches {peak:.1f} of {state:,} numbers. Keep its size.")
     if measured.keeps_inputs:
-        what = "`gramian distill` makes" if ours else "It could be replaced by"
+        what = "`gramian distill` makes recurrences" if ours else "A recurrence may do"
         return _smaller_states(
             measured,
             f"It keeps its inputs, {state:,} for each value channel, and its ESS reaches "
-            f"{peak:.1f}. {what} recurrences of that size",
+            f"{peak:.1f}. {what}",
         )
-    what = "`gramian distill` with a larger --tol makes fewer" if ours else "Fewer taps may do"
+    what = "`gramian distill` makes fewer states" if ours else "Fewer taps may do"
     return _smaller_states(measured, f"Its ESS reaches only {peak:.1f} of {state:,}. {what}")
 
 
@@ -272,7 +276,9 @@ def _smaller_states(measured: _Measured, text: str) -> _Suggestion:
     held = layer.storage.nbytes(sum(measured.states))
     needed = layer.storage.nbytes(sum(min(size, state) for state in measured.states))
     number = _count(len(layer.channels), "measured head or channel", "measured heads or channels")
-    text += f" (about {size} each: {_bytes(needed)} instead of {_bytes(held)} for {number})."
+    text += (
+        f" (about {size} numbers each: {_bytes(needed)} instead of {_bytes(held)} for {number})."
+    )
     return _Suggestion(text, layer.channels, held, needed)
 
 

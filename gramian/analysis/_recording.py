@@ -1,49 +1,60 @@
 r"""Record the causal operators of a model while it runs, one at a time.
 
-Operators are found in three ways, none of which depends on an architecture:
+A first run on a short sequence finds the modules that mix positions and plans how each is read
+(`gramian.analysis._mixing`, `gramian.analysis._planning`). The second run, on the whole input, only
+listens: when a planned call is made, its operator is read from its arguments and result, passed to
+a visitor, and dropped. So a recording never holds the operators of more than one layer, and what
+the model computes does not change.
+
+There are four readers:
 
 - `gramian.mixers.Mixer.operator` returns the operator of a Gramian mixer.
-- Softmax attention of transformers calls an attention function that the recorder registers. This
-  function calls the layer's own `eager_attention_forward` to compute the map from values to
-  outputs. So the map contains the soft caps, sinks, position biases, grouped queries and masks
-  (including those of sliding windows) of the model. The map is compared with the layer's output
-  before it is recorded.
-- The operators of selective scans (of Mamba, Mamba2 and related models) and of the gated delta rule
-  are computed from the arguments of the functions that the modeling files of transformers call
-  (`gramian.analysis._scans`).
-
-Every operator is passed to a visitor and then dropped, so that a recording never holds the
-operators of the whole model.
+- Attention functions of transformers return their map (`gramian.analysis._attention`).
+- The operators of scans are computed from their arguments (`gramian.analysis._scans`).
+- The operators of all other calls are their responses to impulses (`gramian.analysis._general`).
 """
 
 from __future__ import annotations
 
-import re
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gramian.analysis._scans import places, read
-from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
-from gramian.mixers import Mixer
-from gramian.systems import DenseOperator, System
-
-__all__ = ["RecordedOperator", "Recorder", "token_mixers"]
-
-_IMPLEMENTATION = "gramian_capture"
-_AGREEMENT = 1e-3  # the largest relative difference between map times values and layer's output
-
-_MIXES = re.compile(
-    "Attention|Mamba|DeltaNet|Mixer|SSM|Rwkv|RWKV|LSTM|Recurrent|ShortConv|Retention|Hyena"
+from gramian.analysis._attention import eager_attention, read_attention
+from gramian.analysis._composition import compose
+from gramian.analysis._general import Unreadable, measure_operators
+from gramian.analysis._inputs import ModelInputs, run_model
+from gramian.analysis._mixing import Finder, NotFinite, short_lengths
+from gramian.analysis._planning import (
+    Plan,
+    Planner,
+    Site,
+    module_call,
+    read_scan,
+    values_of,
 )
-_MIXES_NOT = re.compile("Norm|Rotary|Embedding|MLP|Mlp|FeedForward|Cache|Output$|Pooling|Function")
+from gramian.analysis._rows import AttentionRows
+from gramian.analysis._segments import segment_call
+from gramian.analysis._single import single_call
+from gramian.analysis._states import States, mixer_states, scan_states
+from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
+from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
+from gramian.analysis._values import copied, leaves_of
+from gramian.ess import RowOperator
+from gramian.mixers import Mixer
+from gramian.systems import FIR, DenseOperator, System
+
+__all__ = ["RecordedOperator", "Recorder"]
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -56,47 +67,58 @@ class RecordedOperator:
         kind: "attention", "recurrence" or "convolution".
         count: number of heads or channels.
         system: function that maps a slice of the heads or channels to their system. For n heads or
-            channels, the channels of the system are (*1, n).
+            channels, the channels of the system are (*1, n). Attention over a long context is
+            given by its rows.
         reader: how the operator was read, as in `LayerState`.
         storage: how the layer stores its past, as in `LayerState`; None if it is not known.
         orders: orders of the layer's own recurrences, (count), where the system is a matrix from
             which they cannot be read; None if the system says what its state is.
+        states: what the states of a recurrence hold; None if the layer has no such states.
     """
 
     name: str
     mixer: str
     kind: str
     count: int
-    system: Callable[[slice], System]
+    system: Callable[[slice], System | RowOperator]
     reader: str
     storage: Storage | None = None
     orders: Tensor | None = None
+    states: States | None = None
 
 
-def token_mixers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that mix tokens, by their paths.
+@dataclass(frozen=True)
+class _Operator:
+    """The operator of one call; the fields are those of `RecordedOperator`."""
 
-    These modules are the Gramian mixers and, outside of Gramian mixers, the innermost modules whose
-    class has the name of a token mixer.
+    count: int
+    system: Callable[[slice], System | RowOperator]
+    storage: Storage | None = None
+    orders: Tensor | None = None
+    states: States | None = None
+
+
+@dataclass
+class _Running:
+    """A planned module that is running.
+
+    Attributes:
+        plan: its plan.
+        frame: its inputs, if it has to run again.
+        counts: the number of calls so far, by kind and name.
+        inside: whether a planned call of it is running.
+        reached: keys of the planned calls that were made.
+        convolutions: calls of convolutions that belong to later layers, by their keys.
+        undo: what to close when it ends.
     """
-    found: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        name = type(module).__name__
-        if isinstance(module, Mixer):
-            mixes = module.core is module
-        else:
-            mixes = bool(_MIXES.search(name)) and not _MIXES_NOT.search(name)
-        if mixes and not isinstance(module, nn.ModuleList):
-            found[path] = module
-    hidden: set[str] = set()
-    for path, module in found.items():
-        inside = f"{path}." if path else ""
-        within = {other for other in found if other != path and other.startswith(inside)}
-        if isinstance(module, Mixer):
-            hidden |= within
-        elif within:
-            hidden.add(path)
-    return {path: module for path, module in found.items() if path not in hidden}
+
+    plan: Plan
+    frame: Frame
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    inside: bool = False
+    reached: set[Key] = field(default_factory=set)
+    convolutions: dict[Key, Call] = field(default_factory=dict)
+    undo: ExitStack = field(default_factory=ExitStack)
 
 
 class Recorder:
@@ -105,240 +127,311 @@ class Recorder:
     Args:
         model: The model whose layers are recorded.
         visit: A function that is called with each operator during the forward pass.
+        joins: Whether short convolutions are parts of the operators that they feed, instead of
+            layers of their own.
+        long: The length from which on the maps of attention are read by rows; None to read them
+            whole at all lengths.
+
+    Attributes:
+        plans: the plan of every module that mixes positions by itself, by its path, as soon as they
+            are known.
     """
 
-    def __init__(self, model: nn.Module, visit: Callable[[RecordedOperator], None]) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        visit: Callable[[RecordedOperator], None],
+        joins: bool = False,
+        long: int | None = None,
+    ) -> None:
+        self.model, self.joins, self.long = model, joins, long
         self.visit = visit
-        self.paths = {id(module): path for path, module in model.named_modules()}
-        self.mixers = token_mixers(model)
+        self.plans: dict[str, Plan] = {}
         self.ran: dict[str, int] = Counter()
-        self.read: set[str] = set()
         self.refused: dict[str, str] = {}
-        self._current: list[tuple[str, nn.Module]] = []
+        self._tracer = Tracer(model)
+        self._length = 0
+        self._running: list[_Running] = []
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record the forward passes of the model within this context."""
-        with ExitStack() as stack:
-            for path, module in self.mixers.items():
-                before = module.register_forward_pre_hook(
-                    partial(self._enter, path), with_kwargs=True
-                )
-                after = module.register_forward_hook(self._leave, always_call=True)
-                stack.callback(before.remove)
-                stack.callback(after.remove)
+    @property
+    def expected(self) -> int:
+        """Return the number of operators that one run of each module passes to the visitor."""
+        return sum(len(plan.sites) for plan in self.plans.values())
+
+    def record(self, inputs: ModelInputs) -> None:
+        """Run the model on a sequence and record its operators.
+
+        Recordings in several threads run one after the other.
+        """
+        with _ONE_AT_A_TIME, torch.no_grad(), ExitStack() as stack:
             if "transformers" in sys.modules:
-                stack.enter_context(self._attention())
-                stack.enter_context(self._scans())
-            yield
+                stack.enter_context(eager_attention(self.model))
+            self._find(inputs)
+            self._length = inputs.length
+            with self._listening():
+                run_model(self.model, inputs)
 
     def unread(self) -> tuple[tuple[str, str], ...]:
         """Return the path of every module that ran but could not be measured, and the reason."""
-        reasons = dict(self.refused)
-        for path, module in self.mixers.items():
-            near = [r for r in self.read if r == path or r.startswith(f"{path}.")]
-            if self.ran[path] and not near and path not in reasons:
-                reasons[path] = f"there is no reader for {type(module).__name__}."
-        return tuple(reasons.items())
+        return tuple(self.refused.items())
+
+    def _find(self, inputs: ModelInputs) -> None:
+        """Find what mixes positions, on the first tokens, repeated if there are few of them.
+
+        If a model cannot read as many tokens, fewer are tried.
+        """
+        lengths = [*short_lengths(self.model), (inputs.length, 0)]
+        while True:
+            length, self._tracer.padding = lengths.pop(0)
+            planner = Planner(self._tracer, length, self.joins)
+            finder = Finder(self._tracer, length, partial(self._plan, planner), _is_mixer)
+            try:
+                with finder.finding():
+                    run_model(self.model, inputs.repeated(length), last_logits_only=False)
+                break
+            except NotFinite:
+                raise
+            except (IndexError, RuntimeError, ValueError):
+                lengths = [*(other for other in lengths[:-1] if other[0] < length), *lengths[-1:]]
+                if not lengths:
+                    raise
+        self.plans = planner.plans
+        self.refused |= {p: reason for p, reason in finder.notes.items() if p not in self.plans}
+        self.refused |= {path: plan.refusal for path, plan in self.plans.items() if plan.refusal}
+
+    def _plan(self, planner: Planner, frame: Frame, found: Any) -> None:
+        if _is_mixer(frame.module):
+            plan = Plan(frame.path, frame.module, [Site(("module", "", 0), "mixer")])
+            planner.plans[frame.path] = plan
+        else:
+            planner.visit(frame, found)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Read the planned calls of the forward passes within this context."""
+        tracer = self._tracer
+        with ExitStack() as stack:
+            stack.enter_context(tracer.installed(self._enter, self._leave))
+            stack.callback(tracer.stack.clear)
+            stack.callback(self._close)
+            tracer.handler = self._handle
+            stack.callback(setattr, tracer, "handler", None)
+            yield
+
+    def _close(self) -> None:
+        while self._running:
+            self._running.pop().undo.close()
 
     def _enter(self, path: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.ran[path] += 1
-        self._current.append((path, module))
-        if not isinstance(module, Mixer):
+        plan = self.plans.get(path)
+        if plan is None:
             return
-        x = args[0] if args else kwargs["x"]
+        self.ran[path] += 1
+        if _is_mixer(module):
+            self._read_mixer(plan, args[0] if args else kwargs["x"])
+        repeats = plan.repeats and not _is_mixer(module)
+        inputs = copied((args, kwargs)) if repeats else ((), {})
+        random = torch.get_rng_state() if repeats else torch.empty(0)
+        running = _Running(plan, Frame(path, module, inputs, random))
+        self._running.append(running)
+        if plan.methods:
+            running.undo.enter_context(own_methods(self._tracer, module))
+        if plan.operations and self._tracer.operations is None:
+            running.undo.enter_context(Operations(self._tracer))
+
+    def _leave(self, path: str, module: nn.Module, output: Any) -> None:
+        if path not in self.plans:
+            return
+        running = self._running.pop()
+        running.undo.close()
+        if self._running and self._running[-1].plan.repeats:
+            self._running[-1].frame.children.append((module, copied(output)))
+        if _is_mixer(module):
+            return
+        for site in running.plan.sites:
+            if site.key[0] in ("module", "segment"):
+                self._read(running, site, partial(self._repeated_call, running.frame, site.key))
+            elif site.key not in running.reached:
+                self.refused[path] = "it computes the whole text in another way than its beginning."
+
+    def _repeated_call(self, frame: Frame, key: Key) -> Call:
+        if key[0] == "module":
+            return module_call(self._tracer, frame, self._length)
+        source, target = key[1].split(" -> ")
+        return segment_call(self._tracer, frame, self._length, source, target)
+
+    def _handle(
+        self,
+        kind: str,
+        name: str,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        running = self._running[-1] if self._running else None
+        if running is None or running.inside or running.frame.module is not self._tracer.stack[-1]:
+            return function(*args, **kwargs)
+        key = (kind, name, running.counts[kind, name])
+        running.counts[kind, name] += 1
+        site = next((site for site in running.plan.sites if site.key == key), None)
+        if site is None:
+            return function(*args, **kwargs)
+        running.reached.add(key)
+        alone = site.reader == "attention" and site.key not in running.plan.feeds
+        if alone and self.long is not None and self._length >= self.long:
+            found = self._attend_by_rows(running, site, function, args, kwargs)
+            if found is not None:
+                return found
+        inputs = copied((args, kwargs)) if site.reader != "attention" else (args, kwargs)
+        running.inside = True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            running.inside = False
+        self._read(running, site, lambda: Call(key, function, inputs, result))
+        return result
+
+    def _attend_by_rows(
+        self,
+        running: _Running,
+        site: Site,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call an attention function a few rows at a time and pass its operator to the visitor.
+
+        Returns:
+            What the function returns, or None if it has to be called as a whole.
+        """
+        before, self._tracer.handler = self._tracer.handler, None
+        try:
+            rows = AttentionRows(function, args, kwargs)
+            if rows.length != self._length:
+                return None
+            operator = _Operator(rows.heads, rows.operator, rows.storage)
+            self._record(running.plan, site, operator)
+        except Unreadable:
+            return None
+        finally:
+            self._tracer.handler = before
+        return rows.result
+
+    def _read(self, running: _Running, site: Site, call: Callable[[], Call]) -> None:
+        """Pass the operator of a call to the visitor, or note why it cannot be read."""
+        before, self._tracer.handler = self._tracer.handler, None
+        outer, self._tracer.operations = self._tracer.operations, None
+        try:
+            made = call()
+            if any(site.key == feed.convolution for feed in running.plan.feeds.values()):
+                running.convolutions[site.key] = made
+            else:
+                operator = self._operator(site, made)
+                if site.key in running.plan.feeds:
+                    operator = self._joined(running, site, made, operator)
+                self._record(running.plan, site, operator)
+        except Unreadable as reason:
+            self.refused[running.plan.path] = str(reason)
+        finally:
+            self._tracer.handler, self._tracer.operations = before, outer
+
+    def _operator(self, site: Site, call: Call) -> _Operator:
+        """Return the operator of a call."""
+        if site.reader == "attention":
+            maps, storage = read_attention(call)
+            if maps.shape[-1] != self._length:
+                raise Unreadable(
+                    f"it maps {maps.shape[-1]} positions, and the text has {self._length}."
+                )
+            return _Operator(len(maps), lambda channels: DenseOperator(maps[channels]), storage)
+        if site.reader == "scan":
+            reading = read_scan(call)
+            sizes = [x.element_size() for x in leaves_of(call.result) if isinstance(x, Tensor)]
+            storage = Storage(reading.values.shape[1], itemsize=sizes[0])
+            return _Operator(reading.count, reading.system, storage, states=scan_states(reading))
+        values = site.values
+        assert values is not None
+        responses = values.of(single_call(call), self._length)
+
+        def system(channels: slice) -> System:
+            chosen = range(values.count)[channels]
+            measured = measure_operators(responses, values, chosen)
+            return FIR(measured) if values.taps else DenseOperator(measured)
+
+        return _Operator(values.count, system)
+
+    def _joined(self, running: _Running, site: Site, call: Call, core: _Operator) -> _Operator:
+        """Return the operator of a layer together with the convolution that feeds it."""
+        feed = running.plan.feeds[site.key]
+        short = running.convolutions[feed.convolution]
+        values = values_of(site, call, self._length)
+        heads = [v // (len(values) // core.count) for v in range(len(values))]
+        if site.values is not None:
+            heads = site.values.operator.tolist()
+
+        def system_of(head: int) -> System:
+            found = core.system(slice(head, head + 1))
+            assert isinstance(found, System)  # operators with a convolution are read whole
+            return found
+
+        def matrices(chosen: list[int]) -> Tensor:
+            systems = [system_of(head).matrix(self._length) for head in chosen]
+            return torch.stack([m.reshape(m.shape[-2:]) for m in systems])
+
+        short = single_call(short)
+        responses = feed.values.of(short, self._length)
+        system = compose(feed, responses, short.result, values, matrices, heads)
+        orders = None
+        if site.reader == "scan" and feed.values.taps:
+            order = system_of(0).order + feed.values.taps - 1
+            orders = torch.full((len(values),), order)
+        return _Operator(len(values), system, None, orders)
+
+    def _read_mixer(self, plan: Plan, x: Tensor) -> None:
+        module: Any = plan.module
         try:
             module.operator(x[:, :1], slice(0, 1))  # a bidirectional mixer raises an error
         except ValueError as error:
-            self.refused[path] = str(error)
+            self.refused[plan.path] = str(error)
             return
-        operator = partial(module.operator, x)
-        self._record(
-            path,
-            module,
-            module.family,
+        operator = _Operator(
             module.channels,
-            operator,
-            "mixer",
+            partial(module.operator, x),
             mixer_storage(module, x.element_size()),
             mixer_orders(module, x.shape[1]),
+            mixer_states(module, x),
         )
+        self._record(plan, plan.sites[0], operator)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._current.pop()
-
-    def _record(
-        self,
-        path: str,
-        module: nn.Module,
-        kind: str,
-        count: int,
-        system: Callable[[slice], System],
-        reader: str,
-        storage: Storage | None = None,
-        orders: Tensor | None = None,
-    ) -> None:
-        runs = self.ran[path]
-        name = path if runs <= 1 else f"{path} (run {runs})"
-        self.read.add(path)
-        mixer = type(module).__name__
+    def _record(self, plan: Plan, site: Site, operator: _Operator) -> None:
+        mixer = type(plan.module).__name__
+        kind = site.kind if site.reader != "mixer" else str(plan.module.family)
+        name = plan.path or mixer
+        if self.ran[plan.path] > 1:
+            name = f"{name} (run {self.ran[plan.path]})"
+        if site.reader != "mixer" and _is_secondary(plan, site):
+            name = f"{name} ({site.key[1]})"
         self.visit(
-            RecordedOperator(name or mixer, mixer, kind, count, system, reader, storage, orders)
+            RecordedOperator(
+                name,
+                mixer,
+                kind,
+                operator.count,
+                operator.system,
+                site.reader,
+                operator.storage,
+                operator.orders,
+                operator.states,
+            )
         )
 
-    # Attention
 
-    @contextmanager
-    def _attention(self) -> Iterator[None]:
-        """Make attention layers that use transformers' interface call `_attend` in this context."""
-        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-        from transformers.masking_utils import eager_mask
-
-        configs: dict[int, Any] = {}
-        for module in self.model.modules():
-            if isinstance(module, PreTrainedModel) and _takes_functions(module):
-                todo = [module.config]
-                while todo:
-                    config = todo.pop()
-                    configs[id(config)] = config
-                    inner = (getattr(config, key, None) for key in config.sub_configs)
-                    todo += [c for c in inner if c is not None and id(c) not in configs]
-        before = {key: _implementation(config) for key, config in configs.items()}
-        AttentionInterface.register(_IMPLEMENTATION, self._attend)
-        AttentionMaskInterface.register(_IMPLEMENTATION, eager_mask)
-        try:
-            for config in configs.values():
-                _set_implementation(config, _IMPLEMENTATION)
-            yield
-        finally:
-            for key, config in configs.items():
-                _set_implementation(config, before[key])
-            for interface in (AttentionInterface, AttentionMaskInterface):
-                registered = interface._global_mapping  # noqa: SLF001 (nothing public unregisters)
-                registered.pop(_IMPLEMENTATION, None)
-
-    def _attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Compute a layer's own eager attention, in at least single precision, and record it.
-
-        The function has the signature of transformers' attention functions. Queries, keys and
-        values are (batch, heads, length, N).
-
-        Returns:
-            The layer's output in the dtype of the queries, and None in place of the weights.
-        """
-        path = self.paths.get(id(module), type(module).__name__)
-        if not self._current or self._current[-1][1] is not module:
-            self.ran[path] += 1
-        eager = _eager(module)
-        if eager is None:
-            raise ValueError(
-                f"{path}: {type(module).__name__} takes an attention function of transformers and "
-                "has none of its own to read."
-            )
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        wide = [x.to(dtype) for x in (query, key, value)]
-        output, weights = eager(module, *wide, attention_mask, **kwargs)
-        refusal = _not_a_causal_map(weights, wide[2], output)
-        if refusal is None:
-            maps = weights[0]  # (heads, length, length)
-            group = len(maps) // value.shape[1]
-            storage = Storage(value.shape[-1], key.shape[-1], group, value.element_size())
-            self._record(
-                path,
-                module,
-                "attention",
-                len(maps),
-                lambda s: DenseOperator(maps[s]),
-                "attention",
-                storage,
-            )
-        else:
-            self.refused[path] = refusal
-        return output.to(query.dtype), None
-
-    # Scans
-
-    @contextmanager
-    def _scans(self) -> Iterator[None]:
-        """Make the scans that the mixers call pass through `_scan` in this context."""
-        found = {p.key: p for module in self.mixers.values() for p in places(module)}
-        with ExitStack() as stack:
-            for place in found.values():
-                stack.enter_context(place.holding(partial(self._scan, place.name, place.function)))
-            yield
-
-    def _scan(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a scan, and record what it applies if this is what it returned."""
-        if not self._current:
-            return function(*args, **kwargs)
-        path, module = self._current[-1]
-        try:
-            reading = read(name, args, kwargs, function)
-        except ValueError as error:
-            self.refused[path] = str(error)
-            return function(*args, **kwargs)
-        result = function(*args, **kwargs)
-        if reading.disagreement(result) > _AGREEMENT:
-            self.refused[path] = f"{name} did not return its recurrence applied to its values."
-        else:  # a number that is not finite makes the measurement raise an error
-            self._record(path, module, "recurrence", reading.count, reading.system, "scan")
-        return result
+def _is_secondary(plan: Plan, site: Site) -> bool:
+    """Return whether a module has other operators than those of this kind, and they come first."""
+    kinds = {other.kind for other in plan.sites}
+    return site.kind == "convolution" and len(kinds) > 1
 
 
-def _takes_functions(model: Any) -> bool:
-    """Return whether the attention function of a transformers model can be chosen by name."""
-    return bool(model._can_set_attn_implementation())  # noqa: SLF001 (there is no public test)
-
-
-def _implementation(config: Any) -> str | None:
-    """Return the name of the attention function in a configuration of transformers."""
-    return config._attn_implementation_internal  # noqa: SLF001 (there is no public field)
-
-
-def _set_implementation(config: Any, name: str | None) -> None:
-    """Set the name of the attention function in one configuration, and in no other."""
-    config._attn_implementation_internal = name  # noqa: SLF001 (public setters change others, too)
-
-
-def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """Return the eager attention function in the file that defines a layer's class, or None."""
-    for cls in type(module).__mro__:
-        place = sys.modules.get(cls.__module__)
-        function = getattr(place, "eager_attention_forward", None)
-        if function is not None:
-            return function
-    return None
-
-
-def _not_a_causal_map(weights: Tensor | None, value: Tensor, output: Tensor) -> str | None:
-    """Return why the weights are not a causal map from values to output, or None if they are.
-
-    Args:
-        weights: (batch, heads, L, L).
-        value: (batch, kv_heads, L, N).
-        output: (batch, L, heads, N).
-    """
-    if weights is None or weights.ndim != 4:
-        return "its attention function returns no map."
-    if weights.shape[-1] != weights.shape[-2]:
-        rows, columns = weights.shape[-2:]
-        return f"it maps {columns} positions to {rows}: not those of one sequence."
-    if not bool(weights.isfinite().all()):
-        return None  # the measurement raises an error about such numbers
-    if bool(weights[0].triu(1).any()):
-        return "it is not causal: it looks ahead."
-    value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
-    expected = weights.to(value.dtype) @ value
-    error = (expected - output.transpose(1, 2)).norm()
-    if not bool(error <= _AGREEMENT * expected.norm()):
-        return "its output is not its map applied to its values."
-    return None
+def _is_mixer(module: nn.Module) -> bool:
+    """Return whether a module is a Gramian mixer that has the state itself."""
+    return isinstance(module, Mixer) and module.core is module

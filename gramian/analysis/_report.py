@@ -16,6 +16,7 @@ from gramian._frames import check_frame_file, save_frame
 from gramian._json import to_json
 from gramian._staging import staged_file
 from gramian.analysis._frames import layer_frame, state_frame
+from gramian.analysis._modulation import compared, ratios
 from gramian.analysis._ranking import LayerRanking, rank_layers
 from gramian.analysis._storage import Storage
 from gramian.analysis._table import as_table, as_text
@@ -50,6 +51,10 @@ class LayerState:
         error: error of each estimate in `ess`, of the same shape; None if they are exact.
         storage: how the layer stores its past, from which bytes follow; None if it is not known.
         cap: the bound min(i, L - i) on the rank at every position, (P). A report sets it.
+        stable_rank: stable rank of the state of each head before each of the P positions,
+            (len(channels), P); None if it was not measured (`ranks` of `analyze`), or if the layer
+            has no states with several value channels.
+        effective_rank: effective rank of these states, in the same form.
     """
 
     name: str
@@ -63,6 +68,8 @@ class LayerState:
     error: Tensor | None = None
     storage: Storage | None = None
     cap: Tensor | None = None
+    stable_rank: Tensor | None = None
+    effective_rank: Tensor | None = None
 
     @property
     def usable(self) -> Tensor:
@@ -107,6 +114,11 @@ class LayerState:
             "ess": _numbers(self.ess),
             "tss": _numbers(self.tss),
             "error": None if self.error is None else _numbers(self.error),
+            **{
+                name: _numbers(value)
+                for name in ("stable_rank", "effective_rank")
+                if (value := getattr(self, name)) is not None
+            },
         }
 
 
@@ -225,7 +237,9 @@ class StateReport:
                 layer,
                 ess=layer.ess[:, kept],
                 tss=layer.tss[:, kept],
-                error=None if layer.error is None else layer.error[:, kept],
+                error=_columns(layer.error, kept),
+                stable_rank=_columns(layer.stable_rank, kept),
+                effective_rank=_columns(layer.effective_rank, kept),
                 cap=None,
             )
             for layer in self.layers
@@ -279,35 +293,18 @@ class StateReport:
             def is_delimiter(token: str) -> bool:
                 return any(mark in token for mark in marks)
 
-        column = {i: c for c, i in enumerate(self.positions)}
         after = {i + 1 for i, token in enumerate(self.tokens) if is_delimiter(token)}
-        compared = []
-        for i in sorted(after):
-            if i not in column:
-                continue
-            pairs = [
-                (column[i - d], column[i + d])
-                for d in range(1, reach + 1)
-                if {i - d, i + d} <= column.keys() and not {i - d, i + d} & after and i - d > 0
-            ]
-            if pairs:
-                compared.append((column[i], [c for pair in pairs for c in pair]))
-        if not compared:
+        places = compared(self.positions, after, after, reach)
+        if not places:
             raise ValueError(
                 "no delimiter with measured positions on both sides: measure every position, of a "
                 "text with delimiters."
             )
-
-        def ratios(sizes: Tensor) -> Tensor:
-            """Return the mean ratio over delimiters, (…), for state-sizes (…, P)."""
-            sizes = sizes.double()
-            each = [sizes[..., at] / sizes[..., around].mean(-1) for at, around in compared]
-            return torch.stack(each).nan_to_num(1.0, posinf=1.0).mean(0)
-
+        average = self.average(over_positions=False)
         return {
-            "delimiters": len(compared),
-            "average_ratio": float(ratios(self.average(over_positions=False))),
-            "head_ratios": [ratios(layer.ess) for layer in self.layers],
+            "delimiters": len(places),
+            "average_ratio": float(ratios(average, places).mean()),
+            "head_ratios": [ratios(layer.ess, places).mean(-1) for layer in self.layers],
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -408,6 +405,8 @@ class StateReport:
                 reader=layer.get("reader", ""),
                 error=_tensor(layer.get("error")),
                 storage=Storage.from_dict(layer.get("storage")),
+                stable_rank=_tensor(layer.get("stable_rank")),
+                effective_rank=_tensor(layer.get("effective_rank")),
             )
             for layer in values["layers"]
         )
@@ -455,6 +454,11 @@ def _numbers(values: Tensor) -> list[list[float]]:
     Nine digits determine a float32 number.
     """
     return [[float(f"{value:.9g}") for value in row] for row in values.tolist()]
+
+
+def _columns(values: Tensor | None, kept: list[int]) -> Tensor | None:
+    """Return some columns of a matrix; None stays None."""
+    return None if values is None else values[:, kept]
 
 
 def _tensor(values: list[list[float]] | None) -> Tensor | None:

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 __all__ = ["as_table", "as_text"]
 
 _COLUMNS = ("layer", "mixer", "heads or channels", "ESS mean", "ESS max", "usable mean", "in use")
+_RANKS = ("stable rank", "effective rank")  # of states, if they were measured
 _TEXTS = 2  # the first columns, whose cells are names
 
 
 def as_text(report: StateReport) -> str:
     """Return the report as lines with tabs, and its summary."""
-    lines = ["\t".join(_COLUMNS)]
-    lines += ["\t".join(_row(layer, layer.name)) for layer in report.layers]
+    ranked = _ranked(report)
+    lines = ["\t".join([*_COLUMNS, *_RANKS[: 2 * ranked]])]
+    lines += ["\t".join(_row(layer, layer.name, ranked)) for layer in report.layers]
     return "\n".join([*lines, _summary(report)])
 
 
@@ -27,7 +29,9 @@ def as_table(report: StateReport) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    rows = [_row(layer, label) for layer, label in zip(report.layers, report.labels, strict=True)]
+    ranked = _ranked(report)
+    labelled = zip(report.layers, report.labels, strict=True)
+    rows = [_row(layer, label, ranked) for layer, label in labelled]
     table = Table(
         title=report.model,
         caption=_summary(report),
@@ -35,7 +39,7 @@ def as_table(report: StateReport) -> Table:
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    for index, name in enumerate(_COLUMNS):
+    for index, name in enumerate([*_COLUMNS, *_RANKS[: 2 * ranked]]):
         if index < _TEXTS:
             table.add_column(name, overflow="fold")
         else:  # headings may be wrapped, but numbers may not
@@ -62,8 +66,14 @@ def _summary(report: StateReport) -> str:
     return "\n".join(lines)
 
 
-def _row(layer: LayerState, label: str) -> tuple[str, ...]:
-    """Return the cells of a layer in the order of `_COLUMNS`."""
+def _ranked(report: StateReport) -> bool:
+    """Return whether the rank of a state was measured."""
+    return any(layer.stable_rank is not None for layer in report.layers)
+
+
+def _row(layer: LayerState, label: str, ranked: bool) -> tuple[str, ...]:
+    """Return the cells of a layer in the order of `_COLUMNS` and, if wanted, `_RANKS`."""
+    ranks = [layer.stable_rank, layer.effective_rank] if ranked else []
     counted = len(layer.channels)
     measured = f"{counted:,}" if counted == layer.count else f"{counted:,} of {layer.count:,}"
     share = layer.in_use
@@ -76,4 +86,5 @@ def _row(layer: LayerState, label: str) -> tuple[str, ...]:
         f"{float(layer.ess.max()):.2f}",
         f"{float(layer.usable.mean()):.1f}",
         "" if share is None else f"{100 * share:.1f} %",
+        *("" if rank is None else f"{float(rank.mean()):.2f}" for rank in ranks),
     )

@@ -17,6 +17,7 @@ from gramian.cli import (  # noqa: F401, I001 (this is the order of the commands
     _generate,
     _check,
     _analyze,
+    _modulation,
     _export,
     _train,
     _sweep,

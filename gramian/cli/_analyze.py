@@ -20,6 +20,7 @@ from gramian.cli._inputs import (
     read_texts,
 )
 from gramian.cli._options import Device, Json, Settings, Split, TaskConfig, TaskSeed
+from gramian.cli._texts import SeveralTexts, analyze_several
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,14 @@ _Models = Annotated[
     ),
 ]
 _Text = Annotated[
-    Path | None, typer.Option(help="Text or FASTA file whose first document is read.")
+    list[Path] | None,
+    typer.Option(
+        help="Text, FASTA or JSON-lines file whose first document is read; repeatable, for means "
+        "and spreads over several texts."
+    ),
+]
+_Texts = Annotated[
+    int, typer.Option(min=1, help="Number of documents to read from each --text file.")
 ]
 _Prompt = Annotated[str | None, typer.Option(help="Text to read; replaces --text.")]
 _Task = Annotated[
@@ -44,6 +52,14 @@ _Task = Annotated[
 _RowNumber = Annotated[int, typer.Option(min=0, help="Row of the split, counted from 0.")]
 _Horizon = Annotated[int, typer.Option(min=1, help="Largest number of tokens to read.")]
 _Every = Annotated[int, typer.Option(min=1, help="Measure at every N-th position only.")]
+_Positions = Annotated[
+    int | None,
+    typer.Option(min=1, help="Measure at this many evenly spread positions; replaces --every."),
+]
+_Tolerance = Annotated[
+    float | None,
+    typer.Option(help="Estimate up to this relative error, for long contexts; 0.001 or more."),
+]
 _Measure = Annotated[
     str, typer.Option(help="Measure of the effective state-size: entropy or tolerance.")
 ]
@@ -58,6 +74,13 @@ _Rtol = Annotated[
 _MaxChannels = Annotated[
     int,
     typer.Option(min=0, help="Largest number of channels to measure in a layer; 0 measures all."),
+]
+_Include = Annotated[
+    str,
+    typer.Option(
+        help="core: short convolutions are layers of their own; mixer: they are parts of the scans "
+        "that they feed."
+    ),
 ]
 _Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="New folder for the report and figures.")
@@ -81,6 +104,10 @@ _Compare = Annotated[
         help="Saved report (JSON) to compare with, over relative depth; repeatable. Differences "
         "are from the first. Without MODEL, reports are compared with each other.",
     ),
+]
+_Ranks = Annotated[
+    bool,
+    typer.Option("--ranks", help="Measure stable and effective rank of recurrences' states, too."),
 ]
 _Rank = Annotated[
     bool,
@@ -122,6 +149,7 @@ class _Source:
 def analyze(
     models: _Models = None,
     text: _Text = None,
+    texts: _Texts = 1,
     prompt: _Prompt = None,
     task: _Task = None,
     settings: Settings = None,
@@ -130,10 +158,14 @@ def analyze(
     row: _RowNumber = 0,
     horizon: _Horizon = 256,
     every: _Every = 1,
+    positions: _Positions = None,
     measure: _Measure = "entropy",
     tol: _Tol = None,
     rtol: _Rtol = None,
+    tolerance: _Tolerance = None,
     max_channels: _MaxChannels = 64,
+    include: _Include = "core",
+    ranks: _Ranks = False,
     compare: _Compare = None,
     rank: _Rank = False,
     output: _Output = None,
@@ -146,18 +178,26 @@ def analyze(
 ) -> None:
     """Measure how much of its memory MODEL uses on a text or task, for every layer, head and token.
 
-    Several models are compared on the same input, over relative depth. The command exits with
-    status 1 if a model has no layer that can be read.
+    Several models are compared on the same input, over relative depth. Of several texts, means and
+    spreads are shown. The command exits with status 1 if a model has no layer that can be read.
     """
     models, saved = models or [], [_load(path) for path in compare or []]
-    _check(models, saved, (text, prompt, task, config), settings, picture)
+    _check(models, saved, (text or None, prompt, task, config), settings, picture)
+    _check_texts(text or [], texts, bool(saved), rank)
     _check_outputs(output, table)
-    options = {"every": every, "measure": measure, "tol": tol, "rtol": rtol}
+    options = {"measure": measure, "tol": tol, "rtol": rtol, "tolerance": tolerance}
+    options |= {"every": every} if positions is None else {"positions": positions}
     _check_measure(saved if models else [], options)
-    options["max_channels"] = max_channels or None
+    options |= {"max_channels": max_channels or None, "include": include, "ranks": ranks}
+    if len(text or []) > 1 or texts > 1:
+        files = (output, picture, html, table)
+        wanted = SeveralTexts(text or [], texts, horizon, options, device, *files)
+        analyze_several(models, wanted, as_json)
+        return
     source = None
     if models:
-        source = _document(text, prompt) or _row(task, settings or [], config, seed, split, row)
+        source = _document(text or [], prompt)
+        source = source or _row(task, settings or [], config, seed, split, row)
     console = console_for(as_json)
     reports: list[StateReport] = []
     quiet_transformers()
@@ -255,6 +295,14 @@ def _check(
         raise typer.BadParameter(f"--format must be png or svg; got {picture!r}.")
 
 
+def _check_texts(text: list[Path], texts: int, compares: bool, rank: bool) -> None:
+    """Check the options that go with several texts."""
+    if texts > 1 and not text:
+        raise typer.BadParameter("--texts needs --text FILE.")
+    if (texts > 1 or len(text) > 1) and (compares or rank):
+        raise typer.BadParameter("--compare and --rank take one text.")
+
+
 def _check_outputs(output: Path | None, table: Path | None) -> None:
     """Raise an error if the outputs could not be written, before anything is computed."""
     from gramian._frames import check_frame_file
@@ -296,12 +344,12 @@ def _compared(reports: list[StateReport]) -> StateComparison:
     return compare_reports(reports)
 
 
-def _document(text: Path | None, prompt: str | None) -> _Source | None:
+def _document(text: list[Path], prompt: str | None) -> _Source | None:
     """Read the first document of a file or a prompt, or return None if neither is given."""
     from gramian.tasks import documents_in
 
-    if text is not None:
-        documents, source = read_texts(text), str(text)
+    if text:
+        documents, source = read_texts(text[0]), str(text[0])
     elif prompt is not None:
         source = "the prompt"
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gramian.ess._effective_state_size import (
     effective_state_size,
+    estimated_state_size,
     hankel_singular_values,
     sketched_state_size,
 )
@@ -22,11 +23,14 @@ from gramian.ess.aggregation import (
     usable_state_size,
     utilization,
 )
+from gramian.ess.rows import RowOperator
 
 __all__ = [
+    "RowOperator",
     "StateRanks",
     "aggregate",
     "effective_state_size",
+    "estimated_state_size",
     "hankel_singular_values",
     "realize",
     "sketched_state_size",

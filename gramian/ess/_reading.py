@@ -23,7 +23,7 @@ from gramian.systems import (
     to_time_varying,
 )
 
-__all__ = ["Positions", "Reading"]
+__all__ = ["Places", "Positions", "Reading"]
 
 Positions = int | Sequence[int] | range | Tensor | None
 
@@ -39,7 +39,64 @@ _FACTORS = 2**28
 """Largest number of bytes that the factors of a block of channels may take."""
 
 
-class Reading:
+class Places:
+    """The positions at which an operator is measured, and where its blocks end.
+
+    Args:
+        at: The positions. None means the first `length` positions.
+        length: The number of positions if `at` is None.
+        horizon: The position at which the blocks `T[i:horizon, :i]` end.
+        own: The number of steps of the operator, or None if it has no end.
+        kind: What the operator is.
+
+    Raises:
+        ValueError: if the positions, length or horizon do not fit the operator.
+    """
+
+    def __init__(
+        self, at: Positions, length: int | None, horizon: int | None, own: int | None, kind: str
+    ) -> None:
+        for name, value in (("length", length), ("horizon", horizon)):
+            if value is not None and (value < 1 or (own is not None and value > own)):
+                limit = "" if own is None else f" and at most {own}, the steps there are"
+                raise ValueError(f"{name} must be at least 1{limit}; got {value}.")
+        self.scalar = isinstance(at, int)
+        if at is not None:
+            if length is not None:
+                raise ValueError(
+                    "give `length` for the first positions or `at` for some, not both."
+                )
+            positions = [at] if isinstance(at, int) else [int(i) for i in at]
+        else:
+            bounds = [bound for bound in (length, horizon, own) if bound is not None]
+            if own is None and length is None:
+                raise ValueError(f"a {kind} has no end: give `length`, or positions `at`.")
+            positions = list(range(min(bounds)))
+        last = max(positions, default=0)
+        self.horizon = horizon or own or 2 * (last + 1)
+        if min(positions, default=0) < 0 or last >= self.horizon:
+            raise ValueError(
+                f"positions must lie in 0 … {self.horizon - 1}; got {min(positions)} … {last}."
+            )
+        self.positions = positions
+        self.inside = sorted({i for i in positions if i > 0})
+
+    def spread(self, values: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Expand values (G, len(inside), …) to all requested positions, with 0 at position 0.
+
+        The result is (*shape, P, …), or (*shape, …) for a single position, in a dtype that can hold
+        counts.
+        """
+        column = {i: c for c, i in enumerate(self.inside)}
+        columns = [column.get(i, len(column)) for i in self.positions]
+        padded = torch.cat([values, values.new_zeros(len(values), 1, *values.shape[2:])], dim=1)
+        picked = padded[:, torch.tensor(columns, dtype=torch.int64, device=values.device)]
+        dtype = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        picked = picked.reshape(*shape, *picked.shape[1:]).to(dtype)
+        return picked.squeeze(len(shape)) if self.scalar else picked
+
+
+class Reading(Places):
     """The part of an operator to measure, with its channels in one dimension.
 
     Args:
@@ -65,32 +122,7 @@ class Reading:
                 f"got {type(source).__name__}."
             )
         own = None if isinstance(source, TimeInvariantSystem) else source.length
-        for name, value in (("length", length), ("horizon", horizon)):
-            if value is not None and (value < 1 or (own is not None and value > own)):
-                limit = "" if own is None else f" and at most {own}, the steps there are"
-                raise ValueError(f"{name} must be at least 1{limit}; got {value}.")
-        self.scalar = isinstance(at, int)
-        if at is not None:
-            if length is not None:
-                raise ValueError(
-                    "give `length` for the first positions or `at` for some, not both."
-                )
-            positions = [at] if isinstance(at, int) else [int(i) for i in at]
-        else:
-            bounds = [bound for bound in (length, horizon, own) if bound is not None]
-            if own is None and length is None:
-                raise ValueError(
-                    f"a {type(source).__name__} has no end: give `length`, or positions `at`."
-                )
-            positions = list(range(min(bounds)))
-        last = max(positions, default=0)
-        self.horizon = horizon or own or 2 * (last + 1)
-        if min(positions, default=0) < 0 or last >= self.horizon:
-            raise ValueError(
-                f"positions must lie in 0 … {self.horizon - 1}; got {min(positions)} … {last}."
-            )
-        self.positions = positions
-        self.inside = sorted({i for i in positions if i > 0})
+        super().__init__(at, length, horizon, own, type(source).__name__)
         self.shape, self.dtype, self.device = source.channel_shape, source.dtype, source.device
         self.system: System = source.reshape_channels(self.shape.numel())
         self.needs_gradient = any(map(is_differentiated, self._leaves()))
@@ -116,17 +148,8 @@ class Reading:
                 )
 
     def result(self, values: Tensor) -> Tensor:
-        """Expand values (G, len(inside), …) to all requested positions, with 0 at position 0.
-
-        The result is (*C, P, …), or (*C, …) for a single position, in a dtype that can hold counts.
-        """
-        column = {i: c for c, i in enumerate(self.inside)}
-        columns = [column.get(i, len(column)) for i in self.positions]
-        padded = torch.cat([values, values.new_zeros(len(values), 1, *values.shape[2:])], dim=1)
-        picked = padded[:, torch.tensor(columns, dtype=torch.int64, device=values.device)]
-        dtype = self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32
-        picked = picked.reshape(*self.shape, *picked.shape[1:]).to(dtype)
-        return picked.squeeze(len(self.shape)) if self.scalar else picked
+        """Expand values (G, len(inside), …) to all requested positions and channels."""
+        return self.spread(values, self.shape, self.dtype)
 
     def matrices(self) -> Tensor:
         """Return the matrices (G, horizon, horizon); entries above the diagonal are undefined."""

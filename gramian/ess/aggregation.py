@@ -11,12 +11,14 @@ the *average* per channel or as the *total* over all channels (arXiv 2504.19561,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gramian.ess._reading import Positions, Reading
+from gramian.ess._reading import Places, Positions, Reading
+from gramian.ess.rows import RowOperator
 from gramian.systems import (
     FIR,
     DenseOperator,
@@ -27,11 +29,14 @@ from gramian.systems import (
     TransferFunction,
 )
 
+_ROWS = 512
+"""The number of rows of a matrix that are looked at together."""
+
 __all__ = ["aggregate", "theoretical_state_size", "usable_state_size", "utilization"]
 
 
 def theoretical_state_size(
-    system_or_matrix: System | Tensor,
+    system_or_matrix: System | Tensor | RowOperator,
     at: Positions = None,
     *,
     length: int | None = None,
@@ -40,7 +45,7 @@ def theoretical_state_size(
     """Compute TSS, the size of the state at a position, whether or not the system uses it all.
 
     Args:
-        system_or_matrix: As in `gramian.effective_state_size`.
+        system_or_matrix: As in `gramian.effective_state_size`; or an operator given by its rows.
         at: As in `gramian.effective_state_size`.
         length: As in `gramian.effective_state_size`.
         horizon: As in `gramian.effective_state_size`.
@@ -58,11 +63,21 @@ def theoretical_state_size(
         ValueError: if the positions, length or horizon are invalid, or if a value is NaN or
             infinite.
     """
+    if isinstance(system_or_matrix, RowOperator):
+        places = Places(at, length, horizon, system_or_matrix.length, "RowOperator")
+        counts = [
+            _kept_inputs(partial(system_or_matrix.rows, c), places, system_or_matrix.device)
+            for c in range(system_or_matrix.channels)
+        ]
+        sizes = torch.stack(counts).to(torch.float32)
+        return sizes[..., 0] if places.scalar else sizes
     reading = Reading(system_or_matrix, at, length, horizon)
     system = reading.system
     positions = torch.tensor(reading.positions, dtype=torch.float64, device=reading.device)
     if isinstance(system, DenseOperator):
-        sizes = _kept_inputs(reading).reshape(*reading.shape, len(positions))
+        counts = [_kept_inputs(m.__getitem__, reading, reading.device) for m in reading.matrices()]
+        sizes = torch.stack(counts) if counts else positions.new_zeros(0, len(positions))
+        sizes = sizes.reshape(*reading.shape, len(positions))
     elif isinstance(system, FIR):
         sizes = positions.clamp_max(system.order).expand(*reading.shape, -1)
     else:
@@ -74,21 +89,25 @@ def theoretical_state_size(
 
 
 @torch.no_grad()
-def _kept_inputs(reading: Reading) -> Tensor:
-    """Count the inputs before each position on which later outputs depend, (G, P), float64.
+def _kept_inputs(rows: Callable[[slice], Tensor], places: Places, device: torch.device) -> Tensor:
+    """Count the inputs before each position on which later outputs depend, (P), float64.
 
     Input j is kept at position i, j < i, if a row of `T[i:horizon, j]` is not zero.
+
+    Args:
+        rows: A function that maps a slice of rows to the rows of T, as in `RowOperator`.
+        places: The positions and the horizon.
+        device: The device of the rows.
     """
-    matrices = reading.matrices()
-    rows = torch.arange(reading.horizon, dtype=torch.int32, device=reading.device)
-    positions = torch.tensor(reading.positions, dtype=torch.int32, device=reading.device)
-    before = rows < positions[:, None]  # (P, horizon)
-    sizes = []
-    for matrix in matrices:
-        last = torch.where(matrix.tril() != 0, rows[:, None], -1).amax(0)  # row of the last entry
-        sizes.append((before & (last >= positions[:, None])).sum(-1))
-    counts = torch.stack(sizes) if sizes else positions.new_zeros(0, len(positions))
-    return counts.double()
+    last = torch.full((places.horizon,), -1, device=device)  # row of the last entry of a column
+    for start in range(0, places.horizon, _ROWS):
+        stop = min(start + _ROWS, places.horizon)
+        there = rows(slice(start, stop))[:, :stop].tril(start) != 0
+        number = torch.arange(start, stop, device=device).unsqueeze(-1)
+        last[:stop] = torch.maximum(last[:stop], torch.where(there, number, -1).amax(0))
+    positions = torch.tensor(places.positions, device=device).unsqueeze(-1)
+    before = torch.arange(places.horizon, device=device) < positions  # (P, horizon)
+    return (before & (last >= positions)).sum(-1).double()
 
 
 def _orders(system: System) -> Tensor:

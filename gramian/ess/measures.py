@@ -13,7 +13,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["Measure"]
+__all__ = ["Measure", "size_from_sums", "size_with", "spectral_sums"]
 
 _ROUNDING = torch.finfo(torch.float64).eps / 4
 """Lower bound of the error of a Gram matrix's small eigenvalue, relative to the largest
@@ -119,3 +119,18 @@ class Measure:
         if self.rtol is not None:
             threshold = torch.maximum(threshold, self.rtol * values.amax(-1, keepdim=True))
         return threshold
+
+
+def spectral_sums(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute `Σ σ` and `Σ σ log σ`."""
+    return values.sum(), torch.xlogy(values, values).sum()
+
+
+def size_from_sums(S: Tensor, Q: Tensor) -> Tensor:
+    """Compute `exp(-Σ p log p)` with `p = σ / S` from `S = Σ σ` and `Q = Σ σ log σ`."""
+    return S * (-Q / S).exp()
+
+
+def size_with(S: Tensor, Q: Tensor, value: Tensor, count: Tensor) -> Tensor:
+    """Compute the size with `count` (possibly a fraction) further singular values of `value`."""
+    return size_from_sums(S + count * value, Q + count * torch.xlogy(value, value))

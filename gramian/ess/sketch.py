@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gramian.ess.measures import Measure
+from gramian.ess.measures import Measure, size_from_sums, size_with, spectral_sums
 from gramian.ops.threads import work
 
 __all__ = ["sketched_sizes"]
@@ -75,7 +75,7 @@ def _sketched(block: Tensor, start: Tensor, probes: Tensor, iterations: int) -> 
     energy = (block.square().sum() - values.square().sum()).clamp_min(0)
     others = block.shape[1] - len(values)
     if float(energy) <= len(block) * torch.finfo(values.dtype).eps * float(values.square().sum()):
-        return torch.stack([_size(*_sums(values)), torch.zeros_like(energy)])
+        return torch.stack([size_from_sums(*spectral_sums(values)), torch.zeros_like(energy)])
 
     def rest(x: Tensor) -> Tensor:
         y = block @ x
@@ -85,11 +85,11 @@ def _sketched(block: Tensor, start: Tensor, probes: Tensor, iterations: int) -> 
     sigma = nodes.clamp_min(0).sqrt()
     total = (weights * sigma).sum(-1)  # (probes): estimates of Σ σ and Σ σ log σ of the others
     logs = (weights * torch.xlogy(sigma, sigma)).sum(-1)
-    S, Q = _sums(values)
-    low = _bound(S, Q, *_concentrated(values[-1], energy))
-    high = _bound(S, Q, (energy / others).sqrt(), values.new_tensor(float(others)))
+    S, Q = spectral_sums(values)
+    low = size_with(S, Q, *_concentrated(values[-1], energy))
+    high = size_with(S, Q, (energy / others).sqrt(), values.new_tensor(float(others)))
     S, Q = S + total.mean(), Q + logs.mean()
-    size = _size(S, Q)
+    size = size_from_sums(S, Q)
     # This is the standard error to first order in the two sums.
     scatter = size * ((1 / S + Q / S.square()) * total - logs / S)
     error = 2 * scatter.std() / math.sqrt(probes.shape[1])
@@ -125,22 +125,7 @@ def _quadrature(apply: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tenso
     return nodes, rotations[:, 0].square() * norm.square().unsqueeze(-1)
 
 
-def _sums(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `Σ σ` and `Σ σ log σ`."""
-    return values.sum(), torch.xlogy(values, values).sum()
-
-
-def _size(S: Tensor, Q: Tensor) -> Tensor:
-    """Compute `exp(-Σ p log p)` with `p = σ / S` from `S = Σ σ` and `Q = Σ σ log σ`."""
-    return S * (-Q / S).exp()
-
-
 def _concentrated(largest: Tensor, energy: Tensor) -> tuple[Tensor, Tensor]:
     """Put the energy into the fewest equal values, at most `largest`. Return value and number."""
     count = energy / largest.square().clamp_min(torch.finfo(energy.dtype).tiny)
     return torch.where(count >= 1, largest, energy.sqrt()), count.clamp_min(1)
-
-
-def _bound(S: Tensor, Q: Tensor, value: Tensor, count: Tensor) -> Tensor:
-    """Compute the size with `count` (possibly a fraction) further singular values of `value`."""
-    return _size(S + count * value, Q + count * torch.xlogy(value, value))

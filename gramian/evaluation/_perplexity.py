@@ -126,7 +126,7 @@ class Perplexity:
 def perplexity(
     model: Any,
     tokenizer: Any,
-    text: str | Sequence[Document],
+    text: str | Sequence[Document] | Sequence[Tensor],
     *,
     window: int | None = None,
     stride: int | None = None,
@@ -143,7 +143,8 @@ def perplexity(
         tokenizer: the model's tokenizer.
         text: a text of at least two tokens, or documents, such as those that
             `gramian.tasks.read_documents` reads from a file. If `gramian.tasks.documents`
-            recognizes a text as FASTA, the text is split into its records.
+            recognizes a text as FASTA, the text is split into its records. Or token ids (tokens,)
+            of each document.
         window: number of tokens in an input; by default the context length in the model's
             configuration, at most 2,048.
         stride: number of tokens between the beginnings of inputs, at most `window`; by default half
@@ -166,7 +167,11 @@ def perplexity(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
     encode = Encoder(tokenizer)
-    parts = [encode.sized(one) for one in (documents_in(text) if isinstance(text, str) else text)]
+    documents = documents_in(text) if isinstance(text, str) else text
+    parts = [
+        _sized(one, tokenizer) if isinstance(one, Tensor) else encode.sized(one)
+        for one in documents
+    ]
     longest = max((len(part) for part, _ in parts), default=0)
     if longest < 2:
         raise ValueError(f"the text must have at least 2 tokens; it has {longest}.")
@@ -205,6 +210,12 @@ def perplexity(
         tuple(loss for loss, _ in recalled),
         tuple(count for _, count in recalled),
     )
+
+
+def _sized(ids: Tensor, tokenizer: Any) -> tuple[np.ndarray, int]:
+    """Return token ids, and the number of UTF-8 bytes of all tokens except the first."""
+    text = tokenizer.decode(ids[1:].tolist()) if len(ids) > 1 else ""
+    return ids.cpu().numpy().astype(np.int64), max(1, len(text.encode()))
 
 
 def windows(tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

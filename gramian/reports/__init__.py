@@ -14,7 +14,9 @@ from gramian.reports._figures import (
     plot_distillation,
     plot_hankel_spectra,
 )
+from gramian.reports._modulation import plot_modulation
 from gramian.reports._page import save_state_page, state_page
+from gramian.reports._spread import plot_state_spread
 from gramian.reports._state import (
     plot_depth_comparison,
     plot_state_comparison,
@@ -29,9 +31,11 @@ __all__ = [
     "plot_depth_comparison",
     "plot_distillation",
     "plot_hankel_spectra",
+    "plot_modulation",
     "plot_state_comparison",
     "plot_state_curves",
     "plot_state_map",
+    "plot_state_spread",
     "plot_utilization",
     "save_figure",
     "save_state_page",

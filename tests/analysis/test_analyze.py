@@ -251,16 +251,25 @@ def test_scans_are_the_matrices_that_their_functions_apply(
     place = sys.modules[type(model).__module__]
     function = getattr(place, name)
     matrices: list[Tensor] = []
+    watching = False
 
     def spy(*args: Any, **kwargs: Any) -> Any:
-        matrices.append(columns_of(function, args, kwargs))
+        if watching:
+            matrices.append(columns_of(function, args, kwargs))
         return function(*args, **kwargs)
 
     monkeypatch.setattr(place, name, spy)
     report = gramian.analyze(model, IDS, every=4, max_channels=None)
     assert getattr(place, name) is spy
-    assert [layer.mixer for layer in report.layers] == mixers and not report.unread
+    watching = True
+    with torch.no_grad():
+        model(IDS[None], use_cache=False)
+    own = [layer for layer in report.layers if layer.kind != "convolution"]
+    assert [layer.mixer for layer in own] == mixers and not report.unread
     scans = [layer for layer in report.layers if layer.kind == "recurrence"]
+    short = [layer for layer in report.layers if layer.kind == "convolution"]
+    assert [layer.mixer for layer in short] == [layer.mixer for layer in scans]
+    assert all(float(layer.tss.max()) == 3 for layer in short)
     calls = len(matrices) // len(scans)  # a layer may scan its heads one after the other
     whole = [torch.cat(matrices[i : i + calls]) for i in range(0, len(matrices), calls)]
     for layer, T in zip(scans, whole, strict=True):
@@ -285,7 +294,9 @@ def test_our_own_mixers_are_measured_by_their_operators() -> None:
     for hook in hooks:
         hook.remove()
     kinds = [Hyena, MultiHyena, LongConvolution, SoftmaxAttention]
-    for layer, x, block, cls in zip(report.layers, seen, model.model.layers, kinds, strict=True):
+    for layer, x, block, cls in zip(
+        report.layers, seen[-4:], model.model.layers, kinds, strict=True
+    ):
         assert layer.mixer == cls.__name__
         T = block.mixer.operator(x).matrix(LENGTH).detach()
         T = T if T.ndim == 3 else T[0]
@@ -323,11 +334,6 @@ def test_counts_with_a_tolerance() -> None:
 
 
 def test_what_cannot_be_read_is_named() -> None:
-    conv = foreign("lfm2", {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]})
-    report = gramian.analyze(conv, IDS, every=9)
-    assert [layer.mixer for layer in report.layers] == ["Lfm2Attention"]
-    assert [name for name, _ in report.unread] == ["model.layers.0.conv"]
-    assert "Lfm2ShortConv" in str(report)
     with pytest.raises(ValueError, match="Linear has no layer"):
         gramian.analyze(nn.Linear(3, 3), torch.randn(5, 3))
 
@@ -405,7 +411,7 @@ def test_a_text_goes_through_the_tokenizer() -> None:
         (IDS, {"horizon": 38}, "at most 37"),
         (IDS, {"at": [37]}, "0 … 36"),
         (IDS, {"every": 0}, "every"),
-        (IDS, {"every": 2, "at": [1]}, "not both"),
+        (IDS, {"every": 2, "at": [1]}, "not several"),
         (IDS, {"measure": "rank"}, "rank"),
         (IDS, {"max_channels": 0}, "max_channels"),
     ],

@@ -212,3 +212,26 @@ def test_what_cannot_be_read_says_which_text_it_is(
         analyze_texts(model, texts, **options)
     hook.remove()
     assert message in str(error.value) and not calls
+
+
+def test_frames_and_figures_have_every_text(model: Any, tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
+    found = analyze_texts(model, ROWS[:2], every=4, names=["a", "b"])
+    frame = found.to_frame()
+    assert len(frame) == sum(layer.ess.numel() for report in found for layer in report.layers)
+    for name, report in zip(("a", "b"), found, strict=True):
+        part = frame[frame.text == name]
+        sizes = torch.cat([layer.ess.flatten() for layer in report.layers])
+        assert part.ess.tolist() == sizes.tolist()
+    assert found.to_frame("layer").text.tolist() == ["a", "a", "b", "b"]
+    assert (tmp_path / "t.csv") == found.to_csv(tmp_path / "t.csv")
+    with pytest.raises(ValueError, match=r"end in .csv; got t.txt"):
+        found.to_csv(tmp_path / "t.txt")
+    with pytest.raises(ValueError, match="by must be"):
+        found.to_frame("text")
+    pytest.importorskip("matplotlib")
+    from gramian.reports import plot_state_spread
+
+    (axes,) = plot_state_spread(found).axes
+    middle = axes.containers[0].lines[0].get_ydata()
+    assert middle == pytest.approx([layer.average.mean for layer in found.layers])

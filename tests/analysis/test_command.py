@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import gramian
 from gramian import cli, tasks
-from gramian.analysis import StateReport, open_model
+from gramian.analysis import StateReport, StateReports, analyze_texts, open_model
 from gramian.models import (
     ByteTokenizer,
     GramianConfig,
@@ -285,3 +286,56 @@ def test_encoders_take_one_line(
         status, out, err = call(kind, "--prompt", "some words")
         assert status == 1 and message in err and not out
         assert len(err.strip().splitlines()) == 1 and len(err) < 300
+
+
+def test_several_texts_have_means_and_spreads(call: Call, place: Path, tmp_path: Path) -> None:
+    texts = ["A text. Another one.", "Something else! And more?", "The third of them, longer."]
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": one}) for one in texts))
+    out, table = tmp_path / "out", tmp_path / "table.csv"
+    arguments = ["--text", lines, "--texts", 2, "--text", place / "text.txt", "--every", 3]
+    status, shown, err = call(place / "own", *arguments, "-o", out, "--table", table)
+    assert status == 0, err
+    assert "of 3 texts of 20 to 43 tokens" in " ".join(shown.split()) and "±" in shown
+    names = {path.name for path in out.iterdir()}
+    assert names == {"page.html", "reports.json", "spread.png"}
+    model, tokenizer = open_model(place / "own")
+    chosen = [*texts[:2], (place / "text.txt").read_text()]
+    expected = analyze_texts(model, chosen, tokenizer=tokenizer, every=3)
+    saved = StateReports.load(out / "reports.json")
+    assert saved.names == (f"{lines}, document 1", f"{lines}, document 2", f"{place}/text.txt")
+    for one, other in zip(saved, expected, strict=True):
+        for mine, theirs in zip(one.layers, other.layers, strict=True):
+            assert torch.equal(mine.ess, theirs.ess)
+    with table.open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][:2] == ["text", "model"] and len(rows) == 1 + sum(
+        layer.ess.numel() for report in saved for layer in report.layers
+    )
+    status, shown, _ = call(place / "own", place / "own", *arguments, "--json")
+    assert status == 0
+    (one, _) = json.loads(shown)["models"]
+    assert one["average"]["mean"] == pytest.approx(expected.average().mean)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["own", "--prompt", "a", "--texts", "2"], 2, "--texts needs --text"),
+        (["own", "--text", "text.txt", "--texts", "2"], 1, "has one document"),
+        (["own", "--text", "text.txt", "--text", "text.txt", "--rank"], 2, "take one text"),
+        (["own", "--text", "text.txt", "--text", "absent.txt"], 1, "absent.txt"),
+        (["recall", "--text", "text.txt", "--text", "text.txt"], 1, "recall has no tokenizer"),
+    ],
+)
+def test_mistakes_with_several_texts_take_one_line(
+    call: Call,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    status: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(place)
+    got, out, err = call(*arguments)
+    assert got == status and message in err and not out

@@ -100,16 +100,17 @@ def test_one_bidirectional_layer_is_named_beside_the_causal_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "length", "known"), [("gpt2", 17, 16), ("opt", 17, 16), ("roberta", 16, 15)]
+    ("kind", "length", "known"), [("gpt2", 33, 32), ("opt", 33, 32), ("roberta", 32, 31)]
 )
 def test_more_tokens_than_positions_are_refused(kind: str, length: int, known: int) -> None:
-    changes = {"max_position_embeddings": 16, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    ids = torch.cat([IDS, IDS])
+    changes = {"max_position_embeddings": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
     own = {"roberta": {"is_decoder": True, "pad_token_id": 0}}.get(kind, {})
     model = tiny(kind, **changes, **own)
     with pytest.raises(ValueError, match=f"at most {known} tokens; got {length}") as error:
-        gramian.analyze(model, IDS[:length])
+        gramian.analyze(model, ids[:length])
     assert "horizon" in one_sentence(error)
-    assert gramian.analyze(model, IDS, horizon=known, every=5).horizon == known
+    assert gramian.analyze(model, ids, horizon=known, every=9).horizon == known
 
 
 def test_positions_without_a_table_of_weights_are_refused_too() -> None:

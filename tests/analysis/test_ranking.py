@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -85,8 +86,8 @@ def test_a_head_that_shares_its_keys_saves_nothing_alone() -> None:
         (make("recurrence", [1.0, 0.5], 16.0), "Gates that forget too fast are the usual reason."),
         (make("recurrence", [5.0], 60.0), "too short to fill its state of 60: read at least 120"),
         (make("convolution", [5.0], None, reader="mixer"), "`gramian distill` makes recurrences"),
-        (make("convolution", [5.0], None, reader="general"), "It could be replaced by recurrences"),
-        (make("convolution", [2.0], 8.0, reader="mixer"), "a larger --tol makes fewer"),
+        (make("convolution", [5.0], None, reader="general"), "A recurrence may do"),
+        (make("convolution", [2.0], 8.0, reader="mixer"), "`gramian distill` makes fewer states"),
         (make("convolution", [2.0], 3.0, reader="general"), "Fewer taps may do"),
         (make("convolution", [2.6], 3.0, reader="general"), "Keep its size."),
         (make("other", [2.6], 3.0), "Its ESS reaches 2.6 of 3 numbers for each value channel."),
@@ -98,11 +99,20 @@ def test_every_kind_has_a_suggestion_of_its_own(layer: LayerState, words: str) -
     assert json.dumps(report(layer).to_dict()["ranking"][0]["suggestion"])
 
 
+def test_a_short_text_says_nothing_about_attention() -> None:
+    layer = make("attention", [1.0], None)
+    short = dataclasses.replace(report(layer).at(range(8)), tokens=("a",) * 16)
+    (one,) = short.ranking()
+    assert one.suggestion == "The text is too short to tell: at most 7 states are usable."
+
+
 def test_states_of_recurrences_are_counted_for_each_value_channel() -> None:
     layer = make("recurrence", [2.5, 3.0], 16.0, storage=Storage(width=10, itemsize=4))
     (one,) = report(layer).ranking()
     assert one.held_bytes == 2 * 16 * 10 * 4 and one.needed_bytes == 2 * 3 * 10 * 4
-    assert "(about 3 each: 240 bytes instead of 1.2 KiB for 2 measured heads" in one.suggestion
+    assert (
+        "(about 3 numbers each: 240 bytes instead of 1.2 KiB for 2 measured heads" in one.suggestion
+    )
 
 
 def test_what_a_model_stores_is_what_its_cache_holds() -> None:
@@ -123,6 +133,20 @@ def test_what_a_model_stores_is_what_its_cache_holds() -> None:
     (cached,) = model(ids, use_cache=True).past_key_values.layers
     nbytes = cached.keys.nbytes + cached.values.nbytes
     assert 2 * layer.storage.nbytes(17) == nbytes
+
+
+def test_scans_store_a_state_for_every_value_channel() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 5}
+    mamba2 = {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8}
+    for model, width, heads in (
+        (transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)), 1, 32),
+        (transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, **mamba2)), 8, 4),
+    ):
+        report = gramian.analyze(model, torch.arange(20))
+        (layer,) = [one for one in report.layers if one.reader == "scan"]
+        assert layer.storage == Storage(width) and layer.count == heads
+        assert layer.storage.nbytes(float(layer.tss[:, -1].sum())) == 4 * 32 * 5
 
 
 def count(state: object) -> int:

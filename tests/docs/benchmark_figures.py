@@ -308,6 +308,19 @@ def _application(r: Results) -> str:
     return ", ".join(f"{part['ratio']:.1f} ({name})" for name, part in r["application"].items())
 
 
+def _wholly_read(r: Results) -> str:
+    return f"{r['summary']['verdicts']['read']} of {r['summary']['types']}"
+
+
+def _missing_or_wrong(r: Results) -> str:
+    verdicts = r["summary"]["verdicts"]
+    return str(verdicts["silent"] + verdicts["wrong"] + verdicts["raises"])
+
+
+def _largest(error: str) -> Callable[[Results], str]:
+    return lambda r: f"{r['summary'][f'largest_{error}']:.0e}".replace("e-0", "e-")
+
+
 def _modulation(part: str) -> Callable[[Results], str]:
     return lambda r: f"{r[part]['ratio']:.3f} (elsewhere {r[part]['control_ratio']:.3f})"
 
@@ -510,6 +523,13 @@ FIGURES: dict[str, list[Row]] = {
         ("ess_attention", _attention),
         ("ess_attention", _attention_long),
         ("ess_application", _application),
+    ],
+    "Coverage of architectures": [
+        ("coverage", _wholly_read),
+        ("coverage", _missing_or_wrong),
+        ("coverage", _largest("error")),
+        ("coverage", _largest("size_error")),
+        ("coverage", _largest("output_error")),
     ],
     "Memory at delimiters": [
         ("state_modulation", _modulation("documents")),

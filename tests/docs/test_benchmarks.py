@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks._coverage_page import fill, summary
 from tests.docs.benchmark_figures import FIGURES, load, machine
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,13 @@ def test_every_script_has_a_section_with_its_command() -> None:
     assert commands == scripts
     for section in SECTIONS.values():
         assert "\npython benchmarks/" in section
+
+
+def test_the_page_on_coverage_is_made_from_the_results() -> None:
+    page = (ROOT / "docs/results/coverage.md").read_text(encoding="utf-8")
+    results = load("coverage")
+    assert fill(page, results) == page
+    assert summary(results["rows"]) == results["summary"]
 
 
 def test_headline_figures_are_those_of_the_results() -> None:

@@ -117,3 +117,14 @@ def test_earlier_pairs_are_the_last_ones(length: int) -> None:
         found = [s for s in range(1, t) if (ids[s - 1], ids[s]) == (ids[t - 1], ids[t])]
         expected.append(max(found, default=-1) if t else -1)
     assert _earlier_pairs(ids).tolist() == expected
+
+
+def test_token_ids_stand_for_their_document() -> None:
+    torch.manual_seed(0)
+    model, (text, other) = Pairs(), words(63, 40)
+    ids = [torch.tensor([int(c) for c in one]) for one in (text, other)]
+    found = perplexity(model, tokenizer, ids, window=16)
+    expected = perplexity(model, tokenizer, [Document(text), Document(other)], window=16)
+    assert found == expected
+    with pytest.raises(ValueError, match="at least 2 tokens; it has 1"):
+        perplexity(model, tokenizer, ids[0][None, :1].flatten().split(1), window=16)

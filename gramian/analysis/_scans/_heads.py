@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from gramian.analysis._scans._reading import ScanReading, heads_first, of_state, single
 from gramian.systems import System
 
-__all__ = ["decays", "delta_rule", "first", "gated_recurrence", "of_heads", "unit"]
+__all__ = ["decays", "delta_rule", "first", "gated_recurrence", "of_heads", "state_gates", "unit"]
 
 _EPSILON = 1e-6  # what every implementation adds to the squared length of queries and keys
 
@@ -161,3 +162,23 @@ def decays(log: Tensor | None, v: Tensor) -> Callable[[slice], Tensor]:
         return heads_first(gate, heads, channels).exp()
 
     return decay
+
+
+def state_gates(
+    g: Tensor, A_log: Tensor, dt_bias: Tensor | None, lower_bound: float | None
+) -> Tensor:
+    """Return logarithms of gates that a scan computes from the output of a layer.
+
+    Args:
+        g: The output of the layer, (batch, L, heads, n).
+        A_log: Logarithms of rates, with one number for each head.
+        dt_bias: What is added to g, with n numbers for each head; None if there is none.
+        lower_bound: The least logarithm of a gate, or None.
+
+    Returns:
+        `-e^{A_log} softplus(g + bias)` or, with a bound, `bound · sigmoid(e^{A_log} (g + bias))`,
+        (batch, L, heads, n).
+    """
+    g = g.double() if dt_bias is None else g.double() + dt_bias.double().reshape(g.shape[-2:])
+    rate = A_log.double().exp().reshape(-1, 1)  # (heads, 1)
+    return -rate * softplus(g) if lower_bound is None else lower_bound * torch.sigmoid(rate * g)

@@ -20,8 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gramian.systems import System, TimeVarying
-from gramian.systems.time_varying import TimeVaryingState
+from gramian.systems import System, TimeVarying, TimeVaryingState
 
 __all__ = ["SCANS", "ScanReading", "heads_first", "of_state", "read", "register", "single"]
 

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from gramian.analysis._scans._heads import delta_rule
+from gramian.analysis._scans._heads import delta_rule, state_gates
 from gramian.analysis._scans._reading import ScanReading, register
 
 
@@ -74,11 +73,7 @@ def kda(
     if use_beta_sigmoid_in_kernel:
         beta = torch.sigmoid(beta.double()) * (2.0 if allow_neg_eigval else 1.0)
     if use_gate_in_kernel and A_log is not None:
-        g = g.double()
-        if dt_bias is not None:
-            g = g + dt_bias.double().reshape(g.shape[-2:])
-        rate = A_log.double().exp().reshape(-1, 1)  # (heads, 1)
-        g = -rate * softplus(g) if lower_bound is None else lower_bound * torch.sigmoid(rate * g)
+        g = state_gates(g, A_log, dt_bias, lower_bound)
     return delta_rule(
         q,
         k,

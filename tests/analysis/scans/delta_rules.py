@@ -97,6 +97,20 @@ def multiplied_rwkv7_loop(r: Any, w: Any, k: Any, v: Any, kk: Any, a: Any) -> An
     return general_delta_loop(r, k, v, -kk, kk * a, w, 1.0)
 
 
+def gdn2_loop(q: Any, k: Any, v: Any, g: Any, b: Any, w: Any, **options: Any) -> Any:
+    if options.get("use_qk_l2norm_in_kernel"):
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    if options.get("use_gate_in_kernel"):
+        g = -options["A_log"].exp()[:, None] * softplus(g + options["dt_bias"].reshape(HEADS, -1))
+    eye = torch.eye(k.shape[-1]).double()
+
+    def M(t: int) -> Tensor:
+        erase = k[0, t, :, :, None] * (b[0, t] * k[0, t])[:, None, :]
+        return (eye - erase) @ torch.diag_embed(g[0, t].exp())
+
+    return matrices(q, k, w * v, M, lambda t: k[0, t], None, options.get("initial_state")), None
+
+
 def comba_loop(q: Any, k: Any, v: Any, p: Any, g: Any, beta: Any = None, **options: Any) -> Any:
     q, k, p = (spread(x, v.shape[2]) for x in (q, k, p))
     if options.get("use_qk_l2norm_in_kernel"):
@@ -130,6 +144,12 @@ def ungrouped(normal: Any, L: int) -> Arguments:
 
 def kda_arguments(normal: Any, L: int) -> Arguments:
     return ungrouped(normal, L) | {"g": logsigmoid(normal(1, L, HEADS, N))}
+
+
+def gdn2_arguments(normal: Any, L: int) -> Arguments:
+    b, w = (normal(1, L, HEADS, size).sigmoid() for size in (N, P))
+    given = {key: x for key, x in kda_arguments(normal, L).items() if key != "beta"}
+    return given | {"b": b, "w": w}
 
 
 def pair(normal: Any, L: int) -> Arguments:
@@ -236,6 +256,16 @@ CASES: dict[str, Case] = {
     "RWKV-7, step by step": Case("fused_recurrent_rwkv7", recurrent_rwkv7_loop, rwkv7_arguments),
     "RWKV-7, products": Case(
         "fused_mul_recurrent_rwkv7", multiplied_rwkv7_loop, multiplied_arguments
+    ),
+    "GDN-2": Case("chunk_gdn2", gdn2_loop, gdn2_arguments, initial_state=STATE),
+    "GDN-2, gates in the kernel": Case(
+        "fused_recurrent_gdn2",
+        gdn2_loop,
+        gdn2_arguments,
+        use_gate_in_kernel=True,
+        A_log=some(HEADS),
+        dt_bias=some(HEADS * N),
+        use_qk_l2norm_in_kernel=True,
     ),
     "Comba": Case(
         "chunk_comba",

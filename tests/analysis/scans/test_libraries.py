@@ -17,6 +17,7 @@ from tests.analysis.scans import attention, delta_rules, state_spaces
 CASES = state_spaces.CASES | delta_rules.CASES | attention.CASES
 FILES = (
     "fla.ops",
+    "fla.ops.gdn2",
     "fla.ops.hgrn",
     "fla.ops.rwkv7",
     "mamba_ssm.ops.selective_scan_interface",

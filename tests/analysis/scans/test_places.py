@@ -130,6 +130,21 @@ def test_one_sequence_may_have_boundaries() -> None:
     assert torch.equal(read("chunk_gla", (), given | packed).system(slice(0, 2)).matrix(5), T)
 
 
+def test_indices_of_sequences_may_be_of_one() -> None:
+    x, dt, A, B = (
+        torch.randn(1, 5, 2, 3),
+        torch.ones(1, 5, 2),
+        -torch.ones(2),
+        torch.ones(1, 5, 1, 4),
+    )
+    index = torch.zeros(1, 5, dtype=torch.int32)
+    given = {"chunk_size": 4, "seq_idx": index}
+    assert read("mamba2_chunk_scan", (x, dt, A, B, B), given).count == 2
+    index[0, 3:] = 1
+    with pytest.raises(ValueError, match="seq_idx; got a tensor"):
+        read("mamba2_chunk_scan", (x, dt, A, B, B), given)
+
+
 def test_shapes_and_numbers_that_cannot_agree() -> None:
     given = heads()
     reading = read("chunk_gla", (), given)

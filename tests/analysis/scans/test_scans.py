@@ -22,22 +22,24 @@ def reading_of(case: Case, arguments: Arguments) -> tuple[ScanReading, Any]:
 
 
 def dense(case: Case, arguments: Arguments, reading: ScanReading) -> Tensor:
-    """(count, L, L): what the loop makes of an impulse in all value channels at a position."""
-    values = arguments[case.values]
+    """(count, L, L): what the loop makes of an impulse in the first value channel at a position."""
+    own = arguments[case.values]
     length = reading.values.shape[-1]
-    time = list(values.shape).index(length)
+    time = list(own.shape).index(length)
 
-    def outputs(v: Tensor) -> Tensor:
+    def run(v: Tensor) -> tuple[Tensor, Tensor]:
         given = {**arguments, case.values: v}
-        return reading_of(case, given)[0].outputs(case.loop(**given))
+        read_again, result = reading_of(case, given)
+        return read_again.values[:, 0], read_again.outputs(result)[:, 0]  # (count, L) both
 
-    zero, columns = outputs(0 * values), []
+    (_, zero), columns = run(0 * own), []
     for j in range(length):
-        impulse = torch.zeros_like(values)
+        impulse = torch.zeros_like(own)
         impulse.select(time, j).fill_(1)
-        columns.append(outputs(impulse) - zero)
-    gate = 1 if reading.gate is None else reading.gate.unsqueeze(-1)
-    return (torch.stack(columns, -1) / gate)[:, 0]  # (count, N, L, L) before the first is taken
+        values, outputs = run(impulse)
+        columns.append((outputs - zero) / values[:, j : j + 1])
+    gate = 1 if reading.gate is None else reading.gate[:, 0].unsqueeze(-1)
+    return torch.stack(columns, -1) / gate
 
 
 @pytest.mark.parametrize("length", LENGTHS)

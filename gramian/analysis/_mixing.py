@@ -1,0 +1,218 @@
+"""Find the modules that mix positions by themselves, and how the operators of each can be read.
+
+While the model runs on a short sequence, every module runs again on changed inputs when it ends.
+The modules inside it that mix positions return what they returned before. If a later position of
+its result changes, or of what it passes to such an inner module, then the module mixes positions by
+itself. A layer of which an earlier position changes looks ahead and is refused. Names of classes,
+architectures or functions play no role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.analysis._tracing import Frame, Key, Replay, Tracer
+from gramian.analysis._values import (
+    changed_positions,
+    copied,
+    leaves_of,
+    perturbed,
+    sequences_in,
+    time_axis,
+    window,
+)
+
+__all__ = ["Finder", "Leftover", "NotFinite", "mixing_of", "short_lengths"]
+
+_LENGTHS = (37, 41, 31, 43, 29, 47, 53, 59, 61, 23, 67, 71, 73, 79, 83, 97, 101, 103, 107, 109)
+"""Lengths of the short sequence, in the order of preference."""
+
+_PADDINGS = (12, 4, 0)
+"""Numbers of positions that convolutions may add to the short sequence."""
+
+
+def short_lengths(model: nn.Module) -> list[tuple[int, int]]:
+    """Return how many positions the short sequence may have, the best numbers first.
+
+    Each is followed by the number of positions that convolutions may add to it. No parameter has a
+    size in between, so that the axis of time of a tensor can be told from its shape.
+    """
+    sizes = {size for tensor in model.parameters() for size in tensor.shape}
+    fitting = [
+        (length, padding)
+        for padding in _PADDINGS
+        for length in _LENGTHS
+        if not sizes.intersection(range(length, length + padding + 1))
+    ]
+    return fitting or [(_LENGTHS[0], 0)]
+
+
+class NotFinite(ValueError):
+    """Raised when a module makes NaN values from inputs without them."""
+
+
+@dataclass
+class Leftover:
+    """The mixing of positions that remains in a module when some of its calls are frozen.
+
+    Attributes:
+        later: whether later positions respond.
+        earlier: whether earlier positions respond.
+        keys: the keys of what responds: of frozen calls and children whose arguments respond, or
+            ("output", "", 0).
+    """
+
+    later: bool = False
+    earlier: bool = False
+    keys: list[Key] = field(default_factory=list)
+
+
+def mixing_of(
+    tracer: Tracer, frame: Frame, length: int, frozen: dict[Key, Any] | None = None
+) -> Leftover:
+    """Return how a module mixes positions by itself, with some of its calls frozen.
+
+    The results of frozen calls and of the modules inside it change at the same positions as its
+    inputs, so that mixing before and after them is found.
+
+    Args:
+        tracer: The tracer that is installed.
+        frame: The run of the module.
+        length: The number of positions.
+        frozen: The calls whose results are given, and these results.
+    """
+    generator = torch.Generator().manual_seed(5)
+    positions = (length // 6, length // 3)
+
+    longest = length + tracer.padding
+
+    def other(value: Any, padded_before: bool = False) -> Any:
+        return perturbed(value, length, longest, positions, generator, padded_before)
+
+    frozen = frozen or {}
+    operations = any(key[0] == "operation" for key in frozen)
+    before = Replay(tracer, frame, length, frozen, operations=operations).run()
+    changed_frozen = {key: other(result) for key, result in frozen.items()}
+    children = [(child, other(result)) for child, result in frame.children]
+    changed_frame = replace(frame, children=children)
+    after = Replay(tracer, changed_frame, length, changed_frozen, operations=operations)
+    after.run(other(frame.inputs, padded_before=True))
+    found = Leftover()
+    for key, one, two in _pairs(before, after):
+        changed = _changes(one, two, length, longest, key[0] != "output") - set(positions)
+        if changed:
+            found.keys.append(key)
+            found.later |= max(changed) > positions[0]
+            found.earlier |= min(changed) < positions[0]
+    return found
+
+
+def _pairs(before: Replay, after: Replay) -> Iterator[tuple[Key, Any, Any]]:
+    yield ("output", "", 0), before.output, after.output
+    for key in before.watched.keys() & after.watched.keys():
+        yield key, before.watched[key], after.watched[key]
+
+
+def _changes(one: Any, other: Any, length: int, longest: int, padded_before: bool) -> set[int]:
+    """Return the positions at which sequences in two nested values differ."""
+    others = leaves_of(other)
+    changed: set[int] = set()
+    for index, x, axis in sequences_in(one, length, longest):
+        if index < len(others) and getattr(others[index], "shape", None) == x.shape:
+            rows = window(x, axis, length, padded_before)
+            changed |= changed_positions(rows, window(others[index], axis, length, padded_before))
+    return changed
+
+
+class Finder:
+    """The search for the modules that mix positions, during one run on a short sequence.
+
+    Args:
+        tracer: The tracer of the model.
+        length: The number of positions of the short sequence.
+        visit: A function that is called with the frame of every module that mixes positions by
+            itself, and with how it does, right after it has run.
+        whole: A function that returns whether a module is read as a whole, whatever is inside it.
+
+    Attributes:
+        notes: for every module that could not be tested, its path and the reason.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        length: int,
+        visit: Callable[[Frame, Leftover], None],
+        whole: Callable[[nn.Module], bool],
+    ) -> None:
+        self.tracer, self.length, self.visit, self.whole = tracer, length, visit, whole
+        self.notes: dict[str, str] = {}
+        self._frames: list[Frame] = []
+        self._mixes: dict[int, bool] = {}
+        self._inside = 0  # the number of running modules that are read as a whole
+
+    @contextmanager
+    def finding(self) -> Iterator[None]:
+        """Search during the forward pass of the model within this context."""
+        with self.tracer.installed(self._enter, self._leave):
+            try:
+                yield
+            finally:
+                self._frames.clear()
+                self._inside = 0
+                self.tracer.stack.clear()
+
+    def _enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._inside or self.whole(module):
+            self._inside += 1
+        random = torch.get_rng_state()
+        self._frames.append(Frame(path, module, copied((args, kwargs)), random))
+
+    def _leave(self, path: str, module: nn.Module, output: Any) -> None:
+        frame = self._frames.pop()
+        self._inside -= bool(self._inside)
+        if self._inside:
+            return
+        if id(module) not in self._mixes:
+            self._mixes[id(module)] = bool(frame.children)
+            self._mixes[id(module)] |= self._examine(frame, output)
+        if self._mixes[id(module)] and self._frames:
+            self._frames[-1].children.append((module, copied(output)))
+
+    def _examine(self, frame: Frame, output: Any) -> bool:
+        """Return whether a module mixes positions by itself, and visit it if it does."""
+        if self.whole(frame.module):
+            self.visit(frame, Leftover(later=True))
+            return True
+        if _has_nan(output) and not _has_nan(frame.inputs):
+            name = frame.path or type(frame.module).__name__
+            raise NotFinite(f"{name}: an operator to be measured must be finite; got NaN values.")
+        exact = any(
+            time_axis(x, self.length) is not None for x in leaves_of((frame.inputs, output))
+        )
+        if not exact and not frame.children:
+            return False  # with padding on both sides, its positions cannot be told
+        try:
+            found = mixing_of(self.tracer, frame, self.length)
+        except Exception as error:  # whatever a module of others raises
+            if any(sequences_in(frame.inputs, self.length)):
+                self.notes[frame.path] = f"it cannot be run alone: {type(error).__name__}."
+            return False
+        if not (found.later or found.earlier):
+            return False
+        self.visit(frame, found)
+        return True
+
+
+def _has_nan(value: Any) -> bool:
+    """Return whether a floating-point tensor in nested values has NaN entries."""
+    return any(
+        isinstance(x, Tensor) and x.is_floating_point() and bool(x.isnan().any())
+        for x in leaves_of(value)
+    )

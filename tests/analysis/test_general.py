@@ -1,0 +1,386 @@
+"""The reader of all mixers finds known operators in modules that it does not know."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gramian
+from gramian.analysis._inputs import read_inputs
+from gramian.analysis._recording import RecordedOperator, Recorder
+
+LENGTH, WIDTH = 29, 12
+HEADS, SIZE = 3, 4  # WIDTH = HEADS * SIZE
+
+
+def softmax_map(module: nn.Module, x: Tensor) -> Tensor:
+    """(heads, L, L): the causal map of a layer with projections q and k."""
+    q, k = (f(x).reshape(-1, HEADS, SIZE).transpose(0, 1) for f in (module.q, module.k))
+    scores = q @ k.mT / SIZE**0.5
+    ahead = torch.ones(len(x), len(x)).triu(1).bool()
+    return scores.masked_fill(ahead, -torch.inf).softmax(-1)
+
+
+def heads_of(values: Tensor) -> Tensor:
+    return values.reshape(-1, HEADS, SIZE).transpose(0, 1)
+
+
+def joined(values: Tensor) -> Tensor:
+    return values.transpose(0, 1).reshape(-1, WIDTH)[None]
+
+
+class Toy(nn.Module):
+    """A module with projections; `operators` computes its operators naively, (heads, L, L)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        for name in ("q", "k", "v", "g", "o"):
+            setattr(self, name, nn.Linear(WIDTH, WIDTH))
+
+    def operators(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Shift(Toy):
+    """A mix of the present token and the last one: what mixes tokens is the shift alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = F.pad(x, (0, 0, 1, -1))
+        return self.o(x * self.mix + before * (1 - self.mix))
+
+    def operators(self, x: Tensor) -> Tensor:
+        return torch.eye(len(x)).roll(1, 0).tril(-1)[None]
+
+
+class Dilated(Toy):
+    """A depthwise convolution, dilated and padded on both sides, with an activation after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taps = nn.Conv1d(WIDTH, WIDTH, 3, dilation=2, padding=4, groups=WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(F.silu(self.taps(x.mT)[..., : x.shape[1]]).mT)
+
+    def operators(self, x: Tensor) -> Tensor:
+        T = torch.zeros(WIDTH, len(x), len(x))
+        for c in range(WIDTH):
+            for lag in range(3):
+                T[c] += self.taps.weight[c, 0, 2 - lag] * torch.eye(len(x)).roll(2 * lag, 0).tril(
+                    -2 * lag
+                )
+        return T
+
+
+class Gated(Toy):
+    """A recurrence in a loop, with a gate of each head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.g(x)[0, :, :HEADS].sigmoid()
+        values = self.v(x)[0].reshape(-1, HEADS, SIZE)
+        state, rows = torch.zeros(HEADS, SIZE), []
+        for t in range(len(values)):
+            state = gates[t, :, None] * state + values[t]
+            rows.append(state)
+        return self.o(torch.stack(rows).reshape(1, -1, WIDTH))
+
+    def operators(self, x: Tensor) -> Tensor:
+        gates = self.g(x)[:, :HEADS].sigmoid()
+        T = torch.zeros(HEADS, len(x), len(x))
+        for i in range(len(x)):
+            for j in range(i + 1):
+                T[:, i, j] = gates[j + 1 : i + 1].prod(0)
+        return T
+
+
+class Sink(Toy):
+    """Attention whose output a sink scales, so that its rows sum to less than 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(joined(self.operators(x[0]) @ heads_of(self.v(x[0]))))
+
+    def operators(self, x: Tensor) -> Tensor:
+        scale = self.g(x)[:, :HEADS].sigmoid()
+        return softmax_map(self, x) * scale.T[..., None]
+
+
+class Differential(Toy):
+    """The difference of two maps that act on the same values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = heads_of(self.v(x[0]))
+        one, other = softmax_map(self, x[0]) @ values, softmax_map(self, -x[0]) @ values
+        return self.o(joined(one - 0.3 * other))
+
+    def operators(self, x: Tensor) -> Tensor:
+        return softmax_map(self, x) - 0.3 * softmax_map(self, -x)
+
+
+class Fused(Toy):
+    """Attention with queries, keys and values from one projection, interleaved head by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).reshape(-1, HEADS, 3, SIZE).permute(2, 1, 0, 3)
+        ahead = torch.ones(len(x), len(x)).triu(1).bool()
+        return q, k, v, ahead  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, ahead = self.parts(x[0])
+        return self.o(joined((q @ k.mT).masked_fill(ahead, -torch.inf).softmax(-1) @ v))
+
+    def operators(self, x: Tensor) -> Tensor:
+        q, k, _, ahead = self.parts(x)
+        return (q @ k.mT).masked_fill(ahead, -torch.inf).softmax(-1)
+
+
+TOYS = {
+    "shift": (Shift, 1, "convolution"),
+    "dilated": (Dilated, WIDTH, "convolution"),
+    "gated": (Gated, HEADS, "recurrence"),
+    "sink": (Sink, HEADS, "recurrence"),
+    "differential": (Differential, HEADS, "recurrence"),
+    "fused": (Fused, HEADS, "attention"),
+}
+
+
+def recorded(model: nn.Module, x: Tensor) -> tuple[list[tuple[RecordedOperator, Tensor]], Any]:
+    """The operators of a model with their matrices (count, L, L), and what was not read."""
+    found: list[tuple[RecordedOperator, Tensor]] = []
+
+    def visit(operator: RecordedOperator) -> None:
+        system = operator.system(slice(0, operator.count))
+        found.append((operator, system.matrix(x.shape[-2]).reshape(-1, *[x.shape[-2]] * 2)))
+
+    recorder = Recorder(model, visit)
+    recorder.record(read_inputs(x, None))
+    return found, recorder.unread()
+
+
+@pytest.mark.parametrize("length", [3, LENGTH, 63, 130])
+@pytest.mark.parametrize("name", TOYS)
+def test_known_operators_are_found(name: str, length: int) -> None:
+    cls, count, kind = TOYS[name]
+    model = cls().eval()
+    x = torch.randn(1, length, WIDTH)
+    found, unread = recorded(model, x)
+    assert not unread and len(found) == 1
+    operator, T = found[0]
+    assert operator.count == count and operator.kind == kind and operator.reader == "general"
+    expected = model.operators(x[0]).detach()
+    torch.testing.assert_close(T, expected, atol=2e-5, rtol=1e-4)
+
+
+class Two(Toy):
+    """A convolution, an activation and then a recurrence, in one forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Dilated(), Gated()
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = F.conv1d(F.pad(x.mT, (2, 0)), self.first.taps.weight, groups=WIDTH).mT.tanh()
+        gates = self.g(x)[0, :, :1].sigmoid()
+        return self.o(self.accumulate(values[0], gates)[None])
+
+    def accumulate(self, values: Tensor, gates: Tensor) -> Tensor:
+        state, rows = torch.zeros(WIDTH), []
+        for value, gate in zip(values, gates, strict=True):
+            state = gate * state + value
+            rows.append(state)
+        return torch.stack(rows)
+
+
+def test_every_call_of_a_module_that_mixes_is_read() -> None:
+    model = Two().eval()
+    x = torch.randn(1, LENGTH, WIDTH)
+    found, unread = recorded(model, x)
+    assert not unread
+    assert [operator.kind for operator, _ in found] == ["convolution", "recurrence"]
+    assert len({operator.name for operator, _ in found}) == 2
+    gates = model.g(x)[0, :, 0].sigmoid()
+    expected = torch.zeros(LENGTH, LENGTH)
+    for i in range(LENGTH):
+        for j in range(i + 1):
+            expected[i, j] = gates[j + 1 : i + 1].prod()
+    torch.testing.assert_close(found[1][1][0], expected.detach(), atol=2e-5, rtol=1e-4)
+
+
+def test_a_short_convolution_can_be_part_of_the_operator_that_it_feeds() -> None:
+    model = Two().eval()
+    x = torch.randn(1, 60, WIDTH)
+    report = gramian.analyze(model, x, every=7, include="mixer", max_channels=None)
+    assert report.include == "mixer" and not report.unread
+    (layer,) = report.layers
+    assert layer.kind == "recurrence" and layer.count == WIDTH
+    # a naive operator: the response of the whole chain with the factor of tanh frozen
+    with torch.no_grad():
+        before = F.conv1d(F.pad(x.mT, (2, 0)), model.first.taps.weight, groups=WIDTH)[0]
+        factors = before.tanh() / before  # (WIDTH, L)
+        gates = model.g(x)[0, :, :1].sigmoid()
+        columns = []
+        for j in range(60):
+            impulse = torch.zeros(1, WIDTH, 60)
+            impulse[..., j] = 1
+            y = F.conv1d(F.pad(impulse, (2, 0)), model.first.taps.weight, groups=WIDTH)[0]
+            columns.append(model.accumulate((factors * y).T, gates).T)
+    T = torch.stack(columns, -1).double()
+    for c, i in ((0, 14), (5, 28), (11, 56)):
+        s = torch.linalg.svdvals(T[c, i:, :i])
+        p = s / s.sum()
+        expected = torch.exp(torch.special.entr(p).sum())
+        torch.testing.assert_close(layer.ess[c, i // 7].double(), expected, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="include"):
+        gramian.analyze(model, x, include="all")
+
+
+class Ahead(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(x + x.roll(-1, 1))
+
+
+class Square(Toy):
+    """A recurrence that is not linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [x[:, 0]]
+        for t in range(1, x.shape[1]):
+            rows.append((rows[-1] + x[:, t]).sin())
+        return self.o(torch.stack(rows, 1))
+
+
+class Between(Toy):
+    """A shift before a layer that is read: no part of that layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Sink()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x.exp(), (0, 0, 1, -1)) * x
+        return self.inner(x)
+
+
+def test_layers_that_look_ahead_or_are_not_linear_are_named() -> None:
+    x = torch.randn(1, LENGTH, WIDTH)
+    model = nn.Sequential(Sink(), Ahead())
+    found, unread = recorded(model, x)
+    assert [operator.name for operator, _ in found] == ["0"]
+    assert unread == (("1", "it is not causal: it looks ahead."),)
+    found, unread = recorded(nn.Sequential(Sink(), Square()), x)
+    assert [operator.name for operator, _ in found] == ["0"]
+    assert [name for name, _ in unread] == ["1"] and "not linear" in unread[0][1]
+
+
+def test_what_mixes_tokens_before_a_layer_that_is_read_is_no_part_of_it() -> None:
+    found, unread = recorded(Between().eval(), torch.randn(1, LENGTH, WIDTH))
+    assert not unread
+    assert [operator.name for operator, _ in found] == ["Between", "inner"]
+
+
+def test_shared_modules_count_by_their_runs() -> None:
+    shared = Sink()
+    found, unread = recorded(nn.Sequential(shared, nn.Tanh(), shared), torch.randn(1, 40, WIDTH))
+    assert not unread
+    assert [operator.name for operator, _ in found] == ["0", "0 (run 2)"]
+    assert not torch.allclose(found[0][1], found[1][1])
+
+
+def test_a_pointwise_model_mixes_nothing() -> None:
+    found, unread = recorded(nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh()), torch.randn(1, 9, 12))
+    assert not found and not unread
+
+
+class Failing(Toy):
+    def __init__(self, error: type[BaseException], at: int) -> None:
+        super().__init__()
+        self.error, self.left = error, at
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return x
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("at", [1, 4])
+def test_everything_is_put_back_after_an_error(error: type[BaseException], at: int) -> None:
+    model = nn.Sequential(Two(), Gated(), Failing(error, at))
+    model[1].train()
+    model[0].eval()
+    names = dict(globals())
+    before = [(dict(m.__dict__), len(m._forward_hooks), m.training) for m in model.modules()]
+    with pytest.raises(error):
+        gramian.analyze(model, torch.randn(LENGTH, WIDTH))
+    for module, (own, hooks, training) in zip(model.modules(), before, strict=True):
+        assert module.__dict__.keys() == own.keys()
+        assert len(module._forward_hooks) == hooks and module.training == training
+    assert {k: v for k, v in globals().items() if k in names} == names
+
+
+def test_other_threads_run_the_model_meanwhile() -> None:
+    model = nn.Sequential(*(Two() for _ in range(3))).eval()
+    x = torch.randn(1, LENGTH, WIDTH)
+    with torch.no_grad():
+        right = model(x)
+    wrong: list[float] = []
+    stop = threading.Event()
+
+    def run() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                wrong.append(float((model(x) - right).abs().max()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        alone = gramian.analyze(model, torch.randn(LENGTH, WIDTH), every=9)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(alone.layers) == 6 and wrong and max(wrong) == 0
+
+
+def test_concurrent_analyses_give_what_single_ones_give() -> None:
+    model = nn.Sequential(Two(), Gated()).eval()
+    x = torch.randn(LENGTH, WIDTH)
+    expected = gramian.analyze(model, x, every=5)
+    results: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(gramian.analyze(model, x, every=5)))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    for report in results:
+        for one, other in zip(report.layers, expected.layers, strict=True):
+            assert one.name == other.name and torch.equal(one.ess, other.ess)
+
+
+def test_the_model_computes_what_it_computes_alone() -> None:
+    model = nn.Sequential(*(cls() for cls, _, _ in TOYS.values()), Two()).eval()
+    x = torch.randn(1, 71, WIDTH)
+    outputs: list[Tensor] = []
+    hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        expected = model(x)
+    gramian.analyze(model, x, every=30)
+    hook.remove()
+    assert torch.equal(outputs[-1], expected)
