@@ -232,18 +232,19 @@ def _spectral(name: str, tolerance: float) -> Callable[[Results], str]:
     return text
 
 
-def _penalized(weight: float) -> Callable[[Results], str]:
+def _penalized(weight: float, truncation: float = 0) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         (run,) = [
             run
             for run in r["runs"]
-            if (run["filter"], run["weight"], run["truncation"]) == ("s4d", weight, 0)
+            if (run["filter"], run["weight"], run["truncation"]) == ("s4d", weight, truncation)
         ]
         orders = ", ".join(
             f"{row['bits per byte']:.3f} at order {row['order']}" for row in run["orders"][:3]
         )
         norm = run["nuclear norm over largest singular value"]
-        return f"Σσ/σ₁ {norm:.1f}; {run['bits per byte']:.3f} bits per byte, {orders}"
+        whole = f"{run['state bytes']:,} bytes, {run['bits per byte']:.3f} bits per byte"
+        return f"Σσ/σ₁ {norm:.1f}; state of {whole}; {orders}"
 
     return text
 
@@ -480,6 +481,7 @@ FIGURES: dict[str, list[Row]] = {
     "Trained to be small": [
         ("hankel_training", _penalized(0)),
         ("hankel_training", _penalized(1e-2)),
+        ("hankel_training", _penalized(1e-2, 1e-3)),
     ],
     "Spectral filters": [
         ("spectral_filters", _spectral("each filter alone", 1e-3)),
