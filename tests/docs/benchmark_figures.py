@@ -232,6 +232,40 @@ def _spectral(name: str, tolerance: float) -> Callable[[Results], str]:
     return text
 
 
+def _penalized(weight: float, truncation: float = 0) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        (run,) = [
+            run
+            for run in r["runs"]
+            if (run["filter"], run["weight"], run["truncation"]) == ("s4d", weight, truncation)
+        ]
+        orders = ", ".join(
+            f"{row['bits per byte']:.3f} at order {row['order']}" for row in run["orders"][:3]
+        )
+        norm = run["nuclear norm over largest singular value"]
+        whole = f"{run['state bytes']:,} bytes, {run['bits per byte']:.3f} bits per byte"
+        return f"Σσ/σ₁ {norm:.1f}; state of {whole}; {orders}"
+
+    return text
+
+
+def _saved(filter: str, way: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        rows = r[filter]["saved state at equal divergence"][way]
+        return ", ".join(f"{row['saved']:.0%} at order {row['order']:.1f}" for row in rows)
+
+    return text
+
+
+def _weighted_loss(filter: str, order: int) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        (row,) = [row for row in r[filter]["orders"] if row["order"] == order]
+        ways = ("unweighted", "by spectrum", "by text")
+        return ", ".join(f"{row[way]['increase']:+.2%}" for way in ways)
+
+    return text
+
+
 def _random_poles(states: int) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         rows = r["1024 taps"]["random poles"]
@@ -463,6 +497,11 @@ FIGURES: dict[str, list[Row]] = {
         ("distillation_order", _order(16)),
         ("distillation_order", _order(64)),
     ],
+    "Trained to be small": [
+        ("hankel_training", _penalized(0)),
+        ("hankel_training", _penalized(1e-2)),
+        ("hankel_training", _penalized(1e-2, 1e-3)),
+    ],
     "Spectral filters": [
         ("spectral_filters", _spectral("each filter alone", 1e-3)),
         ("spectral_filters", _spectral("random coefficients", 1e-2)),
@@ -470,6 +509,14 @@ FIGURES: dict[str, list[Row]] = {
         ("spectral_filters", _spectral("random coefficients", 1e-4)),
         ("spectral_filters", _random_poles(100)),
         ("spectral_filters", _random_poles(200)),
+    ],
+    "Weighted reduction": [
+        ("calibrated_reduction", _saved("implicit", "by spectrum")),
+        ("calibrated_reduction", _saved("implicit", "by text")),
+        ("calibrated_reduction", _saved("s4d", "by spectrum")),
+        ("calibrated_reduction", _saved("s4d", "by text")),
+        ("calibrated_reduction", _weighted_loss("implicit", 4)),
+        ("calibrated_reduction", _weighted_loss("s4d", 4)),
     ],
     "Packed rows": [
         ("packing", _packing("alike")),
