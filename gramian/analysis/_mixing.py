@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.analysis._keeping import Buffers
 from gramian.analysis._tracing import Frame, Key, Replay, Tracer
 from gramian.analysis._values import (
     changed_positions,
@@ -172,7 +173,8 @@ class Finder:
         if self._inside or self.whole(module):
             self._inside += 1
         random = torch.get_rng_state()
-        self._frames.append(Frame(path, module, copied((args, kwargs)), random))
+        frame = Frame(path, module, copied((args, kwargs)), random, Buffers(module))
+        self._frames.append(frame)
 
     def _leave(self, path: str, module: nn.Module, output: Any) -> None:
         frame = self._frames.pop()

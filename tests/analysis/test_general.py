@@ -384,3 +384,38 @@ def test_the_model_computes_what_it_computes_alone() -> None:
     gramian.analyze(model, x, every=30)
     hook.remove()
     assert torch.equal(outputs[-1], expected)
+
+
+class Restless(Toy):
+    """A decaying sum with noise, scaled by a count of the runs, which is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 1))
+        values = self.v(x) + torch.randn_like(x)
+        states = [values[:, 0]]
+        for value in values.unbind(1)[1:]:
+            states.append(0.8 * states[-1] + value)
+        return self.runs * torch.stack(states, 1)
+
+
+def test_buffers_and_random_numbers_are_those_of_one_run() -> None:
+    model = nn.Sequential(Restless(), Restless()).eval()
+    x = torch.randn(1, 71, WIDTH)
+    outputs: list[Tensor] = []
+    hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    torch.manual_seed(1)
+    report = gramian.analyze(model, x, every=30)
+    after, random = outputs[-1], torch.get_rng_state()
+    hook.remove()
+    assert [layer.name for layer in report.layers] == ["0", "1"] and not report.unread
+    assert all(not buffer.any() for buffer in model.buffers())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert torch.equal(model(x), after)
+    assert torch.equal(torch.get_rng_state(), random)
