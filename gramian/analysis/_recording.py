@@ -183,7 +183,7 @@ class Recorder:
 
         If a model cannot read as many tokens, fewer are tried.
         """
-        lengths = [*short_lengths(self.model), (inputs.length, 0)]
+        lengths = [*short_lengths(self.model, inputs.length), (inputs.length, 0)]
         while True:
             length, self._tracer.padding = lengths.pop(0)
             planner = Planner(self._tracer, length, self.joins)

@@ -419,3 +419,38 @@ def test_buffers_and_random_numbers_are_those_of_one_run() -> None:
     with torch.no_grad():
         assert torch.equal(model(x), after)
     assert torch.equal(torch.get_rng_state(), random)
+
+
+class FarBack(Toy):
+    """A depthwise convolution with two taps that are far from each other."""
+
+    def __init__(self, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.short = nn.Conv1d(WIDTH, WIDTH, 2, dilation=dilation, groups=WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.short(F.pad(x.mT, (self.dilation, 0))).mT
+
+
+@pytest.mark.parametrize("dilation", [30, 64, 113])
+def test_convolutions_with_large_dilations_are_read(dilation: int) -> None:
+    report = gramian.analyze(FarBack(dilation).eval(), torch.randn(1, 240, WIDTH), at=[20, 120])
+    assert not report.unread
+    (layer,) = report.layers
+    assert layer.count == WIDTH
+    expected = torch.tensor([20.0, dilation]).expand(WIDTH, 2)
+    torch.testing.assert_close(layer.ess, expected)
+
+
+def test_a_segment_up_to_the_end_of_a_module_is_all_of_it() -> None:
+    class Decaying(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            values = self.v(x)
+            states = [values[:, 0]]
+            for value in values.unbind(1)[1:]:
+                states.append(0.8 * states[-1] + value)
+            return torch.stack(states, 1)
+
+    report = gramian.analyze(Decaying().eval(), torch.randn(1, 71, WIDTH), every=30)
+    assert len(report.layers) == 1 and not report.unread
