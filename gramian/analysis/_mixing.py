@@ -62,8 +62,9 @@ def short_lengths(model: nn.Module, longest: int) -> list[tuple[int, int]]:
 
 def _dilation(module: nn.Module) -> int:
     """Return the distance between the taps of a convolution over time, or 0."""
-    one = isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1
-    return int(module.dilation[0]) if one else 0
+    if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
+        return module.dilation[0]
+    return 0
 
 
 class NotFinite(ValueError):
