@@ -454,3 +454,14 @@ def test_a_segment_up_to_the_end_of_a_module_is_all_of_it() -> None:
 
     report = gramian.analyze(Decaying().eval(), torch.randn(1, 71, WIDTH), every=30)
     assert len(report.layers) == 1 and not report.unread
+
+
+def test_compiled_models_are_read_as_they_were_before() -> None:
+    model = nn.Sequential(Shift(), Gated()).eval()
+    x = torch.randn(1, 71, WIDTH)
+    expected = gramian.analyze(model, x, every=30)
+    compiled = torch.compile(model, backend="eager")
+    report = gramian.analyze(compiled, x, every=30)
+    assert not report.unread
+    for one, other in zip(report.layers, expected.layers, strict=True):
+        assert one.name == f"_orig_mod.{other.name}" and torch.equal(one.ess, other.ess)
