@@ -189,7 +189,8 @@ class Recorder:
         while True:
             length, self._tracer.padding = lengths.pop(0)
             planner = Planner(self._tracer, length, self.joins)
-            finder = Finder(self._tracer, length, partial(self._plan, planner), _is_mixer)
+            plan = partial(self._plan, planner)
+            finder = Finder(self._tracer, length, plan, _is_mixer, planner.shares)
             try:
                 with finder.finding():
                     run_model(self.model, inputs.repeated(length), last_logits_only=False)

@@ -73,6 +73,10 @@ class Frame:
         random: state of the random numbers of the CPU when it began.
         children: the outermost modules inside it that mix positions, with their results, in the
             order in which they ran.
+        given: copies of the arguments of these children.
+        output: what the module returned, if it is known.
+        skipped: the modules inside it that were not examined, because others like them mix no
+            positions, with what each returned. They are examined if the module mixes positions.
     """
 
     path: str
@@ -80,6 +84,20 @@ class Frame:
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     random: torch.Tensor
     children: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    given: list[Any] = field(default_factory=list)
+    output: Any = None
+    skipped: list[tuple[Frame, Any]] = field(default_factory=list)
+
+    def answers(self) -> dict[Key, Any]:
+        """Return what the run itself returned and passed to its children, as in `Replay`."""
+        paths = {id(module): path for path, module in self.module.named_modules()}
+        counts: Counter[str] = Counter()
+        answers = {("output", "", 0): self.output}
+        for (child, _), given in zip(self.children, self.given, strict=True):
+            path = paths[id(child)]
+            answers["module", path, counts[path]] = given
+            counts[path] += 1
+        return answers
 
 
 class Tracer:
@@ -351,6 +369,10 @@ class Replay:
             torch.set_rng_state(frame.random)
             self.output = frame.module.forward(*args, **kwargs)
         return self
+
+    def answers(self) -> dict[Key, Any]:
+        """Return the output and what is watched, by their keys."""
+        return {("output", "", 0): self.output, **self.watched}
 
     def __call__(
         self,
