@@ -41,6 +41,7 @@ _COPIES = ("clone", "detach", "size", "to", "float")
 _CALLS = 200  # the largest number of calls of one module that are tried
 _SEGMENTS = 100  # the largest number of its segments that are tried
 _FAILURES = 2  # after as many failures, modules of the same class are not searched again
+_GENERAL = 16  # the largest number of blocks of channels that are tried in other calls
 _BLOCKS = 128  # the largest number of blocks of channels that are tried in a segment
 
 
@@ -52,11 +53,14 @@ class Site:
         key: kind, name and number of the call.
         reader: "attention", "scan" or "general".
         values: where the call's values are, if the reader is "general".
+        short: the call on the short sequence, if the reader is another one. If that reader fails on
+            the whole input, it shows where the values are.
     """
 
     key: Key
     reader: str
     values: ValueMap | None = None
+    short: Call | None = field(default=None, compare=False, repr=False)
 
     @property
     def kind(self) -> str:
@@ -262,7 +266,20 @@ class Planner:
             if str(reason) == _AHEAD and reader == "attention":
                 raise
             return None
-        return Site(call.key, reader)
+        return Site(call.key, reader, short=call)
+
+    def general(self, site: Site) -> Site:
+        """Return a site with the general reader in place of another one.
+
+        Raises:
+            Unreadable: if the general reader does not read the call on the short sequence.
+        """
+        if site.short is None:
+            raise Unreadable("there is no other reader.")
+        call = single_call(site.short)
+        return Site(
+            site.key, "general", find_values(call, self.length, self.tracer.padding, _GENERAL)
+        )
 
     def _next(
         self, frame: Frame, frozen: dict[Key, Any], tried: set[Key]
@@ -282,7 +299,7 @@ class Planner:
         for kind in ("function", "method"):
             for call in calls[:_CALLS]:
                 if call.key[0] == kind:
-                    yield call, 16
+                    yield call, _GENERAL
         if not frozen:
             yield module_call(self.tracer, frame, self.length), _BLOCKS
         for call in self._segments(frame):

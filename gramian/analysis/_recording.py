@@ -155,6 +155,7 @@ class Recorder:
         self.ran: dict[str, int] = Counter()
         self.refused: dict[str, str] = {}
         self._tracer = Tracer(model)
+        self._planner: Planner | None = None
         self._length = 0
         self._running: list[_Running] = []
 
@@ -201,7 +202,7 @@ class Recorder:
                 lengths = [*(other for other in lengths[:-1] if other[0] < length), *lengths[-1:]]
                 if not lengths:
                     raise
-        self.plans = planner.plans
+        self.plans, self._planner = planner.plans, planner
         self.refused |= {p: reason for p, reason in finder.notes.items() if p not in self.plans}
         self.refused |= {path: plan.refusal for path, plan in self.plans.items() if plan.refusal}
 
@@ -332,14 +333,34 @@ class Recorder:
             if any(site.key == feed.convolution for feed in running.plan.feeds.values()):
                 running.convolutions[site.key] = made
             else:
-                operator = self._operator(site, made)
-                if site.key in running.plan.feeds:
-                    operator = self._joined(running, site, made, operator)
-                self._record(running.plan, site, operator)
+                self._read_operator(running, site, made)
         except Unreadable as reason:
             self.refused[running.plan.path] = str(reason)
         finally:
             self._tracer.handler, self._tracer.operations = before, outer
+
+    def _read_operator(self, running: _Running, site: Site, call: Call) -> None:
+        """Pass the operator of a call to the visitor.
+
+        If a fast reader fails, the general reader reads the call.
+        """
+        joins = site.key in running.plan.feeds
+        try:
+            operator = self._operator(site, call)
+        except (Unreadable, RuntimeError, IndexError, TypeError) as error:
+            if site.short is None or joins or self._planner is None:
+                raise
+            reason = f"it cannot be run again: {type(error).__name__}."
+            reason = str(error) if isinstance(error, Unreadable) else reason
+            try:
+                site = self._planner.general(site)
+                self._record(running.plan, site, self._operator(site, call))
+            except Unreadable as other:
+                raise Unreadable(f"{reason} From its responses: {other}") from other
+            return
+        if joins:
+            operator = self._joined(running, site, call, operator)
+        self._record(running.plan, site, operator)
 
     def _operator(self, site: Site, call: Call) -> _Operator:
         """Return the operator of a call."""
