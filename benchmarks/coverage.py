@@ -176,10 +176,10 @@ def _operators(found: dict[str, list[Tensor]]) -> Iterator[None]:
     """Keep the operators that `analyze` measures in this context, by the names of their layers."""
     measure = _analyze.measure_layer
 
-    def measured(recorded: Any, positions: Any, length: int, *rest: Any) -> Any:
+    def measured(recorded: Any, positions: Any, length: int, *rest: Any, **options: Any) -> Any:
         operators = recorded.system(slice(0, recorded.count)).matrix(length)
         found.setdefault(recorded.name, []).append(operators.detach().reshape(-1, length, length))
-        return measure(recorded, positions, length, *rest)
+        return measure(recorded, positions, length, *rest, **options)
 
     _analyze.measure_layer = measured
     try:

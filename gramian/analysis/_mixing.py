@@ -86,9 +86,18 @@ class Leftover:
     earlier: bool = False
     keys: list[Key] = field(default_factory=list)
 
+    @property
+    def mixes(self) -> bool:
+        """Return whether any other positions respond."""
+        return self.later or self.earlier
+
 
 def mixing_of(
-    tracer: Tracer, frame: Frame, length: int, frozen: dict[Key, Any] | None = None
+    tracer: Tracer,
+    frame: Frame,
+    length: int,
+    frozen: dict[Key, Any] | None = None,
+    known: dict[Key, Any] | None = None,
 ) -> Leftover:
     """Return how a module mixes positions by itself, with some of its calls frozen.
 
@@ -100,6 +109,8 @@ def mixing_of(
         frame: The run of the module.
         length: The number of positions.
         frozen: The calls whose results are given, and these results.
+        known: What the module returned and passed to children and frozen calls with its own inputs,
+            by their keys; by default, it runs once more to tell.
     """
     generator = torch.Generator().manual_seed(5)
     positions = (length // 6, length // 3)
@@ -111,26 +122,23 @@ def mixing_of(
 
     frozen = frozen or {}
     operations = any(key[0] == "operation" for key in frozen)
-    before = Replay(tracer, frame, length, frozen, operations=operations).run()
+    if known is None:
+        known = Replay(tracer, frame, length, frozen, operations=operations).run().answers()
     changed_frozen = {key: other(result) for key, result in frozen.items()}
     children = [(child, other(result)) for child, result in frame.children]
     changed_frame = replace(frame, children=children)
     after = Replay(tracer, changed_frame, length, changed_frozen, operations=operations)
     after.run(other(frame.inputs, padded_before=True))
     found = Leftover()
-    for key, one, two in _pairs(before, after):
+    answers = after.answers()
+    for key in known.keys() & answers.keys():
+        one, two = known[key], answers[key]
         changed = _changes(one, two, length, longest, key[0] != "output") - set(positions)
         if changed:
             found.keys.append(key)
             found.later |= max(changed) > positions[0]
             found.earlier |= min(changed) < positions[0]
     return found
-
-
-def _pairs(before: Replay, after: Replay) -> Iterator[tuple[Key, Any, Any]]:
-    yield ("output", "", 0), before.output, after.output
-    for key in before.watched.keys() & after.watched.keys():
-        yield key, before.watched[key], after.watched[key]
 
 
 def _changes(one: Any, other: Any, length: int, longest: int, padded_before: bool) -> set[int]:
@@ -153,6 +161,8 @@ class Finder:
         visit: A function that is called with the frame of every module that mixes positions by
             itself, and with how it does, right after it has run.
         whole: A function that returns whether a module is read as a whole, whatever is inside it.
+        shared: A function that returns whether a module mixes positions by itself just as one
+            before it, so that it need not be examined.
 
     Attributes:
         notes: for every module that could not be tested, its path and the reason.
@@ -164,8 +174,11 @@ class Finder:
         length: int,
         visit: Callable[[Frame, Leftover], None],
         whole: Callable[[nn.Module], bool],
+        shared: Callable[[Frame], bool],
     ) -> None:
         self.tracer, self.length, self.visit, self.whole = tracer, length, visit, whole
+        self.shared = shared
+        self._alike: set[Any] = set()  # what modules are like that mix no positions
         self.notes: dict[str, str] = {}
         self._frames: list[Frame] = []
         self._mixes: dict[int, bool] = {}
@@ -195,16 +208,56 @@ class Finder:
         if self._inside:
             return
         if id(module) not in self._mixes:
-            self._mixes[id(module)] = bool(frame.children)
-            self._mixes[id(module)] |= self._examine(frame, output)
-        if self._mixes[id(module)] and self._frames:
+            if self._frames and self._is_like_others(frame):
+                frame.output = copied(output)
+                self._frames[-1].skipped.append((frame, frame.output))
+            else:
+                self._mixes[id(module)] = self._examined(frame, output)
+        if self._mixes.get(id(module), False) and self._frames:
             self._frames[-1].children.append((module, copied(output)))
+            self._frames[-1].given.append(frame.inputs)
 
-    def _examine(self, frame: Frame, output: Any) -> bool:
-        """Return whether a module mixes positions by itself, and visit it if it does."""
-        if self.whole(frame.module):
-            self.visit(frame, Leftover(later=True))
+    def _is_like_others(self, frame: Frame) -> bool:
+        """Return whether a module is like one that mixes no positions."""
+        if frame.children or self.whole(frame.module):
+            return False
+        return _likeness(frame) in self._alike
+
+    def _examined(self, frame: Frame, output: Any) -> bool:
+        """Return whether a module mixes positions, and visit it if it does by itself.
+
+        If it does, or cannot be tested, the modules inside it that were skipped are examined first.
+        """
+        frame.output = output
+        skipped, frame.skipped = frame.skipped, []
+        found = self._examine(frame, output)
+        if found is not None and found.mixes and not self.whole(frame.module):
+            if self.shared(frame):
+                return True
+            found = self._confirmed(frame, found)
+        if (found is None or found.mixes) and skipped:
+            mixing = [inner for inner, result in skipped if self._late(inner, result)]
+            frame.children += [(inner.module, inner.output) for inner in mixing]
+            frame.given += [inner.inputs for inner in mixing]
+            if mixing:
+                found = self._confirmed(frame, self._examine(frame, output))
+        if found is not None and found.mixes:
+            self.visit(frame, found)
             return True
+        if found is not None and not frame.children:
+            self._alike.add(_likeness(frame))
+        return bool(frame.children)
+
+    def _late(self, frame: Frame, output: Any) -> bool:
+        """Return whether a module that was skipped mixes positions."""
+        if id(frame.module) not in self._mixes:
+            self._mixes[id(frame.module)] = self._examined(frame, output)
+        return self._mixes[id(frame.module)]
+
+    def _examine(self, frame: Frame, output: Any) -> Leftover | None:
+        """Return how a module mixes positions by itself, or None if this cannot be told."""
+        if self.whole(frame.module):
+            return Leftover(later=True)
         if _has_nan(output) and not _has_nan(frame.inputs):
             name = frame.path or type(frame.module).__name__
             raise NotFinite(f"{name}: an operator to be measured must be finite; got NaN values.")
@@ -212,17 +265,37 @@ class Finder:
             time_axis(x, self.length) is not None for x in leaves_of((frame.inputs, output))
         )
         if not exact and not frame.children:
-            return False  # with padding on both sides, its positions cannot be told
+            return None  # with padding on both sides, its positions cannot be told
+        return self._tested(frame, frame.answers())
+
+    def _tested(self, frame: Frame, known: dict[Key, Any] | None) -> Leftover | None:
         try:
-            found = mixing_of(self.tracer, frame, self.length)
+            return mixing_of(self.tracer, frame, self.length, known=known)
         except Exception as error:  # whatever a module of others raises
             if any(sequences_in(frame.inputs, self.length)):
                 self.notes[frame.path] = f"it cannot be run alone: {type(error).__name__}."
-            return False
-        if not (found.later or found.earlier):
-            return False
-        self.visit(frame, found)
-        return True
+            return None
+
+    def _confirmed(self, frame: Frame, found: Leftover | None) -> Leftover | None:
+        """Return how a module mixes positions if it runs twice, without what others add to it."""
+        if found is None or not found.mixes or self.whole(frame.module):
+            return found
+        return self._tested(frame, None)
+
+
+def _likeness(frame: Frame) -> Any:
+    """Return what modules and their inputs have in common if the modules compute the same."""
+    parts = [
+        (path, type(module), tuple((k, v) for k, v in vars(module).items() if _is_plain(v)))
+        for path, module in frame.module.named_modules()
+    ]
+    sizes = [tensor.shape for tensor in frame.module.state_dict().values()]
+    given = [getattr(x, "shape", None) for x in leaves_of(frame.inputs)]
+    return tuple(parts), tuple(sizes), tuple(given)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _has_nan(value: Any) -> bool:

@@ -9,7 +9,7 @@ positions any more, neither in the module's result nor in the arguments of the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -41,6 +41,7 @@ _COPIES = ("clone", "detach", "size", "to", "float")
 _CALLS = 200  # the largest number of calls of one module that are tried
 _SEGMENTS = 100  # the largest number of its segments that are tried
 _FAILURES = 2  # after as many failures, modules of the same class are not searched again
+_GENERAL = 16  # the largest number of blocks of channels that are tried in other calls
 _BLOCKS = 128  # the largest number of blocks of channels that are tried in a segment
 
 
@@ -52,11 +53,14 @@ class Site:
         key: kind, name and number of the call.
         reader: "attention", "scan" or "general".
         values: where the call's values are, if the reader is "general".
+        short: the call on the short sequence, if the reader is another one. If that reader fails on
+            the whole input, it shows where the values are.
     """
 
     key: Key
     reader: str
     values: ValueMap | None = None
+    short: Call | None = field(default=None, compare=False, repr=False)
 
     @property
     def kind(self) -> str:
@@ -127,9 +131,13 @@ class Planner:
         if found.earlier:
             plan.refusal = _AHEAD
             return
+        self._complete(plan, frame, self._search)
+
+    def _complete(self, plan: Plan, frame: Frame, step: Callable[[Plan, Frame], None]) -> None:
+        """Complete a plan by a step and keep it, with the reason if it fails."""
+        self.plans[frame.path] = plan
         try:
-            if not self._as_before(plan, frame):
-                self._search(plan, frame)
+            step(plan, frame)
             if self.joins:
                 self._join(plan, frame)
         except Unreadable as reason:
@@ -137,6 +145,14 @@ class Planner:
         except (RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
             plan.sites, plan.refusal = [], f"it cannot be run alone: {type(error).__name__}."
         self._known.setdefault(type(frame.module), []).append(plan)
+
+    def shares(self, frame: Frame) -> bool:
+        """Plan a module like one before it of the same class and sizes, if this works."""
+        plan = Plan(frame.path, frame.module)
+        if not self._as_before(plan, frame):
+            return False
+        self._complete(plan, frame, lambda *_: None)
+        return True
 
     def _as_before(self, plan: Plan, frame: Frame) -> bool:
         """Read a module like one of the same class and the same sizes, if this works."""
@@ -146,17 +162,26 @@ class Planner:
             names = {site.key[:2] for site in known.sites}
             try:
                 calls = {call.key: call for call in self._calls(frame, {}, names)}
-                frozen = {}
+                made = {site.key: self._call(frame, calls, site) for site in known.sites}
                 for site in known.sites:
-                    call = self._call(frame, calls, site)
-                    self._check(site, call)
-                    frozen[site.key] = call.result
-                if not mixing_of(self.tracer, frame, self.length, frozen).keys:
+                    self._check(site, made[site.key])
+                if not self._left(frame, made):
                     plan.sites = list(known.sites)
                     return True
             except (Unreadable, RuntimeError, IndexError, ValueError, TypeError, KeyError):
                 continue
         return False
+
+    def _left(self, frame: Frame, made: dict[Key, Call]) -> bool:
+        """Return whether a module mixes positions outside of some calls."""
+        if ("module", "", 0) in made:
+            return False
+        frozen = {key: call.result for key, call in made.items()}
+        if not any(key[0] == "segment" for key in made):
+            known = frame.answers() | {key: call.inputs for key, call in made.items()}
+            if not mixing_of(self.tracer, frame, self.length, frozen, known).mixes:
+                return False
+        return mixing_of(self.tracer, frame, self.length, frozen).mixes
 
     def _call(self, frame: Frame, calls: dict[Key, Call], site: Site) -> Call:
         """Return the call of a site in another module of the class."""
@@ -241,7 +266,20 @@ class Planner:
             if str(reason) == _AHEAD and reader == "attention":
                 raise
             return None
-        return Site(call.key, reader)
+        return Site(call.key, reader, short=call)
+
+    def general(self, site: Site) -> Site:
+        """Return a site with the general reader in place of another one.
+
+        Raises:
+            Unreadable: if the general reader does not read the call on the short sequence.
+        """
+        if site.short is None:
+            raise Unreadable("there is no other reader.")
+        call = single_call(site.short)
+        return Site(
+            site.key, "general", find_values(call, self.length, self.tracer.padding, _GENERAL)
+        )
 
     def _next(
         self, frame: Frame, frozen: dict[Key, Any], tried: set[Key]
@@ -261,7 +299,7 @@ class Planner:
         for kind in ("function", "method"):
             for call in calls[:_CALLS]:
                 if call.key[0] == kind:
-                    yield call, 16
+                    yield call, _GENERAL
         if not frozen:
             yield module_call(self.tracer, frame, self.length), _BLOCKS
         for call in self._segments(frame):

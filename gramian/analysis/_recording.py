@@ -156,6 +156,7 @@ class Recorder:
         self.ran: dict[str, int] = Counter()
         self.refused: dict[str, str] = {}
         self._tracer = Tracer(model)
+        self._planner: Planner | None = None
         self._length = 0
         self._running: list[_Running] = []
 
@@ -192,7 +193,8 @@ class Recorder:
         while True:
             length, self._tracer.padding = lengths.pop(0)
             planner = Planner(self._tracer, length, self.joins)
-            finder = Finder(self._tracer, length, partial(self._plan, planner), _is_mixer)
+            plan = partial(self._plan, planner)
+            finder = Finder(self._tracer, length, plan, _is_mixer, planner.shares)
             try:
                 with finder.finding():
                     run_model(self.model, inputs.repeated(length), last_logits_only=False)
@@ -203,7 +205,7 @@ class Recorder:
                 lengths = [*(other for other in lengths[:-1] if other[0] < length), *lengths[-1:]]
                 if not lengths:
                     raise
-        self.plans = planner.plans
+        self.plans, self._planner = planner.plans, planner
         self.refused |= {p: reason for p, reason in finder.notes.items() if p not in self.plans}
         self.refused |= {path: plan.refusal for path, plan in self.plans.items() if plan.refusal}
 
@@ -332,19 +334,36 @@ class Recorder:
         outer, self._tracer.operations = self._tracer.operations, None
         try:
             with kept(running.plan.module):
-                self._measure(running, site, call())
+                made = call()
+                if any(site.key == feed.convolution for feed in running.plan.feeds.values()):
+                    running.convolutions[site.key] = made
+                else:
+                    self._read_operator(running, site, made)
         except Unreadable as reason:
             self.refused[running.plan.path] = str(reason)
         finally:
             self._tracer.handler, self._tracer.operations = before, outer
 
-    def _measure(self, running: _Running, site: Site, call: Call) -> None:
-        """Pass the operator of a call to the visitor, or keep the call for a later one."""
-        if any(site.key == feed.convolution for feed in running.plan.feeds.values()):
-            running.convolutions[site.key] = call
+    def _read_operator(self, running: _Running, site: Site, call: Call) -> None:
+        """Pass the operator of a call to the visitor.
+
+        If a fast reader fails, the general reader reads the call.
+        """
+        joins = site.key in running.plan.feeds
+        try:
+            operator = self._operator(site, call)
+        except (Unreadable, RuntimeError, IndexError, TypeError) as error:
+            if site.short is None or joins or self._planner is None:
+                raise
+            reason = f"it cannot be run again: {type(error).__name__}."
+            reason = str(error) if isinstance(error, Unreadable) else reason
+            try:
+                site = self._planner.general(site)
+                self._record(running.plan, site, self._operator(site, call))
+            except Unreadable as other:
+                raise Unreadable(f"{reason} From its responses: {other}") from other
             return
-        operator = self._operator(site, call)
-        if site.key in running.plan.feeds:
+        if joins:
             operator = self._joined(running, site, call, operator)
         self._record(running.plan, site, operator)
 

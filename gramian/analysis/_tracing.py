@@ -79,6 +79,10 @@ class Frame:
         buffers: the module's buffers when it began; None if it runs again with those it has.
         children: the outermost modules inside it that mix positions, with their results, in the
             order in which they ran.
+        given: copies of the arguments of these children.
+        output: what the module returned, if it is known.
+        skipped: the modules inside it that were not examined, because others like them mix no
+            positions, with what each returned. They are examined if the module mixes positions.
     """
 
     path: str
@@ -87,6 +91,20 @@ class Frame:
     random: torch.Tensor
     buffers: Buffers | None = None
     children: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    given: list[Any] = field(default_factory=list)
+    output: Any = None
+    skipped: list[tuple[Frame, Any]] = field(default_factory=list)
+
+    def answers(self) -> dict[Key, Any]:
+        """Return what the run itself returned and passed to its children, as in `Replay`."""
+        paths = {id(module): path for path, module in self.module.named_modules()}
+        counts: Counter[str] = Counter()
+        answers = {("output", "", 0): self.output}
+        for (child, _), given in zip(self.children, self.given, strict=True):
+            path = paths[id(child)]
+            answers["module", path, counts[path]] = given
+            counts[path] += 1
+        return answers
 
 
 class Tracer:
@@ -362,6 +380,10 @@ class Replay:
             if key[0] == "segment" and key[1].endswith(_TO_THE_END):
                 self.output = _given_like(given, self.output)
         return self
+
+    def answers(self) -> dict[Key, Any]:
+        """Return the output and what is watched, by their keys."""
+        return {("output", "", 0): self.output, **self.watched}
 
     def __call__(
         self,
