@@ -465,3 +465,8 @@ def test_compiled_models_are_read_as_they_were_before() -> None:
     assert not report.unread
     for one, other in zip(report.layers, expected.layers, strict=True):
         assert one.name == f"_orig_mod.{other.name}" and torch.equal(one.ess, other.ess)
+
+
+def test_a_whole_model_that_is_not_read_is_named_by_its_class() -> None:
+    report = gramian.analyze(Square().eval(), torch.randn(1, 71, WIDTH), every=30)
+    assert [name for name, _ in report.unread] == ["Square"]
