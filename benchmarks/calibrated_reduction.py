@@ -272,26 +272,40 @@ def curves(
 
 
 def saved(rows: list[dict[str, Any]], way: str) -> list[dict[str, float]]:
-    """Return the share of the state that each order of a way saves at equal divergence.
+    """Return the share of the state that a way saves at equal divergence.
 
-    The unweighted order of the same divergence is interpolated: the logarithms of the unweighted
-    divergences, made monotonic, over the order. Where every unweighted order diverges more, no
-    share is known.
+    For every order of the way, the unweighted order of the same divergence is interpolated: the
+    logarithms of divergences, made monotonic, over the order. Where every unweighted order diverges
+    more, the order of the way that has the divergence of this unweighted order is interpolated.
     """
-    points, lowest = [], math.inf
-    for row in rows:
-        lowest = min(lowest, row["unweighted"]["divergence"])
-        points.append((math.log(lowest), row["order"]))
+    ours, theirs = (_points(rows, name) for name in (way, "unweighted"))
     found = []
     for row in rows:
-        goal = math.log(row[way]["divergence"])
-        for (high, below), (low, above) in itertools.pairwise(points):
-            if low <= goal <= high and low < high:
-                equal = below + (above - below) * (high - goal) / (high - low)
-                share = 1 - row["order"] / equal
-                found.append({"order": row["order"], "unweighted order": equal, "saved": share})
-                break
+        small = float(row["order"])
+        large = _order_at(theirs, row[way]["divergence"])
+        if large is None:
+            large = small
+            reached = _order_at(ours, row["unweighted"]["divergence"])
+            if reached is None:
+                continue
+            small = reached
+        found.append({"order": small, "unweighted order": large, "saved": 1 - small / large})
     return found
+
+
+def _points(rows: list[dict[str, Any]], way: str) -> list[tuple[float, float]]:
+    """Return the logarithms of divergences, made monotonic, and the orders."""
+    lowest = itertools.accumulate((row[way]["divergence"] for row in rows), min)
+    return [(math.log(value), row["order"]) for value, row in zip(lowest, rows, strict=True)]
+
+
+def _order_at(points: list[tuple[float, float]], divergence: float) -> float | None:
+    """Return the order at which a curve has a divergence, or None if it has it nowhere."""
+    goal = math.log(divergence)
+    for (high, below), (low, above) in itertools.pairwise(points):
+        if low <= goal <= high and low < high:
+            return below + (above - below) * (high - goal) / (high - low)
+    return None
 
 
 def main() -> None:
@@ -325,7 +339,7 @@ def main() -> None:
         print(f"{filter}:", flush=True)
         results[filter] = curves(model, calibration, windows[: 2 * BLOCKS], arguments.orders)
         for way, shares in results[filter]["saved state at equal divergence"].items():
-            print(f"  {way}: " + ", ".join(f"{s['order']}: {s['saved']:+.0%}" for s in shares))
+            print(f"  {way}: " + ", ".join(f"{s['order']:.1f}: {s['saved']:+.0%}" for s in shares))
     write(arguments.output, results)
 
 

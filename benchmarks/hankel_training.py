@@ -143,7 +143,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             axes.set_xticks(ORDERS, [str(n) for n in ORDERS])
             axes.minorticks_off()
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
+            if axes.lines:
+                axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"drew {path}")

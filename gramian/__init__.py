@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gramian.filters import parameter_groups
     from gramian.ops import causal_convolution
     from gramian.reduction import Reduction, reduce
+    from gramian.shrinking import ShrinkReport, shrink
     from gramian.systems import (
         FIR,
         DenseOperator,
@@ -41,6 +42,7 @@ __all__ = [
     "DistillationReport",
     "Modal",
     "Reduction",
+    "ShrinkReport",
     "StateReport",
     "StateSpace",
     "TimeVarying",
@@ -59,6 +61,7 @@ __all__ = [
     "realize",
     "reduce",
     "reduction",
+    "shrink",
     "systems",
 ]
 
@@ -70,6 +73,7 @@ _HOMES = {
     "DistillationReport": "distillation",
     "Modal": "systems",
     "Reduction": "reduction",
+    "ShrinkReport": "shrinking",
     "StateReport": "analysis",
     "StateSpace": "systems",
     "TimeVarying": "systems",
@@ -82,6 +86,7 @@ _HOMES = {
     "parameter_groups": "filters",
     "realize": "ess",
     "reduce": "reduction",
+    "shrink": "shrinking",
 }
 """The package of each public name. It is imported when the name is first used."""
 

@@ -137,14 +137,15 @@ def analyze(
 
     def visit(recorded: RecordedOperator) -> None:
         layers.append(
-            measure_layer(recorded, places, length, max_channels, options, tolerance, ranks=ranks)
+            measure_layer(recorded, places, length, max_channels, options, ranks, tolerance)
         )
         if progress is not None:
             known = max(recorder.expected, len(layers))
             progress(len(layers), known)
 
-    long = None if tolerance is None else _LONG
-    recorder = Recorder(model, visit, joins=include == "mixer", long=long)
+    joins = include == "mixer"
+    long = None if tolerance is None or joins else _LONG  # maps are joined as a whole
+    recorder = Recorder(model, visit, joins, long)
     with _uncompiled(), in_mode(model, training=False), torch.no_grad():
         recorder.record(given)
         if not layers:

@@ -234,6 +234,7 @@ def _notes(reports: Sequence[StateReport], positions: tuple[int, ...]) -> list[s
 
 def _by_block(report: StateReport) -> tuple[Tensor, Tensor]:
     """Return the average ESS and the share in use of every block of a model, (blocks), float64."""
+    report = report.main
     index, count = _blocks(report)
     ess = torch.full((count, len(index)), math.nan, dtype=torch.float64)
     shares = ess.clone()

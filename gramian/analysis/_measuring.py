@@ -45,9 +45,8 @@ def measure_layer(
     length: int,
     max_channels: int | None,
     options: dict[str, Any],
-    tolerance: float | None = None,
-    *,
     ranks: bool = False,
+    tolerance: float | None = None,
 ) -> LayerState:
     """Measure the state-sizes of a recorded layer, a few channels at a time.
 
@@ -57,13 +56,15 @@ def measure_layer(
         length: Number of tokens.
         max_channels: Largest number of channels to measure; None measures all.
         options: Options of `effective_state_size`.
-        tolerance: Relative error up to which the state-sizes of matrices and of operators that are
-            given by rows are estimated; None computes them exactly.
         ranks: Whether to measure the ranks of the layer's states, if it has any.
+        tolerance: Relative error up to which the state-sizes of matrices, and of operators that are
+            given by their rows, are estimated; None to measure exactly.
     """
     step = 1 if max_channels is None else math.ceil(recorded.count / max_channels)
     chosen = range(0, recorded.count, step)
     size = max(1, _MATRIX_BYTES // (8 * length * length))
+    if tolerance is not None and recorded.reader == "attention":
+        size = max(1, len(chosen))  # nothing is held in double precision
     ess, tss, errors = [], [], []
     of_states: list[StateRanks | None] = []
     for begin in range(0, len(chosen), size):
@@ -71,12 +72,12 @@ def measure_layer(
         channels = slice(part.start, part.stop, part.step)
         system = recorded.system(channels)
         try:
-            sizes, error = _sizes(system, positions, length, options, tolerance)
-        except ValueError as cause:
-            raise ValueError(f"{recorded.name}: {cause}") from cause
+            sizes, stated = _sizes(system, positions, length, options, tolerance)
+        except ValueError as error:
+            raise ValueError(f"{recorded.name}: {error}") from error
         capacity = theoretical_state_size(system, positions, horizon=length)
         ess.append(sizes.reshape(-1, len(positions)).float().cpu())
-        errors.append(error.reshape(-1, len(positions)).float().cpu())
+        errors.append(stated.reshape(-1, len(positions)).float().cpu())
         capacity = capacity.reshape(-1, len(positions)).float().cpu()
         if recorded.orders is not None:
             orders = recorded.orders[part.start : part.stop : part.step].float().cpu()
@@ -95,6 +96,7 @@ def measure_layer(
         tss=torch.cat(tss),
         reader=recorded.reader,
         storage=recorded.storage,
+        auxiliary=recorded.auxiliary,
         stable_rank=torch.cat([one.stable for one in found]) if found else None,
         effective_rank=torch.cat([one.effective for one in found]) if found else None,
         error=_stated(errors),
@@ -145,6 +147,7 @@ def joined(layers: list[LayerState]) -> Iterator[LayerState]:
             tss=torch.cat([part.tss for part in parts]),
             reader=parts[0].reader,
             storage=parts[0].storage,
+            auxiliary=parts[0].auxiliary,
             stable_rank=_joined([part.stable_rank for part in parts]),
             effective_rank=_joined([part.effective_rank for part in parts]),
             error=_joined_errors(parts),

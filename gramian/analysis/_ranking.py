@@ -119,6 +119,7 @@ class LayerRanking:
 
 def rank_layers(report: StateReport) -> LayerRanking:
     """Return the layers of a report by the share in use, each with a suggestion."""
+    report = report.main
     ranked = []
     last = max(report.positions, default=0)
     for layer, label in zip(report.layers, report.labels, strict=True):

@@ -50,10 +50,13 @@ from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
 from gramian.analysis._values import copied, leaves_of
 from gramian.ess import RowOperator
-from gramian.mixers import Mixer
+from gramian.mixers import Mixer, ShortConvolution
 from gramian.systems import FIR, DenseOperator, System
 
 __all__ = ["RecordedOperator", "Recorder"]
+
+_SHORT = Site(("module", "", 0), "mixer")
+"""The site of the short convolution in a mixer of Gramian."""
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -75,6 +78,7 @@ class RecordedOperator:
         orders: orders of the layer's own recurrences, (count), where the system is a matrix from
             which they cannot be read; None if the system says what its state is.
         states: what the states of a recurrence hold; None if the layer has no such states.
+        auxiliary: whether this is a short convolution of a layer with another operator.
     """
 
     name: str
@@ -86,6 +90,7 @@ class RecordedOperator:
     storage: Storage | None = None
     orders: Tensor | None = None
     states: States | None = None
+    auxiliary: bool = False
 
 
 @dataclass(frozen=True)
@@ -410,12 +415,18 @@ class Recorder:
             mixer_orders(module, x.shape[1]),
             mixer_states(module, x),
         )
+        for name, child in module.named_children():
+            if isinstance(child, ShortConvolution) and child.taps > 1:
+                short = partial(_short_system, child.weight.detach())
+                self._record(plan, _SHORT, _Operator(len(child.weight), short), name)
         self._record(plan, plan.sites[0], operator)
 
-    def _record(self, plan: Plan, site: Site, operator: _Operator) -> None:
-        mixer = type(plan.module).__name__
+    def _record(self, plan: Plan, site: Site, operator: _Operator, child: str = "") -> None:
+        mixer = type(plan.module.get_submodule(child)).__name__
         kind = site.kind if site.reader != "mixer" else str(plan.module.family)
-        name = plan.path or mixer
+        if child:
+            kind = "convolution"
+        name = ".".join(part for part in (plan.path, child) if part) or mixer
         if self.ran[plan.path] > 1:
             name = f"{name} (run {self.ran[plan.path]})"
         if site.reader != "mixer" and _is_secondary(plan, site):
@@ -431,8 +442,20 @@ class Recorder:
                 operator.storage,
                 operator.orders,
                 operator.states,
+                auxiliary=bool(child) or self._is_auxiliary(plan, site),
             )
         )
+
+    def _is_auxiliary(self, plan: Plan, site: Site) -> bool:
+        """Return whether an operator is a short convolution of a layer with another operator."""
+        around = (p for path, p in self.plans.items() if plan.path.startswith(f"{path}."))
+        others = [other.kind for found in (plan, *around) for other in found.sites]
+        return site.kind == "convolution" and any(kind != "convolution" for kind in others)
+
+
+def _short_system(weight: Tensor, channels: slice) -> System:
+    """Return some channels of a short convolution with the taps `weight`, (channels, K)."""
+    return FIR(weight[channels])
 
 
 def _is_secondary(plan: Plan, site: Site) -> bool:

@@ -55,6 +55,8 @@ class LayerState:
             (len(channels), P); None if it was not measured (`ranks` of `analyze`), or if the layer
             has no states with several value channels.
         effective_rank: effective rank of these states, in the same form.
+        auxiliary: whether this is a short convolution of a layer that has another operator, too.
+            Averages over layers, figures and rankings leave it out.
     """
 
     name: str
@@ -70,6 +72,7 @@ class LayerState:
     cap: Tensor | None = None
     stable_rank: Tensor | None = None
     effective_rank: Tensor | None = None
+    auxiliary: bool = False
 
     @property
     def usable(self) -> Tensor:
@@ -108,6 +111,7 @@ class LayerState:
             "channels": list(self.channels),
             "count": self.count,
             "reader": self.reader,
+            "auxiliary": self.auxiliary,
             "storage": None if self.storage is None else self.storage.to_dict(),
             "average_ess": float(aggregate(self.ess)),
             "in_use": self.in_use,
@@ -166,21 +170,26 @@ class StateReport:
         return len(self.tokens)
 
     @property
+    def main(self) -> StateReport:
+        """The report without auxiliary layers. If there are no other layers, it has all."""
+        layers = tuple(layer for layer in self.layers if not layer.auxiliary)
+        return dataclasses.replace(self, layers=layers) if layers else self
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The paths of the layers without their common beginning and end.
 
         If the report has a single layer, its label is the number in its path, or the path if there
-        is no number.
+        is no number. An auxiliary layer has the label of the layer to which it belongs, followed by
+        the rest of its own path.
         """
-        parts = [layer.name.split(".") for layer in self.layers]
-        if len(parts) == 1:
-            return tuple(
-                [part for part in parts[0] if part.isdecimal()][:1] or [self.layers[0].name]
-            )
-        for end in (0, -1):
-            while len(parts) > 1 and min(map(len, parts)) > 1 and len({p[end] for p in parts}) == 1:
-                parts = [p[1:] if end == 0 else p[:-1] for p in parts]
-        return tuple(".".join(p) for p in parts)
+        main = [layer.name for layer in self.main.layers]
+        labels = dict(zip(main, _short_paths(main), strict=True))
+        for name in (layer.name for layer in self.layers if layer.name not in labels):
+            owners = [other for other in main if name.startswith((f"{other}.", f"{other} ("))]
+            owner = max(owners, key=len, default="")
+            labels[name] = f"{labels[owner]} {name[len(owner) :].lstrip(' .')}" if owner else name
+        return tuple(labels[layer.name] for layer in self.layers)
 
     @property
     def cap(self) -> Tensor:
@@ -196,22 +205,29 @@ class StateReport:
     def average(self, *, over_positions: bool = True) -> Tensor:
         """Return the average ESS: the mean over heads or channels, and then over layers.
 
+        Auxiliary layers do not count.
+
         Args:
             over_positions: whether to take the mean over positions, too.
 
         Returns:
             A scalar, or (P) if `over_positions` is False.
         """
-        return aggregate(self.ess, "average", over_positions=over_positions)
+        return aggregate(self.main.ess, "average", over_positions=over_positions)
 
     @property
     def in_use(self) -> float | None:
-        """The mean of the layers' `in_use`, or None if no layer has a usable state."""
-        shares = [share for layer in self.layers if (share := layer.in_use) is not None]
+        """The mean of the layers' `in_use`, or None if no layer has a usable state.
+
+        Auxiliary layers do not count.
+        """
+        shares = [share for layer in self.main.layers if (share := layer.in_use) is not None]
         return sum(shares) / len(shares) if shares else None
 
     def total(self, *, over_positions: bool = True) -> Tensor:
         """Return the total ESS: the sum over all measured heads or channels of all layers.
+
+        Auxiliary layers do not count.
 
         Args:
             over_positions: whether to take the mean over positions.
@@ -219,7 +235,7 @@ class StateReport:
         Returns:
             A scalar, or (P) if `over_positions` is False.
         """
-        return aggregate(self.ess, "total", over_positions=over_positions)
+        return aggregate(self.main.ess, "total", over_positions=over_positions)
 
     def at(self, positions: Sequence[int]) -> StateReport:
         """Return the report of some of the positions, in the given order.
@@ -404,6 +420,7 @@ class StateReport:
                 ess=torch.tensor(layer["ess"], dtype=torch.float32),
                 tss=torch.tensor(layer["tss"], dtype=torch.float32),
                 reader=layer.get("reader", ""),
+                auxiliary=layer.get("auxiliary", False),
                 error=_tensor(layer.get("error")),
                 storage=Storage.from_dict(layer.get("storage")),
                 stable_rank=_tensor(layer.get("stable_rank")),
@@ -456,6 +473,17 @@ class StateReport:
 
     def __rich__(self) -> Table:
         return as_table(self)
+
+
+def _short_paths(names: list[str]) -> list[str]:
+    """Return paths without their common beginning and end; of one path, the number in it."""
+    parts = [name.split(".") for name in names]
+    if len(parts) == 1:
+        return [part for part in parts[0] if part.isdecimal()][:1] or names
+    for end in (0, -1):
+        while min(map(len, parts), default=0) > 1 and len({p[end] for p in parts}) == 1:
+            parts = [p[1:] if end == 0 else p[:-1] for p in parts]
+    return [".".join(p) for p in parts]
 
 
 def _numbers(values: Tensor) -> list[list[float]]:

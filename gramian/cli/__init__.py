@@ -13,6 +13,7 @@ commands in the order of the imports.
 from gramian.cli import (  # noqa: F401, I001 (this is the order of the commands in the help)
     _demo,
     _distill,
+    _shrink,
     _convert,
     _generate,
     _check,

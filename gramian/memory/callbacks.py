@@ -99,6 +99,7 @@ class StateSizeCallback(TrainerCallback):
 
 
 def _summary(report: StateReport) -> dict[str, float]:
+    report = report.main
     inside = torch.tensor(report.positions) > 0  # the first position has no past
     if not report.layers or not bool(inside.any()):
         return {}

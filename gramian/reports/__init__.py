@@ -16,6 +16,7 @@ from gramian.reports._figures import (
 )
 from gramian.reports._modulation import plot_modulation
 from gramian.reports._page import save_state_page, state_page
+from gramian.reports._shrinkage import plot_shrinkage
 from gramian.reports._spread import plot_state_spread
 from gramian.reports._state import (
     plot_depth_comparison,
@@ -32,6 +33,7 @@ __all__ = [
     "plot_distillation",
     "plot_hankel_spectra",
     "plot_modulation",
+    "plot_shrinkage",
     "plot_state_comparison",
     "plot_state_curves",
     "plot_state_map",

@@ -51,7 +51,7 @@ def plot_state_map(report: StateReport, value: str | None = None) -> Figure:
     """
     if value not in (None, *_MAPS):
         raise ValueError(f"value must be one of {', '.join(_MAPS)} or None; got {value!r}.")
-    _check(report)
+    report = _main(report)
     value = value or ("change" if len(report.positions) >= _REACH else "in_use")
     order = np.argsort(report.positions)
     layers, count = len(report.layers), len(order)
@@ -136,6 +136,7 @@ def plot_state_curves(report: StateReport) -> Figure:
     """
     from matplotlib import colormaps
 
+    report = _main(report)
     curves, positions, bound = _curves(report), np.array(report.positions), _bound(report)
     order = np.argsort(positions)
     figure = new_figure(9.4, 4.0)
@@ -188,7 +189,7 @@ def plot_utilization(report: StateReport) -> Figure:
     Raises:
         ValueError: if the report has no measured layer.
     """
-    _check(report)
+    report = _main(report)
     figure = new_figure(6.4, 1.2 + 0.22 * len(report.layers))
     axes = figure.subplots()
     for row, layer in enumerate(report.layers):
@@ -227,7 +228,7 @@ def plot_state_comparison(reports: Mapping[str, StateReport]) -> Figure:
     figure = new_figure(10.0, 3.6 + 0.2 * len(reports))
     panels = figure.subplots(1, 2)
     for index, (name, report) in enumerate(reports.items()):
-        _check(report)
+        _main(report)
         positions = np.array(report.positions, dtype=float)
         order = np.argsort(positions)
         x = positions[order] / (report.horizon if shares else 1)
@@ -288,13 +289,14 @@ def _legend(figure: Figure, handles: Any, labels: Any) -> None:
     figure.legend(handles, shown, loc="outside lower left", frameon=False, fontsize=8)
 
 
-def _check(report: StateReport) -> None:
+def _main(report: StateReport) -> StateReport:
+    """Return the report without auxiliary layers. Raise an error if no layer was read."""
     if not report.layers:
         raise ValueError(f"there is nothing to draw: no layer of {report.model} was read.")
+    return report.main
 
 
 def _curves(report: StateReport) -> np.ndarray:
-    _check(report)
     return report.layer_curves().numpy()
 
 

@@ -105,6 +105,19 @@ def test_json_is_the_report(call: Call, place: Path) -> None:
         assert one.name == other.name and torch.equal(one.ess, other.ess)
 
 
+def test_positions_and_a_tolerance_are_passed_on(call: Call, place: Path) -> None:
+    arguments = ["--prompt", "memory " * 6, "--positions", 4, "--tolerance", 0.05]
+    status, out, _ = call(place / "own", *arguments, "--json")
+    assert status == 0
+    assert json.loads(out)["positions"] == [5, 15, 26, 36]
+
+
+def test_a_tolerance_out_of_range_takes_one_line(call: Call, place: Path) -> None:
+    status, _, err = call(place / "own", "--prompt", "memory", "--tolerance", 0)
+    assert status != 0
+    assert "tolerance must be at least 0.001 and below 1; got 0.0." in " ".join(err.split())
+
+
 def test_a_table_and_a_folder_of_pictures(call: Call, place: Path, tmp_path: Path) -> None:
     status, out, _ = call(place / "own", "--prompt", "some words", "-o", tmp_path / "out")
     assert status == 0 and "MultiHyena" in out and "SoftmaxAttention" in out

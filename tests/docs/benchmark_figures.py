@@ -232,6 +232,40 @@ def _spectral(name: str, tolerance: float) -> Callable[[Results], str]:
     return text
 
 
+def _penalized(weight: float, truncation: float = 0) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        (run,) = [
+            run
+            for run in r["runs"]
+            if (run["filter"], run["weight"], run["truncation"]) == ("s4d", weight, truncation)
+        ]
+        orders = ", ".join(
+            f"{row['bits per byte']:.3f} at order {row['order']}" for row in run["orders"][:3]
+        )
+        norm = run["nuclear norm over largest singular value"]
+        whole = f"{run['state bytes']:,} bytes, {run['bits per byte']:.3f} bits per byte"
+        return f"Σσ/σ₁ {norm:.1f}; state of {whole}; {orders}"
+
+    return text
+
+
+def _saved(filter: str, way: str) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        rows = r[filter]["saved state at equal divergence"][way]
+        return ", ".join(f"{row['saved']:.0%} at order {row['order']:.1f}" for row in rows)
+
+    return text
+
+
+def _weighted_loss(filter: str, order: int) -> Callable[[Results], str]:
+    def text(r: Results) -> str:
+        (row,) = [row for row in r[filter]["orders"] if row["order"] == order]
+        ways = ("unweighted", "by spectrum", "by text")
+        return ", ".join(f"{row[way]['increase']:+.2%}" for way in ways)
+
+    return text
+
+
 def _random_poles(states: int) -> Callable[[Results], str]:
     def text(r: Results) -> str:
         rows = r["1024 taps"]["random poles"]
@@ -273,6 +307,25 @@ def _attention_long(r: Results) -> str:
 
 def _application(r: Results) -> str:
     return ", ".join(f"{part['ratio']:.1f} ({name})" for name, part in r["application"].items())
+
+
+def _long_agreement(r: Results) -> str:
+    run = r["agreement"]
+    within = 100 * run["within_stated_error"]
+    return f"{100 * run['largest_relative_error']:.1f} % (within the stated error: {within:.0f} %)"
+
+
+def _long_model(r: Results) -> str:
+    run = r["model"]
+    return f"{run['seconds']:,.0f} s, {run['peak_memory_gib']:.1f} GiB"
+
+
+def _long_head(r: Results) -> str:
+    run = r["head"]["rows_computed_again"]
+    memory = run["additional_peak_memory_mib"]
+    return (
+        f"{run['seconds']:.0f} s, {memory:,.0f} MiB (the map: {r['head']['mib_of_the_map']:,.0f})"
+    )
 
 
 def _wholly_read(r: Results) -> str:
@@ -444,6 +497,11 @@ FIGURES: dict[str, list[Row]] = {
         ("distillation_order", _order(16)),
         ("distillation_order", _order(64)),
     ],
+    "Trained to be small": [
+        ("hankel_training", _penalized(0)),
+        ("hankel_training", _penalized(1e-2)),
+        ("hankel_training", _penalized(1e-2, 1e-3)),
+    ],
     "Spectral filters": [
         ("spectral_filters", _spectral("each filter alone", 1e-3)),
         ("spectral_filters", _spectral("random coefficients", 1e-2)),
@@ -451,6 +509,14 @@ FIGURES: dict[str, list[Row]] = {
         ("spectral_filters", _spectral("random coefficients", 1e-4)),
         ("spectral_filters", _random_poles(100)),
         ("spectral_filters", _random_poles(200)),
+    ],
+    "Weighted reduction": [
+        ("calibrated_reduction", _saved("implicit", "by spectrum")),
+        ("calibrated_reduction", _saved("implicit", "by text")),
+        ("calibrated_reduction", _saved("s4d", "by spectrum")),
+        ("calibrated_reduction", _saved("s4d", "by text")),
+        ("calibrated_reduction", _weighted_loss("implicit", 4)),
+        ("calibrated_reduction", _weighted_loss("s4d", 4)),
     ],
     "Packed rows": [
         ("packing", _packing("alike")),
@@ -485,6 +551,11 @@ FIGURES: dict[str, list[Row]] = {
         ("coverage", _largest("error")),
         ("coverage", _largest("size_error")),
         ("coverage", _largest("output_error")),
+    ],
+    "Long contexts": [
+        (None, _stands("not measured yet")),
+        (None, _stands("not measured yet")),
+        (None, _stands("not measured yet")),
     ],
     "Memory at delimiters": [
         ("state_modulation", _modulation("documents")),

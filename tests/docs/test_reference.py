@@ -37,6 +37,7 @@ PACKAGES = (
     "gramian.ops",
     "gramian.reduction",
     "gramian.reports",
+    "gramian.shrinking",
     "gramian.systems",
     "gramian.tasks",
     "gramian.testing",

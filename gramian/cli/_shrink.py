@@ -1,0 +1,151 @@
+"""Define the command `shrink`, which makes the states of recurrences smaller."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gramian.cli._app import UserError, command, one_line
+from gramian.cli._console import console_for, finish, running
+from gramian.cli._inputs import (
+    SAVE_TOKENIZER,
+    check_new,
+    fraction,
+    move_model,
+    quiet_transformers,
+    read_texts,
+)
+from gramian.cli._options import Device, Json, NewFolder, Seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gramian.shrinking import ShrinkReport
+
+_Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="Folder of a saved language model, of Gramian or of transformers."
+    ),
+]
+_Text = Annotated[
+    Path,
+    typer.Option(help="Text or FASTA file by which states are chosen; losses use a quarter of it."),
+]
+_Keep = Annotated[
+    str | None,
+    typer.Option(help="Share of the states to keep, such as 0.5 or 50%, or their number."),
+]
+_MaxIncrease = Annotated[
+    str | None,
+    typer.Option(
+        help="Largest relative increase of the loss, such as 1%; replaces --keep. The command then "
+        "looks for the smallest size within it."
+    ),
+]
+_PerLayer = Annotated[
+    bool,
+    typer.Option("--per-layer", help="Let layers have different sizes (Gramian models only)."),
+]
+_Multiple = Annotated[
+    int | None,
+    typer.Option(min=1, help="Number of which sizes are multiples (default: what kernels need)."),
+]
+_Context = Annotated[
+    int | None,
+    typer.Option(min=2, help="Number of tokens of a window (default: 1024 or the model's)."),
+]
+_MaxTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to read.")]
+
+
+@command
+def shrink(
+    model: _Model,
+    out: NewFolder,
+    text: _Text,
+    keep: _Keep = None,
+    max_increase: _MaxIncrease = None,
+    per_layer: _PerLayer = False,
+    multiple: _Multiple = None,
+    context: _Context = None,
+    max_tokens: _MaxTokens = 32_768,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Make the states of MODEL's recurrences smaller, and save the new model in OUT.
+
+    OUT also contains shrinkage.json and shrinkage.png, which show the states, errors and losses.
+    """
+    if (keep is None) == (max_increase is None):
+        raise typer.BadParameter("give one of --keep and --max-increase.")
+    share = None if keep is None else _kept(keep)
+    budget = None if max_increase is None else fraction("--max-increase", max_increase)
+    check_new(out)
+    if not model.is_dir():
+        raise UserError(f"there is no model folder {model}.")
+    console = console_for(as_json)
+    quiet_transformers()
+
+    from gramian import analysis, shrinking
+    from gramian._staging import staged_directory
+
+    with running(console, "Reading the model", about=str(model)):
+        loaded, tokenizer = analysis.open_model(model)
+    if not loaded.can_generate():
+        raise UserError(f"{model} is a {type(loaded).__name__}; shrink needs a language model.")
+    move_model(loaded, device)
+    documents = _token_ids(model, tokenizer, text)
+    with staged_directory(out) as stage:
+        with running(console, "Shrinking") as bar:
+            small, report = shrinking.shrink(
+                loaded,
+                documents,
+                keep=share,
+                max_increase=budget,
+                per_layer=per_layer,
+                multiple=multiple,
+                context=context,
+                max_tokens=max_tokens,
+                seed=seed,
+                progress=bar,
+            )
+        small.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+        (stage / "shrinkage.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        _draw(report, f"{model}, shrunk to {out}", stage / "shrinkage.png")
+    finish(console, as_json, report.to_dict(), report, out)
+
+
+def _kept(text: str) -> float | int:
+    """Return the number of states that a text such as "32" means, or the share of "0.5"."""
+    if text.isdigit():
+        return int(text)
+    return fraction("--keep", text)
+
+
+def _token_ids(model: Path, tokenizer: Any, text: Path) -> list[Tensor]:
+    """Encode each document of a file as token ids (count,)."""
+    from torch import from_numpy
+
+    from gramian.tasks import Encoder
+
+    if tokenizer is None:
+        raise UserError(f"{model} has no tokenizer, so it cannot read a text; {SAVE_TOKENIZER}.")
+    encode = Encoder(tokenizer)
+    try:
+        return [from_numpy(encode(document)) for document in read_texts(text)]
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+
+
+def _draw(report: ShrinkReport, title: str, path: Path) -> None:
+    from gramian.reports import plot_shrinkage, save_figure
+
+    try:
+        save_figure(plot_shrinkage(report, title), path)
+    except ImportError as error:  # the result is kept even if no figure can be drawn
+        print(f"gramian: no figure: {one_line(error)}", file=sys.stderr)

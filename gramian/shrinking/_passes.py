@@ -1,0 +1,248 @@
+"""Run a model over windows of a text, and read or compare its recurrences on the way.
+
+The calls of one layer at a time are held, and dropped when the layer returns.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gramian.shrinking._family import Call, Layer
+from gramian.shrinking._recurrence import gram
+
+__all__ = ["Change", "Importance", "compare", "measure_importance", "window_losses"]
+
+_TOKENS = 2**12  # tokens of one forward pass
+_AGREEMENT = 1e-3  # how far the energy of the read outputs may be from that of the scan's
+_HALF_AGREEMENT = 5e-2  # the same for scans in half precision
+
+
+@dataclass
+class Importance:
+    """What a text needs of the state of a layer.
+
+    Attributes:
+        gram: the Gram matrices of what the coordinates contribute, (groups, n, n), in double
+            precision.
+        keys: sum of the squares of the keys, (groups, n).
+        queries: sum of the squares of the queries, (groups, n).
+        tokens: number of tokens.
+    """
+
+    gram: Tensor
+    keys: Tensor
+    queries: Tensor
+    tokens: int = 0
+
+    @property
+    def energies(self) -> tuple[Tensor, Tensor]:
+        """The mean squares of keys and queries, (groups, n) each."""
+        return self.keys / self.tokens, self.queries / self.tokens
+
+
+@dataclass
+class Change:
+    """The squared errors of a layer's scan and output on a text, and the squared sizes of both."""
+
+    scan: float = 0.0
+    scan_size: float = 0.0
+    output: float = 0.0
+    output_size: float = 0.0
+
+    @property
+    def scan_error(self) -> float:
+        """The relative error of the scan's outputs."""
+        return (self.scan / self.scan_size) ** 0.5 if self.scan_size else 0.0
+
+    @property
+    def output_error(self) -> float:
+        """The relative error of the layer's output."""
+        return (self.output / self.output_size) ** 0.5 if self.output_size else 0.0
+
+
+@torch.no_grad()
+def measure_importance(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    windows: Tensor,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Importance]:
+    """Return the importance of the states of some layers on a text, by the layers' paths.
+
+    Args:
+        model: the model.
+        layers: the layers.
+        windows: token ids, (count, length).
+        progress: a function that is called with the number of windows done.
+
+    Raises:
+        ValueError: if the outputs of a layer's scan are not those that its arguments say.
+    """
+    found: dict[str, Importance] = {}
+    for layer in layers:
+        groups, n = layer.shape.groups, layer.shape.states
+        zeros = torch.zeros(groups, n, dtype=torch.float64)
+        found[layer.path] = Importance(torch.zeros(groups, n, n, dtype=torch.float64), zeros, zeros)
+
+    def read(layer: Layer, calls: list[Call], *_: Any) -> None:
+        total = torch.cat([gram(call.recurrence) for call in calls])
+        one = found[layer.path]
+        if not one.tokens:  # one check is enough, and its outputs cost a scan
+            _check(layer, float(total.sum()), calls)
+        keys, queries = ([getattr(c.recurrence, k) for c in calls] for k in ("keys", "queries"))
+        one.gram = one.gram + total.cpu()
+        one.keys = one.keys + _energy(keys)
+        one.queries = one.queries + _energy(queries)
+        one.tokens += keys[0].shape[0] * keys[0].shape[2]
+
+    with _calling(layers, read):
+        for done in _run(model, windows):
+            if progress is not None:
+                progress(done)
+    return found
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module, layers: Sequence[Layer], cut: Mapping[str, Layer], windows: Tensor
+) -> dict[str, Change]:
+    """Return how much cut layers change what the layers of a model compute on a text.
+
+    Every cut layer is given what the layer in the model is given.
+
+    Args:
+        model: the model.
+        layers: the layers that were cut.
+        cut: the cut layers, by path.
+        windows: token ids, (count, length).
+    """
+    changes = {layer.path: Change() for layer in layers}
+
+    def read(layer: Layer, calls: list[Call], args: Any, kwargs: Any, output: Any) -> None:
+        other, change = cut[layer.path], changes[layer.path]
+        after: list[Call] = []
+        with other.family.watch(other.module, _inputs(args, kwargs), after.append):
+            new = other.module(*args, **kwargs)
+        factor = layer.family.scale(layer.module, other.shape.states)
+        for one, two in zip(calls, after, strict=True):
+            before, now = (call.outputs().double() for call in (one, two))
+            weights = one.recurrence.weights(before)
+            change.scan += float((weights * (before - factor * now)).square().sum())
+            change.scan_size += float((weights * before).square().sum())
+        before, now = (_first(x).double() for x in (output, new))
+        change.output += float((before - now).square().sum())
+        change.output_size += float(before.square().sum())
+
+    with _calling(layers, read):
+        for _ in _run(model, windows):
+            pass
+    return changes
+
+
+@torch.no_grad()
+def window_losses(model: nn.Module, windows: Tensor) -> Tensor:
+    """Return the mean cross-entropy of every window, (count), in nats and double precision.
+
+    Args:
+        model: a causal language model.
+        windows: token ids, (count, length). The first token of a window is not scored.
+    """
+    losses = []
+    for part in windows.split(max(1, _TOKENS // 2 // windows.shape[1])):
+        ids = part.to(_device(model))
+        logits = model(ids[:, :-1], use_cache=False).logits
+        each = [
+            nn.functional.cross_entropy(row.float(), target[1:])
+            for row, target in zip(logits, ids, strict=True)
+        ]
+        losses.append(torch.stack(each).double().cpu())
+    return torch.cat(losses)
+
+
+def _check(layer: Layer, read: float, calls: Sequence[Call]) -> None:
+    """Compare the energy of outputs that was computed from arguments with that of a scan."""
+    energy = 0.0
+    for call in calls:
+        y = call.outputs().double()
+        energy += float((call.recurrence.weights(y) * y).square().sum())
+    half = calls[0].recurrence.values.dtype.itemsize < 4
+    if not abs(read - energy) <= (_HALF_AGREEMENT if half else _AGREEMENT) * energy + 1e-12:
+        raise ValueError(
+            f"{layer.path}: the scan must apply the recurrence that its arguments describe; got "
+            f"outputs of energy {energy:.6g} in place of {read:.6g}."
+        )
+
+
+def _run(model: nn.Module, windows: Tensor) -> Iterator[int]:
+    """Run a model over windows without a cache, and yield how many are done."""
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    done = 0
+    for part in windows.split(max(1, _TOKENS // windows.shape[1])):
+        model(part.to(_device(model)), **options)
+        done += len(part)
+        yield done
+
+
+@contextmanager
+def _calling(layers: Sequence[Layer], read: Callable[..., None]) -> Iterator[None]:
+    """Call `read(layer, calls, args, kwargs, output)` after every call of the layers."""
+    running: dict[str, tuple[ExitStack, list[Call]]] = {}
+
+    def enter(layer: Layer, module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls: list[Call] = []
+        stack = ExitStack()
+        watch: AbstractContextManager[object] = layer.family.watch(
+            module, _inputs(args, kwargs), calls.append
+        )
+        stack.enter_context(watch)
+        running[layer.path] = stack, calls
+
+    def leave(layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        stack, calls = running.pop(layer.path)
+        stack.close()
+        if output is not None:  # the layer raised no exception
+            read(layer, calls, args, kwargs, output)
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            before = layer.module.register_forward_pre_hook(partial(enter, layer), with_kwargs=True)
+            after = layer.module.register_forward_hook(
+                partial(leave, layer), with_kwargs=True, always_call=True
+            )
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
+        try:
+            yield
+        finally:
+            for stack, _ in running.values():
+                stack.close()
+
+
+def _inputs(args: Any, kwargs: Any) -> Tensor:
+    found: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return found
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return found
+
+
+def _energy(parts: Sequence[Tensor]) -> Tensor:
+    """Return the sum of squares over rows and time of keys or queries, (groups, n)."""
+    sums = [x.double().square().sum((0, 2)) for x in parts]
+    return torch.cat(sums).cpu()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

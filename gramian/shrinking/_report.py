@@ -1,0 +1,214 @@
+"""Define the report of `shrink`: states, errors and losses before and after."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gramian._json import to_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["LayerShrinkage", "ShrinkReport", "ShrinkTrial"]
+
+_COLUMNS = ("layer", "mixer", "groups", "states", "predicted", "measured", "output")
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class LayerShrinkage:
+    """The report on the recurrence of one layer.
+
+    Errors are relative: the root of the squared change on the text, divided by the root of the
+    squared size. If a norm of every head follows the scan, the outputs of each head and token are
+    divided by their root mean square first.
+
+    Attributes:
+        layer: path of the module.
+        mixer: name of the module's class.
+        groups: number of groups of heads that share keys and queries. Each group has its own choice
+            of coordinates.
+        states_before: number of coordinates of each group's state before.
+        states_after: the same number after.
+        kept: indices of the kept coordinates of each group, in ascending order.
+        predicted_error: error of the scan's outputs if the coordinates are held at zero.
+        measured_error: error of the scan's outputs in the smaller layer, for the same input, on
+            4,096 tokens of the text.
+        output_error: error of the smaller layer's output on the same tokens, for the same input.
+        spectrum: predicted error if the greedy elimination keeps 1, 2, …, n coordinates. The last
+            one is 0.
+        note: what changes besides the dropped coordinates; empty if nothing does.
+    """
+
+    layer: str
+    mixer: str
+    groups: int
+    states_before: int
+    states_after: int
+    kept: tuple[tuple[int, ...], ...]
+    predicted_error: float
+    measured_error: float
+    output_error: float
+    spectrum: tuple[float, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ShrinkTrial:
+    """A size that was tried, and the loss on the held-out text.
+
+    Attributes:
+        states: number of coordinates that all groups of all layers kept.
+        loss: mean cross-entropy, in nats.
+        increase: increase of the loss, relative to the loss of the original model.
+    """
+
+    states: int
+    loss: float
+    increase: float
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """The report that `shrink` returns. It prints as a table.
+
+    Attributes:
+        keep: the share or number of states to keep; None if `max_increase` was given.
+        max_increase: the allowed relative increase of the loss; None if `keep` was given.
+        per_layer: whether layers could have different sizes.
+        multiple: the numbers of which the layers' sizes are multiples.
+        criterion: how the coordinates were chosen. "error" is the greedy elimination by the exact
+            error, "diagonal" keeps the largest contributions, and "energy" the largest keys and
+            queries.
+        criteria: the loss of the smaller model by each criterion, on 4,096 tokens of the text by
+            which coordinates were chosen.
+        layers: one report for every layer whose state could be made smaller.
+        left: path and reason of every recurrence that was left as it is.
+        tokens: number of tokens by which coordinates were chosen.
+        held_out_tokens: number of other tokens on which losses were measured.
+        context: number of tokens of a window.
+        loss_before: mean cross-entropy of the original model on the held-out text, in nats.
+        loss_after: mean cross-entropy of the smaller model there.
+        standard_error: standard error of the difference of both, over windows; NaN for one window.
+        original_state_bytes: bytes that the original model stores for one sequence of `context`
+            tokens, keys and values of attention included.
+        shrunk_state_bytes: the same for the smaller model.
+        trials: the sizes that were tried for `max_increase`.
+        seconds: duration in seconds.
+    """
+
+    keep: float | int | None
+    max_increase: float | None
+    per_layer: bool
+    multiple: tuple[int, ...]
+    criterion: str
+    criteria: dict[str, float]
+    layers: tuple[LayerShrinkage, ...]
+    left: tuple[tuple[str, str], ...]
+    tokens: int
+    held_out_tokens: int
+    context: int
+    loss_before: float
+    loss_after: float
+    standard_error: float
+    original_state_bytes: int
+    shrunk_state_bytes: int
+    trials: tuple[ShrinkTrial, ...]
+    seconds: float
+
+    @property
+    def increase(self) -> float:
+        """The increase of the loss, relative to the loss of the original model."""
+        return self.loss_after / self.loss_before - 1
+
+    @property
+    def states(self) -> tuple[int, int]:
+        """The coordinates of all groups of all layers, before and after."""
+        before = sum(layer.groups * layer.states_before for layer in self.layers)
+        return before, sum(layer.groups * layer.states_after for layer in self.layers)
+
+    def sequences(self, memory: int) -> tuple[int, int]:
+        """Return how many sequences of `context` tokens a memory holds, before and after.
+
+        Args:
+            memory: bytes for states, without the weights.
+        """
+        return memory // self.original_state_bytes, memory // self.shrunk_state_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as values that JSON can hold."""
+        before, after = self.sequences(_GIB)
+        return {
+            **dataclasses.asdict(self),
+            "increase": self.increase,
+            "states_before": self.states[0],
+            "states_after": self.states[1],
+            "sequences_in_a_gibibyte": {"before": before, "after": after},
+        }
+
+    def to_json(self) -> str:
+        """Return `to_dict` as indented JSON text."""
+        return to_json(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        rows = [_COLUMNS, *(_row(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+        lines = [
+            "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows
+        ]
+        return "\n".join([*lines, self.summary])
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(caption=self.summary, caption_justify="left", caption_style="")
+        for column in _COLUMNS:
+            table.add_column(column, justify="right")
+        for layer in self.layers:
+            table.add_row(*_row(layer))
+        return table
+
+    @property
+    def summary(self) -> str:
+        """A few sentences with the states, the losses, and the memory before and after."""
+        before, after = self.states
+        wanted = (
+            f"at most {self.max_increase:.3%} more loss"
+            if self.max_increase is not None
+            else f"keep {self.keep:g}"
+        )
+        known = self.standard_error == self.standard_error  # NaN is not equal to itself
+        spread = f", standard error {self.standard_error / self.loss_before:.3%}" if known else ""
+        words = (
+            f"{before} states to {after} ({wanted}), chosen by the criterion {self.criterion} on "
+            f"{self.tokens:,} tokens in {self.seconds:.1f} s. "
+            f"Loss on {self.held_out_tokens:,} other tokens: "
+            f"{self.loss_before:.4f} nats before, {self.loss_after:.4f} ({self.increase:+.3%}"
+            f"{spread}) after. One sequence of {self.context:,} tokens: "
+            f"{self.original_state_bytes:,} bytes before, "
+            f"{self.shrunk_state_bytes:,} after. One GiB holds {self.sequences(_GIB)[0]:,} "
+            f"sequences before, {self.sequences(_GIB)[1]:,} after."
+        )
+        steps = [step for step in self.multiple if step > 1]
+        if steps:
+            words += (
+                f" Sizes are multiples of {' or '.join(map(str, steps))}, which fused kernels need."
+            )
+        notes = dict.fromkeys(layer.note for layer in self.layers if layer.note)
+        words += "".join(f" {note}" for note in notes)
+        words += "".join(f" {path} is left: {reason}" for path, reason in self.left)
+        return words
+
+
+def _row(layer: LayerShrinkage) -> tuple[str, ...]:
+    return (
+        layer.layer,
+        layer.mixer,
+        str(layer.groups),
+        f"{layer.states_before} to {layer.states_after}",
+        f"{layer.predicted_error:.1e}",
+        f"{layer.measured_error:.1e}",
+        f"{layer.output_error:.1e}",
+    )

@@ -1,0 +1,100 @@
+"""The command `shrink`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCausalLM
+
+from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM, load
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Mamba2, a Gramian model, a GPT-2 and texts."""
+    folder = tmp_path_factory.mktemp("work")
+    torch.manual_seed(0)
+    small = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2}
+    heads = {"num_heads": 4, "head_dim": 8, "state_size": 16, "n_groups": 1, "chunk_size": 16}
+    models = {
+        "mamba2": Mamba2ForCausalLM(Mamba2Config(**small, **heads)),
+        "ours": GramianForCausalLM(
+            GramianConfig(
+                **small, mixers="gated_linear_attention", num_heads=2, initializer_range=0.2
+            )
+        ),
+        "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=8, n_layer=1, n_head=1)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        ByteTokenizer().save_pretrained(folder / name)
+    (folder / "text.txt").write_text("What is read is not always kept. " * 12, encoding="utf-8")
+    (folder / "short.txt").write_text("Too short.", encoding="utf-8")
+    return folder
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_shrink_writes_a_folder_that_transformers_reads(workplace: Path, call: Call) -> None:
+    arguments = "shrink mamba2 small --text text.txt --keep 50% --context 40 --json"
+    status, out, err = call(arguments, workplace)
+    assert status == 0, err
+    report = json.loads(out)
+    assert json.loads((workplace / "small/shrinkage.json").read_text(encoding="utf-8")) == report
+    assert {"shrinkage.png", "model.safetensors", "tokenizer_config.json"} <= {
+        path.name for path in (workplace / "small").iterdir()
+    }
+    small = Mamba2ForCausalLM.from_pretrained(workplace / "small")
+    assert small.config.state_size == 8 and report["states_after"] == 16
+
+
+def test_shrink_within_a_budget_lets_layers_differ(workplace: Path, call: Call) -> None:
+    arguments = "shrink ours less --text text.txt --max-increase 50% --per-layer --context 40"
+    status, out, err = call(arguments, workplace)
+    assert status == 0, err
+    assert "standard error" in " ".join(out.split()) and "Written to less" in out
+    sizes = [mixer["state_size"] for mixer in load(workplace / "less").config.mixers]
+    assert all(1 <= size <= 8 for size in sizes) and min(sizes) < 8
+    status, out, err = call("shrink ours number --text text.txt --keep 3 --context 40", workplace)
+    assert status == 0, err
+    assert load(workplace / "number").config.mixers[0]["state_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("mamba2 refused --text text.txt", 2, "one of --keep and --max-increase"),
+        ("mamba2 refused --text text.txt --keep 0.5 --max-increase 1%", 2, "one of --keep"),
+        ("mamba2 refused --keep 0.5", 2, "--text"),
+        ("mamba2 refused --text text.txt --keep much", 1, "'much'"),
+        ("mamba2 refused --text text.txt --keep 150%", 1, "a share between 0 and 1"),
+        ("mamba2 refused --text text.txt --keep 0", 1, "a share between 0 and 1"),
+        ("mamba2 refused --text text.txt --keep 0.01 --context 40", 1, "at least one of the 16"),
+        ("mamba2 refused --text text.txt --keep 0.5", 1, "at least two windows of 1024 tokens"),
+        ("mamba2 refused --text short.txt --keep 0.5 --context 8", 1, "at least two windows of 8"),
+        ("mamba2 refused --text nowhere.txt --keep 0.5", 1, "nowhere.txt"),
+        ("mamba2 mamba2 --text text.txt --keep 0.5", 1, "mamba2 exists already"),
+        ("nowhere refused --text text.txt --keep 0.5", 1, "no model folder nowhere"),
+        ("gpt2 refused --text text.txt --keep 0.5 --context 40", 1, "linear recurrences"),
+        (
+            "mamba2 refused --text text.txt --keep 0.5 --per-layer --context 40",
+            1,
+            "per_layer needs a configuration",
+        ),
+    ],
+)
+def test_shrink_refuses_in_one_sentence_and_writes_nothing(
+    workplace: Path, call: Call, arguments: str, status: int, message: str
+) -> None:
+    before = contents(workplace)
+    code, _, err = call(f"shrink {arguments}", workplace)
+    assert code == status and message in " ".join(err.split())
+    assert contents(workplace) == before

@@ -1,0 +1,64 @@
+"""On a trained model, coordinates chosen by the error are better than random ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import gramian
+from gramian.models import GramianConfig, GramianForCausalLM
+from gramian.shrinking._family import find_layers
+from gramian.shrinking._folding import fold
+from gramian.shrinking._passes import measure_importance, window_losses
+
+KEYS, PAIRS = 8, 4
+
+
+def recall(count: int, generator: torch.Generator) -> Tensor:
+    """Pairs of a key and a value, and then the same pairs in another order."""
+    keys = torch.rand(count, KEYS, generator=generator).argsort(1)[:, :PAIRS]
+    values = KEYS + torch.randint(0, KEYS, (count, PAIRS), generator=generator)
+    pairs = torch.stack([keys, values], dim=-1)  # (count, pairs, 2)
+    order = torch.rand(count, PAIRS, generator=generator).argsort(1)
+    again = pairs.gather(1, order.unsqueeze(-1).expand(-1, -1, 2))
+    return torch.cat([pairs, again], dim=1).flatten(1)
+
+
+@pytest.mark.slow
+def test_the_chosen_coordinates_are_better_than_random_ones() -> None:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    model = GramianForCausalLM(
+        GramianConfig(
+            vocab_size=2 * KEYS,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_heads=2,
+            mixers="gated_linear_attention",
+            linear_recurrence={"state_size": 16},
+            initializer_range=0.1,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(500):
+        ids = recall(64, generator)
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.eval()
+    text, held_out = recall(96, generator), recall(512, generator)
+    layers = list(find_layers(model))
+    importance = measure_importance(model, layers, text)
+
+    def loss(small: GramianForCausalLM) -> float:
+        return float(window_losses(small, held_out).mean())
+
+    for size in (4, 8):
+        chosen, _ = gramian.shrink(model, text, keep=size)
+        random = []
+        for _ in range(5):
+            orders = {x.path: torch.rand(2, 16).argsort(1) for x in layers}
+            kept = {path: order[:, :size].sort(1).values for path, order in orders.items()}
+            random.append(loss(fold(model, layers, kept, importance)[0]))
+        assert loss(chosen) < min(random)
