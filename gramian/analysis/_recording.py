@@ -182,7 +182,8 @@ class Recorder:
 
     def unread(self) -> tuple[tuple[str, str], ...]:
         """Return the path of every module that ran but could not be measured, and the reason."""
-        return tuple(self.refused.items())
+        name = type(self.model).__name__
+        return tuple((path or name, reason) for path, reason in self.refused.items())
 
     def _find(self, inputs: ModelInputs) -> None:
         """Find what mixes positions, on the first tokens, repeated if there are few of them.

@@ -403,7 +403,8 @@ class StateReport:
         """Return the report from which `to_dict` made `values`.
 
         Raises:
-            ValueError: if `values` do not have the format of a report.
+            ValueError: if `values` do not have the format of a report, or if a layer has other
+                numbers of channels and positions than the report.
         """
         found = values.get("format") if isinstance(values, dict) else None
         if found not in _READABLE:
@@ -427,10 +428,19 @@ class StateReport:
             )
             for layer in values["layers"]
         )
+        positions = tuple(values["positions"])
+        for layer in layers:
+            for name, sizes in (("ess", layer.ess), ("tss", layer.tss)):
+                wanted = (len(layer.channels), len(positions))
+                if sizes.shape != wanted:
+                    raise ValueError(
+                        f"{layer.name}: {name} must have a number for each channel and position, "
+                        f"{wanted}; got shape {tuple(sizes.shape)}."
+                    )
         return cls(
             model=values["model"],
             layers=layers,
-            positions=tuple(values["positions"]),
+            positions=positions,
             tokens=tuple(values["tokens"]),
             measure=values["measure"],
             tol=values["tol"],

@@ -138,12 +138,12 @@ class Tail:
         self.observed = (slope * totals + log_slope * logs).var()
         one, other = (slope * total_corrections + log_slope * log_corrections).tolist()
         changes = slope * total_changes + log_slope * log_changes
-        self.quadrature = 0.1 * abs(one + other) + 2 * abs(other)
+        self.quadrature = 0.25 * abs(one + other) + 2 * abs(other)
         self.quadrature += 2 * float(changes.std()) / math.sqrt(len(changes))
         self.systematic = factors[1].abs() * leading.unsure[p] / level.square()
         if bool((values > 0).any()):
             last = values[values > 0].amin()
-            excess = (slope + log_slope * (1 + last.log())).clamp_min(0) * leading.excess[p]
+            excess = (slope + log_slope * last.log()).clamp_min(0) * leading.excess[p]
             size, self.systematic = size * (-excess).exp(), self.systematic + excess
         self.size = torch.minimum(size, high)
 

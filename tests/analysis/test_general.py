@@ -537,3 +537,8 @@ def test_a_fast_reader_reads_what_it_can() -> None:
         Scaling(torch.linspace(1, 2, WIDTH)).eval(), torch.randn(1, 99, WIDTH)
     )
     assert operator.reader == "attention" and not unread
+
+
+def test_a_whole_model_that_is_not_read_is_named_by_its_class() -> None:
+    report = gramian.analyze(Square().eval(), torch.randn(1, 71, WIDTH), every=30)
+    assert [name for name, _ in report.unread] == ["Square"]

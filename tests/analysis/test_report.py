@@ -112,3 +112,10 @@ def test_nothing_is_cut_at_eighty_columns(error: float | None) -> None:
     for number in ("1.33", "3.00", "2.7", "50.0 %"):
         assert number in text
     assert ("± 0.25" in text) == (error is not None)
+
+
+def test_reports_whose_numbers_do_not_fit_their_positions_are_refused() -> None:
+    values = report(layer([[1.0, 2.0]], [[2.0, 3.0]]), (2, 4), 9).to_dict()
+    values["positions"] = [2]
+    with pytest.raises(ValueError, match=r"ess must have a number for each channel and position"):
+        StateReport.from_dict(values)

@@ -201,3 +201,16 @@ def test_large_values_that_are_not_finite_are_refused():
     matrix[600, 3] = math.inf
     with pytest.raises(ValueError, match="must be finite"):
         estimated_state_size(RowOperator(lambda channel, rows: matrix[rows], 700), [350])
+
+
+def test_the_error_holds_for_singular_values_that_are_spread_evenly():
+    estimates, n = [], 400
+    for seed in range(8):
+        values = torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        matrix = torch.zeros(2 * n, 2 * n, dtype=torch.float64)
+        matrix[n:, :n] = values.diag()
+        size, error = estimated_state_size(matrix, [n], 0.01, seed=seed)
+        true = size_by_definition(matrix[n:, :n])
+        estimates.append(abs(float(size[0]) - true) / float(error[0]))
+    assert sum(estimate <= 1 for estimate in estimates) >= 7
+    assert max(estimates) <= 1.5
