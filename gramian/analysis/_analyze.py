@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -144,7 +146,7 @@ def analyze(
     joins = include == "mixer"
     long = None if tolerance is None or joins else _LONG  # maps are joined as a whole
     recorder = Recorder(model, visit, joins, long)
-    with in_mode(model, training=False), torch.no_grad():
+    with _uncompiled(), in_mode(model, training=False), torch.no_grad():
         recorder.record(given)
         if not layers:
             check_causal(model, given)
@@ -163,3 +165,13 @@ def analyze(
         seconds=time.perf_counter() - started,
         include=include,
     )
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run what `torch.compile` has compiled as it was before, so that its calls can be followed."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

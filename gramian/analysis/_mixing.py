@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian.analysis._keeping import Buffers
 from gramian.analysis._tracing import Frame, Key, Replay, Tracer
 from gramian.analysis._values import (
     changed_positions,
@@ -37,20 +38,33 @@ _PADDINGS = (12, 4, 0)
 """Numbers of positions that convolutions may add to the short sequence."""
 
 
-def short_lengths(model: nn.Module) -> list[tuple[int, int]]:
+def short_lengths(model: nn.Module, longest: int) -> list[tuple[int, int]]:
     """Return how many positions the short sequence may have, the best numbers first.
 
     Each is followed by the number of positions that convolutions may add to it. No parameter has a
-    size in between, so that the axis of time of a tensor can be told from its shape.
+    size in between, so that the axis of time of a tensor can be told from its shape. The sequence
+    reaches past the dilations of all convolutions, or else of those that reach into a sequence of
+    the `longest` length, which is that of the input.
     """
     sizes = {size for tensor in model.parameters() for size in tensor.shape}
+    reach = max((_dilation(m) for m in model.modules() if _dilation(m) < longest), default=0)
+    least = 3 * reach // 2 + 8  # what changes first is at a sixth of the sequence
+    lengths = [length for length in _LENGTHS if length >= least]
+    lengths += range(least, least + 200) if reach > 1 else ()
     fitting = [
         (length, padding)
         for padding in _PADDINGS
-        for length in _LENGTHS
+        for length in lengths
         if not sizes.intersection(range(length, length + padding + 1))
     ]
-    return fitting or [(_LENGTHS[0], 0)]
+    return fitting or [(max(_LENGTHS[0], least), 0)]
+
+
+def _dilation(module: nn.Module) -> int:
+    """Return the distance between the taps of a convolution over time, or 0."""
+    if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
+        return module.dilation[0]
+    return 0
 
 
 class NotFinite(ValueError):
@@ -185,7 +199,8 @@ class Finder:
         if self._inside or self.whole(module):
             self._inside += 1
         random = torch.get_rng_state()
-        self._frames.append(Frame(path, module, copied((args, kwargs)), random))
+        frame = Frame(path, module, copied((args, kwargs)), random, Buffers(module))
+        self._frames.append(frame)
 
     def _leave(self, path: str, module: nn.Module, output: Any) -> None:
         frame = self._frames.pop()

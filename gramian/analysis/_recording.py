@@ -32,6 +32,7 @@ from gramian.analysis._attention import eager_attention, read_attention
 from gramian.analysis._composition import compose
 from gramian.analysis._general import Unreadable, measure_operators
 from gramian.analysis._inputs import ModelInputs, run_model
+from gramian.analysis._keeping import Buffers, kept
 from gramian.analysis._mixing import Finder, NotFinite, short_lengths
 from gramian.analysis._planning import (
     Plan,
@@ -172,8 +173,10 @@ class Recorder:
         with _ONE_AT_A_TIME, torch.no_grad(), ExitStack() as stack:
             if "transformers" in sys.modules:
                 stack.enter_context(eager_attention(self.model))
-            self._find(inputs)
+            with kept(self.model):
+                self._find(inputs)
             self._length = inputs.length
+            stack.callback(Buffers(self.model).put_back)
             with self._listening():
                 run_model(self.model, inputs)
 
@@ -186,7 +189,7 @@ class Recorder:
 
         If a model cannot read as many tokens, fewer are tried.
         """
-        lengths = [*short_lengths(self.model), (inputs.length, 0)]
+        lengths = [*short_lengths(self.model, inputs.length), (inputs.length, 0)]
         while True:
             length, self._tracer.padding = lengths.pop(0)
             planner = Planner(self._tracer, length, self.joins)
@@ -239,7 +242,8 @@ class Recorder:
         repeats = plan.repeats and not _is_mixer(module)
         inputs = copied((args, kwargs)) if repeats else ((), {})
         random = torch.get_rng_state() if repeats else torch.empty(0)
-        running = _Running(plan, Frame(path, module, inputs, random))
+        buffers = Buffers(module) if repeats else None
+        running = _Running(plan, Frame(path, module, inputs, random, buffers))
         self._running.append(running)
         if plan.methods:
             running.undo.enter_context(own_methods(self._tracer, module))
@@ -329,11 +333,12 @@ class Recorder:
         before, self._tracer.handler = self._tracer.handler, None
         outer, self._tracer.operations = self._tracer.operations, None
         try:
-            made = call()
-            if any(site.key == feed.convolution for feed in running.plan.feeds.values()):
-                running.convolutions[site.key] = made
-            else:
-                self._read_operator(running, site, made)
+            with kept(running.plan.module):
+                made = call()
+                if any(site.key == feed.convolution for feed in running.plan.feeds.values()):
+                    running.convolutions[site.key] = made
+                else:
+                    self._read_operator(running, site, made)
         except Unreadable as reason:
             self.refused[running.plan.path] = str(reason)
         finally:

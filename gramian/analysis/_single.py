@@ -63,7 +63,9 @@ def single_frame(frame: Frame) -> Frame:
     path = {id(module): name for name, module in frame.module.named_modules()}
     modules = dict(wide.named_modules())
     children = [(modules[path[id(child)]], in_single(result)) for child, result in frame.children]
-    return replace(frame, module=wide, inputs=in_single(frame.inputs), children=children)
+    return replace(
+        frame, module=wide, inputs=in_single(frame.inputs), children=children, buffers=None
+    )
 
 
 def _is_half(x: Any) -> bool:

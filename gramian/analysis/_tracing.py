@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from gramian.analysis._keeping import Buffers, kept
 from gramian.analysis._scans import SCANS
 from gramian.analysis._values import copied, leaves_of, sequences_in, with_leaves
 
@@ -41,6 +42,10 @@ _POINTWISE = (
     "torch.nn.modules.container",
 )
 """Files whose modules treat every position alone. They are not followed."""
+
+
+_TO_THE_END = " -> "
+"""What the names of segments end with that have no target."""
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Frame:
         module: the module.
         inputs: copies of its arguments and keyword arguments.
         random: state of the random numbers of the CPU when it began.
+        buffers: the module's buffers when it began; None if it runs again with those it has.
         children: the outermost modules inside it that mix positions, with their results, in the
             order in which they ran.
         given: copies of the arguments of these children.
@@ -83,6 +89,7 @@ class Frame:
     module: nn.Module
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     random: torch.Tensor
+    buffers: Buffers | None = None
     children: list[tuple[nn.Module, Any]] = field(default_factory=list)
     given: list[Any] = field(default_factory=list)
     output: Any = None
@@ -350,10 +357,9 @@ class Replay:
         """
         tracer, frame = self.tracer, self.frame
         args, kwargs = copied(inputs if inputs is not None else frame.inputs)
-        depth, before, random = len(tracer.stack), tracer.handler, torch.get_rng_state()
-        outer = tracer.operations
+        depth, before, outer = len(tracer.stack), tracer.handler, tracer.operations
         with ExitStack() as stack:
-            stack.callback(torch.set_rng_state, random)
+            stack.enter_context(kept(frame.module))
             stack.callback(lambda: tracer.stack.__delitem__(slice(depth, None)))
             stack.callback(setattr, tracer, "handler", before)
             stack.callback(setattr, tracer, "operations", outer)
@@ -367,7 +373,12 @@ class Replay:
             if self.operations:
                 stack.enter_context(Operations(tracer))
             torch.set_rng_state(frame.random)
+            if frame.buffers is not None:
+                frame.buffers.put_back()
             self.output = frame.module.forward(*args, **kwargs)
+        for key, given in self.frozen.items():
+            if key[0] == "segment" and key[1].endswith(_TO_THE_END):
+                self.output = _given_like(given, self.output)
         return self
 
     def answers(self) -> dict[Key, Any]:
@@ -438,14 +449,18 @@ class Replay:
                 return result
 
             def fed(former: Any, *args: Any, given: Any = given, **kwargs: Any) -> Any:
-                like = leaves_of((args, kwargs))
-                leaves = [
-                    x.to(y.dtype) if isinstance(x, torch.Tensor) else x
-                    for x, y in zip(leaves_of(copied(given)), like, strict=True)
-                ]
-                args, kwargs = with_leaves(given, iter(leaves))
+                args, kwargs = _given_like(given, (args, kwargs))
                 return former(*args, **kwargs)
 
             yield modules[source], watched
             if target:
                 yield modules[target], fed
+
+
+def _given_like(given: Any, like: Any) -> Any:
+    """Return copies of nested values with the dtypes of other values of the same structure."""
+    leaves = [
+        x.to(y.dtype) if isinstance(x, torch.Tensor) else x
+        for x, y in zip(leaves_of(copied(given)), leaves_of(like), strict=True)
+    ]
+    return with_leaves(given, iter(leaves))

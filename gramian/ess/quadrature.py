@@ -57,6 +57,9 @@ _PRIOR = 16
 _ROUNDS = 16
 """The largest number of rounds of random vectors."""
 
+_LEAST = 1e-20
+"""The least energy of an operator that is not scaled before its products in single precision."""
+
 _TOGETHER = 2**28
 """The largest number of bytes of the vectors of all positions that are measured together."""
 
@@ -86,8 +89,9 @@ def estimate_sizes(
     if not positions:
         return sizes[0], sizes[1]
     energies, total = blocks.energies()
-    if not bool(total.isfinite()):
-        raise ValueError("an operator to be measured must be finite; got NaN or infinite values.")
+    if not _LEAST < float(total) < 1 / _LEAST:
+        blocks.normalize()
+        energies, total = blocks.energies()
     there = energies.sqrt() > torch.finfo(torch.float32).eps * total.sqrt()
     floor = torch.zeros((), dtype=torch.float64, device=device)
     large = []

@@ -75,6 +75,30 @@ class Blocks:
         self._kept: dict[int, Tensor] | None = {} if 2 * horizon * horizon <= memory else None
         self.choose(positions)
 
+    def normalize(self) -> None:
+        """Divide the operator by its largest entry, so that single precision can hold squares.
+
+        Raises:
+            ValueError: if an entry is NaN or infinite.
+        """
+        given = self.rows
+
+        def entries(rows: slice) -> Tensor:
+            return given(rows)[:, : rows.stop].double().tril(rows.start)
+
+        largest = 0.0
+        for start in self._bands:
+            band = entries(slice(start, min(start + _SIDE, self.horizon))).abs()
+            if not bool(band.isfinite().all()):
+                raise ValueError(
+                    "an operator to be measured must be finite; got NaN or infinite values."
+                )
+            largest = max(largest, float(band.amax()))
+        if largest > 0:
+            self.rows = lambda rows: entries(rows) / largest
+            if self._kept is not None:
+                self._kept = {}
+
     def choose(self, positions: list[int]) -> None:
         """Choose other positions for all further products."""
         self.positions = positions

@@ -295,7 +295,7 @@ def test_our_own_mixers_are_measured_by_their_operators() -> None:
         hook.remove()
     kinds = [Hyena, MultiHyena, LongConvolution, SoftmaxAttention]
     for layer, x, block, cls in zip(
-        report.layers, seen[-4:], model.model.layers, kinds, strict=True
+        report.main.layers, seen[-4:], model.model.layers, kinds, strict=True
     ):
         assert layer.mixer == cls.__name__
         T = block.mixer.operator(x).matrix(LENGTH).detach()
@@ -310,8 +310,8 @@ def test_a_stack_of_mixers_without_a_model_around_it() -> None:
         MultiHyena(8, 2, {"type": "implicit", "hidden": 8}, max_length=40),
     )
     report = gramian.analyze(stack, torch.randn(20, 8))
-    assert [layer.name for layer in report.layers] == ["0", "1"]
-    assert report.layers[0].tss.unique().tolist() == [4] and report.horizon == 20
+    assert [layer.name for layer in report.layers] == ["0.short", "0", "1.short", "1"]
+    assert report.layers[1].tss.unique().tolist() == [4] and report.horizon == 20
 
 
 def test_a_horizon_ends_what_is_read_and_positions_may_be_few() -> None:

@@ -386,6 +386,87 @@ def test_the_model_computes_what_it_computes_alone() -> None:
     assert torch.equal(outputs[-1], expected)
 
 
+class Restless(Toy):
+    """A decaying sum with noise, scaled by a count of the runs, which is a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 1))
+        values = self.v(x) + torch.randn_like(x)
+        states = [values[:, 0]]
+        for value in values.unbind(1)[1:]:
+            states.append(0.8 * states[-1] + value)
+        return self.runs * torch.stack(states, 1)
+
+
+def test_buffers_and_random_numbers_are_those_of_one_run() -> None:
+    model = nn.Sequential(Restless(), Restless()).eval()
+    x = torch.randn(1, 71, WIDTH)
+    outputs: list[Tensor] = []
+    hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    torch.manual_seed(1)
+    report = gramian.analyze(model, x, every=30)
+    after, random = outputs[-1], torch.get_rng_state()
+    hook.remove()
+    assert [layer.name for layer in report.layers] == ["0", "1"] and not report.unread
+    assert all(not buffer.any() for buffer in model.buffers())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        assert torch.equal(model(x), after)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+class FarBack(Toy):
+    """A depthwise convolution with two taps that are far from each other."""
+
+    def __init__(self, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.short = nn.Conv1d(WIDTH, WIDTH, 2, dilation=dilation, groups=WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.short(F.pad(x.mT, (self.dilation, 0))).mT
+
+
+@pytest.mark.parametrize("dilation", [30, 64, 113])
+def test_convolutions_with_large_dilations_are_read(dilation: int) -> None:
+    report = gramian.analyze(FarBack(dilation).eval(), torch.randn(1, 240, WIDTH), at=[20, 120])
+    assert not report.unread
+    (layer,) = report.layers
+    assert layer.count == WIDTH
+    expected = torch.tensor([20.0, dilation]).expand(WIDTH, 2)
+    torch.testing.assert_close(layer.ess, expected)
+
+
+def test_a_segment_up_to_the_end_of_a_module_is_all_of_it() -> None:
+    class Decaying(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            values = self.v(x)
+            states = [values[:, 0]]
+            for value in values.unbind(1)[1:]:
+                states.append(0.8 * states[-1] + value)
+            return torch.stack(states, 1)
+
+    report = gramian.analyze(Decaying().eval(), torch.randn(1, 71, WIDTH), every=30)
+    assert len(report.layers) == 1 and not report.unread
+
+
+def test_compiled_models_are_read_as_they_were_before() -> None:
+    model = nn.Sequential(Shift(), Gated()).eval()
+    x = torch.randn(1, 71, WIDTH)
+    expected = gramian.analyze(model, x, every=30)
+    compiled = torch.compile(model, backend="eager")
+    report = gramian.analyze(compiled, x, every=30)
+    assert not report.unread
+    for one, other in zip(report.layers, expected.layers, strict=True):
+        assert one.name == f"_orig_mod.{other.name}" and torch.equal(one.ess, other.ess)
+
+
 class ShiftInSome(Toy):
     """A module of which some instances shift tokens, by an array that no attribute tells."""
 

@@ -166,7 +166,7 @@ def count(state: object) -> int:
     ids=["attention", "recurrence", "convolution"],
 )
 def test_storage_of_our_mixers(mixer: torch.nn.Module, states: int) -> None:
-    (layer,) = gramian.analyze(torch.nn.Sequential(mixer), torch.randn(40, mixer.width)).layers
+    (layer,) = gramian.analyze(torch.nn.Sequential(mixer), torch.randn(40, mixer.width)).main.layers
     assert layer.storage is not None
     if isinstance(mixer, SoftmaxAttention):
         assert layer.storage == Storage(4, 4, 2, 4)

@@ -80,13 +80,14 @@ def test_ranks_of_our_mixers_and_what_has_none(tmp_path: Path) -> None:
     )
     model = GramianForCausalLM(config).eval()
     report = gramian.analyze(model, IDS, at=AT, ranks=True, max_channels=2)
-    known = [layer.stable_rank is not None for layer in report.layers]
+    layers = report.main.layers
+    known = [layer.stable_rank is not None for layer in layers]
     assert known == [True, False, False, True]  # S6 has one value channel for each of its states
     for column, i in enumerate(AT[1:], 1):
         output = model(IDS[None, :i], use_cache=True)
         for index in (0, 3):
             memory = output.past_key_values.layers[index].state.memory[0]
-            assert_ranks(report.layers[index], column, memory[list(report.layers[index].channels)])
+            assert_ranks(layers[index], column, memory[list(layers[index].channels)])
 
     loaded = StateReport.load(report.save(tmp_path / "report.json"))
     for one, other in zip(loaded.layers, report.layers, strict=True):
@@ -98,11 +99,11 @@ def test_ranks_of_our_mixers_and_what_has_none(tmp_path: Path) -> None:
         gramian.analyze(model, IDS, at=AT)
     )
     narrowed = report.at([9])
-    assert torch.equal(narrowed.layers[0].stable_rank, report.layers[0].stable_rank[:, [2]])
+    assert torch.equal(narrowed.main.layers[0].stable_rank, layers[0].stable_rank[:, [2]])
     pytest.importorskip("pandas")
     frame = report.to_frame()
-    part = frame[frame.layer == report.layers[0].name]
-    assert part.stable_rank.tolist() == report.layers[0].stable_rank.flatten().tolist()
-    assert frame[frame.layer == report.layers[1].name].stable_rank.isna().all()
+    part = frame[frame.layer == layers[0].name]
+    assert part.stable_rank.tolist() == layers[0].stable_rank.flatten().tolist()
+    assert frame[frame.layer == layers[1].name].stable_rank.isna().all()
     assert "effective_rank_mean" in report.to_frame("layer")
     assert "stable_rank" not in gramian.analyze(model, IDS, at=AT).to_frame()

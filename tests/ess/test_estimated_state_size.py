@@ -184,3 +184,20 @@ def test_noise_of_rounding_is_not_deflated(monkeypatch):
     estimate, error = estimated_state_size(T, [250], 0.01)
     exact = effective_state_size(T, [250])
     assert abs(float(estimate - exact)) <= float(error) + 1e-3 * float(exact)
+
+
+@pytest.mark.parametrize("factor", [1e-41, 1e-30, 1e30, 1e60])
+def test_sizes_do_not_depend_on_the_scale_of_the_operator(factor):
+    torch.manual_seed(2)
+    matrix = torch.randn(700, 700, dtype=torch.float64).tril()
+    size, error = estimated_state_size(factor * matrix, [0, 40, 345], 0.05)
+    for k, i in enumerate((0, 40, 345)):
+        true = size_by_definition(matrix[i:, :i]) if i else 0.0
+        assert abs(float(size[k]) - true) <= 3 * float(error[k]) + 1e-6 * true
+
+
+def test_large_values_that_are_not_finite_are_refused():
+    matrix = torch.full((700, 700), 1e30, dtype=torch.float64)
+    matrix[600, 3] = math.inf
+    with pytest.raises(ValueError, match="must be finite"):
+        estimated_state_size(RowOperator(lambda channel, rows: matrix[rows], 700), [350])
