@@ -132,6 +132,7 @@ def _examined(
 ) -> dict[str, Any]:
     """Return the row of a model."""
     reference = build(model_type, "eager")
+    reference.load_state_dict(model.state_dict())  # in double precision other numbers are drawn
     row["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     with torch.no_grad():
         sites = find_sites(reference, lambda: run(reference), lengths(model_type))
