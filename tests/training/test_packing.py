@@ -181,7 +181,7 @@ def test_a_run_learns_what_it_would_of_padded_rows(tmp_path: Path, run: Run, kin
         ("pairs", {}, "of the kind 'pairs' cannot share a row; those of 'tokens', 'classif"),
         ("reconstruction", {}, "optimization.packing: sequences of a task of the kind 'recon"),
         ("tokens", {"hardware__compile": True}, "packed rows cannot be compiled"),
-        ("tokens", {"regularization__gates": 0.1}, "regularization reads rows of one sequence"),
+        ("tokens", {"regularization__gates": 0.1}, "regularization.ess read rows of one sequence"),
         ("tokens", {"optimization__packing": "yes"}, "optimization.packing must be true or false"),
     ],
 )
