@@ -66,7 +66,7 @@ def test_they_train_save_load_distil_and_are_measured(name: str, tmp_path: Path)
         last = model(ids[:, 100:], past_key_values=output.past_key_values).logits
     torch.testing.assert_close(last, whole[:, 100:], rtol=1e-3, atol=2e-4)
     report = gramian.analyze(model, ids[:1, :60], every=20)
-    assert len(report.layers) == 2
+    assert len(report.main.layers) == 2
     if name != "real":
         small, distilled = gramian.distill(model, order=8)
         assert distilled.max_relative_error < 0.3

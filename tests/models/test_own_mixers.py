@@ -192,7 +192,7 @@ def test_its_state_is_measured(model: GramianForCausalLM) -> None:
     assert_close(sizes, torch.ones(2, 8, dtype=sizes.dtype))
 
     report = gramian.analyze(model, tokens(10)[0], every=3)
-    assert [(layer.mixer, layer.kind) for layer in report.layers] == [
+    assert [(layer.mixer, layer.kind) for layer in report.main.layers] == [
         ("Level", "recurrence"),
         ("S6", "recurrence"),
     ]
