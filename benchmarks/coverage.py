@@ -100,6 +100,8 @@ def double_precision() -> Iterator[None]:
     """Compute in double precision what code asks to be computed in single precision.
 
     Many models compute softmax and scans in single precision whatever the dtype of their inputs is.
+    Modules that are first imported in this context would keep the other dtype, so it is for a
+    process of its own.
     """
     single, cast = torch.float32, Tensor.float
     torch.float32, Tensor.float = torch.float64, Tensor.double
@@ -502,6 +504,8 @@ def examine_all(types: list[str], jobs: int, limit: int) -> Iterator[dict[str, A
                 process = _in_child(model_type, limit, Path(folder, f"{model_type}.json"))
                 running[process] = model_type
             process, _ = os.wait()
+            if process not in running:  # another child of this process
+                continue
             model_type = running.pop(process)
             file = Path(folder, f"{model_type}.json")
             if file.exists():

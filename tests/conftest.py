@@ -18,6 +18,11 @@ def pytest_sessionstart() -> None:
     gc.disable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests of exports first: the exporter fails after some uses of `torch.compile`."""
+    items.sort(key=lambda item: "tests/export/" not in item.path.as_posix())
+
+
 def pytest_collection_finish() -> None:
     gc.enable()
 
