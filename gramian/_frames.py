@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from gramian._staging import staged_file
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["check_frame_file", "import_pandas", "save_frame"]
+__all__ = ["check_frame_file", "import_pandas", "save_frame", "write_frame"]
 
 _INSTALL = 'pip install "gramian[train]".'
 _SUFFIXES = (".csv", ".parquet")
@@ -64,3 +65,16 @@ def import_pandas() -> Any:
     except ImportError as error:
         raise ImportError(f"tables of reports need pandas: {_INSTALL}", name="pandas") from error
     return pandas
+
+
+def write_frame(make: Callable[[], DataFrame], path: str | Path, suffix: str) -> Path:
+    """Make a frame and write it to a file that must have a suffix, and return the path.
+
+    Raises:
+        ImportError: if a package that the file needs is not installed.
+        ValueError: if the path does not end in the suffix.
+    """
+    if Path(path).suffix != suffix:
+        raise ValueError(f"the file must end in {suffix}; got {Path(path).name}.")
+    check_frame_file(path)
+    return save_frame(make(), path)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gramian._frames import check_frame_file, save_frame
+from gramian._frames import write_frame
 from gramian._json import to_json
 from gramian._staging import staged_file
 from gramian.analysis._analyze import analyze
@@ -213,7 +213,7 @@ class StateReports:
             ImportError: if pandas is not installed.
             ValueError: if the path does not end in .csv.
         """
-        return self._write_frame(path, ".csv")
+        return write_frame(self.to_frame, path, ".csv")
 
     def to_parquet(self, path: str | Path) -> Path:
         """Write `to_frame()` as Parquet, completely or not at all, and return the path.
@@ -222,13 +222,7 @@ class StateReports:
             ImportError: if pandas or pyarrow is not installed.
             ValueError: if the path does not end in .parquet.
         """
-        return self._write_frame(path, ".parquet")
-
-    def _write_frame(self, path: str | Path, suffix: str) -> Path:
-        if Path(path).suffix != suffix:
-            raise ValueError(f"the file must end in {suffix}; got {Path(path).name}.")
-        check_frame_file(path)
-        return save_frame(self.to_frame(), path)
+        return write_frame(self.to_frame, path, ".parquet")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> StateReports:
