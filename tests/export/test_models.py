@@ -38,6 +38,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "attention": {"mixers": "softmax_attention", "filter": None},
     "linear": {"mixers": ["linear_attention", "gated_linear_attention"], "filter": None},
     "delta": {"mixers": ["gated_delta_net", "weighted_linear_attention"], "filter": None},
+    "mapped": {
+        "mixers": ["weighted_linear_attention", "gated_linear_attention"],
+        "linear_recurrence": {"state_size": 4, "feature_size": 6, "head_gates": True},
+        "filter": None,
+    },
     "s6": {"mixers": ["s6", "gla_s6"], "filter": None},
 }
 FAST = ("hybrid",)
