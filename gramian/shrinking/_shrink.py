@@ -15,7 +15,14 @@ from gramian.shrinking._choosing import Choices, Plan
 from gramian.shrinking._elimination import squared_errors
 from gramian.shrinking._family import Layer, find_layers
 from gramian.shrinking._folding import fold
-from gramian.shrinking._passes import Change, compare, measure_importance, window_losses
+from gramian.shrinking._passes import (
+    Change,
+    Importance,
+    compare,
+    measure_importance,
+    window_losses,
+)
+from gramian.shrinking._projection import Prediction, predict
 from gramian.shrinking._report import LayerShrinkage, ShrinkReport, ShrinkTrial
 from gramian.shrinking._state_bytes import state_bytes
 from gramian.shrinking._texts import split_windows, windows_of
@@ -34,6 +41,7 @@ def shrink(
     keep: float | int | None = None,
     max_increase: float | None = None,
     per_layer: bool = False,
+    projection: bool = False,
     multiple: int | None = None,
     tokenizer: Any = None,
     context: int | None = None,
@@ -65,6 +73,11 @@ def shrink(
         per_layer: whether layers may have different sizes. Then all layers have the same largest
             predicted error, and `keep` counts the states of all layers. Only configurations with a
             size for each layer, those of Gramian models, allow this.
+        projection: whether to project the states obliquely onto the coordinates of a balanced
+            basis, in place of dropping coordinates of the model. Keys and queries then pass through
+            linear maps, which only Gramian models can hold, behind their feature map
+            (`feature_size` in their configuration). One gate per head and step must multiply each
+            state: linear attention, and weighted or gated linear attention with `head_gates`.
         multiple: number of which the sizes are multiples; by default the one that the fused kernels
             of the architecture need. It is ignored if a layer's own size is no multiple of it.
         tokenizer: tokenizer of the texts; not needed for token ids.
@@ -82,21 +95,22 @@ def shrink(
             ids.
         ValueError: if the model has no recurrence whose state can be made smaller, is quantized,
             has adapters, or is spread over several devices; if neither or both of `keep` and
-            `max_increase` are given, or one is out of range; if the texts are shorter than two
-            windows; or if no smaller size keeps the loss within `max_increase`.
+            `max_increase` are given, or one is out of range; if states that are to be projected
+            have no scalar gates, or their layers cannot hold the maps; if the texts are shorter
+            than two windows; or if no smaller size keeps the loss within `max_increase`.
     """
     started = time.perf_counter()
     _check(model, keep, max_increase, multiple, context)
     layers, left = _recurrences(model, per_layer)
+    if projection:
+        _check_projection(layers)
     windows = windows_of(texts, tokenizer, context or _context(model), max_tokens)
     _check_vocabulary(model, windows)
     chosen_by, held_out = split_windows(windows, seed)
     training = model.training
     model.eval()
     try:
-        total = len(chosen_by)
-        told = None if progress is None else (lambda done: progress(done, total))
-        importance = measure_importance(model, layers, chosen_by, told)
+        importance, prediction = _measure(model, layers, chosen_by, projection, progress)
         run = _Run(model, layers, Choices.of(layers, importance, multiple), chosen_by)
         before = window_losses(model, held_out)
         trials: list[ShrinkTrial] = []
@@ -116,7 +130,10 @@ def shrink(
             multiple=tuple(sorted({run.choices.step(layer) for layer in layers})),
             criterion=small.criterion,
             criteria=dict(small.criteria),
-            layers=tuple(_report(layer, run, small, changes[layer.path]) for layer in layers),
+            projection=projection,
+            layers=tuple(
+                _report(layer, run, small, changes[layer.path], prediction) for layer in layers
+            ),
             left=left,
             tokens=chosen_by.numel(),
             held_out_tokens=held_out.numel(),
@@ -179,6 +196,27 @@ class _Run:
         return _Small(*best, candidates[name], name, criteria)
 
 
+def _measure(
+    model: Any,
+    layers: Sequence[Layer],
+    windows: Tensor,
+    projection: bool,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Mapping[str, Importance], Prediction | None]:
+    """Return the importance by which states are chosen, and what projections would do."""
+    count = len(windows)
+    total = 3 * count if projection else count
+    told = None if progress is None else (lambda done: progress(done, total))
+    importance = measure_importance(model, layers, windows, told)
+    if projection:
+        later = None if told is None else (lambda done: told(count + done))
+        prediction = predict(model, layers, windows, importance, later)
+        assert prediction is not None
+        return prediction.balanced.importance, prediction
+    some = _some(windows)
+    return importance, predict(model, layers, some, importance if len(some) == count else None)
+
+
 def _some(windows: Tensor) -> Tensor:
     """Return the first windows, of 4,096 tokens in all, and at least one."""
     return windows[: max(1, _COMPARED // windows.shape[1])]
@@ -220,7 +258,10 @@ def _search(
     return found
 
 
-def _report(layer: Layer, run: _Run, small: _Small, change: Change) -> LayerShrinkage:
+def _report(
+    layer: Layer, run: _Run, small: _Small, change: Change, prediction: Prediction | None
+) -> LayerShrinkage:
+    commutes = prediction is not None and layer.family.commutes(layer.module)
     gram, kept = run.choices.importance[layer.path].gram, small.kept[layer.path]
     whole = float(gram.sum())
     predicted = float(squared_errors(gram, kept).sum())
@@ -235,6 +276,7 @@ def _report(layer: Layer, run: _Run, small: _Small, change: Change) -> LayerShri
         measured_error=change.scan_error,
         output_error=change.output_error,
         spectrum=tuple(run.choices.errors[layer.path][1:]),
+        projection=prediction.at(layer, kept.shape[1]) if prediction and commutes else None,
         note=layer.family.note if kept.shape[1] < layer.shape.states else "",
     )
 
@@ -263,6 +305,21 @@ def _recurrences(model: Any, per_layer: bool) -> tuple[list[Layer], tuple[tuple[
             f"{name}, which has {single[0].family.field(single[0].module)} for all."
         )
     return layers, tuple(left)
+
+
+def _check_projection(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        if not layer.family.maps:
+            raise ValueError(
+                "projection needs layers that can hold maps of keys and queries, those of linear "
+                f"attention in Gramian models; got {type(layer.module).__name__} ({layer.path})."
+            )
+        if not layer.family.commutes(layer.module):
+            raise ValueError(
+                "projection needs one gate per head and step, which commutes with every change of "
+                f"basis; got {type(layer.module).__name__} ({layer.path}) with a gate for each "
+                "state."
+            )
 
 
 def _check(

@@ -36,6 +36,9 @@ class Mamba2(Family):
     def shape(self, layer: Any) -> Shape:
         return Shape(layer.n_groups, layer.ssm_state_size, layer.num_heads * layer.head_dim)
 
+    def commutes(self, layer: Any) -> bool:
+        return True
+
     def watch(
         self, layer: Any, inputs: Tensor, visit: Callable[[Call], None]
     ) -> AbstractContextManager[object]:
