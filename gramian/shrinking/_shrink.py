@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from gramian.ops.precision import full_precision
-from gramian.shrinking._choosing import Choices, Plan
+from gramian.shrinking._choosing import Choices, Plan, count_within
 from gramian.shrinking._elimination import squared_errors
 from gramian.shrinking._family import Layer, find_layers
 from gramian.shrinking._folding import fold
@@ -69,7 +69,10 @@ def shrink(
         keep: share of the states to keep, between 0 and 1, or their number, an integer. Sizes are
             rounded up to a multiple that kernels take.
         max_increase: largest increase of the loss on the held-out windows, relative to that of the
-            given model. The smallest size within it is searched by bisection. Give this or `keep`.
+            given model. The smallest size within it is searched by bisection, first by the greedy
+            elimination and its loss on 4,096 tokens of the other windows. That size and the next
+            smaller one are then tried on the held-out windows, and the search goes on there if they
+            do not agree. Give this or `keep`.
         per_layer: whether layers may have different sizes. Then all layers have the same largest
             predicted error, and `keep` counts the states of all layers. Only configurations with a
             size for each layer, those of Gramian models, allow this.
@@ -115,13 +118,14 @@ def shrink(
         before = window_losses(model, held_out)
         trials: list[ShrinkTrial] = []
         if max_increase is not None:
-            small = _search(run, per_layer, max_increase, before, held_out, trials)
+            small, after = _search(run, per_layer, max_increase, before, held_out, trials)
         elif per_layer:
             small = run.shrink(run.choices.of_total(_as_share(keep, layers)))
         else:
             assert keep is not None
             small = run.shrink(run.choices.share(keep))
-        after = window_losses(small.model, held_out)
+        if max_increase is None:
+            after = window_losses(small.model, held_out)
         changes = compare(model, layers, small.layers, _some(chosen_by))
         report = ShrinkReport(
             keep=keep,
@@ -172,12 +176,21 @@ class _Small:
 
 @dataclass(frozen=True)
 class _Run:
-    """What all sizes of one model share."""
+    """What all sizes of one model share.
+
+    Attributes:
+        model: the model.
+        layers: its layers.
+        choices: the sizes and coordinates that can be chosen.
+        windows: the windows to choose by.
+        losses: the loss of every choice of coordinates that was tried on some of the windows.
+    """
 
     model: Any
     layers: Sequence[Layer]
     choices: Choices
     windows: Tensor
+    losses: dict[tuple[bytes, ...], float] = field(default_factory=dict)
 
     def shrink(self, plan: Plan) -> _Small:
         """Return the model with the sizes of a plan, by the criterion with the smallest loss."""
@@ -185,15 +198,28 @@ class _Run:
         criteria: dict[str, float] = {}
         candidates = self.choices.candidates(plan)
         for name, kept in candidates.items():
-            small = fold(self.model, self.layers, kept, self.choices.importance)
-            loss = float(window_losses(small[0], _some(self.windows)).mean())
-            loss = math.inf if math.isnan(loss) else loss
-            if best is None or loss < min(criteria.values()):
+            small, loss = self._try(kept)
+            if not criteria or loss < min(criteria.values()):
                 best = small
             criteria[name] = loss
-        assert best is not None
         name = min(criteria, key=lambda one: criteria[one])
+        if best is None:
+            best = fold(self.model, self.layers, candidates[name], self.choices.importance)
         return _Small(*best, candidates[name], name, criteria)
+
+    def loss(self, plan: Plan) -> float:
+        """Return the loss of the greedy elimination to the sizes of a plan."""
+        return self._try(self.choices.candidates(plan)["error"])[1]
+
+    def _try(self, kept: Mapping[str, Tensor]) -> tuple[tuple[Any, dict[str, Layer]] | None, float]:
+        """Return the model with some coordinates, or None if it was tried before, and its loss."""
+        key = tuple(kept[layer.path].numpy().tobytes() for layer in self.layers)
+        if key in self.losses:
+            return None, self.losses[key]
+        small = fold(self.model, self.layers, kept, self.choices.importance)
+        loss = float(window_losses(small[0], _some(self.windows)).mean())
+        self.losses[key] = math.inf if math.isnan(loss) else loss
+        return small, self.losses[key]
 
 
 def _measure(
@@ -229,26 +255,31 @@ def _search(
     before: Tensor,
     held_out: Tensor,
     trials: list[ShrinkTrial],
-) -> _Small:
-    """Return the smallest model that bisection finds within the budget."""
+) -> tuple[_Small, Tensor]:
+    """Return the smallest model within the budget that the search finds, and its losses."""
     plans = run.choices.plans(per_layer)
     if not plans:
         raise ValueError(
             "max_increase needs a smaller size to try; got layers of the smallest size that "
             "kernels take."
         )
-    found: _Small | None = None
-    low, high = 0, len(plans)  # plans before `low` are within the budget, those from `high` are not
-    while low < high:
-        middle = (low + high) // 2
-        small = run.shrink(plans[middle])
-        loss = float(window_losses(small.model, held_out).mean())
+    whole = float(window_losses(run.model, _some(run.windows)).mean())
+    guess = count_within(len(plans), lambda at: run.loss(plans[at]) / whole - 1 <= max_increase)
+    found: tuple[_Small, Tensor] | None = None
+
+    def within(at: int) -> bool:
+        nonlocal found
+        small = run.shrink(plans[at])
+        losses = window_losses(small.model, held_out)
+        loss = float(losses.mean())
         states = sum(layer.shape.groups * layer.shape.states for layer in small.layers.values())
         trials.append(ShrinkTrial(states, loss, loss / float(before.mean()) - 1))
-        if trials[-1].increase <= max_increase:  # NaN is not within the budget
-            found, low = small, middle + 1
-        else:
-            high = middle
+        good = trials[-1].increase <= max_increase  # NaN is not within the budget
+        if good:
+            found = small, losses
+        return good
+
+    count_within(len(plans), within, guess)
     if found is None:
         best = min(trials, key=lambda trial: trial.increase)
         raise ValueError(
