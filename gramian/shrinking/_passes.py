@@ -23,7 +23,6 @@ __all__ = [
     "Change",
     "Importance",
     "compare",
-    "measure_bases",
     "measure_importance",
     "window_losses",
 ]
@@ -51,6 +50,16 @@ class Importance:
     queries: Tensor
     tokens: int = 0
     basis: Basis | None = None
+
+    def __add__(self, other: Importance) -> Importance:
+        """Return the importance for two texts in the same coordinates."""
+        return Importance(
+            self.gram + other.gram,
+            self.keys + other.keys,
+            self.queries + other.queries,
+            self.tokens + other.tokens,
+            self.basis,
+        )
 
     @property
     def energies(self) -> tuple[Tensor, Tensor]:
@@ -85,6 +94,7 @@ def measure_importance(
     windows: Tensor,
     progress: Callable[[int], None] | None = None,
     bases: Mapping[str, Basis] | None = None,
+    gramians: Mapping[str, Gramians] | None = None,
 ) -> dict[str, Importance]:
     """Return the importance of the states of some layers on a text, by the layers' paths.
 
@@ -95,6 +105,7 @@ def measure_importance(
         progress: a function that is called with the number of windows done.
         bases: bases of the states, by path, in which their coordinates are measured. The gates of
             these layers are scalar.
+        gramians: sums, by the path of layers with scalar gates, to which the text is added.
 
     Raises:
         ValueError: if the outputs of a layer's scan are not those that its arguments say.
@@ -109,6 +120,9 @@ def measure_importance(
 
     def read(layer: Layer, calls: list[Call], *_: Any) -> None:
         one = found[layer.path]
+        if gramians is not None and layer.path in gramians:
+            (call,) = calls
+            gramians[layer.path].add(call.recurrence)
         recurrences = [call.recurrence for call in calls]
         if one.basis is not None:
             recurrences = [changed(x, one.basis.keys, one.basis.queries) for x in recurrences]
@@ -126,30 +140,6 @@ def measure_importance(
             if progress is not None:
                 progress(done)
     return found
-
-
-@torch.no_grad()
-def measure_bases(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    windows: Tensor,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Basis]:
-    """Return the balanced bases of the states of some layers on a text, by the layers' paths.
-
-    The arguments are those of `measure_importance`. The gates of the layers are scalar.
-    """
-    found = {x.path: Gramians.of(x.shape.groups, x.shape.states) for x in layers}
-
-    def read(layer: Layer, calls: list[Call], *_: Any) -> None:
-        (call,) = calls
-        found[layer.path].add(call.recurrence)
-
-    with _calling(layers, read):
-        for done in _run(model, windows):
-            if progress is not None:
-                progress(done)
-    return {path: gramians.balanced() for path, gramians in found.items()}
 
 
 @torch.no_grad()

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from gramian.shrinking._balancing import Gramians
 from gramian.shrinking._choosing import Choices
 from gramian.shrinking._family import Layer
-from gramian.shrinking._passes import Importance, measure_bases, measure_importance
+from gramian.shrinking._passes import Importance, measure_importance
 
-__all__ = ["Prediction", "Projection", "predict"]
+__all__ = ["Prediction", "Projection", "empty_gramians", "predict"]
 
 
 @dataclass(frozen=True)
@@ -66,31 +67,36 @@ class Prediction:
         )
 
 
+def empty_gramians(layers: Sequence[Layer]) -> dict[str, Gramians]:
+    """Return empty sums for the layers with scalar gates, by path."""
+    own = (layer for layer in layers if layer.family.commutes(layer.module))
+    return {layer.path: Gramians.of(layer.shape.groups, layer.shape.states) for layer in own}
+
+
 def predict(
     model: nn.Module,
     layers: Sequence[Layer],
     windows: Tensor,
-    importance: Mapping[str, Importance] | None = None,
+    importance: Mapping[str, Importance],
+    gramians: Mapping[str, Gramians],
     progress: Callable[[int], None] | None = None,
 ) -> Prediction | None:
     """Return the choices in the model's coordinates and in balanced bases on a text.
 
     Args:
         model: the model.
-        layers: the layers; those without scalar gates are left out.
+        layers: the layers; those without Gramians are left out.
         windows: token ids, (count, length).
-        importance: the importance of the states on these windows, if it is known.
-        progress: a function that is called with the number of windows done in two passes.
+        importance: the importance of the states on these windows.
+        gramians: the Gramians there.
+        progress: a function that is called with the number of windows done.
 
     Returns:
-        The choices; None if no layer has scalar gates.
+        The choices; None if no layer has Gramians.
     """
-    own = [layer for layer in layers if layer.family.commutes(layer.module)]
+    own = [layer for layer in layers if layer.path in gramians]
     if not own:
         return None
-    if importance is None:
-        importance = measure_importance(model, own, windows)
-    bases = measure_bases(model, own, windows, progress)
-    later = None if progress is None else (lambda done: progress(len(windows) + done))
-    balanced = measure_importance(model, own, windows, later, bases)
+    bases = {layer.path: gramians[layer.path].balanced() for layer in own}
+    balanced = measure_importance(model, own, windows, progress, bases)
     return Prediction(Choices.of(own, importance), Choices.of(own, balanced))

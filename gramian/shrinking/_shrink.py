@@ -22,7 +22,7 @@ from gramian.shrinking._passes import (
     measure_importance,
     window_losses,
 )
-from gramian.shrinking._projection import Prediction, predict
+from gramian.shrinking._projection import Prediction, empty_gramians, predict
 from gramian.shrinking._report import LayerShrinkage, ShrinkReport, ShrinkTrial
 from gramian.shrinking._state_bytes import state_bytes
 from gramian.shrinking._texts import split_windows, windows_of
@@ -230,17 +230,23 @@ def _measure(
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Mapping[str, Importance], Prediction | None]:
     """Return the importance by which states are chosen, and what projections would do."""
-    count = len(windows)
-    total = 3 * count if projection else count
-    told = None if progress is None else (lambda done: progress(done, total))
-    importance = measure_importance(model, layers, windows, told)
+    first = windows if projection else _some(windows)  # those on which projections are predicted
+    total = len(windows) + len(first) * projection
+
+    def told(before: int) -> Callable[[int], None] | None:
+        return None if progress is None else (lambda done: progress(before + done, total))
+
+    gramians = empty_gramians(layers)
+    importance = measure_importance(model, layers, first, told(0), gramians=gramians)
     if projection:
-        later = None if told is None else (lambda done: told(count + done))
-        prediction = predict(model, layers, windows, importance, later)
+        prediction = predict(model, layers, first, importance, gramians, told(len(first)))
         assert prediction is not None
         return prediction.balanced.importance, prediction
-    some = _some(windows)
-    return importance, predict(model, layers, some, importance if len(some) == count else None)
+    prediction = predict(model, layers, first, importance, gramians)
+    if len(first) < len(windows):
+        rest = measure_importance(model, layers, windows[len(first) :], told(len(first)))
+        importance = {path: one + rest[path] for path, one in importance.items()}
+    return importance, prediction
 
 
 def _some(windows: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def test_sizes_are_searched_for_projections_too() -> None:
         model, windows(), max_increase=10.0, projection=True, progress=lambda *x: told.append(x)
     )
     assert [m["state_size"] for m in found.config.mixers] == [1, 1]
-    assert told[-1] == (12, 12) and told == sorted(told)
+    assert told[-1] == (8, 8) and told == sorted(told)  # 4 windows, twice
     assert json.loads(report.to_json())["layers"][0]["projection"]["bound"] > 0
 
 
@@ -200,3 +200,12 @@ def test_models_of_transformers_show_what_a_projection_would_gain() -> None:
         gramian.shrink(model, windows(), keep=3, projection=True)
     _, other = gramian.shrink(build("gla_s6"), windows(), keep=3)
     assert [layer.projection for layer in other.layers] == [None, None]
+
+
+def test_half_precision_stays_half_precision() -> None:
+    model = make("gated").to(torch.bfloat16)
+    small, report = gramian.shrink(model, windows(), keep=3, projection=True)
+    for name, parameter in small.named_parameters():
+        single = "dynamics" in name
+        assert parameter.dtype == (torch.float32 if single else torch.bfloat16), name
+    assert abs(report.loss_after - report.loss_before) < 0.5
