@@ -163,14 +163,19 @@ def count_within(count: int, within: Callable[[int], bool], guess: int | None = 
         count: number of plans. If one is within the budget, those before it count as being so.
         within: function of the index of a plan. The last call that is true is that of the last plan
             within the budget.
-        guess: the expected result. The plans on both sides of it are tried first.
+        guess: the expected result. The plans on both sides of it are tried first, and then others
+            at growing distances.
     """
     low, high = 0, count  # plans before `low` are within the budget, those from `high` are not
-    near = 0 if guess is None else 2
+    step = 0 if guess is None else 1
     while low < high:
         at = (low + high) // 2
-        if guess is not None and near:
-            at, near = (low if low >= guess else min(guess, high) - 1), near - 1
+        if guess is not None and (low, high) == (0, count):
+            at = max(guess, 1) - 1
+        elif step and high == count:  # all plans so far were within the budget
+            at, step = min(low + step, count) - 1, 2 * step
+        elif step and low == 0:
+            at, step = max(high - step, 0), 2 * step
         if within(at):
             low = at + 1
         else:

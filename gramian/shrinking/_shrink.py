@@ -69,10 +69,9 @@ def shrink(
         keep: share of the states to keep, between 0 and 1, or their number, an integer. Sizes are
             rounded up to a multiple that kernels take.
         max_increase: largest increase of the loss on the held-out windows, relative to that of the
-            given model. The smallest size within it is searched by bisection, first by the greedy
-            elimination and its loss on 4,096 tokens of the other windows. That size and the next
-            smaller one are then tried on the held-out windows, and the search goes on there if they
-            do not agree. Give this or `keep`.
+            given model. The smallest size within it is searched by bisection, first for the greedy
+            elimination alone. Then all criteria are tried for that size and the next smaller one,
+            and for further ones if these do not agree. Give this or `keep`.
         per_layer: whether layers may have different sizes. Then all layers have the same largest
             predicted error, and `keep` counts the states of all layers. Only configurations with a
             size for each layer, those of Gramian models, allow this.
@@ -114,11 +113,13 @@ def shrink(
     model.eval()
     try:
         importance, prediction = _measure(model, layers, chosen_by, projection, progress)
-        run = _Run(model, layers, Choices.of(layers, importance, multiple), chosen_by)
+        run = _Run(
+            model, layers, Choices.of(layers, importance, multiple), _some(chosen_by), held_out
+        )
         before = window_losses(model, held_out)
         trials: list[ShrinkTrial] = []
         if max_increase is not None:
-            small, after = _search(run, per_layer, max_increase, before, held_out, trials)
+            small, after = _search(run, per_layer, max_increase, before, trials)
         elif per_layer:
             small = run.shrink(run.choices.of_total(_as_share(keep, layers)))
         else:
@@ -182,15 +183,17 @@ class _Run:
         model: the model.
         layers: its layers.
         choices: the sizes and coordinates that can be chosen.
-        windows: the windows to choose by.
-        losses: the loss of every choice of coordinates that was tried on some of the windows.
+        chosen_by: windows on which criteria are compared.
+        held_out: windows on which losses are measured.
+        losses: the losses that were measured on either, by the windows and the coordinates.
     """
 
     model: Any
     layers: Sequence[Layer]
     choices: Choices
-    windows: Tensor
-    losses: dict[tuple[bytes, ...], float] = field(default_factory=dict)
+    chosen_by: Tensor
+    held_out: Tensor
+    losses: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
 
     def shrink(self, plan: Plan) -> _Small:
         """Return the model with the sizes of a plan, by the criterion with the smallest loss."""
@@ -198,7 +201,9 @@ class _Run:
         criteria: dict[str, float] = {}
         candidates = self.choices.candidates(plan)
         for name, kept in candidates.items():
-            small, loss = self._try(kept)
+            small, losses = self.measure(kept, "chosen_by")
+            loss = float(losses.mean())
+            loss = math.inf if math.isnan(loss) else loss
             if not criteria or loss < min(criteria.values()):
                 best = small
             criteria[name] = loss
@@ -207,18 +212,24 @@ class _Run:
             best = fold(self.model, self.layers, candidates[name], self.choices.importance)
         return _Small(*best, candidates[name], name, criteria)
 
-    def loss(self, plan: Plan) -> float:
-        """Return the loss of the greedy elimination to the sizes of a plan."""
-        return self._try(self.choices.candidates(plan)["error"])[1]
+    def measure(
+        self, kept: Mapping[str, Tensor], windows: str, small: Any = None
+    ) -> tuple[Any, Tensor]:
+        """Return the model with some coordinates, and its losses on windows.
 
-    def _try(self, kept: Mapping[str, Tensor]) -> tuple[tuple[Any, dict[str, Layer]] | None, float]:
-        """Return the model with some coordinates, or None if it was tried before, and its loss."""
-        key = tuple(kept[layer.path].numpy().tobytes() for layer in self.layers)
+        Losses are measured once. The model is None if they are known.
+
+        Args:
+            kept: the coordinates, by path.
+            windows: "chosen_by" or "held_out".
+            small: the model and its layers, if it was built before.
+        """
+        key = (windows, *(str(kept[layer.path].tolist()) for layer in self.layers))
         if key in self.losses:
             return None, self.losses[key]
-        small = fold(self.model, self.layers, kept, self.choices.importance)
-        loss = float(window_losses(small[0], _some(self.windows)).mean())
-        self.losses[key] = math.inf if math.isnan(loss) else loss
+        if small is None:
+            small = fold(self.model, self.layers, kept, self.choices.importance)
+        self.losses[key] = window_losses(small[0], getattr(self, windows))
         return small, self.losses[key]
 
 
@@ -259,7 +270,6 @@ def _search(
     per_layer: bool,
     max_increase: float,
     before: Tensor,
-    held_out: Tensor,
     trials: list[ShrinkTrial],
 ) -> tuple[_Small, Tensor]:
     """Return the smallest model within the budget that the search finds, and its losses."""
@@ -269,23 +279,27 @@ def _search(
             "max_increase needs a smaller size to try; got layers of the smallest size that "
             "kernels take."
         )
-    whole = float(window_losses(run.model, _some(run.windows)).mean())
-    guess = count_within(len(plans), lambda at: run.loss(plans[at]) / whole - 1 <= max_increase)
+    whole = float(before.mean())
+
+    def greedy(at: int) -> bool:
+        _, losses = run.measure(run.choices.candidates(plans[at])["error"], "held_out")
+        return float(losses.mean()) / whole - 1 <= max_increase
+
     found: tuple[_Small, Tensor] | None = None
 
     def within(at: int) -> bool:
         nonlocal found
         small = run.shrink(plans[at])
-        losses = window_losses(small.model, held_out)
+        _, losses = run.measure(small.kept, "held_out", (small.model, small.layers))
         loss = float(losses.mean())
         states = sum(layer.shape.groups * layer.shape.states for layer in small.layers.values())
-        trials.append(ShrinkTrial(states, loss, loss / float(before.mean()) - 1))
+        trials.append(ShrinkTrial(states, loss, loss / whole - 1))
         good = trials[-1].increase <= max_increase  # NaN is not within the budget
         if good:
             found = small, losses
         return good
 
-    count_within(len(plans), within, guess)
+    count_within(len(plans), within, guess=count_within(len(plans), greedy))
     if found is None:
         best = min(trials, key=lambda trial: trial.increase)
         raise ValueError(
