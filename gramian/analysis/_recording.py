@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from gramian.analysis._attention import eager_attention, read_attention
-from gramian.analysis._composition import compose
+from gramian.analysis._composition import compose, compose_mixer
 from gramian.analysis._general import Unreadable, measure_operators
 from gramian.analysis._inputs import ModelInputs, run_model
 from gramian.analysis._keeping import Buffers, kept
@@ -50,7 +50,7 @@ from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
 from gramian.analysis._values import copied, leaves_of
 from gramian.ess import RowOperator
-from gramian.mixers import Mixer, ShortConvolution
+from gramian.mixers import LinearRecurrence, Mixer, ShortConvolution
 from gramian.systems import FIR, DenseOperator, System
 
 __all__ = ["RecordedOperator", "Recorder"]
@@ -434,10 +434,19 @@ class Recorder:
             mixer_orders(module, x.shape[1]),
             mixer_states(module, x),
         )
-        for name, child in module.named_children():
-            if isinstance(child, ShortConvolution) and child.taps > 1:
-                short = partial(_short_system, child.weight.detach())
-                self._record(plan, _SHORT, _Operator(len(child.weight), short), name)
+        convolutions = [
+            (name, child)
+            for name, child in module.named_children()
+            if isinstance(child, ShortConvolution) and child.taps > 1
+        ]
+        if self.joins and convolutions and isinstance(module, LinearRecurrence):
+            count, system = compose_mixer(module, x)
+            order = module.operator(x[:, :1]).order + module.short.taps - 1
+            operator = _Operator(count, system, None, torch.full((count,), order))
+            convolutions = []
+        for name, child in convolutions:
+            short = partial(_short_system, child.weight.detach())
+            self._record(plan, _SHORT, _Operator(len(child.weight), short), name)
         self._record(plan, plan.sites[0], operator)
 
     def _record(self, plan: Plan, site: Site, operator: _Operator, child: str = "") -> None:
