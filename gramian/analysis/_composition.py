@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.analysis._general import Responses, ValueMap, measure_operators
+from gramian.analysis._responses import Responses, ValueMap, measure_operators
 from gramian.analysis._tracing import Call, Frame, Key, Replay, Tracer
 from gramian.analysis._values import copied, leaves_of, window, with_leaf
 from gramian.systems import DenseOperator, System

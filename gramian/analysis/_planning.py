@@ -19,14 +19,9 @@ from torch import Tensor, nn
 
 from gramian.analysis._attention import ATTENTION, read_attention
 from gramian.analysis._composition import Feed, find_feed
-from gramian.analysis._general import (
-    TOLERANCE,
-    Unreadable,
-    ValueMap,
-    find_values,
-    measure_operators,
-)
+from gramian.analysis._general import find_values
 from gramian.analysis._mixing import Leftover, mixing_of
+from gramian.analysis._responses import TOLERANCE, Unreadable, ValueMap, measure_operators
 from gramian.analysis._scans import SCANS, ScanReading, read
 from gramian.analysis._segments import segment_call, segments_of
 from gramian.analysis._single import single_call, single_frame

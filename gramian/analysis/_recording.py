@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from gramian.analysis._attention import eager_attention, read_attention
 from gramian.analysis._composition import compose
-from gramian.analysis._general import Unreadable, measure_operators
 from gramian.analysis._inputs import ModelInputs, run_model
 from gramian.analysis._keeping import Buffers, kept
 from gramian.analysis._mixing import Finder, NotFinite, short_lengths
@@ -42,6 +41,7 @@ from gramian.analysis._planning import (
     read_scan,
     values_of,
 )
+from gramian.analysis._responses import Unreadable, measure_operators
 from gramian.analysis._rows import AttentionRows
 from gramian.analysis._segments import segment_call
 from gramian.analysis._single import single_call
