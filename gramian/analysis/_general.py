@@ -7,18 +7,37 @@ impulse at position j, and one evaluation gives this column for all channels. Ch
 operator form a head. If N channels form a head, each of them can be given an impulse at another
 position, so that the whole operator takes L / N evaluations. An operator is accepted only if it
 predicts the response to random values.
+
+Where nothing in a module can be read so, two more kinds of values count. Channels may be answered
+in the same output channels, as in a convolution over all channels of a group: then every pair of an
+input and an output channel has an operator. And integers, such as token ids, may be moved from
+position to position, which is a linear map of whatever they stand for.
 """
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from gramian.analysis._responses import TOLERANCE, Responses, Unreadable, ValueMap
+from gramian.analysis._responses import (
+    TOLERANCE,
+    Responses,
+    Unreadable,
+    ValueMap,
+    moves,
+    sources,
+)
 from gramian.analysis._tracing import Call
-from gramian.analysis._values import sequences_in, time_axis
+from gramian.analysis._values import is_padded_before, leaves_of, sequences_in, time_axis
 
-__all__ = ["find_values"]
+__all__ = ["find_moves", "find_pairs", "find_values"]
+
+_CLASSES = 512
+"""The largest number of channels that may be answered in the same channel."""
 
 _SAME = 3e-5
 """The largest relative difference between the operators of the channels of one head."""
@@ -58,6 +77,86 @@ def find_values(call: Call, length: int, padding: int = 0, budget: int = 64) -> 
     raise Unreadable(reasons[-1] if reasons else "no argument of it is a sequence.")
 
 
+def find_pairs(call: Call, length: int, padding: int = 0) -> ValueMap:
+    """Find values whose channels are answered in the same channels, as in a full convolution.
+
+    The arguments are those of `find_values`. The whole argument has to enter affinely.
+
+    Raises:
+        Unreadable: if no argument carries such values.
+    """
+    reasons = ["no argument of it is a sequence."]
+    for leaf, _, axis in sequences_in(call.inputs, length, length + padding):
+        try:
+            return _Search(Responses(call, leaf, axis, length), padding, 1).pairs_found()
+        except Unreadable as reason:
+            reasons.append(str(reason))
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError) as e:
+            reasons.append(f"it cannot be run again: {type(e).__name__}.")
+    raise Unreadable(reasons[-1])
+
+
+def find_moves(call: Call, length: int, padding: int = 0) -> ValueMap:
+    """Find integers, one for each position, that a call moves from position to position.
+
+    Args:
+        call: The call.
+        length: The number of positions.
+        padding: The number of further positions that there may be.
+
+    Raises:
+        Unreadable: if it does not do this.
+    """
+    longest = length + padding
+    for leaf, result in itertools.product(
+        _integers(call.inputs, length, longest), _integers(call.result, length, longest)
+    ):
+        try:
+            responses = Responses(call, leaf[0], leaf[1], length, *result)
+            responses.padded_before = _pads_integers_before(responses)
+            operator = moves(sources(responses))
+        except (Unreadable, RuntimeError, ValueError, TypeError, IndexError, KeyError):
+            continue
+        if bool(operator.triu(1).any()):
+            raise Unreadable("it is not causal: it looks ahead.")
+        if bool(operator.tril(-1).any()):
+            one = torch.zeros(1, dtype=torch.int64)
+            return ValueMap(
+                *leaf,
+                *result,
+                inputs=one,
+                outputs=one,
+                operator=one,
+                count=1,
+                taps=_taps(operator),
+                stochastic=False,
+                padded_before=responses.padded_before,
+                integers=True,
+            )
+    raise Unreadable("it does not only move integers from position to position.")
+
+
+def _pads_integers_before(responses: Responses) -> bool:
+    """Return whether further positions of a result come before the sequence."""
+    at = responses.length // 3
+    values = responses.values.clone()
+    values[at] = values[(values != values[at]).nonzero()[-1, 0]]
+    results = [leaves_of(responses.call.result), responses.outputs(values)]
+    x, y = (result[responses.result] for result in results)
+    return is_padded_before(x, y, responses.result_axis, responses.length, at)
+
+
+def _integers(value: Any, length: int, longest: int) -> list[tuple[int, int]]:
+    """Return index and axis of time of the leaves that have one integer for each position."""
+    return [
+        (index, axis)
+        for index, x in enumerate(leaves_of(value))
+        if (axis := time_axis(x, length, longest)) is not None
+        and x.numel() == x.shape[axis]
+        and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+    ]
+
+
 class _Search:
     """The search for the channels of one argument that carry values."""
 
@@ -82,6 +181,51 @@ class _Search:
         inputs, outputs = self._pairs(chosen)
         return self._operators(inputs, outputs)
 
+    def pairs_found(self) -> ValueMap:
+        self._choose_result()
+        self.base = self.run(self.values)
+        everything = torch.arange(self.channels)
+        answered = self._clean(everything, apart=False)
+        if answered is None or not bool(answered.any()):
+            raise Unreadable("its result is not affine in its values.")
+        classes = self._classes(everything)
+        maps = [self._operators(*self._pairs(chosen)) for chosen in classes]
+        first = [0, *itertools.accumulate(found.count for found in maps)]
+        return replace(
+            maps[0],
+            inputs=torch.cat([found.inputs for found in maps]),
+            outputs=torch.cat([found.outputs for found in maps]),
+            operator=torch.cat([m.operator + n for m, n in zip(maps, first, strict=False)]),
+            count=first[-1],
+            taps=max(found.taps for found in maps) if all(m.taps for m in maps) else 0,
+            stochastic=False,
+            classes=tuple(classes),
+        )
+
+    def _classes(self, everything: Tensor) -> list[Tensor]:
+        """Return classes of channels, in each of which they are answered in channels of their own.
+
+        Channels that are not answered are left out.
+        """
+        classes: list[tuple[list[int], Tensor]] = []
+        for channel in everything:
+            energy = (
+                (self.run(self.values + self._noise(channel[None])) - self.base).square().sum(0)
+            )
+            answers = energy > max(_ANSWERED * float(energy.max()), 1e-12 * float(self.base.norm()))
+            if not bool(answers.any()):
+                continue
+            for members, taken in classes:
+                if not bool((taken & answers).any()):
+                    members.append(int(channel))
+                    taken |= answers
+                    break
+            else:
+                classes.append(([int(channel)], answers))
+            if len(classes) > _CLASSES:
+                raise Unreadable("too many of its channels are answered in the same ones.")
+        return [torch.tensor(members) for members, _ in classes]
+
     def _noise(self, channels: Tensor, positions: slice = slice(None)) -> Tensor:
         """Return a change (L, C) of some channels at some positions."""
         noise = torch.randn(self.length, len(channels), generator=self.generator)
@@ -102,6 +246,7 @@ class _Search:
             if axis is None or not x.is_floating_point() or x.shape != y.shape:
                 continue
             self.run.result, self.run.result_axis = index, axis
+            self.run.padded_before = is_padded_before(x, y, axis, self.length, at)
             difference = (self.run.flat(y) - self.run.flat(x)).norm(dim=-1)
             if float(difference[at + 1 :].max()) > 1e-5 * float(
                 self.run.flat(x).norm(dim=-1).max()
@@ -123,10 +268,11 @@ class _Search:
                 accepted.append((block, answered))
         return accepted
 
-    def _clean(self, block: Tensor) -> Tensor | None:
+    def _clean(self, block: Tensor, *, apart: bool = True) -> Tensor | None:
         """Return the result's channels (O) in which values answer, or None if they are no values.
 
-        No channel answers if the block is affine but mixes no positions.
+        No channel answers if the block is affine but mixes no positions. With `apart`, channels
+        that are answered in the same channels carry no values.
         """
         change = self._noise(block)
         one = self.run(self.values + change) - self.base
@@ -149,7 +295,7 @@ class _Search:
         rest = self.run(self.values + change) - self.base
         energies = torch.stack([rest.square().sum(0), (one - rest).square().sum(0)])
         answered = energies > max(_ANSWERED * float(energies.max()), 4 * floor**2 / len(none))
-        if len(block) > 1 and bool(answered.all(0).any()):
+        if apart and len(block) > 1 and bool(answered.all(0).any()):
             return None
         return answered.any(0)
 
@@ -215,6 +361,7 @@ class _Search:
             count=count,
             taps=_taps(rows),
             stochastic=stochastic,
+            padded_before=run.padded_before,
         )
 
 

@@ -9,6 +9,7 @@ positions any more, neither in the module's result nor in the arguments of the c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from gramian.analysis._attention import ATTENTION, read_attention
 from gramian.analysis._composition import Feed, find_feed
-from gramian.analysis._general import find_values
+from gramian.analysis._general import find_moves, find_pairs, find_values
 from gramian.analysis._mixing import Leftover, mixing_of
 from gramian.analysis._responses import TOLERANCE, Unreadable, ValueMap, measure_operators
 from gramian.analysis._scans import SCANS, ScanReading, read
@@ -85,6 +86,11 @@ class Plan:
     sites: list[Site] = field(default_factory=list)
     refusal: str = ""
     feeds: dict[Key, Feed] = field(default_factory=dict)
+
+    @property
+    def read(self) -> dict[Key, ValueMap]:
+        """Return where the values are of the calls that the general reader reads."""
+        return {site.key: site.values for site in self.sites if site.values is not None}
 
     @property
     def repeats(self) -> bool:
@@ -160,30 +166,31 @@ class Planner:
                 made = {site.key: self._call(frame, calls, site) for site in known.sites}
                 for site in known.sites:
                     self._check(site, made[site.key])
-                if not self._left(frame, made):
+                if not self._left(frame, made, known.read):
                     plan.sites = list(known.sites)
                     return True
             except (Unreadable, RuntimeError, IndexError, ValueError, TypeError, KeyError):
                 continue
         return False
 
-    def _left(self, frame: Frame, made: dict[Key, Call]) -> bool:
+    def _left(self, frame: Frame, made: dict[Key, Call], read: dict[Key, ValueMap]) -> bool:
         """Return whether a module mixes positions outside of some calls."""
         if ("module", "", 0) in made:
             return False
         frozen = {key: call.result for key, call in made.items()}
         if not any(key[0] == "segment" for key in made):
             known = frame.answers() | {key: call.inputs for key, call in made.items()}
-            if not mixing_of(self.tracer, frame, self.length, frozen, known).mixes:
+            if not mixing_of(self.tracer, frame, self.length, frozen, known, read).mixes:
                 return False
-        return mixing_of(self.tracer, frame, self.length, frozen).mixes
+        return mixing_of(self.tracer, frame, self.length, frozen, read=read).mixes
 
     def _call(self, frame: Frame, calls: dict[Key, Call], site: Site) -> Call:
         """Return the call of a site in another module of the class."""
-        kind, name, _ = site.key
-        if kind == "segment":
-            return segment_call(self.tracer, frame, self.length, *name.split(" -> "))
-        return module_call(self.tracer, frame, self.length) if kind == "module" else calls[site.key]
+        if site.key[0] == "segment":
+            return segment_call(self.tracer, frame, self.length, site.key)
+        if site.key[0] == "module":
+            return module_call(self.tracer, frame, self.length)
+        return calls[site.key]
 
     def _check(self, site: Site, call: Call) -> None:
         if site.reader == "attention":
@@ -197,9 +204,9 @@ class Planner:
 
     def _search(self, plan: Plan, frame: Frame) -> None:
         frozen = self._known_kinds(plan, frame)
-        tried: set[Key] = set(frozen)
+        tried: set[tuple[str, Key]] = {("general", key) for key in frozen}
         while True:
-            left = mixing_of(self.tracer, frame, self.length, frozen)
+            left = mixing_of(self.tracer, frame, self.length, frozen, read=plan.read)
             if left.earlier and plan.sites:  # the positions of the last result are others
                 del frozen[plan.sites.pop().key]
             elif left.earlier:
@@ -208,7 +215,9 @@ class Planner:
                 return
             known = self._known.get(type(frame.module), [])
             failed = sum(bool(other.refusal) for other in known) >= _FAILURES
-            found = None if failed else self._next(frame, frozen, tried)
+            ways = () if failed else ("general", "others")
+            tries = (self._next(frame, frozen, tried, way) for way in ways)
+            found = next((one for one in tries if one is not None), None)
             if found is None:
                 name = type(frame.module).__name__
                 what = "a part of it" if plan.sites else "it"
@@ -247,12 +256,17 @@ class Planner:
         return {call.key: call.result for call in chosen}
 
     def _site(self, call: Call, reader: str, budget: int) -> Site | None:
-        """Return the site of a call, or None if it cannot be read by a reader."""
+        """Return the site of a call, or None if it cannot be read by a reader.
+
+        The reader "others" is the general one for values of other kinds.
+        """
         try:
             if reader == "attention":
                 read_attention(call)
             elif reader == "scan":
                 read_scan(call)
+            elif reader == "others":
+                return Site(call.key, "general", self._others(single_call(call)))
             else:
                 call = single_call(call)
                 found = find_values(call, self.length, self.tracer.padding, budget)
@@ -262,6 +276,13 @@ class Planner:
                 raise
             return None
         return Site(call.key, reader, short=call)
+
+    def _others(self, call: Call) -> ValueMap:
+        """Return where a call has integers that it moves, or channels with common answers."""
+        try:
+            return find_moves(call, self.length, self.tracer.padding)
+        except Unreadable:
+            return find_pairs(call, self.length, self.tracer.padding)
 
     def general(self, site: Site) -> Site:
         """Return a site with the general reader in place of another one.
@@ -277,13 +298,13 @@ class Planner:
         )
 
     def _next(
-        self, frame: Frame, frozen: dict[Key, Any], tried: set[Key]
+        self, frame: Frame, frozen: dict[Key, Any], tried: set[tuple[str, Key]], way: str
     ) -> tuple[Site, Call] | None:
         """Return the first call that the general reader reads and that has not been tried."""
         for call, budget in self._candidates(frame, frozen):
-            if call.key not in tried:
-                tried.add(call.key)
-                site = self._site(call, "general", budget)
+            if (way, call.key) not in tried and call.key not in frozen:
+                tried.add((way, call.key))
+                site = self._site(call, way, budget)
                 if site is not None:
                     return site, call
         return None
@@ -324,11 +345,9 @@ class Planner:
                     plan.feeds[layer.key] = feed
 
     def _segments(self, frame: Frame) -> Iterator[Call]:
-        for number, (source, target) in enumerate(segments_of(self.tracer, frame, self.length)):
-            if number >= _SEGMENTS:
-                return
+        for key in itertools.islice(segments_of(self.tracer, frame, self.length), _SEGMENTS):
             try:
-                yield segment_call(self.tracer, frame, self.length, source, target)
+                yield segment_call(self.tracer, frame, self.length, key)
             except (RuntimeError, ValueError, TypeError, KeyError, IndexError):
                 continue
 

@@ -269,8 +269,7 @@ class Recorder:
     def _repeated_call(self, frame: Frame, key: Key) -> Call:
         if key[0] == "module":
             return module_call(self._tracer, frame, self._length)
-        source, target = key[1].split(" -> ")
-        return segment_call(self._tracer, frame, self._length, source, target)
+        return segment_call(self._tracer, frame, self._length, key)
 
     def _handle(
         self,
