@@ -302,7 +302,11 @@ class _Search:
     def _without_conflicts(
         self, blocks: list[tuple[Tensor, Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Return the blocks whose channels are answered in the fewest channels, without overlap."""
+        """Return the blocks whose channels are answered in the fewest channels.
+
+        Raises:
+            Unreadable: if some of them are answered in the same channels.
+        """
 
         def fan_out(entry: tuple[Tensor, Tensor]) -> float:
             return float(entry[1].sum()) / len(entry[0])
@@ -311,8 +315,9 @@ class _Search:
         for entry in sorted(blocks, key=fan_out):
             if fan_out(entry) > 1.5 * fan_out(kept[0] if kept else entry) + 1e-9:
                 break
-            if not any(bool((entry[1] & other).any()) for _, other in kept):
-                kept.append(entry)
+            if any(bool((entry[1] & other).any()) for _, other in kept):
+                raise Unreadable("several channels of its values are answered in the same ones.")
+            kept.append(entry)
         return sorted(kept, key=lambda entry: int(entry[0][0]))
 
     def _pairs(self, chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,9 @@ __all__ = ["Finder", "Leftover", "NotFinite", "mixing_of", "short_lengths"]
 _LENGTHS = (37, 41, 31, 43, 29, 47, 53, 59, 61, 23, 67, 71, 73, 79, 83, 97, 101, 103, 107, 109)
 """Lengths of the short sequence, in the order of preference."""
 
+_SHORTER = (22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7)
+"""Lengths for models that read no longer sequences."""
+
 _PADDINGS = (12, 4, 0)
 """Numbers of positions that convolutions may add to the short sequence."""
 
@@ -50,13 +53,13 @@ def short_lengths(model: nn.Module, longest: int) -> list[tuple[int, int]]:
     sizes = {size for tensor in model.parameters() for size in tensor.shape}
     reach = max((_dilation(m) for m in model.modules() if _dilation(m) < longest), default=0)
     least = 3 * reach // 2 + 8  # what changes first is at a sixth of the sequence
-    lengths = [length for length in _LENGTHS if length >= least]
-    lengths += range(least, least + 200) if reach > 1 else ()
+    far = range(least, least + 200) if reach > 1 else ()
     fitting = [
         (length, padding)
+        for lengths in ((*_LENGTHS, *far), _SHORTER)
         for padding in _PADDINGS
         for length in lengths
-        if not sizes.intersection(range(length, length + padding + 1))
+        if length >= least and not sizes.intersection(range(length, length + padding + 1))
     ]
     return fitting or [(max(_LENGTHS[0], least), 0)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -27,12 +28,21 @@ _CHANGE = 1e-5
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """Return the leaves of nested tuples, lists and mappings, such as outputs of transformers."""
+    """Return the leaves of nested tuples, lists, mappings and dataclasses of tensors."""
     if isinstance(value, MutableMapping):
         return [leaf for inner in value.values() for leaf in leaves_of(inner)]
     if isinstance(value, list | tuple):
         return [leaf for inner in value for leaf in leaves_of(inner)]
+    if _holds_tensors(value):
+        return [leaf for f in fields(value) for leaf in leaves_of(getattr(value, f.name))]
     return [value]
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Return whether a value is an instance of a dataclass that has tensors as fields."""
+    if not is_dataclass(value) or isinstance(value, type) or hasattr(value, "get_seq_length"):
+        return False
+    return any(isinstance(getattr(value, f.name, None), Tensor) for f in fields(value))
 
 
 def with_leaves(value: Any, leaves: Iterator[Any]) -> Any:
@@ -46,6 +56,11 @@ def with_leaves(value: Any, leaves: Iterator[Any]) -> Any:
         inner_values = [with_leaves(inner, leaves) for inner in value]
         named = isinstance(value, tuple) and hasattr(value, "_fields")
         return type(value)(*inner_values) if named else type(value)(inner_values)
+    if _holds_tensors(value):
+        result = copy.copy(value)
+        for f in fields(value):  # of frozen dataclasses, too
+            object.__setattr__(result, f.name, with_leaves(getattr(value, f.name), leaves))
+        return result
     return next(leaves)
 
 
