@@ -208,6 +208,7 @@ class Finder:
         whole: A function that returns whether a module is read as a whole, whatever is inside it.
         shared: A function that returns whether a module mixes positions by itself just as one
             before it, so that it need not be examined.
+        quick: Whether modules that are like one that mixes no positions are never examined.
 
     Attributes:
         notes: for every module that could not be tested, its path and the reason.
@@ -220,9 +221,10 @@ class Finder:
         visit: Callable[[Frame, Leftover], None],
         whole: Callable[[nn.Module], bool],
         shared: Callable[[Frame], bool],
+        quick: bool = False,
     ) -> None:
         self.tracer, self.length, self.visit, self.whole = tracer, length, visit, whole
-        self.shared = shared
+        self.shared, self.quick = shared, quick
         self._alike: set[Any] = set()  # what modules are like that mix no positions
         self.notes: dict[str, str] = {}
         self._frames: list[Frame] = []
@@ -277,6 +279,8 @@ class Finder:
         """
         frame.output = output
         skipped, frame.skipped = frame.skipped, []
+        if self.quick:
+            return self._quickly_examined(frame, output, skipped)
         found = self._examine(frame, output)
         if found is not None and found.mixes and not self.whole(frame.module):
             if self.shared(frame):
@@ -294,6 +298,22 @@ class Finder:
         if found is not None and not frame.children:
             self._alike.add(_likeness(frame))
         return bool(frame.children)
+
+    def _quickly_examined(
+        self, frame: Frame, output: Any, skipped: list[tuple[Frame, Any]]
+    ) -> bool:
+        """Return whether a module mixes positions, without running those that were skipped."""
+        still = [(inner.module, result) for inner, result in skipped]
+        given = [inner.inputs for inner, _ in skipped]
+        some = replace(frame, children=frame.children + still, given=frame.given + given)
+        found = self._examine(some, output)
+        if found is not None and found.mixes and not self.whole(frame.module):
+            found = self._confirmed(frame, found)  # they may treat the positions in another order
+        if found is not None and found.mixes:
+            self.visit(frame, found)
+        elif found is not None and not frame.children:
+            self._alike.add(_likeness(frame))
+        return bool(frame.children) or (found is not None and found.mixes)
 
     def _late(self, frame: Frame, output: Any) -> bool:
         """Return whether a module that was skipped mixes positions."""

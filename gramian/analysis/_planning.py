@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from gramian.analysis._attention import ATTENTION, read_attention
 from gramian.analysis._composition import Feed, find_feed
 from gramian.analysis._general import find_moves, find_pairs, find_values
 from gramian.analysis._mixing import Leftover, mixing_of
+from gramian.analysis._multihead import is_multihead, multihead_call
 from gramian.analysis._responses import TOLERANCE, Unreadable, ValueMap, measure_operators
 from gramian.analysis._scans import SCANS, ScanReading, read
 from gramian.analysis._segments import segment_call, segments_of
@@ -29,7 +31,7 @@ from gramian.analysis._single import single_call, single_frame
 from gramian.analysis._tracing import Call, Frame, Key, Replay, Tracer
 from gramian.analysis._values import copied, leaves_of
 
-__all__ = ["Plan", "Planner", "Site", "module_call", "read_scan", "values_of"]
+__all__ = ["Plan", "Planner", "Site", "read_scan", "repeated_call", "values_of"]
 
 _AHEAD = "it is not causal: it looks ahead."
 _CONVOLUTIONS = ("conv1d",)
@@ -57,6 +59,11 @@ class Site:
     reader: str
     values: ValueMap | None = None
     short: Call | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def repeats(self) -> bool:
+        """Return whether the module has to run again for this call."""
+        return self.key[0] in ("module", "segment")
 
     @property
     def kind(self) -> str:
@@ -95,7 +102,7 @@ class Plan:
     @property
     def repeats(self) -> bool:
         """Return whether the module has to run again to be read."""
-        return any(site.key[0] in ("module", "segment") for site in self.sites)
+        return any(site.repeats for site in self.sites)
 
     @property
     def operations(self) -> set[str]:
@@ -186,10 +193,8 @@ class Planner:
 
     def _call(self, frame: Frame, calls: dict[Key, Call], site: Site) -> Call:
         """Return the call of a site in another module of the class."""
-        if site.key[0] == "segment":
-            return segment_call(self.tracer, frame, self.length, site.key)
-        if site.key[0] == "module":
-            return module_call(self.tracer, frame, self.length)
+        if site.repeats:
+            return repeated_call(self.tracer, frame, self.length, site)
         return calls[site.key]
 
     def _check(self, site: Site, call: Call) -> None:
@@ -232,6 +237,13 @@ class Planner:
 
     def _known_kinds(self, plan: Plan, frame: Frame) -> dict[Key, Any]:
         """Plan the convolutions, attention functions and scans, and return their results."""
+        if is_multihead(frame.module):
+            with suppress(Unreadable):
+                call = multihead_call(frame)
+                site = self._site(call, "attention", 0)
+                if site is not None:
+                    plan.sites.append(site)
+                    return {site.key: call.result}
         names = {("operation", name) for name in _CONVOLUTIONS}
         names |= {(kind, name) for kind in ("function", "method") for name in (ATTENTION, *SCANS)}
         calls = self._calls(frame, {}, names)
@@ -372,6 +384,19 @@ class Planner:
 def _sizes(module: nn.Module) -> list[torch.Size]:
     """Return the shapes of the parameters of a module."""
     return [parameter.shape for parameter in module.parameters()]
+
+
+def repeated_call(tracer: Tracer, frame: Frame, length: int, site: Site) -> Call:
+    """Return the call of a site for which a module runs again.
+
+    Raises:
+        Unreadable: if the maps of a module of attention are not those of its output.
+    """
+    if site.key[0] == "segment":
+        return segment_call(tracer, frame, length, site.key)
+    if site.reader == "attention":
+        return multihead_call(frame)
+    return module_call(tracer, frame, length)
 
 
 def module_call(tracer: Tracer, frame: Frame, length: int) -> Call:
