@@ -48,6 +48,7 @@ def multihead_call(frame: Frame) -> Call:
     with kept(module):
         torch.set_rng_state(frame.random)
         output, weights = nn.MultiheadAttention.forward(*bound.args, **bound.kwargs)
+    assert weights is not None
     output, value = (_batched(module, x) for x in (output, bound.arguments["value"]))
     values = _heads(module, value)  # (batch, heads, S, N)
     weights = weights.reshape(len(output), module.num_heads, output.shape[1], -1)

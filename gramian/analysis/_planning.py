@@ -313,7 +313,7 @@ class Planner:
         self, frame: Frame, frozen: dict[Key, Any], tried: set[tuple[str, Key]], way: str
     ) -> tuple[Site, Call] | None:
         """Return the first call that the general reader reads and that has not been tried."""
-        for call, budget in self._candidates(frame, frozen):
+        for call, budget in self._candidates(frame, frozen, way):
             if (way, call.key) not in tried and call.key not in frozen:
                 tried.add((way, call.key))
                 site = self._site(call, way, budget)
@@ -321,19 +321,23 @@ class Planner:
                     return site, call
         return None
 
-    def _candidates(self, frame: Frame, frozen: dict[Key, Any]) -> Iterator[tuple[Call, int]]:
+    def _candidates(
+        self, frame: Frame, frozen: dict[Key, Any], way: str
+    ) -> Iterator[tuple[Call, int]]:
         """Yield calls, and the number of blocks of channels to try in each."""
         calls = self._calls(frame, frozen, {("function", ""), ("method", "")})
         for kind in ("function", "method"):
             for call in calls[:_CALLS]:
                 if call.key[0] == kind:
                     yield call, _GENERAL
-        if not frozen:
+        if not frozen and way == "general":
             yield module_call(self.tracer, frame, self.length), _BLOCKS
         for call in self._segments(frame):
             yield call, _BLOCKS
         for call in self._calls(frame, frozen, {("operation", "")})[:_CALLS]:
             yield call, 1
+        if not frozen and way != "general":  # projections would make pairs of all channels
+            yield module_call(self.tracer, frame, self.length), _BLOCKS
 
     def _join(self, plan: Plan, frame: Frame) -> None:
         """Find which layers the short convolutions of a module feed."""
