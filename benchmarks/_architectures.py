@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 __all__ = [
+    "LENGTH",
     "CannotBuild",
     "causal_types",
     "lengths",
