@@ -106,7 +106,8 @@ def analyze(
         The report, which prints as a table.
 
     Raises:
-        TypeError: if the inputs have another type, or the model is not a module.
+        TypeError: if the inputs have another type, the model is not a module, or a position in `at`
+            is not an integer.
         ValueError: if the model has no layers that mix tokens, is not causal, is an
             encoder-decoder or has no weights in memory; if the inputs are empty, padded, or more
             than one sequence, or longer than the model's table of positions; if a mapping has a

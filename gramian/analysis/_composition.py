@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.analysis._general import Responses, Unreadable, ValueMap, measure_operators
+from gramian.analysis._responses import Responses, Unreadable, ValueMap, measure_operators
 from gramian.analysis._tracing import Call, Frame, Key, Replay, Tracer
 from gramian.analysis._values import copied, leaves_of, window, with_leaf
 from gramian.mixers import LinearRecurrence
@@ -63,13 +63,15 @@ def find_feed(
     """
     call, found = convolution
     y: Tensor = leaves_of(call.result)[found.result]
-    count = window(y, found.result_axis, length, padded_before=False)[0].numel()
+    if found.classes or found.integers:
+        return None
+    count = window(y, found.result_axis, length, found.padded_before)[0].numel()
     base = values_of(layer)
 
     def changed(channels: Tensor) -> Tensor:
         """Return which value channels change with some output channels of the convolution, (V)."""
         other = y.detach().clone()
-        rows = window(other, found.result_axis, length, padded_before=False)
+        rows = window(other, found.result_axis, length, found.padded_before)
         noise = torch.randn(length, count, generator=torch.Generator().manual_seed(0))
         rows += (2 * float(y.std()) * noise * channels).reshape(rows.shape).to(rows)
         frozen = {call.key: with_leaf(call.result, found.result, other), layer.key: layer.result}

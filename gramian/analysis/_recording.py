@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from gramian.analysis._attention import eager_attention, read_attention
 from gramian.analysis._composition import compose, compose_mixer
-from gramian.analysis._general import Unreadable, measure_operators
+from gramian.analysis._far import far_mixers
 from gramian.analysis._inputs import ModelInputs, run_model
 from gramian.analysis._keeping import Buffers, kept
 from gramian.analysis._mixing import Finder, NotFinite, short_lengths
@@ -38,12 +38,12 @@ from gramian.analysis._planning import (
     Plan,
     Planner,
     Site,
-    module_call,
     read_scan,
+    repeated_call,
     values_of,
 )
+from gramian.analysis._responses import Unreadable, measure_operators
 from gramian.analysis._rows import AttentionRows
-from gramian.analysis._segments import segment_call
 from gramian.analysis._single import single_call
 from gramian.analysis._states import States, mixer_states, scan_states
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
@@ -175,6 +175,11 @@ class Recorder:
                 stack.enter_context(eager_attention(self.model))
             with kept(self.model):
                 self._find(inputs)
+            with kept(self.model):
+                assert self._planner is not None
+                planned = {plan.module for plan in self.plans.values()}
+                far = far_mixers(self._tracer, inputs, planned, self._planner.length)
+                self.refused = far | self.refused
             self._length = inputs.length
             stack.callback(Buffers(self.model).put_back)
             with self._listening():
@@ -261,16 +266,11 @@ class Recorder:
         if _is_mixer(module):
             return
         for site in running.plan.sites:
-            if site.key[0] in ("module", "segment"):
-                self._read(running, site, partial(self._repeated_call, running.frame, site.key))
+            if site.repeats:
+                call = partial(repeated_call, self._tracer, running.frame, self._length, site)
+                self._read(running, site, call)
             elif site.key not in running.reached:
                 self.refused[path] = "it computes the whole text in another way than its beginning."
-
-    def _repeated_call(self, frame: Frame, key: Key) -> Call:
-        if key[0] == "module":
-            return module_call(self._tracer, frame, self._length)
-        source, target = key[1].split(" -> ")
-        return segment_call(self._tracer, frame, self._length, source, target)
 
     def _handle(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any, cast
 
@@ -157,13 +158,16 @@ TOYS = {
 }
 
 
-def recorded(model: nn.Module, x: Tensor) -> tuple[list[tuple[RecordedOperator, Tensor]], Any]:
+def recorded(
+    model: nn.Module, x: Tensor, length: int | None = None
+) -> tuple[list[tuple[RecordedOperator, Tensor]], Any]:
     """The operators of a model with their matrices (count, L, L), and what was not read."""
+    length = x.shape[-2] if length is None else length
     found: list[tuple[RecordedOperator, Tensor]] = []
 
     def visit(operator: RecordedOperator) -> None:
         system = operator.system(slice(0, operator.count))
-        found.append((operator, system.matrix(x.shape[-2]).reshape(-1, *[x.shape[-2]] * 2)))
+        found.append((operator, system.matrix(length).reshape(-1, length, length)))
 
     recorder = Recorder(model, visit)
     recorder.record(read_inputs(x, None))
@@ -307,11 +311,10 @@ def test_a_pointwise_model_mixes_nothing() -> None:
 class Failing(Toy):
     def __init__(self, error: type[BaseException], at: int) -> None:
         super().__init__()
-        self.error, self.left = error, at
+        self.error, self.at, self.runs = error, at, itertools.count(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.left -= 1
-        if self.left == 0:
+        if next(self.runs) == self.at:
             raise self.error
         return x
 
