@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,14 +115,10 @@ def test_a_run_takes_what_was_exported(tmp_path: Path) -> None:
         run.step(np.zeros((1, 3)), run.initial_state())
 
 
-def test_the_example_streams(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "stream.py"), "--samples", "50"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "50 samples" in done.stdout
+def test_the_example_streams(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(ROOT / "examples" / "stream.py")
+    monkeypatch.setattr(sys, "argv", [file, "--samples", "50"])
+    runpy.run_path(file, run_name="__main__")
+    assert "50 samples" in capsys.readouterr().out
