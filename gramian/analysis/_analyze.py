@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,11 @@ __all__ = ["analyze"]
 
 _LONG = 1024
 """The length from which on attention is read by rows, if its state-sizes may be estimated."""
+
+# What an analysis changes belongs to the process: functions of modeling files, forwards and modes
+# of modules, random numbers, and the stance of `torch.compile`. If analyses overlapped, each would
+# put back what the other had changed. A callback that analyzes a part does not wait for itself.
+_one_at_a_time = threading.RLock()
 
 
 @full_precision()
@@ -133,7 +139,6 @@ def analyze(
     options: dict[str, Any] = {"measure": measure, "tol": tol, "rtol": rtol}
     effective_state_size(torch.eye(2), **options)  # raise its errors before the model runs
     check_tolerance(tolerance, measure)
-    started = time.perf_counter()
     layers: list[LayerState] = []
 
     def visit(recorded: RecordedOperator) -> None:
@@ -147,7 +152,8 @@ def analyze(
     joins = include == "mixer"
     long = None if tolerance is None or joins else _LONG  # maps are joined as a whole
     recorder = Recorder(model, visit, joins, long)
-    with _uncompiled(), in_mode(model, training=False), torch.no_grad():
+    with _one_at_a_time, _uncompiled(), in_mode(model, training=False), torch.no_grad():
+        started = time.perf_counter()
         recorder.record(given)
         if not layers:
             check_causal(model, given)
