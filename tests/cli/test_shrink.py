@@ -113,7 +113,7 @@ def test_shrink_recovers_what_was_lost(workplace: Path, call: Call, method: str)
             "learning_rate of a recovery must be a positive number; got 0.0.",
         ),
         (
-            "mamba2 refused --text text.txt --keep 0.5 --recover-steps 3 --context 200",
+            "mamba2 refused --text text.txt --keep 0.5 --recover-steps 3 --context 150",
             1,
             "recovery needs at least two windows to choose by",
         ),
