@@ -5,7 +5,8 @@ layer's outputs on a text least, and folds the choice into the weights. The resu
 same class with a smaller state in its configuration.
 """
 
-from gramian.shrinking._report import LayerShrinkage, ShrinkReport, ShrinkTrial
+from gramian.shrinking._recovery import Recovery
+from gramian.shrinking._report import LayerShrinkage, ShrinkRecovery, ShrinkReport, ShrinkTrial
 from gramian.shrinking._shrink import shrink
 
-__all__ = ["LayerShrinkage", "ShrinkReport", "ShrinkTrial", "shrink"]
+__all__ = ["LayerShrinkage", "Recovery", "ShrinkRecovery", "ShrinkReport", "ShrinkTrial", "shrink"]

@@ -58,12 +58,15 @@ class Family(abc.ABC):
             take all numbers.
         note: what changes besides the dropped coordinates, in one sentence; empty if nothing does.
         per_layer: whether the configuration may have a size for each layer.
+        fused: names of a layer's linear maps whose weights fused kernels read by themselves, so
+            that they do not see an adapter.
     """
 
     layers: dict[str, str]
     multiple: int = 1
     note: str = ""
     per_layer: bool = False
+    fused: tuple[str, ...] = ()
 
     def refusal(self, layer: nn.Module) -> str | None:
         """Return why the state of a layer cannot be made smaller, or None if it can."""
