@@ -6,7 +6,7 @@ are far from uniform, biases are not zero, and short convolutions carry weight. 
 
 Sizes are replaced by the names of their fields (`_SIZES`). `_CHANGES` has the fields of model types
 whose sizes depend on each other in a way of their own, and `_UNBUILT` the types that cannot be
-built, with the reason.
+built, with the reason. Vision towers that the package timm builds are left out (`_TOWERS`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -28,6 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 __all__ = [
+    "LENGTH",
     "CannotBuild",
     "causal_types",
     "lengths",
@@ -260,10 +262,10 @@ _CHANGES: dict[str, dict[str, Any]] = {
 }
 _ASSISTANT = "it reads the keys and values of a target model, in both directions of time."
 _UNBUILT: dict[str, str] = {
-    "gemma3n": "its vision tower needs the package timm; gemma3n_text is the model of its text.",
     "gemma4_assistant": _ASSISTANT,
     "gemma4_unified_assistant": _ASSISTANT,
 }
+_TOWERS = {"gemma3n_vision"}  # types of parts that timm builds, and that text does not reach
 
 
 # Lengths that sequences of 23 tokens have inside a model: with a prompt in front, with the streams
@@ -323,7 +325,7 @@ def small_model(
     """
     config = small_config(model_type) if config is None else config
     torch.manual_seed(seed)
-    with _quiet():
+    with _quiet(), _without_towers():
         model = model_class(model_type)(config).to(torch.get_default_dtype()).eval()
     _fill(model, torch.Generator().manual_seed(seed + 1))
     return model
@@ -431,6 +433,20 @@ def _fill(model: nn.Module, generator: torch.Generator) -> None:
                 parameter.add_(normal(parameter, 0.5))
             elif float(parameter.std()) < 0.1:
                 parameter.copy_(normal(parameter, 1.2 * parameter.shape[-1] ** -0.5))
+
+
+@contextlib.contextmanager
+def _without_towers() -> Iterator[None]:
+    """Build models with an empty module in place of their vision towers that timm would build."""
+    build = transformers.AutoModel.from_config
+
+    def from_config(config: PreTrainedConfig, **options: Any) -> nn.Module:
+        found: nn.Module
+        found = nn.Identity() if config.model_type in _TOWERS else build(config, **options)
+        return found
+
+    with mock.patch.object(transformers.AutoModel, "from_config", from_config):
+        yield
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from benchmarks._calls import (
     with_argument,
 )
 
-__all__ = ["Site", "find_sites", "place"]
+__all__ = ["Site", "find_sites", "place", "record_calls"]
 
 _TOLERANCE = 1e-6  # the smallest relative change that counts, in double precision
 _COARSE = 1e-4  # the same in single precision
@@ -163,7 +163,7 @@ def find_sites(model: nn.Module, run: Callable[[], Any], lengths: tuple[int, ...
         run: A function that runs the model once on tokens.
         lengths: Number of tokens, and other lengths that sequences have inside the model.
     """
-    calls = _record(model, run)
+    calls = record_calls(model, run)
     mixing: dict[str, list[Call]] = {}
     for path, runs in calls.items():
         for length in lengths:
@@ -188,7 +188,7 @@ def find_sites(model: nn.Module, run: Callable[[], Any], lengths: tuple[int, ...
     return sites
 
 
-def _record(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Call]]:
+def record_calls(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Call]]:
     """Return the calls of every module but the model itself."""
     calls: dict[str, list[Call]] = {}
     opened: dict[str, tuple[Any, Any]] = {}

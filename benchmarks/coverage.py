@@ -54,6 +54,7 @@ import transformers
 
 import gramian
 from benchmarks._architectures import (
+    LENGTH,
     CannotBuild,
     causal_types,
     lengths,
@@ -64,8 +65,9 @@ from benchmarks._architectures import (
 )
 from benchmarks._calls import tensors
 from benchmarks._coverage_page import compact, fill, summary
+from benchmarks._further_impulses import further_operators
 from benchmarks._impulses import Response, operators_at
-from benchmarks._perturbation import Site, find_sites
+from benchmarks._perturbation import Site, find_sites, record_calls
 from benchmarks._report import write
 from gramian.analysis import StateReport, _analyze
 
@@ -154,6 +156,7 @@ def _examined(
     row["output_error"] = _difference(plain, during)
     report: StateReport = row.pop("report")
     row["layers"] = _verified(report, found, sites)
+    _verify_further(row["layers"], report, found, reference)
     row["unread"] = [{"name": name, "reason": reason} for name, reason in report.unread]
     row["silent"] = _silent(sites, row["layers"], row["unread"])
     row["seconds"] = round(time.perf_counter() - started, 2)
@@ -276,6 +279,37 @@ def _verified(
             }
         entries.append(entry)
     return entries
+
+
+def _verify_further(
+    entries: list[dict[str, Any]],
+    report: StateReport,
+    found: dict[str, list[Tensor]],
+    model: nn.Module,
+) -> None:
+    """Add what other impulses say to the entries of layers that are found at no place."""
+    left = [(entry, layer) for entry, layer in zip(entries, report.layers, strict=True)]
+    left = [(entry, layer) for entry, layer in left if "error" not in entry]
+    calls = record_calls(model, lambda: run(model)) if left else {}
+    for entry, layer in left:
+        path = module_of(layer.name)
+        if path not in calls:
+            continue
+        maps = torch.cat(found[layer.name]).cpu().double()
+        best = float("inf")
+        for response in further_operators(model.get_submodule(path), calls[path][0], LENGTH):
+            errors = response.errors(maps)
+            error = max(float(errors.amin(0).max()), float(errors.amin(1).max()))
+            if error < best:
+                best = error
+                sizes = state_sizes(response.maps[errors.argmin(1)]) - layer.ess.double()
+                entry |= {
+                    "places": [path],
+                    "error": error,
+                    "independent_size_error": float(sizes.abs().max()),
+                }
+            if best < OPERATORS:
+                break
 
 
 @dataclass
@@ -414,13 +448,19 @@ def _silent(
     place at, inside or around its path; a module that is named stands for all places inside it.
     """
     named = [module_of(entry["name"]) for entry in unread]
+    layers = [{"places": [], **entry} for entry in layers]
     verified = {
         place
         for entry in layers
         if entry.get("error", 1.0) < OPERATORS
         for place in entry["places"]
     }
-    others = [entry["name"] for entry in layers if entry.get("error", 1.0) >= OPERATORS]
+    known = {str(site) for site in sites}
+    others = [
+        entry["name"]
+        for entry in layers
+        if entry.get("error", 1.0) >= OPERATORS or not known & {*entry["places"]}
+    ]
     open_sites = [
         site
         for site in sites

@@ -18,14 +18,6 @@ def pytest_sessionstart() -> None:
     gc.disable()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests of exports first: the exporter fails after some uses of `torch.compile`."""
-    exporting = {
-        path for path in {item.path for item in items} if "export" in path.read_text("utf-8")
-    }
-    items.sort(key=lambda item: item.path not in exporting)
-
-
 def pytest_collection_finish() -> None:
     gc.enable()
 

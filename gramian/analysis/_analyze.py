@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,11 @@ __all__ = ["analyze"]
 
 _LONG = 1024
 """The length from which on attention is read by rows, if its state-sizes may be estimated."""
+
+# What an analysis changes belongs to the process: functions of modeling files, forwards and modes
+# of modules, random numbers, and the stance of `torch.compile`. If analyses overlapped, each would
+# put back what the other had changed. A callback that analyzes a part does not wait for itself.
+_one_at_a_time = threading.RLock()
 
 
 @full_precision()
@@ -106,7 +112,8 @@ def analyze(
         The report, which prints as a table.
 
     Raises:
-        TypeError: if the inputs have another type, or the model is not a module.
+        TypeError: if the inputs have another type, the model is not a module, or a position in `at`
+            is not an integer.
         ValueError: if the model has no layers that mix tokens, is not causal, is an
             encoder-decoder or has no weights in memory; if the inputs are empty, padded, or more
             than one sequence, or longer than the model's table of positions; if a mapping has a
@@ -132,7 +139,6 @@ def analyze(
     options: dict[str, Any] = {"measure": measure, "tol": tol, "rtol": rtol}
     effective_state_size(torch.eye(2), **options)  # raise its errors before the model runs
     check_tolerance(tolerance, measure)
-    started = time.perf_counter()
     layers: list[LayerState] = []
 
     def visit(recorded: RecordedOperator) -> None:
@@ -146,7 +152,8 @@ def analyze(
     joins = include == "mixer"
     long = None if tolerance is None or joins else _LONG  # maps are joined as a whole
     recorder = Recorder(model, visit, joins, long)
-    with _uncompiled(), in_mode(model, training=False), torch.no_grad():
+    with _one_at_a_time, _uncompiled(), in_mode(model, training=False), torch.no_grad():
+        started = time.perf_counter()
         recorder.record(given)
         if not layers:
             check_causal(model, given)

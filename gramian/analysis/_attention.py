@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.analysis._general import TOLERANCE, Unreadable
+from gramian.analysis._responses import TOLERANCE, Unreadable
 from gramian.analysis._storage import Storage
 from gramian.analysis._tracing import Call
 from gramian.analysis._values import copied

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.analysis._general import Responses, ValueMap, measure_operators
+from gramian.analysis._responses import Responses, Unreadable, ValueMap, measure_operators
 from gramian.analysis._tracing import Call, Frame, Key, Replay, Tracer
 from gramian.analysis._values import copied, leaves_of, window, with_leaf
+from gramian.mixers import LinearRecurrence
 from gramian.systems import DenseOperator, System
 
-__all__ = ["Feed", "compose", "find_feed"]
+__all__ = ["Feed", "compose", "compose_mixer", "find_feed"]
 
 _CHANGED = 1e-4  # the least relative change of a value that counts
 
@@ -62,13 +63,15 @@ def find_feed(
     """
     call, found = convolution
     y: Tensor = leaves_of(call.result)[found.result]
-    count = window(y, found.result_axis, length, padded_before=False)[0].numel()
+    if found.classes or found.integers:
+        return None
+    count = window(y, found.result_axis, length, found.padded_before)[0].numel()
     base = values_of(layer)
 
     def changed(channels: Tensor) -> Tensor:
         """Return which value channels change with some output channels of the convolution, (V)."""
         other = y.detach().clone()
-        rows = window(other, found.result_axis, length, padded_before=False)
+        rows = window(other, found.result_axis, length, found.padded_before)
         noise = torch.randn(length, count, generator=torch.Generator().manual_seed(0))
         rows += (2 * float(y.std()) * noise * channels).reshape(rows.shape).to(rows)
         frozen = {call.key: with_leaf(call.result, found.result, other), layer.key: layer.result}
@@ -77,16 +80,33 @@ def find_feed(
         values = values_of(Call(layer.key, layer.function, args, layer.result))
         return (values - base).norm(dim=-1) > _CHANGED * base.norm(dim=-1)
 
+    source = _sources(changed, count, len(base))
+    if source is None or not bool(torch.isin(source, found.outputs).all()):
+        return None
+    return Feed(call.key, found, source)
+
+
+def _sources(changed: Callable[[Tensor], Tensor], count: int, size: int) -> Tensor | None:
+    """Return which of `count` channels determines each of the values, (size).
+
+    Args:
+        changed: A function that maps a selection of the channels, (count), to which values change
+            with them, (size).
+        count: The number of channels.
+        size: The number of values.
+
+    Returns:
+        The channels, or None if a value depends on several of them or on none.
+    """
     index = torch.arange(count)
-    source = torch.zeros(len(base), dtype=torch.int64)
+    source = torch.zeros(size, dtype=torch.int64)
     for bit in range(max(1, (count - 1).bit_length())):
         ones = (index >> bit) & 1 == 1
         one, zero = changed(ones).cpu(), changed(~ones).cpu()
         if not bool((one ^ zero).all()):
             return None
         source += one.long() << bit
-    known = torch.isin(source, found.outputs)
-    return Feed(call.key, found, source) if bool(known.all()) else None
+    return source
 
 
 def compose(
@@ -121,14 +141,66 @@ def compose(
         measured = measure_operators(responses, feed.values, distinct).double()
         first = _matrices(measured, length) if feed.values.taps else measured
         before = first[[distinct.index(g) for g in operators]]  # (v, L, L)
-        output = y[:, channels.to(y.device)].T
-        factors = torch.where(output == 0, 0, values[chosen].double() / output)  # (v, L)
         wanted = list(range(len(heads)))[chosen]
         own = sorted({heads[v] for v in wanted})
         after = core(own).double()[[own.index(heads[v]) for v in wanted]]
-        return DenseOperator(after @ (factors[..., None] * before))
+        return _product(after, values[chosen], y[:, channels.to(y.device)].T, before)
 
     return system
+
+
+def compose_mixer(mixer: LinearRecurrence, x: Tensor) -> tuple[int, Callable[[slice], System]]:
+    """Return the number of value channels of a mixer, and the function of their joined operators.
+
+    Args:
+        mixer: The mixer.
+        x: Its input, (1, L, width).
+
+    Raises:
+        Unreadable: if a value depends on several outputs of the short convolution.
+    """
+    length = x.shape[1]
+    y, rest, _ = mixer.convolve(x)
+
+    def values_from(mixed: Tensor) -> Tensor:
+        return mixer.values(mixed, rest).transpose(-1, -2).reshape(-1, length)
+
+    values = values_from(y)
+
+    def changed(channels: Tensor) -> Tensor:
+        noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)) * channels
+        away = values_from(y + 2 * y.std() * noise.to(y)) - values
+        return away.norm(dim=-1) > _CHANGED * values.norm(dim=-1)
+
+    sources = _sources(changed, y.shape[-1], len(values))
+    if sources is None:
+        raise Unreadable("its values depend on several outputs of its short convolution.")
+    taps = mixer.short.weight.detach().double()
+    output = y[0].double().T  # (convolved, L)
+    width = len(values) // mixer.heads
+
+    def system(chosen: slice) -> System:
+        wanted = range(len(values))[chosen]
+        own = sorted({v // width for v in wanted})
+        matrices = [mixer.operator(x, slice(h, h + 1)).matrix(length)[0, 0] for h in own]
+        after = torch.stack(matrices).double()[[own.index(v // width) for v in wanted]]
+        channels = sources[chosen].to(y.device)
+        return _product(after, values[chosen], output[channels], _matrices(taps[channels], length))
+
+    return len(values), system
+
+
+def _product(after: Tensor, values: Tensor, output: Tensor, before: Tensor) -> System:
+    """Return `T_layer diag(s) T_convolution` for some value channels.
+
+    Args:
+        after: The operators of the layer, (v, L, L), float64.
+        values: The values, (v, L).
+        output: The outputs of the convolution that feed them, (v, L), float64.
+        before: The operators of the convolution, (v, L, L), float64.
+    """
+    factors = torch.where(output == 0, 0, values.double() / output)
+    return DenseOperator(after @ (factors[..., None] * before))
 
 
 def _matrices(taps: Tensor, length: int) -> Tensor:

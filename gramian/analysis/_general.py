@@ -7,136 +7,43 @@ impulse at position j, and one evaluation gives this column for all channels. Ch
 operator form a head. If N channels form a head, each of them can be given an impulse at another
 position, so that the whole operator takes L / N evaluations. An operator is accepted only if it
 predicts the response to random values.
+
+Where nothing in a module can be read so, two more kinds of values count. Channels may be answered
+in the same output channels, as in a convolution over all channels of a group: then every pair of an
+input and an output channel has an operator. And integers, such as token ids, may be moved from
+position to position, which is a linear map of whatever they stand for.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gramian.analysis._tracing import Call
-from gramian.analysis._values import (
-    copied,
-    leaves_of,
-    sequences_in,
-    time_axis,
-    window,
-    with_leaf,
+from gramian.analysis._responses import (
+    TOLERANCE,
+    Responses,
+    Unreadable,
+    ValueMap,
+    moves,
+    sources,
 )
+from gramian.analysis._tracing import Call
+from gramian.analysis._values import is_padded_before, leaves_of, sequences_in, time_axis
 
-__all__ = ["TOLERANCE", "Responses", "Unreadable", "ValueMap", "find_values", "measure_operators"]
+__all__ = ["find_moves", "find_pairs", "find_values"]
 
-TOLERANCE = 1e-4
-"""The largest relative error with which an operator may predict a response in single precision."""
+_CLASSES = 512
+"""The largest number of channels that may be answered in the same channel."""
 
 _SAME = 3e-5
 """The largest relative difference between the operators of the channels of one head."""
 
 _ANSWERED = 1e-10
 """The least energy, relative to that of all channels, with which a channel answers."""
-
-
-class Unreadable(Exception):
-    """The sentence that says why no operator can be read."""
-
-
-class Responses:
-    """The result of a call as a function of the values in one of its arguments.
-
-    Args:
-        call: The call.
-        leaf: Index of the argument among the leaves of the call's inputs.
-        axis: Axis of time of the argument.
-        length: The number of positions.
-        result: Index of the result among the leaves of the call's result.
-        result_axis: Axis of time of the result. It may have more than `length` positions, of which
-            the first `length` count.
-    """
-
-    def __init__(
-        self, call: Call, leaf: int, axis: int, length: int, result: int = 0, result_axis: int = 0
-    ) -> None:
-        self.call, self.leaf, self.axis, self.length = call, leaf, axis, length
-        self.result, self.result_axis = result, result_axis
-        self.base: Tensor = leaves_of(call.inputs)[leaf]
-        rows = self.base.movedim(axis, 0)
-        self._shape, self._padding = rows.shape, len(rows) - length
-        self.dtype = torch.promote_types(self.base.dtype, torch.float32)
-
-    @property
-    def values(self) -> Tensor:
-        """Return the values of the call itself, (L, C)."""
-        rows = window(self.base, self.axis, self.length, padded_before=True)
-        return rows.reshape(self.length, -1).to(self.dtype)
-
-    def outputs(self, values: Tensor) -> list[Tensor]:
-        """Return all leaves of the result for values (L, C)."""
-        rows = values.to(self.base.dtype)
-        if self._padding:
-            before = self.base.movedim(self.axis, 0)[: self._padding]
-            rows = torch.cat([before.reshape(self._padding, -1), rows])
-        given = rows.reshape(self._shape).movedim(0, self.axis).contiguous()
-        args, kwargs = copied(with_leaf(self.call.inputs, self.leaf, given))
-        return leaves_of(self.call.function(*args, **kwargs))
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Return the result (L, O) for values (L, C)."""
-        return self.flat(self.outputs(values)[self.result])
-
-    def flat(self, output: Tensor) -> Tensor:
-        """Return a result as (L, O)."""
-        rows = window(output.detach(), self.result_axis, self.length, padded_before=False)
-        return rows.reshape(self.length, -1).to(self.dtype)
-
-
-@dataclass(frozen=True)
-class ValueMap:
-    """Where the values of a call are, and in which channels they are answered.
-
-    Attributes:
-        leaf: index of the argument among the leaves of the call's inputs.
-        axis: axis of time of the argument.
-        result: index of the result among the leaves of the call's result.
-        result_axis: axis of time of the result.
-        inputs: channel of the argument of each of the K pairs, (K).
-        outputs: channel of the result of each pair, (K).
-        operator: index of the operator of each pair, (K).
-        count: the number of operators.
-        taps: if all operators are convolutions, the number of their taps; 0 otherwise.
-        stochastic: whether the rows of all operators are probabilities.
-    """
-
-    leaf: int
-    axis: int
-    result: int
-    result_axis: int
-    inputs: Tensor
-    outputs: Tensor
-    operator: Tensor
-    count: int
-    taps: int
-    stochastic: bool
-
-    def of(self, call: Call, length: int) -> Responses:
-        """Return the responses of another call of the same kind."""
-        leaves, results = leaves_of(call.inputs), leaves_of(call.result)
-        for found, index, axis in (
-            (leaves, self.leaf, self.axis),
-            (results, self.result, self.result_axis),
-        ):
-            if index >= len(found) or not isinstance(found[index], Tensor):
-                raise Unreadable("its arguments differ from those on the first tokens.")
-            x = found[index]
-            if x.ndim <= axis or x.shape[axis] < length:
-                raise Unreadable(
-                    f"it works on {x.shape[axis] if x.ndim > axis else 1} positions instead of the "
-                    f"{length} of the text."
-                )
-        return Responses(call, self.leaf, self.axis, length, self.result, self.result_axis)
 
 
 def find_values(call: Call, length: int, padding: int = 0, budget: int = 64) -> ValueMap:
@@ -170,6 +77,86 @@ def find_values(call: Call, length: int, padding: int = 0, budget: int = 64) -> 
     raise Unreadable(reasons[-1] if reasons else "no argument of it is a sequence.")
 
 
+def find_pairs(call: Call, length: int, padding: int = 0) -> ValueMap:
+    """Find values whose channels are answered in the same channels, as in a full convolution.
+
+    The arguments are those of `find_values`. The whole argument has to enter affinely.
+
+    Raises:
+        Unreadable: if no argument carries such values.
+    """
+    reasons = ["no argument of it is a sequence."]
+    for leaf, _, axis in sequences_in(call.inputs, length, length + padding):
+        try:
+            return _Search(Responses(call, leaf, axis, length), padding, 1).pairs_found()
+        except Unreadable as reason:
+            reasons.append(str(reason))
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError) as e:
+            reasons.append(f"it cannot be run again: {type(e).__name__}.")
+    raise Unreadable(reasons[-1])
+
+
+def find_moves(call: Call, length: int, padding: int = 0) -> ValueMap:
+    """Find integers, one for each position, that a call moves from position to position.
+
+    Args:
+        call: The call.
+        length: The number of positions.
+        padding: The number of further positions that there may be.
+
+    Raises:
+        Unreadable: if it does not do this.
+    """
+    longest = length + padding
+    for leaf, result in itertools.product(
+        _integers(call.inputs, length, longest), _integers(call.result, length, longest)
+    ):
+        try:
+            responses = Responses(call, leaf[0], leaf[1], length, *result)
+            responses.padded_before = _pads_integers_before(responses)
+            operator = moves(sources(responses))
+        except (Unreadable, RuntimeError, ValueError, TypeError, IndexError, KeyError):
+            continue
+        if bool(operator.triu(1).any()):
+            raise Unreadable("it is not causal: it looks ahead.")
+        if bool(operator.tril(-1).any()):
+            one = torch.zeros(1, dtype=torch.int64)
+            return ValueMap(
+                *leaf,
+                *result,
+                inputs=one,
+                outputs=one,
+                operator=one,
+                count=1,
+                taps=_taps(operator),
+                stochastic=False,
+                padded_before=responses.padded_before,
+                integers=True,
+            )
+    raise Unreadable("it does not only move integers from position to position.")
+
+
+def _pads_integers_before(responses: Responses) -> bool:
+    """Return whether further positions of a result come before the sequence."""
+    at = responses.length // 3
+    values = responses.values.clone()
+    values[at] = values[(values != values[at]).nonzero()[-1, 0]]
+    results = [leaves_of(responses.call.result), responses.outputs(values)]
+    x, y = (result[responses.result] for result in results)
+    return is_padded_before(x, y, responses.result_axis, responses.length, at)
+
+
+def _integers(value: Any, length: int, longest: int) -> list[tuple[int, int]]:
+    """Return index and axis of time of the leaves that have one integer for each position."""
+    return [
+        (index, axis)
+        for index, x in enumerate(leaves_of(value))
+        if (axis := time_axis(x, length, longest)) is not None
+        and x.numel() == x.shape[axis]
+        and not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+    ]
+
+
 class _Search:
     """The search for the channels of one argument that carry values."""
 
@@ -194,6 +181,51 @@ class _Search:
         inputs, outputs = self._pairs(chosen)
         return self._operators(inputs, outputs)
 
+    def pairs_found(self) -> ValueMap:
+        self._choose_result()
+        self.base = self.run(self.values)
+        everything = torch.arange(self.channels)
+        answered = self._clean(everything, apart=False)
+        if answered is None or not bool(answered.any()):
+            raise Unreadable("its result is not affine in its values.")
+        classes = self._classes(everything)
+        maps = [self._operators(*self._pairs(chosen)) for chosen in classes]
+        first = [0, *itertools.accumulate(found.count for found in maps)]
+        return replace(
+            maps[0],
+            inputs=torch.cat([found.inputs for found in maps]),
+            outputs=torch.cat([found.outputs for found in maps]),
+            operator=torch.cat([m.operator + n for m, n in zip(maps, first, strict=False)]),
+            count=first[-1],
+            taps=max(found.taps for found in maps) if all(m.taps for m in maps) else 0,
+            stochastic=False,
+            classes=tuple(classes),
+        )
+
+    def _classes(self, everything: Tensor) -> list[Tensor]:
+        """Return classes of channels, in each of which they are answered in channels of their own.
+
+        Channels that are not answered are left out.
+        """
+        classes: list[tuple[list[int], Tensor]] = []
+        for channel in everything:
+            energy = (
+                (self.run(self.values + self._noise(channel[None])) - self.base).square().sum(0)
+            )
+            answers = energy > max(_ANSWERED * float(energy.max()), 1e-12 * float(self.base.norm()))
+            if not bool(answers.any()):
+                continue
+            for members, taken in classes:
+                if not bool((taken & answers).any()):
+                    members.append(int(channel))
+                    taken |= answers
+                    break
+            else:
+                classes.append(([int(channel)], answers))
+            if len(classes) > _CLASSES:
+                raise Unreadable("too many of its channels are answered in the same ones.")
+        return [torch.tensor(members) for members, _ in classes]
+
     def _noise(self, channels: Tensor, positions: slice = slice(None)) -> Tensor:
         """Return a change (L, C) of some channels at some positions."""
         noise = torch.randn(self.length, len(channels), generator=self.generator)
@@ -214,6 +246,7 @@ class _Search:
             if axis is None or not x.is_floating_point() or x.shape != y.shape:
                 continue
             self.run.result, self.run.result_axis = index, axis
+            self.run.padded_before = is_padded_before(x, y, axis, self.length, at)
             difference = (self.run.flat(y) - self.run.flat(x)).norm(dim=-1)
             if float(difference[at + 1 :].max()) > 1e-5 * float(
                 self.run.flat(x).norm(dim=-1).max()
@@ -235,10 +268,11 @@ class _Search:
                 accepted.append((block, answered))
         return accepted
 
-    def _clean(self, block: Tensor) -> Tensor | None:
+    def _clean(self, block: Tensor, *, apart: bool = True) -> Tensor | None:
         """Return the result's channels (O) in which values answer, or None if they are no values.
 
-        No channel answers if the block is affine but mixes no positions.
+        No channel answers if the block is affine but mixes no positions. With `apart`, channels
+        that are answered in the same channels carry no values.
         """
         change = self._noise(block)
         one = self.run(self.values + change) - self.base
@@ -261,14 +295,18 @@ class _Search:
         rest = self.run(self.values + change) - self.base
         energies = torch.stack([rest.square().sum(0), (one - rest).square().sum(0)])
         answered = energies > max(_ANSWERED * float(energies.max()), 4 * floor**2 / len(none))
-        if len(block) > 1 and bool(answered.all(0).any()):
+        if apart and len(block) > 1 and bool(answered.all(0).any()):
             return None
         return answered.any(0)
 
     def _without_conflicts(
         self, blocks: list[tuple[Tensor, Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Return the blocks whose channels are answered in the fewest channels, without overlap."""
+        """Return the blocks whose channels are answered in the fewest channels.
+
+        Raises:
+            Unreadable: if some of them are answered in the same channels.
+        """
 
         def fan_out(entry: tuple[Tensor, Tensor]) -> float:
             return float(entry[1].sum()) / len(entry[0])
@@ -277,8 +315,9 @@ class _Search:
         for entry in sorted(blocks, key=fan_out):
             if fan_out(entry) > 1.5 * fan_out(kept[0] if kept else entry) + 1e-9:
                 break
-            if not any(bool((entry[1] & other).any()) for _, other in kept):
-                kept.append(entry)
+            if any(bool((entry[1] & other).any()) for _, other in kept):
+                raise Unreadable("several channels of its values are answered in the same ones.")
+            kept.append(entry)
         return sorted(kept, key=lambda entry: int(entry[0][0]))
 
     def _pairs(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,6 +366,7 @@ class _Search:
             count=count,
             taps=_taps(rows),
             stochastic=stochastic,
+            padded_before=run.padded_before,
         )
 
 
@@ -367,115 +407,3 @@ def _taps(maps: Tensor) -> int:
     lag = torch.arange(length)[:, None] - torch.arange(length)
     toeplitz = column[:, lag.clamp_min(0)] * (lag >= 0)
     return count if float((maps - toeplitz).norm()) <= _SAME * float(maps.norm()) else 0
-
-
-def measure_operators(responses: Responses, found: ValueMap, operators: Sequence[int]) -> Tensor:
-    """Measure some operators at full length, and check them.
-
-    Args:
-        responses: The responses of the call.
-        found: The map of the values.
-        operators: Indices of the operators.
-
-    Returns:
-        The matrices (len(operators), L, L), or their taps (len(operators), K) if `found.taps` is
-        not 0.
-
-    Raises:
-        Unreadable: if the operators do not predict the response to random values, or that to the
-            call's own values.
-    """
-    length = responses.length
-    blank = responses.values.clone()
-    blank[:, found.inputs.unique()] = 0
-    base = responses(blank)
-    if found.taps:
-        result = _measured_taps(responses, found, operators, blank, base)
-    else:
-        result = _measured_matrices(responses, found, operators, blank, base)
-    wanted = torch.isin(found.operator, torch.as_tensor(list(operators)))
-    inputs, outputs = found.inputs[wanted], found.outputs[wanted]
-    index = {g: n for n, g in enumerate(operators)}
-    rows = torch.tensor([index[int(g)] for g in found.operator[wanted]])
-    scale = float(responses.values.std(unbiased=False).clamp_min(1e-2))
-    noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(1))
-    random = blank.clone()
-    channels = found.inputs.unique()
-    random[:, channels] = (scale * noise[:, channels]).to(random)
-    limit = max(TOLERANCE, 8 * torch.finfo(responses.base.dtype).eps)
-    for values in (random, responses.values):
-        answer = (responses(values) - base)[:, outputs]
-        expected = _applied(result, rows, values[:, inputs], found.taps, length)
-        error = float((answer - expected).norm() / answer.norm().clamp_min(1e-30))
-        if not error <= limit:
-            raise Unreadable(
-                f"its operator predicts its response with an error of {error:.0e} only."
-            )
-    return result
-
-
-def _applied(result: Tensor, rows: Tensor, values: Tensor, taps: int, length: int) -> Tensor:
-    """Apply operators to values (L, K): (L, K)."""
-    if taps:
-        kernels = result[rows].unsqueeze(1)  # (K, 1, taps)
-        padded = torch.nn.functional.pad(values.T[None], (kernels.shape[-1] - 1, 0))
-        return torch.nn.functional.conv1d(padded, kernels.flip(-1).to(padded), groups=len(rows))[
-            0
-        ].T
-    outputs = torch.empty_like(values)
-    for n in range(len(result)):
-        mine = rows.to(values.device) == n
-        outputs[:, mine] = result[n] @ values[:, mine]
-    return outputs
-
-
-def _measured_taps(
-    responses: Responses,
-    found: ValueMap,
-    operators: Sequence[int],
-    blank: Tensor,
-    base: Tensor,
-) -> Tensor:
-    impulse = blank.clone()
-    impulse[0, found.inputs.unique()] = 1
-    answer = responses(impulse) - base
-    first = [int((found.operator == g).nonzero()[0, 0]) for g in operators]
-    return answer[: found.taps, found.outputs[first]].T.contiguous()
-
-
-def _measured_matrices(
-    responses: Responses,
-    found: ValueMap,
-    operators: Sequence[int],
-    blank: Tensor,
-    base: Tensor,
-) -> Tensor:
-    """Measure matrices by impulses, one position for each channel of a head at a time."""
-    length = responses.length
-    pairs = []  # of each operator, its input and output channels
-    for g in operators:
-        mine = (found.operator == g).nonzero().flatten()
-        distinct: dict[int, int] = {}
-        for k in mine.tolist():
-            distinct.setdefault(int(found.inputs[k]), int(found.outputs[k]))
-        pairs.append((list(distinct), list(distinct.values())))
-    packed = min(len(inputs) for inputs, _ in pairs)
-    places: dict[int, int] = {}
-    for inputs, _ in pairs:
-        for place, channel in enumerate(inputs[:packed]):
-            if places.setdefault(channel, place) != place:
-                packed = 1  # heads share some channels, but not all
-    result = base.new_zeros(len(pairs), length, length)
-    for start in range(0, length, packed):
-        width = min(packed, length - start)
-        columns = torch.arange(start, start + width)
-        impulses = blank.clone()
-        for inputs, _ in pairs:
-            impulses[columns, inputs[:width]] = 1
-        answer = responses(impulses) - base
-        for n, (_, outputs) in enumerate(pairs):
-            result[n, :, start : start + width] = answer[:, outputs[:width]]
-    above = float(result.triu(1).norm())
-    if math.isfinite(above) and above > TOLERANCE * float(result.norm()):
-        raise Unreadable("it is not causal: it looks ahead.")
-    return result.tril()

@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gramian.analysis._keeping import kept
 from gramian.tasks import Document, Encoder, documents_in
 
 __all__ = [
@@ -214,6 +216,7 @@ def positions_in(
         length: The length of the sequence.
 
     Raises:
+        TypeError: if a position is not an integer.
         ValueError: if more than one of these is given, or if one is out of range.
     """
     if sum(choice is not None for choice in (at, every, number)) > 1:
@@ -228,7 +231,10 @@ def positions_in(
     if number is not None:
         count = min(number, length)
         return [(2 * k + 1) * length // (2 * count) for k in range(count)]
-    positions = list(range(0, length, every or 1)) if at is None else [int(i) for i in at]
+    try:
+        positions = list(range(0, length, every or 1)) if at is None else list(map(index, at))
+    except TypeError as error:
+        raise TypeError(f"positions must be integers; got {at!r}.") from error
     if not positions or min(positions) < 0 or max(positions) >= length:
         raise ValueError(
             f"positions must lie in 0 … {length - 1} for {length} tokens, and there must be one; "
@@ -321,7 +327,8 @@ def check_causal(model: nn.Module, inputs: ModelInputs) -> None:
     changed = ModelInputs(sequence, inputs.key, inputs.options)
     seen: list[Tensor] = []
     for given in (inputs, changed):
-        found = _rows(run_model(model, given, last_logits_only=False), length)
+        with kept(model):
+            found = _rows(run_model(model, given, last_logits_only=False), length)
         if found is None:
             return
         seen.append(found[:, :-1])

@@ -9,7 +9,7 @@ architectures or functions play no role.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from gramian.analysis._keeping import Buffers
+from gramian.analysis._responses import ValueMap
 from gramian.analysis._tracing import Frame, Key, Replay, Tracer
 from gramian.analysis._values import (
     changed_positions,
     copied,
+    is_padded_before,
     leaves_of,
     perturbed,
     sequences_in,
-    time_axis,
     window,
 )
 
@@ -33,6 +34,9 @@ __all__ = ["Finder", "Leftover", "NotFinite", "mixing_of", "short_lengths"]
 
 _LENGTHS = (37, 41, 31, 43, 29, 47, 53, 59, 61, 23, 67, 71, 73, 79, 83, 97, 101, 103, 107, 109)
 """Lengths of the short sequence, in the order of preference."""
+
+_SHORTER = (22, 21, 20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7)
+"""Lengths for models that read no longer sequences."""
 
 _PADDINGS = (12, 4, 0)
 """Numbers of positions that convolutions may add to the short sequence."""
@@ -49,13 +53,13 @@ def short_lengths(model: nn.Module, longest: int) -> list[tuple[int, int]]:
     sizes = {size for tensor in model.parameters() for size in tensor.shape}
     reach = max((_dilation(m) for m in model.modules() if _dilation(m) < longest), default=0)
     least = 3 * reach // 2 + 8  # what changes first is at a sixth of the sequence
-    lengths = [length for length in _LENGTHS if length >= least]
-    lengths += range(least, least + 200) if reach > 1 else ()
+    far = range(least, least + 200) if reach > 1 else ()
     fitting = [
         (length, padding)
+        for lengths in ((*_LENGTHS, *far), _SHORTER)
         for padding in _PADDINGS
         for length in lengths
-        if not sizes.intersection(range(length, length + padding + 1))
+        if length >= least and not sizes.intersection(range(length, length + padding + 1))
     ]
     return fitting or [(max(_LENGTHS[0], least), 0)]
 
@@ -80,11 +84,13 @@ class Leftover:
         earlier: whether earlier positions respond.
         keys: the keys of what responds: of frozen calls and children whose arguments respond, or
             ("output", "", 0).
+        padded_before: whether further positions of the output come before the sequence.
     """
 
     later: bool = False
     earlier: bool = False
     keys: list[Key] = field(default_factory=list)
+    padded_before: bool = False
 
     @property
     def mixes(self) -> bool:
@@ -98,6 +104,7 @@ def mixing_of(
     length: int,
     frozen: dict[Key, Any] | None = None,
     known: dict[Key, Any] | None = None,
+    read: Mapping[Key, ValueMap] | None = None,
 ) -> Leftover:
     """Return how a module mixes positions by itself, with some of its calls frozen.
 
@@ -111,6 +118,7 @@ def mixing_of(
         frozen: The calls whose results are given, and these results.
         known: What the module returned and passed to children and frozen calls with its own inputs,
             by their keys; by default, it runs once more to tell.
+        read: Where the values of the frozen calls are that the general reader reads.
     """
     generator = torch.Generator().manual_seed(5)
     positions = (length // 6, length // 3)
@@ -120,12 +128,19 @@ def mixing_of(
     def other(value: Any, padded_before: bool = False) -> Any:
         return perturbed(value, length, longest, positions, generator, padded_before)
 
-    frozen = frozen or {}
+    frozen, read = frozen or {}, read or {}
     operations = any(key[0] == "operation" for key in frozen)
     if known is None:
         known = Replay(tracer, frame, length, frozen, operations=operations).run().answers()
-    changed_frozen = {key: other(result) for key, result in frozen.items()}
-    children = [(child, other(result)) for child, result in frame.children]
+    changed_frozen: dict[Key, Any] = {}
+    for key, result in frozen.items():
+        padded_before = key in read and read[key].padded_before
+        changed_frozen[key] = other(result, padded_before)
+        if key in read and read[key].integers:
+            changed_frozen[key] = _other_integers(result, read[key], length, positions, generator)
+    children = [
+        (child, other(result, child in frame.padded_before)) for child, result in frame.children
+    ]
     changed_frame = replace(frame, children=children)
     after = Replay(tracer, changed_frame, length, changed_frozen, operations=operations)
     after.run(other(frame.inputs, padded_before=True))
@@ -133,7 +148,15 @@ def mixing_of(
     answers = after.answers()
     for key in known.keys() & answers.keys():
         one, two = known[key], answers[key]
-        changed = _changes(one, two, length, longest, key[0] != "output") - set(positions)
+        output = key[0] == "output"
+        changed, found.padded_before = _changes(one, two, length, longest, positions, output)
+        if key in read and read[key].integers:
+            rows = [
+                window(leaves_of(x)[read[key].leaf], read[key].axis, length, padded_before=True)
+                for x in (one, two)
+            ]
+            changed |= changed_positions(*rows)
+        changed -= set(positions)
         if changed:
             found.keys.append(key)
             found.later |= max(changed) > positions[0]
@@ -141,15 +164,37 @@ def mixing_of(
     return found
 
 
-def _changes(one: Any, other: Any, length: int, longest: int, padded_before: bool) -> set[int]:
-    """Return the positions at which sequences in two nested values differ."""
+def _changes(
+    one: Any, other: Any, length: int, longest: int, positions: Sequence[int], output: bool
+) -> tuple[set[int], bool]:
+    """Return where sequences in two nested values differ, and if one of them is padded before.
+
+    The values are an output after changes at some positions, or arguments.
+    """
     others = leaves_of(other)
     changed: set[int] = set()
+    padded = False
     for index, x, axis in sequences_in(one, length, longest):
-        if index < len(others) and getattr(others[index], "shape", None) == x.shape:
-            rows = window(x, axis, length, padded_before)
-            changed |= changed_positions(rows, window(others[index], axis, length, padded_before))
-    return changed
+        y = others[index] if index < len(others) else None
+        if isinstance(y, Tensor) and y.shape == x.shape:
+            before = not output or is_padded_before(x, y, axis, length, positions[0])
+            padded |= before and output
+            rows = (window(values, axis, length, before) for values in (x, y))
+            changed |= changed_positions(*rows)
+    return changed, padded
+
+
+def _other_integers(
+    result: Any,
+    found: ValueMap,
+    length: int,
+    positions: Sequence[int],
+    generator: torch.Generator,
+) -> Any:
+    """Return a result with other integers at some positions of the sequence that was moved."""
+    size = leaves_of(result)[found.result].shape[found.result_axis]
+    first = size - length if found.padded_before else 0
+    return perturbed(result, size, size, [first + at for at in positions], generator)
 
 
 class Finder:
@@ -163,6 +208,7 @@ class Finder:
         whole: A function that returns whether a module is read as a whole, whatever is inside it.
         shared: A function that returns whether a module mixes positions by itself just as one
             before it, so that it need not be examined.
+        quick: Whether modules that are like one that mixes no positions are never examined.
 
     Attributes:
         notes: for every module that could not be tested, its path and the reason.
@@ -175,13 +221,15 @@ class Finder:
         visit: Callable[[Frame, Leftover], None],
         whole: Callable[[nn.Module], bool],
         shared: Callable[[Frame], bool],
+        quick: bool = False,
     ) -> None:
         self.tracer, self.length, self.visit, self.whole = tracer, length, visit, whole
-        self.shared = shared
+        self.shared, self.quick = shared, quick
         self._alike: set[Any] = set()  # what modules are like that mix no positions
         self.notes: dict[str, str] = {}
         self._frames: list[Frame] = []
         self._mixes: dict[int, bool] = {}
+        self._padded_before: set[nn.Module] = set()
         self._inside = 0  # the number of running modules that are read as a whole
 
     @contextmanager
@@ -216,6 +264,7 @@ class Finder:
         if self._mixes.get(id(module), False) and self._frames:
             self._frames[-1].children.append((module, copied(output)))
             self._frames[-1].given.append(frame.inputs)
+            self._frames[-1].padded_before |= self._padded_before & {module}
 
     def _is_like_others(self, frame: Frame) -> bool:
         """Return whether a module is like one that mixes no positions."""
@@ -230,6 +279,8 @@ class Finder:
         """
         frame.output = output
         skipped, frame.skipped = frame.skipped, []
+        if self.quick:
+            return self._quickly_examined(frame, output, skipped)
         found = self._examine(frame, output)
         if found is not None and found.mixes and not self.whole(frame.module):
             if self.shared(frame):
@@ -248,6 +299,22 @@ class Finder:
             self._alike.add(_likeness(frame))
         return bool(frame.children)
 
+    def _quickly_examined(
+        self, frame: Frame, output: Any, skipped: list[tuple[Frame, Any]]
+    ) -> bool:
+        """Return whether a module mixes positions, without running those that were skipped."""
+        still = [(inner.module, result) for inner, result in skipped]
+        given = [inner.inputs for inner, _ in skipped]
+        some = replace(frame, children=frame.children + still, given=frame.given + given)
+        found = self._examine(some, output)
+        if found is not None and found.mixes and not self.whole(frame.module):
+            found = self._confirmed(frame, found)  # they may treat the positions in another order
+        if found is not None and found.mixes:
+            self.visit(frame, found)
+        elif found is not None and not frame.children:
+            self._alike.add(_likeness(frame))
+        return bool(frame.children) or (found is not None and found.mixes)
+
     def _late(self, frame: Frame, output: Any) -> bool:
         """Return whether a module that was skipped mixes positions."""
         if id(frame.module) not in self._mixes:
@@ -261,12 +328,10 @@ class Finder:
         if _has_nan(output) and not _has_nan(frame.inputs):
             name = frame.path or type(frame.module).__name__
             raise NotFinite(f"{name}: an operator to be measured must be finite; got NaN values.")
-        exact = any(
-            time_axis(x, self.length) is not None for x in leaves_of((frame.inputs, output))
-        )
-        if not exact and not frame.children:
-            return None  # with padding on both sides, its positions cannot be told
-        return self._tested(frame, frame.answers())
+        found = self._tested(frame, frame.answers())
+        if found is not None and found.padded_before:
+            self._padded_before.add(frame.module)
+        return found
 
     def _tested(self, frame: Frame, known: dict[Key, Any] | None) -> Leftover | None:
         try:

@@ -9,7 +9,9 @@ positions any more, neither in the module's result nor in the arguments of the c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,21 +21,17 @@ from torch import Tensor, nn
 
 from gramian.analysis._attention import ATTENTION, read_attention
 from gramian.analysis._composition import Feed, find_feed
-from gramian.analysis._general import (
-    TOLERANCE,
-    Unreadable,
-    ValueMap,
-    find_values,
-    measure_operators,
-)
+from gramian.analysis._general import find_moves, find_pairs, find_values
 from gramian.analysis._mixing import Leftover, mixing_of
+from gramian.analysis._multihead import is_multihead, multihead_call
+from gramian.analysis._responses import TOLERANCE, Unreadable, ValueMap, measure_operators
 from gramian.analysis._scans import SCANS, ScanReading, read
 from gramian.analysis._segments import segment_call, segments_of
 from gramian.analysis._single import single_call, single_frame
 from gramian.analysis._tracing import Call, Frame, Key, Replay, Tracer
 from gramian.analysis._values import copied, leaves_of
 
-__all__ = ["Plan", "Planner", "Site", "module_call", "read_scan", "values_of"]
+__all__ = ["Plan", "Planner", "Site", "read_scan", "repeated_call", "values_of"]
 
 _AHEAD = "it is not causal: it looks ahead."
 _CONVOLUTIONS = ("conv1d",)
@@ -61,6 +59,11 @@ class Site:
     reader: str
     values: ValueMap | None = None
     short: Call | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def repeats(self) -> bool:
+        """Return whether the module has to run again for this call."""
+        return self.key[0] in ("module", "segment")
 
     @property
     def kind(self) -> str:
@@ -92,9 +95,14 @@ class Plan:
     feeds: dict[Key, Feed] = field(default_factory=dict)
 
     @property
+    def read(self) -> dict[Key, ValueMap]:
+        """Return where the values are of the calls that the general reader reads."""
+        return {site.key: site.values for site in self.sites if site.values is not None}
+
+    @property
     def repeats(self) -> bool:
         """Return whether the module has to run again to be read."""
-        return any(site.key[0] in ("module", "segment") for site in self.sites)
+        return any(site.repeats for site in self.sites)
 
     @property
     def operations(self) -> set[str]:
@@ -165,30 +173,29 @@ class Planner:
                 made = {site.key: self._call(frame, calls, site) for site in known.sites}
                 for site in known.sites:
                     self._check(site, made[site.key])
-                if not self._left(frame, made):
+                if not self._left(frame, made, known.read):
                     plan.sites = list(known.sites)
                     return True
             except (Unreadable, RuntimeError, IndexError, ValueError, TypeError, KeyError):
                 continue
         return False
 
-    def _left(self, frame: Frame, made: dict[Key, Call]) -> bool:
+    def _left(self, frame: Frame, made: dict[Key, Call], read: dict[Key, ValueMap]) -> bool:
         """Return whether a module mixes positions outside of some calls."""
         if ("module", "", 0) in made:
             return False
         frozen = {key: call.result for key, call in made.items()}
         if not any(key[0] == "segment" for key in made):
             known = frame.answers() | {key: call.inputs for key, call in made.items()}
-            if not mixing_of(self.tracer, frame, self.length, frozen, known).mixes:
+            if not mixing_of(self.tracer, frame, self.length, frozen, known, read).mixes:
                 return False
-        return mixing_of(self.tracer, frame, self.length, frozen).mixes
+        return mixing_of(self.tracer, frame, self.length, frozen, read=read).mixes
 
     def _call(self, frame: Frame, calls: dict[Key, Call], site: Site) -> Call:
         """Return the call of a site in another module of the class."""
-        kind, name, _ = site.key
-        if kind == "segment":
-            return segment_call(self.tracer, frame, self.length, *name.split(" -> "))
-        return module_call(self.tracer, frame, self.length) if kind == "module" else calls[site.key]
+        if site.repeats:
+            return repeated_call(self.tracer, frame, self.length, site)
+        return calls[site.key]
 
     def _check(self, site: Site, call: Call) -> None:
         if site.reader == "attention":
@@ -202,9 +209,9 @@ class Planner:
 
     def _search(self, plan: Plan, frame: Frame) -> None:
         frozen = self._known_kinds(plan, frame)
-        tried: set[Key] = set(frozen)
+        tried: set[tuple[str, Key]] = {("general", key) for key in frozen}
         while True:
-            left = mixing_of(self.tracer, frame, self.length, frozen)
+            left = mixing_of(self.tracer, frame, self.length, frozen, read=plan.read)
             if left.earlier and plan.sites:  # the positions of the last result are others
                 del frozen[plan.sites.pop().key]
             elif left.earlier:
@@ -213,7 +220,9 @@ class Planner:
                 return
             known = self._known.get(type(frame.module), [])
             failed = sum(bool(other.refusal) for other in known) >= _FAILURES
-            found = None if failed else self._next(frame, frozen, tried)
+            ways = () if failed else ("general", "others")
+            tries = (self._next(frame, frozen, tried, way) for way in ways)
+            found = next((one for one in tries if one is not None), None)
             if found is None:
                 name = type(frame.module).__name__
                 what = "a part of it" if plan.sites else "it"
@@ -228,6 +237,13 @@ class Planner:
 
     def _known_kinds(self, plan: Plan, frame: Frame) -> dict[Key, Any]:
         """Plan the convolutions, attention functions and scans, and return their results."""
+        if is_multihead(frame.module):
+            with suppress(Unreadable):
+                call = multihead_call(frame)
+                site = self._site(call, "attention", 0)
+                if site is not None:
+                    plan.sites.append(site)
+                    return {site.key: call.result}
         names = {("operation", name) for name in _CONVOLUTIONS}
         names |= {(kind, name) for kind in ("function", "method") for name in (ATTENTION, *SCANS)}
         calls = self._calls(frame, {}, names)
@@ -252,12 +268,17 @@ class Planner:
         return {call.key: call.result for call in chosen}
 
     def _site(self, call: Call, reader: str, budget: int) -> Site | None:
-        """Return the site of a call, or None if it cannot be read by a reader."""
+        """Return the site of a call, or None if it cannot be read by a reader.
+
+        The reader "others" is the general one for values of other kinds.
+        """
         try:
             if reader == "attention":
                 read_attention(call)
             elif reader == "scan":
                 read_scan(call)
+            elif reader == "others":
+                return Site(call.key, "general", self._others(single_call(call)))
             else:
                 call = single_call(call)
                 found = find_values(call, self.length, self.tracer.padding, budget)
@@ -267,6 +288,13 @@ class Planner:
                 raise
             return None
         return Site(call.key, reader, short=call)
+
+    def _others(self, call: Call) -> ValueMap:
+        """Return where a call has integers that it moves, or channels with common answers."""
+        try:
+            return find_moves(call, self.length, self.tracer.padding)
+        except Unreadable:
+            return find_pairs(call, self.length, self.tracer.padding)
 
     def general(self, site: Site) -> Site:
         """Return a site with the general reader in place of another one.
@@ -282,30 +310,34 @@ class Planner:
         )
 
     def _next(
-        self, frame: Frame, frozen: dict[Key, Any], tried: set[Key]
+        self, frame: Frame, frozen: dict[Key, Any], tried: set[tuple[str, Key]], way: str
     ) -> tuple[Site, Call] | None:
         """Return the first call that the general reader reads and that has not been tried."""
-        for call, budget in self._candidates(frame, frozen):
-            if call.key not in tried:
-                tried.add(call.key)
-                site = self._site(call, "general", budget)
+        for call, budget in self._candidates(frame, frozen, way):
+            if (way, call.key) not in tried and call.key not in frozen:
+                tried.add((way, call.key))
+                site = self._site(call, way, budget)
                 if site is not None:
                     return site, call
         return None
 
-    def _candidates(self, frame: Frame, frozen: dict[Key, Any]) -> Iterator[tuple[Call, int]]:
+    def _candidates(
+        self, frame: Frame, frozen: dict[Key, Any], way: str
+    ) -> Iterator[tuple[Call, int]]:
         """Yield calls, and the number of blocks of channels to try in each."""
         calls = self._calls(frame, frozen, {("function", ""), ("method", "")})
         for kind in ("function", "method"):
             for call in calls[:_CALLS]:
                 if call.key[0] == kind:
                     yield call, _GENERAL
-        if not frozen:
+        if not frozen and way == "general":
             yield module_call(self.tracer, frame, self.length), _BLOCKS
         for call in self._segments(frame):
             yield call, _BLOCKS
         for call in self._calls(frame, frozen, {("operation", "")})[:_CALLS]:
             yield call, 1
+        if not frozen and way != "general":  # projections would make pairs of all channels
+            yield module_call(self.tracer, frame, self.length), _BLOCKS
 
     def _join(self, plan: Plan, frame: Frame) -> None:
         """Find which layers the short convolutions of a module feed."""
@@ -329,11 +361,9 @@ class Planner:
                     plan.feeds[layer.key] = feed
 
     def _segments(self, frame: Frame) -> Iterator[Call]:
-        for number, (source, target) in enumerate(segments_of(self.tracer, frame, self.length)):
-            if number >= _SEGMENTS:
-                return
+        for key in itertools.islice(segments_of(self.tracer, frame, self.length), _SEGMENTS):
             try:
-                yield segment_call(self.tracer, frame, self.length, source, target)
+                yield segment_call(self.tracer, frame, self.length, key)
             except (RuntimeError, ValueError, TypeError, KeyError, IndexError):
                 continue
 
@@ -358,6 +388,19 @@ class Planner:
 def _sizes(module: nn.Module) -> list[torch.Size]:
     """Return the shapes of the parameters of a module."""
     return [parameter.shape for parameter in module.parameters()]
+
+
+def repeated_call(tracer: Tracer, frame: Frame, length: int, site: Site) -> Call:
+    """Return the call of a site for which a module runs again.
+
+    Raises:
+        Unreadable: if the maps of a module of attention are not those of its output.
+    """
+    if site.key[0] == "segment":
+        return segment_call(tracer, frame, length, site.key)
+    if site.reader == "attention":
+        return multihead_call(frame)
+    return module_call(tracer, frame, length)
 
 
 def module_call(tracer: Tracer, frame: Frame, length: int) -> Call:

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from gramian.analysis._attention import eager_attention, read_attention
-from gramian.analysis._composition import compose
-from gramian.analysis._general import Unreadable, measure_operators
+from gramian.analysis._composition import compose, compose_mixer
+from gramian.analysis._far import far_mixers
 from gramian.analysis._inputs import ModelInputs, run_model
 from gramian.analysis._keeping import Buffers, kept
 from gramian.analysis._mixing import Finder, NotFinite, short_lengths
@@ -38,19 +38,19 @@ from gramian.analysis._planning import (
     Plan,
     Planner,
     Site,
-    module_call,
     read_scan,
+    repeated_call,
     values_of,
 )
+from gramian.analysis._responses import Unreadable, measure_operators
 from gramian.analysis._rows import AttentionRows
-from gramian.analysis._segments import segment_call
 from gramian.analysis._single import single_call
 from gramian.analysis._states import States, mixer_states, scan_states
 from gramian.analysis._storage import Storage, mixer_orders, mixer_storage
 from gramian.analysis._tracing import Call, Frame, Key, Operations, Tracer, own_methods
 from gramian.analysis._values import copied, leaves_of
 from gramian.ess import RowOperator
-from gramian.mixers import Mixer, ShortConvolution
+from gramian.mixers import LinearRecurrence, Mixer, ShortConvolution
 from gramian.systems import FIR, DenseOperator, System
 
 __all__ = ["RecordedOperator", "Recorder"]
@@ -175,6 +175,11 @@ class Recorder:
                 stack.enter_context(eager_attention(self.model))
             with kept(self.model):
                 self._find(inputs)
+            with kept(self.model):
+                assert self._planner is not None
+                planned = {plan.module for plan in self.plans.values()}
+                far = far_mixers(self._tracer, inputs, planned, self._planner.length)
+                self.refused = far | self.refused
             self._length = inputs.length
             stack.callback(Buffers(self.model).put_back)
             with self._listening():
@@ -261,16 +266,11 @@ class Recorder:
         if _is_mixer(module):
             return
         for site in running.plan.sites:
-            if site.key[0] in ("module", "segment"):
-                self._read(running, site, partial(self._repeated_call, running.frame, site.key))
+            if site.repeats:
+                call = partial(repeated_call, self._tracer, running.frame, self._length, site)
+                self._read(running, site, call)
             elif site.key not in running.reached:
                 self.refused[path] = "it computes the whole text in another way than its beginning."
-
-    def _repeated_call(self, frame: Frame, key: Key) -> Call:
-        if key[0] == "module":
-            return module_call(self._tracer, frame, self._length)
-        source, target = key[1].split(" -> ")
-        return segment_call(self._tracer, frame, self._length, source, target)
 
     def _handle(
         self,
@@ -434,10 +434,19 @@ class Recorder:
             mixer_orders(module, x.shape[1]),
             mixer_states(module, x),
         )
-        for name, child in module.named_children():
-            if isinstance(child, ShortConvolution) and child.taps > 1:
-                short = partial(_short_system, child.weight.detach())
-                self._record(plan, _SHORT, _Operator(len(child.weight), short), name)
+        convolutions = [
+            (name, child)
+            for name, child in module.named_children()
+            if isinstance(child, ShortConvolution) and child.taps > 1
+        ]
+        if self.joins and convolutions and isinstance(module, LinearRecurrence):
+            count, system = compose_mixer(module, x)
+            order = module.operator(x[:, :1]).order + module.short.taps - 1
+            operator = _Operator(count, system, None, torch.full((count,), order))
+            convolutions = []
+        for name, child in convolutions:
+            short = partial(_short_system, child.weight.detach())
+            self._record(plan, _SHORT, _Operator(len(child.weight), short), name)
         self._record(plan, plan.sites[0], operator)
 
     def _record(self, plan: Plan, site: Site, operator: _Operator, child: str = "") -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gramian.analysis._general import TOLERANCE, Unreadable
+from gramian.analysis._responses import TOLERANCE, Unreadable
 from gramian.analysis._storage import Storage
 from gramian.ess import RowOperator
 

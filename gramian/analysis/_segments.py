@@ -6,13 +6,15 @@ the target, is given; or the whole module's result, if there is no target.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
 from gramian.analysis._single import single_frame
-from gramian.analysis._tracing import Call, Frame, Replay, Tracer
+from gramian.analysis._tracing import Call, Frame, Key, Replay, Tracer
 from gramian.analysis._values import copied, sequences_in
 
 __all__ = ["segment_call", "segments_of"]
@@ -22,12 +24,15 @@ class _Reached(Exception):
     """Raised to end a run when the target is reached."""
 
 
-def segments_of(tracer: Tracer, frame: Frame, length: int) -> Iterator[tuple[str, str]]:
-    """Yield source and target of the segments of a module, those with late sources first.
+def segments_of(tracer: Tracer, frame: Frame, length: int) -> Iterator[Key]:
+    """Yield the keys of the segments of a module, those with late sources first.
 
-    Modules that run more than once are left out.
+    The number of a key is that of the source's run. A source returns a sequence in one run only,
+    and a target runs only once.
     """
     events: list[tuple[str, str]] = []
+    runs: Counter[str] = Counter()
+    returned: dict[str, list[int]] = {}
     patches: dict[nn.Module, Callable[..., Any]] = {}
     mixing = {child for child, _ in frame.children}
     for path, module in frame.module.named_modules():
@@ -36,31 +41,33 @@ def segments_of(tracer: Tracer, frame: Frame, length: int) -> Iterator[tuple[str
 
         def forward(former: Any, *args: Any, path: str = path, **kwargs: Any) -> Any:
             events.append(("in", path))
+            run = runs[path]
+            runs[path] += 1
             result = former(*args, **kwargs)
             if any(sequences_in(result, length)):
                 events.append(("out", path))
+                returned.setdefault(path, []).append(run)
             return result
 
         patches[module] = forward
     Replay(tracer, frame, length).run(patches=patches)
-    entered = [path for what, path in events if what == "in"]
-    once = {path for path in entered if entered.count(path) == 1}
+    once = {path for path, count in runs.items() if count == 1}
     for at in range(len(events) - 1, -1, -1):
         what, source = events[at]
-        if what == "out" and source in once:
+        if what == "out" and len(returned[source]) == 1:
             later = [p for e, p in events[at + 1 :] if e == "in" and p in once]
             for target in [*later, ""]:
-                yield source, target
+                yield "segment", f"{source} -> {target}", returned[source][0]
 
 
-def segment_call(tracer: Tracer, frame: Frame, length: int, source: str, target: str) -> Call:
-    """Return the segment of a module as a call of the values that its source returns.
+def segment_call(tracer: Tracer, frame: Frame, length: int, key: Key) -> Call:
+    """Return the segment of a module with a key as a call of the values that its source returns.
 
     A module in half precision is run in single precision.
     """
     frame = single_frame(frame)
     modules = dict(frame.module.named_modules())
-    first = modules[source]
+    source, target = key[1].split(" -> ")
     box: dict[str, Any] = {}
 
     def noted(former: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +79,13 @@ def segment_call(tracer: Tracer, frame: Frame, length: int, source: str, target:
         raise _Reached
 
     def run(patch: Callable[..., Any]) -> Any:
-        patches = {first: patch}
+        number = itertools.count()
+
+        def in_turn(former: Any, *args: Any, **kwargs: Any) -> Any:
+            chosen = next(number) == key[2]
+            return patch(former, *args, **kwargs) if chosen else former(*args, **kwargs)
+
+        patches: dict[nn.Module, Callable[..., Any]] = {modules[source]: in_turn}
         if target:
             patches[modules[target]] = stop
         replay = Replay(tracer, frame, length)
@@ -86,4 +99,4 @@ def segment_call(tracer: Tracer, frame: Frame, length: int, source: str, target:
         return run(lambda former, *args, **kwargs: values)
 
     result = run(noted)
-    return Call(("segment", f"{source} -> {target}", 0), evaluate, ((box["source"],), {}), result)
+    return Call(key, evaluate, ((box["source"],), {}), result)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gramian.analysis._general import Unreadable
+from gramian.analysis._responses import Unreadable
 from gramian.analysis._tracing import Call, Frame
 from gramian.analysis._values import leaves_of, with_leaves
 

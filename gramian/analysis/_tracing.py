@@ -8,6 +8,7 @@ chosen calls and chosen children frozen to the results that they had.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import threading
 import types
@@ -80,6 +81,7 @@ class Frame:
         children: the outermost modules inside it that mix positions, with their results, in the
             order in which they ran.
         given: copies of the arguments of these children.
+        padded_before: those of these children whose results have positions before the sequence.
         output: what the module returned, if it is known.
         skipped: the modules inside it that were not examined, because others like them mix no
             positions, with what each returned. They are examined if the module mixes positions.
@@ -92,6 +94,7 @@ class Frame:
     buffers: Buffers | None = None
     children: list[tuple[nn.Module, Any]] = field(default_factory=list)
     given: list[Any] = field(default_factory=list)
+    padded_before: set[nn.Module] = field(default_factory=set)
     output: Any = None
     skipped: list[tuple[Frame, Any]] = field(default_factory=list)
 
@@ -442,10 +445,14 @@ class Replay:
                 continue
             source, target = key[1].split(" -> ")
             modules = dict(self.frame.module.named_modules())
+            runs = itertools.count()
 
-            def watched(former: Any, *args: Any, key: Key = key, **kwargs: Any) -> Any:
+            def watched(
+                former: Any, *args: Any, key: Key = key, runs: Iterator[int] = runs, **kwargs: Any
+            ) -> Any:
                 result = former(*args, **kwargs)
-                self.watched[key] = copied(result)
+                if next(runs) == key[2]:
+                    self.watched[key] = copied(result)
                 return result
 
             def fed(former: Any, *args: Any, given: Any = given, **kwargs: Any) -> Any:

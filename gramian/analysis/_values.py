@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 __all__ = [
     "changed_positions",
     "copied",
+    "is_padded_before",
     "leaves_of",
     "perturbed",
     "sequences_in",
@@ -26,12 +28,21 @@ _CHANGE = 1e-5
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """Return the leaves of nested tuples, lists and mappings, such as outputs of transformers."""
+    """Return the leaves of nested tuples, lists, mappings and dataclasses of tensors."""
     if isinstance(value, MutableMapping):
         return [leaf for inner in value.values() for leaf in leaves_of(inner)]
     if isinstance(value, list | tuple):
         return [leaf for inner in value for leaf in leaves_of(inner)]
+    if _holds_tensors(value):
+        return [leaf for f in fields(value) for leaf in leaves_of(getattr(value, f.name))]
     return [value]
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Return whether a value is an instance of a dataclass that has tensors as fields."""
+    if not is_dataclass(value) or isinstance(value, type) or hasattr(value, "get_seq_length"):
+        return False
+    return any(isinstance(getattr(value, f.name, None), Tensor) for f in fields(value))
 
 
 def with_leaves(value: Any, leaves: Iterator[Any]) -> Any:
@@ -45,6 +56,11 @@ def with_leaves(value: Any, leaves: Iterator[Any]) -> Any:
         inner_values = [with_leaves(inner, leaves) for inner in value]
         named = isinstance(value, tuple) and hasattr(value, "_fields")
         return type(value)(*inner_values) if named else type(value)(inner_values)
+    if _holds_tensors(value):
+        result = copy.copy(value)
+        for f in fields(value):  # of frozen dataclasses, too
+            object.__setattr__(result, f.name, with_leaves(getattr(value, f.name), leaves))
+        return result
     return next(leaves)
 
 
@@ -111,10 +127,30 @@ def window(x: Tensor, axis: int, length: int, padded_before: bool) -> Tensor:
         axis: Its axis of time.
         length: The number of positions.
         padded_before: Whether further positions come before the sequence, as in the arguments of a
-            call. In the results of a call they come after it.
+            call. In the results of a call they may come after it, too.
     """
     rows = x.movedim(axis, 0)
     return rows[len(rows) - length :] if padded_before else rows[:length]
+
+
+def is_padded_before(x: Tensor, y: Tensor, axis: int, length: int, position: int) -> bool:
+    """Return whether the further positions of a result come before the sequence.
+
+    They do if no earlier place responds to a change than the one that it would have then: this is
+    the reading with the least mixing.
+
+    Args:
+        x: The result, with at least `length` positions.
+        y: The result after a change at a position and possibly at later ones.
+        axis: Its axis of time.
+        length: The number of positions.
+        position: The position.
+    """
+    further = x.shape[axis] - length
+    if not further:
+        return False
+    changed = changed_positions(x.movedim(axis, 0), y.movedim(axis, 0))
+    return bool(changed) and min(changed) >= position + further
 
 
 def perturbed(
@@ -166,7 +202,7 @@ def _other_integers(x: Tensor, axis: int, positions: Sequence[int]) -> Tensor | 
 
 def changed_positions(x: Tensor, y: Tensor) -> set[int]:
     """Return the positions, in the first axis, at which x and y differ by more than rounding."""
-    limit = max(_CHANGE, 4 * torch.finfo(x.dtype).eps)
+    limit = max(_CHANGE, 4 * torch.finfo(x.dtype).eps) if x.is_floating_point() else 0.0
     rows = [t.detach().reshape(len(t), -1).double() for t in (x, y)]
     rows = [torch.nan_to_num(r, nan=0.0, posinf=0.0, neginf=0.0) for r in rows]
     difference = (rows[0] - rows[1]).norm(dim=-1)

@@ -19,7 +19,16 @@ from gramian.cli._inputs import (
     quiet_transformers,
     read_texts,
 )
-from gramian.cli._options import Device, Json, Settings, Split, TaskConfig, TaskSeed
+from gramian.cli._options import (
+    Device,
+    Include,
+    Json,
+    MaxChannels,
+    Settings,
+    Split,
+    TaskConfig,
+    TaskSeed,
+)
 from gramian.cli._texts import SeveralTexts, analyze_several
 
 if TYPE_CHECKING:
@@ -70,17 +79,6 @@ _Tol = Annotated[
 _Rtol = Annotated[
     float | None,
     typer.Option(help="The same, but with a threshold relative to the largest singular value."),
-]
-_MaxChannels = Annotated[
-    int,
-    typer.Option(min=0, help="Largest number of channels to measure in a layer; 0 measures all."),
-]
-_Include = Annotated[
-    str,
-    typer.Option(
-        help="core: short convolutions are layers of their own; mixer: they are parts of the scans "
-        "that they feed."
-    ),
 ]
 _Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="New folder for the report and figures.")
@@ -163,8 +161,8 @@ def analyze(
     tol: _Tol = None,
     rtol: _Rtol = None,
     tolerance: _Tolerance = None,
-    max_channels: _MaxChannels = 64,
-    include: _Include = "core",
+    max_channels: MaxChannels = 64,
+    include: Include = "core",
     ranks: _Ranks = False,
     compare: _Compare = None,
     rank: _Rank = False,

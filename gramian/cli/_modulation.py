@@ -17,7 +17,7 @@ from gramian.cli._inputs import (
     quiet_transformers,
     read_texts,
 )
-from gramian.cli._options import Device, Json, Seed
+from gramian.cli._options import Device, Include, Json, MaxChannels, Seed
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -55,10 +55,6 @@ _Reach = Annotated[
     int, typer.Option(min=1, help="Largest distance of the positions that are compared.")
 ]
 _Resamples = Annotated[int, typer.Option(min=1, help="Number of bootstrap samples.")]
-_MaxChannels = Annotated[
-    int,
-    typer.Option(min=0, help="Largest number of channels to measure in a layer; 0 measures all."),
-]
 _Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="New folder for the results as JSON and the figure."),
@@ -84,6 +80,7 @@ class _Wanted:
     resamples: int
     seed: int
     max_channels: int | None
+    include: str
     device: str
 
 
@@ -112,7 +109,8 @@ def modulation(
     horizon: _Horizon = 256,
     reach: _Reach = 4,
     resamples: _Resamples = 2000,
-    max_channels: _MaxChannels = 64,
+    max_channels: MaxChannels = 64,
+    include: Include = "core",
     output: _Output = None,
     picture: _Picture = "png",
     seed: Seed = 0,
@@ -135,8 +133,9 @@ def modulation(
     documents = [document for path in text for document in read_texts(path)]
     if not documents:
         raise UserError(f"{', '.join(map(str, text))}: there is no text.")
+    channels = max_channels or None
     wanted = _Wanted(
-        documents, texts, delimiters, horizon, reach, resamples, seed, max_channels or None, device
+        documents, texts, delimiters, horizon, reach, resamples, seed, channels, include, device
     )
     console, found = console_for(as_json), []
     quiet_transformers()
@@ -166,6 +165,7 @@ def _measure(name: str, wanted: _Wanted, bar: Bar) -> _Measured:
         tokenizer=tokenizer,
         names=names,
         max_channels=wanted.max_channels,
+        include=wanted.include,
         progress=bar,
     )
     delimiters: Any = "auto" if wanted.delimiters == ["auto"] else wanted.delimiters

@@ -11,8 +11,10 @@ __all__ = [
     "Changes",
     "Device",
     "Genome",
+    "Include",
     "Intervals",
     "Json",
+    "MaxChannels",
     "ModelFolder",
     "NewFolder",
     "Seed",
@@ -35,11 +37,22 @@ Changes = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Device to compute on: cpu, cuda, cuda:1 and so on.")]
 Genome = Annotated[Path, typer.Argument(metavar="FILE", help="FASTA file, plain or compressed.")]
+Include = Annotated[
+    str,
+    typer.Option(
+        help="core: short convolutions are layers of their own; mixer: they are parts of the scans "
+        "that they feed."
+    ),
+]
 Intervals = Annotated[
     Path | None,
     typer.Option(help="BED file of intervals that are read in place of the records."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+MaxChannels = Annotated[
+    int,
+    typer.Option(min=0, help="Largest number of channels to measure in a layer; 0 measures all."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the random numbers.")]
 TaskConfig = Annotated[
     Path | None,

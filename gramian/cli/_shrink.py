@@ -23,7 +23,7 @@ from gramian.cli._options import Device, Json, NewFolder, Seed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gramian.shrinking import ShrinkReport
+    from gramian.shrinking import Recovery, ShrinkReport
 
 _Model = Annotated[
     Path,
@@ -67,6 +67,26 @@ _Context = Annotated[
     typer.Option(min=2, help="Number of tokens of a window (default: 1024 or the model's)."),
 ]
 _MaxTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to read.")]
+_RecoverSteps = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Number of training steps on --text in which the smaller model learns the "
+        "predictions of the original.",
+    ),
+]
+_Recover = Annotated[
+    str,
+    typer.Option(
+        metavar="full|lora",
+        help="What these steps train: all weights, or low-rank changes that are merged (needs "
+        "peft).",
+    ),
+]
+_RecoverRate = Annotated[
+    float | None,
+    typer.Option(help="Peak of their learning rate (default: 3e-4, or 1e-3 for lora)."),
+]
 
 
 @command
@@ -81,6 +101,9 @@ def shrink(
     multiple: _Multiple = None,
     context: _Context = None,
     max_tokens: _MaxTokens = 32_768,
+    recover_steps: _RecoverSteps = 0,
+    recover: _Recover = "full",
+    recover_rate: _RecoverRate = None,
     seed: Seed = 0,
     device: Device = "cpu",
     as_json: Json = False,
@@ -93,6 +116,7 @@ def shrink(
         raise typer.BadParameter("give one of --keep and --max-increase.")
     share = None if keep is None else _kept(keep)
     budget = None if max_increase is None else fraction("--max-increase", max_increase)
+    recovery = _recovery(recover_steps, recover, recover_rate)
     check_new(out)
     if not model.is_dir():
         raise UserError(f"there is no model folder {model}.")
@@ -121,6 +145,7 @@ def shrink(
                 context=context,
                 max_tokens=max_tokens,
                 seed=seed,
+                recover=recovery,
                 progress=bar,
             )
         small.save_pretrained(stage)
@@ -135,6 +160,19 @@ def _kept(text: str) -> float | int:
     if text.isdigit():
         return int(text)
     return fraction("--keep", text)
+
+
+def _recovery(steps: int, method: str, rate: float | None) -> Recovery | None:
+    """Return the recovery that the options mean, or None if there are no steps."""
+    from gramian.shrinking import Recovery
+
+    try:
+        found = Recovery(max(1, steps), method, rate)
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    if not steps and (method, rate) != ("full", None):
+        raise typer.BadParameter("--recover and --recover-rate need --recover-steps.")
+    return found if steps else None
 
 
 def _token_ids(model: Path, tokenizer: Any, text: Path) -> list[Tensor]:

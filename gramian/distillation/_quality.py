@@ -7,7 +7,6 @@ the budget. Then larger tolerances within the last step are tried, too.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gramian._finetuning import finetune_briefly
 from gramian._modules import in_mode
 from gramian.distillation._distill import distill
 from gramian.distillation._report import DistillationReport, Quality, Trial
@@ -188,36 +188,16 @@ def finetune(
         raise ValueError("fine-tuning needs at least 2 windows of text, one of them held out.")
     if steps < 1:
         raise ValueError(f"fine-tuning takes at least 1 step; got {steps}.")
-    input_ids = input_ids.to(model.device)
-    held = torch.arange(len(input_ids), device=model.device) % 10 == 1
-    kept_out, windows = input_ids[held], input_ids[~held]
-    before, weights = mean_loss(model, kept_out), copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=lr, weight_decay=0.0))
-    warm_up = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / steps))),
+    return finetune_briefly(
+        model,
+        input_ids.to(model.device),
+        lambda ids: model(ids, labels=ids, use_cache=False).loss,
+        parameter_groups(model, lr=lr, weight_decay=0.0),
+        steps,
+        batch=batch,
+        seed=seed,
+        progress=progress,
     )
-    generator = torch.Generator().manual_seed(seed)
-    if progress is not None:
-        progress(0, steps)
-    with in_mode(model, training=True):
-        for step in range(steps):
-            chosen = torch.randint(len(windows), (batch,), generator=generator).to(windows.device)
-            loss = model(windows[chosen], labels=windows[chosen], use_cache=False).loss
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if progress is not None:
-                progress(step + 1, steps)
-    optimizer.zero_grad()
-    after = mean_loss(model, kept_out)
-    if not after < before:
-        model.load_state_dict(weights)
-        after = before
-    return before, after
 
 
 def check_windows(model: Any, input_ids: Tensor) -> None:

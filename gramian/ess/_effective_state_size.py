@@ -71,8 +71,9 @@ def effective_state_size(
 
     Raises:
         TypeError: if the input is neither a system nor a tensor.
-        ValueError: if the measure, tolerance, positions, length or horizon are invalid, or if a
-            value is NaN or infinite. The message then names the first channel with such a value.
+        ValueError: if the measure, tolerance, positions, length or horizon are invalid, if the norm
+            of an operator is not between 1e-140 and 1e140, or if a value is NaN or infinite. The
+            message then names the first channel with such a value.
     """
     chosen = _measure(measure, tol, rtol)
     reading = Reading(system_or_matrix, at, length, horizon)

@@ -35,6 +35,9 @@ _TRUSTED_VARYING = 1e-8
 """The limit `_TRUSTED` for time-varying systems, whose blocks take much more work than the blocks
 of a convolution."""
 
+_LARGEST = 1e140
+"""Largest norm of an operator whose blocks have Gram matrices in double precision."""
+
 _FACTORS = 2**28
 """Largest number of bytes that the factors of a block of channels may take."""
 
@@ -180,9 +183,23 @@ class Reading(Places):
             norm = self.matrices().new_zeros(self.shape.numel(), dtype=torch.float64)
             for g, matrix in enumerate(self.matrices()):
                 norm[g] = torch.linalg.matrix_norm(matrix.tril().double())
+        self._check_range(norm)
         return (
             norm * torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32).eps
         )
+
+    def _check_range(self, norm: Tensor) -> None:
+        """Raise an error if squares of an operator with the norms (G) overflow or underflow."""
+        small = norm < 1 / _LARGEST
+        if isinstance(self.system, DenseOperator):
+            small[small.clone()] = self.matrices()[small].tril().flatten(1).any(-1)
+        else:
+            small &= norm > 0
+        if bool((~(norm < _LARGEST) | small).any()):
+            raise ValueError(
+                f"the norm of an operator to be measured must be between {1 / _LARGEST:.0e} and "
+                f"{_LARGEST:.0e}; scale the operator, which does not change its entropy-ESS."
+            )
 
     @property
     def _has_small_state(self) -> bool:
@@ -226,6 +243,7 @@ class Reading(Places):
         if not self.inside or not count:
             return torch.zeros(count, len(self.inside), rank, dtype=torch.float64)
         if self._has_small_state:
+            self.floor()  # checks the range
             order = self._factor_order
             caps = torch.tensor([min(i, self.horizon - i) for i in self.inside])
             known = torch.arange(order) < caps.unsqueeze(-1)  # (P, n)

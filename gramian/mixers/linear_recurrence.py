@@ -231,10 +231,36 @@ class LinearRecurrence(Mixer):
             The steps, the values, the features that are not convolved, and the short convolution's
             new past.
         """
-        mixed, rest = self._split(self.in_proj(x))
-        mixed, past = self.short(apply_mask(mixed, mask), past, mask)
+        mixed, rest, past = self.convolve(x, past, mask)
         coefficients, values = self._read(mixed, rest)
         return coefficients if mask is None else coefficients.masked(mask), values, rest, past
+
+    def convolve(
+        self, x: Tensor, past: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Apply the input projection and the short convolution.
+
+        Args:
+            x: (batch, length, width).
+            past: The last inputs of the short convolution. None means zeros.
+            mask: (batch, length), false for padding. None if there is no padding.
+
+        Returns:
+            The output of the short convolution, (batch, length, convolved), the features that are
+            not convolved, (batch, length, others), and the short convolution's new past.
+        """
+        mixed, rest = self._split(self.in_proj(x))
+        mixed, past = self.short(apply_mask(mixed, mask), past, mask)
+        return mixed, rest, past
+
+    def values(self, mixed: Tensor, rest: Tensor) -> Tensor:
+        """Compute the values that the recurrence reads, (batch, heads, length, N).
+
+        Args:
+            mixed: The output of the short convolution, (batch, length, convolved).
+            rest: The features that are not convolved, (batch, length, others).
+        """
+        return self._read(mixed, rest)[1]
 
     def _split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return z[..., : self.convolved], z[..., self.convolved :]

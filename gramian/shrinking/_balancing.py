@@ -81,7 +81,7 @@ class Gramians:
 
     def add(self, recurrence: Recurrence) -> None:
         """Add what a recurrence with scalar gates reads and writes."""
-        for group, heads in heads_of(recurrence):
+        for group, heads in heads_of(recurrence, states=True):
             for queries, states in heads.states():  # (T, n), (h, n, T, N)
                 sizes = states.square().sum((1, 3))  # (h, T)
                 factors = sizes

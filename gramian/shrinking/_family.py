@@ -60,6 +60,8 @@ class Family(abc.ABC):
         per_layer: whether the configuration may have a size for each layer.
         maps: whether layers can hold linear maps of keys and queries, so that their states can be
             projected.
+        fused: names of a layer's linear maps whose weights fused kernels read by themselves, so
+            that they do not see an adapter.
     """
 
     layers: dict[str, str]
@@ -67,6 +69,7 @@ class Family(abc.ABC):
     note: str = ""
     per_layer: bool = False
     maps: bool = False
+    fused: tuple[str, ...] = ()
 
     def refusal(self, layer: nn.Module) -> str | None:
         """Return why the state of a layer cannot be made smaller, or None if it can."""

@@ -32,7 +32,7 @@ from gramian.ops.diagonal_scan import diagonal_scan
 __all__ = ["Heads", "Recurrence", "gram", "heads_of"]
 
 _CHUNK = 16
-_ELEMENTS = 2**20  # numbers z that are held at once: they stay in the cache of a processor
+_ELEMENTS = 2**20  # numbers of one kind that are held at once: they stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class Heads:
         """Return the sum of the heads' Gram matrices, (n, n)."""
         if self.values.shape[-1] == 1 and not self.delta and self.epsilon is None:
             return self._of_channels()
+        if self.logs.shape[-1] == 1 and not self.delta:
+            return self._of_scalar_gates()
         n = self.keys.shape[-1]
         total = self.values.new_zeros(n, n, dtype=torch.float64)
         for queries, states in self.states():
@@ -147,6 +149,43 @@ class Heads:
             )
             fading = (along[:, -1:] - along).exp() * keys  # (h, T, n)
             state = along[:, -1].exp().unsqueeze(-1) * state + fading.mT @ writes
+
+    def _of_scalar_gates(self) -> Tensor:
+        """Return the sum of the Gram matrices of heads whose gates are equal for all n, (n, n).
+
+        Within a chunk with the initial state S, `S_t = α_t S + Σ_s β_ts k_s w_sᵀ`. So `S_t S_tᵀ` is
+        a sum of three products, and their sums over t and over the heads need no z: the first is
+        `(Σ_t α_t² q_t q_tᵀ) ∘ (S Sᵀ)`, and the others have the rank of the pairs (t, s).
+        """
+        heads, length, width = self.values.shape
+        n = self.keys.shape[-1]
+        state = self.values.new_zeros(heads, n, width)
+        total = self.values.new_zeros(n, n, dtype=torch.float64)
+        for start in range(0, length, _CHUNK):
+            part = slice(start, min(start + _CHUNK, length))
+            keys, queries = self.keys[part], self.queries[part]
+            along = self.logs[:, part, 0].cumsum(1)
+            between = _between(along)  # (h, T, T): t, s
+            writes = self.rates[:, part] * self.values[:, part]  # (h, T, N)
+            decays = along.exp()  # (h, T)
+            left, weighted = decays, between
+            if self.epsilon is not None:
+                y = (between * (queries @ keys.mT)) @ writes
+                y += decays.unsqueeze(-1) * (queries @ state)
+                squares = _weights(y, self.epsilon).square()  # (h, T, 1)
+                left, weighted = squares[..., 0] * decays, squares * between
+            outer = (queries.mT * (left * decays).unsqueeze(1)) @ queries  # (h, n, n)
+            total += torch.einsum("hij,hij->ij", outer, state @ state.mT)
+            pairs = queries.unsqueeze(1) * keys  # (T, T, n): t, s
+            mixed = torch.einsum("hts,hsn->tsn", left.unsqueeze(-1) * between, writes @ state.mT)
+            own = weighted.unsqueeze(-1) * between.unsqueeze(2)  # (h, T, T, T): t, s, r
+            own = torch.einsum("htsr,hsr->tsr", own, writes @ writes.mT)
+            half = queries.unsqueeze(1) * mixed + 0.5 * (own @ pairs)  # (T, T, n)
+            both = pairs.flatten(0, 1).mT @ half.flatten(0, 1)
+            total += both + both.mT
+            fading = between[:, -1].unsqueeze(-1) * keys  # (h, T, n)
+            state = decays[:, -1, None, None] * state + fading.mT @ writes
+        return total
 
     def _writes(self, part: slice, along: Tensor, between: Tensor, state: Tensor) -> Tensor:
         """Return the w_t of a chunk, (h, T, N)."""
@@ -183,12 +222,25 @@ def gram(recurrence: Recurrence) -> Tensor:
     return total
 
 
-def heads_of(recurrence: Recurrence) -> Iterator[tuple[int, Heads]]:
-    """Yield the heads of every row, a few of one group at a time, each with its group."""
+def heads_of(recurrence: Recurrence, states: bool = False) -> Iterator[tuple[int, Heads]]:
+    """Yield the heads of every row, a few of one group at a time, each with its group.
+
+    Args:
+        recurrence: the recurrence.
+        states: whether `Heads.states` will be called, and not `Heads.gram`.
+    """
     batch, heads, length, width = recurrence.values.shape
     groups, n = recurrence.keys.shape[1], recurrence.keys.shape[-1]
     per = heads // groups
-    held = n * (length if width == 1 and not recurrence.delta else _CHUNK * width)
+    scalar = recurrence.log_decays.shape[-1] == 1 and recurrence.decay_rates is None
+    if states or recurrence.delta:
+        held = n * _CHUNK * width
+    elif width == 1:
+        held = n * length
+    elif scalar:
+        held = n * max(n, width)
+    else:
+        held = n * _CHUNK * width
     size = max(1, min(per, _ELEMENTS // held))
     for row in range(batch):
         for group in range(groups):

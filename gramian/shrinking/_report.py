@@ -13,7 +13,7 @@ from gramian.shrinking._projection import Projection
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["LayerShrinkage", "ShrinkReport", "ShrinkTrial"]
+__all__ = ["LayerShrinkage", "ShrinkRecovery", "ShrinkReport", "ShrinkTrial"]
 
 _COLUMNS = ("layer", "mixer", "groups", "states", "predicted", "projected", "measured", "output")
 _GIB = 2**30
@@ -77,6 +77,38 @@ class ShrinkTrial:
 
 
 @dataclass(frozen=True)
+class ShrinkRecovery:
+    """The report on a recovery: training towards the predictions of the original model.
+
+    Attributes:
+        steps: number of steps.
+        method: "full" or "lora".
+        learning_rate: peak of the learning rate.
+        batch: number of windows in each step.
+        rank: rank of the changes of "lora".
+        divergence_before: divergence from the original's predictions before, in nats, on a tenth of
+            the windows by which coordinates were chosen, on which the recovery did not train.
+        divergence_after: the same after. Both are equal if the recovery did not help and was
+            undone.
+        loss: mean cross-entropy of the model after the recovery on the held-out text, in nats.
+        increase: increase of this loss, relative to the loss of the original model.
+        standard_error: standard error of the difference of both losses, over windows; NaN for one
+            window.
+    """
+
+    steps: int
+    method: str
+    learning_rate: float
+    batch: int
+    rank: int
+    divergence_before: float
+    divergence_after: float
+    loss: float
+    increase: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
 class ShrinkReport:
     """The report that `shrink` returns. It prints as a table.
 
@@ -97,13 +129,15 @@ class ShrinkReport:
         held_out_tokens: number of other tokens on which losses were measured.
         context: number of tokens of a window.
         loss_before: mean cross-entropy of the original model on the held-out text, in nats.
-        loss_after: mean cross-entropy of the smaller model there.
+        loss_after: mean cross-entropy of the smaller model there, before a recovery.
         standard_error: standard error of the difference of both, over windows; NaN for one window.
         original_state_bytes: bytes that the original model stores for one sequence of `context`
             tokens, keys and values of attention included.
         shrunk_state_bytes: the same for the smaller model.
         trials: the sizes that were tried for `max_increase`.
         seconds: duration in seconds.
+        recovery: the report on the recovery; None if there was none. Errors of layers are those
+            before it.
     """
 
     keep: float | int | None
@@ -125,10 +159,14 @@ class ShrinkReport:
     shrunk_state_bytes: int
     trials: tuple[ShrinkTrial, ...]
     seconds: float
+    recovery: ShrinkRecovery | None = None
 
     @property
     def increase(self) -> float:
-        """The increase of the loss, relative to the loss of the original model."""
+        """The increase of the loss, relative to the loss of the original model.
+
+        It is that before a recovery, whose own report has the increase after it.
+        """
         return self.loss_after / self.loss_before - 1
 
     @property
@@ -175,14 +213,13 @@ class ShrinkReport:
             if self.max_increase is not None
             else f"keep {self.keep:g}"
         )
-        known = self.standard_error == self.standard_error  # NaN is not equal to itself
-        spread = f", standard error {self.standard_error / self.loss_before:.3%}" if known else ""
+        change = self._change(self.increase, self.standard_error)
         words = (
             f"{before} states to {after} ({wanted}), chosen by the criterion {self.criterion} on "
             f"{self.tokens:,} tokens in {self.seconds:.1f} s. "
             f"Loss on {self.held_out_tokens:,} other tokens: "
-            f"{self.loss_before:.4f} nats before, {self.loss_after:.4f} ({self.increase:+.3%}"
-            f"{spread}) after. One sequence of {self.context:,} tokens: "
+            f"{self.loss_before:.4f} nats before, {self.loss_after:.4f} ({change}) after"
+            f"{self._recovered}. One sequence of {self.context:,} tokens: "
             f"{self.original_state_bytes:,} bytes before, "
             f"{self.shrunk_state_bytes:,} after. One GiB holds {self.sequences(_GIB)[0]:,} "
             f"sequences before, {self.sequences(_GIB)[1]:,} after."
@@ -202,6 +239,25 @@ class ShrinkReport:
         words += "".join(f" {note}" for note in notes)
         words += "".join(f" {path} is left: {reason}" for path, reason in self.left)
         return words
+
+    @property
+    def _recovered(self) -> str:
+        done = self.recovery
+        if done is None:
+            return ""
+        change = self._change(done.increase, done.standard_error)
+        kept = done.divergence_after < done.divergence_before
+        undone = "" if kept else "; it did not help and was undone"
+        return (
+            f", and {done.loss:.4f} ({change}) after {done.steps} steps of recovery "
+            f"({done.method}{undone})"
+        )
+
+    def _change(self, increase: float, error: float) -> str:
+        known = error == error  # NaN is not equal to itself
+        return f"{increase:+.3%}" + (
+            f", standard error {error / self.loss_before:.3%}" if known else ""
+        )
 
 
 def _row(layer: LayerShrinkage) -> tuple[str, ...]:

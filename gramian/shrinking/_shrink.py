@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,9 @@ from gramian.shrinking._passes import (
     window_losses,
 )
 from gramian.shrinking._projection import Prediction, empty_gramians, predict
-from gramian.shrinking._report import LayerShrinkage, ShrinkReport, ShrinkTrial
+from gramian.shrinking._recovery import Recovery, as_recovery, check_windows
+from gramian.shrinking._recovery import recover as recover_model
+from gramian.shrinking._report import LayerShrinkage, ShrinkRecovery, ShrinkReport, ShrinkTrial
 from gramian.shrinking._state_bytes import state_bytes
 from gramian.shrinking._texts import split_windows, windows_of
 
@@ -47,6 +50,7 @@ def shrink(
     context: int | None = None,
     max_tokens: int = 32_768,
     seed: int = 0,
+    recover: Recovery | int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[_Model, ShrinkReport]:
     """Make the states of a model's recurrences smaller, by what a text needs of them.
@@ -54,9 +58,10 @@ def shrink(
     The state of a head is a matrix with one row for each of n coordinates, which keys write and
     queries read. The error that dropped coordinates cause in the outputs of a layer on a text is
     known exactly, and coordinates are dropped greedily by it. The rest of the weights is kept, and
-    nothing is trained. The smaller model has the same class, with the number of states in its
-    configuration. So it can be saved, loaded, trained and used for generation like any other model,
-    by transformers alone if the model is one of transformers. The given model stays unchanged.
+    is trained only if `recover` is given. The smaller model has the same class, with the number of
+    states in its configuration. So it can be saved, loaded, trained and used for generation like
+    any other model, by transformers alone if the model is one of transformers. The given model
+    stays unchanged.
 
     This error is that of single layers, without the norms behind them and the layers above. So two
     simpler criteria are tried, too: the largest contributions of single coordinates, and the
@@ -86,29 +91,39 @@ def shrink(
         context: number of tokens of a window; by default 1024, or the model's
             `max_position_embeddings` if that is smaller.
         max_tokens: largest number of tokens in all windows.
-        seed: seed of the choice of the held-out windows.
-        progress: a function that is called as `progress(windows done, all windows)`.
+        seed: seed of the choice of the held-out windows, and of the recovery.
+        recover: number of steps of training in which the smaller model learns the predictions of
+            the given one on the windows to choose by, or a `Recovery` with further options. If it
+            does not help on a tenth of these windows, it is undone. It comes after the search for
+            `max_increase`, whose losses are those before it.
+        progress: a function that is called as `progress(windows done, all windows)`, and in a
+            recovery as `progress(steps done, all steps)`.
 
     Returns:
         The smaller model, in evaluation mode, and a report.
 
     Raises:
-        TypeError: if the model is no causal language model, or `texts` are neither texts nor token
-            ids.
+        TypeError: if the model is no causal language model, `texts` are neither texts nor token
+            ids, or `recover` is neither a number of steps nor a `Recovery`.
         ValueError: if the model has no recurrence whose state can be made smaller, is quantized,
             has adapters, or is spread over several devices; if neither or both of `keep` and
             `max_increase` are given, or one is out of range; if states that are to be projected
             have no scalar gates, or their layers cannot hold the maps; if the texts are shorter
-            than two windows; or if no smaller size keeps the loss within `max_increase`.
+            than two windows, or three with `recover`; or if no smaller size keeps the loss within
+            `max_increase`.
+        ImportError: if the recovery needs peft, which is not installed.
     """
     started = time.perf_counter()
     _check(model, keep, max_increase, multiple, context)
+    recovery = as_recovery(recover)
     layers, left = _recurrences(model, per_layer)
     if projection:
         _check_projection(layers)
     windows = windows_of(texts, tokenizer, context or _context(model), max_tokens)
     _check_vocabulary(model, windows)
     chosen_by, held_out = split_windows(windows, seed)
+    if recovery is not None:
+        check_windows(chosen_by)
     training = model.training
     model.eval()
     try:
@@ -151,6 +166,14 @@ def shrink(
             trials=tuple(trials),
             seconds=time.perf_counter() - started,
         )
+        if recovery is not None:
+            cut = list(small.layers.values())
+            told_of = recover_model(model, small.model, cut, chosen_by, recovery, seed, progress)
+            report = dataclasses.replace(
+                report,
+                recovery=_report_recovery(recovery, told_of, small.model, held_out, before),
+                seconds=time.perf_counter() - started,
+            )
     finally:
         model.train(training)
     return small.model, report
@@ -329,6 +352,24 @@ def _report(
         spectrum=tuple(run.choices.errors[layer.path][1:]),
         projection=prediction.at(layer, kept.shape[1]) if prediction and commutes else None,
         note=layer.family.note if kept.shape[1] < layer.shape.states else "",
+    )
+
+
+def _report_recovery(
+    recovery: Recovery,
+    divergences: tuple[float, float],
+    small: Any,
+    held_out: Tensor,
+    before: Tensor,
+) -> ShrinkRecovery:
+    after = window_losses(small, held_out)
+    return ShrinkRecovery(
+        **dataclasses.asdict(dataclasses.replace(recovery, learning_rate=recovery.rate)),
+        divergence_before=divergences[0],
+        divergence_after=divergences[1],
+        loss=float(after.mean()),
+        increase=float(after.mean() / before.mean()) - 1,
+        standard_error=_standard_error(after - before),
     )
 
 

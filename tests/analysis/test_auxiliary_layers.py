@@ -9,6 +9,9 @@ import torch
 
 import gramian
 from gramian.analysis import StateReport
+from gramian.analysis._inputs import read_inputs
+from gramian.analysis._recording import RecordedOperator, Recorder
+from gramian.mixers import LinearRecurrence
 from gramian.models import GramianConfig, GramianForCausalLM
 
 IDS = torch.arange(3, 23) % 16
@@ -72,3 +75,48 @@ def test_a_report_of_auxiliary_layers_alone_counts_them() -> None:
     )
     assert alone.main is alone
     assert float(alone.average()) > 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 2, 3, 21])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "linear_attention",
+        "weighted_linear_attention",
+        "gated_linear_attention",
+        "gla_s6",
+        "s6",
+        "gated_delta_net",
+    ],
+)
+def test_joined_operators_of_mixers_map_the_inputs_of_their_convolutions(
+    kind: str, length: int
+) -> None:
+    torch.manual_seed(0)
+    config = GramianConfig(
+        vocab_size=16, hidden_size=8, num_heads=2, num_hidden_layers=1, mixers=kind
+    )
+    model = GramianForCausalLM(config).double().eval()
+    mixer: Any = model.model.layers[0].mixer
+    assert isinstance(mixer, LinearRecurrence)
+    with torch.no_grad():
+        mixer.short.bias.zero_()
+    seen = {}
+    mixer.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].detach()))
+    found: list[RecordedOperator] = []
+    recorder = Recorder(model, found.append, joins=True)
+    recorder.record(read_inputs(IDS.repeat(2)[:length], None))
+    assert [(one.kind, one.auxiliary) for one in found] == [(str(mixer.family), False)]
+    x = seen["x"]
+    steps, values, _, _ = mixer.features(x, None, None)
+    memory = values.new_zeros(1, values.shape[1], mixer.state_size, values.shape[-1])
+    expected = steps.run(values, memory)[0].transpose(-1, -2).reshape(-1, length)
+    operators = found[0].system(slice(None)).matrix(length)
+    assert operators.shape == (found[0].count, length, length)
+    assert found[0].count == len(expected)
+    inputs = mixer.in_proj(x)[0, :, : mixer.convolved]  # of the convolution, (L, convolved)
+    errors = (operators @ inputs - expected.unsqueeze(-1)).norm(dim=1)  # (values, convolved)
+    fed_by = errors.argmin(1)
+    assert len(set(fed_by.tolist())) == len(expected)
+    assert float((errors.amin(1) / expected.norm(dim=1)).max()) < 1e-10

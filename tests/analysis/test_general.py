@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, cast
 
 import pytest
@@ -13,157 +12,19 @@ from torch.nn import functional as F
 import gramian
 from gramian.analysis._inputs import read_inputs
 from gramian.analysis._recording import RecordedOperator, Recorder
-
-LENGTH, WIDTH = 29, 12
-HEADS, SIZE = 3, 4  # WIDTH = HEADS * SIZE
+from tests.analysis.toys import LENGTH, TOYS, WIDTH, Sink, Toy, Two
 
 
-def softmax_map(module: nn.Module, x: Tensor) -> Tensor:
-    """(heads, L, L): the causal map of a layer with projections q and k."""
-    q, k = (f(x).reshape(-1, HEADS, SIZE).transpose(0, 1) for f in (module.q, module.k))
-    scores = q @ k.mT / SIZE**0.5
-    ahead = torch.ones(len(x), len(x)).triu(1).bool()
-    return scores.masked_fill(ahead, -torch.inf).softmax(-1)
-
-
-def heads_of(values: Tensor) -> Tensor:
-    return values.reshape(-1, HEADS, SIZE).transpose(0, 1)
-
-
-def joined(values: Tensor) -> Tensor:
-    return values.transpose(0, 1).reshape(-1, WIDTH)[None]
-
-
-class Toy(nn.Module):
-    """A module with projections; `operators` computes its operators naively, (heads, L, L)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        for name in ("q", "k", "v", "g", "o"):
-            setattr(self, name, nn.Linear(WIDTH, WIDTH))
-
-    def operators(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class Shift(Toy):
-    """A mix of the present token and the last one: what mixes tokens is the shift alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Parameter(torch.rand(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        before = F.pad(x, (0, 0, 1, -1))
-        return self.o(x * self.mix + before * (1 - self.mix))
-
-    def operators(self, x: Tensor) -> Tensor:
-        return torch.eye(len(x)).roll(1, 0).tril(-1)[None]
-
-
-class Dilated(Toy):
-    """A depthwise convolution, dilated and padded on both sides, with an activation after it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.taps = nn.Conv1d(WIDTH, WIDTH, 3, dilation=2, padding=4, groups=WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o(F.silu(self.taps(x.mT)[..., : x.shape[1]]).mT)
-
-    def operators(self, x: Tensor) -> Tensor:
-        T = torch.zeros(WIDTH, len(x), len(x))
-        for c in range(WIDTH):
-            for lag in range(3):
-                T[c] += self.taps.weight[c, 0, 2 - lag] * torch.eye(len(x)).roll(2 * lag, 0).tril(
-                    -2 * lag
-                )
-        return T
-
-
-class Gated(Toy):
-    """A recurrence in a loop, with a gate of each head."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gates = self.g(x)[0, :, :HEADS].sigmoid()
-        values = self.v(x)[0].reshape(-1, HEADS, SIZE)
-        state, rows = torch.zeros(HEADS, SIZE), []
-        for t in range(len(values)):
-            state = gates[t, :, None] * state + values[t]
-            rows.append(state)
-        return self.o(torch.stack(rows).reshape(1, -1, WIDTH))
-
-    def operators(self, x: Tensor) -> Tensor:
-        gates = self.g(x)[:, :HEADS].sigmoid()
-        T = torch.zeros(HEADS, len(x), len(x))
-        for i in range(len(x)):
-            for j in range(i + 1):
-                T[:, i, j] = gates[j + 1 : i + 1].prod(0)
-        return T
-
-
-class Sink(Toy):
-    """Attention whose output a sink scales, so that its rows sum to less than 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.o(joined(self.operators(x[0]) @ heads_of(self.v(x[0]))))
-
-    def operators(self, x: Tensor) -> Tensor:
-        scale = self.g(x)[:, :HEADS].sigmoid()
-        return softmax_map(self, x) * scale.T[..., None]
-
-
-class Differential(Toy):
-    """The difference of two maps that act on the same values."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = heads_of(self.v(x[0]))
-        one, other = softmax_map(self, x[0]) @ values, softmax_map(self, -x[0]) @ values
-        return self.o(joined(one - 0.3 * other))
-
-    def operators(self, x: Tensor) -> Tensor:
-        return softmax_map(self, x) - 0.3 * softmax_map(self, -x)
-
-
-class Fused(Toy):
-    """Attention with queries, keys and values from one projection, interleaved head by head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-
-    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).reshape(-1, HEADS, 3, SIZE).permute(2, 1, 0, 3)
-        ahead = torch.ones(len(x), len(x)).triu(1).bool()
-        return q, k, v, ahead  # type: ignore[return-value]
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v, ahead = self.parts(x[0])
-        return self.o(joined((q @ k.mT).masked_fill(ahead, -torch.inf).softmax(-1) @ v))
-
-    def operators(self, x: Tensor) -> Tensor:
-        q, k, _, ahead = self.parts(x)
-        return (q @ k.mT).masked_fill(ahead, -torch.inf).softmax(-1)
-
-
-TOYS = {
-    "shift": (Shift, 1, "convolution"),
-    "dilated": (Dilated, WIDTH, "convolution"),
-    "gated": (Gated, HEADS, "recurrence"),
-    "sink": (Sink, HEADS, "recurrence"),
-    "differential": (Differential, HEADS, "recurrence"),
-    "fused": (Fused, HEADS, "attention"),
-}
-
-
-def recorded(model: nn.Module, x: Tensor) -> tuple[list[tuple[RecordedOperator, Tensor]], Any]:
+def recorded(
+    model: nn.Module, x: Tensor, length: int | None = None
+) -> tuple[list[tuple[RecordedOperator, Tensor]], Any]:
     """The operators of a model with their matrices (count, L, L), and what was not read."""
+    length = x.shape[-2] if length is None else length
     found: list[tuple[RecordedOperator, Tensor]] = []
 
     def visit(operator: RecordedOperator) -> None:
         system = operator.system(slice(0, operator.count))
-        found.append((operator, system.matrix(x.shape[-2]).reshape(-1, *[x.shape[-2]] * 2)))
+        found.append((operator, system.matrix(length).reshape(-1, length, length)))
 
     recorder = Recorder(model, visit)
     recorder.record(read_inputs(x, None))
@@ -182,26 +43,6 @@ def test_known_operators_are_found(name: str, length: int) -> None:
     assert operator.count == count and operator.kind == kind and operator.reader == "general"
     expected = model.operators(x[0]).detach()
     torch.testing.assert_close(T, expected, atol=2e-5, rtol=1e-4)
-
-
-class Two(Toy):
-    """A convolution, an activation and then a recurrence, in one forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = Dilated(), Gated()
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = F.conv1d(F.pad(x.mT, (2, 0)), self.first.taps.weight, groups=WIDTH).mT.tanh()
-        gates = self.g(x)[0, :, :1].sigmoid()
-        return self.o(self.accumulate(values[0], gates)[None])
-
-    def accumulate(self, values: Tensor, gates: Tensor) -> Tensor:
-        state, rows = torch.zeros(WIDTH), []
-        for value, gate in zip(values, gates, strict=True):
-            state = gate * state + value
-            rows.append(state)
-        return torch.stack(rows)
 
 
 def test_every_call_of_a_module_that_mixes_is_read() -> None:
@@ -304,123 +145,6 @@ def test_a_pointwise_model_mixes_nothing() -> None:
     assert not found and not unread
 
 
-class Failing(Toy):
-    def __init__(self, error: type[BaseException], at: int) -> None:
-        super().__init__()
-        self.error, self.left = error, at
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.left -= 1
-        if self.left == 0:
-            raise self.error
-        return x
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-@pytest.mark.parametrize("at", [1, 3])
-def test_everything_is_put_back_after_an_error(error: type[BaseException], at: int) -> None:
-    model = nn.Sequential(Two(), Gated(), Failing(error, at))
-    model[1].train()
-    model[0].eval()
-    names = dict(globals())
-    before = [(dict(m.__dict__), len(m._forward_hooks), m.training) for m in model.modules()]
-    with pytest.raises(error):
-        gramian.analyze(model, torch.randn(LENGTH, WIDTH))
-    for module, (own, hooks, training) in zip(model.modules(), before, strict=True):
-        assert module.__dict__.keys() == own.keys()
-        assert len(module._forward_hooks) == hooks and module.training == training
-    assert {k: v for k, v in globals().items() if k in names} == names
-
-
-def test_other_threads_run_the_model_meanwhile() -> None:
-    model = nn.Sequential(*(Two() for _ in range(3))).eval()
-    x = torch.randn(1, LENGTH, WIDTH)
-    with torch.no_grad():
-        right = model(x)
-    wrong: list[float] = []
-    stop = threading.Event()
-
-    def run() -> None:
-        with torch.no_grad():
-            while not stop.is_set():
-                wrong.append(float((model(x) - right).abs().max()))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        alone = gramian.analyze(model, torch.randn(LENGTH, WIDTH), every=9)
-    finally:
-        stop.set()
-        thread.join()
-    assert len(alone.layers) == 6 and wrong and max(wrong) == 0
-
-
-def test_concurrent_analyses_give_what_single_ones_give() -> None:
-    model = nn.Sequential(Two(), Gated()).eval()
-    x = torch.randn(LENGTH, WIDTH)
-    expected = gramian.analyze(model, x, every=5)
-    results: list[Any] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(gramian.analyze(model, x, every=5)))
-        for _ in range(3)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 3
-    for report in results:
-        for one, other in zip(report.layers, expected.layers, strict=True):
-            assert one.name == other.name and torch.equal(one.ess, other.ess)
-
-
-def test_the_model_computes_what_it_computes_alone() -> None:
-    model = nn.Sequential(*(cls() for cls, _, _ in TOYS.values()), Two()).eval()
-    x = torch.randn(1, 71, WIDTH)
-    outputs: list[Tensor] = []
-    hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
-    with torch.no_grad():
-        expected = model(x)
-    gramian.analyze(model, x, every=30)
-    hook.remove()
-    assert torch.equal(outputs[-1], expected)
-
-
-class Restless(Toy):
-    """A decaying sum with noise, scaled by a count of the runs, which is a buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("runs", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(WIDTH))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.runs += 1
-        self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 1))
-        values = self.v(x) + torch.randn_like(x)
-        states = [values[:, 0]]
-        for value in values.unbind(1)[1:]:
-            states.append(0.8 * states[-1] + value)
-        return self.runs * torch.stack(states, 1)
-
-
-def test_buffers_and_random_numbers_are_those_of_one_run() -> None:
-    model = nn.Sequential(Restless(), Restless()).eval()
-    x = torch.randn(1, 71, WIDTH)
-    outputs: list[Tensor] = []
-    hook = model.register_forward_hook(lambda module, args, output: outputs.append(output))
-    torch.manual_seed(1)
-    report = gramian.analyze(model, x, every=30)
-    after, random = outputs[-1], torch.get_rng_state()
-    hook.remove()
-    assert [layer.name for layer in report.layers] == ["0", "1"] and not report.unread
-    assert all(not buffer.any() for buffer in model.buffers())
-    torch.manual_seed(1)
-    with torch.no_grad():
-        assert torch.equal(model(x), after)
-    assert torch.equal(torch.get_rng_state(), random)
-
-
 class FarBack(Toy):
     """A depthwise convolution with two taps that are far from each other."""
 
@@ -454,17 +178,6 @@ def test_a_segment_up_to_the_end_of_a_module_is_all_of_it() -> None:
 
     report = gramian.analyze(Decaying().eval(), torch.randn(1, 71, WIDTH), every=30)
     assert len(report.layers) == 1 and not report.unread
-
-
-def test_compiled_models_are_read_as_they_were_before() -> None:
-    model = nn.Sequential(Shift(), Gated()).eval()
-    x = torch.randn(1, 71, WIDTH)
-    expected = gramian.analyze(model, x, every=30)
-    compiled = torch.compile(model, backend="eager")
-    report = gramian.analyze(compiled, x, every=30)
-    assert not report.unread
-    for one, other in zip(report.layers, expected.layers, strict=True):
-        assert one.name == f"_orig_mod.{other.name}" and torch.equal(one.ess, other.ess)
 
 
 class ShiftInSome(Toy):

@@ -188,7 +188,7 @@ def test_debug_is_an_option_and_no_word_of_a_prompt(workplace: Path, call: Call)
     assert status == 2 and "CONFIG.yaml" in err
 
 
-def test_distil_and_generate(workplace: Path, tmp_path: Path) -> None:
+def test_distil_and_generate(workplace: Path, tmp_path: Path, call: Call) -> None:
     out = tmp_path / "deep" / "out"
     done = run("distill", workplace / "model", out, "--order", 5, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -204,10 +204,10 @@ def test_distil_and_generate(workplace: Path, tmp_path: Path) -> None:
         )
 
     prompt = "A naïve “prompt”"
-    options = ("--prompt", prompt, "--max-new-tokens", 12, "--seed", 3)
-    first = run("generate", out, *options, "--json", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    result = json.loads(first.stdout)
+    command = f"generate deep/out --prompt '{prompt}' --max-new-tokens 12 --seed 3 --json"
+    status, written, err = call(command, tmp_path)
+    assert status == 0, err
+    result = json.loads(written)
     assert result["prompt"] == prompt and result["new_tokens"] == 12
     assert result["prompt_tokens"] == len(prompt.encode())
     assert result["state_bytes"] == report["distilled_state_bytes"]

@@ -13,9 +13,11 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from transformers import MambaConfig, MambaForCausalLM
+
 from gramian.analysis import analyze_texts, measure_modulation, open_model
 from gramian.evaluation import perplexity
-from gramian.models import GramianConfig, GramianForCausalLM
+from gramian.models import ByteTokenizer, GramianConfig, GramianForCausalLM
 
 Call = Callable[..., tuple[int, str, str]]
 TEXT = "The river rose. The bridge was gone! The river fell.\nThe road was closed? The end.\n" * 3
@@ -100,3 +102,26 @@ def test_mistakes_take_one_line(
     assert got == status and message in err and not out
     if status == 1:
         assert len(err.strip().splitlines()) == 1
+
+
+def test_short_convolutions_are_included_on_request(
+    call: Call, place: Path, tmp_path: Path
+) -> None:
+    config = MambaConfig(vocab_size=264, hidden_size=8, state_size=4, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    ByteTokenizer().save_pretrained(tmp_path / "mamba")
+    model, tokenizer = open_model(tmp_path / "mamba")
+    rows = [torch.tensor(tokenizer(TEXT[k : k + 60]).input_ids[:50]) for k in (0, 20, 40, 60)]
+    found = {}
+    for include in ("core", "mixer"):
+        line = f"modulation {tmp_path / 'mamba'} --text texts.jsonl --horizon 50 --json"
+        line += f" --include {include}"
+        status, shown, err = call(line, place)
+        assert status == 0, err
+        reports = analyze_texts(model, rows, tokenizer=tokenizer, include=include)
+        expected = measure_modulation(reports, "auto", special=set())
+        found[include] = json.loads(shown)["models"][0]["average_ess"]
+        assert found[include] == pytest.approx(expected.average_ess, rel=1e-6)
+    assert found["core"] != found["mixer"]
+    status, _, err = call("modulation gla --text texts.jsonl --horizon 50 --include all", place)
+    assert status == 1 and 'include must be "core" or "mixer"' in err

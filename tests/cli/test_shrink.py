@@ -81,6 +81,22 @@ def test_shrink_projects_states(workplace: Path, call: Call) -> None:
     assert [(one["state_size"], one["feature_size"]) for one in mixers] == [(3, 8)] * 2
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_shrink_recovers_what_was_lost(workplace: Path, call: Call, method: str) -> None:
+    if method == "lora":
+        pytest.importorskip("peft")
+    arguments = (
+        f"shrink ours {method} --text text.txt --keep 2 --context 16 --recover-steps 30 "
+        f"--recover {method} --recover-rate 3e-3 --json"
+    )
+    status, out, err = call(arguments, workplace)
+    assert status == 0, err
+    done = json.loads(out)["recovery"]
+    assert (done["steps"], done["method"], done["learning_rate"]) == (30, method, 3e-3)
+    assert done["divergence_after"] < done["divergence_before"]
+    assert load(workplace / method).config.mixers[0]["state_size"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -97,6 +113,23 @@ def test_shrink_projects_states(workplace: Path, call: Call) -> None:
         ("mamba2 mamba2 --text text.txt --keep 0.5", 1, "mamba2 exists already"),
         ("nowhere refused --text text.txt --keep 0.5", 1, "no model folder nowhere"),
         ("gpt2 refused --text text.txt --keep 0.5 --context 40", 1, "linear recurrences"),
+        ("mamba2 refused --text text.txt --keep 0.5 --recover lora", 2, "need --recover-steps"),
+        ("mamba2 refused --text text.txt --keep 0.5 --recover-steps -1", 2, "--recover-steps"),
+        (
+            "mamba2 refused --text text.txt --keep 0.5 --recover-steps 3 --recover all",
+            1,
+            "method of a recovery must be full or lora; got 'all'.",
+        ),
+        (
+            "mamba2 refused --text text.txt --keep 0.5 --recover-steps 3 --recover-rate 0",
+            1,
+            "learning_rate of a recovery must be a positive number; got 0.0.",
+        ),
+        (
+            "mamba2 refused --text text.txt --keep 0.5 --recover-steps 3 --context 150",
+            1,
+            "recovery needs at least two windows to choose by",
+        ),
         (
             "mamba2 refused --text text.txt --keep 0.5 --per-layer --context 40",
             1,

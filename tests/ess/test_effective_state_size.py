@@ -367,3 +367,18 @@ def test_blocks_are_decomposed_only_where_gram_matrices_do_not_do(monkeypatch):
     assert decomposed == []
     effective_state_size(make("low_rank_operator", 60)[0])
     assert set(decomposed) >= set(range(10, 50)) and len(decomposed) < 60
+
+
+@pytest.mark.parametrize("scale", [1e153, 1e300, 1e-170, 1e-300])
+def test_operators_whose_squares_overflow_or_underflow_are_refused(scale: float) -> None:
+    matrix = torch.randn(40, 40, dtype=torch.float64).tril()
+    for measure in ({}, {"measure": "tolerance", "rtol": 1e-3}):
+        with pytest.raises(ValueError, match="between 1e-140 and 1e\\+140"):
+            effective_state_size(scale * matrix, **measure)
+
+
+@pytest.mark.parametrize("scale", [1e130, 1e-130])
+def test_scale_does_not_change_an_entropy(scale: float) -> None:
+    matrix = torch.randn(40, 40, dtype=torch.float64).tril()
+    expected = effective_state_size(matrix)
+    torch.testing.assert_close(effective_state_size(scale * matrix), expected)

@@ -49,7 +49,7 @@ def save(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> No
         "num_hidden_layers": 1,
         "num_heads": 3,
         "mixers": "hyena",
-        "filter": {"type": "modal", "orders": 3},
+        "filter": {"type": "explicit", "taps": 5},
         "max_position_embeddings": 63,
         "initializer_range": 0.4,
     }

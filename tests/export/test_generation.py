@@ -33,7 +33,7 @@ def model() -> GramianForCausalLM:
         num_hidden_layers=2,
         num_heads=3,
         mixers=["hyena", "softmax_attention"],
-        filter={"type": "modal", "orders": 3},
+        filter={"type": "explicit", "taps": 9, "skip": True},
         block="mixer",
         max_position_embeddings=CONTEXT,
         initializer_range=0.6,

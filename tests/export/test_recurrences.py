@@ -1,8 +1,8 @@
-"""Exported mixers and systems compute what their recurrences compute."""
+"""Exported systems compute what their recurrences compute."""
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ pytest.importorskip("onnxscript")
 import gramian
 from gramian.export import ExportedModel, ExportedRecurrence, export_recurrence
 from gramian.filters import build
-from gramian.mixers import Block, Hyena, LongConvolution, MultiHyena, SoftmaxAttention
 from gramian.systems import DPLR, StateSpace
+from tests.export.reference import WIDTH, run_both
 
 ROOT = Path(__file__).parents[2]
-WIDTH = 6
 
 
 def modal(dtype: torch.dtype = torch.float32) -> gramian.Modal:
@@ -52,8 +51,9 @@ def real_modes() -> gramian.Modal:
 
 SYSTEMS = {
     "modal": modal,
-    "modal_double": lambda: modal(torch.float64),
+    "modal_in_double": lambda: modal(torch.float64),
     "one_channel": lambda: modal()[0, 0],
+    "one_channel_in_double": lambda: modal(torch.float64)[0, 0],
     "state_space": state_space,
     "companion": transfer_function,
     "dplr": dplr,
@@ -70,30 +70,15 @@ SYSTEMS = {
 }
 
 
-def run_both(target: Any, folder: Path, x: torch.Tensor, time: int, tolerance: float) -> None:
-    """Chunk, steps, chunk: the whole of x (batch, …)."""
-    recurrence = target.recurrence() if hasattr(target, "recurrence") else target
-    run = ExportedRecurrence(folder, threads=1)
-    length = x.shape[time]
-    first, second, third = x.split([length // 2, 5, length - length // 2 - 5], dim=time)
-    found, state = run.prefill(first.numpy())
-    expected, reference = recurrence.prefill(first)
-    pairs = [(found, expected)]
-    for sample in second.unbind(time):
-        found, state = run.step(sample.numpy(), state)
-        expected, reference = recurrence.step(sample, reference)
-        pairs.append((found, expected))
-    found, state = run.prefill(third.numpy(), state)
-    expected, reference = recurrence.prefill(third, reference)
-    pairs.append((found, expected))
-    assert state.taken == length
-    for found, expected in pairs:
-        scale = float(expected.abs().max())
-        np.testing.assert_allclose(found, expected.detach().numpy(), atol=tolerance * scale)
+# What each of these has, others have too.
+REPEATED = ("modal_in_double", "one_channel", "window_in_double", "some_without_modes")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in REPEATED else n for n in SYSTEMS],
+)
 def test_systems(tmp_path: Path, name: str) -> None:
     torch.manual_seed(1)
     system = SYSTEMS[name]()
@@ -120,54 +105,6 @@ def test_forms_of_a_transfer_function(tmp_path: Path, form: str) -> None:
     run_both(system.recurrence(form), tmp_path / "out", x, 2, 2e-5)
 
 
-def mixers() -> dict[str, Any]:
-    filter = {"type": "modal", "orders": [1, 1, 7, 7, 7, 1]}
-    return {
-        "block": Block(
-            WIDTH, LongConvolution(build(filter, channels=WIDTH, max_length=70)), norm="batch"
-        ),
-        "hyena": Hyena(WIDTH, {"type": "s4d", "state_size": 8}, 70, order=3),
-        "multi_hyena": MultiHyena(WIDTH, 3, {"type": "modal", "orders": [1, 9, 1]}, 70),
-        "multi_hyena_of_one_tap": MultiHyena(WIDTH, 3, {"type": "explicit", "taps": 1}, 70),
-    }
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["block", "multi_hyena", "multi_hyena_of_one_tap", "hyena"])
-def test_mixers(tmp_path: Path, name: str) -> None:
-    torch.manual_seed(2)
-    mixer = mixers()[name].eval()
-    kind = "onnx" if name in ("block", "multi_hyena_of_one_tap") else "torch"
-    report = export_recurrence(mixer, tmp_path / "out", kind, verify=20, threads=1)
-    assert report.kind == "mixer" and report.prefill_difference < 1e-4 * report.scale
-    run_both(mixer, tmp_path / "out", torch.randn(2, 150, WIDTH), 1, 2e-5)
-
-
-def test_refusals(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    implicit = build({"type": "implicit", "hidden": 16}, channels=WIDTH, max_length=300)
-    with pytest.raises(ValueError, match=r"this LongConvolution cannot be exported.*distil"):
-        export_recurrence(LongConvolution(implicit), out)
-    both = LongConvolution(
-        build({"type": "modal", "orders": 2}, channels=WIDTH, max_length=70), bidirectional=True
-    )
-    with pytest.raises(ValueError, match="bidirectional"):
-        export_recurrence(both, out)
-    with pytest.raises(ValueError, match=r"reduce it first: gramian\.reduce"):
-        export_recurrence(gramian.FIR(torch.randn(3, 300)), out)
-    with pytest.raises(ValueError, match="other coefficients at every step"):
-        export_recurrence(gramian.DenseOperator(torch.eye(4).expand(2, 4, 4)), out)
-    with pytest.raises(ValueError, match="give context="):
-        export_recurrence(SoftmaxAttention(WIDTH, 3), out)
-    with pytest.raises(ValueError, match="picks the form of its recurrences itself"):
-        export_recurrence(mixers()["multi_hyena"], out, form="modal")
-    with pytest.raises(TypeError, match="a mixer or a system is exported; got Linear"):
-        export_recurrence(torch.nn.Linear(2, 2), out)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"float32 or float64; got torch\.bfloat16"):
-        export_recurrence(mixers()["multi_hyena"].bfloat16(), out)
-    assert not out.exists()
-
-
 @torch.no_grad()
 def test_a_run_takes_what_was_exported(tmp_path: Path) -> None:
     export_recurrence(modal(), tmp_path / "out", "torch", verify=1)
@@ -178,14 +115,10 @@ def test_a_run_takes_what_was_exported(tmp_path: Path) -> None:
         run.step(np.zeros((1, 3)), run.initial_state())
 
 
-def test_the_example_streams(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "stream.py"), "--samples", "50"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "50 samples" in done.stdout
+def test_the_example_streams(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(ROOT / "examples" / "stream.py")
+    monkeypatch.setattr(sys, "argv", [file, "--samples", "50"])
+    runpy.run_path(file, run_name="__main__")
+    assert "50 samples" in capsys.readouterr().out

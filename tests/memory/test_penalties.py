@@ -100,7 +100,7 @@ def test_penalty_is_the_distance_of_state_sizes(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["diagonal", "delta", "dense", "operator"])
 def test_gradient_of_the_penalty(kind: str) -> None:
-    system: Any = make(kind, 10, (2,), 3)
+    system: Any = make(kind, 7, (2,), 2)
     names = ["matrix"] if kind == "operator" else ["A", "B", "C", "D", "p", "q"]
     if kind == "operator":
         entries = system.entries.detach().requires_grad_()

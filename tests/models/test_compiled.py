@@ -73,18 +73,19 @@ def test_compiled_heads(make_model: MakeModel, make_tokens: MakeTokens, backend:
     assert_close(steps(model, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "mixers", [["softmax_attention", "hyena"], ["multi_hyena", "long_convolution"]]
 )
 def test_what_cannot_be_compiled_runs_as_it_is(
-    make_model: MakeModel, make_tokens: MakeTokens, mixers: list[str]
+    make_model: MakeModel, make_tokens: MakeTokens, mixers: list[str], backend: str
 ) -> None:
     """Attention and online convolution, in single precision with packed weights."""
     model, tokens = make_model(mixers=mixers).float(), make_tokens(2, 9)
     expected = steps(model, tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        model.compile_decoding()
+        model.compile_decoding(backend=backend)
         assert_close(steps(model, tokens), expected, rtol=1e-4, atol=1e-4)
 
 

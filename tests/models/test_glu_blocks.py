@@ -50,7 +50,7 @@ def test_every_mode_is_one_map(
 def test_written_read_and_distilled(
     make_model: MakeModel, make_tokens: MakeTokens, mixer: Any, tmp_path: Path
 ) -> None:
-    model = make_model(mixers=mixer, **GLU).float()
+    model = make_model(mixers=mixer, max_position_embeddings=20, **GLU).float()
     tokens = make_tokens(2, 12)
     model.save_pretrained(tmp_path / "whole")
     read = load(tmp_path / "whole")

@@ -99,6 +99,9 @@ def test_the_text_classification_pipeline(
             assert output["score"] == pytest.approx(float(score), rel=1e-4)
 
 
+WAYS = ("auto", "disk", "layers", "empty", "low_cpu_mem_usage", "cpu_offload", "disk_offload")
+
+
 def place(folder: Path, way: str) -> torch.nn.Module:
     """The model in `folder`, loaded in one of the ways that accelerate offers."""
     accelerate = pytest.importorskip("accelerate")
@@ -129,28 +132,42 @@ def place(folder: Path, way: str) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "way", ["auto", "disk", "layers", "empty", "low_cpu_mem_usage", "cpu_offload", "disk_offload"]
-)
-def test_wherever_its_weights_are_it_writes_the_same(
-    make_config: MakeConfig,
-    make_tokens: MakeTokens,
-    tmp_path: Path,
-    mixer: Any,
-    filter_config: dict[str, Any],
-    way: str,
+def writes_the_same_when_placed(
+    config: GramianConfig, tokens: torch.Tensor, folder: Path, way: str
 ) -> None:
     torch.manual_seed(6)
-    model = GramianForCausalLM(make_config(mixers=mixer, filter=filter_config)).eval()
-    model.save_pretrained(tmp_path)
-    placed = place(tmp_path, way).eval()
+    model = GramianForCausalLM(config).eval()
+    model.save_pretrained(folder)
+    placed = place(folder, way).eval()
     if way in ("disk", "layers", "disk_offload", "cpu_offload"):
         assert any(parameter.is_meta for parameter in placed.parameters())
-    tokens = make_tokens(2, 9)
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(placed.generate(tokens, **settings), model.generate(tokens, **settings))
     with torch.no_grad():
         assert torch.equal(placed(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_wherever_its_weights_are_it_writes_the_same(
+    make_config: MakeConfig,
+    make_tokens: MakeTokens,
+    tmp_path: Path,
+    filter_config: dict[str, Any],
+    way: str,
+) -> None:
+    mixers = ["multi_hyena", "gated_delta_net"]
+    config = make_config(mixers=mixers, filter=filter_config)
+    writes_the_same_when_placed(config, make_tokens(2, 9), tmp_path, way)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [way if way == "layers" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS],
+)
+def test_so_does_every_mixer(
+    make_config: MakeConfig, make_tokens: MakeTokens, tmp_path: Path, mixer: Any, way: str
+) -> None:
+    writes_the_same_when_placed(make_config(mixers=mixer), make_tokens(2, 9), tmp_path, way)
 
 
 @pytest.mark.parametrize("way", ["cpu", "disk"])
@@ -284,21 +301,39 @@ def test_the_map_of_classes_is_in_the_file_alone(
         config.save_pretrained(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        GramianModel,
-        GramianForCausalLM,
-        GramianForSequenceClassification,
-        GramianForSignalRegression,
-        GramianForTokenClassification,
-    ],
+MIXERS: dict[str, Any] = {
+    "multi_hyena": "multi_hyena",
+    "hyena": "hyena",
+    "long_convolution": "long_convolution",
+    "hybrid": ["hyena", "softmax_attention"],
+}
+MODELS = (
+    GramianModel,
+    GramianForCausalLM,
+    GramianForSequenceClassification,
+    GramianForSignalRegression,
+    GramianForTokenClassification,
 )
+
+
 @pytest.mark.parametrize(
-    "mixers",
-    ["multi_hyena", "hyena", "long_convolution", ["hyena", "softmax_attention"]],
-    ids=["multi_hyena", "hyena", "long_convolution", "hybrid"],
+    ("mixers", "kind", "masked"),
+    [
+        # Every mixer in one model, and every model of one mixer.
+        pytest.param(
+            mixers,
+            kind,
+            masked,
+            id=f"{name}-{kind.__name__}-{masked}",
+            marks=[]
+            if (masked or name == "hybrid")
+            and (kind is GramianForCausalLM or (masked and name == "multi_hyena"))
+            else [pytest.mark.slow],
+        )
+        for name, mixers in MIXERS.items()
+        for kind in MODELS
+        for masked in (False, True)
+    ],
 )
 def test_forward_can_be_exported(
     make_config: MakeConfig,

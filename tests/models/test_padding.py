@@ -89,11 +89,24 @@ def test_prompts_turns_and_steps(make_model: MakeModel, kind: dict[str, Any], pa
             close(made[row], expected[0])
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}, {"use_cache": False}, {"compiled": True}],
-    ids=lambda options: next(iter(options), "greedy"),
+    ("options", "padding"),
+    [
+        pytest.param(
+            options,
+            padding,
+            id=f"{next(iter(options), 'greedy')}-{padding}",
+            marks=[pytest.mark.slow] if options and padding != "gap" else [],
+        )
+        for options in (
+            {},
+            {"num_beams": 3},
+            {"prefill_chunk_size": 4},
+            {"use_cache": False},
+            {"compiled": True},
+        )
+        for padding in PADDINGS
+    ],
 )
 @torch.no_grad()
 def test_writing(

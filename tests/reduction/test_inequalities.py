@@ -121,12 +121,15 @@ def test_no_inequality_is_violated_by_ten_thousand(families):
 
 
 @pytest.mark.parametrize("refine", [False, True])
-def test_tolerances_that_are_said_to_be_met_are_met(families, refine):
+@pytest.mark.parametrize(
+    ("count", "length"), [(1, 40), pytest.param(3, 60, marks=pytest.mark.slow)]
+)
+def test_tolerances_that_are_said_to_be_met_are_met(families, count, length, refine):
     draw = np.random.default_rng(2)
     for make in families.values():
-        kernel = kernels(make, 3, 60, draw)
+        kernel = kernels(make, count, length, draw)
         reduction = reduce(kernel, tol=0.2, max_order=12, method=Balanced(refine=refine))
-        check(reduction, kernel, np.full(3, 12), True, draw)
+        check(reduction, kernel, np.full(count, 12), True, draw)
         assert torch.equal(reduction.converged, reduction.relative_error <= 0.2)
 
 
@@ -140,16 +143,19 @@ def test_hankel_errors_of_exact_reductions_are_rounding_errors(families):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_a_fir_kernel_needs_no_more_states_than_taps(dtype):
+@pytest.mark.parametrize(
+    ("length", "last"), [(200, 37), pytest.param(400, 71, marks=pytest.mark.slow)]
+)
+def test_a_fir_kernel_needs_no_more_states_than_taps(dtype, length, last):
     """Its only pole is a multiple one at zero, which modes near a circle stand for."""
-    kernel = torch.zeros(4, 400, dtype=dtype)
-    kernel[0, 71] = kernel[1, 20] = 1
+    kernel = torch.zeros(4, length, dtype=dtype)
+    kernel[0, last] = kernel[1, 20] = 1
     kernel[2, 1:31] = 1
     kernel[3, 1:3] = torch.tensor([1, 0.5])
     close = 5e-4 if dtype == torch.float32 else 2e-6
-    for order in (71, 128):
+    for order in (last, last + 57):
         assert float(reduce(kernel, order).relative_error.max()) <= close
-    assert bool((reduce(kernel, tol=1e-2).order <= torch.tensor([71, 20, 30, 2])).all())
+    assert bool((reduce(kernel, tol=1e-2).order <= torch.tensor([last, 20, 30, 2])).all())
     assert float(reduce(kernel[3], 2).relative_error) <= 1e-7
 
 
@@ -167,9 +173,9 @@ def check_that_errors_do_not_rise(families, length, count, orders, refine):
 @pytest.mark.parametrize(
     ("length", "orders", "refine"),
     [
-        (21, (2, 3, 8, 9, 10, 11, 19, 20), True),
-        (40, (7, 8, 9), True),
-        (63, (1, 2, 4, 7, 8, 11, 15, 16, 23, 24), False),
+        (21, (2, 3, 9, 10, 20), True),
+        (40, (8, 9), True),
+        (63, (1, 2, 7, 8, 16), False),
         (200, (1, 2, 3, 5, 6, 8, 11, 12, 15, 16, 20, 21), False),
     ],
 )
@@ -178,7 +184,7 @@ def test_errors_do_not_rise_with_the_order(families, length, orders, refine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("length", "refine"), [(21, True), (63, False)])
+@pytest.mark.parametrize(("length", "refine"), [(21, True), (40, True), (63, False)])
 def test_errors_do_not_rise_over_all_orders(families, length, refine):
     check_that_errors_do_not_rise(families, length, 2, range(1, min(length, 33)), refine)
 

@@ -23,6 +23,7 @@ class Mamba(Family):
     """Mamba's layers in transformers."""
 
     layers = {"MambaMixer": "state_size"}  # noqa: RUF012 (families are not dataclasses)
+    fused = ("out_proj",)
 
     def shape(self, layer: Any) -> Shape:
         return Shape(1, layer.ssm_state_size, layer.intermediate_size)

@@ -30,6 +30,7 @@ class Mamba2(Family):
         "Zamba2MambaMixer": "mamba_d_state",
     }
     multiple = 8  # channels of the convolution's kernel
+    fused = ("out_proj",)
 
     def shape(self, layer: Any) -> Shape:
         return Shape(layer.n_groups, layer.ssm_state_size, layer.num_heads * layer.head_dim)

@@ -1,0 +1,204 @@
+r"""Recover what smaller states lost: train on the text towards the predictions of the original.
+
+The objective is the divergence `KL(p ‖ q) = Σ_v p(v) log(p(v) / q(v))` from the original's
+distribution p of the next token to that of the smaller model, q, averaged over the tokens
+(knowledge distillation: Hinton, Vinyals and Dean, arXiv 1503.02531, with temperature 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+from gramian._finetuning import finetune_briefly
+from gramian.filters import parameter_groups
+from gramian.ops.fp8 import FP8Linear
+from gramian.shrinking._family import Layer
+
+__all__ = ["Recovery", "as_recovery", "check_windows", "recover"]
+
+_RATES = {"full": 3e-4, "lora": 1e-3}
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a model is trained after its states have become smaller.
+
+    AdamW trains without weight decay. The learning rate rises over a tenth of the steps and falls
+    to zero along a cosine.
+
+    Args:
+        steps: number of steps, at least 1.
+        method: "full" trains all weights that require gradients. "lora" trains low-rank changes of
+            the linear maps (LoRA: Hu et al., arXiv 2106.09685) with peft, and merges them.
+        learning_rate: peak of the learning rate; by default 3e-4 for "full" and 1e-3 for "lora".
+        batch: number of windows in each step.
+        rank: rank of the changes of "lora".
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    steps: int
+    method: str = "full"
+    learning_rate: float | None = None
+    batch: int = 8
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "rank"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name} of a recovery must be at least 1; got {size!r}.")
+        if self.method not in _RATES:
+            raise ValueError(
+                f"method of a recovery must be {' or '.join(_RATES)}; got {self.method!r}."
+            )
+        rate = self.learning_rate
+        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < math.inf):
+            raise ValueError(
+                f"learning_rate of a recovery must be a positive number; got {rate!r}."
+            )
+
+    @property
+    def rate(self) -> float:
+        """The peak of the learning rate."""
+        return _RATES[self.method] if self.learning_rate is None else self.learning_rate
+
+
+def as_recovery(recover: Recovery | int | None) -> Recovery | None:
+    """Return the recovery that an argument means, which may be a number of steps.
+
+    Raises:
+        TypeError: if the argument is neither.
+        ValueError: if the number of steps is below 1.
+        ImportError: if the recovery needs peft, which is not installed.
+    """
+    if recover is None or isinstance(recover, Recovery):
+        found = recover
+    elif isinstance(recover, int) and not isinstance(recover, bool):
+        found = Recovery(recover)
+    else:
+        raise TypeError(
+            f"recover must be a number of steps or a Recovery; got {type(recover).__name__}."
+        )
+    if found is not None and found.method == "lora":
+        from gramian.models.adapters import require_peft
+
+        require_peft()
+    return found
+
+
+def check_windows(windows: Tensor) -> None:
+    """Raise a ValueError unless there are windows to train on and to hold out."""
+    if len(windows) < 2:
+        raise ValueError(
+            "recovery needs at least two windows to choose by, one of which tells whether it "
+            f"helped; got {len(windows)}."
+        )
+
+
+def recover(
+    original: nn.Module,
+    small: Any,
+    layers: Sequence[Layer],
+    windows: Tensor,
+    recovery: Recovery,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[float, float]:
+    """Train a smaller model in place towards the predictions of the original.
+
+    Weights in half precision are trained in single precision, and rounded at the end. Every tenth
+    window is held out, and the weights are restored if the divergence there does not fall.
+
+    Args:
+        original: the original, in evaluation mode.
+        small: the smaller model.
+        layers: its layers with recurrences.
+        windows: token ids, (count, length), with a count of at least 2.
+        recovery: what to do.
+        seed: seed of the choice of windows and of the initial values of LoRA.
+        progress: a function that is called as `progress(steps done, all steps)`.
+
+    Returns:
+        The divergence on the held-out windows before and after, in nats.
+
+    Raises:
+        ValueError: if the model has no parameter that may be trained, or no linear map to change.
+    """
+    tensors = {**dict(small.named_parameters()), **dict(small.named_buffers())}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    trained = {name: parameter.requires_grad for name, parameter in small.named_parameters()}
+    if not any(trained.values()):
+        raise ValueError("recovery needs parameters that require gradients; got none.")
+    small.float()
+    net = _adapt(small, layers, recovery.rank, seed) if recovery.method == "lora" else small
+    device = next(small.parameters()).device
+
+    def objective(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = log_softmax(original(ids, use_cache=False).logits.float(), -1).flatten(0, 1)
+        logits = net(ids, use_cache=False).logits.float().flatten(0, 1)
+        return kl_div(log_softmax(logits, -1), target, reduction="batchmean", log_target=True)
+
+    before, after = finetune_briefly(
+        net,
+        windows.to(device),
+        objective,
+        parameter_groups(net, lr=recovery.rate, weight_decay=0.0),
+        recovery.steps,
+        batch=recovery.batch,
+        seed=seed,
+        progress=progress,
+    )
+    if net is not small:
+        net.merge_and_unload()
+    for name, parameter in small.named_parameters():
+        parameter.requires_grad_(trained[name])
+        parameter.data = parameter.data.to(dtypes[name])
+    for name, buffer in list(small.named_buffers()):
+        buffer.data = buffer.data.to(dtypes[name])
+    small.eval()
+    return before, after
+
+
+def _adapt(model: Any, layers: Sequence[Layer], rank: int, seed: int) -> Any:
+    """Wrap the linear maps of a model in low-rank changes, which alone are trained."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = _linear_maps(model, layers)
+    if not targets:
+        raise ValueError("recovery by lora needs linear maps with weights of their own; got none.")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def _linear_maps(model: Any, layers: Sequence[Layer]) -> list[str]:
+    """Return the paths of the linear maps that low-rank changes can be merged into.
+
+    A weight in several places is left out, since it would change in all of them, and so are the
+    maps that fused kernels read without calling them.
+    """
+    places: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        places[id(parameter)] = places.get(id(parameter), 0) + 1
+    fused = {f"{layer.path}.{name}" for layer in layers for name in layer.family.fused}
+    output = model.get_output_embeddings()
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not isinstance(module, FP8Linear)  # a change would be rounded away
+        and module is not output
+        and path not in fused
+        and places[id(module.weight)] == 1
+    ]

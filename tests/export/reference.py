@@ -1,0 +1,35 @@
+"""What exported recurrences are compared with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gramian.export import ExportedRecurrence
+
+WIDTH = 6
+
+
+def run_both(target: Any, folder: Path, x: torch.Tensor, time: int, tolerance: float) -> None:
+    """Chunk, steps, chunk: the whole of x (batch, …)."""
+    recurrence = target.recurrence() if hasattr(target, "recurrence") else target
+    run = ExportedRecurrence(folder, threads=1)
+    length = x.shape[time]
+    first, second, third = x.split([length // 2, 5, length - length // 2 - 5], dim=time)
+    found, state = run.prefill(first.numpy())
+    expected, reference = recurrence.prefill(first)
+    pairs = [(found, expected)]
+    for sample in second.unbind(time):
+        found, state = run.step(sample.numpy(), state)
+        expected, reference = recurrence.step(sample, reference)
+        pairs.append((found, expected))
+    found, state = run.prefill(third.numpy(), state)
+    expected, reference = recurrence.prefill(third, reference)
+    pairs.append((found, expected))
+    assert state.taken == length
+    for found, expected in pairs:
+        scale = float(expected.abs().max())
+        np.testing.assert_allclose(found, expected.detach().numpy(), atol=tolerance * scale)

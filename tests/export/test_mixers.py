@@ -1,0 +1,75 @@
+"""Exported mixers compute what their recurrences compute, and others are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+import gramian
+from gramian.export import export_recurrence
+from gramian.filters import build
+from gramian.mixers import Block, Hyena, LongConvolution, MultiHyena, SoftmaxAttention
+from tests.export.reference import WIDTH, run_both
+
+
+def mixers() -> dict[str, Any]:
+    filter = {"type": "modal", "orders": [1, 1, 7, 7, 7, 1]}
+    return {
+        "block": Block(
+            WIDTH, LongConvolution(build(filter, channels=WIDTH, max_length=70)), norm="batch"
+        ),
+        "hyena": Hyena(WIDTH, {"type": "s4d", "state_size": 8}, 70, order=3),
+        "multi_hyena": MultiHyena(WIDTH, 3, {"type": "modal", "orders": [1, 9, 1]}, 70),
+        "multi_hyena_of_one_tap": MultiHyena(WIDTH, 3, {"type": "explicit", "taps": 1}, 70),
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("block", "torch"),
+        ("hyena", "torch"),
+        ("multi_hyena_of_one_tap", "onnx"),
+        # `test_models.py` exports a model of such heads.
+        pytest.param("multi_hyena", "torch", marks=pytest.mark.slow),
+        pytest.param("block", "onnx", marks=pytest.mark.slow),
+    ],
+)
+def test_mixers(tmp_path: Path, name: str, kind: str) -> None:
+    torch.manual_seed(2)
+    mixer = mixers()[name].eval()
+    report = export_recurrence(mixer, tmp_path / "out", kind, verify=20, threads=1)
+    assert report.kind == "mixer" and report.prefill_difference < 1e-4 * report.scale
+    run_both(mixer, tmp_path / "out", torch.randn(2, 150, WIDTH), 1, 2e-5)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    implicit = build({"type": "implicit", "hidden": 16}, channels=WIDTH, max_length=300)
+    with pytest.raises(ValueError, match=r"this LongConvolution cannot be exported.*distil"):
+        export_recurrence(LongConvolution(implicit), out)
+    both = LongConvolution(
+        build({"type": "modal", "orders": 2}, channels=WIDTH, max_length=70), bidirectional=True
+    )
+    with pytest.raises(ValueError, match="bidirectional"):
+        export_recurrence(both, out)
+    with pytest.raises(ValueError, match=r"reduce it first: gramian\.reduce"):
+        export_recurrence(gramian.FIR(torch.randn(3, 300)), out)
+    with pytest.raises(ValueError, match="other coefficients at every step"):
+        export_recurrence(gramian.DenseOperator(torch.eye(4).expand(2, 4, 4)), out)
+    with pytest.raises(ValueError, match="give context="):
+        export_recurrence(SoftmaxAttention(WIDTH, 3), out)
+    with pytest.raises(ValueError, match="picks the form of its recurrences itself"):
+        export_recurrence(mixers()["multi_hyena"], out, form="modal")
+    with pytest.raises(TypeError, match="a mixer or a system is exported; got Linear"):
+        export_recurrence(torch.nn.Linear(2, 2), out)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"float32 or float64; got torch\.bfloat16"):
+        export_recurrence(mixers()["multi_hyena"].bfloat16(), out)
+    assert not out.exists()
